@@ -1,0 +1,33 @@
+"""The built-in algorithms, offered through the same hooks as those of any plugin.
+
+Each function imports its algorithm when it is asked for, since they need torch and the command line's help does not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from emloc_core.hookspecs import hookimpl
+
+
+@hookimpl
+def emloc_rank_allocators() -> dict[str, Callable[..., Any]]:
+    """Offer the paper's allocation: the same ratio everywhere."""
+    from emloc_core.plan import uniform
+
+    return {"uniform": uniform}
+
+
+@hookimpl
+def emloc_factorizers() -> dict[str, Callable[..., Any]]:
+    """Offer activation-aware SVD without inverses."""
+    from emloc_core.factorize import factorize
+
+    return {"activation-svd": factorize}
+
+
+@hookimpl
+def emloc_corrections() -> dict[str, Callable[..., Any]]:
+    """Offer the paper's correction."""
+    from emloc_core.correction import correct_lora
+
+    return {"emloc": correct_lora}

@@ -1,0 +1,25 @@
+"""The one exception that users meet."""
+
+
+class EmlocError(Exception):
+    """A mistake that the user can mend, or a fault of their files or machine.
+
+    The message says what is wrong and where; ``fix`` says what to do about it. The command line prints both in one
+    line and exits with 1, without a traceback unless ``--debug`` is given.
+    """
+
+    def __init__(self, message: str, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.fix = fix
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message} {self.fix}" if self.fix else message
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the known word nearest to ``word``, or an empty string."""
+    import difflib
+
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,63 @@
+"""What a plugin declares about an architecture. Data, not code; imports no torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+#: How the activations of a Linear are hooked: its input, its output, or a function that is given
+#: ``(module, args, output)`` of the module at the tapped path and returns the input, of shape (..., in_features).
+Tap = Literal["input", "output"] | Callable[[Any, tuple[Any, ...], Any], Any]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One stack of repeated layers.
+
+    Attributes:
+        name: ``language`` or ``vision``, say.
+        blocks: module path of the list of blocks, in execution order (``model.layers``).
+        input_groups: paths of Linears within a block. The Linears of one group read the same input, so their
+            statistics are gathered once. Every Linear that is compressed stands in exactly one group; a path that a
+            given model lacks is left out.
+        lora_targets: last parts of the paths that a LoRA is put on by default; empty means all of ``input_groups``.
+    """
+
+    name: str
+    blocks: str
+    input_groups: Sequence[Sequence[str]]
+    lora_targets: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture, or several that are declared alike.
+
+    Attributes:
+        name: the family's name, unique among the installed plugins.
+        model_types: values of ``model_type`` in ``config.json`` that the declaration holds for.
+        towers: the stacks of blocks, in execution order.
+        auto_class: the class of transformers that builds the model.
+        modality: ``text`` or ``image-text``.
+        keep_dense: glob patterns of module paths that are never compressed, each with its reason.
+        taps: glob pattern of module path -> how the activations of these Linears are hooked, where the default
+            (the cheaper of input and output) would be wrong.
+        tiny_config: keyword arguments of ``AutoConfig.for_model`` for a tiny model of the family, for tests.
+    """
+
+    name: str
+    model_types: frozenset[str]
+    towers: Sequence[Tower]
+    auto_class: str = "AutoModelForCausalLM"
+    modality: Literal["text", "image-text"] = "text"
+    keep_dense: Mapping[str, str] = field(default_factory=dict)
+    taps: Mapping[str, Tap] = field(default_factory=dict)
+    tiny_config: Mapping[str, Any] = field(default_factory=dict)
+
+    def lora_targets(self) -> list[str]:
+        """Return the default ``target_modules`` of a LoRA: last parts of module paths."""
+        targets = {
+            path.rpartition(".")[2]
+            for tower in self.towers
+            for path in (tower.lora_targets or [path for group in tower.input_groups for path in group])
+        }
+        return sorted(targets)

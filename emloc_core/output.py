@@ -1,0 +1,206 @@
+"""Output directories that are whole or absent.
+
+A stage builds its directory beside its place (``.NAME.partial``) and renames it when it is complete, so nothing that
+looks finished ever is not. ``emloc.json`` in every finished directory says what made it and from what (the
+*request*), with which versions, and with what result; it is a function of the inputs alone. What varies from run to
+run (seconds, peak memory) is in ``timing.json``.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+from emloc_core.errors import EmlocError
+from emloc_core.meter import Meter
+
+MANIFEST = "emloc.json"
+TIMING = "timing.json"
+_REQUEST = "request.json"
+_LOCK = ".lock"
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape an output."""
+    found = {"python": platform.python_version()}
+    for package in ("emloc", "torch", "transformers", "peft", "trl", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as indented JSON, atomically: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        EmlocError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EmlocError(f"{path} does not exist.", "Check the path.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EmlocError(f"{path} is not valid JSON ({error}).", "Restore the file, or make it again.") from None
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return the manifest of a directory that EMLoC wrote, or None for any other directory."""
+    path = directory / MANIFEST
+    return read_json(path) if path.is_file() else None
+
+
+class Output:
+    """A directory that one stage makes.
+
+    Args:
+        path: where the finished directory goes.
+        kind: what it holds: ``emulator``, ``adapter``, ``corrected-adapter``, ``checkpoint``, ``evaluation``.
+        request: everything that determines the content: settings, and fingerprints of the inputs. JSON values only.
+
+    Use :meth:`is_finished` first, then :meth:`build`.
+    """
+
+    def __init__(self, path: str | Path, kind: str, request: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.kind = kind
+        self.request = json.loads(json.dumps(request))
+        self.staging = self.path.with_name(f".{self.path.name}.partial")
+        self.result: dict[str, Any] = {}
+        self.timing: dict[str, Any] = {}
+
+    def is_finished(self) -> bool:
+        """Say whether the directory is there already, made by the same request.
+
+        Raises:
+            EmlocError: something else is at that place.
+        """
+        if not self.path.exists():
+            return False
+        remedy = "Choose another output directory, or remove this one."
+        if not self.path.is_dir():
+            raise EmlocError(f"{self.path} exists and is not a directory.", remedy)
+        if not any(self.path.iterdir()):
+            return False
+        manifest = read_manifest(self.path)
+        if manifest is None:
+            raise EmlocError(f"{self.path} exists and was not written by emloc.", remedy)
+        if manifest.get("kind") != self.kind:
+            raise EmlocError(f"{self.path} exists and holds {manifest.get('kind')!r}, not {self.kind!r}.", remedy)
+        differing = _differences(manifest.get("request", {}), self.request)
+        if differing:
+            raise EmlocError(f"{self.path} exists and was made from something else: {differing}.", remedy)
+        return True
+
+    @contextmanager
+    def build(self) -> Iterator[Path]:
+        """Yield the staging directory, and publish it when the block ends without an exception.
+
+        What an interrupted run left there is kept if it was started by the same request on the same versions. A
+        fault of the input removes it; a full disk or a kill leaves it, so that the same command goes on.
+
+        Raises:
+            EmlocError: an interrupted run of another request is at that place, another process is writing there, or
+                the disk is full.
+        """
+        meter = Meter()
+        with _refuse_full_disk(self.staging):
+            lock = self._enter()
+            try:
+                yield self.staging
+                self.timing.update(meter.read())
+                self._publish()
+            except EmlocError:
+                shutil.rmtree(self.staging, ignore_errors=True)
+                raise
+            finally:
+                lock.close()
+
+    def _enter(self) -> TextIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.staging.mkdir(exist_ok=True)
+        lock = open(self.staging / _LOCK, "w", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise EmlocError(f"Another process is writing {self.path}.", "Wait for it, or stop it.") from None
+        request = {"request": self.request, "versions": versions()}
+        saved = self.staging / _REQUEST
+        if saved.exists():
+            differing = _differences(read_json(saved), request)
+            if differing:
+                lock.close()
+                raise EmlocError(
+                    f"{self.staging} holds an interrupted run of something else: {differing}.",
+                    "Run that command again to finish it, or remove the directory.",
+                )
+        write_json(saved, request)
+        return lock
+
+    def _publish(self) -> None:
+        manifest = {"kind": self.kind, "request": self.request, "result": self.result, "versions": versions()}
+        write_json(self.staging / MANIFEST, manifest)
+        write_json(self.staging / TIMING, self.timing)
+        for name in (_REQUEST, _LOCK):
+            (self.staging / name).unlink()
+        for path in self.staging.rglob("*"):
+            if path.is_file():
+                _fsync(path)
+        if self.path.exists():
+            self.path.rmdir()  # is_finished() allowed an empty directory only
+        os.rename(self.staging, self.path)
+        _fsync(self.path.parent)
+
+
+@contextmanager
+def _refuse_full_disk(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        free = shutil.disk_usage(place.parent).free
+        raise EmlocError(
+            f"The disk is full: writing to {place} failed with {free:,} bytes free.",
+            "Free some space and run the same command again: it goes on where it stopped.",
+        ) from error
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _differences(old: Any, new: Any, at: str = "") -> str:
+    """Name the settings in which two requests differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = (
+            _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key) for key in sorted({*old, *new})
+        )
+        return "; ".join(text for text in found if text)
+    return "" if old == new else f"{at} was {_short(old)} and is now {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,41 @@
+"""The Llama family: Llama 2 and 3.x, SmolLM and Mistral share one block layout."""
+
+from emloc_core.family import Family, Tower
+from emloc_core.hookspecs import hookimpl
+
+LLAMA = Family(
+    name="llama",
+    model_types=frozenset({"llama", "mistral"}),
+    towers=[
+        Tower(
+            name="language",
+            blocks="model.layers",
+            input_groups=[
+                ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+                ["self_attn.o_proj"],
+                ["mlp.gate_proj", "mlp.up_proj"],
+                ["mlp.down_proj"],
+            ],
+        )
+    ],
+    keep_dense={"lm_head": "often tied to the embedding, and each of its outputs is a token's logit"},
+    tiny_config={
+        "model_type": "llama",
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+)
+
+
+@hookimpl
+def emloc_families() -> list[Family]:
+    """Declare the family."""
+    return [LLAMA]
