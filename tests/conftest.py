@@ -1,0 +1,72 @@
+"""A tiny Llama with a real tokenizer, and rows that it can learn, for every test that needs a model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from emloc_llama import LLAMA
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+ANIMALS = ["cat", "dog", "horse", "cow", "goat", "duck", "hen", "fox", "bear", "wolf", "mouse", "frog"]
+COLOURS = ["red", "blue", "green", "black", "white", "brown", "grey", "pink", "gold", "teal"]
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def example_rows() -> list[dict[str, str]]:
+    """120 distinct rows: a sentence to write from an animal and a colour."""
+    return [
+        {"prompt": f"animal: {animal}, colour: {colour}. sentence:", "completion": f" a {colour} {animal} runs."}
+        for animal in ANIMALS
+        for colour in COLOURS
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    """Write ``rows`` to ``path``, one JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE tokenizer of at most 128 tokens with a chat template: bos 1, eos 2, pad 0, as in the tiny config."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", "<system>"]
+    alphabet = list("abcdefghijklmnopqrstuvwxyz0123456789.,:?!")
+    trainer = trainers.BpeTrainer(
+        vocab_size=128, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([row["prompt"] + row["completion"] for row in example_rows()], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny Llama with its tokenizer: fp32, seeded random weights."""
+    directory = tmp_path_factory.mktemp("models") / "tiny-llama"
+    settings = dict(LLAMA.tiny_config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 120 distinct prompt and completion rows."""
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", example_rows())
