@@ -135,7 +135,7 @@ class Output:
     def _enter(self) -> TextIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.staging.mkdir(exist_ok=True)
-        lock = open(self.staging / _LOCK, "w", encoding="utf-8")
+        lock = (self.staging / _LOCK).open("w", encoding="utf-8")  # held until build() ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -194,9 +194,7 @@ def _fsync(path: Path) -> None:
 def _differences(old: Any, new: Any, at: str = "") -> str:
     """Name the settings in which two requests differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = (
-            _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key) for key in sorted({*old, *new})
-        )
+        found = (_differences(old.get(key), new.get(key), f"{at}.{key}" if at else key) for key in sorted({*old, *new}))
         return "; ".join(text for text in found if text)
     return "" if old == new else f"{at} was {_short(old)} and is now {_short(new)}"
 

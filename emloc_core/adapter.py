@@ -1,0 +1,160 @@
+"""A PEFT LoRA directory: read, checked to be one that can be carried over, and written."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from emloc_core.checkpoint import hash_files
+from emloc_core.correction import Lora
+from emloc_core.errors import EmlocError
+from emloc_core.output import read_json, read_manifest, write_json
+from emloc_core.shards import read_header, write_shard
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CORRECTED = "emloc.corrected"  # in the metadata of the weights: it stays with them when the manifest is lost
+_PREFIX = "base_model.model."
+
+#: Fields of LoraConfig that may have any value: they do not change what a LoRA computes once it is trained.
+_FREE = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "target_modules", "task_type", "peft_type",
+}  # fmt: skip
+#: Fields that enter the scale of a LoRA, which :func:`scale` computes.
+_SCALE = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+#: Fields with more safe values than the default.
+_SAFE_VALUES: dict[str, tuple[Any, ...]] = {"init_lora_weights": (True, False, "gaussian", "orthogonal")}
+#: Why a field's other values are refused, where there is more to say than that they are not known to be safe.
+_WHY = {
+    "use_dora": "DoRA rescales the whole weight, which on the emulator is another one",
+    "modules_to_save": "a trained copy of a whole module belongs to the emulator, not to the base",
+    "init_lora_weights": "this initialisation reads or splits the weight, which on the emulator is a factor",
+    "bias": "trained biases belong to the emulator",
+    "lora_bias": "a trained bias belongs to the emulator",
+    "fan_in_fan_out": "the weight is stored transposed",
+    "trainable_token_indices": "trained embeddings belong to the emulator",
+    "kasa_config": "KaSA changes the weight by its singular values, which on the emulator are other ones",
+}
+
+
+def config_problems(config: Mapping[str, Any]) -> list[str]:
+    """Say why a LoRA with this PEFT config cannot be carried over to the base; an empty list says that it can.
+
+    A whitelist: a field or value that is not known to be safe is a problem.
+    """
+    from peft import LoraConfig
+
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        return [f"it is a {kind}, and only LoRA can be carried over"]
+    defaults = {field.name: _default(field) for field in dataclasses.fields(LoraConfig)}
+    problems = []
+    for name, value in config.items():
+        if name in _FREE | _SCALE or value in _SAFE_VALUES.get(name, ()) or not (value or defaults.get(name)):
+            continue
+        if name not in defaults or value != defaults[name]:
+            why = _WHY.get(name, "it is not known to be safe")
+            problems.append(f"{name}={value!r} cannot be carried over ({why})")
+    return problems
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+class Adapter:
+    """A LoRA that PEFT saved.
+
+    Raises:
+        EmlocError: the directory is no PEFT adapter, or one that cannot be carried over; every reason is named.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not (self.directory / CONFIG).is_file() or not (self.directory / WEIGHTS).is_file():
+            raise EmlocError(
+                f"{self.directory} is no LoRA directory: it needs {CONFIG} and {WEIGHTS}.",
+                "Give the directory that training wrote.",
+            )
+        self.config: dict[str, Any] = read_json(self.directory / CONFIG)
+        if problems := config_problems(self.config):
+            raise EmlocError(
+                f"The adapter {self.directory} cannot be used: {'; '.join(problems)}.",
+                "Train an ordinary LoRA, without these settings.",
+            )
+        self.manifest = read_manifest(self.directory) or {}
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether the correction has been applied."""
+        if self.manifest.get("kind") == "corrected-adapter":
+            return True
+        return CORRECTED in read_header(self.directory / WEIGHTS)[1]
+
+    def fingerprint(self, cache_dir: Path) -> str:
+        """Return the SHA-256 over config and weights, as a hexadecimal string."""
+        return fingerprint(self.directory, cache_dir)
+
+    @cached_property
+    def loras(self) -> dict[str, Lora]:
+        """The LoRA of every Linear, by module path of the model, sorted.
+
+        Raises:
+            EmlocError: there are tensors that are no part of an ordinary LoRA, or NaN.
+        """
+        try:
+            tensors = load_file(self.directory / WEIGHTS)
+        except (SafetensorError, OSError) as error:
+            raise EmlocError(
+                f"{self.directory / WEIGHTS} cannot be read ({error}).", "Copy the file again, or train again."
+            ) from None
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            path, _, rest = key.removeprefix(_PREFIX).partition(".lora_")
+            if not key.startswith(_PREFIX) or rest not in ("A.weight", "B.weight") or tensor.ndim != 2:
+                raise EmlocError(
+                    f"{self.directory / WEIGHTS} holds {key}, which is no part of a LoRA on a Linear.",
+                    "Train an ordinary LoRA on Linears only.",
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise EmlocError(f"{key} in {self.directory} holds NaN or Inf.", "Train again, with a lower rate.")
+            parts.setdefault(path, {})[rest[0]] = tensor
+        if incomplete := [path for path, pair in parts.items() if len(pair) != 2]:
+            raise EmlocError(f"The LoRA in {self.directory} on {incomplete[0]} lacks a half.", "Train again.")
+        return {path: Lora(pair["A"], pair["B"], self.scale(path, pair["A"])) for path, pair in sorted(parts.items())}
+
+    def scale(self, path: str, a: torch.Tensor) -> float:
+        """Return PEFT's scale of the LoRA on the Linear at ``path`` (patterns match as PEFT matches them)."""
+        from peft.utils.other import get_pattern_key
+
+        pattern: dict[str, float] = self.config.get("alpha_pattern") or {}
+        alpha: float = pattern.get(get_pattern_key(list(pattern), path), self.config["lora_alpha"])
+        rank = a.shape[0]  # of the tensor itself, which rank_pattern has shaped
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+
+def fingerprint(directory: Path, cache_dir: Path) -> str:
+    """Return the SHA-256 over an adapter's config and weights, as a hexadecimal string."""
+    return hash_files([directory / CONFIG, directory / WEIGHTS], cache_dir)
+
+
+def write_adapter(
+    directory: Path, config: Mapping[str, Any], loras: Mapping[str, Lora], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write LoRAs by module path as a PEFT adapter: plain ``PeftModel.from_pretrained`` loads it."""
+    write_json(directory / CONFIG, dict(config))
+    tensors = {}
+    for path, lora in sorted(loras.items()):
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = lora.a
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = lora.b
+    write_shard(directory / WEIGHTS, tensors, metadata)

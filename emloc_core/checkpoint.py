@@ -1,0 +1,172 @@
+"""A model directory, read lazily: config, index, shards, fingerprint. Nothing here knows what the tensors mean."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from emloc_core.errors import EmlocError
+from emloc_core.output import read_json, write_json
+from emloc_core.shards import TensorInfo, read_header
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_HASH_CACHE = ".emloc-hashes.json"
+#: What a checkpoint needs besides its weights, and what is never fetched or copied (pickled weights, other formats).
+FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+
+
+class Checkpoint:
+    """A Hugging Face checkpoint in a local directory.
+
+    Raises:
+        EmlocError: the directory, its config or its safetensors shards are missing or damaged.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise EmlocError(f"{self.directory} is not a directory.", "Give the path of a model directory.")
+        if not (self.directory / "config.json").is_file():
+            raise EmlocError(f"{self.directory} has no config.json.", "Give a Hugging Face model directory.")
+        self.config: dict[str, Any] = read_json(self.directory / "config.json")
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` of the config."""
+        try:
+            return str(self.config["model_type"])
+        except KeyError:
+            raise EmlocError(
+                f"{self.directory / 'config.json'} has no model_type.", "Give a Hugging Face model directory."
+            ) from None
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The safetensors files, in the index's order of names."""
+        index = self.directory / INDEX
+        if not index.is_file():
+            single = self.directory / SINGLE
+            if single.is_file():
+                return [single]
+            raise EmlocError(
+                f"{self.directory} has neither {SINGLE} nor {INDEX}.",
+                "Only safetensors checkpoints are read; convert pickled weights with save_pretrained first.",
+            )
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise EmlocError(f"{index} has no weight_map.", "Download or copy the file again.")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise EmlocError(f"{index} names {name!r}, outside the directory.", "Do not use this checkpoint.")
+        return [self.directory / name for name in names]
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by its key in the checkpoint; all headers are checked against the files' sizes."""
+        found: dict[str, TensorInfo] = {}
+        for shard in self.shards:
+            found.update(read_header(shard)[0])
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @contextmanager
+    def slices(self, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Yield lazy slices of the tensors ``keys``; the files are closed, and their pages given back, at the end."""
+        with ExitStack() as stack:
+            handles: dict[Path, Any] = {}
+            found = {}
+            for key in keys:
+                shard = self.tensors[key].shard
+                if shard not in handles:
+                    handles[shard] = stack.enter_context(safe_open(str(shard), framework="pt"))
+                found[key] = handles[shard].get_slice(key)
+            yield found
+
+    def fingerprint(self, cache_dir: Path) -> str:
+        """Return the SHA-256 over config, index and the content of every shard, as a hexadecimal string.
+
+        The hash of a file is cached by its size and time of change in ``cache_dir``, never beside the checkpoint.
+        """
+        names = ["config.json", *([INDEX] if (self.directory / INDEX).is_file() else [])]
+        return hash_files([self.directory / name for name in names] + self.shards, cache_dir)
+
+    def side_files(self) -> list[Path]:
+        """Return the files that are not weights and travel with the model: tokenizer, templates, licence."""
+        skipped = {"config.json", INDEX, "emloc.json", "timing.json", *(shard.name for shard in self.shards)}
+        return sorted(
+            path
+            for path in self.directory.iterdir()
+            if path.is_file()
+            and path.name not in skipped
+            and not path.name.startswith(".")
+            and any(path.match(pattern) for pattern in FILE_PATTERNS)
+            and path.suffix != ".safetensors"
+        )
+
+
+def hash_files(paths: list[Path], cache_dir: Path) -> str:
+    """Return the SHA-256 over the names and contents of files, as a hexadecimal string, with a cache of their hashes.
+
+    Raises:
+        EmlocError: a file is missing.
+    """
+    cache_path = cache_dir / _HASH_CACHE
+    cache: dict[str, Any] = {}
+    if cache_path.is_file():
+        with contextlib.suppress(EmlocError):  # a damaged cache is only slower
+            cache = read_json(cache_path)
+    known = dict(cache)
+    total = hashlib.sha256()
+    for path in paths:
+        try:
+            status = path.stat()
+            stamp = [status.st_size, status.st_mtime_ns]
+            entry = cache.get(str(path.resolve()))
+            if entry is None or entry[:2] != stamp:
+                with path.open("rb") as file:
+                    entry = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
+                cache[str(path.resolve())] = entry
+        except FileNotFoundError:
+            raise EmlocError(f"{path} does not exist.", "Download or copy the model again.") from None
+        total.update(f"{path.name}\0{entry[2]}\n".encode())
+    if cache != known:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        write_json(cache_path, cache)
+    return total.hexdigest()
+
+
+def open_checkpoint(model: str, *, offline: bool = False) -> Checkpoint:
+    """Open a local model directory, or the snapshot of a hub id (fetched where it is not in the cache).
+
+    Raises:
+        EmlocError: there is no such directory and no such model can be fetched.
+    """
+    if Path(model).exists():
+        return Checkpoint(model)
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_like_path:
+        raise EmlocError(f"There is no model at {model}.", "Check the path, or give a hub id (organisation/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    offline = offline or os.environ.get("HF_HUB_OFFLINE") == "1"
+    try:
+        return Checkpoint(snapshot_download(model, allow_patterns=FILE_PATTERNS, local_files_only=offline))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise EmlocError(
+            f"There is no directory {model}, and the hub has no such model or cannot be reached ({reason})",
+            "Check the name; for a gated model, log in with `hf auth login`.",
+        ) from error

@@ -1,0 +1,78 @@
+"""The correction of a LoRA that was trained on an emulator. Pure functions of tensors; knows no files.
+
+On the input subspace of the LoRA the emulator answered ``What q`` where the base answers ``W q``. The correction
+subtracts the difference from the LoRA's answer, so that the base with the corrected LoRA behaves there as the tuned
+emulator did (arXiv 2506.12015, section 3.3; the division by the LoRA's scale is missing in the reference code).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+#: Limits the correction of each direction to this many times the LoRA's own weight there. 0: not corrected;
+#: None: not limited.
+Clamp = float | None
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA on one Linear: it adds ``scale * b @ a @ x`` to the output.
+
+    Attributes:
+        a: (r, n).
+        b: (m, r).
+        scale: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rsLoRA.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    def delta(self) -> torch.Tensor:
+        """Return what it adds to the weight, (m, n), in fp32 at least."""
+        dtype = torch.promote_types(self.a.dtype, torch.float32)
+        return self.scale * (self.b.to(dtype) @ self.a.to(dtype))
+
+
+def correct_lora(
+    weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor, lora: Lora, clamps: Sequence[Clamp]
+) -> list[Lora]:
+    """Correct a LoRA for the misalignment ``W - U V``, once for every clamp.
+
+    With ``A^T = Q D Z^T`` (thin SVD), ``B A = B0 Q^T`` for ``B0 = B Z D``. The misalignment on that subspace is
+    ``E = (W - U V) Q / scale``; column j of E is scaled by ``min(1, clamp * mean|B0[:, j]| / mean|E[:, j]|)``.
+
+    Args:
+        weight: the base's weight W, (m, n).
+        u: (m, k).
+        v: (k, n).
+        lora: as trained on the emulator.
+        clamps: the paper's code uses 3.
+
+    Returns:
+        One LoRA a clamp: ``A' = Q^T``, ``B' = B0 - E`` (scaled), in the dtypes of the given one. Clamp 0 returns the
+        given LoRA itself.
+    """
+    dtype = torch.promote_types(lora.a.dtype, torch.float32)
+    q, d, zh = torch.linalg.svd(lora.a.T.to(dtype), full_matrices=False)
+    b0 = (lora.b.to(dtype) @ zh.T) * d
+    error = (weight.to(dtype) @ q - u.to(dtype) @ (v.to(dtype) @ q)) / lora.scale
+    a = q.T.contiguous().to(lora.a.dtype)
+    corrected = []
+    for clamp in clamps:
+        if clamp == 0:
+            corrected.append(lora)
+            continue
+        b = b0 - error * column_scales(b0, error, clamp)
+        corrected.append(Lora(a, b.to(lora.b.dtype), lora.scale))
+    return corrected
+
+
+def column_scales(b0: torch.Tensor, error: torch.Tensor, clamp: Clamp) -> torch.Tensor:
+    """Return the factor of every column of the correction, (r,), in [0, 1]."""
+    if clamp is None:
+        return torch.ones(error.shape[1], dtype=error.dtype, device=error.device)
+    size = error.abs().mean(0)
+    limit = clamp * b0.abs().mean(0)
+    return torch.where(size > limit, limit / size.clamp(min=torch.finfo(size.dtype).tiny), 1.0)

@@ -1,0 +1,170 @@
+"""Folds an adapter into its base: ``W + s B A``, shard by shard, into an ordinary checkpoint.
+
+Every tensor keeps the key and the place that it has in the base, and those without a LoRA keep their bytes.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emloc_core.adapter import Adapter
+from emloc_core.checkpoint import INDEX, SINGLE, Checkpoint
+from emloc_core.correction import Lora
+from emloc_core.errors import EmlocError
+from emloc_core.output import Output, write_json
+from emloc_core.plugins import plugin_manager
+from emloc_core.shards import DTYPES, ShardWriter, TensorInfo, raw_chunks, read_header, tensor_bytes
+from emloc_core.skeleton import Skeleton
+
+_ROWS_BYTES = 32 << 20  # fp32 bytes of a weight that are merged at a time
+
+
+class Merge:
+    """Everything that is settled before weights are read; :meth:`run` writes the merged checkpoint.
+
+    Args:
+        adapter: a corrected adapter, or one trained on the base itself.
+        base: the model that it belongs to.
+        output: where the merged checkpoint goes.
+        allow_uncorrected: merge an adapter as it was trained on the emulator.
+
+    Raises:
+        EmlocError: the adapter does not belong to the base, or cannot be merged into it.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: Checkpoint,
+        output: Path,
+        *,
+        allow_uncorrected: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.adapter, self.base = adapter, base
+        cache_dir = output.resolve().parent
+        fingerprint = base.fingerprint(cache_dir)
+        require_base(adapter, base, fingerprint, allow_uncorrected=allow_uncorrected)
+        family = plugin_manager().family_for(base.model_type)
+        skeleton = Skeleton(base, family, trust_remote_code=trust_remote_code)
+        self.untied: dict[str, tuple[str, Lora]] = {}  # new key -> key that it was tied to, LoRA
+        self.loras = self._by_key(skeleton)
+        request = {"adapter": adapter.fingerprint(cache_dir), "base": fingerprint}
+        self.output = Output(output, "checkpoint", request)
+
+    def _by_key(self, skeleton: Skeleton) -> dict[str, Lora]:
+        found: dict[str, Lora] = {}
+        for path, lora in self.adapter.loras.items():
+            name = f"{path}.weight"
+            keys = skeleton.sources(name)
+            expected = (lora.b.shape[0], lora.a.shape[1])
+            if not keys:
+                raise EmlocError(f"The base has no Linear at {path}.", "The adapter belongs to another architecture.")
+            if len(keys) != 1 or self.base.tensors[keys[0]].shape != expected:
+                shapes = [self.base.tensors[key].shape for key in keys]
+                raise EmlocError(
+                    f"The LoRA on {path} is for a weight of shape {expected}; the base has {shapes} in {keys}.",
+                    "The adapter belongs to another model, or save the base with save_pretrained first.",
+                )
+            if name in skeleton.tied:
+                self.untied[name] = (keys[0], lora)
+            else:
+                found[keys[0]] = lora
+        return found
+
+    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+        """Write the merged checkpoint, or go on with what an interrupted run left.
+
+        Args:
+            progress: called with a shard's name, how many shards are done, and how many there are.
+        """
+        if self.output.is_finished():
+            return self.output.path
+        with self.output.build() as staging:
+            shards = self.base.shards
+            for index, shard in enumerate(shards):
+                if not (staging / shard.name).exists():
+                    self._write_shard(shard, staging / shard.name, last=index == len(shards) - 1)
+                progress(shard.name, index + 1, len(shards))
+            self._write_side_files(staging)
+            self.output.result = {
+                "merged_linears": len(self.loras) + len(self.untied),
+                "untied": sorted(self.untied),
+                "bytes": sum((staging / shard.name).stat().st_size for shard in shards),
+            }
+        return self.output.path
+
+    def _write_shard(self, source: Path, target: Path, *, last: bool) -> None:
+        tensors, metadata = read_header(source)
+        layout = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+        extra = self.untied if last else {}
+        for key, (tied_to, _) in extra.items():
+            layout[key] = (self.base.tensors[tied_to].dtype, self.base.tensors[tied_to].shape)
+        with ShardWriter(target, layout, metadata) as writer:
+            for key, tensor in tensors.items():
+                lora = self.loras.get(key)
+                writer.write(key, raw_chunks(tensor) if lora is None else self._merged(tensor, lora))
+            for key, (tied_to, lora) in extra.items():
+                writer.write(key, self._merged(self.base.tensors[tied_to], lora))
+
+    def _merged(self, tensor: TensorInfo, lora: Lora) -> Iterator[bytes]:
+        """Yield the bytes of the merged weight, some rows at a time: fp32 sum, cast once."""
+        rows, columns = tensor.shape
+        step = max(1, _ROWS_BYTES // (4 * columns))
+        a, b = lora.a.float(), lora.b.float()
+        with self.base.slices([tensor.key]) as slices:
+            for start in range(0, rows, step):
+                weight = slices[tensor.key][start : start + step]
+                merged = weight.float() + lora.scale * (b[start : start + step] @ a)
+                if not bool(torch.isfinite(merged).all()):
+                    raise EmlocError(f"The merged {tensor.key} holds NaN or Inf.", "Check base and adapter.")
+                yield bytes(tensor_bytes(merged.to(DTYPES[tensor.dtype])))
+
+    def _write_side_files(self, staging: Path) -> None:
+        for path in self.base.side_files():
+            (staging / path.name).write_bytes(path.read_bytes())
+        for name in ("config.json", INDEX):
+            if (self.base.directory / name).is_file():
+                (staging / name).write_bytes((self.base.directory / name).read_bytes())
+        if not self.untied:
+            return
+        # A LoRA on a tied output projection changes it alone: the merged model has two tensors where there was one.
+        write_json(staging / "config.json", _untie(self.base.config))
+        last = self.base.shards[-1].name
+        weight_map = {key: tensor.shard.name for key, tensor in self.base.tensors.items()}
+        weight_map.update(dict.fromkeys(self.untied, last))
+        if last != SINGLE:
+            write_json(staging / INDEX, {"metadata": {}, "weight_map": weight_map})
+
+
+def _untie(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with tied embeddings off, in its text part too where it has one."""
+    text = config.get("text_config")
+    parts = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
+    return {**config, **parts, "tie_word_embeddings": False}
+
+
+def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_uncorrected: bool = False) -> None:
+    """Refuse an adapter that was not made for this base.
+
+    An adapter without a manifest (trained by another tool) is only checked by its shapes, later.
+
+    Raises:
+        EmlocError: the adapter's manifest names another base, or an emulator.
+    """
+    request = adapter.manifest.get("request", {})
+    if adapter.manifest.get("kind") == "adapter" and adapter.manifest["result"].get("emulator"):
+        if not allow_uncorrected:
+            raise EmlocError(
+                f"{adapter.directory} was trained on an emulator and is not corrected.",
+                "Run `emloc correct` first, or merge it as it is with --allow-uncorrected.",
+            )
+        return
+    made_for = request.get("base") or request.get("model")
+    if made_for and made_for != fingerprint:
+        raise EmlocError(
+            f"{adapter.directory} was made for another base than {base.directory}: the fingerprints differ.",
+            "Give the base that the adapter was corrected for, unchanged.",
+        )

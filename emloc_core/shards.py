@@ -1,0 +1,171 @@
+"""safetensors files, tensor by tensor: reading headers, copying raw bytes, writing without holding a file in memory.
+
+The library's own writer wants every tensor of a file at once; a 5 GB shard would then cost 5 GB. The format is eight
+bytes of header length, a JSON header, and the tensors' bytes.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from emloc_core.errors import EmlocError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK = 16 << 20  # bytes copied at a time
+_HEADER_LIMIT = 100 << 20  # the safetensors library's own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a shard: safetensors' name of its dtype, its shape, and its bytes in the file: [start, stop)."""
+
+    key: str
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.stop - self.start
+
+
+def read_header(shard: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return the tensors of a shard in the order of their bytes, and the file's metadata.
+
+    Raises:
+        EmlocError: the file is missing, is not safetensors, or is shorter than its header says.
+    """
+    remedy = "Download or copy the file again."
+    try:
+        size = shard.stat().st_size
+        with shard.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise EmlocError(f"{shard} is not a safetensors file, or is truncated ({size:,} bytes).", remedy)
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        tensors = [
+            TensorInfo(key, shard, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in _offsets(entry)))
+            for key, entry in header.items()
+        ]
+    except FileNotFoundError:
+        raise EmlocError(f"{shard} does not exist, though the checkpoint's index names it.", remedy) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EmlocError(f"{shard} is not a safetensors file: its header is damaged ({error}).", remedy) from None
+    expected = max((tensor.stop for tensor in tensors), default=8 + length)
+    if size != expected:
+        raise EmlocError(f"{shard} has {size:,} bytes and should have {expected:,}: it is truncated.", remedy)
+    return {tensor.key: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.start)}, metadata
+
+
+def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
+    start, stop = entry["data_offsets"]
+    if not 0 <= start <= stop:
+        raise ValueError(f"offsets {start}, {stop}")
+    return start, stop
+
+
+def raw_chunks(tensor: TensorInfo) -> Iterator[bytes]:
+    """Yield the bytes of a tensor as they stand in the file."""
+    with tensor.shard.open("rb") as file:
+        file.seek(tensor.start)
+        left = tensor.nbytes
+        while left:
+            chunk = file.read(min(_CHUNK, left))
+            if not chunk:
+                raise EmlocError(f"{tensor.shard} ended within {tensor.key}.", "Download or copy the file again.")
+            left -= len(chunk)
+            yield chunk
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor, row-major, without a copy where it is contiguous on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+class ShardWriter:
+    """Writes one safetensors file, a tensor at a time, under a temporary name; the file appears when it is whole.
+
+    Args:
+        path: the file.
+        tensors: key -> (safetensors dtype, shape) of every tensor, in the order in which they will be written.
+        metadata: strings for the header.
+    """
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._expected: list[tuple[str, int]] = []
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        offset = 0
+        for key, (dtype, shape) in tensors.items():
+            nbytes = DTYPES[dtype].itemsize * torch.Size(shape).numel()
+            header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            self._expected.append((key, nbytes))
+            offset += nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        self._header = text + b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+        self._expected.reverse()
+
+    def __enter__(self) -> "ShardWriter":
+        self._file = self._temporary.open("wb")
+        self._file.write(len(self._header).to_bytes(8, "little") + self._header)
+        return self
+
+    def write(self, key: str, chunks: Iterator[bytes] | torch.Tensor) -> None:
+        """Write the next tensor, given as a tensor or as its raw bytes."""
+        expected, nbytes = self._expected.pop()
+        if key != expected:
+            raise ValueError(f"{key} was written where {expected} was due")
+        parts = [tensor_bytes(chunks)] if isinstance(chunks, torch.Tensor) else chunks
+        written = sum(self._file.write(part) for part in parts)
+        if written != nbytes:
+            raise ValueError(f"{key} has {written} bytes and {nbytes} were announced")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                if self._expected:
+                    raise ValueError(f"{self.path} lacks {[key for key, _ in self._expected]}")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+            if kind is None and not self._expected:
+                os.replace(self._temporary, self.path)
+            else:
+                self._temporary.unlink(missing_ok=True)
+
+
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors that are in memory as one safetensors file, which appears when it is whole."""
+    layout = {key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
+    with ShardWriter(path, layout, metadata) as writer:
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)

@@ -1,0 +1,200 @@
+"""A model whose parameters are not there until they are asked for.
+
+The skeleton is an ordinary transformers model on the meta device with its buffers (rotary tables) really computed.
+Checkpoint keys are not module names (legacy prefixes, fused tensors), so tensors are mapped and converted by
+transformers' own machinery. That API is semi-public; this is the only module that touches it.
+"""
+
+import contextlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers import logging as transformers_logging
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+
+
+class Skeleton:
+    """An ordinary model over a checkpoint, loaded part by part.
+
+    Args:
+        checkpoint: the weights.
+        family: says which class of transformers builds the model.
+        device: where loaded weights go.
+        trust_remote_code: run code that the checkpoint brings; off unless the user says so.
+
+    Attributes:
+        model: the model in eval mode; every parameter on the meta device, requiring no gradient.
+        dtype: the dtype that weights are loaded in: the checkpoint's own.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        device: torch.device | str = "cpu",
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        import transformers
+
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        config = _config(checkpoint, trust_remote_code)
+        self.dtype = config.dtype or _most_common_dtype(checkpoint)
+        auto_class = getattr(transformers, family.auto_class)
+        with init_empty_weights(include_buffers=False):
+            self.model: PreTrainedModel = auto_class.from_config(config, dtype=self.dtype)
+        self.model.tie_weights()
+        self.model.eval().requires_grad_(False)
+        self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        self._mapping: list[Any] = get_model_conversion_mapping(self.model)
+        self._sources = self._map_keys()
+
+    def _map_keys(self) -> dict[str, list[str]]:
+        """Map every parameter and buffer to the checkpoint's keys of the tensors that it is made from."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        expected = self.model.state_dict()
+        found: dict[str, list[str]] = defaultdict(list)
+        for key in self.checkpoint.tensors:
+            target, pattern = rename_source_key(key, renamings, converters, self.model.base_model_prefix, expected)
+            if target not in expected and key in expected:
+                target, pattern = key, None
+            found[target].append(key)
+            if pattern is not None:  # one tensor of the checkpoint may be split into several parameters
+                first, *others = by_pattern[pattern].target_patterns
+                for other in others:
+                    found[target.replace(first, other)].append(key)
+        missing = [name for name, _ in self.model.named_parameters() if self.tied.get(name, name) not in found]
+        if missing:
+            raise EmlocError(
+                f"{self.checkpoint.directory} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])}).",
+                "Check that the checkpoint is complete and that its config.json belongs to it.",
+            )
+        return dict(found)
+
+    def sources(self, parameter: str) -> list[str]:
+        """Return the checkpoint's keys of the tensors that ``parameter`` is made from."""
+        return self._sources.get(self.tied.get(parameter, parameter), [])
+
+    def load(self, module: str) -> None:
+        """Load the parameters of the submodule at path ``module``.
+
+        Raises:
+            EmlocError: a tensor is missing or has another shape than the config says.
+        """
+        names = [f"{module}.{name}" if module else name for name, _ in self._submodule(module).named_parameters()]
+        self.load_parameters(names)
+
+    def load_parameters(self, names: Iterable[str]) -> None:
+        """Load parameters by name; see :meth:`load`."""
+        wanted = {name: self.tied.get(name, name) for name in names}
+        keys = sorted({key for source in wanted.values() for key in self._sources[source]})
+        settings = LoadStateDictConfig(
+            dtype=self.dtype, weight_mapping=self._mapping, device_map={"": str(self.device)}
+        )
+        with self.checkpoint.slices(keys) as slices, _quiet_and_sequential():
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
+        for name, shape, expected in info.mismatched_keys:
+            raise EmlocError(
+                f"{name} in {self.checkpoint.directory} has shape {tuple(shape)}; the config says {tuple(expected)}.",
+                "Check that the config.json belongs to this checkpoint.",
+            )
+        for name, source in wanted.items():
+            loaded = self.model.get_parameter(source)
+            if loaded.is_meta:
+                raise EmlocError(
+                    f"{self.checkpoint.directory} lacks the tensor for {source}.",
+                    "Check that the checkpoint is complete.",
+                )
+            loaded.requires_grad_(False)
+            if name != source:
+                self._set(name, loaded)
+        for source in set(wanted.values()) - set(wanted):
+            self._free_parameter(source)
+
+    def free(self, module: str) -> None:
+        """Put the parameters of the submodule at path ``module`` back on the meta device. Buffers stay."""
+        for name, _ in list(self._submodule(module).named_parameters()):
+            self._free_parameter(f"{module}.{name}" if module else name)
+
+    def _free_parameter(self, name: str) -> None:
+        parameter = self.model.get_parameter(name)
+        if not parameter.is_meta:
+            self._set(name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+
+    def _set(self, name: str, parameter: nn.Parameter) -> None:
+        owner, _, attribute = name.rpartition(".")
+        setattr(self._submodule(owner), attribute, parameter)
+
+    def _submodule(self, path: str) -> nn.Module:
+        return self.model.get_submodule(path) if path else self.model
+
+    @contextlib.contextmanager
+    def parameters(self, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield parameters by name, loaded for the time of the ``with`` block."""
+        names = list(names)
+        self.load_parameters(names)
+        try:
+            yield {name: self.model.get_parameter(name) for name in names}
+        finally:
+            for name in names:
+                self._free_parameter(name)
+
+
+def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise EmlocError(
+            f"transformers cannot read {checkpoint.directory / 'config.json'}: {str(error).splitlines()[0]}",
+            "Check the file; a model with code of its own needs --trust-remote-code.",
+        ) from error
+    return config
+
+
+def _most_common_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    from emloc_core.shards import DTYPES
+
+    sizes: dict[torch.dtype, int] = defaultdict(int)
+    for tensor in checkpoint.tensors.values():
+        if DTYPES[tensor.dtype].is_floating_point:
+            sizes[DTYPES[tensor.dtype]] += tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+@contextlib.contextmanager
+def _quiet_and_sequential() -> Iterator[None]:
+    """Load without a progress bar a part, and without a pool of threads that would read ahead of the memory limit."""
+    variable = "HF_DEACTIVATE_ASYNC_LOAD"
+    saved = os.environ.get(variable)
+    os.environ[variable] = "1"
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bar:
+            transformers_logging.enable_progress_bar()
+        if saved is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = saved

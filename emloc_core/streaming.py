@@ -1,0 +1,153 @@
+"""Runs a model that does not fit in memory: every sample's ordinary forward, one unit of weights at a time.
+
+Each sample's ``model.forward`` runs in a greenlet of its own, and a forward pre-hook on every unit that owns weights
+pauses it there. The driver loads a unit, resumes every sample that waits at it, frees the unit, goes on. The model's
+own code decides what flows from block to block, so nothing here knows any architecture. (Catching the first block's
+inputs and replaying the blocks is silently wrong wherever blocks differ in masks, embeddings or side inputs.)
+"""
+
+import contextvars
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+
+from emloc_core.errors import EmlocError
+from emloc_core.skeleton import Skeleton
+
+#: One sample: called once, in its greenlet; runs the model's forward and whatever follows (a loss, say).
+Forward = Callable[[], Any]
+
+
+def units(model: nn.Module, block_lists: Sequence[str]) -> list[str]:
+    """Return the paths of the units: every block, and every maximal submodule that holds no block list.
+
+    Modules without parameters are no units. Their order is that of the module tree, with blocks in declared order;
+    the driver visits a unit when the samples reach it.
+    """
+    found: list[str] = []
+
+    def walk(module: nn.Module, path: str) -> None:
+        if path in block_lists:
+            found.extend(f"{path}.{index}" for index in range(len(list(module.children()))))
+        elif any(block_list.startswith(f"{path}." if path else "") for block_list in block_lists):
+            for name, child in module.named_children():
+                walk(child, f"{path}.{name}" if path else name)
+        elif next(module.parameters(), None) is not None:
+            found.append(path)
+
+    walk(model, "")
+    return found
+
+
+class Stream:
+    """A streamed pass of many samples over a skeleton.
+
+    Args:
+        skeleton: the model.
+        block_lists: module paths of the lists of blocks, in execution order.
+
+    Attributes:
+        sample: index of the sample that is running; hooks on the model's modules read it.
+    """
+
+    def __init__(self, skeleton: Skeleton, block_lists: Sequence[str]) -> None:
+        self.skeleton = skeleton
+        self.units = units(skeleton.model, block_lists)
+        self.sample = -1
+        owned = tuple(f"{unit}." for unit in self.units)
+        self._resident = [name for name, _ in skeleton.model.named_parameters() if not name.startswith(owned)]
+
+    def run(
+        self, forwards: Sequence[Forward], visit: "Callable[[str], Any] | None" = None, last: str | None = None
+    ) -> list[Any]:
+        """Run the samples to their end, or up to and including the unit ``last``.
+
+        Args:
+            forwards: one callable a sample. Its forward must pass ``use_cache=False``.
+            visit: called with a unit's path when its weights are loaded; returns a context manager that is entered
+                while the samples pass through the unit, or None.
+            last: path of the unit after which samples are stopped.
+
+        Returns:
+            What each forward returned (None for samples that were stopped).
+
+        Raises:
+            EmlocError: a sample came back to a unit that was finished with, or the forward failed.
+        """
+        with self._hooks(), torch.no_grad():
+            if self._resident:
+                self.skeleton.load_parameters(self._resident)
+            runners = [self._start(forward) for forward in forwards]
+            try:
+                return self._drive(runners, visit, last)
+            finally:
+                for runner in runners:
+                    if not runner.dead:
+                        runner.throw(GreenletExit)
+                for unit in self.units:
+                    self.skeleton.free(unit)
+
+    def _start(self, forward: Forward) -> greenlet:
+        runner = greenlet(forward)
+        runner.gr_context = contextvars.copy_context()
+        return runner
+
+    def _drive(self, runners: list[greenlet], visit: Callable[[str], Any] | None, last: str | None) -> list[Any]:
+        order = {unit: index for index, unit in enumerate(self.units)}
+        results: list[Any] = [None] * len(runners)
+        parked: dict[str, list[int]] = {}
+        finished: set[str] = set()
+
+        def advance(indices: Iterable[int]) -> None:
+            for index in indices:
+                self.sample = index
+                state = runners[index].switch()
+                if runners[index].dead:
+                    results[index] = state
+                elif state in finished:
+                    raise EmlocError(
+                        f"The model ran {state} a second time in one forward.",
+                        "Streaming needs each block to run once; declare the module that repeats as one block.",
+                    )
+                else:
+                    parked.setdefault(state, []).append(index)
+
+        advance(range(len(runners)))
+        while parked:
+            # The earliest unit first, so that samples that lag behind (no image, say) catch up with the others.
+            unit = min(parked, key=lambda name: order[name])
+            waiting = parked.pop(unit)
+            self.skeleton.load(unit)
+            with ExitStack() as stack:
+                context = visit(unit) if visit else None
+                if context is not None:
+                    stack.enter_context(context)
+                finished.add(unit)
+                advance(waiting)
+            self.skeleton.free(unit)
+            if unit == last:
+                break
+        return results
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        driver = getcurrent()
+
+        def pause(unit: str) -> Callable[[nn.Module, Any], None]:
+            def hook(_module: nn.Module, _args: Any) -> None:
+                if getcurrent() is not driver:
+                    driver.switch(unit)
+
+            return hook
+
+        model = self.skeleton.model
+        handles = [model.get_submodule(unit).register_forward_pre_hook(pause(unit)) for unit in self.units]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,270 @@
+"""Stage 3: carries a LoRA from the emulator over to the base.
+
+With a fixed clamp one weight of the base is in memory at a time. With ``auto`` the candidates are compared by the loss
+of the base with the adapter, on rows that were held out for it: forward passes only, all candidates in one streamed
+pass over the base, so that the memory of inference is never exceeded.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from emloc_core.adapter import CORRECTED, Adapter, write_adapter
+from emloc_core.calibration import Sample, encode
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.correction import Clamp, Lora
+from emloc_core.data import load_rows
+from emloc_core.emulator import SELECTION
+from emloc_core.errors import EmlocError
+from emloc_core.output import Output, read_manifest
+from emloc_core.plugins import plugin_manager
+from emloc_core.skeleton import Skeleton
+from emloc_core.streaming import Stream
+
+#: What ``auto`` compares; 0 is the adapter as it was trained.
+AUTO_CLAMPS: tuple[Clamp, ...] = (0, 0.3, 1, 3)
+
+
+class Transfer:
+    """Everything that is settled before weights are read; :meth:`run` writes the corrected adapter.
+
+    Args:
+        adapter: a LoRA that was trained on an emulator.
+        base: the model that the emulator was made from.
+        output: where the corrected adapter goes.
+        clamp: see :data:`emloc_core.correction.Clamp`; ``auto`` chooses by loss.
+        emulator: the emulator's directory; None: the one that the adapter's config names.
+        selection: rows to choose the clamp on; None: those that the emulator keeps for it.
+        method: the correction's name among the plugins'.
+
+    Raises:
+        EmlocError: adapter, emulator and base do not belong together, or the adapter is corrected already.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: Checkpoint,
+        output: Path,
+        clamp: Clamp | Literal["auto"] = "auto",
+        emulator: Path | None = None,
+        selection: Path | None = None,
+        *,
+        method: str = "emloc",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.adapter, self.base, self.clamp = adapter, base, clamp
+        if adapter.is_corrected:
+            raise EmlocError(
+                f"{adapter.directory} is corrected already; correcting twice would spoil it.",
+                "Use it on the base as it is, or give the adapter as it was trained.",
+            )
+        if clamp != "auto" and clamp is not None and not clamp >= 0:
+            raise EmlocError(f"The clamp is {clamp}; it is 0 or above.", "Try --clamp auto.")
+        self.correct = plugin_manager().algorithm("corrections", method)
+        self.emulator = _find_emulator(adapter, emulator)
+        cache_dir = output.resolve().parent
+        emulator_fingerprint = self.emulator.fingerprint(cache_dir)
+        base_fingerprint = base.fingerprint(cache_dir)
+        manifest = _require_match(adapter, self.emulator, emulator_fingerprint, base, base_fingerprint)
+        self.family = plugin_manager().family_for(base.model_type)
+        self.skeleton = Skeleton(base, self.family, trust_remote_code=trust_remote_code)
+        self._check_shapes()
+        self.samples = self._samples(selection, manifest["request"]["settings"]["max_length"])
+        request = {
+            "adapter": adapter.fingerprint(cache_dir),
+            "base": base_fingerprint,
+            "emulator": emulator_fingerprint,
+            "clamp": "none" if clamp is None else clamp,
+            "method": method,
+            "selection": [sample.input_ids for sample in self.samples] if selection else None,
+        }
+        self.output = Output(output, "corrected-adapter", request)
+
+    def _check_shapes(self) -> None:
+        for path, lora in self.adapter.loras.items():
+            expected = (lora.b.shape[0], lora.a.shape[1])
+            try:
+                actual = tuple(self.skeleton.model.get_parameter(f"{path}.weight").shape)
+            except AttributeError:
+                raise EmlocError(
+                    f"The base has no Linear at {path}.", "The adapter belongs to another architecture."
+                ) from None
+            if actual != expected:
+                raise EmlocError(
+                    f"The LoRA on {path} is for a weight of shape {expected}; the base has {actual}.",
+                    "The adapter belongs to another model.",
+                )
+
+    def _samples(self, selection: Path | None, max_length: int | None) -> list[Sample]:
+        if self.clamp != "auto":
+            return []
+        path = selection or self.emulator.directory / SELECTION
+        if not path.is_file():
+            raise EmlocError(
+                f"--clamp auto needs rows to compare on, and {path} does not exist.",
+                "Give a file of held-out rows with --selection, or a fixed --clamp.",
+            )
+        tokenizer = AutoTokenizer.from_pretrained(self.base.directory)
+        limit = getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+        return encode(load_rows(str(path)), tokenizer, max_length, limit)
+
+    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+        """Write the corrected adapter.
+
+        Args:
+            progress: called with a module's path, how many are done, and how many there are.
+        """
+        if self.output.is_finished():
+            return self.output.path
+        with self.output.build() as staging:
+            clamps = AUTO_CLAMPS if self.clamp == "auto" else (self.clamp,)
+            candidates, losses = self._compare(clamps, progress) if self.samples else ({}, None)
+            done = len(candidates)
+            # The LoRAs that no row passed through (a tower of another modality), and all of them at a fixed clamp.
+            for path, lora in self.adapter.loras.items():
+                if path not in candidates:
+                    with self.skeleton.parameters([f"{path}.weight"]) as weights:
+                        candidates[path] = self._correct(path, weights[f"{path}.weight"], lora, clamps)
+                    done += 1
+                    progress(path, done, len(self.adapter.loras))
+            chosen = 0 if losses is None else choose(losses)
+            config = {**self.adapter.config, "base_model_name_or_path": str(self.base.directory)}
+            loras = {path: found[chosen] for path, found in candidates.items()}
+            write_adapter(staging, config, loras, {CORRECTED: str(clamps[chosen])})
+            self.output.result = self._result(clamps, chosen, losses)
+        return self.output.path
+
+    def _correct(self, path: str, weight: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
+        keys = [f"{key.removesuffix('weight')}{part}" for key in self.skeleton.sources(f"{path}.weight")
+                for part in ("weight", "V")]  # fmt: skip
+        if keys[1] not in self.emulator.tensors:  # dense on the emulator too: nothing to correct
+            return [lora] * len(clamps)
+        with self.emulator.slices(keys) as slices:
+            u, v = (slices[key][...] for key in keys)
+            corrected: list[Lora] = self.correct(weight, u, v, lora, clamps)
+        for candidate in corrected:
+            if not bool(torch.isfinite(candidate.b).all()):
+                raise EmlocError(f"The corrected LoRA on {path} holds NaN or Inf.", "Check base and emulator.")
+        return corrected
+
+    def _compare(
+        self, clamps: tuple[Clamp, ...], progress: Callable[[str, int, int], None]
+    ) -> tuple[dict[str, list[Lora]], torch.Tensor]:
+        """Correct for every clamp, and measure each on the held-out rows, in one pass over the base.
+
+        Returns:
+            The corrected LoRAs by path, one a clamp; and the loss, summed over each row's tokens, with the number of
+            tokens: (clamps, rows, 2), fp64.
+        """
+        stream = Stream(self.skeleton, [tower.blocks for tower in self.family.towers])
+        rows = len(self.samples)
+        candidates: dict[str, list[Lora]] = {}
+        loras = self.adapter.loras
+
+        @contextmanager
+        def adapted(paths: list[str]) -> Iterator[None]:
+            handles = []
+            for path in paths:
+                module = self.skeleton.model.get_submodule(path)
+                weight = self.skeleton.model.get_parameter(f"{path}.weight")
+                candidates[path] = self._correct(path, weight, loras[path], clamps)
+                handles.append(module.register_forward_hook(add_lora(candidates[path])))
+                progress(path, len(candidates), len(loras))
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        def add_lora(found: list[Lora]) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+                lora = found[stream.sample // rows]
+                change = (args[0].to(lora.a.dtype) @ lora.a.T) @ lora.b.T
+                return (output + lora.scale * change).to(output.dtype)
+
+            return hook
+
+        def visit(unit: str) -> Any:
+            return adapted([path for path in loras if path == unit or path.startswith(f"{unit}.")])
+
+        forwards = [self._loss(sample) for _ in clamps for sample in self.samples]
+        results = torch.stack(stream.run(forwards, visit)).reshape(len(clamps), rows, 2)
+        return candidates, results
+
+    def _loss(self, sample: Sample) -> Callable[[], torch.Tensor]:
+        def forward() -> torch.Tensor:
+            inputs = sample.inputs(self.skeleton.device)
+            logits = self.skeleton.model(**inputs, use_cache=False).logits[0, :-1]
+            mask = torch.tensor(sample.completion_mask[1:], dtype=torch.bool)
+            targets = inputs["input_ids"][0, 1:]
+            loss = nn.functional.cross_entropy(logits[mask].float(), targets[mask], reduction="sum")
+            return torch.stack([loss.double().cpu(), mask.sum().double()])
+
+        return forward
+
+    def _result(self, clamps: tuple[Clamp, ...], chosen: int, losses: torch.Tensor | None) -> dict[str, Any]:
+        named = ["none" if clamp is None else clamp for clamp in clamps]
+        result: dict[str, Any] = {"clamp": named[chosen], "linears": len(self.adapter.loras)}
+        if losses is not None:
+            means = losses[..., 0].sum(1) / losses[..., 1].sum(1)
+            result["candidates"] = [
+                {"clamp": clamp, "nll": round(float(mean), 6), "rows": losses.shape[1]}
+                for clamp, mean in zip(named, means, strict=True)
+            ]
+        return result
+
+
+def choose(losses: torch.Tensor) -> int:
+    """Return the candidate to keep: the best one, if it beats the first, uncorrected one by more than chance.
+
+    Args:
+        losses: (candidates, rows, 2): summed loss and number of tokens.
+
+    A difference below one standard error of the paired differences is no reason to change what was trained.
+    """
+    sums = losses[..., 0]
+    best = int(sums.sum(1).argmin())
+    gain = sums[0] - sums[best]
+    standard_error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else torch.tensor(0.0)
+    return best if float(gain.mean()) > float(standard_error) else 0
+
+
+def _find_emulator(adapter: Adapter, emulator: Path | None) -> Checkpoint:
+    directory = emulator or Path(str(adapter.config.get("base_model_name_or_path")))
+    if not directory.is_dir():
+        raise EmlocError(
+            f"The emulator that {adapter.directory} was trained on is not at {directory}.",
+            "Say where it is with --emulator.",
+        )
+    return Checkpoint(directory)
+
+
+def _require_match(
+    adapter: Adapter, emulator: Checkpoint, emulator_fingerprint: str, base: Checkpoint, base_fingerprint: str
+) -> dict[str, Any]:
+    """Refuse what does not belong together; return the emulator's manifest."""
+    manifest = read_manifest(emulator.directory)
+    if manifest is None or manifest.get("kind") != "emulator":
+        raise EmlocError(
+            f"{adapter.directory} was trained on {emulator.directory}, which is no emulator.",
+            "An adapter trained on the base itself needs no correction; otherwise give --emulator.",
+        )
+    trained_on = adapter.manifest.get("request", {}).get("model")
+    if trained_on is not None and trained_on != emulator_fingerprint:
+        raise EmlocError(
+            f"{adapter.directory} was trained on another emulator than {emulator.directory}: the fingerprints differ.",
+            "Give the emulator that it was trained on, unchanged, with --emulator.",
+        )
+    if manifest["request"]["base"] != base_fingerprint:
+        raise EmlocError(
+            f"The emulator {emulator.directory} was made from another base than {base.directory}: the fingerprints "
+            "differ.",
+            "Give the base that the emulator was made from, unchanged.",
+        )
+    return manifest
