@@ -7,7 +7,6 @@ output error of every Linear.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from emloc_core.lowrank import FORMAT_VERSION, METHOD
 from emloc_core.output import Output, read_json, write_json
 from emloc_core.plan import LinearPlan, Plan, block_paths, make_plan
 from emloc_core.plugins import plugin_manager
+from emloc_core.settings import CompressSettings
 from emloc_core.shards import ShardWriter, raw_chunks, read_header, write_shard
 from emloc_core.skeleton import Skeleton
 from emloc_core.statistics import Gram, tapped
@@ -31,30 +31,6 @@ from emloc_core.streaming import Stream
 
 CALIBRATION = "calibration.jsonl"
 SELECTION = "selection.jsonl"
-
-
-@dataclass(frozen=True)
-class CompressSettings:
-    """How an emulator is made.
-
-    Attributes:
-        ratio: share of each compressed Linear's parameters that is kept.
-        samples: number of calibration rows; the paper needs 64.
-        selection: number of rows held out for choosing the correction's clamp.
-        max_length: tokens of a row that are used; None: all, and a row longer than the model allows is an error.
-        seed: of the draw of rows.
-        split: of a hub data set.
-        allocator, factorizer: algorithms by name, from plugins.
-    """
-
-    ratio: float = 0.6
-    samples: int = 64
-    selection: int = 32
-    max_length: int | None = None
-    seed: int = 0
-    split: str = "train"
-    allocator: str = "uniform"
-    factorizer: str = "activation-svd"
 
 
 class Compression:
@@ -82,7 +58,7 @@ class Compression:
         self._encode(self.rows.selection)
         request = {
             "base": base.fingerprint(output.resolve().parent),
-            "settings": vars(settings),
+            "settings": settings.model_dump(),
             "calibration": [row.key for row in self.rows.calibration],
             "selection": [row.key for row in self.rows.selection],
         }

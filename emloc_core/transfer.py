@@ -8,7 +8,7 @@ pass over the base, so that the memory of inference is never exceeded.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from emloc_core.emulator import SELECTION
 from emloc_core.errors import EmlocError
 from emloc_core.output import Output, read_manifest
 from emloc_core.plugins import plugin_manager
+from emloc_core.settings import CorrectSettings
 from emloc_core.skeleton import Skeleton
 from emloc_core.streaming import Stream
 
@@ -37,10 +38,9 @@ class Transfer:
         adapter: a LoRA that was trained on an emulator.
         base: the model that the emulator was made from.
         output: where the corrected adapter goes.
-        clamp: see :data:`emloc_core.correction.Clamp`; ``auto`` chooses by loss.
+        settings: ``clamp`` and ``method``.
         emulator: the emulator's directory; None: the one that the adapter's config names.
         selection: rows to choose the clamp on; None: those that the emulator keeps for it.
-        method: the correction's name among the plugins'.
 
     Raises:
         EmlocError: adapter, emulator and base do not belong together, or the adapter is corrected already.
@@ -51,22 +51,19 @@ class Transfer:
         adapter: Adapter,
         base: Checkpoint,
         output: Path,
-        clamp: Clamp | Literal["auto"] = "auto",
+        settings: CorrectSettings,
         emulator: Path | None = None,
         selection: Path | None = None,
         *,
-        method: str = "emloc",
         trust_remote_code: bool = False,
     ) -> None:
-        self.adapter, self.base, self.clamp = adapter, base, clamp
+        self.adapter, self.base, self.settings = adapter, base, settings
         if adapter.is_corrected:
             raise EmlocError(
                 f"{adapter.directory} is corrected already; correcting twice would spoil it.",
                 "Use it on the base as it is, or give the adapter as it was trained.",
             )
-        if clamp != "auto" and clamp is not None and not clamp >= 0:
-            raise EmlocError(f"The clamp is {clamp}; it is 0 or above.", "Try --clamp auto.")
-        self.correct = plugin_manager().algorithm("corrections", method)
+        self.correct = plugin_manager().algorithm("corrections", settings.method)
         self.emulator = _find_emulator(adapter, emulator)
         cache_dir = output.resolve().parent
         emulator_fingerprint = self.emulator.fingerprint(cache_dir)
@@ -80,8 +77,7 @@ class Transfer:
             "adapter": adapter.fingerprint(cache_dir),
             "base": base_fingerprint,
             "emulator": emulator_fingerprint,
-            "clamp": "none" if clamp is None else clamp,
-            "method": method,
+            **settings.model_dump(),
             "selection": [sample.input_ids for sample in self.samples] if selection else None,
         }
         self.output = Output(output, "corrected-adapter", request)
@@ -102,7 +98,7 @@ class Transfer:
                 )
 
     def _samples(self, selection: Path | None, max_length: int | None) -> list[Sample]:
-        if self.clamp != "auto":
+        if self.settings.clamp != "auto":
             return []
         path = selection or self.emulator.directory / SELECTION
         if not path.is_file():
@@ -123,7 +119,7 @@ class Transfer:
         if self.output.is_finished():
             return self.output.path
         with self.output.build() as staging:
-            clamps = AUTO_CLAMPS if self.clamp == "auto" else (self.clamp,)
+            clamps = self._clamps()
             candidates, losses = self._compare(clamps, progress) if self.samples else ({}, None)
             done = len(candidates)
             # The LoRAs that no row passed through (a tower of another modality), and all of them at a fixed clamp.
@@ -139,6 +135,20 @@ class Transfer:
             write_adapter(staging, config, loras, {CORRECTED: str(clamps[chosen])})
             self.output.result = self._result(clamps, chosen, losses)
         return self.output.path
+
+    @property
+    def bytes_to_read(self) -> int:
+        """How much of the base is read: all of it to compare clamps, the corrected weights at a fixed one."""
+        if self.samples:
+            return self.base.nbytes
+        keys = {key for path in self.adapter.loras for key in self.skeleton.sources(f"{path}.weight")}
+        return sum(self.base.tensors[key].nbytes for key in keys)
+
+    def _clamps(self) -> tuple[Clamp, ...]:
+        clamp = self.settings.clamp
+        if clamp == "auto":
+            return AUTO_CLAMPS
+        return (None,) if clamp == "none" else (clamp,)
 
     def _correct(self, path: str, weight: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
         keys = [f"{key.removesuffix('weight')}{part}" for key in self.skeleton.sources(f"{path}.weight")

@@ -9,35 +9,22 @@ import rich_click as click
 from emloc_core import __version__
 from emloc_core.errors import EmlocError
 
-COMMANDS = {
-    "compress": "Make the emulator: a low-rank copy of a model for training on.",
-    "correct": "Carry a LoRA from the emulator over to the base model.",
-    "eval": "Compare base, emulator and adapters in one table.",
-    "families": "List model families and the plugins that bring them.",
-    "merge": "Fold an adapter into the base: an ordinary checkpoint.",
-    "run": "Run all stages from one recipe.",
-    "train": "Train a LoRA on the emulator.",
-}
+#: The built-in commands: modules of this package, light to import, each with a ``command``.
+COMMANDS = ("compress", "correct", "eval", "families", "merge", "run", "train")
 
 
-class LazyGroup(click.RichGroup):
-    """Imports a command's module when that command is asked for."""
+class PluggableGroup(click.RichGroup):
+    """The built-in commands, one module each, and those that plugins add."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return built-in commands and those of plugins."""
+        """Return the names of all commands."""
         return sorted({*COMMANDS, *super().list_commands(ctx), *_plugin_commands()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command ``cmd_name``; None where there is none of that name."""
+        """Return the command ``cmd_name``; None where there is none of that name."""
         if cmd_name in COMMANDS:
             return import_module(f"emloc_core.cli.{cmd_name}").command
         return _plugin_commands().get(cmd_name) or super().get_command(ctx, cmd_name)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands from their one-line descriptions alone, importing none of the built-in ones."""
-        plugin_rows = {name: command.get_short_help_str() for name, command in _plugin_commands().items()}
-        with formatter.section("Commands"):
-            formatter.write_dl(sorted({**plugin_rows, **COMMANDS}.items()))
 
 
 def _plugin_commands() -> dict[str, click.Command]:
@@ -46,7 +33,7 @@ def _plugin_commands() -> dict[str, click.Command]:
     return {command.name or "": command for found in plugin_manager().hook.emloc_commands() for command in found}
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=PluggableGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="emloc")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:

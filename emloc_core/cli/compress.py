@@ -1,0 +1,94 @@
+"""``emloc compress``."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from emloc_core.cli.console import announce, as_json, dry_run, print_json, progress, size, trust
+from emloc_core.cli.options import options, validated
+from emloc_core.settings import CompressSettings
+
+if TYPE_CHECKING:
+    from emloc_core.emulator import Compression
+
+
+@click.command("compress")
+@click.argument("model")
+@click.option("--data", required=True, help="JSONL, JSON or Parquet file, or a hub data set, of your own task.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the emulator.")
+@options(CompressSettings)
+@trust
+@dry_run
+@as_json
+def command(
+    model: str,
+    data: str,
+    output: Path,
+    dry_run: bool,
+    as_json: bool,
+    trust_remote_code: bool,
+    **settings: Any,
+) -> None:
+    """Make the emulator of MODEL, a local directory or a hub id: a low-rank copy to train on.
+
+    The model is streamed block by block and never in memory whole. An interrupted run goes on at the block where it
+    stopped when the same command is given again.
+    """
+    from emloc_core.checkpoint import open_checkpoint
+    from emloc_core.emulator import Compression
+
+    base = open_checkpoint(model)
+    job = Compression(base, data, output, validated(CompressSettings, settings), trust_remote_code=trust_remote_code)
+    if dry_run:
+        _describe(job, as_json)
+        return
+    with progress("Compressing") as advance:
+        directory = job.run(advance)
+    announce("compress", directory, _summary(directory), to_json=as_json)
+
+
+def _describe(job: "Compression", as_json: bool) -> None:
+    before, after = job.plan.parameters()
+    itemsize = job.skeleton.dtype.itemsize
+    content: dict[str, Any] = {
+        "output": str(job.output.path),
+        "family": job.family.name,
+        "base_bytes": job.base.nbytes,
+        "emulator_bytes": job.base.nbytes - (before - after) * itemsize,
+        "calibration_rows": len(job.rows.calibration),
+        "selection_rows": len(job.rows.selection),
+        "tuning_rows": len(job.rows.tuning),
+        "calibration_tokens": sum(len(sample.input_ids) for sample in job.samples),
+        "finished": job.output.is_finished(),
+        "linears": [linear.describe() for linear in job.plan.linears],
+    }
+    if as_json:
+        print_json(content)
+        return
+    click.echo(f"{job.base.directory}: family {job.family.name}, {size(job.base.nbytes)}")
+    click.echo(f"emulator: {size(content['emulator_bytes'])}; {len(job.plan.ranks)} Linears at these ranks:")
+    kinds: dict[tuple[str, int, int, int | None], int] = defaultdict(int)
+    for linear in job.plan.linears:
+        kinds[linear.path.rpartition(".")[2], linear.out_features, linear.in_features, linear.rank] += 1
+    for (kind, m, n, rank), count in kinds.items():
+        click.echo(f"  {count:4d} x {kind:<12} {m} x {n} -> rank {rank or 'dense'}")
+    click.echo(
+        f"rows: {content['calibration_rows']} calibration ({content['calibration_tokens']:,} tokens), "
+        f"{content['selection_rows']} selection, {content['tuning_rows']} left for tuning"
+    )
+
+
+def _summary(directory: Path) -> list[str]:
+    from emloc_core.output import read_manifest
+
+    result = (read_manifest(directory) or {})["result"]
+    errors: dict[str, list[float]] = defaultdict(list)
+    for linear in result["linears"]:
+        if linear["relative_error"] is not None:
+            errors[linear["path"].rpartition(".")[2]].append(linear["relative_error"])
+    lines = ["relative output error on the calibration rows (mean, worst):"]
+    lines += [f"  {kind:<12} {sum(of) / len(of):.3f}  {max(of):.3f}" for kind, of in errors.items()]
+    lines.append(f"base {size(result['bytes']['base'])} -> emulator {size(result['bytes']['emulator'])}")
+    return lines

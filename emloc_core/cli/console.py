@@ -1,0 +1,88 @@
+"""What a person sees while a stage runs, and what a machine reads when it is done."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from emloc_core.output import MANIFEST, TIMING, read_json
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, with sizes, and write nothing.")
+trust = click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings. Only if you trust it.")
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar on stderr; yields a function of (what was done, how many are done, how many there are)."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[what]}"))  # fmt: skip
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(description, total=None, what="")
+
+        def advance(what: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, what=what)
+
+        yield advance
+
+
+def announce(stage: str, directory: Path, lines: list[str], *, to_json: bool) -> None:
+    """Print what a stage made, and tell the plugins that observe stages.
+
+    Args:
+        stage: the command's name.
+        directory: its finished output.
+        lines: for a person.
+        to_json: print the manifest and the timing as one JSON object instead.
+    """
+    from emloc_core.plugins import plugin_manager
+
+    manifest = read_json(directory / MANIFEST)
+    timing = read_json(directory / TIMING)
+    plugin_manager().hook.emloc_stage_done(stage=stage, output=directory, manifest=manifest)
+    if to_json:
+        print_json({"output": str(directory), **manifest, "timing": timing})
+        return
+    for line in lines:
+        click.echo(line)
+    seconds, peak = timing.get("seconds", 0), timing.get("peak_rss_bytes", 0)
+    click.echo(f"{directory}  ({seconds:.1f} s, peak memory {size(peak)})")
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print JSON on stdout."""
+    click.echo(json.dumps(content, indent=2, sort_keys=True))
+
+
+def describe(content: dict[str, Any], to_json: bool) -> None:
+    """Print what a dry run found: as JSON, or a line a fact."""
+    if to_json:
+        print_json(content)
+        return
+    for key, value in content.items():
+        shown = size(value) if "bytes" in key else value
+        click.echo(f"{key.replace('_', ' ')}: {shown}")
+
+
+def size(nbytes: float) -> str:
+    """Return a number of bytes for reading: ``1.21 GB``."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} GB"

@@ -1,0 +1,33 @@
+"""``emloc families``."""
+
+import rich_click as click
+
+from emloc_core.cli.console import as_json, print_json
+
+
+@click.command("families")
+@as_json
+def command(as_json: bool) -> None:
+    """List the model families, and the plugins that bring them, broken ones with their error."""
+    from emloc_core.plugins import plugin_manager
+
+    manager = plugin_manager()
+    families = [
+        {
+            "name": family.name,
+            "modality": family.modality,
+            "model_types": sorted(family.model_types),
+            "towers": [tower.name for tower in family.towers],
+            "kept_dense": dict(family.keep_dense),
+        }
+        for family in manager.families()
+    ]
+    if as_json:
+        print_json({"families": families, "plugins": [vars(report) for report in manager.reports]})
+        return
+    for family in families:
+        click.echo(f"{family['name']:<12} {family['modality']:<11} {', '.join(family['model_types'])}")
+    click.echo()
+    for report in manager.reports:
+        state = f"BROKEN: {report.error}" if report.error else ", ".join(report.families) or "no families"
+        click.echo(f"plugin {report.name} ({report.distribution}): {state}")

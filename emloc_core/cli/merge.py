@@ -1,0 +1,55 @@
+"""``emloc merge``."""
+
+from pathlib import Path
+
+import rich_click as click
+
+from emloc_core.cli.console import announce, as_json, describe, dry_run, progress, size, trust
+
+
+@click.command("merge")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="The model that the adapter is for: directory or hub id.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the checkpoint.")
+@click.option("--allow-uncorrected", is_flag=True, help="Merge an adapter as it was trained on an emulator.")
+@trust
+@dry_run
+@as_json
+def command(
+    adapter: Path,
+    base: str,
+    output: Path,
+    allow_uncorrected: bool,
+    dry_run: bool,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Fold ADAPTER into the base: an ordinary checkpoint of the original architecture.
+
+    Written shard by shard; tensors without a LoRA keep their bytes, and every tensor keeps its name.
+    """
+    from emloc_core.adapter import Adapter
+    from emloc_core.checkpoint import open_checkpoint
+    from emloc_core.merge import Merge
+
+    job = Merge(
+        Adapter(adapter),
+        open_checkpoint(base),
+        output,
+        allow_uncorrected=allow_uncorrected,
+        trust_remote_code=trust_remote_code,
+    )
+    if dry_run:
+        content = {
+            "output": str(output),
+            "linears": len(job.loras) + len(job.untied),
+            "bytes": job.base.nbytes,
+            "shards": len(job.base.shards),
+            "finished": job.output.is_finished(),
+        }
+        describe(content, as_json)
+        return
+    with progress("Merging") as advance:
+        directory = job.run(advance)
+    lines = [f"{len(job.loras) + len(job.untied)} Linears merged into {size(job.base.nbytes)}"]
+    announce("merge", directory, lines, to_json=as_json)

@@ -1,0 +1,81 @@
+"""Command line options from a model of settings: one option a field, with its default and its description."""
+
+from collections.abc import Callable, Iterable
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+import rich_click as click
+from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
+
+from emloc_core.errors import EmlocError
+from emloc_core.settings import Settings
+
+
+def options(model: type[Settings], short: dict[str, str] | None = None, skip: Iterable[str] = ()) -> Callable[..., Any]:
+    """Return a decorator that adds an option for every field of ``model``.
+
+    Args:
+        model: the settings.
+        short: other option names by field: ``{"learning_rate": "--lr"}``.
+        skip: fields without an option.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name, field in reversed(model.model_fields.items()):
+            if name in skip:
+                continue
+            flag = (short or {}).get(name, f"--{name.replace('_', '-')}")
+            default = None if field.default is PydanticUndefined else field.default
+            settings: dict[str, Any] = {
+                "default": default,
+                "help": field.description,
+                "show_default": default is not None,
+            }
+            kind = _kind(field.annotation)
+            if kind is bool:
+                flag = f"{flag}/--no-{flag.removeprefix('--')}"
+            else:
+                settings.update(type=kind)
+            if _is_list(field.annotation):
+                settings.update(multiple=True, default=None, show_default=False)
+            function = click.option(flag, name, **settings)(function)
+        return function
+
+    return decorate
+
+
+def validated(model: type[Settings], values: dict[str, Any]) -> Any:
+    """Return the settings.
+
+    Raises:
+        EmlocError: a value is out of range; names all of them.
+    """
+    given = {name: list(value) or None if isinstance(value, tuple) else value for name, value in values.items()}
+    try:
+        return model(**given)
+    except ValidationError as error:
+        raise EmlocError(problems(error), "See --help.") from None
+
+
+def problems(error: ValidationError) -> str:
+    """Return pydantic's errors in one line."""
+    texts = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "function-")))
+        texts.append(f"{where} = {problem['input']!r}: {problem['msg']}")
+    return "; ".join(texts) + "."
+
+
+def _kind(annotation: Any) -> Any:
+    """Return the type of an option's value; text where several are possible, for the model to sort out."""
+    if _is_list(annotation):
+        return str
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+        return _kind(kinds[0]) if len(kinds) == 1 else str
+    return annotation if annotation in (int, float, bool) else str
+
+
+def _is_list(annotation: Any) -> bool:
+    return list in (get_origin(annotation), *(get_origin(part) for part in get_args(annotation)))

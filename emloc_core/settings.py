@@ -1,0 +1,38 @@
+"""The settings of every stage, in one place: command line, recipe and Python API read the same models.
+
+Imports nothing heavy; the command line builds its options from these fields.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Frozen settings; an unknown name is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class CompressSettings(Settings):
+    """How an emulator is made."""
+
+    ratio: float = Field(0.6, gt=0, lt=1, description="Share of each compressed Linear's parameters that is kept.")
+    samples: int = Field(64, ge=1, description="Calibration rows.")
+    selection: int = Field(32, ge=0, description="Rows held out for choosing the correction's clamp.")
+    max_length: int | None = Field(None, ge=1, description="Use that many tokens of a row; all by default.")
+    seed: int = Field(0, description="Of the draw of rows.")
+    split: str = Field("train", description="Of a hub data set.")
+    allocator: str = Field("uniform", description="How ranks are allocated; plugins bring more.")
+    factorizer: str = Field("activation-svd", description="How Linears are factorised; plugins bring more.")
+
+
+class CorrectSettings(Settings):
+    """How a LoRA is carried over to the base."""
+
+    clamp: Annotated[float, Field(ge=0)] | Literal["auto", "none"] = Field(
+        "auto",
+        description="Limit of the correction: a number (3 in the paper), 'none', or 'auto': compare a few values, "
+        "uncorrected among them, by loss on rows held out for it.",
+    )
+    method: str = Field("emloc", description="The correction; plugins bring more.")
