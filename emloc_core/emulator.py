@@ -5,7 +5,7 @@ tensor of the base as it was, the tokenizer, the rows that may not be tuned on, 
 output error of every Linear.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from emloc_core.calibration import Sample, encode
 from emloc_core.checkpoint import INDEX, Checkpoint
-from emloc_core.data import Row, draw, load_rows, write_rows
+from emloc_core.data import Row, draw, write_rows
 from emloc_core.errors import EmlocError
 from emloc_core.factorize import Factors
 from emloc_core.family import Family
@@ -41,7 +41,13 @@ class Compression:
     """
 
     def __init__(
-        self, base: Checkpoint, data: str, output: Path, settings: CompressSettings, *, trust_remote_code: bool = False
+        self,
+        base: Checkpoint,
+        rows: Sequence[Row],
+        output: Path,
+        settings: CompressSettings,
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
         self.base, self.settings = base, settings
         self.family: Family = plugin_manager().family_for(base.model_type)
@@ -53,7 +59,7 @@ class Compression:
         self.skeleton = Skeleton(base, self.family, trust_remote_code=trust_remote_code)
         allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
         self.plan: Plan = make_plan(self.skeleton.model, self.family, settings.ratio, allocate)
-        self.rows = draw(load_rows(data, settings.split), settings.seed, settings.samples, settings.selection)
+        self.rows = draw(rows, settings.seed, settings.samples, settings.selection)
         self.samples = self._encode(self.rows.calibration)
         self._encode(self.rows.selection)
         request = {

@@ -3,9 +3,11 @@
 Imports nothing heavy; the command line builds its options from these fields.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from emloc_core.errors import did_you_mean
 
 
 class Settings(BaseModel):
@@ -22,7 +24,6 @@ class CompressSettings(Settings):
     selection: int = Field(32, ge=0, description="Rows held out for choosing the correction's clamp.")
     max_length: int | None = Field(None, ge=1, description="Use that many tokens of a row; all by default.")
     seed: int = Field(0, description="Of the draw of rows.")
-    split: str = Field("train", description="Of a hub data set.")
     allocator: str = Field("uniform", description="How ranks are allocated; plugins bring more.")
     factorizer: str = Field("activation-svd", description="How Linears are factorised; plugins bring more.")
 
@@ -36,3 +37,32 @@ class CorrectSettings(Settings):
         "uncorrected among them, by loss on rows held out for it.",
     )
     method: str = Field("emloc", description="The correction; plugins bring more.")
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return all of a validation's problems in one line, with the name that was probably meant."""
+    texts = []
+    for problem in error.errors():
+        # Which member of a union was tried is pydantic's business, not the user's.
+        steps = [
+            str(step) for step in problem["loc"] if not str(step).startswith(("literal[", "constrained-", "float"))
+        ]
+        where = ".".join(steps) or "settings"
+        if problem["type"] == "extra_forbidden":
+            known = list(_section(model, steps[:-1]).model_fields)
+            text = f"there is no setting {where!r}.{did_you_mean(steps[-1], known)}".removesuffix(".")
+        elif problem["type"] == "missing":
+            text = f"{where} is missing"
+        else:
+            text = f"{where} = {problem['input']!r}: {problem['msg']}"
+        if text not in texts:
+            texts.append(text)
+    return "; ".join(texts) + "."
+
+
+def _section(model: type[BaseModel], steps: list[str]) -> type[BaseModel]:
+    for step in steps:
+        annotation: Any = model.model_fields[step].annotation
+        options = [option for option in (annotation, *get_args(annotation)) if isinstance(option, type)]
+        model = next(option for option in options if issubclass(option, BaseModel))
+    return model

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--data", required=True, help="JSONL, JSON or Parquet file, or a hub data set, of your own task.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the emulator.")
+@click.option("--split", default="train", show_default=True, help="Of a hub data set.")
 @options(CompressSettings)
 @trust
 @dry_run
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 def command(
     model: str,
     data: str,
+    split: str,
     output: Path,
     dry_run: bool,
     as_json: bool,
@@ -37,10 +39,13 @@ def command(
     stopped when the same command is given again.
     """
     from emloc_core.checkpoint import open_checkpoint
+    from emloc_core.data import load_rows
     from emloc_core.emulator import Compression
 
     base = open_checkpoint(model)
-    job = Compression(base, data, output, validated(CompressSettings, settings), trust_remote_code=trust_remote_code)
+    job = Compression(
+        base, load_rows(data, split), output, validated(CompressSettings, settings), trust_remote_code=trust_remote_code
+    )
     if dry_run:
         _describe(job, as_json)
         return

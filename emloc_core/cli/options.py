@@ -5,14 +5,16 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import rich_click as click
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from emloc_core.errors import EmlocError
-from emloc_core.settings import Settings
+from emloc_core.settings import explain
 
 
-def options(model: type[Settings], short: dict[str, str] | None = None, skip: Iterable[str] = ()) -> Callable[..., Any]:
+def options(
+    model: type[BaseModel], short: dict[str, str] | None = None, skip: Iterable[str] = ()
+) -> Callable[..., Any]:
     """Return a decorator that adds an option for every field of ``model``.
 
     Args:
@@ -45,7 +47,7 @@ def options(model: type[Settings], short: dict[str, str] | None = None, skip: It
     return decorate
 
 
-def validated(model: type[Settings], values: dict[str, Any]) -> Any:
+def validated(model: type[BaseModel], values: dict[str, Any]) -> Any:
     """Return the settings.
 
     Raises:
@@ -55,16 +57,7 @@ def validated(model: type[Settings], values: dict[str, Any]) -> Any:
     try:
         return model(**given)
     except ValidationError as error:
-        raise EmlocError(problems(error), "See --help.") from None
-
-
-def problems(error: ValidationError) -> str:
-    """Return pydantic's errors in one line."""
-    texts = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "function-")))
-        texts.append(f"{where} = {problem['input']!r}: {problem['msg']}")
-    return "; ".join(texts) + "."
+        raise EmlocError(explain(error, model), "See --help.") from None
 
 
 def _kind(annotation: Any) -> Any:

@@ -1,0 +1,74 @@
+"""``emloc run``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from emloc_core.cli.console import as_json, dry_run, print_json, size
+
+if TYPE_CHECKING:
+    from emloc_core.pipeline import Stage
+    from emloc_core.recipe import Recipe
+
+
+@click.command("run")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
+              help="Use another value than the recipe's; repeatable.")  # fmt: skip
+@dry_run
+@as_json
+def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Run all stages of RECIPE, a TOML file: compress, train, correct, merge, eval.
+
+    A stage is skipped when its output is there and was made from the same inputs; an interrupted one goes on.
+    """
+    from emloc_core.pipeline import run_recipe
+    from emloc_core.recipe import load_recipe
+
+    if dry_run:
+        _describe(load_recipe(recipe, overrides), as_json)
+        return
+    results = run_recipe(recipe, overrides, announce_stage)
+    if as_json:
+        print_json(results)
+    else:
+        show(results, Path(load_recipe(recipe, overrides).output))
+
+
+def announce_stage(index: int, total: int, stage: "Stage") -> None:
+    """Say on stderr which stage starts."""
+    click.secho(f"[{index + 1}/{total}] {stage.purpose}: emloc {stage.argv[0]}", bold=True, err=True)
+
+
+def show(results: dict, directory: Path) -> None:
+    """Print the table and what it says."""
+    from emloc_core import report
+
+    if "systems" in results:
+        report.print_table(results["systems"])
+        click.echo(report.conclusion(results))
+    peaks = [f"{name} {size(timing['peak_rss_bytes'])}" for name, timing in results["stages"].items()]
+    click.echo(f"peak memory of each stage: {', '.join(peaks)}")
+    click.echo(f"{directory / 'results.json'}  {directory / 'figure.png'}")
+
+
+def _describe(recipe: "Recipe", as_json: bool) -> None:
+    from emloc_core.pipeline import sizes, stages
+
+    planned = stages(recipe)
+    first = sizes(recipe)
+    content = {
+        "stages": [{"name": s.name, "state": s.state, "command": ["emloc", *s.argv]} for s in planned],
+        "base_bytes": first["base_bytes"],
+        "emulator_bytes": first["emulator_bytes"],
+        "merged_bytes": first["base_bytes"] if recipe.merge else 0,
+        "rows": {key: first[f"{key}_rows"] for key in ("calibration", "selection", "tuning")},
+    }
+    if as_json:
+        print_json(content)
+        return
+    for stage in planned:
+        click.echo(f"{stage.name:<11} {stage.state:<12} emloc {' '.join(stage.argv)}")
+    click.echo(f"base {size(content['base_bytes'])}, emulator {size(content['emulator_bytes'])}, "
+               f"merged {size(content['merged_bytes'])}; rows: {content['rows']}")  # fmt: skip

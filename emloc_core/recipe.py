@@ -1,0 +1,109 @@
+"""A recipe: the whole way from a base model to a table, in one TOML file."""
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from emloc_core.errors import EmlocError
+from emloc_core.settings import CompressSettings, CorrectSettings, Settings, explain
+from emloc_core.training import TrainSettings
+
+
+class ModelSection(Settings):
+    """Which model."""
+
+    base: str = Field(description="Local directory or hub id.")
+    trust_remote_code: bool = Field(False, description="Run code that the model brings. Only if you trust it.")
+
+
+class DataSection(Settings):
+    """Whose data."""
+
+    train: str = Field(description="JSONL, JSON or Parquet file, or hub data set: calibration, selection and tuning.")
+    split: str = Field("train", description="Of a hub data set.")
+    test: list[str] = Field([], description="Files of rows that are never tuned on.")
+
+
+class EvalSection(Settings):
+    """How the systems are compared."""
+
+    tasks: list[str] = Field(min_length=1, description="lm-eval task files, or names of bundled tasks.")
+    limit: int | None = Field(None, ge=1, description="Use that many rows of every task.")
+    batch_size: int = Field(8, ge=1, description="Rows at a time.")
+    full_lora: bool = Field(False, description="Tune the base itself too, as the upper bound, where it fits.")
+
+
+class Recipe(Settings):
+    """All stages. Paths are relative to the recipe's file."""
+
+    output: str = Field("emloc-run", description="Directory of all outputs.")
+    model: ModelSection
+    data: DataSection
+    compress: CompressSettings = CompressSettings()
+    train: TrainSettings = TrainSettings()
+    correct: CorrectSettings = CorrectSettings()
+    merge: bool = Field(True, description="Write the merged checkpoint.")
+    eval: EvalSection | None = Field(None, description="Without it nothing is compared.")
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a TOML file.
+        overrides: ``section.key=value``, the value in TOML or plain text.
+
+    Raises:
+        EmlocError: the file cannot be read, or settings are wrong: all of them are named.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EmlocError(f"There is no recipe at {path}.", "Check the path; docs/users.md shows one.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EmlocError(f"{path} is not valid TOML: {error}.", "Mend the line that it names.") from None
+    for override in overrides:
+        _apply(content, override)
+    try:
+        recipe = Recipe(**content)
+    except ValidationError as error:
+        raise EmlocError(f"{path}: {explain(error, Recipe)}", "Mend these settings.") from None
+    return _absolute(recipe, path.resolve().parent)
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise EmlocError(f"{override!r} is no setting.", "Write it as section.key=value.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, key = name.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise EmlocError(f"{override!r} sets a part of {section!r}, which is a value.", "Name a section's key.")
+    content[key] = value
+
+
+def _absolute(recipe: Recipe, root: Path) -> Recipe:
+    """Return the recipe with local paths made absolute; what is no file beside the recipe may be a hub id."""
+
+    def place(text: str) -> str:
+        path = root / Path(text).expanduser()
+        return str(path) if path.exists() or text.startswith((".", "~")) else text
+
+    changes: dict[str, Any] = {
+        "output": str(root / Path(recipe.output).expanduser()),
+        "model": recipe.model.model_copy(update={"base": place(recipe.model.base)}),
+        "data": recipe.data.model_copy(
+            update={"train": place(recipe.data.train), "test": [place(test) for test in recipe.data.test]}
+        ),
+    }
+    if recipe.eval:
+        changes["eval"] = recipe.eval.model_copy(update={"tasks": [place(task) for task in recipe.eval.tasks]})
+    return recipe.model_copy(update=changes)

@@ -1,0 +1,122 @@
+"""Streaming equals an ordinary forward, and holds one unit at a time."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from emloc_llama import LLAMA
+from transformers import AutoModelForCausalLM
+
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.errors import EmlocError
+from emloc_core.plan import block_paths, make_plan
+from emloc_core.skeleton import Skeleton
+from emloc_core.statistics import Gram, tapped
+from emloc_core.streaming import Stream, units
+
+BLOCKS = ["model.layers"]
+LENGTHS = (5, 17, 9)
+
+
+@pytest.fixture
+def skeleton(tiny_model):
+    return Skeleton(Checkpoint(tiny_model), LLAMA)
+
+
+@pytest.fixture
+def samples():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 128, (1, length), generator=generator) for length in LENGTHS]
+
+
+def test_units_are_blocks_and_the_largest_modules_without_blocks(skeleton):
+    assert units(skeleton.model, BLOCKS) == [
+        "model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "lm_head",
+    ]  # fmt: skip
+
+
+def test_logits_equal_those_of_the_whole_model_bit_for_bit(tiny_model, skeleton, samples):
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
+    stream = Stream(skeleton, BLOCKS)
+    forwards = [lambda ids=ids: skeleton.model(input_ids=ids, use_cache=False).logits for ids in samples]
+    with torch.no_grad():
+        for ids, logits in zip(samples, stream.run(forwards), strict=True):
+            assert torch.equal(logits, whole(input_ids=ids, use_cache=False).logits)
+
+
+def test_statistics_equal_those_of_the_whole_model_bit_for_bit(tiny_model, skeleton, samples):
+    plan = make_plan(skeleton.model, LLAMA, 0.5)
+
+    def new_grams():
+        return {
+            linear.path: Gram(linear.tap, linear.out_features if linear.tap == "output" else linear.in_features)
+            for linear in plan.linears
+        }
+
+    taps = {linear.path: linear.tap for linear in plan.linears}
+    streamed, ordinary = new_grams(), new_grams()
+
+    @contextmanager
+    def gather(block):
+        paths = [linear.path for linear in plan.in_block(block)]
+        modules = {path: skeleton.model.get_submodule(path) for path in paths}
+        with tapped(modules, taps, lambda path, activations: streamed[path].add(activations)):
+            yield
+
+    forwards = [lambda ids=ids: skeleton.model(input_ids=ids, use_cache=False) for ids in samples]
+    Stream(skeleton, BLOCKS).run(forwards, gather, block_paths(skeleton.model, LLAMA)[-1])
+
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
+    modules = {path: whole.get_submodule(path) for path in taps}
+    with torch.no_grad(), tapped(modules, taps, lambda path, activations: ordinary[path].add(activations)):
+        for ids in samples:
+            whole(input_ids=ids, use_cache=False)
+    for path, gram in ordinary.items():
+        assert torch.equal(gram.matrix, streamed[path].matrix), path
+        assert streamed[path].tokens == sum(LENGTHS)
+
+
+def test_one_unit_is_in_memory_at_a_time(skeleton, samples):
+    loaded = []
+
+    def visit(unit):
+        loaded.append({name.rsplit(".", 3)[0] for name, p in skeleton.model.named_parameters() if not p.is_meta})
+        present = [name for name, parameter in skeleton.model.named_parameters() if not parameter.is_meta]
+        assert all(name.startswith(f"{unit}.") for name in present), present
+
+    Stream(skeleton, BLOCKS).run([lambda: skeleton.model(input_ids=samples[0], use_cache=False)], visit)
+    assert len(loaded) == 6
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+
+def test_samples_that_skip_units_catch_up(skeleton, samples):
+    order = []
+
+    def short():
+        return skeleton.model.model.norm(torch.ones(1, 1, 32))
+
+    def whole():
+        return skeleton.model(input_ids=samples[0], use_cache=False).logits
+
+    results = Stream(skeleton, BLOCKS).run([short, whole], order.append)
+    assert order == units(skeleton.model, BLOCKS)  # the norm waited for the sample that came the long way
+    assert [tuple(result.shape) for result in results] == [(1, 1, 32), (1, 5, 128)]
+
+
+def test_a_unit_that_runs_twice_is_refused(skeleton, samples):
+    def twice():
+        skeleton.model(input_ids=samples[0], use_cache=False)
+        return skeleton.model(input_ids=samples[0], use_cache=False)
+
+    with pytest.raises(EmlocError, match="second time"):
+        Stream(skeleton, BLOCKS).run([twice])
+
+
+def test_an_error_in_a_forward_reaches_the_caller_and_frees_the_weights(skeleton, samples):
+    def broken():
+        skeleton.model(input_ids=samples[0], use_cache=False)
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        Stream(skeleton, BLOCKS).run([broken, lambda: skeleton.model(input_ids=samples[1], use_cache=False)])
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
