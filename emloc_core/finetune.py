@@ -1,0 +1,270 @@
+"""Stage 2: an ordinary LoRA, trained with TRL on an emulator (or on a whole model, as the upper bound).
+
+The adapter directory is built in staging; the trainer's own checkpoints lie in there while it runs, so that the same
+command goes on from the last complete one. With several processes (``accelerate launch``) the main one alone makes
+and publishes the directory, and the others write their part of the checkpoints into it.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import TrainerState
+from trl import SFTConfig, SFTTrainer
+
+from emloc_core.calibration import tokenize
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.data import digest, load_rows
+from emloc_core.data import exclude as leave_out
+from emloc_core.errors import EmlocError
+from emloc_core.output import Output, read_json, write_json
+from emloc_core.plugins import plugin_manager
+from emloc_core.resume import STATE, newest_checkpoint, remove_incomplete
+from emloc_core.training import DEFAULT_EPOCHS, TrainSettings
+
+#: Rows that an emulator's directory holds and that must never be tuned on.
+HELD_OUT = ("calibration.jsonl", "selection.jsonl")
+LOG = "log.json"
+CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
+_SETTINGS = "The training settings do not work"
+_DIVERGED = "Lower the learning rate, or train without bf16."
+
+
+class FineTuning:
+    """Everything that is settled before weights are read; :meth:`run` trains.
+
+    Args:
+        model: directory of an emulator or of an ordinary checkpoint.
+        data: see :func:`emloc_core.data.load_rows`.
+        output: where the adapter goes.
+        settings: how to train.
+        exclude: files of rows that are not trained on, such as test rows. Those that an emulator keeps for
+            calibration and selection are left out always.
+        split: of a data set of the hub.
+
+    Raises:
+        EmlocError: from the model, its family, the data or the settings.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        data: str,
+        output: Path,
+        settings: TrainSettings,
+        exclude: Sequence[Path] = (),
+        split: str = "train",
+    ) -> None:
+        self.model = Checkpoint(model)
+        self.family = plugin_manager().family_for(self.model.model_type)
+        self.settings, self.path = settings, output
+        self.is_main_process = True  # as far as is known before the processes have found each other
+        self.targets = sorted(set(settings.target_modules or self.family.lora_targets()))
+        settings.check_extra()
+        rows = load_rows(data, split)
+        files = [path for path in (self.model.directory / name for name in HELD_OUT) if path.is_file()] + list(exclude)
+        # An emulator may have been made without selection rows: the file is there, and empty.
+        files = [path for path in files if not path.is_file() or path.stat().st_size]
+        self.rows = leave_out(rows, {row.key for path in files for row in load_rows(str(path))})
+        self.excluded = len(rows) - len(self.rows)
+        if not self.rows:
+            raise EmlocError(
+                f"No row of {data} is left to train on: all {len(rows)} are calibration, selection or excluded rows.",
+                "Give more rows.",
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what would be trained, in one process: rows, excluded_rows, steps, target_modules."""
+        settings = self.settings
+        batches = math.ceil(len(self.rows) / settings.batch_size)
+        steps = math.ceil((settings.epochs or DEFAULT_EPOCHS) * math.ceil(batches / settings.accumulation))
+        return {
+            "family": self.family.name,
+            "rows": len(self.rows),
+            "excluded_rows": self.excluded,
+            "steps": settings.steps or steps,
+            "target_modules": self.targets,
+        }
+
+    def run(self) -> Path:
+        """Train, or go on with what an interrupted run left.
+
+        Raises:
+            EmlocError: the settings contradict each other, the loss is not a number, or memory runs out.
+        """
+        staging = Output(self.path, "adapter", {}).staging
+        with _refusing(_SETTINGS):
+            config = self.settings.sft_config(
+                staging / CHECKPOINTS,
+                completion_only=self.rows[0].form != "text",
+                use_cpu=not torch.accelerator.is_available(),
+            )
+        state = PartialState()
+        self.is_main_process = state.is_main_process
+        output = Output(self.path, "adapter", self._request(state.num_processes) if state.is_main_process else {})
+        (finished,) = broadcast_object_list([state.is_main_process and output.is_finished()])
+        if finished:
+            return self.path
+        with output.build() if state.is_main_process else nullcontext():
+            state.wait_for_everyone()  # the staging directory is there
+            output.result = self._train(config, staging, state)
+        return self.path
+
+    def _request(self, processes: int) -> dict[str, Any]:
+        return {
+            "model": self.model.fingerprint(self.path.resolve().parent),
+            "rows": digest(self.rows),
+            "settings": self.settings.model_dump(exclude={"report_to", "save_steps"}),  # they change no result
+            "processes": processes,  # so many times the batch
+        }
+
+    def _train(self, config: SFTConfig, staging: Path, state: PartialState) -> dict[str, Any]:
+        """Train and write the adapter; return the manifest's result."""
+        checkpoints = staging / CHECKPOINTS
+        if state.is_main_process:
+            remove_incomplete(checkpoints, state.num_processes)
+        state.wait_for_everyone()
+        resume = newest_checkpoint(checkpoints)
+        trainer, dropped = self._trainer(config)
+        saved = TrainerState.load_from_json(str(resume / STATE)) if resume else None
+        if saved and saved.global_step >= saved.max_steps:  # interrupted after the last step: train() might add one
+            set_peft_model_state_dict(trainer.lora, load_peft_weights(str(resume), device="cpu"))
+            trainer.state = saved
+        else:
+            try:
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            except torch.OutOfMemoryError as error:
+                raise EmlocError(
+                    f"The device ran out of memory at step {trainer.state.global_step + 1}.",
+                    "Use a smaller batch with more accumulation, a maximum length, or gradient checkpointing.",
+                ) from error
+        state.wait_for_everyone()
+        log = [
+            {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry["learning_rate"]}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+        if state.is_main_process:
+            self._write(trainer, staging, log)
+        return {
+            "steps": trainer.state.global_step,
+            "train_loss": _mean_loss(log),
+            "rows": len(self.rows) - dropped,
+            "dropped_rows": dropped,
+            "excluded_rows": self.excluded,
+            "trainable_parameters": trainer.lora.get_nb_trainable_parameters()[0],
+            "target_modules": self.targets,
+        }
+
+    def _trainer(self, config: SFTConfig) -> tuple["_Trainer", int]:
+        import emloc_core.lowrank  # noqa: F401 - from here on transformers can load an emulator
+
+        directory = str(self.model.directory.absolute())
+        with _refusing(f"{directory} cannot be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+            model = getattr(transformers, self.family.auto_class).from_pretrained(directory, dtype="auto")
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        dataset, dropped = self._dataset(tokenizer, limit)
+        with _refusing(_SETTINGS):
+            trainer = _Trainer(
+                model,
+                args=config,
+                train_dataset=dataset,
+                processing_class=tokenizer,
+                peft_config=self.settings.lora_config(self.targets),
+                callbacks=[_LogLastStep()],
+            )
+        trainer.lora.peft_config["default"].base_model_name_or_path = directory
+        return trainer, dropped
+
+    def _dataset(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[Dataset, int]:
+        """Return the tokenized rows, and how many were dropped since truncation left nothing of their completion."""
+        columns: dict[str, list[Any]] = {"input_ids": [], "completion_mask": []}
+        for row in self.rows:
+            sample = tokenize(row, tokenizer, self.settings.max_length, limit)
+            if any(sample.completion_mask):
+                columns["input_ids"].append(numpy.asarray(sample.input_ids, dtype=numpy.int32))
+                columns["completion_mask"].append(numpy.asarray(sample.completion_mask, dtype=numpy.int8))
+        dropped = len(self.rows) - len(columns["input_ids"])
+        if dropped == len(self.rows):
+            raise EmlocError(
+                f"Every row's prompt alone fills the {self.settings.max_length} tokens of the maximum length.",
+                "Raise the maximum length.",
+            )
+        if self.rows[0].form == "text":
+            del columns["completion_mask"]
+        return Dataset.from_dict(columns), dropped
+
+    def _write(self, trainer: "_Trainer", staging: Path, log: list[dict[str, float]]) -> None:
+        for name, parameter in trainer.lora.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise EmlocError(f"After the last step {name} is not finite.", _DIVERGED)
+        trainer.lora.save_pretrained(str(staging), save_embedding_layers=False)
+        config = read_json(staging / "adapter_config.json")
+        config["target_modules"] = self.targets  # PEFT writes a set, in another order every time
+        write_json(staging / "adapter_config.json", config)
+        write_json(staging / LOG, log)
+        checkpoints = staging / CHECKPOINTS
+        if (checkpoints / "runs").is_dir():  # TensorBoard's
+            shutil.move(checkpoints / "runs", staging / "runs")
+        shutil.rmtree(checkpoints)
+
+
+def finetune(
+    model: Path,
+    data: str,
+    output: Path,
+    settings: TrainSettings,
+    exclude: Sequence[Path] = (),
+    split: str = "train",
+) -> Path:
+    """Train a LoRA; see :class:`FineTuning`. Return the adapter's directory."""
+    return FineTuning(model, data, output, settings, exclude, split).run()
+
+
+class _Trainer(SFTTrainer):
+    @property
+    def lora(self) -> PeftModel:
+        assert isinstance(self.model, PeftModel)
+        return self.model
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):  # the trainer itself would log an average in its place and go on
+            raise EmlocError(f"The loss at step {self.state.global_step + 1} is {loss.item()}.", _DIVERGED)
+        return loss
+
+
+class _LogLastStep(TrainerCallback):
+    """Logs the steps since the last entry too: the trainer would leave them out."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+def _mean_loss(log: list[dict[str, float]]) -> float | None:
+    """Return the mean loss of all steps; the trainer's own figure leaves out those before a resumption."""
+    ends = [0, *(entry["step"] for entry in log)]
+    total = sum(entry["loss"] * (end - start) for entry, start, end in zip(log, ends, ends[1:], strict=False))
+    return total / ends[-1] if log else None
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn the libraries' complaints about settings and files into the user's error."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, ImportError, KeyError, OSError) as error:
+        raise EmlocError(f"{what}: {error}", "Correct that, and run the same command again.") from error

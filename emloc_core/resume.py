@@ -1,0 +1,55 @@
+"""The trainer's own checkpoints: which of them are whole.
+
+Transformers writes a checkpoint's files in place: adapter, optimizer, scheduler and random states first,
+``trainer_state.json`` last, except that other processes may still be writing their random states then. A killed run
+can leave any part of that.
+"""
+
+import json
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+STATE = "trainer_state.json"
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the ``checkpoint-STEP`` directory of the most steps, or None where there is none."""
+    found = _checkpoints(folder)
+    return found[max(found)] if found else None
+
+
+def remove_incomplete(folder: Path, processes: int) -> None:
+    """Remove the checkpoints that a killed run left half written or half deleted.
+
+    Args:
+        folder: where the checkpoints are; need not exist.
+        processes: how many processes train, and write random states.
+    """
+    for step, checkpoint in _checkpoints(folder).items():
+        if not _is_complete(checkpoint, step, processes):
+            shutil.rmtree(checkpoint)
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints in ``folder`` by step."""
+    names = ((path, re.fullmatch(r"checkpoint-(\d+)", path.name)) for path in folder.glob("checkpoint-*"))
+    return {int(match[1]): path for path, match in names if match}
+
+
+def _is_complete(checkpoint: Path, step: int, processes: int) -> bool:
+    random_states = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
+    if not all((checkpoint / name).is_file() for name in random_states):
+        return False
+    # What torch.save writes is a zip archive, whose directory comes last: a file cut short has none.
+    if not all(zipfile.is_zipfile(path) for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
+        return False
+    try:
+        with safe_open(str(checkpoint / "adapter_model.safetensors"), framework="pt"):
+            pass  # opening compares the header with the file's size
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"] == step
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return False
