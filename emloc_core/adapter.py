@@ -101,6 +101,14 @@ class Adapter:
             return True
         return CORRECTED in read_header(self.directory / WEIGHTS)[1]
 
+    @property
+    def is_for_emulator(self) -> bool:
+        """Whether it was trained on an emulator and is not corrected, as far as its config tells."""
+        config = Path(str(self.config.get("base_model_name_or_path"))) / "config.json"
+        if not config.is_file():
+            return False
+        return (read_json(config).get("quantization_config") or {}).get("quant_method") == "emloc"
+
     def fingerprint(self, cache_dir: Path) -> str:
         """Return the SHA-256 over config and weights, as a hexadecimal string."""
         return fingerprint(self.directory, cache_dir)
@@ -120,6 +128,8 @@ class Adapter:
             ) from None
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
+            if key.endswith(".base_layer.weight"):  # PEFT's frozen copy of an output projection that has a LoRA
+                continue
             path, _, rest = key.removeprefix(_PREFIX).partition(".lora_")
             if not key.startswith(_PREFIX) or rest not in ("A.weight", "B.weight") or tensor.ndim != 2:
                 raise EmlocError(

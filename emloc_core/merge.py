@@ -154,14 +154,14 @@ def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_
     Raises:
         EmlocError: the adapter's manifest names another base, or an emulator.
     """
-    request = adapter.manifest.get("request", {})
-    if adapter.manifest.get("kind") == "adapter" and adapter.manifest["result"].get("emulator"):
+    if adapter.is_for_emulator:
         if not allow_uncorrected:
             raise EmlocError(
                 f"{adapter.directory} was trained on an emulator and is not corrected.",
                 "Run `emloc correct` first, or merge it as it is with --allow-uncorrected.",
             )
         return
+    request = adapter.manifest.get("request", {})
     made_for = request.get("base") or request.get("model")
     if made_for and made_for != fingerprint:
         raise EmlocError(
