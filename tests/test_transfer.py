@@ -162,7 +162,7 @@ def test_another_base_is_refused(tiny_model, adapter, tmp_path):
         correct(adapter, other, tmp_path / "out")
 
 
-def test_another_emulator_is_refused(tiny_model, rows_file, adapter, tmp_path):
+def test_another_emulator_is_refused(tiny_model, adapter, tmp_path):
     trained = shutil.copytree(adapter, tmp_path / "adapter")
     manifest = {"kind": "adapter", "request": {"model": "0" * 64}, "result": {}}
     (trained / "emloc.json").write_text(json.dumps(manifest))
@@ -208,5 +208,5 @@ def test_nan_in_an_adapter_names_the_tensor(tiny_model, adapter, tmp_path):
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     tensors[name][0, 0] = float("nan")
     save_file(tensors, spoilt / WEIGHTS)
-    with pytest.raises(EmlocError, match="up_proj.lora_B.weight"):
+    with pytest.raises(EmlocError, match=r"up_proj\.lora_B\.weight"):
         correct(spoilt, tiny_model, tmp_path / "out")

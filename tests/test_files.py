@@ -1,0 +1,207 @@
+"""Shards, checkpoints and output directories: whole or absent, and every damage is named."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from emloc_core.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.errors import EmlocError
+from emloc_core.output import Output, read_manifest
+from emloc_core.shards import DTYPES, ShardWriter, raw_chunks, read_header, write_shard
+
+DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
+SHAPE = st.lists(st.integers(0, 5), max_size=3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(DTYPE, SHAPE), max_size=5).filter(
+    lambda tensors: "__metadata__" not in tensors))  # fmt: skip
+def test_written_shards_are_read_by_the_library_and_copied_byte_for_byte(tmp_path_factory, layout):
+    directory = tmp_path_factory.mktemp("shards")
+    tensors = {key: (10 * torch.randn(shape)).to(dtype) for key, (dtype, shape) in layout.items()}
+    write_shard(directory / "ours.safetensors", tensors)
+    loaded = load_file(directory / "ours.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert loaded[key].dtype == tensor.dtype
+        assert torch.equal(loaded[key].nan_to_num(), tensor.nan_to_num())
+    header, metadata = read_header(directory / "ours.safetensors")
+    with ShardWriter(
+        directory / "copy.safetensors", {key: (info.dtype, info.shape) for key, info in header.items()}, metadata
+    ) as writer:
+        for key, info in header.items():
+            assert DTYPES[info.dtype] == tensors[key].dtype
+            writer.write(key, raw_chunks(info))
+    assert (directory / "copy.safetensors").read_bytes() == (directory / "ours.safetensors").read_bytes()
+
+
+def test_a_shard_appears_when_it_is_whole_or_not_at_all(tmp_path):
+    layout = {"a": ("F32", (2,)), "b": ("F32", (2,))}
+    with pytest.raises(ValueError, match="lacks"), ShardWriter(tmp_path / "x.safetensors", layout) as writer:
+        writer.write("a", torch.ones(2))
+    with pytest.raises(ValueError, match="was due"), ShardWriter(tmp_path / "x.safetensors", layout) as writer:
+        writer.write("b", torch.ones(2))
+    with pytest.raises(ValueError, match="announced"), ShardWriter(tmp_path / "x.safetensors", layout) as writer:
+        writer.write("a", torch.ones(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("keep", [0, 4, 30, -1])
+def test_a_truncated_shard_is_named(tmp_path, keep):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(50)}, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(EmlocError, match=r"model\.safetensors"):
+        read_header(path)
+
+
+def test_a_damaged_header_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((10).to_bytes(8, "little") + b"not json!!" + b"\0" * 40)
+    with pytest.raises(EmlocError, match="damaged"):
+        read_header(path)
+
+
+def test_an_index_may_not_leave_its_directory(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    index = {"weight_map": {"a": "../../secret.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(EmlocError, match="outside the directory"):
+        _ = Checkpoint(tmp_path).shards
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(EmlocError, match="Only safetensors"):
+        _ = Checkpoint(tmp_path).shards
+
+
+@pytest.mark.parametrize("name", ["/no/such/place", "./nothing", "plain"])
+def test_a_model_that_is_not_there(name):
+    with pytest.raises(EmlocError, match="no model at"):
+        open_checkpoint(name)
+
+
+def test_a_hub_id_without_a_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(EmlocError, match="no such model or cannot be reached"):
+        open_checkpoint("someone/something")
+
+
+def test_fingerprints_follow_content_and_are_cached(tiny_model, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in tiny_model.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    cache = tmp_path / "cache"
+    first = Checkpoint(copy).fingerprint(cache)
+    assert first == Checkpoint(tiny_model).fingerprint(tmp_path / "other")
+    assert not (copy / ".emloc-hashes.json").exists()
+    read = []
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: read.append(1))
+    assert Checkpoint(copy).fingerprint(cache) == first
+    assert read == []
+    monkeypatch.undo()
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    assert Checkpoint(copy).fingerprint(cache) != first
+
+
+def test_an_output_is_published_whole_with_its_manifest(tmp_path):
+    output = Output(tmp_path / "out", "adapter", {"a": 1})
+    assert not output.is_finished()
+    with output.build() as staging:
+        (staging / "weights").write_text("x")
+        output.result = {"steps": 3}
+        assert not (tmp_path / "out").exists()
+    assert output.is_finished()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["emloc.json", "timing.json", "weights"]
+    assert read_manifest(tmp_path / "out")["result"] == {"steps": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_crash_keeps_the_work_and_a_user_error_removes_it(tmp_path):
+    output = Output(tmp_path / "out", "adapter", {"a": 1})
+    staging = output.staging
+
+    def interrupted():
+        with output.build():
+            (staging / "part").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(EmlocError, match="a was 1 and is now 2"), Output(tmp_path / "out", "adapter", {"a": 2}).build():
+        pass
+    with Output(tmp_path / "out", "adapter", {"a": 1}).build() as staging:
+        assert (staging / "part").read_text() == "x"
+    with pytest.raises(EmlocError, match="bad"), Output(tmp_path / "other", "adapter", {}).build():
+        raise EmlocError("bad input")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_do_not_write_one_output(tmp_path):
+    with (
+        Output(tmp_path / "out", "adapter", {}).build(),
+        pytest.raises(EmlocError, match="Another process"),
+        Output(tmp_path / "out", "adapter", {}).build(),
+    ):
+        pass
+    assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["file", "other kind", "foreign directory", "damaged manifest"])
+def test_what_is_there_already_is_never_overwritten(tmp_path, kind):
+    path = tmp_path / "out"
+    if kind == "file":
+        path.write_text("mine")
+    else:
+        path.mkdir()
+        content = {"other kind": '{"kind": "emulator"}', "damaged manifest": "{"}.get(kind)
+        (path / ("emloc.json" if content else "mine.txt")).write_text(content or "mine")
+    with pytest.raises(EmlocError):
+        Output(path, "adapter", {}).is_finished()
+    assert path.exists()
+
+
+SMALL_DISK = """
+    import sys, pathlib
+    from emloc_core.errors import EmlocError
+    from emloc_core.output import Output
+    from emloc_core.shards import write_shard
+    import torch
+    place = pathlib.Path(sys.argv[1])
+    try:
+        with Output(place / "out", "checkpoint", {}).build() as staging:
+            write_shard(staging / "first.safetensors", {"a": torch.zeros(1000)})
+            write_shard(staging / "second.safetensors", {"a": torch.zeros(4_000_000)})
+    except EmlocError as error:
+        print(error)
+    print(sorted(str(path.relative_to(place)) for path in place.rglob("*.safetensors*")), (place / "out").exists())
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_finished_shards(tmp_path):
+    place = tmp_path / "small"
+    place.mkdir()
+    script = tmp_path / "fill.py"
+    script.write_text(textwrap.dedent(SMALL_DISK))
+    mount = f"mount -t tmpfs -o size=4m tmpfs {place} && {sys.executable} {script} {place}"
+    isolate = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+    done = subprocess.run([*isolate, "sh", "-c", mount], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    message, listing = done.stdout.strip().splitlines()
+    assert message.startswith("The disk is full: writing to ")
+    assert "run the same command again" in message
+    assert listing == "['.out.partial/first.safetensors'] False"
