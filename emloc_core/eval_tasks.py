@@ -1,0 +1,206 @@
+"""The tasks of an evaluation: the user's YAML files, checked before anything is loaded, and lm-eval's bundled ones.
+
+lm-eval resolves ``data_files`` against the working directory and looks tasks up by name; here a task is a file, its
+data stand relative to it, and its digest covers all that determines a result: the YAML, what it includes, the
+functions that it names and the data.
+"""
+
+import glob
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from emloc_core.checkpoint import hash_files
+from emloc_core.errors import EmlocError, did_you_mean
+
+#: Loaders that ``datasets`` brings along; any other ``dataset_path`` is a data set of the hub, or a directory.
+_LOCAL_FORMATS = {"json", "csv", "parquet", "text", "arrow"}
+_OUTPUT_TYPES = ["loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"]
+#: Keys of a task file that lm-eval reads besides those of its TaskConfig.
+_STRUCTURE = {"include", "tag", "class"}
+_FUNCTION = "!function "
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task: ``path`` is the user's YAML file, or None for a task that lm-eval brings along."""
+
+    name: str
+    path: Path | None
+    digest: str
+
+
+def find_task(task: str, cache_dir: Path) -> TaskSpec:
+    """Find and check the task that the user means: the path of a YAML file, or the name of a bundled task.
+
+    Args:
+        task: path or name.
+        cache_dir: where hashes of data files are cached.
+
+    Raises:
+        EmlocError: there is no such task, its file is not valid, or its data are missing.
+    """
+    path = Path(task)
+    if path.suffix in (".yaml", ".yml") or path.exists() or len(path.parts) > 1:
+        return _find_file(path, cache_dir)
+    return TaskSpec(_check_bundled(task), None, "lm-eval")
+
+
+def load_task(spec: TaskSpec) -> list[Any]:
+    """Return lm-eval's task objects for ``spec``: one for a file, several for a bundled group of tasks.
+
+    Raises:
+        EmlocError: lm-eval refuses the file, or the data cannot be fetched.
+    """
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml  # no public loader resolves `!function` and lets data_files be set
+
+    where = spec.path or f"lm-eval's task {spec.name}"
+    try:
+        if spec.path is None:
+            loaded = TaskManager().load([spec.name])
+        else:
+            content = _resolve(load_yaml(spec.path), spec.path)
+            loaded = TaskManager(include_defaults=False).load([content])
+    except (ConnectionError, TimeoutError) as error:
+        raise EmlocError(
+            f"The data of {where} come from the hub, which cannot be reached ({error}).",
+            "Check the connection, or write a task on a local file: emloc eval --new-task.",
+        ) from error
+    except Exception as error:  # whatever the user's templates and functions, and lm-eval itself, make of it
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise EmlocError(f"lm-eval cannot build {where} ({reason}).", "Correct the task file or its data.") from error
+    return list(loaded["tasks"].values())
+
+
+def is_conversational(task: Any) -> bool:
+    """Say whether the rows of an lm-eval task are chats, in TRL's convention, so that a chat template is due."""
+    row = task.eval_docs[0]
+    columns = [row.get(name) for name in ("messages", "prompt")] if isinstance(row, dict) else []
+    turns = [column[0] for column in columns if isinstance(column, list) and column]
+    return any(isinstance(turn, dict) and "role" in turn for turn in turns)
+
+
+def _find_file(path: Path, cache_dir: Path) -> TaskSpec:
+    if not path.is_file():
+        near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+        raise EmlocError(f"There is no task file {path}.{near}", "`emloc eval --new-task` writes one for your data.")
+    files, content = _read(path)
+    name = content.get("task")
+    if not isinstance(name, str):
+        raise EmlocError(
+            f"{path} does not say `task: NAME`.", "Give the task a name (a group: name its files instead)."
+        )
+    _check_keys(path, content)
+    resolved = _resolve(content, path)
+    data = [Path(file) for file in _data_files(resolved)]
+    missing = [file for file in data if not file.is_file()]
+    if missing:
+        raise EmlocError(
+            f"{path} names the data file {missing[0]}, which does not exist.",
+            "data_files are looked up relative to the task file; correct the path.",
+        )
+    functions = sorted({file for value in _functions(content) if (file := _function_file(value, path)).is_file()})
+    own = hashlib.sha256("".join(file.read_text("utf-8") for file in [*files, *functions]).encode()).hexdigest()
+    return TaskSpec(name, path.resolve(), f"{own}-{hash_files(sorted(data), cache_dir)}")
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict[str, Any]]:
+    """Read a task file without importing what it names; return all files read, and the merged content."""
+    if path in seen:
+        raise EmlocError(f"{path} includes itself.", "Break the circle of includes.")
+    try:
+        content = yaml.load(path.read_text("utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise EmlocError(f"{seen[-1]} includes {path}, which does not exist.", "Correct the path.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise EmlocError(f"{path} is not valid YAML: {reason}", "Correct the file.") from None
+    if not isinstance(content, dict):
+        raise EmlocError(f"{path} holds {type(content).__name__}, not keys and values.", "Correct the file.")
+    files, merged = [path], {}
+    includes = content.pop("include", [])
+    for name in includes if isinstance(includes, list) else [includes]:
+        more, included = _read(path.parent / str(name), (*seen, path))
+        files += more
+        merged.update(included)
+    return files, {**merged, **content}
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads ``!function module.name`` as a string that starts with ``!function``: nothing is imported."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: _FUNCTION + str(loader.construct_scalar(node)))  # type: ignore[arg-type]
+
+
+def _check_keys(path: Path, content: dict[str, Any]) -> None:
+    from lm_eval.config.task import TaskConfig
+
+    known = sorted({*TaskConfig.__dataclass_fields__, *_STRUCTURE})
+    for key in content:
+        if key not in known:
+            raise EmlocError(f"{path} has the unknown key {key!r}.{did_you_mean(str(key), known)}", "Correct the key.")
+    kind = content.get("output_type", "generate_until")
+    if kind not in _OUTPUT_TYPES:
+        near = did_you_mean(str(kind), _OUTPUT_TYPES)
+        raise EmlocError(f"{path} has the output_type {kind!r}.{near}", f"Choose one of: {', '.join(_OUTPUT_TYPES)}.")
+
+
+def _resolve(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the content of a task file with its data files as absolute paths."""
+    settings = content.get("dataset_kwargs")
+    if content.get("dataset_path") not in _LOCAL_FORMATS or not isinstance(settings, dict):
+        return content
+    files = settings.get("data_files")
+    return {**content, "dataset_kwargs": {**settings, "data_files": _absolute(files, path.resolve().parent)}}
+
+
+def _absolute(files: Any, directory: Path) -> Any:
+    if isinstance(files, dict):
+        return {split: _absolute(value, directory) for split, value in files.items()}
+    if isinstance(files, list):
+        return [_absolute(value, directory) for value in files]
+    if not isinstance(files, str) or "://" in files:
+        return files
+    joined = str(directory / files)
+    return sorted(glob.glob(joined, recursive=True)) or joined if glob.has_magic(files) else joined
+
+
+def _data_files(content: dict[str, Any]) -> Iterator[str]:
+    settings = content.get("dataset_kwargs")
+    stack = [settings.get("data_files")] if isinstance(settings, dict) else []
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict | list):
+            stack += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and "://" not in value:
+            yield value
+
+
+def _functions(value: Any) -> Iterator[str]:
+    if isinstance(value, str) and value.startswith(_FUNCTION):
+        yield value.removeprefix(_FUNCTION)
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _functions(part)
+
+
+def _function_file(name: str, path: Path) -> Path:
+    return path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py"
+
+
+def _check_bundled(name: str) -> str:
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    if name not in known:
+        raise EmlocError(
+            f"There is no task file {name}, and lm-eval has no task of that name.{did_you_mean(name, known)}",
+            "Give the path of a task file, or one of the names that `lm-eval ls tasks` prints.",
+        )
+    return name

@@ -1,0 +1,230 @@
+"""Evaluates one system in this process: ``python -m emloc_core.evaluate_system JOB``, as ``evaluate`` runs it.
+
+One system a process, so that its peak memory is its own. The job is a JSON file that says what to do and where the
+result goes. Exit code 2 and one line on stderr: the user can mend it.
+"""
+
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from emloc_core.errors import EmlocError
+from emloc_core.eval_tasks import TaskSpec, is_conversational, load_task
+from emloc_core.meter import Meter
+from emloc_core.output import read_json, write_json
+
+#: How many rows of each task of generation are kept for a person to read.
+SAMPLES = 6
+USER_ERROR = 2
+
+
+def load_system(model: Path, adapter: Path | None) -> tuple[Any, Any]:
+    """Load a model, with its adapter if it has one, and its tokenizer; on the GPU where there is one.
+
+    Raises:
+        EmlocError: the model cannot be loaded, or the adapter does not fit it.
+    """
+    import torch
+    import transformers
+
+    import emloc_core.lowrank  # noqa: F401  (with it, from_pretrained reads emulators too)
+    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.plugins import plugin_manager
+
+    family = plugin_manager().family_for(Checkpoint(model).model_type)
+    try:
+        loaded = getattr(transformers, family.auto_class).from_pretrained(model, dtype="auto")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise EmlocError(f"The model {model} cannot be loaded ({reason}).", "Check the directory.") from error
+    if adapter is not None:
+        loaded = _add_adapter(loaded, adapter)
+    return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _add_adapter(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        # An object, never HFLM(peft=...): that is ignored without a word where the model is an object too.
+        combined = PeftModel.from_pretrained(model, str(adapter))
+        with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as file:
+            given = set(file.keys())
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise EmlocError(f"The adapter {adapter} cannot be put on the model ({reason}).", "Check both.") from error
+    differing = sorted(given ^ set(get_peft_model_state_dict(combined)))
+    if differing:  # PEFT only warns, and leaves these layers as they are
+        raise EmlocError(
+            f"The adapter {adapter} does not fit the model: {len(differing)} of its tensors have no place or are"
+            f" missing, {differing[0]} for one.",
+            "Use it on the model that it was trained for.",
+        )
+    return combined
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[TaskSpec],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    chat: bool | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run tasks on a model object.
+
+    Args:
+        model: a transformers or PEFT model.
+        tokenizer: its tokenizer.
+        tasks: what to run.
+        limit: take the first so many rows of every task.
+        batch_size: rows a batch.
+        chat: whether prompts go through the chat template; None: where the rows are conversations.
+        seed: of Python, numpy, torch and the choice of few-shot examples.
+
+    Returns:
+        ``tasks``: task name -> ``output_type``, ``rows``, and ``metrics``: name -> ``value``, ``stderr`` (None where
+        there is none), ``higher_is_better``; ``samples``: a few rows of what was generated.
+
+    Raises:
+        EmlocError: a task cannot be built, or a chat template is needed and missing.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=batch_size)
+    groups: dict[bool, list[Any]] = defaultdict(list)
+    for task in (task for spec in tasks for task in load_task(spec)):
+        groups[is_conversational(task) if chat is None else chat].append(task)
+    if groups[True] and not tokenizer.chat_template:
+        raise EmlocError(
+            f"The task {groups[True][0].task_name} needs a chat template, and the model's tokenizer has none.",
+            "Use --no-chat, or rows of prompt and completion as strings.",
+        )
+    result: dict[str, Any] = {"tasks": {}, "samples": []}
+    for with_template, members in groups.items():
+        if not members:
+            continue
+        found = simple_evaluate(
+            model=lm,
+            tasks=members,
+            task_manager=TaskManager(include_defaults=False),  # else it reads thousands of files, for nothing
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=with_template,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+        for task in members:
+            rows = _first_filter(found["samples"][task.task_name])
+            result["tasks"][task.task_name] = {
+                "output_type": task.OUTPUT_TYPE,
+                "rows": len(rows),
+                "metrics": _metrics(lm, task, found, rows),
+            }
+            if task.OUTPUT_TYPE == "generate_until":
+                result["samples"] += [_sample(task.task_name, row) for row in rows[:SAMPLES]]
+    return result
+
+
+def token_nll(lm: Any, rows: Iterable[dict[str, Any]]) -> tuple[float, float, int]:
+    """Return the mean negative log-likelihood a token in nats, its standard error, and the number of tokens.
+
+    Tokens are counted as lm-eval scores them. (Whitespace at the end of a prompt belongs to the continuation, so a
+    chat template that ends in a line break adds one token, nearly certain, to every answer.) lm-eval's own
+    ``perplexity`` is of whole sequences, which grows with their length.
+
+    Args:
+        lm: lm-eval's model, whose tokenizer counts.
+        rows: logged samples of a task of type ``loglikelihood`` or ``loglikelihood_rolling``.
+    """
+    pairs = []  # (negative log-likelihood, tokens) of each row
+    for row in rows:
+        response = row["resps"][0][0]
+        loglikelihood = response[0] if isinstance(response, tuple | list) else response
+        pairs.append((-float(loglikelihood), _tokens(lm, *row["arguments"][0])))
+    total = sum(tokens for _, tokens in pairs)
+    mean = sum(nll for nll, _ in pairs) / total
+    spread = sum((nll - mean * tokens) ** 2 for nll, tokens in pairs)
+    n = len(pairs)
+    return mean, math.sqrt(spread * n / (n - 1)) / total if n > 1 else math.nan, total
+
+
+def _tokens(lm: Any, context: str, continuation: str | None = None) -> int:
+    if continuation is None:  # rolling: the whole text, after a token of lm-eval's own
+        return len(lm.tok_encode(context))
+    if context:
+        return len(lm._encode_pair(context, continuation)[1])
+    tokens = lm.tok_encode(continuation, add_special_tokens=False)
+    return len(tokens) - (tokens[0] == lm.prefix_token_id)
+
+
+def _metrics(lm: Any, task: Any, found: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    higher = found["higher_is_better"][task.task_name]
+    metrics: dict[str, Any] = {}
+    if task.OUTPUT_TYPE in ("loglikelihood", "loglikelihood_rolling"):
+        mean, stderr, _ = token_nll(lm, rows)
+        metrics["nll"] = {"value": mean, "stderr": None if math.isnan(stderr) else stderr, "higher_is_better": False}
+    several = len({key.partition(",")[2] for key in found["results"][task.task_name] if "," in key}) > 1
+    for key, value in found["results"][task.task_name].items():
+        name, comma, filter_name = key.partition(",")
+        skipped = name.endswith("_stderr") or (name == "perplexity" and task.OUTPUT_TYPE == "loglikelihood")
+        if not comma or skipped or not isinstance(value, int | float):
+            continue
+        spread = _stderr([row.get(name) for row in rows], float(value))
+        label = f"{name}({filter_name})" if several else name
+        metrics[label] = {"value": float(value), "stderr": spread, "higher_is_better": higher.get(name)}
+    return metrics
+
+
+def _stderr(values: list[Any], mean: float) -> float | None:
+    """Return the standard error of a metric that is the mean of its rows' values; None for any other."""
+    n = len(values)
+    if n < 2 or not all(isinstance(value, int | float) for value in values) or not math.isclose(sum(values) / n, mean):
+        return None
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def _first_filter(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one logged sample a row of data; lm-eval logs a row once for every filter."""
+    return [row for row in rows if row["filter"] == rows[0]["filter"]]
+
+
+def _sample(task: str, row: dict[str, Any]) -> dict[str, Any]:
+    prompt, written = row["arguments"][0][0], row["resps"][0][0]
+    return {"task": task, "row": row["doc_id"], "prompt": prompt, "expected": str(row["target"]), "written": written}
+
+
+def main(job_file: str) -> int:
+    """Do the job that ``job_file`` describes, and return the exit code."""
+    import logging
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    job = read_json(Path(job_file))
+    meter = Meter()
+    try:
+        model, tokenizer = load_system(Path(job["model"]), Path(job["adapter"]) if job["adapter"] else None)
+        tasks = [TaskSpec(task["name"], Path(task["path"]) if task["path"] else None, "") for task in job["tasks"]]
+        result = run_tasks(model, tokenizer, tasks, **job["settings"])
+    except EmlocError as error:
+        sys.stderr.write(f"\n{error}\n")
+        return USER_ERROR
+    reading = meter.read()
+    result["seconds"] = reading["seconds"]
+    result["peak_bytes"] = reading.get("peak_cuda_bytes", reading["peak_rss_bytes"])
+    write_json(Path(job["result"]), result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,67 @@
+"""The figure of a run: the loss while tuning, and the emulator's error through the layers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+#: Okabe and Ito's colours, which people with any colour vision can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+#: Lines differ in more than colour, for print in grey.
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_STYLES = ("-", "--", "-.", ":")
+
+
+def figure(
+    path: Path,
+    loss_histories: Mapping[str, Sequence[tuple[int, float]]],
+    layer_errors: Sequence[Mapping[str, Any]],
+) -> None:
+    """Draw a run: the loss while tuning on the left, the emulator's error through the layers on the right.
+
+    Args:
+        path: where to save; the suffix chooses the format (``.png``, ``.svg``, ``.pdf``).
+        loss_histories: for each tuning (``emulator``, ``full LoRA``), its steps and losses.
+        layer_errors: for every Linear, in execution order, its module ``path`` and its ``relative_error``
+            ``||(W - What) X|| / ||W X||``; None, for one that stayed dense, is left out. One line is drawn for each
+            last part of the paths.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(11, 4), layout="constrained")  # not pyplot: no global state, no display
+    FigureCanvasAgg(drawing)
+    left, right = drawing.subplots(1, 2)
+    _draw_losses(left, loss_histories)
+    _draw_errors(right, layer_errors)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize="small", ncols=1 if axes is left else 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=150)
+
+
+def _draw_losses(axes: Any, histories: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    axes.set(title="Loss while tuning", xlabel="step", ylabel="loss (nats a token)")
+    for number, (name, history) in enumerate(histories.items()):
+        if history:
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": _STYLES[number % len(_STYLES)]}
+            axes.plot(*zip(*history, strict=True), label=name, linewidth=1.8, **style)
+
+
+def _draw_errors(axes: Any, errors: Sequence[Mapping[str, Any]]) -> None:
+    axes.set(title="Output error of the emulator's layers", xlabel="layer", ylabel="relative error")
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for error in errors:
+        if error.get("relative_error") is not None:
+            parts = str(error["path"]).split(".")
+            points = lines.setdefault(parts[-1], [])
+            layer = next((int(part) for part in parts if part.isdigit()), len(points))
+            points.append((layer, float(error["relative_error"])))
+    for number, (name, points) in enumerate(lines.items()):
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, markersize=4, **style)

@@ -1,0 +1,103 @@
+"""Writes a task file for the user's own rows, from a template of each kind."""
+
+import json
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from emloc_core.data import Row, load_rows
+from emloc_core.errors import EmlocError
+
+#: The kinds of task that there are templates for.
+KINDS = ("choice", "completion_nll", "generation", "rolling_perplexity")
+#: More different answers than these are no choice.
+MOST_CHOICES = 20
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def write_task(kind: str, data: Path, output: Path) -> Path:
+    """Write a task file of ``kind`` that reads ``data``, and return its path.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        data: rows in TRL's conventions (text, prompt and completion, or messages), ``.jsonl``, ``.json``, ``.parquet``.
+        output: the YAML file to write; the data are named relative to it.
+
+    Raises:
+        EmlocError: the rows are not of a form that the kind can use, or ``output`` exists.
+    """
+    if output.exists():
+        raise EmlocError(f"{output} exists already.", "Choose another file, or remove this one.")
+    rows = load_rows(str(data))
+    text, prompt, answer, system = _expressions(rows, data)
+    values = {
+        "NAME": re.sub(r"\W+", "_", output.stem) or kind,
+        "FORMAT": _FORMATS[data.suffix],
+        "DATA": json.dumps(os.path.relpath(data.resolve(), output.resolve().parent)),
+        "SYSTEM": _jinja(system),
+        "PROMPT": _jinja(prompt),
+        "ANSWER": _jinja(answer),
+        "TEXT": _jinja(text),
+    }
+    needed, has = ("text", text) if kind == "rolling_perplexity" else ("prompt and completion", answer)
+    if not has:
+        raise EmlocError(
+            f"{data} holds rows of {rows[0].form}, and a task of the kind {kind} needs {needed}.",
+            "Choose another kind, or give other rows.",
+        )
+    if kind == "choice":
+        choices = _choices(rows, data)
+        values["CHOICES"] = json.dumps(choices)
+        values["INDEX"] = json.dumps(f"{{{{ {json.dumps(choices)}.index({answer}) }}}}")
+    template = files("emloc_core").joinpath("task_templates", f"{kind}.yaml").read_text("utf-8")
+    content = re.sub(r"@([A-Z]+)@", lambda match: values[match.group(1)], template)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(content, encoding="utf-8")
+    return output
+
+
+def _jinja(expression: str) -> str:
+    """Return a Jinja expression as a YAML string."""
+    return json.dumps(f"{{{{ {expression} }}}}" if expression else "")
+
+
+def _expressions(rows: list[Row], data: Path) -> tuple[str, str, str, str]:
+    """Return Jinja expressions of the text, the prompt, the answer and the system prompt; "" where there is none."""
+    first = rows[0]
+    if first.form == "text":
+        return "text", "", "", ""
+    if first.form == "prompt and completion":
+        return "prompt ~ completion", "prompt", "completion", ""
+    for row in rows:
+        turns = [turn["role"] for turn in [*(row.prompt or []), *(row.completion or [])] if isinstance(turn, dict)]
+        if [role for role in turns if role != "system"] != ["user", "assistant"] or "system" in turns[1:]:
+            raise EmlocError(
+                f"{data}, row {row.number}: the turns are {', '.join(turns)}.",
+                "lm-eval asks one question a row: keep one user turn and one answer; a system prompt may stand first.",
+            )
+    columns = _columns(data)
+    prompt, answer = ("prompt[-1]", "completion[-1]") if "completion" in columns else ("messages[-2]", "messages[-1]")
+    start = prompt.replace("[-1]", "[0]").replace("[-2]", "[0]")
+    return "", f"{prompt}.content", f"{answer}.content", f"{start}.content if {start}.role == 'system' else ''"
+
+
+def _columns(data: Path) -> set[str]:
+    """Return the columns of the first row of a file that :func:`load_rows` has read."""
+    if data.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return set(pyarrow.parquet.read_schema(data).names)
+    text = data.read_text("utf-8-sig").lstrip()
+    first, _ = json.JSONDecoder().raw_decode(text)
+    return set(first[0] if isinstance(first, list) else first)
+
+
+def _choices(rows: list[Row], data: Path) -> list[str]:
+    answers = {row.completion if isinstance(row.completion, str) else row.completion[-1]["content"] for row in rows}  # type: ignore[index]
+    if not 2 <= len(answers) <= MOST_CHOICES:
+        raise EmlocError(
+            f"{data} holds {len(answers)} different answers, and a choice is among 2 to {MOST_CHOICES}.",
+            "Choose the kind generation or completion_nll.",
+        )
+    return sorted(answers)

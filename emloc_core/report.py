@@ -1,0 +1,176 @@
+"""The one table that compares systems, for the terminal, Markdown and JSON, and what it says in a sentence."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+from emloc_core.figure import figure
+
+__all__ = ["ORDER", "conclusion", "figure", "markdown", "note", "print_table", "rows", "table"]
+
+#: Systems in the order of the table; any other comes after these.
+ORDER = ("base", "emulator", "emulator+lora", "base+uncorrected", "base+corrected", "merged", "full_lora")
+COSTS = {"seconds": "time", "peak_bytes": "peak memory"}
+#: Metrics of lm-eval of which less is better; a task's own word (``metrics``) goes before this.
+LOWER = {"nll", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"}
+
+Systems = Mapping[str, Mapping[str, Any]]
+Metrics = Mapping[str, Mapping[str, Any]]
+
+
+def rows(systems: Systems, metrics: Metrics | None = None) -> list[dict[str, Any]]:
+    """Return the table as plain rows, in the canonical order.
+
+    Args:
+        systems: name -> metrics by name, ``seconds`` and ``peak_bytes``, as in ``results.json``.
+        metrics: name -> ``higher_is_better`` (True, False, or None where nobody knows), as in ``results.json``.
+
+    Returns:
+        Rows with ``system``, every metric (None where a system has no value), ``seconds``, ``peak_bytes``, and
+        ``best``: the columns in which the row has the best value of all.
+    """
+    columns = _columns(systems)
+    names = sorted(systems, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+    best = {column: _best(systems, column, _direction(column, metrics)) for column in columns}
+    return [
+        {
+            "system": name,
+            **{column: systems[name].get(column) for column in columns},
+            "best": [c for c in columns if best[c] is not None and systems[name].get(c) == best[c]],
+        }
+        for name in names
+    ]
+
+
+def markdown(systems: Systems, metrics: Metrics | None = None) -> str:
+    """Return the table in Markdown, the best value of each column in bold. Arguments as of :func:`rows`."""
+    columns = _columns(systems)
+    lines = [
+        "| system | " + " | ".join(_heading(column, metrics) for column in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for row in rows(systems, metrics):
+        cells = [f"**{_text(c, row[c])}**" if c in row["best"] else _text(c, row[c]) for c in columns]
+        lines.append(f"| {row['system']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def table(systems: Systems, metrics: Metrics | None = None) -> "Table":
+    """Return the table for a terminal; the best values are bold and starred. Arguments as of :func:`rows`."""
+    from rich.table import Table
+
+    columns = _columns(systems)
+    shown = Table()
+    shown.add_column("system", no_wrap=True)
+    for column in columns:
+        shown.add_column(_heading(column, metrics), justify="right")
+    for row in rows(systems, metrics):
+        cells = [f"[bold green]{_text(c, row[c])}*[/]" if c in row["best"] else f"{_text(c, row[c])} " for c in columns]
+        shown.add_row(row["system"], *cells)
+    return shown
+
+
+def print_table(systems: Systems, metrics: Metrics | None = None) -> None:
+    """Print the table on stdout. Arguments as of :func:`rows`."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(table(systems, metrics))
+    else:  # rich would fold the table to 80 columns in a file or a pipe
+        Console(width=200).print(table(systems, metrics))
+
+
+def note(results: Mapping[str, Any]) -> str:
+    """Return one line that says what was measured: tasks, rows, what the arrows and nll mean."""
+    tasks = ", ".join(f"{name} ({task['rows']} rows)" for name, task in sorted(results["tasks"].items()))
+    loss = " nll: mean loss a token, in nats." if any(_is_nll(name) for name in results["metrics"]) else ""
+    return f"Tasks: {tasks}.{loss} ↓ lower is better, ↑ higher is better."
+
+
+def conclusion(results: Mapping[str, Any]) -> str:
+    """Say what the table shows of the adapter on the base; an empty string where it shows nothing of that.
+
+    Of the first column: what the corrected and the uncorrected adapter gain over the base, and how much of the gain
+    of an ordinary LoRA that is, where one was evaluated.
+    """
+    systems, metrics = results["systems"], results.get("metrics")
+    column = next((column for column in _columns(systems) if column not in COSTS), None)
+    values = {name: row.get(column) for name, row in systems.items() if row.get(column) is not None}
+    if column is None or not values.keys() >= {"base", "base+corrected"}:
+        return ""
+    base, full = values["base"], values.get("full_lora")
+    told = []
+    for name in ("base+corrected", "base+uncorrected"):
+        if name in values:
+            share = f", {(base - values[name]) / (base - full):.0%} of it" if full not in (None, base) else ""
+            told.append(f"{name} {_text(column, values[name])}{share}")
+    start = f"{_heading(column, metrics)}: base {_text(column, base)}"
+    end = f", full LoRA {_text(column, full)} (the whole gain)" if full is not None else ""
+    return f"{start}{end}; {'; '.join(told)}."
+
+
+def human_bytes(count: float) -> str:
+    """Return a number of bytes in the unit in which it is read easily: ``1.37 GB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 999.5 else f"{count:,.0f} GB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a time as ``4.2 s``, ``42 s``, ``3 min 05 s`` or ``2 h 07 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _columns(systems: Systems) -> list[str]:
+    """Return the metrics, every ``nll`` first, then what they cost."""
+    metrics = {column for row in systems.values() for column in row} - COSTS.keys()
+    return [*sorted(metrics, key=lambda name: (not _is_nll(name), name)), *COSTS]
+
+
+def _is_nll(column: str) -> bool:
+    return column.rpartition(".")[2] == "nll"
+
+
+def _direction(column: str, metrics: Metrics | None) -> bool | None:
+    """Say whether a higher value is better; None where nobody knows."""
+    if column in COSTS:
+        return False
+    if metrics and column in metrics:
+        higher: bool | None = metrics[column]["higher_is_better"]
+        return higher
+    return column.rpartition(".")[2].partition("(")[0] not in LOWER
+
+
+def _best(systems: Systems, column: str, higher: bool | None) -> float | None:
+    """Return the best value of a column; None where there is none, or nothing to compare."""
+    values = [row[column] for row in systems.values() if row.get(column) is not None]
+    values = [value for value in values if not math.isnan(value)]
+    if higher is None or len(values) < 2 or min(values) == max(values):
+        return None
+    return max(values) if higher else min(values)
+
+
+def _heading(column: str, metrics: Metrics | None) -> str:
+    arrow = {True: " ↑", False: " ↓", None: ""}[_direction(column, metrics)]
+    return COSTS.get(column, f"{column}{arrow}")
+
+
+def _text(column: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if column in COSTS:
+        return human_bytes(value) if column == "peak_bytes" else human_seconds(value)
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
