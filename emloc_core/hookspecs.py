@@ -33,12 +33,12 @@ def emloc_rank_allocators() -> "dict[str, Callable[..., Any]]":  # type: ignore[
 
 @hookspec
 def emloc_factorizers() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
-    """Return factorisations by name: ``f(weight, gram, side, rank) -> Factors``, see ``emloc_core.factorize``."""
+    """Return factorisations by name: ``f(weight, gram, rank) -> Factors``, see ``emloc_core.factorize``."""
 
 
 @hookspec
 def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
-    """Return LoRA corrections by name: ``f(weight, factors, lora, clamps) -> loras``, see ``emloc_core.correction``."""
+    """Return LoRA corrections by name: ``f(weight, u, v, lora, clamps) -> loras``, see ``emloc_core.correction``."""
 
 
 @hookspec

@@ -9,6 +9,11 @@ from emloc_llama import LLAMA
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.data import load_rows
+from emloc_core.emulator import Compression
+from emloc_core.settings import CompressSettings
+
 ANIMALS = ["cat", "dog", "horse", "cow", "goat", "duck", "hen", "fox", "bear", "wolf", "mouse", "frog"]
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "grey", "pink", "gold", "teal"]
 
@@ -70,3 +75,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of 120 distinct prompt and completion rows."""
     return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", example_rows())
+
+
+@pytest.fixture(scope="session")
+def tiny_emulator(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An emulator of ``tiny_model`` that holds out 12 calibration and 6 selection rows of ``rows_file``."""
+    settings = CompressSettings(samples=12, selection=6, ratio=0.6)
+    output = tmp_path_factory.mktemp("tiny-emulator") / "emulator"
+    return Compression(Checkpoint(tiny_model), load_rows(str(rows_file)), output, settings).run()

