@@ -65,8 +65,8 @@ def without_a_tensor(model, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda model, tmp: tmp / "nothing", "There is no model at"),
-        (lambda model, tmp: tmp, "has no config.json"),
+        (lambda _, tmp: tmp / "nothing", "There is no model at"),
+        (lambda _, tmp: tmp, "has no config.json"),
         (lambda model, tmp: change(model, tmp, config__json=b"{"), "is not valid JSON"),
         (lambda model, tmp: change(model, tmp, config__json=b"{}"), "has no model_type"),
         (lambda model, tmp: change(model, tmp, model__safetensors=None), "has neither model.safetensors nor"),
@@ -89,7 +89,7 @@ def test_bad_models(emloc, tiny_model, rows_file, tmp_path, make, message):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("", "is empty"),
+        ("", "holds no rows"),
         ('{"prompt": "a", "completion": "b"}\n{"question": "a"}\n', "2"),
         ('{"prompt": "a", "completion": "b"}\nnot json\n', "2"),
         ('{"text": "only one"}\n', "12"),

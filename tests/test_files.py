@@ -132,10 +132,9 @@ def test_an_output_is_published_whole_with_its_manifest(tmp_path):
 
 def test_a_crash_keeps_the_work_and_a_user_error_removes_it(tmp_path):
     output = Output(tmp_path / "out", "adapter", {"a": 1})
-    staging = output.staging
 
     def interrupted():
-        with output.build():
+        with output.build() as staging:
             (staging / "part").write_text("x")
             raise KeyboardInterrupt
 

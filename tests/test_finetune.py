@@ -93,7 +93,7 @@ def test_the_same_again_does_nothing_and_anything_else_is_refused(trained, tiny_
     monkeypatch.setattr(FineTuning, "_train", lambda *_: pytest.fail("trained again"))
     again = settings(save_steps=7, report_to="all")  # neither changes the adapter
     assert finetune(tiny_model, str(rows_file), trained, again, exclude=[test]) == trained
-    with pytest.raises(EmlocError, match="settings.lora_rank was 8 and is now 4"):
+    with pytest.raises(EmlocError, match=r"settings\.lora_rank was 8 and is now 4"):
         finetune(tiny_model, str(rows_file), trained, settings(lora_rank=4), exclude=[test])
     with pytest.raises(EmlocError, match="rows was"):
         finetune(tiny_model, str(rows_file), trained, settings())
@@ -327,14 +327,14 @@ def test_settings_that_cannot_work_are_one_error(changes, complaint, tiny_model,
 
 def test_a_row_beyond_the_models_limit_is_named(tiny_model, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "cat"}, {"text": "cat " * 300}])
-    with pytest.raises(EmlocError, match="Row 2: .* the model takes 256"):
+    with pytest.raises(EmlocError, match=r"Row 2: .* the model takes 256"):
         finetune(tiny_model, str(path), tmp_path / "a", settings())
 
 
 def test_nothing_left_to_train_on_is_an_error(tiny_model, rows_file, tmp_path):
     with pytest.raises(EmlocError, match="all 120 are calibration, selection or excluded rows"):
         FineTuning(tiny_model, str(rows_file), tmp_path / "a", settings(), exclude=[rows_file])
-    with pytest.raises(EmlocError, match="There is no file .*test.jsonl"):
+    with pytest.raises(EmlocError, match=r"There is no file .*test\.jsonl"):
         FineTuning(tiny_model, str(rows_file), tmp_path / "a", settings(), exclude=[tmp_path / "test.jsonl"])
 
 
