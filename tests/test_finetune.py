@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import example_rows, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from emloc_core import finetune as stage
 from emloc_core.adapter import Adapter
 from emloc_core.calibration import encode
+from emloc_core.cli.train import command
 from emloc_core.data import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.finetune import FineTuning, finetune
@@ -297,6 +299,38 @@ def test_two_processes_make_one_adapter(tiny_model, rows_file, tmp_path):
     assert answer["result"]["steps"] == 4
     assert {path.name for path in tmp_path.iterdir()} == {"a", ".emloc-hashes.json"}
     assert len(Adapter(tmp_path / "a").loras) == 21
+
+
+# The command line
+
+
+def test_options_become_settings(tiny_model, rows_file, tmp_path):
+    given = ["--lr", "0.5", "--rank", "2", "--alpha", "5", "--rslora", "--target", "q_proj", "--target", "v_proj"]
+    given += ["--no-bf16", "--steps", "1", "--set", "warmup_steps=1", "--set", "lr_scheduler_type=cosine", "--json"]
+    argv = [str(tiny_model), "--data", str(rows_file), "-o", str(tmp_path / "a"), *given]
+    done = CliRunner().invoke(command, argv, catch_exceptions=False)
+    assert done.exit_code == 0
+    answer = json.loads(done.stdout)  # the trainer's own words are on stderr
+    expected = {"learning_rate": 0.5, "lora_rank": 2, "lora_alpha": 5, "use_rslora": True, "bf16": False, "steps": 1}
+    expected |= {"target_modules": ["q_proj", "v_proj"], "max_length": None}
+    expected["extra"] = {"warmup_steps": 1, "lr_scheduler_type": "cosine"}
+    assert {name: answer["request"]["settings"][name] for name in expected} == expected
+    assert answer["result"]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (["--set", "warmup_steps"], "not KEY=VALUE"),
+        (["--set", "warmup_stps=1"], "Did you mean 'warmup_steps'"),
+        (["--steps", "0"], "steps = 0"),
+        (["--steps", "1", "--epochs", "1"], "steps or epochs, not both"),
+    ],
+)
+def test_bad_options_are_one_error(given, complaint, tiny_model, rows_file, tmp_path):
+    argv = [str(tiny_model), "--data", str(rows_file), "-o", str(tmp_path / "a"), *given]
+    with pytest.raises(EmlocError, match=complaint):
+        CliRunner().invoke(command, argv, catch_exceptions=False)
 
 
 # Mistakes

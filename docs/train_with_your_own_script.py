@@ -1,0 +1,113 @@
+"""Train a LoRA on an emulator with a script of your own: all that EMLoC asks for is one import.
+
+    python train_with_your_own_script.py EMULATOR rows.jsonl ADAPTER --trainer sft
+    emloc correct ADAPTER --base BASE -o CORRECTED
+
+The rows have ``prompt`` and ``completion``. Leave out those in the emulator's calibration.jsonl and selection.jsonl:
+the correction is chosen on rows that were not trained on.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+import emloc_core.lowrank  # noqa: F401 - teaches transformers to load emulators
+
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the prompts and completions of a JSONL file."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+
+
+def tune_with_sft(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], settings: dict
+) -> PeftModel:
+    """Train with TRL, which tokenizes, and puts the loss on the completions."""
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(max_length=None, **settings),  # TRL would cut at 1024 tokens
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LORA,
+    )
+    trainer.train()
+    assert isinstance(trainer.model, PeftModel)
+    return trainer.model
+
+
+def tune_with_trainer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], settings: dict
+) -> PeftModel:
+    """Train with the plain Trainer of transformers."""
+
+    def encode(row: dict[str, str]) -> dict[str, list[int]]:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+        return {"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]}
+
+    peft_model = get_peft_model(model, LORA)
+    trainer = Trainer(
+        peft_model,
+        args=TrainingArguments(**settings),
+        train_dataset=Dataset.from_list([encode(row) for row in rows]),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    trainer.train()
+    return peft_model
+
+
+def main() -> None:
+    """Train, and save the adapter."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("emulator", type=Path)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("--trainer", choices=["sft", "plain"], default="sft")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    options = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(options.emulator)
+    model = AutoModelForCausalLM.from_pretrained(options.emulator, dtype="auto")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    held_out = [
+        row
+        for name in ("calibration.jsonl", "selection.jsonl")
+        for row in read(options.emulator / name)  # empty where none were held out
+    ]
+    rows = [row for row in read(options.rows) if row not in held_out]
+
+    tune = tune_with_sft if options.trainer == "sft" else tune_with_trainer
+    settings = {
+        "output_dir": str(options.adapter.with_name(f"{options.adapter.name}-checkpoints")),
+        "max_steps": options.steps,
+        "learning_rate": options.learning_rate,
+        "per_device_train_batch_size": 8,
+        "bf16": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    tune(model, tokenizer, rows, settings).save_pretrained(str(options.adapter))
+
+
+if __name__ == "__main__":
+    main()
