@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from emloc_core.errors import EmlocError
@@ -132,14 +133,15 @@ def evaluate(
     return _read(output, systems)
 
 
-def plan(systems: Sequence[System], tasks: Sequence[str], cache_dir: Path) -> dict[str, Any]:
-    """Check everything that :func:`evaluate` needs, and return what it would do, without running a model.
+def plan(systems: Sequence[System], tasks: Sequence[str]) -> dict[str, Any]:
+    """Check everything that :func:`evaluate` needs, and return what it would do. Writes nothing.
 
     Raises:
         EmlocError: as :func:`evaluate`.
     """
-    specs = _specs(tasks, cache_dir)
-    _request(systems, specs, cache_dir)
+    _check(systems)
+    with TemporaryDirectory() as cache_dir:
+        specs = _specs(tasks, Path(cache_dir))
     return {
         "systems": {
             system.name: {"model": str(system.model), "adapter": str(system.adapter) if system.adapter else None}
@@ -160,23 +162,36 @@ def _specs(tasks: Sequence[str], cache_dir: Path) -> list[TaskSpec]:
     return specs
 
 
-def _request(systems: Sequence[System], specs: Sequence[TaskSpec], cache_dir: Path) -> dict[str, Any]:
-    from emloc_core.adapter import fingerprint
+def _check(systems: Sequence[System]) -> None:
+    from emloc_core.adapter import CONFIG
     from emloc_core.checkpoint import Checkpoint
     from emloc_core.plugins import plugin_manager
 
     if not systems:
         raise EmlocError("There is no system to evaluate.", "Give --base, --emulator or --system NAME=MODEL.")
-    described: dict[str, Any] = {}
+    names = [system.name for system in systems]
     for system in systems:
         if not _NAME.fullmatch(system.name):
             raise EmlocError(f"{system.name!r} is no name of a system.", "Use letters, digits and + . _ - in it.")
-        if system.name in described:
+        if names.count(system.name) > 1:
             raise EmlocError(f"Two systems are called {system.name!r}.", "Give each its own name.")
-        checkpoint = Checkpoint(system.model)
-        plugin_manager().family_for(checkpoint.model_type)
-        lora = fingerprint(system.adapter, cache_dir) if system.adapter else None
-        described[system.name] = {"model": checkpoint.fingerprint(cache_dir), "adapter": lora}
+        plugin_manager().family_for(Checkpoint(system.model).model_type)
+        if system.adapter and not (system.adapter / CONFIG).is_file():
+            raise EmlocError(f"{system.adapter} has no {CONFIG}.", "Give the directory of a PEFT adapter.")
+
+
+def _request(systems: Sequence[System], specs: Sequence[TaskSpec], cache_dir: Path) -> dict[str, Any]:
+    from emloc_core.adapter import fingerprint
+    from emloc_core.checkpoint import Checkpoint
+
+    _check(systems)
+    described = {
+        system.name: {
+            "model": Checkpoint(system.model).fingerprint(cache_dir),
+            "adapter": fingerprint(system.adapter, cache_dir) if system.adapter else None,
+        }
+        for system in systems
+    }
     return {"systems": described, "tasks": {spec.name: spec.digest for spec in specs}, "lm-eval": version("lm-eval")}
 
 

@@ -39,8 +39,10 @@ def figure(
         axes.set_axisbelow(True)
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize="small", ncols=1 if axes is left else 2)
+    if left.lines:
+        left.legend(frameon=False, fontsize="small")
+    if right.lines:  # beside the plot: lines of a real model leave no room within it
+        right.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=150)
 

@@ -95,7 +95,7 @@ def conclusion(results: Mapping[str, Any]) -> str:
     """Say what the table shows of the adapter on the base; an empty string where it shows nothing of that.
 
     Of the first column: what the corrected and the uncorrected adapter gain over the base, and how much of the gain
-    of an ordinary LoRA that is, where one was evaluated.
+    of an ordinary LoRA that is, where one was evaluated; and whether the adapter was left uncorrected.
     """
     systems, metrics = results["systems"], results.get("metrics")
     column = next((column for column in _columns(systems) if column not in COSTS), None)
@@ -110,7 +110,9 @@ def conclusion(results: Mapping[str, Any]) -> str:
             told.append(f"{name} {_text(column, values[name])}{share}")
     start = f"{_heading(column, metrics)}: base {_text(column, base)}"
     end = f", full LoRA {_text(column, full)} (the whole gain)" if full is not None else ""
-    return f"{start}{end}; {'; '.join(told)}."
+    chosen = results.get("correction", {}).get("clamp")
+    uncorrected = " The clamp chosen is 0: no correction did better on the held-out rows." if chosen == 0 else ""
+    return f"{start}{end}; {'; '.join(told)}.{uncorrected}"
 
 
 def human_bytes(count: float) -> str:

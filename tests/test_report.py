@@ -89,6 +89,11 @@ def test_the_conclusion_is_the_share_of_what_a_lora_gains():
     assert report.conclusion({"systems": {"base": {"nll": 1.0}}}) == ""
 
 
+def test_the_conclusion_says_when_nothing_was_corrected():
+    assert "The clamp chosen is 0" in report.conclusion({"systems": SYSTEMS, "correction": {"clamp": 0}})
+    assert "clamp" not in report.conclusion({"systems": SYSTEMS, "correction": {"clamp": 0.3}})
+
+
 @pytest.fixture
 def errors():
     return [

@@ -60,7 +60,7 @@ def command(
     directories = {name: settings.pop(name) for name in ("emulator", "adapter", "corrected", "merged", "full_lora")}
     systems = canonical_systems(base=_model(base) if base else None, **directories) + [_system(text) for text in others]
     if dry_run:
-        _describe(plan(systems, tasks, output.parent), as_json)
+        _describe(plan(systems, tasks), as_json)
         return
     results = evaluate(
         systems,
