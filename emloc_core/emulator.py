@@ -46,8 +46,6 @@ class Compression:
         rows: Sequence[Row],
         output: Path,
         settings: CompressSettings,
-        *,
-        trust_remote_code: bool = False,
     ) -> None:
         self.base, self.settings = base, settings
         self.family: Family = plugin_manager().family_for(base.model_type)
@@ -56,7 +54,7 @@ class Compression:
             raise EmlocError(
                 f"{base.directory} is quantised already ({method}).", "Give the original, unquantised model."
             )
-        self.skeleton = Skeleton(base, self.family, trust_remote_code=trust_remote_code)
+        self.skeleton = Skeleton(base, self.family)
         allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
         self.plan: Plan = make_plan(self.skeleton.model, self.family, settings.ratio, allocate)
         self.rows = draw(rows, settings.seed, settings.samples, settings.selection)

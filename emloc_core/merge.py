@@ -41,14 +41,13 @@ class Merge:
         output: Path,
         *,
         allow_uncorrected: bool = False,
-        trust_remote_code: bool = False,
     ) -> None:
         self.adapter, self.base = adapter, base
         cache_dir = output.resolve().parent
         fingerprint = base.fingerprint(cache_dir)
         require_base(adapter, base, fingerprint, allow_uncorrected=allow_uncorrected)
         family = plugin_manager().family_for(base.model_type)
-        skeleton = Skeleton(base, family, trust_remote_code=trust_remote_code)
+        skeleton = Skeleton(base, family)
         self.untied: dict[str, tuple[str, Lora]] = {}  # new key -> key that it was tied to, LoRA
         self.loras = self._by_key(skeleton)
         request = {"adapter": adapter.fingerprint(cache_dir), "base": fingerprint}

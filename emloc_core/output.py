@@ -26,6 +26,7 @@ TIMING = "timing.json"
 _REQUEST = "request.json"
 _LOCK = ".lock"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ROOM = 256 << 10  # bytes; with less, a failure is put down to the full disk
 
 
 def versions() -> dict[str, str]:
@@ -173,10 +174,13 @@ class Output:
 def _refuse_full_disk(place: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
+    except EmlocError:
+        raise
+    except Exception as error:
         free = shutil.disk_usage(place.parent).free
+        # Libraries that write files raise errors of their own when the disk is full.
+        if getattr(error, "errno", None) not in _DISK_FULL and free > _NO_ROOM:
+            raise
         raise EmlocError(
             f"The disk is full: writing to {place} failed with {free:,} bytes free.",
             "Free some space and run the same command again: it goes on where it stopped.",

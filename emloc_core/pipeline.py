@@ -71,7 +71,6 @@ def stages(recipe: Recipe) -> list[Stage]:
     emulator, adapter, corrected, merged, full = (
         root / name for name in ("emulator", "adapter", "corrected", "merged", "full_lora")
     )
-    trust = ["--trust-remote-code"] if recipe.model.trust_remote_code else []
     rows = ["--data", data.train, "--split", data.split]
     tuning = [*arguments(recipe.train, FLAGS), *(text for test in data.test for text in ("--exclude", test))]
     held_out = [text for name in (CALIBRATION, SELECTION) for text in ("--exclude", str(emulator / name))]
@@ -80,26 +79,26 @@ def stages(recipe: Recipe) -> list[Stage]:
         return Stage(output.name, purpose, (command, *map(str, argv), "-o", str(output)), output)
 
     found = [
-        stage("make the emulator", emulator, "compress", base, *rows, *arguments(recipe.compress), *trust),
+        stage("make the emulator", emulator, "compress", base, *rows, *arguments(recipe.compress)),
         stage("tune a LoRA on the emulator", adapter, "train", emulator, *rows, *tuning),
         stage("carry it over to the base", corrected, "correct", adapter, "--base", base,
-              "--emulator", emulator, *arguments(recipe.correct), *trust),
+              "--emulator", emulator, *arguments(recipe.correct)),
     ]  # fmt: skip
     if recipe.merge:
-        found.append(stage("fold it into the base", merged, "merge", corrected, "--base", base, *trust))
+        found.append(stage("fold it into the base", merged, "merge", corrected, "--base", base))
     if recipe.eval is None:
         return found
-    systems = ["--base", base, "--emulator", emulator, "--adapter", adapter, "--corrected", corrected]
+    systems: list[str | Path] = ["--base", base, "--emulator", emulator, "--adapter", adapter, "--corrected", corrected]
     if recipe.merge:
         systems += ["--merged", merged]
     if recipe.eval.full_lora:
         found.append(stage("tune the base itself, the upper bound", full, "train", base, *rows, *tuning, *held_out))
         systems += ["--full-lora", full]
-    limit = ["--limit", recipe.eval.limit] if recipe.eval.limit else []
-    found.append(
-        stage("compare all of them", root / "evaluation", "eval", *recipe.eval.tasks, *systems,
-              "--batch-size", str(recipe.eval.batch_size), *map(str, limit))
-    )  # fmt: skip
+    sizes = ["--batch-size", str(recipe.eval.batch_size)]
+    if recipe.eval.limit:
+        sizes += ["--limit", str(recipe.eval.limit)]
+    evaluation = root / "evaluation"
+    found.append(stage("compare all of them", evaluation, "eval", *recipe.eval.tasks, *systems, *sizes))
     return found
 
 
@@ -160,6 +159,6 @@ def summarise(recipe: Recipe, planned: list[Stage]) -> dict[str, Any]:
     report.figure(root / "figure.png", histories, manifests["emulator"]["result"]["linears"])
     if "evaluation" in manifests:
         results.update(read_json(root / "evaluation" / "results.json"))
-        (root / "table.md").write_text(report.markdown(results["systems"]), encoding="utf-8")
+        (root / "table.md").write_text(report.markdown(results["systems"], results["metrics"]), encoding="utf-8")
     write_json(root / "results.json", results)
     return results

@@ -16,7 +16,6 @@ class ModelSection(Settings):
     """Which model."""
 
     base: str = Field(description="Local directory or hub id.")
-    trust_remote_code: bool = Field(False, description="Run code that the model brings. Only if you trust it.")
 
 
 class DataSection(Settings):

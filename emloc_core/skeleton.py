@@ -37,7 +37,6 @@ class Skeleton:
         checkpoint: the weights.
         family: says which class of transformers builds the model.
         device: where loaded weights go.
-        trust_remote_code: run code that the checkpoint brings; off unless the user says so.
 
     Attributes:
         model: the model in eval mode; every parameter on the meta device, requiring no gradient.
@@ -49,14 +48,12 @@ class Skeleton:
         checkpoint: Checkpoint,
         family: Family,
         device: torch.device | str = "cpu",
-        *,
-        trust_remote_code: bool = False,
     ) -> None:
         import transformers
 
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        config = _config(checkpoint, trust_remote_code)
+        config = _config(checkpoint)
         self.dtype = config.dtype or _most_common_dtype(checkpoint)
         auto_class = getattr(transformers, family.auto_class)
         with init_empty_weights(include_buffers=False):
@@ -160,13 +157,13 @@ class Skeleton:
                 self._free_parameter(name)
 
 
-def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+def _config(checkpoint: Checkpoint) -> Any:
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(checkpoint.directory)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise EmlocError(
             f"transformers cannot read {checkpoint.directory / 'config.json'}: {str(error).splitlines()[0]}",
-            "Check the file; a model with code of its own needs --trust-remote-code.",
+            "Check the file. Code that a model brings is never run: it needs an architecture that transformers has.",
         ) from error
     return config
 

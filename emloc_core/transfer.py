@@ -54,8 +54,6 @@ class Transfer:
         settings: CorrectSettings,
         emulator: Path | None = None,
         selection: Path | None = None,
-        *,
-        trust_remote_code: bool = False,
     ) -> None:
         self.adapter, self.base, self.settings = adapter, base, settings
         if adapter.is_corrected:
@@ -70,7 +68,7 @@ class Transfer:
         base_fingerprint = base.fingerprint(cache_dir)
         manifest = _require_match(adapter, self.emulator, emulator_fingerprint, base, base_fingerprint)
         self.family = plugin_manager().family_for(base.model_type)
-        self.skeleton = Skeleton(base, self.family, trust_remote_code=trust_remote_code)
+        self.skeleton = Skeleton(base, self.family)
         self._check_shapes()
         self.samples = self._samples(selection, manifest["request"]["settings"]["max_length"])
         request = {

@@ -63,3 +63,9 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("emloc: interrupted; the same command goes on where it stopped.", err=True)
         sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        reason = str(error).strip().splitlines() or ["no message"]
+        click.echo(f"emloc: unexpected {type(error).__name__}: {reason[0]} (emloc --debug ... shows where)", err=True)
+        sys.exit(70)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from emloc_core.cli.console import announce, as_json, dry_run, print_json, progress, size, trust
+from emloc_core.cli.console import announce, as_json, dry_run, print_json, progress, size
 from emloc_core.cli.options import options, validated
 from emloc_core.settings import CompressSettings
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the emulator.")
 @click.option("--split", default="train", show_default=True, help="Of a hub data set.")
 @options(CompressSettings)
-@trust
 @dry_run
 @as_json
 def command(
@@ -30,7 +29,6 @@ def command(
     output: Path,
     dry_run: bool,
     as_json: bool,
-    trust_remote_code: bool,
     **settings: Any,
 ) -> None:
     """Make the emulator of MODEL, a local directory or a hub id: a low-rank copy to train on.
@@ -43,9 +41,7 @@ def command(
     from emloc_core.emulator import Compression
 
     base = open_checkpoint(model)
-    job = Compression(
-        base, load_rows(data, split), output, validated(CompressSettings, settings), trust_remote_code=trust_remote_code
-    )
+    job = Compression(base, load_rows(data, split), output, validated(CompressSettings, settings))
     if dry_run:
         _describe(job, as_json)
         return

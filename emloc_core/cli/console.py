@@ -13,7 +13,6 @@ from emloc_core.output import MANIFEST, TIMING, read_json
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, with sizes, and write nothing.")
-trust = click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings. Only if you trust it.")
 
 
 @contextmanager

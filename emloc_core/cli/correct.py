@@ -5,7 +5,7 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import announce, as_json, describe, dry_run, progress, trust
+from emloc_core.cli.console import announce, as_json, describe, dry_run, progress
 from emloc_core.cli.options import options, validated
 from emloc_core.settings import CorrectSettings
 
@@ -17,7 +17,6 @@ from emloc_core.settings import CorrectSettings
 @options(CorrectSettings)
 @click.option("--emulator", type=click.Path(path_type=Path), help="Where the emulator is, if it was moved.")
 @click.option("--selection", type=click.Path(path_type=Path), help="Other rows for --clamp auto to compare on.")
-@trust
 @dry_run
 @as_json
 def command(
@@ -28,7 +27,6 @@ def command(
     selection: Path | None,
     dry_run: bool,
     as_json: bool,
-    trust_remote_code: bool,
     **settings: Any,
 ) -> None:
     """Carry the LoRA in ADAPTER, trained on an emulator, over to the base model.
@@ -48,7 +46,6 @@ def command(
         chosen,
         emulator,
         selection,
-        trust_remote_code=trust_remote_code,
     )
     if dry_run:
         content = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import rich_click as click
 
-from emloc_core.cli.console import announce, as_json, describe, dry_run, progress, size, trust
+from emloc_core.cli.console import announce, as_json, describe, dry_run, progress, size
 
 
 @click.command("merge")
@@ -12,7 +12,6 @@ from emloc_core.cli.console import announce, as_json, describe, dry_run, progres
 @click.option("--base", required=True, help="The model that the adapter is for: directory or hub id.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the checkpoint.")
 @click.option("--allow-uncorrected", is_flag=True, help="Merge an adapter as it was trained on an emulator.")
-@trust
 @dry_run
 @as_json
 def command(
@@ -22,7 +21,6 @@ def command(
     allow_uncorrected: bool,
     dry_run: bool,
     as_json: bool,
-    trust_remote_code: bool,
 ) -> None:
     """Fold ADAPTER into the base: an ordinary checkpoint of the original architecture.
 
@@ -37,7 +35,6 @@ def command(
         open_checkpoint(base),
         output,
         allow_uncorrected=allow_uncorrected,
-        trust_remote_code=trust_remote_code,
     )
     if dry_run:
         content = {

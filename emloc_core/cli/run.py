@@ -46,7 +46,7 @@ def show(results: dict, directory: Path) -> None:
     from emloc_core import report
 
     if "systems" in results:
-        report.print_table(results["systems"])
+        report.print_table(results["systems"], results["metrics"])
         click.echo(report.conclusion(results))
     peaks = [f"{name} {size(timing['peak_rss_bytes'])}" for name, timing in results["stages"].items()]
     click.echo(f"peak memory of each stage: {', '.join(peaks)}")
