@@ -1,16 +1,18 @@
 """Loads plugins, keeps a broken one from breaking anything else, and reports it.
 
-pluggy's own loader lets one plugin's ImportError end the program, so entry points are loaded here one by one.
-``EMLOC_STRICT_PLUGINS=1`` raises instead of isolating.
+pluggy's own loader lets one plugin's ImportError end the program, and its hook calls end with the first plugin that
+raises, so entry points are loaded and plugins are called one by one here. ``EMLOC_STRICT_PLUGINS=1`` raises instead
+of isolating.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+import click
 import pluggy
 
 from emloc_core import hookspecs
@@ -38,6 +40,8 @@ class PluginManager(pluggy.PluginManager):
         self.add_hookspecs(hookspecs)
         self.reports: list[PluginReport] = []
         self._families: dict[str, Family] = {}
+        self._commands: dict[str, click.Command] = {}
+        self._told: set[str] = set()
 
     def load(self, entries: Sequence[EntryPoint]) -> None:
         """Load and register the entry points, each on its own: what one does wrong is its own report's error.
@@ -46,29 +50,31 @@ class PluginManager(pluggy.PluginManager):
             EmlocError: a plugin is broken and ``EMLOC_STRICT_PLUGINS`` is set.
         """
         for entry in sorted(entries, key=lambda entry: entry.name):
-            distribution = entry.dist.name if entry.dist else "unknown"
+            report = PluginReport(entry.name, entry.dist.name if entry.dist else "unknown")
             try:
                 families = self._load_one(entry)
-                self.reports.append(PluginReport(entry.name, distribution, tuple(family.name for family in families)))
+                report = replace(report, families=tuple(family.name for family in families))
             except Exception as error:
-                if os.environ.get("EMLOC_STRICT_PLUGINS"):
-                    raise EmlocError(
-                        f"The plugin {entry.name!r} of {distribution} is broken: {error!r}.",
-                        "Mend or uninstall it, or unset EMLOC_STRICT_PLUGINS to go on without it.",
-                    ) from error
-                self.reports.append(PluginReport(entry.name, distribution, error=f"{type(error).__name__}: {error}"))
+                report = _broken(report, error)
+            self.reports.append(report)
 
     def _load_one(self, entry: EntryPoint) -> list[Family]:
         plugin = entry.load()
         self.register(plugin, name=entry.name)
         try:
             self._check_hook_names(plugin)
-            families = self._families_of(plugin)
+            families, commands = self._families_of(plugin), self._commands_of(plugin)
         except BaseException:
             self.unregister(plugin)
             raise
         self._families.update((family.name, family) for family in families)
+        self._commands.update(commands)
         return families
+
+    def _call(self, plugin: Any, hook: str, **arguments: Any) -> list[Any]:
+        """Call a hook of one plugin alone; return what it gave: nothing, where it does not implement the hook."""
+        others = [other for other in self.get_plugins() if other is not plugin]
+        return self.subset_hook_caller(hook, others)(**arguments)
 
     def _check_hook_names(self, plugin: Any) -> None:
         known = [name for name in vars(hookspecs) if name.startswith("emloc_")]
@@ -77,8 +83,7 @@ class PluginManager(pluggy.PluginManager):
                 raise TypeError(f"there is no hook {caller.name!r}.{did_you_mean(caller.name, known)}")
 
     def _families_of(self, plugin: Any) -> list[Family]:
-        declare = getattr(plugin, "emloc_families", None)
-        families = list(declare()) if declare else []
+        families = [family for found in self._call(plugin, "emloc_families") for family in found]
         for family in families:
             if not isinstance(family, Family):
                 raise TypeError(f"emloc_families returned {type(family).__name__}, not Family")
@@ -88,6 +93,18 @@ class PluginManager(pluggy.PluginManager):
                 if shared := family.model_types & other.model_types:
                     raise ValueError(f"{other.name!r} declares the model types {sorted(shared)} already")
         return families
+
+    def _commands_of(self, plugin: Any) -> dict[str, click.Command]:
+        commands: dict[str, click.Command] = {}
+        for command in (command for found in self._call(plugin, "emloc_commands") for command in found):
+            from emloc_core.cli import COMMANDS
+
+            if not isinstance(command, click.Command) or not command.name:
+                raise TypeError(f"emloc_commands returned {command!r}, not a command with a name")
+            if command.name in {*COMMANDS, *self._commands, *commands}:
+                raise ValueError(f"there is a command {command.name!r} already")
+            commands[command.name] = command
+        return commands
 
     def families(self) -> list[Family]:
         """Return all families, by name."""
@@ -108,15 +125,24 @@ class PluginManager(pluggy.PluginManager):
             "Install a plugin that declares it, or write one: docs/plugins.md shows the 20 lines it takes.",
         )
 
+    def commands(self) -> dict[str, click.Command]:
+        """Return the plugins' commands by name."""
+        return dict(self._commands)
+
     def algorithm(self, hook: str, name: str) -> Any:
         """Return the algorithm ``name`` from the hook ``emloc_{hook}``: factorizers, corrections, rank_allocators.
+
+        Plugins are asked now, not when they are loaded, since algorithms need torch.
 
         Raises:
             EmlocError: no plugin offers one of that name.
         """
         offered: dict[str, Any] = {}
-        for found in getattr(self.hook, f"emloc_{hook}")():
-            offered.update(found)
+        for owner, plugin in self.list_name_plugin():
+            try:
+                offered.update(self._algorithms_of(plugin, hook, offered))
+            except Exception as error:
+                self._set_aside(owner, error)
         if name not in offered:
             known = sorted(offered)
             raise EmlocError(
@@ -124,6 +150,53 @@ class PluginManager(pluggy.PluginManager):
                 "Choose one of these.",
             )
         return offered[name]
+
+    def _algorithms_of(self, plugin: Any, hook: str, taken: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for algorithms in self._call(plugin, f"emloc_{hook}"):
+            for name, algorithm in algorithms.items():
+                if not callable(algorithm):
+                    raise TypeError(f"emloc_{hook} returned {algorithm!r} as {name!r}, which cannot be called")
+                if name in taken:
+                    raise ValueError(f"another plugin offers {name!r} among the {hook} already")
+                found[name] = algorithm
+        return found
+
+    def notify(self, hook: str, **arguments: Any) -> None:
+        """Call the observers of ``hook``, such as ``emloc_block_done``; one that raises disturbs nothing.
+
+        Raises:
+            EmlocError: an observer raises and ``EMLOC_STRICT_PLUGINS`` is set.
+        """
+        for owner, plugin in self.list_name_plugin():
+            try:
+                self._call(plugin, hook, **arguments)
+            except Exception as error:
+                self._set_aside(owner, error)
+
+    def _set_aside(self, name: str, error: Exception) -> None:
+        """Put what a loaded plugin does wrong into its report, and say so on stderr, once a plugin."""
+        reports = {report.name: report for report in self.reports}
+        broken = _broken(reports.get(name, PluginReport(name, "unknown")), error)
+        if name in self._told:
+            return
+        self._told.add(name)
+        click.echo(f"emloc: the plugin {name!r} of {broken.distribution} is broken: {broken.error}", err=True)
+        self.reports = [broken if report.name == name else report for report in self.reports]
+
+
+def _broken(report: PluginReport, error: Exception) -> PluginReport:
+    """Return the report of a plugin that raised ``error``.
+
+    Raises:
+        EmlocError: ``EMLOC_STRICT_PLUGINS`` is set.
+    """
+    if os.environ.get("EMLOC_STRICT_PLUGINS"):
+        raise EmlocError(
+            f"The plugin {report.name!r} of {report.distribution} is broken: {error!r}.",
+            "Mend or uninstall it, or unset EMLOC_STRICT_PLUGINS to go on without it.",
+        ) from error
+    return replace(report, error=f"{type(error).__name__}: {error}")
 
 
 @cache

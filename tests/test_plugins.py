@@ -6,9 +6,12 @@ import textwrap
 from importlib.metadata import EntryPoint
 
 import pytest
+from click.testing import CliRunner
 
-from emloc_core import algorithms, hookspecs
+from emloc_core import algorithms, hookspecs, plugins
+from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
+from emloc_core.factorize import factorize
 from emloc_core.plugins import PluginManager, plugin_manager
 
 GOOD = """
@@ -19,6 +22,18 @@ GOOD = """
     def emloc_families():
         tower = Tower(name="language", blocks="model.layers", input_groups=[["mlp.up_proj"]])
         return [Family(name="good", model_types=frozenset({"good"}), towers=[tower])]
+"""
+COMMAND = """
+    import click
+    from emloc_core.hookspecs import hookimpl
+
+    @click.command("hello")
+    def command():
+        click.echo("hello there")
+
+    @hookimpl
+    def emloc_commands():
+        return [command]
 """
 BROKEN = {
     "import error": "import no_such_module",
@@ -49,7 +64,72 @@ BROKEN = {
         def emloc_families(config):
             return []
     """,
+    "raising commands": """
+        from emloc_core.hookspecs import hookimpl
+        @hookimpl
+        def emloc_commands():
+            raise RuntimeError("out of order")
+    """,
+    "no command": """
+        from emloc_core.hookspecs import hookimpl
+        @hookimpl
+        def emloc_commands():
+            return ["compress"]
+    """,
+    "built-in command's name": COMMAND.replace("hello", "compress"),
+    "duplicate command": COMMAND,
 }
+#: Plugins that are found broken when an algorithm is asked for.
+BROKEN_ALGORITHMS = {
+    "raising": """
+        from emloc_core.hookspecs import hookimpl
+        @hookimpl
+        def emloc_factorizers():
+            import no_such_module
+    """,
+    "duplicate name": """
+        from emloc_core.hookspecs import hookimpl
+        @hookimpl
+        def emloc_factorizers():
+            return {"activation-svd": lambda *_: "another one", "more": print}
+    """,
+    "not callable": """
+        from emloc_core.hookspecs import hookimpl
+        @hookimpl
+        def emloc_factorizers():
+            return {"more": "print"}
+    """,
+    "no mapping": """
+        from emloc_core.hookspecs import hookimpl
+        @hookimpl
+        def emloc_factorizers():
+            return [print]
+    """,
+}
+OTHER_ALGORITHM = """
+    from emloc_core.hookspecs import hookimpl
+
+    @hookimpl
+    def emloc_factorizers():
+        return {"other": print}
+"""
+OBSERVER = """
+    from emloc_core.hookspecs import hookimpl
+
+    SEEN = []
+
+    @hookimpl
+    def emloc_block_done(path, index):
+        SEEN.append((path, index))
+"""
+RAISING_OBSERVER = """
+    from emloc_core.hookspecs import hookimpl
+
+    @hookimpl
+    def emloc_block_done(stage):
+        raise RuntimeError(f"cannot observe {stage}")
+"""
+BLOCK = {"stage": "compress", "path": "model.layers.0", "total": 2}
 
 
 @pytest.fixture
@@ -68,20 +148,21 @@ def entry(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_plugin_is_listed_with_its_error_and_breaks_nothing(entry, kind):
     manager = PluginManager()
-    good, broken = entry(GOOD), entry(BROKEN[kind])
-    manager.load([good, broken])
+    good, command, broken = entry(GOOD), entry(COMMAND), entry(BROKEN[kind])
+    manager.load([good, command, broken])
     reports = {report.name: report for report in manager.reports}
     assert reports[good.name].families == ("good",)
-    assert reports[broken.name].error
+    assert {name for name, report in reports.items() if report.error} == {broken.name}
     assert [family.name for family in manager.families()] == ["good"]
-    manager.hook.emloc_families()  # the broken one is not called
+    assert manager.commands() == {"hello": sys.modules[command.value].command}
+    assert not manager.has_plugin(broken.name)
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_strict_raises(entry, kind, monkeypatch):
     monkeypatch.setenv("EMLOC_STRICT_PLUGINS", "1")
     with pytest.raises(EmlocError, match="is broken"):
-        PluginManager().load([entry(GOOD), entry(BROKEN[kind])])
+        PluginManager().load([entry(GOOD), entry(COMMAND), entry(BROKEN[kind])])
 
 
 def test_a_misspelt_hook_is_told_its_name(entry):
@@ -103,6 +184,66 @@ def test_algorithms_come_by_name_through_the_hooks():
         assert callable(manager.algorithm(hook, name))
     with pytest.raises(EmlocError, match="Did you mean 'uniform'"):
         manager.algorithm("rank_allocators", "unifrom")
+
+
+@pytest.mark.parametrize("kind", BROKEN_ALGORITHMS)
+def test_broken_algorithms_are_skipped_and_reported(entry, kind, capsys):
+    manager = PluginManager()
+    manager.register(algorithms, name="emloc_core")
+    broken, good = entry(BROKEN_ALGORITHMS[kind]), entry(OTHER_ALGORITHM)
+    manager.load([broken, good])
+    assert [report.error for report in manager.reports] == [None, None]  # nothing has been asked for
+    for _ in range(2):
+        assert manager.algorithm("factorizers", "activation-svd") is factorize
+        assert manager.algorithm("factorizers", "other") is print
+    with pytest.raises(EmlocError, match="There is no 'more'"):
+        manager.algorithm("factorizers", "more")
+    reports = {report.name: report for report in manager.reports}
+    assert {name for name, report in reports.items() if report.error} == {broken.name}
+    error = capsys.readouterr().err
+    assert error.count(f"the plugin {broken.name!r} of unknown is broken: {reports[broken.name].error}") == 1
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", BROKEN_ALGORITHMS)
+def test_strict_raises_for_broken_algorithms(entry, kind, monkeypatch):
+    monkeypatch.setenv("EMLOC_STRICT_PLUGINS", "1")
+    manager = PluginManager()
+    manager.register(algorithms, name="emloc_core")
+    manager.load([entry(BROKEN_ALGORITHMS[kind])])
+    with pytest.raises(EmlocError, match="is broken"):
+        manager.algorithm("factorizers", "activation-svd")
+
+
+def test_a_raising_observer_disturbs_nothing_and_is_told_once(entry, capsys):
+    manager = PluginManager()
+    raising, seeing = entry(RAISING_OBSERVER), entry(OBSERVER)
+    manager.load([raising, seeing])
+    for index in range(2):
+        manager.notify("emloc_block_done", **BLOCK, index=index)
+    assert sys.modules[seeing.value].SEEN == [("model.layers.0", 0), ("model.layers.0", 1)]
+    assert capsys.readouterr().err.splitlines() == [
+        f"emloc: the plugin {raising.name!r} of unknown is broken: RuntimeError: cannot observe compress"
+    ]
+    assert "cannot observe" in manager.reports[0].error
+
+
+def test_a_raising_observer_raises_when_strict(entry, monkeypatch):
+    monkeypatch.setenv("EMLOC_STRICT_PLUGINS", "1")
+    manager = PluginManager()
+    manager.load([entry(RAISING_OBSERVER)])
+    with pytest.raises(EmlocError, match="is broken"):
+        manager.notify("emloc_block_done", **BLOCK, index=0)
+
+
+def test_the_command_line_has_the_commands_of_plugins_that_work(entry, monkeypatch):
+    manager = PluginManager()
+    manager.load([entry(BROKEN["raising commands"]), entry(COMMAND)])
+    monkeypatch.setattr(plugins, "plugin_manager", lambda: manager)
+    listed = CliRunner().invoke(cli, ["--help"], catch_exceptions=False).output
+    assert "hello" in listed
+    assert "compress" in listed
+    assert CliRunner().invoke(cli, ["hello"], catch_exceptions=False).output == "hello there\n"
 
 
 def test_every_hook_is_documented():

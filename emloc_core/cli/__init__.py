@@ -30,7 +30,7 @@ class PluggableGroup(click.RichGroup):
 def _plugin_commands() -> dict[str, click.Command]:
     from emloc_core.plugins import plugin_manager
 
-    return {command.name or "": command for found in plugin_manager().hook.emloc_commands() for command in found}
+    return plugin_manager().commands()
 
 
 @click.group(cls=PluggableGroup, context_settings={"help_option_names": ["-h", "--help"]})
