@@ -53,4 +53,7 @@ def emloc_block_done(stage: str, path: str, index: int, total: int) -> None:
 
 @hookspec
 def emloc_stage_done(stage: str, output: "Path", manifest: "dict[str, Any]") -> None:
-    """Observe that a stage has published its output directory, with what ``emloc.json`` says in it."""
+    """Observe that a stage's output directory is there, newly made or found finished, with its ``emloc.json``.
+
+    The command line calls it; the Python API does not.
+    """
