@@ -7,12 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-from emloc_core.figure import figure
-
-__all__ = ["ORDER", "conclusion", "figure", "markdown", "note", "print_table", "rows", "table"]
-
 #: Systems in the order of the table; any other comes after these.
 ORDER = ("base", "emulator", "emulator+lora", "base+uncorrected", "base+corrected", "merged", "full_lora")
+#: Columns that are no metrics, with their headings.
 COSTS = {"seconds": "time", "peak_bytes": "peak memory"}
 #: Metrics of lm-eval of which less is better; a task's own word (``metrics``) goes before this.
 LOWER = {"nll", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"}

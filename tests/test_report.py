@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from emloc_core import report
+from emloc_core.figure import figure
 
 GB = 10**9
 SYSTEMS = {
@@ -105,9 +106,9 @@ def errors():
 
 def test_the_figure_has_a_line_for_each_tuning_and_kind(tmp_path, errors):
     histories = {"on the emulator": [(1, 2.0), (2, 1.0)], "full LoRA": [(1, 1.0), (2, 0.5)]}
-    report.figure(tmp_path / "plots" / "run.png", histories, errors)
+    figure(tmp_path / "plots" / "run.png", histories, errors)
     assert (tmp_path / "plots" / "run.png").read_bytes().startswith(b"\x89PNG")
-    report.figure(tmp_path / "run.svg", histories, errors)
+    figure(tmp_path / "run.svg", histories, errors)
     comments = [
         (node.text or "").strip()
         for node in ElementTree.parse(
@@ -118,5 +119,5 @@ def test_the_figure_has_a_line_for_each_tuning_and_kind(tmp_path, errors):
 
 
 def test_a_figure_of_nothing_is_drawn(tmp_path):
-    report.figure(tmp_path / "empty.png", {}, [])
+    figure(tmp_path / "empty.png", {}, [])
     assert (tmp_path / "empty.png").stat().st_size > 0
