@@ -18,12 +18,12 @@ from typing import Any
 
 from emloc_core.errors import EmlocError
 from emloc_core.eval_tasks import TaskSpec, find_task
-from emloc_core.output import Output, read_json, write_json
+from emloc_core.evaluate_system import USER_ERROR
+from emloc_core.output import Output, read_json, read_manifest, write_json
+from emloc_core.report import COSTS, ORDER
 
 RESULTS, TABLE, SAMPLES = "results.json", "table.md", "samples.jsonl"
 _NAME = re.compile(r"[A-Za-z0-9][\w+.-]*")
-#: Columns of the table that are no metrics.
-COSTS = ("seconds", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,6 @@ class System:
     name: str
     model: Path
     adapter: Path | None = None
-
-
-class _CrashError(Exception):
-    """A system's process died; what other systems gave is kept."""
 
 
 def canonical_systems(
@@ -57,16 +53,54 @@ def canonical_systems(
             raise EmlocError(f"{option} {value} goes on the base model, which is not given.", "Add --base.")
     if adapter is not None and base is None and emulator is None:
         raise EmlocError(f"--adapter {adapter} needs a model to go on.", "Add --emulator, --base or both.")
-    found = [
-        ("base", base, None),
-        ("emulator", emulator, None),
-        ("emulator+lora", emulator if adapter else None, adapter),
-        ("base+uncorrected", base if adapter else None, adapter),
-        ("base+corrected", base if corrected else None, corrected),
-        ("merged", merged, None),
-        ("full_lora", base if full_lora else None, full_lora),
-    ]
-    return [System(name, model, lora) for name, model, lora in found if model is not None]
+    found: dict[str, tuple[Path | None, Path | None]] = {
+        "base": (base, None),
+        "emulator": (emulator, None),
+        "emulator+lora": (emulator if adapter else None, adapter),
+        "base+uncorrected": (base if adapter else None, adapter),
+        "base+corrected": (base if corrected else None, corrected),
+        "merged": (merged, None),
+        "full_lora": (base if full_lora else None, full_lora),
+    }
+    ordered = [(name, *found[name]) for name in ORDER]
+    return [System(name, model, lora) for name, model, lora in ordered if model is not None]
+
+
+def check_adapters(systems: Sequence[System], cache_dir: Path) -> None:
+    """Refuse adapters that do not belong where :func:`canonical_systems` puts them.
+
+    An adapter that EMLoC wrote knows the fingerprint of its model; another is only looked at for its correction.
+
+    Args:
+        systems: what :func:`canonical_systems` returned.
+        cache_dir: where hashes of the models' files are cached.
+
+    Raises:
+        EmlocError: a corrected adapter stands for an uncorrected one or the reverse, one of them cannot be carried
+            over, or an adapter was made for another model.
+    """
+    from emloc_core.adapter import Adapter
+    from emloc_core.checkpoint import Checkpoint
+
+    for system in systems:
+        if system.adapter is None:
+            continue
+        corrected = system.name == "base+corrected"
+        if system.name != "full_lora" and Adapter(system.adapter).is_corrected != corrected:
+            found, option = ("not corrected", "--corrected") if corrected else ("corrected", "--adapter")
+            raise EmlocError(
+                f"{option} {system.adapter} is {found}.",
+                "Give what `emloc train` made as --adapter, and what `emloc correct` made of it as --corrected.",
+            )
+        manifest = read_manifest(system.adapter)
+        if manifest is None or system.name == "base+uncorrected":  # which was made for the emulator
+            continue
+        known = manifest.get("request", {}).get("base" if corrected else "model")
+        if known != Checkpoint(system.model).fingerprint(cache_dir):
+            raise EmlocError(
+                f"The adapter {system.adapter} was made for another model than {system.model} ({system.name}).",
+                "Give the model that it was made for, or --system NAME=MODEL+ADAPTER to try them all the same.",
+            )
 
 
 def evaluate(
@@ -109,27 +143,24 @@ def evaluate(
     published = Output(output, "evaluation", request)
     if published.is_finished():
         return _read(output, systems)
-    try:
-        with published.build() as staging:
-            parts = {}
-            for number, system in enumerate(systems, start=1):
-                result = staging / f".{system.name}.json"
-                if not result.exists():
-                    if progress:
-                        progress(f"{system.name} ({number} of {len(systems)})")
-                    _run(system, specs, settings, result)
-                parts[system.name] = read_json(result)
-            results = _combine(parts)
-            _publish(staging, results, parts)
-            published.result = {
-                name: {metric: value for metric, value in row.items() if metric not in COSTS}
-                for name, row in results["systems"].items()
-            }
-            published.timing["systems"] = {
-                name: {cost: row[cost] for cost in COSTS} for name, row in results["systems"].items()
-            }
-    except _CrashError as crash:  # not an EmlocError within the block: that would drop what other systems gave
-        raise EmlocError(str(crash), "Run the same command again: the systems that are done are kept.") from None
+    with published.build() as staging:
+        parts = {}
+        for number, system in enumerate(systems, start=1):
+            result = staging / f".{system.name}.json"
+            if not result.exists():
+                if progress:
+                    progress(f"{system.name} ({number} of {len(systems)})")
+                _run(system, specs, settings, result)
+            parts[system.name] = read_json(result)
+        results = _combine(parts)
+        _publish(staging, results, parts)
+        published.result = {
+            name: {metric: value for metric, value in row.items() if metric not in COSTS}
+            for name, row in results["systems"].items()
+        }
+        published.timing["systems"] = {
+            name: {cost: row[cost] for cost in COSTS} for name, row in results["systems"].items()
+        }
     return _read(output, systems)
 
 
@@ -215,13 +246,18 @@ def _run(system: System, specs: Sequence[TaskSpec], settings: Mapping[str, Any],
         code = subprocess.run(command, env=environment, stdout=stream, stderr=stream, check=False).returncode
     lines = log.read_text("utf-8", errors="replace").strip().splitlines()
     last = lines[-1] if lines else "no word of why"
-    if code == 2:
-        raise EmlocError(f"The system {system.name} cannot be evaluated: {last}")
-    if code != 0 or not result.exists():
-        reason = f"it was killed by signal {-code}, as when memory runs out" if code < 0 else last
-        raise _CrashError(f"Evaluating the system {system.name} failed: {reason}.")
     job.unlink()
+    if code not in (0, USER_ERROR) or (code == 0 and not result.exists()):
+        reason = f"it was killed by signal {-code}, as when memory runs out" if code < 0 else last
+        raise EmlocError(
+            f"Evaluating the system {system.name} failed: {reason} (all that it said: {log}).",
+            "Run the same command again: the systems that are done are kept.",
+            resumable=True,
+        )
     log.unlink()
+    if code == USER_ERROR:
+        done = any(result.parent.glob(".*.json"))  # other systems' results are not lost for this one's fault
+        raise EmlocError(f"The system {system.name} cannot be evaluated: {last}", resumable=done)
 
 
 def _combine(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core import evaluate as evaluation
+from emloc_core.checkpoint import Checkpoint
 from emloc_core.cli.eval import command
 from emloc_core.errors import EmlocError
 from emloc_core.eval_tasks import TaskSpec, find_task, load_task
-from emloc_core.evaluate import System, canonical_systems, evaluate
+from emloc_core.evaluate import System, canonical_systems, check_adapters, evaluate
 from emloc_core.evaluate_system import load_system, run_tasks
 from emloc_core.new_task import write_task
 
@@ -241,23 +242,43 @@ def test_systems_that_are_done_are_kept_when_interrupted(tiny_model, adapter, ta
     assert [row["nll"] for row in results["systems"].values()] == [1.0, 3.0]
 
 
-@pytest.mark.parametrize(
-    ("code", "said", "message", "kept"),
-    [
-        (2, b"The adapter x does not fit.", "base cannot be evaluated: The adapter x does not fit", False),
-        (-9, b"", "killed by signal 9", True),
-        (1, b"Traceback ...\nRuntimeError: no space", "base failed: RuntimeError: no space", True),
-    ],
-)
-def test_a_failed_process_is_one_error(code, said, message, kept, tiny_model, tasks, tmp_path, monkeypatch):
-    def failing(command, *, stderr, **_):
+FAILURES = {
+    (2, b"The adapter x does not fit."): r"mine cannot be evaluated: The adapter x does not fit\.$",
+    (-9, b""): "mine failed: it was killed by signal 9",
+    (1, b"Traceback ...\nRuntimeError: no space"): r"mine failed: RuntimeError: no space .*\.out\.partial/\.mine\.log",
+    (0, b""): "mine failed: no word of why",
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_process_is_one_error_and_keeps_what_is_done(failure, tiny_model, tasks, tmp_path, monkeypatch):
+    systems, ran = [System("base", tiny_model), System("mine", tiny_model)], []
+
+    def run(command, *, stderr, **_):
+        job = json.loads(Path(command[-1]).read_text())
+        ran.append(Path(job["result"]).name)
+        code, said = failure
+        if len(ran) != 2:
+            Path(job["result"]).write_text(json.dumps(part(float(len(ran)))))
+            code, said = 0, b""
         stderr.write(said)
         return subprocess.CompletedProcess(command, code)
 
-    monkeypatch.setattr(evaluation.subprocess, "run", failing)
-    with pytest.raises(EmlocError, match=message):
+    monkeypatch.setattr(evaluation.subprocess, "run", run)
+    with pytest.raises(EmlocError, match=FAILURES[failure]):
+        evaluate(systems, tasks, tmp_path / "out")
+    results = evaluate(systems, tasks, tmp_path / "out")
+    assert ran == [".base.json", ".mine.json", ".mine.json"]
+    assert [row["nll"] for row in results["systems"].values()] == [1.0, 3.0]
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")} == set()
+
+
+def test_nothing_is_left_of_an_evaluation_in_which_nothing_was_done(tiny_model, tasks, tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 2)
+    monkeypatch.setattr(evaluation.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(EmlocError, match="base cannot be evaluated"):
         evaluate([System("base", tiny_model)], tasks, tmp_path / "out")
-    assert (tmp_path / ".out.partial").exists() == kept
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_data_are_found_relative_to_the_task_file(tmp_path, monkeypatch):
@@ -348,6 +369,70 @@ def test_systems_follow_from_the_directories():
         canonical_systems(emulator=emulator, corrected=corrected)
     with pytest.raises(EmlocError, match="needs a model"):
         canonical_systems(adapter=adapter)
+
+
+@pytest.fixture(scope="module")
+def foreign(tiny_model, tmp_path_factory):
+    """Another model of the same shape."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.lm_head.weight.data += 1
+    directory = tmp_path_factory.mktemp("models") / "foreign"
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def write_manifest(adapter, tmp_path):
+    """Return a function that copies the adapter with the manifest of a stage that made it for some model."""
+
+    def write(kind, key, model):
+        directory = shutil.copytree(adapter, tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}")
+        request = {key: Checkpoint(model).fingerprint(tmp_path)}
+        (directory / "emloc.json").write_text(json.dumps({"kind": kind, "request": request}))
+        return directory
+
+    return write
+
+
+def test_an_adapter_in_the_place_of_another_is_refused(tiny_model, tiny_emulator, adapter, write_manifest, tmp_path):
+    corrected = write_manifest("corrected-adapter", "base", tiny_model)
+    tuned = write_manifest("adapter", "model", tiny_emulator)
+    full = write_manifest("adapter", "model", tiny_model)
+    given = {"base": tiny_model, "emulator": tiny_emulator}
+    check_adapters(canonical_systems(**given, adapter=tuned, corrected=corrected, full_lora=full), tmp_path)
+    check_adapters(canonical_systems(**given, adapter=adapter, full_lora=adapter), tmp_path)  # not EMLoC's: unknown
+    for refused, message in (
+        ({"corrected": tuned}, f"--corrected {tuned} is not corrected"),
+        ({"corrected": adapter}, f"--corrected {adapter} is not corrected"),
+        ({"adapter": corrected}, f"--adapter {corrected} is corrected"),
+        ({"adapter": full}, f"{full} was made for another model than {tiny_emulator}"),
+        ({"full_lora": tuned}, f"{tuned} was made for another model than {tiny_model}"),
+        ({"full_lora": corrected}, f"{corrected} was made for another model than {tiny_model}"),
+    ):
+        with pytest.raises(EmlocError, match=message):
+            check_adapters(canonical_systems(**given, **refused), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "kind", "key"),
+    [
+        ("--corrected", "corrected-adapter", "base"),
+        ("--adapter", "adapter", "model"),
+        ("--full-lora", "adapter", "model"),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_an_adapter_of_another_model_is_refused(
+    option, kind, key, dry, tiny_model, tiny_emulator, foreign, write_manifest, tasks, tmp_path
+):
+    strange = write_manifest(kind, key, foreign)
+    models = ["--base", str(tiny_model), "--emulator", str(tiny_emulator)]
+    argv = [*tasks, *models, option, str(strange), "-o", str(tmp_path / "out"), *dry]
+    with pytest.raises(EmlocError, match=f"{strange} was made for another model"):
+        CliRunner().invoke(command, argv, catch_exceptions=False)
+    assert not (tmp_path / "out").exists()
+    free = [*tasks, "--system", f"any={tiny_model}+{strange}", "-o", str(tmp_path / "out"), "--dry-run"]
+    assert "any" in CliRunner().invoke(command, free, catch_exceptions=False).stdout
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(tiny_model, adapter, tasks, tmp_path):

@@ -1,17 +1,18 @@
 """``emloc eval``."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from emloc_core.cli.console import announce, as_json, dry_run, print_json
 from emloc_core.errors import EmlocError
+from emloc_core.new_task import KINDS
 
 if TYPE_CHECKING:
     from emloc_core.evaluate import System
 
-_KINDS = click.Choice(["choice", "completion_nll", "generation", "rolling_perplexity"])
 _DIRECTORY = click.Path(path_type=Path)
 
 
@@ -29,7 +30,7 @@ _DIRECTORY = click.Path(path_type=Path)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows at a time.")
 @click.option("--chat/--no-chat", default=None, help="Use the chat template; default: where rows are chats.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of sampling and few-shot rows.")
-@click.option("--new-task", type=_KINDS, help="Write a task file for --data to -o, and evaluate nothing.")
+@click.option("--new-task", type=click.Choice(KINDS), help="Write a task file for --data to -o, and evaluate nothing.")
 @click.option("--data", type=_DIRECTORY, help="With --new-task: rows of yours that nothing was tuned on.")
 @dry_run
 @as_json
@@ -55,13 +56,17 @@ def command(
         _write_task(new_task, data, output)
         return
     from emloc_core import report
-    from emloc_core.evaluate import canonical_systems, evaluate, plan
+    from emloc_core.evaluate import canonical_systems, check_adapters, evaluate, plan
 
     directories = {name: settings.pop(name) for name in ("emulator", "adapter", "corrected", "merged", "full_lora")}
-    systems = canonical_systems(base=_model(base) if base else None, **directories) + [_system(text) for text in others]
+    canonical = canonical_systems(base=_model(base) if base else None, **directories)
+    systems = canonical + [_system(text) for text in others]
     if dry_run:
+        with TemporaryDirectory() as cache_dir:  # nothing is written, not even hashes beside the output
+            check_adapters(canonical, Path(cache_dir))
         _describe(plan(systems, tasks), as_json)
         return
+    check_adapters(canonical, output.resolve().parent)
     results = evaluate(
         systems,
         tasks,
