@@ -1,15 +1,24 @@
 """A recipe: the whole way from a base model to a table, in one TOML file."""
 
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from emloc_core.errors import EmlocError
 from emloc_core.settings import CompressSettings, CorrectSettings, Settings, explain
 from emloc_core.training import TrainSettings
+
+#: What is a file by its suffix: rows, and lm-eval's tasks.
+_FILES = {".jsonl", ".json", ".parquet", ".yaml", ".yml"}
+#: What may be a name and no path: of a model or data set of the hub, or of a task that lm-eval brings along.
+_MODEL_ID = re.compile(r"[^/]+/[^/]+")
+_DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
+_TASK_NAME = re.compile(r"[^/]+")
 
 
 class ModelSection(Settings):
@@ -47,6 +56,19 @@ class Recipe(Settings):
     merge: bool = Field(True, description="Write the merged checkpoint.")
     eval: EvalSection | None = Field(None, description="Without it nothing is compared.")
 
+    @model_validator(mode="after")
+    def _rows_to_compare_on(self) -> "Recipe":
+        if self.correct.clamp == "auto" and not self.compress.selection:
+            problem = PydanticCustomError(
+                "no_selection",
+                "it compares on held-out rows, and compress.selection = 0 holds out none; hold some out, or set "
+                "correct.clamp to a number or 'none'",
+            )
+            # As an error of that setting: of the whole recipe, its message would show all of the input.
+            details = InitErrorDetails(type=problem, loc=("correct", "clamp"), input="auto")
+            raise ValidationError.from_exception_data("Recipe", [details])
+        return self
+
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe.
@@ -62,6 +84,8 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EmlocError(f"There is no recipe at {path}.", "Check the path; docs/users.md shows one.") from None
+    except OSError as error:
+        raise EmlocError(f"{path} cannot be read ({error.strerror}).", "Give a recipe, a TOML file.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise EmlocError(f"{path} is not valid TOML: {error}.", "Mend the line that it names.") from None
     for override in overrides:
@@ -90,19 +114,26 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 
 def _absolute(recipe: Recipe, root: Path) -> Recipe:
-    """Return the recipe with local paths made absolute; what is no file beside the recipe may be a hub id."""
+    """Return the recipe with all paths made absolute, whether there is something at them or not.
 
-    def place(text: str) -> str:
+    A text stays as it is only where it may be a name, does not look like a path, and nothing beside the recipe has it.
+    """
+
+    def place(text: str, names: re.Pattern[str]) -> str:
         path = root / Path(text).expanduser()
-        return str(path) if path.exists() or text.startswith((".", "~")) else text
+        is_path = text.startswith((".", "~")) or Path(text).suffix in _FILES or path.exists()
+        return text if names.fullmatch(text) and not is_path else str(path)
 
+    data = {
+        "train": place(recipe.data.train, _DATA_ID),
+        "test": [place(test, _DATA_ID) for test in recipe.data.test],
+    }
     changes: dict[str, Any] = {
         "output": str(root / Path(recipe.output).expanduser()),
-        "model": recipe.model.model_copy(update={"base": place(recipe.model.base)}),
-        "data": recipe.data.model_copy(
-            update={"train": place(recipe.data.train), "test": [place(test) for test in recipe.data.test]}
-        ),
+        "model": recipe.model.model_copy(update={"base": place(recipe.model.base, _MODEL_ID)}),
+        "data": recipe.data.model_copy(update=data),
     }
     if recipe.eval:
-        changes["eval"] = recipe.eval.model_copy(update={"tasks": [place(task) for task in recipe.eval.tasks]})
+        tasks = [place(task, _TASK_NAME) for task in recipe.eval.tasks]
+        changes["eval"] = recipe.eval.model_copy(update={"tasks": tasks})
     return recipe.model_copy(update=changes)

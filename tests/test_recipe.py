@@ -1,0 +1,101 @@
+"""Recipes: which texts are paths, and what is refused before a stage runs."""
+
+import pytest
+
+from emloc_core.errors import EmlocError
+from emloc_core.recipe import load_recipe
+
+RECIPE = """
+[model]
+base = "{base}"
+[data]
+train = "{train}"
+test = ["{test}"]
+[eval]
+tasks = ["{task}"]
+"""
+NAMES = {"base": "organisation/model-0.5B", "train": "rows", "test": "organisation/rows", "task": "hellaswag"}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a recipe to a folder of its own, and stand in another one; return the recipe's path."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def write(more="", **texts):
+        path = tmp_path / "recipes" / "recipe.toml"
+        path.write_text(RECIPE.format(**{**NAMES, **texts}) + more)
+        return path
+
+    return write
+
+
+def texts(recipe):
+    return {
+        "base": recipe.model.base, "train": recipe.data.train, "test": recipe.data.test[0], "task": recipe.eval.tasks[0]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("base", "model"),  # ids of models have an organisation
+        ("base", "./model"),
+        ("base", "../models/model"),
+        ("base", "a/b/c"),
+        ("train", "rows.jsonl"),
+        ("train", "data/rows.json"),
+        ("train", "rows.parquet"),
+        ("train", "a/b/c"),
+        ("test", "rows.jsonl"),
+        ("task", "task.yaml"),
+        ("task", "task.yml"),
+        ("task", "tasks/loss"),
+    ],
+)
+def test_a_path_is_beside_the_recipe_even_where_nothing_is(write, tmp_path, key, text):
+    here = tmp_path / "elsewhere" / text
+    here.parent.mkdir(parents=True, exist_ok=True)
+    here.touch()  # what must not be found
+    found = texts(load_recipe(write(**{key: text})))
+    assert found == {**NAMES, key: str(tmp_path / "recipes" / text)}
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_a_name_stays_a_name_unless_it_is_beside_the_recipe(write, tmp_path, key):
+    path = write()
+    assert texts(load_recipe(path)) == NAMES
+    (tmp_path / "recipes" / NAMES[key]).mkdir(parents=True)
+    assert texts(load_recipe(path)) == {**NAMES, key: str(tmp_path / "recipes" / NAMES[key])}
+
+
+def test_absolute_paths_and_paths_at_home(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    found = texts(load_recipe(write(base="/models/a", train="~/rows")))
+    assert found == {**NAMES, "base": "/models/a", "train": str(tmp_path / "home" / "rows")}
+
+
+def test_the_output_is_beside_the_recipe(write, tmp_path):
+    assert load_recipe(write()).output == str(tmp_path / "recipes" / "emloc-run")
+
+
+def test_what_cannot_be_read_is_one_error(write, tmp_path):
+    with pytest.raises(EmlocError, match=r"recipes cannot be read \(Is a directory\)"):
+        load_recipe(write().parent)
+    with pytest.raises(EmlocError, match="There is no recipe at"):
+        load_recipe(tmp_path / "nothing.toml")
+
+
+def test_comparing_clamps_needs_selection_rows(write):
+    path = write("[compress]\nselection = 0\n")
+    with pytest.raises(EmlocError) as refused:
+        load_recipe(path)
+    assert str(refused.value) == (
+        f"{path}: correct.clamp = 'auto': it compares on held-out rows, and compress.selection = 0 holds out none; "
+        "hold some out, or set correct.clamp to a number or 'none'. Mend these settings."
+    )
+    assert load_recipe(path, ["correct.clamp=3"]).correct.clamp == 3
+    assert load_recipe(path, ["correct.clamp=none"]).correct.clamp == "none"
+    assert load_recipe(path, ["compress.selection=1"]).compress.selection == 1
