@@ -32,7 +32,8 @@ LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CA
 
 def read(path: Path) -> list[dict[str, str]]:
     """Return the prompts and completions of a JSONL file."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with path.open("rb") as file:  # in bytes: str.splitlines would also break a line at U+2028 within a string
+        rows = [json.loads(line) for line in file if line.strip()]
     return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
 
 
@@ -84,8 +85,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     options = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(options.emulator)
-    model = AutoModelForCausalLM.from_pretrained(options.emulator, dtype="auto")
+    emulator = str(options.emulator.absolute())  # the adapter's config names it so, for any working directory
+    tokenizer = AutoTokenizer.from_pretrained(emulator)
+    model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     held_out = [

@@ -24,10 +24,15 @@ TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 @pytest.mark.parametrize("trainer", ["sft", "plain"])
 def test_it_trains_an_emulator_and_the_adapter_is_carried_over(trainer, tiny_emulator, tiny_model, rows_file, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", example_rows()[:100])
+    with rows.open("a", encoding="utf-8") as file:  # a line separator of Unicode's ends no row
+        file.write('{"prompt": "animal: cat\u2028colour: red. sentence:", "completion": " a red cat runs."}\n')
     adapter = tmp_path / "adapter"
-    argv = [tiny_emulator, rows, adapter, "--trainer", trainer, "--steps", "20", "--learning-rate", "0.02"]
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, argv)], capture_output=True, text=True, check=False)
+    argv = [SCRIPT, tiny_emulator.name, rows, adapter, "--trainer", trainer, "--steps", "20", "--learning-rate", "0.02"]
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=tiny_emulator.parent, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
+    assert Adapter(adapter).config["base_model_name_or_path"] == str(tiny_emulator)
 
     loras = Adapter(adapter).loras  # the whitelist of what can be carried over passes it
     assert {path.rpartition(".")[2] for path in loras} == TARGETS
