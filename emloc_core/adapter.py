@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from emloc_core.checkpoint import hash_files
-from emloc_core.correction import Lora
 from emloc_core.errors import EmlocError
-from emloc_core.output import read_json, read_manifest, write_json
+from emloc_core.lora import Lora
+from emloc_core.output import read_manifest, read_object, write_json
 from emloc_core.shards import read_header, write_shard
 
 CONFIG = "adapter_config.json"
@@ -55,6 +55,8 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     kind = config.get("peft_type")
     if kind != "LORA":
         return [f"it is a {kind}, and only LoRA can be carried over"]
+    if not isinstance(config.get("lora_alpha"), int | float):
+        return [f"its lora_alpha is {config.get('lora_alpha')!r}, and the scale of the LoRA depends on it"]
     defaults = {field.name: _default(field) for field in dataclasses.fields(LoraConfig)}
     problems = []
     for name, value in config.items():
@@ -86,7 +88,7 @@ class Adapter:
                 f"{self.directory} is no LoRA directory: it needs {CONFIG} and {WEIGHTS}.",
                 "Give the directory that training wrote.",
             )
-        self.config: dict[str, Any] = read_json(self.directory / CONFIG)
+        self.config: dict[str, Any] = read_object(self.directory / CONFIG)
         if problems := config_problems(self.config):
             raise EmlocError(
                 f"The adapter {self.directory} cannot be used: {'; '.join(problems)}.",
@@ -102,12 +104,10 @@ class Adapter:
         return CORRECTED in read_header(self.directory / WEIGHTS)[1]
 
     @property
-    def is_for_emulator(self) -> bool:
-        """Whether it was trained on an emulator and is not corrected, as far as its config tells."""
-        config = Path(str(self.config.get("base_model_name_or_path"))) / "config.json"
-        if not config.is_file():
-            return False
-        return (read_json(config).get("quantization_config") or {}).get("quant_method") == "emloc"
+    def trained_on(self) -> Path | None:
+        """The directory of the model that its config names, if it is there. A corrected one names its base."""
+        directory = Path(str(self.config.get("base_model_name_or_path")))
+        return directory if (directory / "config.json").is_file() else None
 
     def fingerprint(self, cache_dir: Path) -> str:
         """Return the SHA-256 over config and weights, as a hexadecimal string."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from emloc_core.data import Row
 from emloc_core.errors import EmlocError
@@ -34,6 +34,12 @@ class Sample:
         """Return ``input_ids`` and an ``attention_mask`` of ones, both of shape (1, T), int64, on ``device``."""
         ids = torch.tensor([self.input_ids], dtype=torch.int64, device=device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def model_limit(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model takes, where its config says so."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
 
 
 def encode(

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from emloc_core.errors import EmlocError
-from emloc_core.output import read_json, write_json
+from emloc_core.output import read_object, write_json
 from emloc_core.shards import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -20,6 +20,8 @@ SINGLE = "model.safetensors"
 _HASH_CACHE = ".emloc-hashes.json"
 #: What a checkpoint needs besides its weights, and what is never fetched or copied (pickled weights, other formats).
 FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+#: The same weights once more, in other layouts.
+OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
 
 
 class Checkpoint:
@@ -29,13 +31,28 @@ class Checkpoint:
         EmlocError: the directory, its config or its safetensors shards are missing or damaged.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, name: str | None = None) -> None:
         self.directory = Path(directory)
+        #: What an adapter for this model calls it: the hub id, or the absolute path.
+        self.name = name or str(self.directory.absolute())
         if not self.directory.is_dir():
             raise EmlocError(f"{self.directory} is not a directory.", "Give the path of a model directory.")
         if not (self.directory / "config.json").is_file():
             raise EmlocError(f"{self.directory} has no config.json.", "Give a Hugging Face model directory.")
-        self.config: dict[str, Any] = read_json(self.directory / "config.json")
+        self.config: dict[str, Any] = read_object(self.directory / "config.json")
+
+    def require_unquantised(self) -> None:
+        """Refuse a checkpoint whose tensors are not the weights themselves.
+
+        Raises:
+            EmlocError: it is quantised, or an emulator.
+        """
+        if settings := self.config.get("quantization_config"):
+            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+            raise EmlocError(
+                f"{self.directory} is quantised or an emulator already (method {method!r}).",
+                "Give the original, unquantised model.",
+            )
 
     @property
     def model_type(self) -> str:
@@ -59,7 +76,7 @@ class Checkpoint:
                 f"{self.directory} has neither {SINGLE} nor {INDEX}.",
                 "Only safetensors checkpoints are read; convert pickled weights with save_pretrained first.",
             )
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise EmlocError(f"{index} has no weight_map.", "Download or copy the file again.")
         names = sorted(set(weight_map.values()))
@@ -126,7 +143,7 @@ def hash_files(paths: list[Path], cache_dir: Path) -> str:
     cache: dict[str, Any] = {}
     if cache_path.is_file():
         with contextlib.suppress(EmlocError):  # a damaged cache is only slower
-            cache = read_json(cache_path)
+            cache = read_object(cache_path)
     known = dict(cache)
     total = hashlib.sha256()
     for path in paths:
@@ -141,13 +158,13 @@ def hash_files(paths: list[Path], cache_dir: Path) -> str:
         except FileNotFoundError:
             raise EmlocError(f"{path} does not exist.", "Download or copy the model again.") from None
         total.update(f"{path.name}\0{entry[2]}\n".encode())
-    if cache != known:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+    # No directory is made for it: fingerprints are also taken where nothing is to be written.
+    if cache != known and os.access(cache_dir, os.W_OK):
         write_json(cache_path, cache)
     return total.hexdigest()
 
 
-def open_checkpoint(model: str, *, offline: bool = False) -> Checkpoint:
+def open_checkpoint(model: str) -> Checkpoint:
     """Open a local model directory, or the snapshot of a hub id (fetched where it is not in the cache).
 
     Raises:
@@ -161,9 +178,8 @@ def open_checkpoint(model: str, *, offline: bool = False) -> Checkpoint:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    offline = offline or os.environ.get("HF_HUB_OFFLINE") == "1"
     try:
-        return Checkpoint(snapshot_download(model, allow_patterns=FILE_PATTERNS, local_files_only=offline))
+        return Checkpoint(snapshot_download(model, allow_patterns=FILE_PATTERNS, ignore_patterns=OTHER_LAYOUTS), model)
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise EmlocError(

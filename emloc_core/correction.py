@@ -6,33 +6,14 @@ emulator did (arXiv 2506.12015, section 3.3; the division by the LoRA's scale is
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+
+from emloc_core.lora import Lora
 
 #: Limits the correction of each direction to this many times the LoRA's own weight there. 0: not corrected;
 #: None: not limited.
 Clamp = float | None
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA on one Linear: it adds ``scale * b @ a @ x`` to the output.
-
-    Attributes:
-        a: (r, n).
-        b: (m, r).
-        scale: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rsLoRA.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-
-    def delta(self) -> torch.Tensor:
-        """Return what it adds to the weight, (m, n), in fp32 at least."""
-        dtype = torch.promote_types(self.a.dtype, torch.float32)
-        return self.scale * (self.b.to(dtype) @ self.a.to(dtype))
 
 
 def correct_lora(

@@ -7,13 +7,16 @@ generation, and TRL's ``assistant_only_loss`` needs them.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
+
+#: Files of an emulator that hold the rows which may never be tuned on.
+CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
 
 #: One turn of a conversation: ``role`` and ``content``.
 Message = dict[str, str]
@@ -117,8 +120,13 @@ def draw(rows: Sequence[Row], seed: int, calibration: int, selection: int) -> Se
     )
 
 
-def exclude(rows: Iterable[Row], keys: Collection[str]) -> list[Row]:
-    """Return the rows whose key is not among ``keys``, in their order."""
+def without(rows: Iterable[Row], files: Iterable[Path]) -> list[Row]:
+    """Return the rows whose content stands in none of ``files``, in their order.
+
+    Raises:
+        EmlocError: a file cannot be read.
+    """
+    keys = {row.key for path in files for row in load_rows(str(path))}
     return [row for row in rows if row.key not in keys]
 
 

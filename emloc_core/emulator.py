@@ -5,17 +5,18 @@ tensor of the base as it was, the tokenizer, the rows that may not be tuned on, 
 output error of every Linear.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from emloc_core.calibration import Sample, encode
+from emloc_core.calibration import Sample, encode, model_limit
 from emloc_core.checkpoint import INDEX, Checkpoint
-from emloc_core.data import Row, draw, write_rows
+from emloc_core.data import CALIBRATION, SELECTION, Row, draw, write_rows
 from emloc_core.errors import EmlocError
 from emloc_core.factorize import Factors
 from emloc_core.family import Family
@@ -23,14 +24,12 @@ from emloc_core.lowrank import FORMAT_VERSION, METHOD
 from emloc_core.output import Output, read_json, write_json
 from emloc_core.plan import LinearPlan, Plan, block_paths, make_plan
 from emloc_core.plugins import plugin_manager
+from emloc_core.propagation import Pairs, emulating, fit_block
 from emloc_core.settings import CompressSettings
 from emloc_core.shards import ShardWriter, raw_chunks, read_header, write_shard
 from emloc_core.skeleton import Skeleton
 from emloc_core.statistics import Gram, tapped
 from emloc_core.streaming import Stream
-
-CALIBRATION = "calibration.jsonl"
-SELECTION = "selection.jsonl"
 
 
 class Compression:
@@ -49,11 +48,7 @@ class Compression:
     ) -> None:
         self.base, self.settings = base, settings
         self.family: Family = plugin_manager().family_for(base.model_type)
-        if base.config.get("quantization_config"):
-            method = base.config["quantization_config"].get("quant_method")
-            raise EmlocError(
-                f"{base.directory} is quantised already ({method}).", "Give the original, unquantised model."
-            )
+        base.require_unquantised()
         self.skeleton = Skeleton(base, self.family)
         allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
         self.plan: Plan = make_plan(self.skeleton.model, self.family, settings.ratio, allocate)
@@ -70,7 +65,7 @@ class Compression:
 
     def _encode(self, rows: list[Row]) -> list[Sample]:
         tokenizer = AutoTokenizer.from_pretrained(self.base.directory)
-        limit = getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = model_limit(self.skeleton.model.config)
         return encode(rows, tokenizer, self.settings.max_length, limit)
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
@@ -115,7 +110,9 @@ class _Writer:
 
     def write(self) -> None:
         stream = Stream(self.skeleton, [tower.blocks for tower in self.job.family.towers])
-        stream.run([self._forward(sample) for sample in self.job.samples], self._visit(stream), self.blocks[-1])
+        streams = 2 if self.job.settings.calibration == "propagated" else 1  # through the base, and the emulator
+        forwards = [self._forward(sample) for sample in self.job.samples] * streams
+        stream.run(forwards, self._visit(stream), self.blocks[-1])
         self._write_rest()
         self._write_index()
         self._write_config()
@@ -132,38 +129,63 @@ class _Writer:
         return forward
 
     def _visit(self, stream: Stream) -> Callable[[str], Any]:
-        @contextmanager
-        def gather(block: str) -> Iterator[None]:
-            planned = self.plan.in_block(block)
-            grams = _grams(planned, self.skeleton.device)
-            first_of_group = {linear.path: linear for linear in planned if _receives(linear, planned)}
-
-            def sink(path: str, activations: torch.Tensor) -> None:
-                try:
-                    grams[path].add(activations)
-                except EmlocError as error:
-                    row = self.job.samples[stream.sample].row
-                    raise EmlocError(
-                        f"{error} of {path}, in row {row} of the data.",
-                        "Check the weights up to this layer; a half-precision model may overflow on this row.",
-                    ) from None
-
-            modules = {path: self.skeleton.model.get_submodule(path) for path in first_of_group}
-            with tapped(modules, {path: linear.tap for path, linear in first_of_group.items()}, sink):
-                yield
-            self._write_block(block, planned, grams)
-            self._done(block)
-
         def visit(unit: str) -> Any:
             self._require_finite(unit)
             if unit not in self.blocks:
                 return None
-            if (self.staging / self.shard_name(self.blocks.index(unit))).exists():
-                self._done(unit)  # replayed for the blocks behind it, not factorised again
-                return None
-            return gather(unit)
+            if self.job.settings.calibration == "propagated":
+                return self._propagate(stream, unit)
+            return self._replay(unit) if self._is_written(unit) else self._gather(stream, unit)
 
         return visit
+
+    @contextmanager
+    def _gather(self, stream: Stream, block: str) -> Iterator[None]:
+        """Factorise a block on the base's own activations, while the samples pass through it."""
+        planned = self.plan.in_block(block)
+        grams = _grams(planned, self.skeleton.device)
+        tapping = {linear.path: linear.tap for linear in planned if _receives(linear, planned)}
+
+        def sink(path: str, activations: torch.Tensor) -> None:
+            try:
+                grams[path].add(activations)
+            except EmlocError as error:
+                raise self._blame(error, path, stream.sample) from None
+
+        with tapped({path: self.skeleton.model.get_submodule(path) for path in tapping}, tapping, sink):
+            yield
+        weights = {linear.path: self.skeleton.model.get_parameter(f"{linear.path}.weight") for linear in planned}
+        self._write_block(
+            block,
+            {linear.path: self.factorize(weights[linear.path], grams[linear.path], linear.rank) for linear in planned},
+        )
+        self._done(block)
+
+    @contextmanager
+    def _propagate(self, stream: Stream, block: str) -> Iterator[None]:
+        """Fit a block on what the emulator so far gives it, then let half of the samples pass through its factors."""
+        rows = len(self.job.samples)
+        modules = {linear.path: self.skeleton.model.get_submodule(linear.path) for linear in self.plan.in_block(block)}
+        if not self._is_written(block):
+            unit = self.skeleton.model.get_submodule(block)
+            planned = self.plan.in_block(block)
+            self._write_block(block, fit_block(stream, unit, planned, rows, self.factorize, self._blame))
+        with emulating(stream, modules, self._read_block(block), rows):
+            yield
+        self._done(block)
+
+    @contextmanager
+    def _replay(self, block: str) -> Iterator[None]:
+        """Let the samples pass for the sake of the blocks behind; this one is written and not factorised again."""
+        yield
+        self._done(block)
+
+    def _blame(self, error: EmlocError, path: str, sample: int) -> EmlocError:
+        row = self.job.samples[sample].row
+        return EmlocError(
+            f"{error} of {path}, in row {row} of the data.",
+            "Check the weights up to this layer; a half-precision model may overflow on this row.",
+        )
 
     def _require_finite(self, unit: str) -> None:
         for name, parameter in self.skeleton.model.get_submodule(unit).named_parameters():
@@ -176,26 +198,32 @@ class _Writer:
     def _done(self, block: str) -> None:
         index = self.blocks.index(block)
         self.progress(block, index + 1, len(self.blocks))
-        plugin_manager().hook.emloc_block_done(stage="compress", path=block, index=index, total=len(self.blocks))
+        plugin_manager().notify("emloc_block_done", stage="compress", path=block, index=index, total=len(self.blocks))
 
-    def _write_block(self, block: str, planned: list[LinearPlan], grams: dict[str, Gram]) -> None:
+    def _is_written(self, block: str) -> bool:
+        return (self.staging / self.shard_name(self.blocks.index(block))).exists()
+
+    def _write_block(self, block: str, factors: Mapping[str, Factors]) -> None:
         tensors: dict[str, torch.Tensor] = {}
-        errors: dict[str, float] = {}
-        for linear in planned:
-            factors = self._factorize(linear, grams[linear.path])
-            errors[linear.path] = factors.relative_error()
-            dtype = self.skeleton.model.get_parameter(f"{linear.path}.weight").dtype
-            key = self._base_key(linear.path)
-            tensors[key] = factors.u.to("cpu", dtype)
-            tensors[f"{key.removesuffix('weight')}V"] = factors.v.to("cpu", dtype)
+        for path, found in factors.items():
+            dtype = self.skeleton.model.get_parameter(f"{path}.weight").dtype
+            u, v = self._keys(path)
+            tensors[u], tensors[v] = found.u.to("cpu", dtype), found.v.to("cpu", dtype)
         name = self.shard_name(self.blocks.index(block))
         # The errors first: the shard's presence says that the block is finished.
+        errors = {path: found.relative_error() for path, found in factors.items()}
         write_json(self.staging / f"{name}.errors.json", errors)
         write_shard(self.staging / name, dict(sorted(tensors.items())))
 
-    def _factorize(self, linear: LinearPlan, gram: Gram) -> Factors:
-        weight = self.skeleton.model.get_parameter(f"{linear.path}.weight").detach()
-        return self.factorize(weight, gram, linear.rank)
+    def _read_block(self, block: str) -> Pairs:
+        tensors = load_file(self.staging / self.shard_name(self.blocks.index(block)), str(self.skeleton.device))
+        u_and_v = {linear.path: self._keys(linear.path) for linear in self.plan.in_block(block)}
+        return {path: (tensors[u], tensors[v]) for path, (u, v) in u_and_v.items()}
+
+    def _keys(self, path: str) -> tuple[str, str]:
+        """Return the keys of U and V: U stands in the place of the weight."""
+        key = self._base_key(path)
+        return key, f"{key.removesuffix('weight')}V"
 
     def _write_rest(self) -> None:
         """Write every tensor of the base that is no factor, byte for byte, as the last shard."""
@@ -225,7 +253,7 @@ class _Writer:
         before, after = self.plan.parameters()
         return {
             "family": self.job.family.name,
-            "base": str(self.job.base.directory),
+            "base": self.job.base.name,
             "parameters": {"compressed_linears_before": before, "compressed_linears_after": after},
             "bytes": {"base": self.job.base.nbytes, "emulator": Checkpoint(self.staging).nbytes},
             "tokens": sum(len(sample.input_ids) for sample in self.job.samples),

@@ -6,11 +6,15 @@ class EmlocError(Exception):
 
     The message says what is wrong and where; ``fix`` says what to do about it. The command line prints both in one
     line and exits with 1, without a traceback unless ``--debug`` is given.
+
+    ``resumable`` says that the fault is not in what was asked for (memory ran out, say): what an unfinished output
+    holds is kept, so that the same command goes on. Otherwise mending the fault changes the request, and it is dropped.
     """
 
-    def __init__(self, message: str, fix: str | None = None) -> None:
+    def __init__(self, message: str, fix: str | None = None, *, resumable: bool = False) -> None:
         super().__init__(message)
         self.fix = fix
+        self.resumable = resumable
 
     def __str__(self) -> str:
         message = super().__str__()

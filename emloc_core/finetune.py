@@ -23,18 +23,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from emloc_core.calibration import tokenize
+from emloc_core.calibration import model_limit, tokenize
 from emloc_core.checkpoint import Checkpoint
-from emloc_core.data import digest, load_rows
-from emloc_core.data import exclude as leave_out
+from emloc_core.data import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.errors import EmlocError
 from emloc_core.output import Output, read_json, write_json
 from emloc_core.plugins import plugin_manager
 from emloc_core.resume import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.training import DEFAULT_EPOCHS, TrainSettings
 
-#: Rows that an emulator's directory holds and that must never be tuned on.
-HELD_OUT = ("calibration.jsonl", "selection.jsonl")
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
 _SETTINGS = "The training settings do not work"
@@ -74,10 +71,11 @@ class FineTuning:
         self.targets = sorted(set(settings.target_modules or self.family.lora_targets()))
         settings.check_extra()
         rows = load_rows(data, split)
-        files = [path for path in (self.model.directory / name for name in HELD_OUT) if path.is_file()] + list(exclude)
+        held_out = [self.model.directory / name for name in (CALIBRATION, SELECTION)]
+        files = [path for path in held_out if path.is_file()] + list(exclude)
         # An emulator may have been made without selection rows: the file is there, and empty.
         files = [path for path in files if not path.is_file() or path.stat().st_size]
-        self.rows = leave_out(rows, {row.key for path in files for row in load_rows(str(path))})
+        self.rows = without(rows, files)
         self.excluded = len(rows) - len(self.rows)
         if not self.rows:
             raise EmlocError(
@@ -86,8 +84,13 @@ class FineTuning:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Return what would be trained, in one process: rows, excluded_rows, steps, target_modules."""
+        """Return what would be trained, in one process: rows, excluded_rows, steps, target_modules, model_bytes.
+
+        Raises:
+            EmlocError: the settings contradict each other or the machine.
+        """
         settings = self.settings
+        self._config()
         batches = math.ceil(len(self.rows) / settings.batch_size)
         steps = math.ceil((settings.epochs or DEFAULT_EPOCHS) * math.ceil(batches / settings.accumulation))
         return {
@@ -96,7 +99,17 @@ class FineTuning:
             "excluded_rows": self.excluded,
             "steps": settings.steps or steps,
             "target_modules": self.targets,
+            "model_bytes": self.model.nbytes,
         }
+
+    def _config(self) -> SFTConfig:
+        checkpoints = Output(self.path, "adapter", {}).staging / CHECKPOINTS
+        with _refusing(_SETTINGS):
+            return self.settings.sft_config(
+                checkpoints,
+                completion_only=self.rows[0].form != "text",
+                use_cpu=not torch.accelerator.is_available(),
+            )
 
     def run(self) -> Path:
         """Train, or go on with what an interrupted run left.
@@ -104,13 +117,7 @@ class FineTuning:
         Raises:
             EmlocError: the settings contradict each other, the loss is not a number, or memory runs out.
         """
-        staging = Output(self.path, "adapter", {}).staging
-        with _refusing(_SETTINGS):
-            config = self.settings.sft_config(
-                staging / CHECKPOINTS,
-                completion_only=self.rows[0].form != "text",
-                use_cpu=not torch.accelerator.is_available(),
-            )
+        config = self._config()
         state = PartialState()
         self.is_main_process = state.is_main_process
         output = Output(self.path, "adapter", self._request(state.num_processes) if state.is_main_process else {})
@@ -119,7 +126,7 @@ class FineTuning:
             return self.path
         with output.build() if state.is_main_process else nullcontext():
             state.wait_for_everyone()  # the staging directory is there
-            output.result = self._train(config, staging, state)
+            output.result = self._train(config, output.staging, state)
         return self.path
 
     def _request(self, processes: int) -> dict[str, Any]:
@@ -148,7 +155,9 @@ class FineTuning:
             except torch.OutOfMemoryError as error:
                 raise EmlocError(
                     f"The device ran out of memory at step {trainer.state.global_step + 1}.",
-                    "Use a smaller batch with more accumulation, a maximum length, or gradient checkpointing.",
+                    "Free some, and the same command goes on at the last checkpoint. Or train anew with a "
+                    "smaller batch and more accumulation, a maximum length, or gradient checkpointing.",
+                    resumable=True,
                 ) from error
         state.wait_for_everyone()
         log = [
@@ -175,7 +184,7 @@ class FineTuning:
         with _refusing(f"{directory} cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(directory)
             model = getattr(transformers, self.family.auto_class).from_pretrained(directory, dtype="auto")
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = model_limit(model.config)
         dataset, dropped = self._dataset(tokenizer, limit)
         with _refusing(_SETTINGS):
             trainer = _Trainer(
@@ -268,4 +277,4 @@ def _refusing(what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, ImportError, KeyError, OSError) as error:
-        raise EmlocError(f"{what}: {error}", "Correct that, and run the same command again.") from error
+        raise EmlocError(f"{what}: {error}", "Correct that, and run the same command again.", resumable=True) from error

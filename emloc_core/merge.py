@@ -11,9 +11,9 @@ import torch
 
 from emloc_core.adapter import Adapter
 from emloc_core.checkpoint import INDEX, SINGLE, Checkpoint
-from emloc_core.correction import Lora
 from emloc_core.errors import EmlocError
-from emloc_core.output import Output, write_json
+from emloc_core.lora import Lora
+from emloc_core.output import Output, read_manifest, write_json
 from emloc_core.plugins import plugin_manager
 from emloc_core.shards import DTYPES, ShardWriter, TensorInfo, raw_chunks, read_header, tensor_bytes
 from emloc_core.skeleton import Skeleton
@@ -43,12 +43,14 @@ class Merge:
         allow_uncorrected: bool = False,
     ) -> None:
         self.adapter, self.base = adapter, base
+        base.require_unquantised()
         cache_dir = output.resolve().parent
         fingerprint = base.fingerprint(cache_dir)
         require_base(adapter, base, fingerprint, allow_uncorrected=allow_uncorrected)
         family = plugin_manager().family_for(base.model_type)
         skeleton = Skeleton(base, family)
         self.untied: dict[str, tuple[str, Lora]] = {}  # new key -> key that it was tied to, LoRA
+        self.unties = False
         self.loras = self._by_key(skeleton)
         request = {"adapter": adapter.fingerprint(cache_dir), "base": fingerprint}
         self.output = Output(output, "checkpoint", request)
@@ -67,10 +69,14 @@ class Merge:
                     f"The LoRA on {path} is for a weight of shape {expected}; the base has {shapes} in {keys}.",
                     "The adapter belongs to another model, or save the base with save_pretrained first.",
                 )
-            if name in skeleton.tied:
-                self.untied[name] = (keys[0], lora)
-            else:
+            if name not in skeleton.tied:
                 found[keys[0]] = lora
+            elif stored := skeleton.stored(name):  # tied by the config, and in the file all the same
+                found[stored[0]] = lora
+                self.unties = True
+            else:
+                self.untied[name] = (keys[0], lora)
+                self.unties = True
         return found
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
@@ -127,7 +133,7 @@ class Merge:
         for name in ("config.json", INDEX):
             if (self.base.directory / name).is_file():
                 (staging / name).write_bytes((self.base.directory / name).read_bytes())
-        if not self.untied:
+        if not self.unties:
             return
         # A LoRA on a tied output projection changes it alone: the merged model has two tensors where there was one.
         write_json(staging / "config.json", _untie(self.base.config))
@@ -146,24 +152,32 @@ def _untie(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_uncorrected: bool = False) -> None:
-    """Refuse an adapter that was not made for this base.
-
-    An adapter without a manifest (trained by another tool) is only checked by its shapes, later.
+    """Refuse an adapter that was not made for this base, or that may be as it was trained on an emulator.
 
     Raises:
-        EmlocError: the adapter's manifest names another base, or an emulator.
+        EmlocError: manifests name another base; the adapter is not corrected; or nobody can tell.
     """
-    if adapter.is_for_emulator:
-        if not allow_uncorrected:
-            raise EmlocError(
-                f"{adapter.directory} was trained on an emulator and is not corrected.",
-                "Run `emloc correct` first, or merge it as it is with --allow-uncorrected.",
-            )
-        return
     request = adapter.manifest.get("request", {})
     made_for = request.get("base") or request.get("model")
+    if not adapter.is_corrected:
+        model = adapter.trained_on
+        emulator = read_manifest(model) if model else None
+        if emulator is not None and emulator.get("kind") == "emulator":
+            made_for = emulator["request"]["base"]
+            if not allow_uncorrected:
+                raise EmlocError(
+                    f"{adapter.directory} was trained on an emulator and is not corrected.",
+                    "Run `emloc correct` first, or merge it as it is with --allow-uncorrected.",
+                )
+        named = adapter.config.get("base_model_name_or_path")
+        if not model and not made_for and named != base.name and not allow_uncorrected:
+            raise EmlocError(
+                f"{adapter.directory} was trained on {named}, which is not here, so nobody can tell whether that is an "
+                "emulator.",
+                "If it was trained on the base itself, merge it with --allow-uncorrected.",
+            )
     if made_for and made_for != fingerprint:
         raise EmlocError(
             f"{adapter.directory} was made for another base than {base.directory}: the fingerprints differ.",
-            "Give the base that the adapter was corrected for, unchanged.",
+            "Give the base that the adapter was made for, unchanged.",
         )

@@ -42,8 +42,8 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON, atomically: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -61,10 +61,22 @@ def read_json(path: Path) -> Any:
         raise EmlocError(f"{path} is not valid JSON ({error}).", "Restore the file, or make it again.") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object, as configs, indexes and manifests do.
+
+    Raises:
+        EmlocError: the file is missing, is not JSON, or holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise EmlocError(f"{path} holds a {type(content).__name__}, not an object.", "Restore the file.")
+    return content
+
+
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of a directory that EMLoC wrote, or None for any other directory."""
     path = directory / MANIFEST
-    return read_json(path) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
 
 
 class Output:
@@ -80,6 +92,8 @@ class Output:
 
     def __init__(self, path: str | Path, kind: str, request: dict[str, Any]) -> None:
         self.path = Path(path)
+        if not self.path.name or self.path.name == "..":
+            raise EmlocError(f"{path} is no name for a new directory.", "Give one, such as ./emulator.")
         self.kind = kind
         self.request = json.loads(json.dumps(request))
         self.staging = self.path.with_name(f".{self.path.name}.partial")
@@ -113,8 +127,8 @@ class Output:
     def build(self) -> Iterator[Path]:
         """Yield the staging directory, and publish it when the block ends without an exception.
 
-        What an interrupted run left there is kept if it was started by the same request on the same versions. A
-        fault of the input removes it; a full disk or a kill leaves it, so that the same command goes on.
+        What an interrupted run left there is kept if it was started by the same request on the same versions: after a
+        kill, a full disk or a resumable error the same command goes on. A fault of the input removes it.
 
         Raises:
             EmlocError: an interrupted run of another request is at that place, another process is writing there, or
@@ -127,21 +141,31 @@ class Output:
                 yield self.staging
                 self.timing.update(meter.read())
                 self._publish()
-            except EmlocError:
-                shutil.rmtree(self.staging, ignore_errors=True)
+            except EmlocError as error:
+                if not error.resumable:
+                    shutil.rmtree(self.staging)
                 raise
             finally:
                 lock.close()
 
     def _enter(self) -> TextIO:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.staging.mkdir(exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.staging.mkdir(exist_ok=True)
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise
+            raise EmlocError(f"{self.path} cannot be made ({error.strerror}).", "Choose another place.") from error
         lock = (self.staging / _LOCK).open("w", encoding="utf-8")  # held until build() ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()
             raise EmlocError(f"Another process is writing {self.path}.", "Wait for it, or stop it.") from None
+        if self.is_finished():
+            lock.close()
+            shutil.rmtree(self.staging)
+            raise EmlocError(f"{self.path} was finished by another process meanwhile.", "Use it as it is.")
         request = {"request": self.request, "versions": versions()}
         saved = self.staging / _REQUEST
         if saved.exists():

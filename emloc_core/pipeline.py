@@ -13,12 +13,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from emloc_core.data import CALIBRATION, SELECTION
 from emloc_core.errors import EmlocError
 from emloc_core.output import MANIFEST, TIMING, read_json, write_json
 from emloc_core.recipe import Recipe, load_recipe
 from emloc_core.training import FLAGS
-
-CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ def stages(recipe: Recipe) -> list[Stage]:
         root / name for name in ("emulator", "adapter", "corrected", "merged", "full_lora")
     )
     rows = ["--data", data.train, "--split", data.split]
-    tuning = [*arguments(recipe.train, FLAGS), *(text for test in data.test for text in ("--exclude", test))]
+    rows += [text for test in data.test for text in ("--exclude", test)]
+    tuning = arguments(recipe.train, FLAGS)
     held_out = [text for name in (CALIBRATION, SELECTION) for text in ("--exclude", str(emulator / name))]
 
     def stage(purpose: str, output: Path, command: str, *argv: str | Path) -> Stage:
@@ -115,7 +115,9 @@ def run_recipe(
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
     for index, stage in enumerate(planned):
         announce(index, len(planned), stage)
-        code = subprocess.run([sys.executable, "-m", "emloc_core", *stage.argv], check=False).returncode
+        code = subprocess.run(
+            [sys.executable, "-m", "emloc_core", *stage.argv], stdout=sys.stderr, check=False
+        ).returncode
         if code:
             raise EmlocError(
                 f"The stage '{stage.name}' failed (exit code {code}); the stages before it are kept.",
@@ -143,6 +145,7 @@ def sizes(recipe: Recipe) -> dict[str, Any]:
 def summarise(recipe: Recipe, planned: list[Stage]) -> dict[str, Any]:
     """Write ``results.json``, ``table.md`` and ``figure.png`` beside the stages' directories; return the results."""
     from emloc_core import report
+    from emloc_core.figure import figure
 
     root = Path(recipe.output)
     manifests = {stage.name: read_json(stage.output / MANIFEST) for stage in planned}
@@ -156,7 +159,7 @@ def summarise(recipe: Recipe, planned: list[Stage]) -> dict[str, Any]:
         for name, label in (("adapter", "on the emulator"), ("full_lora", "on the base (full LoRA)"))
         if name in manifests
     }
-    report.figure(root / "figure.png", histories, manifests["emulator"]["result"]["linears"])
+    figure(root / "figure.png", histories, manifests["emulator"]["result"]["linears"])
     if "evaluation" in manifests:
         results.update(read_json(root / "evaluation" / "results.json"))
         (root / "table.md").write_text(report.markdown(results["systems"], results["metrics"]), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Which Linears are compressed, to which rank, and why."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -98,9 +98,7 @@ def block_paths(model: nn.Module, family: Family) -> list[str]:
     return found
 
 
-def make_plan(
-    model: nn.Module, family: Family, ratio: float, allocate: Any = uniform, only: Mapping[str, str] | None = None
-) -> Plan:
+def make_plan(model: nn.Module, family: Family, ratio: float, allocate: Any = uniform) -> Plan:
     """Resolve a family's declaration on a model.
 
     Args:
@@ -108,7 +106,6 @@ def make_plan(
         family: its declaration.
         ratio: share of each compressed Linear's parameters that is kept, in (0, 1).
         allocate: rank allocator.
-        only: further patterns of modules to keep dense -> reason.
 
     Raises:
         EmlocError: the ratio is out of range, or the declaration does not fit the model.
@@ -117,12 +114,11 @@ def make_plan(
         raise EmlocError(
             f"The ratio is {ratio:g}; it is the share of parameters kept, above 0 and below 1.", "Try --ratio 0.6."
         )
-    dense = {**family.keep_dense, **(only or {})}
     found: list[LinearPlan] = []
     for tower in family.towers:
         for block in (path for path in block_paths(model, family) if path.startswith(f"{tower.blocks}.")):
             for group in tower.input_groups:
-                found += _plan_group(model, family, block, group, dense)
+                found += _plan_group(model, family, block, group)
     candidates = [linear for linear in found if linear.reason is None]
     if not candidates:
         raise EmlocError(f"The family {family.name!r} names no Linear of this model.", "Update the plugin.")
@@ -131,9 +127,7 @@ def make_plan(
     return Plan(tuple(_with_rank(linear, chosen.get(linear.path)) for linear in found))
 
 
-def _plan_group(
-    model: nn.Module, family: Family, block: str, group: Sequence[str], dense: Mapping[str, str]
-) -> list[LinearPlan]:
+def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[str]) -> list[LinearPlan]:
     modules = dict(model.get_submodule(block).named_modules())
     present = tuple(f"{block}.{path}" for path in group if path in modules)
     planned = []
@@ -146,7 +140,7 @@ def _plan_group(
             )
         m, n = module.out_features, module.in_features
         tap = next((tap for pattern, tap in family.taps.items() if fnmatchcase(path, pattern)), cheaper_side(m, n))
-        reason = next((reason for pattern, reason in dense.items() if fnmatchcase(path, pattern)), None)
+        reason = next((reason for pattern, reason in family.keep_dense.items() if fnmatchcase(path, pattern)), None)
         planned.append(LinearPlan(path, block, present, m, n, None, tap, reason))
     return planned
 

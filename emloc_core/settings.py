@@ -24,6 +24,11 @@ class CompressSettings(Settings):
     selection: int = Field(32, ge=0, description="Rows held out for choosing the correction's clamp.")
     max_length: int | None = Field(None, ge=1, description="Use that many tokens of a row; all by default.")
     seed: int = Field(0, description="Of the draw of rows.")
+    calibration: Literal["base", "propagated"] = Field(
+        "base",
+        description="On the base's own activations, as in the paper, or 'propagated': on what the emulator so far "
+        "gives each Linear, which makes up for the error before it.",
+    )
     allocator: str = Field("uniform", description="How ranks are allocated; plugins bring more.")
     factorizer: str = Field("activation-svd", description="How Linears are factorised; plugins bring more.")
 
@@ -31,7 +36,7 @@ class CompressSettings(Settings):
 class CorrectSettings(Settings):
     """How a LoRA is carried over to the base."""
 
-    clamp: Annotated[float, Field(ge=0)] | Literal["auto", "none"] = Field(
+    clamp: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto", "none"] = Field(
         "auto",
         description="Limit of the correction: a number (3 in the paper), 'none', or 'auto': compare a few values, "
         "uncorrected among them, by loss on rows held out for it.",

@@ -63,6 +63,8 @@ class Skeleton:
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         self._sources = self._map_keys()
+        # Buffers that the checkpoint holds (a router's bias, say) are small, and there from the start.
+        self._read([name for name, _ in self.model.named_buffers() if name in self._sources])
 
     def _map_keys(self) -> dict[str, list[str]]:
         """Map every parameter and buffer to the checkpoint's keys of the tensors that it is made from."""
@@ -89,8 +91,12 @@ class Skeleton:
         return dict(found)
 
     def sources(self, parameter: str) -> list[str]:
-        """Return the checkpoint's keys of the tensors that ``parameter`` is made from."""
+        """Return the checkpoint's keys of the tensors that ``parameter`` is made from, or is tied to."""
         return self._sources.get(self.tied.get(parameter, parameter), [])
+
+    def stored(self, parameter: str) -> list[str]:
+        """Return the keys of tensors that the checkpoint holds for ``parameter`` itself, tied or not."""
+        return self._sources.get(parameter, [])
 
     def load(self, module: str) -> None:
         """Load the parameters of the submodule at path ``module``.
@@ -104,17 +110,7 @@ class Skeleton:
     def load_parameters(self, names: Iterable[str]) -> None:
         """Load parameters by name; see :meth:`load`."""
         wanted = {name: self.tied.get(name, name) for name in names}
-        keys = sorted({key for source in wanted.values() for key in self._sources[source]})
-        settings = LoadStateDictConfig(
-            dtype=self.dtype, weight_mapping=self._mapping, device_map={"": str(self.device)}
-        )
-        with self.checkpoint.slices(keys) as slices, _quiet_and_sequential():
-            info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
-        for name, shape, expected in info.mismatched_keys:
-            raise EmlocError(
-                f"{name} in {self.checkpoint.directory} has shape {tuple(shape)}; the config says {tuple(expected)}.",
-                "Check that the config.json belongs to this checkpoint.",
-            )
+        self._read(wanted.values())
         for name, source in wanted.items():
             loaded = self.model.get_parameter(source)
             if loaded.is_meta:
@@ -127,6 +123,22 @@ class Skeleton:
                 self._set(name, loaded)
         for source in set(wanted.values()) - set(wanted):
             self._free_parameter(source)
+
+    def _read(self, names: Iterable[str]) -> None:
+        """Read the tensors that these parameters or buffers are made from into the model."""
+        keys = sorted({key for name in names for key in self._sources[name]})
+        if not keys:
+            return
+        settings = LoadStateDictConfig(
+            dtype=self.dtype, weight_mapping=self._mapping, device_map={"": str(self.device)}
+        )
+        with self.checkpoint.slices(keys) as slices, _quiet_and_sequential():
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
+        for name, shape, expected in info.mismatched_keys:
+            raise EmlocError(
+                f"{name} in {self.checkpoint.directory} has shape {tuple(shape)}; the config says {tuple(expected)}.",
+                "Check that the config.json belongs to this checkpoint.",
+            )
 
     def free(self, module: str) -> None:
         """Put the parameters of the submodule at path ``module`` back on the meta device. Buffers stay."""
@@ -160,7 +172,7 @@ class Skeleton:
 def _config(checkpoint: Checkpoint) -> Any:
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever transformers' own checks of a config raise
         raise EmlocError(
             f"transformers cannot read {checkpoint.directory / 'config.json'}: {str(error).splitlines()[0]}",
             "Check the file. Code that a model brings is never run: it needs an architecture that transformers has.",

@@ -52,12 +52,14 @@ class Stream:
 
     Attributes:
         sample: index of the sample that is running; hooks on the model's modules read it.
+        waiting: index of every sample that waits at a unit -> the arguments that it called the unit with.
     """
 
     def __init__(self, skeleton: Skeleton, block_lists: Sequence[str]) -> None:
         self.skeleton = skeleton
         self.units = units(skeleton.model, block_lists)
         self.sample = -1
+        self.waiting: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         owned = tuple(f"{unit}." for unit in self.units)
         self._resident = [name for name, _ in skeleton.model.named_parameters() if not name.startswith(owned)]
 
@@ -88,6 +90,7 @@ class Stream:
                 for runner in runners:
                     if not runner.dead:
                         runner.throw(GreenletExit)
+                self.waiting.clear()
                 for unit in self.units:
                     self.skeleton.free(unit)
 
@@ -105,6 +108,7 @@ class Stream:
         def advance(indices: Iterable[int]) -> None:
             for index in indices:
                 self.sample = index
+                self.waiting.pop(index, None)  # its tensors are the sample's own again
                 state = runners[index].switch()
                 if runners[index].dead:
                     results[index] = state
@@ -137,15 +141,18 @@ class Stream:
     def _hooks(self) -> Iterator[None]:
         driver = getcurrent()
 
-        def pause(unit: str) -> Callable[[nn.Module, Any], None]:
-            def hook(_module: nn.Module, _args: Any) -> None:
+        def pause(unit: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
                 if getcurrent() is not driver:
+                    self.waiting[self.sample] = (args, kwargs)
                     driver.switch(unit)
 
             return hook
 
         model = self.skeleton.model
-        handles = [model.get_submodule(unit).register_forward_pre_hook(pause(unit)) for unit in self.units]
+        handles = [
+            model.get_submodule(unit).register_forward_pre_hook(pause(unit), with_kwargs=True) for unit in self.units
+        ]
         try:
             yield
         finally:

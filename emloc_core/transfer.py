@@ -15,12 +15,12 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from emloc_core.adapter import CORRECTED, Adapter, write_adapter
-from emloc_core.calibration import Sample, encode
+from emloc_core.calibration import Sample, encode, model_limit
 from emloc_core.checkpoint import Checkpoint
-from emloc_core.correction import Clamp, Lora
-from emloc_core.data import load_rows
-from emloc_core.emulator import SELECTION
+from emloc_core.correction import Clamp
+from emloc_core.data import SELECTION, load_rows
 from emloc_core.errors import EmlocError
+from emloc_core.lora import Lora
 from emloc_core.output import Output, read_manifest
 from emloc_core.plugins import plugin_manager
 from emloc_core.settings import CorrectSettings
@@ -61,6 +61,7 @@ class Transfer:
                 f"{adapter.directory} is corrected already; correcting twice would spoil it.",
                 "Use it on the base as it is, or give the adapter as it was trained.",
             )
+        base.require_unquantised()
         self.correct = plugin_manager().algorithm("corrections", settings.method)
         self.emulator = _find_emulator(adapter, emulator)
         cache_dir = output.resolve().parent
@@ -99,13 +100,13 @@ class Transfer:
         if self.settings.clamp != "auto":
             return []
         path = selection or self.emulator.directory / SELECTION
-        if not path.is_file():
+        if not path.is_file() or not path.stat().st_size:
             raise EmlocError(
-                f"--clamp auto needs rows to compare on, and {path} does not exist.",
+                f"--clamp auto needs rows to compare on, and {path} holds none.",
                 "Give a file of held-out rows with --selection, or a fixed --clamp.",
             )
         tokenizer = AutoTokenizer.from_pretrained(self.base.directory)
-        limit = getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = model_limit(self.skeleton.model.config)
         return encode(load_rows(str(path)), tokenizer, max_length, limit)
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
@@ -128,7 +129,7 @@ class Transfer:
                     done += 1
                     progress(path, done, len(self.adapter.loras))
             chosen = 0 if losses is None else choose(losses)
-            config = {**self.adapter.config, "base_model_name_or_path": str(self.base.directory)}
+            config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
             loras = {path: found[chosen] for path, found in candidates.items()}
             write_adapter(staging, config, loras, {CORRECTED: str(clamps[chosen])})
             self.output.result = self._result(clamps, chosen, losses)

@@ -13,6 +13,7 @@ from conftest import write_jsonl
 from safetensors.torch import load_file, save_file
 
 from emloc_core.cli import cli, main
+from emloc_core.data import CALIBRATION, SELECTION, load_rows
 from emloc_core.recipe import load_recipe
 
 SMALL = ["--samples", "8", "--selection", "4"]
@@ -90,8 +91,8 @@ def test_bad_models(emloc, tiny_model, rows_file, tmp_path, make, message):
     ("rows", "message"),
     [
         ("", "holds no rows"),
-        ('{"prompt": "a", "completion": "b"}\n{"question": "a"}\n', "2"),
-        ('{"prompt": "a", "completion": "b"}\nnot json\n', "2"),
+        ('{"prompt": "a", "completion": "b"}\n{"question": "a"}\n', "rows.jsonl, row 2"),
+        ('{"prompt": "a", "completion": "b"}\nnot json\n', "rows.jsonl, row 2"),
         ('{"text": "only one"}\n', "12"),
         ('{"text": "' + "cat " * 400 + '"}\n' + "".join(f'{{"text": "cat {i}"}}\n' for i in range(40)), "256"),
     ],
@@ -121,12 +122,13 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in done.stderr
 
 
-def test_dry_run_writes_nothing_and_speaks_json(emloc, tiny_model, rows_file, tmp_path):
+def test_dry_run_makes_nothing_and_speaks_json(emloc, tiny_model, rows_file, tmp_path):
     code, out, _ = emloc(
         "compress", tiny_model, "--data", rows_file, "-o", tmp_path / "out", "--dry-run", "--json", *SMALL
     )
     plan = json.loads(out)
     assert code == 0
+    assert {path.name for path in tmp_path.iterdir()} <= {".emloc-hashes.json"}
     assert (plan["calibration_rows"], plan["selection_rows"], plan["tuning_rows"]) == (8, 4, 108)
     assert plan["emulator_bytes"] < plan["base_bytes"]
     code, _, _ = emloc("compress", tiny_model, "--data", rows_file, "-o", tmp_path / "out", *SMALL)
@@ -197,12 +199,25 @@ def test_run_does_everything_and_nothing_twice(recipe):
     assert set(results["stages"]) == {"emulator", "adapter", "corrected", "merged"}
     assert (root / "figure.png").read_bytes().startswith(b"\x89PNG")
     stamps = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
-    again = run()
+    again = run("--json")
     assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["correction"] == results["correction"]
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")} == stamps
     other = run("--set", "compress.ratio=0.3")
     assert other.returncode == 1
     assert "settings.ratio was 0.6 and is now 0.3" in other.stderr
+
+
+def test_test_rows_of_a_recipe_are_in_no_other_set(recipe, rows_file):
+    test = write_jsonl(recipe.parent / "test.jsonl", [json.loads(x) for x in rows_file.read_text().splitlines()[:60]])
+    recipe.write_text(recipe.read_text().replace("[compress]", 'test = ["test.jsonl"]\n[compress]'))
+    argv = [sys.executable, "-m", "emloc_core", "run", str(recipe), "--set", "merge=false"]
+    assert subprocess.run(argv, capture_output=True, check=False).returncode == 0
+    reported = {row.key for row in load_rows(str(test))}
+    for name in (CALIBRATION, SELECTION):
+        assert not reported & {row.key for row in load_rows(str(recipe.parent / "run" / "emulator" / name))}
+    trained = json.loads((recipe.parent / "run" / "adapter" / "emloc.json").read_text())["result"]
+    assert (trained["rows"], trained["excluded_rows"]) == (120 - 60 - 8 - 6, 60 + 8 + 6)
 
 
 def test_generated_pages_are_current(monkeypatch):

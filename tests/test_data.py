@@ -13,7 +13,7 @@ from conftest import example_rows, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc_core.data import Row, digest, draw, exclude, load_rows, write_rows
+from emloc_core.data import Row, digest, draw, load_rows, without, write_rows
 from emloc_core.errors import EmlocError
 
 USER = {"role": "user", "content": "Which way?"}
@@ -194,9 +194,10 @@ def test_written_rows_read_back(tmp_path_factory: pytest.TempPathFactory, rows):
     assert digest(again) == digest(rows)
 
 
-def test_exclude_leaves_out_every_copy_and_keeps_the_order():
+def test_leaving_out_takes_every_copy_and_keeps_the_order(tmp_path):
     rows = [Row(number, text=text) for number, text in enumerate("abcab", start=1)]
-    left = exclude(rows, {rows[0].key})
+    write_rows(tmp_path / "test.jsonl", rows[:1])
+    left = without(rows, [tmp_path / "test.jsonl"])
     assert [row.number for row in left] == [2, 3, 5]
     assert digest(left[:2]) != digest(left[1:])
 

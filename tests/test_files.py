@@ -103,6 +103,7 @@ def test_fingerprints_follow_content_and_are_cached(tiny_model, tmp_path, monkey
     for path in tiny_model.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     cache = tmp_path / "cache"
+    cache.mkdir()
     first = Checkpoint(copy).fingerprint(cache)
     assert first == Checkpoint(tiny_model).fingerprint(tmp_path / "other")
     assert not (copy / ".emloc-hashes.json").exists()
@@ -148,6 +149,51 @@ def test_a_crash_keeps_the_work_and_a_user_error_removes_it(tmp_path):
     with pytest.raises(EmlocError, match="bad"), Output(tmp_path / "other", "adapter", {}).build():
         raise EmlocError("bad input")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(EmlocError, match="memory"), Output(tmp_path / "other", "adapter", {}).build():
+        raise EmlocError("out of memory", resumable=True)
+    assert (tmp_path / ".other.partial").is_dir()
+
+
+def test_an_output_that_another_process_finished_meanwhile_is_left_alone(tmp_path):
+    first, second = (Output(tmp_path / "out", "adapter", {}) for _ in range(2))
+    assert not first.is_finished()
+    assert not second.is_finished()
+    with first.build() as staging:
+        (staging / "weights").write_text("x")
+    with pytest.raises(EmlocError, match="finished by another process"), second.build():
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", [".", "..", "/", "file/out", "/proc/out"])
+def test_impossible_places_are_refused(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+
+    def attempt():
+        with Output(place, "adapter", {}).build():
+            pass
+
+    with pytest.raises(EmlocError, match=r"no name for a new directory|cannot be made"):
+        attempt()
+
+
+def test_many_processes_may_share_the_cache_of_hashes(tmp_path):
+    code = (
+        "import sys, pathlib\nfrom emloc_core.output import write_json\n"
+        "for i in range(300): write_json(pathlib.Path(sys.argv[1]), {'i': i})"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "shared.json")]
+    writers = [subprocess.Popen(argv, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert json.loads((tmp_path / "shared.json").read_text()) == {"i": 299}
+
+
+@pytest.mark.parametrize("content", ["[]", '"text"', "3"])
+def test_json_of_another_kind_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(EmlocError, match="not an object"):
+        Checkpoint(tmp_path)
 
 
 def test_two_processes_do_not_write_one_output(tmp_path):

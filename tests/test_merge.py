@@ -1,12 +1,13 @@
 """Merging equals PEFT's, shard by shard, and leaves everything else as it was."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from emloc_llama import LLAMA
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_transfer import TARGETS, make_adapter, make_emulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -100,6 +101,48 @@ def test_an_adapter_of_another_architecture_is_refused(tiny_model, tmp_path):
     with pytest.raises(EmlocError, match="is for a weight of shape"):
         merge(adapter, tiny_model, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_stored_copy_of_a_tied_head_takes_the_update(tmp_path):
+    base = tied_base(tmp_path)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["lm_head"], size=0.3)
+    merged = merge(adapter, base, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    delta = Adapter(adapter).loras["lm_head"].delta()
+    assert torch.allclose(model.lm_head.weight, tensors["lm_head.weight"] + delta, atol=1e-6)
+    assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+
+
+def test_a_quantised_base_is_refused(tiny_model, tmp_path):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EmlocError, match="quantised"):
+        merge(adapter, base, tmp_path / "merged")
+
+
+def test_an_adapter_of_a_model_that_is_not_here_is_refused_unless_asked_for(tiny_model, tmp_path):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "moved/away"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(EmlocError, match="nobody can tell"):
+        merge(adapter, tiny_model, tmp_path / "merged")
+    assert merge(adapter, tiny_model, tmp_path / "merged", allow_uncorrected=True).is_dir()
+
+
+def test_an_uncorrected_adapter_of_another_base_is_refused_even_if_asked_for(tiny_model, rows_file, tmp_path):
+    emulator = make_emulator(tiny_model, rows_file, tmp_path / "emulator")
+    adapter = make_adapter(emulator, tmp_path / "adapter")
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1e-3
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EmlocError, match="another base"):
+        merge(adapter, other, tmp_path / "merged", allow_uncorrected=True)
 
 
 def test_an_uncorrected_adapter_is_refused_unless_asked_for(tiny_model, rows_file, tmp_path):

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from emloc_core.cli.console import announce, as_json, dry_run, print_json, progress, size
+from emloc_core.cli.console import announce, as_json, dry_run, print_json, progress
 from emloc_core.cli.options import options, validated
+from emloc_core.report import human_bytes
 from emloc_core.settings import CompressSettings
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--data", required=True, help="JSONL, JSON or Parquet file, or a hub data set, of your own task.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the emulator.")
+@click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="Rows that are neither calibration nor selection, such as test rows; repeatable.")  # fmt: skip
 @click.option("--split", default="train", show_default=True, help="Of a hub data set.")
 @options(CompressSettings)
 @dry_run
@@ -26,6 +29,7 @@ def command(
     model: str,
     data: str,
     split: str,
+    exclude: tuple[Path, ...],
     output: Path,
     dry_run: bool,
     as_json: bool,
@@ -37,11 +41,11 @@ def command(
     stopped when the same command is given again.
     """
     from emloc_core.checkpoint import open_checkpoint
-    from emloc_core.data import load_rows
+    from emloc_core.data import load_rows, without
     from emloc_core.emulator import Compression
 
     base = open_checkpoint(model)
-    job = Compression(base, load_rows(data, split), output, validated(CompressSettings, settings))
+    job = Compression(base, without(load_rows(data, split), exclude), output, validated(CompressSettings, settings))
     if dry_run:
         _describe(job, as_json)
         return
@@ -68,8 +72,8 @@ def _describe(job: "Compression", as_json: bool) -> None:
     if as_json:
         print_json(content)
         return
-    click.echo(f"{job.base.directory}: family {job.family.name}, {size(job.base.nbytes)}")
-    click.echo(f"emulator: {size(content['emulator_bytes'])}; {len(job.plan.ranks)} Linears at these ranks:")
+    click.echo(f"{job.base.directory}: family {job.family.name}, {human_bytes(job.base.nbytes)}")
+    click.echo(f"emulator: {human_bytes(content['emulator_bytes'])}; {len(job.plan.ranks)} Linears at these ranks:")
     kinds: dict[tuple[str, int, int, int | None], int] = defaultdict(int)
     for linear in job.plan.linears:
         kinds[linear.path.rpartition(".")[2], linear.out_features, linear.in_features, linear.rank] += 1
@@ -91,5 +95,5 @@ def _summary(directory: Path) -> list[str]:
             errors[linear["path"].rpartition(".")[2]].append(linear["relative_error"])
     lines = ["relative output error on the calibration rows (mean, worst):"]
     lines += [f"  {kind:<12} {sum(of) / len(of):.3f}  {max(of):.3f}" for kind, of in errors.items()]
-    lines.append(f"base {size(result['bytes']['base'])} -> emulator {size(result['bytes']['emulator'])}")
+    lines.append(f"base {human_bytes(result['bytes']['base'])} -> emulator {human_bytes(result['bytes']['emulator'])}")
     return lines

@@ -10,9 +10,14 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.output import MANIFEST, TIMING, read_json
+from emloc_core.report import human_bytes, human_seconds
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, with sizes, and write nothing.")
+dry_run = click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what would be done, with sizes, and stop. Hashes of large files are kept for the real run.",
+)
 
 
 @contextmanager
@@ -53,14 +58,14 @@ def announce(stage: str, directory: Path, lines: list[str], *, to_json: bool) ->
 
     manifest = read_json(directory / MANIFEST)
     timing = read_json(directory / TIMING)
-    plugin_manager().hook.emloc_stage_done(stage=stage, output=directory, manifest=manifest)
+    plugin_manager().notify("emloc_stage_done", stage=stage, output=directory, manifest=manifest)
     if to_json:
         print_json({"output": str(directory), **manifest, "timing": timing})
         return
     for line in lines:
         click.echo(line)
     seconds, peak = timing.get("seconds", 0), timing.get("peak_rss_bytes", 0)
-    click.echo(f"{directory}  ({seconds:.1f} s, peak memory {size(peak)})")
+    click.echo(f"{directory}  ({human_seconds(seconds)}, peak memory {human_bytes(peak)})")
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -74,14 +79,5 @@ def describe(content: dict[str, Any], to_json: bool) -> None:
         print_json(content)
         return
     for key, value in content.items():
-        shown = size(value) if "bytes" in key else value
+        shown = human_bytes(value) if "bytes" in key else value
         click.echo(f"{key.replace('_', ' ')}: {shown}")
-
-
-def size(nbytes: float) -> str:
-    """Return a number of bytes for reading: ``1.21 GB``."""
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} GB"

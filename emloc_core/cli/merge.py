@@ -4,7 +4,8 @@ from pathlib import Path
 
 import rich_click as click
 
-from emloc_core.cli.console import announce, as_json, describe, dry_run, progress, size
+from emloc_core.cli.console import announce, as_json, describe, dry_run, progress
+from emloc_core.report import human_bytes
 
 
 @click.command("merge")
@@ -48,5 +49,5 @@ def command(
         return
     with progress("Merging") as advance:
         directory = job.run(advance)
-    lines = [f"{len(job.loras) + len(job.untied)} Linears merged into {size(job.base.nbytes)}"]
+    lines = [f"{len(job.loras) + len(job.untied)} Linears merged into {human_bytes(job.base.nbytes)}"]
     announce("merge", directory, lines, to_json=as_json)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run, print_json, size
+from emloc_core.cli.console import as_json, dry_run, print_json
+from emloc_core.report import human_bytes
 
 if TYPE_CHECKING:
     from emloc_core.pipeline import Stage
@@ -48,7 +49,7 @@ def show(results: dict, directory: Path) -> None:
     if "systems" in results:
         report.print_table(results["systems"], results["metrics"])
         click.echo(report.conclusion(results))
-    peaks = [f"{name} {size(timing['peak_rss_bytes'])}" for name, timing in results["stages"].items()]
+    peaks = [f"{name} {human_bytes(timing['peak_rss_bytes'])}" for name, timing in results["stages"].items()]
     click.echo(f"peak memory of each stage: {', '.join(peaks)}")
     click.echo(f"{directory / 'results.json'}  {directory / 'figure.png'}")
 
@@ -70,5 +71,5 @@ def _describe(recipe: "Recipe", as_json: bool) -> None:
         return
     for stage in planned:
         click.echo(f"{stage.name:<11} {stage.state:<12} emloc {' '.join(stage.argv)}")
-    click.echo(f"base {size(content['base_bytes'])}, emulator {size(content['emulator_bytes'])}, "
-               f"merged {size(content['merged_bytes'])}; rows: {content['rows']}")  # fmt: skip
+    click.echo(f"base {human_bytes(content['base_bytes'])}, emulator {human_bytes(content['emulator_bytes'])}, "
+               f"merged {human_bytes(content['merged_bytes'])}; rows: {content['rows']}")  # fmt: skip

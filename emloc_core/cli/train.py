@@ -12,6 +12,7 @@ import rich_click as click
 from emloc_core.cli.console import announce, as_json, dry_run, print_json
 from emloc_core.cli.options import options, validated
 from emloc_core.errors import EmlocError
+from emloc_core.report import human_bytes
 from emloc_core.training import FLAGS, TrainSettings
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _describe(job: "FineTuning", as_json: bool) -> None:
     if as_json:
         print_json(content)
         return
-    click.echo(f"{job.model.directory}: family {content['family']}")
+    click.echo(f"{job.model.directory}: family {content['family']}, {human_bytes(content['model_bytes'])}")
     click.echo(f"rows: {content['rows']} to train on, {content['excluded_rows']} left out")
     click.echo(f"{content['steps']} steps; LoRA on {', '.join(content['target_modules'])}")
 

@@ -1,0 +1,25 @@
+"""A LoRA on one Linear, as tensors."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA on one Linear: it adds ``scale * b @ a @ x`` to the output.
+
+    Attributes:
+        a: (r, n).
+        b: (m, r).
+        scale: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rsLoRA.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    def delta(self) -> torch.Tensor:
+        """Return what it adds to the weight, (m, n), in fp32 at least."""
+        dtype = torch.promote_types(self.a.dtype, torch.float32)
+        return self.scale * (self.b.to(dtype) @ self.a.to(dtype))

@@ -1,0 +1,162 @@
+"""Error-propagating calibration: every Linear learns to make up for the ones compressed before it.
+
+Two streams of the calibration rows pass through the model side by side, one through the base and one through the
+emulator so far. A Linear's factors are fitted to answer as the base does (``W x``) when given what the emulator
+gives it (``xc``): ``W2 = W R`` with the ridge regression ``R = (sum x xc^T + a I)(sum xc xc^T + a I)^-1``, and then the
+usual factorisation of W2 on the Gram of xc. Within a block the input groups are treated in order, each seeing the
+compressed ones before it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from emloc_core.errors import EmlocError
+from emloc_core.factorize import Factors
+from emloc_core.plan import LinearPlan
+from emloc_core.statistics import Gram, cheaper_side, tapped
+from emloc_core.streaming import Stream
+
+#: a: the ridge, as a share of the mean diagonal of the emulator's Gram. Pulls R towards the identity.
+RIDGE = 0.02
+
+#: U (m, k) and V (k, n) by module path, in the dtype that is written.
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class _ReachedError(Exception):
+    """The block's forward came to the tapped Linear: the rest of it is not needed."""
+
+
+class PairedMoments:
+    """Sums over tokens of an input group: ``xc xc^T`` and ``x xc^T``, (n, n) each.
+
+    Args:
+        size: n.
+        device: where the sums are kept, in fp64.
+    """
+
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        self.emulator = Gram("input", size, device=device)
+        self.cross = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    def add(self, base: torch.Tensor, emulator: torch.Tensor) -> None:
+        """Add the inputs of the same tokens, (..., n), in the base and in the emulator.
+
+        Raises:
+            EmlocError: they hold NaN or Inf.
+        """
+        self.emulator.add(emulator)
+        x, xc = (rows.reshape(-1, rows.shape[-1]).to(self.cross) for rows in (base, emulator))
+        self.cross.addmm_(x.T, xc)
+
+    def fitted(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W2, (m, n) fp64: the weight that answers best as ``weight`` does on the base's inputs."""
+        matrix = self.emulator.matrix
+        ridge = torch.diag(
+            RIDGE * matrix.diagonal().mean().clamp(min=torch.finfo(matrix.dtype).tiny).expand(len(matrix))
+        )
+        factor = torch.linalg.cholesky(matrix + ridge)
+        return torch.cholesky_solve((weight.to(matrix) @ (self.cross + ridge)).T, factor).T
+
+    def gram_for(self, fitted: torch.Tensor) -> Gram:
+        """Return the cheaper Gram of a Linear with the weight ``fitted`` on the emulator's inputs."""
+        if cheaper_side(*fitted.shape) == "input":
+            return self.emulator
+        gram = Gram("output", fitted.shape[0], device=fitted.device)
+        gram.matrix = fitted @ self.emulator.matrix @ fitted.T
+        gram.tokens = self.emulator.tokens
+        return gram
+
+
+def fit_block(
+    stream: Stream,
+    block: nn.Module,
+    planned: Sequence[LinearPlan],
+    rows: int,
+    factorize: Callable[[torch.Tensor, Gram, int], Factors],
+    blame: Callable[[EmlocError, str, int], EmlocError],
+) -> dict[str, Factors]:
+    """Fit all Linears of a block on samples that wait at it.
+
+    Args:
+        stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1`` through the emulator.
+        block: with the base's weights.
+        planned: its Linears, in execution order.
+        rows: number of calibration rows.
+        factorize: see :mod:`emloc_core.factorize`.
+        blame: makes of an error, a Linear's path and a row's index the error that the user sees.
+
+    Returns:
+        The factors by module path.
+    """
+    found: dict[str, Factors] = {}
+    done: Pairs = {}
+    modules = {linear.path: stream.skeleton.model.get_submodule(linear.path) for linear in planned}
+    for group in dict.fromkeys(linear.group for linear in planned):
+        members = [linear for linear in planned if linear.group == group]
+        moments = PairedMoments(members[0].in_features, stream.skeleton.device)
+        for row in range(rows):
+            x = _input(stream, block, members[0], modules, row)
+            with emulating(stream, {path: modules[path] for path in done}, done, rows):
+                xc = _input(stream, block, members[0], modules, row + rows)
+            try:
+                moments.add(x, xc)
+            except EmlocError as error:
+                raise blame(error, members[0].path, row) from None
+        for linear in members:
+            weight = stream.skeleton.model.get_parameter(f"{linear.path}.weight").detach()
+            fitted = moments.fitted(weight)
+            assert linear.rank is not None
+            factors = factorize(fitted, moments.gram_for(fitted), linear.rank)
+            found[linear.path] = factors
+            done[linear.path] = (factors.u.to(weight), factors.v.to(weight))
+    return found
+
+
+def _input(
+    stream: Stream, block: nn.Module, linear: LinearPlan, modules: Mapping[str, nn.Module], sample: int
+) -> torch.Tensor:
+    """Run a block on what a sample brought to it, up to a Linear; return that Linear's input."""
+    seen: list[torch.Tensor] = []
+
+    def sink(_path: str, activations: torch.Tensor) -> None:
+        seen.append(activations)
+        raise _ReachedError
+
+    args, kwargs = stream.waiting[sample]
+    stream.sample = sample
+    tap = "input" if isinstance(linear.tap, str) else linear.tap
+    with tapped({linear.path: modules[linear.path]}, {linear.path: tap}, sink), suppress(_ReachedError):
+        block(*args, **kwargs)
+    if not seen:
+        raise EmlocError(
+            f"{linear.path} did not run when its block did.", "List it in keep_dense of the family's declaration."
+        )
+    return seen[0]
+
+
+@contextmanager
+def emulating(stream: Stream, modules: Mapping[str, nn.Module], pairs: Pairs, rows: int) -> Iterator[None]:
+    """Let Linears answer by their factors to the samples that pass through the emulator, from index ``rows`` on."""
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor | None]:
+        u, v = pairs[path]
+
+        def answer(module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> torch.Tensor | None:
+            if stream.sample < rows:
+                return None
+            return functional.linear(functional.linear(args[0], v), u, getattr(module, "bias", None))
+
+        return answer
+
+    handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

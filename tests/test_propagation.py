@@ -1,0 +1,74 @@
+"""Error-propagating calibration: the fit itself, and an emulator made by it."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.data import load_rows
+from emloc_core.emulator import Compression
+from emloc_core.output import read_manifest
+from emloc_core.propagation import RIDGE, PairedMoments
+from emloc_core.settings import CompressSettings
+
+SETTINGS = CompressSettings(samples=24, selection=6, ratio=0.6)
+
+
+def test_the_fit_is_the_ridge_regression_on_the_tokens_themselves():
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(50, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    xc, weight = x + 0.3 * noise, torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    moments = PairedMoments(6)
+    moments.add(x[:20], xc[:20])
+    moments.add(x[20:], xc[20:])
+    ridge = RIDGE * float((xc.T @ xc).diagonal().mean())
+    # The same as ordinary least squares on tokens with sqrt(ridge) I appended to both sides.
+    extra = ridge**0.5 * torch.eye(6, dtype=torch.float64)
+    inputs, targets = torch.cat([xc, extra]), torch.cat([x, extra]) @ weight.T
+    expected = torch.linalg.lstsq(inputs, targets).solution.T
+    assert torch.allclose(moments.fitted(weight), expected, atol=1e-10)
+
+
+def test_without_an_error_to_make_up_for_the_weight_stays():
+    x = torch.randn(40, 6, dtype=torch.float64)
+    moments = PairedMoments(6)
+    moments.add(x, x)
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    assert torch.allclose(moments.fitted(weight), weight, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (9, 6)])
+def test_the_gram_is_that_of_the_cheaper_side(shape):
+    x = torch.randn(40, 6, dtype=torch.float64)
+    moments = PairedMoments(6)
+    moments.add(x, x)
+    weight = torch.randn(*shape, dtype=torch.float64)
+    gram = moments.gram_for(weight)
+    if shape[0] < 6:
+        assert gram.side == "output"
+        assert torch.allclose(gram.matrix, (x @ weight.T).T @ (x @ weight.T), atol=1e-9)
+    else:
+        assert gram.side == "input"
+        assert torch.allclose(gram.matrix, x.T @ x, atol=1e-9)
+
+
+def logits(model, samples):
+    with torch.no_grad():
+        return torch.cat([model(**sample.inputs("cpu")).logits[0] for sample in samples])
+
+
+def test_the_whole_model_is_closer_to_the_base_on_the_calibration_rows(tiny_model, rows_file, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
+    errors = {}
+    for calibration in ("base", "propagated"):
+        settings = SETTINGS.model_copy(update={"calibration": calibration})
+        job = Compression(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / calibration, settings)
+        emulator = AutoModelForCausalLM.from_pretrained(job.run(), dtype="auto").eval()
+        expected = logits(base, job.samples)
+        errors[calibration] = float((logits(emulator, job.samples) - expected).norm() / expected.norm())
+    assert errors["propagated"] < 0.95 * errors["base"], errors
+    ranks = [
+        [row["rank"] for row in read_manifest(tmp_path / calibration)["result"]["linears"]] for calibration in errors
+    ]
+    assert ranks[0] == ranks[1]  # better at equal size
