@@ -174,6 +174,10 @@ def _metrics(lm: Any, task: Any, found: dict[str, Any], rows: list[dict[str, Any
     metrics: dict[str, Any] = {}
     if task.OUTPUT_TYPE in ("loglikelihood", "loglikelihood_rolling"):
         mean, stderr, _ = token_nll(lm, rows)
+        if math.isnan(mean):
+            raise EmlocError(
+                f"The loss on the task {task.task_name} is not a number.", "Check the weights: training diverged, say."
+            )
         metrics["nll"] = {"value": mean, "stderr": None if math.isnan(stderr) else stderr, "higher_is_better": False}
     several = len({key.partition(",")[2] for key in found["results"][task.task_name] if "," in key}) > 1
     for key, value in found["results"][task.task_name].items():

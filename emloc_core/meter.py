@@ -3,11 +3,16 @@
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
 def peak_rss_bytes() -> int:
     """Return the largest resident set of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux's ru_maxrss starts at that of the parent process; VmHWM is this program's own
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
