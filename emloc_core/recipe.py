@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from emloc_core.errors import EmlocError
 from emloc_core.settings import CompressSettings, CorrectSettings, Settings, explain
@@ -59,14 +58,10 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _rows_to_compare_on(self) -> "Recipe":
         if self.correct.clamp == "auto" and not self.compress.selection:
-            problem = PydanticCustomError(
-                "no_selection",
-                "it compares on held-out rows, and compress.selection = 0 holds out none; hold some out, or set "
-                "correct.clamp to a number or 'none'",
+            raise ValueError(
+                "correct.clamp = 'auto' compares on held-out rows, and compress.selection = 0 holds out none; hold "
+                "some out, or set correct.clamp to a number or 'none'"
             )
-            # As an error of that setting: of the whole recipe, its message would show all of the input.
-            details = InitErrorDetails(type=problem, loc=("correct", "clamp"), input="auto")
-            raise ValidationError.from_exception_data("Recipe", [details])
         return self
 
 

@@ -58,6 +58,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             text = f"there is no setting {where!r}.{did_you_mean(steps[-1], known)}".removesuffix(".")
         elif problem["type"] == "missing":
             text = f"{where} is missing"
+        elif problem["type"] == "value_error":  # of several settings together: they are all of the input
+            text = problem["msg"].removeprefix("Value error, ")
         else:
             text = f"{where} = {problem['input']!r}: {problem['msg']}"
         if text not in texts:

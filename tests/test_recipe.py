@@ -93,7 +93,7 @@ def test_comparing_clamps_needs_selection_rows(write):
     with pytest.raises(EmlocError) as refused:
         load_recipe(path)
     assert str(refused.value) == (
-        f"{path}: correct.clamp = 'auto': it compares on held-out rows, and compress.selection = 0 holds out none; "
+        f"{path}: correct.clamp = 'auto' compares on held-out rows, and compress.selection = 0 holds out none; "
         "hold some out, or set correct.clamp to a number or 'none'. Mend these settings."
     )
     assert load_recipe(path, ["correct.clamp=3"]).correct.clamp == 3
