@@ -5,10 +5,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 from emloc_llama import LLAMA
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.errors import EmlocError
+from emloc_core.family import Family, Tower
 from emloc_core.plan import block_paths, make_plan
 from emloc_core.skeleton import Skeleton
 from emloc_core.statistics import Gram, tapped
@@ -120,3 +121,29 @@ def test_an_error_in_a_forward_reaches_the_caller_and_frees_the_weights(skeleton
     with pytest.raises(RuntimeError, match="boom"):
         Stream(skeleton, BLOCKS).run([broken, lambda: skeleton.model(input_ids=samples[1], use_cache=False)])
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+
+def test_buffers_that_the_checkpoint_holds_are_loaded(tmp_path):
+    """A router's correction bias is a buffer, and what it holds decides where tokens go."""
+    config = AutoConfig.for_model(
+        "deepseek_v3", vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=1, topk_group=1, first_k_dense_replace=0, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape))
+    model.save_pretrained(tmp_path)
+    family = Family(
+        name="routed", model_types=frozenset({"deepseek_v3"}),
+        towers=[Tower(name="language", blocks="model.layers", input_groups=[["self_attn.o_proj"]])],
+    )  # fmt: skip
+    skeleton = Skeleton(Checkpoint(tmp_path), family)
+    ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(0))
+    (logits,) = Stream(skeleton, BLOCKS).run([lambda: skeleton.model(input_ids=ids, use_cache=False).logits])
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    with torch.no_grad():
+        assert torch.equal(logits, whole(input_ids=ids, use_cache=False).logits)
