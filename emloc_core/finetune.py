@@ -181,7 +181,7 @@ class FineTuning:
         import emloc_core.lowrank  # noqa: F401 - from here on transformers can load an emulator
 
         directory = str(self.model.directory.absolute())
-        with _refusing(f"{directory} cannot be loaded"):
+        with _refusing(f"{directory} cannot be loaded", resumable=True):
             tokenizer = AutoTokenizer.from_pretrained(directory)
             model = getattr(transformers, self.family.auto_class).from_pretrained(directory, dtype="auto")
         limit = model_limit(model.config)
@@ -272,9 +272,11 @@ def _mean_loss(log: list[dict[str, float]]) -> float | None:
 
 
 @contextmanager
-def _refusing(what: str) -> Iterator[None]:
+def _refusing(what: str, *, resumable: bool = False) -> Iterator[None]:
     """Turn the libraries' complaints about settings and files into the user's error."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError, ImportError, KeyError, OSError) as error:
-        raise EmlocError(f"{what}: {error}", "Correct that, and run the same command again.", resumable=True) from error
+        raise EmlocError(
+            f"{what}: {error}", "Correct that, and run the same command again.", resumable=resumable
+        ) from error

@@ -142,7 +142,8 @@ class Output:
                 self.timing.update(meter.read())
                 self._publish()
             except EmlocError as error:
-                if not error.resumable:
+                started = any(path.name not in (_REQUEST, _LOCK) for path in self.staging.iterdir())
+                if not (error.resumable and started):
                     shutil.rmtree(self.staging)
                 raise
             finally:

@@ -149,9 +149,18 @@ def test_a_crash_keeps_the_work_and_a_user_error_removes_it(tmp_path):
     with pytest.raises(EmlocError, match="bad"), Output(tmp_path / "other", "adapter", {}).build():
         raise EmlocError("bad input")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(EmlocError, match="memory"), Output(tmp_path / "other", "adapter", {}).build():
-        raise EmlocError("out of memory", resumable=True)
-    assert (tmp_path / ".other.partial").is_dir()
+    work = tmp_path / ".other.partial" / "part"
+
+    def out_of_memory(*, after_work):
+        with Output(tmp_path / "other", "adapter", {}).build():
+            if after_work:
+                work.write_text("x")
+            raise EmlocError("out of memory", resumable=True)
+
+    for after_work in (False, True):
+        with pytest.raises(EmlocError, match="memory"):
+            out_of_memory(after_work=after_work)
+        assert work.parent.exists() == after_work
 
 
 def test_an_output_that_another_process_finished_meanwhile_is_left_alone(tmp_path):
