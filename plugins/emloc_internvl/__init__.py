@@ -1,0 +1,67 @@
+"""The InternVL family in the native layout of transformers (model type ``internvl``): a vision tower and a Qwen.
+
+The projector between them is small, and everything that the language model sees passes through it: it stays dense.
+"""
+
+from dataclasses import replace
+
+from emloc_qwen import LANGUAGE
+
+from emloc_core.family import Family, Tower
+from emloc_core.hookspecs import hookimpl
+
+INTERNVL = Family(
+    name="internvl",
+    model_types=frozenset({"internvl"}),
+    auto_class="AutoModelForImageTextToText",
+    modality="image-text",
+    towers=[
+        Tower(
+            name="vision",
+            blocks="model.vision_tower.encoder.layer",
+            input_groups=[
+                ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
+                ["attention.projection_layer"],
+                ["mlp.fc1"],
+                ["mlp.fc2"],
+            ],
+        ),
+        replace(LANGUAGE, blocks="model.language_model.layers"),
+    ],
+    keep_dense={
+        "model.multi_modal_projector.*": "small, and everything that is seen passes through it",
+        "lm_head": "often tied to the embedding, and each of its outputs is a token's logit",
+    },
+    tiny_config={
+        "model_type": "internvl",
+        "image_token_id": 127,
+        "image_seq_length": 4,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": [8, 8],
+            "patch_size": [2, 2],
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "vocab_size": 128,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+    },
+)
+
+
+@hookimpl
+def emloc_families() -> list[Family]:
+    """Declare the family."""
+    return [INTERNVL]
