@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,17 +50,11 @@ class Skeleton:
         family: Family,
         device: torch.device | str = "cpu",
     ) -> None:
-        import transformers
-
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        config = _config(checkpoint)
+        config = read_config(checkpoint.directory / "config.json")
         self.dtype = config.dtype or _most_common_dtype(checkpoint)
-        auto_class = getattr(transformers, family.auto_class)
-        with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = auto_class.from_config(config, dtype=self.dtype)
-        self.model.tie_weights()
-        self.model.eval().requires_grad_(False)
+        self.model = build_model(config, family, self.dtype)
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         self._sources = self._map_keys()
@@ -169,12 +164,29 @@ class Skeleton:
                 self._free_parameter(name)
 
 
-def _config(checkpoint: Checkpoint) -> Any:
+def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a config in eval mode: parameters on the meta device, frozen; buffers really computed."""
+    import transformers
+
+    auto_class = getattr(transformers, family.auto_class)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = auto_class.from_config(config, dtype=dtype)
+    model.tie_weights()
+    model.eval().requires_grad_(False)
+    return model
+
+
+def read_config(path: Path) -> Any:
+    """Return transformers' config of the file at ``path``.
+
+    Raises:
+        EmlocError: transformers does not know the architecture, or refuses the file.
+    """
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory)
+        config = AutoConfig.from_pretrained(path)
     except Exception as error:  # whatever transformers' own checks of a config raise
         raise EmlocError(
-            f"transformers cannot read {checkpoint.directory / 'config.json'}: {str(error).splitlines()[0]}",
+            f"transformers cannot read {path}: {str(error).splitlines()[0]}",
             "Check the file. Code that a model brings is never run: it needs an architecture that transformers has.",
         ) from error
     return config
