@@ -1,0 +1,286 @@
+"""What every stage needs, in bytes, from the config alone: no weights, no network. ``docs/memory.md`` has the terms.
+
+Weights, LoRA, gradients, optimiser states and the cache of keys and values are counted exactly. Activations and logits
+are those of the real step, followed storage by storage (:mod:`emloc_core.tracing`). The blocks of a tower are alike,
+so few of them are traced, at two depths, and the peak of every phase is extended linearly to all of them.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+from emloc_core.lowrank import replace_linears
+from emloc_core.output import read_object
+from emloc_core.plan import Plan, make_plan
+from emloc_core.plugins import plugin_manager
+from emloc_core.skeleton import build_model, read_config
+from emloc_core.tracing import Composition, Phases, trace_inference, trace_training
+from emloc_core.training import TrainSettings
+
+#: What is there before the first tensor, in bytes. cuda: the driver's context, the kernels of torch, cuBLAS's
+#: workspace; a usual figure, not measured here. cpu: Python with torch, transformers, PEFT and TRL imported.
+OVERHEAD = {"cuda": 600 * 2**20, "cpu": 700 * 2**20}
+#: Terms in the order in which they are shown.
+TERMS = ("weights", "adapter", "gradients", "optimiser", "kv_cache", "activations", "logits", "statistics", "overhead")
+#: Fields without which transformers would assume another model's size.
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+#: So many blocks have a first one, a last one and one between.
+_TRACED = 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run: the batch, and how it is trained on.
+
+    Attributes:
+        batch_size: rows.
+        length: tokens a row, image tokens included.
+        images: images (tiles of the vision tower's size) a row.
+        train: the settings of stage 2; its batch size and maximum length do not count.
+        device: whose memory: ``cuda`` or ``cpu``. TRL's loss needs less on the former.
+    """
+
+    batch_size: int
+    length: int
+    images: int = 0
+    train: TrainSettings = field(default_factory=TrainSettings)
+    device: Literal["cuda", "cpu"] = "cuda"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage needs.
+
+    Attributes:
+        stage: its name.
+        terms: bytes by term, at the moment when the sum is the largest.
+        phase: what is run at that moment.
+    """
+
+    stage: str
+    terms: Mapping[str, int]
+    phase: str = ""
+
+    @property
+    def total(self) -> int:
+        """The sum of all terms, in bytes."""
+        return sum(self.terms.values())
+
+
+class MemoryModel:
+    """The memory of all stages of one model.
+
+    Args:
+        config_file: the model's ``config.json``.
+        workload: what is run.
+
+    Raises:
+        EmlocError: the config lacks a field, or no family declares it.
+    """
+
+    def __init__(self, config_file: Path, workload: Workload) -> None:
+        self.config_file, self.workload = config_file, workload
+        raw = read_object(config_file)
+        if "model_type" not in raw:
+            raise EmlocError(f"{config_file} has no model_type.", "Give the config.json of a Hugging Face model.")
+        self.family: Family = plugin_manager().family_for(str(raw["model_type"]))
+        self.config = read_config(config_file)
+        _require_sizes(config_file, raw, self.config)
+        self.dtype = self._dtype()
+        self.model: nn.Module = build_model(self.config, self.family, self.dtype)
+        self.towers = {tower.blocks: tower.name for tower in self.family.towers}
+        self.targets = sorted(set(workload.train.target_modules or self.family.lora_targets()))
+        self._inputs = self._shape_inputs()
+
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype | None = self.config.dtype or self.config.get_text_config().dtype
+        if dtype is None:
+            raise EmlocError(f"{self.config_file} has no dtype.", 'Say what the weights are: "dtype": "bfloat16".')
+        return dtype
+
+    def plan(self, ratio: float) -> Plan:
+        """Return the ranks of the emulator at a ratio."""
+        return make_plan(self.model, self.family, ratio)
+
+    def parameters(self, plan: Plan | None = None) -> int:
+        """Return how many parameters the base has, or the emulator of a plan; tied ones once."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        if plan is None:
+            return total
+        before, after = plan.parameters()
+        return total - before + after
+
+    def inference(self) -> Need:
+        """Return what the base needs to read a prompt of the workload's size and write the first token."""
+
+        def trace(depths: Mapping[str, int]) -> Phases:
+            return trace_inference(self._cut(depths), self.towers, self._inputs)
+
+        return self._need("inference on the base", self._extend(trace, None))
+
+    def tuning(self, plan: Plan | None = None) -> Need:
+        """Return what a LoRA on the base needs, or on the emulator of a plan."""
+        stage = "LoRA on the base" if plan is None else "LoRA on the emulator"
+
+        def trace(depths: Mapping[str, int]) -> Phases:
+            model = self._cut(depths)
+            if plan is not None:
+                replace_linears(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
+            lora: Any = get_peft_model(
+                model,  # type: ignore[arg-type]
+                self.workload.train.lora_config(self.targets),
+                low_cpu_mem_usage=True,
+            )
+            train = self.workload.train
+            return trace_training(
+                lora,
+                self.towers,
+                self._inputs,
+                checkpointing=train.gradient_checkpointing,
+                bf16=train.bf16,
+                fused_loss=self.workload.device == "cuda",
+            )
+
+        return self._need(stage, self._extend(trace, plan))
+
+    def _need(self, stage: str, phases: Phases) -> Need:
+        phase, peak = max(phases.items(), key=lambda entry: entry[1].total())
+        # AdamW keeps two moments of every trained parameter, in the parameter's dtype (Kingma and Ba, 2014).
+        terms = {**peak, "optimiser": 2 * peak["adapter"], "overhead": OVERHEAD[self.workload.device]}
+        return Need(stage, {term: terms[term] for term in TERMS if terms.get(term)}, phase)
+
+    def _cut(self, depths: Mapping[str, int]) -> nn.Module:
+        """Return a copy of the model with the first blocks of each tower alone."""
+        whole = {path: self.model.get_submodule(path) for path in depths}
+        try:
+            for path, depth in depths.items():
+                self.model.set_submodule(path, nn.ModuleList(list(whole[path])[:depth]))  # type: ignore[arg-type]
+            return copy.deepcopy(self.model)
+        finally:
+            for path, blocks in whole.items():
+                self.model.set_submodule(path, blocks)
+
+    def _extend(self, trace: Callable[[Mapping[str, int]], Phases], plan: Plan | None) -> Phases:
+        """Trace few blocks of each tower, then one more of each in turn, and add so many times what that one added.
+
+        The phases have been cut so that each one's peak grows linearly with depth. Towers of unlike blocks are traced
+        whole.
+        """
+        whole = {path: len(self.model.get_submodule(path)) for path in self.towers}  # type: ignore[arg-type]
+        alike = {path: self._are_alike(path, plan) for path in self.towers}
+        few = {path: min(count, _TRACED) if alike[path] else count for path, count in whole.items()}
+        try:
+            phases = trace(few)
+            extended = {phase: Counter(peak) for phase, peak in phases.items()}
+            for path, count in whole.items():
+                if count == few[path]:
+                    continue
+                deeper = trace({**few, path: few[path] + 1})
+                for phase, peak in phases.items():
+                    for kind in peak.keys() | deeper[phase].keys():
+                        extended[phase][kind] += (count - few[path]) * (deeper[phase][kind] - peak[kind])
+        except EmlocError:
+            raise
+        except Exception as error:  # whatever the model's own code raises on tensors without contents
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise EmlocError(
+                f"A step of the model in {self.config_file} cannot be followed without weights ({reason}).",
+                "Its memory depends on what it computes; plan a dense model of about its size instead.",
+            ) from error
+        return extended
+
+    def _are_alike(self, path: str, plan: Plan | None) -> bool:
+        ranks = {} if plan is None else plan.ranks
+        kinds = getattr(self.config.get_text_config(), "layer_types", None) or []
+        blocks = dict(self.model.get_submodule(path).named_children())
+        layouts = {
+            tuple(
+                (name, tuple(parameter.shape), ranks.get(f"{path}.{index}.{name.removesuffix('.weight')}"))
+                for name, parameter in block.named_parameters()
+            )
+            for index, block in blocks.items()
+        }
+        return len(layouts) == 1 and len(set(kinds)) < 2
+
+    def _shape_inputs(self) -> dict[str, Any]:
+        workload = self.workload
+        # Rows of a batch differ in length, so that attention needs a mask; a row alone needs none.
+        inputs = {"rows": workload.batch_size, "length": workload.length, "padded": workload.batch_size > 1}
+        if not workload.images:
+            return inputs
+        vision = getattr(self.config, "vision_config", None)
+        tokens = image_tokens(self.config_file, self.config)
+        if workload.images * tokens >= workload.length:
+            raise EmlocError(
+                f"{workload.images} images of {tokens} tokens each leave no text in {workload.length} tokens.",
+                "Give fewer images or a greater length.",
+            )
+        height, width = _pair(_field(self.config_file, vision, "vision_config.image_size"))
+        channels = _field(self.config_file, vision, "vision_config.num_channels")
+        return {**inputs, "images": (workload.batch_size * workload.images, channels, height, width)}
+
+
+def image_tokens(config_file: Path, config: Any) -> int:
+    """Return how many tokens of the language model an image becomes.
+
+    Raises:
+        EmlocError: the config does not say.
+    """
+    tokens: int = _field(config_file, config, "image_seq_length")
+    return tokens
+
+
+def _field(config_file: Path, config: Any, name: str) -> Any:
+    value = getattr(config, name.rpartition(".")[2], None)
+    if value is None:
+        raise EmlocError(f"{config_file} has no {name}, so images cannot be planned.", "Plan with --images 0.")
+    return value
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> None:
+    """Refuse a config without its sizes: transformers would take its own defaults for them."""
+    sections = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    for name, section in sections.items():
+        if section is not None:
+            if not isinstance(raw.get(name), dict):
+                raise EmlocError(f"{config_file} has no {name}.", "Download the file again.")
+            _require_fields(config_file, raw[name], section, f"{name}.")
+    if not sections:
+        _require_fields(config_file, raw, config, "")
+
+
+def _require_fields(config_file: Path, raw: Mapping[str, Any], config: Any, prefix: str) -> None:
+    renamed = getattr(config, "attribute_map", {})
+    for name in _SIZES:
+        if hasattr(config, name) and name not in raw and renamed.get(name) not in raw:
+            raise EmlocError(f"{config_file} has no {prefix}{name}.", "Download the file again.")
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def weights_of(checkpoint: Checkpoint) -> int:
+    """Return the bytes of a checkpoint's tensors."""
+    return checkpoint.nbytes
+
+
+__all__ = ["MemoryModel", "Need", "Workload", "Composition"]

@@ -1,0 +1,262 @@
+"""What a step of a model allocates, found by running the very step on tensors that have shapes and no contents.
+
+No formula per architecture: the model of transformers, PEFT's LoRA, TRL's loss and torch's own backward are run, and a
+ledger follows every storage from its birth to its death. It sees what torch allocates for tensors; scratch memory that
+a kernel takes and gives back within one operation it does not see (``docs/memory.md``).
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache
+
+#: Bytes by kind: weights, adapter, gradients, kv_cache, logits, activations (all else).
+Composition = Counter[str]
+#: A trace: the composition at the peak of every phase of a step, by the phase's name, in order.
+Phases = dict[str, Composition]
+
+
+class Ledger(TorchDispatchMode):
+    """Follows the storages of all tensors that are made while it is entered.
+
+    Args:
+        widths: last dimensions by which logits are told from other activations.
+
+    Attributes:
+        phase: the name of what is being run; whoever runs it sets it.
+        phases: the largest composition so far of every phase.
+    """
+
+    def __init__(self, widths: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.phase = "forward"
+        self.phases: Phases = {}
+        self._widths = frozenset(widths)
+        self._alive: dict[int, tuple[int, str, Any]] = {}
+        self._now: Composition = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        result = func(*args, **(kwargs or {}))
+        for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                wide = tensor.dim() > 1 and tensor.shape[-1] in self._widths
+                self._add(tensor, "logits" if wide else "activations")
+        return result
+
+    def enter(self, tensor: torch.Tensor, kind: str) -> None:
+        """Enter a tensor of a given kind, or change the kind under which it is entered."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._alive:
+            size, before, reference = self._alive[key]
+            self._alive[key] = (size, kind, reference)
+            self._now[before] -= size
+            self._now[kind] += size
+        else:
+            self._add(tensor, kind)
+
+    def _add(self, tensor: torch.Tensor, kind: str) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive[key] = (size, kind, weakref.ref(storage, lambda _: self._remove(key)))
+            self._now[kind] += size
+        if self._now.total() > self.phases.get(self.phase, Counter()).total():
+            self.phases[self.phase] = Counter(self._now)
+
+    def _remove(self, key: int) -> None:
+        size, kind, _ = self._alive.pop(key)
+        self._now[kind] -= size
+
+
+def trace_training(
+    model: nn.Module,
+    towers: Mapping[str, str],
+    inputs: Mapping[str, Any],
+    *,
+    checkpointing: bool,
+    bf16: bool,
+    fused_loss: bool,
+) -> Phases:
+    """Run forward, loss and backward of one training step, as stage 2 does it with TRL.
+
+    Args:
+        model: a PEFT model on the meta device, with its LoRAs as the only parameters that require a gradient.
+        towers: module path of the list of blocks -> name of the tower, in execution order.
+        inputs: see :func:`fake_inputs`.
+        checkpointing: whether activations are computed again in the backward pass.
+        bf16: whether the forward runs under autocast to bfloat16.
+        fused_loss: whether TRL's loss runs as one kernel a tile (a GPU with Triton), or as tensor operations.
+
+    Returns:
+        The peaks of the phases: the towers' forward passes, the loss, and the backward passes of each tower's last
+        block, of those between, and of the first.
+    """
+    from trl.trainer.utils import add_fused_lm_head
+
+    base: Any = model.get_base_model()  # type: ignore[operator]
+    model.train()
+    if checkpointing:  # as TRL and the trainer switch it on
+        model.enable_input_require_grads()  # type: ignore[operator]
+        base.activation_checkpointing_enable()
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    blocks = {path: len(base.get_submodule(path)) for path in towers}
+    with _fake() as mode, _fused_tiles(fused_loss):
+        parameters = _without_contents(model, mode)
+        with Ledger(_widths(base)) as ledger:
+            _enter_parameters(ledger, parameters)
+            _follow_forward(ledger, base, towers)
+            for name, parameter in base.named_parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(_follow_backward(ledger, name, towers, blocks))
+            given = fake_inputs(**inputs)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                output = model(**given, labels=given["input_ids"], fused_lm_head=True)
+            loss = -output.log_probs.sum() / given["input_ids"].numel()
+            ledger.phase = "loss backward"
+            loss.backward()
+    return ledger.phases
+
+
+def trace_inference(model: nn.Module, towers: Mapping[str, str], inputs: Mapping[str, Any]) -> Phases:
+    """Run the first forward pass of ``generate``: all the prompt's keys and values are kept, logits of one token.
+
+    Arguments and result as of :func:`trace_training`; the model is an ordinary one on the meta device.
+    """
+    model.eval()
+    with _fake() as mode, torch.no_grad():
+        parameters = _without_contents(model, mode)
+        with Ledger(_widths(model)) as ledger:
+            _enter_parameters(ledger, parameters)
+            _follow_forward(ledger, model, towers)
+            config: Any = model.config
+            cache = _EnteredCache(ledger, config.get_text_config())
+            model(**fake_inputs(**inputs), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return ledger.phases
+
+
+def fake_inputs(rows: int, length: int, padded: bool, images: Sequence[int] = ()) -> dict[str, torch.Tensor]:
+    """Return what a collator would give: token ids, a mask where rows are padded, pixels where there are images.
+
+    Args:
+        rows: of the batch.
+        length: tokens a row.
+        padded: whether rows are of unlike length, so that attention needs a mask.
+        images: shape of the pixels of all rows, (images, channels, height, width); empty for text alone.
+    """
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    mask = {"attention_mask": torch.ones_like(ids)} if padded else {}
+    return {"input_ids": ids, **mask, **({"pixel_values": torch.zeros(*images)} if images else {})}
+
+
+class _EnteredCache(DynamicCache):
+    """Keys and values, entered as such."""
+
+    def __init__(self, ledger: Ledger, config: Any) -> None:
+        super().__init__(config=config)
+        self._ledger = ledger
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(*args, **kwargs)
+        for tensor in (keys, values):
+            self._ledger.enter(tensor, "kv_cache")
+        return keys, values
+
+
+@contextmanager
+def _fake() -> Iterator[FakeTensorMode]:
+    # Models check that there are as many image tokens as image features: there is nothing to check in fake ones.
+    unchecked = mock.patch("torch._check_tensor_all_with", lambda *_: None)
+    with unchecked, FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+@contextmanager
+def _fused_tiles(fused: bool) -> Iterator[None]:
+    """On a GPU a Triton kernel folds each tile of logits in place: there the tile itself is all that is allocated."""
+    if not fused:
+        yield
+        return
+    kernels = "trl.kernels.chunked_logprob"
+
+    def in_place(*_: Any, **__: Any) -> None:
+        return None
+
+    with (
+        mock.patch(f"{kernels}._forward_tile", in_place),
+        mock.patch(f"{kernels}._backward_tile", in_place),
+        mock.patch(f"{kernels}._addmm_fp32", in_place),
+    ):
+        yield
+
+
+def _widths(model: Any) -> list[int]:
+    """Return the widths of logits: of the vocabulary, and of TRL's tiles of it."""
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as TILE
+
+    vocabulary = model.config.get_text_config().vocab_size
+    return [vocabulary, *([TILE, vocabulary % TILE] if vocabulary > TILE else [TILE])]
+
+
+def _without_contents(model: nn.Module, mode: FakeTensorMode) -> list[nn.Parameter]:
+    """Put fake tensors in the place of all parameters and buffers; return the parameters, each once."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                real = torch.empty(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else mode.from_tensor(buffer)
+                module._buffers[name] = real
+    return list(made.values())
+
+
+def _enter_parameters(ledger: Ledger, parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        ledger.enter(parameter, "adapter" if parameter.requires_grad else "weights")
+
+
+def _follow_forward(ledger: Ledger, model: nn.Module, towers: Mapping[str, str]) -> None:
+    """Name the phases of the forward pass: each tower's, and what follows the last block of the last one."""
+
+    def reach(phase: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if "backward" not in ledger.phase:  # blocks run again when they are checkpointed
+                ledger.phase = phase
+
+        return hook
+
+    for path, tower in towers.items():
+        model.get_submodule(path)[0].register_forward_pre_hook(reach(f"{tower} forward"))  # type: ignore[index]
+    model.get_submodule(list(towers)[-1])[-1].register_forward_hook(reach("logits and loss"))  # type: ignore[index]
+
+
+def _follow_backward(
+    ledger: Ledger, name: str, towers: Mapping[str, str], blocks: Mapping[str, int]
+) -> Callable[[torch.Tensor], None]:
+    """Return a hook for a LoRA's gradient: it says which block the backward pass has reached."""
+    phase = "backward"
+    for path, tower in towers.items():
+        if name.startswith(f"{path}."):
+            index = int(name.removeprefix(f"{path}.").partition(".")[0])
+            place = "last block" if index == blocks[path] - 1 else "first block" if index == 0 else "blocks between"
+            phase = f"{tower} backward, {place}"
+
+    def hook(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        ledger.enter(parameter.grad, "gradients")
+        ledger.phase = phase
+
+    return hook
