@@ -92,6 +92,7 @@ class Textbook:
         self.inverse = torch.linalg.inv(self.root)
 
     def factors(self, weight: torch.Tensor, rank: int) -> Pair:
+        """Return U, V of shapes (m, rank), (rank, n)."""
         u, s, vh = torch.linalg.svd(weight @ self.root, full_matrices=False)
         return u[:, :rank] * s[:rank], vh[:rank] @ self.inverse
 
@@ -109,6 +110,7 @@ class Cholesky:
             jitter = max(10 * jitter, 1e-8)
 
     def factors(self, weight: torch.Tensor, rank: int) -> Pair:
+        """Return U, V of shapes (m, rank), (rank, n)."""
         u, s, vh = torch.linalg.svd(weight @ self.root, full_matrices=False)
         return u[:, :rank] * s[:rank], torch.linalg.solve_triangular(self.root, vh[:rank], upper=False, left=False)
 
@@ -190,7 +192,8 @@ def report(rows: list[dict[str, Any]], name: str, command: str) -> None:
         totals[f"{peer}, alone"] = sum(row[peer]["seconds"] + row[peer]["shared"] for row in rows)
     worst = max(row["ours"]["error"] / row["textbook"]["error"] for row in rows)
     table = [
-        [row["activations"], row["linear"], " x ".join(map(str, row["shape"])), row["rank"], f"{row['ours']['seconds']:.2f} s"]
+        [row["activations"], row["linear"], " x ".join(map(str, row["shape"])), row["rank"]]
+        + [f"{row['ours']['seconds']:.2f} s"]
         + [f"{(row[peer]['seconds'] + row[peer]['shared'] / row['group']) / row['ours']['seconds']:.1f}"
            for peer in ("textbook", "cholesky")]
         + [f"{row['ours']['error']:.5f}"]
