@@ -11,10 +11,10 @@ from emloc_core.hookspecs import hookimpl
 
 @hookimpl
 def emloc_rank_allocators() -> dict[str, Callable[..., Any]]:
-    """Offer the paper's allocation: the same ratio everywhere."""
-    from emloc_core.plan import uniform
+    """Offer the paper's allocation, the same ratio everywhere, and one budget over all Linears."""
+    from emloc_core.allocation import global_budget, uniform
 
-    return {"uniform": uniform}
+    return {"uniform": uniform, "global": global_budget}
 
 
 @hookimpl

@@ -28,7 +28,10 @@ def emloc_families() -> "Sequence[Family]":  # type: ignore[empty-body]
 
 @hookspec
 def emloc_rank_allocators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
-    """Return rank allocators by name: ``f(shapes, ratio) -> ranks``, see ``emloc_core.plan``."""
+    """Return rank allocators by name: ``f(shapes, ratio) -> ranks``, or ``f(shapes, ratio, spectra) -> ranks``.
+
+    See ``emloc_core.allocation``.
+    """
 
 
 @hookspec

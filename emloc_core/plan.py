@@ -1,18 +1,18 @@
 """Which Linears are compressed, to which rank, and why."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from emloc_core.allocation import Spectrum, largest_rank, uniform, wants_spectra
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.statistics import cheaper_side
 
-#: (out_features, in_features) of a Linear.
-Shape = tuple[int, int]
+NO_SMALLER = "factors of that rank would be no smaller than the weight"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,23 @@ class Plan:
         """Return the compressed Linears of one block."""
         return [linear for linear in self.linears if linear.block == block and linear.rank is not None]
 
+    @property
+    def candidates(self) -> list[LinearPlan]:
+        """The Linears that nothing speaks against compressing yet."""
+        return [linear for linear in self.linears if linear.reason is None]
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> "Plan":
+        """Return the plan with other ranks; a Linear without one, or with one that saves nothing, stays dense."""
+        return Plan(tuple(_with_rank(linear, ranks.get(linear.path)) for linear in self.linears))
+
+    def dense(self, paths: Collection[str], reason: str) -> "Plan":
+        """Return the plan with the Linears at ``paths`` kept dense, for that reason."""
+        return Plan(
+            tuple(
+                replace(linear, rank=None, reason=reason) if linear.path in paths else linear for linear in self.linears
+            )
+        )
+
     def parameters(self) -> tuple[int, int]:
         """Return how many parameters the named Linears have before and after."""
         before = sum(linear.out_features * linear.in_features for linear in self.linears)
@@ -68,14 +85,6 @@ class Plan:
             for linear in self.linears
         )
         return before, after
-
-
-def uniform(shapes: Sequence[Shape], ratio: float) -> list[int]:
-    """Return the ranks that keep the share ``ratio`` of every Linear's parameters (the paper's allocation).
-
-    ``rank = floor(ratio * m * n / (m + n))``, at least 1.
-    """
-    return [max(1, int(ratio * m * n / (m + n))) for m, n in shapes]
 
 
 def block_paths(model: nn.Module, family: Family) -> list[str]:
@@ -98,33 +107,84 @@ def block_paths(model: nn.Module, family: Family) -> list[str]:
     return found
 
 
-def make_plan(model: nn.Module, family: Family, ratio: float, allocate: Any = uniform) -> Plan:
-    """Resolve a family's declaration on a model.
+def find_linears(model: nn.Module, family: Family) -> Plan:
+    """Resolve a family's declaration on a model: every Linear that it names, still without a rank.
 
     Args:
         model: the model; meta tensors suffice.
         family: its declaration.
-        ratio: share of each compressed Linear's parameters that is kept, in (0, 1).
-        allocate: rank allocator.
 
     Raises:
-        EmlocError: the ratio is out of range, or the declaration does not fit the model.
+        EmlocError: the declaration does not fit the model.
     """
-    if not 0 < ratio < 1:
-        raise EmlocError(
-            f"The ratio is {ratio:g}; it is the share of parameters kept, above 0 and below 1.", "Try --ratio 0.6."
-        )
     found: list[LinearPlan] = []
     for tower in family.towers:
         for block in (path for path in block_paths(model, family) if path.startswith(f"{tower.blocks}.")):
             for group in tower.input_groups:
                 found += _plan_group(model, family, block, group)
-    candidates = [linear for linear in found if linear.reason is None]
-    if not candidates:
+    plan = Plan(tuple(found))
+    if not plan.candidates:
         raise EmlocError(f"The family {family.name!r} names no Linear of this model.", "Update the plugin.")
-    ranks = allocate([(linear.out_features, linear.in_features) for linear in candidates], ratio)
-    chosen = dict(zip((linear.path for linear in candidates), ranks, strict=True))
-    return Plan(tuple(_with_rank(linear, chosen.get(linear.path)) for linear in found))
+    return plan
+
+
+def make_plan(model: nn.Module, family: Family, ratio: float, allocate: Callable[..., Sequence[int]] = uniform) -> Plan:
+    """Resolve a family's declaration on a model, with ranks.
+
+    Args:
+        model: the model; meta tensors suffice.
+        family: its declaration.
+        ratio: share of each compressed Linear's parameters that is kept, in (0, 1).
+        allocate: rank allocator, of shapes and ratio; see :mod:`emloc_core.allocation`.
+
+    Raises:
+        EmlocError: the ratio is out of range, or the declaration does not fit the model.
+    """
+    return allocated(find_linears(model, family), ratio, allocate)
+
+
+def allocated(
+    plan: Plan,
+    ratio: float,
+    allocate: Callable[..., Sequence[int]],
+    spectrum: Callable[[LinearPlan], Spectrum] | None = None,
+) -> Plan:
+    """Return the plan with the ranks that an allocator gives.
+
+    Args:
+        plan: its candidates get ranks.
+        ratio: share of their parameters that is kept, in (0, 1).
+        allocate: rank allocator; see :mod:`emloc_core.allocation`.
+        spectrum: what is known of a Linear, for an allocator that wants it.
+
+    Raises:
+        EmlocError: the ratio is out of range, or the allocator gives no rank of at least 1 a Linear.
+    """
+    require_ratio(ratio)
+    linears = plan.candidates
+    shapes = [(linear.out_features, linear.in_features) for linear in linears]
+    if wants_spectra(allocate) and spectrum is not None:
+        ranks = allocate(shapes, ratio, spectra=[spectrum(linear) for linear in linears])
+    else:
+        ranks = allocate(shapes, ratio)
+    if len(ranks) != len(linears) or any(rank < 1 for rank in ranks):
+        raise EmlocError(
+            f"The rank allocator gave {len(ranks)} ranks for {len(linears)} Linears, at least {min(ranks, default=0)}.",
+            "A rank is at least 1: choose another --allocator, or update the plugin.",
+        )
+    return plan.with_ranks(dict(zip((linear.path for linear in linears), ranks, strict=True)))
+
+
+def require_ratio(ratio: float) -> None:
+    """Refuse a ratio outside (0, 1).
+
+    Raises:
+        EmlocError: it is.
+    """
+    if not 0 < ratio < 1:
+        raise EmlocError(
+            f"The ratio is {ratio:g}; it is the share of parameters kept, above 0 and below 1.", "Try --ratio 0.6."
+        )
 
 
 def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[str]) -> list[LinearPlan]:
@@ -146,7 +206,6 @@ def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[st
 
 
 def _with_rank(linear: LinearPlan, rank: int | None) -> LinearPlan:
-    m, n = linear.out_features, linear.in_features
-    if rank is not None and rank * (m + n) >= m * n:
-        return LinearPlan(**{**vars(linear), "reason": "factors of that rank would be no smaller than the weight"})
-    return LinearPlan(**{**vars(linear), "rank": rank})
+    if rank is not None and rank > largest_rank(linear.out_features, linear.in_features):
+        return replace(linear, rank=None, reason=NO_SMALLER)
+    return replace(linear, rank=rank)

@@ -16,10 +16,20 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class CompressSettings(Settings):
+class CutSettings(Settings):
+    """How large an emulator is, and where."""
+
+    ratio: float = Field(0.6, gt=0, lt=1, description="Share of the compressed Linears' parameters that is kept.")
+    allocator: str = Field(
+        "uniform",
+        description="How ranks are allocated: 'uniform', the same ratio everywhere, as in the paper; 'global', more "
+        "where it saves more of the outputs, within the same number of parameters. Plugins bring more.",
+    )
+
+
+class CompressSettings(CutSettings):
     """How an emulator is made."""
 
-    ratio: float = Field(0.6, gt=0, lt=1, description="Share of each compressed Linear's parameters that is kept.")
     samples: int = Field(64, ge=1, description="Calibration rows.")
     selection: int = Field(32, ge=0, description="Rows held out for choosing the correction's clamp.")
     max_length: int | None = Field(None, ge=1, description="Use that many tokens of a row; all by default.")
@@ -29,7 +39,6 @@ class CompressSettings(Settings):
         description="On the base's own activations, as in the paper, or 'propagated': on what the emulator so far "
         "gives each Linear, which makes up for the error before it.",
     )
-    allocator: str = Field("uniform", description="How ranks are allocated; plugins bring more.")
     factorizer: str = Field("activation-svd", description="How Linears are factorised; plugins bring more.")
 
 

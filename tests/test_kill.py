@@ -22,7 +22,15 @@ RUN = """
 
     stage, base, source, output, kill_at = sys.argv[1:]
     base, source, output, kill_at = Path(base), Path(source), Path(output), int(kill_at)
+    factorizations = 0
     if stage == "compress":
+        import emloc_core.factorize, emloc_core.plugins
+        inner = emloc_core.factorize.factorize
+        def counted(*args):
+            global factorizations
+            factorizations += 1
+            return inner(*args)
+        emloc_core.factorize.factorize = counted
         from emloc_core.emulator import Compression
         settings = CompressSettings(samples=12, selection=6, ratio=0.6)
         job = Compression(Checkpoint(base), load_rows(str(source)), output, settings)
@@ -38,15 +46,6 @@ RUN = """
         if done == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    factorizations = 0
-    if stage == "compress":
-        import emloc_core.factorize, emloc_core.plugins
-        inner = emloc_core.factorize.factorize
-        def counted(*args):
-            global factorizations
-            factorizations += 1
-            return inner(*args)
-        emloc_core.factorize.factorize = counted
     job.run(progress)
     print("factorizations", factorizations)
 """

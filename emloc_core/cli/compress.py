@@ -12,6 +12,7 @@ from emloc_core.report import human_bytes
 from emloc_core.settings import CompressSettings
 
 if TYPE_CHECKING:
+    from emloc_core.cut import Cut
     from emloc_core.emulator import Compression
 
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 @click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="Rows that are neither calibration nor selection, such as test rows; repeatable.")  # fmt: skip
 @click.option("--split", default="train", show_default=True, help="Of a hub data set.")
+@click.option("--keep-spectra", type=click.Path(path_type=Path), metavar="DIRECTORY",
+              help="Also keep there what emloc cut makes emulators of other ratios from, in seconds; about as large as "
+              "the compressed Linears. Spectra that are there already are used.")  # fmt: skip
 @options(CompressSettings)
 @dry_run
 @as_json
@@ -31,6 +35,7 @@ def command(
     split: str,
     exclude: tuple[Path, ...],
     output: Path,
+    keep_spectra: Path | None,
     dry_run: bool,
     as_json: bool,
     **settings: Any,
@@ -45,47 +50,68 @@ def command(
     from emloc_core.emulator import Compression
 
     base = open_checkpoint(model)
-    job = Compression(base, without(load_rows(data, split), exclude), output, validated(CompressSettings, settings))
+    rows = without(load_rows(data, split), exclude)
+    job = Compression(base, rows, output, validated(CompressSettings, settings), keep_spectra)
     if dry_run:
         _describe(job, as_json)
         return
     with progress("Compressing") as advance:
         directory = job.run(advance)
-    announce("compress", directory, _summary(directory), to_json=as_json)
+    announce("compress", directory, summary(directory), to_json=as_json)
 
 
 def _describe(job: "Compression", as_json: bool) -> None:
-    before, after = job.plan.parameters()
-    itemsize = job.skeleton.dtype.itemsize
     content: dict[str, Any] = {
-        "output": str(job.output.path),
-        "family": job.family.name,
-        "base_bytes": job.base.nbytes,
-        "emulator_bytes": job.base.nbytes - (before - after) * itemsize,
+        **sizes(job),
         "calibration_rows": len(job.rows.calibration),
         "selection_rows": len(job.rows.selection),
         "tuning_rows": len(job.rows.tuning),
         "calibration_tokens": sum(len(sample.input_ids) for sample in job.samples),
-        "finished": job.output.is_finished(),
-        "linears": [linear.describe() for linear in job.plan.linears],
+        "finished": job.is_finished(),
     }
     if as_json:
         print_json(content)
         return
-    click.echo(f"{job.base.directory}: family {job.family.name}, {human_bytes(job.base.nbytes)}")
-    click.echo(f"emulator: {human_bytes(content['emulator_bytes'])}; {len(job.plan.ranks)} Linears at these ranks:")
-    kinds: dict[tuple[str, int, int, int | None], int] = defaultdict(int)
-    for linear in job.plan.linears:
-        kinds[linear.path.rpartition(".")[2], linear.out_features, linear.in_features, linear.rank] += 1
-    for (kind, m, n, rank), count in kinds.items():
-        click.echo(f"  {count:4d} x {kind:<12} {m} x {n} -> rank {rank or 'dense'}")
+    for line in size_lines(job):
+        click.echo(line)
+    if job.ranks_by_spectra:
+        click.echo("  (uniform ranks; calibration decides how the same number of parameters is shared out)")
     click.echo(
         f"rows: {content['calibration_rows']} calibration ({content['calibration_tokens']:,} tokens), "
         f"{content['selection_rows']} selection, {content['tuning_rows']} left for tuning"
     )
 
 
-def _summary(directory: Path) -> list[str]:
+def sizes(job: "Compression | Cut") -> dict[str, Any]:
+    """Return what a dry run knows of an emulator, as JSON values."""
+    before, after = job.plan.parameters()
+    return {
+        "output": str(job.output.path),
+        "family": job.family.name,
+        "base_bytes": job.base.nbytes,
+        "emulator_bytes": job.base.nbytes - (before - after) * job.skeleton.dtype.itemsize,
+        "linears": [linear.describe() for linear in job.plan.linears],
+    }
+
+
+def size_lines(job: "Compression | Cut") -> list[str]:
+    """Return the same for a person."""
+    known = sizes(job)
+    kinds: dict[tuple[str, int, int, int | None], int] = defaultdict(int)
+    for linear in job.plan.linears:
+        kinds[linear.path.rpartition(".")[2], linear.out_features, linear.in_features, linear.rank] += 1
+    return [
+        f"{job.base.directory}: family {job.family.name}, {human_bytes(known['base_bytes'])}",
+        f"emulator: {human_bytes(known['emulator_bytes'])}; {len(job.plan.ranks)} Linears at these ranks:",
+        *(
+            f"  {count:4d} x {kind:<12} {m} x {n} -> rank {rank or 'dense'}"
+            for (kind, m, n, rank), count in kinds.items()
+        ),
+    ]
+
+
+def summary(directory: Path) -> list[str]:
+    """Return what a person wants to know of a finished emulator."""
     from emloc_core.output import read_manifest
 
     result = (read_manifest(directory) or {})["result"]

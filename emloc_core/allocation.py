@@ -1,0 +1,99 @@
+"""How many ranks every Linear gets.
+
+An allocator is a function ``f(shapes, ratio) -> ranks``, or, if it decides by what calibration found,
+``f(shapes, ratio, spectra) -> ranks``: a third parameter of that name is given a :class:`Spectrum` a Linear.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+#: Lowest and highest rank under ``global``, as multiples of the uniform one.
+BOUNDS = (0.75, 1.25)
+TINY = torch.finfo(torch.float64).tiny
+
+#: (out_features, in_features) of a Linear, m x n.
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What calibration found out about a Linear.
+
+    Attributes:
+        path: module path.
+        block: path of the block that holds it.
+        energies: energy of the outputs on the calibration rows along every direction, descending: (min(m, n),), fp64.
+    """
+
+    path: str
+    block: str
+    energies: torch.Tensor
+
+
+def largest_rank(out_features: int, in_features: int) -> int:
+    """Return the largest rank whose factors are smaller than the weight: the largest k with ``k (m + n) < m n``."""
+    return (out_features * in_features - 1) // (out_features + in_features)
+
+
+def wants_spectra(allocate: Callable[..., Any]) -> bool:
+    """Say whether an allocator has a parameter ``spectra``: then the whole model is decomposed before it is asked."""
+    return "spectra" in inspect.signature(allocate).parameters
+
+
+def uniform(shapes: Sequence[Shape], ratio: float) -> list[int]:
+    """Return the ranks that keep the share ``ratio`` of every Linear's parameters (the paper's allocation).
+
+    ``rank = floor(ratio * m * n / (m + n))``, at least 1.
+    """
+    return [max(1, int(ratio * m * n / (m + n))) for m, n in shapes]
+
+
+def global_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spectrum]) -> list[int]:
+    """Return ranks that share one parameter budget, that of :func:`uniform`, by what a rank saves of the outputs.
+
+    Minimises the sum over the Linears of ``err(k)^2``, the share of a Linear's output energy that is lost at rank k,
+    subject to ``sum k (m + n) <= budget``. Energies descend, so taking single ranks in the order of the relative
+    energy that they save a parameter is the Lagrangian optimum, short of less than one rank. Every Linear stays
+    within :data:`BOUNDS` of its uniform rank, and below dense.
+    """
+    base = uniform(shapes, ratio)
+    floors, caps = zip(
+        *(
+            (math.ceil(BOUNDS[0] * rank), max(rank, min(math.floor(BOUNDS[1] * rank), largest_rank(*shape))))
+            for rank, shape in zip(base, shapes, strict=True)
+        ),
+        strict=True,
+    )
+    gains = [spectrum.energies / spectrum.energies.sum().clamp(min=TINY) for spectrum in spectra]
+    return spend(shapes, gains, floors, caps, sum(rank * sum(shape) for rank, shape in zip(base, shapes, strict=True)))
+
+
+def spend(
+    shapes: Sequence[Shape],
+    gains: Sequence[torch.Tensor],
+    floors: Sequence[int],
+    caps: Sequence[int],
+    budget: int,
+) -> list[int]:
+    """Return ranks between floors and caps that gain the most for ``budget`` parameters.
+
+    Args:
+        shapes: of the Linears; a rank costs m + n parameters.
+        gains: (>= cap,) of each Linear: what each further rank gains, never ascending.
+        floors: ranks that are given before anything is compared.
+        caps: ranks that are never exceeded.
+        budget: number of parameters, not less than the floors cost.
+    """
+    costs = torch.tensor([sum(shape) for shape in shapes])
+    steps = [cap - floor for floor, cap in zip(floors, caps, strict=True)]
+    owner = torch.repeat_interleave(torch.arange(len(shapes)), torch.tensor(steps))
+    gain = torch.cat([each[floor:cap].double() for each, floor, cap in zip(gains, floors, caps, strict=True)])
+    order = torch.argsort(gain / costs[owner], descending=True, stable=True)  # stable: a Linear's ranks stay in order
+    left = budget - int((torch.tensor(floors) * costs).sum())
+    taken = owner[order[costs[owner][order].cumsum(0) <= left]]
+    return [floor + int(more) for floor, more in zip(floors, torch.bincount(taken, minlength=len(shapes)), strict=True)]

@@ -1,0 +1,75 @@
+"""Cuts an emulator of any size from spectra: slices of factors, and everything else as the base has it."""
+
+from pathlib import Path
+
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.data import CALIBRATION, SELECTION
+from emloc_core.decompose import Progress
+from emloc_core.emulator_files import EmulatorFiles
+from emloc_core.errors import EmlocError
+from emloc_core.output import Output
+from emloc_core.plan import Plan, allocated, block_paths, find_linears
+from emloc_core.plugins import plugin_manager
+from emloc_core.settings import CutSettings
+from emloc_core.skeleton import Skeleton
+from emloc_core.spectra import Spectra
+
+
+class Cut:
+    """Everything that is settled before factors are read; :meth:`run` writes the emulator.
+
+    Args:
+        spectra: of ``base``.
+        base: the model.
+        output: where the emulator goes.
+        settings: ratio and allocator.
+
+    Raises:
+        EmlocError: the spectra are of another base, or the settings ask for what cannot be cut.
+    """
+
+    def __init__(self, spectra: Spectra, base: Checkpoint, output: Path, settings: CutSettings) -> None:
+        self.spectra, self.base = spectra, base
+        cache_dir = output.resolve().parent
+        if spectra.request["base"] != base.fingerprint(cache_dir):
+            raise EmlocError(
+                f"The spectra {spectra.directory} were made from another base than {base.directory}: the fingerprints "
+                "differ.",
+                "Give the base that they were made from, unchanged, or make spectra of this one.",
+            )
+        self.family = plugin_manager().family_for(base.model_type)
+        self.skeleton = Skeleton(base, self.family)
+        allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
+        found = spectra.reached(find_linears(self.skeleton.model, self.family))
+        self.plan: Plan = allocated(found, settings.ratio, allocate, spectra.spectrum)
+        # As of an emulator that compress makes, and which spectra it was cut from.
+        request = {
+            **spectra.request,
+            "settings": {**spectra.request["settings"], **settings.model_dump()},
+            "spectra": spectra.fingerprint(cache_dir),
+        }
+        self.output = Output(output, "emulator", request)
+
+    def run(self, progress: Progress = lambda *_: None) -> Path:
+        """Write the emulator, or go on with what an interrupted run left.
+
+        Args:
+            progress: called with a block's path, how many blocks are done, and how many there are.
+        """
+        if self.output.is_finished():
+            return self.output.path
+        with self.output.build() as staging:
+            files = EmulatorFiles(self.skeleton, self.plan, block_paths(self.skeleton.model, self.family), staging)
+            cut_blocks(self.spectra, files, progress)
+            for name in (CALIBRATION, SELECTION):
+                (staging / name).write_bytes((self.spectra.directory / name).read_bytes())
+            self.output.result = {"family": self.family.name, **files.finish(self.spectra.result["tokens"])}
+        return self.output.path
+
+
+def cut_blocks(spectra: Spectra, files: EmulatorFiles, progress: Progress) -> None:
+    """Write every block's factors at the ranks of the emulator's plan; blocks that are there are left."""
+    for index, block in enumerate(files.blocks):
+        if not files.is_written(block):
+            files.write(block, {linear.path: spectra.cut(linear) for linear in files.plan.in_block(block)})
+        progress(block, index + 1, len(files.blocks))

@@ -1,0 +1,187 @@
+"""One streamed pass of the calibration rows through the base; every block is factorised while they pass through it.
+
+What becomes of a block's factors is the caller's business (a :class:`Store`): an emulator's shard, or spectra. A block
+that the store holds already is only passed through, for the sake of the blocks behind it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from emloc_core.calibration import Sample
+from emloc_core.errors import EmlocError
+from emloc_core.factorize import Factors
+from emloc_core.family import Family
+from emloc_core.plan import LinearPlan, Plan, block_paths
+from emloc_core.plugins import plugin_manager
+from emloc_core.propagation import Pairs, emulating, fit_block
+from emloc_core.skeleton import Skeleton
+from emloc_core.statistics import Gram, tapped
+from emloc_core.streaming import Forward, Stream
+
+#: Called with a block's path, how many blocks are done, and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+class Store(Protocol):
+    """Where factors go, block by block. Half a block must never look like a whole one."""
+
+    def is_written(self, block: str) -> bool:
+        """Say whether a block's factors are there."""
+
+    def write(self, block: str, factors: Mapping[str, Factors]) -> None:
+        """Keep the factors of a block's Linears, by module path; none for a block that no row passes through."""
+
+
+class ReadableStore(Store, Protocol):
+    """A store that gives back what was written, for rows to pass through."""
+
+    def read(self, block: str) -> Pairs:
+        """Return U and V of a block's Linears by module path, in the dtype that they were written in."""
+
+
+class Decomposition:
+    """Factorises every planned Linear of a model.
+
+    Args:
+        skeleton: the base.
+        family: its declaration.
+        plan: the ranks.
+        samples: the calibration rows.
+        factorize: see :mod:`emloc_core.factorize`.
+        progress: told of every block.
+
+    Linears that no token reached get no factors: there is nothing to fit them to.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        family: Family,
+        plan: Plan,
+        samples: Sequence[Sample],
+        factorize: Callable[[torch.Tensor, Gram, int], Factors],
+        progress: Progress,
+    ) -> None:
+        self.skeleton, self.plan, self.samples = skeleton, plan, samples
+        self.factorize, self.progress = factorize, progress
+        self.blocks = block_paths(skeleton.model, family)
+        self.stream = Stream(skeleton, [tower.blocks for tower in family.towers])
+
+    def run(self, store: Store) -> None:
+        """Factorise on the base's own activations.
+
+        Raises:
+            EmlocError: a weight or an activation is NaN or Inf; the message names the layer, and the row.
+        """
+        self._pass([self._forward(sample) for sample in self.samples], store, self._gather)
+
+    def propagate(self, store: ReadableStore) -> None:
+        """Factorise on what the emulator so far gives each Linear; see :mod:`emloc_core.propagation`.
+
+        Raises:
+            EmlocError: as :meth:`run`.
+        """
+        forwards = [self._forward(sample) for sample in self.samples]
+        self._pass(forwards * 2, store, self._propagate)  # through the base, and through the emulator
+
+    def _pass(self, forwards: list[Forward], store: Any, visit_block: Callable[[Any, str], Any]) -> None:
+        def visit(unit: str) -> Any:
+            self._require_finite(unit)
+            return visit_block(store, unit) if unit in self.blocks else None
+
+        self.stream.run(forwards, visit, self.blocks[-1])
+        for block in self.blocks:
+            if not store.is_written(block):  # no row passed through it: a tower for images, and rows of text
+                store.write(block, {})
+
+    def _forward(self, sample: Sample) -> Forward:
+        def forward() -> None:
+            self.skeleton.model(**sample.inputs(self.skeleton.device), use_cache=False)
+
+        return forward
+
+    @contextmanager
+    def _gather(self, store: Store, block: str) -> Iterator[None]:
+        """Factorise a block on the base's own activations, while the samples pass through it."""
+        if store.is_written(block):
+            yield
+        else:
+            planned = self.plan.in_block(block)
+            grams = _grams(planned, self.skeleton.device)
+            tapping = {linear.path: linear.tap for linear in planned if _receives(linear, planned)}
+
+            def sink(path: str, activations: torch.Tensor) -> None:
+                try:
+                    grams[path].add(activations)
+                except EmlocError as error:
+                    raise self._blame(error, path, self.stream.sample) from None
+
+            with tapped({path: self.skeleton.model.get_submodule(path) for path in tapping}, tapping, sink):
+                yield
+            store.write(
+                block,
+                {
+                    linear.path: self.factorize(self._weight(linear.path), grams[linear.path], linear.rank or 0)
+                    for linear in planned
+                    if grams[linear.path].tokens
+                },
+            )
+        self._report(block)
+
+    @contextmanager
+    def _propagate(self, store: ReadableStore, block: str) -> Iterator[None]:
+        """Fit a block on what the emulator so far gives it, then let half of the samples pass through its factors."""
+        rows = len(self.samples)
+        modules = {linear.path: self.skeleton.model.get_submodule(linear.path) for linear in self.plan.in_block(block)}
+        if not store.is_written(block):
+            unit = self.skeleton.model.get_submodule(block)
+            planned = self.plan.in_block(block)
+            store.write(block, fit_block(self.stream, unit, planned, rows, self.factorize, self._blame))
+        with emulating(self.stream, modules, store.read(block), rows):
+            yield
+        self._report(block)
+
+    def _weight(self, path: str) -> torch.Tensor:
+        return self.skeleton.model.get_parameter(f"{path}.weight")
+
+    def _blame(self, error: EmlocError, path: str, sample: int) -> EmlocError:
+        row = self.samples[sample].row
+        return EmlocError(
+            f"{error} of {path}, in row {row} of the data.",
+            "Check the weights up to this layer; a half-precision model may overflow on this row.",
+        )
+
+    def _require_finite(self, unit: str) -> None:
+        for name, parameter in self.skeleton.model.get_submodule(unit).named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise EmlocError(
+                    f"{unit}.{name} in {self.skeleton.checkpoint.directory} holds NaN or Inf.",
+                    "Download or copy the model again.",
+                )
+
+    def _report(self, block: str) -> None:
+        index = self.blocks.index(block)
+        self.progress(block, index + 1, len(self.blocks))
+        plugin_manager().notify("emloc_block_done", stage="compress", path=block, index=index, total=len(self.blocks))
+
+
+def _receives(linear: LinearPlan, planned: list[LinearPlan]) -> bool:
+    """Say whether a Linear's own tap is gathered: outputs always, a shared input once a group."""
+    peers = [other.path for other in planned if other.group == linear.group and other.tap != "output"]
+    return linear.tap == "output" or linear.path == peers[0]
+
+
+def _grams(planned: list[LinearPlan], device: torch.device) -> dict[str, Gram]:
+    """Return a Gram a Linear; Linears of an input group that tap their input share one."""
+    grams: dict[str, Gram] = {}
+    shared: dict[tuple[str, ...], Gram] = {}
+    for linear in planned:
+        if linear.tap == "output":
+            grams[linear.path] = Gram("output", linear.out_features, device=device)
+        else:
+            gram = shared.setdefault(linear.group, Gram("input", linear.in_features, device=device))
+            grams[linear.path] = gram
+    return grams

@@ -1,0 +1,137 @@
+"""The files of an emulator's directory: the factors, a shard a block, and everything else as the base has it.
+
+A finished block is on disk whole, so resuming needs no bookkeeping beyond the shard's presence. The last shard holds
+every tensor of the base that is no factor, byte for byte.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from emloc_core.checkpoint import INDEX, Checkpoint
+from emloc_core.errors import EmlocError
+from emloc_core.factorize import Factors
+from emloc_core.lowrank import FORMAT_VERSION, METHOD
+from emloc_core.output import write_json
+from emloc_core.plan import Plan
+from emloc_core.propagation import Pairs
+from emloc_core.shards import ShardWriter, raw_chunks, read_header, write_shard
+from emloc_core.skeleton import Skeleton
+
+UNREACHED = "no calibration row passes through it"
+_ERRORS = "emloc.relative_errors"  # in the metadata of a block's shard
+
+
+class EmulatorFiles:
+    """An emulator in its staging directory, written block by block and then finished.
+
+    Args:
+        skeleton: the base.
+        plan: which Linears become factors.
+        blocks: paths of all blocks.
+        staging: the directory.
+    """
+
+    def __init__(self, skeleton: Skeleton, plan: Plan, blocks: list[str], staging: Path) -> None:
+        self.skeleton, self.base, self.plan = skeleton, skeleton.checkpoint, plan
+        self.blocks, self.staging = blocks, staging
+        self.keys = factor_keys(skeleton, plan)
+
+    def is_written(self, block: str) -> bool:
+        """Say whether a block's shard is there."""
+        return self._shard(block).exists()
+
+    def write(self, block: str, factors: Mapping[str, Factors]) -> None:
+        """Write the factors of a block's Linears, by module path, in the base's dtype, and the error of each."""
+        tensors: dict[str, torch.Tensor] = {}
+        for path, found in factors.items():
+            dtype = self.skeleton.model.get_parameter(f"{path}.weight").dtype
+            for key, factor in zip(self.keys[path], (found.u, found.v), strict=True):
+                tensors[key] = factor.to("cpu", dtype)
+        errors = {path: found.relative_error() for path, found in factors.items()}
+        write_shard(self._shard(block), dict(sorted(tensors.items())), {_ERRORS: json.dumps(errors)})
+
+    def read(self, block: str) -> Pairs:
+        """Return U and V of a block's Linears by module path, as written."""
+        tensors = load_file(self._shard(block), str(self.skeleton.device))
+        u_and_v = {linear.path: self.keys[linear.path] for linear in self.plan.in_block(block)}
+        return {path: (tensors[u], tensors[v]) for path, (u, v) in u_and_v.items()}
+
+    def finish(self, tokens: int) -> dict[str, Any]:
+        """Write what is not factors, once all blocks are written; return the manifest's result.
+
+        Args:
+            tokens: number of calibration tokens, for the result.
+
+        Raises:
+            EmlocError: no Linear has factors.
+        """
+        errors: dict[str, float] = {}
+        for block in self.blocks:
+            errors.update(json.loads(read_header(self._shard(block))[1][_ERRORS]))
+        plan = self.plan.dense(self.plan.ranks.keys() - errors.keys(), UNREACHED)
+        if not plan.ranks:
+            raise EmlocError(
+                "No calibration row passes through any Linear that would be compressed.",
+                "Give rows of the kind that the model is for.",
+            )
+        self._write_rest(plan)
+        self._write_index()
+        settings = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "ranks": plan.ranks}
+        write_json(self.staging / "config.json", {**self.base.config, "quantization_config": settings})
+        for path in self.base.side_files():
+            (self.staging / path.name).write_bytes(path.read_bytes())
+        before, after = plan.parameters()
+        return {
+            "base": self.base.name,
+            "parameters": {"compressed_linears_before": before, "compressed_linears_after": after},
+            "bytes": {"base": self.base.nbytes, "emulator": Checkpoint(self.staging).nbytes},
+            "tokens": tokens,
+            "linears": [{**linear.describe(), "relative_error": errors.get(linear.path)} for linear in plan.linears],
+        }
+
+    def _name(self, index: int) -> str:
+        """Return the name of shard ``index``, counted from 0: one a block, and one for the rest."""
+        return f"model-{index + 1:05d}-of-{len(self.blocks) + 1:05d}.safetensors"
+
+    def _shard(self, block: str) -> Path:
+        return self.staging / self._name(self.blocks.index(block))
+
+    def _write_rest(self, plan: Plan) -> None:
+        replaced = {self.keys[path][0] for path in plan.ranks}
+        kept = {key: tensor for key, tensor in self.base.tensors.items() if key not in replaced}
+        layout = {key: (tensor.dtype, tensor.shape) for key, tensor in kept.items()}
+        with ShardWriter(self.staging / self._name(len(self.blocks)), layout) as writer:
+            for key, tensor in kept.items():
+                writer.write(key, raw_chunks(tensor))
+
+    def _write_index(self) -> None:
+        weight_map, total = {}, 0
+        for index in range(len(self.blocks) + 1):
+            for key, tensor in read_header(self.staging / self._name(index))[0].items():
+                weight_map[key] = self._name(index)
+                total += tensor.nbytes
+        write_json(self.staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def factor_keys(skeleton: Skeleton, plan: Plan) -> dict[str, tuple[str, str]]:
+    """Return the keys of U and V by module path: U stands in the place of the weight.
+
+    Raises:
+        EmlocError: the checkpoint stores a planned Linear fused with other weights.
+    """
+    found = {}
+    for path in plan.ranks:
+        keys = skeleton.sources(f"{path}.weight")
+        shape = tuple(skeleton.model.get_parameter(f"{path}.weight").shape)
+        if len(keys) != 1 or skeleton.checkpoint.tensors[keys[0]].shape != shape:
+            raise EmlocError(
+                f"The checkpoint stores {path} together with other weights ({', '.join(keys)}).",
+                "Save the model with transformers' save_pretrained first.",
+            )
+        found[path] = (keys[0], f"{keys[0].removesuffix('weight')}V")
+    return found

@@ -1,0 +1,161 @@
+"""Spectra: every Linear's factors at the largest useful rank, and its energies, from which any ratio can be cut.
+
+The columns of U are ordered by energy, so the best factors of rank k are the first k columns of U and the first k rows
+of V, and the energies give the error at every rank. That holds for calibration on the base's own activations alone:
+propagated factors depend on the ranks of the Linears before them.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from emloc_core.allocation import Spectrum, largest_rank
+from emloc_core.checkpoint import hash_files
+from emloc_core.emulator_files import UNREACHED
+from emloc_core.errors import EmlocError
+from emloc_core.factorize import Factors
+from emloc_core.output import MANIFEST, read_manifest
+from emloc_core.plan import LinearPlan, Plan
+from emloc_core.shards import TensorInfo, read_header, write_shard
+from emloc_core.skeleton import Skeleton
+
+KIND = "spectra"
+_REMEDY = "Make the spectra again: emloc compress --keep-spectra."
+_PARTS = ("U", "V", "energies")
+
+
+def at_largest_ranks(plan: Plan) -> Plan:
+    """Return the plan with every Linear at the largest rank that is smaller than dense."""
+    return plan.with_ranks(
+        {linear.path: max(1, largest_rank(linear.out_features, linear.in_features)) for linear in plan.candidates}
+    )
+
+
+class SpectraFiles:
+    """Spectra in their staging directory, a shard a block.
+
+    Args:
+        skeleton: the base.
+        blocks: paths of all blocks.
+        staging: the directory.
+    """
+
+    def __init__(self, skeleton: Skeleton, blocks: Sequence[str], staging: Path) -> None:
+        self.skeleton, self.blocks, self.staging = skeleton, blocks, staging
+
+    def is_written(self, block: str) -> bool:
+        """Say whether a block's shard is there."""
+        return _shard(self.staging, self.blocks, block).exists()
+
+    def write(self, block: str, factors: Mapping[str, Factors]) -> None:
+        """Write the factors of a block's Linears, by module path, in the base's dtype, and their energies in fp64."""
+        tensors: dict[str, torch.Tensor] = {}
+        for path, found in sorted(factors.items()):
+            dtype = self.skeleton.model.get_parameter(f"{path}.weight").dtype
+            parts = (found.u.to("cpu", dtype), found.v.to("cpu", dtype), found.spectrum.to("cpu", torch.float64))
+            tensors.update((f"{path}.{name}", part) for name, part in zip(_PARTS, parts, strict=True))
+        write_shard(_shard(self.staging, self.blocks, block), tensors)
+
+    def finish(self, plan: Plan, tokens: int) -> dict[str, Any]:
+        """Return the manifest's result, once all blocks are written."""
+        headers = [read_header(_shard(self.staging, self.blocks, block))[0] for block in self.blocks]
+        reached = {key.removesuffix(".U") for header in headers for key in header if key.endswith(".U")}
+        return {
+            "base": self.skeleton.checkpoint.name,
+            "blocks": list(self.blocks),
+            "bytes": sum(tensor.nbytes for header in headers for tensor in header.values()),
+            "tokens": tokens,
+            "linears": {path: rank for path, rank in plan.ranks.items() if path in reached},
+            "unreached": sorted(plan.ranks.keys() - reached),
+        }
+
+
+class Spectra:
+    """A finished directory of spectra, read block by block.
+
+    Attributes:
+        request: what it was made from: ``base``, ``settings``, ``calibration``, ``selection``.
+        result: what :meth:`SpectraFiles.finish` found.
+
+    Raises:
+        EmlocError: the directory holds none, or a shard is missing or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        manifest = read_manifest(directory) if directory.is_dir() else None
+        if manifest is None or manifest.get("kind") != KIND:
+            raise EmlocError(f"{directory} holds no spectra.", "Make them with emloc compress --keep-spectra.")
+        self.request: dict[str, Any] = manifest["request"]
+        self.result: dict[str, Any] = manifest["result"]
+        self.blocks: list[str] = self.result["blocks"]
+        self._tensors: dict[str, TensorInfo] = {}
+        for block in self.blocks:
+            try:
+                self._tensors.update(read_header(_shard(directory, self.blocks, block))[0])
+            except EmlocError as error:
+                raise EmlocError(error.args[0], _REMEDY) from None
+
+    def fingerprint(self, cache_dir: Path) -> str:
+        """Return the SHA-256 over the manifest and every shard, in hex; hashes are cached in ``cache_dir``."""
+        shards = [_shard(self.directory, self.blocks, block) for block in self.blocks]
+        return hash_files([self.directory / MANIFEST, *shards], cache_dir)
+
+    def reached(self, plan: Plan) -> Plan:
+        """Return the plan with those Linears kept dense that no calibration row passed through.
+
+        Raises:
+            EmlocError: the plan has Linears, or shapes, that the spectra do not have.
+        """
+        for linear in at_largest_ranks(plan).linears:
+            if linear.rank is not None and linear.path not in self.result["unreached"]:
+                self._require(linear)
+        return plan.dense(self.result["unreached"], UNREACHED)
+
+    def _require(self, linear: LinearPlan) -> None:
+        m, n, k = linear.out_features, linear.in_features, linear.rank or 0
+        for name, shape in zip(_PARTS, ((m, k), (k, n), (min(m, n),)), strict=True):
+            found = self._tensors.get(f"{linear.path}.{name}")
+            if found is None or found.shape != shape:
+                raise EmlocError(
+                    f"{self.directory} lacks {name} of {linear.path}, of shape {shape}: it was made by another "
+                    "declaration of the model's family, or is damaged.",
+                    _REMEDY,
+                )
+
+    def spectrum(self, linear: LinearPlan) -> Spectrum:
+        """Return what an allocator may know of a Linear.
+
+        Raises:
+            EmlocError: the energies are NaN or Inf.
+        """
+        with safe_open(str(self._shard_of(linear)), framework="pt") as file:
+            energies = file.get_tensor(f"{linear.path}.energies")
+        self._require_finite(linear, energies)
+        return Spectrum(linear.path, linear.block, energies)
+
+    def cut(self, linear: LinearPlan) -> Factors:
+        """Return the factors of a Linear at its planned rank, at most the largest useful one.
+
+        Raises:
+            EmlocError: a factor holds NaN or Inf.
+        """
+        with safe_open(str(self._shard_of(linear)), framework="pt") as file:
+            u = file.get_slice(f"{linear.path}.U")[:, : linear.rank]
+            v = file.get_slice(f"{linear.path}.V")[: linear.rank]
+        self._require_finite(linear, u, v)
+        return Factors(u, v, self.spectrum(linear).energies)
+
+    def _shard_of(self, linear: LinearPlan) -> Path:
+        return _shard(self.directory, self.blocks, linear.block)
+
+    def _require_finite(self, linear: LinearPlan, *tensors: torch.Tensor) -> None:
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise EmlocError(f"The spectra of {linear.path} in {self.directory} hold NaN or Inf.", _REMEDY)
+
+
+def _shard(directory: Path, blocks: Sequence[str], block: str) -> Path:
+    return directory / f"spectra-{blocks.index(block) + 1:05d}-of-{len(blocks):05d}.safetensors"
