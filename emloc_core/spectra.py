@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from emloc_core.allocation import Spectrum, largest_rank
 from emloc_core.checkpoint import hash_files
+from emloc_core.data import CALIBRATION, SELECTION
 from emloc_core.emulator_files import UNREACHED
 from emloc_core.errors import EmlocError
 from emloc_core.factorize import Factors
@@ -89,6 +90,9 @@ class Spectra:
         manifest = read_manifest(directory) if directory.is_dir() else None
         if manifest is None or manifest.get("kind") != KIND:
             raise EmlocError(f"{directory} holds no spectra.", "Make them with emloc compress --keep-spectra.")
+        for name in (CALIBRATION, SELECTION):
+            if not (directory / name).is_file():
+                raise EmlocError(f"{directory} lacks {name}.", _REMEDY)
         self.request: dict[str, Any] = manifest["request"]
         self.result: dict[str, Any] = manifest["result"]
         self.blocks: list[str] = self.result["blocks"]

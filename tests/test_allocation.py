@@ -1,0 +1,117 @@
+"""Rank allocators: one budget, kept to, and spent where it gains the most."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emloc_core.allocation import BOUNDS, Spectrum, global_budget, largest_rank, spend, uniform, wants_spectra
+from emloc_core.errors import EmlocError
+from emloc_core.plan import LinearPlan, Plan, allocated
+
+SHAPES = st.lists(st.tuples(st.integers(4, 60), st.integers(4, 60)), min_size=1, max_size=12)
+RATIOS = st.floats(0.05, 0.95)
+
+
+def spectra_of(shapes, seed=0):
+    """Random spectra, some steep, some flat, some all zero: of Linears that only ever answered 0."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for index, (m, n) in enumerate(shapes):
+        decay = float(torch.rand((), generator=generator)) * 0.9 + 0.1
+        energies = decay ** torch.arange(min(m, n), dtype=torch.float64) * 10.0 ** (index % 7)
+        found.append(Spectrum(f"l{index}", "b", torch.zeros_like(energies) if index % 5 == 4 else energies))
+    return found
+
+
+def parameters(shapes, ranks):
+    return sum(rank * (m + n) for rank, (m, n) in zip(ranks, shapes, strict=True))
+
+
+@given(SHAPES)
+def test_the_largest_rank_is_the_last_that_is_smaller_than_dense(shapes):
+    for m, n in shapes:
+        k = largest_rank(m, n)
+        assert k * (m + n) < m * n <= (k + 1) * (m + n)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SHAPES, RATIOS, st.integers(0, 1000))
+def test_global_keeps_the_budget_floors_and_caps_and_leaves_less_than_a_step(shapes, ratio, seed):
+    even = uniform(shapes, ratio)
+    ranks = global_budget(shapes, ratio, spectra_of(shapes, seed))
+    budget = parameters(shapes, even)
+    caps = []
+    for rank, k, (m, n) in zip(ranks, even, shapes, strict=True):
+        caps.append(max(k, min(int(BOUNDS[1] * k), largest_rank(m, n))))
+        assert BOUNDS[0] * k <= rank <= caps[-1]
+    spent = parameters(shapes, ranks)
+    assert spent <= budget
+    if ranks != caps:
+        assert budget - spent < max(m + n for m, n in shapes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=3), st.integers(0, 1000))
+def test_spending_is_optimal_where_all_ranks_cost_the_same(caps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    gains = [torch.rand(cap, dtype=torch.float64, generator=generator).sort(descending=True).values for cap in caps]
+    shapes = [(3, 4)] * len(caps)
+    for budget in range(0, 7 * sum(caps) + 1, 7):
+        ranks = spend(shapes, gains, [0] * len(caps), caps, budget)
+        best = max(
+            sum(float(gain[:k].sum()) for gain, k in zip(gains, choice, strict=True))
+            for choice in itertools.product(*(range(cap + 1) for cap in caps))
+            if parameters(shapes, choice) <= budget
+        )
+        assert sum(float(gain[:k].sum()) for gain, k in zip(gains, ranks, strict=True)) == pytest.approx(best)
+
+
+def test_ranks_go_where_they_save_more_a_parameter():
+    steep, flat = torch.tensor([100.0] + [1e-6] * 31).double(), torch.ones(32, dtype=torch.float64)
+    shapes = [(32, 32), (32, 32)]
+    first, second = global_budget(shapes, 0.6, [Spectrum("a", "b", steep), Spectrum("b", "b", flat)])
+    assert first < uniform(shapes, 0.6)[0] < second
+
+
+def test_scale_of_the_activations_does_not_matter():
+    shapes = [(32, 48), (48, 32), (32, 32)]
+    found = spectra_of(shapes)
+    scaled = [Spectrum(each.path, each.block, each.energies * 8.0**index) for index, each in enumerate(found)]
+    assert global_budget(shapes, 0.6, found) == global_budget(shapes, 0.6, scaled)
+
+
+def plan_of(shapes):
+    return Plan(tuple(LinearPlan(f"l{i}", "b", (f"l{i}",), m, n, None, "input") for i, (m, n) in enumerate(shapes)))
+
+
+def test_an_allocator_gets_spectra_only_if_it_has_a_parameter_for_them():
+    plan, asked = plan_of([(32, 32), (16, 32)]), []
+
+    def two(shapes, ratio):
+        return uniform(shapes, ratio)
+
+    def three(shapes, ratio, spectra):
+        asked.extend(each.path for each in spectra)
+        return uniform(shapes, ratio)
+
+    def spectrum(linear):
+        return Spectrum(linear.path, linear.block, torch.ones(16))
+
+    assert (wants_spectra(two), wants_spectra(three)) == (False, True)
+    assert allocated(plan, 0.5, two, spectrum).ranks == allocated(plan, 0.5, three, spectrum).ranks
+    assert asked == ["l0", "l1"]
+
+
+@pytest.mark.parametrize("ranks", [[3], [3, 0], [3, -1], [3, 3, 3]])
+def test_an_allocator_that_gives_no_ranks_is_refused(ranks):
+    with pytest.raises(EmlocError, match="rank allocator"):
+        allocated(plan_of([(32, 32), (16, 32)]), 0.5, lambda _shapes, _ratio: ranks)
+
+
+def test_a_rank_that_saves_nothing_leaves_the_linear_dense():
+    plan = allocated(plan_of([(32, 32), (16, 32)]), 0.5, lambda _shapes, _ratio: [16, 5])
+    assert plan.ranks == {"l1": 5}
+    assert "no smaller" in plan.linears[0].reason

@@ -1,0 +1,344 @@
+"""Spectra: one decomposition, cut at any ratio into the emulator that compress would make."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from test_kill import contents
+from test_transfer import make_adapter
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+import emloc_core.factorize
+from emloc_core.adapter import Adapter
+from emloc_core.allocation import largest_rank, uniform
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.cli import cli
+from emloc_core.cli.options import validated
+from emloc_core.cut import Cut
+from emloc_core.data import load_rows
+from emloc_core.emulator import Compression
+from emloc_core.emulator_files import EmulatorFiles
+from emloc_core.errors import EmlocError
+from emloc_core.lowrank import LowRankLinear
+from emloc_core.output import read_manifest
+from emloc_core.plugins import plugin_manager
+from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings
+from emloc_core.spectra import Spectra
+from emloc_core.transfer import Transfer
+
+SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6)
+SHARD = "spectra-00002-of-00003.safetensors"
+
+
+def compression(model, rows_file, output, spectra=None, **changes):
+    settings = SETTINGS.model_copy(update=changes)
+    return Compression(Checkpoint(model), load_rows(str(rows_file)), output, settings, spectra)
+
+
+def cut(spectra, model, output, **settings):
+    return Cut(Spectra(spectra), Checkpoint(model), output, CutSettings(**settings))
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_model, rows_file, tmp_path_factory):
+    """The emulator at 0.6 and the spectra that were kept beside it."""
+    directory = tmp_path_factory.mktemp("kept")
+    compression(tiny_model, rows_file, directory / "emulator", directory / "spectra").run()
+    return directory / "emulator", directory / "spectra"
+
+
+@pytest.fixture
+def copy(kept, tmp_path):
+    """A copy of the spectra, to be damaged."""
+    return shutil.copytree(kept[1], tmp_path / "copy")
+
+
+def products(emulator):
+    model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+    return {path: (layer.rank, (layer.weight @ layer.V).detach()) for path, layer in layers.items()}
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.6, 0.95])
+def test_a_cut_is_the_emulator_that_compress_makes(tiny_model, rows_file, kept, tmp_path, ratio):
+    made = compression(tiny_model, rows_file, tmp_path / "made", ratio=ratio).run()
+    sliced = cut(kept[1], tiny_model, tmp_path / "sliced", ratio=ratio).run()
+    expected, found = products(made), products(sliced)
+    assert expected.keys() == found.keys()
+    for path, (rank, product) in expected.items():
+        assert found[path][0] == rank
+        assert (found[path][1] - product).norm() / product.norm() < 1e-5, path  # both sides: gate and up widen
+    for path in made.iterdir():
+        if path.suffix != ".safetensors" and path.name not in ("emloc.json", "timing.json"):
+            assert path.read_bytes() == (sliced / path.name).read_bytes(), path.name
+    rest = "model-00004-of-00004.safetensors"
+    assert (made / rest).read_bytes() == (sliced / rest).read_bytes()
+    one, other = read_manifest(made), read_manifest(sliced)
+    for first, second in zip(one["result"].pop("linears"), other["result"].pop("linears"), strict=True):
+        assert second.pop("relative_error") == pytest.approx(first.pop("relative_error"), rel=1e-6)
+        assert first == second
+    assert one["result"] == other["result"]
+    fingerprint = other["request"].pop("spectra")
+    assert (one["kind"], one["request"]) == (other["kind"], other["request"])
+    assert fingerprint == Spectra(kept[1]).fingerprint(tmp_path)
+
+
+def test_the_emulator_beside_kept_spectra_is_cut_from_them(tiny_model, kept, tmp_path):
+    emulator, spectra = kept
+    assert contents(cut(spectra, tiny_model, tmp_path / "cut", ratio=0.6).run()) == contents(emulator)
+
+
+def test_spectra_hold_the_largest_useful_factors_and_all_energies(kept):
+    ranks = read_manifest(kept[1])["result"]["linears"]
+    assert len(ranks) == 21
+    for path, rank in ranks.items():
+        block = int(path.split(".")[2])
+        tensors = load_file(kept[1] / f"spectra-{block + 1:05d}-of-00003.safetensors")
+        u, v, energies = (tensors[f"{path}.{part}"] for part in ("U", "V", "energies"))
+        (m, k), n = u.shape, v.shape[1]
+        assert k == v.shape[0] == rank == largest_rank(m, n)
+        assert (energies.dtype, len(energies)) == (torch.float64, min(m, n))
+        assert bool((energies.diff() <= 0).all())
+
+
+def test_a_lora_tuned_on_a_cut_emulator_is_carried_over(tiny_model, kept, tmp_path):
+    emulator = cut(kept[1], tiny_model, tmp_path / "emulator", ratio=0.3).run()
+    adapter = make_adapter(emulator, tmp_path / "adapter")
+    job = Transfer(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings(clamp=1.0))
+    assert read_manifest(job.run())["result"]["linears"] == 21
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many Linears were factorised."""
+    calls, inner = [], emloc_core.factorize.factorize
+
+    def factorize(*args):
+        calls.append(1)
+        return inner(*args)
+
+    monkeypatch.setattr(emloc_core.factorize, "factorize", factorize)
+    return calls
+
+
+def test_kept_spectra_serve_the_next_ratio_without_factorising(tiny_model, rows_file, copy, tmp_path, counted):
+    compression(tiny_model, rows_file, tmp_path / "small", copy, ratio=0.3).run()
+    assert not counted
+
+
+class Stop(BaseException):
+    """The process ends, as by a signal."""
+
+
+def stopping_after(step):
+    calls = iter(range(1, 100))
+
+    def progress(*_):
+        if next(calls) == step:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_global_goes_on_after_a_stop_with_the_same_bytes(tiny_model, rows_file, tmp_path, counted, step):
+    whole = compression(tiny_model, rows_file, tmp_path / "whole", allocator="global").run()
+    counted.clear()
+    with pytest.raises(Stop):
+        compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run(stopping_after(step))
+    assert not (tmp_path / "again").exists()
+    again = compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
+    assert contents(whole) == contents(again)
+    assert len(counted) == 21  # three blocks of seven Linears: none of them twice
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".emloc-hashes.json", "again", "whole"]
+
+
+def test_global_stopped_just_before_it_is_published(tiny_model, rows_file, tmp_path, monkeypatch):
+    whole = compression(tiny_model, rows_file, tmp_path / "whole", allocator="global").run()
+
+    def stop(*_):
+        raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EmulatorFiles, "finish", stop)
+        with pytest.raises(Stop):
+            compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
+    assert contents(compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()) == contents(whole)
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_spectra_and_cut_go_on_after_a_stop_with_the_same_bytes(tiny_model, rows_file, kept, tmp_path, counted, step):
+    with pytest.raises(Stop):
+        compression(tiny_model, rows_file, tmp_path / "emulator", tmp_path / "spectra").run(stopping_after(step))
+    compression(tiny_model, rows_file, tmp_path / "emulator", tmp_path / "spectra").run()
+    assert contents(tmp_path / "spectra") == contents(kept[1])
+    assert contents(tmp_path / "emulator") == contents(kept[0])
+    assert len(counted) == 21
+
+
+def test_global_spends_no_more_than_uniform_and_differs(tiny_model, rows_file, kept, tmp_path):
+    emulator = cut(kept[1], tiny_model, tmp_path / "cut", ratio=0.6, allocator="global").run()
+    even, shared = read_manifest(kept[0])["result"], read_manifest(emulator)["result"]
+    assert shared["parameters"]["compressed_linears_after"] <= even["parameters"]["compressed_linears_after"]
+    ranks = [[linear["rank"] for linear in result["linears"]] for result in (even, shared)]
+    assert ranks[0] != ranks[1]
+    made = compression(tiny_model, rows_file, tmp_path / "made", allocator="global").run()
+    for name in (f"model-0000{index}-of-00004.safetensors" for index in range(1, 5)):
+        assert (made / name).read_bytes() == (emulator / name).read_bytes()
+
+
+def test_a_plugins_allocator_may_want_spectra(tiny_model, rows_file, tmp_path, monkeypatch):
+    blocks = []
+
+    def shallow(shapes, ratio, spectra):
+        blocks.extend(each.block for each in spectra)
+        return [max(1, rank // 2) for rank in uniform(shapes, ratio)]
+
+    algorithm = plugin_manager().algorithm
+    monkeypatch.setattr(
+        plugin_manager(), "algorithm", lambda hook, name: shallow if name == "x" else algorithm(hook, name)
+    )
+    emulator = compression(tiny_model, rows_file, tmp_path / "emulator", allocator="x").run()
+    assert blocks == [f"model.layers.{index // 7}" for index in range(21)]
+    assert read_manifest(emulator)["result"]["linears"][0]["rank"] == 4
+
+
+@pytest.mark.parametrize("options", [{"spectra": True}, {"allocator": "global"}])
+def test_propagated_calibration_is_refused_with_the_reason(tiny_model, rows_file, tmp_path, options):
+    spectra = tmp_path / "spectra" if options.pop("spectra", False) else None
+    with pytest.raises(EmlocError, match="depend on the ranks of the layers before them"):
+        compression(tiny_model, rows_file, tmp_path / "out", spectra, calibration="propagated", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_spectra_of_another_base_are_refused(tiny_model, kept, tmp_path):
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EmlocError, match=r"another base than .*other: the fingerprints differ"):
+        cut(kept[1], other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def truncate(spectra):
+    (spectra / SHARD).write_bytes((spectra / SHARD).read_bytes()[:-100])
+
+
+def spoil(part):
+    def change(spectra):
+        tensors = load_file(spectra / SHARD)
+        tensors[f"model.layers.1.mlp.up_proj.{part}"].view(-1)[0] = float("nan")
+        save_file(tensors, spectra / SHARD)
+
+    return change
+
+
+def drop(spectra):
+    tensors = load_file(spectra / SHARD)
+    del tensors["model.layers.1.mlp.up_proj.V"]
+    save_file(tensors, spectra / SHARD)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncate, "truncated"),
+        (lambda spectra: (spectra / SHARD).unlink(), f"{SHARD} does not exist"),
+        (lambda spectra: (spectra / "calibration.jsonl").unlink(), "lacks calibration.jsonl"),
+        (lambda spectra: (spectra / "emloc.json").unlink(), "holds no spectra"),
+        (lambda spectra: (spectra / "selection.jsonl").unlink(), "lacks selection.jsonl"),
+        (drop, r"lacks V of model\.layers\.1\.mlp\.up_proj"),
+        (spoil("U"), r"spectra of model\.layers\.1\.mlp\.up_proj .* NaN"),
+        (spoil("V"), r"spectra of model\.layers\.1\.mlp\.up_proj .* NaN"),
+        (spoil("energies"), r"spectra of model\.layers\.1\.mlp\.up_proj .* NaN"),
+    ],
+)
+@pytest.mark.parametrize("allocator", ["uniform", "global"])
+def test_damaged_spectra_are_refused_and_leave_nothing(tiny_model, copy, tmp_path, change, message, allocator):
+    change(copy)
+    with pytest.raises(EmlocError, match=message):
+        cut(copy, tiny_model, tmp_path / "out", ratio=0.9, allocator=allocator).run()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".emloc-hashes.json") == ["copy"]
+
+
+def test_an_emulator_is_no_spectra(tiny_model, kept, tmp_path):
+    with pytest.raises(EmlocError, match="holds no spectra"):
+        cut(kept[0], tiny_model, tmp_path / "out")
+
+
+def test_the_command_line(tiny_model, rows_file, tmp_path):
+    def emloc(*argv):
+        result = CliRunner().invoke(cli, [str(text) for text in argv], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    common = ("compress", tiny_model, "--data", rows_file, "--samples", 12, "--selection", 6, "--json")
+    argv = (*common, "-o", tmp_path / "emulator", "--keep-spectra", tmp_path / "spectra")
+    assert emloc(*argv, "--dry-run")["finished"] is False
+    assert not (tmp_path / "spectra").exists()
+    assert emloc(*argv)["kind"] == "emulator"
+    assert emloc(*argv, "--dry-run")["finished"] is True
+    argv = ("cut", tmp_path / "spectra", "--base", tiny_model, "-o", tmp_path / "small", "--ratio", 0.3, "--json")
+    dry = emloc(*argv, "--dry-run")
+    assert not (tmp_path / "small").exists()
+    made = emloc(*argv)
+    assert made["request"]["settings"]["ratio"] == 0.3
+    assert abs(dry["emulator_bytes"] - made["result"]["bytes"]["emulator"]) < 1
+    ranks = {linear["path"]: linear["rank"] for linear in dry["linears"]}
+    assert ranks == {linear["path"]: linear["rank"] for linear in made["result"]["linears"]}
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "1.5", "nan"])
+def test_ratio_out_of_range(ratio):
+    with pytest.raises(EmlocError, match="ratio"):
+        validated(CutSettings, {"ratio": ratio})
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A tiny model with a tower for pictures, which rows of text never pass through."""
+    family = plugin_manager().family_for("internvl")
+    settings = dict(family.tiny_config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    directory = tmp_path_factory.mktemp("models") / "internvl"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("changes", [{}, {"allocator": "global"}, {"calibration": "propagated"}])
+def test_a_tower_that_no_row_passes_through_stays_dense(pictures, rows_file, tmp_path, changes):
+    emulator = compression(pictures, rows_file, tmp_path / "emulator", **changes).run()
+    linears = read_manifest(emulator)["result"]["linears"]
+    towers = {tower: [linear for linear in linears if tower in linear["path"]] for tower in ("vision", "language")}
+    assert {linear["reason"] for linear in towers["vision"]} == {"no calibration row passes through it"}
+    assert all(linear["rank"] for linear in towers["language"])
+    base, small = Checkpoint(pictures), Checkpoint(emulator)
+    kept = [key for key in base.tensors if "vision" in key]
+    with base.slices(kept) as originals, small.slices(kept) as copies:
+        assert all(torch.equal(originals[key][...], copies[key][...]) for key in kept)
+    model = AutoModelForImageTextToText.from_pretrained(emulator, dtype="auto")
+    assert sum(isinstance(layer, LowRankLinear) for layer in model.modules()) == len(towers["language"])
+
+
+def test_the_same_is_cut_from_spectra(pictures, rows_file, tmp_path):
+    compression(pictures, rows_file, tmp_path / "emulator", tmp_path / "spectra").run()
+    emulator = cut(tmp_path / "spectra", pictures, tmp_path / "cut", ratio=0.3).run()
+    linears = read_manifest(emulator)["result"]["linears"]
+    assert all((linear["rank"] is None) == ("vision" in linear["path"]) for linear in linears)
+
+
+def test_rows_that_reach_nothing_are_an_error(pictures, rows_file, tmp_path, monkeypatch):
+    family = replace(plugin_manager().family_for("internvl"), keep_dense={"*language_model*": "for this test"})
+    monkeypatch.setattr(plugin_manager(), "family_for", lambda _: family)
+    with pytest.raises(EmlocError, match="No calibration row passes through any Linear"):
+        compression(pictures, rows_file, tmp_path / "emulator").run()
+    assert [path.name for path in tmp_path.iterdir()] == [".emloc-hashes.json"]
