@@ -172,17 +172,44 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     if Path(model).exists():
         return Checkpoint(model)
+    with _from_hub(model):
+        from huggingface_hub import snapshot_download
+
+        return Checkpoint(snapshot_download(model, allow_patterns=FILE_PATTERNS, ignore_patterns=OTHER_LAYOUTS), model)
+
+
+@contextmanager
+def _from_hub(model: str) -> Iterator[None]:
+    """Turn what the hub complains about into the user's error."""
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_like_path:
         raise EmlocError(f"There is no model at {model}.", "Check the path, or give a hub id (organisation/name).")
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Checkpoint(snapshot_download(model, allow_patterns=FILE_PATTERNS, ignore_patterns=OTHER_LAYOUTS), model)
+        yield
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise EmlocError(
             f"There is no directory {model}, and the hub has no such model or cannot be reached ({reason})",
             "Check the name; for a gated model, log in with `hf auth login`.",
         ) from error
+
+
+def find_config(model: str) -> Path:
+    """Return the ``config.json`` of a model directory, of a file, or of a hub id, of which nothing else is fetched.
+
+    Raises:
+        EmlocError: there is none.
+    """
+    path = Path(model)
+    if path.is_file():
+        return path
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise EmlocError(f"{path} has no config.json.", "Give a Hugging Face model directory, or a config.json.")
+        return path / "config.json"
+    with _from_hub(model):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(model, "config.json"))

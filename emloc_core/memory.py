@@ -16,20 +16,22 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from emloc_core.checkpoint import Checkpoint
+from emloc_core.allocation import uniform
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.lowrank import replace_linears
 from emloc_core.output import read_object
-from emloc_core.plan import Plan, make_plan
+from emloc_core.plan import Plan, allocated, find_linears
 from emloc_core.plugins import plugin_manager
 from emloc_core.skeleton import build_model, read_config
-from emloc_core.tracing import Composition, Phases, trace_inference, trace_training
+from emloc_core.tracing import Phases, trace_inference, trace_training
 from emloc_core.training import TrainSettings
 
-#: What is there before the first tensor, in bytes. cuda: the driver's context, the kernels of torch, cuBLAS's
-#: workspace; a usual figure, not measured here. cpu: Python with torch, transformers, PEFT and TRL imported.
-OVERHEAD = {"cuda": 600 * 2**20, "cpu": 700 * 2**20}
+#: Python with torch, transformers, PEFT and TRL imported, in bytes: measured on Linux; on a GPU it is not the card's.
+IMPORTS = {"cuda": 0, "cpu": 500_000_000}
+#: What torch takes besides tensors, in bytes. cuda: the driver's context, kernels, the workspace of cuBLAS: a usual
+#: figure, not measured here. cpu: pages of kernels' code, threads, the trainer: measured by training a tiny model.
+RUNTIME = {"cuda": 600 << 20, "cpu": 90_000_000}
 #: Terms in the order in which they are shown.
 TERMS = ("weights", "adapter", "gradients", "optimiser", "kv_cache", "activations", "logits", "statistics", "overhead")
 #: Fields without which transformers would assume another model's size.
@@ -93,11 +95,14 @@ class MemoryModel:
         raw = read_object(config_file)
         if "model_type" not in raw:
             raise EmlocError(f"{config_file} has no model_type.", "Give the config.json of a Hugging Face model.")
+        if raw.get("quantization_config"):
+            raise EmlocError(f"The model of {config_file} is quantised or an emulator.", "Give the original model.")
         self.family: Family = plugin_manager().family_for(str(raw["model_type"]))
         self.config = read_config(config_file)
         _require_sizes(config_file, raw, self.config)
         self.dtype = self._dtype()
         self.model: nn.Module = build_model(self.config, self.family, self.dtype)
+        self.linears = find_linears(self.model, self.family)
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         self.targets = sorted(set(workload.train.target_modules or self.family.lora_targets()))
         self._inputs = self._shape_inputs()
@@ -110,7 +115,7 @@ class MemoryModel:
 
     def plan(self, ratio: float) -> Plan:
         """Return the ranks of the emulator at a ratio."""
-        return make_plan(self.model, self.family, ratio)
+        return allocated(self.linears, ratio, uniform)
 
     def parameters(self, plan: Plan | None = None) -> int:
         """Return how many parameters the base has, or the emulator of a plan; tied ones once."""
@@ -119,6 +124,27 @@ class MemoryModel:
             return total
         before, after = plan.parameters()
         return total - before + after
+
+    def weight_bytes(self, ratio: float) -> int:
+        """Return the bytes of the emulator's weights at a ratio."""
+        return self.parameters(self.plan(ratio)) * self.dtype.itemsize
+
+    def adapter_parameters(self) -> int:
+        """Return how many parameters the LoRA has: ``r (m + n)`` for each Linear that it is put on."""
+        rank = self.workload.train.lora_rank
+        return sum(
+            rank * (module.in_features + module.out_features)
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and path.rpartition(".")[2] in self.targets
+        )
+
+    def with_workload(self, workload: Workload) -> "MemoryModel":
+        """Return the same model under another workload."""
+        return MemoryModel(self.config_file, workload)
+
+    def least_length(self) -> int:
+        """Return how many tokens a row has at least: those of its images, and one."""
+        return self.workload.images * image_tokens(self.config_file, self.config) + 1 if self.workload.images else 1
 
     def inference(self) -> Need:
         """Return what the base needs to read a prompt of the workload's size and write the first token."""
@@ -137,7 +163,7 @@ class MemoryModel:
             if plan is not None:
                 replace_linears(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
             lora: Any = get_peft_model(
-                model,  # type: ignore[arg-type]
+                model,
                 self.workload.train.lora_config(self.targets),
                 low_cpu_mem_usage=True,
             )
@@ -147,6 +173,7 @@ class MemoryModel:
                 self.towers,
                 self._inputs,
                 checkpointing=train.gradient_checkpointing,
+                accumulating=train.accumulation > 1,
                 bf16=train.bf16,
                 fused_loss=self.workload.device == "cuda",
             )
@@ -156,7 +183,8 @@ class MemoryModel:
     def _need(self, stage: str, phases: Phases) -> Need:
         phase, peak = max(phases.items(), key=lambda entry: entry[1].total())
         # AdamW keeps two moments of every trained parameter, in the parameter's dtype (Kingma and Ba, 2014).
-        terms = {**peak, "optimiser": 2 * peak["adapter"], "overhead": OVERHEAD[self.workload.device]}
+        overhead = IMPORTS[self.workload.device] + RUNTIME[self.workload.device]
+        terms = {**peak, "optimiser": 2 * peak["adapter"], "overhead": overhead}
         return Need(stage, {term: terms[term] for term in TERMS if terms.get(term)}, phase)
 
     def _cut(self, depths: Mapping[str, int]) -> nn.Module:
@@ -164,7 +192,7 @@ class MemoryModel:
         whole = {path: self.model.get_submodule(path) for path in depths}
         try:
             for path, depth in depths.items():
-                self.model.set_submodule(path, nn.ModuleList(list(whole[path])[:depth]))  # type: ignore[arg-type]
+                self.model.set_submodule(path, nn.ModuleList(list(whole[path].children())[:depth]))
             return copy.deepcopy(self.model)
         finally:
             for path, blocks in whole.items():
@@ -176,7 +204,7 @@ class MemoryModel:
         The phases have been cut so that each one's peak grows linearly with depth. Towers of unlike blocks are traced
         whole.
         """
-        whole = {path: len(self.model.get_submodule(path)) for path in self.towers}  # type: ignore[arg-type]
+        whole = {path: len(list(self.model.get_submodule(path).children())) for path in self.towers}
         alike = {path: self._are_alike(path, plan) for path in self.towers}
         few = {path: min(count, _TRACED) if alike[path] else count for path, count in whole.items()}
         try:
@@ -276,11 +304,3 @@ def _has(model: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def weights_of(checkpoint: Checkpoint) -> int:
-    """Return the bytes of a checkpoint's tensors."""
-    return checkpoint.nbytes
-
-
-__all__ = ["MemoryModel", "Need", "Workload", "Composition"]

@@ -1,5 +1,6 @@
 """Which Linears are compressed, to which rank, and why."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -74,6 +75,17 @@ class Plan:
                 replace(linear, rank=None, reason=reason) if linear.path in paths else linear for linear in self.linears
             )
         )
+
+    def lines(self) -> list[str]:
+        """Return a line for every kind of Linear: how many there are, their shape, their rank."""
+        kinds = Counter(
+            (linear.path.rpartition(".")[2], linear.out_features, linear.in_features, linear.rank)
+            for linear in self.linears
+        )
+        return [
+            f"{count:4d} x {kind:<12} {m} x {n} -> rank {rank or 'dense'}"
+            for (kind, m, n, rank), count in kinds.items()
+        ]
 
     def parameters(self) -> tuple[int, int]:
         """Return how many parameters the named Linears have before and after."""

@@ -44,7 +44,7 @@ class Ledger(TorchDispatchMode):
         self._alive: dict[int, tuple[int, str, Any]] = {}
         self._now: Composition = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -83,6 +83,7 @@ def trace_training(
     inputs: Mapping[str, Any],
     *,
     checkpointing: bool,
+    accumulating: bool,
     bf16: bool,
     fused_loss: bool,
 ) -> Phases:
@@ -93,6 +94,7 @@ def trace_training(
         towers: module path of the list of blocks -> name of the tower, in execution order.
         inputs: see :func:`fake_inputs`.
         checkpointing: whether activations are computed again in the backward pass.
+        accumulating: whether the gradients of an earlier forward pass are there from the start.
         bf16: whether the forward runs under autocast to bfloat16.
         fused_loss: whether TRL's loss runs as one kernel a tile (a GPU with Triton), or as tensor operations.
 
@@ -116,6 +118,9 @@ def trace_training(
             _follow_forward(ledger, base, towers)
             for name, parameter in base.named_parameters():
                 if parameter.requires_grad:
+                    if accumulating:
+                        parameter.grad = torch.zeros_like(parameter)
+                        ledger.enter(parameter.grad, "gradients")
                     parameter.register_post_accumulate_grad_hook(_follow_backward(ledger, name, towers, blocks))
             given = fake_inputs(**inputs)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -139,7 +144,7 @@ def trace_inference(model: nn.Module, towers: Mapping[str, str], inputs: Mapping
             _follow_forward(ledger, model, towers)
             config: Any = model.config
             cache = _EnteredCache(ledger, config.get_text_config())
-            model(**fake_inputs(**inputs), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(**fake_inputs(**inputs), cache=cache, use_cache=True, logits_to_keep=1)
     return ledger.phases
 
 
@@ -174,7 +179,7 @@ class _EnteredCache(DynamicCache):
 @contextmanager
 def _fake() -> Iterator[FakeTensorMode]:
     # Models check that there are as many image tokens as image features: there is nothing to check in fake ones.
-    unchecked = mock.patch("torch._check_tensor_all_with", lambda *_: None)
+    unchecked = mock.patch("torch._check_tensor_all_with", return_value=None)
     with unchecked, FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 

@@ -10,7 +10,7 @@ from emloc_core import __version__
 from emloc_core.errors import EmlocError
 
 #: The built-in commands: modules of this package, light to import, each with a ``command``.
-COMMANDS = ("compress", "correct", "cut", "eval", "families", "merge", "run", "train")
+COMMANDS = ("compress", "correct", "cut", "eval", "families", "merge", "plan", "run", "train")
 
 
 class PluggableGroup(click.RichGroup):

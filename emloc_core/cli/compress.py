@@ -97,16 +97,10 @@ def sizes(job: "Compression | Cut") -> dict[str, Any]:
 def size_lines(job: "Compression | Cut") -> list[str]:
     """Return the same for a person."""
     known = sizes(job)
-    kinds: dict[tuple[str, int, int, int | None], int] = defaultdict(int)
-    for linear in job.plan.linears:
-        kinds[linear.path.rpartition(".")[2], linear.out_features, linear.in_features, linear.rank] += 1
     return [
         f"{job.base.directory}: family {job.family.name}, {human_bytes(known['base_bytes'])}",
         f"emulator: {human_bytes(known['emulator_bytes'])}; {len(job.plan.ranks)} Linears at these ranks:",
-        *(
-            f"  {count:4d} x {kind:<12} {m} x {n} -> rank {rank or 'dense'}"
-            for (kind, m, n, rank), count in kinds.items()
-        ),
+        *(f"  {line}" for line in job.plan.lines()),
     ]
 
 

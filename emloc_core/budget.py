@@ -1,0 +1,105 @@
+"""How large an emulator may be: the largest ratio whose tuning fits a budget of memory, or what would fit instead."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from emloc_core.errors import EmlocError
+
+if TYPE_CHECKING:
+    from emloc_core.memory import MemoryModel, Need
+
+#: Ratios are searched in hundredths.
+LARGEST = 0.99
+_UNITS = {"": 1, "k": 1, "m": 2, "g": 3, "t": 4}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+#: Bytes of a parameter in 4 bits with a scale in fp32 for every 64 (NF4; Dettmers et al., 2023, without double
+#: quantisation).
+_NF4 = (4 + 32 / 64) / 8
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The emulator that was chosen.
+
+    Attributes:
+        ratio: the largest that fits, in hundredths.
+        need: what tuning it needs.
+    """
+
+    ratio: float
+    need: "Need"
+
+
+def parse_bytes(text: str) -> int:
+    """Return a size in bytes: ``24GiB`` (2^30), ``24GB`` (10^9), ``800MB``, ``1.5 TiB``, or a number of bytes.
+
+    Raises:
+        EmlocError: it is no size, or nothing.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise EmlocError(f"{text!r} is no size of memory.", "Write 24GiB, 24GB or 800MB.")
+    number, unit, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** (_UNITS[unit.lower()] if unit else 0))
+    if (binary and not unit) or size < 1:
+        raise EmlocError(f"{text!r} is no size of memory.", "Write 24GiB, 24GB or 800MB.")
+    return size
+
+
+def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
+    """Return the largest ratio of hundredths whose tuning fits ``budget`` bytes; None where not even 0.01 does.
+
+    What tuning needs grows with the ratio, mostly by the weights, which are counted at once. So the first guess is
+    near, and few steps are traced.
+    """
+    needs: dict[int, Need] = {}
+
+    def need(hundredths: int) -> "Need":
+        if hundredths not in needs:
+            needs[hundredths] = model.tuning(model.plan(hundredths / 100))
+        return needs[hundredths]
+
+    if need(1).total > budget:
+        return None
+    fits, too_large = 1, round(LARGEST * 100) + 1
+    while too_large - fits > 1:
+        room = budget - need(fits).total
+        weights = model.weight_bytes(fits / 100)
+        guess = next(
+            (at for at in range(too_large - 1, fits, -1) if model.weight_bytes(at / 100) - weights <= room), fits + 1
+        )
+        if need(guess).total <= budget:
+            fits = guess
+        else:
+            too_large = guess
+    return Fit(fits / 100, need(fits))
+
+
+def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
+    """Say what would fit where no emulator does: each line has been computed, not guessed."""
+    workload = model.workload
+    smallest = model.tuning(model.plan(0.01)).total
+    yield f"tuning the smallest emulator (ratio 0.01) needs {_gb(smallest)}"
+    batch, length = workload.batch_size, workload.length
+    shortest = max(64, model.least_length())
+    while batch > 1 or length > shortest:
+        batch, length = (batch // 2, length) if batch > 1 else (1, max(shortest, length // 2))
+        smaller = model.with_workload(replace(workload, batch_size=batch, length=length))
+        found = largest_ratio(smaller, budget)
+        if found:
+            yield f"batch {batch} x {length} tokens fits, with ratio {found.ratio:g} ({_gb(found.need.total)})"
+            return
+    yield f"no batch and no length fits: even 1 x {length} tokens needs more"
+    base = model.with_workload(replace(workload, batch_size=batch, length=length)).tuning()
+    linears = model.plan(LARGEST).parameters()[0]
+    quantised = base.total - int(linears * (model.dtype.itemsize - _NF4))
+    verdict = "fits" if quantised <= budget else "does not fit either"
+    yield f"an ordinary LoRA on a base in 4 bits (NF4), 1 x {length} tokens, needs {_gb(quantised)} and {verdict}"
+
+
+def _gb(size: int) -> str:
+    from emloc_core.report import human_bytes
+
+    return human_bytes(size)
