@@ -2,15 +2,25 @@
 
 For W (m x n) and inputs X, the rank-k matrix that minimises the output error is ``U_k U_k^T W``, where U_k holds the
 top eigenvectors of the outputs' Gram ``W G W^T`` (m x m), ``G = sum x x^T`` (n x n). It is the paper's whitened SVD
-(arXiv 2506.12015, section 3.1) without the whitening: no inverse, no damping, and right when there are fewer tokens
-than features. Where m > n the same eigenvectors come from the n x n side.
+(arXiv 2506.12015, section 3.1) without the whitening: no inverse of G, no damping, and right when there are fewer
+tokens than features. Where m > n the same eigenvectors come from the n x n side, by ``W = Q R``: ``W G W^T`` is
+``Q (R G R^T) Q^T``.
+
+In fp32 first; where the eigenvalues that are cut off are no more than the rounding of the largest one, in fp64.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from emloc_core.statistics import Gram
+from emloc_core.statistics import Gram, symmetric_product
+
+#: fp32 is enough while the energy that is cut off is above this many times ``sqrt(size) * eps * largest eigenvalue``.
+#: With 270 the error was 1.0003 to 1.0006 times the optimum at sizes 576, 1152 and 2048 with one dominant direction.
+RESOLUTION = 400
+
+#: How far from orthonormal the columns of ``W R^-1`` may be. The loss is of second order in it.
+_ORTHONORMAL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -38,17 +48,58 @@ def factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
     """Return the rank-``rank`` factors that are optimal for the activations behind ``gram``.
 
     Args:
-        weight: (m, n), any floating dtype. The work is done in the Gram's dtype.
-        gram: of the inputs (without the bias's part) or of the outputs.
+        weight: (m, n), any floating dtype.
+        gram: of the inputs (without the bias's part) or of the outputs. The work is done in its dtype, and once more
+            in fp64 where fp32 cannot resolve what is cut off.
         rank: k, at most min(m, n).
+
+    Returns:
+        Factors in the dtype that was needed, on the Gram's device.
     """
-    weight = weight.to(gram.matrix.dtype)
-    if gram.side == "output":
-        energies, vectors = torch.linalg.eigh(gram.matrix)
-        u = vectors[:, -rank:].flip(1)
-    else:
-        image = weight @ gram.root  # (m, n): its left singular vectors are the outputs' directions
-        energies, vectors = torch.linalg.eigh(image.T @ image)
-        # QR, not division by the singular values: those are noise where the rank exceeds the number of tokens.
-        u = torch.linalg.qr(image @ vectors[:, -rank:].flip(1)).Q
-    return Factors(u.contiguous(), u.T @ weight, energies.flip(0).clamp(min=0).double().cpu())
+    solve = _on_outputs if gram.side == "output" else _on_inputs
+    found = solve(weight.to(gram.matrix), gram.matrix, rank)
+    if found is None or not _is_resolved(found, gram.matrix.dtype):
+        found = solve(weight.to(gram.matrix.device, torch.float64), gram.matrix.double(), rank)
+    assert found is not None
+    return found
+
+
+def _is_resolved(found: Factors, dtype: torch.dtype) -> bool:
+    if dtype == torch.float64:
+        return True
+    noise = RESOLUTION * len(found.spectrum) ** 0.5 * torch.finfo(dtype).eps * found.spectrum[0]
+    return bool(found.spectrum[found.u.shape[1] :].sum() > noise)
+
+
+def _on_outputs(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> Factors:
+    energies, vectors = _top(gram, rank)
+    return Factors(vectors.contiguous(), vectors.T @ weight, energies)
+
+
+def _on_inputs(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> Factors | None:
+    """Work on the n x n side; None where fp32 cannot tell the weight's columns apart."""
+    # Q by Cholesky: a third of the time of Householder's QR, which remains for weights that need it.
+    triangle, failed = torch.linalg.cholesky_ex(symmetric_product(weight), upper=True)
+    if not failed:
+        energies, vectors = _top(triangle @ gram @ triangle.T, rank)
+        u = weight @ torch.linalg.solve_triangular(triangle, vectors, upper=True)
+        overlaps = symmetric_product(u)
+        deviation = (overlaps - torch.eye(rank).to(overlaps)).norm() / rank**0.5
+        if deviation < _ORTHONORMAL:
+            again = torch.linalg.cholesky(overlaps, upper=True)
+            u = torch.linalg.solve_triangular(again, u, upper=True, left=False)
+            return Factors(u, u.T @ weight, energies)
+    if weight.dtype != torch.float64:
+        return None
+    q, r = torch.linalg.qr(weight)
+    energies, vectors = _top(r @ gram @ r.T, rank)
+    return Factors(q @ vectors, vectors.T @ r, energies)
+
+
+def _top(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all eigenvalues (fp64 on the CPU, none below 0) and the top eigenvectors (size, rank), descending.
+
+    The whole decomposition by divide and conquer takes no longer than LAPACK's routine for some of the eigenvectors.
+    """
+    energies, vectors = torch.linalg.eigh(matrix)
+    return energies.flip(0).clamp(min=0).double().cpu(), vectors[:, -rank:].flip(1)

@@ -41,7 +41,7 @@ class PairedMoments:
     """
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        self.emulator = Gram("input", size, device=device)
+        self.emulator = Gram("input", size, torch.float64, device)
         self.cross = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     def add(self, base: torch.Tensor, emulator: torch.Tensor) -> None:
@@ -67,10 +67,7 @@ class PairedMoments:
         """Return the cheaper Gram of a Linear with the weight ``fitted`` on the emulator's inputs."""
         if cheaper_side(*fitted.shape) == "input":
             return self.emulator
-        gram = Gram("output", fitted.shape[0], device=fitted.device)
-        gram.matrix = fitted @ self.emulator.matrix @ fitted.T
-        gram.tokens = self.emulator.tokens
-        return gram
+        return self.emulator.through(fitted)
 
 
 def fit_block(

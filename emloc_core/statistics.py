@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -11,6 +10,9 @@ from torch import nn
 from emloc_core.errors import EmlocError
 
 Side = Literal["input", "output"]
+
+_ROWS = 1024  # tokens that are added to a Gram at a time
+_BLOCK = 512  # columns of a symmetric product at a time
 
 
 def cheaper_side(out_features: int, in_features: int) -> Side:
@@ -24,17 +26,28 @@ class Gram:
     Args:
         side: whether the activations are inputs (of every Linear of an input group) or outputs (of one Linear).
         size: number of features.
-        dtype: of the sum. Activations have massive outliers, so that the spectrum spans many decades: fp64 where it
-            is affordable, fp32 at least.
+        dtype: of the sum. On all 210 Linears of SmolLM2-135M fp32 gave at most 1.00002 times the error that fp64 gives.
+            It shows where what is cut off is less than 1e-6 of the energy (a relative error of 0.001).
         device: where the sum is kept.
     """
 
     def __init__(
-        self, side: Side, size: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+        self, side: Side, size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         self.side = side
-        self.matrix = torch.zeros(size, size, dtype=dtype, device=device)
         self.tokens = 0
+        self._sum = torch.zeros(size, size, dtype=dtype, device=device)
+        self._rows: list[torch.Tensor] = []
+        self._pending = 0
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The sum so far, (size, size), symmetric."""
+        if self._rows:
+            # Many rows at a time: a product with few rows is bound by the traffic of the sum.
+            self._sum += symmetric_product(torch.cat(self._rows))
+            self._rows, self._pending = [], 0
+        return self._sum
 
     def add(self, activations: torch.Tensor) -> None:
         """Add activations of shape (..., size).
@@ -42,17 +55,32 @@ class Gram:
         Raises:
             EmlocError: they hold NaN or Inf; the caller adds the sample.
         """
-        rows = activations.detach().reshape(-1, activations.shape[-1]).to(self.matrix.device, self.matrix.dtype)
+        rows = activations.detach().reshape(-1, activations.shape[-1]).to(self._sum, copy=True)
         if not bool(torch.isfinite(rows.sum())):  # NaN and Inf survive a sum; one pass without a mask
             raise EmlocError("NaN or Inf among the activations")
-        self.matrix.addmm_(rows.T, rows)
+        self._rows.append(rows)
+        self._pending += rows.shape[0]
         self.tokens += rows.shape[0]
+        if self._pending >= _ROWS:
+            _ = self.matrix
 
-    @cached_property
-    def root(self) -> torch.Tensor:
-        """S with ``S S^T`` equal to the matrix. By eigenvalues: Cholesky fails with fewer tokens than features."""
-        energies, vectors = torch.linalg.eigh(self.matrix)
-        return vectors * energies.clamp(min=0).sqrt()
+    def through(self, weight: torch.Tensor) -> "Gram":
+        """Return the Gram of the outputs ``W x`` (without a bias) for these inputs x and W (m, size)."""
+        outputs = Gram("output", weight.shape[0], self._sum.dtype, self._sum.device)
+        outputs._sum = weight @ self.matrix @ weight.T
+        outputs.tokens = self.tokens
+        return outputs
+
+
+def symmetric_product(rows: torch.Tensor) -> torch.Tensor:
+    """Return ``rows^T rows``, (n, n) for rows (t, n): a block of columns at a time, its upper part once."""
+    size = rows.shape[1]
+    product = rows.new_empty(size, size)
+    for start in range(0, size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        product[block, start:] = rows[:, block].T @ rows[:, start:]
+        product[start + _BLOCK :, block] = product[block, start + _BLOCK :].T
+    return product
 
 
 #: Called with a Linear's path and activations of shape (..., features).
@@ -78,7 +106,7 @@ def tapped(linears: Mapping[str, nn.Module], taps: Mapping[str, Any], sink: Sink
                 sink(path, args[0])
             elif tap == "output":
                 bias = getattr(module, "bias", None)
-                sink(path, output if bias is None else output.double() - bias.double())
+                sink(path, output if bias is None else output.float() - bias.float())
             else:
                 sink(path, tap(module, args, output))
 

@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 
 from emloc_core.errors import EmlocError
 from emloc_core.factorize import Factors, factorize
-from emloc_core.statistics import Gram, cheaper_side
+from emloc_core.statistics import Gram, cheaper_side, symmetric_product
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = load_file(DATA / "emloc_reference_vectors.safetensors")
 CASES = json.loads((DATA / "emloc_reference_vectors.json").read_text())
 
 
-def gram_of(weight: torch.Tensor, inputs: torch.Tensor, side: str) -> Gram:
+def gram_of(weight: torch.Tensor, inputs: torch.Tensor, side: str, dtype: torch.dtype = torch.float64) -> Gram:
     m, n = weight.shape
-    gram = Gram(side, m if side == "output" else n)
+    gram = Gram(side, m if side == "output" else n, dtype)
     gram.add(inputs.double() @ weight.T.double() if side == "output" else inputs)
     return gram
 
@@ -37,13 +37,14 @@ def textbook_error(weight: torch.Tensor, inputs: torch.Tensor, rank: int) -> flo
     return float(values[rank:].norm() / values.norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_equal_those_of_the_reference(case, side):
+def test_outputs_equal_those_of_the_reference(case, side, dtype):
     weight, inputs = GOLDEN[f"{case}.weight"], GOLDEN[f"{case}.inputs"]
-    factors = factorize(weight, gram_of(weight, inputs, side), CASES[case]["rank"])
+    factors = factorize(weight, gram_of(weight, inputs, side, dtype), CASES[case]["rank"])
     reference = inputs.double() @ GOLDEN[f"{case}.emulated_weight"].T.double()
-    ours = inputs.double() @ factors.v.T @ factors.u.T
+    ours = inputs.double() @ factors.v.double().T @ factors.u.double().T
     assert (ours - reference).norm() / reference.norm() <= 1e-5
 
 
@@ -76,6 +77,33 @@ def test_error_is_the_least_possible(m, n, tokens, share, side, outlier, seed):
     assert factors.v.shape == (rank, n)
     assert torch.allclose(factors.u.T @ factors.u, torch.eye(rank, dtype=torch.float64), atol=1e-8)
     assert output_error(weight, factors, inputs) <= textbook_error(weight, inputs, rank) + 1e-6
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("rank", [20, 40, 60])
+def test_fp32_is_left_where_it_cannot_resolve_what_is_cut_off(side, rank):
+    """A dominant direction and a spectrum over six decades: with eigenvectors in fp32 this fails."""
+    generator = torch.Generator().manual_seed(rank)
+    weight = torch.randn(160, 120, generator=generator)
+    inputs = torch.randn(400, 120, generator=generator) * torch.logspace(0, -2, 120)
+    inputs[:, 0] *= 100
+    gram = gram_of(weight, inputs, side, torch.float32)
+    factors = factorize(weight, gram, rank)
+    least = factorize(weight, gram_of(weight, inputs, side), rank).relative_error()
+    assert output_error(weight, factors, inputs) <= 1.0005 * least
+
+
+def test_columns_that_depend_on_each_other_do_not_break_the_input_side():
+    weight = torch.randn(30, 8) @ torch.randn(8, 12)  # of rank 8: Cholesky of W^T W fails or is noise
+    inputs = torch.randn(100, 12)
+    factors = factorize(weight, gram_of(weight, inputs, "input", torch.float32), 8)
+    assert output_error(weight, factors, inputs) <= 1e-5
+    assert torch.allclose(factors.u.T @ factors.u, torch.eye(8).to(factors.u), atol=1e-5)
+
+
+def test_a_symmetric_product_over_several_blocks_is_the_product():
+    rows = torch.randn(40, 1100, dtype=torch.float64)
+    assert torch.allclose(symmetric_product(rows), rows.T @ rows, atol=1e-12)
 
 
 @pytest.mark.parametrize(("m", "n"), [(12, 20), (20, 12), (16, 16)])
