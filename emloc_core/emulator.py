@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer
 
 from emloc_core.allocation import uniform, wants_spectra
@@ -36,6 +37,7 @@ class Compression:
         output: where the emulator goes.
         settings: how it is made.
         spectra: where spectra are kept, for other ratios; None keeps none.
+        device: where weights, activations and statistics are.
 
     Attributes:
         plan: the ranks. Where the allocator wants spectra they are those of ``uniform``, which has the same budget.
@@ -51,11 +53,12 @@ class Compression:
         output: Path,
         settings: CompressSettings,
         spectra: Path | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.base, self.settings = base, settings
         self.family: Family = plugin_manager().family_for(base.model_type)
         base.require_unquantised()
-        self.skeleton = Skeleton(base, self.family)
+        self.skeleton = Skeleton(base, self.family, device)
         self.allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
         self.factorize = plugin_manager().algorithm("factorizers", settings.factorizer)
         if settings.calibration == "propagated" and (spectra or wants_spectra(self.allocate)):
@@ -77,7 +80,7 @@ class Compression:
             "calibration": [row.key for row in self.rows.calibration],
             "selection": [row.key for row in self.rows.selection],
         }
-        self.output = Output(output, "emulator", request)
+        self.output = Output(output, "emulator", request, self.skeleton.device.type)
         self.spectra = self._spectra_output(spectra) if spectra else None
 
     @property
@@ -89,7 +92,7 @@ class Compression:
         settings = {
             name: value for name, value in self.settings.model_dump().items() if name not in CutSettings.model_fields
         }
-        return Output(path, KIND, {**self.output.request, "settings": settings})
+        return Output(path, KIND, {**self.output.request, "settings": settings}, self.skeleton.device.type)
 
     def _encode(self, rows: list[Row]) -> list[Sample]:
         tokenizer = AutoTokenizer.from_pretrained(self.base.directory)

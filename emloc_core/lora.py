@@ -19,6 +19,10 @@ class Lora:
     b: torch.Tensor
     scale: float
 
+    def to(self, device: torch.device) -> "Lora":
+        """Return it on a device."""
+        return Lora(self.a.to(device), self.b.to(device), self.scale)
+
     def delta(self) -> torch.Tensor:
         """Return what it adds to the weight, (m, n), in fp32 at least."""
         dtype = torch.promote_types(self.a.dtype, torch.float32)

@@ -86,16 +86,18 @@ class Output:
         path: where the finished directory goes.
         kind: what it holds: ``emulator``, ``adapter``, ``corrected-adapter``, ``checkpoint``, ``evaluation``.
         request: everything that determines the content: settings, and fingerprints of the inputs. JSON values only.
+        device: the kind of device that computes it: results of one kind are not gone on with on another.
 
     Use :meth:`is_finished` first, then :meth:`build`.
     """
 
-    def __init__(self, path: str | Path, kind: str, request: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path, kind: str, request: dict[str, Any], device: str = "cpu") -> None:
         self.path = Path(path)
         if not self.path.name or self.path.name == "..":
             raise EmlocError(f"{path} is no name for a new directory.", "Give one, such as ./emulator.")
         self.kind = kind
         self.request = json.loads(json.dumps(request))
+        self._versions = {**versions(), "device": device}
         self.staging = self.path.with_name(f".{self.path.name}.partial")
         self.result: dict[str, Any] = {}
         self.timing: dict[str, Any] = {}
@@ -167,7 +169,7 @@ class Output:
             lock.close()
             shutil.rmtree(self.staging)
             raise EmlocError(f"{self.path} was finished by another process meanwhile.", "Use it as it is.")
-        request = {"request": self.request, "versions": versions()}
+        request = {"request": self.request, "versions": self._versions}
         saved = self.staging / _REQUEST
         if saved.exists():
             differing = _differences(read_json(saved), request)
@@ -181,7 +183,7 @@ class Output:
         return lock
 
     def _publish(self) -> None:
-        manifest = {"kind": self.kind, "request": self.request, "result": self.result, "versions": versions()}
+        manifest = {"kind": self.kind, "request": self.request, "result": self.result, "versions": self._versions}
         write_json(self.staging / MANIFEST, manifest)
         write_json(self.staging / TIMING, self.timing)
         for name in (_REQUEST, _LOCK):

@@ -125,10 +125,9 @@ def _input(
         seen.append(activations)
         raise _ReachedError
 
-    args, kwargs = stream.waiting[sample]
-    stream.sample = sample
     tap = "input" if isinstance(linear.tap, str) else linear.tap
-    with tapped({linear.path: modules[linear.path]}, {linear.path: tap}, sink), suppress(_ReachedError):
+    tapping = tapped({linear.path: modules[linear.path]}, {linear.path: tap}, sink)
+    with stream.arguments(sample) as (args, kwargs), tapping, suppress(_ReachedError):
         block(*args, **kwargs)
     if not seen:
         raise EmlocError(

@@ -29,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
+from emloc_core.readahead import ReadAhead
 
 
 class Skeleton:
@@ -56,6 +57,10 @@ class Skeleton:
         self.dtype = config.dtype or _most_common_dtype(checkpoint)
         self.model = build_model(config, family, self.dtype)
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        self._reader = ReadAhead()
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         self._sources = self._map_keys()
         # Buffers that the checkpoint holds (a router's bias, say) are small, and there from the start.
@@ -134,6 +139,11 @@ class Skeleton:
                 f"{name} in {self.checkpoint.directory} has shape {tuple(shape)}; the config says {tuple(expected)}.",
                 "Check that the config.json belongs to this checkpoint.",
             )
+
+    def read_ahead(self, module: str) -> None:
+        """Have the tensors of a submodule read from the disk, in the background, so that :meth:`load` finds them."""
+        names = [f"{module}.{name}" for name, _ in self._submodule(module).named_parameters()]
+        self._reader.want([self.checkpoint.tensors[key] for name in names for key in self.sources(name)])
 
     def free(self, module: str) -> None:
         """Put the parameters of the submodule at path ``module`` back on the meta device. Buffers stay."""

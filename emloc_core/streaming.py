@@ -16,6 +16,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
 from emloc_core.errors import EmlocError
+from emloc_core.parking import Parking
 from emloc_core.skeleton import Skeleton
 
 #: One sample: called once, in its greenlet; runs the model's forward and whatever follows (a loss, say).
@@ -49,14 +50,17 @@ class Stream:
     Args:
         skeleton: the model.
         block_lists: module paths of the lists of blocks, in execution order.
+        parking: where waiting samples keep their tensors; None: on the skeleton's device while there is room.
 
     Attributes:
         sample: index of the sample that is running; hooks on the model's modules read it.
-        waiting: index of every sample that waits at a unit -> the arguments that it called the unit with.
+        waiting: index of every sample that waits at a unit -> the arguments that it called the unit with; use
+            :meth:`arguments`, since they may be parked.
     """
 
-    def __init__(self, skeleton: Skeleton, block_lists: Sequence[str]) -> None:
+    def __init__(self, skeleton: Skeleton, block_lists: Sequence[str], parking: Parking | None = None) -> None:
         self.skeleton = skeleton
+        self.parking = parking or Parking.on(skeleton.device, skeleton.model.buffers())
         self.units = units(skeleton.model, block_lists)
         self.sample = -1
         self.waiting: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -90,9 +94,20 @@ class Stream:
                 for runner in runners:
                     if not runner.dead:
                         runner.throw(GreenletExit)
+                self.parking.clear()
                 self.waiting.clear()
                 for unit in self.units:
                     self.skeleton.free(unit)
+
+    @contextmanager
+    def arguments(self, sample: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Lend the arguments that a waiting sample called its unit with, and be that sample for the time."""
+        self.sample = sample
+        self.parking.leave(sample)
+        try:
+            yield self.waiting[sample]
+        finally:
+            self.parking.enter(sample, self.waiting[sample])
 
     def _start(self, forward: Forward) -> greenlet:
         runner = greenlet(forward)
@@ -108,6 +123,7 @@ class Stream:
         def advance(indices: Iterable[int]) -> None:
             for index in indices:
                 self.sample = index
+                self.parking.leave(index)
                 self.waiting.pop(index, None)  # its tensors are the sample's own again
                 state = runners[index].switch()
                 if runners[index].dead:
@@ -119,6 +135,7 @@ class Stream:
                     )
                 else:
                     parked.setdefault(state, []).append(index)
+                    self.parking.enter(index, self.waiting[index])
 
         advance(range(len(runners)))
         while parked:
@@ -126,6 +143,8 @@ class Stream:
             unit = min(parked, key=lambda name: order[name])
             waiting = parked.pop(unit)
             self.skeleton.load(unit)
+            for following in self.units[order[unit] + 1 : order[unit] + 2]:
+                self.skeleton.read_ahead(following)
             with ExitStack() as stack:
                 context = visit(unit) if visit else None
                 if context is not None:

@@ -41,6 +41,7 @@ class Transfer:
         settings: ``clamp`` and ``method``.
         emulator: the emulator's directory; None: the one that the adapter's config names.
         selection: rows to choose the clamp on; None: those that the emulator keeps for it.
+        device: where weights and activations are.
 
     Raises:
         EmlocError: adapter, emulator and base do not belong together, or the adapter is corrected already.
@@ -54,6 +55,7 @@ class Transfer:
         settings: CorrectSettings,
         emulator: Path | None = None,
         selection: Path | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.adapter, self.base, self.settings = adapter, base, settings
         if adapter.is_corrected:
@@ -69,7 +71,7 @@ class Transfer:
         base_fingerprint = base.fingerprint(cache_dir)
         manifest = _require_match(adapter, self.emulator, emulator_fingerprint, base, base_fingerprint)
         self.family = plugin_manager().family_for(base.model_type)
-        self.skeleton = Skeleton(base, self.family)
+        self.skeleton = Skeleton(base, self.family, device)
         self._check_shapes()
         self.samples = self._samples(selection, manifest["request"]["settings"]["max_length"])
         request = {
@@ -79,7 +81,7 @@ class Transfer:
             **settings.model_dump(),
             "selection": [sample.input_ids for sample in self.samples] if selection else None,
         }
-        self.output = Output(output, "corrected-adapter", request)
+        self.output = Output(output, "corrected-adapter", request, self.skeleton.device.type)
 
     def _check_shapes(self) -> None:
         for path, lora in self.adapter.loras.items():
@@ -155,12 +157,12 @@ class Transfer:
         if keys[1] not in self.emulator.tensors:  # dense on the emulator too: nothing to correct
             return [lora] * len(clamps)
         with self.emulator.slices(keys) as slices:
-            u, v = (slices[key][...] for key in keys)
-            corrected: list[Lora] = self.correct(weight, u, v, lora, clamps)
+            u, v = (slices[key][...].to(weight.device) for key in keys)
+            corrected: list[Lora] = self.correct(weight, u, v, lora.to(weight.device), clamps)
         for candidate in corrected:
             if not bool(torch.isfinite(candidate.b).all()):
                 raise EmlocError(f"The corrected LoRA on {path} holds NaN or Inf.", "Check base and emulator.")
-        return corrected
+        return [candidate.to(torch.device("cpu")) for candidate in corrected]
 
     def _compare(
         self, clamps: tuple[Clamp, ...], progress: Callable[[str, int, int], None]
@@ -183,7 +185,8 @@ class Transfer:
                 module = self.skeleton.model.get_submodule(path)
                 weight = self.skeleton.model.get_parameter(f"{path}.weight")
                 candidates[path] = self._correct(path, weight, loras[path], clamps)
-                handles.append(module.register_forward_hook(add_lora(candidates[path])))
+                on_device = [lora.to(weight.device) for lora in candidates[path]]
+                handles.append(module.register_forward_hook(add_lora(on_device)))
                 progress(path, len(candidates), len(loras))
             try:
                 yield
@@ -210,10 +213,10 @@ class Transfer:
         def forward() -> torch.Tensor:
             inputs = sample.inputs(self.skeleton.device)
             logits = self.skeleton.model(**inputs, use_cache=False).logits[0, :-1]
-            mask = torch.tensor(sample.completion_mask[1:], dtype=torch.bool)
+            mask = torch.tensor(sample.completion_mask[1:], dtype=torch.bool, device=logits.device)
             targets = inputs["input_ids"][0, 1:]
             loss = nn.functional.cross_entropy(logits[mask].float(), targets[mask], reduction="sum")
-            return torch.stack([loss.double().cpu(), mask.sum().double()])
+            return torch.stack([loss.double(), mask.sum().double()]).cpu()
 
         return forward
 

@@ -72,7 +72,7 @@ def without_a_tensor(model, tmp_path):
         (lambda model, tmp: change(model, tmp, config__json=b"{}"), "has no model_type"),
         (lambda model, tmp: change(model, tmp, model__safetensors=None), "has neither model.safetensors nor"),
         (truncated, "it is truncated"),
-        (wrong_type, "No installed family declares the model type 'gpt_neox'. Known: llama"),
+        (wrong_type, "No installed family declares the model type 'gpt_neox'. Known: internvl, llama, qwen"),
         (without_a_tensor, "lacks 1 of the model's tensors (model.layers.2.mlp.down_proj.weight)"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from emloc_core.cli.console import announce, as_json, dry_run, print_json, progress
+from emloc_core.cli.options import device as device_option
 from emloc_core.cli.options import options, validated
 from emloc_core.report import human_bytes
 from emloc_core.settings import CompressSettings
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
               help="Also keep there what emloc cut makes emulators of other ratios from, in seconds; about as large as "
               "the compressed Linears. Spectra that are there already are used.")  # fmt: skip
 @options(CompressSettings)
+@device_option
 @dry_run
 @as_json
 def command(
@@ -36,6 +38,7 @@ def command(
     exclude: tuple[Path, ...],
     output: Path,
     keep_spectra: Path | None,
+    device: str,
     dry_run: bool,
     as_json: bool,
     **settings: Any,
@@ -47,17 +50,21 @@ def command(
     """
     from emloc_core.checkpoint import open_checkpoint
     from emloc_core.data import load_rows, without
+    from emloc_core.device import choose_device
     from emloc_core.emulator import Compression
 
     base = open_checkpoint(model)
     rows = without(load_rows(data, split), exclude)
-    job = Compression(base, rows, output, validated(CompressSettings, settings), keep_spectra)
+    job = Compression(base, rows, output, validated(CompressSettings, settings), keep_spectra, choose_device(device))
     if dry_run:
         _describe(job, as_json)
         return
     with progress("Compressing") as advance:
         directory = job.run(advance)
-    announce("compress", directory, summary(directory), to_json=as_json)
+    lines = summary(directory)
+    if keep_spectra:
+        lines.append(f"spectra, to cut other ratios from: {keep_spectra}")
+    announce("compress", directory, lines, to_json=as_json)
 
 
 def _describe(job: "Compression", as_json: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import announce, as_json, describe, dry_run, progress
+from emloc_core.cli.options import device as device_option
 from emloc_core.cli.options import options, validated
 from emloc_core.settings import CorrectSettings
 
@@ -17,6 +18,7 @@ from emloc_core.settings import CorrectSettings
 @options(CorrectSettings)
 @click.option("--emulator", type=click.Path(path_type=Path), help="Where the emulator is, if it was moved.")
 @click.option("--selection", type=click.Path(path_type=Path), help="Other rows for --clamp auto to compare on.")
+@device_option
 @dry_run
 @as_json
 def command(
@@ -25,6 +27,7 @@ def command(
     output: Path,
     emulator: Path | None,
     selection: Path | None,
+    device: str,
     dry_run: bool,
     as_json: bool,
     **settings: Any,
@@ -35,6 +38,7 @@ def command(
     """
     from emloc_core.adapter import Adapter
     from emloc_core.checkpoint import open_checkpoint
+    from emloc_core.device import choose_device
     from emloc_core.output import read_manifest
     from emloc_core.transfer import Transfer
 
@@ -46,6 +50,7 @@ def command(
         chosen,
         emulator,
         selection,
+        choose_device(device),
     )
     if dry_run:
         content = {

@@ -11,6 +11,13 @@ from pydantic_core import PydanticUndefined
 from emloc_core.errors import EmlocError
 from emloc_core.settings import explain
 
+device = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where the work is done: cpu, cuda, cuda:1, or auto, the GPU where there is one.",
+)
+
 
 def options(
     model: type[BaseModel], short: dict[str, str] | None = None, skip: Iterable[str] = ()

@@ -1,0 +1,24 @@
+"""The device that weights, activations and statistics are on."""
+
+import torch
+
+from emloc_core.errors import EmlocError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return a device by torch's name of it; ``auto`` is the GPU where there is one, and the CPU otherwise.
+
+    Raises:
+        EmlocError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise EmlocError(f"The device {name!r} cannot be used: {reason}.", "Try --device auto.") from None
+    if device.type not in ("cpu", "cuda"):  # Apple's has no fp64, which some Linears need
+        raise EmlocError(f"Weights are not factorised on {name!r}.", "Try --device cpu.")
+    return device

@@ -1,0 +1,99 @@
+"""Devices, and where waiting samples are kept. What a GPU would do is done here between two places of the CPU."""
+
+import pytest
+import torch
+from emloc_llama import LLAMA
+
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.data import load_rows
+from emloc_core.device import choose_device
+from emloc_core.emulator import Compression
+from emloc_core.errors import EmlocError
+from emloc_core.parking import Parking
+from emloc_core.settings import CompressSettings
+from emloc_core.skeleton import Skeleton
+from emloc_core.streaming import Stream
+
+
+def test_auto_is_the_gpu_where_there_is_one():
+    assert choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "meta", ""])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(EmlocError, match="--device"):
+        choose_device(name)
+
+
+def test_what_is_parked_gives_its_memory_back_and_gets_its_content_back():
+    parking = Parking(limit=100)
+    small, large, view = torch.arange(8.0), torch.arange(40.0), None
+    view = large[10:]
+    parking.enter(0, ((small,), {}))
+    parking.enter(1, ((large, None), {"pair": [view, "text"]}))
+    assert small.untyped_storage().nbytes() == 32  # there was room
+    assert large.untyped_storage().nbytes() == 0
+    parking.leave(1)
+    assert torch.equal(large, torch.arange(40.0))
+    assert torch.equal(view, torch.arange(10.0, 40.0))
+    parking.leave(0)
+    parking.enter(1, ((large[:1],), {}))  # 160 bytes of storage, however little of it is seen
+    assert large.untyped_storage().nbytes() == 0
+
+
+def test_the_models_own_buffers_stay():
+    buffer = torch.ones(10)
+    parking = Parking(0, shared=[buffer])
+    parking.enter(0, ((buffer,), {}))
+    assert torch.equal(buffer, torch.ones(10))
+
+
+def test_logits_are_the_same_when_nothing_may_stay(tiny_model):
+    skeleton = Skeleton(Checkpoint(tiny_model), LLAMA)
+    rows = [torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(length)) for length in (5, 17)]
+    forwards = [lambda ids=ids: skeleton.model(input_ids=ids, use_cache=False).logits for ids in rows]
+    parking = Parking(0, skeleton.model.buffers())
+    moved = Stream(skeleton, ["model.layers"], parking).run(forwards)
+    kept = Stream(skeleton, ["model.layers"]).run(forwards)
+    assert all(torch.equal(one, other) for one, other in zip(moved, kept, strict=True))
+
+
+@pytest.mark.parametrize("calibration", ["base", "propagated"])
+def test_an_emulator_is_the_same_when_nothing_may_stay(tiny_model, rows_file, tmp_path, monkeypatch, calibration):
+    settings = CompressSettings(samples=4, selection=2, calibration=calibration)
+    rows = load_rows(str(rows_file))
+    kept = Compression(Checkpoint(tiny_model), rows, tmp_path / "kept", settings).run()
+    monkeypatch.setattr(Parking, "on", classmethod(lambda cls, _device, shared: cls(0, shared)))
+    moved = Compression(Checkpoint(tiny_model), rows, tmp_path / "moved", settings).run()
+    shards = sorted(path.name for path in kept.glob("*.safetensors"))
+    assert len(shards) == 4
+    for name in shards:
+        assert (kept / name).read_bytes() == (moved / name).read_bytes()
+
+
+def test_an_interrupted_run_does_not_go_on_with_another_kind_of_device(tiny_model, rows_file, tmp_path):
+    job = Compression(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings())
+
+    def interrupt(_block, done, _total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(interrupt)
+    request = tmp_path / ".emulator.partial" / "request.json"
+    request.write_text(request.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    with pytest.raises(EmlocError, match='device was "cuda" and is now "cpu"'):
+        job.run()
+
+
+def test_the_next_block_is_read_ahead(tiny_model):
+    skeleton = Skeleton(Checkpoint(tiny_model), LLAMA)
+    asked = []
+    want = skeleton._reader.want
+    skeleton._reader.want = lambda tensors: asked.append(want(tensors))
+    ids = torch.tensor([[5, 6, 7]])
+    stream = Stream(skeleton, ["model.layers"])
+    stream.run([lambda: skeleton.model(input_ids=ids, use_cache=False)])
+    sizes = [sum(p.numel() * 4 for p in skeleton.model.get_submodule(unit).parameters()) for unit in stream.units[1:]]
+    assert [future.result() for future in asked] == sizes
