@@ -15,10 +15,10 @@ from emloc_core.errors import EmlocError
 from emloc_core.lora import Lora
 from emloc_core.output import Output, read_manifest, write_json
 from emloc_core.plugins import plugin_manager
-from emloc_core.shards import DTYPES, ShardWriter, TensorInfo, raw_chunks, read_header, tensor_bytes
+from emloc_core.shards import DTYPES, ShardWriter, TensorInfo, read_header, row_chunks, tensor_bytes
 from emloc_core.skeleton import Skeleton
 
-_ROWS_BYTES = 32 << 20  # fp32 bytes of a weight that are merged at a time
+_ROWS_BYTES = 2 << 20  # of a weight that are merged at a time: few enough to stay in the processor's cache
 
 
 class Merge:
@@ -110,22 +110,25 @@ class Merge:
         with ShardWriter(target, layout, metadata) as writer:
             for key, tensor in tensors.items():
                 lora = self.loras.get(key)
-                writer.write(key, raw_chunks(tensor) if lora is None else self._merged(tensor, lora))
+                if lora is None:
+                    writer.copy(key, tensor)
+                else:
+                    writer.write(key, self._merged(tensor, lora))
             for key, (tied_to, lora) in extra.items():
                 writer.write(key, self._merged(self.base.tensors[tied_to], lora))
 
-    def _merged(self, tensor: TensorInfo, lora: Lora) -> Iterator[bytes]:
+    def _merged(self, tensor: TensorInfo, lora: Lora) -> Iterator[memoryview]:
         """Yield the bytes of the merged weight, some rows at a time: fp32 sum, cast once."""
-        rows, columns = tensor.shape
-        step = max(1, _ROWS_BYTES // (4 * columns))
         a, b = lora.a.float(), lora.b.float()
-        with self.base.slices([tensor.key]) as slices:
-            for start in range(0, rows, step):
-                weight = slices[tensor.key][start : start + step]
-                merged = weight.float() + lora.scale * (b[start : start + step] @ a)
-                if not bool(torch.isfinite(merged).all()):
-                    raise EmlocError(f"The merged {tensor.key} holds NaN or Inf.", "Check base and adapter.")
-                yield bytes(tensor_bytes(merged.to(DTYPES[tensor.dtype])))
+        done = 0
+        for weight in row_chunks(tensor, _ROWS_BYTES):
+            rows = b[done : done + len(weight)]
+            merged = weight.float().addmm_(rows, a, alpha=lora.scale).to(DTYPES[tensor.dtype])
+            # NaN and Inf survive a sum, so that one pass finds them; what overflows in the cast is found too.
+            if not bool(torch.isfinite(merged.sum(dtype=torch.float32))):
+                raise EmlocError(f"The merged {tensor.key} holds NaN or Inf.", "Check base and adapter.")
+            yield tensor_bytes(merged)
+            done += len(weight)
 
     def _write_side_files(self, staging: Path) -> None:
         for path in self.base.side_files():

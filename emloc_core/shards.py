@@ -4,9 +4,10 @@ The library's own writer wants every tensor of a file at once; a 5 GB shard woul
 bytes of header length, a JSON header, and the tensors' bytes.
 """
 
+import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,8 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 16 << 20  # bytes copied at a time
 _HEADER_LIMIT = 100 << 20  # the safetensors library's own limit
+#: The kernel cannot copy between these two files by itself.
+_NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True)
@@ -88,17 +91,43 @@ def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
     return start, stop
 
 
-def raw_chunks(tensor: TensorInfo) -> Iterator[bytes]:
-    """Yield the bytes of a tensor as they stand in the file."""
-    with tensor.shard.open("rb") as file:
+def raw_chunks(tensor: TensorInfo) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor as they stand in the file; every part is overwritten by the next."""
+    return _chunks(tensor, _CHUNK)
+
+
+def row_chunks(tensor: TensorInfo, nbytes: int) -> Iterator[torch.Tensor]:
+    """Yield a matrix some rows at a time, in its own dtype; every part is overwritten by the next.
+
+    Unlike the slices of a mapped file, they leave no pages behind that would count as this process's memory.
+
+    Args:
+        tensor: a matrix of shape (m, n).
+        nbytes: of the rows to yield at a time; at least one row is.
+    """
+    columns = tensor.shape[1]
+    width = columns * DTYPES[tensor.dtype].itemsize
+    for part in _chunks(tensor, max(1, nbytes // width) * width):
+        yield torch.frombuffer(part, dtype=DTYPES[tensor.dtype]).reshape(-1, columns)
+
+
+def _chunks(tensor: TensorInfo, nbytes: int) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(nbytes, tensor.nbytes)))
+    with tensor.shard.open("rb", buffering=0) as file:
         file.seek(tensor.start)
-        left = tensor.nbytes
-        while left:
-            chunk = file.read(min(_CHUNK, left))
-            if not chunk:
-                raise EmlocError(f"{tensor.shard} ended within {tensor.key}.", "Download or copy the file again.")
-            left -= len(chunk)
-            yield chunk
+        for left in range(tensor.nbytes, 0, -nbytes):
+            part = buffer[: min(nbytes, left)]
+            done = 0
+            while done < len(part):
+                count = file.readinto(part[done:])
+                if not count:
+                    raise _ended_within(tensor)
+                done += count
+            yield part
+
+
+def _ended_within(tensor: TensorInfo) -> EmlocError:
+    return EmlocError(f"{tensor.shard} ended within {tensor.key}.", "Download or copy the file again.")
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -134,26 +163,67 @@ class ShardWriter:
         self._expected.reverse()
 
     def __enter__(self) -> "ShardWriter":
-        self._file = self._temporary.open("wb")
-        self._file.write(len(self._header).to_bytes(8, "little") + self._header)
+        self._file = self._temporary.open("wb", buffering=0)  # tensors are large, and some are copied by the kernel
+        self._write_all(len(self._header).to_bytes(8, "little") + self._header)
         return self
 
-    def write(self, key: str, chunks: Iterator[bytes] | torch.Tensor) -> None:
-        """Write the next tensor, given as a tensor or as its raw bytes."""
+    def write(self, key: str, content: Iterable[bytes | memoryview] | torch.Tensor) -> None:
+        """Write the next tensor: as a tensor, or as its raw bytes in parts, each of which the next may overwrite."""
+        self._expect(key)
+        parts = [tensor_bytes(content)] if isinstance(content, torch.Tensor) else content
+        for part in parts:
+            self._write_all(part)
+        self._require_whole(key)
+
+    def copy(self, key: str, tensor: TensorInfo) -> None:
+        """Write the next tensor as it stands in another file, without its bytes passing through this process.
+
+        Raises:
+            EmlocError: that file has been cut short since its header was read.
+        """
+        self._expect(key)
+        if not self._copied_by_kernel(tensor):
+            for part in raw_chunks(tensor):
+                self._write_all(part)
+        self._require_whole(key)
+
+    def _copied_by_kernel(self, tensor: TensorInfo) -> bool:
+        if not hasattr(os, "copy_file_range"):  # Linux has it
+            return False
+        with tensor.shard.open("rb") as source:
+            at = tensor.start
+            while at < tensor.stop:
+                try:
+                    count = os.copy_file_range(source.fileno(), self._file.fileno(), tensor.stop - at, at)
+                except OSError as error:
+                    if error.errno in _NO_COPY_RANGE and at == tensor.start:
+                        return False
+                    raise
+                if not count:
+                    raise _ended_within(tensor)
+                at += count
+        return True
+
+    def _write_all(self, part: bytes | memoryview) -> None:
+        rest = memoryview(part).cast("B")
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def _expect(self, key: str) -> None:
         expected, nbytes = self._expected.pop()
         if key != expected:
             raise ValueError(f"{key} was written where {expected} was due")
-        parts = [tensor_bytes(chunks)] if isinstance(chunks, torch.Tensor) else chunks
-        written = sum(self._file.write(part) for part in parts)
-        if written != nbytes:
-            raise ValueError(f"{key} has {written} bytes and {nbytes} were announced")
+        self._end = self._file.tell() + nbytes
+
+    def _require_whole(self, key: str) -> None:
+        if (at := self._file.tell()) != self._end:
+            raise ValueError(f"{key} ends at byte {at} and {self._end} was announced")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             if kind is None:
                 if self._expected:
                     raise ValueError(f"{self.path} lacks {[key for key, _ in self._expected]}")
-                self._file.flush()
                 os.fsync(self._file.fileno())
         finally:
             self._file.close()

@@ -1,10 +1,13 @@
 """Shards, checkpoints and output directories: whole or absent, and every damage is named."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from emloc_core.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.errors import EmlocError
 from emloc_core.output import Output, read_manifest
-from emloc_core.shards import DTYPES, ShardWriter, raw_chunks, read_header, write_shard
+from emloc_core.shards import DTYPES, ShardWriter, read_header, row_chunks, write_shard
 
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
 SHAPE = st.lists(st.integers(0, 5), max_size=3)
@@ -34,13 +37,42 @@ def test_written_shards_are_read_by_the_library_and_copied_byte_for_byte(tmp_pat
         assert loaded[key].dtype == tensor.dtype
         assert torch.equal(loaded[key].nan_to_num(), tensor.nan_to_num())
     header, metadata = read_header(directory / "ours.safetensors")
-    with ShardWriter(
-        directory / "copy.safetensors", {key: (info.dtype, info.shape) for key, info in header.items()}, metadata
-    ) as writer:
-        for key, info in header.items():
-            assert DTYPES[info.dtype] == tensors[key].dtype
-            writer.write(key, raw_chunks(info))
-    assert (directory / "copy.safetensors").read_bytes() == (directory / "ours.safetensors").read_bytes()
+    assert {key: DTYPES[info.dtype] for key, info in header.items()} == {key: tensors[key].dtype for key in header}
+    layout = {key: (info.dtype, info.shape) for key, info in header.items()}
+    for copying in (nullcontext(), without_kernel_copies()):
+        with copying, ShardWriter(directory / "copy.safetensors", layout, metadata) as writer:
+            for key, info in header.items():
+                writer.copy(key, info)
+        assert (directory / "copy.safetensors").read_bytes() == (directory / "ours.safetensors").read_bytes()
+
+
+def without_kernel_copies():
+    """As between file systems: the kernel cannot copy from one file to the other."""
+    return patch.object(os, "copy_file_range", side_effect=OSError(errno.EXDEV, "Invalid cross-device link"))
+
+
+@pytest.mark.parametrize("copying", [nullcontext, without_kernel_copies])
+def test_a_shard_that_is_cut_short_while_it_is_copied_is_named(tmp_path, copying):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(50)}, path)
+    (info,) = read_header(path)[0].values()
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(EmlocError, match="ended within a"), copying(), ShardWriter(
+        tmp_path / "copy.safetensors", {"a": (info.dtype, info.shape)}
+    ) as writer:  # fmt: skip
+        writer.copy("a", info)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_matrix_is_read_some_rows_at_a_time(tmp_path, rows, dtype):
+    matrix = torch.randn(5, 7).to(dtype)
+    save_file({"other": torch.ones(3), "a": matrix}, tmp_path / "model.safetensors")
+    info = read_header(tmp_path / "model.safetensors")[0]["a"]
+    found = [part.clone() for part in row_chunks(info, rows * 7 * dtype.itemsize)]
+    assert [len(part) for part in found] == [len(part) for part in matrix.split(rows)]
+    assert torch.equal(torch.cat(found), matrix)
 
 
 def test_a_shard_appears_when_it_is_whole_or_not_at_all(tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_transfer import TARGETS, make_adapter, make_emulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from emloc_core import merge as merging
 from emloc_core.adapter import Adapter
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.errors import EmlocError
@@ -28,7 +29,9 @@ def peft_merged(base, adapter):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"up_proj": 1}}])
-def test_equals_merge_and_unload(tiny_model, tmp_path, options):
+@pytest.mark.parametrize("rows_bytes", [1000, merging._ROWS_BYTES])
+def test_equals_merge_and_unload(tiny_model, tmp_path, monkeypatch, rows_bytes, options):
+    monkeypatch.setattr(merging, "_ROWS_BYTES", rows_bytes)
     adapter = make_adapter(tiny_model, tmp_path / "adapter", **options)
     merged = merge(adapter, tiny_model, tmp_path / "merged")
     expected = peft_merged(tiny_model, adapter).state_dict()
@@ -63,6 +66,17 @@ def test_a_sharded_half_precision_checkpoint_keeps_shards_and_dtype(tiny_model, 
     for key, tensor in expected.items():
         assert actual[key].dtype == torch.bfloat16
         assert torch.allclose(actual[key].float(), tensor.float(), atol=0.02, rtol=0.01), key
+
+
+@pytest.mark.parametrize(("dtype", "value", "size"), [("float16", 65504, 9e3), ("float32", float("nan"), 0.05)])
+def test_a_weight_that_is_no_number_or_does_not_fit_its_dtype_is_refused(tiny_model, tmp_path, dtype, value, size):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, dtype))
+    model.model.layers[1].mlp.up_proj.weight.data[3] = value
+    model.save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["up_proj"], size=size)
+    with pytest.raises(EmlocError, match=r"merged model\.layers\.1\.mlp\.up_proj\.weight holds NaN or Inf"):
+        merge(adapter, tmp_path / "base", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def tied_base(tmp_path):
