@@ -19,7 +19,7 @@ def test_the_fit_is_the_ridge_regression_on_the_tokens_themselves():
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(50, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     xc, weight = x + 0.3 * noise, torch.randn(4, 6, generator=generator, dtype=torch.float64)
-    moments = PairedMoments(6)
+    moments = PairedMoments(6, torch.float64)
     moments.add(x[:20], xc[:20])
     moments.add(x[20:], xc[20:])
     ridge = RIDGE * float((xc.T @ xc).diagonal().mean())
@@ -27,21 +27,21 @@ def test_the_fit_is_the_ridge_regression_on_the_tokens_themselves():
     extra = ridge**0.5 * torch.eye(6, dtype=torch.float64)
     inputs, targets = torch.cat([xc, extra]), torch.cat([x, extra]) @ weight.T
     expected = torch.linalg.lstsq(inputs, targets).solution.T
-    assert torch.allclose(moments.fitted(weight), expected, atol=1e-10)
+    assert torch.allclose(moments.fit([weight])[0], expected, atol=1e-10)
 
 
 def test_without_an_error_to_make_up_for_the_weight_stays():
     x = torch.randn(40, 6, dtype=torch.float64)
-    moments = PairedMoments(6)
+    moments = PairedMoments(6, torch.float64)
     moments.add(x, x)
     weight = torch.randn(4, 6, dtype=torch.float64)
-    assert torch.allclose(moments.fitted(weight), weight, atol=1e-9)
+    assert torch.allclose(moments.fit([weight])[0], weight, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (9, 6)])
 def test_the_gram_is_that_of_the_cheaper_side(shape):
     x = torch.randn(40, 6, dtype=torch.float64)
-    moments = PairedMoments(6)
+    moments = PairedMoments(6, torch.float64)
     moments.add(x, x)
     weight = torch.randn(*shape, dtype=torch.float64)
     gram = moments.gram_for(weight)
