@@ -80,7 +80,7 @@ def test_a_cut_is_the_emulator_that_compress_makes(tiny_model, rows_file, kept, 
     assert (made / rest).read_bytes() == (sliced / rest).read_bytes()
     one, other = read_manifest(made), read_manifest(sliced)
     for first, second in zip(one["result"].pop("linears"), other["result"].pop("linears"), strict=True):
-        assert second.pop("relative_error") == pytest.approx(first.pop("relative_error"), rel=1e-6)
+        assert second.pop("relative_error") == pytest.approx(first.pop("relative_error"), rel=1e-4)  # fp32
         assert first == second
     assert one["result"] == other["result"]
     fingerprint = other["request"].pop("spectra")
