@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from trl import SFTConfig, SFTTrainer
 
+from emloc_core.allocator import give_back
 from emloc_core.calibration import model_limit, tokenize
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import CALIBRATION, SELECTION, digest, load_rows, without
@@ -196,6 +197,8 @@ class FineTuning:
                 callbacks=[_LogLastStep()],
             )
         trainer.lora.peft_config["default"].base_model_name_or_path = directory
+        if config.use_cpu:  # the loss comes next, and with it the peak
+            trainer.lora.get_base_model().base_model.register_forward_hook(give_back)
         return trainer, dropped
 
     def _dataset(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[Dataset, int]:

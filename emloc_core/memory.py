@@ -29,9 +29,10 @@ from emloc_core.training import TrainSettings
 
 #: Python with torch, transformers, PEFT and TRL imported, in bytes: measured on Linux; on a GPU it is not the card's.
 IMPORTS = {"cuda": 0, "cpu": 500_000_000}
-#: What torch takes besides tensors, in bytes. cuda: the driver's context, kernels, the workspace of cuBLAS: a usual
-#: figure, not measured here. cpu: pages of kernels' code, threads, the trainer: measured by training a tiny model.
-RUNTIME = {"cuda": 600 << 20, "cpu": 90_000_000}
+#: What torch takes besides tensors, in bytes, in inference and in tuning. cuda: the driver's context, kernels, the
+#: workspace of cuBLAS: a usual figure, not measured here. cpu: pages of kernels' code, threads, the trainer: measured
+#: with a tiny model.
+RUNTIME = {"cuda": (600 << 20, 600 << 20), "cpu": (30_000_000, 90_000_000)}
 #: Terms in the order in which they are shown.
 TERMS = ("weights", "adapter", "gradients", "optimiser", "kv_cache", "activations", "logits", "statistics", "overhead")
 #: Fields without which transformers would assume another model's size.
@@ -183,7 +184,8 @@ class MemoryModel:
     def _need(self, stage: str, phases: Phases) -> Need:
         phase, peak = max(phases.items(), key=lambda entry: entry[1].total())
         # AdamW keeps two moments of every trained parameter, in the parameter's dtype (Kingma and Ba, 2014).
-        overhead = IMPORTS[self.workload.device] + RUNTIME[self.workload.device]
+        device = self.workload.device
+        overhead = IMPORTS[device] + RUNTIME[device][peak["adapter"] > 0]
         terms = {**peak, "optimiser": 2 * peak["adapter"], "overhead": overhead}
         return Need(stage, {term: terms[term] for term in TERMS if terms.get(term)}, phase)
 

@@ -144,7 +144,9 @@ def trace_inference(model: nn.Module, towers: Mapping[str, str], inputs: Mapping
             _follow_forward(ledger, model, towers)
             config: Any = model.config
             cache = _EnteredCache(ledger, config.get_text_config())
-            model(**fake_inputs(**inputs), cache=cache, use_cache=True, logits_to_keep=1)
+            given = fake_inputs(**inputs)
+            positions = torch.zeros_like(given["input_ids"])  # generate counts them for every row
+            model(**given, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1)
     return ledger.phases
 
 

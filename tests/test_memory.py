@@ -1,0 +1,322 @@
+"""The memory model: exact counts, traces equal to what real steps allocate, the search for a ratio, mistakes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from emloc_internvl import INTERNVL
+from emloc_qwen import QWEN
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+import emloc_core.finetune
+import emloc_core.memory
+from emloc_core import streamed
+from emloc_core.allocator import give_back
+from emloc_core.budget import LARGEST, advice, largest_ratio, parse_bytes
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+from emloc_core.finetune import FineTuning
+from emloc_core.memory import MemoryModel, Workload
+from emloc_core.output import read_json
+from emloc_core.tracing import Ledger, Phases
+from emloc_core.training import TrainSettings
+from emloc_core.workload import make_workload
+
+HEADLINE = Path(__file__).parent / "data" / "internvl2_5_38b" / "config.json"
+
+
+def write_config(directory: Path, family: Family, dtype: str = "float32", **changes: object) -> Path:
+    settings = {**family.tiny_config, **changes}
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    config.dtype = dtype
+    directory.mkdir(exist_ok=True)
+    config.save_pretrained(directory)
+    return directory / "config.json"
+
+
+def workload(batch: int = 4, length: int = 32, images: int = 0, device: str = "cpu", **train: object) -> Workload:
+    return Workload(batch, length, images, TrainSettings(**train), device)
+
+
+def peak(phases: Phases) -> int:
+    return max(composition.total() for composition in phases.values())
+
+
+def test_sizes_are_parsed() -> None:
+    assert parse_bytes("24GiB") == 24 * 2**30
+    assert parse_bytes("24GB") == parse_bytes("24g") == 24 * 10**9
+    assert parse_bytes("800MB") == 8 * 10**8
+    assert parse_bytes(" 1.5 TiB ") == 3 * 2**39
+    assert parse_bytes("1000") == 1000
+
+
+@pytest.mark.parametrize("text", ["", "lots", "24GiBs", "-3GB", "0GB", "12i", "1e9", "24 GiB free", "GB"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(EmlocError, match="no size of memory"):
+        parse_bytes(text)
+
+
+def test_parameters_are_counted_exactly(tiny_model: Path, tiny_emulator: Path) -> None:
+    model = MemoryModel(tiny_model / "config.json", workload())
+    real = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert model.parameters() == sum(parameter.numel() for parameter in real.parameters())
+    assert model.parameters() * 4 == Checkpoint(tiny_model).nbytes
+    assert model.weight_bytes(0.6) == Checkpoint(tiny_emulator).nbytes
+
+
+def test_the_terms_of_tuning_are_exact(tiny_model: Path, tiny_emulator: Path, rows_file: Path, tmp_path: Path) -> None:
+    adapter = FineTuning(tiny_emulator, str(rows_file), tmp_path / "a", TrainSettings(steps=1, lora_rank=3)).run()
+    trained = read_json(adapter / "emloc.json")["result"]["trainable_parameters"]
+    model = MemoryModel(tiny_model / "config.json", workload(lora_rank=3))
+    need = model.tuning(model.plan(0.6))
+    assert model.adapter_parameters() == trained
+    assert need.terms["adapter"] == 4 * trained
+    assert need.terms["optimiser"] == 8 * trained
+    assert need.terms["weights"] == Checkpoint(tiny_emulator).nbytes
+
+
+def test_the_cache_of_keys_and_values_is_exact(tiny_model: Path) -> None:
+    need = MemoryModel(tiny_model / "config.json", workload(batch=3, length=20)).inference()
+    layers, keys_and_values, heads, width, itemsize = 3, 2, 2, 8, 4
+    assert need.terms["kv_cache"] == 3 * 20 * layers * keys_and_values * heads * width * itemsize
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_trace_equals_what_the_trainer_allocates(
+    checkpointing: bool, bf16: bool, tiny_emulator: Path, tiny_model: Path, rows_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The trainer's own step, on real tensors, under the same ledger."""
+    seen: list[tuple[tuple[int, ...], int]] = []
+    step = emloc_core.finetune._Trainer.training_step
+
+    def followed(self: emloc_core.finetune._Trainer, model: torch.nn.Module, inputs: dict, *rest: object) -> object:
+        with Ledger() as ledger:
+            for parameter in model.parameters():
+                ledger.enter(parameter, "weights")
+            for tensor in inputs.values():
+                ledger.enter(tensor, "activations")
+            loss = step(self, model, inputs, *rest)
+        seen.append((tuple(inputs["input_ids"].shape), peak(ledger.phases)))
+        return loss
+
+    monkeypatch.setattr(emloc_core.finetune._Trainer, "training_step", followed)
+    settings = TrainSettings(steps=2, batch_size=6, gradient_checkpointing=checkpointing, bf16=bf16)
+    FineTuning(tiny_emulator, str(rows_file), tmp_path / "adapter", settings).run()
+    for (batch, length), real in seen:
+        model = MemoryModel(tiny_model / "config.json", Workload(batch, length, 0, settings, "cpu"))
+        terms = model.tuning(model.plan(0.6)).terms
+        traced = sum(size for term, size in terms.items() if term not in ("optimiser", "overhead"))
+        assert traced == pytest.approx(real, rel=0.01)
+
+
+def test_a_trace_equals_what_generate_allocates(tiny_model: Path) -> None:
+    real = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.ones(4, 48, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[0, :10] = 0
+    with Ledger() as ledger:
+        for parameter in real.parameters():
+            ledger.enter(parameter, "weights")
+        for tensor in (ids, mask):
+            ledger.enter(tensor, "activations")
+        real.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, min_new_tokens=1)
+    terms = MemoryModel(tiny_model / "config.json", workload(batch=4, length=48)).inference().terms
+    assert sum(terms.values()) - terms["overhead"] == pytest.approx(peak(ledger.phases), rel=0.01)
+
+
+def test_a_trace_equals_a_step_with_images(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "internvl", INTERNVL)
+    model = MemoryModel(file, workload(batch=2, length=24, images=2))
+    real = AutoModelForImageTextToText.from_config(model.config, dtype=torch.float32).eval()
+    ids = torch.ones(2, 24, dtype=torch.int64)
+    ids[:, :8] = model.config.image_token_id
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(4, 3, 8, 8)}
+    inputs["attention_mask"][0, -5:] = 0
+    with Ledger() as ledger, torch.no_grad():
+        for parameter in real.parameters():
+            ledger.enter(parameter, "weights")
+        for tensor in inputs.values():
+            ledger.enter(tensor, "activations")
+        real(**inputs, position_ids=torch.zeros_like(ids), use_cache=True, logits_to_keep=1)
+    terms = model.inference().terms
+    assert sum(terms.values()) - terms["overhead"] == pytest.approx(peak(ledger.phases), rel=0.01)
+
+
+@pytest.mark.parametrize("family", [QWEN, INTERNVL], ids=["qwen", "internvl"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_few_blocks_extended_equal_all_blocks(
+    family: Family, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = {"num_hidden_layers": 7}
+    if family is INTERNVL:
+        deep = {part: {**family.tiny_config[part], "num_hidden_layers": count}
+                for part, count in (("vision_config", 6), ("text_config", 7))}  # fmt: skip
+    file = write_config(tmp_path / "deep", family, "bfloat16", **deep)
+    images = int(family.modality == "image-text")
+    model = MemoryModel(file, workload(images=images, gradient_checkpointing=checkpointing))
+    plan = model.plan(0.5)
+    few = [model.inference(), model.tuning(), model.tuning(plan)]
+    monkeypatch.setattr(emloc_core.memory, "_TRACED", 100)
+    assert few == [model.inference(), model.tuning(), model.tuning(plan)]
+
+
+def test_blocks_of_unlike_ranks_are_traced_whole(tiny_model: Path) -> None:
+    model = MemoryModel(tiny_model / "config.json", workload())
+    plan = model.plan(0.5)
+    unlike = plan.with_ranks({path: rank - index % 2 for index, (path, rank) in enumerate(plan.ranks.items())})
+    expected = model.parameters(unlike) * 4
+    assert model.tuning(unlike).terms["weights"] == expected
+
+
+def test_needs_grow_with_ratio_batch_and_length(tiny_model: Path) -> None:
+    model = MemoryModel(tiny_model / "config.json", workload())
+
+    def tuning(**changes: int) -> int:
+        changed = model.with_workload(replace(model.workload, **changes))
+        return changed.tuning(changed.plan(0.5)).total
+
+    ratios = [model.tuning(model.plan(ratio)).total for ratio in (0.1, 0.3, 0.6, 0.9)]
+    assert sorted(set(ratios)) == ratios
+    assert tuning() < tuning(batch_size=8) < tuning(batch_size=16)
+    assert tuning() < tuning(length=64) < tuning(length=128)
+    assert model.inference().total < model.with_workload(replace(model.workload, length=128)).inference().total
+
+
+def test_what_saves_memory_is_seen_to(tiny_model: Path) -> None:
+    def tuning(device: str = "cpu", **train: object) -> int:
+        need = MemoryModel(tiny_model / "config.json", workload(16, 128, device=device, **train)).tuning()
+        return need.total - need.terms["overhead"]
+
+    assert tuning(gradient_checkpointing=True) < tuning(gradient_checkpointing=False)
+    assert tuning(accumulation=1) < tuning(accumulation=2)
+    assert tuning(lora_rank=4) < tuning(lora_rank=16)
+    assert tuning(device="cuda") < tuning(device="cpu")  # there the loss is one kernel
+
+
+def test_the_chosen_ratio_fits_and_the_next_does_not(tiny_model: Path) -> None:
+    model = MemoryModel(tiny_model / "config.json", workload())
+    for ratio in (0.13, 0.5, 0.77):
+        budget = model.tuning(model.plan(ratio)).total
+        fit = largest_ratio(model, budget)
+        assert fit is not None
+        assert fit.ratio >= ratio
+        assert fit.need.total <= budget
+        assert model.tuning(model.plan(fit.ratio + 0.01)).total > budget
+
+
+def test_the_ends_of_the_search(tiny_model: Path) -> None:
+    model = MemoryModel(tiny_model / "config.json", workload())
+    smallest = model.tuning(model.plan(0.01)).total
+    assert largest_ratio(model, smallest - 1) is None
+    fit = largest_ratio(model, 10 * smallest)
+    assert fit is not None
+    assert fit.ratio == LARGEST
+
+
+def test_advice_is_computed(tiny_model: Path) -> None:
+    model = MemoryModel(tiny_model / "config.json", workload(8, 128))
+    smaller = model.with_workload(replace(model.workload, batch_size=2))
+    budget = smaller.tuning(smaller.plan(0.5)).total
+    lines = list(advice(model, budget))
+    assert "ratio 0.01" in lines[0]
+    assert lines[1].startswith("batch 2 x 128 tokens fits")
+    hopeless = list(advice(model, 1000))
+    assert "no batch and no length fits" in hopeless[1]
+    assert "4 bits" in hopeless[2]
+    assert "does not fit either" in hopeless[2]
+
+
+def test_the_headline_of_the_paper() -> None:
+    """InternVL2.5-38B: about 95 GB for ordinary tuning, and an emulator whose tuning fits 24 GiB."""
+    settings = TrainSettings()
+    model = MemoryModel(HEADLINE, make_workload(HEADLINE, settings))
+    assert (model.workload.batch_size, model.workload.length, model.workload.images) == (8, 1024, 1)
+    assert model.parameters() == pytest.approx(38.4e9, rel=0.002)
+    assert model.tuning().total == pytest.approx(95e9, rel=0.1)
+    assert model.tuning(model.plan(0.1)).total <= 24 * 2**30
+    assert model.parameters() * 2 > 76e9  # so that inference alone does not fit
+
+
+def test_stages_that_stream_are_below_the_whole(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "deep", QWEN, num_hidden_layers=64, vocab_size=512)
+    model = MemoryModel(file, workload())
+    plan = model.plan(0.5)
+    for need in (streamed.compress(model, plan), streamed.correct(model, plan), streamed.merge(model)):
+        assert need.terms["weights"] < model.parameters() * 4 / 8
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "num_hidden_layers"])
+def test_a_field_is_missing(field: str, tiny_model: Path, tmp_path: Path) -> None:
+    content = read_json(tiny_model / "config.json")
+    del content[field]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(EmlocError, match=rf"config\.json has no {field}"):
+        MemoryModel(file, workload())
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [("text_config", None), ("text_config", "hidden_size"), ("vision_config", "num_hidden_layers")],
+)
+def test_a_field_of_a_section_is_missing(section: str, field: str | None, tmp_path: Path) -> None:
+    content = read_json(HEADLINE)
+    if field:
+        del content[section][field]
+    else:
+        del content[section]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(EmlocError, match=f"has no {section}" + (rf"\.{field}" if field else "")):
+        MemoryModel(file, workload(images=1))
+
+
+def test_other_mistakes(tiny_model: Path, tiny_emulator: Path, tmp_path: Path) -> None:
+    content = read_json(tiny_model / "config.json")
+    file = tmp_path / "config.json"
+
+    def model_of(**changes: object) -> MemoryModel:
+        file.write_text(
+            json.dumps({name: value for name, value in {**content, **changes}.items() if value is not None})
+        )
+        return MemoryModel(file, workload())
+
+    with pytest.raises(EmlocError, match="has no model_type"):
+        model_of(model_type=None)
+    with pytest.raises(EmlocError, match="No installed family declares the model type 'nonesuch'"):
+        model_of(model_type="nonesuch")
+    with pytest.raises(EmlocError, match="has no dtype"):
+        model_of(dtype=None)
+    with pytest.raises(EmlocError, match="quantised or an emulator"):
+        MemoryModel(tiny_emulator / "config.json", workload())
+    with pytest.raises(EmlocError, match="images cannot be planned"):
+        MemoryModel(tiny_model / "config.json", workload(images=1))
+    with pytest.raises(EmlocError, match="leave no text"):
+        MemoryModel(HEADLINE, workload(length=512, images=2))
+
+
+def test_a_model_that_computes_its_shapes_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x[x > 0].sum() + x)  # noqa: ARG005
+    with pytest.raises(EmlocError, match="cannot be followed without weights"):
+        MemoryModel(tiny_model / "config.json", workload()).tuning()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the resident set is read from /proc")
+def test_freed_memory_is_given_back() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    blocks = [torch.ones(25_000) for _ in range(2000)]  # 100 kB each: below glibc's lowest threshold
+    last = blocks.pop()
+    blocks.clear()
+    before = resident()
+    give_back()
+    assert before - resident() > 50e6
+    assert last[0] == 1
