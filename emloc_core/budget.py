@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from emloc_core.errors import EmlocError
+from emloc_core.report import human_bytes
 
 if TYPE_CHECKING:
     from emloc_core.memory import MemoryModel, Need
@@ -77,11 +78,28 @@ def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
     return Fit(fits / 100, need(fits))
 
 
+def require_fit(model: "MemoryModel", budget: int) -> Fit:
+    """Return what :func:`largest_ratio` finds.
+
+    Raises:
+        EmlocError: nothing fits; the message says what would.
+    """
+    fit = largest_ratio(model, budget)
+    if fit is None:
+        raise no_fit(budget, list(advice(model, budget)))
+    return fit
+
+
+def no_fit(budget: int, advised: list[str]) -> EmlocError:
+    """Return the error of a budget that no emulator's tuning fits."""
+    return EmlocError(f"No emulator's tuning fits {human_bytes(budget)}: {'; '.join(advised)}.")
+
+
 def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
     """Say what would fit where no emulator does: each line has been computed, not guessed."""
     workload = model.workload
     smallest = model.tuning(model.plan(0.01)).total
-    yield f"tuning the smallest emulator (ratio 0.01) needs {_gb(smallest)}"
+    yield f"tuning the smallest emulator (ratio 0.01) needs {human_bytes(smallest)}"
     batch, length = workload.batch_size, workload.length
     shortest = max(64, model.least_length())
     while batch > 1 or length > shortest:
@@ -89,17 +107,12 @@ def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
         smaller = model.with_workload(replace(workload, batch_size=batch, length=length))
         found = largest_ratio(smaller, budget)
         if found:
-            yield f"batch {batch} x {length} tokens fits, with ratio {found.ratio:g} ({_gb(found.need.total)})"
+            yield f"batch {batch} x {length} tokens fits, with ratio {found.ratio:g} ({human_bytes(found.need.total)})"
             return
     yield f"no batch and no length fits: even 1 x {length} tokens needs more"
     base = model.with_workload(replace(workload, batch_size=batch, length=length)).tuning()
     linears = model.plan(LARGEST).parameters()[0]
     quantised = base.total - int(linears * (model.dtype.itemsize - _NF4))
     verdict = "fits" if quantised <= budget else "does not fit either"
-    yield f"an ordinary LoRA on a base in 4 bits (NF4), 1 x {length} tokens, needs {_gb(quantised)} and {verdict}"
-
-
-def _gb(size: int) -> str:
-    from emloc_core.report import human_bytes
-
-    return human_bytes(size)
+    needed = human_bytes(quantised)
+    yield f"an ordinary LoRA on a base in 4 bits (NF4), 1 x {length} tokens, needs {needed} and {verdict}"

@@ -198,7 +198,8 @@ class FineTuning:
             )
         trainer.lora.peft_config["default"].base_model_name_or_path = directory
         if config.use_cpu:  # the loss comes next, and with it the peak
-            trainer.lora.get_base_model().base_model.register_forward_hook(give_back)
+            backbone: Any = trainer.lora.get_base_model().base_model
+            backbone.register_forward_hook(give_back)
         return trainer, dropped
 
     def _dataset(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[Dataset, int]:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
+from click.core import ParameterSource
 
+from emloc_core.budget import parse_bytes
 from emloc_core.cli.console import announce, as_json, dry_run, print_json, progress
 from emloc_core.cli.options import device as device_option
 from emloc_core.cli.options import options, validated
+from emloc_core.errors import EmlocError
 from emloc_core.report import human_bytes
 from emloc_core.settings import CompressSettings
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 @click.option("--keep-spectra", type=click.Path(path_type=Path), metavar="DIRECTORY",
               help="Also keep there what emloc cut makes emulators of other ratios from, in seconds; about as large as "
               "the compressed Linears. Spectra that are there already are used.")  # fmt: skip
+@click.option("--memory", metavar="SIZE", help="Instead of --ratio: the largest whose tuning fits, as emloc plan finds "
+              "it for the longest row of the data on a GPU; 24GiB, say.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), help="With --memory: rows a step of that tuning.  [default: 8]")
 @options(CompressSettings)
 @device_option
 @dry_run
@@ -48,6 +54,9 @@ def command(
     The model is streamed block by block and never in memory whole. An interrupted run goes on at the block where it
     stopped when the same command is given again.
     """
+    budget, batch_size = _budget(settings.pop("memory"), settings.pop("batch_size"))
+    chosen = validated(CompressSettings, settings)
+
     from emloc_core.checkpoint import open_checkpoint
     from emloc_core.data import load_rows, without
     from emloc_core.device import choose_device
@@ -55,7 +64,9 @@ def command(
 
     base = open_checkpoint(model)
     rows = without(load_rows(data, split), exclude)
-    job = Compression(base, rows, output, validated(CompressSettings, settings), keep_spectra, choose_device(device))
+    if budget is not None:
+        chosen = chosen.model_copy(update={"ratio": _ratio(base.directory, budget, batch_size, data, split, chosen)})
+    job = Compression(base, rows, output, chosen, keep_spectra, choose_device(device))
     if dry_run:
         _describe(job, as_json)
         return
@@ -65,6 +76,25 @@ def command(
     if keep_spectra:
         lines.append(f"spectra, to cut other ratios from: {keep_spectra}")
     announce("compress", directory, lines, to_json=as_json)
+
+
+def _ratio(base: Path, budget: int, batch_size: int | None, data: str, split: str, settings: CompressSettings) -> float:
+    """Return the largest ratio whose tuning fits, and say it on stderr."""
+    from emloc_core.budget import require_fit
+    from emloc_core.memory import MemoryModel
+    from emloc_core.training import TrainSettings
+    from emloc_core.workload import make_workload
+
+    train = TrainSettings(batch_size=batch_size) if batch_size else TrainSettings()
+    file = base / "config.json"
+    workload = make_workload(file, train, length=settings.max_length, data=data, split=split)
+    fit = require_fit(MemoryModel(file, workload), budget)
+    click.echo(
+        f"ratio {fit.ratio:g}: tuning with {workload.batch_size} rows x {workload.length} tokens needs "
+        f"{human_bytes(fit.need.total)} of {human_bytes(budget)}",
+        err=True,
+    )
+    return fit.ratio
 
 
 def _describe(job: "Compression", as_json: bool) -> None:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from emloc_core.budget import Fit, advice, largest_ratio, parse_bytes
+from emloc_core.budget import Fit, advice, largest_ratio, no_fit, parse_bytes
 from emloc_core.cli.console import as_json, print_json
 from emloc_core.cli.options import options, validated
-from emloc_core.errors import EmlocError
 from emloc_core.report import human_bytes
 from emloc_core.training import FLAGS, TrainSettings
 
@@ -78,7 +77,7 @@ def command(
     else:
         planned.print()
     if planned.advice:
-        raise EmlocError(f"No emulator's tuning fits {human_bytes(planned.budget)}: {'; '.join(planned.advice)}.")
+        raise no_fit(planned.budget, planned.advice)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""``emloc plan``, and ``emloc compress --memory``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from transformers import AutoTokenizer
+
+from emloc_core.calibration import tokenize
+from emloc_core.cli import cli
+from emloc_core.data import load_rows
+from emloc_core.errors import EmlocError
+from emloc_core.output import read_json
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def plan(*arguments: str | Path) -> dict[str, Any]:
+    result = run("plan", *arguments, "--json")
+    assert result.exception is None, result.exception
+    return json.loads(result.stdout)
+
+
+def refused(*arguments: str | Path) -> str:
+    result = run(*arguments)
+    assert isinstance(result.exception, EmlocError), result.exception
+    return str(result.exception)
+
+
+def test_the_largest_ratio_within_a_budget(tiny_model: Path) -> None:
+    small = plan(tiny_model, "--length", 64, "--ratio", 0.4)
+    tuning = {stage["stage"]: stage["bytes"] for stage in small["stages"]}["LoRA on the emulator"]
+    found = plan(tiny_model, "--length", 64, "--memory", str(tuning))
+    assert found["fits"]
+    assert 0.4 <= found["ratio"] < 0.45
+    assert found["budget_bytes"] == tuning
+    assert {linear["rank"] for linear in found["linears"]} >= {int(found["ratio"] * 32 * 64 / 96)}
+
+
+def test_without_a_budget_it_is_inference(tiny_model: Path) -> None:
+    result = run("plan", tiny_model, "--length", 64, "--json")
+    content = json.loads(result.stdout)
+    assert content["budget_bytes"] == content["stages"][0]["bytes"]
+    assert content["budget"] == "inference on the base"
+    assert isinstance(result.exception, EmlocError)  # a tiny model's tuning never fits: it is all logits
+    assert content["advice"]
+    assert not content["fits"]
+
+
+def test_a_table_for_a_person(tiny_model: Path) -> None:
+    shown = run("plan", tiny_model, "--length", 64, "--batch-size", 2, "--lora-rank", 4, "--memory", "4GiB").stdout
+    expected = ["2 rows x 64 tokens", "LoRA of rank 4 on down_proj", "with gradient checkpointing", "LoRA on the base",
+                "compress", "merge", "KV cache", "optimiser", "ratio 0.99", "3 x down_proj", "fits the budget"]  # fmt: skip
+    for text in expected:
+        assert text in shown
+    assert "offloading" not in shown
+
+
+def test_the_length_comes_from_the_rows(tiny_model: Path, rows_file: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    longest = max(len(tokenize(row, tokenizer).input_ids) for row in load_rows(str(rows_file)))
+    assert plan(tiny_model, "--data", rows_file, "--memory", "4GB")["workload"]["length"] == longest
+    assert plan(tiny_model, "--data", rows_file, "--length", 9, "--memory", "4GB")["workload"]["length"] == 9
+
+
+def test_a_config_is_enough(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "elsewhere.json"
+    file.write_bytes((tiny_model / "config.json").read_bytes())
+    alone = plan(file, "--memory", "4GB")
+    assert alone["stages"] == plan(tiny_model, "--memory", "4GB")["stages"]
+    assert alone["workload"]["length"] == 256  # the model takes no more
+
+
+def test_a_figure_is_drawn(tiny_model: Path, tmp_path: Path) -> None:
+    plan(tiny_model, "--memory", "4GB", "--figure", tmp_path / "figures" / "plan.png")
+    assert (tmp_path / "figures" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    plan(tiny_model, "--memory", "4GB", "--figure", tmp_path / "plan.svg")
+    text = (tmp_path / "plan.svg").read_text()
+    assert "<svg" in text
+
+
+def test_what_is_refused(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    assert "no size of memory" in refused("plan", tiny_model, "--memory", "plenty")
+    assert "There is no model at" in refused("plan", tmp_path / "nothing")
+    assert "has no config.json" in refused("plan", tmp_path)
+    assert "takes 256 tokens, not 257" in refused("plan", tiny_model, "--length", "257")
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    assert "needs the model's tokenizer" in refused("plan", tmp_path, "--data", rows_file)
+    message = refused("plan", tiny_model, "--memory", "1MB")
+    assert "No emulator's tuning fits 1 MB" in message
+    assert "4 bits (NF4)" in message
+
+
+@pytest.fixture(scope="module")
+def budget(tiny_model: Path, rows_file: Path) -> str:
+    """What tuning the emulator of ratio 0.35 needs with four of these rows."""
+    known = plan(tiny_model, "--data", rows_file, "--batch-size", 4, "--ratio", 0.35)
+    return str({stage["stage"]: stage["bytes"] for stage in known["stages"]}["LoRA on the emulator"])
+
+
+def test_compress_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Path, budget: str) -> None:
+    expected = plan(tiny_model, "--data", rows_file, "--batch-size", 4, "--memory", budget)["ratio"]
+    common = [
+        "compress",
+        tiny_model,
+        "--data",
+        rows_file,
+        "--samples",
+        4,
+        "--selection",
+        2,
+        "-o",
+        tmp_path / "emulator",
+    ]
+    result = run(*common, "--memory", budget, "--batch-size", 4)
+    assert result.exception is None, result.exception
+    assert f"ratio {expected:g}: tuning with 4 rows" in result.stderr
+    manifest = read_json(output / "emloc.json")
+    assert manifest["request"]["settings"]["ratio"] == expected
+    again = run(*common, "--ratio", expected)  # the same request: finished already
+    assert again.exception is None, again.exception
+    assert read_json(output / "emloc.json") == manifest
+    assert "ratio" in refused(*common, "--ratio", 0.5)  # another request
+
+
+def test_compress_refuses(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    common = ["compress", tiny_model, "--data", rows_file, "-o", tmp_path / "emulator"]
+    assert "both say how large" in refused(*common, "--memory", "1GB", "--ratio", 0.5)
+    assert "no size of memory" in refused(*common, "--memory", "much")
+    assert "which is not given" in refused(*common, "--batch-size", 2)
+    assert "No emulator's tuning fits" in refused(*common, "--memory", "1MB")
+    assert not (tmp_path / "emulator").exists()
