@@ -54,7 +54,8 @@ def test_without_a_budget_it_is_inference(tiny_model: Path) -> None:
 def test_a_table_for_a_person(tiny_model: Path) -> None:
     shown = run("plan", tiny_model, "--length", 64, "--batch-size", 2, "--lora-rank", 4, "--memory", "4GiB").stdout
     expected = ["2 rows x 64 tokens", "LoRA of rank 4 on down_proj", "with gradient checkpointing", "LoRA on the base",
-                "compress", "merge", "KV cache", "optimiser", "ratio 0.99", "3 x down_proj", "fits the budget"]  # fmt: skip
+                "compress", "merge", "KV cache", "optimiser", "ratio 0.99", "3 x down_proj",
+                "fits the budget"]  # fmt: skip
     for text in expected:
         assert text in shown
     assert "offloading" not in shown
@@ -104,18 +105,8 @@ def budget(tiny_model: Path, rows_file: Path) -> str:
 
 def test_compress_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Path, budget: str) -> None:
     expected = plan(tiny_model, "--data", rows_file, "--batch-size", 4, "--memory", budget)["ratio"]
-    common = [
-        "compress",
-        tiny_model,
-        "--data",
-        rows_file,
-        "--samples",
-        4,
-        "--selection",
-        2,
-        "-o",
-        tmp_path / "emulator",
-    ]
+    output = tmp_path / "emulator"
+    common = ["compress", tiny_model, "--data", rows_file, "--samples", 4, "--selection", 2, "-o", output]
     result = run(*common, "--memory", budget, "--batch-size", 4)
     assert result.exception is None, result.exception
     assert f"ratio {expected:g}: tuning with 4 rows" in result.stderr

@@ -78,6 +78,17 @@ def command(
     announce("compress", directory, lines, to_json=as_json)
 
 
+def _budget(memory: str | None, batch_size: int | None) -> tuple[int | None, int | None]:
+    """Return the budget in bytes and the batch that is to fit it; refuse options that contradict each other."""
+    if memory is None:
+        if batch_size is not None:
+            raise EmlocError("--batch-size says what is to fit --memory, which is not given.", "Give both or neither.")
+        return None, None
+    if click.get_current_context().get_parameter_source("ratio") is not ParameterSource.DEFAULT:
+        raise EmlocError("--ratio and --memory both say how large the emulator is.", "Give one of them.")
+    return parse_bytes(memory), batch_size
+
+
 def _ratio(base: Path, budget: int, batch_size: int | None, data: str, split: str, settings: CompressSettings) -> float:
     """Return the largest ratio whose tuning fits, and say it on stderr."""
     from emloc_core.budget import require_fit
