@@ -1,109 +1,204 @@
-"""Peak memory of each stage on SmolLM2-135M in fp32, beside that of loading the model whole.
+"""Memory as it was predicted, beside the peak that was measured: each case in a process of its own, on this CPU.
 
-Every measurement is a process of its own. `make bench` prints the table and writes it to benchmarks/results/.
+The predictions come from the config alone (`emloc plan`). Tuning is the toolkit's own stage 2 for two steps; inference
+is transformers' `generate`. Weights are random where nothing but their size matters. `python benchmarks/memory.py`
+prints the table and writes it to benchmarks/results/.
 """
 
 import json
-import os
-import platform
-import subprocess
+import random
 import sys
 import tempfile
-import textwrap
 from pathlib import Path
+from typing import Any
 
-from emloc_core.output import versions
+from harness import goal, in_process, markdown, resident_bytes, write_results
 
-RESULTS = Path(__file__).parent / "results"
+VOCABULARY = 49152  # SmolLM2's: its tokenizer serves all of them
+SHAPES = {
+    "Llama 0.5B": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+                   "num_key_value_heads": 4},
+    "Llama 1.2B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+                   "num_key_value_heads": 4},
+}  # fmt: skip
+SMOL, HALF, ONE = "SmolLM2-135M", *SHAPES
+STEPS = 2
 
-#: Run in a process of its own: prints the peak after the imports, and the peak after the work.
-MEASURE = """
-    import json, sys
-    from pathlib import Path
-    import torch, transformers
-    import emloc_core.emulator, emloc_core.transfer, emloc_core.merge
-    from emloc_core.adapter import Adapter
-    from emloc_core.checkpoint import Checkpoint
-    from emloc_core.data import load_rows
-    from emloc_core.meter import Meter, peak_rss_bytes
-    from emloc_core.settings import CompressSettings, CorrectSettings
+#: Model, stage, ratio (None: the base; "plan": what the plan chooses), batch, length, gradient checkpointing.
+CASES = [
+    (ONE, "inference", None, 2, 256, True),
+    (ONE, "tuning", "plan", 2, 256, True),
+    (ONE, "tuning", None, 1, 512, True),
+    (ONE, "inference", None, 4, 512, True),
+    (HALF, "inference", None, 4, 1024, True),
+    (HALF, "tuning", 0.5, 2, 512, True),
+    (HALF, "tuning", 0.5, 1, 512, False),
+    (SMOL, "tuning", None, 4, 512, True),
+    (SMOL, "tuning", 0.6, 4, 512, True),
+    (SMOL, "tuning", None, 2, 512, False),
+]
 
-    transformers.AutoModelForCausalLM  # the lazy import is part of the floor
-    from transformers.models.llama import modeling_llama
-    work, what, floor = Path(sys.argv[1]), sys.argv[2], peak_rss_bytes()
-    meter = Meter()
-    base = Checkpoint(work / "base")
-    if what == "load whole":
-        model = transformers.AutoModelForCausalLM.from_pretrained(work / "base", dtype="auto")
-        sum(float(parameter.sum()) for parameter in model.parameters())  # touch every page
-    elif what == "compress":
-        rows = load_rows(str(work / "data" / "train.jsonl"))
-        emloc_core.emulator.Compression(base, rows, work / "emulator", CompressSettings()).run()
-    elif what == "adapter":
-        from peft import LoraConfig, get_peft_model
-        import emloc_core.lowrank
-        model = transformers.AutoModelForCausalLM.from_pretrained(work / "emulator", dtype="auto")
-        peft_model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-        for name, parameter in peft_model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=1e-3)
-        peft_model.save_pretrained(work / "adapter")
-    elif what.startswith("correct"):
-        clamp = "auto" if what.endswith("auto") else 3
-        output = work / what.replace(" ", "-")
-        settings = CorrectSettings(clamp=clamp)
-        emloc_core.transfer.Transfer(Adapter(work / "adapter"), base, output, settings).run()
+
+def write_models(place: str) -> dict[str, Any]:
+    """Write the bases, and rows of which three in four are cut at the maximum length."""
+    import torch
+    from emloc_demo.model import write_base
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    work = Path(place)
+    write_base(work / SMOL)
+    tokenizer = AutoTokenizer.from_pretrained(work / SMOL)
+    for name, shape in SHAPES.items():
+        config = AutoConfig.for_model("llama", vocab_size=VOCABULARY, max_position_embeddings=2048, bos_token_id=1,
+                                      eos_token_id=2, pad_token_id=2, tie_word_embeddings=False, **shape)  # fmt: skip
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(work / name)
+        tokenizer.save_pretrained(work / name)
+    draw = random.Random(0)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    with (work / "rows.jsonl").open("w") as file:
+        for row in range(64):
+            text = " ".join(draw.choice(words) for _ in range(2200 if row % 4 else 200))
+            file.write(json.dumps({"text": f"{text} {row}"}) + "\n")
+    return {}
+
+
+def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
+    """Write an emulator whose factors are random: what it is worth does not matter, what it weighs does."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from emloc_core.lowrank import FORMAT_VERSION, METHOD, replace_linears
+    from emloc_core.output import read_json, write_json
+    from emloc_core.plan import make_plan
+    from emloc_core.plugins import plugin_manager
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    ranks = make_plan(model, plugin_manager().family_for("llama"), ratio).ranks
+    replace_linears(model, ranks)
+    for path in ranks:
+        for parameter in (model.get_submodule(path).weight, model.get_submodule(path).V):
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(base).save_pretrained(target)
+    quantisation = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "ranks": ranks}
+    config = Path(target) / "config.json"
+    write_json(config, {**read_json(config), "quantization_config": quantisation})
+    return {}
+
+
+def predict(base: str, stage: str, ratio: Any, batch: int, length: int, checkpointing: bool) -> dict[str, Any]:
+    """Return the predicted bytes above the imports, and the ratio that was planned."""
+    from emloc_core.budget import largest_ratio
+    from emloc_core.memory import IMPORTS, MemoryModel, Workload
+    from emloc_core.training import TrainSettings
+
+    train = TrainSettings(batch_size=batch, gradient_checkpointing=checkpointing)
+    model = MemoryModel(Path(base) / "config.json", Workload(batch, length, 0, train, "cpu"))
+    if ratio == "plan":
+        fit = largest_ratio(model, model.inference().total)
+        if fit is None:
+            sys.exit(f"No emulator of {base} can be tuned in the memory of inference at {batch} x {length}.")
+        need, ratio = fit.need, fit.ratio
+    elif stage == "inference":
+        need = model.inference()
     else:
-        emloc_core.merge.Merge(Adapter(work / "correct-3"), base, work / "merged").run()
-    print(json.dumps({"floor_bytes": floor, **meter.read()}))
-"""
+        need = model.tuning(model.plan(ratio) if ratio else None)
+    return {"bytes": need.total - IMPORTS["cpu"], "ratio": ratio, "terms": dict(need.terms)}
 
 
-def measure(work: Path, what: str) -> dict:
-    script = textwrap.dedent(MEASURE)
-    done = subprocess.run([sys.executable, "-c", script, str(work), what], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{what} failed:\n{done.stderr}")
-    reading = json.loads(done.stdout.splitlines()[-1])
-    above = reading["peak_rss_bytes"] - reading["floor_bytes"]
-    return {"what": what, **reading, "above_imports_bytes": above}
+def infer(base: str, batch: int, length: int) -> dict[str, Any]:
+    """Read prompts of unlike length and write one token."""
+    import torch
+    import transformers
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    import emloc_core.finetune  # noqa: F401 - the same imports as for tuning
+
+    floor = resident_bytes()
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    ids = torch.randint(5, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, : length // 2] = 0
+    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, min_new_tokens=1)
+    return {"floor_bytes": floor}
 
 
-def machine() -> dict:
-    return {"cpus": os.cpu_count(), "system": platform.system(), "machine": platform.machine(), "gpu": None}
+def tune(model: str, rows: str, output: str, batch: int, length: int, checkpointing: bool) -> dict[str, Any]:
+    """Take two steps of stage 2: the second has the optimiser's states."""
+    from contextlib import redirect_stdout
+
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from emloc_core.finetune import finetune
+    from emloc_core.training import TrainSettings
+
+    floor = resident_bytes()
+    settings = TrainSettings(steps=STEPS, batch_size=batch, max_length=length, gradient_checkpointing=checkpointing)
+    with redirect_stdout(sys.stderr):
+        finetune(Path(model), rows, Path(output), settings)
+    return {"floor_bytes": floor}
+
+
+def measure(work: Path, case: tuple[Any, ...]) -> dict[str, Any]:
+    name, stage, ratio, batch, length, checkpointing = case
+    base = work / name
+    predicted = in_process(predict, base, stage, ratio, batch, length, checkpointing)
+    model = base
+    if predicted["ratio"] is not None:
+        model = work / f"{name}-{predicted['ratio']}"
+        if not model.exists():
+            in_process(write_emulator, base, predicted["ratio"], model)
+    if stage == "inference":
+        reading = in_process(infer, base, batch, length)
+    else:
+        output = work / f"adapter-{CASES.index(case)}"
+        reading = in_process(tune, model, work / "rows.jsonl", output, batch, length, checkpointing)
+    measured = reading["peak_rss_bytes"] - reading["floor_bytes"]
+    where = "base" if predicted["ratio"] is None else "emulator"
+    return {
+        "model": name,
+        "stage": f"{'inference' if stage == 'inference' else 'LoRA'} on {where}",
+        "ratio": predicted["ratio"],
+        "ratio_chosen_by_plan": ratio == "plan",
+        "batch": batch,
+        "length": length,
+        "checkpointing": checkpointing if stage == "tuning" else None,
+        "floor_bytes": reading["floor_bytes"],
+        "predicted_bytes": predicted["bytes"],
+        "predicted_terms": predicted["terms"],
+        "measured_bytes": measured,
+        "error": round(predicted["bytes"] / measured - 1, 4),
+    }
 
 
 def main() -> None:
-    from emloc_demo.data import write_data
-    from emloc_demo.model import write_base
-
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
-        write_base(work / "base")
-        write_data(work / "data")
-        rows = [measure(work, what) for what in ("load whole", "compress")]
-        measure(work, "adapter")
-        rows += [measure(work, what) for what in ("correct 3", "correct auto", "merge")]
-    whole = rows[0]["above_imports_bytes"]
-    for row in rows:
-        row["share_of_whole"] = round(row["above_imports_bytes"] / whole, 3)
+        in_process(write_models, work)
+        rows = [measure(work, case) for case in CASES]
+    worst = max(abs(row["error"]) for row in rows)
+    smallest = min(row["measured_bytes"] for row in rows)
+    inference, tuned = rows[0], rows[1]
+    share = tuned["measured_bytes"] / inference["measured_bytes"]
     goals = [
-        {"name": f"{row['what']}: peak above imports below that of loading the model whole", "goal": 1.0,
-         "value": row["share_of_whole"], "met": row["share_of_whole"] < 1}
-        for row in rows[1:]
-    ]  # fmt: skip
-    result = {"command": "make bench", "machine": machine(), "versions": versions(), "rows": rows, "goals": goals}
-    header = "| SmolLM2-135M, fp32 | peak RSS, MB | above imports, MB | of loading whole | seconds |"
-    table = [header, "| --- | --- | --- | --- | --- |"]
-    table += [
-        f"| {row['what']} | {row['peak_rss_bytes'] / 1e6:.0f} | {row['above_imports_bytes'] / 1e6:.0f} "
-        f"| {row['share_of_whole']:.2f} | {row['seconds']:.1f} |"
-        for row in rows
+        goal("largest error of a prediction, of the peak above imports", 0.1, worst, worst <= 0.1),
+        goal("smallest measured peak above imports, bytes", 10**9, smallest, smallest >= 10**9),
+        goal("number of cases", 8, len(rows), len(rows) >= 8),
+        goal(
+            f"tuning the emulator of {tuned['model']} at the plan's ratio of {tuned['ratio']}, of base inference",
+            1.0,
+            round(share, 3),
+            share <= 1,
+        ),
     ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "memory.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / "memory.md").write_text("\n".join(table) + "\n", encoding="utf-8")
-    print("\n".join(table))
+    header = ["model", "stage", "ratio", "batch", "length", "checkpointing", "predicted, MB", "measured, MB", "error"]
+    ticks = {True: "yes", False: "no", None: "-"}
+    cells = [
+        [row["model"], row["stage"], str(row["ratio"] or "-"), row["batch"], row["length"], ticks[row["checkpointing"]],
+         round(row["predicted_bytes"] / 1e6), round(row["measured_bytes"] / 1e6), f"{row['error']:+.1%}"]
+        for row in rows
+    ]  # fmt: skip
+    write_results("memory", "python benchmarks/memory.py", rows, goals, markdown(header, cells))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable
 
-from torch import nn
-
-from emloc_core.memory import IMPORTS, MemoryModel, Need
+from emloc_core.memory import IMPORTS, RUNTIME, MemoryModel, Need
 from emloc_core.plan import LinearPlan, Plan, block_paths
 
 #: Rows that calibration parks at every block by default (``emloc compress --samples``).
 SAMPLES = 64
-_MERGED_ROWS = 32 << 20  # bytes of a weight in fp32 that are merged at a time
+#: The stages' own imports, and pages of code that they touch.
+OVERHEAD = IMPORTS["cpu"] + RUNTIME["cpu"][0]
+_WIDENED = 16 << 20  # bytes of a weight that are corrected in fp32 at a time
+_MERGED = 2 << 20  # bytes of a weight that are merged at a time
 
 
 def compress(model: MemoryModel, plan: Plan) -> Need:
@@ -17,9 +18,9 @@ def compress(model: MemoryModel, plan: Plan) -> Need:
 
     - weights: the largest unit that is loaded at a time, in the model's dtype: a block, or all outside the blocks
       that one module holds (the embedding, the output projection).
-    - statistics: the Grams of the block's input groups and outputs, fp64, ``8 n^2`` each; and the largest
-      factorisation: ``8 (4 s^2 + 3 m n)`` bytes for the eigenvectors and LAPACK's workspace (``dsyevd``: ``2 s^2``),
-      and the weight, its image and the factors, with s the side of the Gram.
+    - statistics: the Grams of the block's input groups and outputs, fp32, ``4 s^2`` each, with s the side; and the
+      largest factorisation where it falls back to fp64: ``8 (4 s^2 + 3 m n)`` bytes for the Gram, the eigenvectors and
+      LAPACK's workspace (``dsyevd``: ``2 s^2``), and for the weight, its image and the factors.
     - activations: the hidden states of 64 samples at the workload's length, in the model's dtype.
     """
     weight = model.dtype.itemsize
@@ -32,7 +33,7 @@ def compress(model: MemoryModel, plan: Plan) -> Need:
         "weights": max(units) * weight,
         "statistics": statistics,
         "activations": SAMPLES * model.workload.length * hidden * weight,
-        "overhead": IMPORTS["cpu"],
+        "overhead": OVERHEAD,
     }
     return Need("compress", terms, "the largest block")
 
@@ -46,35 +47,30 @@ def _statistics(linears: Iterable[LinearPlan]) -> int:
         side = m if linear.tap == "output" else n
         sides[linear.path if linear.tap == "output" else linear.group] = side
         work = max(work, 8 * (4 * side**2 + 3 * m * n))
-    return work + sum(8 * side**2 for side in sides.values())
+    return work + sum(4 * side**2 for side in sides.values())
 
 
 def correct(model: MemoryModel, plan: Plan) -> Need:
-    """Return what stage 3 needs with a fixed clamp: one weight and its factors, and all of the LoRA.
+    """Return what stage 3 needs with a fixed clamp: one weight with its factors, and all of the LoRA.
 
-    The weight is read in the model's dtype and multiplied in fp32: ``m n (d + 4)`` bytes; the factors ``k (m + n)
-    (d + 4)``. The LoRA is there twice, as it was trained and as corrected, in fp32. ``--clamp auto`` streams a forward
-    pass besides and needs about what ``compress`` needs without its statistics.
+    They are read in the model's dtype, ``d (m n + k (m + n))`` bytes, and multiplied in fp32 some rows at a time. The
+    LoRA is there twice, as it was trained and as corrected, in fp32. ``--clamp auto`` streams a forward pass besides
+    and needs about what ``compress`` needs without its statistics.
     """
     sizes = [
         linear.out_features * linear.in_features + (linear.rank or 0) * (linear.out_features + linear.in_features)
         for linear in plan.linears
     ]
-    weights = max(sizes) * (model.dtype.itemsize + 4)
-    terms = {"weights": weights, "adapter": 2 * 4 * model.adapter_parameters(), "overhead": IMPORTS["cpu"]}
+    terms = {
+        "weights": max(sizes) * model.dtype.itemsize + _WIDENED,
+        "adapter": 2 * 4 * model.adapter_parameters(),
+        "overhead": OVERHEAD,
+    }
     return Need("correct", terms, "the largest Linear")
 
 
 def merge(model: MemoryModel) -> Need:
-    """Return what merging needs: one tensor of the base as it is on disk, and some rows of it in fp32.
-
-    The tensor's pages count while it is mapped; the rows are there as read, as the update, and as the sum.
-    """
-    largest: nn.Parameter = max(model.model.parameters(), key=lambda parameter: parameter.numel())
-    rows = min(_MERGED_ROWS, 4 * largest.numel())
-    terms = {
-        "weights": largest.numel() * model.dtype.itemsize + 3 * rows,
-        "adapter": 4 * model.adapter_parameters(),
-        "overhead": IMPORTS["cpu"],
-    }
-    return Need("merge", terms, "the largest tensor")
+    """Return what merging needs: some rows of a weight, as read, in fp32 and as merged, and all of the LoRA in fp32."""
+    rows = _MERGED * (2 + 4 // model.dtype.itemsize)
+    terms = {"weights": rows, "adapter": 4 * model.adapter_parameters(), "overhead": OVERHEAD}
+    return Need("merge", terms, "a weight's rows")

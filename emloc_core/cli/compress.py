@@ -84,7 +84,9 @@ def _budget(memory: str | None, batch_size: int | None) -> tuple[int | None, int
         if batch_size is not None:
             raise EmlocError("--batch-size says what is to fit --memory, which is not given.", "Give both or neither.")
         return None, None
-    if click.get_current_context().get_parameter_source("ratio") is not ParameterSource.DEFAULT:
+    context = click.get_current_context()
+    assert context is not None
+    if context.get_parameter_source("ratio") is not ParameterSource.DEFAULT:
         raise EmlocError("--ratio and --memory both say how large the emulator is.", "Give one of them.")
     return parse_bytes(memory), batch_size
 
