@@ -6,6 +6,7 @@ An allocator is a function ``f(shapes, ratio) -> ranks``, or, if it decides by w
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 
 #: Lowest and highest rank under ``global``, as multiples of the uniform one.
-BOUNDS = (0.75, 1.25)
-TINY = torch.finfo(torch.float64).tiny
+BOUNDS = (0.5, 2.0)
+TINY = sys.float_info.min
 
 #: (out_features, in_features) of a Linear, m x n.
 Shape = tuple[int, int]
@@ -28,11 +29,14 @@ class Spectrum:
         path: module path.
         block: path of the block that holds it.
         energies: energy of the outputs on the calibration rows along every direction, descending: (min(m, n),), fp64.
+        sensitivity: how much its error disturbs its block: the mean squared change of the block's output, relative to
+            each token's own length, for every unit of ``err(k)^2``; see :mod:`emloc_core.sensitivity`.
     """
 
     path: str
     block: str
     energies: torch.Tensor
+    sensitivity: float
 
 
 def largest_rank(out_features: int, in_features: int) -> int:
@@ -54,12 +58,14 @@ def uniform(shapes: Sequence[Shape], ratio: float) -> list[int]:
 
 
 def global_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spectrum]) -> list[int]:
-    """Return ranks that share one parameter budget, that of :func:`uniform`, by what a rank saves of the outputs.
+    """Return ranks that share one parameter budget, that of :func:`uniform`, by how much they disturb the blocks.
 
-    Minimises the sum over the Linears of ``err(k)^2``, the share of a Linear's output energy that is lost at rank k,
-    subject to ``sum k (m + n) <= budget``. Energies descend, so taking single ranks in the order of the relative
-    energy that they save a parameter is the Lagrangian optimum, short of less than one rank. Every Linear stays
-    within :data:`BOUNDS` of its uniform rank, and below dense.
+    Minimises the sum over the Linears of ``sensitivity * err(k)^2``, where ``err(k)^2`` is the share of a Linear's
+    output energy that is lost at rank k, subject to ``sum k (m + n) <= budget``. Energies descend, so that taking
+    single ranks in the order of what they save a parameter is the Lagrangian optimum, short of less than one rank.
+    Every Linear stays within :data:`BOUNDS` of its uniform rank, and below dense.
+
+    The energies alone (sensitivity 1) gain much less, and nothing at a ratio of 0.4; see ``docs/decisions.md``.
     """
     base = uniform(shapes, ratio)
     floors, caps = zip(
@@ -69,7 +75,7 @@ def global_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
         ),
         strict=True,
     )
-    gains = [spectrum.energies / spectrum.energies.sum().clamp(min=TINY) for spectrum in spectra]
+    gains = [each.energies * (each.sensitivity / max(float(each.energies.sum()), TINY)) for each in spectra]
     return spend(shapes, gains, floors, caps, sum(rank * sum(shape) for rank, shape in zip(base, shapes, strict=True)))
 
 

@@ -71,5 +71,5 @@ def cut_blocks(spectra: Spectra, files: EmulatorFiles, progress: Progress) -> No
     """Write every block's factors at the ranks of the emulator's plan; blocks that are there are left."""
     for index, block in enumerate(files.blocks):
         if not files.is_written(block):
-            files.write(block, {linear.path: spectra.cut(linear) for linear in files.plan.in_block(block)})
+            files.write(block, {linear.path: spectra.cut(linear) for linear in files.plan.in_block(block)}, {})
         progress(block, index + 1, len(files.blocks))

@@ -5,7 +5,8 @@ that the store holds already is only passed through, for the sake of the blocks 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from emloc_core.family import Family
 from emloc_core.plan import LinearPlan, Plan, block_paths
 from emloc_core.plugins import plugin_manager
 from emloc_core.propagation import Pairs, emulating, fit_block
+from emloc_core.sensitivity import Arguments, copied, sensitivities
 from emloc_core.skeleton import Skeleton
 from emloc_core.statistics import Gram, tapped
 from emloc_core.streaming import Forward, Stream
@@ -31,8 +33,11 @@ class Store(Protocol):
     def is_written(self, block: str) -> bool:
         """Say whether a block's factors are there."""
 
-    def write(self, block: str, factors: Mapping[str, Factors]) -> None:
-        """Keep the factors of a block's Linears, by module path; none for a block that no row passes through."""
+    def write(self, block: str, factors: Mapping[str, Factors], sensitivities: Mapping[str, float]) -> None:
+        """Keep the factors of a block's Linears, by module path; none for a block that no row passes through.
+
+        The sensitivities are there if they were asked for; see :mod:`emloc_core.sensitivity`.
+        """
 
 
 class ReadableStore(Store, Protocol):
@@ -70,13 +75,17 @@ class Decomposition:
         self.blocks = block_paths(skeleton.model, family)
         self.stream = Stream(skeleton, [tower.blocks for tower in family.towers])
 
-    def run(self, store: Store) -> None:
+    def run(self, store: Store, probes: int = 0) -> None:
         """Factorise on the base's own activations.
+
+        Args:
+            store: receives the factors.
+            probes: rows to measure sensitivities with; 0 measures none.
 
         Raises:
             EmlocError: a weight or an activation is NaN or Inf; the message names the layer, and the row.
         """
-        self._pass([self._forward(sample) for sample in self.samples], store, self._gather)
+        self._pass([self._forward(sample) for sample in self.samples], store, partial(self._gather, probes))
 
     def propagate(self, store: ReadableStore) -> None:
         """Factorise on what the emulator so far gives each Linear; see :mod:`emloc_core.propagation`.
@@ -95,7 +104,7 @@ class Decomposition:
         self.stream.run(forwards, visit, self.blocks[-1])
         for block in self.blocks:
             if not store.is_written(block):  # no row passed through it: a tower for images, and rows of text
-                store.write(block, {})
+                store.write(block, {}, {})
 
     def _forward(self, sample: Sample) -> Forward:
         def forward() -> None:
@@ -104,7 +113,7 @@ class Decomposition:
         return forward
 
     @contextmanager
-    def _gather(self, store: Store, block: str) -> Iterator[None]:
+    def _gather(self, probes: int, store: Store, block: str) -> Iterator[None]:
         """Factorise a block on the base's own activations, while the samples pass through it."""
         if store.is_written(block):
             yield
@@ -119,16 +128,17 @@ class Decomposition:
                 except EmlocError as error:
                     raise self._blame(error, path, self.stream.sample) from None
 
-            with tapped({path: self.skeleton.model.get_submodule(path) for path in tapping}, tapping, sink):
+            unit = self.skeleton.model.get_submodule(block)
+            modules = {path: self.skeleton.model.get_submodule(path) for path in tapping}
+            calls = [self._call(sample) for sample in self.stream.here[:probes]]
+            with tapped(modules, tapping, sink):
                 yield
-            store.write(
-                block,
-                {
-                    linear.path: self.factorize(self._weight(linear.path), grams[linear.path], linear.rank or 0)
-                    for linear in planned
-                    if grams[linear.path].tokens
-                },
-            )
+            factors = {
+                linear.path: self.factorize(self._weight(linear.path), grams[linear.path], linear.rank or 0)
+                for linear in planned
+                if grams[linear.path].tokens
+            }
+            store.write(block, factors, sensitivities(unit, calls, factors, self._answering) if calls else {})
         self._report(block)
 
     @contextmanager
@@ -139,10 +149,19 @@ class Decomposition:
         if not store.is_written(block):
             unit = self.skeleton.model.get_submodule(block)
             planned = self.plan.in_block(block)
-            store.write(block, fit_block(self.stream, unit, planned, rows, self.factorize, self._blame))
+            store.write(block, fit_block(self.stream, unit, planned, rows, self.factorize, self._blame), {})
         with emulating(self.stream, modules, store.read(block), rows):
             yield
         self._report(block)
+
+    def _call(self, sample: int) -> Arguments:
+        with self.stream.arguments(sample) as arguments:
+            return copied(arguments)
+
+    def _answering(self, path: str, pair: tuple[torch.Tensor, torch.Tensor]) -> AbstractContextManager[None]:
+        """Let one Linear answer by its factors, whatever passes through it."""
+        u, v = (factor.to(self._weight(path)) for factor in pair)
+        return emulating(self.stream, {path: self.skeleton.model.get_submodule(path)}, {path: (u, v)}, 0)
 
     def _weight(self, path: str) -> torch.Tensor:
         return self.skeleton.model.get_parameter(f"{path}.weight")

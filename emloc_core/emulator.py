@@ -23,6 +23,7 @@ from emloc_core.family import Family
 from emloc_core.output import Output
 from emloc_core.plan import Plan, allocated, block_paths, find_linears
 from emloc_core.plugins import plugin_manager
+from emloc_core.sensitivity import PROBES
 from emloc_core.settings import CompressSettings, CutSettings
 from emloc_core.skeleton import Skeleton
 from emloc_core.spectra import KIND, Spectra, SpectraFiles, at_largest_ranks
@@ -151,7 +152,7 @@ class Compression:
             with output.build() as staging:
                 plan = at_largest_ranks(find_linears(self.skeleton.model, self.family))
                 files = SpectraFiles(self.skeleton, self.blocks, staging)
-                self._decomposition(plan, progress).run(files)
+                self._decomposition(plan, progress).run(files, PROBES)
                 self._write_rows(staging)
                 output.result = {"family": self.family.name, **files.finish(plan, self._tokens)}
         return Spectra(output.path)

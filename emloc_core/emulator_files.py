@@ -45,7 +45,7 @@ class EmulatorFiles:
         """Say whether a block's shard is there."""
         return self._shard(block).exists()
 
-    def write(self, block: str, factors: Mapping[str, Factors]) -> None:
+    def write(self, block: str, factors: Mapping[str, Factors], _sensitivities: Mapping[str, float]) -> None:
         """Write the factors of a block's Linears, by module path, in the base's dtype, and the error of each."""
         tensors: dict[str, torch.Tensor] = {}
         for path, found in factors.items():

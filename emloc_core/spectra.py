@@ -25,7 +25,7 @@ from emloc_core.skeleton import Skeleton
 
 KIND = "spectra"
 _REMEDY = "Make the spectra again: emloc compress --keep-spectra."
-_PARTS = ("U", "V", "energies")
+_PARTS = ("U", "V", "energies", "sensitivity")
 
 
 def at_largest_ranks(plan: Plan) -> Plan:
@@ -51,12 +51,17 @@ class SpectraFiles:
         """Say whether a block's shard is there."""
         return _shard(self.staging, self.blocks, block).exists()
 
-    def write(self, block: str, factors: Mapping[str, Factors]) -> None:
-        """Write the factors of a block's Linears, by module path, in the base's dtype, and their energies in fp64."""
+    def write(self, block: str, factors: Mapping[str, Factors], sensitivities: Mapping[str, float]) -> None:
+        """Write a block's factors, by module path, in the base's dtype; energies and sensitivities in fp64."""
         tensors: dict[str, torch.Tensor] = {}
         for path, found in sorted(factors.items()):
             dtype = self.skeleton.model.get_parameter(f"{path}.weight").dtype
-            parts = (found.u.to("cpu", dtype), found.v.to("cpu", dtype), found.spectrum.to("cpu", torch.float64))
+            parts = (
+                found.u.to("cpu", dtype),
+                found.v.to("cpu", dtype),
+                found.spectrum.to("cpu", torch.float64),
+                torch.tensor([sensitivities[path]], dtype=torch.float64),
+            )
             tensors.update((f"{path}.{name}", part) for name, part in zip(_PARTS, parts, strict=True))
         write_shard(_shard(self.staging, self.blocks, block), tensors)
 
@@ -121,7 +126,7 @@ class Spectra:
 
     def _require(self, linear: LinearPlan) -> None:
         m, n, k = linear.out_features, linear.in_features, linear.rank or 0
-        for name, shape in zip(_PARTS, ((m, k), (k, n), (min(m, n),)), strict=True):
+        for name, shape in zip(_PARTS, ((m, k), (k, n), (min(m, n),), (1,)), strict=True):
             found = self._tensors.get(f"{linear.path}.{name}")
             if found is None or found.shape != shape:
                 raise EmlocError(
@@ -134,12 +139,12 @@ class Spectra:
         """Return what an allocator may know of a Linear.
 
         Raises:
-            EmlocError: the energies are NaN or Inf.
+            EmlocError: something of it is NaN or Inf.
         """
         with safe_open(str(self._shard_of(linear)), framework="pt") as file:
-            energies = file.get_tensor(f"{linear.path}.energies")
-        self._require_finite(linear, energies)
-        return Spectrum(linear.path, linear.block, energies)
+            energies, sensitivity = (file.get_tensor(f"{linear.path}.{part}") for part in _PARTS[2:])
+        self._require_finite(linear, energies, sensitivity)
+        return Spectrum(linear.path, linear.block, energies, float(sensitivity))
 
     def cut(self, linear: LinearPlan) -> Factors:
         """Return the factors of a Linear at its planned rank, at most the largest useful one.

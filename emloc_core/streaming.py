@@ -56,6 +56,7 @@ class Stream:
         sample: index of the sample that is running; hooks on the model's modules read it.
         waiting: index of every sample that waits at a unit -> the arguments that it called the unit with; use
             :meth:`arguments`, since they may be parked.
+        here: indices of the samples that wait at the unit that is being visited.
     """
 
     def __init__(self, skeleton: Skeleton, block_lists: Sequence[str], parking: Parking | None = None) -> None:
@@ -64,6 +65,7 @@ class Stream:
         self.units = units(skeleton.model, block_lists)
         self.sample = -1
         self.waiting: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.here: list[int] = []
         owned = tuple(f"{unit}." for unit in self.units)
         self._resident = [name for name, _ in skeleton.model.named_parameters() if not name.startswith(owned)]
 
@@ -141,7 +143,7 @@ class Stream:
         while parked:
             # The earliest unit first, so that samples that lag behind (no image, say) catch up with the others.
             unit = min(parked, key=lambda name: order[name])
-            waiting = parked.pop(unit)
+            self.here = waiting = parked.pop(unit)
             self.skeleton.load(unit)
             for following in self.units[order[unit] + 1 : order[unit] + 2]:
                 self.skeleton.read_ahead(following)

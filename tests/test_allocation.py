@@ -22,7 +22,9 @@ def spectra_of(shapes, seed=0):
     for index, (m, n) in enumerate(shapes):
         decay = float(torch.rand((), generator=generator)) * 0.9 + 0.1
         energies = decay ** torch.arange(min(m, n), dtype=torch.float64) * 10.0 ** (index % 7)
-        found.append(Spectrum(f"l{index}", "b", torch.zeros_like(energies) if index % 5 == 4 else energies))
+        found.append(
+            Spectrum(f"l{index}", "b", torch.zeros_like(energies) if index % 5 == 4 else energies, 0.1 + index % 3)
+        )
     return found
 
 
@@ -72,14 +74,23 @@ def test_spending_is_optimal_where_all_ranks_cost_the_same(caps, seed):
 def test_ranks_go_where_they_save_more_a_parameter():
     steep, flat = torch.tensor([100.0] + [1e-6] * 31).double(), torch.ones(32, dtype=torch.float64)
     shapes = [(32, 32), (32, 32)]
-    first, second = global_budget(shapes, 0.6, [Spectrum("a", "b", steep), Spectrum("b", "b", flat)])
+    first, second = global_budget(shapes, 0.6, [Spectrum("a", "b", steep, 1.0), Spectrum("b", "b", flat, 1.0)])
+    assert first < uniform(shapes, 0.6)[0] < second
+
+
+def test_ranks_go_where_an_error_disturbs_more():
+    energies, shapes = torch.linspace(1, 0.1, 32, dtype=torch.float64), [(32, 32), (32, 32)]
+    first, second = global_budget(shapes, 0.6, [Spectrum("a", "b", energies, 1.0), Spectrum("b", "b", energies, 3.0)])
     assert first < uniform(shapes, 0.6)[0] < second
 
 
 def test_scale_of_the_activations_does_not_matter():
     shapes = [(32, 48), (48, 32), (32, 32)]
     found = spectra_of(shapes)
-    scaled = [Spectrum(each.path, each.block, each.energies * 8.0**index) for index, each in enumerate(found)]
+    scaled = [
+        Spectrum(each.path, each.block, each.energies * 8.0**index, each.sensitivity)
+        for index, each in enumerate(found)
+    ]
     assert global_budget(shapes, 0.6, found) == global_budget(shapes, 0.6, scaled)
 
 
@@ -98,7 +109,7 @@ def test_an_allocator_gets_spectra_only_if_it_has_a_parameter_for_them():
         return uniform(shapes, ratio)
 
     def spectrum(linear):
-        return Spectrum(linear.path, linear.block, torch.ones(16))
+        return Spectrum(linear.path, linear.block, torch.ones(16), 1.0)
 
     assert (wants_spectra(two), wants_spectra(three)) == (False, True)
     assert allocated(plan, 0.5, two, spectrum).ranks == allocated(plan, 0.5, three, spectrum).ranks

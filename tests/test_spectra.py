@@ -256,6 +256,7 @@ def drop(spectra):
         (drop, r"lacks V of model\.layers\.1\.mlp\.up_proj"),
         (spoil("U"), r"spectra of model\.layers\.1\.mlp\.up_proj .* NaN"),
         (spoil("V"), r"spectra of model\.layers\.1\.mlp\.up_proj .* NaN"),
+        (spoil("sensitivity"), r"spectra of model\.layers\.1\.mlp\.up_proj .* NaN"),
         (spoil("energies"), r"spectra of model\.layers\.1\.mlp\.up_proj .* NaN"),
     ],
 )
