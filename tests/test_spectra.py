@@ -27,6 +27,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.output import read_manifest
 from emloc_core.plugins import plugin_manager
+from emloc_core.sensitivity import PROBES
 from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings
 from emloc_core.spectra import Spectra
 from emloc_core.transfer import Transfer
@@ -104,6 +105,33 @@ def test_spectra_hold_the_largest_useful_factors_and_all_energies(kept):
         assert k == v.shape[0] == rank == largest_rank(m, n)
         assert (energies.dtype, len(energies)) == (torch.float64, min(m, n))
         assert bool((energies.diff() <= 0).all())
+
+
+def test_sensitivities_are_those_of_the_whole_model(tiny_model, rows_file, kept):
+    samples = compression(tiny_model, rows_file, kept[0]).samples[:PROBES]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
+    block, tensors = model.model.layers[1], load_file(kept[1] / SHARD)
+
+    def behind():
+        """Hidden states behind the block, of all tokens: the blocks before it are as in the base."""
+        states = []
+        handle = block.register_forward_hook(lambda *call: states.append(call[-1][0].reshape(-1, 32)))
+        for sample in samples:
+            model(**sample.inputs("cpu"))
+        handle.remove()
+        return torch.cat(states)
+
+    with torch.no_grad():
+        before = behind()
+        for name in ("self_attn.v_proj", "self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
+            path, linear = f"model.layers.1.{name}", block.get_submodule(name)
+            u, v, energies, sensitivity = (tensors[f"{path}.{p}"] for p in ("U", "V", "energies", "sensitivity"))
+            rank, weight = uniform([tuple(linear.weight.shape)], 0.5)[0], linear.weight.clone()
+            linear.weight.copy_(u[:, :rank] @ v[:rank])
+            change = ((behind() - before).norm(dim=1) / before.norm(dim=1)).square().mean()
+            linear.weight.copy_(weight)
+            error = float(energies[rank:].sum() / energies.sum())
+            assert float(sensitivity) == pytest.approx(float(change) / error, rel=1e-3), path
 
 
 def test_a_lora_tuned_on_a_cut_emulator_is_carried_over(tiny_model, kept, tmp_path):
