@@ -136,7 +136,7 @@ class Adapter:
                     f"{self.directory / WEIGHTS} holds {key}, which is no part of a LoRA on a Linear.",
                     "Train an ordinary LoRA on Linears only.",
                 )
-            if not bool(torch.isfinite(tensor).all()):
+            if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):  # NaN and Inf survive a sum
                 raise EmlocError(f"{key} in {self.directory} holds NaN or Inf.", "Train again, with a lower rate.")
             parts.setdefault(path, {})[rest[0]] = tensor
         if incomplete := [path for path, pair in parts.items() if len(pair) != 2]:

@@ -14,6 +14,7 @@ from emloc_core.lora import Lora
 #: Limits the correction of each direction to this many times the LoRA's own weight there. 0: not corrected;
 #: None: not limited.
 Clamp = float | None
+_WIDENED = 4 << 20  # numbers of a weight that are in fp32 at a time
 
 
 def correct_lora(
@@ -38,7 +39,7 @@ def correct_lora(
     dtype = torch.promote_types(lora.a.dtype, torch.float32)
     q, d, zh = torch.linalg.svd(lora.a.T.to(dtype), full_matrices=False)
     b0 = (lora.b.to(dtype) @ zh.T) * d
-    error = (weight.to(dtype) @ q - u.to(dtype) @ (v.to(dtype) @ q)) / lora.scale
+    error = (_times(weight, q) - _times(u, _times(v, q))) / lora.scale
     a = q.T.contiguous().to(lora.a.dtype)
     corrected = []
     for clamp in clamps:
@@ -48,6 +49,12 @@ def correct_lora(
         b = b0 - error * column_scales(b0, error, clamp)
         corrected.append(Lora(a, b.to(lora.b.dtype), lora.scale))
     return corrected
+
+
+def _times(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return the product in the columns' dtype; a half-precision matrix is widened some rows at a time."""
+    rows = max(1, _WIDENED // matrix.shape[1])
+    return torch.cat([part.to(columns.dtype) @ columns for part in matrix.split(rows)])
 
 
 def column_scales(b0: torch.Tensor, error: torch.Tensor, clamp: Clamp) -> torch.Tensor:

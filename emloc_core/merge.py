@@ -4,6 +4,7 @@ Every tensor keeps the key and the place that it has in the base, and those with
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from emloc_core.plugins import plugin_manager
 from emloc_core.shards import DTYPES, ShardWriter, TensorInfo, read_header, row_chunks, tensor_bytes
 from emloc_core.skeleton import Skeleton
 
+_AT_ONCE = 3  # shards
 _ROWS_BYTES = 2 << 20  # of a weight that are merged at a time: few enough to stay in the processor's cache
 
 
@@ -88,23 +90,33 @@ class Merge:
         if self.output.is_finished():
             return self.output.path
         with self.output.build() as staging:
-            shards = self.base.shards
-            for index, shard in enumerate(shards):
-                if not (staging / shard.name).exists():
-                    self._write_shard(shard, staging / shard.name, last=index == len(shards) - 1)
-                progress(shard.name, index + 1, len(shards))
+            self._write_shards(staging, progress)
             self._write_side_files(staging)
             self.output.result = {
                 "merged_linears": len(self.loras) + len(self.untied),
                 "untied": sorted(self.untied),
-                "bytes": sum((staging / shard.name).stat().st_size for shard in shards),
+                "bytes": sum((staging / shard.name).stat().st_size for shard in self.base.shards),
             }
         return self.output.path
 
-    def _write_shard(self, source: Path, target: Path, *, last: bool) -> None:
+    def _write_shards(self, staging: Path, progress: Callable[[str, int, int], None]) -> None:
+        """Write a few shards side by side: one waits for the disk while another is computed or copied."""
+        shards = self.base.shards
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            missing = [shard for shard in shards if not (staging / shard.name).exists()]
+            writing = {pool.submit(self._write_shard, shard, staging / shard.name): shard for shard in missing}
+            try:
+                for done, future in enumerate(as_completed(writing), len(shards) - len(missing) + 1):
+                    future.result()
+                    progress(writing[future].name, done, len(shards))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # those that are being written are finished first
+                raise
+
+    def _write_shard(self, source: Path, target: Path) -> None:
         tensors, metadata = read_header(source)
         layout = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-        extra = self.untied if last else {}
+        extra = self.untied if source == self.base.shards[-1] else {}
         for key, (tied_to, _) in extra.items():
             layout[key] = (self.base.tensors[tied_to].dtype, self.base.tensors[tied_to].shape)
         with ShardWriter(target, layout, metadata) as writer:
