@@ -62,12 +62,11 @@ class Compression:
         self.skeleton = Skeleton(base, self.family, device)
         self.allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
         self.factorize = plugin_manager().algorithm("factorizers", settings.factorizer)
-        if settings.calibration == "propagated" and (spectra or wants_spectra(self.allocate)):
-            wish = "Spectra can be kept" if spectra else f"The allocator {settings.allocator!r} works"
+        if spectra and settings.calibration == "propagated":
             raise EmlocError(
-                f"{wish} for calibration on the base's own activations only: propagated factors depend on the ranks of "
-                "the layers before them, so that other ranks need another run.",
-                "Use --calibration base, or leave out --keep-spectra and use --allocator uniform.",
+                "Spectra can be kept for calibration on the base's own activations only: propagated factors depend on "
+                "the ranks of the layers before them, so that other ranks need another run.",
+                "Use --calibration base, or leave out --keep-spectra.",
             )
         found = find_linears(self.skeleton.model, self.family)
         self.blocks = block_paths(self.skeleton.model, self.family)
@@ -123,29 +122,26 @@ class Compression:
         if self.output.is_finished():
             return self.output.path
         with self.output.build() as staging:
-            if self.ranks_by_spectra:
-                files = self._cut(staging, progress)
+            spectra = (
+                self._decompose(self._spectra_output(staging / "spectra"), progress) if self.ranks_by_spectra else None
+            )
+            plan = self._allocated(spectra) if spectra else self.plan
+            files = EmulatorFiles(self.skeleton, plan, self.blocks, staging)
+            if self.settings.calibration == "propagated":
+                self._decomposition(plan, progress).propagate(files)
+            elif spectra:
+                cut_blocks(spectra, files, progress)
             else:
-                files = EmulatorFiles(self.skeleton, self.plan, self.blocks, staging)
-                job = self._decomposition(self.plan, progress)
-                if self.settings.calibration == "propagated":
-                    job.propagate(files)
-                else:
-                    job.run(files)
+                self._decomposition(plan, progress).run(files)
+            if spectra:
+                shutil.rmtree(spectra.directory)
             self._write_rows(staging)
             self.output.result = {"family": self.family.name, **files.finish(self._tokens)}
         return self.output.path
 
-    def _cut(self, staging: Path, progress: Progress) -> EmulatorFiles:
-        """Decompose beside the emulator's files, give out the ranks, and cut."""
-        temporary = self._spectra_output(staging / "spectra")
-        spectra = self._decompose(temporary, progress)
+    def _allocated(self, spectra: Spectra) -> Plan:
         found = spectra.reached(find_linears(self.skeleton.model, self.family))
-        plan = allocated(found, self.settings.ratio, self.allocate, spectra.spectrum)
-        files = EmulatorFiles(self.skeleton, plan, self.blocks, staging)
-        cut_blocks(spectra, files, progress)
-        shutil.rmtree(temporary.path)
-        return files
+        return allocated(found, self.settings.ratio, self.allocate, spectra.spectrum)
 
     def _decompose(self, output: Output, progress: Progress) -> Spectra:
         if not output.is_finished():

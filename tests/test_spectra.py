@@ -236,12 +236,24 @@ def test_a_plugins_allocator_may_want_spectra(tiny_model, rows_file, tmp_path, m
     assert read_manifest(emulator)["result"]["linears"][0]["rank"] == 4
 
 
-@pytest.mark.parametrize("options", [{"spectra": True}, {"allocator": "global"}])
-def test_propagated_calibration_is_refused_with_the_reason(tiny_model, rows_file, tmp_path, options):
-    spectra = tmp_path / "spectra" if options.pop("spectra", False) else None
+def test_spectra_are_not_kept_of_propagated_calibration(tiny_model, rows_file, tmp_path):
     with pytest.raises(EmlocError, match="depend on the ranks of the layers before them"):
-        compression(tiny_model, rows_file, tmp_path / "out", spectra, calibration="propagated", **options)
+        compression(tiny_model, rows_file, tmp_path / "out", tmp_path / "spectra", calibration="propagated")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_ranks_by_spectra_serve_propagated_calibration(tiny_model, rows_file, kept, tmp_path, step):
+    changes = {"allocator": "global", "calibration": "propagated"}
+    emulator = compression(tiny_model, rows_file, tmp_path / "propagated", **changes).run()
+    plain = cut(kept[1], tiny_model, tmp_path / "plain", ratio=0.6, allocator="global").run()
+    expected, found = products(plain), products(emulator)
+    assert {path: rank for path, (rank, _) in found.items()} == {path: rank for path, (rank, _) in expected.items()}
+    last = "model.layers.2.mlp.down_proj"
+    assert (found[last][1] - expected[last][1]).norm() / expected[last][1].norm() > 1e-2
+    with pytest.raises(Stop):
+        compression(tiny_model, rows_file, tmp_path / "again", **changes).run(stopping_after(step))
+    assert contents(compression(tiny_model, rows_file, tmp_path / "again", **changes).run()) == contents(emulator)
 
 
 def test_spectra_of_another_base_are_refused(tiny_model, kept, tmp_path):
@@ -343,7 +355,10 @@ def pictures(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("changes", [{}, {"allocator": "global"}, {"calibration": "propagated"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"allocator": "global"}, {"calibration": "propagated"}, {"allocator": "global", "calibration": "propagated"}],
+)
 def test_a_tower_that_no_row_passes_through_stays_dense(pictures, rows_file, tmp_path, changes):
     emulator = compression(pictures, rows_file, tmp_path / "emulator", **changes).run()
     linears = read_manifest(emulator)["result"]["linears"]
