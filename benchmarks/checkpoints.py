@@ -93,7 +93,9 @@ def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoin
     request = {"base": base.fingerprint(directory.resolve().parent), "settings": settings}
     generator = torch.Generator().manual_seed(1)
     with Output(directory, "emulator", request).build() as staging:
-        with ShardWriter(staging / "model.safetensors", {key: ("BF16", shape) for key, shape in tensors.items()}) as file:
+        with ShardWriter(
+            staging / "model.safetensors", {key: ("BF16", shape) for key, shape in tensors.items()}
+        ) as file:
             for key, shape in tensors.items():
                 file.write(key, _values(shape, generator))
         write_json(staging / "config.json", {**base.config, "quantization_config": {"quant_method": "emloc"}})
