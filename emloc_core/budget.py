@@ -102,17 +102,18 @@ def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
     yield f"tuning the smallest emulator (ratio 0.01) needs {human_bytes(smallest)}"
     batch, length = workload.batch_size, workload.length
     shortest = max(64, model.least_length())
-    while batch > 1 or length > shortest:
+    found = False
+    while batch > 1 or (length > shortest and not found):
         batch, length = (batch // 2, length) if batch > 1 else (1, max(shortest, length // 2))
-        smaller = model.with_workload(replace(workload, batch_size=batch, length=length))
-        found = largest_ratio(smaller, budget)
-        if found:
-            yield f"batch {batch} x {length} tokens fits, with ratio {found.ratio:g} ({human_bytes(found.need.total)})"
-            return
-    yield f"no batch and no length fits: even 1 x {length} tokens needs more"
-    base = model.with_workload(replace(workload, batch_size=batch, length=length)).tuning()
+        fit = largest_ratio(model.with_workload(replace(workload, batch_size=batch, length=length)), budget)
+        if fit:
+            found = True
+            yield f"{batch} x {length} tokens fits with ratio {fit.ratio:g} ({human_bytes(fit.need.total)})"
+    if not found:
+        yield f"no batch and no length fits: even 1 x {length} tokens needs more"
+    base = model.with_workload(replace(workload, batch_size=1, length=length)).tuning()
     linears = model.plan(LARGEST).parameters()[0]
-    quantised = base.total - int(linears * (model.dtype.itemsize - _NF4))
-    verdict = "fits" if quantised <= budget else "does not fit either"
-    needed = human_bytes(quantised)
-    yield f"an ordinary LoRA on a base in 4 bits (NF4), 1 x {length} tokens, needs {needed} and {verdict}"
+    needed = base.total - int(linears * (model.dtype.itemsize - _NF4))
+    verdict = "fits" if needed <= budget else "does not fit"
+    quantised = "an ordinary LoRA on a base in 4 bits (NF4)"
+    yield f"{quantised} needs {human_bytes(needed)} for 1 x {length} tokens and {verdict}"

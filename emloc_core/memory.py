@@ -6,6 +6,7 @@ so few of them are traced, at two depths, and the peak of every phase is extende
 """
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -209,25 +210,28 @@ class MemoryModel:
         whole = {path: len(list(self.model.get_submodule(path).children())) for path in self.towers}
         alike = {path: self._are_alike(path, plan) for path in self.towers}
         few = {path: min(count, _TRACED) if alike[path] else count for path, count in whole.items()}
+        phases = self._follow(trace, few)
+        extended = {phase: Counter(peak) for phase, peak in phases.items()}
+        for path, count in whole.items():
+            if count == few[path]:
+                continue
+            deeper = self._follow(trace, {**few, path: few[path] + 1})
+            for phase, peak in phases.items():
+                for kind in peak.keys() | deeper[phase].keys():
+                    extended[phase][kind] += (count - few[path]) * (deeper[phase][kind] - peak[kind])
+        return extended
+
+    def _follow(self, trace: Callable[[Mapping[str, int]], Phases], depths: Mapping[str, int]) -> Phases:
         try:
-            phases = trace(few)
-            extended = {phase: Counter(peak) for phase, peak in phases.items()}
-            for path, count in whole.items():
-                if count == few[path]:
-                    continue
-                deeper = trace({**few, path: few[path] + 1})
-                for phase, peak in phases.items():
-                    for kind in peak.keys() | deeper[phase].keys():
-                        extended[phase][kind] += (count - few[path]) * (deeper[phase][kind] - peak[kind])
-        except EmlocError:
-            raise
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other of names to come
+                return trace(depths)
         except Exception as error:  # whatever the model's own code raises on tensors without contents
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise EmlocError(
                 f"A step of the model in {self.config_file} cannot be followed without weights ({reason}).",
                 "Its memory depends on what it computes; plan a dense model of about its size instead.",
             ) from error
-        return extended
 
     def _are_alike(self, path: str, plan: Plan | None) -> bool:
         ranks = {} if plan is None else plan.ranks

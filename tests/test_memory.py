@@ -84,6 +84,28 @@ def test_the_cache_of_keys_and_values_is_exact(tiny_model: Path) -> None:
     assert need.terms["kv_cache"] == 3 * 20 * layers * keys_and_values * heads * width * itemsize
 
 
+def test_the_ledger_follows_births_and_deaths() -> None:
+    with Ledger(widths=[50]) as ledger:
+        kept = torch.zeros(1000)
+        freed = torch.zeros(2000)
+        view = freed[:10]
+        del freed
+        torch.zeros(3000)  # 4000 + 8000 + 12000 bytes: the peak; the view keeps its storage
+        del view
+        ledger.phase = "later"
+        wide = torch.zeros(2, 50)
+        ledger.enter(kept, "weights")
+        kept.add_(1)
+        torch.zeros(10)
+    assert ledger.phases["forward"] == {"activations": 24_000}
+    assert ledger.phases["later"] == {"weights": 4000, "activations": 40, "logits": wide.nbytes}
+
+
+def test_logits_are_told_from_activations(tiny_model: Path) -> None:
+    terms = MemoryModel(tiny_model / "config.json", workload(batch=16, length=128)).tuning().terms
+    assert terms["logits"] > 16 * 128 * 128 * 4  # some tensors in fp32, as wide as the vocabulary
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("bf16", [True, False])
 def test_a_trace_equals_what_the_trainer_allocates(
@@ -152,10 +174,10 @@ def test_a_trace_equals_a_step_with_images(tmp_path: Path) -> None:
 def test_few_blocks_extended_equal_all_blocks(
     family: Family, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deep = {"num_hidden_layers": 7}
+    deep = {"num_hidden_layers": 6}
     if family is INTERNVL:
         deep = {part: {**family.tiny_config[part], "num_hidden_layers": count}
-                for part, count in (("vision_config", 6), ("text_config", 7))}  # fmt: skip
+                for part, count in (("vision_config", 5), ("text_config", 6))}  # fmt: skip
     file = write_config(tmp_path / "deep", family, "bfloat16", **deep)
     images = int(family.modality == "image-text")
     model = MemoryModel(file, workload(images=images, gradient_checkpointing=checkpointing))
@@ -165,12 +187,18 @@ def test_few_blocks_extended_equal_all_blocks(
     assert few == [model.inference(), model.tuning(), model.tuning(plan)]
 
 
-def test_blocks_of_unlike_ranks_are_traced_whole(tiny_model: Path) -> None:
-    model = MemoryModel(tiny_model / "config.json", workload())
+def test_a_model_of_images_is_planned_for_text_alone(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "internvl", INTERNVL)
+    with_images, text = (MemoryModel(file, workload(length=64, images=images)) for images in (1, 0))
+    assert text.tuning().total < with_images.tuning().total
+    assert text.tuning().terms["weights"] == with_images.tuning().terms["weights"] == text.parameters() * 4
+
+
+def test_blocks_of_unlike_ranks_are_traced_whole(tmp_path: Path) -> None:
+    model = MemoryModel(write_config(tmp_path / "deep", QWEN, num_hidden_layers=5), workload())
     plan = model.plan(0.5)
     unlike = plan.with_ranks({path: rank - index % 2 for index, (path, rank) in enumerate(plan.ranks.items())})
-    expected = model.parameters(unlike) * 4
-    assert model.tuning(unlike).terms["weights"] == expected
+    assert model.tuning(unlike).terms["weights"] == model.parameters(unlike) * 4
 
 
 def test_needs_grow_with_ratio_batch_and_length(tiny_model: Path) -> None:
@@ -200,7 +228,7 @@ def test_what_saves_memory_is_seen_to(tiny_model: Path) -> None:
 
 def test_the_chosen_ratio_fits_and_the_next_does_not(tiny_model: Path) -> None:
     model = MemoryModel(tiny_model / "config.json", workload())
-    for ratio in (0.13, 0.5, 0.77):
+    for ratio in (0.13, 0.77):
         budget = model.tuning(model.plan(ratio)).total
         fit = largest_ratio(model, budget)
         assert fit is not None
@@ -219,16 +247,19 @@ def test_the_ends_of_the_search(tiny_model: Path) -> None:
 
 
 def test_advice_is_computed(tiny_model: Path) -> None:
-    model = MemoryModel(tiny_model / "config.json", workload(8, 128))
+    model = MemoryModel(tiny_model / "config.json", workload(4, 128))
     smaller = model.with_workload(replace(model.workload, batch_size=2))
     budget = smaller.tuning(smaller.plan(0.5)).total
     lines = list(advice(model, budget))
     assert "ratio 0.01" in lines[0]
-    assert lines[1].startswith("batch 2 x 128 tokens fits")
+    assert lines[1].startswith(f"2 x 128 tokens fits with ratio {largest_ratio(smaller, budget).ratio:g}")
+    assert lines[2].startswith("1 x 128 tokens fits with ratio 0.99")
+    assert "4 bits" in lines[3]
+    shorter = model.with_workload(replace(model.workload, batch_size=1, length=64))
+    assert list(advice(model, shorter.tuning(shorter.plan(0.5)).total))[1].startswith("1 x 64 tokens fits")
     hopeless = list(advice(model, 1000))
     assert "no batch and no length fits" in hopeless[1]
-    assert "4 bits" in hopeless[2]
-    assert "does not fit either" in hopeless[2]
+    assert "does not fit" in hopeless[2]
 
 
 def test_the_headline_of_the_paper() -> None:
@@ -243,7 +274,8 @@ def test_the_headline_of_the_paper() -> None:
 
 
 def test_stages_that_stream_are_below_the_whole(tmp_path: Path) -> None:
-    file = write_config(tmp_path / "deep", QWEN, num_hidden_layers=64, vocab_size=512)
+    deep = {"num_hidden_layers": 64, "hidden_size": 512, "intermediate_size": 1024}
+    file = write_config(tmp_path / "deep", QWEN, **deep)
     model = MemoryModel(file, workload())
     plan = model.plan(0.5)
     for need in (streamed.compress(model, plan), streamed.correct(model, plan), streamed.merge(model)):
