@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from peft import get_peft_model
 from torch import nn
 
 from emloc_core.allocation import uniform
+from emloc_core.emulator_files import UNREACHED
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.lowrank import replace_linears
@@ -116,8 +118,18 @@ class MemoryModel:
         return dtype
 
     def plan(self, ratio: float) -> Plan:
-        """Return the ranks of the emulator at a ratio."""
-        return allocated(self.linears, ratio, uniform)
+        """Return the ranks of the emulator at a ratio. Towers that no row reaches stay dense, as in stage 1."""
+        plan = allocated(self.linears, ratio, uniform)
+        idle = [linear.path for linear in plan.linears if linear.path.startswith(self._idle_towers)]
+        return plan.dense(idle, UNREACHED) if idle else plan
+
+    @cached_property
+    def _idle_towers(self) -> tuple[str, ...]:
+        """Prefixes of the paths in towers that no row of the workload reaches: those for images, with text alone."""
+        if len(self.towers) == 1 or self.workload.images:
+            return ()
+        phases = self._follow(self._trace_inference, dict.fromkeys(self.towers, 1))
+        return tuple(f"{path}." for path, tower in self.towers.items() if f"{tower} forward" not in phases)
 
     def parameters(self, plan: Plan | None = None) -> int:
         """Return how many parameters the base has, or the emulator of a plan; tied ones once."""
@@ -150,11 +162,10 @@ class MemoryModel:
 
     def inference(self) -> Need:
         """Return what the base needs to read a prompt of the workload's size and write the first token."""
+        return self._need("inference on the base", self._extend(self._trace_inference, None))
 
-        def trace(depths: Mapping[str, int]) -> Phases:
-            return trace_inference(self._cut(depths), self.towers, self._inputs)
-
-        return self._need("inference on the base", self._extend(trace, None))
+    def _trace_inference(self, depths: Mapping[str, int]) -> Phases:
+        return trace_inference(self._cut(depths), self.towers, self._inputs)
 
     def tuning(self, plan: Plan | None = None) -> Need:
         """Return what a LoRA on the base needs, or on the emulator of a plan."""

@@ -34,7 +34,7 @@ def make_workload(
         train: the settings of stage 2; the batch size is taken from them.
         device: ``cuda`` or ``cpu``.
         length: tokens a row; with ``data``, where rows are cut. 1024 without either, or the model's limit.
-        images: images a row; by default 1 for an image-text model.
+        images: images a row; by default 1 for an image-text model, and none with ``data``, whose rows are text.
         data: rows, of which the longest says the length.
         split: of a data set of the hub.
 
@@ -49,7 +49,7 @@ def make_workload(
         raise EmlocError(f"The model takes {limit} tokens, not {length}.", f"Give a length of at most {limit}.")
     if images is None:
         model_type = str(read_object(config_file).get("model_type"))
-        images = int(plugin_manager().family_for(model_type).modality == "image-text")
+        images = int(data is None and plugin_manager().family_for(model_type).modality == "image-text")
     return Workload(train.batch_size, length or min(LENGTH, limit or LENGTH), images, train, device)  # type: ignore[arg-type]
 
 

@@ -192,6 +192,9 @@ def test_a_model_of_images_is_planned_for_text_alone(tmp_path: Path) -> None:
     with_images, text = (MemoryModel(file, workload(length=64, images=images)) for images in (1, 0))
     assert text.tuning().total < with_images.tuning().total
     assert text.tuning().terms["weights"] == with_images.tuning().terms["weights"] == text.parameters() * 4
+    dense = {linear.path for linear in text.plan(0.5).linears if linear.rank is None}
+    assert dense == {path for path in with_images.plan(0.5).ranks if "vision" in path}
+    assert text.tuning(text.plan(0.5)).terms["weights"] == text.parameters(text.plan(0.5)) * 4
 
 
 def test_blocks_of_unlike_ranks_are_traced_whole(tmp_path: Path) -> None:
