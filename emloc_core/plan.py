@@ -77,16 +77,18 @@ class Plan:
         )
 
     def lines(self) -> list[str]:
-        """Return a line for every kind of Linear: how many there are, their shape, their rank."""
-        kinds = Counter(
-            (linear.path.rpartition(".")[2], linear.out_features, linear.in_features, linear.rank)
-            for linear in self.linears
-        )
-        width = max((len(kind) for kind, *_ in kinds), default=0)
-        return [
-            f"{count:4d} x {kind:<{width}} {m} x {n} -> rank {rank or 'dense'}"
-            for (kind, m, n, rank), count in kinds.items()
-        ]
+        """Return a line for every kind of Linear: how many there are, their shape, their ranks."""
+        kinds: dict[tuple[str, int, int, bool], list[int]] = defaultdict(list)
+        for linear in self.linears:
+            name = linear.path.rpartition(".")[2]
+            kinds[name, linear.out_features, linear.in_features, linear.rank is None].append(linear.rank or 0)
+        width = max((len(name) for name, *_ in kinds), default=0)
+        found = []
+        for (name, m, n, dense), ranks in kinds.items():
+            least, most = min(ranks), max(ranks)
+            rank = "dense" if dense else f"{least}" if least == most else f"{least} to {most}"
+            found.append(f"{len(ranks):4d} x {name:<{width}} {m} x {n} -> rank {rank}")
+        return found
 
     def parameters(self) -> tuple[int, int]:
         """Return how many parameters the named Linears have before and after."""
