@@ -129,13 +129,13 @@ def tune(model: str, rows: str, output: str, batch: int, length: int, checkpoint
 
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from emloc_core.finetune import finetune
+    from emloc_core.finetune import FineTuning
     from emloc_core.training import TrainSettings
 
     floor = resident_bytes()
     settings = TrainSettings(steps=STEPS, batch_size=batch, max_length=length, gradient_checkpointing=checkpointing)
     with redirect_stdout(sys.stderr):
-        finetune(Path(model), rows, Path(output), settings)
+        FineTuning(Path(model), rows, Path(output), settings).run()
     return {"floor_bytes": floor}
 
 

@@ -235,18 +235,6 @@ class FineTuning:
         shutil.rmtree(checkpoints)
 
 
-def finetune(
-    model: Path,
-    data: str,
-    output: Path,
-    settings: TrainSettings,
-    exclude: Sequence[Path] = (),
-    split: str = "train",
-) -> Path:
-    """Train a LoRA; see :class:`FineTuning`. Return the adapter's directory."""
-    return FineTuning(model, data, output, settings, exclude, split).run()
-
-
 class _Trainer(SFTTrainer):
     @property
     def lora(self) -> PeftModel:

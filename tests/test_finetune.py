@@ -23,7 +23,7 @@ from emloc_core.calibration import encode
 from emloc_core.cli.train import command
 from emloc_core.data import load_rows
 from emloc_core.errors import EmlocError
-from emloc_core.finetune import FineTuning, finetune
+from emloc_core.finetune import FineTuning
 from emloc_core.output import read_manifest
 from emloc_core.resume import newest_checkpoint, remove_incomplete
 from emloc_core.training import TrainSettings
@@ -34,6 +34,10 @@ LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v
 def settings(**changes) -> TrainSettings:
     fast = {"steps": 20, "learning_rate": 0.02, "bf16": False, "save_steps": 5, "logging_steps": 4}
     return TrainSettings(**{**fast, **changes})
+
+
+def finetune(*args, **options) -> Path:
+    return FineTuning(*args, **options).run()
 
 
 def completion_nll(model, tokenizer, rows) -> float:
@@ -196,7 +200,8 @@ KILLED = """
         )
     else:
         stage.FineTuning._write = lambda *a: kill()
-    stage.finetune(Path(model), data, Path(output), TrainSettings.model_validate_json(settings), [Path(test)])
+    chosen = TrainSettings.model_validate_json(settings)
+    stage.FineTuning(Path(model), data, Path(output), chosen, [Path(test)]).run()
 """
 
 

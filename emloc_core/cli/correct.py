@@ -6,15 +6,13 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import announce, as_json, describe, dry_run, progress
+from emloc_core.cli.options import adapter_on_base, options, validated
 from emloc_core.cli.options import device as device_option
-from emloc_core.cli.options import options, validated
 from emloc_core.settings import CorrectSettings
 
 
 @click.command("correct")
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--base", required=True, help="The model that the emulator was made from: directory or hub id.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the result.")
+@adapter_on_base("The model that the emulator was made from", "Directory of the result.")
 @options(CorrectSettings)
 @click.option("--emulator", type=click.Path(path_type=Path), help="Where the emulator is, if it was moved.")
 @click.option("--selection", type=click.Path(path_type=Path), help="Other rows for --clamp auto to compare on.")

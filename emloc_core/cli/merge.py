@@ -5,13 +5,12 @@ from pathlib import Path
 import rich_click as click
 
 from emloc_core.cli.console import announce, as_json, describe, dry_run, progress
+from emloc_core.cli.options import adapter_on_base
 from emloc_core.report import human_bytes
 
 
 @click.command("merge")
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--base", required=True, help="The model that the adapter is for: directory or hub id.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the checkpoint.")
+@adapter_on_base("The model that the adapter is for", "Directory of the checkpoint.")
 @click.option("--allow-uncorrected", is_flag=True, help="Merge an adapter as it was trained on an emulator.")
 @dry_run
 @as_json

@@ -1,6 +1,7 @@
 """Command line options from a model of settings: one option a field, with its default and its description."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -17,6 +18,23 @@ device = click.option(
     show_default=True,
     help="Where the work is done: cpu, cuda, cuda:1, or auto, the GPU where there is one.",
 )
+
+
+def adapter_on_base(base: str, output: str) -> Callable[..., Any]:
+    """Return a decorator that adds the ADAPTER, the ``--base`` that it is used on, and where the ``--output`` goes.
+
+    Args:
+        base: what the base is, for the help.
+        output: what the output is, for the help.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        path = click.Path(path_type=Path)
+        function = click.option("-o", "--output", type=path, required=True, help=output)(function)
+        function = click.option("--base", required=True, help=f"{base}: directory or hub id.")(function)
+        return click.argument("adapter", type=path)(function)
+
+    return decorate
 
 
 def options(
