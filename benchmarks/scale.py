@@ -1,0 +1,211 @@
+"""Memory and time of compress at the widths of Llama-3.2-1B and Llama-3.1-8B, with few blocks and random weights.
+
+Memory must not grow with the number of blocks. Time is split among the parts of the work by wrapping the functions
+that do them, and compared with what the arithmetic that a part needs (:func:`arithmetic`) would take at the speed of a
+plain matrix product. Calibration is the default one, on 64 rows of 128 tokens; the vocabulary is the whole one.
+"""
+
+import random
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness import goal, in_process, markdown, write_results
+
+LENGTH, WORDS = 128, 1000
+CASES = [("1B", 2), ("1B", 8), ("8B", 1), ("8B", 2)]
+PRODUCT = 4096  # rows and columns of the plain product
+
+
+class Parts:
+    """Seconds by part of the work. A part that calls another does not count the other's."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._running = ["else"]
+        self._since = time.perf_counter()
+
+    def lap(self) -> None:
+        """Count the time since the last lap to the part that runs."""
+        now = time.perf_counter()
+        self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    @contextmanager
+    def running(self, part: str) -> Iterator[None]:
+        """Count what runs in the ``with`` block to a part."""
+        self.lap()
+        self._running.append(part)
+        try:
+            yield
+        finally:
+            self.lap()
+            self._running.pop()
+
+    def wrap(self, part: str, owner: Any, *names: str) -> None:
+        """Make functions of a class or an object a part."""
+
+        def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self.running(part):
+                    return work(*args, **kwargs)
+
+            return run
+
+        for name in names:
+            setattr(owner, name, timed(getattr(owner, name)))
+
+
+def compress(work: str) -> dict[str, Any]:
+    """Make the emulator of ``work``/base; the wrapped functions are those of this process alone."""
+    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.data import load_rows
+    from emloc_core.emulator import Compression
+    from emloc_core.emulator_files import EmulatorFiles
+    from emloc_core.settings import CompressSettings
+    from emloc_core.skeleton import Skeleton
+    from emloc_core.statistics import Gram
+    from emloc_core.streaming import Stream
+
+    place, parts = Path(work), Parts()
+    parts.wrap("hashing", Checkpoint, "fingerprint")
+    parts.wrap("disk", Skeleton, "load", "load_parameters")
+    parts.wrap("disk", EmulatorFiles, "write", "finish")
+    parts.wrap("Gram", Gram, "add", "_flush")
+    parts.wrap("forward", Stream, "run")
+    job = Compression(
+        Checkpoint(place / "base"), load_rows(str(place / "rows.jsonl")), place / "emulator", CompressSettings()
+    )
+    parts.wrap("eigen", job, "factorize")
+    ends = []
+    job.run(lambda *_: ends.append(time.perf_counter()))
+    parts.lap()
+    tokens = sum(len(sample.input_ids) for sample in job.samples)
+    return {
+        "seconds": dict(parts.seconds),
+        "last_block_seconds": ends[-1] - ends[-2] if len(ends) > 1 else None,
+        "tokens": tokens,
+        "operations": arithmetic(job.plan.linears, tokens),
+    }
+
+
+def arithmetic(linears: Iterable[Any], tokens: int) -> dict[str, float]:
+    """Return the multiplications and additions that each part needs, W being m x n and k the rank.
+
+    forward: ``2 m n`` a token in every Linear (attention left out). Gram: half of ``2 n^2`` a token, since it is
+    symmetric. eigen, on the side of size s: ``14/3 s^3`` for all eigenvectors (tridiagonal form, divide and conquer,
+    transformation back), ``2 m n k`` for V; from the inputs' side also ``m n^2`` for ``W^T W``, ``4 n^3`` for
+    ``R G R^T`` and ``2 m n k`` for U.
+    """
+    operations: dict[str, float] = defaultdict(float)
+    gathered = set()
+    for linear in linears:
+        m, n, k = linear.out_features, linear.in_features, linear.rank or 0
+        side = m if linear.tap == "output" else n
+        operations["forward"] += 2.0 * tokens * m * n
+        operations["eigen"] += 14 / 3 * side**3 + 2.0 * m * n * k
+        if linear.tap != "output":
+            operations["eigen"] += 1.0 * m * n * n + 4.0 * n**3 + 2.0 * m * n * k
+        which = linear.path if linear.tap == "output" else tuple(linear.group)
+        if which not in gathered:
+            operations["Gram"] += 1.0 * tokens * side**2
+            gathered.add(which)
+    return dict(operations)
+
+
+def product_speed() -> dict[str, Any]:
+    """Return the operations a second of a plain product of two square matrices, the best of five."""
+    import torch
+
+    speeds = {}
+    for name in ("float32", "bfloat16"):
+        matrix = torch.randn(PRODUCT, PRODUCT).to(getattr(torch, name))
+        best = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            matrix @ matrix
+            best = min(best, time.perf_counter() - start)
+        speeds[name] = 2 * PRODUCT**3 / best
+    return speeds
+
+
+def prepare(work: str, size: str, blocks: int) -> dict[str, Any]:
+    """Write a checkpoint with a tokenizer of numbered words, and rows of equal length."""
+    import json
+
+    from checkpoints import BLOCKS_8B, LLAMA_1B, LLAMA_8B, llama, nbytes, write_checkpoint
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    base = write_checkpoint(Path(work) / "base", llama(LLAMA_1B if size == "1B" else LLAMA_8B, blocks))
+    backend = Tokenizer(models.WordLevel({f"w{word}": word for word in range(WORDS)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", eos_token="w1").save_pretrained(base.directory)
+    draw = random.Random(0)
+    rows = [{"text": " ".join(f"w{draw.randrange(WORDS)}" for _ in range(LENGTH - 1))} for _ in range(128)]
+    (Path(work) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"bytes": base.nbytes, "whole_8b_bytes": nbytes(llama(LLAMA_8B, BLOCKS_8B))}
+
+
+def measure(size: str, blocks: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as place:
+        sizes = in_process(prepare, place, size, blocks)
+        found = in_process(compress, place)
+        shutil.rmtree(place, ignore_errors=True)
+        Path(place).mkdir()
+    return {**found, "size": size, "blocks": blocks, "bytes": sizes["bytes"], "whole_8b_bytes": sizes["whole_8b_bytes"]}
+
+
+def add_shares(row: dict[str, Any], speeds: dict[str, float]) -> None:
+    """Add each part's share of the time, and the fraction of a plain product's speed that it reaches."""
+    seconds = row["seconds"]
+    whole = sum(seconds.values())
+    row["shares"] = {part: taken / whole for part, taken in seconds.items()}
+    ideal = {
+        part: count / speeds["bfloat16" if part == "forward" else "float32"]
+        for part, count in row["operations"].items()
+    }
+    row["of_limit"] = {part: ideal[part] / seconds[part] for part in ideal} | {"whole": sum(ideal.values()) / whole}
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    parts = [
+        f"{row['shares'].get(part, 0):.0%}" + (f" ({row['of_limit'][part]:.2f})" if part in row["of_limit"] else "")
+        for part in ("forward", "Gram", "eigen", "disk", "hashing", "else")
+    ]
+    whole = sum(row["seconds"].values())
+    last = row["last_block_seconds"]
+    return [f"{row['size']}, {row['blocks']} blocks", f"{row['bytes'] / 1e9:.2f}", f"{row['peak_rss_bytes'] / 1e9:.2f}",
+            f"{whole:.0f}", f"{last:.0f}" if last else "", *parts, f"{row['of_limit']['whole']:.2f}"]  # fmt: skip
+
+
+def main() -> None:
+    speeds = in_process(product_speed)
+    rows = [measure(size, blocks) for size, blocks in CASES]
+    for row in rows:
+        add_shares(row, speeds)
+    peaks = {(row["size"], row["blocks"]): row["peak_rss_bytes"] for row in rows}
+    growth = peaks["1B", 8] / peaks["1B", 2] - 1
+    share = max(peaks["8B", 1], peaks["8B", 2]) / rows[-1]["whole_8b_bytes"]
+    goals = [
+        goal("1B: growth of peak RSS from 2 to 8 blocks", "below 0.05", round(growth, 4), growth < 0.05),
+        goal("8B: peak RSS over the whole checkpoint of 32 blocks", "below 0.25", round(share, 4), share < 0.25),
+    ]
+    header = ["widths", "checkpoint, GB", "peak RSS, GB", "seconds", "last block", "forward", "Gram", "eigen", "disk",
+              "hashing", "else", "of the limit"]  # fmt: skip
+    text = (
+        f"{markdown(header, [cells(row) for row in rows])}\n\n"
+        "Shares of the time; in brackets the fraction of the limit: the needed arithmetic at the speed of a plain "
+        f"product of {PRODUCT} x {PRODUCT} ({speeds['float32'] / 1e9:.0f} GFLOP/s in fp32, "
+        f"{speeds['bfloat16'] / 1e9:.0f} in bf16, which the forward uses), over the seconds taken."
+    )
+    write_results("scale", "make bench-scale", [*rows, {"product_operations_a_second": speeds}], goals, text)
+
+
+if __name__ == "__main__":
+    main()
