@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCHMARKS := startup factorize stages scale memory
 # Two OpenMP threads that spin while they wait for work starve each other on a small machine.
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-slow lint bench docs clean
+.PHONY: setup demo test test-slow lint bench bench-factorize-full docs clean
 
 setup: $(STAMP)
 
@@ -32,8 +33,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## peak memory of each stage beside that of the whole model
-	$(BIN)/python benchmarks/memory.py
+bench: $(patsubst %,bench-%,$(BENCHMARKS))  ## all benchmarks; each alone: make bench-startup, say
+
+bench-%: $(STAMP)
+	$(BIN)/python benchmarks/$*.py
+
+bench-factorize-full: $(STAMP)  ## the factorisation at the full widths of Llama-3.1-8B: some ten minutes more
+	$(BIN)/python benchmarks/factorize.py --full --spectra middle
 
 docs: $(STAMP)  ## write the pages that are generated from the code
 	$(BIN)/python docs/generate.py
