@@ -65,7 +65,7 @@ def global_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
     single ranks in the order of what they save a parameter is the Lagrangian optimum, short of less than one rank.
     Every Linear stays within :data:`BOUNDS` of its uniform rank, and below dense.
 
-    The energies alone (sensitivity 1) gain much less, and nothing at a ratio of 0.4; see ``docs/decisions.md``.
+    The energies alone (sensitivity 1) gain less, and lose at a ratio of 0.4; see ``docs/decisions.md``.
     """
     base = uniform(shapes, ratio)
     floors, caps = zip(

@@ -1,0 +1,143 @@
+"""Loss of untuned emulators of equal size by how their ranks are allocated: SmolLM2-135M on the demo's messages.
+
+Per seed (of the draw of calibration rows) the model is decomposed once; every ratio and allocator is cut from that.
+Beside `uniform` and `global`, `energies` is `global` with every sensitivity 1: what the spectra alone are worth. The
+loss is the mean NLL a token of the right answers of held-out messages, whose names, items, numbers and wordings stand
+in no calibration row. Factors are multiplied in fp32 and the forward is in bf16, the dtype of the published SmolLM2.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from emloc_demo.data import write_data
+from emloc_demo.model import write_base
+from harness import goal, in_process, markdown, write_results
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from emloc_core.allocation import Shape, Spectrum, global_budget, uniform
+from emloc_core.calibration import Sample, encode
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.data import load_rows
+from emloc_core.emulator import Compression
+from emloc_core.plan import Plan, allocated, find_linears
+from emloc_core.plugins import plugin_manager
+from emloc_core.settings import CompressSettings
+from emloc_core.spectra import Spectra
+
+
+def energies(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spectrum]) -> list[int]:
+    """Return the ranks of ``global`` for Linears that all disturb their blocks alike."""
+    return global_budget(shapes, ratio, [replace(each, sensitivity=1.0) for each in spectra])
+
+
+ALLOCATORS: dict[str, Callable[..., list[int]]] = {"uniform": uniform, "energies": energies, "global": global_budget}
+
+
+def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[str, Any]:
+    """Decompose with one draw of calibration rows, and measure every ratio and allocator."""
+    root = Path(directory)
+    base = Checkpoint(root / "base")
+    data = load_rows(str(root / "data" / "train.jsonl"))
+    spectra_at = root / f"spectra-{seed}"
+    Compression(base, data, root / f"emulator-{seed}", CompressSettings(seed=seed), spectra_at).run()
+    spectra = Spectra(spectra_at)
+    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.bfloat16).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(base.directory)
+    held_out = encode(load_rows(str(root / "data" / "test.jsonl"))[:rows], tokenizer)
+    found = spectra.reached(find_linears(model, plugin_manager().family_for(base.model_type)))
+    results: list[dict[str, Any]] = []
+
+    def record(ratio: float, allocator: str, parameters: float) -> None:
+        entry = {"seed": seed, "ratio": ratio, "allocator": allocator, "parameters": parameters}
+        results.append({**entry, "nll": nll(model, held_out)})
+        print(results[-1], file=sys.stderr, flush=True)
+
+    record(1.0, "base", 1.0)
+    for ratio in ratios:
+        for name, allocate in ALLOCATORS.items():
+            plan = allocated(found, ratio, allocate, spectra.spectrum)
+            emulate(model, spectra, plan)
+            before, after = plan.parameters()
+            record(ratio, name, after / before)
+    return {"results": results}
+
+
+def emulate(model: PreTrainedModel, spectra: Spectra, plan: Plan) -> None:
+    """Give every planned Linear the product of its factors for a weight: it answers as in the emulator."""
+    for linear in plan.linears:
+        if linear.rank is not None:
+            factors = spectra.cut(linear)
+            model.get_parameter(f"{linear.path}.weight").data.copy_(factors.u @ factors.v)
+
+
+@torch.no_grad()
+def nll(model: PreTrainedModel, samples: Sequence[Sample]) -> float:
+    """Return the mean loss a token of the completions."""
+    loss, tokens = 0.0, 0
+    for sample in samples:
+        inputs = sample.inputs("cpu")
+        counted = torch.tensor(sample.completion_mask[1:], dtype=torch.bool)
+        logits = model(**inputs, use_cache=False).logits[0, :-1][counted]
+        loss += float(functional.cross_entropy(logits.float(), inputs["input_ids"][0, 1:][counted], reduction="sum"))
+        tokens += int(counted.sum())
+    return loss / tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, default=Path("build/allocation"), help="kept between runs")
+    parser.add_argument("--rows", type=int, default=128, help="held-out messages")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.4, 0.6, 0.8])
+    options = parser.parse_args()
+    root: Path = options.directory
+    if not (root / "base").exists():
+        write_base(root / "base")
+    write_data(root / "data")
+    rows = [
+        row
+        for seed in range(options.seeds)
+        for row in in_process(measure, root, seed, options.ratios, options.rows)["results"]
+    ]
+    report(rows, options.rows)
+
+
+def report(rows: list[dict[str, Any]], messages: int) -> None:
+    """Write the results: a line for every ratio and seed."""
+    found = {(row["ratio"], row["seed"], row["allocator"]): row for row in rows}
+    cases = sorted({key[:2] for key in found if key[2] == "global"})
+
+    def column(value: str, name: str) -> list[float]:
+        return [found[*case, name][value] for case in cases]
+
+    losses = [column("nll", name) for name in ALLOCATORS]
+    lines = [
+        [*case, *(f"{loss:.3f}" for loss in each)] for case, each in zip(cases, zip(*losses, strict=True), strict=True)
+    ]
+    table = markdown(["ratio", "seed", *ALLOCATORS], lines)
+    base = next(row["nll"] for row in rows if row["allocator"] == "base")
+    text = f"NLL a token on {messages} held-out messages, untuned; the base has {base:.3f}.\n\n{table}"
+
+    def worst(value: str) -> float:
+        return max(ours - even for ours, even in zip(column(value, "global"), column(value, "uniform"), strict=True))
+
+    goals = [
+        goal("NLL of global minus uniform, the worst case", "below 0", round(worst("nll"), 4), worst("nll") < 0),
+        goal(
+            "parameters of global minus uniform, the worst case",
+            "at most 0",
+            worst("parameters"),
+            worst("parameters") <= 0,
+        ),
+    ]
+    write_results("allocation", "make bench-allocation", rows, goals, text)
+
+
+if __name__ == "__main__":
+    main()
