@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import goal, markdown, write_results
+from harness import goal, in_process, markdown, write_results
 
 from emloc_core.factorize import factorize
 from emloc_core.statistics import Gram, cheaper_side
@@ -185,6 +185,17 @@ def block_inputs(shape: Shape, decay: float, generator: torch.Generator) -> Any:
         yield states, {path: weight(size, states.shape[1], generator) for path, size in linears.items()}
 
 
+def measure(full: bool, spectra: list[str]) -> dict[str, Any]:
+    """Measure all Linears of a block for each spectrum, one after the other in this process."""
+    warm_up()
+    rows = []
+    for spectrum in spectra:
+        generator = torch.Generator().manual_seed(0)
+        for inputs, weights in block_inputs(FULL if full else HALF, SPECTRA[spectrum], generator):
+            rows += [{"activations": spectrum, **row} for row in measure_group(inputs, weights)]
+    return {"rows": rows}
+
+
 def report(rows: list[dict[str, Any]], name: str, command: str) -> None:
     totals = {"ours": sum(row["ours"]["seconds"] for row in rows)}
     for peer in ("textbook", "cholesky"):
@@ -218,12 +229,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the widths of Llama-3.1-8B itself, not half of them")
     parser.add_argument("--spectra", nargs="+", choices=SPECTRA, default=list(SPECTRA))
     arguments = parser.parse_args()
-    warm_up()
-    rows = []
-    for spectrum in arguments.spectra:
-        generator = torch.Generator().manual_seed(0)
-        for inputs, weights in block_inputs(FULL if arguments.full else HALF, SPECTRA[spectrum], generator):
-            rows += [{"activations": spectrum, **row} for row in measure_group(inputs, weights)]
+    rows = in_process(measure, arguments.full, arguments.spectra)["rows"]
     name = "factorize-full" if arguments.full else "factorize"
     report(rows, name, f"make bench-{name}")
 
