@@ -177,6 +177,8 @@ def allocated(
     """
     require_ratio(ratio)
     linears = plan.candidates
+    if not linears:
+        return plan
     shapes = [(linear.out_features, linear.in_features) for linear in linears]
     if wants_spectra(allocate) and spectrum is not None:
         ranks = allocate(shapes, ratio, spectra=[spectrum(linear) for linear in linears])

@@ -32,7 +32,7 @@ from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings
 from emloc_core.spectra import Spectra
 from emloc_core.transfer import Transfer
 
-SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6)
+SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, allocator="uniform")
 SHARD = "spectra-00002-of-00003.safetensors"
 
 
@@ -42,7 +42,7 @@ def compression(model, rows_file, output, spectra=None, **changes):
 
 
 def cut(spectra, model, output, **settings):
-    return Cut(Spectra(spectra), Checkpoint(model), output, CutSettings(**settings))
+    return Cut(Spectra(spectra), Checkpoint(model), output, CutSettings(**{"allocator": "uniform", **settings}))
 
 
 @pytest.fixture(scope="module")
@@ -380,9 +380,10 @@ def test_the_same_is_cut_from_spectra(pictures, rows_file, tmp_path):
     assert all((linear["rank"] is None) == ("vision" in linear["path"]) for linear in linears)
 
 
-def test_rows_that_reach_nothing_are_an_error(pictures, rows_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("allocator", ["uniform", "global"])
+def test_rows_that_reach_nothing_are_an_error(pictures, rows_file, tmp_path, monkeypatch, allocator):
     family = replace(plugin_manager().family_for("internvl"), keep_dense={"*language_model*": "for this test"})
     monkeypatch.setattr(plugin_manager(), "family_for", lambda _: family)
     with pytest.raises(EmlocError, match="No calibration row passes through any Linear"):
-        compression(pictures, rows_file, tmp_path / "emulator").run()
+        compression(pictures, rows_file, tmp_path / "emulator", allocator=allocator).run()
     assert [path.name for path in tmp_path.iterdir()] == [".emloc-hashes.json"]
