@@ -72,7 +72,10 @@ def without_a_tensor(model, tmp_path):
         (lambda model, tmp: change(model, tmp, config__json=b"{}"), "has no model_type"),
         (lambda model, tmp: change(model, tmp, model__safetensors=None), "has neither model.safetensors nor"),
         (truncated, "it is truncated"),
-        (wrong_type, "No installed family declares the model type 'gpt_neox'. Known: internvl, llama, qwen"),
+        (
+            wrong_type,
+            "No installed family declares the model type 'gpt_neox'. Known: internvl (internvl); llama (llama, mistral); qwen",
+        ),
         (without_a_tensor, "lacks 1 of the model's tensors (model.layers.2.mlp.down_proj.weight)"),
     ],
 )
@@ -122,21 +125,20 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in done.stderr
 
 
-def test_dry_run_makes_nothing_and_speaks_json(emloc, tiny_model, rows_file, tmp_path):
-    code, out, _ = emloc(
-        "compress", tiny_model, "--data", rows_file, "-o", tmp_path / "out", "--dry-run", "--json", *SMALL
-    )
+@pytest.mark.parametrize(("allocator", "slack"), [("uniform", 1), ("global", (32 + 64) * 4)])
+def test_dry_run_makes_nothing_and_speaks_json(emloc, tiny_model, rows_file, tmp_path, allocator, slack):
+    argv = ("compress", tiny_model, "--data", rows_file, "-o", tmp_path / "out", "--allocator", allocator, *SMALL)
+    code, out, _ = emloc(*argv, "--dry-run", "--json")
     plan = json.loads(out)
     assert code == 0
     assert {path.name for path in tmp_path.iterdir()} <= {".emloc-hashes.json"}
     assert (plan["calibration_rows"], plan["selection_rows"], plan["tuning_rows"]) == (8, 4, 108)
     assert plan["emulator_bytes"] < plan["base_bytes"]
-    code, _, _ = emloc("compress", tiny_model, "--data", rows_file, "-o", tmp_path / "out", *SMALL)
+    emloc(*argv)
     shards = (tmp_path / "out").glob("*.safetensors")
-    assert (
-        plan["emulator_bytes"]
-        == json.loads((tmp_path / "out" / "emloc.json").read_text())["result"]["bytes"]["emulator"]
-    )
+    written = json.loads((tmp_path / "out" / "emloc.json").read_text())["result"]["bytes"]["emulator"]
+    # Of `global`, ranks are known when the model is decomposed; it leaves less than one rank of the largest Linear.
+    assert 0 <= plan["emulator_bytes"] - written < slack
     assert sum(path.stat().st_size for path in shards) >= plan["emulator_bytes"]
 
 

@@ -19,7 +19,7 @@ from emloc_core.plan import make_plan
 from emloc_core.settings import CompressSettings
 from emloc_core.statistics import Gram, tapped
 
-SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6)
+SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, allocator="uniform")
 
 
 def compress(model, rows_file, output, settings=SETTINGS):
