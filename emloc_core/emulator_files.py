@@ -19,7 +19,7 @@ from emloc_core.lowrank import FORMAT_VERSION, METHOD
 from emloc_core.output import write_json
 from emloc_core.plan import Plan
 from emloc_core.propagation import Pairs
-from emloc_core.shards import ShardWriter, raw_chunks, read_header, write_shard
+from emloc_core.shards import ShardWriter, read_header, write_shard
 from emloc_core.skeleton import Skeleton
 
 UNREACHED = "no calibration row passes through it"
@@ -107,7 +107,7 @@ class EmulatorFiles:
         layout = {key: (tensor.dtype, tensor.shape) for key, tensor in kept.items()}
         with ShardWriter(self.staging / self._name(len(self.blocks)), layout) as writer:
             for key, tensor in kept.items():
-                writer.write(key, raw_chunks(tensor))
+                writer.copy(key, tensor)
 
     def _write_index(self) -> None:
         weight_map, total = {}, 0
