@@ -91,11 +91,6 @@ def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
     return start, stop
 
 
-def raw_chunks(tensor: TensorInfo) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor as they stand in the file; every part is overwritten by the next."""
-    return _chunks(tensor, _CHUNK)
-
-
 def row_chunks(tensor: TensorInfo, nbytes: int) -> Iterator[torch.Tensor]:
     """Yield a matrix some rows at a time, in its own dtype; every part is overwritten by the next.
 
@@ -112,6 +107,7 @@ def row_chunks(tensor: TensorInfo, nbytes: int) -> Iterator[torch.Tensor]:
 
 
 def _chunks(tensor: TensorInfo, nbytes: int) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor as they stand in the file; every part is overwritten by the next."""
     buffer = memoryview(bytearray(min(nbytes, tensor.nbytes)))
     with tensor.shard.open("rb", buffering=0) as file:
         file.seek(tensor.start)
@@ -183,7 +179,7 @@ class ShardWriter:
         """
         self._expect(key)
         if not self._copied_by_kernel(tensor):
-            for part in raw_chunks(tensor):
+            for part in _chunks(tensor, _CHUNK):
                 self._write_all(part)
         self._require_whole(key)
 
