@@ -18,7 +18,7 @@ from typing import Any
 from harness import goal, in_process, markdown, write_results
 
 LENGTH, WORDS = 128, 1000
-CASES = [("1B", 2), ("1B", 8), ("8B", 1), ("8B", 2)]
+CASES = [("1B", 2), ("1B", 4), ("1B", 8), ("8B", 1), ("8B", 2)]
 PRODUCT = 4096  # rows and columns of the plain product
 
 
