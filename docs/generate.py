@@ -20,7 +20,7 @@ def commands_page() -> str:
         assert command is not None
         context = click.Context(command, info_name=name, parent=root)
         usage = " ".join(["emloc", name, *command.collect_usage_pieces(context)])
-        rows = [param.get_help_record(context) for param in command.get_params(context)]
+        rows = [param.get_help_record(context) for param in command.params]
         options = [f"| `{row[0].replace('|', chr(92) + '|')}` | {row[1]} |" for row in rows if row and row[1].strip()]
         parts.append(f"## emloc {name}\n\n`{usage}`\n\n{inspect.cleandoc(command.help or '')}\n")
         parts.append("\n".join(["| option | meaning |", "| --- | --- |", *options]) + "\n")

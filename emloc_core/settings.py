@@ -23,7 +23,7 @@ class CutSettings(Settings):
     allocator: str = Field(
         "uniform",
         description="How ranks are allocated: 'uniform', the same ratio everywhere, as in the paper; 'global', more "
-        "where it saves more of the outputs, within the same number of parameters. Plugins bring more.",
+        "where an error disturbs the block more, within the same number of parameters. Plugins bring more.",
     )
 
 

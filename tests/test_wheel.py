@@ -35,8 +35,10 @@ def run(site, cwd, *argv):
 
 def test_families_and_plugins_are_in_the_wheel(installed, tmp_path):
     listed = json.loads(run(installed, tmp_path, "families", "--json"))
-    assert [family["name"] for family in listed["families"]] == ["llama"]
-    assert {plugin["name"]: plugin["error"] for plugin in listed["plugins"]} == {"demo": None, "llama": None}
+    assert [family["name"] for family in listed["families"]] == ["internvl", "llama", "qwen"]
+    assert {plugin["name"]: plugin["error"] for plugin in listed["plugins"]} == dict.fromkeys(
+        ["demo", "internvl", "llama", "qwen"]
+    )
     where = [sys.executable, "-c", "import emloc_core, emloc_llama; print(emloc_core.__file__, emloc_llama.__file__)"]
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     files = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
