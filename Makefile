@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 BENCHMARKS := startup factorize allocation stages scale memory
 # Two OpenMP threads that spin while they wait for work starve each other on a small machine.
 export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: setup demo test test-slow lint bench bench-factorize-full docs clean

@@ -239,7 +239,12 @@ def _run(system: System, specs: Sequence[TaskSpec], settings: Mapping[str, Any],
             "result": str(result.resolve()),
         },
     )
-    environment = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment = {
+        "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "10000",
+        "TOKENIZERS_PARALLELISM": "false",
+        **os.environ,
+    }
     log = result.with_suffix(".log")
     with log.open("wb") as stream:
         command = [sys.executable, "-m", "emloc_core.evaluate_system", str(job)]
