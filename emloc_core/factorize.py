@@ -57,9 +57,10 @@ def factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
         Factors in the dtype that was needed, on the Gram's device.
     """
     solve = _on_outputs if gram.side == "output" else _on_inputs
-    found = solve(weight.to(gram.matrix), gram.matrix, rank)
-    if found is None or not _is_resolved(found, gram.matrix.dtype):
-        found = solve(weight.to(gram.matrix.device, torch.float64), gram.matrix.double(), rank)
+    matrix = gram.matrix
+    found = solve(weight.to(matrix), matrix, rank)
+    if found is None or not _is_resolved(found, matrix.dtype):
+        found = solve(weight.to(matrix.device, torch.float64), matrix.double(), rank)
     assert found is not None
     return found
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from emloc_core.errors import EmlocError
 from emloc_core.factorize import Factors
 from emloc_core.plan import LinearPlan
-from emloc_core.statistics import ROWS, Gram, cheaper_side, tapped
+from emloc_core.statistics import ROWS, Gram, cheaper_side, forward_hooks, tapped
 from emloc_core.streaming import Stream
 
 #: a: the ridge, as a share of the mean diagonal of the emulator's Gram. Pulls R towards the identity.
@@ -166,9 +166,5 @@ def emulating(stream: Stream, modules: Mapping[str, nn.Module], pairs: Pairs, ro
 
         return answer
 
-    handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
-    try:
+    with forward_hooks((module, hook(path)) for path, module in modules.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

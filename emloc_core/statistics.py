@@ -1,7 +1,7 @@
 """Second moments of activations: which are gathered, and how they are hooked."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -129,9 +129,14 @@ def tapped(linears: Mapping[str, nn.Module], taps: Mapping[str, Any], sink: Sink
 
         return receive
 
-    handles = [module.register_forward_hook(hook(path)) for path, module in linears.items()]
-    try:
+    with forward_hooks((module, hook(path)) for path, module in linears.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Register forward hooks for the time of the context; what a hook returns, if not None, replaces the output."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield

@@ -25,6 +25,7 @@ from emloc_core.output import Output, read_manifest
 from emloc_core.plugins import plugin_manager
 from emloc_core.settings import CorrectSettings
 from emloc_core.skeleton import Skeleton
+from emloc_core.statistics import forward_hooks
 from emloc_core.streaming import Stream
 
 #: What ``auto`` compares; 0 is the adapter as it was trained.
@@ -180,19 +181,16 @@ class Transfer:
 
         @contextmanager
         def adapted(paths: list[str]) -> Iterator[None]:
-            handles = []
+            hooks = []
             for path in paths:
                 module = self.skeleton.model.get_submodule(path)
                 weight = self.skeleton.model.get_parameter(f"{path}.weight")
                 candidates[path] = self._correct(path, weight, loras[path], clamps)
                 on_device = [lora.to(weight.device) for lora in candidates[path]]
-                handles.append(module.register_forward_hook(add_lora(on_device)))
+                hooks.append((module, add_lora(on_device)))
                 progress(path, len(candidates), len(loras))
-            try:
+            with forward_hooks(hooks):
                 yield
-            finally:
-                for handle in handles:
-                    handle.remove()
 
         def add_lora(found: list[Lora]) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
             def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:

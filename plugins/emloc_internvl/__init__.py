@@ -5,7 +5,7 @@ The projector between them is small, and everything that the language model sees
 
 from dataclasses import replace
 
-from emloc_qwen import LANGUAGE
+from emloc_qwen import QWEN
 
 from emloc_core.family import Family, Tower
 from emloc_core.hookspecs import hookimpl
@@ -26,7 +26,7 @@ INTERNVL = Family(
                 ["mlp.fc2"],
             ],
         ),
-        replace(LANGUAGE, blocks="model.language_model.layers"),
+        replace(QWEN.towers[0], blocks="model.language_model.layers"),
     ],
     keep_dense={
         "model.multi_modal_projector.*": "small, and everything that is seen passes through it",
@@ -44,19 +44,7 @@ INTERNVL = Family(
             "image_size": [8, 8],
             "patch_size": [2, 2],
         },
-        "text_config": {
-            "model_type": "qwen2",
-            "vocab_size": 128,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
+        "text_config": {**QWEN.tiny_config, "num_hidden_layers": 2},
     },
 )
 
