@@ -50,7 +50,7 @@ def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[s
     model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.bfloat16).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(base.directory)
     held_out = encode(load_rows(str(root / "data" / "test.jsonl"))[:rows], tokenizer)
-    found = spectra.reached(find_linears(model, plugin_manager().family_for(base.model_type)))
+    found = spectra.reached(find_linears(model, plugin_manager().family_for(base.config)))
     results: list[dict[str, Any]] = []
 
     def record(ratio: float, allocator: str, parameters: float) -> None:

@@ -81,7 +81,7 @@ def _values(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[byte
 
 def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoint:
     """Write the factors that an emulator of ``base`` would have, with random values."""
-    family = plugin_manager().family_for(base.model_type)
+    family = plugin_manager().family_for(base.config)
     allocate = plugin_manager().algorithm("rank_allocators", "uniform")
     plan = make_plan(Skeleton(base, family).model, family, ratio, allocate)
     tensors: dict[str, tuple[int, ...]] = {}
@@ -105,7 +105,7 @@ def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoin
 def write_lora(directory: Path, base: Checkpoint, trained_on: Path, rank: int) -> Path:
     """Write a LoRA on every Linear of the blocks, as PEFT saves it, with random values."""
     directory.mkdir()
-    family = plugin_manager().family_for(base.model_type)
+    family = plugin_manager().family_for(base.config)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=family.lora_targets(), task_type="CAUSAL_LM")
     config.base_model_name_or_path = str(trained_on.absolute())
     config.save_pretrained(directory)

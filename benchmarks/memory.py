@@ -73,7 +73,7 @@ def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
     from emloc_core.plugins import plugin_manager
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    ranks = make_plan(model, plugin_manager().family_for("llama"), ratio).ranks
+    ranks = make_plan(model, plugin_manager().family_for({"model_type": "llama"}), ratio).ranks
     replace_linears(model, ranks)
     for path in ranks:
         for parameter in (model.get_submodule(path).weight, model.get_submodule(path).V):

@@ -37,7 +37,7 @@ class Cut:
                 "differ.",
                 "Give the base that they were made from, unchanged, or make spectra of this one.",
             )
-        self.family = plugin_manager().family_for(base.model_type)
+        self.family = plugin_manager().family_for(base.config)
         self.skeleton = Skeleton(base, self.family)
         allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
         found = spectra.reached(find_linears(self.skeleton.model, self.family))

@@ -57,7 +57,7 @@ class Compression:
         device: torch.device | str = "cpu",
     ) -> None:
         self.base, self.settings = base, settings
-        self.family: Family = plugin_manager().family_for(base.model_type)
+        self.family: Family = plugin_manager().family_for(base.config)
         base.require_unquantised()
         self.skeleton = Skeleton(base, self.family, device)
         self.allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)

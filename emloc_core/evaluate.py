@@ -206,7 +206,7 @@ def _check(systems: Sequence[System]) -> None:
             raise EmlocError(f"{system.name!r} is no name of a system.", "Use letters, digits and + . _ - in it.")
         if names.count(system.name) > 1:
             raise EmlocError(f"Two systems are called {system.name!r}.", "Give each its own name.")
-        plugin_manager().family_for(Checkpoint(system.model).model_type)
+        plugin_manager().family_for(Checkpoint(system.model).config)
         if system.adapter and not (system.adapter / CONFIG).is_file():
             raise EmlocError(f"{system.adapter} has no {CONFIG}.", "Give the directory of a PEFT adapter.")
 

@@ -34,7 +34,7 @@ def load_system(model: Path, adapter: Path | None) -> tuple[Any, Any]:
     from emloc_core.checkpoint import Checkpoint
     from emloc_core.plugins import plugin_manager
 
-    family = plugin_manager().family_for(Checkpoint(model).model_type)
+    family = plugin_manager().family_for(Checkpoint(model).config)
     try:
         loaded = getattr(transformers, family.auto_class).from_pretrained(model, dtype="auto")
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)

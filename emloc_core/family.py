@@ -1,7 +1,7 @@
 """What a plugin declares about an architecture. Data, not code; imports no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 #: How the activations of a Linear are hooked: its input, its output, or a function that is given
@@ -41,7 +41,11 @@ class Family:
         keep_dense: glob patterns of module paths that are never compressed, each with its reason.
         taps: glob pattern of module path -> how the activations of these Linears are hooked, where the default
             (the cheaper of input and output) would be wrong.
-        tiny_config: keyword arguments of ``AutoConfig.for_model`` for a tiny model of the family, for tests.
+        nested: models of other families inside this one: part of the config (``text_config``) -> module path that
+            stands where the other family's ``model`` does (``model.language_model``). Its towers follow this family's
+            own, and what it keeps dense and how it is hooked holds for its part.
+        tiny_configs: keyword arguments of ``AutoConfig.for_model`` for tiny models of the family, at least one a model
+            type: the conformance kit builds them.
     """
 
     name: str
@@ -51,7 +55,22 @@ class Family:
     modality: Literal["text", "image-text"] = "text"
     keep_dense: Mapping[str, str] = field(default_factory=dict)
     taps: Mapping[str, Tap] = field(default_factory=dict)
-    tiny_config: Mapping[str, Any] = field(default_factory=dict)
+    nested: Mapping[str, str] = field(default_factory=dict)
+    tiny_configs: Sequence[Mapping[str, Any]] = ()
+
+    def with_nested(self, inner: "Family", path: str) -> "Family":
+        """Return the family with the declaration of ``inner`` added, whose ``model`` stands at ``path`` here."""
+
+        def moved(name: str) -> str:
+            return f"{path}.{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+        return replace(
+            self,
+            towers=[*self.towers, *(replace(tower, blocks=moved(tower.blocks)) for tower in inner.towers)],
+            keep_dense={**{moved(pattern): reason for pattern, reason in inner.keep_dense.items()}, **self.keep_dense},
+            taps={**{moved(pattern): tap for pattern, tap in inner.taps.items()}, **self.taps},
+            nested={},
+        )
 
     def lora_targets(self) -> list[str]:
         """Return the default ``target_modules`` of a LoRA: last parts of module paths."""

@@ -66,7 +66,7 @@ class FineTuning:
     ) -> None:
         self.model = Checkpoint(model)
         _ = self.model.tensors  # a shard cut short is found before anything is trained
-        self.family = plugin_manager().family_for(self.model.model_type)
+        self.family = plugin_manager().family_for(self.model.config)
         self.settings, self.path = settings, output
         self.is_main_process = True  # as far as is known before the processes have found each other
         self.targets = sorted(set(settings.target_modules or self.family.lora_targets()))

@@ -101,7 +101,7 @@ class MemoryModel:
             raise EmlocError(f"{config_file} has no model_type.", "Give the config.json of a Hugging Face model.")
         if raw.get("quantization_config"):
             raise EmlocError(f"The model of {config_file} is quantised or an emulator.", "Give the original model.")
-        self.family: Family = plugin_manager().family_for(str(raw["model_type"]))
+        self.family: Family = plugin_manager().family_for(raw)
         self.config = read_config(config_file)
         _require_sizes(config_file, raw, self.config)
         self.dtype = self._dtype()

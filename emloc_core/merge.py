@@ -49,7 +49,7 @@ class Merge:
         cache_dir = output.resolve().parent
         fingerprint = base.fingerprint(cache_dir)
         require_base(adapter, base, fingerprint, allow_uncorrected=allow_uncorrected)
-        family = plugin_manager().family_for(base.model_type)
+        family = plugin_manager().family_for(base.config)
         skeleton = Skeleton(base, family)
         self.untied: dict[str, tuple[str, Lora]] = {}  # new key -> key that it was tied to, LoRA
         self.unties = False

@@ -6,7 +6,7 @@ of isolating.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -110,12 +110,27 @@ class PluginManager(pluggy.PluginManager):
         """Return all families, by name."""
         return sorted(self._families.values(), key=lambda family: family.name)
 
-    def family_for(self, model_type: str) -> Family:
-        """Return the family that declares ``model_type``.
+    def family_for(self, config: Mapping[str, Any]) -> Family:
+        """Return the family that declares the ``model_type`` of a config, with those of the models nested in it.
+
+        Args:
+            config: the content of a ``config.json``.
 
         Raises:
             EmlocError: none does; the message lists the families and how to add one.
         """
+        family = self._declaring(config.get("model_type"))
+        for part, path in family.nested.items():
+            inner = config.get(part)
+            if not isinstance(inner, Mapping):
+                raise EmlocError(
+                    f"The config of this {config['model_type']!r} has no {part}, which says what model is inside it.",
+                    "Save the model again with transformers, which writes the part in full.",
+                )
+            family = family.with_nested(self.family_for(inner), path)
+        return family
+
+    def _declaring(self, model_type: str | None) -> Family:
         for family in self._families.values():
             if model_type in family.model_types:
                 return family

@@ -71,7 +71,7 @@ class Transfer:
         emulator_fingerprint = self.emulator.fingerprint(cache_dir)
         base_fingerprint = base.fingerprint(cache_dir)
         manifest = _require_match(adapter, self.emulator, emulator_fingerprint, base, base_fingerprint)
-        self.family = plugin_manager().family_for(base.model_type)
+        self.family = plugin_manager().family_for(base.config)
         self.skeleton = Skeleton(base, self.family, device)
         self._check_shapes()
         self.samples = self._samples(selection, manifest["request"]["settings"]["max_length"])

@@ -48,8 +48,8 @@ def make_workload(
     if length is not None and limit is not None and length > limit:
         raise EmlocError(f"The model takes {limit} tokens, not {length}.", f"Give a length of at most {limit}.")
     if images is None:
-        model_type = str(read_object(config_file).get("model_type"))
-        images = int(data is None and plugin_manager().family_for(model_type).modality == "image-text")
+        family = plugin_manager().family_for(read_object(config_file))
+        images = int(data is None and family.modality == "image-text")
     return Workload(train.batch_size, length or min(LENGTH, limit or LENGTH), images, train, device)  # type: ignore[arg-type]
 
 

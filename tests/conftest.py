@@ -61,7 +61,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny Llama with its tokenizer: fp32, seeded random weights."""
     directory = tmp_path_factory.mktemp("models") / "tiny-llama"
-    settings = dict(LLAMA.tiny_config)
+    settings = dict(LLAMA.tiny_configs[0])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.random.fork_rng():
         torch.manual_seed(0)

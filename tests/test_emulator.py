@@ -135,7 +135,7 @@ def test_half_precision_checkpoints_stay_half(tiny_model, rows_file, tmp_path, d
 
 
 def test_tied_embeddings_and_biases_survive(tiny_model, rows_file, tmp_path):
-    options = dict(LLAMA.tiny_config) | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
+    options = dict(LLAMA.tiny_configs[0]) | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -11,21 +11,14 @@ from emloc_core.plugins import plugin_manager
 from emloc_core.skeleton import Skeleton
 from emloc_core.streaming import Stream
 
-#: model type -> what differs from the family's own tiny config.
-VARIANTS = {
-    "llama": {},
-    "mistral": {"model_type": "mistral"},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    "qwen3": {"model_type": "qwen3", "head_dim": 8},
-    "internvl": {},
-}
+TINY = [config for family in plugin_manager().families() for config in family.tiny_configs]
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=TINY, ids=lambda config: config["model_type"])
 def saved(request, tmp_path):
     """A tiny model on disk, its family, and the whole model in memory."""
     family = plugin_manager().family_for(request.param)
-    settings = {**family.tiny_config, **VARIANTS[request.param]}
+    settings = dict(request.param)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -29,7 +29,7 @@ HEADLINE = Path(__file__).parent / "data" / "internvl2_5_38b" / "config.json"
 
 
 def write_config(directory: Path, family: Family, dtype: str = "float32", **changes: object) -> Path:
-    settings = {**family.tiny_config, **changes}
+    settings = {**family.tiny_configs[0], **changes}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     config.dtype = dtype
     directory.mkdir(exist_ok=True)
@@ -176,7 +176,7 @@ def test_few_blocks_extended_equal_all_blocks(
 ) -> None:
     deep = {"num_hidden_layers": 6}
     if family is INTERNVL:
-        deep = {part: {**family.tiny_config[part], "num_hidden_layers": count}
+        deep = {part: {**family.tiny_configs[0][part], "num_hidden_layers": count}
                 for part, count in (("vision_config", 5), ("text_config", 6))}  # fmt: skip
     file = write_config(tmp_path / "deep", family, "bfloat16", **deep)
     images = int(family.modality == "image-text")

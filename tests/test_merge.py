@@ -80,7 +80,7 @@ def test_a_weight_that_is_no_number_or_does_not_fit_its_dtype_is_refused(tiny_mo
 
 
 def tied_base(tmp_path):
-    options = dict(LLAMA.tiny_config) | {"tie_word_embeddings": True}
+    options = dict(LLAMA.tiny_configs[0]) | {"tie_word_embeddings": True}
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
@@ -108,7 +108,7 @@ def test_a_lora_on_a_tied_head_changes_the_head_alone(tmp_path):
 
 
 def test_an_adapter_of_another_architecture_is_refused(tiny_model, tmp_path):
-    options = dict(LLAMA.tiny_config) | {"hidden_size": 48}
+    options = dict(LLAMA.tiny_configs[0]) | {"hidden_size": 48}
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
     adapter = make_adapter(tmp_path / "wide", tmp_path / "adapter")

@@ -172,9 +172,9 @@ def test_a_misspelt_hook_is_told_its_name(entry):
 
 
 def test_the_family_of_a_model_type_or_what_to_do():
-    assert plugin_manager().family_for("llama").name == "llama"
+    assert plugin_manager().family_for({"model_type": "llama"}).name == "llama"
     with pytest.raises(EmlocError, match=r"No installed family declares the model type 'gpt9'.*llama.*docs/plugins"):
-        plugin_manager().family_for("gpt9")
+        plugin_manager().family_for({"model_type": "gpt9"})
 
 
 def test_algorithms_come_by_name_through_the_hooks():

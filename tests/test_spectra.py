@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import tiny_tokenizer
+from emloc_internvl import INTERNVL
 from safetensors.torch import load_file, save_file
 from test_kill import contents
 from test_transfer import make_adapter
@@ -344,8 +345,7 @@ def test_ratio_out_of_range(ratio):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A tiny model with a tower for pictures, which rows of text never pass through."""
-    family = plugin_manager().family_for("internvl")
-    settings = dict(family.tiny_config)
+    settings = dict(INTERNVL.tiny_configs[0])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     directory = tmp_path_factory.mktemp("models") / "internvl"
     with torch.random.fork_rng():
@@ -382,7 +382,9 @@ def test_the_same_is_cut_from_spectra(pictures, rows_file, tmp_path):
 
 @pytest.mark.parametrize("allocator", ["uniform", "global"])
 def test_rows_that_reach_nothing_are_an_error(pictures, rows_file, tmp_path, monkeypatch, allocator):
-    family = replace(plugin_manager().family_for("internvl"), keep_dense={"*language_model*": "for this test"})
+    family = replace(
+        plugin_manager().family_for(Checkpoint(pictures).config), keep_dense={"*language_model*": "for this test"}
+    )
     monkeypatch.setattr(plugin_manager(), "family_for", lambda _: family)
     with pytest.raises(EmlocError, match="No calibration row passes through any Linear"):
         compression(pictures, rows_file, tmp_path / "emulator", allocator=allocator).run()

@@ -1,11 +1,9 @@
-"""The InternVL family in the native layout of transformers (model type ``internvl``): a vision tower and a Qwen.
+"""The InternVL family in the native layout of transformers: a vision tower, and a language model of another family.
 
 The projector between them is small, and everything that the language model sees passes through it: it stays dense.
 """
 
-from dataclasses import replace
-
-from emloc_qwen import QWEN
+from emloc_llama import TINY
 
 from emloc_core.family import Family, Tower
 from emloc_core.hookspecs import hookimpl
@@ -26,26 +24,28 @@ INTERNVL = Family(
                 ["mlp.fc2"],
             ],
         ),
-        replace(QWEN.towers[0], blocks="model.language_model.layers"),
     ],
     keep_dense={
         "model.multi_modal_projector.*": "small, and everything that is seen passes through it",
-        "lm_head": "often tied to the embedding, and each of its outputs is a token's logit",
     },
-    tiny_config={
-        "model_type": "internvl",
-        "image_token_id": 127,
-        "image_seq_length": 4,
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": [8, 8],
-            "patch_size": [2, 2],
-        },
-        "text_config": {**QWEN.tiny_config, "num_hidden_layers": 2},
-    },
+    nested={"text_config": "model.language_model"},
+    tiny_configs=[
+        {
+            "model_type": "internvl",
+            "image_token_id": 127,
+            "image_seq_length": 4,
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": [8, 8],
+                "patch_size": [2, 2],
+            },
+            "text_config": {"model_type": text_type, **TINY, "num_hidden_layers": 2},
+        }
+        for text_type in ("qwen2", "llama")
+    ],
 )
 
 

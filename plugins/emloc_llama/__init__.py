@@ -3,6 +3,20 @@
 from emloc_core.family import Family, Tower
 from emloc_core.hookspecs import hookimpl
 
+#: Sizes of a tiny model, which other families use too.
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
 LLAMA = Family(
     name="llama",
     model_types=frozenset({"llama", "mistral"}),
@@ -19,19 +33,7 @@ LLAMA = Family(
         )
     ],
     keep_dense={"lm_head": "often tied to the embedding, and each of its outputs is a token's logit"},
-    tiny_config={
-        "model_type": "llama",
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    },
+    tiny_configs=[{"model_type": model_type, **TINY} for model_type in ("llama", "mistral")],
 )
 
 

@@ -5,7 +5,7 @@ Their Linears stand where Llama's do; q/k/v have biases in Qwen2, and Qwen3 norm
 
 from dataclasses import replace
 
-from emloc_llama import LLAMA
+from emloc_llama import LLAMA, TINY
 
 from emloc_core.family import Family
 from emloc_core.hookspecs import hookimpl
@@ -14,7 +14,10 @@ QWEN = replace(
     LLAMA,
     name="qwen",
     model_types=frozenset({"qwen2", "qwen3"}),
-    tiny_config={**LLAMA.tiny_config, "model_type": "qwen2"},
+    tiny_configs=[
+        {"model_type": "qwen2", **TINY, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        {"model_type": "qwen3", **TINY, "head_dim": 8},
+    ],
 )
 
 
