@@ -40,6 +40,10 @@ class Checkpoint:
         if not (self.directory / "config.json").is_file():
             raise EmlocError(f"{self.directory} has no config.json.", "Give a Hugging Face model directory.")
         self.config: dict[str, Any] = read_object(self.directory / "config.json")
+        if "model_type" not in self.config:
+            raise EmlocError(
+                f"{self.directory / 'config.json'} has no model_type.", "Give a Hugging Face model directory."
+            )
 
     def require_unquantised(self) -> None:
         """Refuse a checkpoint whose tensors are not the weights themselves.
@@ -53,16 +57,6 @@ class Checkpoint:
                 f"{self.directory} is quantised or an emulator already (method {method!r}).",
                 "Give the original, unquantised model.",
             )
-
-    @property
-    def model_type(self) -> str:
-        """``model_type`` of the config."""
-        try:
-            return str(self.config["model_type"])
-        except KeyError:
-            raise EmlocError(
-                f"{self.directory / 'config.json'} has no model_type.", "Give a Hugging Face model directory."
-            ) from None
 
     @cached_property
     def shards(self) -> list[Path]:

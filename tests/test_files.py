@@ -103,7 +103,7 @@ def test_a_damaged_header_is_named(tmp_path):
 
 
 def test_an_index_may_not_leave_its_directory(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     index = {"weight_map": {"a": "../../secret.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(EmlocError, match="outside the directory"):
@@ -111,7 +111,7 @@ def test_an_index_may_not_leave_its_directory(tmp_path):
 
 
 def test_pickled_weights_are_not_read(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(EmlocError, match="Only safetensors"):
         _ = Checkpoint(tmp_path).shards

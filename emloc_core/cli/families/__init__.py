@@ -1,14 +1,18 @@
-"""``emloc families``."""
+"""``emloc families``: what is installed; its subcommands, one file each, are for authors of plugins."""
 
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
 
 
-@click.command("families")
+@click.group("families", invoke_without_command=True)
 @as_json
-def command(as_json: bool) -> None:
+@click.pass_context
+def command(context: click.Context, as_json: bool) -> None:
     """List the model families, and the plugins that bring them, broken ones with their error."""
+    if context.invoked_subcommand is not None:
+        return
+
     from emloc_core.plugins import plugin_manager
 
     manager = plugin_manager()
