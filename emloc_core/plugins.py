@@ -2,7 +2,7 @@
 
 pluggy's own loader lets one plugin's ImportError end the program, and its hook calls end with the first plugin that
 raises, so entry points are loaded and plugins are called one by one here. ``EMLOC_STRICT_PLUGINS=1`` raises instead
-of isolating.
+of isolating; ``EMLOC_TRACE_PLUGINS=1`` prints every call of a hook.
 """
 
 import os
@@ -18,6 +18,7 @@ import pluggy
 from emloc_core import hookspecs
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family
+from emloc_core.hook_trace import trace_hooks
 
 PROJECT = GROUP = "emloc"
 
@@ -42,6 +43,8 @@ class PluginManager(pluggy.PluginManager):
         self._families: dict[str, Family] = {}
         self._commands: dict[str, click.Command] = {}
         self._told: set[str] = set()
+        if os.environ.get("EMLOC_TRACE_PLUGINS"):
+            trace_hooks(self)
 
     def load(self, entries: Sequence[EntryPoint]) -> None:
         """Load and register the entry points, each on its own: what one does wrong is its own report's error.
@@ -137,7 +140,8 @@ class PluginManager(pluggy.PluginManager):
         known = "; ".join(f"{family.name} ({', '.join(sorted(family.model_types))})" for family in self.families())
         raise EmlocError(
             f"No installed family declares the model type {model_type!r}. Known: {known or 'none'}.",
-            "Install a plugin that declares it, or write one: docs/plugins.md shows the 20 lines it takes.",
+            "Install a plugin that declares it, or write one: `emloc families scaffold MODEL` drafts the declaration, "
+            "`emloc families new NAME` writes the package around it (docs/plugins.md).",
         )
 
     def commands(self) -> dict[str, click.Command]:
