@@ -42,9 +42,10 @@ INTERNVL = Family(
                 "image_size": [8, 8],
                 "patch_size": [2, 2],
             },
-            "text_config": {"model_type": text_type, **TINY, "num_hidden_layers": 2},
+            "tie_word_embeddings": tied,
+            "text_config": {"model_type": text_type, **TINY, "num_hidden_layers": 2, "head_dim": 8},
         }
-        for text_type in ("qwen2", "llama")
+        for text_type, tied in (("qwen2", True), ("qwen3", True), ("llama", False))
     ],
 )
 
