@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from emloc_core.family import Family
 
-API_VERSION = 1
+API_VERSION = 2
 
 hookspec = pluggy.HookspecMarker("emloc")
 hookimpl = pluggy.HookimplMarker("emloc")
@@ -23,40 +23,74 @@ hookimpl = pluggy.HookimplMarker("emloc")
 
 @hookspec
 def emloc_families() -> "Sequence[Family]":  # type: ignore[empty-body]
-    """Return the model families that the plugin declares."""
+    """Declare model families. Asked once, when the plugin is loaded: import nothing heavy here.
+
+    Returns:
+        The families. Names and model types are unique among all plugins.
+    """
 
 
 @hookspec
 def emloc_rank_allocators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
-    """Return rank allocators by name: ``f(shapes, ratio) -> ranks``, or ``f(shapes, ratio, spectra) -> ranks``.
+    """Offer rank allocators, which ``compress`` and ``cut`` find by ``--allocator``. Asked when one is needed.
 
-    See ``emloc_core.allocation``.
+    Returns:
+        By name, ``f(shapes, ratio) -> ranks``, asked before anything is computed, or ``f(shapes, ratio, spectra) ->
+        ranks``, asked when the whole model has been decomposed. ``shapes`` is the (out_features, in_features) of every
+        Linear, ``ratio`` the share of parameters to keep, in (0, 1), ``spectra`` an ``emloc_core.allocation.Spectrum``
+        a Linear; ``ranks`` an int of at least 1 a Linear.
     """
 
 
 @hookspec
 def emloc_factorizers() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
-    """Return factorisations by name: ``f(weight, gram, rank) -> Factors``, see ``emloc_core.factorize``."""
+    """Offer factorisations of a weight, which ``compress`` finds by ``--factorizer``. Asked when one is needed.
+
+    Returns:
+        By name, ``f(weight, gram, rank) -> Factors``, as ``emloc_core.factorize.factorize``. ``weight`` is (m, n),
+        ``gram`` an ``emloc_core.statistics.Gram`` of the inputs or of the outputs, ``rank`` an int k; the factors are
+        (m, k), with orthonormal columns, and (k, n).
+    """
 
 
 @hookspec
 def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
-    """Return LoRA corrections by name: ``f(weight, u, v, lora, clamps) -> loras``, see ``emloc_core.correction``."""
+    """Offer corrections of a LoRA, which ``correct`` finds by ``--method``. Asked when one is needed.
+
+    Returns:
+        By name, ``f(weight, u, v, lora, clamps) -> loras``, as ``emloc_core.correction.correct_lora``. ``weight`` is
+        the base's, (m, n), ``u`` (m, k) and ``v`` (k, n) are the emulator's factors, ``lora`` is an
+        ``emloc_core.lora.Lora``; a list of one Lora for every clamp is returned.
+    """
 
 
 @hookspec
 def emloc_commands() -> "Sequence[click.Command]":  # type: ignore[empty-body]
-    """Return commands to add to the ``emloc`` command line."""
+    """Add commands to ``emloc``. Asked when the plugin is loaded, for ``emloc --help`` too: import nothing heavy here.
+
+    Returns:
+        Commands of click, with names that are not taken.
+    """
 
 
 @hookspec
 def emloc_block_done(stage: str, path: str, index: int, total: int) -> None:
-    """Observe that a stage has finished with a block: its module path, and its place among ``total`` blocks."""
+    """Observe that a stage has finished with a block.
+
+    Args:
+        stage: the command that is running: ``compress``.
+        path: module path of the block, such as ``model.layers.7``.
+        index: place of the block among all, from 0.
+        total: number of blocks.
+    """
 
 
 @hookspec
 def emloc_stage_done(stage: str, output: "Path", manifest: "dict[str, Any]") -> None:
-    """Observe that a stage's output directory is there, newly made or found finished, with its ``emloc.json``.
+    """Observe that a stage's output is there, newly made or found finished. The Python API does not call it.
 
-    The command line calls it; the Python API does not.
+    Args:
+        stage: the command: ``compress``, ``cut``, ``train``, ``correct``, ``merge`` or ``eval``.
+        output: the finished directory.
+        manifest: the content of its ``emloc.json``.
     """
