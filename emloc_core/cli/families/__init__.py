@@ -3,6 +3,7 @@
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
+from emloc_core.cli.families import new
 
 
 @click.group("families", invoke_without_command=True)
@@ -35,3 +36,6 @@ def command(context: click.Context, as_json: bool) -> None:
     for report in manager.reports:
         state = f"BROKEN: {report.error}" if report.error else ", ".join(report.families) or "no families"
         click.echo(f"plugin {report.name} ({report.distribution}): {state}")
+
+
+command.add_command(new.command)

@@ -1,0 +1,89 @@
+"""Writes the package of a plugin that declares a family, from the template in ``plugins/emloc_template``."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from emloc_core import __version__
+from emloc_core.errors import EmlocError
+from emloc_core.plugins import plugin_manager
+
+
+def write_plugin(name: str, directory: Path, model_types: Sequence[str] = ()) -> list[str]:
+    """Write a plugin package: declaration, tests, ``pyproject.toml`` and README; whole, or nothing.
+
+    Args:
+        name: of the family, a Python identifier. The package is ``emloc_NAME``.
+        directory: to make.
+        model_types: values of ``model_type`` that it declares; ``name`` alone, where there are none.
+
+    Returns:
+        The files that were written, relative to ``directory``.
+
+    Raises:
+        EmlocError: ``name`` is no identifier or is taken, a model type is, or ``directory`` exists.
+    """
+    model_types = list(dict.fromkeys(model_types)) or [name]
+    _check(name, model_types)
+    if directory.exists():
+        raise EmlocError(f"{directory} exists already.", "Choose another directory with -o, or remove this one.")
+    content = _render(name, model_types)
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    try:
+        for path, text in content.items():
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+            (staging / path).write_text(text, encoding="utf-8")
+        staging.rename(directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return sorted(content)
+
+
+def _check(name: str, model_types: Sequence[str]) -> None:
+    if not (name.isidentifier() and name.isascii()):
+        raise EmlocError(
+            f"{name!r} cannot be part of a Python package's name.",
+            "Use letters, digits and underscores, such as phi3 or my_model, and --model-type for the model type.",
+        )
+    manager = plugin_manager()
+    if name in {family.name for family in manager.families()} | {report.name for report in manager.reports}:
+        raise EmlocError(f"A plugin or family {name!r} is installed already.", "Choose another name.")
+    for family in manager.families():
+        if taken := family.model_types.intersection(model_types):
+            raise EmlocError(
+                f"The installed family {family.name!r} declares {', '.join(sorted(taken))} already.",
+                "Such models need no other plugin; name the model types of yours with --model-type.",
+            )
+
+
+def _render(name: str, model_types: Sequence[str]) -> dict[str, str]:
+    """Return the content of every file, by path."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    values = {
+        "name": name,
+        "package": f"emloc_{name}",
+        "distribution": f"emloc-{name}".replace("_", "-"),
+        "model_types": json.dumps(model_types),
+        "shown_types": ", ".join(f"`{each}`" for each in model_types),
+        "version": __version__,
+    }
+    templates = _templates(files("emloc_template"))
+    return {
+        path.replace("NAME", name).removesuffix(".jinja"): environment.from_string(text).render(values)
+        for path, text in templates
+    }
+
+
+def _templates(place: Traversable, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the path and the text of every template below ``place``."""
+    for entry in place.iterdir():
+        if entry.is_dir():
+            yield from _templates(entry, f"{path}{entry.name}/")
+        elif entry.name.endswith(".jinja"):
+            yield f"{path}{entry.name}", entry.read_text(encoding="utf-8")
