@@ -24,17 +24,20 @@ Forward = Callable[[], Any]
 
 
 def units(model: nn.Module, block_lists: Sequence[str]) -> list[str]:
-    """Return the paths of the units: every block, and every maximal submodule that holds no block list.
+    """Return the paths of the units: every block, and every maximal submodule that is called and holds no block list.
 
-    Modules without parameters are no units. Their order is that of the module tree, with blocks in declared order;
-    the driver visits a unit when the samples reach it.
+    Modules without parameters are no units, nor are containers without a forward (a ModuleList of DeepStack's
+    mergers), whose hook would never fire: their children are. The order is that of the module tree, with blocks in
+    declared order; the driver visits a unit when the samples reach it.
     """
     found: list[str] = []
 
     def walk(module: nn.Module, path: str) -> None:
         if path in block_lists:
             found.extend(f"{path}.{index}" for index in range(len(list(module.children()))))
-        elif any(block_list.startswith(f"{path}." if path else "") for block_list in block_lists):
+        elif type(module).forward is nn.Module.forward or any(
+            block_list.startswith(f"{path}." if path else "") for block_list in block_lists
+        ):
             for name, child in module.named_children():
                 walk(child, f"{path}.{name}" if path else name)
         elif next(module.parameters(), None) is not None:
