@@ -45,10 +45,26 @@ class LinearPlan:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What the family keeps dense.
+
+    Attributes:
+        pattern: glob pattern of module paths.
+        parameters: how many are in the modules that it matches; tied ones count here too.
+        reason: why.
+    """
+
+    pattern: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What happens to every Linear that the family names, in execution order."""
+    """What happens to every Linear that the family names, in execution order, and what it keeps dense."""
 
     linears: tuple[LinearPlan, ...]
+    kept: tuple[Kept, ...] = ()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -66,28 +82,28 @@ class Plan:
 
     def with_ranks(self, ranks: Mapping[str, int]) -> "Plan":
         """Return the plan with other ranks; a Linear without one, or with one that saves nothing, stays dense."""
-        return Plan(tuple(_with_rank(linear, ranks.get(linear.path)) for linear in self.linears))
+        return replace(self, linears=tuple(_with_rank(linear, ranks.get(linear.path)) for linear in self.linears))
 
     def dense(self, paths: Collection[str], reason: str) -> "Plan":
         """Return the plan with the Linears at ``paths`` kept dense, for that reason."""
-        return Plan(
-            tuple(
-                replace(linear, rank=None, reason=reason) if linear.path in paths else linear for linear in self.linears
-            )
-        )
+        linears = (replace(each, rank=None, reason=reason) if each.path in paths else each for each in self.linears)
+        return replace(self, linears=tuple(linears))
 
     def lines(self) -> list[str]:
-        """Return a line for every kind of Linear: how many there are, their shape, their ranks."""
-        kinds: dict[tuple[str, int, int, bool], list[int]] = defaultdict(list)
+        """Return a line for every kind of Linear: how many, their shape, their ranks; then what is dense, and why."""
+        kinds: dict[tuple[str, int, int, str | None], list[int]] = defaultdict(list)
         for linear in self.linears:
             name = linear.path.rpartition(".")[2]
-            kinds[name, linear.out_features, linear.in_features, linear.rank is None].append(linear.rank or 0)
+            why = linear.reason if linear.rank is None else None
+            kinds[name, linear.out_features, linear.in_features, why].append(linear.rank or 0)
         width = max((len(name) for name, *_ in kinds), default=0)
         found = []
-        for (name, m, n, dense), ranks in kinds.items():
+        for (name, m, n, why), ranks in kinds.items():
             least, most = min(ranks), max(ranks)
-            rank = "dense" if dense else f"{least}" if least == most else f"{least} to {most}"
-            found.append(f"{len(ranks):4d} x {name:<{width}} {m} x {n} -> rank {rank}")
+            rank = f"rank {least}" if least == most else f"rank {least} to {most}"
+            dense = f"dense: {why}" if why else "dense"
+            found.append(f"{len(ranks):4d} x {name:<{width}} {m} x {n} -> {rank if least else dense}")
+        found += [f"{kept.parameters:,} parameters of {kept.pattern} stay dense: {kept.reason}" for kept in self.kept]
         return found
 
     def parameters(self) -> tuple[int, int]:
@@ -137,7 +153,7 @@ def find_linears(model: nn.Module, family: Family) -> Plan:
         for block in (path for path in block_paths(model, family) if path.startswith(f"{tower.blocks}.")):
             for group in tower.input_groups:
                 found += _plan_group(model, family, block, group)
-    plan = Plan(tuple(found))
+    plan = Plan(tuple(found), tuple(_kept(model, family, {linear.path for linear in found})))
     if not plan.candidates:
         raise EmlocError(f"The family {family.name!r} names no Linear of this model.", "Update the plugin.")
     return plan
@@ -220,6 +236,18 @@ def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[st
         reason = next((reason for pattern, reason in family.keep_dense.items() if fnmatchcase(path, pattern)), None)
         planned.append(LinearPlan(path, block, present, m, n, None, tap, reason))
     return planned
+
+
+def _kept(model: nn.Module, family: Family, planned: Collection[str]) -> list[Kept]:
+    """Count the parameters, planned Linears aside, of modules at or below a path that a pattern matches."""
+    sizes: dict[str, int] = defaultdict(int)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path = name.rpartition(".")[0]
+        modules = [path, *(path[:index] for index, letter in enumerate(path) if letter == ".")]
+        pattern = next((p for p in family.keep_dense if any(fnmatchcase(module, p) for module in modules)), None)
+        if pattern is not None and path not in planned:
+            sizes[pattern] += parameter.numel()
+    return [Kept(pattern, size, family.keep_dense[pattern]) for pattern, size in sizes.items()]
 
 
 def _with_rank(linear: LinearPlan, rank: int | None) -> LinearPlan:

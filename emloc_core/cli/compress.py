@@ -141,6 +141,7 @@ def sizes(job: "Compression | Cut") -> dict[str, Any]:
         "base_bytes": job.base.nbytes,
         "emulator_bytes": job.base.nbytes - (before - after) * job.skeleton.dtype.itemsize,
         "linears": [linear.describe() for linear in job.plan.linears],
+        "kept_dense": [vars(kept) for kept in job.plan.kept],
     }
 
 

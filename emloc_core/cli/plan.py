@@ -123,6 +123,7 @@ class _Planned:
                 for need in self.needs
             ],
             "linears": [linear.describe() for linear in self.plan.linears],
+            "kept_dense": [vars(kept) for kept in self.plan.kept],
         }
 
     def print(self) -> None:
