@@ -46,6 +46,8 @@ class Family:
             own, and what it keeps dense and how it is hooked holds for its part.
         tiny_configs: keyword arguments of ``AutoConfig.for_model`` for tiny models of the family, at least one a model
             type: the conformance kit builds them.
+        tiny_inputs: the keyword arguments of a forward of one row with an image, given a tiny model's config, where
+            the conformance kit cannot make them up: tensors, ``input_ids`` of shape (1, T) among them.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Family:
     taps: Mapping[str, Tap] = field(default_factory=dict)
     nested: Mapping[str, str] = field(default_factory=dict)
     tiny_configs: Sequence[Mapping[str, Any]] = ()
+    tiny_inputs: Callable[[Any], Mapping[str, Any]] | None = None
 
     def with_nested(self, inner: "Family", path: str) -> "Family":
         """Return the family with the declaration of ``inner`` added, whose ``model`` stands at ``path`` here."""
