@@ -6,7 +6,7 @@ of isolating; ``EMLOC_TRACE_PLUGINS=1`` prints every call of a hook.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -52,12 +52,12 @@ class PluginManager(pluggy.PluginManager):
         Raises:
             EmlocError: a plugin is broken and ``EMLOC_STRICT_PLUGINS`` is set.
         """
-        for entry in sorted(entries, key=lambda entry: entry.name):
+        for entry in sorted(entries, key=_order):
             report = PluginReport(entry.name, entry.dist.name if entry.dist else "unknown")
             try:
                 families = self._load_one(entry)
                 report = replace(report, families=tuple(family.name for family in families))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 report = _broken(report, error)
             self.reports.append(report)
 
@@ -90,6 +90,8 @@ class PluginManager(pluggy.PluginManager):
         for family in families:
             if not isinstance(family, Family):
                 raise TypeError(f"emloc_families returned {type(family).__name__}, not Family")
+            if not isinstance(family.model_types, Set):
+                raise TypeError(f"the model_types of {family.name!r} are {family.model_types!r}, not a set of strings")
             if family.name in self._families:
                 raise ValueError(f"another plugin declares the family {family.name!r} already")
             for other in self._families.values():
@@ -204,7 +206,12 @@ class PluginManager(pluggy.PluginManager):
         self.reports = [broken if report.name == name else report for report in self.reports]
 
 
-def _broken(report: PluginReport, error: Exception) -> PluginReport:
+def _order(entry: EntryPoint) -> tuple[bool, str]:
+    """Sort emloc's own plugins first: of two that declare the same, the later one is broken, and it is never ours."""
+    return (entry.dist is None or entry.dist.name != PROJECT, entry.name)
+
+
+def _broken(report: PluginReport, error: BaseException) -> PluginReport:
     """Return the report of a plugin that raised ``error``.
 
     Raises:
