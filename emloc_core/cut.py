@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from emloc_core.checkpoint import Checkpoint
-from emloc_core.data import CALIBRATION, SELECTION
+from emloc_core.data import copy_kept_rows
 from emloc_core.decompose import Progress
 from emloc_core.emulator_files import EmulatorFiles
 from emloc_core.errors import EmlocError
@@ -61,8 +61,7 @@ class Cut:
         with self.output.build() as staging:
             files = EmulatorFiles(self.skeleton, self.plan, block_paths(self.skeleton.model, self.family), staging)
             cut_blocks(self.spectra, files, progress)
-            for name in (CALIBRATION, SELECTION):
-                (staging / name).write_bytes((self.spectra.directory / name).read_bytes())
+            copy_kept_rows(self.spectra.directory, staging)
             self.output.result = {"family": self.family.name, **files.finish(self.spectra.result["tokens"])}
         return self.output.path
 

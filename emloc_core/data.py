@@ -2,25 +2,25 @@
 
 A row is ``text``, ``prompt`` + ``completion`` (two strings, or two lists of messages) or ``messages``. ``messages``
 become prompt and completion, so that the loss falls on the last answer alone: many chat templates have no marks for
-generation, and TRL's ``assistant_only_loss`` needs them.
+generation, and TRL's ``assistant_only_loss`` needs them. A conversation may come with ``images``.
 """
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
+from emloc_core.images import IMAGES, Picture
+from emloc_core.messages import Content, parse_content, parse_string, place_images
+from emloc_core.output import MANIFEST
 
 #: Files of an emulator that hold the rows which may never be tuned on.
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
-
-#: One turn of a conversation: ``role`` and ``content``.
-Message = dict[str, str]
-Content = str | list[Message]
 
 _FORMS = "Each row needs `text`, or `prompt` and `completion`, or `messages` that end in an assistant turn."
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -32,12 +32,15 @@ class Row:
 
     Attributes:
         number: the row's place in its source, from 1; the line in a JSONL file.
+        images: those of a conversation, in the order of their places in the prompt. None where no row of the source
+            has any: such rows are tokenized as text, and the others by the model's processor, as TRL does it.
     """
 
     number: int
     text: str | None = None
     prompt: Content | None = None
     completion: Content | None = None
+    images: tuple[Picture, ...] | None = None
 
     @property
     def form(self) -> str:
@@ -49,14 +52,16 @@ class Row:
     @cached_property
     def key(self) -> str:
         """Return the SHA-256 of the row's content, in hex: equal for equal content, wherever it stands."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        columns = {name: column for name, column in self.to_dict().items() if column != []}
+        canonical = json.dumps(columns, sort_keys=True, separators=(",", ":"), default=lambda picture: picture.sha256)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as TRL's columns."""
+        """Return the row as TRL's columns; images as :class:`Picture`."""
         if self.text is not None:
             return {"text": self.text}
-        return {"prompt": self.prompt, "completion": self.completion}
+        images = {} if self.images is None else {"images": list(self.images)}
+        return {"prompt": self.prompt, "completion": self.completion, **images}
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,11 @@ def load_rows(source: str, split: str = "train") -> list[Row]:
     Raises:
         EmlocError: the source cannot be read, is empty, or a row is not of a known form; names file and row.
     """
-    rows = [_parse(content, number, source) for number, content in _contents(source, split)]
+    directory = Path(source).parent if Path(source).is_file() else Path()
+    # What an emulator keeps may have been made by someone else: its images are those that came with it.
+    confined = Path(source).name in (CALIBRATION, SELECTION) and (directory / MANIFEST).is_file()
+    rows = [_parse(content, f"{source}, row {number}", number, directory, confined=confined)
+            for number, content in _contents(source, split)]  # fmt: skip
     if not rows:
         raise EmlocError(f"{source} holds no rows.", _FORMS)
     for row in rows:
@@ -90,6 +99,8 @@ def load_rows(source: str, split: str = "train") -> list[Row]:
                 f"{source}, row {row.number}: a row of {row.form}, where row {rows[0].number} is of {rows[0].form}.",
                 "Keep one form a file.",
             )
+    if any(row.images is not None for row in rows):
+        return [row if row.images is not None else replace(row, images=()) for row in rows]
     return rows
 
 
@@ -136,9 +147,25 @@ def digest(rows: Iterable[Row]) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as JSONL that :func:`load_rows` reads back."""
+    """Write rows as JSONL that :func:`load_rows` reads back, and their images into a directory beside it.
+
+    Raises:
+        EmlocError: an image cannot be read.
+    """
+
+    def kept(picture: Picture) -> str:
+        return picture.write(path.parent)
+
     with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(row.to_dict(), ensure_ascii=False, default=kept) + "\n" for row in rows)
+
+
+def copy_kept_rows(source: Path, target: Path) -> None:
+    """Copy the rows that an emulator keeps, and their images, from one directory to another."""
+    for name in (CALIBRATION, SELECTION):
+        shutil.copyfile(source / name, target / name)
+    if (source / IMAGES).is_dir():
+        shutil.copytree(source / IMAGES, target / IMAGES, dirs_exist_ok=True)
 
 
 def _contents(source: str, split: str) -> Iterator[tuple[int, Any]]:
@@ -202,57 +229,68 @@ def _hub(source: str, split: str) -> Iterator[tuple[int, Any]]:
             f"There is no file {source}, and no data set of that name could be loaded from the hub: {error}",
             "Check the path, or the data set's id and --split.",
         ) from error
-    yield from enumerate(found, start=1)
+    yield from enumerate(_undecoded(found), start=1)
 
 
-def _parse(content: Any, number: int, source: str) -> Row:
-    where = f"{source}, row {number}"
+def _undecoded(found: Any) -> Any:
+    """Return a data set whose images are bytes or paths, as they are stored: they are decoded when they are used."""
+    from datasets import Image, List
+
+    for name in ("images", "image"):
+        feature = found.features.get(name)
+        if isinstance(feature, Image):
+            found = found.cast_column(name, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            found = found.cast_column(name, List(Image(decode=False)))
+    return found
+
+
+def _parse(content: Any, where: str, number: int, directory: Path, *, confined: bool) -> Row:
     if not isinstance(content, dict):
         raise EmlocError(f"{where}: not an object with columns but {type(content).__name__}.", _FORMS)
     has = {name for name, value in content.items() if value is not None}  # Arrow fills absent columns with None
     if has >= {"prompt", "completion"}:
-        prompt, completion = (_content(content[name], f"{where}: `{name}`") for name in ("prompt", "completion"))
+        prompt, completion = (parse_content(content[name], f"{where}: `{name}`") for name in ("prompt", "completion"))
         if isinstance(prompt, str) != isinstance(completion, str):
             raise EmlocError(f"{where}: one of prompt and completion is a string, the other messages.", _FORMS)
-        return Row(number, prompt=prompt, completion=completion)
-    if "messages" in has:
-        turns = _content(content["messages"], f"{where}: `messages`")
+        row = Row(number, prompt=prompt, completion=completion)
+    elif "messages" in has:
+        turns = parse_content(content["messages"], f"{where}: `messages`")
         if isinstance(turns, str):
             raise EmlocError(f"{where}: `messages` is a string, not a list of messages.", _FORMS)
         if turns[-1]["role"] != "assistant":
             raise EmlocError(f"{where}: `messages` do not end in an assistant turn, so there is no answer.", _FORMS)
         if len(turns) == 1:
             raise EmlocError(f"{where}: `messages` have nothing before the assistant turn.", _FORMS)
-        return Row(number, prompt=turns[:-1], completion=turns[-1:])
-    if "text" in has:
-        return Row(number, text=_string(content["text"], f"{where}: `text`"))
-    raise EmlocError(f"{where}: has the columns {sorted(has)}.", _FORMS)
+        row = Row(number, prompt=turns[:-1], completion=turns[-1:])
+    elif "text" in has:
+        row = Row(number, text=parse_string(content["text"], f"{where}: `text`"))
+    else:
+        raise EmlocError(f"{where}: has the columns {sorted(has)}.", _FORMS)
+    return _with_images(row, _pictures(content, where, directory, confined=confined), where)
 
 
-def _content(value: Any, where: str) -> Content:
-    if not isinstance(value, list):
-        return _string(value, where)
-    if not value:
-        raise EmlocError(f"{where} is empty.", "Fill it, or leave the row out.")
-    return [_message(message, where) for message in value]
-
-
-def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, dict):
-        raise EmlocError(f"{where} has a message that is not an object.", "A message is a role and a content.")
-    more = sorted(name for name, part in value.items() if part is not None and name not in ("role", "content"))
-    if more:  # dropping tool calls, say, would silently train on another conversation
-        raise EmlocError(f"{where} has a message with {more}.", "Only role and content are supported.")
-    return {name: _string(value.get(name), f"{where}: a message's {name}") for name in ("role", "content")}
-
-
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise EmlocError(f"{where} is not a string but {type(value).__name__}.", _FORMS)
-    if not value.strip():
-        raise EmlocError(f"{where} is empty.", "Fill it, or leave the row out.")
+def _pictures(content: dict[str, Any], where: str, directory: Path, *, confined: bool) -> tuple[Picture, ...] | None:
+    image, images = content.get("image"), content.get("images")
+    if image is None and images is None:
+        return None
+    if image is not None and images is not None:
+        raise EmlocError(f"{where}: has both `image` and `images`.", "Keep `images`, a list.")
+    sources = [image] if images is None else images
+    if not isinstance(sources, list):
+        raise EmlocError(f"{where}: `images` is not a list but {type(sources).__name__}.", "Name one image `image`.")
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise EmlocError(f"{where} is not valid Unicode ({error.reason}).", "Correct it.") from None
-    return value
+        return tuple(Picture.of(source, directory, confined=confined) for source in sources)
+    except EmlocError as error:
+        raise EmlocError(f"{where}: {error.args[0]}", error.fix) from None
+
+
+def _with_images(row: Row, images: tuple[Picture, ...] | None, where: str) -> Row:
+    if isinstance(row.prompt, list) and isinstance(row.completion, list):
+        return replace(row, prompt=place_images(row.prompt, row.completion, len(images or ()), where), images=images)
+    if images:
+        raise EmlocError(
+            f"{where}: a row of {row.form} has images.", "Write rows with images as `messages`, or as a `prompt` and a "
+            "`completion` that are lists of messages.",
+        )  # fmt: skip
+    return row

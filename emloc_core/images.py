@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 #: Directory beside a file of rows that holds the pictures which were written with it.
-DIRECTORY = "images"
+IMAGES = "images"
 _FIX = "Give an image file that can be opened, or leave the row out."
 
 
@@ -98,8 +98,8 @@ class Picture:
         content = self._bytes()
         self.read()  # what is kept will be needed
         with _pillow().open(BytesIO(content)) as image:
-            name = f"{DIRECTORY}/{self.sha256}.{str(image.format).lower()}"
-        (directory / DIRECTORY).mkdir(exist_ok=True)
+            name = f"{IMAGES}/{self.sha256}.{str(image.format).lower()}"
+        (directory / IMAGES).mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
         return name
 

@@ -1,0 +1,106 @@
+"""The messages of a conversation, in TRL's conventions, brought into one form.
+
+A message's content is a string; where it shows images, it is a list of parts, ``{"type": "text", "text": ...}`` and
+``{"type": "image"}``, in the images' order. So a conversation has one form, however it was written.
+"""
+
+from typing import Any
+
+from emloc_core.errors import EmlocError
+
+#: One turn: ``role``, and ``content``.
+Message = dict[str, Any]
+Content = str | list[Message]
+
+IMAGE = {"type": "image"}
+_PARTS = 'A part is {"type": "text", "text": ...} or {"type": "image"}; the images themselves stand in `images`.'
+
+
+def parse_content(value: Any, where: str) -> Content:
+    """Return a string, or the messages of a list.
+
+    Raises:
+        EmlocError: it is neither, or empty, or holds more than roles, text and places of images.
+    """
+    if not isinstance(value, list):
+        return parse_string(value, where)
+    if not value:
+        raise EmlocError(f"{where} is empty.", "Fill it, or leave the row out.")
+    return [_message(message, where) for message in value]
+
+
+def place_images(prompt: list[Message], completion: list[Message], images: int, where: str) -> list[Message]:
+    """Return the prompt with a place for every image: where it has none, before the first user message, as TRL does.
+
+    Raises:
+        EmlocError: the places are not as many as the images, or are in the completion.
+    """
+    if any(isinstance(message["content"], list) for message in completion):
+        raise EmlocError(f"{where}: there is an image in the answer.", "Images can be asked about, not answered with.")
+    parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
+    places = parts.count(IMAGE)
+    first = next((index for index, message in enumerate(prompt) if message["role"] == "user"), None)
+    if images and not places and first is not None:
+        question = {"type": "text", "text": prompt[first]["content"]}
+        asked = prompt[first] | {"content": [*(dict(IMAGE) for _ in range(images)), question]}
+        return [*prompt[:first], asked, *prompt[first + 1 :]]
+    if places != images:
+        raise EmlocError(
+            f"{where}: the messages have places for {places} images, and there are {images}.",
+            'Write one part {"type": "image"} for each image, or none: then they stand before the first user message.',
+        )
+    return prompt
+
+
+def in_parts(messages: list[Message]) -> list[Message]:
+    """Return messages whose contents are lists of parts, all of them, as TRL hands them to a processor."""
+    return [
+        message
+        if isinstance(message["content"], list)
+        else message | {"content": [{"type": "text", "text": message["content"]}]}
+        for message in messages
+    ]
+
+
+def parse_string(value: Any, where: str, *, may_be_blank: bool = False) -> str:
+    """Return a string that is valid Unicode and, unless it may be, not blank.
+
+    Raises:
+        EmlocError: it is not.
+    """
+    if not isinstance(value, str):
+        raise EmlocError(f"{where} is not a string but {type(value).__name__}.", "See the forms of rows in the docs.")
+    if not value.strip() and not may_be_blank:
+        raise EmlocError(f"{where} is empty.", "Fill it, or leave the row out.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise EmlocError(f"{where} is not valid Unicode ({error.reason}).", "Correct it.") from None
+    return value
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise EmlocError(f"{where} has a message that is not an object.", "A message is a role and a content.")
+    more = sorted(name for name, part in value.items() if part is not None and name not in ("role", "content"))
+    if more:  # dropping tool calls, say, would silently train on another conversation
+        raise EmlocError(f"{where} has a message with {more}.", "Only role and content are supported.")
+    role = parse_string(value.get("role"), f"{where}: a message's role")
+    content, of = value.get("content"), f"{where}: a message's content"
+    if isinstance(content, list):
+        parts = [_part(part, of) for part in content]
+        if IMAGE in parts:
+            return {"role": role, "content": parts}
+        content = "".join(part["text"] for part in parts)
+    return {"role": role, "content": parse_string(content, of)}
+
+
+def _part(value: Any, where: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise EmlocError(f"{where} has a part that is not an object.", _PARTS)
+    part = {name: content for name, content in value.items() if content is not None}  # Arrow's, for absent ones
+    if part == IMAGE:
+        return part
+    if part.keys() != {"type", "text"} or part["type"] != "text":
+        raise EmlocError(f"{where} has a part with {sorted(part)} of type {part.get('type')!r}.", _PARTS)
+    return {"type": "text", "text": parse_string(part["text"], f"{where}: a part's text", may_be_blank=True)}
