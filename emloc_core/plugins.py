@@ -6,7 +6,8 @@ of isolating; ``EMLOC_TRACE_PLUGINS=1`` prints every call of a hook.
 """
 
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -114,6 +115,17 @@ class PluginManager(pluggy.PluginManager):
     def families(self) -> list[Family]:
         """Return all families, by name."""
         return sorted(self._families.values(), key=lambda family: family.name)
+
+    @contextmanager
+    def declaring(self, family: Family) -> Iterator[None]:
+        """Let a family, installed or not, stand for its model types in this process, for the time of the context."""
+        installed = self._families
+        others = {name: other for name, other in installed.items() if name != family.name}
+        self._families = {family.name: family, **others}
+        try:
+            yield
+        finally:
+            self._families = installed
 
     def family_for(self, config: Mapping[str, Any]) -> Family:
         """Return the family that declares the ``model_type`` of a config, with those of the models nested in it.

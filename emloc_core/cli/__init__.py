@@ -3,14 +3,15 @@
 import os
 import sys
 from importlib import import_module
+from keyword import iskeyword
 
 import rich_click as click
 
 from emloc_core import __version__
 from emloc_core.errors import EmlocError
 
-#: The built-in commands: modules of this package, light to import, each with a ``command``.
-COMMANDS = ("compress", "correct", "cut", "eval", "families", "merge", "plan", "run", "train")
+#: The built-in commands: modules of this package, light to import, each with a ``command`` (``import_`` for import).
+COMMANDS = ("compress", "correct", "cut", "eval", "families", "import", "merge", "plan", "run", "train")
 
 
 class PluggableGroup(click.RichGroup):
@@ -23,7 +24,8 @@ class PluggableGroup(click.RichGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command ``cmd_name``; None where there is none of that name."""
         if cmd_name in COMMANDS:
-            return import_module(f"emloc_core.cli.{cmd_name}").command
+            module = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
+            return import_module(f"emloc_core.cli.{module}").command
         return _plugin_commands().get(cmd_name) or super().get_command(ctx, cmd_name)
 
 
