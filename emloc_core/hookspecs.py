@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import click
 
     from emloc_core.family import Family
+    from emloc_core.layout import Layout
 
 API_VERSION = 2
 
@@ -27,6 +28,16 @@ def emloc_families() -> "Sequence[Family]":  # type: ignore[empty-body]
 
     Returns:
         The families. Names and model types are unique among all plugins.
+    """
+
+
+@hookspec
+def emloc_layouts() -> "Sequence[Layout]":  # type: ignore[empty-body]
+    """Declare layouts of checkpoints that ``emloc import`` rewrites as native ones. Asked when the plugin is loaded.
+
+    Returns:
+        The layouts, as ``emloc_core.layout.Layout``. Names are unique among all plugins, and so are the model types
+        that they read, which no family declares.
     """
 
 

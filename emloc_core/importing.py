@@ -1,0 +1,191 @@
+"""Rewrites a checkpoint of another layout as the native one, shard by shard: tensors are renamed, fused ones split.
+
+Whether everything fits is settled from the headers alone. Renamed tensors go from file to file in the kernel; of those
+that are split, one is in memory at a time.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from emloc_core.checkpoint import INDEX, SINGLE, Checkpoint
+from emloc_core.errors import EmlocError
+from emloc_core.layout import Split
+from emloc_core.output import Output, write_json
+from emloc_core.plugins import plugin_manager
+from emloc_core.shards import ShardWriter, TensorInfo, read_header
+from emloc_core.skeleton import build_model
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of the source goes: native key -> shape of the part, and how it is split, if it is."""
+
+    shapes: dict[str, Shape]
+    split: Split | None
+
+
+class Import:
+    """Everything that is settled before weights are read; :meth:`run` writes the native checkpoint.
+
+    Args:
+        source: a checkpoint in a layout that an installed plugin reads.
+        output: where the native checkpoint goes.
+
+    Attributes:
+        layout: the source's.
+        config: the native ``config.json``.
+
+    Raises:
+        EmlocError: no layout reads the source; its config has a value that the native model cannot have; or a tensor is
+            unknown, missing, or of another shape than the config says.
+    """
+
+    def __init__(self, source: Checkpoint, output: Path) -> None:
+        self.source = source
+        source.require_unquantised()
+        self.layout = plugin_manager().layout_for(source.config)
+        self.config = self.layout.config(source.config, source.directory)
+        self._files = self.layout.files(source.config, source.directory)
+        self._places = {key: self._place(tensor) for key, tensor in source.tensors.items()}
+        self._require_model()
+        request = {"source": source.fingerprint(output.resolve().parent), "layout": self.layout.name}
+        self.output = Output(output, "checkpoint", request)
+
+    @property
+    def splits(self) -> int:
+        """How many tensors are split."""
+        return sum(place.split is not None for place in self._places.values())
+
+    def _place(self, tensor: TensorInfo) -> _Place:
+        found = self.layout.place(tensor.key)
+        if found is None:
+            raise EmlocError(
+                f"{tensor.shard} holds {tensor.key}, which the layout {self.layout.name!r} does not know.",
+                "Nothing is dropped: give the checkpoint as it was published, without tensors of other software.",
+            )
+        targets, split = found
+        if split is None:
+            return _Place({targets[0]: tensor.shape}, None)
+        try:
+            parts = split.parts(torch.empty(tensor.shape, device="meta"), self.source.config)
+        except (RuntimeError, ValueError, IndexError):
+            raise EmlocError(
+                f"{tensor.key} in {tensor.shard} has shape {tensor.shape}, which cannot be split as the config says.",
+                "Check that the config.json belongs to this checkpoint.",
+            ) from None
+        return _Place({key: tuple(part.shape) for key, part in zip(targets, parts, strict=True)}, split)
+
+    def _require_model(self) -> None:
+        """Refuse tensors that are not the native model's, all of them and in their shapes."""
+        remedy = "Check that the checkpoint is complete and that its config.json belongs to it."
+        shapes, tied = native_tensors(self.config)
+        taken: dict[str, str] = {}
+        for key, place in self._places.items():
+            where = f"{key} in {self.source.tensors[key].shard}"
+            for target, shape in place.shapes.items():
+                if target not in shapes:
+                    raise EmlocError(f"{where} would be {target}, which the native model does not have.", remedy)
+                if shape != shapes[target]:
+                    raise EmlocError(
+                        f"{where} would be {target} of shape {shape}; the config says {shapes[target]}.", remedy
+                    )
+                if target in taken:
+                    raise EmlocError(f"{where} and {taken[target]} would both be {target}.", remedy)
+                taken[target] = key
+        missing = [name for name in shapes if name not in taken and tied.get(name, name) not in taken]
+        if missing:
+            named = ", ".join(missing[:3])
+            raise EmlocError(f"{self.source.directory} lacks what {len(missing)} tensors come from: {named}.", remedy)
+
+    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+        """Write the native checkpoint, or go on with what an interrupted run left.
+
+        Args:
+            progress: called with a shard's name, how many shards are done, and how many there are.
+        """
+        if self.output.is_finished():
+            return self.output.path
+        shards = self.source.shards
+        with self.output.build() as staging:
+            for index, shard in enumerate(shards):
+                if not (staging / shard.name).exists():
+                    self._write_shard(shard, staging / shard.name)
+                progress(shard.name, index + 1, len(shards))
+            self._write_index(staging)
+            self._write_side_files(staging)
+            self.output.result = {
+                "source": self.source.name,
+                "model_type": self.config["model_type"],
+                "tensors": sum(len(place.shapes) for place in self._places.values()),
+                "split": self.splits,
+                "bytes": self.source.nbytes,
+            }
+        return self.output.path
+
+    def _write_shard(self, source: Path, target: Path) -> None:
+        tensors, metadata = read_header(source)
+        layout = {
+            key: (tensor.dtype, shape)
+            for tensor in tensors.values()
+            for key, shape in self._places[tensor.key].shapes.items()
+        }
+        with ShardWriter(target, layout, metadata) as writer:
+            for tensor in tensors.values():
+                place = self._places[tensor.key]
+                if place.split is None:
+                    writer.copy(next(iter(place.shapes)), tensor)
+                else:
+                    self._write_parts(writer, tensor.key, place.shapes, place.split)
+
+    def _write_parts(self, writer: ShardWriter, key: str, targets: Mapping[str, Shape], split: Split) -> None:
+        with self.source.slices([key]) as slices:
+            parts = split.parts(slices[key][...], self.source.config)
+            for target, part in zip(targets, parts, strict=True):
+                writer.write(target, part)
+
+    def _write_index(self, staging: Path) -> None:
+        weight_map = {
+            target: self.source.tensors[key].shard.name
+            for key, place in self._places.items()
+            for target in place.shapes
+        }
+        if set(weight_map.values()) != {SINGLE}:
+            write_json(staging / INDEX, {"metadata": {"total_size": self.source.nbytes}, "weight_map": weight_map})
+
+    def _write_side_files(self, staging: Path) -> None:
+        for path in self.source.side_files():
+            if path.name not in self._files:
+                (staging / path.name).write_bytes(path.read_bytes())
+        for name, content in {**self._files, "config.json": self.config}.items():
+            if isinstance(content, str):
+                (staging / name).write_text(content, encoding="utf-8")
+            elif content is not None:
+                write_json(staging / name, content)
+
+
+def native_tensors(config: Mapping[str, Any]) -> tuple[dict[str, Shape], dict[str, str]]:
+    """Return the shape of every tensor of a config's model by name, and which of them are tied to which.
+
+    Args:
+        config: the content of a ``config.json``.
+
+    Raises:
+        EmlocError: no family declares the model type, or transformers refuses the config.
+    """
+    family = plugin_manager().family_for(config)
+    try:
+        model = build_model(AutoConfig.for_model(**config), family, torch.float32)
+    except Exception as error:  # whatever transformers' own checks of a config raise
+        raise EmlocError(
+            f"transformers refuses the config that the checkpoint would get: {str(error).splitlines()[0]}",
+            "Check the checkpoint's config.json.",
+        ) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes, dict(getattr(model, "all_tied_weights_keys", {}) or {})
