@@ -20,6 +20,7 @@ from emloc_core import hookspecs
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family
 from emloc_core.hook_trace import trace_hooks
+from emloc_core.layout import Layout
 
 PROJECT = GROUP = "emloc"
 
@@ -42,6 +43,7 @@ class PluginManager(pluggy.PluginManager):
         self.add_hookspecs(hookspecs)
         self.reports: list[PluginReport] = []
         self._families: dict[str, Family] = {}
+        self._layouts: dict[str, Layout] = {}
         self._commands: dict[str, click.Command] = {}
         self._told: set[str] = set()
         if os.environ.get("EMLOC_TRACE_PLUGINS"):
@@ -68,11 +70,13 @@ class PluginManager(pluggy.PluginManager):
         try:
             self._check_hook_names(plugin)
             families, commands = self._families_of(plugin), self._commands_of(plugin)
+            layouts = self._layouts_of(plugin, families)
         except BaseException:
             self.unregister(plugin)
             raise
         self._families.update((family.name, family) for family in families)
         self._commands.update(commands)
+        self._layouts.update((layout.name, layout) for layout in layouts)
         return families
 
     def _call(self, plugin: Any, hook: str, **arguments: Any) -> list[Any]:
@@ -95,10 +99,27 @@ class PluginManager(pluggy.PluginManager):
                 raise TypeError(f"the model_types of {family.name!r} are {family.model_types!r}, not a set of strings")
             if family.name in self._families:
                 raise ValueError(f"another plugin declares the family {family.name!r} already")
-            for other in self._families.values():
+            others: list[Family | Layout] = [*self._families.values(), *self._layouts.values()]
+            for other in others:
                 if shared := family.model_types & other.model_types:
                     raise ValueError(f"{other.name!r} declares the model types {sorted(shared)} already")
         return families
+
+    def _layouts_of(self, plugin: Any, families: Sequence[Family]) -> list[Layout]:
+        layouts = [layout for found in self._call(plugin, "emloc_layouts") for layout in found]
+        taken: list[Family | Layout] = [*self._families.values(), *families, *self._layouts.values()]
+        for layout in layouts:
+            if not isinstance(layout, Layout):
+                raise TypeError(f"emloc_layouts returned {type(layout).__name__}, not Layout")
+            if not isinstance(layout.model_types, Set):
+                raise TypeError(f"the model_types of {layout.name!r} are {layout.model_types!r}, not a set of strings")
+            for other in taken:
+                if isinstance(other, Layout) and layout.name == other.name:
+                    raise ValueError(f"the layout {layout.name!r} is declared already")
+                if shared := layout.model_types & other.model_types:
+                    raise ValueError(f"{other.name!r} declares the model types {sorted(shared)} already")
+            taken.append(layout)
+        return layouts
 
     def _commands_of(self, plugin: Any) -> dict[str, click.Command]:
         commands: dict[str, click.Command] = {}
@@ -151,11 +172,42 @@ class PluginManager(pluggy.PluginManager):
         for family in self._families.values():
             if model_type in family.model_types:
                 return family
+        for layout in self._layouts.values():
+            if model_type in layout.model_types:
+                raise EmlocError(
+                    f"A checkpoint of model type {model_type!r} is in the layout {layout.name!r}, not in that of "
+                    "transformers' own classes.",
+                    "Run `emloc import MODEL -o DIRECTORY` first, and give that directory.",
+                )
         known = "; ".join(f"{family.name} ({', '.join(sorted(family.model_types))})" for family in self.families())
         raise EmlocError(
             f"No installed family declares the model type {model_type!r}. Known: {known or 'none'}.",
             "Install a plugin that declares it, or write one: `emloc families scaffold MODEL` drafts the declaration, "
             "`emloc families new NAME` writes the package around it (docs/plugins.md).",
+        )
+
+    def layout_for(self, config: Mapping[str, Any]) -> Layout:
+        """Return the layout that reads checkpoints of the ``model_type`` of a config.
+
+        Args:
+            config: the content of a ``config.json``.
+
+        Raises:
+            EmlocError: none does.
+        """
+        model_type = config.get("model_type")
+        for layout in self._layouts.values():
+            if model_type in layout.model_types:
+                return layout
+        if any(model_type in family.model_types for family in self._families.values()):
+            raise EmlocError(
+                f"A checkpoint of model type {model_type!r} needs no import: a family declares it as it is.",
+                "Give it to the other commands.",
+            )
+        known = "; ".join(f"{name} ({', '.join(sorted(at.model_types))})" for name, at in sorted(self._layouts.items()))
+        raise EmlocError(
+            f"No installed plugin imports checkpoints of model type {model_type!r}. Known layouts: {known or 'none'}.",
+            "Install a plugin that declares the layout (the hook emloc_layouts).",
         )
 
     def commands(self) -> dict[str, click.Command]:
