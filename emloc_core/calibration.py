@@ -2,18 +2,25 @@
 
 The emulator must be fitted to what will be trained on, so this follows TRL to the token: the end-of-sequence token
 that is added to plain text, the chat template, where the completion starts, truncation. A test compares the two.
+Rows that come with images go through the model's own processor, in TRL's own collator.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from emloc_core.data import Row
 from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+from emloc_core.messages import in_parts
+
+#: What makes a model's inputs of rows: its tokenizer, or, of rows with images, its processor.
+Processing = PreTrainedTokenizerBase | ProcessorMixin
 
 
 @dataclass(frozen=True)
@@ -24,16 +31,71 @@ class Sample:
         input_ids: T token ids.
         completion_mask: T times 0 or 1: whether the token counts in the loss; all 1 for a row of text.
         row: the number of the row that it was made from.
+        others: the model's other inputs, by name, of the shapes that its processor gives them: ``pixel_values``, and
+            whatever else it takes with images.
     """
 
     input_ids: list[int]
     completion_mask: list[int]
     row: int
+    others: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def inputs(self, device: torch.device | str) -> dict[str, torch.Tensor]:
-        """Return ``input_ids`` and an ``attention_mask`` of ones, both of shape (1, T), int64, on ``device``."""
+        """Return all inputs on ``device``: besides ``others``, ``input_ids`` and an ``attention_mask`` of ones.
+
+        These two are of shape (1, T), int64.
+        """
         ids = torch.tensor([self.input_ids], dtype=torch.int64, device=device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        others = {name: tensor.to(device) for name, tensor in self.others.items()}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **others}
+
+
+def load_processing(directory: Path, family: Family, rows: Sequence[Row]) -> Processing:
+    """Return what makes inputs of these rows: the tokenizer beside the model, or its processor if they have images.
+
+    Args:
+        directory: of the model.
+        family: its declaration.
+        rows: of one source.
+
+    Raises:
+        EmlocError: the model reads text alone and a row has images, or what is needed is not in the directory.
+    """
+    pictured = next((row for row in rows if row.images), None)
+    if family.modality == "text":
+        if pictured:
+            raise EmlocError(
+                f"Row {pictured.number} has images, and models of the family {family.name} read text alone.",
+                "Give a model for images and text, or rows without images.",
+            )
+        return _load(AutoTokenizer, directory, "tokenizer")
+    if all(row.images is None for row in rows):
+        return _load(AutoTokenizer, directory, "tokenizer")
+    processor = _load(AutoProcessor, directory, "processor")
+    if not isinstance(processor, ProcessorMixin):
+        raise EmlocError(
+            f"{directory} has no processor, so images cannot be read.",
+            "Copy the model's preprocessor_config.json and processor_config.json there.",
+        )
+    tokenizer: Any = processor.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # as TRL does
+    return processor
+
+
+def _load(auto_class: Any, directory: Path, what: str) -> Any:
+    try:
+        return auto_class.from_pretrained(str(directory), local_files_only=True)
+    except ImportError as error:
+        raise EmlocError(
+            f"The {what} in {directory} needs more packages: {str(error).strip().splitlines()[0]}",
+            "pip install 'emloc[vision]'",
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EmlocError(
+            f"The {what} in {directory} cannot be loaded ({str(error).strip().splitlines()[0]}).",
+            f"Copy the files of the model's {what} there.",
+        ) from error
 
 
 def model_limit(config: PreTrainedConfig) -> int | None:
@@ -44,17 +106,19 @@ def model_limit(config: PreTrainedConfig) -> int | None:
 
 def encode(
     rows: Iterable[Row],
-    tokenizer: PreTrainedTokenizerBase,
+    processing: Processing,
     max_length: int | None = None,
     model_limit: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Sample]:
     """Tokenize rows as TRL does, one sample a row.
 
     Args:
         rows: the rows.
-        tokenizer: the model's.
+        processing: the model's; see :func:`load_processing`.
         max_length: tokens after which a sequence is cut; None cuts nothing.
         model_limit: the longest sequence, in tokens, that the model was made for; None for no limit.
+        dtype: the model's, for those of its inputs that are floating.
 
     Raises:
         EmlocError: a row cannot be tokenized, is longer than the model's limit, or nothing of it is left in the loss;
@@ -62,10 +126,11 @@ def encode(
     """
     samples = []
     for row in rows:
-        sample = tokenize(row, tokenizer, max_length, model_limit)
+        sample = tokenize(row, processing, max_length, model_limit, dtype)
         if not any(sample.completion_mask):
+            prompt = "prompt with its images" if row.images else "prompt"
             raise EmlocError(
-                f"Row {row.number}: its prompt alone fills the {max_length} tokens of the maximum length.",
+                f"Row {row.number}: its {prompt} alone fills the {max_length} tokens of the maximum length.",
                 "Raise the maximum length, shorten the prompt, or leave the row out.",
             )
         samples.append(sample)
@@ -73,24 +138,64 @@ def encode(
 
 
 def tokenize(
-    row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, model_limit: int | None = None
+    row: Row,
+    processing: Processing,
+    max_length: int | None = None,
+    model_limit: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Sample:
     """Tokenize one row, as :func:`encode` does; truncation may leave it without any token that counts.
 
     Raises:
         EmlocError: the row cannot be tokenized, or is longer than the model's limit.
     """
-    ids, start = _conversation(row, tokenizer) if row.form == "conversation" else _plain(row, tokenizer)
-    if start >= len(ids):
-        raise EmlocError(f"Row {row.number}: the tokenizer leaves nothing of it to learn.", "Leave the row out.")
-    length = len(ids) if max_length is None else min(len(ids), max_length)
-    if model_limit is not None and length > model_limit:
+    if isinstance(processing, ProcessorMixin):
+        sample = _with_images(row, processing, max_length, dtype)
+    else:
+        ids, start = _conversation(row, processing) if row.form == "conversation" else _plain(row, processing)
+        if start >= len(ids):
+            raise EmlocError(f"Row {row.number}: the tokenizer leaves nothing of it to learn.", "Leave the row out.")
+        mask = [0] * start + [1] * (len(ids) - start)
+        sample = Sample(ids[:max_length], mask[:max_length], row.number)
+    if model_limit is not None and len(sample.input_ids) > model_limit:
         raise EmlocError(
-            f"Row {row.number}: {length} tokens, and the model takes {model_limit}.",
+            f"Row {row.number}: {len(sample.input_ids)} tokens, and the model takes {model_limit}.",
             f"Set a maximum length of {model_limit} or less to cut it, or leave the row out.",
         )
-    mask = [0] * start + [1] * (len(ids) - start)
-    return Sample(ids[:length], mask[:length], row.number)
+    return sample
+
+
+def trl_example(row: Row) -> dict[str, Any]:
+    """Return a conversation as TRL's collator takes it: prompt and completion in parts, and its images, decoded.
+
+    Raises:
+        EmlocError: an image cannot be read.
+    """
+    assert isinstance(row.prompt, list)
+    assert isinstance(row.completion, list)
+    try:
+        images = [picture.read() for picture in row.images or ()]
+    except EmlocError as error:
+        raise EmlocError(f"Row {row.number}: {error.args[0]}", error.fix) from None
+    return {"prompt": in_parts(row.prompt), "completion": in_parts(row.completion), "images": images}
+
+
+def _with_images(row: Row, processor: ProcessorMixin, max_length: int | None, dtype: torch.dtype) -> Sample:
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # heavy, and needed here alone
+
+    collate = DataCollatorForVisionLanguageModeling(processor, max_length=max_length, completion_only_loss=True)
+    _require_template(row, processor)
+    try:
+        batch = collate([trl_example(row)])
+    except (TemplateError, ValueError, IndexError, StopIteration) as error:
+        raise EmlocError(
+            f"Row {row.number}: the model's processor refuses it ({error}).",
+            "Correct the roles and their order, write no special tokens into the text, or leave the row out.",
+        ) from error
+    ids, labels, _ = (batch.pop(name)[0] for name in ("input_ids", "labels", "attention_mask"))
+    others = {name: value.to(dtype) if value.is_floating_point() else value
+              for name, value in batch.items() if isinstance(value, torch.Tensor)}  # fmt: skip
+    return Sample(ids.tolist(), (labels != -100).int().tolist(), row.number, others)
 
 
 def _plain(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
@@ -116,11 +221,7 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[in
     """Return the ids of the conversation by the tokenizer's chat template, and where the completion starts."""
     assert isinstance(row.prompt, list)
     assert isinstance(row.completion, list)
-    if not tokenizer.chat_template:
-        raise EmlocError(
-            f"Row {row.number} is a conversation, and the model's tokenizer has no chat template.",
-            "Use a model tuned for chat, add a chat_template, or give prompt and completion as strings.",
-        )
+    _require_template(row, tokenizer)
 
     def render(messages: list[dict[str, str]], **settings: Any) -> list[int]:
         encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **settings)
@@ -134,6 +235,15 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[in
             f"Row {row.number}: the model's chat template refuses it ({error}).",
             "Correct the roles and their order, or leave the row out.",
         ) from error
+
+
+def _require_template(row: Row, processing: Any) -> None:
+    if not processing.chat_template:
+        what = "processor" if isinstance(processing, ProcessorMixin) else "tokenizer"
+        raise EmlocError(
+            f"Row {row.number} is a conversation, and the model's {what} has no chat template.",
+            "Use a model tuned for chat, add a chat_template, or give prompt and completion as strings.",
+        )
 
 
 def _common_prefix(some: list[int], others: list[int]) -> int:
