@@ -1,0 +1,41 @@
+"""The conformance kit: does a family's declaration hold on tiny models of its own?
+
+Everything is judged through the stages that users run, on files in a temporary directory. From a test, use
+:mod:`emloc_core.testing`; from the command line, ``emloc families check NAME``.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from emloc_core.conformance.check import Check, CheckResult
+from emloc_core.family import Family
+
+#: Called with what was checked, how many checks are done, and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+def check_family(family: Family, progress: Progress = lambda *_: None) -> list[CheckResult]:
+    """Run every check on the declaration, and on each of its tiny models.
+
+    Args:
+        family: as a plugin declares it; it need not be installed. Families nested in it must be.
+        progress: told of every check that is done.
+
+    Returns:
+        One result a check and model, those of the declaration as a whole first. Nothing is raised for what is wrong.
+    """
+    from emloc_core.conformance.checks import cases, make_subject
+
+    planned = cases(family)
+    results: list[CheckResult] = []
+    with tempfile.TemporaryDirectory(prefix="emloc-check-") as directory:
+        for index in dict.fromkeys(index for index, _, _ in planned):
+            subject = make_subject(family, index, Path(directory))
+            for label, check in [(label, check) for other, label, check in planned if other == index]:
+                results.append(check.on(subject))
+                progress(f"{label} {check.name}", len(results), len(planned))
+    return results
+
+
+__all__ = ["Check", "CheckResult", "Progress", "check_family"]

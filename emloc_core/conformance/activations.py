@@ -1,0 +1,183 @@
+"""Checks of what flows through the model: order, shared inputs, taps, streamed statistics, factors."""
+
+import copy
+from itertools import pairwise
+
+import torch
+from torch.nn.functional import linear as times
+
+from emloc_core.conformance.check import check, require
+from emloc_core.conformance.declaration import linears
+from emloc_core.conformance.forward import logits, tap
+from emloc_core.conformance.tiny import TinyModel, first_line
+from emloc_core.errors import EmlocError
+from emloc_core.lowrank import LowRankLinear, replace_linears
+from emloc_core.plan import block_paths
+from emloc_core.statistics import Gram
+
+#: Largest difference of activations and of logits, relative to the largest of them: fp32 through a few blocks.
+TOLERANCE = 1e-4
+
+
+@check(linears)
+def blocks(subject: TinyModel) -> None:
+    """Every block runs, once a row, in the declared order."""
+    seen = subject.forward
+    if not all(bool(torch.isfinite(row).all()) for row in seen.logits):
+        raise EmlocError("The tiny model's logits are not all finite.", "Correct the sizes of the tiny config.")
+    declared = block_paths(subject.meta, subject.family)
+    ran = {path for row in seen.blocks for path in row}
+    require(
+        [f"no row reaches {path}" for path in declared if path not in ran],
+        "Take its tower out of towers; if images alone pass through it, set modality to image-text.",
+    )
+    require(
+        [f"{path} runs more than once a row" for row in seen.blocks for path in row if row.count(path) > 1],
+        "Declare the module that repeats as one block: streaming needs each block to run once.",
+    )
+    order = {path: place for place, path in enumerate(declared)}
+    require(
+        [
+            f"{path} runs before {following}, which is declared before it"
+            for row in seen.blocks
+            for path, following in pairwise(row)
+            if order[path] > order[following]
+        ],
+        "Declare the towers in the order in which they run.",
+    )
+
+
+@check(blocks)
+def input_groups(subject: TinyModel) -> str | None:
+    """The Linears of each group read one input, and the groups are declared in the order in which they run."""
+    inputs = subject.forward.inputs
+    planned = subject.plan.linears
+    require(
+        [f"no row reaches {linear.path}" for linear in planned if linear.path not in inputs],
+        "Take it out of input_groups and list it in keep_dense: its factors could not be fitted.",
+    )
+    block_of = {linear.group: linear.block for linear in planned}  # every group, in declared order
+    require(
+        [
+            f"{path} does not read the input that {group[0]} reads"
+            for group in block_of
+            for path in group[1:]
+            if not _alike(inputs[path], inputs[group[0]])
+        ],
+        "Put it into an input group of its own, or into that of the Linears whose input it reads.",
+    )
+    place = {path: number for number, path in enumerate(inputs)}
+    first = {group: min(group, key=place.__getitem__) for group in block_of}
+    pairs = [(one, other) for one, other in pairwise(block_of) if block_of[one] == block_of[other]]
+    require(
+        [
+            f"{first[other]} runs before {first[one]}, whose input group is declared before its own"
+            for one, other in pairs
+            if place[first[other]] < place[first[one]]
+        ],
+        "Declare input_groups in the order in which they run: error-propagating calibration follows it.",
+    )
+    # Two groups with one input are no fault: one would serve both, and spare a Gram.
+    alike = [
+        f"{first[one]} and {first[other]}"
+        for one in block_of
+        for other in block_of
+        if block_of[one] == block_of[other]
+        and place[first[one]] < place[first[other]]
+        and _alike(inputs[first[one]], inputs[first[other]])
+    ]
+    return f"Note: {alike[0]} read the same input; their groups could be one." if alike else None
+
+
+def _alike(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+@check(input_groups)
+def taps(subject: TinyModel) -> None:
+    """What each tap gives is the Linear's input, or its output without the bias."""
+    planned = {linear.path: linear for linear in subject.plan.linears}
+    given = tap(subject.whole, subject.samples, {path: linear.tap for path, linear in planned.items()})
+    problems = []
+    for path, linear in planned.items():
+        module = subject.whole.get_submodule(path)
+        inputs, outputs = subject.forward.inputs[path], subject.forward.outputs[path]
+        if linear.tap == "output":
+            if not _close(given[path], [times(x, module.weight) for x in inputs]):
+                problems.append(f"the output of {path} is not its weight times its input, plus its bias")
+        elif any(x.shape[-1] != linear.in_features for x in given[path]):
+            problems.append(f"the tap of {path} does not give tensors of its {linear.in_features} input features")
+        elif not _close([times(x, module.weight, module.bias) for x in given[path]], outputs):
+            problems.append(f"what the tap of {path} gives is not its input: its output does not follow from it")
+    require(problems, "Correct the tap (it returns the Linear's input), or list the Linear in keep_dense.")
+
+
+def _close(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(
+        one.shape == other.shape and deviation(one, other) <= TOLERANCE for one, other in zip(some, others, strict=True)
+    )
+
+
+def deviation(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest number that is expected."""
+    scale = float(expected.detach().abs().max())
+    return float((actual.detach() - expected.detach()).abs().max()) / scale if scale else float(actual.abs().max())
+
+
+@check(taps)
+def statistics(subject: TinyModel) -> None:
+    """Weights and Grams of a streamed pass equal those of the whole model, bit for bit."""
+    streamed = subject.decomposed
+    candidates = subject.plan.candidates
+    taps_ = {linear.path: linear.tap for linear in candidates}
+    whole = {}
+    for path, activations in tap(subject.whole, subject.samples, taps_).items():
+        side, size = ("output" if taps_[path] == "output" else "input"), activations[0].shape[-1]
+        whole[path] = Gram(side, size)  # type: ignore[arg-type]
+        for rows in activations:
+            whole[path].add(rows)
+    problems = []
+    for path, gram in whole.items():
+        if path not in streamed.grams:
+            problems.append(f"no streamed row reaches {path}")
+        elif not torch.equal(streamed.weights[path], subject.whole.get_parameter(f"{path}.weight")):
+            problems.append(f"the weight of {path}, streamed, is not the one that from_pretrained loads")
+        elif not torch.equal(streamed.grams[path].matrix, gram.matrix):
+            problems.append(f"the statistics of {path}, streamed, are not those of a whole forward")
+    require(
+        problems,
+        "A forward may not depend on what ran before it: look for state or randomness in the model, for a tap that "
+        "keeps something, and for a list of blocks that no tower declares.",
+    )
+
+
+@check(statistics)
+def full_rank(subject: TinyModel) -> None:
+    """With factors of full rank, in memory, the emulator's logits equal the base's to rounding."""
+    factors = subject.decomposed.factors
+    model = copy.deepcopy(subject.whole)
+    biases = {path: model.get_submodule(path).bias for path in factors}
+    replace_linears(model, {path: found.u.shape[1] for path, found in factors.items()})
+    with torch.no_grad():
+        for path, found in factors.items():
+            layer = model.get_submodule(path)
+            assert isinstance(layer, LowRankLinear)
+            layer.weight.copy_(found.u)
+            layer.V.copy_(found.v)
+            if layer.bias is not None:
+                layer.bias.copy_(biases[path])
+    try:
+        actual = [logits(model, sample) for sample in subject.samples]
+    except (RuntimeError, AttributeError) as error:
+        raise EmlocError(
+            f"The model does not run with factors in the place of its Linears ({first_line(error)}).",
+            "Some module uses the weight of a Linear without calling it: find it, and list that Linear in keep_dense.",
+        ) from error
+    worst = max(map(deviation, actual, subject.forward.logits))
+    require(
+        [f"the full-rank emulator's logits differ from the base's by {worst:.1e} of the largest"]
+        if not worst <= TOLERANCE
+        else [],
+        "Some module uses the weight of a Linear without calling it, or a Linear computes more than W x + b: list it "
+        "in keep_dense.",
+    )

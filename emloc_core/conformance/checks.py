@@ -1,0 +1,42 @@
+"""Which checks there are, and what they are run on."""
+
+from pathlib import Path
+
+from emloc_core.conformance import activations, declaration, stages
+from emloc_core.conformance.check import Check, Subject
+from emloc_core.conformance.declaration import Declaration
+from emloc_core.conformance.tiny import TinyModel, labels
+from emloc_core.family import Family
+
+#: Of the declaration as a whole.
+WHOLE = (declaration.model_types, declaration.names)
+#: Of each tiny model, in the order in which faults are best mended.
+EACH = (
+    declaration.builds,
+    declaration.linears,
+    activations.blocks,
+    activations.input_groups,
+    activations.taps,
+    activations.statistics,
+    activations.full_rank,
+    stages.trains,
+    stages.adapter_keys,
+    stages.correction,
+    stages.merge,
+    stages.memory,
+    stages.ties,
+)
+
+
+def cases(family: Family) -> list[tuple[int, str, Check]]:
+    """Return everything that is to be checked: index of the tiny config (-1: the whole), its label, the check."""
+    whole = [(-1, "all", check) for check in WHOLE]
+    return whole + [(index, label, check) for index, label in enumerate(labels(family)) for check in EACH]
+
+
+def make_subject(family: Family, index: int, directory: Path) -> Subject:
+    """Return what the checks of a case are run on; it works in a new directory within ``directory``."""
+    if index < 0:
+        return Declaration(family)
+    label = labels(family)[index]
+    return TinyModel(family, family.tiny_configs[index], label, directory / label)

@@ -1,0 +1,128 @@
+"""Checks of what is declared, on models without weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+from torch import nn
+
+from emloc_core.conformance.check import CheckResult, check, require
+from emloc_core.conformance.tiny import TinyModel, on_meta, quiet, tiny_config
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family, Tower
+from emloc_core.plan import block_paths
+from emloc_core.plugins import plugin_manager
+
+
+class Declaration:
+    """A family's declaration as a whole."""
+
+    label = "all"
+
+    def __init__(self, declared: Family) -> None:
+        self.declared = declared
+        self.results: dict[str, CheckResult] = {}
+
+    @property
+    def family_name(self) -> str:
+        """The family's name."""
+        return self.declared.name
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let the stages work by the declaration, quietly."""
+        with plugin_manager().declaring(self.declared), quiet():
+            yield
+
+    @cached_property
+    def models(self) -> list[nn.Module]:
+        """All tiny models, without weights."""
+        return [on_meta(self.declared, tiny_config(settings)) for settings in self.declared.tiny_configs]
+
+
+@check()
+def model_types(subject: Declaration) -> None:
+    """Every model type has a tiny config, and transformers has the class that builds it."""
+    import transformers
+
+    family = subject.declared
+    if not hasattr(getattr(transformers, family.auto_class, None), "from_config"):
+        raise EmlocError(
+            f"transformers has no class {family.auto_class!r} that builds models from configs.",
+            "Set auto_class to one such as AutoModelForCausalLM or AutoModelForImageTextToText.",
+        )
+    configured = {str(settings.get("model_type")) for settings in family.tiny_configs}
+    problems = [f"no tiny config is of the model type {name!r}" for name in sorted(family.model_types - configured)]
+    problems += [
+        f"a tiny config is of {name!r}, which is not among model_types"
+        for name in sorted(configured - family.model_types)
+    ]
+    require(problems, "Declare tiny_configs: for each of model_types, at least one.")
+
+
+@check(model_types)
+def names(subject: Declaration) -> None:
+    """Every path, pattern and target that is declared is found in one of the tiny models at least."""
+    family = subject.declared
+    everything = {name for model in subject.models for name, _ in model.named_modules() if name}
+    problems = [
+        f"{attribute} names {pattern!r}, which no module of any tiny model matches"
+        for attribute, patterns in (("keep_dense", family.keep_dense), ("taps", family.taps))
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in everything)
+    ]
+    for tower in family.towers:
+        within = {name for model in subject.models for name in _within_blocks(model, tower)}
+        if not within:
+            problems.append(f"the blocks {tower.blocks!r} of the tower {tower.name!r} are in none of the tiny models")
+            continue
+        paths = [path for group in tower.input_groups for path in group]
+        problems += [f"the path {path!r} is in no block of {tower.blocks!r}" for path in paths if path not in within]
+        problems += [
+            f"the LoRA target {target!r} ends no path in {tower.blocks!r}"
+            for target in tower.lora_targets
+            if not any(f".{name}".endswith(f".{target}") for name in within)
+        ]
+    require(problems, "Correct the name, or add a tiny config of a model that has it.")
+
+
+def _within_blocks(model: nn.Module, tower: Tower) -> set[str]:
+    prefix = f"{tower.blocks}."
+    inside = (name.removeprefix(prefix) for name, _ in model.named_modules() if name.startswith(prefix))
+    return {name.partition(".")[2] for name in inside} - {""}
+
+
+@check()
+def builds(subject: TinyModel) -> None:
+    """The tiny model is built, without weights, and its nested families are there."""
+    _ = subject.meta
+
+
+@check(builds)
+def linears(subject: TinyModel) -> None:
+    """Every path is a Linear, and every Linear of the blocks stands in one group or is kept dense."""
+    family = subject.family
+    try:
+        blocks = block_paths(subject.meta, family)
+        planned = [linear.path for linear in subject.plan.linears]
+    except EmlocError as error:
+        raise EmlocError(
+            str(error.args[0]), "Correct blocks and input_groups of the tower: print(model) shows the paths."
+        ) from error
+    problems = [f"{path} stands in several input groups" for path in dict.fromkeys(planned) if planned.count(path) > 1]
+    known = set(planned)
+    problems += [
+        f"{name} is a Linear that is neither in an input group nor kept dense"
+        for block in blocks
+        for name, module in subject.meta.get_submodule(block).named_modules(prefix=block)
+        if isinstance(module, nn.Linear) and name not in known and not _is_kept(name, family)
+    ]
+    require(problems, "Add it to an input group of its tower, or to keep_dense with the reason; each Linear once.")
+
+
+def _is_kept(name: str, family: Family) -> bool:
+    """Say whether a module, or one that it is part of, is kept dense."""
+    parts = name.split(".")
+    above = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(fnmatchcase(path, pattern) for path in above for pattern in family.keep_dense)

@@ -1,0 +1,124 @@
+"""What the base does in memory and streamed: which blocks run, what Linears are given and give, and their Grams."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_core.conformance.inputs import TinySample
+from emloc_core.decompose import Decomposition
+from emloc_core.factorize import Factors, factorize
+from emloc_core.family import Family
+from emloc_core.plan import Plan
+from emloc_core.skeleton import Skeleton
+from emloc_core.statistics import Gram, forward_hooks, tapped
+
+
+@dataclass
+class Forward:
+    """The calls that were seen in ordinary forwards.
+
+    Attributes:
+        blocks: for each sample, paths of the blocks in the order in which they were called.
+        inputs: path of a Linear -> the input of each call, (..., in_features); Linears in the order in which they ran.
+        outputs: path of a Linear -> the output of each call, (..., out_features).
+        logits: of each sample.
+    """
+
+    blocks: list[list[str]] = field(default_factory=list)
+    inputs: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+    outputs: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+
+def observe(model: nn.Module, samples: Sequence[TinySample], blocks: Sequence[str], linears: Sequence[str]) -> Forward:
+    """Run the samples through a model in memory, in eval mode, and watch the blocks and Linears at these paths."""
+    seen = Forward()
+
+    def entering(path: str) -> Callable[..., None]:
+        return lambda *_: seen.blocks[-1].append(path)
+
+    def watching(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            seen.inputs[path].append(args[0].clone())
+            seen.outputs[path].append(output.clone())
+
+        return hook
+
+    # Blocks are seen before they run: the order is that in which they are entered.
+    handles = [model.get_submodule(path).register_forward_pre_hook(entering(path)) for path in blocks]
+    try:
+        with forward_hooks((model.get_submodule(path), watching(path)) for path in linears):
+            for sample in samples:
+                seen.blocks.append([])
+                seen.logits.append(logits(model, sample))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def logits(model: Any, sample: TinySample) -> torch.Tensor:
+    """Return a sample's logits, (1, T, vocabulary)."""
+    with torch.no_grad():
+        found: torch.Tensor = model(**sample.inputs("cpu"), use_cache=False).logits
+    return found
+
+
+def tap(model: nn.Module, samples: Sequence[TinySample], taps: Mapping[str, Any]) -> dict[str, list[torch.Tensor]]:
+    """Return what the taps of Linears, by module path, give at each call."""
+    given: dict[str, list[torch.Tensor]] = {path: [] for path in taps}
+    linears = {path: model.get_submodule(path) for path in taps}
+    with tapped(linears, taps, lambda path, activations: given[path].append(activations.clone())):
+        for sample in samples:
+            logits(model, sample)
+    return given
+
+
+@dataclass
+class Decomposed:
+    """What a streamed pass found of every compressed Linear, by module path.
+
+    Attributes:
+        grams: the statistics that its factors are made from.
+        weights: the weight that was loaded for it, (m, n).
+        factors: of full rank, min(m, n).
+    """
+
+    grams: dict[str, Gram] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    factors: dict[str, Factors] = field(default_factory=dict)
+
+    def is_written(self, _block: str) -> bool:
+        """Say that a block is still to be done: nothing is resumed."""
+        return False
+
+    def write(self, _block: str, factors: Mapping[str, Factors], _sensitivities: Mapping[str, float]) -> None:
+        """Keep a block's factors, and what they were made from."""
+        for path, found in factors.items():
+            assert isinstance(found, _Traced)
+            self.factors[path], self.grams[path], self.weights[path] = found, found.gram, found.weight
+
+
+@dataclass(frozen=True)
+class _Traced(Factors):
+    """Factors that remember what they were made from."""
+
+    gram: Gram
+    weight: torch.Tensor
+
+
+def _factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
+    found = factorize(weight, gram, rank)
+    return _Traced(found.u, found.v, found.spectrum, gram, weight.clone())
+
+
+def decompose(skeleton: Skeleton, family: Family, plan: Plan, samples: Sequence[TinySample]) -> Decomposed:
+    """Stream the samples through the base as stage 1 does, and factorise every compressed Linear at full rank."""
+    full = Plan(tuple(replace(linear, rank=min(linear.out_features, linear.in_features)) for linear in plan.candidates))
+    found = Decomposed()
+    Decomposition(skeleton, family, full, samples, _factorize, lambda *_: None).run(found)
+    return found

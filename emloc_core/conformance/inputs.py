@@ -1,0 +1,150 @@
+"""What tiny models are given: token ids by a tokenizer of plain numbers, and images made up from the config.
+
+A config says how many tokens stand for an image in one of two ways: ``image_seq_length`` (pixels as an image), or a
+merge size of the vision tower (pixels as a list of patches, with a grid). A family whose models do it in another way
+declares ``tiny_inputs``.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from emloc_core.calibration import Sample
+from emloc_core.data import Row
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+
+#: Tokens of each row; two lengths, since masks and windows depend on them.
+LENGTHS = (13, 24)
+
+
+@dataclass(frozen=True)
+class TinySample(Sample):
+    """A sample with whatever else the model is called with, images above all."""
+
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def inputs(self, device: torch.device | str) -> dict[str, torch.Tensor]:
+        """Return the keyword arguments of a forward of this one sample, on ``device``."""
+        return {**super().inputs(device), **{name: tensor.to(device) for name, tensor in self.extra.items()}}
+
+
+def tiny_samples(family: Family, config: Any) -> list[TinySample]:
+    """Return samples of text, and behind them samples with an image where the family has any.
+
+    Raises:
+        EmlocError: the config does not say how an image becomes tokens.
+    """
+    rows = [_text(config, length, seed) for seed, length in enumerate(LENGTHS)]
+    samples = [_sample({"input_ids": ids}, row) for row, ids in enumerate(rows)]
+    if family.modality == "text":
+        return samples
+    make = family.tiny_inputs or image_inputs
+    return [*samples, _sample(make(config), len(samples))]
+
+
+def _sample(inputs: Mapping[str, torch.Tensor], row: int) -> TinySample:
+    ids = inputs["input_ids"][0].tolist()
+    extra = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+    return TinySample(ids, [1] * len(ids), row + 1, extra=extra)
+
+
+def image_inputs(config: Any) -> dict[str, torch.Tensor]:
+    """Return the keyword arguments of a forward of one row of text with one image in it.
+
+    Returns:
+        ``input_ids`` and ``mm_token_type_ids``, (1, T); ``pixel_values``; and ``image_grid_thw``, (1, 3), where pixels
+        are patches.
+
+    Raises:
+        EmlocError: the config does not say how an image becomes tokens.
+    """
+    vision = getattr(config, "vision_config", None)
+    mark = getattr(config, "image_token_id", None)
+    generator = torch.Generator().manual_seed(7)
+    if vision is None or mark is None:
+        raise _unknown_images(config)
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", 3)
+    inputs: dict[str, torch.Tensor] = {}
+    if tokens := getattr(config, "image_seq_length", None):
+        size = vision.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs["pixel_values"] = torch.randn(1, channels, height, width, generator=generator)
+    elif merge := getattr(vision, "spatial_merge_size", None):
+        rows, columns = 2 * merge, 3 * merge
+        patch = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+        inputs["pixel_values"] = torch.randn(rows * columns, patch, generator=generator)
+        inputs["image_grid_thw"] = torch.tensor([[1, rows, columns]])
+        tokens = rows * columns // merge**2
+    else:
+        raise _unknown_images(config)
+    start, end = (getattr(config, f"vision_{side}_token_id", None) for side in ("start", "end"))
+    marked = [*([] if start is None else [start]), *[mark] * tokens, *([] if end is None else [end])]
+    text = _text(config, LENGTHS[0], seed=len(LENGTHS))
+    ids = torch.cat([text[:, :3], torch.tensor([marked]), text[:, 3:]], dim=1)
+    return {"input_ids": ids, **inputs, **_token_types(config, ids == mark)}
+
+
+def _token_types(config: Any, is_image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return which tokens are an image's, for models that place them in height and width."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return {"mm_token_type_ids": is_image.long()} if "mrope_section" in rope else {}
+
+
+def _unknown_images(config: Any) -> EmlocError:
+    return EmlocError(
+        f"The config of this {config.model_type!r} does not say how an image becomes tokens: it has neither "
+        "image_token_id and image_seq_length nor a vision_config with spatial_merge_size.",
+        "Declare tiny_inputs in the family: a function of the config that returns the inputs of one row with an image.",
+    )
+
+
+def _text(config: Any, length: int, seed: int) -> torch.Tensor:
+    """Return ordinary token ids, (1, length)."""
+    ordinary = torch.tensor(sorted(set(range(vocabulary(config))) - special_tokens(config.to_dict())))
+    picked = torch.randint(len(ordinary), (1, length), generator=torch.Generator().manual_seed(seed))
+    return ordinary[picked]
+
+
+def vocabulary(config: Any) -> int:
+    """Return how many tokens the language model knows."""
+    size: int = config.get_text_config().vocab_size
+    return size
+
+
+def special_tokens(config: Any) -> set[int]:
+    """Return every id that a config gives a meaning, at any depth: ``eos_token_id``, ``image_token_id``."""
+    return set(_special(config))
+
+
+def _special(config: Mapping[str, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _special(value)
+        elif str(name).endswith("_token_id"):
+            yield from (number for number in (value if isinstance(value, list) else [value]) if number is not None)
+
+
+def number_tokenizer(config: Any) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are numbers: ``"5 17"`` becomes the ids 5 and 17."""
+    words = {str(number): number for number in range(vocabulary(config))}
+    end = config.get_text_config().eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    unknown = "0"
+    backend = Tokenizer(models.WordLevel(words, unk_token=unknown))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    last = str(len(words) - 1 if end is None else end)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=last, pad_token=last, unk_token=unknown)
+
+
+def text_rows(samples: list[TinySample]) -> list[Row]:
+    """Return the samples of text as a user's rows, for the tokenizer of numbers."""
+    return [
+        Row(sample.row, text=" ".join(str(number) for number in sample.input_ids))
+        for sample in samples
+        if not sample.extra
+    ]

@@ -1,0 +1,134 @@
+"""Checks of what the stages write: emulator, adapter, corrected adapter, merged checkpoint, memory plan."""
+
+import math
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from emloc_core.adapter import WEIGHTS, Adapter
+from emloc_core.conformance.activations import statistics
+from emloc_core.conformance.check import check, require
+from emloc_core.conformance.tiny import STEPS, TinyModel
+from emloc_core.memory import MemoryModel, Workload
+from emloc_core.output import read_object
+
+#: As far as two roads to one fp32 weight or activation may lie apart: relative to the largest number, and absolute.
+RELATIVE, ABSOLUTE = 1e-5, 1e-6
+
+
+@check(statistics)
+def trains(subject: TinyModel) -> str:
+    """The emulator is written, loads by plain from_pretrained, and a LoRA on it learns in every Linear it is put on."""
+    tuned = subject.tuned
+    ranks = read_object(subject.emulator / "config.json")["quantization_config"]["ranks"]
+    require(
+        [f"{linear.path} stayed dense" for linear in subject.plan.candidates if linear.path not in ranks],
+        "Make the tiny config's layers larger, and its images reach every tower.",
+    )
+    losses = tuned.losses
+    require(
+        [f"the loss at step {step + 1} is {loss}" for step, loss in enumerate(losses) if not math.isfinite(loss)],
+        "Correct the sizes of the tiny config.",
+    )
+    require(
+        [f"the LoRA on {path} got no gradient" for path in tuned.untouched],
+        "Leave it out of lora_targets: what it computes does not reach the loss, or no row reaches it.",
+    )
+    return f"The loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {STEPS} steps."
+
+
+@check(trains)
+def adapter_keys(subject: TinyModel) -> None:
+    """The adapter that was trained on the emulator loads on the base by plain PEFT: no key missing, none left over."""
+    trained = load_file(subject.adapter / WEIGHTS)
+    loaded = get_peft_model_state_dict(_on_base(subject, subject.adapter), save_embedding_layers=False)
+    problems = [f"the base has no place for {key}" for key in sorted(trained.keys() - loaded.keys())]
+    problems += [f"the adapter lacks {key}, which the base has" for key in sorted(loaded.keys() - trained.keys())]
+    problems += [
+        f"{key} was not loaded" for key in sorted(trained.keys() & loaded.keys())
+        if not torch.equal(trained[key], loaded[key])
+    ]  # fmt: skip
+    require(problems, "Emulator and base must have the same module paths: set auto_class to the class that users load.")
+
+
+def _on_base(subject: TinyModel, adapter: object) -> PeftModel:
+    return PeftModel.from_pretrained(subject.load(subject.base.directory), str(adapter)).eval()
+
+
+@check(adapter_keys)
+def correction(subject: TinyModel) -> None:
+    """Unclamped, the base with the corrected LoRA answers on the LoRA's input subspace as the tuned emulator did."""
+    emulator = PeftModel.from_pretrained(subject.load(subject.emulator), str(subject.adapter)).eval()
+    base = _on_base(subject, subject.corrected)
+    loras = Adapter(subject.adapter).loras
+    problems = []
+    with torch.no_grad():
+        for path, lora in loras.items():
+            name = f"base_model.model.{path}"
+            expected, actual = (model.get_submodule(name)(lora.a) for model in (emulator, base))
+            allowed = RELATIVE * float(expected.abs().max()) + ABSOLUTE
+            if not float((actual - expected).abs().max()) <= allowed:
+                problems.append(f"corrected, {path} on the base does not answer as the tuned emulator did")
+    require(
+        problems,
+        "The Linear computes more than W x + b, or its checkpoint tensor is not its weight: list it in keep_dense.",
+    )
+
+
+@check(correction)
+def merge(subject: TinyModel) -> None:
+    """The merged checkpoint holds what PEFT's merge_and_unload gives, and every other tensor as it was."""
+    expected = _on_base(subject, subject.corrected).merge_and_unload().state_dict()
+    actual = subject.load(subject.merged).state_dict()
+    problems = [f"only one of them has {key}" for key in sorted(expected.keys() ^ actual.keys())]
+    problems += [
+        f"{key} is not what PEFT's merge_and_unload gives"
+        for key in sorted(expected.keys() & actual.keys())
+        if not torch.allclose(actual[key], expected[key], rtol=RELATIVE, atol=ABSOLUTE)
+    ]
+    loras = {f"{path}.weight" for path in Adapter(subject.corrected).loras}
+    problems += [
+        f"{key} has no LoRA and was changed"
+        for key, tensor in subject.whole.state_dict().items()
+        if key in actual and key not in loras and not torch.equal(actual[key], tensor)
+    ]
+    require(
+        problems, "A checkpoint tensor that the Linear is made from is not its weight alone: list it in keep_dense."
+    )
+
+
+@check(trains)
+def memory(subject: TinyModel) -> str:
+    """The memory plan counts the parameters of base and emulator exactly."""
+    planned = MemoryModel(subject.base.directory / "config.json", Workload(batch_size=1, length=16))
+    ranks = read_object(subject.emulator / "config.json")["quantization_config"]["ranks"]
+    counts = {
+        "base": (planned.parameters(), subject.whole),
+        "emulator": (planned.parameters(planned.linears.with_ranks(ranks)), subject.load(subject.emulator)),
+    }
+    problems = []
+    for name, (count, model) in counts.items():
+        actual = sum(parameter.numel() for parameter in model.parameters())
+        if count != actual:
+            problems.append(f"the memory plan counts {count} parameters in the {name}, which has {actual}")
+    require(problems, "Every Linear stands in one input group, once; auto_class is the class that users load.")
+    return f"{counts['base'][0]} parameters in the base, {counts['emulator'][0]} in the emulator."
+
+
+@check(merge)
+def ties(subject: TinyModel) -> str:
+    """Weights that are tied in the base are tied in the emulator and in the merged checkpoint."""
+    tied: dict[str, str] = subject.skeleton.tied
+    loras = {f"{path}.weight" for path in Adapter(subject.corrected).loras}
+    pairs = {name: source for name, source in tied.items() if not {name, source} & loras}
+    problems = []
+    for kind, directory in (("emulator", subject.emulator), ("merged checkpoint", subject.merged)):
+        model = subject.load(directory)
+        for name, source in pairs.items():
+            if model.get_parameter(name) is not model.get_parameter(source):
+                problems.append(f"{name} is tied to {source} in the base, and not in the {kind}")
+            elif not torch.equal(model.get_parameter(name), subject.whole.get_parameter(name)):
+                problems.append(f"{name} of the {kind} is not the base's")
+    require(problems, "Keep tied modules dense, and out of lora_targets: list them in keep_dense.")
+    return f"Tied: {', '.join(pairs)}." if pairs else "Nothing is tied in this config."

@@ -1,0 +1,281 @@
+"""A tiny model of a family on disk, and what the stages make of it, each made when a check first asks for it."""
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import emloc_core.lowrank  # noqa: F401 - from here on transformers can load an emulator
+from emloc_core.adapter import Adapter
+from emloc_core.checkpoint import Checkpoint
+from emloc_core.conformance.check import CheckResult
+from emloc_core.conformance.forward import Decomposed, Forward, decompose, observe
+from emloc_core.conformance.inputs import TinySample, number_tokenizer, text_rows, tiny_samples
+from emloc_core.emulator import Compression
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+from emloc_core.merge import Merge
+from emloc_core.plan import Plan, block_paths, find_linears
+from emloc_core.plugins import plugin_manager
+from emloc_core.settings import CompressSettings, CorrectSettings
+from emloc_core.skeleton import Skeleton, build_model
+from emloc_core.training import TrainSettings
+from emloc_core.transfer import Transfer
+
+RATIO = 0.5
+STEPS = 2  # of training
+_LEARNING_RATE = 1e-2
+_NOISE = 0.1
+
+
+def labels(family: Family) -> list[str]:
+    """Return a readable name for every tiny config: the model types in it, numbered where several are alike."""
+    names = [_label(config) for config in family.tiny_configs]
+    counts: Counter[str] = Counter()
+    found = []
+    for name in names:
+        counts[name] += 1
+        found.append(name if counts[name] == 1 else f"{name}-{counts[name]}")
+    return found
+
+
+def _label(config: Mapping[str, Any]) -> str:
+    inner = [part["model_type"] for part in config.values() if isinstance(part, Mapping) and "model_type" in part]
+    return "+".join(str(name) for name in [config.get("model_type"), *inner])
+
+
+class TinyModel:
+    """One tiny model, and everything that the stages make of it.
+
+    Args:
+        declared: the family, as the plugin declares it.
+        settings: keyword arguments of ``AutoConfig.for_model``.
+        label: names the config.
+        directory: where files go; it is made.
+    """
+
+    def __init__(self, declared: Family, settings: Mapping[str, Any], label: str, directory: Path) -> None:
+        self.declared, self.settings, self.label, self.directory = declared, settings, label, directory
+        self.results: dict[str, CheckResult] = {}
+
+    @property
+    def family_name(self) -> str:
+        """The family's name."""
+        return self.declared.name
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let the stages work by the declaration, installed or not, without progress bars and warnings."""
+        with plugin_manager().declaring(self.declared), quiet():
+            yield
+
+    @cached_property
+    def config(self) -> Any:
+        """Transformers' config.
+
+        Raises:
+            EmlocError: transformers refuses it.
+        """
+        return tiny_config(self.settings)
+
+    @cached_property
+    def family(self) -> Family:
+        """The declaration for this config, with what it takes from nested families."""
+        return plugin_manager().family_for(self.config.to_dict())
+
+    @cached_property
+    def meta(self) -> nn.Module:
+        """The model without weights."""
+        return on_meta(self.family, self.config)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Every Linear that the family names; none has a rank."""
+        return find_linears(self.meta, self.family)
+
+    @cached_property
+    def samples(self) -> list[TinySample]:
+        """What the model is run on."""
+        return tiny_samples(self.family, self.config)
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The model on disk, fp32, with a tokenizer: no weight hides by being zero or one."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = self._class.from_config(copy.deepcopy(self.config), dtype=torch.float32)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(_NOISE * torch.randn_like(parameter))
+        model.save_pretrained(self.directory / "base")
+        number_tokenizer(self.config).save_pretrained(self.directory / "base")
+        return Checkpoint(self.directory / "base")
+
+    @property
+    def _class(self) -> Any:
+        import transformers
+
+        return getattr(transformers, self.family.auto_class)
+
+    def load(self, directory: Path) -> Any:
+        """Return a model by plain ``from_pretrained``, in eval mode."""
+        return self._class.from_pretrained(directory, dtype="auto").eval()
+
+    @cached_property
+    def whole(self) -> Any:
+        """The base in memory."""
+        return self.load(self.base.directory)
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """The base, streamed."""
+        return Skeleton(self.base, self.family)
+
+    @cached_property
+    def forward(self) -> Forward:
+        """What ordinary forwards of all samples do.
+
+        Raises:
+            EmlocError: the model does not run.
+        """
+        blocks = block_paths(self.meta, self.family)
+        model, samples = self.whole, self.samples
+        try:
+            return observe(model, samples, blocks, [linear.path for linear in self.plan.linears])
+        except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
+            raise EmlocError(
+                f"The tiny model does not run on rows made up for it ({first_line(error)}).",
+                "Correct the tiny config; for images, declare tiny_inputs if the rows are not what the model takes.",
+            ) from error
+
+    @cached_property
+    def decomposed(self) -> Decomposed:
+        """What a streamed pass of all samples finds."""
+        return decompose(self.skeleton, self.family, self.plan, self.samples)
+
+    @cached_property
+    def emulator(self) -> Path:
+        """The emulator, from the samples with images too."""
+        settings = CompressSettings(samples=1, selection=0, ratio=RATIO)
+        stage = Compression(self.base, text_rows(self.samples), self.directory / "emulator", settings)
+        stage.samples = list(self.samples)
+        return stage.run()
+
+    @cached_property
+    def tuned(self) -> Any:
+        """The emulator with a trained LoRA, in memory.
+
+        Attributes of the model tell how it went: ``losses``, and ``untouched``, the Linears whose LoRA had no gradient.
+
+        Raises:
+            EmlocError: PEFT refuses the targets.
+        """
+        from peft import get_peft_model
+
+        targets = self.family.lora_targets()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            lora: Any = get_peft_model(self.load(self.emulator), TrainSettings(lora_rank=4).lora_config(targets))
+        lora.train()
+        optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=_LEARNING_RATE)
+        lora.losses, lora.untouched = [], []
+        for step in range(STEPS):
+            loss = torch.stack([_loss(lora, sample) for sample in self.samples]).mean()
+            loss.backward()
+            if not step:
+                lora.untouched += [
+                    name.partition(".lora_B")[0].removeprefix("base_model.model.")
+                    for name, parameter in lora.named_parameters()
+                    if ".lora_B." in name and (parameter.grad is None or not bool(parameter.grad.any()))
+                ]
+            lora.losses.append(float(loss))
+            optimizer.step()
+            optimizer.zero_grad()
+        return lora.eval()
+
+    @cached_property
+    def adapter(self) -> Path:
+        """The LoRA as PEFT saves it."""
+        directory = self.directory / "adapter"
+        self.tuned.save_pretrained(directory, save_embedding_layers=False)
+        return directory
+
+    @cached_property
+    def corrected(self) -> Path:
+        """The LoRA carried over to the base, unclamped."""
+        output = self.directory / "corrected"
+        return Transfer(Adapter(self.adapter), self.base, output, CorrectSettings(clamp="none")).run()
+
+    @cached_property
+    def merged(self) -> Path:
+        """The base with the corrected LoRA folded in."""
+        return Merge(Adapter(self.corrected), self.base, self.directory / "merged").run()
+
+
+def _loss(model: nn.Module, sample: TinySample) -> torch.Tensor:
+    inputs = sample.inputs("cpu")
+    return cross_entropy(model(**inputs, use_cache=False).logits[0, :-1].float(), inputs["input_ids"][0, 1:])
+
+
+def tiny_config(settings: Mapping[str, Any]) -> Any:
+    """Return transformers' config of a tiny config.
+
+    Raises:
+        EmlocError: transformers refuses it.
+    """
+    from transformers import AutoConfig
+
+    options = copy.deepcopy(dict(settings))
+    try:
+        return AutoConfig.for_model(options.pop("model_type"), **options)
+    except Exception as error:  # whatever transformers' own checks of a config raise
+        raise EmlocError(
+            f"transformers refuses the tiny config of {settings.get('model_type')!r} ({first_line(error)}).",
+            "Correct that entry of tiny_configs: its keys are those of the model's config class.",
+        ) from error
+
+
+def on_meta(family: Family, config: Any) -> nn.Module:
+    """Return the model of a config, without weights.
+
+    Raises:
+        EmlocError: it cannot be built.
+    """
+    try:
+        return build_model(copy.deepcopy(config), family, torch.float32)
+    except Exception as error:  # whatever the model's own code raises
+        raise EmlocError(
+            f"{family.auto_class} cannot build the tiny {config.model_type!r} ({first_line(error)}).",
+            "Correct the entry of tiny_configs (sizes must fit each other), or auto_class.",
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, in a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars and warnings of transformers to themselves."""
+    from transformers import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
