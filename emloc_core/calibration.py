@@ -61,15 +61,8 @@ def load_processing(directory: Path, family: Family, rows: Sequence[Row]) -> Pro
     Raises:
         EmlocError: the model reads text alone and a row has images, or what is needed is not in the directory.
     """
-    pictured = next((row for row in rows if row.images), None)
-    if family.modality == "text":
-        if pictured:
-            raise EmlocError(
-                f"Row {pictured.number} has images, and models of the family {family.name} read text alone.",
-                "Give a model for images and text, or rows without images.",
-            )
-        return _load(AutoTokenizer, directory, "tokenizer")
-    if all(row.images is None for row in rows):
+    require_readable(rows, family)
+    if family.modality == "text" or all(row.images is None for row in rows):
         return _load(AutoTokenizer, directory, "tokenizer")
     processor = _load(AutoProcessor, directory, "processor")
     if not isinstance(processor, ProcessorMixin):
@@ -83,6 +76,20 @@ def load_processing(directory: Path, family: Family, rows: Sequence[Row]) -> Pro
     return processor
 
 
+def require_readable(rows: Iterable[Row], family: Family) -> None:
+    """Refuse rows with images for a model that reads text alone.
+
+    Raises:
+        EmlocError: names the first of them.
+    """
+    pictured = next((row for row in rows if row.images), None)
+    if pictured and family.modality == "text":
+        raise EmlocError(
+            f"Row {pictured.number} has images, and models of the family {family.name} read text alone.",
+            "Give a model for images and text, or rows without images.",
+        )
+
+
 def _load(auto_class: Any, directory: Path, what: str) -> Any:
     try:
         return auto_class.from_pretrained(str(directory), local_files_only=True)
@@ -90,11 +97,13 @@ def _load(auto_class: Any, directory: Path, what: str) -> Any:
         raise EmlocError(
             f"The {what} in {directory} needs more packages: {str(error).strip().splitlines()[0]}",
             "pip install 'emloc[vision]'",
+            resumable=True,
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EmlocError(
             f"The {what} in {directory} cannot be loaded ({str(error).strip().splitlines()[0]}).",
             f"Copy the files of the model's {what} there.",
+            resumable=True,
         ) from error
 
 

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from emloc_core.allocation import uniform, wants_spectra
-from emloc_core.calibration import Sample, encode, model_limit
+from emloc_core.calibration import Processing, Sample, encode, load_processing, model_limit
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.cut import Cut, cut_blocks
 from emloc_core.data import CALIBRATION, SELECTION, Row, draw, write_rows
@@ -72,8 +71,9 @@ class Compression:
         self.blocks = block_paths(self.skeleton.model, self.family)
         self.plan: Plan = allocated(found, settings.ratio, uniform if self.ranks_by_spectra else self.allocate)
         self.rows = draw(rows, settings.seed, settings.samples, settings.selection)
-        self.samples = self._encode(self.rows.calibration)
-        self._encode(self.rows.selection)
+        processing = load_processing(base.directory, self.family, rows)
+        self.samples = self._encode(self.rows.calibration, processing)
+        self._encode(self.rows.selection, processing)
         request = {
             "base": base.fingerprint(output.resolve().parent),
             "settings": settings.model_dump(),
@@ -94,10 +94,9 @@ class Compression:
         }
         return Output(path, KIND, {**self.output.request, "settings": settings}, self.skeleton.device.type)
 
-    def _encode(self, rows: list[Row]) -> list[Sample]:
-        tokenizer = AutoTokenizer.from_pretrained(self.base.directory)
+    def _encode(self, rows: list[Row], processing: Processing) -> list[Sample]:
         limit = model_limit(self.skeleton.model.config)
-        return encode(rows, tokenizer, self.settings.max_length, limit)
+        return encode(rows, processing, self.settings.max_length, limit, self.skeleton.dtype)
 
     def is_finished(self) -> bool:
         """Say whether the emulator is there already; see ``Output.is_finished``."""

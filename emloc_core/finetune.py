@@ -12,22 +12,21 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from emloc_core.allocator import give_back
-from emloc_core.calibration import model_limit, tokenize
+from emloc_core.calibration import load_processing, model_limit, require_readable
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.errors import EmlocError
+from emloc_core.examples import make_dataset
 from emloc_core.output import Output, read_json, write_json
 from emloc_core.plugins import plugin_manager
 from emloc_core.resume import STATE, newest_checkpoint, remove_incomplete
@@ -72,6 +71,7 @@ class FineTuning:
         self.targets = sorted(set(settings.target_modules or self.family.lora_targets()))
         settings.check_extra()
         rows = load_rows(data, split)
+        require_readable(rows, self.family)
         held_out = [self.model.directory / name for name in (CALIBRATION, SELECTION)]
         files = [path for path in held_out if path.is_file()] + list(exclude)
         # An emulator may have been made without selection rows: the file is there, and empty.
@@ -182,17 +182,18 @@ class FineTuning:
         import emloc_core.lowrank  # noqa: F401 - from here on transformers can load an emulator
 
         directory = str(self.model.directory.absolute())
+        processing = load_processing(self.model.directory, self.family, self.rows)
         with _refusing(f"{directory} cannot be loaded", resumable=True):
-            tokenizer = AutoTokenizer.from_pretrained(directory)
             model = getattr(transformers, self.family.auto_class).from_pretrained(directory, dtype="auto")
-        limit = model_limit(model.config)
-        dataset, dropped = self._dataset(tokenizer, limit)
+        dataset, dropped = make_dataset(self.rows, processing, self.settings.max_length, model_limit(model.config))
+        if isinstance(processing, ProcessorMixin):  # the collator makes all that the model takes
+            config.remove_unused_columns = False
         with _refusing(_SETTINGS):
             trainer = _Trainer(
                 model,
                 args=config,
                 train_dataset=dataset,
-                processing_class=tokenizer,
+                processing_class=processing,
                 peft_config=self.settings.lora_config(self.targets),
                 callbacks=[_LogLastStep()],
             )
@@ -201,24 +202,6 @@ class FineTuning:
             backbone: Any = trainer.lora.get_base_model().base_model
             backbone.register_forward_hook(give_back)
         return trainer, dropped
-
-    def _dataset(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[Dataset, int]:
-        """Return the tokenized rows, and how many were dropped since truncation left nothing of their completion."""
-        columns: dict[str, list[Any]] = {"input_ids": [], "completion_mask": []}
-        for row in self.rows:
-            sample = tokenize(row, tokenizer, self.settings.max_length, limit)
-            if any(sample.completion_mask):
-                columns["input_ids"].append(numpy.asarray(sample.input_ids, dtype=numpy.int32))
-                columns["completion_mask"].append(numpy.asarray(sample.completion_mask, dtype=numpy.int8))
-        dropped = len(self.rows) - len(columns["input_ids"])
-        if dropped == len(self.rows):
-            raise EmlocError(
-                f"Every row's prompt alone fills the {self.settings.max_length} tokens of the maximum length.",
-                "Raise the maximum length.",
-            )
-        if self.rows[0].form == "text":
-            del columns["completion_mask"]
-        return Dataset.from_dict(columns), dropped
 
     def _write(self, trainer: "_Trainer", staging: Path, log: list[dict[str, float]]) -> None:
         for name, parameter in trainer.lora.named_parameters():

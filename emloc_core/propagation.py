@@ -101,7 +101,7 @@ def fit_block(
         stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1`` through the emulator.
         block: with the base's weights.
         planned: its Linears, in execution order.
-        rows: number of calibration rows.
+        rows: number of calibration rows; those that do not pass through the block take no part.
         factorize: see :mod:`emloc_core.factorize`.
         blame: makes of an error, a Linear's path and a row's index the error that the user sees.
 
@@ -114,7 +114,7 @@ def fit_block(
     for group in dict.fromkeys(linear.group for linear in planned):
         members = [linear for linear in planned if linear.group == group]
         moments = PairedMoments(members[0].in_features, device=stream.skeleton.device)
-        for row in range(rows):
+        for row in (sample for sample in stream.here if sample < rows):
             x = _input(stream, block, members[0], modules, row)
             with emulating(stream, {path: modules[path] for path in done}, done, rows):
                 xc = _input(stream, block, members[0], modules, row + rows)

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from emloc_core.adapter import CORRECTED, Adapter, write_adapter
-from emloc_core.calibration import Sample, encode, model_limit
+from emloc_core.calibration import Sample, encode, load_processing, model_limit
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.correction import Clamp
-from emloc_core.data import SELECTION, load_rows
+from emloc_core.data import SELECTION, Row, load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.lora import Lora
 from emloc_core.output import Output, read_manifest
@@ -74,13 +73,14 @@ class Transfer:
         self.family = plugin_manager().family_for(base.config)
         self.skeleton = Skeleton(base, self.family, device)
         self._check_shapes()
-        self.samples = self._samples(selection, manifest["request"]["settings"]["max_length"])
+        rows = self._rows(selection)
+        self.samples = self._encode(rows, manifest["request"]["settings"]["max_length"])
         request = {
             "adapter": adapter.fingerprint(cache_dir),
             "base": base_fingerprint,
             "emulator": emulator_fingerprint,
             **settings.model_dump(),
-            "selection": [sample.input_ids for sample in self.samples] if selection else None,
+            "selection": [row.key for row in rows] if selection else None,
         }
         self.output = Output(output, "corrected-adapter", request, self.skeleton.device.type)
 
@@ -99,7 +99,7 @@ class Transfer:
                     "The adapter belongs to another model.",
                 )
 
-    def _samples(self, selection: Path | None, max_length: int | None) -> list[Sample]:
+    def _rows(self, selection: Path | None) -> list[Row]:
         if self.settings.clamp != "auto":
             return []
         path = selection or self.emulator.directory / SELECTION
@@ -108,9 +108,13 @@ class Transfer:
                 f"--clamp auto needs rows to compare on, and {path} holds none.",
                 "Give a file of held-out rows with --selection, or a fixed --clamp.",
             )
-        tokenizer = AutoTokenizer.from_pretrained(self.base.directory)
-        limit = model_limit(self.skeleton.model.config)
-        return encode(load_rows(str(path)), tokenizer, max_length, limit)
+        return load_rows(str(path))
+
+    def _encode(self, rows: list[Row], max_length: int | None) -> list[Sample]:
+        if not rows:
+            return []
+        processing = load_processing(self.base.directory, self.family, rows)
+        return encode(rows, processing, max_length, model_limit(self.skeleton.model.config), self.skeleton.dtype)
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
         """Write the corrected adapter.
