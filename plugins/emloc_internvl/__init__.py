@@ -7,6 +7,9 @@ from emloc_llama import TINY
 
 from emloc_core.family import Family, Tower
 from emloc_core.hookspecs import hookimpl
+from emloc_core.layout import Layout
+from emloc_internvl.chat_layout import INTERNVL_CHAT
+from emloc_internvl.internlm2 import INTERNLM2
 
 INTERNVL = Family(
     name="internvl",
@@ -54,3 +57,9 @@ INTERNVL = Family(
 def emloc_families() -> list[Family]:
     """Declare the family."""
     return [INTERNVL]
+
+
+@hookimpl
+def emloc_layouts() -> list[Layout]:
+    """Declare the layouts that the models were published in."""
+    return [INTERNVL_CHAT, INTERNLM2]
