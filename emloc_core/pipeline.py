@@ -70,8 +70,9 @@ def stages(recipe: Recipe) -> list[Stage]:
     emulator, adapter, corrected, merged, full = (
         root / name for name in ("emulator", "adapter", "corrected", "merged", "full_lora")
     )
-    rows = ["--data", data.train, "--split", data.split]
-    rows += [text for test in data.test for text in ("--exclude", test)]
+    draw_from = ["--split", data.split, *(text for test in data.test for text in ("--exclude", test))]
+    rows = ["--data", data.train, *draw_from]
+    calibration = ["--data", data.calibration or data.train, *draw_from]
     tuning = arguments(recipe.train, FLAGS)
     held_out = [text for name in (CALIBRATION, SELECTION) for text in ("--exclude", str(emulator / name))]
 
@@ -79,7 +80,7 @@ def stages(recipe: Recipe) -> list[Stage]:
         return Stage(output.name, purpose, (command, *map(str, argv), "-o", str(output)), output)
 
     found = [
-        stage("make the emulator", emulator, "compress", base, *rows, *arguments(recipe.compress)),
+        stage("make the emulator", emulator, "compress", base, *calibration, *arguments(recipe.compress)),
         stage("tune a LoRA on the emulator", adapter, "train", emulator, *rows, *tuning),
         stage("carry it over to the base", corrected, "correct", adapter, "--base", base,
               "--emulator", emulator, *arguments(recipe.correct)),

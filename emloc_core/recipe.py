@@ -31,6 +31,9 @@ class DataSection(Settings):
 
     train: str = Field(description="JSONL, JSON or Parquet file, or hub data set: calibration, selection and tuning.")
     split: str = Field("train", description="Of a hub data set.")
+    calibration: str | None = Field(
+        None, description="File of other rows for calibration and selection; without it they are drawn from ``train``."
+    )
     test: list[str] = Field([], description="Files of rows that are never tuned on.")
 
 
@@ -122,6 +125,7 @@ def _absolute(recipe: Recipe, root: Path) -> Recipe:
     data = {
         "train": place(recipe.data.train, _DATA_ID),
         "test": [place(test, _DATA_ID) for test in recipe.data.test],
+        "calibration": recipe.data.calibration and place(recipe.data.calibration, _DATA_ID),
     }
     changes: dict[str, Any] = {
         "output": str(root / Path(recipe.output).expanduser()),

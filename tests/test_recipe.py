@@ -3,6 +3,7 @@
 import pytest
 
 from emloc_core.errors import EmlocError
+from emloc_core.pipeline import stages
 from emloc_core.recipe import load_recipe
 
 RECIPE = """
@@ -99,3 +100,11 @@ def test_comparing_clamps_needs_selection_rows(write):
     assert load_recipe(path, ["correct.clamp=3"]).correct.clamp == 3
     assert load_recipe(path, ["correct.clamp=none"]).correct.clamp == "none"
     assert load_recipe(path, ["compress.selection=1"]).compress.selection == 1
+
+
+def test_calibration_rows_may_come_from_a_file_of_their_own(write, tmp_path):
+    given = stages(load_recipe(write(), ["data.calibration=others.jsonl"]))
+    one_file = stages(load_recipe(write()))
+    rows = {stage.name: stage.argv[stage.argv.index("--data") + 1] for stage in given if "--data" in stage.argv}
+    assert rows == {"emulator": str(tmp_path / "recipes" / "others.jsonl"), "adapter": "rows"}
+    assert [stage.argv for stage in given[1:]] == [stage.argv for stage in one_file[1:]]
