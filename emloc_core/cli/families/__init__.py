@@ -3,7 +3,7 @@
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
-from emloc_core.cli.families import new
+from emloc_core.cli.families import check, new
 
 
 @click.group("families", invoke_without_command=True)
@@ -38,4 +38,5 @@ def command(context: click.Context, as_json: bool) -> None:
         click.echo(f"plugin {report.name} ({report.distribution}): {state}")
 
 
+command.add_command(check.command)
 command.add_command(new.command)
