@@ -75,12 +75,13 @@ class Import:
             return _Place({targets[0]: tensor.shape}, None)
         try:
             parts = split.parts(torch.empty(tensor.shape, device="meta"), self.source.config)
-        except (RuntimeError, ValueError, IndexError):
+            shapes = [tuple(part.shape) for part in parts]
+        except (RuntimeError, ValueError, IndexError, ArithmeticError):
             raise EmlocError(
                 f"{tensor.key} in {tensor.shard} has shape {tensor.shape}, which cannot be split as the config says.",
                 "Check that the config.json belongs to this checkpoint.",
             ) from None
-        return _Place({key: tuple(part.shape) for key, part in zip(targets, parts, strict=True)}, split)
+        return _Place(dict(zip(targets, shapes, strict=True)), split)
 
     def _require_model(self) -> None:
         """Refuse tensors that are not the native model's, all of them and in their shapes."""

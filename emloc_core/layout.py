@@ -4,7 +4,7 @@ The same weights under other names, some of them fused: ``emloc import`` rewrite
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,13 @@ class Split:
     Attributes:
         pattern: regular expression of its whole key.
         targets: the native keys of its parts, with the pattern's groups as in ``re.Match.expand``.
-        parts: given the tensor and the source's config, returns the parts in the order of ``targets``; views will do.
-            It is called with a tensor on the meta device first, to learn their shapes.
+        parts: given the tensor and the source's config, yields the parts in the order of ``targets``: views, or
+            copies made when they are asked for. It is called with a tensor on the meta device first, for their shapes.
     """
 
     pattern: str
     targets: Sequence[str]
-    parts: "Callable[[torch.Tensor, Mapping[str, Any]], Sequence[torch.Tensor]]"
+    parts: "Callable[[torch.Tensor, Mapping[str, Any]], Iterable[torch.Tensor]]"
 
 
 @dataclass(frozen=True)
