@@ -19,7 +19,8 @@ class Tower:
         input_groups: paths of Linears within a block. The Linears of one group read the same input, so their
             statistics are gathered once. Every Linear that is compressed stands in exactly one group; a path that a
             given model lacks is left out.
-        lora_targets: last parts of the paths that a LoRA is put on by default; empty means all of ``input_groups``.
+        lora_targets: ends of the paths that a LoRA is put on by default, as much of each as tells it from other
+            modules. Empty means the last parts of all of ``input_groups``.
     """
 
     name: str
@@ -76,10 +77,9 @@ class Family:
         )
 
     def lora_targets(self) -> list[str]:
-        """Return the default ``target_modules`` of a LoRA: last parts of module paths."""
-        targets = {
-            path.rpartition(".")[2]
-            for tower in self.towers
-            for path in (tower.lora_targets or [path for group in tower.input_groups for path in group])
-        }
+        """Return the default ``target_modules`` of a LoRA: ends of module paths."""
+        targets: set[str] = set()
+        for tower in self.towers:
+            paths = [path for group in tower.input_groups for path in group]
+            targets.update(tower.lora_targets or (path.rpartition(".")[2] for path in paths))
         return sorted(targets)
