@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy
 import torch
 from conftest import COLOURS, tiny_tokenizer, write_jsonl
 from PIL import Image
@@ -91,11 +92,10 @@ def save_model(
 
 
 def picture(colours: list[str], size: int = 8) -> Image.Image:
-    """Squares of these colours side by side."""
-    image = Image.new("RGB", (size * len(colours), size))
-    for index, colour in enumerate(colours):
-        image.paste(RGB[colour], (size * index, 0, size * (index + 1), size))
-    return image
+    """Squares of these colours side by side, with some noise: else a picture has hardly more ranks than colours."""
+    pixels = numpy.concatenate([numpy.full((size, size, 3), RGB[colour]) for colour in colours], axis=1)
+    noise = numpy.random.default_rng(sum(pixels.flat)).normal(0, 40, pixels.shape)
+    return Image.fromarray((pixels + noise).clip(0, 255).astype(numpy.uint8))
 
 
 def picture_rows(directory: Path, *, text_rows: bool = True) -> Path:
