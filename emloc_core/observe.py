@@ -1,0 +1,234 @@
+"""What one forward of a model shows: its stacks of blocks, and which of their Linears read the same input."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from emloc_core.errors import EmlocError
+
+ROUTED = "each expert sees only the tokens that are routed to it"
+ROUTER = "decides which tokens an expert sees"
+GATE = "a gate of a single output"
+CONV1D = "a Conv1D, which keeps its weight transposed: no nn.Linear"
+UNCALLED = "its weight is used without calling it, or this forward did not reach it"
+LISTED = "in a list inside the block, as experts are"
+OTHER = "computes something else than W x + b"
+#: Reasons that a person should look at.
+DOUBTFUL = (UNCALLED, LISTED, OTHER)
+
+
+@dataclass
+class Stack:
+    """One list of blocks, as observed.
+
+    Attributes:
+        path: of the list.
+        groups: paths of Linears within a block; those of one group read the same input. In order of execution.
+        dense: paths within a block of what cannot be compressed, each with the reason.
+    """
+
+    path: str
+    groups: list[list[str]] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
+
+
+def block_lists(model: nn.Module) -> list[str]:
+    """Return the paths of the outermost lists of alike modules that hold Linears (or Conv1D): the candidates."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        kinds = [type(child) for child in module]
+        alike = len(kinds) > 0 and (len(kinds) == 1 or 2 * len(set(kinds)) <= len(kinds) or _share_layout(module))
+        if alike and any(_holds_linears(child) for child in module):
+            found.append(path)
+    return found
+
+
+def _share_layout(blocks: nn.ModuleList) -> bool:
+    """Say whether blocks of different classes have a Linear at the same path, as in a short hybrid model."""
+    paths = [{name for name, module in block.named_modules() if isinstance(module, nn.Linear)} for block in blocks]
+    return bool(set.intersection(*paths))
+
+
+def _holds_linears(block: nn.Module) -> bool:
+    return any(isinstance(module, nn.Linear | Conv1D) for module in block.modules() if module is not block)
+
+
+class Observation:
+    """One forward of a model with real weights.
+
+    Args:
+        model: the model, small enough to run.
+        lists: paths of lists of blocks; those that the forward did not reach are left out.
+        inputs: keyword arguments of its forward.
+
+    Attributes:
+        calls: how often each module was called, by path.
+        stacks: the lists that are stacks of blocks, in order of execution.
+        interleaved: lists that run in between the blocks of a larger one -> path of that one.
+        unreached: the lists that the forward did not reach.
+
+    Raises:
+        EmlocError: the forward fails.
+    """
+
+    def __init__(self, model: nn.Module, lists: Sequence[str], inputs: Mapping[str, Any]) -> None:
+        self.model = model
+        self.calls: Counter[str] = Counter()
+        self._order: list[str] = []
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._odd: set[str] = set()
+        with self._watching(), torch.no_grad():
+            try:
+                model(**inputs, use_cache=False)
+            except Exception as error:  # whatever the architecture's own code raises
+                reason = str(error).strip().splitlines() or ["no message"]
+                raise EmlocError(f"The tiny model's forward fails: {type(error).__name__}: {reason[0]}") from error
+        reached = {path: [name for name in self._order if self._is_block(name, path)] for path in lists}
+        self.unreached = [path for path, blocks in reached.items() if not blocks]
+        self.interleaved = self._find_interleaved([path for path, blocks in reached.items() if blocks])
+        towers = sorted(
+            (path for path, blocks in reached.items() if blocks and path not in self.interleaved),
+            key=lambda path: self._order.index(reached[path][0]),
+        )
+        self.stacks = [self._stack(path) for path in towers]
+
+    def repeated(self) -> list[str]:
+        """Return the blocks that ran more than once: a stream cannot pass them."""
+        return [f"{stack.path}.{index}" for stack in self.stacks for index in range(len(self._blocks(stack.path)))
+                if self.calls[f"{stack.path}.{index}"] > 1]  # fmt: skip
+
+    def _blocks(self, path: str) -> list[nn.Module]:
+        return list(self.model.get_submodule(path).children())
+
+    @staticmethod
+    def _is_block(name: str, path: str) -> bool:
+        return name.rpartition(".")[0] == path
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        def enter(path: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                self.calls[path] += 1
+                self._order.append(path)
+                if isinstance(module, nn.Linear):
+                    if args:
+                        self._inputs[path] = args[0].detach().clone()
+                    else:
+                        self._odd.add(path)
+
+            return hook
+
+        def leave(path: str) -> Any:
+            def hook(module: nn.Linear, args: tuple[Any, ...], output: Any) -> None:
+                expected = functional.linear(args[0], module.weight, module.bias) if args else None
+                if expected is None or not torch.allclose(output, expected, rtol=1e-4, atol=1e-5):
+                    self._odd.add(path)
+
+            return hook
+
+        with ExitStack() as stack:
+            for path, module in self.model.named_modules():
+                stack.callback(module.register_forward_pre_hook(enter(path)).remove)
+                if isinstance(module, nn.Linear):
+                    stack.callback(module.register_forward_hook(leave(path)).remove)
+            yield
+
+    def _find_interleaved(self, lists: Sequence[str]) -> dict[str, str]:
+        """Of lists whose members take turns, the one with most parameters is the stack."""
+        runs = [
+            path for path, _ in groupby(owner for name in self._order for owner in lists if self._is_block(name, owner))
+        ]
+        sizes = {path: sum(p.numel() for p in self.model.get_submodule(path).parameters()) for path in lists}
+        found = {}
+        for path in lists:
+            first, last = runs.index(path), len(runs) - 1 - runs[::-1].index(path)
+            between = set(runs[first:last]) - {path}
+            larger = [other for other in between if sizes[other] > sizes[path]]
+            if larger:
+                found[path] = max(larger, key=lambda other: sizes[other])
+        return found
+
+    def _stack(self, path: str) -> Stack:
+        stack = Stack(path)
+        shared: dict[frozenset[str], list[bool]] = {}
+        order: dict[str, None] = {}
+        for index, block in enumerate(self._blocks(path)):
+            dense = self._dense(f"{path}.{index}", block)
+            stack.dense |= dense
+            linears = self._called_in(f"{path}.{index}")
+            linears = [name for name in linears if not _is_within(name, dense)]
+            order |= dict.fromkeys(linears)
+            inputs = {name: self._inputs[f"{path}.{index}.{name}"] for name in linears}
+            for position, name in enumerate(linears):
+                for other in linears[:position]:
+                    same = inputs[name].shape == inputs[other].shape and torch.equal(inputs[name], inputs[other])
+                    shared.setdefault(frozenset((name, other)), []).append(same)
+        for name in order:
+            if _is_within(name, stack.dense):
+                continue
+            for group in stack.groups:
+                if all(all(shared.get(frozenset((name, other)), [False])) for other in group):
+                    group.append(name)
+                    break
+            else:
+                stack.groups.append([name])
+        return stack
+
+    def _called_in(self, block: str) -> list[str]:
+        """Return the Linears of a block in order of execution, as paths within it."""
+        names = [name for name in self._order if name in self._inputs and name.startswith(f"{block}.")]
+        return [name.removeprefix(f"{block}.") for name in dict.fromkeys(names)]
+
+    def _dense(self, at: str, block: nn.Module) -> dict[str, str]:
+        """Return what in one block cannot be compressed, with the reason."""
+        dense = {}
+        experts = dict(_experts(block))
+        for name, module in block.named_modules():
+            path = f"{at}.{name}"
+            if _is_within(name, dense):
+                continue
+            if name in experts:
+                dense[name] = ROUTED if experts[name] else LISTED
+            elif isinstance(module, Conv1D):
+                dense[name] = CONV1D
+            elif isinstance(module, nn.Linear):
+                reason = self._reason(path, name, module, experts)
+                if reason:
+                    dense[name] = reason
+        return dense
+
+    def _reason(self, path: str, name: str, module: nn.Linear, experts: Mapping[str, int]) -> str | None:
+        for expert, number in experts.items():
+            if number and module.out_features == number and name.startswith(expert.rpartition(".")[0]):
+                return ROUTER
+        if module.out_features == 1:
+            return GATE
+        if self.calls[path] == 0:
+            return UNCALLED
+        if self.calls[path] > 1:
+            return f"runs {self.calls[path]} times a forward"
+        return OTHER if path in self._odd else None
+
+
+def _is_within(name: str, paths: Mapping[str, str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def _experts(block: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield what holds experts in a block, and how many: fused weights of three dimensions, or a list of modules."""
+    for name, module in block.named_modules():
+        fused = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+        if fused and not isinstance(module, nn.modules.conv._ConvNd):
+            yield name, fused[0].shape[0]
+        elif isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules()):
+            yield name, len(module)

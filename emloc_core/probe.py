@@ -1,0 +1,66 @@
+"""Inputs that a tiny model of an unknown architecture may take: a row with an image, or a row of text."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from emloc_core.conformance.inputs import image_inputs, special_tokens, tiny_samples, vocabulary
+from emloc_core.family import Family
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One way to call a model.
+
+    Attributes:
+        name: says what is in the row.
+        inputs: keyword arguments of the forward.
+        make: what a family declares as ``tiny_inputs`` to get such inputs; None where the conformance kit has its own.
+        source: the body of ``make``, a line each.
+    """
+
+    name: str
+    inputs: Mapping[str, Any]
+    make: Callable[[Any], Mapping[str, Any]] | None = None
+    source: Sequence[str] = ()
+
+
+def probes(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Callable[[], Probe]]]:
+    """Yield ways to call the model, the one that shows most first: a name, and what makes the inputs or raises."""
+    config = model.config
+    if family.modality == "image-text":
+        name = "an image as the config describes it"
+        yield name, lambda: Probe(name, image_inputs(config))
+        yield "an image of the vision tower's size", lambda: _measured(model)
+    text = tiny_samples(replace(family, modality="text"), config)[-1]
+    yield "text", lambda: Probe("text", text.inputs("cpu"))
+
+
+def _measured(model: PreTrainedModel) -> Probe:
+    """Ask the model itself how many tokens an image becomes."""
+    config: Any = model.config
+    vision = config.vision_config
+    size = vision.image_size
+    shape = (1, getattr(vision, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
+    with torch.no_grad():
+        features: Any = model.get_image_features(pixel_values=torch.zeros(shape))  # type: ignore[operator]
+    features = getattr(features, "pooler_output", features)
+    tensors = [features] if isinstance(features, torch.Tensor) else list(features)
+    tokens = sum(tensor.numel() for tensor in tensors) // config.get_text_config().hidden_size
+    a, b, c, d = [token for token in range(vocabulary(config)) if token not in special_tokens(config.to_dict())][4:8]
+    source = (
+        "import torch",
+        "",
+        f"ids = torch.tensor([[{a}, {b}, *[config.image_token_id] * {tokens}, {c}, {d}]])",
+        f"pixels = torch.randn({', '.join(map(str, shape))}, generator=torch.Generator().manual_seed(0))",
+        'return {"input_ids": ids, "pixel_values": pixels}',
+    )
+
+    def tiny_inputs(config: Any) -> dict[str, Any]:
+        ids = torch.tensor([[a, b, *[config.image_token_id] * tokens, c, d]])
+        return {"input_ids": ids, "pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+    return Probe("an image of the vision tower's size", tiny_inputs(config), tiny_inputs, source)

@@ -1,0 +1,224 @@
+"""A tiny config of the same architecture: few blocks, one of each kind, and small sizes that still divide.
+
+Sizes are known by the names that the configs of transformers give them. A config with sizes of other names stays too
+large, which is an error that lists them; a person then gives a small config by hand.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from typing import Any
+
+from transformers import AutoConfig
+
+from emloc_core.errors import EmlocError
+
+#: Beyond this many parameters a model is not tiny; up to it, a given config is taken as it is.
+TINY_PARAMETERS = 4_000_000
+HEADS, HEAD_DIM, WIDTH, VOCABULARY = 4, 16, 64, 128
+_PATCHES = 8  # a side
+_BLOCKS = r"num_hidden_layers|n_layers?|num_layers|depth"
+
+#: Name of a size -> what it becomes, if it is larger. The first pattern that matches counts.
+_SIZES: Mapping[str, int] = {
+    r"((attention_|out_)?hidden_size|n_embd|d_model|(word_)?embed(_proj)?_dim|projection_dim)": WIDTH,
+    r"moe_intermediate_size|shared_expert_intermediate_size": 48,
+    r"(\w+_)?intermediate_size(_\w+)?|ffn_dim|ffn_hidden_size|n_inner|d_ff": 96,
+    r"num_attention_heads|n_heads?|num_heads": HEADS,
+    r"(qk_nope_|qk_rope_|v_)?head_dim": HEAD_DIM,
+    r"qk_head_dim": 2 * HEAD_DIM,
+    r"rotary_dim": HEAD_DIM // 2,
+    r"(q|kv)_lora_rank": 24,
+    r"vocab_size(_\w+)?|num_embeddings": VOCABULARY,
+    r"max_position_embeddings|n_positions|max_seq_len|max_sequence_length|context_length": 256,
+    r"original_max_position_embeddings": 128,
+    r"sliding_window|attention_chunk_size|window_size": 8,
+    r"(num|n)_(local_|routed_)?experts|moe_num_experts": 4,
+    r"num_experts_per_tok|moe_top_?k|n_group": 2,
+    r"topk_group|first_k_dense_replace|max_window_layers": 1,
+    r"state_size|mamba_d_state|ssm_state_size": 16,
+    r"time_step_rank|mamba_dt_rank": 8,
+    r"num_position_embeddings": _PATCHES**2,
+}  # fmt: skip
+_KEY_VALUE_HEADS = r"num_key_value_heads|num_kv_heads|n_kv_heads"
+_IMAGE_TOKENS = r"mm_tokens_per_image|image_seq_length|vision_soft_tokens_per_image"
+_TOKEN_ID = re.compile(r".*_token_(id|ids|index)")
+#: What changes no module, as numbers with a fraction do not: the tiny config takes the class's own.
+_COSMETIC = re.compile(r"_.*|dtype|architectures|transformers_version|id2label|label2id|use_cache|problem_type")
+
+
+def shrink(config: Any) -> dict[str, Any]:
+    """Return keyword arguments of ``AutoConfig.for_model`` for a tiny model of the architecture of ``config``.
+
+    Heads still divide widths and key-value heads divide heads. Lists of one entry a block keep one block of each kind.
+    What equals the default of the config class is left out.
+
+    Raises:
+        EmlocError: transformers refuses the smaller config.
+    """
+    return _needed(_Shrinking().section(_structure(config.to_dict())))
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Return keyword arguments of ``AutoConfig.for_model`` for a model of the same sizes as that of ``config``.
+
+    What equals the default of the config class is left out, and so is what changes no module.
+    """
+    return _needed(_structure(config.to_dict()))
+
+
+def _needed(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = make_config(sizes).to_dict()
+    needed = {"model_type": sizes["model_type"], **sizes}
+    for path in _removable(sizes):
+        fewer = _without(needed, path)
+        with suppress(EmlocError):
+            if make_config(fewer).to_dict() == wanted:
+                needed = fewer
+    return needed
+
+
+def make_config(arguments: Mapping[str, Any]) -> Any:
+    """Return transformers' config of these arguments of ``AutoConfig.for_model``.
+
+    Raises:
+        EmlocError: transformers refuses them.
+    """
+    settings = dict(arguments)
+    model_type = settings.pop("model_type")
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except Exception as error:  # whatever the config class's own checks raise
+        raise not_tiny(model_type, error) from error
+
+
+def not_tiny(model_type: str, error: Exception | str) -> EmlocError:
+    """Return the error for a config that could not be made tiny."""
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return EmlocError(
+        f"The config of this {model_type!r} cannot be shrunk to a tiny one: {reason[0]}.".replace("..", "."),
+        "Make the smallest config.json that the model runs with (few blocks, narrow) and give that file instead.",
+    )
+
+
+class _Shrinking:
+    """Shrinks the sections of one config; the same token keeps one id in all of them."""
+
+    def __init__(self) -> None:
+        self._ids: dict[int, int] = {}
+
+    def section(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        small = {name: self._value(name, value, content) for name, value in content.items()}
+        small = _few_blocks(content, small)
+        if old := _patches(content.get("vision_config") or {}):
+            for name in filter(re.compile(_IMAGE_TOKENS).fullmatch, small):
+                tokens = content[name] * _PATCHES**2 // old
+                # As many as patches without pooling; configs of defaults alone may have more, which cannot be.
+                small[name] = max(1, tokens) if tokens <= _PATCHES**2 else _PATCHES**2 // 4
+        return small
+
+    def _value(self, name: str, value: Any, content: Mapping[str, Any]) -> Any:
+        if isinstance(value, Mapping):
+            return self.section(value) if name != "rope_parameters" else _sections(value)
+        if _TOKEN_ID.fullmatch(name):
+            return [self._token(one) for one in value] if isinstance(value, list) else self._token(value)
+        if name in ("image_size", "patch_size") and value:
+            size = 2 * _PATCHES if name == "image_size" else 2
+            return [size] * len(value) if isinstance(value, Sequence) else size
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        if re.fullmatch(_KEY_VALUE_HEADS, name):
+            return _key_value_heads(value, content)
+        sizes = (size for pattern, size in _SIZES.items() if re.fullmatch(pattern, name))
+        return min(value, next(sizes, value))
+
+    def _token(self, token: Any) -> Any:
+        """Move ids beyond the vocabulary to its end, each to a place of its own."""
+        if not isinstance(token, int) or token < VOCABULARY - 16:
+            return token
+        return self._ids.setdefault(token, VOCABULARY - 1 - len(self._ids))
+
+
+def _key_value_heads(value: int, content: Mapping[str, Any]) -> int:
+    heads = next((content[name] for name in ("num_attention_heads", "n_head", "n_heads") if content.get(name)), value)
+    return HEADS if value >= heads else min(value, HEADS // 2)
+
+
+def _sections(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Share out half a head's features among the sections of a rotary embedding, as before."""
+    sections = rope["mrope_section"]
+    half = HEAD_DIM // 2
+    small = [max(1, part * half // sum(sections)) for part in sections]
+    return {**rope, "mrope_section": [half - sum(small[1:]), *small[1:]]}
+
+
+def _patches(vision: Mapping[str, Any]) -> int:
+    """Return how many patches an image has; 0 where the section does not say."""
+    sides = []
+    for name in ("image_size", "patch_size"):
+        value = vision.get(name) or 0
+        sides.append(list(value)[-1] if isinstance(value, Sequence) else value)
+    return (sides[0] // sides[1]) ** 2 if all(sides) else 0
+
+
+def _few_blocks(content: Mapping[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+    """Cut a section to one block of each kind, and at least two."""
+    counts = [name for name in content if re.fullmatch(_BLOCKS, name) and isinstance(content[name], int)]
+    if not counts:
+        return small
+    count = content[counts[0]]
+    lists = {name: value for name, value in content.items() if isinstance(value, list) and value}
+    indices = {name for name, value in lists.items() if _are_indices(value, count)}
+    per_block = {name: value for name, value in lists.items() if len(value) == count and name not in indices}
+    first: dict[str, int] = {}
+    for index in range(count):
+        first.setdefault(repr([value[index] for value in per_block.values()]), index)
+    kept = sorted({*first.values(), *range(min(2, count))})[:8] if len(first) < 2 else sorted(first.values())[:8]
+    # Blocks that alternate by a period come in one whole period.
+    periods = [value for name, value in content.items() if name.endswith("_period") and isinstance(value, int)]
+    wanted = min(count, max([len(kept), *periods]))
+    kept = kept if wanted == len(kept) else list(range(wanted))
+    small.update(dict.fromkeys(counts, len(kept)))
+    for name, value in lists.items():
+        if name in per_block:
+            small[name] = [value[index] for index in kept]
+        elif name in indices:
+            small[name] = list(range(len(kept))) if len(value) == count else [len(kept) - 1]
+    return small
+
+
+def _are_indices(value: Sequence[Any], count: int) -> bool:
+    """Say whether a list names blocks: whole numbers that rise, below the number of blocks."""
+    whole = all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < count for item in value)
+    return whole and all(before < after for before, after in pairwise(value))
+
+
+def _structure(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what changes no module."""
+    kept = {name: value for name, value in content.items() if not _is_cosmetic(name, value)}
+    return {name: _structure(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
+
+
+def _is_cosmetic(name: str, value: Any) -> bool:
+    if name == "rope_parameters":
+        return not (value and value.get("mrope_section"))
+    return bool(_COSMETIC.fullmatch(name)) or isinstance(value, float)
+
+
+def _removable(content: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every entry, sections before what is in them."""
+    for name, value in content.items():
+        if (*at, name) != ("model_type",):
+            yield (*at, name)
+            if isinstance(value, Mapping):
+                yield from _removable(value, (*at, name))
+
+
+def _without(content: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    name, *rest = path
+    if not rest:
+        return {key: value for key, value in content.items() if key != name}
+    if name not in content:  # the section is gone
+        return dict(content)
+    return {**content, name: _without(content[name], tuple(rest))}
