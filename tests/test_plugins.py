@@ -4,11 +4,12 @@ import subprocess
 import sys
 import textwrap
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from emloc_core import algorithms, hookspecs, plugins
+from emloc_core import algorithms, plugins
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.factorize import factorize
@@ -38,12 +39,14 @@ COMMAND = """
 BROKEN = {
     "import error": "import no_such_module",
     "syntax error": "def (",
+    "leaves the program": "raise SystemExit(3)",
     "wrong type": """
         from emloc_core.hookspecs import hookimpl
         @hookimpl
         def emloc_families():
             return ["llama"]
     """,
+    "wrong type of model types": GOOD.replace('"good"', '"better"').replace("frozenset", "list"),
     "duplicate name": GOOD.replace('{"good"}', '{"better"}'),
     "duplicate model type": GOOD.replace('name="good"', 'name="better"'),
     "unknown hook": """
@@ -173,8 +176,10 @@ def test_a_misspelt_hook_is_told_its_name(entry):
 
 def test_the_family_of_a_model_type_or_what_to_do():
     assert plugin_manager().family_for({"model_type": "llama"}).name == "llama"
-    with pytest.raises(EmlocError, match=r"No installed family declares the model type 'gpt9'.*llama.*docs/plugins"):
+    with pytest.raises(EmlocError, match="No installed family declares the model type 'gpt9'") as raised:
         plugin_manager().family_for({"model_type": "gpt9"})
+    for part in ("llama (llama, mistral)", "`emloc families scaffold MODEL`", "`emloc families new NAME`"):
+        assert part in str(raised.value)
 
 
 def test_algorithms_come_by_name_through_the_hooks():
@@ -246,10 +251,70 @@ def test_the_command_line_has_the_commands_of_plugins_that_work(entry, monkeypat
     assert CliRunner().invoke(cli, ["hello"], catch_exceptions=False).output == "hello there\n"
 
 
-def test_every_hook_is_documented():
-    hooks = [value for name, value in vars(hookspecs).items() if name.startswith("emloc_")]
-    assert len(hooks) == 7
-    assert all(hook.__doc__ for hook in hooks)
+def test_hook_calls_are_traced(entry, monkeypatch, capsys):
+    monkeypatch.setenv("EMLOC_TRACE_PLUGINS", "1")
+    manager = PluginManager()
+    good, broken, seeing = entry(GOOD), entry(BROKEN["raising hook"]), entry(OBSERVER)
+    manager.load([good, broken, seeing])
+    manager.notify("emloc_block_done", **BLOCK | {"path": "model." + 100 * "x"}, index=0)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for line, name, text in zip(
+        lines,
+        (good.name, broken.name, seeing.name),
+        (
+            ": emloc_families() -> [Family(name='good', model_types=",
+            ": emloc_families() raised RuntimeError: out of order [",
+            ": emloc_block_done(stage='compress', path='model.xxx",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(f"emloc: trace: {name}{text}")
+        assert line.endswith(" ms]")
+        assert len(line) < 260  # long values are abbreviated
+    assert "total=2, index=0) -> None [" in lines[2]
+
+
+def test_nothing_is_traced_unless_asked_for(entry, capsys):
+    PluginManager().load([entry(GOOD)])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def generate(monkeypatch):
+    """The module that writes the pages of the documentation."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "docs")
+    import generate
+
+    return generate
+
+
+def test_every_hook_and_every_argument_is_documented(generate):
+    hooks = {name: hook for name, hook in vars(plugins.hookspecs).items() if name.startswith("emloc_")}
+    assert {"emloc_families", "emloc_stage_done"} <= set(hooks)
+    page = (Path(__file__).parent.parent / "docs" / "hooks.md").read_text()
+    for name, hook in hooks.items():
+        section = "\n".join(generate.hook_section(name, hook))
+        assert section in page
+        arguments = hook.__code__.co_varnames[: hook.__code__.co_argcount]
+        assert section.startswith(f"## `{name}({', '.join(arguments)})`")
+        assert all(f"| `{argument}` | `" in section for argument in arguments)
+
+
+def test_an_undocumented_argument_is_refused(generate):
+    def emloc_new(known, forgotten) -> None:
+        """Observe.
+
+        Args:
+            known: an argument.
+        """
+
+    def emloc_given() -> "list[str]":
+        """Offer something, without saying what."""
+
+    for hook in (emloc_new, emloc_given):
+        with pytest.raises(ValueError, match=f"{hook.__name__}: describe"):
+            generate.hook_section(hook.__name__, hook)
 
 
 @pytest.mark.parametrize("command", [["--help"], ["families"], ["compress", "--help"], ["run", "--help"]])
