@@ -8,7 +8,7 @@ from torch.nn.functional import linear as times
 
 from emloc_core.conformance.check import check, require
 from emloc_core.conformance.declaration import linears
-from emloc_core.conformance.forward import logits, tap
+from emloc_core.conformance.forward import logits, observe
 from emloc_core.conformance.tiny import TinyModel, first_line
 from emloc_core.errors import EmlocError
 from emloc_core.lowrank import LowRankLinear, replace_linears
@@ -97,11 +97,11 @@ def _alike(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 def taps(subject: TinyModel) -> None:
     """What each tap gives is the Linear's input, or its output without the bias."""
     planned = {linear.path: linear for linear in subject.plan.linears}
-    given = tap(subject.whole, subject.samples, {path: linear.tap for path, linear in planned.items()})
-    problems = []
+    seen = observe(subject.whole, subject.samples, planned, taps={path: linear.tap for path, linear in planned.items()})
+    given, problems = seen.tapped, []
     for path, linear in planned.items():
         module = subject.whole.get_submodule(path)
-        inputs, outputs = subject.forward.inputs[path], subject.forward.outputs[path]
+        inputs, outputs = seen.inputs[path], seen.outputs[path]
         if linear.tap == "output":
             if not _close(given[path], [times(x, module.weight) for x in inputs]):
                 problems.append(f"the output of {path} is not its weight times its input, plus its bias")
@@ -131,7 +131,7 @@ def statistics(subject: TinyModel) -> None:
     candidates = subject.plan.candidates
     taps_ = {linear.path: linear.tap for linear in candidates}
     whole = {}
-    for path, activations in tap(subject.whole, subject.samples, taps_).items():
+    for path, activations in observe(subject.whole, subject.samples, (), taps=taps_).tapped.items():
         side, size = ("output" if taps_[path] == "output" else "input"), activations[0].shape[-1]
         whole[path] = Gram(side, size)  # type: ignore[arg-type]
         for rows in activations:

@@ -1,14 +1,14 @@
 """What the base does in memory and streamed: which blocks run, what Linears are given and give, and their Grams."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from emloc_core.conformance.inputs import TinySample
+from emloc_core.calibration import Sample
 from emloc_core.decompose import Decomposition
 from emloc_core.factorize import Factors, factorize
 from emloc_core.family import Family
@@ -22,20 +22,36 @@ class Forward:
     """The calls that were seen in ordinary forwards.
 
     Attributes:
-        blocks: for each sample, paths of the blocks in the order in which they were called.
+        blocks: for each sample, paths of the blocks in the order in which they were entered.
         inputs: path of a Linear -> the input of each call, (..., in_features); Linears in the order in which they ran.
         outputs: path of a Linear -> the output of each call, (..., out_features).
+        tapped: path of a Linear -> what its tap gave at each call.
         logits: of each sample.
     """
 
     blocks: list[list[str]] = field(default_factory=list)
     inputs: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
     outputs: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+    tapped: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
     logits: list[torch.Tensor] = field(default_factory=list)
 
 
-def observe(model: nn.Module, samples: Sequence[TinySample], blocks: Sequence[str], linears: Sequence[str]) -> Forward:
-    """Run the samples through a model in memory, in eval mode, and watch the blocks and Linears at these paths."""
+def observe(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    linears: Iterable[str],
+    blocks: Iterable[str] = (),
+    taps: Mapping[str, Any] | None = None,
+) -> Forward:
+    """Run the samples through a model in memory.
+
+    Args:
+        model: in eval mode.
+        samples: what it is run on, one after the other.
+        linears: paths of Linears to watch.
+        blocks: paths of blocks to watch.
+        taps: path of a Linear -> how it is tapped.
+    """
     seen = Forward()
 
     def entering(path: str) -> Callable[..., None]:
@@ -48,10 +64,13 @@ def observe(model: nn.Module, samples: Sequence[TinySample], blocks: Sequence[st
 
         return hook
 
-    # Blocks are seen before they run: the order is that in which they are entered.
+    def sink(path: str, activations: torch.Tensor) -> None:
+        seen.tapped[path].append(activations.clone())
+
+    tapping = tapped({path: model.get_submodule(path) for path in taps or ()}, taps or {}, sink)
     handles = [model.get_submodule(path).register_forward_pre_hook(entering(path)) for path in blocks]
     try:
-        with forward_hooks((model.get_submodule(path), watching(path)) for path in linears):
+        with forward_hooks((model.get_submodule(path), watching(path)) for path in linears), tapping:
             for sample in samples:
                 seen.blocks.append([])
                 seen.logits.append(logits(model, sample))
@@ -61,21 +80,11 @@ def observe(model: nn.Module, samples: Sequence[TinySample], blocks: Sequence[st
     return seen
 
 
-def logits(model: Any, sample: TinySample) -> torch.Tensor:
+def logits(model: Any, sample: Sample) -> torch.Tensor:
     """Return a sample's logits, (1, T, vocabulary)."""
     with torch.no_grad():
         found: torch.Tensor = model(**sample.inputs("cpu"), use_cache=False).logits
     return found
-
-
-def tap(model: nn.Module, samples: Sequence[TinySample], taps: Mapping[str, Any]) -> dict[str, list[torch.Tensor]]:
-    """Return what the taps of Linears, by module path, give at each call."""
-    given: dict[str, list[torch.Tensor]] = {path: [] for path in taps}
-    linears = {path: model.get_submodule(path) for path in taps}
-    with tapped(linears, taps, lambda path, activations: given[path].append(activations.clone())):
-        for sample in samples:
-            logits(model, sample)
-    return given
 
 
 @dataclass
@@ -116,7 +125,7 @@ def _factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
     return _Traced(found.u, found.v, found.spectrum, gram, weight.clone())
 
 
-def decompose(skeleton: Skeleton, family: Family, plan: Plan, samples: Sequence[TinySample]) -> Decomposed:
+def decompose(skeleton: Skeleton, family: Family, plan: Plan, samples: Sequence[Sample]) -> Decomposed:
     """Stream the samples through the base as stage 1 does, and factorise every compressed Linear at full rank."""
     full = Plan(tuple(replace(linear, rank=min(linear.out_features, linear.in_features)) for linear in plan.candidates))
     found = Decomposed()

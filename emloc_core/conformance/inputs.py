@@ -1,12 +1,11 @@
 """What tiny models are given: token ids by a tokenizer of plain numbers, and images made up from the config.
 
-A config says how many tokens stand for an image in one of two ways: ``image_seq_length`` (pixels as an image), or a
-merge size of the vision tower (pixels as a list of patches, with a grid). A family whose models do it in another way
-declares ``tiny_inputs``.
+How an image becomes tokens is read from the config; a family whose models do it in a way of their own declares
+``tiny_inputs``.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,23 +16,13 @@ from emloc_core.calibration import Sample
 from emloc_core.data import Row
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
+from emloc_core.image_shape import image_shape
 
 #: Tokens of each row; two lengths, since masks and windows depend on them.
 LENGTHS = (13, 24)
 
 
-@dataclass(frozen=True)
-class TinySample(Sample):
-    """A sample with whatever else the model is called with, images above all."""
-
-    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-    def inputs(self, device: torch.device | str) -> dict[str, torch.Tensor]:
-        """Return the keyword arguments of a forward of this one sample, on ``device``."""
-        return {**super().inputs(device), **{name: tensor.to(device) for name, tensor in self.extra.items()}}
-
-
-def tiny_samples(family: Family, config: Any) -> list[TinySample]:
+def tiny_samples(family: Family, config: Any) -> list[Sample]:
     """Return samples of text, and behind them samples with an image where the family has any.
 
     Raises:
@@ -47,46 +36,38 @@ def tiny_samples(family: Family, config: Any) -> list[TinySample]:
     return [*samples, _sample(make(config), len(samples))]
 
 
-def _sample(inputs: Mapping[str, torch.Tensor], row: int) -> TinySample:
+def _sample(inputs: Mapping[str, torch.Tensor], row: int) -> Sample:
     ids = inputs["input_ids"][0].tolist()
-    extra = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
-    return TinySample(ids, [1] * len(ids), row + 1, extra=extra)
+    others = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+    return Sample(ids, [1] * len(ids), row + 1, others)
 
 
 def image_inputs(config: Any) -> dict[str, torch.Tensor]:
     """Return the keyword arguments of a forward of one row of text with one image in it.
 
     Returns:
-        ``input_ids`` and ``mm_token_type_ids``, (1, T); ``pixel_values``; and ``image_grid_thw``, (1, 3), where pixels
-        are patches.
+        ``input_ids``, (1, T), with the marks that the config gives an image; ``pixel_values``; ``image_grid_thw``,
+        (1, 3), where pixels are patches; ``mm_token_type_ids``, (1, T), where positions depend on them.
 
     Raises:
         EmlocError: the config does not say how an image becomes tokens.
     """
-    vision = getattr(config, "vision_config", None)
-    mark = getattr(config, "image_token_id", None)
-    generator = torch.Generator().manual_seed(7)
-    if vision is None or mark is None:
+    mark, vision = getattr(config, "image_token_id", None), getattr(config, "vision_config", None)
+    try:
+        # Towers of patches take any size: 2 x 3 tokens, so that height and width cannot be mistaken for each other.
+        token = getattr(vision, "patch_size", 1) * getattr(vision, "spatial_merge_size", 0)
+        shape = image_shape(Path("config.json"), config, (2 * token, 3 * token) if token else None)
+    except EmlocError as error:
+        raise _unknown_images(config) from error
+    if mark is None:
         raise _unknown_images(config)
-    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", 3)
-    inputs: dict[str, torch.Tensor] = {}
-    if tokens := getattr(config, "image_seq_length", None):
-        size = vision.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        inputs["pixel_values"] = torch.randn(1, channels, height, width, generator=generator)
-    elif merge := getattr(vision, "spatial_merge_size", None):
-        rows, columns = 2 * merge, 3 * merge
-        patch = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
-        inputs["pixel_values"] = torch.randn(rows * columns, patch, generator=generator)
-        inputs["image_grid_thw"] = torch.tensor([[1, rows, columns]])
-        tokens = rows * columns // merge**2
-    else:
-        raise _unknown_images(config)
-    start, end = (getattr(config, f"vision_{side}_token_id", None) for side in ("start", "end"))
-    marked = [*([] if start is None else [start]), *[mark] * tokens, *([] if end is None else [end])]
+    pixels = torch.randn(shape.pixels, generator=torch.Generator().manual_seed(7))
+    grid = {"image_grid_thw": torch.tensor([shape.grid])} if shape.grid else {}
+    start, end = ([getattr(config, f"vision_{side}_token_id", None)] for side in ("start", "end"))
+    marked = [number for number in (*start, *[mark] * shape.tokens, *end) if number is not None]
     text = _text(config, LENGTHS[0], seed=len(LENGTHS))
     ids = torch.cat([text[:, :3], torch.tensor([marked]), text[:, 3:]], dim=1)
-    return {"input_ids": ids, **inputs, **_token_types(config, ids == mark)}
+    return {"input_ids": ids, "pixel_values": pixels, **grid, **_token_types(config, ids == mark)}
 
 
 def _token_types(config: Any, is_image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -97,8 +78,8 @@ def _token_types(config: Any, is_image: torch.Tensor) -> dict[str, torch.Tensor]
 
 def _unknown_images(config: Any) -> EmlocError:
     return EmlocError(
-        f"The config of this {config.model_type!r} does not say how an image becomes tokens: it has neither "
-        "image_token_id and image_seq_length nor a vision_config with spatial_merge_size.",
+        f"The config of this {config.model_type!r} does not say how an image becomes tokens: it needs image_token_id, "
+        "and image_seq_length or a vision_config with spatial_merge_size.",
         "Declare tiny_inputs in the family: a function of the config that returns the inputs of one row with an image.",
     )
 
@@ -141,10 +122,10 @@ def number_tokenizer(config: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=last, pad_token=last, unk_token=unknown)
 
 
-def text_rows(samples: list[TinySample]) -> list[Row]:
+def text_rows(samples: list[Sample]) -> list[Row]:
     """Return the samples of text as a user's rows, for the tokenizer of numbers."""
     return [
         Row(sample.row, text=" ".join(str(number) for number in sample.input_ids))
         for sample in samples
-        if not sample.extra
+        if not sample.others
     ]

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from emloc_core.adapter import WEIGHTS, Adapter
 from emloc_core.conformance.activations import statistics
 from emloc_core.conformance.check import check, require
-from emloc_core.conformance.tiny import STEPS, TinyModel
+from emloc_core.conformance.tiny import TinyModel
+from emloc_core.conformance.tuning import STEPS
 from emloc_core.memory import MemoryModel, Workload
 from emloc_core.output import read_object
 
@@ -24,7 +25,12 @@ def trains(subject: TinyModel) -> str:
     ranks = read_object(subject.emulator / "config.json")["quantization_config"]["ranks"]
     require(
         [f"{linear.path} stayed dense" for linear in subject.plan.candidates if linear.path not in ranks],
-        "Make the tiny config's layers larger, and its images reach every tower.",
+        "Make the tiny config's layers larger, or, if factors can never be smaller than this weight, list it in "
+        "keep_dense.",
+    )
+    require(
+        [f"{path}, a {kind}, got a LoRA, which belongs on Linears alone" for path, kind in tuned.odd.items()],
+        "Name the targets in lora_targets by more of their paths: PEFT takes every module whose path ends so.",
     )
     losses = tuned.losses
     require(

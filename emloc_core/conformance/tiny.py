@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 import emloc_core.lowrank  # noqa: F401 - from here on transformers can load an emulator
 from emloc_core.adapter import Adapter
+from emloc_core.calibration import Sample
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.conformance.check import CheckResult
 from emloc_core.conformance.forward import Decomposed, Forward, decompose, observe
-from emloc_core.conformance.inputs import TinySample, number_tokenizer, text_rows, tiny_samples
+from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
+from emloc_core.conformance.tuning import Tuned, tune
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
@@ -27,13 +28,10 @@ from emloc_core.plan import Plan, block_paths, find_linears
 from emloc_core.plugins import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings
 from emloc_core.skeleton import Skeleton, build_model
-from emloc_core.training import TrainSettings
 from emloc_core.transfer import Transfer
 
 RATIO = 0.5
-STEPS = 2  # of training
-_LEARNING_RATE = 1e-2
-_NOISE = 0.1
+_NOISE = 0.1  # of weights, beside how the model initialises them
 
 
 def labels(family: Family) -> list[str]:
@@ -102,7 +100,7 @@ class TinyModel:
         return find_linears(self.meta, self.family)
 
     @cached_property
-    def samples(self) -> list[TinySample]:
+    def samples(self) -> list[Sample]:
         """What the model is run on."""
         return tiny_samples(self.family, self.config)
 
@@ -149,7 +147,7 @@ class TinyModel:
         blocks = block_paths(self.meta, self.family)
         model, samples = self.whole, self.samples
         try:
-            return observe(model, samples, blocks, [linear.path for linear in self.plan.linears])
+            return observe(model, samples, [linear.path for linear in self.plan.linears], blocks)
         except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
             raise EmlocError(
                 f"The tiny model does not run on rows made up for it ({first_line(error)}).",
@@ -170,42 +168,19 @@ class TinyModel:
         return stage.run()
 
     @cached_property
-    def tuned(self) -> Any:
-        """The emulator with a trained LoRA, in memory.
-
-        Attributes of the model tell how it went: ``losses``, and ``untouched``, the Linears whose LoRA had no gradient.
+    def tuned(self) -> Tuned:
+        """The emulator, loaded from its files, with a trained LoRA.
 
         Raises:
             EmlocError: PEFT refuses the targets.
         """
-        from peft import get_peft_model
-
-        targets = self.family.lora_targets()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            lora: Any = get_peft_model(self.load(self.emulator), TrainSettings(lora_rank=4).lora_config(targets))
-        lora.train()
-        optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=_LEARNING_RATE)
-        lora.losses, lora.untouched = [], []
-        for step in range(STEPS):
-            loss = torch.stack([_loss(lora, sample) for sample in self.samples]).mean()
-            loss.backward()
-            if not step:
-                lora.untouched += [
-                    name.partition(".lora_B")[0].removeprefix("base_model.model.")
-                    for name, parameter in lora.named_parameters()
-                    if ".lora_B." in name and (parameter.grad is None or not bool(parameter.grad.any()))
-                ]
-            lora.losses.append(float(loss))
-            optimizer.step()
-            optimizer.zero_grad()
-        return lora.eval()
+        return tune(self.load(self.emulator), self.family.lora_targets(), self.samples)
 
     @cached_property
     def adapter(self) -> Path:
         """The LoRA as PEFT saves it."""
         directory = self.directory / "adapter"
-        self.tuned.save_pretrained(directory, save_embedding_layers=False)
+        self.tuned.model.save_pretrained(directory, save_embedding_layers=False)
         return directory
 
     @cached_property
@@ -218,11 +193,6 @@ class TinyModel:
     def merged(self) -> Path:
         """The base with the corrected LoRA folded in."""
         return Merge(Adapter(self.corrected), self.base, self.directory / "merged").run()
-
-
-def _loss(model: nn.Module, sample: TinySample) -> torch.Tensor:
-    inputs = sample.inputs("cpu")
-    return cross_entropy(model(**inputs, use_cache=False).logits[0, :-1].float(), inputs["input_ids"][0, 1:])
 
 
 def tiny_config(settings: Mapping[str, Any]) -> Any:
