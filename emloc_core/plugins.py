@@ -157,7 +157,10 @@ class PluginManager(pluggy.PluginManager):
         Raises:
             EmlocError: none does; the message lists the families and how to add one.
         """
-        family = self._declaring(config.get("model_type"))
+        return self._resolve(config)
+
+    def _resolve(self, config: Mapping[str, Any], where: str = "") -> Family:
+        family = self._declaring(config.get("model_type"), where)
         for part, path in family.nested.items():
             inner = config.get(part)
             if not isinstance(inner, Mapping):
@@ -165,10 +168,10 @@ class PluginManager(pluggy.PluginManager):
                     f"The config of this {config['model_type']!r} has no {part}, which says what model is inside it.",
                     "Save the model again with transformers, which writes the part in full.",
                 )
-            family = family.with_nested(self.family_for(inner), path)
+            family = family.with_nested(self._resolve(inner, f", the {part} of this {config['model_type']!r}"), path)
         return family
 
-    def _declaring(self, model_type: str | None) -> Family:
+    def _declaring(self, model_type: str | None, where: str) -> Family:
         for family in self._families.values():
             if model_type in family.model_types:
                 return family
@@ -181,7 +184,7 @@ class PluginManager(pluggy.PluginManager):
                 )
         known = "; ".join(f"{family.name} ({', '.join(sorted(family.model_types))})" for family in self.families())
         raise EmlocError(
-            f"No installed family declares the model type {model_type!r}. Known: {known or 'none'}.",
+            f"No installed family declares the model type {model_type!r}{where}. Known: {known or 'none'}.",
             "Install a plugin that declares it, or write one: `emloc families scaffold MODEL` drafts the declaration, "
             "`emloc families new NAME` writes the package around it (docs/plugins.md).",
         )
