@@ -22,6 +22,7 @@ from emloc_core.allocation import uniform
 from emloc_core.emulator_files import UNREACHED
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
+from emloc_core.image_shape import ImageShape, image_shape
 from emloc_core.lowrank import replace_linears
 from emloc_core.output import read_object
 from emloc_core.plan import Plan, allocated, find_linears
@@ -51,7 +52,8 @@ class Workload:
     Attributes:
         batch_size: rows.
         length: tokens a row, image tokens included.
-        images: images (tiles of the vision tower's size) a row.
+        images: images a row; where the vision tower takes one size, tiles of that size.
+        image_size: height and width of an image in pixels; None: see :func:`emloc_core.image_shape.image_shape`.
         train: the settings of stage 2; its batch size and maximum length do not count.
         device: whose memory: ``cuda`` or ``cpu``. TRL's loss needs less on the former.
     """
@@ -61,6 +63,7 @@ class Workload:
     images: int = 0
     train: TrainSettings = field(default_factory=TrainSettings)
     device: Literal["cuda", "cpu"] = "cuda"
+    image_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,9 @@ class MemoryModel:
         self.linears = find_linears(self.model, self.family)
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         self.targets = sorted(set(workload.train.target_modules or self.family.lora_targets()))
+        self.image: ImageShape | None = None
+        if workload.images:
+            self.image = image_shape(config_file, self.config, workload.image_size)
         self._inputs = self._shape_inputs()
 
     def _dtype(self) -> torch.dtype:
@@ -149,7 +155,7 @@ class MemoryModel:
         return sum(
             rank * (module.in_features + module.out_features)
             for path, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and path.rpartition(".")[2] in self.targets
+            if isinstance(module, nn.Linear) and f".{path}".endswith(tuple(f".{target}" for target in self.targets))
         )
 
     def with_workload(self, workload: Workload) -> "MemoryModel":
@@ -158,7 +164,7 @@ class MemoryModel:
 
     def least_length(self) -> int:
         """Return how many tokens a row has at least: those of its images, and one."""
-        return self.workload.images * image_tokens(self.config_file, self.config) + 1 if self.workload.images else 1
+        return self.workload.images * self.image.tokens + 1 if self.image else 1
 
     def inference(self) -> Need:
         """Return what the base needs to read a prompt of the workload's size and write the first token."""
@@ -247,6 +253,8 @@ class MemoryModel:
     def _are_alike(self, path: str, plan: Plan | None) -> bool:
         ranks = {} if plan is None else plan.ranks
         kinds = getattr(self.config.get_text_config(), "layer_types", None) or []
+        # What some blocks put out is kept for the language model.
+        deepstack = getattr(self.model.get_submodule(path.rpartition(".")[0]), "deepstack_visual_indexes", ())
         blocks = dict(self.model.get_submodule(path).named_children())
         layouts = {
             tuple(
@@ -255,45 +263,22 @@ class MemoryModel:
             )
             for index, block in blocks.items()
         }
-        return len(layouts) == 1 and len(set(kinds)) < 2
+        return len(layouts) == 1 and len(set(kinds)) < 2 and not deepstack
 
     def _shape_inputs(self) -> dict[str, Any]:
         workload = self.workload
         # Rows of a batch differ in length, so that attention needs a mask; a row alone needs none.
         inputs = {"rows": workload.batch_size, "length": workload.length, "padded": workload.batch_size > 1}
-        if not workload.images:
+        if self.image is None:
             return inputs
-        vision = getattr(self.config, "vision_config", None)
-        tokens = image_tokens(self.config_file, self.config)
-        if workload.images * tokens >= workload.length:
+        tokens = workload.images * self.image.tokens
+        if tokens >= workload.length:
             raise EmlocError(
-                f"{workload.images} images of {tokens} tokens each leave no text in {workload.length} tokens.",
+                f"{workload.images} images of {self.image.tokens} tokens each leave no text in {workload.length} "
+                "tokens.",
                 "Give fewer images or a greater length.",
             )
-        height, width = _pair(_field(self.config_file, vision, "vision_config.image_size"))
-        channels = _field(self.config_file, vision, "vision_config.num_channels")
-        return {**inputs, "images": (workload.batch_size * workload.images, channels, height, width)}
-
-
-def image_tokens(config_file: Path, config: Any) -> int:
-    """Return how many tokens of the language model an image becomes.
-
-    Raises:
-        EmlocError: the config does not say.
-    """
-    tokens: int = _field(config_file, config, "image_seq_length")
-    return tokens
-
-
-def _field(config_file: Path, config: Any, name: str) -> Any:
-    value = getattr(config, name.rpartition(".")[2], None)
-    if value is None:
-        raise EmlocError(f"{config_file} has no {name}, so images cannot be planned.", "Plan with --images 0.")
-    return value
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+        return {**inputs, "images": workload.images, "image": self.image, "image_token": self.config.image_token_id}
 
 
 def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> None:
@@ -301,9 +286,12 @@ def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> No
     sections = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
     for name, section in sections.items():
         if section is not None:
-            if not isinstance(raw.get(name), dict):
+            given = raw.get(name)
+            if name == "text_config" and given is None:  # Qwen2-VL and 2.5-VL were published with its fields outside it
+                given = raw
+            if not isinstance(given, dict):
                 raise EmlocError(f"{config_file} has no {name}.", "Download the file again.")
-            _require_fields(config_file, raw[name], section, f"{name}.")
+            _require_fields(config_file, given, section, f"{name}.")
     if not sections:
         _require_fields(config_file, raw, config, "")
 

@@ -14,10 +14,17 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
+
+from emloc_core.image_shape import ImageShape
 
 #: Bytes by kind: weights, adapter, gradients, kv_cache, logits, activations (all else).
 Composition = Counter[str]
@@ -111,7 +118,7 @@ def trace_training(
         base.activation_checkpointing_enable()
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     blocks = {path: len(base.get_submodule(path)) for path in towers}
-    with _fake() as mode, _fused_tiles(fused_loss):
+    with _fake(inputs) as mode, _fused_tiles(fused_loss):
         parameters = _without_contents(model, mode)
         with Ledger(_widths(base)) as ledger:
             _enter_parameters(ledger, parameters)
@@ -137,7 +144,7 @@ def trace_inference(model: nn.Module, towers: Mapping[str, str], inputs: Mapping
     Arguments and result as of :func:`trace_training`; the model is an ordinary one on the meta device.
     """
     model.eval()
-    with _fake() as mode, torch.no_grad():
+    with _fake(inputs) as mode, torch.no_grad():
         parameters = _without_contents(model, mode)
         with Ledger(_widths(model)) as ledger:
             _enter_parameters(ledger, parameters)
@@ -145,23 +152,34 @@ def trace_inference(model: nn.Module, towers: Mapping[str, str], inputs: Mapping
             config: Any = model.config
             cache = _EnteredCache(ledger, config.get_text_config())
             given = fake_inputs(**inputs)
-            positions = torch.zeros_like(given["input_ids"])  # generate counts them for every row
-            model(**given, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1)
+            given.setdefault("position_ids", torch.zeros_like(given["input_ids"]))  # generate counts them for every row
+            model(**given, cache=cache, use_cache=True, logits_to_keep=1)
     return ledger.phases
 
 
-def fake_inputs(rows: int, length: int, padded: bool, images: Sequence[int] = ()) -> dict[str, torch.Tensor]:
+def fake_inputs(
+    rows: int, length: int, padded: bool, images: int = 0, image: ImageShape | None = None, image_token: int = 0
+) -> dict[str, torch.Tensor]:
     """Return what a collator would give: token ids, a mask where rows are padded, pixels where there are images.
 
     Args:
         rows: of the batch.
         length: tokens a row.
         padded: whether rows are of unlike length, so that attention needs a mask.
-        images: shape of the pixels of all rows, (images, channels, height, width); empty for text alone.
+        images: images a row.
+        image: the shape of each.
+        image_token: the id of the tokens that images become.
     """
     ids = torch.zeros(rows, length, dtype=torch.int64)
-    mask = {"attention_mask": torch.ones_like(ids)} if padded else {}
-    return {"input_ids": ids, **mask, **({"pixel_values": torch.zeros(*images)} if images else {})}
+    inputs = {"attention_mask": torch.ones_like(ids)} if padded else {}
+    if image is not None:
+        first, *rest = image.pixels
+        inputs["pixel_values"] = torch.zeros(rows * images * first, *rest)
+        if image.grid:  # such models look up where the images are
+            ids = ((torch.arange(length) < images * image.tokens).long() * image_token).repeat(rows, 1)
+            inputs["image_grid_thw"] = torch.tensor([image.grid]).repeat(rows * images, 1)
+            inputs["position_ids"] = torch.zeros(3, rows, length, dtype=torch.int64)  # in time, height and width
+    return {"input_ids": ids, **inputs}
 
 
 class _EnteredCache(DynamicCache):
@@ -178,11 +196,65 @@ class _EnteredCache(DynamicCache):
         return keys, values
 
 
+class _WholeNumbers(FakeTensorMode):
+    """Tensors without contents, but whole numbers that are counted, or computed from such, have theirs.
+
+    For models that ask of an image's grid how many patches it has, or where its tokens are in a row. What needs much
+    memory, such as a mask of all pairs of tokens, has no contents either.
+    """
+
+    _LARGEST = 1 << 22  # elements
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known = all(_is_known(tensor) for tensor in given)
+        if not known or not (given or func is torch.ops.aten.arange.default):
+            if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+                args = (args[0], _without_masks(args[1]), *args[2:])
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        try:
+            made = super().__torch_dispatch__(func, types, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.is_floating_point() or tensor.numel() > self._LARGEST for tensor in tensors):
+            return made
+        return func(*args, **kwargs)
+
+
+def _is_known(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and not tensor.is_floating_point()
+
+
+def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Return indices with the numbers of the elements that a known mask picks in its place."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool and _is_known(index):
+            found += index.nonzero().unbind(1)
+        else:
+            found.append(index)
+    return found
+
+
+def _experts(tokens: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+    """Stand for transformers' product of every expert with its own tokens: as large a result, as much kept of it.
+
+    The kernel itself does not take fake tensors in fp32, though it takes real ones.
+    """
+    with torch.autocast("cpu", enabled=False):
+        return tokens.to(weight.dtype) @ weight[0]
+
+
 @contextmanager
-def _fake() -> Iterator[FakeTensorMode]:
+def _fake(inputs: Mapping[str, Any]) -> Iterator[FakeTensorMode]:
     # Models check that there are as many image tokens as image features: there is nothing to check in fake ones.
     unchecked = mock.patch("torch._check_tensor_all_with", return_value=None)
-    with unchecked, FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    experts = mock.patch("transformers.integrations.moe._grouped_mm", _experts)
+    image = inputs.get("image")
+    kind = _WholeNumbers if image is not None and image.grid else FakeTensorMode
+    with unchecked, experts, kind(allow_non_fake_inputs=True) as mode:
         yield mode
 
 

@@ -24,6 +24,7 @@ def make_workload(
     *,
     length: int | None = None,
     images: int | None = None,
+    image_size: tuple[int, int] | None = None,
     data: str | None = None,
     split: str = "train",
 ) -> Workload:
@@ -35,6 +36,7 @@ def make_workload(
         device: ``cuda`` or ``cpu``.
         length: tokens a row; with ``data``, where rows are cut. 1024 without either, or the model's limit.
         images: images a row; by default 1 for an image-text model, and none with ``data``, whose rows are text.
+        image_size: height and width of an image in pixels, where the model takes any.
         data: rows, of which the longest says the length.
         split: of a data set of the hub.
 
@@ -50,7 +52,8 @@ def make_workload(
     if images is None:
         family = plugin_manager().family_for(read_object(config_file))
         images = int(data is None and family.modality == "image-text")
-    return Workload(train.batch_size, length or min(LENGTH, limit or LENGTH), images, train, device)  # type: ignore[arg-type]
+    length = length or min(LENGTH, limit or LENGTH)
+    return Workload(train.batch_size, length, images, train, device, image_size)  # type: ignore[arg-type]
 
 
 def _longest(config_file: Path, data: str, split: str, cut: int | None, limit: int | None) -> int:

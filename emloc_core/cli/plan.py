@@ -33,9 +33,11 @@ _FLAGS = {**FLAGS, "lora_rank": "--lora-rank"}
 @click.option("--length", "--max-length", "--sequence-length", type=click.IntRange(1),
               help="Tokens a row, those of images included; with --data, where rows are cut.  "
               "[default: 1024]")  # fmt: skip
-@click.option("--images", type=click.IntRange(0), help="Images a row, each of the size that the vision tower takes; "
-              "a photo that is cut into tiles is as many.  [default: 1 for an image-text model, 0 with --data]"
+@click.option("--images", type=click.IntRange(0), help="Images a row; where the vision tower takes one size, a photo "
+              "that is cut into tiles is as many.  [default: 1 for an image-text model, 0 with --data]"
               )  # fmt: skip
+@click.option("--image-size", metavar="WIDTHxHEIGHT", help="Of every image in pixels, for a model that takes any.  "
+              "[default: 448x448]")  # fmt: skip
 @options(TrainSettings, _FLAGS, skip=set(TrainSettings.model_fields) - set(_COUNTED))
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
               help="Whose memory: a GPU's, or this process's.")  # fmt: skip
@@ -60,14 +62,19 @@ def command(
     nothing is trained.
     """
     budget = parse_bytes(memory) if memory is not None else None
+    image_size = settings.pop("image_size")
     train = validated(TrainSettings, settings)
 
     from emloc_core.checkpoint import find_config
+    from emloc_core.image_shape import parse_size
     from emloc_core.memory import MemoryModel
     from emloc_core.workload import make_workload
 
     config_file = find_config(model)
-    workload = make_workload(config_file, train, device, length=length, images=images, data=data, split=split)
+    size = parse_size(image_size) if image_size is not None else None
+    workload = make_workload(
+        config_file, train, device, length=length, images=images, image_size=size, data=data, split=split
+    )
     planned = _plan(MemoryModel(config_file, workload), budget, ratio)
     if figure:
         from emloc_core.memory_report import memory_figure
@@ -102,6 +109,7 @@ class _Planned:
                 "batch_size": workload.batch_size,
                 "length": workload.length,
                 "images": workload.images,
+                "image": model.image.describe() if model.image else None,
                 "gradient_checkpointing": workload.train.gradient_checkpointing,
                 "bf16": workload.train.bf16,
                 "lora_rank": workload.train.lora_rank,
@@ -133,7 +141,10 @@ class _Planned:
         work, weights, parameters = said["workload"], said["weight_bytes"], said["parameters"]
         click.echo(f"{said['model']}: family {said['family']}, {parameters['base'] / 1e9:.3g} billion parameters in "
                    f"{said['dtype']}, {human_bytes(weights['base'])}")  # fmt: skip
-        images = f", {work['images']} image(s) a row among them" if work["images"] else ""
+        images = ""
+        if image := work["image"]:
+            size = f"{image['width']}x{image['height']} pixels and {image['tokens']} tokens"
+            images = f", {work['images']} image(s) of {size} a row among them"
         checkpointing = "with" if work["gradient_checkpointing"] else "without"
         click.echo(f"workload: {work['batch_size']} rows x {work['length']} tokens{images}; {checkpointing} gradient "
                    f"checkpointing; {'bf16 autocast' if work['bf16'] else 'no autocast'}; LoRA of rank "
