@@ -2,7 +2,7 @@
 
 lm-eval resolves ``data_files`` against the working directory and looks tasks up by name; here a task is a file, its
 data stand relative to it, and its digest covers all that determines a result: the YAML, what it includes, the
-functions that it names and the data.
+functions that it names, the data and their pictures.
 """
 
 import glob
@@ -16,6 +16,7 @@ import yaml
 
 from emloc_core.checkpoint import hash_files
 from emloc_core.errors import EmlocError, did_you_mean
+from emloc_core.eval_images import find_pictures, hash_pictures, picture_directory, shows_pictures
 
 #: Loaders that ``datasets`` brings along; any other ``dataset_path`` is a data set of the hub, or a directory.
 _LOCAL_FORMATS = {"json", "csv", "parquet", "text", "arrow"}
@@ -27,11 +28,15 @@ _FUNCTION = "!function "
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task: ``path`` is the user's YAML file, or None for a task that lm-eval brings along."""
+    """One task: ``path`` is the user's YAML file, or None for a task that lm-eval brings along.
+
+    ``shows_images`` says that the file has ``doc_to_image``; what a bundled task has is seen when it is loaded.
+    """
 
     name: str
     path: Path | None
-    digest: str
+    digest: str = ""
+    shows_images: bool = False
 
 
 def find_task(task: str, cache_dir: Path) -> TaskSpec:
@@ -54,17 +59,20 @@ def load_task(spec: TaskSpec) -> list[Any]:
     """Return lm-eval's task objects for ``spec``: one for a file, several for a bundled group of tasks.
 
     Raises:
-        EmlocError: lm-eval refuses the file, or the data cannot be fetched.
+        EmlocError: lm-eval refuses the file, or the data cannot be fetched. When requests of a task with images are
+            built, as :func:`emloc_core.eval_images.find_pictures` says.
     """
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml  # no public loader resolves `!function` and lets data_files be set
 
     where = spec.path or f"lm-eval's task {spec.name}"
+    directory = Path()
     try:
         if spec.path is None:
             loaded = TaskManager().load([spec.name])
         else:
             content = _resolve(load_yaml(spec.path), spec.path)
+            directory = picture_directory([Path(file) for file in _data_files(content)])
             loaded = TaskManager(include_defaults=False).load([content])
     except (ConnectionError, TimeoutError) as error:
         raise EmlocError(
@@ -74,7 +82,10 @@ def load_task(spec: TaskSpec) -> list[Any]:
     except Exception as error:  # whatever the user's templates and functions, and lm-eval itself, make of it
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise EmlocError(f"lm-eval cannot build {where} ({reason}).", "Correct the task file or its data.") from error
-    return list(loaded["tasks"].values())
+    tasks = list(loaded["tasks"].values())
+    for task in filter(shows_pictures, tasks):
+        find_pictures(task, directory)
+    return tasks
 
 
 def is_conversational(task: Any) -> bool:
@@ -106,7 +117,10 @@ def _find_file(path: Path, cache_dir: Path) -> TaskSpec:
         )
     functions = sorted({file for value in _functions(content) if (file := _function_file(value, path)).is_file()})
     own = hashlib.sha256("".join(file.read_text("utf-8") for file in [*files, *functions]).encode()).hexdigest()
-    return TaskSpec(name, path.resolve(), f"{own}-{hash_files(sorted(data), cache_dir)}")
+    digest, declared = f"{own}-{hash_files(sorted(data), cache_dir)}", content.get("doc_to_image")
+    if declared is not None:
+        digest += f"-{hash_pictures(data, declared)}"
+    return TaskSpec(name, path.resolve(), digest, declared is not None)
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict[str, Any]]:

@@ -170,9 +170,9 @@ def plan(systems: Sequence[System], tasks: Sequence[str]) -> dict[str, Any]:
     Raises:
         EmlocError: as :func:`evaluate`.
     """
-    _check(systems)
     with TemporaryDirectory() as cache_dir:
         specs = _specs(tasks, Path(cache_dir))
+    _check(systems, specs)
     return {
         "systems": {
             system.name: {"model": str(system.model), "adapter": str(system.adapter) if system.adapter else None}
@@ -193,7 +193,7 @@ def _specs(tasks: Sequence[str], cache_dir: Path) -> list[TaskSpec]:
     return specs
 
 
-def _check(systems: Sequence[System]) -> None:
+def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
     from emloc_core.adapter import CONFIG
     from emloc_core.checkpoint import Checkpoint
     from emloc_core.plugins import plugin_manager
@@ -206,7 +206,14 @@ def _check(systems: Sequence[System]) -> None:
             raise EmlocError(f"{system.name!r} is no name of a system.", "Use letters, digits and + . _ - in it.")
         if names.count(system.name) > 1:
             raise EmlocError(f"Two systems are called {system.name!r}.", "Give each its own name.")
-        plugin_manager().family_for(Checkpoint(system.model).config)
+        family = plugin_manager().family_for(Checkpoint(system.model).config)
+        shown = next((spec.name for spec in specs if spec.shows_images), None)
+        if shown and family.modality == "text":
+            raise EmlocError(
+                f"The task {shown} shows images, and {system.model} ({system.name}) is of the family {family.name},"
+                " which reads text alone.",
+                "Give a model for images and text, or another task.",
+            )
         if system.adapter and not (system.adapter / CONFIG).is_file():
             raise EmlocError(f"{system.adapter} has no {CONFIG}.", "Give the directory of a PEFT adapter.")
 
@@ -215,7 +222,7 @@ def _request(systems: Sequence[System], specs: Sequence[TaskSpec], cache_dir: Pa
     from emloc_core.adapter import fingerprint
     from emloc_core.checkpoint import Checkpoint
 
-    _check(systems)
+    _check(systems, specs)
     described = {
         system.name: {
             "model": Checkpoint(system.model).fingerprint(cache_dir),

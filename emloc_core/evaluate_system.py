@@ -11,7 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from emloc_core.data import Row
 from emloc_core.errors import EmlocError
+from emloc_core.eval_images import shows_pictures
 from emloc_core.eval_tasks import TaskSpec, is_conversational, load_task
 from emloc_core.meter import Meter
 from emloc_core.output import read_json, write_json
@@ -21,29 +23,38 @@ SAMPLES = 6
 USER_ERROR = 2
 
 
-def load_system(model: Path, adapter: Path | None) -> tuple[Any, Any]:
+def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> tuple[Any, Any]:
     """Load a model, with its adapter if it has one, and its tokenizer; on the GPU where there is one.
 
+    Args:
+        model: its directory.
+        adapter: directory of a PEFT adapter.
+        images: whether images will be shown: then the model's processor is returned, which has the tokenizer.
+
     Raises:
-        EmlocError: the model cannot be loaded, or the adapter does not fit it.
+        EmlocError: the model cannot be loaded, is to be shown images and reads text alone or has no processor, or the
+            adapter does not fit it.
     """
     import torch
     import transformers
 
     import emloc_core.lowrank  # noqa: F401  (with it, from_pretrained reads emulators too)
+    from emloc_core.calibration import load_processing
     from emloc_core.checkpoint import Checkpoint
     from emloc_core.plugins import plugin_manager
 
     family = plugin_manager().family_for(Checkpoint(model).config)
+    if images and family.modality == "text":
+        raise EmlocError(f"A task shows images, and models of the family {family.name} read text alone.")
+    processing = load_processing(model, family, [Row(1, images=() if images else None)])
     try:
         loaded = getattr(transformers, family.auto_class).from_pretrained(model, dtype="auto")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise EmlocError(f"The model {model} cannot be loaded ({reason}).", "Check the directory.") from error
     if adapter is not None:
         loaded = _add_adapter(loaded, adapter)
-    return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processing
 
 
 def _add_adapter(model: Any, adapter: Path) -> Any:
@@ -70,8 +81,8 @@ def _add_adapter(model: Any, adapter: Path) -> Any:
 
 def run_tasks(
     model: Any,
-    tokenizer: Any,
-    tasks: Sequence[TaskSpec],
+    processing: Any,
+    tasks: Sequence[Any],
     *,
     limit: int | None = None,
     batch_size: int = 8,
@@ -82,8 +93,8 @@ def run_tasks(
 
     Args:
         model: a transformers or PEFT model.
-        tokenizer: its tokenizer.
-        tasks: what to run.
+        processing: its tokenizer, or its processor where a task shows images.
+        tasks: what :func:`load_task` returned.
         limit: take the first so many rows of every task.
         batch_size: rows a batch.
         chat: whether prompts go through the chat template; None: where the rows are conversations.
@@ -94,25 +105,22 @@ def run_tasks(
         there is none), ``higher_is_better``; ``samples``: a few rows of what was generated.
 
     Raises:
-        EmlocError: a task cannot be built, or a chat template is needed and missing.
+        EmlocError: a chat template is needed and missing, or a picture or its place in the prompt.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=batch_size)
-    groups: dict[bool, list[Any]] = defaultdict(list)
-    for task in (task for spec in tasks for task in load_task(spec)):
-        groups[is_conversational(task) if chat is None else chat].append(task)
-    if groups[True] and not tokenizer.chat_template:
-        raise EmlocError(
-            f"The task {groups[True][0].task_name} needs a chat template, and the model's tokenizer has none.",
-            "Use --no-chat, or rows of prompt and completion as strings.",
-        )
+    groups: dict[tuple[bool, bool], list[Any]] = defaultdict(list)
+    for task in tasks:
+        groups[is_conversational(task) if chat is None else chat, shows_pictures(task)].append(task)
     result: dict[str, Any] = {"tasks": {}, "samples": []}
-    for with_template, members in groups.items():
-        if not members:
-            continue
+    for (with_template, images), members in groups.items():
+        lm = _lm(model, processing, images, batch_size)
+        if with_template and not (processing if images else lm.tokenizer).chat_template:
+            raise EmlocError(
+                f"The task {members[0].task_name} needs a chat template, and the model has none.",
+                "Use --no-chat, or rows of prompt and completion as strings.",
+            )
         found = simple_evaluate(
             model=lm,
             tasks=members,
@@ -137,12 +145,24 @@ def run_tasks(
     return result
 
 
+def _lm(model: Any, processing: Any, images: bool, batch_size: int) -> Any:
+    """Return lm-eval's model for tasks that all show images, or that all show none."""
+    from lm_eval.models.huggingface import HFLM
+
+    from emloc_core.multimodal_lm import ImageTextLM
+
+    if images:
+        return ImageTextLM(model, tokenizer=processing, softmax_dtype="float32", batch_size=batch_size)
+    tokenizer = getattr(processing, "tokenizer", processing)
+    return HFLM(model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=batch_size)
+
+
 def token_nll(lm: Any, rows: Iterable[dict[str, Any]]) -> tuple[float, float, int]:
     """Return the mean negative log-likelihood a token in nats, its standard error, and the number of tokens.
 
     Tokens are counted as lm-eval scores them. (Whitespace at the end of a prompt belongs to the continuation, so a
-    chat template that ends in a line break adds one token, nearly certain, to every answer.) lm-eval's own
-    ``perplexity`` is of whole sequences, which grows with their length.
+    chat template that ends in a line break adds one token, nearly certain, to every answer; after images the answer
+    alone is scored.) lm-eval's own ``perplexity`` is of whole sequences, which grows with their length.
 
     Args:
         lm: lm-eval's model, whose tokenizer counts.
@@ -160,7 +180,9 @@ def token_nll(lm: Any, rows: Iterable[dict[str, Any]]) -> tuple[float, float, in
     return mean, math.sqrt(spread * n / (n - 1)) / total if n > 1 else math.nan, total
 
 
-def _tokens(lm: Any, context: str, continuation: str | None = None) -> int:
+def _tokens(lm: Any, context: str, continuation: str | None = None, shown: Any = None) -> int:
+    if shown is not None:  # images: lm is of our own class
+        return len(lm.answer_ids(continuation))
     if continuation is None:  # rolling: the whole text, after a token of lm-eval's own
         return len(lm.tok_encode(context))
     if context:
@@ -216,10 +238,12 @@ def main(job_file: str) -> int:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     job = read_json(Path(job_file))
     meter = Meter()
+    adapter = Path(job["adapter"]) if job["adapter"] else None
     try:
-        model, tokenizer = load_system(Path(job["model"]), Path(job["adapter"]) if job["adapter"] else None)
-        tasks = [TaskSpec(task["name"], Path(task["path"]) if task["path"] else None, "") for task in job["tasks"]]
-        result = run_tasks(model, tokenizer, tasks, **job["settings"])
+        specs = [TaskSpec(task["name"], Path(task["path"]) if task["path"] else None) for task in job["tasks"]]
+        tasks = [task for spec in specs for task in load_task(spec)]
+        model, processing = load_system(Path(job["model"]), adapter, images=any(map(shows_pictures, tasks)))
+        result = run_tasks(model, processing, tasks, **job["settings"])
     except EmlocError as error:
         sys.stderr.write(f"\n{error}\n")
         return USER_ERROR

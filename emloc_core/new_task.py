@@ -8,9 +8,12 @@ from pathlib import Path
 
 from emloc_core.data import Row, load_rows
 from emloc_core.errors import EmlocError
+from emloc_core.eval_images import PLACEHOLDER, read_table
 
-#: The kinds of task that there are templates for.
-KINDS = ("choice", "completion_nll", "generation", "rolling_perplexity")
+#: The kinds of task for rows with images: each has the template of a kind for rows of text.
+IMAGE_KINDS = {"image_choice": "choice", "image_nll": "completion_nll", "image_question": "generation"}
+#: All kinds of task.
+KINDS = ("choice", "completion_nll", "generation", *IMAGE_KINDS, "rolling_perplexity")
 #: More different answers than these are no choice.
 MOST_CHOICES = 20
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -21,7 +24,8 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
 
     Args:
         kind: one of :data:`KINDS`.
-        data: rows in TRL's conventions (text, prompt and completion, or messages), ``.jsonl``, ``.json``, ``.parquet``.
+        data: rows in TRL's conventions (text, prompt and completion, or messages, which may come with images),
+            ``.jsonl``, ``.json``, ``.parquet``.
         output: the YAML file to write; the data are named relative to it.
 
     Raises:
@@ -30,7 +34,11 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
     if output.exists():
         raise EmlocError(f"{output} exists already.", "Choose another file, or remove this one.")
     rows = load_rows(str(data))
+    _check_images(kind, rows, data)
     text, prompt, answer, system = _expressions(rows, data)
+    template, column = IMAGE_KINDS.get(kind, kind), ""
+    if kind in IMAGE_KINDS:
+        column, prompt, answer, system = _with_images(data, prompt, answer, system)
     values = {
         "NAME": re.sub(r"\W+", "_", output.stem) or kind,
         "FORMAT": _FORMATS[data.suffix],
@@ -39,6 +47,7 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
         "PROMPT": _jinja(prompt),
         "ANSWER": _jinja(answer),
         "TEXT": _jinja(text),
+        "IMAGES": column,
     }
     needed, has = ("text", text) if kind == "rolling_perplexity" else ("prompt and completion", answer)
     if not has:
@@ -46,12 +55,14 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
             f"{data} holds rows of {rows[0].form}, and a task of the kind {kind} needs {needed}.",
             "Choose another kind, or give other rows.",
         )
-    if kind == "choice":
+    if template == "choice":
         choices = _choices(rows, data)
         values["CHOICES"] = json.dumps(choices)
         values["INDEX"] = json.dumps(f"{{{{ {json.dumps(choices)}.index({answer}) }}}}")
-    template = files("emloc_core").joinpath("task_templates", f"{kind}.yaml").read_text("utf-8")
-    content = re.sub(r"@([A-Z]+)@", lambda match: values[match.group(1)], template)
+    content = files("emloc_core").joinpath("task_templates", f"{template}.yaml").read_text("utf-8")
+    if not column:
+        content = re.sub(r"doc_to_image:.*\n", "", content)
+    content = re.sub(r"@([A-Z]+)@", lambda match: values[match.group(1)], content)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(content, encoding="utf-8")
     return output
@@ -80,6 +91,34 @@ def _expressions(rows: list[Row], data: Path) -> tuple[str, str, str, str]:
     prompt, answer = ("prompt[-1]", "completion[-1]") if "completion" in columns else ("messages[-2]", "messages[-1]")
     start = prompt.replace("[-1]", "[0]").replace("[-2]", "[0]")
     return "", f"{prompt}.content", f"{answer}.content", f"{start}.content if {start}.role == 'system' else ''"
+
+
+def _check_images(kind: str, rows: list[Row], data: Path) -> None:
+    has_images = any(row.images for row in rows)
+    if has_images != (kind in IMAGE_KINDS):
+        kinds = [known for known in KINDS if (known in IMAGE_KINDS) == has_images]
+        raise EmlocError(
+            f"{data} holds rows {'with' if has_images else 'without'} images, and {kind} is no kind of task for them.",
+            f"Choose one of: {', '.join(kinds)}.",
+        )
+
+
+def _with_images(data: Path, prompt: str, answer: str, system: str) -> tuple[str, str, str, str]:
+    """Return the column of the images, and the expressions with the images in their places in the prompt."""
+    from datasets import Value
+
+    table = read_table(data)
+    column = "images" if "images" in table.column_names else "image"
+    turns = table.features[prompt.partition("[")[0]].feature
+    if not isinstance(turns["content"], Value):  # parts; Arrow gives those of images a text, None
+        text = "{} | map(attribute='text') | map('default', '{}', true) | join"
+        prompt, answer = text.format(prompt, PLACEHOLDER), f"({text.format(answer, '')})"
+        if system:
+            start = system.partition(".")[0]
+            system = f"({text.format(f'{start}.content', '')}) if {start}.role == 'system' else ''"
+        return column, prompt, answer, system
+    shown = f"(({column} or []) | length)" if column == "images" else f"(1 if {column} else 0)"
+    return column, f"'{PLACEHOLDER}' * {shown} ~ {prompt}", answer, system
 
 
 def _columns(data: Path) -> set[str]:

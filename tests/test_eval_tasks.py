@@ -15,9 +15,9 @@ from emloc_core.new_task import write_task
 
 
 def metrics_of(model_directory, task, adapter=None, **settings):
-    model, tokenizer = load_system(Path(model_directory), adapter)
     spec = find_task(str(task), Path(task).parent)
-    result = run_tasks(model, tokenizer, [spec], **settings)
+    model, processing = load_system(Path(model_directory), adapter, images=spec.shows_images)
+    result = run_tasks(model, processing, load_task(spec), **settings)
     return result["tasks"][spec.name], result["samples"]
 
 
@@ -102,7 +102,7 @@ def test_a_chat_without_a_template_is_refused(tiny_model, tmp_path):
     model, tokenizer = load_system(tiny_model, None)
     tokenizer.chat_template = None
     with pytest.raises(EmlocError, match="needs a chat template"):
-        run_tasks(model, tokenizer, [spec])
+        run_tasks(model, tokenizer, load_task(spec))
 
 
 def test_a_choice_is_scored_among_all_answers(tiny_model, tmp_path):

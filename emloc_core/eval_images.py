@@ -1,0 +1,128 @@
+"""Pictures of an evaluation's rows: found before anything is loaded, decoded when their batch is due.
+
+A task file of lm-eval's says where a row's pictures are (``doc_to_image: images``, a column), and marks their places in
+the prompt by ``<image>``. Paths are relative to the data file. The model is given them as the argument ``visual``.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from emloc_core.errors import EmlocError
+from emloc_core.images import Picture
+
+#: lm-eval's mark of a picture's place in a prompt.
+PLACEHOLDER = "<image>"
+
+
+class Pictures:
+    """The pictures of one row, decoded whenever they are iterated over: only those of a batch take memory."""
+
+    def __init__(self, pictures: Sequence[Picture]) -> None:
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (picture.read() for picture in self._pictures)
+
+
+def read_table(path: Path) -> Any:
+    """Return a local file of rows as a ``datasets.Dataset``, as lm-eval reads it.
+
+    Raises:
+        EmlocError: it cannot be read as JSON or Parquet.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    kind = "parquet" if path.suffix == ".parquet" else "json"
+    try:
+        return load_dataset(kind, data_files=str(path), split="train")
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise EmlocError(
+            f"{path} cannot be read as rows in {kind} ({reason}).",
+            "Correct it; a column must hold values of one kind, text or parts, say.",
+        ) from error
+
+
+def hash_pictures(data: Sequence[Path], declared: Any) -> str:
+    """Find all pictures of a task's rows, and return the SHA-256 over their bytes, in hex.
+
+    Args:
+        data: the task's files of rows.
+        declared: ``doc_to_image`` of the task file: a column, or a list of columns. What a template or a function
+            names is found when the task runs, and not part of the hash.
+
+    Raises:
+        EmlocError: a file cannot be read, a picture is missing, or files stand in several directories.
+    """
+    picture_directory(data)
+    total = hashlib.sha256()
+    for path in data:
+        table = read_table(path)
+        columns = [name for name in _listed(declared) if name in table.column_names]
+        for number, row in enumerate(table.select_columns(columns) if columns else [], start=1):
+            for source in (source for name in columns for source in _listed(row[name])):
+                try:
+                    total.update(Picture.of(source, path.parent).sha256.encode())
+                except EmlocError as error:
+                    raise EmlocError(f"{path}, row {number}: {error.args[0]}", error.fix) from None
+    return total.hexdigest()
+
+
+def picture_directory(data: Sequence[Path]) -> Path:
+    """Return the directory that paths of pictures are relative to: that of the files of rows.
+
+    Raises:
+        EmlocError: there are several.
+    """
+    directories = sorted({path.parent for path in data}) or [Path()]
+    if len(directories) > 1:
+        raise EmlocError(
+            f"A task with images has data files in {directories[0]} and in {directories[1]}.",
+            "Paths of images are relative to the data: keep the files of one task in one directory.",
+        )
+    return directories[0]
+
+
+def shows_pictures(task: Any) -> bool:
+    """Say whether a task object of lm-eval's has pictures in its prompts."""
+    return getattr(task.config, "doc_to_image", None) is not None
+
+
+def find_pictures(task: Any, directory: Path) -> None:
+    """Make a task object of lm-eval's give its pictures as :class:`Pictures`.
+
+    When its requests are built, it will raise an EmlocError where a picture is missing, or where a prompt has more or
+    fewer placeholders than pictures.
+
+    Args:
+        task: with ``doc_to_image``.
+        directory: that paths are relative to.
+    """
+    declared = task.config.doc_to_image
+
+    def pictures(doc: Any) -> Pictures:  # a plain function: lm-eval deep-copies a task's configuration
+        sources = _listed(task.doc_to_image(doc, declared))
+        prompt = task.doc_to_text(doc)
+        places = prompt.count(PLACEHOLDER) if isinstance(prompt, str) else len(sources)
+        if places != len(sources):
+            start = prompt if len(prompt) <= 60 else prompt[:60] + " ..."
+            raise EmlocError(
+                f"A prompt of the task {task.task_name} has {places} times {PLACEHOLDER}, and its row {len(sources)}"
+                f" image(s): {start!r}.",
+                f"Let doc_to_text write {PLACEHOLDER} once for each image, where the model is to see it.",
+            )
+        return Pictures([Picture.of(source, directory) for source in sources])
+
+    task.config.doc_to_image = pictures
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

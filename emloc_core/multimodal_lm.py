@@ -1,0 +1,126 @@
+"""lm-eval's model of images and text, completed: it scores answers to prompts with images too.
+
+lm-eval 0.4.13 generates from images, and raises NotImplementedError for likelihoods. All use of its internals that a
+new version may move is here. What the model is given is what TRL's collator gives it in tuning: prompt and images go
+through the model's processor, answers through its tokenizer by themselves, both without further special tokens.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from lm_eval.models.hf_vlms import HFMultimodalLM
+from torch.nn import functional
+
+from emloc_core.errors import EmlocError
+from emloc_core.eval_images import PLACEHOLDER
+
+#: Token ids that the model is fed after a prompt, and the answers that its logits score: place in the requests, ids.
+_Scored = tuple[tuple[int, ...], list[tuple[int, list[int]]]]
+
+
+class ImageTextLM(HFMultimodalLM):
+    """A model object of images and text with its processor, for tasks with ``doc_to_image``.
+
+    Args:
+        pretrained: a transformers or PEFT model.
+        tokenizer: its processor (lm-eval's name for the argument).
+        settings: what ``lm_eval.models.huggingface.HFLM`` takes.
+    """
+
+    def _create_tokenizer(self, _pretrained: Any, tokenizer: Any, **_: Any) -> None:
+        self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer  # lm-eval drops a processor that it is given
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Return the token ids of an answer, as they follow a prompt."""
+        return self.tokenizer.encode(answer, add_special_tokens=False)
+
+    def tok_batch_multimodal_encode(
+        self,
+        strings: Sequence[str],
+        images: Sequence[Iterable[Any]],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        **_: Any,
+    ) -> Any:
+        """Return the processor's inputs for B prompts: ``input_ids`` and ``attention_mask``, (B, T), and the pixels.
+
+        lm-eval's own would add a second beginning-of-sequence token to a chat, and cut images out of long prompts.
+
+        Raises:
+            EmlocError: a prompt has more than ``left_truncate_len`` tokens, or the processor refuses it.
+        """
+        if not self.chat_applied:  # a chat template has put its own marks
+            strings = [string.replace(PLACEHOLDER, self.image_token) for string in strings]
+        shown = [list(pictures) for pictures in images]
+        try:
+            encoded = self.processor(
+                text=list(strings),
+                images=shown if any(shown) else None,
+                padding=True,
+                padding_side=padding_side,
+                add_special_tokens=False,
+                return_tensors="pt",
+            )
+        except (ValueError, IndexError, StopIteration) as error:
+            raise EmlocError(
+                f"The model's processor refuses a prompt with images ({error}): {strings[0][:60]!r}.",
+                "Write no special tokens of the model into the text.",
+            ) from error
+        length = encoded["input_ids"].shape[1]
+        if left_truncate_len is not None and length > left_truncate_len:
+            raise EmlocError(
+                f"A prompt with its images has {length} tokens, and there is room for {left_truncate_len}.",
+                "Use smaller or fewer images, or leave the row out; for a task of generation, lower max_gen_toks.",
+            )
+        return encoded.to(self.device, self.model.dtype)
+
+    def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        """Return, for each request, the log-likelihood of its answer in nats, and whether every token is the likeliest.
+
+        Args:
+            requests: lm-eval's instances with the arguments prompt, answer, and ``{"visual": images}``.
+        """
+        # Answers that differ in their last token alone, as choices of one token do, share a pass through the model.
+        passes: dict[Any, _Scored] = {}
+        for place, request in enumerate(requests):
+            ids = self.answer_ids(request.args[1])
+            key = (request.task_name, request.doc_id, request.args[0], tuple(ids[:-1]))
+            passes.setdefault(key, (tuple(ids[:-1]), []))[1].append((place, ids))
+        answers: dict[int, tuple[float, bool]] = {}
+        waiting = list(passes.values())
+        for start in range(0, len(waiting), self.batch_size):
+            batch = waiting[start : start + self.batch_size]
+            answers.update(self._score([requests[scored[0][0]].args for _, scored in batch], batch))
+        return [answers[place] for place in range(len(requests))]
+
+    def _score(self, prompts: Sequence[Any], batch: Sequence[_Scored]) -> dict[int, tuple[float, bool]]:
+        longest = max(len(fed) for fed, _ in batch)
+        inputs = self.tok_batch_multimodal_encode(
+            [args[0] for args in prompts],
+            [args[2]["visual"] for args in prompts],
+            padding_side="right",  # positions are counted from the left
+            left_truncate_len=self.max_length - longest,
+        )
+        ends = inputs["attention_mask"].sum(1).tolist()
+        shape = inputs["input_ids"].shape
+        for name, value in inputs.items():  # ids, masks and kinds of tokens, but no pixels
+            if value.shape == shape:
+                filler = self.tokenizer.pad_token_id if name == "input_ids" else 0
+                inputs[name] = functional.pad(value, (0, longest), value=filler)
+        for row, (end, (fed, _)) in enumerate(zip(ends, batch, strict=True)):
+            inputs["input_ids"][row, end : end + len(fed)] = torch.tensor(fed, dtype=torch.int64)
+            inputs["attention_mask"][row, end : end + len(fed)] = 1
+        needed = shape[1] + longest - min(ends) + 1  # the last positions; all logits would take gigabytes
+        with torch.inference_mode():
+            logits = self.model(**inputs, use_cache=False, logits_to_keep=needed).logits
+        left_out = shape[1] + longest - logits.shape[1]
+        answers = {}
+        for row, (end, (fed, scored)) in enumerate(zip(ends, batch, strict=True)):
+            first = end - 1 - left_out
+            window = functional.log_softmax(logits[row, first : first + len(fed) + 1], -1, dtype=self.softmax_dtype)
+            for place, ids in scored:
+                target = torch.tensor(ids, device=window.device)
+                likelihood = window.gather(-1, target[:, None]).sum().item()
+                answers[place] = (likelihood, bool((window.argmax(-1) == target).all()))
+        return answers

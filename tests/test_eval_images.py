@@ -1,0 +1,276 @@
+"""Evaluation with images: what the model is shown and scored on, against the trainer and against transformers."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import example_rows, write_jsonl
+from peft import LoraConfig, PeftModel, get_peft_model
+from pictures import COLOURS, write_picture_rows
+from PIL import Image
+from test_eval_tasks import metrics_of
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from emloc_core.calibration import tokenize
+from emloc_core.data import load_rows
+from emloc_core.errors import EmlocError
+from emloc_core.eval_tasks import find_task, load_task
+from emloc_core.evaluate import System, evaluate, plan
+from emloc_core.evaluate_system import load_system
+from emloc_core.multimodal_lm import ImageTextLM
+from emloc_core.new_task import write_task
+
+
+@pytest.fixture(scope="module")
+def rows_with_pictures(tmp_path_factory):
+    """24 conversations about one or two pictures."""
+    return write_picture_rows(tmp_path_factory.mktemp("pictured"))
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_internvl):
+    """lm-eval's model of the tiny InternVL."""
+    model, processor = load_system(tiny_internvl, None, images=True)
+    return ImageTextLM(model, tokenizer=processor, softmax_dtype="float32", batch_size=5)
+
+
+def direct_nlls(model_directory, rows, processing):
+    """The loss of each row's answer without what ends the turn, and its tokens: plain torch on the trainer's inputs."""
+    model = AutoModelForImageTextToText.from_pretrained(model_directory)
+    for row in rows:
+        sample = tokenize(row, processing)
+        ids = torch.tensor(sample.input_ids)
+        answer = torch.tensor(sample.completion_mask).bool() & (ids != model.config.get_text_config().eos_token_id)
+        with torch.no_grad():
+            logits = model(**sample.inputs("cpu")).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+        yield losses[answer[1:]].sum().item(), int(answer.sum())
+
+
+def as_image(row):
+    return {"image": row["images"][-1], "messages": row["messages"]}
+
+
+def as_parts(row):
+    question, answer = row["messages"]
+    text = {"type": "text", "text": question["content"]}
+    parts = [text, *({"type": "image"} for _ in row["images"]), {"type": "text", "text": "look!"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": answer["content"]}]}
+    system = {"role": "system", "content": [{"type": "text", "text": "be brief."}]}
+    return {"images": row["images"], "messages": [system, {"role": "user", "content": parts}, answer]}
+
+
+def as_prompt(row):
+    system = {"role": "system", "content": "be brief."}
+    return {"images": row["images"], "prompt": [system, row["messages"][0]], "completion": row["messages"][1:]}
+
+
+def as_some_without(row):
+    return row if len(row["images"]) == 2 else {"messages": row["messages"]}
+
+
+FORMS = {"images": dict, "image": as_image, "parts": as_parts, "prompt": as_prompt, "some without": as_some_without}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_model_is_shown_what_the_trainer_shows_it(form, suffix, lm, rows_with_pictures, tmp_path):
+    shutil.copytree(rows_with_pictures.parent / "pictures", tmp_path / "pictures")
+    rows = [FORMS[form](json.loads(line)) for line in rows_with_pictures.read_text().splitlines()]
+    data = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(data, rows)
+    else:
+        for row in rows:
+            for name in {"images", "image"} & row.keys():
+                sources = row[name] if name == "images" else [row[name]]
+                read = [{"bytes": (tmp_path / source).read_bytes(), "path": None} for source in sources]
+                row[name] = read if name == "images" else read[0]
+        rows[0] = {"images": None, **rows[0]} if form == "some without" else rows[0]  # the schema is the first row's
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
+        shutil.rmtree(tmp_path / "pictures")
+    (task,) = load_task(find_task(str(write_task("image_nll", data, tmp_path / "task.yaml")), tmp_path))
+    task.build_all_requests(apply_chat_template=True, chat_template=lm.apply_chat_template)
+    lm.chat_applied = True
+    for row, request in zip(load_rows(str(data)), task.instances, strict=True):
+        expected = tokenize(row, lm.processor)
+        context, answer, shown = request.args
+        encoded = lm.tok_batch_multimodal_encode([context], [shown["visual"]])
+        ids = [*encoded["input_ids"][0].tolist(), *lm.answer_ids(answer), lm.tokenizer.eos_token_id]
+        assert ids == expected.input_ids
+        assert ids.count(lm.image_token_id) == 4 * len(row.images)
+        assert encoded.keys() - {"input_ids", "attention_mask"} == expected.others.keys()
+        assert all(torch.equal(encoded[name], expected.others[name]) for name in expected.others)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_nll_is_the_loss_a_token_of_the_answers_alone(batch_size, lm, tiny_internvl, rows_with_pictures, tmp_path):
+    task = write_task("image_nll", rows_with_pictures, tmp_path / "loss.yaml")
+    found, _ = metrics_of(tiny_internvl, task, batch_size=batch_size)
+    nlls, tokens = zip(*direct_nlls(tiny_internvl, load_rows(str(rows_with_pictures)), lm.processor), strict=True)
+    assert set(tokens) == {1, 2}
+    assert found["metrics"]["nll"]["value"] == pytest.approx(sum(nlls) / sum(tokens), rel=1e-5)
+
+
+def test_a_choice_is_by_the_likelihood_of_each_answer(lm, tiny_internvl, rows_with_pictures, tmp_path, monkeypatch):
+    task = write_task("image_choice", rows_with_pictures, tmp_path / "choice.yaml")
+    (loaded,) = load_task(find_task(str(task), tmp_path))
+    loaded.build_all_requests(apply_chat_template=True, chat_template=lm.apply_chat_template)
+    passes, forward = [], lm.model.forward
+
+    def counted(**inputs):
+        passes.append(len(inputs["input_ids"]))
+        return forward(**inputs)
+
+    monkeypatch.setattr(lm.model, "forward", counted)
+    found = [likelihood for likelihood, _ in lm.loglikelihood(loaded.instances)]
+    rows = [json.loads(line) for line in rows_with_pictures.read_text().splitlines()]
+    choices = sorted(COLOURS)
+    asked = [
+        {"images": row["images"], "messages": [row["messages"][0], {"role": "assistant", "content": choice}]}
+        for row in rows
+        for choice in choices
+    ]
+    every = load_rows(str(write_jsonl(rows_with_pictures.parent / "every.jsonl", asked)))
+    assert found == pytest.approx([-nll for nll, _ in direct_nlls(tiny_internvl, every, lm.processor)], rel=1e-5)
+    assert sum(passes) == 2 * len(rows)  # blue, green and white are one token each, and share a pass; red is two
+    assert max(passes) == 5
+    best = [max(range(4), key=lambda i: found[4 * row + i]) for row in range(len(rows))]
+    right = [choices[choice] == row["messages"][1]["content"] for choice, row in zip(best, rows, strict=True)]
+    metrics = metrics_of(tiny_internvl, task)[0]["metrics"]
+    assert metrics["acc"]["value"] == sum(right) / len(rows)
+    assert 0 < sum(right) < len(rows)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_internvl, tmp_path_factory):
+    """A LoRA on both towers that makes the model write different things of different pictures: both halves random."""
+    model = AutoModelForImageTextToText.from_pretrained(tiny_internvl)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc2", "down_proj"]))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    directory = tmp_path_factory.mktemp("adapters") / "random"
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_what_is_written_is_what_generate_writes(batch_size, tiny_internvl, adapter, rows_with_pictures, tmp_path):
+    shutil.copytree(rows_with_pictures.parent / "pictures", tmp_path / "pictures")
+    rows = [json.loads(line) for line in rows_with_pictures.read_text().splitlines()]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows[5:11])  # of one picture, then of two
+    task = write_task("image_question", data, tmp_path / "question.yaml")
+    task.write_text(task.read_text().replace("max_gen_toks: 128", "max_gen_toks: 12"))
+    _, samples = metrics_of(tiny_internvl, task, adapter, batch_size=batch_size)
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tiny_internvl), adapter)
+    processor = AutoProcessor.from_pretrained(tiny_internvl)
+    for row, sample in zip(load_rows(str(data)), samples, strict=True):
+        encoded = tokenize(row, processor)
+        start = encoded.completion_mask.index(1)
+        inputs = {
+            "input_ids": torch.tensor([encoded.input_ids[:start]]),
+            "attention_mask": torch.ones((1, start), dtype=torch.int64),
+            **encoded.others,
+        }
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, start:]
+        assert sample["written"] == processor.tokenizer.decode(ids, skip_special_tokens=True)
+    assert len({sample["written"] for sample in samples}) == 6
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt and completion"])
+def test_tasks_of_text_run_on_a_model_of_images_too(form, lm, tiny_internvl, tmp_path):
+    rows = example_rows()[:5]
+    if form == "messages":
+        rows = [
+            {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "it runs."}]}
+            for row in rows
+        ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    found, _ = metrics_of(tiny_internvl, write_task("completion_nll", data, tmp_path / "text.yaml"))
+    nlls, tokens = zip(*direct_nlls(tiny_internvl, load_rows(str(data)), lm.tokenizer), strict=True)
+    assert found["metrics"]["nll"]["value"] == pytest.approx(sum(nlls) / sum(tokens), rel=1e-5)
+
+
+def test_systems_are_compared_on_tasks_of_both_kinds(tiny_internvl, adapter, rows_with_pictures, rows_file, tmp_path):
+    kinds = {"image_nll": rows_with_pictures, "image_choice": rows_with_pictures, "completion_nll": rows_file}
+    tasks = [str(write_task(kind, data, tmp_path / f"{kind}.yaml")) for kind, data in kinds.items()]
+    systems = [System("base", tiny_internvl), System("full_lora", tiny_internvl, adapter)]
+    results = evaluate(systems, tasks, tmp_path / "out", limit=5)
+    assert results["tasks"] == {
+        "image_nll": {"output_type": "loglikelihood", "rows": 5},
+        "image_choice": {"output_type": "multiple_choice", "rows": 5},
+        "completion_nll": {"output_type": "loglikelihood", "rows": 5},
+    }
+    for system in systems:
+        for task in tasks:
+            found, _ = metrics_of(tiny_internvl, task, system.adapter, limit=5)
+            for name, metric in found["metrics"].items():
+                value = results["systems"][system.name][f"{Path(task).stem}.{name}"]
+                assert value == pytest.approx(metric["value"], rel=1e-5)
+    base, tuned = (results["systems"][system.name]["image_nll.nll"] for system in systems)
+    assert abs(base - tuned) > 0.01
+    assert "| full_lora |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_another_picture_is_another_evaluation(rows_with_pictures, tmp_path):
+    shutil.copytree(rows_with_pictures.parent / "pictures", tmp_path / "pictures")
+    data = Path(shutil.copy(rows_with_pictures, tmp_path))
+    task = str(write_task("image_nll", data, tmp_path / "task.yaml"))
+    before = find_task(task, tmp_path)
+    assert find_task(task, tmp_path) == before
+    shutil.copy(tmp_path / "pictures" / "blue.png", tmp_path / "pictures" / "red.png")
+    assert find_task(task, tmp_path).digest != before.digest
+
+
+def test_a_missing_picture_is_found_before_anything_runs(tiny_internvl, rows_with_pictures, tmp_path):
+    shutil.copytree(rows_with_pictures.parent / "pictures", tmp_path / "pictures")
+    data = Path(shutil.copy(rows_with_pictures, tmp_path))
+    task = str(write_task("image_nll", data, tmp_path / "task.yaml"))
+    (tmp_path / "pictures" / "green.png").unlink()
+    with pytest.raises(EmlocError, match=r"rows\.jsonl, row 3: The image .*green\.png does not exist\. Paths are"):
+        plan([System("base", tiny_internvl)], [task])
+
+
+def test_a_model_of_text_is_shown_no_images(tiny_model, rows_with_pictures, tmp_path):
+    task = str(write_task("image_nll", rows_with_pictures, tmp_path / "task.yaml"))
+    with pytest.raises(EmlocError, match=r"shows images, and .* \(base\) is of the family llama, which reads text"):
+        plan([System("base", tiny_model)], [task])
+    with pytest.raises(EmlocError, match="family llama read text alone"):
+        load_system(tiny_model, None, images=True)
+
+
+@pytest.mark.parametrize("places", ["", "<image><image>"])
+def test_images_and_their_places_must_be_as_many(places, tiny_internvl, rows_with_pictures, tmp_path):
+    task = write_task("image_nll", rows_with_pictures, tmp_path / "task.yaml")
+    text = re.sub("doc_to_text: .*", f'doc_to_text: "{places}which?"', task.read_text())
+    task.write_text(text)
+    with pytest.raises(EmlocError, match=rf"has {places.count('>')} times <image>, .* 1 image\(s\): '{places}which"):
+        metrics_of(tiny_internvl, task)
+
+
+def test_a_model_without_a_processor_is_refused(tiny_internvl, tmp_path):
+    shutil.copytree(tiny_internvl, tmp_path / "model")
+    (tmp_path / "model" / "processor_config.json").unlink()
+    with pytest.raises(EmlocError, match=r"The processor in .* cannot be loaded"):
+        load_system(tmp_path / "model", None, images=True)
+    load_system(tmp_path / "model", None)  # for tasks of text
+
+
+def test_a_prompt_that_does_not_fit_is_refused(lm):
+    with pytest.raises(EmlocError, match="has 11 tokens, and there is room for 10"):
+        lm.tok_batch_multimodal_encode(["ab <image_context>."], [[Image.new("RGB", (8, 8))]], left_truncate_len=10)
+
+
+@pytest.mark.parametrize("kind", ["completion_nll", "choice"])
+def test_rows_with_images_are_of_other_kinds(kind, rows_with_pictures, rows_file, tmp_path):
+    with pytest.raises(EmlocError, match=f"with images, and {kind} is no kind .* image_choice, image_nll, image_quest"):
+        write_task(kind, rows_with_pictures, tmp_path / "task.yaml")
+    with pytest.raises(EmlocError, match=r"without images, and image_nll is no kind .* choice, completion_nll, gen"):
+        write_task("image_nll", rows_file, tmp_path / "task.yaml")
