@@ -5,6 +5,7 @@ that are split, one is in memory at a time.
 """
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def native_tensors(config: Mapping[str, Any]) -> tuple[dict[str, Shape], dict[st
     """
     family = plugin_manager().family_for(config)
     try:
-        model = build_model(AutoConfig.for_model(**config), family, torch.float32)
+        model = build_model(AutoConfig.for_model(**deepcopy(dict(config))), family, torch.float32)  # it edits them
     except Exception as error:  # whatever transformers' own checks of a config raise
         raise EmlocError(
             f"transformers refuses the config that the checkpoint would get: {str(error).splitlines()[0]}",

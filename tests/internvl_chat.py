@@ -301,6 +301,18 @@ def write(directory, name, content):
     (directory / name).write_text(json.dumps(content), encoding="utf-8")
 
 
+def edit(directory, name, **changes):
+    """Change fields of a JSON file; ``vision_config__patch_size`` is one within a part."""
+    content = json.loads((directory / name).read_text())
+    for field, value in changes.items():
+        *parts, last = field.split("__")
+        target = content
+        for part in parts:
+            target = target[part]
+        target[last] = value
+    write(directory, name, content)
+
+
 def save_tokenizer(directory, model_type):
     if model_type != "internlm2":
         tokenizer = tiny_tokenizer()

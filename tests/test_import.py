@@ -4,7 +4,6 @@ The sources are computed by code of our own, in ``internvl_chat.py``: the import
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,6 @@ import textwrap
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,17 +19,16 @@ from internvl_chat import (
     InternLM2,
     InternVLChat,
     chat_config,
+    edit,
     internlm2_config,
     randomise,
     reference_pieces,
     save_source,
-    sentencepiece_model,
     sentencepiece_pieces,
     text_config,
-    write,
 )
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from emloc_core.checkpoint import Checkpoint
@@ -39,11 +36,8 @@ from emloc_core.cli import cli, main
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
-from emloc_core.family import Family
-from emloc_core.hookspecs import hookimpl
 from emloc_core.importing import Import
-from emloc_core.layout import Layout
-from emloc_core.plugins import PluginManager, plugin_manager
+from emloc_core.plugins import plugin_manager
 from emloc_core.settings import CompressSettings
 
 RMS_VISION = {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}
@@ -84,18 +78,6 @@ def source(models, tmp_path):
 
 def weights(directory):
     return {key: info.shard for key, info in Checkpoint(directory).tensors.items()}
-
-
-def edit(directory, name, **changes):
-    """Change fields of a JSON file; ``vision_config__patch_size`` is one within a part."""
-    content = json.loads((directory / name).read_text())
-    for field, value in changes.items():
-        *parts, last = field.split("__")
-        target = content
-        for part in parts:
-            target = target[part]
-        target[last] = value
-    write(directory, name, content)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -215,30 +197,6 @@ def test_internlm2_s_tokenizer_is_sentencepiece_s(models, text):
     assert marked == [ids["[UNUSED_1]"], *(ids[piece] for piece in expected), ids["[UNUSED_2]"], len(pieces) + 2]
 
 
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (sentencepiece_model(sentencepiece_pieces(), kind=1), "model type 1"),
-        (sentencepiece_model(sentencepiece_pieces())[:-9], "BPE kind"),
-        (b"", "0 pieces"),
-        (None, "neither a tokenizer.json nor a tokenizer.model"),
-    ],
-)
-def test_a_tokenizer_that_cannot_be_converted_is_named(source, tmp_path, content, named):
-    (source / "tokenizer.model").unlink()
-    if content is not None:
-        (source / "tokenizer.model").write_bytes(content)
-    with pytest.raises(EmlocError, match=named):
-        Import(Checkpoint(source), tmp_path / "out")
-
-
-def test_added_tokens_may_leave_no_gaps(source, tmp_path):
-    edit(source, "added_tokens.json", **{"<IMG_CONTEXT>": 318})
-    edit(source, "tokenizer_config.json", added_tokens_decoder={})
-    with pytest.raises(EmlocError, match="'<IMG_CONTEXT>' the id 318"):
-        Import(Checkpoint(source), tmp_path / "out")
-
-
 def test_at_most_one_fused_tensor_is_read_at_a_time(models, tmp_path, monkeypatch):
     """Everything else is copied from file to file. The tensors read before are gone when the next is."""
     source = models("internlm2")[0]
@@ -263,106 +221,6 @@ def test_at_most_one_fused_tensor_is_read_at_a_time(models, tmp_path, monkeypatc
     monkeypatch.setattr(Checkpoint, "slices", watched)
     Import(Checkpoint(source), tmp_path / "out").run()
     assert sorted(read) == sorted(key for key in weights(source) if "qkv." in key)
-
-
-@pytest.mark.parametrize(
-    ("file", "changes", "named"),
-    [
-        ("config.json", {"ps_version": "v1"}, "ps_version is 'v1'"),
-        ("config.json", {"use_llm_lora": 16}, "use_llm_lora is 16"),
-        ("config.json", {"use_backbone_lora": 8}, "use_backbone_lora is 8"),
-        ("config.json", {"pad2square": True}, "pad2square is True"),
-        ("config.json", {"template": "phi3-chat"}, "template is 'phi3-chat'"),
-        ("config.json", {"use_thumbnail": False}, "use_thumbnail is False"),
-        ("config.json", {"force_image_size": 16}, "force_image_size is 16"),
-        ("config.json", {"downsample_ratio": 0.3}, "downsample_ratio is 0.3"),
-        ("config.json", {"downsample_ratio": 0.125}, "downsample_ratio is 0.125"),
-        ("config.json", {"llm_config__model_type": "phi3"}, "llm_config.model_type is 'phi3'"),
-        ("config.json", {"vision_config__norm_type": "batch_norm"}, "vision_config.norm_type is 'batch_norm'"),
-        ("config.json", {"vision_config__model_type": "siglip"}, "vision_config.model_type is 'siglip'"),
-        ("config.json", {"vision_config__layer_norm_eps": 1e-5}, "vision_config.layer_norm_eps is 1e-05"),
-        ("config.json", {"vision_config": None}, "no vision_config"),
-        ("config.json", {"llm_config__num_attention_heads": 5}, "wqkv.weight .*cannot be split"),
-        ("config.json", {"vision_config__hidden_act": "nonsense"}, "nonsense"),
-        ("config.json", {"quantization_config": {"quant_method": "awq"}}, "quantised"),
-        ("config.json", {"llm_config__intermediate_size": 48}, r"w1.weight .*\(40, 32\); the config says \(48, 32\)"),
-        ("config.json", {"model_type": "llama"}, "needs no import"),
-        ("config.json", {"model_type": "no_such"}, "No installed plugin imports .*internvl_chat"),
-        ("added_tokens.json", {"<img>": "x"}, "damaged"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_imported_is_named_and_nothing_is_written(source, tmp_path, file, changes, named):
-    edit(source, file, **changes)
-    with pytest.raises(EmlocError, match=named):
-        Import(Checkpoint(source), tmp_path / "out").run()
-    assert not {path.name for path in tmp_path.iterdir()} & {"out", ".out.partial"}
-
-
-def test_all_unsupported_fields_are_named_at_once(source, tmp_path):
-    edit(source, "config.json", ps_version="v1", pad2square=True)
-    with pytest.raises(EmlocError, match=r"pad2square.*ps_version"):
-        Import(Checkpoint(source), tmp_path / "out")
-
-
-@pytest.mark.parametrize("token", ["<img>", "<IMG_CONTEXT>", "<|im_end|>"])
-def test_a_missing_token_is_named(models, tmp_path, token):
-    source = shutil.copytree(models("qwen2")[0], tmp_path / "source")
-    content = json.loads((source / "tokenizer.json").read_text())
-    content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != token]
-    write(source, "tokenizer.json", content)
-    with pytest.raises(EmlocError, match=f"no token {token}".replace("|", r"\|")):
-        Import(Checkpoint(source), tmp_path / "out")
-
-
-def rewrite(directory, key, change):
-    """Put what ``change`` makes of a shard's tensors in its place."""
-    path = weights(directory)[key]
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-WO = "language_model.model.layers.1.attention.wo.weight"
-EXTRA = "language_model.model.layers.1.attention.lora_A.weight"
-FAULTS = {
-    "missing": (lambda tensors: tensors.pop(WO), "lacks .*layers.1.self_attn.o_proj.weight"),
-    "unknown": (lambda tensors: tensors.update({"mlp2.0.weight": torch.ones(2)}), "mlp2.0.weight, which the layout"),
-    "not the model's": (lambda tensors: tensors.update({EXTRA: torch.ones(2)}), "layers.1.attention.lora_A.weight"),
-    "twice": (
-        lambda tensors: tensors.update({WO.replace("attention.wo", "self_attn.o_proj"): torch.ones(32, 32)}),
-        "would both be",
-    ),
-    "wrong shape": (lambda tensors: tensors.update({WO: torch.ones(32, 31)}), r"\(32, 31\)"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_checkpoint_with_other_tensors_is_refused_before_anything_is_written(source, tmp_path, fault):
-    change, named = FAULTS[fault]
-    rewrite(source, WO, change)
-    with pytest.raises(EmlocError, match=named):
-        Import(Checkpoint(source), tmp_path / "out")
-    assert not {path.name for path in tmp_path.iterdir()} & {"out", ".out.partial"}
-
-
-def test_a_truncated_shard_is_named(source, tmp_path):
-    shard = Checkpoint(source).shards[1]
-    os.truncate(shard, shard.stat().st_size - 10)
-    with pytest.raises(EmlocError, match=r"model-00002-of-00002\.safetensors .*truncated"):
-        Import(Checkpoint(source), tmp_path / "out")
-
-
-def test_a_shard_that_shrinks_meanwhile_leaves_nothing_that_looks_finished(source, tmp_path):
-    job = Import(Checkpoint(source), tmp_path / "out")
-    shard = job.source.shards[1]
-
-    def truncate(what, *_):
-        if what == job.source.shards[0].name:
-            os.truncate(shard, shard.stat().st_size - 10)
-
-    with pytest.raises(EmlocError, match="truncated"):
-        job.run(truncate)
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_of_something_else_is_not_overwritten(source, tmp_path):
@@ -425,46 +283,6 @@ def test_the_command_tells_first_and_then_does(source, tmp_path, capsys):
     assert done["result"]["bytes"] == told["bytes"]
     assert done["result"]["tensors"] == told["tensors"] + 2 * told["split"]
     assert Path(done["output"]) == tmp_path / "out"
-
-
-class Plugin:
-    def __init__(self, hook, declared):
-        setattr(self, hook, hookimpl(lambda: [declared]))
-
-
-def declared(*layouts):
-    """A manager with plugins that declare these layouts, one each, after a family of the model type ``known``."""
-    manager = PluginManager()
-    family = Family(name="other", model_types=frozenset({"known"}), towers=[])
-    plugins = [Plugin("emloc_families", family)]
-    plugins += [Plugin("emloc_layouts", layout) for layout in layouts]
-    entries = [
-        SimpleNamespace(name=f"plugin{index}", dist=None, load=lambda plugin=plugin: plugin)
-        for index, plugin in enumerate(plugins)
-    ]
-    manager.load(entries)
-    return manager
-
-
-def layout(name="a", model_type="a_chat"):
-    return Layout(name, frozenset({model_type}), lambda config, _directory: dict(config), [(r"(.+)", r"\1")])
-
-
-@pytest.mark.parametrize(
-    ("broken", "named"),
-    [
-        ("text", "not Layout"),
-        (layout("a", "b_chat"), "'a' is declared already"),
-        (layout("b", "a_chat"), "a_chat"),
-        (layout("b", "known"), "'other' declares the model types"),
-        (Layout("b", "b_chat", dict, []), "not a set"),
-    ],
-)
-def test_a_broken_layout_is_reported_and_breaks_no_other(broken, named):
-    manager = declared(layout(), broken)
-    assert manager.layout_for({"model_type": "a_chat"}).name == "a"
-    assert named in manager.reports[2].error
-    assert [report.error for report in manager.reports[:2]] == [None, None]
 
 
 def test_every_family_of_the_layouts_is_installed():

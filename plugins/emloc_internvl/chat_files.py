@@ -105,7 +105,9 @@ def chat_template(end: str, system_message: str | None, *, begins: bool) -> str:
         system_message: for conversations without one. None writes none, as the published native checkpoints do.
         begins: start with the token for the beginning, as the tokenizer does.
     """
-    system, ends = (json.dumps(text, ensure_ascii=False) for text in (f"<|im_start|>system\n{system_message}{end}", end))
+    system, ends = (
+        json.dumps(text, ensure_ascii=False) for text in (f"<|im_start|>system\n{system_message}{end}", end)
+    )
     default = f"{{% if not messages or messages[0]['role'] != 'system' %}}{{{{ {system} }}}}{{% endif %}}"
     return (
         f"{'{{ bos_token }}' if begins else ''}{default if system_message else ''}"

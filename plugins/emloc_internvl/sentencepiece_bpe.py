@@ -65,7 +65,7 @@ def fast_tokenizer(directory: Path, settings: Mapping[str, Any]) -> str:
     dummy_prefix = bool(normalizer_spec.get(3, True))
     steps: list[Any] = []
     if normalizer_spec.get(4, True):  # remove_extra_whitespaces
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend(_SPACE)] if dummy_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if dummy_prefix else []
