@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from emloc_core.errors import EmlocError
@@ -72,6 +73,7 @@ class Observation:
         inputs: keyword arguments of its forward.
 
     Attributes:
+        model, lists: as given.
         calls: how often each module was called, by path.
         stacks: the lists that are stacks of blocks, in order of execution.
         interleaved: lists that run in between the blocks of a larger one -> path of that one.
@@ -81,8 +83,9 @@ class Observation:
         EmlocError: the forward fails.
     """
 
-    def __init__(self, model: nn.Module, lists: Sequence[str], inputs: Mapping[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel, lists: Sequence[str], inputs: Mapping[str, Any]) -> None:
         self.model = model
+        self.lists = lists
         self.calls: Counter[str] = Counter()
         self._order: list[str] = []
         self._inputs: dict[str, torch.Tensor] = {}
@@ -101,11 +104,6 @@ class Observation:
             key=lambda path: self._order.index(reached[path][0]),
         )
         self.stacks = [self._stack(path) for path in towers]
-
-    def repeated(self) -> list[str]:
-        """Return the blocks that ran more than once: a stream cannot pass them."""
-        return [f"{stack.path}.{index}" for stack in self.stacks for index in range(len(self._blocks(stack.path)))
-                if self.calls[f"{stack.path}.{index}"] > 1]  # fmt: skip
 
     def _blocks(self, path: str) -> list[nn.Module]:
         return list(self.model.get_submodule(path).children())
@@ -130,8 +128,9 @@ class Observation:
 
         def leave(path: str) -> Any:
             def hook(module: nn.Linear, args: tuple[Any, ...], output: Any) -> None:
-                expected = functional.linear(args[0], module.weight, module.bias) if args else None
-                if expected is None or not torch.allclose(output, expected, rtol=1e-4, atol=1e-5):
+                wanted = functional.linear(args[0], module.weight, module.bias) if args else torch.empty(0)
+                alike = isinstance(output, torch.Tensor) and output.shape == wanted.shape
+                if not alike or not torch.allclose(output, wanted, rtol=1e-4, atol=1e-5):
                     self._odd.add(path)
 
             return hook
@@ -191,7 +190,7 @@ class Observation:
 
     def _dense(self, at: str, block: nn.Module) -> dict[str, str]:
         """Return what in one block cannot be compressed, with the reason."""
-        dense = {}
+        dense: dict[str, str] = {}
         experts = dict(_experts(block))
         for name, module in block.named_modules():
             path = f"{at}.{name}"
@@ -227,7 +226,7 @@ def _is_within(name: str, paths: Mapping[str, str]) -> bool:
 def _experts(block: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield what holds experts in a block, and how many: fused weights of three dimensions, or a list of modules."""
     for name, module in block.named_modules():
-        fused = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+        fused = [p for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1]
         if fused and not isinstance(module, nn.modules.conv._ConvNd):
             yield name, fused[0].shape[0]
         elif isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules()):

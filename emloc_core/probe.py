@@ -1,5 +1,6 @@
 """Inputs that a tiny model of an unknown architecture may take: a row with an image, or a row of text."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,32 +36,38 @@ def probes(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Callab
         name = "an image as the config describes it"
         yield name, lambda: Probe(name, image_inputs(config))
         yield "an image of the vision tower's size", lambda: _measured(model)
+        yield "a list of one image of the vision tower's size", lambda: _measured(model, 1, 1)
     text = tiny_samples(replace(family, modality="text"), config)[-1]
     yield "text", lambda: Probe("text", text.inputs("cpu"))
 
 
-def _measured(model: PreTrainedModel) -> Probe:
+def _measured(model: PreTrainedModel, *leading: int) -> Probe:
     """Ask the model itself how many tokens an image becomes."""
     config: Any = model.config
     vision = config.vision_config
     size = vision.image_size
-    shape = (1, getattr(vision, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
+    shape = (*(leading or (1,)), getattr(vision, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
+    extract: Any = model.get_image_features
+    sized = "image_sizes" in inspect.signature(extract).parameters
+    extra = {"image_sizes": torch.tensor([shape[-2:]])} if sized else {}
     with torch.no_grad():
-        features: Any = model.get_image_features(pixel_values=torch.zeros(shape))  # type: ignore[operator]
+        features: Any = extract(pixel_values=torch.rand(shape), **extra)
     features = getattr(features, "pooler_output", features)
     tensors = [features] if isinstance(features, torch.Tensor) else list(features)
     tokens = sum(tensor.numel() for tensor in tensors) // config.get_text_config().hidden_size
     a, b, c, d = [token for token in range(vocabulary(config)) if token not in special_tokens(config.to_dict())][4:8]
+    sizes = f', "image_sizes": torch.tensor([{list(shape[-2:])}])' if sized else ""
     source = (
         "import torch",
         "",
         f"ids = torch.tensor([[{a}, {b}, *[config.image_token_id] * {tokens}, {c}, {d}]])",
         f"pixels = torch.randn({', '.join(map(str, shape))}, generator=torch.Generator().manual_seed(0))",
-        'return {"input_ids": ids, "pixel_values": pixels}',
+        f'return {{"input_ids": ids, "pixel_values": pixels{sizes}}}',
     )
 
     def tiny_inputs(config: Any) -> dict[str, Any]:
         ids = torch.tensor([[a, b, *[config.image_token_id] * tokens, c, d]])
-        return {"input_ids": ids, "pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+        pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return {"input_ids": ids, "pixel_values": pixels, **extra}
 
     return Probe("an image of the vision tower's size", tiny_inputs(config), tiny_inputs, source)

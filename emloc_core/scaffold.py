@@ -1,8 +1,8 @@
 """Drafts the declaration of an unknown architecture, from its config and one forward of a tiny model."""
 
 import copy
-from collections.abc import Sequence
-from contextlib import suppress
+import textwrap
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,24 +11,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.pytorch_utils import Conv1D
 
+from emloc_core import deduce
 from emloc_core.conformance import check_family
 from emloc_core.conformance.tiny import first_line, quiet
 from emloc_core.draft import Draft
 from emloc_core.errors import EmlocError
-from emloc_core.family import Family, Tower
-from emloc_core.observe import DOUBTFUL, Observation, Stack, block_lists
+from emloc_core.family import Family
+from emloc_core.observe import Observation, block_lists
 from emloc_core.plan import find_linears
 from emloc_core.plugins import plugin_manager
 from emloc_core.probe import Probe, probes
-from emloc_core.shrink import TINY_PARAMETERS, make_config, not_tiny, plain, shrink
-from emloc_core.skeleton import build_model, read_config
-from emloc_core.streaming import units
-
-HEAD = "each of its outputs is a token's logit"
-OUTSIDE = "outside the blocks, and small"
-_MODALITIES = {"vision": ("vision", "visual", "image"), "audio": ("audio", "speech")}
+from emloc_core.shrink import TINY_PARAMETERS, large_sizes, make_config, not_tiny, plain, shrink
+from emloc_core.skeleton import read_config
 
 
 def scaffold(config_file: Path) -> Draft:
@@ -61,7 +56,7 @@ class _Scaffold:
         self.type: str = config.model_type
         self.notes: list[str] = []
         self.family = _empty_family(config)
-        self.model = self._build(config)
+        self.model = self._without_weights(copy.deepcopy(config))
         self.lists = block_lists(self.model)
         if not self.lists:
             raise EmlocError(
@@ -71,40 +66,43 @@ class _Scaffold:
         self.tiny = plain(config) if _parameters(self.model) <= TINY_PARAMETERS else shrink(config)
         self.probe, self.seen = self._observe(self._tiny_model())
 
-    def _build(self, config: Any) -> PreTrainedModel:
+    def _model(self, config: Any, device: str) -> PreTrainedModel:
+        import transformers
+
+        with torch.device(device):
+            model: PreTrainedModel = getattr(transformers, self.family.auto_class).from_config(
+                config, dtype=torch.float32
+            )
+        return model.eval()
+
+    def _without_weights(self, config: Any) -> PreTrainedModel:
+        """Return the model on the meta device, with its buffers: only its modules are looked at."""
         try:
-            return build_model(copy.deepcopy(config), self.family, torch.float32)
+            return self._model(config, "meta")
         except Exception as error:  # whatever the architecture's own code raises
             raise EmlocError(
                 f"{self.family.auto_class} cannot build the model of this {self.type!r} ({first_line(error)}).",
-                "Check the sizes in the config.json; a package that the architecture needs may be missing.",
+                "Check the sizes in the config.json, and whether a package is missing that the architecture needs.",
             ) from error
 
     def _tiny_model(self) -> PreTrainedModel:
         """Return the tiny model with random weights; no norm is the identity, or unlike inputs would look equal."""
-        import transformers
-
         try:
-            meta = build_model(make_config(self.tiny), self.family, torch.float32)
+            config = make_config(self.tiny)
+            meta = self._model(copy.deepcopy(config), "meta")
             if _parameters(meta) > TINY_PARAMETERS:
-                large = [name for name, value in self.tiny_sizes() if value > 512]
-                raise not_tiny(self.type, f"{_parameters(meta):,} parameters are left, for {', '.join(large)}")
+                large = ", ".join(large_sizes(config.to_dict())) or "no size by name"
+                raise not_tiny(self.type, f"{_parameters(meta):,} parameters are left; large: {large}")
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model: PreTrainedModel = getattr(transformers, self.family.auto_class).from_config(
-                    make_config(self.tiny), dtype=torch.float32
-                )
+                model = self._model(config, "cpu")
                 for parameter in model.parameters():
                     parameter.data.add_(0.1 * torch.randn_like(parameter))
         except EmlocError:
             raise
         except Exception as error:  # whatever the architecture's own code raises
             raise not_tiny(self.type, error) from error
-        return model.eval()
-
-    def tiny_sizes(self) -> list[tuple[str, int]]:
-        """Return the whole numbers of the tiny config by name."""
-        return [(name, value) for name, value in make_config(self.tiny).to_dict().items() if type(value) is int]
+        return model
 
     def _observe(self, model: PreTrainedModel) -> tuple[Probe, Observation]:
         """Run the tiny model on the first inputs that it takes, with an image if it can be."""
@@ -114,7 +112,8 @@ class _Scaffold:
                 probe = make()
                 seen = Observation(model, self.lists, probe.inputs)
             except Exception as error:  # an unknown model's code, on inputs that are a guess
-                failures.append(f"{name}: {first_line(error)}")
+                reason = str(error.args[0]) if isinstance(error, EmlocError) else first_line(error)
+                failures.append(f"{name}: {textwrap.shorten(reason, 160)}")
                 continue
             if failures and name == "text":
                 self.notes.append(
@@ -126,98 +125,28 @@ class _Scaffold:
 
     def draft(self) -> Draft:
         """Return the declaration."""
-        stacks = [stack for stack in self.seen.stacks if stack.groups]
-        if not stacks:
-            reasons = {reason: path for stack in self.seen.stacks for path, reason in reversed(stack.dense.items())}
-            told = "; ".join(f"{path} is {reason}" for reason, path in reasons.items())
-            raise EmlocError(
-                f"No block of this {self.type!r} holds a Linear that can be compressed ({told}).",
-                "EMLoC factors nn.Linear alone: use another model.",
-            )
-        names = _tower_names([stack.path for stack in stacks])
+        notes = [*self._registered(), *self.notes]
         family = replace(
             self.family,
-            towers=[Tower(name, stack.path, stack.groups, self._lora_targets(stack))
-                    for name, stack in zip(names, stacks, strict=True)],
-            keep_dense=self._dense(),
+            towers=deduce.towers(self.seen, notes),
+            keep_dense=deduce.dense(self.seen),
             tiny_configs=[self.tiny],
             tiny_inputs=self.probe.make,
-        )  # fmt: skip
-        family = self._with_nested(family)
-        self._note_doubts(family)
-        return Draft(family, self._summary(family), self.notes, self.probe.source)
+        )
+        family = deduce.with_nested(family, self.config)
+        return Draft(family, self._summary(family), [*notes, *deduce.doubts(self.seen)], self.probe.source)
 
-    def _dense(self) -> dict[str, str]:
-        """Return what is never compressed, outside the blocks and in them, with the reason."""
-        model, seen = self.seen.model, self.seen
-        dense = {f"{path}.*": f"runs in between the blocks of {other}" for path, other in seen.interleaved.items()}
-        dense |= {f"{path}.*": "not reached by the forward that was observed" for path in seen.unreached}
-        apart = tuple(f"{path}." for path in (*self.lists,))
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        for unit in units(model, [stack.path for stack in seen.stacks]):
-            module = model.get_submodule(unit)
-            if not unit.startswith(apart) and any(isinstance(part, nn.Linear | Conv1D) for part in module.modules()):
-                pattern = unit if isinstance(module, nn.Linear) else f"{unit}.*"
-                dense[pattern] = HEAD if module is head else OUTSIDE
-        for stack in seen.stacks:
-            dense |= {f"{stack.path}.*.{path}": reason for path, reason in stack.dense.items()}
-        return dense
-
-    def _lora_targets(self, stack: Stack) -> list[str]:
-        """Return ends of paths that no module but the tower's Linears has; nothing, where their last parts will do."""
-        model, paths = self.seen.model, [path for group in stack.groups for path in group]
-        groups = [path for other in self.seen.stacks for group in other.groups for path in group]
-        own = tuple(f".{path}" for path in groups)
-        others = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.modules.conv._ConvNd)
-            and not (name.startswith(tuple(f"{other.path}." for other in self.seen.stacks)) and name.endswith(own))
-        ]
-        targets = [_shortest_end(path, others) for path in paths]
-        return [] if all("." not in target for target in targets) else list(dict.fromkeys(targets))
-
-    def _with_nested(self, family: Family) -> Family:
-        """Take towers from the families that declare the models inside this one."""
-        for part in getattr(self.config, "sub_configs", None) or {}:
-            section = getattr(self.config, part, None)
-            inner = None
-            with suppress(EmlocError):  # no family declares it
-                inner = plugin_manager().family_for(section.to_dict()) if section is not None else None
-            path = _stands_at(inner, family) if inner else None
-            if inner is None or path is None:
-                continue
-            moved = replace(family, towers=(), keep_dense={}).with_nested(inner, path)
-            taken = {tower.blocks for tower in moved.towers}
-            family = replace(
-                family,
-                towers=[tower for tower in family.towers if tower.blocks not in taken],
-                keep_dense={name: why for name, why in family.keep_dense.items() if name not in moved.keep_dense},
-                nested={**family.nested, part: path},
-            )
-        return family
-
-    def _note_doubts(self, family: Family) -> None:
-        seen = self.seen
-        for path in seen.unreached:
-            self.notes.append(f"Edit: the forward that was observed did not reach {path}: declare it as a tower if it "
-                              "should be compressed.")  # fmt: skip
-        for unit in units(seen.model, [stack.path for stack in seen.stacks]):
-            if seen.calls[unit] > 1:
-                self.notes.append(f"Edit: {unit} runs {seen.calls[unit]} times a forward, which streaming refuses.")
-        for stack in seen.stacks:
-            for path, reason in stack.dense.items():
-                if reason in DOUBTFUL:
-                    self.notes.append(f"Check: {stack.path}.*.{path} is kept dense: {reason}.")
+    def _registered(self) -> Iterator[str]:
         for other in plugin_manager().families():
-            if shared := family.model_types & other.model_types:
-                known = ", ".join(sorted(shared))
-                self.notes.insert(
-                    0,
-                    f"Check: the installed family {other.name!r} declares {known} already; beside it, this is refused.",
-                )
+            if self.type in other.model_types:
+                yield f"Check: the family {other.name!r} declares {self.type} already; beside it this one is refused."
 
     def _summary(self, family: Family) -> str:
+        """Say what the declaration covers, of the model that was asked for.
+
+        Raises:
+            EmlocError: it does not fit that model.
+        """
         with plugin_manager().declaring(family):
             resolved = plugin_manager().family_for(self.config.to_dict())
         linears = find_linears(self.model, resolved).candidates
@@ -250,39 +179,6 @@ def _empty_family(config: Any) -> Family:
         f"transformers has neither a causal language model nor an image-text model of the type {name!r}.",
         "EMLoC tunes models that write text.",
     )
-
-
-def _tower_names(paths: Sequence[str]) -> list[str]:
-    """Name towers by what their paths say, language where they say nothing."""
-    names: list[str] = []
-    for path in paths:
-        kinds = [kind for kind, words in _MODALITIES.items() if any(word in path for word in words)]
-        name = kinds[0] if kinds else "language"
-        names.append(name if name not in names else f"{name}-{len(names) + 1}")
-    return names
-
-
-def _shortest_end(path: str, others: Sequence[str]) -> str:
-    parts = path.split(".")
-    ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-    free = (end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others))
-    return next(free, path)
-
-
-def _stands_at(inner: Family, family: Family) -> str | None:
-    """Return the path at which the last towers of ``family`` are those of ``inner``, whose model stands there."""
-    found = family.towers[-len(inner.towers) :]
-    if len(found) < len(inner.towers) or not inner.towers:
-        return None
-    paths = set()
-    for tower, declared in zip(found, inner.towers, strict=True):
-        rest = f".{declared.blocks.removeprefix('model.')}"
-        groups = {frozenset(group) for group in tower.input_groups}
-        known = [frozenset(group) for group in declared.input_groups]
-        if not tower.blocks.endswith(rest) or not all(any(group <= other for other in known) for group in groups):
-            return None
-        paths.add(tower.blocks.removesuffix(rest))
-    return paths.pop() if len(paths) == 1 else None
 
 
 def _parameters(model: nn.Module) -> int:

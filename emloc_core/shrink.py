@@ -33,6 +33,7 @@ _SIZES: Mapping[str, int] = {
     r"vocab_size(_\w+)?|num_embeddings": VOCABULARY,
     r"max_position_embeddings|n_positions|max_seq_len|max_sequence_length|context_length": 256,
     r"original_max_position_embeddings": 128,
+    r"\w+_(input|output)_dim": 2 * WIDTH,
     r"sliding_window|attention_chunk_size|window_size": 8,
     r"(num|n)_(local_|routed_)?experts|moe_num_experts": 4,
     r"num_experts_per_tok|moe_top_?k|n_group": 2,
@@ -43,6 +44,8 @@ _SIZES: Mapping[str, int] = {
 }  # fmt: skip
 _KEY_VALUE_HEADS = r"num_key_value_heads|num_kv_heads|n_kv_heads"
 _IMAGE_TOKENS = r"mm_tokens_per_image|image_seq_length|vision_soft_tokens_per_image"
+#: Sizes of images, a number or a pair; and which vision blocks' outputs are used: the last, or it would be for nothing.
+_PIXELS = {"image_size": 2 * _PATCHES, "patch_size": 2, "vision_feature_layer": -1}
 _TOKEN_ID = re.compile(r".*_token_(id|ids|index)")
 #: What changes no module, as numbers with a fraction do not: the tiny config takes the class's own.
 _COSMETIC = re.compile(r"_.*|dtype|architectures|transformers_version|id2label|label2id|use_cache|problem_type")
@@ -93,6 +96,15 @@ def make_config(arguments: Mapping[str, Any]) -> Any:
         raise not_tiny(model_type, error) from error
 
 
+def large_sizes(content: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    """Yield the whole numbers of a config above 512, as ``section.name=value``."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from large_sizes(value, f"{at}{name}.")
+        elif isinstance(value, int) and value > 512:
+            yield f"{at}{name}={value}"
+
+
 def not_tiny(model_type: str, error: Exception | str) -> EmlocError:
     """Return the error for a config that could not be made tiny."""
     reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -119,30 +131,33 @@ class _Shrinking:
         return small
 
     def _value(self, name: str, value: Any, content: Mapping[str, Any]) -> Any:
+        if name == "rope_parameters":
+            return _sections(value)
         if isinstance(value, Mapping):
-            return self.section(value) if name != "rope_parameters" else _sections(value)
-        if _TOKEN_ID.fullmatch(name):
-            return [self._token(one) for one in value] if isinstance(value, list) else self._token(value)
-        if name in ("image_size", "patch_size") and value:
-            size = 2 * _PATCHES if name == "image_size" else 2
-            return [size] * len(value) if isinstance(value, Sequence) else size
+            return self.section(value)
+        if isinstance(value, list | tuple) and (name in _PIXELS or _TOKEN_ID.fullmatch(name)):
+            return [self._value(name, one, content) for one in value]
         if not isinstance(value, int) or isinstance(value, bool):
             return value
-        if re.fullmatch(_KEY_VALUE_HEADS, name):
-            return _key_value_heads(value, content)
-        sizes = (size for pattern, size in _SIZES.items() if re.fullmatch(pattern, name))
-        return min(value, next(sizes, value))
+        return self._token(value) if _TOKEN_ID.fullmatch(name) else _size(name, value, content)
 
-    def _token(self, token: Any) -> Any:
+    def _token(self, token: int) -> int:
         """Move ids beyond the vocabulary to its end, each to a place of its own."""
-        if not isinstance(token, int) or token < VOCABULARY - 16:
+        if token < VOCABULARY - 16:
             return token
         return self._ids.setdefault(token, VOCABULARY - 1 - len(self._ids))
 
 
-def _key_value_heads(value: int, content: Mapping[str, Any]) -> int:
-    heads = next((content[name] for name in ("num_attention_heads", "n_head", "n_heads") if content.get(name)), value)
-    return HEADS if value >= heads else min(value, HEADS // 2)
+def _size(name: str, value: int, content: Mapping[str, Any]) -> int:
+    if name in _PIXELS:
+        return _PIXELS[name]
+    if name == "intermediate_size" and value == 4 * content.get("hidden_size", 0):
+        return 4 * WIDTH  # some models count on it
+    if re.fullmatch(_KEY_VALUE_HEADS, name):
+        heads = (content[other] for other in ("num_attention_heads", "n_head", "n_heads") if content.get(other))
+        return HEADS if value >= next(heads, value) else min(value, HEADS // 2)
+    sizes = (size for pattern, size in _SIZES.items() if re.fullmatch(pattern, name))
+    return min(value, next(sizes, value))
 
 
 def _sections(rope: Mapping[str, Any]) -> dict[str, Any]:

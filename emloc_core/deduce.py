@@ -1,0 +1,151 @@
+"""From what one forward of a model showed to what a family declares: towers, what stays dense, LoRA's targets."""
+
+import copy
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family, Tower
+from emloc_core.observe import DOUBTFUL, Observation
+from emloc_core.plugins import plugin_manager
+from emloc_core.streaming import units
+
+HEAD = "each of its outputs is a token's logit"
+OUTSIDE = "outside the blocks, and small"
+UNREACHED = "not reached by the forward that was observed"
+_MODALITIES = {"vision": ("vision", "visual", "image"), "audio": ("audio", "speech")}
+
+
+def towers(seen: Observation, notes: list[str]) -> list[Tower]:
+    """Return the stacks of blocks with Linears that can be compressed, in order of execution.
+
+    Args:
+        seen: the forward.
+        notes: is told where LoRA is left out.
+
+    Raises:
+        EmlocError: there is none.
+    """
+    stacks = [stack for stack in seen.stacks if stack.groups]
+    if not stacks:
+        reasons = {reason: path for stack in seen.stacks for path, reason in reversed(stack.dense.items())}
+        told = "; ".join(f"{path}: {reason}" for reason, path in reasons.items())
+        raise EmlocError(
+            f"No block of this {seen.model.config.model_type!r} holds a Linear that can be compressed ({told}).",
+            "EMLoC factors nn.Linear alone: use another model.",
+        )
+    paths = {path for stack in stacks for group in stack.groups for path in group}
+    compressed = {name for stack in stacks for name in seen.calls if name.startswith(f"{stack.path}.")
+                  and name.removeprefix(f"{stack.path}.").partition(".")[2] in paths}  # fmt: skip
+    names = _tower_names([stack.path for stack in stacks])
+    found = []
+    for name, stack in zip(names, stacks, strict=True):
+        linears = [path for group in stack.groups for path in group]
+        targets = {path: _target(seen.model, path, compressed) for path in linears}
+        left_out = [path for path, target in targets.items() if target is None]
+        if left_out:
+            shared = ", ".join(left_out)
+            notes.append(
+                f"Check: no LoRA goes on {shared} of {stack.path} by default: PEFT would put it elsewhere too."
+            )
+        ends = list(dict.fromkeys(target for target in targets.values() if target))
+        plain = not left_out and all("." not in end for end in ends)
+        found.append(Tower(name, stack.path, stack.groups, [] if plain else ends))
+    return found
+
+
+def _tower_names(paths: Sequence[str]) -> list[str]:
+    """Name towers by what their paths say, language where they say nothing."""
+    names: list[str] = []
+    for path in paths:
+        kinds = [kind for kind, words in _MODALITIES.items() if any(word in path for word in words)]
+        name = kinds[0] if kinds else "language"
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return names
+
+
+def _target(model: Any, path: str, allowed: Collection[str]) -> str | None:
+    """Return the shortest end of a path that PEFT takes for no module but the allowed ones; None where none is so."""
+    from peft import LoraConfig, get_peft_model
+
+    parts = path.split(".")
+    for count in range(1, len(parts) + 1):
+        end = ".".join(parts[-count:])
+        with suppress(ValueError):  # PEFT refuses to put a LoRA on some of the modules of that name
+            tuned = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=[end], r=1))
+            names = [name.partition(".lora_")[0] for name, _ in tuned.named_parameters() if ".lora_" in name]
+            if {name.removeprefix("base_model.model.") for name in names} <= set(allowed):
+                return end
+    return None
+
+
+def dense(seen: Observation) -> dict[str, str]:
+    """Return patterns of what is never compressed, outside the blocks and in them, each with the reason."""
+    model: Any = seen.model
+    found = {f"{path}.*": f"runs in between the blocks of {other}" for path, other in seen.interleaved.items()}
+    head = model.get_output_embeddings()
+    for unit in units(model, [stack.path for stack in seen.stacks]):
+        module = model.get_submodule(unit)
+        listed = any(unit.startswith(f"{path}.") for path in seen.lists)
+        if not listed and any(isinstance(part, nn.Linear | Conv1D) for part in module.modules()):
+            skipped = any(path.startswith(f"{unit}.") for path in seen.unreached)
+            reason = UNREACHED if skipped else HEAD if module is head else OUTSIDE
+            found[unit if isinstance(module, nn.Linear) else f"{unit}.*"] = reason
+    for stack in seen.stacks:
+        found |= {f"{stack.path}.*.{path}": reason for path, reason in stack.dense.items()}
+    return found
+
+
+def with_nested(family: Family, config: Any) -> Family:
+    """Take towers from the families that declare the models inside this one, instead of declaring them again."""
+    for part in getattr(config, "sub_configs", None) or {}:
+        section = getattr(config, part, None)
+        inner = None
+        with suppress(EmlocError):  # no family declares it
+            inner = plugin_manager().family_for(section.to_dict()) if section is not None else None
+        path = _stands_at(inner, family) if inner else None
+        if inner is None or path is None:
+            continue
+        moved = replace(family, towers=(), keep_dense={}).with_nested(inner, path)
+        taken = {tower.blocks for tower in moved.towers}
+        family = replace(
+            family,
+            towers=[tower for tower in family.towers if tower.blocks not in taken],
+            keep_dense={name: why for name, why in family.keep_dense.items() if name not in moved.keep_dense},
+            nested={**family.nested, part: path},
+        )
+    return family
+
+
+def _stands_at(inner: Family, family: Family) -> str | None:
+    """Return the path at which the last towers of ``family`` are those of ``inner``, whose model stands there."""
+    found = family.towers[-len(inner.towers) :]
+    if len(found) < len(inner.towers) or not inner.towers:
+        return None
+    paths = set()
+    for tower, declared in zip(found, inner.towers, strict=True):
+        rest = f".{declared.blocks.removeprefix('model.')}"
+        known = [frozenset(group) for group in declared.input_groups]
+        alike = all(any(set(group) <= other for other in known) for group in tower.input_groups)
+        if not (alike and tower.blocks.endswith(rest)):
+            return None
+        paths.add(tower.blocks.removesuffix(rest))
+    return paths.pop() if len(paths) == 1 else None
+
+
+def doubts(seen: Observation) -> Iterator[str]:
+    """Yield what a person has to look at."""
+    for path in seen.unreached:
+        yield f"Edit: the forward that was observed did not reach {path}: declare it as a tower to have it compressed."
+    for unit in units(seen.model, [stack.path for stack in seen.stacks]):
+        if seen.calls[unit] > 1:
+            yield f"Edit: {unit} runs {seen.calls[unit]} times a forward, which streaming refuses."
+    for stack in seen.stacks:
+        for path, reason in stack.dense.items():
+            if reason in DOUBTFUL:
+                yield f"Check: {stack.path}.*.{path} is kept dense: {reason}."
