@@ -1,12 +1,16 @@
 """A check, what it found, and how one is judged. Light to import."""
 
+import re
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from emloc_core.conformance.conditions import under_test
 from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+
+_MOST = 4  # problems in a message
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,17 @@ class CheckResult:
         return f"{self.message} {self.remedy}".strip()
 
 
-class Subject(Protocol):
-    """What checks are run on."""
+class Subject:
+    """What checks are run on: a declaration, or one of its tiny models.
 
-    label: str
-    results: dict[str, CheckResult]
+    Args:
+        declared: the family, as the plugin declares it.
+        label: names what is checked.
+    """
 
-    @property
-    def family_name(self) -> str:
-        """The family's name."""
-
-    def in_use(self) -> AbstractContextManager[Any]:
-        """Let the stages work by the family's declaration, quietly."""
+    def __init__(self, declared: Family, label: str) -> None:
+        self.declared, self.label = declared, label
+        self.results: dict[str, CheckResult] = {}
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,13 @@ class Check:
 
     def _judged(self, subject: Subject) -> CheckResult:
         def result(passed: bool, message: str = "", remedy: str | None = None, trace: str = "") -> CheckResult:
-            return CheckResult(subject.family_name, subject.label, self.name, passed, message, remedy or "", trace)
+            return CheckResult(subject.declared.name, subject.label, self.name, passed, message, remedy or "", trace)
 
         failed = [need.name for need in self.needs if not need.on(subject).passed]
         if failed:
             return result(False, f"Could not run: it needs {', '.join(failed)}, which failed.", "Mend that first.")
         try:
-            with subject.in_use():
+            with under_test(subject.declared):
                 return result(True, self.run(subject) or "")
         except EmlocError as error:
             return result(False, str(error.args[0]), error.fix)
@@ -100,13 +103,16 @@ def check(*needs: Check) -> Callable[[Callable[[Any], str | None]], Check]:
     return decorate
 
 
-def require(problems: list[str], remedy: str, most: int = 4) -> None:
+def require(problems: Iterable[str], remedy: str) -> None:
     """Fail where there are problems.
 
     Raises:
-        EmlocError: names them, at most ``most``, and the remedy.
+        EmlocError: names them, those that differ in the number of a block once, and the remedy.
     """
-    problems = list(dict.fromkeys(problems))
-    if problems:
-        more = f"; and {len(problems) - most} more" if len(problems) > most else ""
-        raise EmlocError(f"{'; '.join(problems[:most])}{more}.", remedy)
+    alike: dict[str, list[str]] = {}
+    for problem in problems:
+        alike.setdefault(re.sub(r"\.\d+\b", ".N", problem), []).append(problem)
+    told = [found[0] + (f" ({len(found) - 1} more like it)" if len(found) > 1 else "") for found in alike.values()]
+    if told:
+        more = f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""
+        raise EmlocError(f"{'; '.join(told[:_MOST])}{more}.", remedy)

@@ -1,39 +1,22 @@
 """Checks of what is declared, on models without weights."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
 
 from torch import nn
 
-from emloc_core.conformance.check import CheckResult, check, require
-from emloc_core.conformance.tiny import TinyModel, on_meta, quiet, tiny_config
+from emloc_core.conformance.check import Subject, check, require
+from emloc_core.conformance.tiny import TinyModel, on_meta, tiny_config
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.plan import block_paths
-from emloc_core.plugins import plugin_manager
 
 
-class Declaration:
+class Declaration(Subject):
     """A family's declaration as a whole."""
 
-    label = "all"
-
     def __init__(self, declared: Family) -> None:
-        self.declared = declared
-        self.results: dict[str, CheckResult] = {}
-
-    @property
-    def family_name(self) -> str:
-        """The family's name."""
-        return self.declared.name
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Let the stages work by the declaration, quietly."""
-        with plugin_manager().declaring(self.declared), quiet():
-            yield
+        super().__init__(declared, "all")
 
     @cached_property
     def models(self) -> list[nn.Module]:

@@ -1,10 +1,8 @@
 """A tiny model of a family on disk, and what the stages make of it, each made when a check first asks for it."""
 
 import copy
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import emloc_core.lowrank  # noqa: F401 - from here on transformers can load an 
 from emloc_core.adapter import Adapter
 from emloc_core.calibration import Sample
 from emloc_core.checkpoint import Checkpoint
-from emloc_core.conformance.check import CheckResult
+from emloc_core.conformance.check import Subject
 from emloc_core.conformance.forward import Decomposed, Forward, decompose, observe
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
 from emloc_core.conformance.tuning import Tuned, tune
@@ -50,7 +48,7 @@ def _label(config: Mapping[str, Any]) -> str:
     return "+".join(str(name) for name in [config.get("model_type"), *inner])
 
 
-class TinyModel:
+class TinyModel(Subject):
     """One tiny model, and everything that the stages make of it.
 
     Args:
@@ -61,19 +59,8 @@ class TinyModel:
     """
 
     def __init__(self, declared: Family, settings: Mapping[str, Any], label: str, directory: Path) -> None:
-        self.declared, self.settings, self.label, self.directory = declared, settings, label, directory
-        self.results: dict[str, CheckResult] = {}
-
-    @property
-    def family_name(self) -> str:
-        """The family's name."""
-        return self.declared.name
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Let the stages work by the declaration, installed or not, without progress bars and warnings."""
-        with plugin_manager().declaring(self.declared), quiet():
-            yield
+        super().__init__(declared, label)
+        self.settings, self.directory = settings, directory
 
     @cached_property
     def config(self) -> Any:
@@ -231,21 +218,3 @@ def on_meta(family: Family, config: Any) -> nn.Module:
 def first_line(error: Exception) -> str:
     """Return what an error says, in a line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep progress bars and warnings of transformers to themselves."""
-    from transformers import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -1,0 +1,81 @@
+"""A few steps of an ordinary LoRA, by plain PEFT, and what they tell."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from emloc_core.calibration import Sample
+from emloc_core.errors import EmlocError
+from emloc_core.training import TrainSettings
+
+STEPS = 2
+_LEARNING_RATE = 1e-2
+_PREFIX = "base_model.model."
+
+
+@dataclass
+class Tuned:
+    """A model with a trained LoRA.
+
+    Attributes:
+        model: in eval mode.
+        losses: before each step.
+        odd: path of what got a LoRA and is no Linear -> what it is.
+        untouched: paths of the Linears whose LoRA had no gradient, or one of zeros.
+    """
+
+    model: Any
+    losses: list[float] = field(default_factory=list)
+    odd: dict[str, str] = field(default_factory=dict)
+    untouched: list[str] = field(default_factory=list)
+
+
+def tune(model: nn.Module, targets: list[str], samples: Sequence[Sample]) -> Tuned:
+    """Train a LoRA with the toolkit's own settings.
+
+    Args:
+        model: an emulator, or any other.
+        targets: the family's.
+        samples: all of them are one batch.
+
+    Raises:
+        EmlocError: PEFT refuses the targets.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            tuned = Tuned(get_peft_model(model, TrainSettings(lora_rank=4).lora_config(targets)))
+        except ValueError as error:
+            raise EmlocError(
+                f"PEFT cannot put a LoRA on {', '.join(targets)} ({error}).", "Correct lora_targets of the towers."
+            ) from error
+    lora = tuned.model.train()
+    for path, module in lora.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), nn.Linear):
+            tuned.odd[path.removeprefix(_PREFIX)] = type(module.get_base_layer()).__name__
+    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=_LEARNING_RATE)
+    for step in range(STEPS):
+        loss = torch.stack([_loss(lora, sample) for sample in samples]).mean()
+        loss.backward()
+        tuned.losses.append(float(loss))
+        if not step:  # B is zero and A has no gradient yet
+            tuned.untouched += [
+                name.partition(".lora_B")[0].removeprefix(_PREFIX)
+                for name, parameter in lora.named_parameters()
+                if ".lora_B." in name and (parameter.grad is None or not bool(parameter.grad.any()))
+            ]
+        optimizer.step()
+        optimizer.zero_grad()
+    lora.eval()
+    return tuned
+
+
+def _loss(model: nn.Module, sample: Sample) -> torch.Tensor:
+    inputs = sample.inputs("cpu")
+    return cross_entropy(model(**inputs, use_cache=False).logits[0, :-1].float(), inputs["input_ids"][0, 1:])
