@@ -90,7 +90,7 @@ def test_what_is_refused(tiny_model: Path, rows_file: Path, tmp_path: Path) -> N
     assert "has no config.json" in refused("plan", tmp_path)
     assert "takes 256 tokens, not 257" in refused("plan", tiny_model, "--length", "257")
     (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
-    assert "needs the model's tokenizer" in refused("plan", tmp_path, "--data", rows_file)
+    assert "The tokenizer in" in refused("plan", tmp_path, "--data", rows_file)
     message = refused("plan", tiny_model, "--memory", "1MB")
     assert "No emulator's tuning fits 1 MB" in message
     assert "4 bits (NF4)" in message

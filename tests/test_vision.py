@@ -24,11 +24,13 @@ from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.finetune import FineTuning
+from emloc_core.memory import MemoryModel
 from emloc_core.merge import Merge
 from emloc_core.output import read_manifest
 from emloc_core.settings import CompressSettings, CorrectSettings
 from emloc_core.training import TrainSettings
 from emloc_core.transfer import Transfer
+from emloc_core.workload import make_workload
 
 MODELS = {"internvl": (INTERNVL, internvl_processor), "qwen2_5_vl": (QWEN_VL, qwen_processor)}
 
@@ -106,6 +108,7 @@ def test_both_towers_are_compressed_with_the_error_that_a_whole_forward_has(base
 
         return hook
 
+    # What the first Linears of Qwen-VL read has fewer ranks than their factors: no error but rounding.
     for path in outputs:
         whole.get_submodule(path).register_forward_hook(gather(path))
     kept = load_rows(str(emulator / "calibration.jsonl"))
@@ -113,7 +116,8 @@ def test_both_towers_are_compressed_with_the_error_that_a_whole_forward_has(base
     logits(whole, base, kept)
     for entry in entries:
         error, output = outputs[entry["path"]].tolist()
-        assert (error / output) ** 0.5 == pytest.approx(entry["relative_error"], rel=1e-3), entry["path"]
+        assert (error / output) ** 0.5 == pytest.approx(entry["relative_error"], rel=1e-3, abs=5e-4), entry["path"]
+    assert sum(entry["relative_error"] > 0.01 for entry in entries) > 0.8 * len(entries)
 
 
 def test_the_emulator_keeps_its_images_and_the_processors_files(base, emulator, rows_file, tmp_path):
@@ -304,3 +308,17 @@ def test_an_interrupted_tuning_goes_on_to_the_same_adapter(emulator, adapter, ro
     one, other = (load_file(directory / "adapter_model.safetensors") for directory in (adapter, resumed))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_plan_counts_the_images_of_the_rows(base, rows_file):
+    workload = make_workload(base / "config.json", TrainSettings(), data=str(rows_file))
+    rows = load_rows(str(rows_file))
+    samples = encode(rows, load_processing(base, MODELS[base.name][0], rows))
+    assert workload.length == max(len(sample.input_ids) for sample in samples)
+    expected = {"internvl": (3, None), "qwen2_5_vl": (1, (8, 16))}  # two tiles and the whole, or one picture
+    assert (workload.images, workload.image_size) == expected[base.name]
+    assert MemoryModel(base / "config.json", workload).tuning().total > 0
+    cut = make_workload(base / "config.json", TrainSettings(), data=str(rows_file), length=workload.length - 1)
+    assert cut.length == workload.length - 1
+    said = make_workload(base / "config.json", TrainSettings(), data=str(rows_file), images=1)
+    assert said.images == 1
