@@ -34,10 +34,10 @@ _FLAGS = {**FLAGS, "lora_rank": "--lora-rank"}
               help="Tokens a row, those of images included; with --data, where rows are cut.  "
               "[default: 1024]")  # fmt: skip
 @click.option("--images", type=click.IntRange(0), help="Images a row; where the vision tower takes one size, a photo "
-              "that is cut into tiles is as many.  [default: 1 for an image-text model, 0 with --data]"
+              "that is cut into tiles is as many.  [default: those of the rows, or 1 for an image-text model]"
               )  # fmt: skip
 @click.option("--image-size", metavar="WIDTHxHEIGHT", help="Of every image in pixels, for a model that takes any.  "
-              "[default: 448x448]")  # fmt: skip
+              "[default: that of the rows, or 448x448]")  # fmt: skip
 @options(TrainSettings, _FLAGS, skip=set(TrainSettings.model_fields) - set(_COUNTED))
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
               help="Whose memory: a GPU's, or this process's.")  # fmt: skip
