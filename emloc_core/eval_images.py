@@ -35,10 +35,11 @@ def read_table(path: Path) -> Any:
     Raises:
         EmlocError: it cannot be read as JSON or Parquet.
     """
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, enable_progress_bars, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     kind = "parquet" if path.suffix == ".parquet" else "json"
+    disable_progress_bars()  # it is done at once, and its line speaks of a train split
     try:
         return load_dataset(kind, data_files=str(path), split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
@@ -47,6 +48,8 @@ def read_table(path: Path) -> Any:
             f"{path} cannot be read as rows in {kind} ({reason}).",
             "Correct it; a column must hold values of one kind, text or parts, say.",
         ) from error
+    finally:
+        enable_progress_bars()
 
 
 def hash_pictures(data: Sequence[Path], declared: Any) -> str:
