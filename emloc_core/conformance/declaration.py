@@ -1,5 +1,6 @@
 """Checks of what is declared, on models without weights."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -35,6 +36,8 @@ def model_types(subject: Declaration) -> None:
             f"transformers has no class {family.auto_class!r} that builds models from configs.",
             "Set auto_class to one such as AutoModelForCausalLM or AutoModelForImageTextToText.",
         )
+    odd = [settings for settings in family.tiny_configs if not isinstance(settings, Mapping)]
+    require([f"a tiny config is {settings!r}, no mapping" for settings in odd], "Declare tiny_configs as dicts.")
     configured = {str(settings.get("model_type")) for settings in family.tiny_configs}
     problems = [f"no tiny config is of the model type {name!r}" for name in sorted(family.model_types - configured)]
     problems += [
@@ -91,7 +94,8 @@ def linears(subject: TinyModel) -> None:
         planned = [linear.path for linear in subject.plan.linears]
     except EmlocError as error:
         raise EmlocError(
-            str(error.args[0]), "Correct blocks and input_groups of the tower: print(model) shows the paths."
+            str(error.args[0]),
+            "Correct blocks and input_groups of the tower: print(model) shows the paths. Linears alone belong there.",
         ) from error
     problems = [f"{path} stands in several input groups" for path in dict.fromkeys(planned) if planned.count(path) > 1]
     known = set(planned)

@@ -44,6 +44,8 @@ def labels(family: Family) -> list[str]:
 
 
 def _label(config: Mapping[str, Any]) -> str:
+    if not isinstance(config, Mapping):
+        return "no-mapping"
     inner = [part["model_type"] for part in config.values() if isinstance(part, Mapping) and "model_type" in part]
     return "+".join(str(name) for name in [config.get("model_type"), *inner])
 
@@ -190,12 +192,12 @@ def tiny_config(settings: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    options = copy.deepcopy(dict(settings))
     try:
+        options = copy.deepcopy(dict(settings))
         return AutoConfig.for_model(options.pop("model_type"), **options)
     except Exception as error:  # whatever transformers' own checks of a config raise
         raise EmlocError(
-            f"transformers refuses the tiny config of {settings.get('model_type')!r} ({first_line(error)}).",
+            f"transformers refuses the tiny config of {_label(settings)!r} ({first_line(error)}).",
             "Correct that entry of tiny_configs: its keys are those of the model's config class.",
         ) from error
 
