@@ -4,22 +4,25 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from emloc_core import __version__
+from emloc_core.draft import Draft
 from emloc_core.errors import EmlocError
 from emloc_core.plugins import plugin_manager
 
 
-def write_plugin(name: str, directory: Path, model_types: Sequence[str] = ()) -> list[str]:
+def write_plugin(name: str, directory: Path, model_types: Sequence[str] = (), draft: Draft | None = None) -> list[str]:
     """Write a plugin package: declaration, tests, ``pyproject.toml`` and README; whole, or nothing.
 
     Args:
         name: of the family, a Python identifier. The package is ``emloc_NAME``.
         directory: to make.
-        model_types: values of ``model_type`` that it declares; ``name`` alone, where there are none.
+        model_types: values of ``model_type`` that it declares; if none, those of the draft, or ``name``.
+        draft: the declaration, instead of the template's.
 
     Returns:
         The files that were written, relative to ``directory``.
@@ -27,11 +30,14 @@ def write_plugin(name: str, directory: Path, model_types: Sequence[str] = ()) ->
     Raises:
         EmlocError: ``name`` is no identifier or is taken, a model type is, or ``directory`` exists.
     """
-    model_types = list(dict.fromkeys(model_types)) or [name]
+    model_types = list(dict.fromkeys(model_types)) or (sorted(draft.family.model_types) if draft else [name])
     _check(name, model_types)
     if directory.exists():
         raise EmlocError(f"{directory} exists already.", "Choose another directory with -o, or remove this one.")
     content = _render(name, model_types)
+    if draft:
+        family = replace(draft.family, name=name, model_types=frozenset(model_types))
+        content[f"emloc_{name}/__init__.py"] = replace(draft, family=family).source
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
         for path, text in content.items():

@@ -1,6 +1,13 @@
-"""A tiny Llama with a real tokenizer, and rows that it can learn, for every test that needs a model."""
+"""A tiny Llama with a real tokenizer, and rows that it can learn; virtual environments with the built wheel."""
 
+import fcntl
 import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +99,70 @@ def tiny_emulator(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.Te
     settings = CompressSettings(samples=12, selection=6, ratio=0.6)
     output = tmp_path_factory.mktemp("tiny-emulator") / "emulator"
     return Compression(Checkpoint(tiny_model), load_rows(str(rows_file)), output, settings).run()
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment that sees the heavy dependencies of the test environment, and nothing of the checkout."""
+
+    directory: Path
+
+    def install(self, wheel: Path) -> None:
+        """Install a wheel: no dependencies, no network."""
+        pip = [sys.executable, "-m", "pip", "--python", str(self.directory / "bin" / "python")]
+        subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+
+    def run(self, script: str, *argv: object, cwd: Path) -> str:
+        """Run a command of the environment, broken plugins being errors; return what it prints on stdout."""
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        command = [str(self.directory / "bin" / script), *map(str, argv)]
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            env={**environment, "EMLOC_STRICT_PLUGINS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The wheel of emloc, built from the checkout, once for all workers of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base if worker_id == "master" else base.parent) / "wheel"
+    place.mkdir(exist_ok=True)
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(place.glob("*.whl")):
+            build = [
+                sys.executable,
+                "-m",
+                "build",
+                "--wheel",
+                "--outdir",
+                str(place),
+                str(Path(__file__).parent.parent),
+            ]
+            done = subprocess.run(build, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = place.glob("emloc-*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def new_environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Environment]:
+    """A function that makes a virtual environment with emloc's wheel in it."""
+
+    def make() -> Environment:
+        environment = Environment(tmp_path_factory.mktemp("environment"))
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment.directory)], check=True)
+        (site,) = environment.directory.glob("lib/python*/site-packages")
+        # A path in a .pth file is searched, and the .pth files there, such as that of the checkout, are not read.
+        (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        environment.install(wheel)
+        return environment
+
+    return make

@@ -1,10 +1,14 @@
 """``emloc families new``."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
+
+if TYPE_CHECKING:
+    from emloc_core.draft import Draft
 
 
 @click.command("new")
@@ -14,29 +18,47 @@ from emloc_core.cli.console import as_json, print_json
     "model_types",
     multiple=True,
     metavar="TYPE",
-    help="model_type in the config.json of such models; repeatable; default: NAME.",
+    help="model_type in the config.json of such models; repeatable; default: that of --from, or NAME.",
+)
+@click.option(
+    "--from",
+    "model",
+    metavar="CONFIG_OR_MODEL",
+    help="Declare what `emloc families scaffold` finds out about this model; default: laid out as Llama.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to make; default: emloc-NAME.")
 @as_json
-def command(name: str, model_types: tuple[str, ...], output: Path | None, as_json: bool) -> None:
+def command(name: str, model_types: tuple[str, ...], model: str | None, output: Path | None, as_json: bool) -> None:
     """Write a plugin package that declares the model family NAME.
 
-    It holds the declaration, laid out as Llama until you change it, its tests, pyproject.toml and a README.
+    It holds the declaration, tests, pyproject.toml and a README. A model that is laid out as Llama needs no edit.
     """
     from emloc_core.new_family import write_plugin
 
     directory = output or Path(f"emloc-{name}".replace("_", "-"))
-    written = write_plugin(name, directory, model_types)
+    draft = _draft(model) if model else None
+    written = write_plugin(name, directory, model_types, draft)
     steps = [
         f"pip install --editable {directory}",
         f"emloc families check {name}",
         f"pytest {directory}",
     ]
+    notes = draft.notes if draft else []
     if as_json:
-        print_json({"name": name, "output": str(directory), "files": written, "next": steps})
+        print_json({"name": name, "output": str(directory), "files": written, "notes": notes, "next": steps})
         return
     for path in written:
         click.echo(directory / path)
-    click.echo(f"\nRead {directory / f'emloc_{name}' / '__init__.py'}, and change what is laid out otherwise. Then:")
+    click.echo(f"\nRead {directory / f'emloc_{name}' / '__init__.py'}, and change what is laid out otherwise.")
+    for note in notes:
+        click.echo(f"  {note}")
+    click.echo("Then:")
     for step in steps:
         click.echo(f"  {step}")
+
+
+def _draft(model: str) -> "Draft":
+    from emloc_core.checkpoint import find_config
+    from emloc_core.scaffold import scaffold
+
+    return scaffold(find_config(model))
