@@ -1,6 +1,7 @@
 """From what one forward of a model showed to what a family declares: towers, what stays dense, LoRA's targets."""
 
 import copy
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -76,7 +77,10 @@ def _target(model: Any, path: str, allowed: Collection[str]) -> str | None:
     parts = path.split(".")
     for count in range(1, len(parts) + 1):
         end = ".".join(parts[-count:])
-        with suppress(ValueError):  # PEFT refuses to put a LoRA on some of the modules of that name
+        with (
+            warnings.catch_warnings(action="ignore"),
+            suppress(ValueError),
+        ):  # PEFT refuses to put a LoRA on some of the modules of that name
             tuned = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=[end], r=1))
             names = [name.partition(".lora_")[0] for name, _ in tuned.named_parameters() if ".lora_" in name]
             if {name.removeprefix("base_model.model.") for name in names} <= set(allowed):

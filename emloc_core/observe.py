@@ -197,7 +197,7 @@ class Observation:
             if _is_within(name, dense):
                 continue
             if name in experts:
-                dense[name] = ROUTED if experts[name] else LISTED
+                dense[name] = LISTED if isinstance(module, nn.ModuleList) else ROUTED
             elif isinstance(module, Conv1D):
                 dense[name] = CONV1D
             elif isinstance(module, nn.Linear):

@@ -51,7 +51,7 @@ def _measured(model: PreTrainedModel, *leading: int) -> Probe:
     sized = "image_sizes" in inspect.signature(extract).parameters
     extra = {"image_sizes": torch.tensor([shape[-2:]])} if sized else {}
     with torch.no_grad():
-        features: Any = extract(pixel_values=torch.rand(shape), **extra)
+        features: Any = extract(pixel_values=torch.ones(shape), **extra)
     features = getattr(features, "pooler_output", features)
     tensors = [features] if isinstance(features, torch.Tensor) else list(features)
     tokens = sum(tensor.numel() for tensor in tensors) // config.get_text_config().hidden_size

@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from emloc_core import deduce
 from emloc_core.conformance import check_family
-from emloc_core.conformance.tiny import first_line, quiet
+from emloc_core.conformance.conditions import under_test
+from emloc_core.conformance.tiny import first_line
 from emloc_core.draft import Draft
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
@@ -36,8 +37,11 @@ def scaffold(config_file: Path) -> Draft:
         EmlocError: transformers lacks the architecture, it is none that can be compressed, or the config cannot be
             shrunk to that of a tiny model.
     """
-    with quiet():
-        return _Scaffold(read_config(config_file)).draft()
+    config = read_config(config_file)
+    family = _empty_family(config)
+    with under_test(family):
+        found = _Scaffold(config, family)
+    return found.draft()
 
 
 def check_draft(draft: Draft) -> Draft:
@@ -51,11 +55,10 @@ def check_draft(draft: Draft) -> Draft:
 class _Scaffold:
     """What is known about one architecture: the model that was asked for, without weights, and a tiny one that ran."""
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    def __init__(self, config: Any, family: Family) -> None:
+        self.config, self.family = config, family
         self.type: str = config.model_type
         self.notes: list[str] = []
-        self.family = _empty_family(config)
         self.model = self._without_weights(copy.deepcopy(config))
         self.lists = block_lists(self.model)
         if not self.lists:

@@ -5,6 +5,7 @@ large, which is an error that lists them; a person then gives a small config by 
 """
 
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -24,7 +25,7 @@ _BLOCKS = r"num_hidden_layers|n_layers?|num_layers|depth"
 _SIZES: Mapping[str, int] = {
     r"((attention_|out_)?hidden_size|n_embd|d_model|(word_)?embed(_proj)?_dim|projection_dim)": WIDTH,
     r"moe_intermediate_size|shared_expert_intermediate_size": 48,
-    r"(\w+_)?intermediate_size(_\w+)?|ffn_dim|ffn_hidden_size|n_inner|d_ff": 96,
+    r"(\w+_)?intermediate_size(_\w+)?|ffn_dim|ffn_hidden_size|n_inner|d_ff|dim_ff|mlp_dim": 96,
     r"num_attention_heads|n_heads?|num_heads": HEADS,
     r"(qk_nope_|qk_rope_|v_)?head_dim": HEAD_DIM,
     r"qk_head_dim": 2 * HEAD_DIM,
@@ -107,9 +108,9 @@ def large_sizes(content: Mapping[str, Any], at: str = "") -> Iterator[str]:
 
 def not_tiny(model_type: str, error: Exception | str) -> EmlocError:
     """Return the error for a config that could not be made tiny."""
-    reason = str(error).strip().splitlines() or [type(error).__name__]
+    reason = textwrap.shorten(str(error), 400).rstrip(".") or type(error).__name__
     return EmlocError(
-        f"The config of this {model_type!r} cannot be shrunk to a tiny one: {reason[0]}.".replace("..", "."),
+        f"The config of this {model_type!r} cannot be shrunk to a tiny one: {reason}.",
         "Make the smallest config.json that the model runs with (few blocks, narrow) and give that file instead.",
     )
 
@@ -134,7 +135,7 @@ class _Shrinking:
         if name == "rope_parameters":
             return _sections(value)
         if isinstance(value, Mapping):
-            return self.section(value)
+            return self.section(value) if all(isinstance(key, str) for key in value) else value
         if isinstance(value, list | tuple) and (name in _PIXELS or _TOKEN_ID.fullmatch(name)):
             return [self._value(name, one, content) for one in value]
         if not isinstance(value, int) or isinstance(value, bool):
@@ -211,7 +212,7 @@ def _are_indices(value: Sequence[Any], count: int) -> bool:
 
 def _structure(content: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what changes no module."""
-    kept = {name: value for name, value in content.items() if not _is_cosmetic(name, value)}
+    kept = {name: value for name, value in content.items() if not _is_cosmetic(str(name), value)}
     return {name: _structure(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 

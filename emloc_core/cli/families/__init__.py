@@ -3,7 +3,7 @@
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
-from emloc_core.cli.families import check, new
+from emloc_core.cli.families import check, new, scaffold
 
 
 @click.group("families", invoke_without_command=True)
@@ -40,3 +40,4 @@ def command(context: click.Context, as_json: bool) -> None:
 
 command.add_command(check.command)
 command.add_command(new.command)
+command.add_command(scaffold.command)

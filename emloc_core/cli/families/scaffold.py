@@ -1,0 +1,48 @@
+"""``emloc families scaffold``."""
+
+from pathlib import Path
+
+import rich_click as click
+
+from emloc_core.cli.console import as_json, print_json
+from emloc_core.errors import EmlocError
+
+
+@click.command("scaffold")
+@click.argument("model", metavar="CONFIG_OR_MODEL")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the module there.")
+@click.option("--check", is_flag=True, help="Run the conformance kit on the draft, and add what it finds wrong.")
+@as_json
+def command(model: str, output: Path | None, check: bool, as_json: bool) -> None:
+    """Draft the declaration of an architecture that no family declares yet.
+
+    CONFIG_OR_MODEL is a config.json, a directory, or a hub id, of which nothing but the config is fetched. Blocks and
+    Linears are found in the model without weights; which Linears read the same input is observed in a forward of a tiny
+    model of the same architecture. Comments above the declaration name what a person has to check or edit.
+    """
+    if output is not None and output.exists():
+        raise EmlocError(f"{output} exists already.", "Choose another file, or remove this one.")
+
+    from emloc_core.checkpoint import find_config
+
+    config_file = find_config(model)
+
+    from emloc_core.scaffold import check_draft, scaffold
+
+    draft = scaffold(config_file)
+    if check:
+        draft = check_draft(draft)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(draft.source, encoding="utf-8")
+    if as_json:
+        print_json({**draft.describe(), "output": str(output) if output else None, "checked": check})
+    elif output is None:
+        click.echo(draft.source, nl=False)
+    else:
+        for note in draft.notes:
+            click.echo(note)
+        click.echo(f"{output}: {draft.summary}")
+    name = draft.family.name
+    click.echo(f"Next: put it into the package that `emloc families new {name}` writes, install that, and run "
+               f"`emloc families check {name}`.", err=True)  # fmt: skip
