@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-slow lint bench bench-factorize-full docs clean
+.PHONY: setup demo demo-vision test test-slow lint bench bench-factorize-full docs clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)  ## the main job on SmolLM2-135M: emulator, LoRA, correction, merge, table, figure
 	$(BIN)/emloc demo -o build/demo
+
+demo-vision: $(STAMP)  ## the same with pictures: a small InternVL, trained here, that reads digits
+	$(BIN)/emloc demo-vision -o build/demo-vision
 
 test: $(STAMP)  ## all fast tests
 	$(BIN)/python -m pytest -n 2

@@ -1,4 +1,7 @@
-"""The command ``emloc demo``: the whole method on a real small model and a real task, with nothing to prepare."""
+"""The commands ``emloc demo`` and ``emloc demo-vision``: the whole method on a real small model and a real task.
+
+There is nothing to prepare: the first reads text, the second pictures.
+"""
 
 from collections.abc import Sequence
 
@@ -9,7 +12,8 @@ from emloc_core.hookspecs import hookimpl
 
 @hookimpl
 def emloc_commands() -> Sequence[click.Command]:
-    """Add ``emloc demo``."""
+    """Add the two commands."""
     from emloc_demo.command import command
+    from emloc_demo.vision.command import command as vision
 
-    return [command]
+    return [command, vision]

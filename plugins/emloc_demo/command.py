@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,11 @@ def command(output: Path, prepare_only: bool) -> None:
     Needs no network, no GPU and 2 GB of disk, and about twenty minutes on two cores. What is there already is not made
     again, so an interrupted demo goes on where it stopped.
     """
-    recipe = prepare(output)
+    run(prepare(output), explain, prepare_only=prepare_only)
+
+
+def run(recipe: Path, explain: Callable[[dict[str, Any]], str], *, prepare_only: bool) -> None:
+    """Run a demo's recipe, and print its table and what ``explain`` says of the results; or just name the recipe."""
     if prepare_only:
         click.echo(f"{recipe}  (run it: emloc run {recipe})")
         return
@@ -84,11 +89,16 @@ def prepare(directory: Path) -> Path:
     if not all((directory / "data" / name).exists() for name in ("train.jsonl", "test.jsonl")):
         click.echo("writing the messages", err=True)
         write_data(directory / "data")
-    with as_file(files("emloc_demo")) as package:
-        for source in sorted((package / "tasks").iterdir()):
-            if source.suffix in (".yaml", ".py"):
-                _copy(source, directory / "tasks" / source.name)
-        _copy(package / "recipe.toml", directory / "recipe.toml")
+    return copy_recipe("emloc_demo", directory)
+
+
+def copy_recipe(package: str, directory: Path) -> Path:
+    """Copy the recipe and the tasks of ``package``, each file unless it is there, and return the recipe's path."""
+    with as_file(files(package)) as source:
+        for file in sorted((source / "tasks").iterdir()):
+            if file.suffix in (".yaml", ".py"):
+                _copy(file, directory / "tasks" / file.name)
+        _copy(source / "recipe.toml", directory / "recipe.toml")
     return directory / "recipe.toml"
 
 

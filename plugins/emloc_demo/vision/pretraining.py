@@ -1,0 +1,112 @@
+"""The demo's base model: a small InternVL that is trained here, from random weights, to read digits in pictures."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emloc_demo.vision.conversations import NO_COLOUR, NO_DIGIT, Conversations, cell_labels
+from emloc_demo.vision.pictures import SIDE, Digits
+from emloc_demo.vision.processor import CONTEXT, IMAGE_TOKENS, PATCH, make_processor
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
+
+STEPS, BATCH = 2000, 32
+LEARNING_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 100, 0.05
+
+
+def make_model(tokenizer: "PreTrainedTokenizerFast", seed: int = 0) -> "InternVLForConditionalGeneration":
+    """Return the model with random weights in fp32: a vision tower, a projector, and a Qwen2 language model."""
+    import torch
+    from transformers import AutoConfig, InternVLForConditionalGeneration
+
+    config = AutoConfig.for_model(
+        "internvl",
+        image_token_id=tokenizer.convert_tokens_to_ids(CONTEXT),
+        image_seq_length=IMAGE_TOKENS,
+        vision_config={
+            "image_size": [SIDE, SIDE],
+            "patch_size": [PATCH, PATCH],
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "layer_scale_init_value": 1.0,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+    )
+    torch.manual_seed(seed)
+    return InternVLForConditionalGeneration(config)
+
+
+def pretrain(
+    directory: Path,
+    digits: Digits,
+    seed: int = 0,
+    steps: int = STEPS,
+    advance: Callable[[str, int, int], None] = lambda *_: None,
+) -> Path:
+    """Train the model on random pictures of ``digits``, write it as an HF checkpoint, and return its directory.
+
+    The directory is built beside its place and renamed when it is whole; an interrupted training starts again.
+
+    Args:
+        directory: where the checkpoint goes.
+        digits: in as many variants as training shall see.
+        seed: of the weights and the pictures: the same seed and versions give the same model.
+        steps: optimiser steps.
+        advance: is told the loss, the steps done, and ``steps``.
+    """
+    import torch
+
+    processor = make_processor()
+    model = make_model(processor.tokenizer, seed)
+    conversations = Conversations(processor.tokenizer, digits, seed)
+    # What is in a cell is also asked of its token directly: it shows the vision tower early what matters, and saves
+    # most of the training. The layer that answers is not a part of the model.
+    probe = torch.nn.Linear(model.config.text_config.hidden_size, NO_DIGIT + 1 + NO_COLOUR + 1)
+    weights = [*model.parameters(), *probe.parameters()]
+    optimizer = torch.optim.AdamW(weights, LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP, 1.0) * max(1 - step / steps, 0.02)
+    )
+    model.train()
+    for step in range(steps):
+        inputs, pictures = conversations.batch(BATCH)
+        output = model(**inputs)
+        seen = probe(output.image_outputs.pooler_output).split([NO_DIGIT + 1, NO_COLOUR + 1], dim=-1)
+        loss = output.loss + sum(_error(part, labels) for part, labels in zip(seen, cell_labels(pictures), strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        advance(f"loss {output.loss.item():.3f}", step + 1, steps)
+
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.eval().save_pretrained(partial)
+    processor.save_pretrained(partial)
+    os.rename(partial, directory)
+    return directory
+
+
+def _error(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(logits.flatten(0, 1), labels.flatten())
