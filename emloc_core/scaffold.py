@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from emloc_core import deduce
+from emloc_core.config_arguments import large_sizes, make_config, not_tiny, plain
 from emloc_core.conformance import check_family
 from emloc_core.conformance.conditions import under_test
 from emloc_core.conformance.tiny import first_line
@@ -23,7 +24,7 @@ from emloc_core.observe import Observation, block_lists
 from emloc_core.plan import find_linears
 from emloc_core.plugins import plugin_manager
 from emloc_core.probe import Probe, probes
-from emloc_core.shrink import TINY_PARAMETERS, large_sizes, make_config, not_tiny, plain, shrink
+from emloc_core.shrink import TINY_PARAMETERS, shrink
 from emloc_core.skeleton import read_config
 
 
@@ -173,7 +174,7 @@ def _empty_family(config: Any) -> Family:
             f"{name!r} is an encoder-decoder; EMLoC tunes models that read and write one sequence.",
             "Choose a decoder, such as a causal language model.",
         )
-    has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config")
+    has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and getattr(config, "vision_config", None)
     if has_images:
         return Family(name, frozenset({name}), (), "AutoModelForImageTextToText", "image-text")
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:

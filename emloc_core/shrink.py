@@ -5,20 +5,17 @@ large, which is an error that lists them; a person then gives a small config by 
 """
 
 import re
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from transformers import AutoConfig
-
-from emloc_core.errors import EmlocError
+from emloc_core.config_arguments import needed, structure
 
 #: Beyond this many parameters a model is not tiny; up to it, a given config is taken as it is.
 TINY_PARAMETERS = 4_000_000
 HEADS, HEAD_DIM, WIDTH, VOCABULARY = 4, 16, 64, 128
 _PATCHES = 8  # a side
+_MOST_KINDS = 8  # of blocks
 _BLOCKS = r"num_hidden_layers|n_layers?|num_layers|depth"
 
 #: Name of a size -> what it becomes, if it is larger. The first pattern that matches counts.
@@ -48,8 +45,6 @@ _IMAGE_TOKENS = r"mm_tokens_per_image|image_seq_length|vision_soft_tokens_per_im
 #: Sizes of images, a number or a pair; and which vision blocks' outputs are used: the last, or it would be for nothing.
 _PIXELS = {"image_size": 2 * _PATCHES, "patch_size": 2, "vision_feature_layer": -1}
 _TOKEN_ID = re.compile(r".*_token_(id|ids|index)")
-#: What changes no module, as numbers with a fraction do not: the tiny config takes the class's own.
-_COSMETIC = re.compile(r"_.*|dtype|architectures|transformers_version|id2label|label2id|use_cache|problem_type")
 
 
 def shrink(config: Any) -> dict[str, Any]:
@@ -61,58 +56,7 @@ def shrink(config: Any) -> dict[str, Any]:
     Raises:
         EmlocError: transformers refuses the smaller config.
     """
-    return _needed(_Shrinking().section(_structure(config.to_dict())))
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """Return keyword arguments of ``AutoConfig.for_model`` for a model of the same sizes as that of ``config``.
-
-    What equals the default of the config class is left out, and so is what changes no module.
-    """
-    return _needed(_structure(config.to_dict()))
-
-
-def _needed(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    wanted = make_config(sizes).to_dict()
-    needed = {"model_type": sizes["model_type"], **sizes}
-    for path in _removable(sizes):
-        fewer = _without(needed, path)
-        with suppress(EmlocError):
-            if make_config(fewer).to_dict() == wanted:
-                needed = fewer
-    return needed
-
-
-def make_config(arguments: Mapping[str, Any]) -> Any:
-    """Return transformers' config of these arguments of ``AutoConfig.for_model``.
-
-    Raises:
-        EmlocError: transformers refuses them.
-    """
-    settings = dict(arguments)
-    model_type = settings.pop("model_type")
-    try:
-        return AutoConfig.for_model(model_type, **settings)
-    except Exception as error:  # whatever the config class's own checks raise
-        raise not_tiny(model_type, error) from error
-
-
-def large_sizes(content: Mapping[str, Any], at: str = "") -> Iterator[str]:
-    """Yield the whole numbers of a config above 512, as ``section.name=value``."""
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from large_sizes(value, f"{at}{name}.")
-        elif isinstance(value, int) and value > 512:
-            yield f"{at}{name}={value}"
-
-
-def not_tiny(model_type: str, error: Exception | str) -> EmlocError:
-    """Return the error for a config that could not be made tiny."""
-    reason = textwrap.shorten(str(error), 400).rstrip(".") or type(error).__name__
-    return EmlocError(
-        f"The config of this {model_type!r} cannot be shrunk to a tiny one: {reason}.",
-        "Make the smallest config.json that the model runs with (few blocks, narrow) and give that file instead.",
-    )
+    return needed(_Shrinking().section(structure(config.to_dict())))
 
 
 class _Shrinking:
@@ -122,7 +66,9 @@ class _Shrinking:
         self._ids: dict[int, int] = {}
 
     def section(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        small = {name: self._value(name, value, content) for name, value in content.items()}
+        small = {name: self._value(str(name), value, content) for name, value in content.items()}
+        if _is_by_index(content):
+            return small
         small = _few_blocks(content, small)
         if old := _patches(content.get("vision_config") or {}):
             for name in filter(re.compile(_IMAGE_TOKENS).fullmatch, small):
@@ -135,7 +81,7 @@ class _Shrinking:
         if name == "rope_parameters":
             return _sections(value)
         if isinstance(value, Mapping):
-            return self.section(value) if all(isinstance(key, str) for key in value) else value
+            return self.section(value)
         if isinstance(value, list | tuple) and (name in _PIXELS or _TOKEN_ID.fullmatch(name)):
             return [self._value(name, one, content) for one in value]
         if not isinstance(value, int) or isinstance(value, bool):
@@ -157,8 +103,18 @@ def _size(name: str, value: int, content: Mapping[str, Any]) -> int:
     if re.fullmatch(_KEY_VALUE_HEADS, name):
         heads = (content[other] for other in ("num_attention_heads", "n_head", "n_heads") if content.get(other))
         return HEADS if value >= next(heads, value) else min(value, HEADS // 2)
+    expand = content.get("mamba_expand", content.get("expand"))
+    if expand and (size := _state_space(name, int(expand) * WIDTH)):
+        return size
     sizes = (size for pattern, size in _SIZES.items() if re.fullmatch(pattern, name))
     return min(value, next(sizes, value))
+
+
+def _state_space(name: str, width: int) -> int | None:
+    """Return a size of a state-space layer of this width, whose heads share it out."""
+    heads = {r"(mamba_)?(n|num)_heads|n_mamba_heads": width // HEAD_DIM, r"mamba_d_head|mamba_headdim": HEAD_DIM}
+    known = {**heads, r"mamba_d_ssm": width}
+    return next((size for pattern, size in known.items() if re.fullmatch(pattern, name)), None)
 
 
 def _sections(rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,55 +142,39 @@ def _few_blocks(content: Mapping[str, Any], small: dict[str, Any]) -> dict[str, 
     count = content[counts[0]]
     lists = {name: value for name, value in content.items() if isinstance(value, list) and value}
     indices = {name for name, value in lists.items() if _are_indices(value, count)}
-    per_block = {name: value for name, value in lists.items() if len(value) == count and name not in indices}
-    first: dict[str, int] = {}
-    for index in range(count):
-        first.setdefault(repr([value[index] for value in per_block.values()]), index)
-    kept = sorted({*first.values(), *range(min(2, count))})[:8] if len(first) < 2 else sorted(first.values())[:8]
-    # Blocks that alternate by a period come in one whole period.
+    lists_by_block = {name for name, value in lists.items() if len(value) == count and name not in indices}
+    # What some blocks alone have, by their number.
+    settings = {name: {int(key): key for key in value} for name, value in content.items() if _is_by_index(value)}
+    kinds = [
+        [content[name][index] for name in lists_by_block]
+        + [content[name].get(keys.get(index)) for name, keys in settings.items()]
+        for index in range(count)
+    ]
     periods = [value for name, value in content.items() if name.endswith("_period") and isinstance(value, int)]
-    wanted = min(count, max([len(kept), *periods]))
-    kept = kept if wanted == len(kept) else list(range(wanted))
+    kept = _one_of_each(kinds, max(periods, default=0))
     small.update(dict.fromkeys(counts, len(kept)))
-    for name, value in lists.items():
-        if name in per_block:
-            small[name] = [value[index] for index in kept]
-        elif name in indices:
-            small[name] = list(range(len(kept))) if len(value) == count else [len(kept) - 1]
+    for name in indices:
+        small[name] = list(range(len(kept))) if len(lists[name]) == count else [len(kept) - 1]
+    for name in lists_by_block:
+        small[name] = [content[name][index] for index in kept]
+    for name, keys in settings.items():
+        small[name] = {str(new): small[name][keys[old]] for new, old in enumerate(kept) if old in keys}
     return small
+
+
+def _one_of_each(kinds: Sequence[Any], period: int) -> list[int]:
+    """Return where each kind of block stands first; a whole period of blocks that alternate by one; two at least."""
+    if period > 1:
+        return list(range(min(period, len(kinds))))
+    first = [index for index, kind in enumerate(kinds) if kind not in kinds[:index]]
+    return first[:_MOST_KINDS] if len(first) > 1 else list(range(min(2, len(kinds))))
+
+
+def _is_by_index(value: Any) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(str(key).isdigit() for key in value)
 
 
 def _are_indices(value: Sequence[Any], count: int) -> bool:
     """Say whether a list names blocks: whole numbers that rise, below the number of blocks."""
     whole = all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < count for item in value)
     return whole and all(before < after for before, after in pairwise(value))
-
-
-def _structure(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what changes no module."""
-    kept = {name: value for name, value in content.items() if not _is_cosmetic(str(name), value)}
-    return {name: _structure(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
-
-
-def _is_cosmetic(name: str, value: Any) -> bool:
-    if name == "rope_parameters":
-        return not (value and value.get("mrope_section"))
-    return bool(_COSMETIC.fullmatch(name)) or isinstance(value, float)
-
-
-def _removable(content: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the path of every entry, sections before what is in them."""
-    for name, value in content.items():
-        if (*at, name) != ("model_type",):
-            yield (*at, name)
-            if isinstance(value, Mapping):
-                yield from _removable(value, (*at, name))
-
-
-def _without(content: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    name, *rest = path
-    if not rest:
-        return {key: value for key, value in content.items() if key != name}
-    if name not in content:  # the section is gone
-        return dict(content)
-    return {**content, name: _without(content[name], tuple(rest))}
