@@ -8,7 +8,7 @@ so few of them are traced, at two depths, and the peak of every phase is extende
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -171,7 +171,7 @@ class MemoryModel:
         return self._need("inference on the base", self._extend(self._trace_inference, None))
 
     def _trace_inference(self, depths: Mapping[str, int]) -> Phases:
-        return trace_inference(self._cut(depths), self.towers, self._inputs)
+        return trace_inference(self._cut(depths), self.towers, self._inputs, self._apart)
 
     def tuning(self, plan: Plan | None = None) -> Need:
         """Return what a LoRA on the base needs, or on the emulator of a plan."""
@@ -195,6 +195,7 @@ class MemoryModel:
                 accumulating=train.accumulation > 1,
                 bf16=train.bf16,
                 fused_loss=self.workload.device == "cuda",
+                apart=self._apart,
             )
 
         return self._need(stage, self._extend(trace, plan))
@@ -206,6 +207,16 @@ class MemoryModel:
         overhead = IMPORTS[device] + RUNTIME[device][peak["adapter"] > 0]
         terms = {**peak, "optimiser": 2 * peak["adapter"], "overhead": overhead}
         return Need(stage, {term: terms[term] for term in TERMS if terms.get(term)}, phase)
+
+    @cached_property
+    def _apart(self) -> dict[str, int]:
+        """How many of the language model's first blocks are unlike the others: DeepStack adds to what they put out."""
+        added = max(len(self._deepstack(path)) for path in self.towers) if self.workload.images else 0
+        return {list(self.towers)[-1]: added} if added else {}
+
+    def _deepstack(self, path: str) -> Sequence[int]:
+        """Return which blocks of a tower give what DeepStack adds."""
+        return getattr(self.model.get_submodule(path.rpartition(".")[0]), "deepstack_visual_indexes", ())
 
     def _cut(self, depths: Mapping[str, int]) -> nn.Module:
         """Return a copy of the model with the first blocks of each tower alone."""
@@ -226,7 +237,8 @@ class MemoryModel:
         """
         whole = {path: len(list(self.model.get_submodule(path).children())) for path in self.towers}
         alike = {path: self._are_alike(path, plan) for path in self.towers}
-        few = {path: min(count, _TRACED) if alike[path] else count for path, count in whole.items()}
+        traced = {path: _TRACED + self._apart.get(path, 0) for path in self.towers}
+        few = {path: min(count, traced[path]) if alike[path] else count for path, count in whole.items()}
         phases = self._follow(trace, few)
         extended = {phase: Counter(peak) for phase, peak in phases.items()}
         for path, count in whole.items():
@@ -253,8 +265,6 @@ class MemoryModel:
     def _are_alike(self, path: str, plan: Plan | None) -> bool:
         ranks = {} if plan is None else plan.ranks
         kinds = getattr(self.config.get_text_config(), "layer_types", None) or []
-        # What some blocks put out is kept for the language model.
-        deepstack = getattr(self.model.get_submodule(path.rpartition(".")[0]), "deepstack_visual_indexes", ())
         blocks = dict(self.model.get_submodule(path).named_children())
         layouts = {
             tuple(
@@ -263,7 +273,7 @@ class MemoryModel:
             )
             for index, block in blocks.items()
         }
-        return len(layouts) == 1 and len(set(kinds)) < 2 and not deepstack
+        return len(layouts) == 1 and len(set(kinds)) < 2 and not self._deepstack(path)
 
     def _shape_inputs(self) -> dict[str, Any]:
         workload = self.workload

@@ -93,6 +93,7 @@ def trace_training(
     accumulating: bool,
     bf16: bool,
     fused_loss: bool,
+    apart: Mapping[str, int] | None = None,
 ) -> Phases:
     """Run forward, loss and backward of one training step, as stage 2 does it with TRL.
 
@@ -104,6 +105,8 @@ def trace_training(
         accumulating: whether the gradients of an earlier forward pass are there from the start.
         bf16: whether the forward runs under autocast to bfloat16.
         fused_loss: whether TRL's loss runs as one kernel a tile (a GPU with Triton), or as tensor operations.
+        apart: module path of a list of blocks -> how many of its first blocks are unlike the others, so that they are
+            phases of their own (DeepStack's additions to what they put out).
 
     Returns:
         The peaks of the phases: the towers' forward passes, the loss, and the backward passes of each tower's last
@@ -122,13 +125,14 @@ def trace_training(
         parameters = _without_contents(model, mode)
         with Ledger(_widths(base)) as ledger:
             _enter_parameters(ledger, parameters)
-            _follow_forward(ledger, base, towers)
+            _follow_forward(ledger, base, towers, apart or {})
             for name, parameter in base.named_parameters():
                 if parameter.requires_grad:
                     if accumulating:
                         parameter.grad = torch.zeros_like(parameter)
                         ledger.enter(parameter.grad, "gradients")
-                    parameter.register_post_accumulate_grad_hook(_follow_backward(ledger, name, towers, blocks))
+                    phase = _backward_phase(name, towers, blocks, apart or {})
+                    parameter.register_post_accumulate_grad_hook(_follow_backward(ledger, phase))
             given = fake_inputs(**inputs)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 output = model(**given, labels=given["input_ids"], fused_lm_head=True)
@@ -138,7 +142,9 @@ def trace_training(
     return ledger.phases
 
 
-def trace_inference(model: nn.Module, towers: Mapping[str, str], inputs: Mapping[str, Any]) -> Phases:
+def trace_inference(
+    model: nn.Module, towers: Mapping[str, str], inputs: Mapping[str, Any], apart: Mapping[str, int] | None = None
+) -> Phases:
     """Run the first forward pass of ``generate``: all the prompt's keys and values are kept, logits of one token.
 
     Arguments and result as of :func:`trace_training`; the model is an ordinary one on the meta device.
@@ -148,7 +154,7 @@ def trace_inference(model: nn.Module, towers: Mapping[str, str], inputs: Mapping
         parameters = _without_contents(model, mode)
         with Ledger(_widths(model)) as ledger:
             _enter_parameters(ledger, parameters)
-            _follow_forward(ledger, model, towers)
+            _follow_forward(ledger, model, towers, apart or {})
             config: Any = model.config
             cache = _EnteredCache(ledger, config.get_text_config())
             given = fake_inputs(**inputs)
@@ -307,7 +313,7 @@ def _enter_parameters(ledger: Ledger, parameters: Sequence[nn.Parameter]) -> Non
         ledger.enter(parameter, "adapter" if parameter.requires_grad else "weights")
 
 
-def _follow_forward(ledger: Ledger, model: nn.Module, towers: Mapping[str, str]) -> None:
+def _follow_forward(ledger: Ledger, model: Any, towers: Mapping[str, str], apart: Mapping[str, int]) -> None:
     """Name the phases of the forward pass: each tower's, and what follows the last block of the last one."""
 
     def reach(phase: str) -> Callable[..., None]:
@@ -318,20 +324,27 @@ def _follow_forward(ledger: Ledger, model: nn.Module, towers: Mapping[str, str])
         return hook
 
     for path, tower in towers.items():
-        model.get_submodule(path)[0].register_forward_pre_hook(reach(f"{tower} forward"))  # type: ignore[index]
-    model.get_submodule(list(towers)[-1])[-1].register_forward_hook(reach("logits and loss"))  # type: ignore[index]
+        blocks, first = model.get_submodule(path), apart.get(path, 0)
+        if first:
+            blocks[0].register_forward_pre_hook(reach(f"{tower} forward, first blocks"))
+        if first < len(blocks):
+            blocks[first].register_forward_pre_hook(reach(f"{tower} forward"))
+    model.get_submodule(list(towers)[-1])[-1].register_forward_hook(reach("logits and loss"))
 
 
-def _follow_backward(
-    ledger: Ledger, name: str, towers: Mapping[str, str], blocks: Mapping[str, int]
-) -> Callable[[torch.Tensor], None]:
-    """Return a hook for a LoRA's gradient: it says which block the backward pass has reached."""
-    phase = "backward"
+def _backward_phase(name: str, towers: Mapping[str, str], blocks: Mapping[str, int], apart: Mapping[str, int]) -> str:
+    """Return the phase that begins when the gradient of the parameter ``name`` is there."""
     for path, tower in towers.items():
         if name.startswith(f"{path}."):
-            index = int(name.removeprefix(f"{path}.").partition(".")[0])
-            place = "last block" if index == blocks[path] - 1 else "first block" if index == 0 else "blocks between"
-            phase = f"{tower} backward, {place}"
+            index, first = int(name.removeprefix(f"{path}.").partition(".")[0]), apart.get(path, 0)
+            last = index == blocks[path] - 1
+            place = "last block" if last else "blocks between" if index > first else "first blocks"
+            return f"{tower} backward, {place}"
+    return "backward"
+
+
+def _follow_backward(ledger: Ledger, phase: str) -> Callable[[torch.Tensor], None]:
+    """Return a hook for a LoRA's gradient: it says which block the backward pass has reached."""
 
     def hook(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
