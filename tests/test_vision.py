@@ -293,18 +293,19 @@ def test_every_way_to_make_an_emulator_takes_images(base, rows_file, emulator, t
 
 
 def test_an_interrupted_tuning_goes_on_to_the_same_adapter(emulator, adapter, rows_file, tmp_path, monkeypatch):
-    step = stage._Trainer.training_step
+    step, done = stage._Trainer.training_step, []
 
     def interrupted(self, *args, **kwargs):
-        if self.state.global_step == 4:
+        done.append(self.state.global_step)
+        if done == [0, 1, 2, 3, 4]:
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(stage._Trainer, "training_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(emulator, rows_file, tmp_path / "a", save_steps=3)
+    monkeypatch.setattr(stage._Trainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(emulator, rows_file, tmp_path / "a", save_steps=3)
     resumed = finetune(emulator, rows_file, tmp_path / "a", save_steps=3)
+    assert done[5:] == [3, 4, 5]
     one, other = (load_file(directory / "adapter_model.safetensors") for directory in (adapter, resumed))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
