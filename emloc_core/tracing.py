@@ -7,24 +7,16 @@ a kernel takes and gives back within one operation it does not see (``docs/memor
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from emloc_core.image_shape import ImageShape
+from emloc_core.fake import fake, fake_inputs, fused_tiles, without_contents
 
 #: Bytes by kind: weights, adapter, gradients, kv_cache, logits, activations (all else).
 Composition = Counter[str]
@@ -121,8 +113,8 @@ def trace_training(
         base.activation_checkpointing_enable()
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     blocks = {path: len(base.get_submodule(path)) for path in towers}
-    with _fake(inputs) as mode, _fused_tiles(fused_loss):
-        parameters = _without_contents(model, mode)
+    with fake(inputs) as mode, fused_tiles(fused_loss):
+        parameters = without_contents(model, mode)
         with Ledger(_widths(base)) as ledger:
             _enter_parameters(ledger, parameters)
             _follow_forward(ledger, base, towers, apart or {})
@@ -150,8 +142,8 @@ def trace_inference(
     Arguments and result as of :func:`trace_training`; the model is an ordinary one on the meta device.
     """
     model.eval()
-    with _fake(inputs) as mode, torch.no_grad():
-        parameters = _without_contents(model, mode)
+    with fake(inputs) as mode, torch.no_grad():
+        parameters = without_contents(model, mode)
         with Ledger(_widths(model)) as ledger:
             _enter_parameters(ledger, parameters)
             _follow_forward(ledger, model, towers, apart or {})
@@ -161,31 +153,6 @@ def trace_inference(
             given.setdefault("position_ids", torch.zeros_like(given["input_ids"]))  # generate counts them for every row
             model(**given, cache=cache, use_cache=True, logits_to_keep=1)
     return ledger.phases
-
-
-def fake_inputs(
-    rows: int, length: int, padded: bool, images: int = 0, image: ImageShape | None = None, image_token: int = 0
-) -> dict[str, torch.Tensor]:
-    """Return what a collator would give: token ids, a mask where rows are padded, pixels where there are images.
-
-    Args:
-        rows: of the batch.
-        length: tokens a row.
-        padded: whether rows are of unlike length, so that attention needs a mask.
-        images: images a row.
-        image: the shape of each.
-        image_token: the id of the tokens that images become.
-    """
-    ids = torch.zeros(rows, length, dtype=torch.int64)
-    inputs = {"attention_mask": torch.ones_like(ids)} if padded else {}
-    if image is not None:
-        first, *rest = image.pixels
-        inputs["pixel_values"] = torch.zeros(rows * images * first, *rest)
-        if image.grid:  # such models look up where the images are
-            ids = ((torch.arange(length) < images * image.tokens).long() * image_token).repeat(rows, 1)
-            inputs["image_grid_thw"] = torch.tensor([image.grid]).repeat(rows * images, 1)
-            inputs["position_ids"] = torch.zeros(3, rows, length, dtype=torch.int64)  # in time, height and width
-    return {"input_ids": ids, **inputs}
 
 
 class _EnteredCache(DynamicCache):
@@ -202,110 +169,12 @@ class _EnteredCache(DynamicCache):
         return keys, values
 
 
-class _WholeNumbers(FakeTensorMode):
-    """Tensors without contents, but whole numbers that are counted, or computed from such, have theirs.
-
-    For models that ask of an image's grid how many patches it has, or where its tokens are in a row. What needs much
-    memory, such as a mask of all pairs of tokens, has no contents either.
-    """
-
-    _LARGEST = 1 << 22  # elements
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        known = all(_is_known(tensor) for tensor in given)
-        if not known or not (given or func is torch.ops.aten.arange.default):
-            if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
-                args = (args[0], _without_masks(args[1]), *args[2:])
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        try:
-            made = super().__torch_dispatch__(func, types, args, kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            return func(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
-        if any(tensor.is_floating_point() or tensor.numel() > self._LARGEST for tensor in tensors):
-            return made
-        return func(*args, **kwargs)
-
-
-def _is_known(tensor: torch.Tensor) -> bool:
-    return not isinstance(tensor, FakeTensor) and not tensor.is_floating_point()
-
-
-def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Return indices with the numbers of the elements that a known mask picks in its place."""
-    found: list[torch.Tensor | None] = []
-    for index in indices:
-        if index is not None and index.dtype == torch.bool and _is_known(index):
-            found += index.nonzero().unbind(1)
-        else:
-            found.append(index)
-    return found
-
-
-def _experts(tokens: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
-    """Stand for transformers' product of every expert with its own tokens: as large a result, as much kept of it.
-
-    The kernel itself does not take fake tensors in fp32, though it takes real ones.
-    """
-    with torch.autocast("cpu", enabled=False):
-        return tokens.to(weight.dtype) @ weight[0]
-
-
-@contextmanager
-def _fake(inputs: Mapping[str, Any]) -> Iterator[FakeTensorMode]:
-    # Models check that there are as many image tokens as image features: there is nothing to check in fake ones.
-    unchecked = mock.patch("torch._check_tensor_all_with", return_value=None)
-    experts = mock.patch("transformers.integrations.moe._grouped_mm", _experts)
-    image = inputs.get("image")
-    kind = _WholeNumbers if image is not None and image.grid else FakeTensorMode
-    with unchecked, experts, kind(allow_non_fake_inputs=True) as mode:
-        yield mode
-
-
-@contextmanager
-def _fused_tiles(fused: bool) -> Iterator[None]:
-    """On a GPU a Triton kernel folds each tile of logits in place: there the tile itself is all that is allocated."""
-    if not fused:
-        yield
-        return
-    kernels = "trl.kernels.chunked_logprob"
-
-    def in_place(*_: Any, **__: Any) -> None:
-        return None
-
-    with (
-        mock.patch(f"{kernels}._forward_tile", in_place),
-        mock.patch(f"{kernels}._backward_tile", in_place),
-        mock.patch(f"{kernels}._addmm_fp32", in_place),
-    ):
-        yield
-
-
 def _widths(model: Any) -> list[int]:
     """Return the widths of logits: of the vocabulary, and of TRL's tiles of it."""
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as TILE
 
     vocabulary = model.config.get_text_config().vocab_size
     return [vocabulary, *([TILE, vocabulary % TILE] if vocabulary > TILE else [TILE])]
-
-
-def _without_contents(model: nn.Module, mode: FakeTensorMode) -> list[nn.Parameter]:
-    """Put fake tensors in the place of all parameters and buffers; return the parameters, each once."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in made:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                real = torch.empty(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else mode.from_tensor(buffer)
-                module._buffers[name] = real
-    return list(made.values())
 
 
 def _enter_parameters(ledger: Ledger, parameters: Sequence[nn.Parameter]) -> None:
