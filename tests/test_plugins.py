@@ -1,5 +1,7 @@
 """Plugins: found, isolated when they are broken, reported."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,6 +15,7 @@ from emloc_core import algorithms, plugins
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.factorize import factorize
+from emloc_core.family import Family, Tower
 from emloc_core.plugins import PluginManager, plugin_manager
 
 GOOD = """
@@ -315,6 +318,37 @@ def test_an_undocumented_argument_is_refused(generate):
     for hook in (emloc_new, emloc_given):
         with pytest.raises(ValueError, match=f"{hook.__name__}: describe"):
             generate.hook_section(hook.__name__, hook)
+
+
+DOCUMENTED = (Path(__file__).parent.parent / "docs" / "plugins.md").read_text()
+
+
+def test_the_plugins_of_the_documentation_work(entry, capsys):
+    manager = PluginManager()
+    examples = re.findall(r"```python\n(.*?)```", DOCUMENTED, re.DOTALL)
+    assert len(examples) == 2
+    manager.load([entry(source) for source in examples])
+    assert [report.error for report in manager.reports] == [None, None]
+    assert [family.name for family in manager.families()] == ["my_llama"]
+    shapes = [(32, 32), (64, 32)]
+    (rank, other) = manager.algorithm("rank_allocators", "thrifty")(shapes, 0.5)
+    assert rank == other == int(0.5 * (32 * 32 + 64 * 32) / (64 + 96))
+    manager.notify("emloc_block_done", **BLOCK, index=0)
+    assert capsys.readouterr().out == "model.layers.0 is done, 1 of 2\n"
+
+
+def test_every_check_and_every_field_is_documented():
+    from emloc_core.conformance.checks import EACH, WHOLE
+
+    rows = re.findall(r"^\| `([\w-]+)` \| \S", DOCUMENTED, re.MULTILINE)
+    fields = [field.name for declared in (Family, Tower) for field in dataclasses.fields(declared)]
+    assert sorted(rows) == sorted([*fields, *(check.name for check in (*WHOLE, *EACH))])
+
+
+def test_a_plugin_of_an_older_version_is_told_what_changed(entry):
+    manager = PluginManager()
+    manager.load([entry(GOOD.replace("towers=", "tiny_config={}, towers="))])
+    assert manager.reports[0].error in DOCUMENTED
 
 
 @pytest.mark.parametrize("command", [["--help"], ["families"], ["compress", "--help"], ["run", "--help"]])
