@@ -85,6 +85,7 @@ def test_logits_with_images_are_the_source_s(models, case):
     _, reference, native = models(case)
     model, report = AutoModelForImageTextToText.from_pretrained(native, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert model.config.tie_word_embeddings == CASES[case]["llm_config"].get("tie_word_embeddings", False)
     token = model.config.image_token_id
     tiles = round((4 * CASES[case]["downsample_ratio"]) ** 2)
     ids = torch.randint(3, 100, (1, 20 + 2 * tiles), generator=torch.Generator().manual_seed(1))
@@ -176,6 +177,9 @@ def test_a_text_model_of_internlm2_becomes_a_llama(tmp_path, bias):
     native = Import(Checkpoint(source), tmp_path / "native").run()
     model, report = AutoModelForCausalLM.from_pretrained(native, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert "auto_map" not in "".join(path.read_text() for path in native.glob("*.json"))
+    end = [text for text, _, _ in sentencepiece_pieces()].index("[UNUSED_2]")
+    assert AutoTokenizer.from_pretrained(native).convert_tokens_to_ids("<|im_end|>") == end
     ids = torch.randint(3, 300, (2, 9))
     with torch.no_grad():
         expected = reference(reference.get_input_embeddings()(ids))
