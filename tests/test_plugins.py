@@ -351,7 +351,9 @@ def test_a_plugin_of_an_older_version_is_told_what_changed(entry):
     assert manager.reports[0].error in DOCUMENTED
 
 
-@pytest.mark.parametrize("command", [["--help"], ["families"], ["compress", "--help"], ["run", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["families"], ["families", "new", "--help"], ["compress", "--help"], ["run", "--help"]]
+)
 def test_help_and_listing_import_no_torch(command):
     code = (
         "import sys; sys.argv = ['emloc', *sys.argv[1:]]\n"
