@@ -312,9 +312,10 @@ def test_check_family_gives_a_result_a_check_and_config_and_reports_each():
 
 
 def test_an_uninstalled_family_is_checked_and_forgotten(tmp_path):
-    family = with_groups(["mlp.down_proj"])
+    family, threads = with_groups(["mlp.down_proj"]), torch.get_num_threads()
     assert not CHECKS["linears"].on(subject_of(family, tmp_path)).passed
     assert plugin_manager().family_for({"model_type": "llama"}) is LLAMA
+    assert torch.get_num_threads() == threads
 
 
 @pytest.fixture
