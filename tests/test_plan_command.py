@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from transformers import AutoTokenizer
+from emloc_qwen import QWEN_VL
+from transformers import AutoConfig, AutoTokenizer
 
 from emloc_core.calibration import tokenize
 from emloc_core.cli import cli
@@ -49,6 +50,21 @@ def test_without_a_budget_it_is_inference(tiny_model: Path) -> None:
     assert isinstance(result.exception, EmlocError)  # a tiny model's tuning never fits: it is all logits
     assert content["advice"]
     assert not content["fits"]
+
+
+def test_images_of_any_size(tmp_path: Path) -> None:
+    settings = dict(QWEN_VL.tiny_configs[-1])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings, dtype="float32")
+    config.save_pretrained(tmp_path)
+    options = ("--length", 64, "--batch-size", 2, "--memory", "4GiB", "--ratio", 0.5)
+    shown = run("plan", tmp_path, *options, "--image-size", "24x16").stdout
+    assert "1 image(s) of 24x16 pixels and 24 tokens a row among them" in shown
+    assert "parameters of model.visual.deepstack_merger_list.* stay dense: small" in shown
+    found = plan(tmp_path, *options, "--image-size", "24x16")
+    assert found["workload"]["image"] == {"height": 16, "width": 24, "tokens": 24}
+    assert {kept["pattern"] for kept in found["kept_dense"]} == QWEN_VL.keep_dense.keys()
+    assert "is no size of an image" in refused("plan", tmp_path, *options, "--image-size", "24")
+    assert "leave no text" in refused("plan", tmp_path, *options)  # 448 x 448 pixels are more tokens than a row has
 
 
 def test_a_table_for_a_person(tiny_model: Path) -> None:
