@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -143,18 +142,15 @@ class Observation:
             yield
 
     def _find_interleaved(self, lists: Sequence[str]) -> dict[str, str]:
-        """Of lists whose members take turns, the one with most parameters is the stack."""
-        runs = [
-            path for path, _ in groupby(owner for name in self._order for owner in lists if self._is_block(name, owner))
-        ]
+        """Of lists that run while another one has begun and not ended, the one with most parameters is the stack."""
         sizes = {path: sum(p.numel() for p in self.model.get_submodule(path).parameters()) for path in lists}
+        runs = {path: [at for at, name in enumerate(self._order) if self._is_block(name, path)] for path in lists}
         found = {}
         for path in lists:
-            first, last = runs.index(path), len(runs) - 1 - runs[::-1].index(path)
-            between = set(runs[first:last]) - {path}
-            larger = [other for other in between if sizes[other] > sizes[path]]
-            if larger:
-                found[path] = max(larger, key=lambda other: sizes[other])
+            around = [other for other in lists if sizes[other] > sizes[path]
+                      and runs[other][0] < runs[path][-1] and runs[path][0] < runs[other][-1]]  # fmt: skip
+            if around:
+                found[path] = max(around, key=lambda other: sizes[other])
         return found
 
     def _stack(self, path: str) -> Stack:

@@ -147,14 +147,17 @@ def _few_blocks(content: Mapping[str, Any], small: dict[str, Any]) -> dict[str, 
     settings = {name: {int(key): key for key in value} for name, value in content.items() if _is_by_index(value)}
     kinds = [
         [content[name][index] for name in lists_by_block]
+        + [index in lists[name] for name in indices]
         + [content[name].get(keys.get(index)) for name, keys in settings.items()]
         for index in range(count)
     ]
     periods = [value for name, value in content.items() if name.endswith("_period") and isinstance(value, int)]
     kept = _one_of_each(kinds, max(periods, default=0))
+    if indices and kept[-1] + 1 < count:  # what is done behind the blocks of a list is done in between blocks
+        kept.append(kept[-1] + 1)
     small.update(dict.fromkeys(counts, len(kept)))
     for name in indices:
-        small[name] = list(range(len(kept))) if len(lists[name]) == count else [len(kept) - 1]
+        small[name] = [new for new, old in enumerate(kept) if old in lists[name]]
     for name in lists_by_block:
         small[name] = [content[name][index] for index in kept]
     for name, keys in settings.items():

@@ -25,6 +25,13 @@ from emloc_core.shrink import shrink
 #: Architectures whose draft has to be accepted without an edit.
 TEXT = ("gemma3_text", "phi3", "mistral", "gpt_neox", "olmo2")
 IMAGES = ("gemma3", "llava")
+#: What a config.json of Qwen3-VL says beyond the defaults.
+QWEN3_VL = {
+    "text_config": {
+        "eos_token_id": 151645,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+    }
+}
 #: Lines of a declaration at most, where there is one tower.
 MOST_LINES = 40
 
@@ -110,6 +117,13 @@ def test_a_model_inside_is_taken_from_the_family_that_declares_it(save):
     assert "model.multi_modal_projector.*" in draft.family.keep_dense
 
 
+def test_mergers_between_the_blocks_of_a_tower_are_no_tower(save):
+    draft = scaffold(save("qwen3_vl", **QWEN3_VL))
+    assert [tower.blocks for tower in draft.family.towers] == ["model.visual.blocks", "model.language_model.layers"]
+    assert "in between" in draft.family.keep_dense["model.visual.deepstack_merger_list.*"]
+    assert [result.check for result in check_family(declared(draft)) if not result.passed] == []
+
+
 def test_experts_stay_dense_and_get_no_lora(save):
     """PEFT takes the names of MLPs for those of experts, in some model types."""
     draft = scaffold(save("deepseek_v3"))
@@ -181,9 +195,16 @@ def test_shrinking_keeps_heads_dividing_and_a_block_of_each_kind():
     small = shrink(config)
     assert small["num_attention_heads"] % small["num_key_value_heads"] == 0
     assert small["num_key_value_heads"] < small["num_attention_heads"]
-    single = AutoConfig.for_model("llama", num_attention_heads=32, num_key_value_heads=1)
-    assert shrink(single)["num_key_value_heads"] == 1
+    one = AutoConfig.for_model("llama", num_attention_heads=32, num_key_value_heads=1)
+    assert shrink(one)["num_key_value_heads"] == 1
     assert "num_key_value_heads" not in shrink(AutoConfig.for_model("llama", num_attention_heads=32))
+    vision = {"depth": 8, "fullatt_block_indexes": [3, 7]}
+    small = shrink(AutoConfig.for_model("qwen2_5_vl", vision_config=vision))["vision_config"]
+    assert (small["depth"], small["fullatt_block_indexes"]) == (3, [1])  # one without, one with, one behind it
+    wide = {"05": {"head_dim": 512}, "11": {"head_dim": 512}}
+    kinds = [*kinds, *kinds]
+    single = shrink(AutoConfig.for_model("gemma4_text", num_hidden_layers=12, layer_types=kinds, per_layer_config=wide))
+    assert single["num_hidden_layers"] == 2
     hybrid = shrink(AutoConfig.for_model("jamba", num_hidden_layers=32))
     assert hybrid["num_hidden_layers"] == 8  # a whole period
 
