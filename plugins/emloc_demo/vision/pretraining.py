@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-STEPS, BATCH = 2000, 32
+STEPS, BATCH = 1200, 32
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 100, 0.05
 
 
