@@ -99,6 +99,7 @@ def commands(stages, tiny_model, rows_file, tmp_path):
         ("merge", stages / "corrected", *base, *dry),
         ("eval", "--new-task", "completion_nll", *rows, "-o", task),
         ("eval", task, *base, "--emulator", stages / "emulator", *dry),
+        *(("families", name, "--help") for name in ("check", "scaffold")),
         *((name, "--help") for name in cli.list_commands(None)),
     ]
 
