@@ -109,16 +109,16 @@ def _with_images(data: Path, prompt: str, answer: str, system: str) -> tuple[str
 
     table = read_table(data)
     column = "images" if "images" in table.column_names else "image"
-    turns = table.features[prompt.partition("[")[0]].feature
-    if not isinstance(turns["content"], Value):  # parts; Arrow gives those of images a text, None
-        text = "{} | map(attribute='text') | map('default', '{}', true) | join"
-        prompt, answer = text.format(prompt, PLACEHOLDER), f"({text.format(answer, '')})"
-        if system:
-            start = system.partition(".")[0]
-            system = f"({text.format(f'{start}.content', '')}) if {start}.role == 'system' else ''"
-        return column, prompt, answer, system
-    shown = f"(({column} or []) | length)" if column == "images" else f"(1 if {column} else 0)"
-    return column, f"'{PLACEHOLDER}' * {shown} ~ {prompt}", answer, system
+    placed = f"'{PLACEHOLDER}' * {f'(({column} or []) | length)' if column == 'images' else f'(1 if {column} else 0)'}"
+    if isinstance(table.features[prompt.partition("[")[0]].feature["content"], Value):  # strings, all of them
+        return column, f"{placed} ~ {prompt}", answer, system
+    parts = "{0} is string else {0} | map(attribute='text') | map('default', '{1}', true) | join"
+    if system:
+        start = system.partition(".")[0]
+        text = parts.format(f"{start}.content", "")
+        system = f"({start}.content if {text}) if {start}.role == 'system' else ''"
+    prompt = f"{placed} ~ {prompt} if {parts.format(prompt, PLACEHOLDER)}"
+    return column, prompt, f"({answer} if {parts.format(answer, '')})", system
 
 
 def _columns(data: Path) -> set[str]:

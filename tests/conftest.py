@@ -9,7 +9,6 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -46,7 +45,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def tiny_tokenizer(vocab_size: int = 128, **settings: Any) -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A BPE tokenizer of at most 128 tokens with a chat template: bos 1, eos 2, pad 0, as in the tiny config."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
@@ -55,11 +54,11 @@ def tiny_tokenizer(vocab_size: int = 128, **settings: Any) -> PreTrainedTokenize
     special = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", "<system>"]
     alphabet = list("abcdefghijklmnopqrstuvwxyz0123456789.,:?!")
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=128, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator([row["prompt"] + row["completion"] for row in example_rows()], trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", **settings
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -77,14 +76,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
-
-
-@pytest.fixture(scope="session")
-def tiny_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved tiny InternVL with its processor: fp32, seeded random weights."""
-    from pictures import save_tiny_internvl
-
-    return save_tiny_internvl(tmp_path_factory.mktemp("models") / "tiny-internvl")
 
 
 @pytest.fixture(scope="session")
