@@ -210,9 +210,12 @@ class MemoryModel:
 
     @cached_property
     def _apart(self) -> dict[str, int]:
-        """How many of the language model's first blocks are unlike the others: DeepStack adds to what they put out."""
+        """How many of the language model's first blocks are unlike the others: DeepStack adds to what they put out.
+
+        The block behind the last of these counts too: while it runs, what was added to is still there.
+        """
         added = max(len(self._deepstack(path)) for path in self.towers) if self.workload.images else 0
-        return {list(self.towers)[-1]: added} if added else {}
+        return {list(self.towers)[-1]: added + 1} if added else {}
 
     def _deepstack(self, path: str) -> Sequence[int]:
         """Return which blocks of a tower give what DeepStack adds."""
