@@ -85,6 +85,16 @@ def emloc_commands() -> "Sequence[click.Command]":  # type: ignore[empty-body]
 
 
 @hookspec
+def emloc_registry() -> "Sequence[Path]":  # type: ignore[empty-body]
+    """Bring entries of the registry: models that are planned and converted by name. Asked when entries are needed.
+
+    Returns:
+        Paths of entries, TOML files as ``emloc_core.registry.Entry`` describes them, or of directories of them. Ids are
+        unique among all plugins.
+    """
+
+
+@hookspec
 def emloc_block_done(stage: str, path: str, index: int, total: int) -> None:
     """Observe that a stage has finished with a block.
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 import click
@@ -230,7 +231,7 @@ class PluginManager(pluggy.PluginManager):
             try:
                 offered.update(self._algorithms_of(plugin, hook, offered))
             except Exception as error:
-                self._set_aside(owner, error)
+                self.set_aside(owner, error)
         if name not in offered:
             known = sorted(offered)
             raise EmlocError(
@@ -260,9 +261,20 @@ class PluginManager(pluggy.PluginManager):
             try:
                 self._call(plugin, hook, **arguments)
             except Exception as error:
-                self._set_aside(owner, error)
+                self.set_aside(owner, error)
 
-    def _set_aside(self, name: str, error: Exception) -> None:
+    def registries(self) -> Iterator[tuple[str, list[Path]]]:
+        """Yield every plugin that brings entries of the registry by name, with the paths of its entries."""
+        for owner, plugin in self.list_name_plugin():
+            try:
+                paths = [Path(path) for found in self._call(plugin, "emloc_registry") for path in found]
+            except Exception as error:
+                self.set_aside(owner, error)
+                continue
+            if paths:
+                yield owner, paths
+
+    def set_aside(self, name: str, error: Exception) -> None:
         """Put what a loaded plugin does wrong into its report, and say so on stderr, once a plugin."""
         reports = {report.name: report for report in self.reports}
         broken = _broken(reports.get(name, PluginReport(name, "unknown")), error)
