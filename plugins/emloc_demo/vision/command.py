@@ -21,7 +21,7 @@ from emloc_demo.command import copy_recipe, run
 def command(output: Path, prepare_only: bool) -> None:
     """Train a small InternVL to read handwritten digits, then adapt it by EMLoC to put them in order.
 
-    Needs no network and no GPU, and about twenty minutes on two cores. What is there already is not made again, so an
+    Needs no network and no GPU, and some minutes on two cores. What is there already is not made again, so an
     interrupted demo goes on where it stopped; the base model's training alone starts again.
     """
     run(prepare(output), explain, prepare_only=prepare_only)
@@ -69,5 +69,6 @@ def explain(results: dict[str, Any]) -> str:
         f"whose digits it has seen. Asked for the smallest first, which it never was before, it answers "
         f"{right('base')} rightly. A LoRA was tuned for that on an emulator of {share:.0%} of the model's bytes, and "
         f"then carried over: {right('base+corrected')}. The same LoRA, tuned on the model itself, answers "
-        f"{right('full_lora')}. {corrected}"
+        f"{right('full_lora')}. {corrected} Asked the old question, the adapted model still answers "
+        f"{right('base+corrected', 'read')} rightly: it was tuned on the new one alone."
     )
