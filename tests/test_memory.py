@@ -281,7 +281,9 @@ def test_few_blocks_extended_equal_all_blocks(
     if family.modality == "image-text":
         depth = "num_hidden_layers" if family is INTERNVL else "depth"
         text, vision = settings["text_config"], {**settings["vision_config"], depth: 5}
-        deep = {**settings, "text_config": {**text, "num_hidden_layers": 6}, "vision_config": vision}
+        # As in real models, the cache of a block is smaller than its hidden states, or it would hide these.
+        text = {**text, "num_hidden_layers": 9, "num_key_value_heads": 1}
+        deep = {**settings, "text_config": text, "vision_config": vision}
         if "fullatt_block_indexes" in vision:
             vision["fullatt_block_indexes"] = [4]
     file = write_config(tmp_path / "deep", family, "bfloat16", **deep)
@@ -395,6 +397,24 @@ def test_stages_that_stream_are_below_the_whole(tmp_path: Path) -> None:
     plan = model.plan(0.5)
     for need in (streamed.compress(model, plan), streamed.correct(model, plan), streamed.merge(model)):
         assert need.terms["weights"] < model.parameters() * 4 / 8
+
+
+def test_a_config_with_the_fields_of_the_language_model_outside_its_section(tmp_path: Path) -> None:
+    """As Qwen2.5-VL was published."""
+    whole = read_json(write_config(tmp_path / "now", QWEN_VL, **QWEN_VL.tiny_configs[1]))
+    text = whole.pop("text_config")
+    flat = {**text, **whole, "vision_config": {**whole["vision_config"], "model_type": "qwen2_5_vl"}}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    found = MemoryModel(tmp_path / "config.json", workload())
+    assert found.parameters() == MemoryModel(tmp_path / "now" / "config.json", workload()).parameters()
+    del flat["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    with pytest.raises(EmlocError, match=r"has no text_config\.hidden_size"):
+        MemoryModel(tmp_path / "config.json", workload())
+    del flat["vision_config"]
+    (tmp_path / "config.json").write_text(json.dumps({**flat, "hidden_size": 32}))
+    with pytest.raises(EmlocError, match="has no vision_config"):
+        MemoryModel(tmp_path / "config.json", workload())
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "num_hidden_layers"])
