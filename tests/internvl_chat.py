@@ -1,12 +1,11 @@
 """Models in the layouts that InternVL and InternLM2 are published in, written anew in plain torch, and their files."""
 
-import itertools
 import json
-import struct
 
 import torch
 from conftest import tiny_tokenizer
 from safetensors.torch import save_file
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, TrainerSpec
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -353,36 +352,11 @@ def sentencepiece_pieces():
     return [*pieces, ("[UNUSED_1]", 0.0, 4), ("[UNUSED_2]", 0.0, 4), ("[UNUSED_3]", 0.0, 4)]
 
 
-def sentencepiece_model(pieces, *, kind=2, dummy_prefix=False):
-    """The bytes of a SentencePiece model: a protocol buffer."""
-
-    def number(value):
-        low, rest = value & 127, value >> 7
-        return bytes([low]) if not rest else bytes([low | 128]) + number(rest)
-
-    def message(field, content):
-        return number(field << 3 | 2) + number(len(content)) + content
-
-    parts = []
-    for text, score, piece_kind in pieces:
-        content = message(1, text.encode()) + number(2 << 3 | 5) + struct.pack("<f", score)
-        parts.append(message(1, content + number(3 << 3) + number(piece_kind)))
-    trainer = number(3 << 3) + number(kind) + number(35 << 3) + number(1)
-    normalizer = message(1, b"identity") + number(3 << 3) + number(dummy_prefix) + number(4 << 3) + number(0)
-    return b"".join(parts) + message(2, trainer) + message(3, normalizer)
-
-
-def reference_pieces(text, pieces):
-    """What SentencePiece makes of a text: of all neighbours whose union is a piece, the best are merged first."""
-    scores = {piece: score for piece, score, kind in pieces if kind == 1}
-    parts = list(text.replace(" ", "▁"))
-    while True:
-        unions = [(scores.get(a + b, -torch.inf), -at) for at, (a, b) in enumerate(itertools.pairwise(parts))]
-        score, at = max(unions, default=(-torch.inf, 0))
-        if score == -torch.inf:
-            break
-        parts[-at : -at + 2] = ["".join(parts[-at : -at + 2])]
-    found = []
-    for part in parts:
-        found += [part] if part in scores else [f"<0x{byte:02X}>" for byte in part.encode()]
-    return found
+def sentencepiece_model(pieces, *, kind=TrainerSpec.BPE, dummy_prefix=False):
+    """The bytes of a SentencePiece model of these pieces."""
+    model = ModelProto(
+        pieces=[ModelProto.SentencePiece(piece=text, score=score, type=type_) for text, score, type_ in pieces],
+        trainer_spec=TrainerSpec(model_type=kind, byte_fallback=True),
+        normalizer_spec=NormalizerSpec(name="identity", add_dummy_prefix=dummy_prefix, remove_extra_whitespaces=False),
+    )
+    return model.SerializeToString()
