@@ -1,0 +1,118 @@
+"""What an engine is: it starts a job's worker somewhere, and says how it ended. The driver decides everything else.
+
+Every engine runs the same command, ``python -m emloc_core.zoo.worker JOB.json``, with :func:`environment`; the outputs
+and ``result.json``, a JSON :class:`Outcome`, appear beside ``JOB.json``.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from emloc_core.zoo.job import Job
+
+Cause = Literal[
+    "out of memory", "input/output", "bad input", "time limit", "disk", "crash", "lost worker", "interrupted"
+]
+CAUSES: tuple[str, ...] = get_args(Cause)
+JOBS, LOGS, JOB, OUTCOME = "jobs", "logs", "job.json", "result.json"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job needs, by the plan; None where the plan could not tell.
+
+    Attributes:
+        memory: the largest stage's peak, in bytes.
+        disk: what the job writes, in bytes.
+        base: the model's weights, in bytes.
+        emulator: the emulator's weights, in bytes.
+        reason: why something is unknown.
+    """
+
+    memory: int | None = None
+    disk: int | None = None
+    base: int | None = None
+    emulator: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job that is to be started: as it is this time (smaller than asked for, perhaps), and what it needs."""
+
+    job: Job
+    attempt: int
+    needs: Needs
+
+    def directory(self, zoo: Path) -> Path:
+        """Return where the outputs go."""
+        return zoo / JOBS / self.job.name
+
+    @property
+    def log(self) -> str:
+        """The log's path in the zoo."""
+        return f"{LOGS}/{self.job.name}.{self.attempt}.log"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended.
+
+    Attributes:
+        cause: of a failure; None is success.
+        message: what happened and where, for a person.
+        stage: the output that was being made, where known: ``emulator``, ``adapter``, ...
+        result: of a success; see :func:`emloc_core.zoo.result.collect`.
+        host: where it ran.
+    """
+
+    cause: Cause | None
+    message: str = ""
+    stage: str = ""
+    result: dict[str, Any] = field(default_factory=dict)
+    host: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return asdict(self)
+
+
+class Handle(Protocol):
+    """A task that was started. Engines have their own."""
+
+    @property
+    def task(self) -> Task:
+        """What was started."""
+
+
+class Engine(Protocol):
+    """Starts workers. Each method returns at once."""
+
+    def slots(self, task: Task) -> int:
+        """Return how many more tasks like this one can be started now; 0 for wait.
+
+        Raises:
+            EmlocError: it will never fit, and why.
+        """
+
+    def start(self, task: Task, directory: Path) -> Any:
+        """Start a worker, with outputs, job file, and log in the zoo's ``directory``; return its handle."""
+
+    def poll(self, handle: Any) -> Outcome | None:
+        """Return how it ended, or None while it runs."""
+
+    def stop(self, handle: Any) -> None:
+        """End the worker and all that it started; :meth:`poll` is not called again."""
+
+    def close(self) -> None:
+        """End all workers, and give back what the engine holds."""
+
+
+def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return a worker's environment: as many threads as the job says, and no network where it is offline."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(job.threads))
+    quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false"}
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "1") if job.offline else {}
+    return {**base, **quiet, **threads, **offline}

@@ -1,0 +1,142 @@
+"""A job: one model and everything that is done to it. The same as a recipe, with a name and a fingerprint."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from emloc_core.errors import EmlocError
+from emloc_core.pipeline import Stage, stages
+from emloc_core.recipe import DataSection, EvalSection, ModelSection, Recipe
+from emloc_core.settings import CompressSettings, CorrectSettings, Settings
+from emloc_core.training import TrainSettings
+
+#: Raised when a new version of the toolkit gives other bytes for the same inputs: then jobs are done anew.
+BYTES = 1
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+
+
+class Job(Settings):
+    """What is done to one model; frozen, and JSON both ways (``model_dump_json``, ``model_validate_json``).
+
+    Without ``train`` the job ends with the emulator. Otherwise it goes on with training, correction and, where they are
+    given, ``merge`` and ``eval``.
+    """
+
+    name: str = Field(pattern=f"^{_NAME}$", description="Of its directory in the zoo.")
+    model: str = Field(description="Absolute path of a directory, or a hub id, with @revision where that is known.")
+    data: str | None = Field(None, description="Absolute path of a file of rows, or a data set of the hub.")
+    split: str = Field("train", description="Of a data set of the hub.")
+    compress: CompressSettings = CompressSettings()
+    train: TrainSettings | None = None
+    correct: CorrectSettings = CorrectSettings()
+    merge: bool = False
+    eval: EvalSection | None = None
+    threads: int = Field(1, ge=1, description="Threads of the worker: pinned, since they decide the last bits.")
+    offline: bool = Field(False, description="Never fetch anything from the hub.")
+    trivial: float | None = Field(None, ge=0, description="Do nothing for so many seconds: to measure the driver.")
+
+    @model_validator(mode="after")
+    def _is_a_recipe(self) -> Self:
+        self.recipe(Path())
+        return self
+
+    def recipe(self, directory: Path) -> Recipe:
+        """Return the job as a recipe whose outputs are in ``directory``."""
+        return Recipe(
+            output=str(directory),
+            model=ModelSection(base=self.model),
+            data=DataSection(train=self.data or "", split=self.split),
+            compress=self.compress,
+            # A job that ends with the emulator corrects nothing, so that it may hold out no selection rows.
+            correct=self.correct if self.train else CorrectSettings(clamp="none"),
+            **{"train": self.train} if self.train else {},
+            merge=self.merge,
+            eval=self.eval,
+        )
+
+    def stages(self, directory: Path) -> list[Stage]:
+        """Return the commands that do the job, in order, with their outputs in ``directory``."""
+        return stages(self.recipe(directory))[: None if self.train else 1]
+
+    def fingerprint(self, cache_dir: Path) -> str:
+        """Return the SHA-256 over all that decides the outputs: contents of model and data, settings, threads.
+
+        Hashes of large files are kept in ``cache_dir``. What is on the hub counts by its id and revision, and what
+        cannot be read by its path: the worker will say what is wrong with it. Imports torch where there is a model.
+        """
+        content = self.model_dump(exclude={"offline"} if self.trivial is not None else {"name", "offline"})
+        content["bytes"] = BYTES
+        if Path(self.model).is_dir():
+            content["model"] = _model_fingerprint(self.model, cache_dir)
+        if self.data and Path(self.data).is_file():
+            from emloc_core.checkpoint import hash_files
+
+            content["data"] = hash_files([Path(self.data)], cache_dir)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def smaller(self, stage: str) -> "Job | None":
+        """Return the job with less memory for ``stage`` (an output's name), or None where it cannot be made smaller.
+
+        ``emulator``: half of the calibration rows. Training: half of the batch, and twice as many batches a step.
+        ``evaluation``: half of the batch. Correcting and merging have nothing to give.
+        """
+        if stage == "emulator" and self.compress.samples > 1:
+            compress = self.compress.model_copy(update={"samples": self.compress.samples // 2})
+            return self.model_copy(update={"compress": compress})
+        if stage in ("adapter", "full_lora") and self.train and self.train.batch_size > 1:
+            halved = {"batch_size": self.train.batch_size // 2, "accumulation": self.train.accumulation * 2}
+            return self.model_copy(update={"train": self.train.model_copy(update=halved)})
+        if stage == "evaluation" and self.eval and self.eval.batch_size > 1:
+            evaluation = self.eval.model_copy(update={"batch_size": self.eval.batch_size // 2})
+            return self.model_copy(update={"eval": evaluation})
+        return None
+
+
+def _model_fingerprint(model: str, cache_dir: Path) -> str:
+    from emloc_core.checkpoint import Checkpoint, hash_files
+
+    try:
+        checkpoint = Checkpoint(model)
+        # The tokenizer decides what the rows become.
+        side = [path for path in checkpoint.side_files() if path.suffix != ".md" and "LICENSE" not in path.name]
+        return f"{checkpoint.fingerprint(cache_dir)} {hash_files(side, cache_dir)}"
+    except (EmlocError, OSError) as error:
+        return f"{model}: {error}"
+
+
+def slug(text: str) -> str:
+    """Return a name for a directory: the last part of a path or id, with what is no letter or digit replaced."""
+    last = [part for part in re.split(r"[/\\]", text.partition("@")[0]) if part.strip(".")][-1:]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "".join(last)).lstrip("._-")[:90] or "model"
+
+
+def unique(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs with names of their own: the second of a name gets ``-2``, and so on, in order."""
+    taken: set[str] = set()
+    found = []
+    for job in jobs:
+        name, number = job.name, 1
+        while name.lower() in taken:  # some file systems do not tell cases apart
+            number += 1
+            name = f"{job.name}-{number}"
+        taken.add(name.lower())
+        found.append(job.model_copy(update={"name": name}))
+    return found
+
+
+def describe_change(before: Job, after: Job) -> str:
+    """Say how a job was made smaller: ``compress.samples 64 -> 32``."""
+    old, new = _flat(before.model_dump()), _flat(after.model_dump())
+    return ", ".join(f"{key} {old[key]} -> {new[key]}" for key in old if old[key] != new.get(key))
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return found

@@ -1,0 +1,82 @@
+"""One driver a zoo: whoever holds ``zoo.lock``.
+
+The workers of this machine inherit it, so that a driver that follows one that was killed waits until they are gone.
+"""
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from emloc_core.errors import EmlocError
+
+LOCK = "zoo.lock"
+_PATIENCE = 10.0  # seconds in which the workers of a driver that was killed must have ended
+
+
+@contextmanager
+def driving(directory: Path) -> Iterator[int]:
+    """Hold the lock of a zoo; yields its file descriptor, for workers to inherit.
+
+    Raises:
+        EmlocError: another driver holds it.
+    """
+    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while not _try(descriptor):
+            owner = _owner(descriptor)
+            if _is_alive(owner) or time.monotonic() > deadline:
+                raise EmlocError(
+                    f"{directory} is being converted already (process {owner or 'unknown'}).",
+                    "Wait for it, or stop it; `emloc zoo status` shows how far it is.",
+                )
+            time.sleep(0.02)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield descriptor
+        os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def is_driven(directory: Path) -> bool:
+    """Say whether a driver, or a worker that it left behind, holds the lock."""
+    try:
+        descriptor = os.open(directory / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _try(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def _try(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _owner(descriptor: int) -> int | None:
+    with contextlib.suppress(ValueError):
+        return int(os.pread(descriptor, 20, 0))
+    return None
+
+
+def _is_alive(process: int | None) -> bool:
+    """Say whether there is such a process. The lock's own file may be on a disk that another machine shares."""
+    if process is None:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

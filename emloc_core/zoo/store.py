@@ -1,0 +1,276 @@
+"""The state of a zoo: one SQLite file, true at all times, readable while the driver writes.
+
+Every change is one transaction, so that a reader, or the next driver after a kill, sees the whole of it or nothing.
+Only the driver writes; ``zoo.lock`` says whether there is one.
+"""
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from emloc_core.errors import EmlocError
+from emloc_core.zoo.engine import Needs, Outcome
+from emloc_core.zoo.job import Job
+from emloc_core.zoo.lock import is_driven
+
+State = Literal["waiting", "running", "done", "failed", "duplicate", "interrupted"]
+DATABASE = "zoo.db"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    name TEXT PRIMARY KEY, position INTEGER NOT NULL, job TEXT NOT NULL, fingerprint TEXT NOT NULL,
+    state TEXT NOT NULL, duplicate_of TEXT, smaller TEXT, needs TEXT, result TEXT NOT NULL DEFAULT '{}'
+);
+CREATE INDEX IF NOT EXISTS fingerprints ON jobs (fingerprint);
+CREATE TABLE IF NOT EXISTS attempts (
+    name TEXT NOT NULL REFERENCES jobs, number INTEGER NOT NULL, started REAL NOT NULL, seconds REAL, cause TEXT,
+    message TEXT NOT NULL DEFAULT '', log TEXT NOT NULL, host TEXT NOT NULL DEFAULT '', PRIMARY KEY (name, number)
+);
+"""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a job.
+
+    Attributes:
+        number: from 1.
+        started: seconds since the epoch.
+        seconds: how long it took; None while it runs.
+        cause: of a failure; None is success, or that it runs.
+        message: what happened, and what follows from it.
+        log: the log's path in the zoo.
+        host: where it ran; empty where not known.
+    """
+
+    number: int
+    started: float
+    seconds: float | None
+    cause: str | None
+    message: str
+    log: str
+    host: str
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What the zoo knows of a job.
+
+    Attributes:
+        state: ``interrupted`` is running in the store while there is no driver; the next one goes on with it.
+        duplicate_of: the job of the same fingerprint that is done instead.
+        smaller: the job as it is tried now where memory ran out before; None is as it was asked for.
+        needs: by the plan; None before there is one.
+        result: of a finished job; see :func:`emloc_core.zoo.result.collect`.
+    """
+
+    job: Job
+    fingerprint: str
+    state: State
+    duplicate_of: str | None = None
+    smaller: Job | None = None
+    needs: Needs | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+    attempts: list[Attempt] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "name": self.job.name,
+            "job": self.job.model_dump(),
+            "fingerprint": self.fingerprint,
+            "state": self.state,
+            "duplicate_of": self.duplicate_of,
+            "smaller": self.smaller and self.smaller.model_dump(),
+            "needs": self.needs and asdict(self.needs),
+            "result": self.result,
+            "attempts": [asdict(attempt) for attempt in self.attempts],
+        }
+
+
+class Store:
+    """The jobs of the zoo in ``directory``. One object a thread.
+
+    Args:
+        directory: of the zoo.
+        create: make it where it is not there; for the driver alone.
+
+    Raises:
+        EmlocError: there is no zoo, or its file is none.
+    """
+
+    def __init__(self, directory: Path, *, create: bool = False) -> None:
+        self.directory = directory
+        path = directory / DATABASE
+        if not create and not path.is_file():
+            raise EmlocError(f"There is no zoo at {directory}.", "Check the path; `emloc zoo convert` makes one.")
+        try:
+            if create:
+                directory.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=30, isolation_level=None)
+            # A write-ahead log: readers see the last whole state, and never wait for the writer nor it for them.
+            # NORMAL: a commit may be lost with the machine's power, not with a process; the file is whole either way.
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            if create:
+                self._database.execute("PRAGMA journal_mode = WAL")
+                self._database.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise EmlocError(f"{path} cannot be opened ({error}).", "Restore it, or choose another zoo.") from error
+
+    def add(self, jobs: Sequence[Job], fingerprints: Sequence[str]) -> None:
+        """Add jobs that are not there yet, in order; one whose fingerprint another job has becomes its duplicate.
+
+        A job that is not done and whose model, data or settings have changed since is taken anew; a failed one waits
+        again.
+
+        Raises:
+            EmlocError: a job of that name is done, and was something else; nothing is added then.
+        """
+        with self._transaction():
+            for job, fingerprint in zip(jobs, fingerprints, strict=True):
+                self._add(job, fingerprint)
+
+    def _add(self, job: Job, fingerprint: str) -> None:
+        row = self._one("SELECT state, fingerprint FROM jobs WHERE name = ?", job.name)
+        if row and row[0] == "done":
+            if row[1] == fingerprint:
+                return
+            raise EmlocError(
+                f"{self.directory} holds a finished job {job.name!r} of another model, other data or other settings.",
+                "Choose another zoo, or give the job another name.",
+            )
+        first = self._one(
+            "SELECT name FROM jobs WHERE fingerprint = ? AND name != ? AND state != 'duplicate'", fingerprint, job.name
+        )
+        changed = row is None or row[1] != fingerprint
+        state, other = ("duplicate", first[0]) if first else ("waiting", None)
+        if row is None:
+            (position,) = self._one("SELECT COALESCE(MAX(position), 0) + 1 FROM jobs") or (1,)
+            self._database.execute(
+                "INSERT INTO jobs (name, position, job, fingerprint, state, duplicate_of) VALUES (?, ?, ?, ?, ?, ?)",
+                (job.name, position, job.model_dump_json(), fingerprint, state, other),
+            )
+            return
+        self._database.execute(
+            "UPDATE jobs SET job = ?, fingerprint = ?, state = ?, duplicate_of = ? WHERE name = ?",
+            (job.model_dump_json(), fingerprint, state, other, job.name),
+        )
+        if changed:
+            self._database.execute("UPDATE jobs SET smaller = NULL, needs = NULL WHERE name = ?", (job.name,))
+
+    def take_over(self) -> list[str]:
+        """Let what was running under a driver that is gone wait again; return the names. For a new driver."""
+        with self._transaction():
+            names = [name for (name,) in self._database.execute("SELECT name FROM jobs WHERE state = 'running'")]
+            self._database.execute(
+                "UPDATE attempts SET seconds = 0, cause = 'interrupted', message = ? WHERE seconds IS NULL",
+                ("The driver was stopped while it ran.",),
+            )
+            self._database.execute("UPDATE jobs SET state = 'waiting' WHERE state = 'running'")
+        return names
+
+    def plan(self, needs: dict[str, Needs]) -> None:
+        """Keep what jobs need, by name."""
+        with self._transaction():
+            rows = [(json.dumps(asdict(need)), name) for name, need in needs.items()]
+            self._database.executemany("UPDATE jobs SET needs = ? WHERE name = ?", rows)
+
+    def start(self, name: str, number: int, log: str) -> None:
+        """Say that an attempt at a job has begun."""
+        attempt = (name, number, time.time(), log)
+        with self._transaction():
+            self._database.execute("UPDATE jobs SET state = 'running' WHERE name = ?", (name,))
+            self._database.execute(
+                "INSERT INTO attempts (name, number, started, log) VALUES (?, ?, ?, ?)",
+                (name, number, time.time(), log),
+            )
+
+    def finish(
+        self,
+        name: str,
+        number: int,
+        seconds: float,
+        outcome: Outcome,
+        *,
+        again: bool = False,
+        smaller: Job | None = None,
+    ) -> None:
+        """Say how an attempt ended, and whether the job waits for another one, ``smaller`` perhaps."""
+        state = "done" if outcome.cause is None else "waiting" if again else "failed"
+        with self._transaction():
+            self._database.execute(
+                "UPDATE attempts SET seconds = ?, cause = ?, message = ?, host = ? WHERE name = ? AND number = ?",
+                (round(seconds, 3), outcome.cause, outcome.message, outcome.host, name, number),
+            )
+            self._database.execute(
+                "UPDATE jobs SET state = ?, result = ?, smaller = COALESCE(?, smaller) WHERE name = ?",
+                (state, json.dumps(outcome.result), smaller and smaller.model_dump_json(), name),
+            )
+
+    def records(self) -> list[JobRecord]:
+        """Return all jobs in order, as they are at one moment."""
+        while True:
+            records, driven = self._read(), is_driven(self.directory)
+            running = _running(records)
+            if driven or not running:
+                return records
+            # Without a driver nothing can start: what runs before and after that look is what a driver left behind.
+            again = self._read()
+            if _running(again) == running:
+                return [_interrupted(record) for record in again]
+
+    def _read(self) -> list[JobRecord]:
+        with self._transaction("DEFERRED"):
+            jobs = self._database.execute(
+                "SELECT job, fingerprint, state, duplicate_of, smaller, needs, result FROM jobs ORDER BY position"
+            ).fetchall()
+            attempts: dict[str, list[Attempt]] = {}
+            for name, *fields in self._database.execute(
+                "SELECT name, number, started, seconds, cause, message, log, host FROM attempts ORDER BY name, number"
+            ):
+                attempts.setdefault(name, []).append(Attempt(*fields))
+        records = []
+        for job, fingerprint, state, duplicate_of, smaller, needs, result in jobs:
+            content = Job.model_validate_json(job)
+            records.append(
+                JobRecord(
+                    content,
+                    fingerprint,
+                    state,
+                    duplicate_of,
+                    Job.model_validate_json(smaller) if smaller else None,
+                    Needs(**json.loads(needs)) if needs else None,
+                    json.loads(result),
+                    attempts.get(content.name, []),
+                )
+            )
+        return records
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def _one(self, query: str, *values: Any) -> Any:
+        return self._database.execute(query, values).fetchone()
+
+    @contextmanager
+    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
+        self._database.execute(f"BEGIN {kind}")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+
+def _running(records: list[JobRecord]) -> dict[str, int]:
+    return {record.job.name: len(record.attempts) for record in records if record.state == "running"}
+
+
+def _interrupted(record: JobRecord) -> JobRecord:
+    return record if record.state != "running" else JobRecord(**{**vars(record), "state": "interrupted"})
