@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from lm_eval.models.hf_vlms import HFMultimodalLM
 from torch.nn import functional
 
@@ -30,6 +31,20 @@ class ImageTextLM(HFMultimodalLM):
 
     def _create_tokenizer(self, _pretrained: Any, tokenizer: Any, **_: Any) -> None:
         self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer  # lm-eval drops a processor that it is given
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render messages, each ``<image>`` in them as the model marks an image.
+
+        Raises:
+            EmlocError: the template refuses them.
+        """
+        try:
+            return super().apply_chat_template(chat_history, add_generation_prompt)
+        except TemplateError as error:
+            raise EmlocError(
+                f"The model's chat template refuses a prompt ({error}).",
+                "If it takes no system message, leave `description` out of the task file.",
+            ) from error
 
     def answer_ids(self, answer: str) -> list[int]:
         """Return the token ids of an answer, as they follow a prompt."""

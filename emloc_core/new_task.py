@@ -137,6 +137,6 @@ def _choices(rows: list[Row], data: Path) -> list[str]:
     if not 2 <= len(answers) <= MOST_CHOICES:
         raise EmlocError(
             f"{data} holds {len(answers)} different answers, and a choice is among 2 to {MOST_CHOICES}.",
-            "Choose the kind generation or completion_nll.",
+            f"Choose {'generation or completion_nll' if rows[0].images is None else 'image_question or image_nll'}.",
         )
     return sorted(answers)

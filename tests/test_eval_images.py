@@ -321,9 +321,23 @@ def test_a_processor_without_a_chat_template_is_refused(internvl, rows_with_pict
         run_tasks(model, processor, load_task(spec))
 
 
+def test_a_prompt_that_the_chat_template_refuses_is_one_error(internvl):
+    model, processor = load_system(internvl, None, images=True)
+    processor.chat_template = "{{ raise_exception('no system message') }}"
+    with pytest.raises(EmlocError, match=r"refuses a prompt \(no system message\)\. If it takes"):
+        ImageTextLM(model, tokenizer=processor).apply_chat_template([{"role": "system", "content": "be brief."}])
+
+
 def test_a_prompt_that_does_not_fit_is_refused(lm):
     with pytest.raises(EmlocError, match=r"has \d+ tokens, and there is room for 3\."):
         lm.tok_batch_multimodal_encode([f"ab {lm.image_token}."], [[Image.new("RGB", (8, 8))]], left_truncate_len=3)
+
+
+def test_a_choice_among_too_many_answers_names_other_kinds_for_images(rows_with_pictures, tmp_path):
+    shutil.copytree(rows_with_pictures.parent / "pictures", tmp_path / "pictures")
+    rows = [ask("which?", f"answer {n}") | {"images": ["pictures/red.png"]} for n in range(21)]
+    with pytest.raises(EmlocError, match=r"21 different answers, .* Choose image_question or image_nll\."):
+        write_task("image_choice", write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "task.yaml")
 
 
 @pytest.mark.parametrize("kind", ["completion_nll", "choice"])
