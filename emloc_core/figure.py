@@ -23,7 +23,7 @@ def figure(
         loss_histories: for each tuning (``emulator``, ``full LoRA``), its steps and losses.
         layer_errors: for every Linear, in execution order, its module ``path`` and its ``relative_error``
             ``||(W - What) X|| / ||W X||``; None, for one that stayed dense, is left out. One line is drawn for each
-            last part of the paths.
+            tower and last part of the paths.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,13 +57,29 @@ def _draw_losses(axes: Any, histories: Mapping[str, Sequence[tuple[int, float]]]
 
 def _draw_errors(axes: Any, errors: Sequence[Mapping[str, Any]]) -> None:
     axes.set(title="Output error of the emulator's layers", xlabel="layer", ylabel="relative error")
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}  # of each tower and last part of the paths
     for error in errors:
         if error.get("relative_error") is not None:
             parts = str(error["path"]).split(".")
-            points = lines.setdefault(parts[-1], [])
-            layer = next((int(part) for part in parts if part.isdigit()), len(points))
-            points.append((layer, float(error["relative_error"])))
-    for number, (name, points) in enumerate(lines.items()):
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
-        axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, markersize=4, **style)
+            place = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+            tower = "" if place is None else ".".join(parts[:place])
+            points = lines.setdefault((tower, parts[-1]), [])
+            points.append((len(points) if place is None else int(parts[place]), float(error["relative_error"])))
+    names = _short_names(list(dict.fromkeys(tower for tower, _ in lines)))
+    for number, ((tower, name), points) in enumerate(lines.items()):
+        style = {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": _MARKERS[(number + number // len(COLOURS)) % len(_MARKERS)],  # other pairs after the last colour
+            "linestyle": _STYLES[list(names).index(tower) % len(_STYLES)],
+        }
+        label = f"{names[tower]} {name}".strip()
+        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, markersize=4, **style)
+
+
+def _short_names(towers: Sequence[str]) -> dict[str, str]:
+    """Return what tells paths of towers apart: the first part in which they differ; nothing where there is one."""
+    parts = [tower.split(".") for tower in towers]
+    common = next((place for place, same in enumerate(zip(*parts, strict=False)) if len(set(same)) > 1), None)
+    if len(towers) < 2 or common is None:
+        return dict.fromkeys(towers, "")
+    return {tower: path[common] for tower, path in zip(towers, parts, strict=True)}

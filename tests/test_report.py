@@ -118,6 +118,17 @@ def test_the_figure_has_a_line_for_each_tuning_and_kind(tmp_path, errors):
     assert {"on the emulator", "full LoRA", "up_proj", "down_proj"} <= set(comments)
 
 
+def test_towers_have_lines_of_their_own(tmp_path):
+    towers = ("model.vision_tower.encoder.layer", "model.language_model.layers")
+    errors = [
+        {"path": f"{tower}.{layer}.q_proj", "relative_error": 0.1 + layer} for tower in towers for layer in range(2)
+    ]
+    figure(tmp_path / "run.svg", {}, errors)
+    drawn = (tmp_path / "run.svg").read_text()
+    assert "<!-- vision_tower q_proj -->" in drawn
+    assert "<!-- language_model q_proj -->" in drawn
+
+
 def test_a_figure_of_nothing_is_drawn(tmp_path):
     figure(tmp_path / "empty.png", {}, [])
     assert (tmp_path / "empty.png").stat().st_size > 0
