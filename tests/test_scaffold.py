@@ -235,6 +235,7 @@ class Block(nn.Module):
         self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
         self.near, self.twice, self.idle, self.scaled = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), Scaled(8, 8)
         self.moe = nn.ModuleDict({"router": nn.Linear(8, 3), "experts": Experts(), "gate": nn.Linear(8, 1)})
+        self.convolution = nn.Conv1d(5, 5, 3, padding=1)
         self.branches = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -242,6 +243,7 @@ class Block(nn.Module):
         out = out + self.near(hidden + 1e-3)  # almost the same input is another one
         out = self.twice(self.twice(out)) + self.scaled(out)
         out = out + self.moe["experts"](out) * self.moe["gate"](out) + self.moe["router"](out).sum()
+        out = out + self.convolution(out)
         return out + sum(branch(out) for branch in self.branches)
 
 
@@ -326,10 +328,13 @@ def test_the_command_prints_a_module_or_writes_it(save, tmp_path):
     written = run(model, "-o", output)
     assert written.exception is None, written.exception
     assert output.read_text() == printed.stdout
-    assert "128 Linears in 32 blocks" in " ".join(written.stdout.split()) or "Linears in 32 blocks" in written.stdout
+    assert "224 Linears in 32 blocks" in written.stdout
     again = run(model, "-o", output)
     assert isinstance(again.exception, EmlocError)
     assert output.read_text() == printed.stdout
+    blocked = run(model, "-o", output / "within" / "a_file.py")
+    assert isinstance(blocked.exception, EmlocError)
+    assert [path.name for path in output.parent.iterdir()] == ["olmo2.py"]
 
 
 def test_the_command_speaks_json(save):

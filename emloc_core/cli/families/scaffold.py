@@ -1,5 +1,6 @@
 """``emloc families scaffold``."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import rich_click as click
@@ -33,8 +34,7 @@ def command(model: str, output: Path | None, check: bool, as_json: bool) -> None
     if check:
         draft = check_draft(draft)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(draft.source, encoding="utf-8")
+        _write(output, draft.source)
     if as_json:
         print_json({**draft.describe(), "output": str(output) if output else None, "checked": check})
     elif output is None:
@@ -46,3 +46,15 @@ def command(model: str, output: Path | None, check: bool, as_json: bool) -> None
     name = draft.family.name
     click.echo(f"Next: put it into the package that `emloc families new {name}` writes, install that, and run "
                f"`emloc families check {name}`.", err=True)  # fmt: skip
+
+
+def _write(file: Path, source: str) -> None:
+    part = file.with_name(f".{file.name}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(source, encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        with suppress(OSError):  # there may be no such directory
+            part.unlink()
+        raise EmlocError(f"{file} cannot be written: {error.strerror}.", "Choose another file.") from error
