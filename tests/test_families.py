@@ -231,6 +231,13 @@ def test_a_nested_mixture_keeps_its_experts_dense():
     assert "model.language_model.layers.*.mlp.experts" in {kept.pattern for kept in plan.kept}
 
 
+def test_what_lies_below_a_pattern_stays_dense_with_it():
+    family, model = tiny_model(INTERNVL.tiny_configs[0])
+    projector = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
+    (kept,) = find_linears(model, replace(family, keep_dense={"model.multi_modal_projector": "for this test"})).kept
+    assert (kept.parameters, kept.reason) == (projector, "for this test")
+
+
 def test_a_nested_model_that_no_family_declares_is_named():
     with pytest.raises(EmlocError, match="'nonesuch', the text_config of this 'internvl'"):
         plugin_manager().family_for({"model_type": "internvl", "text_config": {"model_type": "nonesuch"}})
