@@ -1,4 +1,4 @@
-"""The one exception that users meet."""
+"""The one exception that users meet, and its special case."""
 
 
 class EmlocError(Exception):
@@ -19,6 +19,10 @@ class EmlocError(Exception):
     def __str__(self) -> str:
         message = super().__str__()
         return f"{message} {self.fix}" if self.fix else message
+
+
+class DiskFullError(EmlocError):
+    """There is no room for what is being written. The same command goes on where it stopped."""
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.meter import Meter
 
 MANIFEST = "emloc.json"
@@ -208,7 +208,7 @@ def _refuse_full_disk(place: Path) -> Iterator[None]:
         # Libraries that write files raise errors of their own when the disk is full.
         if getattr(error, "errno", None) not in _DISK_FULL and free > _NO_ROOM:
             raise
-        raise EmlocError(
+        raise DiskFullError(
             f"The disk is full: writing to {place} failed with {free:,} bytes free.",
             "Free some space and run the same command again: it goes on where it stopped.",
         ) from error

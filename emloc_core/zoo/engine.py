@@ -4,12 +4,15 @@ Every engine runs the same command, ``python -m emloc_core.zoo.worker JOB.json``
 and ``result.json``, a JSON :class:`Outcome`, appear beside ``JOB.json``.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+from emloc_core.errors import EmlocError
+from emloc_core.output import read_object
 from emloc_core.zoo.job import Job
 
 Cause = Literal[
@@ -17,6 +20,8 @@ Cause = Literal[
 ]
 CAUSES: tuple[str, ...] = get_args(Cause)
 JOBS, LOGS, JOB, OUTCOME = "jobs", "logs", "job.json", "result.json"
+#: Environment variable: the process that a worker does not outlive.
+PARENT = "EMLOC_ZOO_PARENT"
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,12 @@ class Needs:
     """What a job needs, by the plan; None where the plan could not tell.
 
     Attributes:
-        memory: the largest stage's peak, in bytes.
+        memory: the largest stage's peak on the CPU, in bytes.
         disk: what the job writes, in bytes.
         base: the model's weights, in bytes.
         emulator: the emulator's weights, in bytes.
+        inference: the peak of inference on the base, in bytes.
+        tuning: the peak of tuning the emulator, in bytes.
         reason: why something is unknown.
     """
 
@@ -35,6 +42,8 @@ class Needs:
     disk: int | None = None
     base: int | None = None
     emulator: int | None = None
+    inference: int | None = None
+    tuning: int | None = None
     reason: str = ""
 
 
@@ -110,9 +119,16 @@ class Engine(Protocol):
         """End all workers, and give back what the engine holds."""
 
 
+def read_outcome(directory: Path) -> Outcome | None:
+    """Return what a worker wrote of how it ended; None where it wrote nothing."""
+    with contextlib.suppress(EmlocError, TypeError):
+        return Outcome(**read_object(directory / OUTCOME))
+    return None
+
+
 def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return a worker's environment: as many threads as the job says, and no network where it is offline."""
+    """Return a worker's environment, for the process that starts it: threads as the job says, no network if offline."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(job.threads))
     quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false"}
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "1") if job.offline else {}
-    return {**base, **quiet, **threads, **offline}
+    return {**base, **quiet, **threads, **offline, PARENT: str(os.getpid())}

@@ -31,6 +31,8 @@ class Job(Settings):
     model: str = Field(description="Absolute path of a directory, or a hub id, with @revision where that is known.")
     data: str | None = Field(None, description="Absolute path of a file of rows, or a data set of the hub.")
     split: str = Field("train", description="Of a data set of the hub.")
+    calibration: str | None = Field(None, description="Other rows for calibration and selection.")
+    test: list[str] = Field([], description="Files of rows that are never tuned on.")
     compress: CompressSettings = CompressSettings()
     train: TrainSettings | None = None
     correct: CorrectSettings = CorrectSettings()
@@ -50,7 +52,7 @@ class Job(Settings):
         return Recipe(
             output=str(directory),
             model=ModelSection(base=self.model),
-            data=DataSection(train=self.data or "", split=self.split),
+            data=DataSection(train=self.data or "", split=self.split, calibration=self.calibration, test=self.test),
             compress=self.compress,
             # A job that ends with the emulator corrects nothing, so that it may hold out no selection rows.
             correct=self.correct if self.train else CorrectSettings(clamp="none"),
@@ -73,22 +75,23 @@ class Job(Settings):
         content["bytes"] = BYTES
         if Path(self.model).is_dir():
             content["model"] = _model_fingerprint(self.model, cache_dir)
-        if self.data and Path(self.data).is_file():
-            from emloc_core.checkpoint import hash_files
+        for name in ("data", "calibration"):
+            if content[name] and Path(content[name]).is_file():
+                from emloc_core.checkpoint import hash_files
 
-            content["data"] = hash_files([Path(self.data)], cache_dir)
+                content[name] = hash_files([Path(content[name])], cache_dir)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def smaller(self, stage: str) -> "Job | None":
         """Return the job with less memory for ``stage`` (an output's name), or None where it cannot be made smaller.
 
-        ``emulator``: half of the calibration rows. Training: half of the batch, and twice as many batches a step.
+        ``emulator``: half of the calibration rows. ``adapter``: half of the batch, and twice as many batches a step.
         ``evaluation``: half of the batch. Correcting and merging have nothing to give.
         """
         if stage == "emulator" and self.compress.samples > 1:
             compress = self.compress.model_copy(update={"samples": self.compress.samples // 2})
             return self.model_copy(update={"compress": compress})
-        if stage in ("adapter", "full_lora") and self.train and self.train.batch_size > 1:
+        if stage == "adapter" and self.train and self.train.batch_size > 1:
             halved = {"batch_size": self.train.batch_size // 2, "accumulation": self.train.accumulation * 2}
             return self.model_copy(update={"train": self.train.model_copy(update=halved)})
         if stage == "evaluation" and self.eval and self.eval.batch_size > 1:

@@ -184,10 +184,7 @@ class Store:
         attempt = (name, number, time.time(), log)
         with self._transaction():
             self._database.execute("UPDATE jobs SET state = 'running' WHERE name = ?", (name,))
-            self._database.execute(
-                "INSERT INTO attempts (name, number, started, log) VALUES (?, ?, ?, ?)",
-                (name, number, time.time(), log),
-            )
+            self._database.execute("INSERT INTO attempts (name, number, started, log) VALUES (?, ?, ?, ?)", attempt)
 
     def finish(
         self,
@@ -262,10 +259,11 @@ class Store:
         self._database.execute(f"BEGIN {kind}")
         try:
             yield
+            self._database.execute("COMMIT")
         except BaseException:
-            self._database.execute("ROLLBACK")
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
             raise
-        self._database.execute("COMMIT")
 
 
 def _running(records: list[JobRecord]) -> dict[str, int]:

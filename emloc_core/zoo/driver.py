@@ -1,0 +1,188 @@
+"""The loop: starts what fits, records how it ended, and tries again what another try may mend.
+
+One job's failure never stops another. What is in the store is what has happened: a driver that is killed at any moment
+leaves nothing that the next one does not find.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from emloc_core.errors import EmlocError
+from emloc_core.report import human_bytes, human_seconds
+from emloc_core.zoo.engine import Engine, Needs, Outcome, Task
+from emloc_core.zoo.faults import classify, describe
+from emloc_core.zoo.job import Job
+from emloc_core.zoo.retry import Limits, Retry, after
+from emloc_core.zoo.store import JobRecord, Store
+
+#: Free space that is left on the disk, for the store, the logs, and whoever else writes there.
+RESERVE = 64 << 20
+_SHORTEST, _LONGEST = 0.005, 0.25  # seconds between looks
+
+
+@dataclass
+class _Progress:
+    """A job that is not finished."""
+
+    job: Job
+    needs: Needs
+    attempts: int
+    failures: int = 0
+    not_before: float = 0.0
+
+
+Event = Callable[[str, str, str], None]
+
+
+class Driver:
+    """Converts the waiting jobs of a store on an engine.
+
+    Args:
+        store: the jobs; the caller holds the zoo's lock.
+        engine: where workers run.
+        limits: see :class:`Limits`.
+        tell: called with a job's name, its new state (``running``, ``done``, ``waiting``, ``failed``) and a message.
+    """
+
+    def __init__(
+        self, store: Store, engine: Engine, limits: Limits | None = None, tell: Event = lambda *_: None
+    ) -> None:
+        self.store, self.engine, self.limits, self.tell = store, engine, limits or Limits(), tell
+        records = store.records()
+        self._waiting = {each.job.name: _progress(each) for each in records if each.state == "waiting"}
+        self._running: dict[str, tuple[_Progress, Any, float]] = {}
+        self._written = sum(_disk(each.needs) for each in records if each.state == "done")
+
+    def run(self) -> None:
+        """Work until no job waits or runs. However it ends, no worker is left."""
+        pause = _SHORTEST
+        try:
+            while self._waiting or self._running:
+                changed = self._collect()
+                changed = self._start() or changed
+                pause = _SHORTEST if changed else min(pause * 1.5, _LONGEST)
+                if self._running or self._waiting:
+                    time.sleep(pause)
+        except BaseException:
+            self.engine.close()
+            for name, (progress, _, started) in self._running.items():
+                outcome = Outcome("interrupted", "The driver was stopped while it ran.")
+                self.store.finish(name, progress.attempts, time.monotonic() - started, outcome, again=True)
+            raise
+        self.engine.close()
+
+    def _start(self) -> bool:
+        """Start whatever can be started now, in order; say whether anything was."""
+        now, started = time.monotonic(), False
+        for name, progress in list(self._waiting.items()):
+            if progress.not_before > now:
+                continue
+            task = Task(progress.job, progress.attempts + 1, progress.needs)
+            try:
+                if not self._has_room(task) or self.engine.slots(task) < 1:
+                    continue
+            except EmlocError as error:
+                cause = "disk" if isinstance(error, _NoRoomError) else "out of memory"
+                self._begin(name, progress, task)
+                self._end(name, progress, Outcome(cause, str(error)), 0.0, final=True)  # type: ignore[arg-type]
+                started = True
+                continue
+            self._begin(name, progress, task)
+            try:
+                handle = self.engine.start(task, self.store.directory)
+            except Exception as error:
+                self._end(name, progress, Outcome(classify(error), describe(error)), 0.0)
+            else:
+                self._running[name] = progress, handle, time.monotonic()
+            started = True
+        return started
+
+    def _begin(self, name: str, progress: _Progress, task: Task) -> None:
+        progress.attempts += 1
+        del self._waiting[name]
+        self.store.start(name, progress.attempts, task.log)
+        self.tell(name, "running", "")
+
+    def _collect(self) -> bool:
+        """Record what has ended, and end what has run too long; say whether there was any."""
+        found = False
+        for name, (progress, handle, started) in list(self._running.items()):
+            seconds = time.monotonic() - started
+            outcome = self.engine.poll(handle)
+            if outcome is None and self.limits.time is not None and seconds > self.limits.time:
+                self.engine.stop(handle)
+                outcome = Outcome("time limit", f"Stopped after {human_seconds(self.limits.time)}, the limit.")
+            if outcome is not None:
+                del self._running[name]
+                self._end(name, progress, outcome, seconds)
+                found = True
+        return found
+
+    def _end(self, name: str, progress: _Progress, outcome: Outcome, seconds: float, *, final: bool = False) -> None:
+        """Record how an attempt ended, and let the job wait again where another try may mend it."""
+        if outcome.cause is None:
+            self._written += _disk(progress.needs)
+            self.store.finish(name, progress.attempts, seconds, outcome)
+            self.tell(name, "done", outcome.message)
+            return
+        retry = Retry(False) if final else after(outcome, progress.job, progress.failures, self.limits)
+        outcome = replace(outcome, message=f"{outcome.message} {retry.note}".strip())
+        if retry.smaller:
+            # What the larger one has left cannot be gone on with.
+            partial = (
+                Task(progress.job, 0, progress.needs).directory(self.store.directory) / f".{outcome.stage}.partial"
+            )
+            shutil.rmtree(partial, ignore_errors=True)
+            # The plan was wrong, or others took too much: this time it runs alone.
+            progress.job, progress.needs = retry.smaller, replace(progress.needs, memory=None)
+        self.store.finish(name, progress.attempts, seconds, outcome, again=retry.again, smaller=retry.smaller)
+        if retry.again:
+            progress.failures += 1
+            progress.not_before = time.monotonic() + retry.delay
+            self._waiting[name] = progress
+        self.tell(name, "waiting" if retry.again else "failed", f"{outcome.cause}: {outcome.message}")
+
+    def _has_room(self, task: Task) -> bool:
+        """Say whether the disk holds what the task writes beside what others are still writing.
+
+        Raises:
+            EmlocError: it does not, and nothing is running that could give room.
+        """
+        need = _disk(task.needs)
+        promised = sum(_disk(progress.needs) for progress, _, _ in self._running.values())
+        if self.limits.disk is not None and self._written + promised + need > self.limits.disk:
+            if promised:
+                return False
+            raise _NoRoomError(
+                f"{task.job.name} writes {human_bytes(need)}, and {human_bytes(self._written)} of the "
+                f"{human_bytes(self.limits.disk)} that the zoo may take are taken.",
+                "Give --disk more.",
+            )
+        free = shutil.disk_usage(self.store.directory).free
+        if free - promised < need + RESERVE:
+            if promised:
+                return False
+            raise _NoRoomError(
+                f"{task.job.name} writes {human_bytes(need)}, and {human_bytes(free)} are free, of which "
+                f"{human_bytes(RESERVE)} are left alone.",
+                "Free some space and run the same command again.",
+            )
+        return True
+
+
+class _NoRoomError(EmlocError):
+    """The disk will not hold it."""
+
+
+def _progress(record: JobRecord) -> _Progress:
+    needs = record.needs or Needs()
+    if record.smaller:
+        needs = replace(needs, memory=None)
+    return _Progress(record.smaller or record.job, needs, len(record.attempts))
+
+
+def _disk(needs: Needs | None) -> int:
+    return (needs.disk if needs else None) or 0

@@ -1,0 +1,105 @@
+"""Why an attempt failed: from an exception, or from how a process ended. What is done about it is the driver's."""
+
+import contextlib
+import errno
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+from emloc_core.errors import DiskFullError, EmlocError
+from emloc_core.zoo.engine import CAUSES, Cause, Outcome
+
+#: Exit codes of workers and stages say the cause, in case there is no room for more.
+_FIRST_CODE = 10
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: Nothing that another try would change.
+_WRONG = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+#: What torch says, on the CPU and of mapped files, where it raises a plain RuntimeError.
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
+#: What the hub says of a name that it does not have, or that must not be asked for.
+_NOT_THERE = {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "GatedRepoError",
+              "HFValidationError", "OfflineModeIsEnabled"}  # fmt: skip
+
+
+def classify(error: BaseException, *, offline: bool = False) -> Cause:
+    """Return the cause that an exception, or one that it came from, tells of.
+
+    Args:
+        error: what a stage raised.
+        offline: nothing could be fetched, so that what is not here will not be here next time.
+    """
+    chain = list(_chain(error))
+    if any(map(_is_out_of_memory, chain)):
+        return "out of memory"
+    if any(isinstance(each, DiskFullError) or getattr(each, "errno", None) in _NO_ROOM for each in chain):
+        return "disk"
+    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    if names & _NOT_THERE or (offline and "LocalEntryNotFoundError" in names):
+        return "bad input"
+    if any(isinstance(each, OSError) and not isinstance(each, _WRONG) for each in chain):
+        return "input/output"
+    if any(isinstance(each, EmlocError) or "ClickException" in _kinds(each) for each in chain):
+        return "bad input"
+    return "bad input" if any(isinstance(each, _WRONG) for each in chain) else "crash"
+
+
+def describe(error: BaseException) -> str:
+    """Return what an exception says in a line or two, with its type where it is not for users."""
+    said = str(error).strip() or "no message"
+    return said if isinstance(error, EmlocError) else f"{type(error).__name__}: {said.splitlines()[0]}"
+
+
+def ended(code: int, kills_before: int, what: str) -> Outcome:
+    """Return the outcome of a process that left none behind: by its exit code, or the negative signal that ended it.
+
+    Args:
+        code: as ``Popen.returncode``.
+        kills_before: :func:`memory_kills` before it started.
+        what: the process, for the message.
+    """
+    cause: Cause
+    if code >= 0:
+        index = code - _FIRST_CODE
+        cause = CAUSES[index] if 0 <= index < len(CAUSES) else "crash"  # type: ignore[assignment]
+        return Outcome(cause, f"{what} ended with exit code {code}; its log says more.")
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    if code == -signal.SIGKILL and memory_kills() > kills_before:
+        return Outcome("out of memory", f"{what} was killed by the kernel, which had run out of memory.")
+    cause = "lost worker" if -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT) else "crash"
+    return Outcome(cause, f"{what} was ended by {name}.")
+
+
+def exit_code(cause: Cause | None) -> int:
+    """Return the exit code that :func:`ended` understands."""
+    return 0 if cause is None else _FIRST_CODE + CAUSES.index(cause)
+
+
+def memory_kills() -> int:
+    """Return how many processes the kernel has ended for want of memory, on the machine and in this control group."""
+    total = 0
+    for file in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
+        with contextlib.suppress(OSError, ValueError):
+            lines = Path(file).read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return total
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and those that it came from. A context that was left behind (``from None``) does not count."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in _kinds(error):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    said = str(error).lower()
+    return any(phrase in said for phrase in _NO_MEMORY)
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """Return the names of an exception's classes: torch and click need not be imported to know theirs."""
+    return {kind.__name__ for kind in type(error).__mro__}

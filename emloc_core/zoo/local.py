@@ -1,0 +1,135 @@
+"""The engine of this machine: as many workers side by side as the memory plan says fit."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from emloc_core.errors import EmlocError
+from emloc_core.report import human_bytes
+from emloc_core.zoo.engine import JOB, OUTCOME, Outcome, Task, environment, read_outcome
+from emloc_core.zoo.faults import ended, memory_kills
+
+
+@dataclass(frozen=True)
+class LocalHandle:
+    """A worker of this machine, the leader of its own group of processes."""
+
+    task: Task
+    process: subprocess.Popen[bytes]
+    directory: Path
+    kills: int
+    gpu: str | None
+
+
+class LocalEngine:
+    """Workers as processes.
+
+    Where the plan cannot tell what a job needs, or its memory ran out once, it runs alone. Where there are GPUs, every
+    job has one of its own.
+
+    Args:
+        workers: at most so many at a time.
+        memory: bytes for all of them together; by default those of the machine.
+        inherited: file descriptors that workers hold as long as they live.
+    """
+
+    def __init__(self, workers: int, memory: int | None = None, inherited: Sequence[int] = ()) -> None:
+        self.workers, self.memory, self._inherited = workers, memory or machine_memory(), tuple(inherited)
+        self._running: list[LocalHandle] = []
+        self._gpus = visible_gpus()
+
+    def slots(self, task: Task) -> int:
+        """Return how many more tasks like this one can be started now.
+
+        Raises:
+            EmlocError: the task needs more memory than all workers may use.
+        """
+        need = task.needs.memory
+        if need is not None and need > self.memory:
+            raise EmlocError(
+                f"{task.job.name} needs {human_bytes(need)} of memory by the plan, and there are "
+                f"{human_bytes(self.memory)}.",
+                "Give --memory where there is more, or make the job smaller: fewer samples, shorter rows.",
+            )
+        free = self.workers - len(self._running)
+        if self._gpus:
+            free = min(free, len(self._gpus) - len(self._running))
+        used = [handle.task.needs.memory for handle in self._running]
+        if need is None or None in used:
+            return 0 if used else min(free, 1)
+        room = self.memory - sum(memory for memory in used if memory is not None)
+        return max(0, min(free, room // need)) if need else max(0, free)
+
+    def start(self, task: Task, directory: Path) -> LocalHandle:
+        """Start a worker; what it prints goes to the task's log."""
+        place = task.directory(directory)
+        place.mkdir(parents=True, exist_ok=True)
+        log = directory / task.log
+        log.parent.mkdir(exist_ok=True)
+        (place / OUTCOME).unlink(missing_ok=True)
+        (place / JOB).write_text(task.job.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        taken = {handle.gpu for handle in self._running}
+        gpu = next((name for name in self._gpus if name not in taken), None)
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "emloc_core.zoo.worker", str(place / JOB)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(task.job) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
+                start_new_session=True,
+                pass_fds=self._inherited,
+            )
+        handle = LocalHandle(task, process, place, memory_kills(), gpu)
+        self._running.append(handle)
+        return handle
+
+    def poll(self, handle: LocalHandle) -> Outcome | None:
+        """Return how a worker ended, or None while it runs."""
+        code = handle.process.poll()
+        if code is None:
+            return None
+        self._forget(handle)
+        outcome = read_outcome(handle.directory) or ended(code, handle.kills, "The worker")
+        if code < 0 and outcome.cause is None:  # killed between its last word and its end: the outputs are whole
+            outcome = replace(outcome, message=f"The worker was ended by signal {-code} when it was done.")
+        return replace(outcome, host=socket.gethostname())
+
+    def stop(self, handle: LocalHandle) -> None:
+        """Kill a worker and all that it started."""
+        self._forget(handle)
+        handle.process.kill()
+        handle.process.wait()
+
+    def close(self) -> None:
+        """Kill all workers."""
+        for handle in list(self._running):
+            self.stop(handle)
+
+    def _forget(self, handle: LocalHandle) -> None:
+        """Give its place to others; what is left of its group, which its own end has not ended, goes."""
+        self._running.remove(handle)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(handle.process.pid, signal.SIGKILL)
+
+
+def machine_memory() -> int:
+    """Return the machine's memory in bytes, or that of this control group where it is limited to less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs of NVIDIA that this process may use, as CUDA numbers them; found without torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]

@@ -1,0 +1,129 @@
+"""What jobs are and what they need: fingerprints, sizes, memory. In a process of its own, for it imports torch.
+
+The driver stays light, and a model that ends the planner ends nothing else.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from emloc_core.errors import EmlocError
+from emloc_core.zoo.engine import Needs
+from emloc_core.zoo.job import Job
+
+#: What a stage writes besides weights: rows, tokenizer, logs, manifests. In bytes, a generous round figure.
+_SIDE_FILES = 32 << 20
+Advance = Callable[[str, int, int], None]
+
+
+def plan(
+    jobs: Sequence[Job], cache_dir: Path, known: Collection[str] = (), advance: Advance = lambda *_: None
+) -> list[tuple[str, Needs | None]]:
+    """Return the fingerprint of every job, and what it needs.
+
+    Args:
+        jobs: to be planned.
+        cache_dir: where hashes of large files are kept, if it is there.
+        known: fingerprints whose needs are known already, and are not planned again: None stands for them.
+        advance: called with a job's name, how many are done, and how many there are.
+
+    Raises:
+        EmlocError: the planner itself broke.
+    """
+    trivial = {
+        job.name: (job.fingerprint(cache_dir), Needs(memory=0, disk=0)) for job in jobs if job.trivial is not None
+    }
+    real = [job for job in jobs if job.name not in trivial]
+    found: dict[str, tuple[str, Needs | None]] = dict(trivial)
+    if real:
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if any(job.offline for job in real) else {}
+        command = [sys.executable, "-m", "emloc_core.zoo.planning", str(cache_dir)]
+        question = json.dumps({"jobs": [job.model_dump() for job in real], "known": list(known)})
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **offline}
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(question)
+                process.stdin.close()
+            for job, line in zip(real, process.stdout, strict=False):
+                fingerprint, needs = json.loads(line)
+                found[job.name] = fingerprint, Needs(**needs) if needs else None
+                advance(job.name, len(found), len(jobs))
+        if len(found) < len(jobs):
+            lost = next(job for job in real if job.name not in found)
+            raise EmlocError(
+                f"Planning ended at {lost.name} ({lost.model}) with exit code {process.returncode}.",
+                "What it printed says more; leave that model out, or free some memory.",
+            )
+    return [found[job.name] for job in jobs]
+
+
+def needs(job: Job) -> Needs:
+    """Return what a job needs on the CPU, by the memory plan; imports torch.
+
+    disk: the emulator; its LoRA, twice, and the trainer's last two checkpoints with their optimiser states; the merged
+    checkpoint; and a full LoRA like the first, where it is the upper bound of an evaluation.
+    """
+    from emloc_core import streamed
+    from emloc_core.checkpoint import find_config
+    from emloc_core.memory import MemoryModel
+    from emloc_core.training import TrainSettings
+    from emloc_core.workload import make_workload
+
+    train = job.train or TrainSettings()
+    file = find_config(job.model)
+    length = job.compress.max_length
+    workload = make_workload(file, train, "cpu", length=length, data=job.data, split=job.split)
+    model = MemoryModel(file, workload)
+    plan = model.plan(job.compress.ratio)
+    size = model.dtype.itemsize
+    base, emulator = model.parameters() * size, model.parameters(plan) * size
+    inference, tuning = model.inference().total, model.tuning(plan).total
+    peaks, disk = [streamed.compress(model, plan).total], emulator + _SIDE_FILES
+    if job.train:
+        peaks += [tuning, streamed.correct(model, plan).total]
+        loras = 2 if job.eval and job.eval.full_lora else 1
+        disk += loras * 4 * model.adapter_parameters() * (2 + 2 * 3) + _SIDE_FILES
+        if job.merge:
+            peaks.append(streamed.merge(model).total)
+            disk += base
+        if job.eval:
+            peaks.append(inference)
+            peaks += [model.tuning().total] if job.eval.full_lora else []
+    return Needs(max(peaks), disk, base, emulator, inference, tuning)
+
+
+def _answer(job: Job, cache_dir: Path, known: Collection[str]) -> tuple[str, Needs | None]:
+    try:
+        fingerprint = job.fingerprint(cache_dir)
+    except EmlocError as error:  # the worker will meet it too, and say so
+        return f"{job.name}: {error}", Needs(reason=str(error))
+    if fingerprint in known:
+        return fingerprint, None
+    try:
+        return fingerprint, needs(job)
+    except Exception as error:
+        return fingerprint, Needs(reason=str(error).strip() or type(error).__name__)
+
+
+def main(cache_dir: str) -> None:
+    """Answer the jobs on stdin: a line of JSON each on stdout, and nothing else there."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    question = json.load(sys.stdin)
+    known = set(question["known"])
+    for content in question["jobs"]:
+        fingerprint, found = _answer(Job(**content), Path(cache_dir), known)
+        answers.write(json.dumps([fingerprint, found and asdict(found)]) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

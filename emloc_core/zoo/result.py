@@ -1,0 +1,46 @@
+"""What a finished job comes to, read from its directory: sizes, errors, seconds, memory, scores."""
+
+from pathlib import Path
+from typing import Any
+
+from emloc_core.output import MANIFEST, TIMING, read_json
+from emloc_core.zoo.job import Job
+
+#: Of every Linear of an emulator.
+_LINEAR = ("path", "rank", "in_features", "out_features", "relative_error", "reason")
+
+
+def collect(job: Job, directory: Path) -> dict[str, Any]:
+    """Return the result of a job whose stages are all finished.
+
+    Args:
+        job: as it was done.
+        directory: of its outputs.
+
+    Returns:
+        ``ratio``; ``bytes``: of ``base`` and ``emulator``; ``parameters``: of the compressed Linears before and after;
+        ``linears``: path, rank, shape and relative error of each; ``stages``: by output, ``seconds``,
+        ``peak_rss_bytes``, and ``peak_cuda_bytes`` on a GPU; ``seconds``: of all stages. Where there are such stages,
+        ``correction``: what correcting decided, and ``systems`` and ``metrics``: as in ``results.json`` of
+        ``emloc eval``.
+    """
+    if job.trivial is not None:
+        return {}
+    outputs = [stage.output for stage in job.stages(directory)]
+    timings = {output.name: read_json(output / TIMING) for output in outputs}
+    emulator = read_json(directory / "emulator" / MANIFEST)["result"]
+    found: dict[str, Any] = {
+        "ratio": job.compress.ratio,
+        "family": emulator["family"],
+        "bytes": emulator["bytes"],
+        "parameters": emulator["parameters"],
+        "linears": [{key: linear.get(key) for key in _LINEAR} for linear in emulator["linears"]],
+        "stages": timings,
+        "seconds": round(sum(timing["seconds"] for timing in timings.values()), 3),
+    }
+    if "corrected" in timings:
+        found["correction"] = read_json(directory / "corrected" / MANIFEST)["result"]
+    if "evaluation" in timings:
+        evaluation = read_json(directory / "evaluation" / "results.json")
+        found.update({key: evaluation[key] for key in ("systems", "metrics")})
+    return found

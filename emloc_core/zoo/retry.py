@@ -1,0 +1,70 @@
+"""What another try may mend, by the cause of the failure."""
+
+from dataclasses import dataclass
+
+from emloc_core.zoo.engine import Outcome
+from emloc_core.zoo.job import Job, describe_change
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a driver keeps to.
+
+    Attributes:
+        retries: tries after the first one.
+        time: seconds an attempt; None for no limit.
+        disk: bytes that all outputs together may take; None for what is free.
+        backoff: seconds before the second try after an error of input or output; twice as many before each next.
+    """
+
+    retries: int = 2
+    time: float | None = None
+    disk: int | None = None
+    backoff: float = 2.0
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Whether and how a job is tried again.
+
+    Attributes:
+        again: whether at all.
+        note: what to say of it.
+        delay: seconds until then.
+        smaller: the job as it is tried then, if not as before.
+    """
+
+    again: bool
+    note: str = ""
+    delay: float = 0.0
+    smaller: Job | None = None
+
+
+def after(outcome: Outcome, job: Job, failures: int, limits: Limits) -> Retry:
+    """Return what to do after a failure.
+
+    Out of memory: again smaller, where that is possible. Input and output: after a while. A lost worker: at once. The
+    time limit: once, since a job goes on where it was stopped. Bad input, a full disk, and a crash: not at all.
+
+    Args:
+        outcome: of the attempt.
+        job: as it was tried.
+        failures: attempts that failed before, interruptions aside.
+        limits: how often, and how long to wait.
+    """
+    if failures >= limits.retries:
+        return Retry(False)
+    match outcome.cause:
+        case "out of memory":
+            smaller = job.smaller(outcome.stage)
+            if smaller:
+                return Retry(True, f"Again smaller: {describe_change(job, smaller)}.", smaller=smaller)
+            return Retry(False, "It cannot be made smaller.")
+        case "input/output":
+            delay = limits.backoff * 2**failures
+            return Retry(True, f"Again after {delay:g} s.", delay)
+        case "lost worker":
+            return Retry(True, "Again.")
+        case "time limit" if failures == 0:
+            return Retry(True, "Once more, from where it stopped.")
+    return Retry(False)

@@ -1,0 +1,124 @@
+"""Does one job: ``python -m emloc_core.zoo.worker JOB.json``. Outputs and ``result.json`` appear beside the file.
+
+Each stage is a process of its own, forked before anything heavy is imported: its memory is given back, its peak is its
+own, and whatever ends it does not end the worker, which says how it ended.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from emloc_core.errors import EmlocError
+from emloc_core.output import write_json
+from emloc_core.pipeline import Stage
+from emloc_core.zoo.engine import OUTCOME, PARENT, Outcome, read_outcome
+from emloc_core.zoo.faults import classify, describe, ended, exit_code, memory_kills
+from emloc_core.zoo.job import Job
+from emloc_core.zoo.result import collect
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def run(job: Job, directory: Path) -> Outcome:
+    """Do the job's stages, in order, each unless it is there already; return how it ended."""
+    if job.trivial is not None:
+        time.sleep(job.trivial)
+        return Outcome(None)
+    if job.data is None:
+        return Outcome("bad input", f"{job.name} has no rows to calibrate on. Give --data, or data of its own.")
+    stage = None
+    try:
+        for stage in job.stages(directory):
+            outcome = _run_stage(stage, directory / OUTCOME, offline=job.offline)
+            if outcome.cause is not None:
+                return outcome
+        return Outcome(None, result=collect(job, directory))
+    except Exception as error:
+        return _failure(error, stage, offline=job.offline)
+
+
+def _run_stage(stage: Stage, place: Path, *, offline: bool) -> Outcome:
+    """Run a stage in a process; where it fails, it leaves its outcome at ``place``."""
+    place.unlink(missing_ok=True)
+    print(f"emloc {' '.join(stage.argv)}", flush=True)  # noqa: T201 - the log
+    kills, worker = memory_kills(), os.getpid()
+    child = os.fork()
+    if child == 0:
+        # Whatever happens, this process must not go on as the worker.
+        try:
+            die_with(worker, signal.SIGKILL)
+            code = _in_process(stage, place, offline=offline)
+        finally:
+            os._exit(locals().get("code", 1))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == 0:
+        return Outcome(None)
+    told = read_outcome(place.parent)
+    return told or replace(ended(code, kills, f"The process of the stage '{stage.name}'"), stage=stage.name)
+
+
+def _in_process(stage: Stage, place: Path, *, offline: bool) -> int:
+    try:
+        from emloc_core.cli import cli
+
+        cli.main(list(stage.argv), prog_name="emloc", standalone_mode=False)
+    except BaseException as error:
+        outcome = _failure(error, stage, offline=offline)
+        with contextlib.suppress(OSError):
+            write_json(place, outcome.to_dict())
+        return exit_code(outcome.cause)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+    return 0
+
+
+def _failure(error: BaseException, stage: Stage | None, *, offline: bool) -> Outcome:
+    """Return the outcome of an exception; where the disk is full, give back what the stage has written."""
+    cause = classify(error, offline=offline)
+    if cause == "disk" and stage:
+        shutil.rmtree(stage.output.with_name(f".{stage.output.name}.partial"), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        if isinstance(error, EmlocError):
+            print(f"emloc: error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the log
+        else:
+            traceback.print_exception(error)
+    return Outcome(cause, describe(error), stage.name if stage else "")
+
+
+def die_with(parent: int, number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent ends, however that ends; only Linux can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+        if os.getppid() != parent:  # it ended before that
+            os.kill(os.getpid(), number)
+
+
+def _end_all(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - what a handler is given
+    """End the worker's whole group: the stage, and what that has started."""
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def main(job_file: str) -> int:
+    """Do the job in ``job_file``, write its outcome beside it, and return the exit code."""
+    if os.getpgid(0) == os.getpid():  # started by an engine, in a group of its own
+        signal.signal(signal.SIGTERM, _end_all)
+        die_with(int(os.environ.get(PARENT, os.getppid())), signal.SIGTERM)
+    path = Path(job_file).absolute()
+    outcome = run(Job.model_validate_json(path.read_text(encoding="utf-8")), path.parent)
+    with contextlib.suppress(OSError):
+        write_json(path.with_name(OUTCOME), outcome.to_dict())
+    return exit_code(outcome.cause)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
