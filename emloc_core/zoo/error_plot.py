@@ -1,0 +1,145 @@
+"""The error of every Linear as small plots: inline SVG, made of numbers alone, so that nothing in it needs escaping."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from markupsafe import Markup
+
+#: A plot's own units: whole numbers keep a page of many plots small. The page scales it.
+_WIDTH, _HEIGHT, _EDGE = 400, 100, 8
+_PATH = re.compile(r"(?P<tower>.*?)\.?(?<![^.])(?P<block>\d+)\.(?P<kind>.+)")
+
+Values = Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The errors of one kind of Linear.
+
+    Attributes:
+        tower: path of the blocks: ``model.layers``.
+        kind: path within a block: ``mlp.down_proj``; numbers in it, of experts, are ``*``.
+        values: relative error a block (the median over experts); None is dense, NaN not a number.
+    """
+
+    tower: str
+    kind: str
+    values: Values
+
+    @property
+    def label(self) -> str:
+        """The kind's last part, which tells most kinds apart."""
+        return self.kind.rpartition(".")[2]
+
+    @property
+    def middle(self) -> float | None:
+        """The median over the blocks; None where all are dense."""
+        return _middle(self.values)
+
+    @property
+    def text(self) -> str:
+        """The plot in words."""
+        numbers = finite(self.values)
+        broken = sum(value is not None for value in self.values) - len(numbers)
+        said = [f"{self.kind}, {len(self.values)} blocks"]
+        if numbers:
+            said.append(f"{min(numbers):.3g} to {max(numbers):.3g}, median {median(numbers):.3g}")
+        if broken:
+            said.append(f"not a number in {broken}")
+        return ": ".join(said[:2]) + "".join(f"; {more}" for more in said[2:])
+
+
+def strips(errors: Mapping[str, float | None]) -> list[Strip]:
+    """Return the errors of all Linears, by path, as one strip for each tower and kind, in the order of the paths."""
+    found: dict[tuple[str, str], dict[int, list[float | None]]] = {}
+    blocks: dict[str, int] = {}
+    for path, error in errors.items():
+        match = _PATH.fullmatch(path)
+        tower, block, kind = (match["tower"], int(match["block"]), match["kind"]) if match else ("", 0, path)
+        kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", kind)
+        found.setdefault((tower, kind), {}).setdefault(block, []).append(error)
+        blocks[tower] = max(blocks.get(tower, 0), block + 1)
+    return [
+        Strip(tower, kind, [_middle(at.get(block, [])) for block in range(blocks[tower])])
+        for (tower, kind), at in found.items()
+    ]
+
+
+def sparkline(values: Values, top: float) -> Markup:
+    """Return a line through the blocks, from 0 at the bottom to ``top``; dense ones are gaps, NaN a vertical line."""
+    points = [_point(x, value, top) for x, value in zip(_steps(len(values)), values, strict=True)]
+    return _svg(line=_line(points), nan=_marks(values))
+
+
+def band(strips: Sequence[Strip], top: float) -> Markup:
+    """Return one small plot of all strips: from the least to the largest error of every block, and their median.
+
+    Towers follow each other from left to right.
+    """
+    columns: list[list[float | None]] = []
+    for tower in dict.fromkeys(strip.tower for strip in strips):
+        within = [strip.values for strip in strips if strip.tower == tower]
+        columns += [list(column) for column in zip(*within, strict=True)]
+    steps = _steps(len(columns))
+    known = {x: numbers for x, column in zip(steps, columns, strict=True) if (numbers := finite(column))}
+    over = [_point(x, max(numbers), top) for x, numbers in known.items()]
+    under = [_point(x, min(numbers), top) for x, numbers in reversed(known.items())]
+    middle = [_point(x, median(known[x]) if x in known else None, top) for x in steps]
+    broken = [next(filter(_is_broken, column), None) for column in columns]
+    return _svg(area=_line([*over, *under]), line=_line(middle), nan=_marks(broken))
+
+
+def finite(values: Iterable[Any]) -> list[float]:
+    """Return the finite numbers among them."""
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def _middle(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    if len(known) > len(finite(known)):
+        return math.nan
+    return median(known) if known else None
+
+
+def _is_broken(value: float | None) -> bool:
+    return value is not None and not math.isfinite(value)
+
+
+def _steps(count: int) -> list[int]:
+    room = _WIDTH - 2 * _EDGE
+    return [_EDGE + round(room * (index / (count - 1) if count > 1 else 0.5)) for index in range(count)]
+
+
+def _point(x: int, value: float | None, top: float) -> tuple[int, int] | None:
+    if value is None or not math.isfinite(value):
+        return None
+    share = min(1, max(0, value / top if top else 0))
+    return x, _HEIGHT - _EDGE - round((_HEIGHT - 2 * _EDGE) * share)
+
+
+def _line(points: Iterable[tuple[int, int] | None]) -> str:
+    """Return the path of a line with gaps; a point alone is a dot, by the round end of a line without length."""
+    parts: list[str] = []
+    last: tuple[int, int] | None = None
+    for point in points:
+        if point and last:
+            parts.append(f"l{point[0] - last[0]} {point[1] - last[1]}")
+        elif point:
+            parts.append(f"M{point[0]} {point[1]}h0")
+        last = point
+    return "".join(parts).replace(" -", "-")
+
+
+def _marks(values: Values) -> str:
+    steps = _steps(len(values))
+    return "".join(f"M{x} 0v{_HEIGHT}" for x, value in zip(steps, values, strict=True) if _is_broken(value))
+
+
+def _svg(**paths: str) -> Markup:
+    drawn = "".join(f'<path class="{name}" d="{path}"/>' for name, path in paths.items() if path)
+    box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none"'
+    return Markup(f'<svg class="plot" {box} aria-hidden="true">{drawn}</svg>')

@@ -1,0 +1,115 @@
+"""The report of a zoo: one page for people, JSON for machines, Markdown for wherever that is read.
+
+The page is one file that asks for no other: styles, plots and the few lines of script that sort the table are in it,
+and its content security policy forbids everything else, so that nothing in a name or a log can run or call home.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from emloc_core import __version__
+from emloc_core.errors import EmlocError
+from emloc_core.zoo import view
+from emloc_core.zoo.error_plot import band, sparkline
+from emloc_core.zoo.log_end import plain
+from emloc_core.zoo.store import Store
+from emloc_core.zoo.view import STATES, JobView, Summary
+
+PAGE, DATA, TEXT = "report.html", "report.json", "report.md"
+
+
+def write_report(zoo: Path, directory: Path) -> dict[str, Any]:
+    """Write ``report.html``, ``report.json`` and ``report.md`` on a zoo into ``directory``.
+
+    Returns:
+        The content of ``report.json``: ``zoo``, ``generated`` (UTC), ``emloc`` (version), ``summary``, ``jobs``.
+        A number that is none is the text ``NaN``, ``Infinity`` or ``-Infinity`` there.
+
+    Raises:
+        EmlocError: there is no zoo, or the files cannot be written.
+    """
+    store = Store(zoo)
+    try:
+        views = [JobView(record, zoo, number) for number, record in enumerate(store.records(), start=1)]
+    finally:
+        store.close()
+    summary = Summary.of(views)
+    head = {
+        "zoo": zoo.resolve().name,
+        "generated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "emloc": __version__,
+    }
+    content: dict[str, Any] = finite({**head, "summary": asdict(summary), "jobs": [each.to_dict() for each in views]})
+    files = {
+        PAGE: _render("report.html.j2", head, summary, views),
+        DATA: json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        TEXT: _render("report.md.j2", head, summary, views),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            _publish(directory / name, text)
+    except OSError as error:
+        raise EmlocError(
+            f"The report cannot be written into {directory} ({error.strerror}).", "Choose another place with -o."
+        ) from error
+    return content
+
+
+def finite(value: Any) -> Any:
+    """Return JSON values with words for the numbers that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value
+
+
+def _render(template: str, head: Mapping[str, str], summary: Summary, views: list[JobView]) -> str:
+    environment = Environment(
+        loader=PackageLoader("emloc_core.zoo"),
+        autoescape=select_autoescape(disabled_extensions=("md.j2",), default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        size=view.size, duration=view.duration, number=view.number, cell=_cell, fenced=_fenced, plain=plain, sha256=_sha256
+    )
+    environment.globals.update(sparkline=sparkline, band=band, share=view.share, making=view.MAKING, tuning=view.TUNING)
+    shown = sorted(views, key=lambda each: (list(STATES).index(each.state), each.number))
+    return environment.get_template(template).render(head=head, summary=summary, jobs=shown, states=STATES)
+
+
+def _cell(text: Any) -> str:
+    """Return text that Markdown shows as it is, in one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", " ".join(plain(text).split()))
+
+
+def _fenced(text: str) -> str:
+    """Return a block of code that nothing within it can end."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _sha256(text: str) -> str:
+    """Return a hash as a content security policy wants it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _publish(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", errors="replace")
+    partial.replace(path)

@@ -1,0 +1,245 @@
+"""What the report says of one job: figures from the store, and the end of the log where the job failed."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from emloc_core.report import COSTS, human_bytes, human_seconds, rows
+from emloc_core.zoo.error_plot import Strip, finite, strips
+from emloc_core.zoo.log_end import log_end
+from emloc_core.zoo.store import Attempt, JobRecord
+
+#: States in the order in which a person wants to know of them, with what they mean.
+STATES = {
+    "failed": "failed; see cause and log",
+    "interrupted": "was running when its driver ended; the same command goes on",
+    "running": "running now",
+    "waiting": "not begun, or to be tried again",
+    "done": "done",
+    "duplicate": "the same as another job, and not done twice",
+}
+
+#: Whose peaks of memory are shown.
+EVALUATING, MAKING, TUNING = "evaluating the base", "making the emulator", "LoRA on the emulator"
+
+
+@dataclass(frozen=True)
+class JobView:
+    """One job, ready to be shown.
+
+    Attributes:
+        record: what the store knows.
+        directory: the zoo.
+        number: from 1, in the store's order; names the job's place in the page.
+    """
+
+    record: JobRecord
+    directory: Path
+    number: int
+
+    @property
+    def name(self) -> str:
+        """The job's name in the zoo."""
+        return self.record.job.name
+
+    @property
+    def state(self) -> str:
+        """One of ``STATES``."""
+        return self.record.state
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """What a finished job says of itself; empty for another."""
+        return self.record.result
+
+    @property
+    def ratio(self) -> float:
+        """Share of the compressed Linears' parameters that was asked for."""
+        return self.record.job.compress.ratio
+
+    @cached_property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Bytes of the base's weights and of the emulator's: measured, or else planned."""
+        needs = self.record.needs
+        known = self.result.get("bytes") or {}
+        planned = (needs.base, needs.emulator) if needs else (None, None)
+        return known.get("base", planned[0]), known.get("emulator", planned[1])
+
+    @property
+    def sizes_are_planned(self) -> bool:
+        """Whether :attr:`sizes` are the plan's."""
+        return not self.result.get("bytes")
+
+    @property
+    def family(self) -> str | None:
+        """The model's family; None where the job is not done."""
+        return self.result.get("family")
+
+    @cached_property
+    def strips(self) -> list[Strip]:
+        """The errors of all Linears by tower and kind."""
+        return strips({str(linear["path"]): linear.get("relative_error") for linear in self.result.get("linears", ())})
+
+    @property
+    def towers(self) -> dict[str, list[Strip]]:
+        """The strips by tower, in order."""
+        found: dict[str, list[Strip]] = {}
+        for strip in self.strips:
+            found.setdefault(strip.tower, []).append(strip)
+        return found
+
+    @cached_property
+    def errors(self) -> dict[str, Any]:
+        """Relative output errors of the Linears: ``median``, ``worst`` and its ``path``, how many ``not_finite``."""
+        known = {
+            str(linear["path"]): linear["relative_error"]
+            for linear in self.result.get("linears", ())
+            if linear.get("relative_error") is not None
+        }
+        numbers = {path: value for path, value in known.items() if math.isfinite(value)}
+        worst = max(numbers, key=lambda path: numbers[path], default=None)
+        return {
+            "median": median(numbers.values()) if numbers else None,
+            "worst": numbers[worst] if worst else None,
+            "path": worst,
+            "not_finite": len(known) - len(numbers),
+        }
+
+    @property
+    def top(self) -> float:
+        """The largest error that a plot of this job shows."""
+        return max((max(finite(strip.values), default=0) for strip in self.strips), default=0)
+
+    @cached_property
+    def memory(self) -> list[tuple[str, int, str]]:
+        """Peaks of memory as (of what, bytes, ``measured`` or ``planned``), those that are known.
+
+        Measured are a GPU's peak where the stage ran on one, and the process's otherwise.
+        """
+        base = self.result.get("systems", {}).get("base", {})
+        found = [
+            (EVALUATING, base.get("peak_bytes")),
+            (MAKING, self.stages.get("emulator", {}).get("peak_bytes")),
+            (TUNING, self.stages.get("adapter", {}).get("peak_bytes")),
+        ]
+        measured = [(what, size, "measured") for what, size in found if size]
+        needs = self.record.needs
+        if measured or needs is None or not needs.memory:
+            return measured
+        return [("the largest stage", needs.memory, "planned")]
+
+    @property
+    def stages(self) -> Mapping[str, Mapping[str, Any]]:
+        """``seconds`` and ``peak_bytes`` of every stage that is done, in order."""
+        timings = self.result.get("stages") or {}
+        return {name: {"seconds": at.get("seconds"), "peak_bytes": _peak(at)} for name, at in timings.items()}
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of all attempts; None where there was none."""
+        times = [attempt.seconds for attempt in self.record.attempts if attempt.seconds is not None]
+        return sum(times) if times else None
+
+    @cached_property
+    def scores(self) -> list[dict[str, Any]]:
+        """The comparison of systems as in :func:`emloc_core.report.rows`; empty without an evaluation."""
+        systems = self.result.get("systems") or {}
+        return rows(systems, self.result.get("metrics")) if systems else []
+
+    @property
+    def metrics(self) -> list[str]:
+        """The columns of :attr:`scores`."""
+        return [column for column in (self.scores or [{}])[0] if column not in ("system", "best", *COSTS)]
+
+    @property
+    def headline(self) -> tuple[str, Any, Any] | None:
+        """The first metric, with the base's value and that of what is used in the end; None where one is not known."""
+        values = {row["system"]: row for row in self.scores}
+        if not self.metrics or not values.keys() >= {"base", "base+corrected"}:
+            return None
+        metric = self.metrics[0]
+        return metric, values["base"][metric], values["base+corrected"][metric]
+
+    @property
+    def failure(self) -> Attempt | None:
+        """The last attempt that failed, where the job is not done."""
+        failed = [attempt for attempt in self.record.attempts if attempt.cause]
+        return failed[-1] if failed and self.state != "done" else None
+
+    @cached_property
+    def log_end(self) -> str | None:
+        """The end of the last attempt's log, where it failed or is not known to have ended well."""
+        if not self.record.attempts or self.state in ("done", "duplicate"):
+            return None
+        return log_end(self.directory, self.record.attempts[-1].log)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record with what is derived of it, as JSON values but for NaN."""
+        return {
+            **self.record.to_dict(),
+            "errors": self.errors,
+            "memory": [{"of": what, "bytes": size, "how": how} for what, size, how in self.memory],
+            "seconds": self.seconds,
+            "log_end": self.log_end,
+        }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is said of all jobs together; sums are over the jobs that are done."""
+
+    jobs: int
+    states: dict[str, int]
+    base_bytes: int
+    emulator_bytes: int
+    seconds: float
+    median_error: float | None
+    largest_error: float
+
+    @classmethod
+    def of(cls, views: list[JobView]) -> "Summary":
+        """Sum up."""
+        done = [view for view in views if view.state == "done" and all(view.sizes)]
+        medians = finite(view.errors["median"] for view in views)
+        counts = {state: sum(view.state == state for view in views) for state in STATES}
+        return cls(
+            jobs=len(views),
+            states={state: count for state, count in counts.items() if count},
+            base_bytes=sum(view.sizes[0] or 0 for view in done),
+            emulator_bytes=sum(view.sizes[1] or 0 for view in done),
+            seconds=sum(view.seconds or 0 for view in views),
+            median_error=median(medians) if medians else None,
+            largest_error=max((view.top for view in views), default=0),
+        )
+
+
+def _peak(timing: Mapping[str, Any]) -> int | None:
+    return timing.get("peak_cuda_bytes") or timing.get("peak_rss_bytes")
+
+
+def share(part: float | None, whole: float | None) -> str:
+    """Return a share as a percentage; empty where one is not known."""
+    return f"{part / whole:.0%}" if part is not None and whole else ""
+
+
+def number(value: Any) -> str:
+    """Return a figure with three or four digits, ``NaN`` in words, and ``-`` for nothing."""
+    if value is None:
+        return "-"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a number"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def size(value: float | None) -> str:
+    """Return bytes for reading; ``-`` for nothing."""
+    return "-" if value is None else human_bytes(value)
+
+
+def duration(value: float | None) -> str:
+    """Return seconds for reading; ``-`` for nothing."""
+    return "-" if value is None else human_seconds(value)
