@@ -10,9 +10,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from emloc_core import __version__
-from emloc_core.draft import Draft
 from emloc_core.errors import EmlocError
 from emloc_core.plugins import plugin_manager
+from emloc_core.scaffold.draft import Draft
 
 
 def write_plugin(name: str, directory: Path, model_types: Sequence[str] = (), draft: Draft | None = None) -> list[str]:

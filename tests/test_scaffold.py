@@ -14,13 +14,13 @@ from transformers import AutoConfig
 
 from emloc_core.cli import cli
 from emloc_core.conformance import check_family
-from emloc_core.draft import Draft
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.observe import GATE, LISTED, OTHER, ROUTED, ROUTER, UNCALLED, Observation, block_lists
 from emloc_core.plugins import plugin_manager
-from emloc_core.scaffold import check_draft, scaffold
-from emloc_core.shrink import shrink
+from emloc_core.scaffold.draft import Draft
+from emloc_core.scaffold.observe import GATE, LISTED, OTHER, ROUTED, ROUTER, UNCALLED, Observation, block_lists
+from emloc_core.scaffold.scaffold import check_draft, scaffold
+from emloc_core.scaffold.shrink import shrink
 
 #: Architectures whose draft has to be accepted without an edit.
 TEXT = ("gemma3_text", "phi3", "mistral", "gpt_neox", "olmo2")
@@ -172,7 +172,7 @@ def test_what_is_no_family_is_refused(save, tmp_path):
 
 
 def test_a_model_without_blocks_is_refused(save, monkeypatch):
-    monkeypatch.setattr("emloc_core.scaffold.block_lists", lambda _: [])
+    monkeypatch.setattr("emloc_core.scaffold.scaffold.block_lists", lambda _: [])
     with pytest.raises(EmlocError, match="no list of blocks"):
         scaffold(save("phi3"))
 

@@ -8,7 +8,7 @@ import rich_click as click
 from emloc_core.cli.console import as_json, print_json
 
 if TYPE_CHECKING:
-    from emloc_core.draft import Draft
+    from emloc_core.scaffold.draft import Draft
 
 
 @click.command("new")
@@ -59,6 +59,6 @@ def command(name: str, model_types: tuple[str, ...], model: str | None, output: 
 
 def _draft(model: str) -> "Draft":
     from emloc_core.checkpoint import find_config
-    from emloc_core.scaffold import scaffold
+    from emloc_core.scaffold.scaffold import scaffold
 
     return scaffold(find_config(model))

@@ -28,7 +28,7 @@ def command(model: str, output: Path | None, check: bool, as_json: bool) -> None
 
     config_file = find_config(model)
 
-    from emloc_core.scaffold import check_draft, scaffold
+    from emloc_core.scaffold.scaffold import check_draft, scaffold
 
     draft = scaffold(config_file)
     if check:

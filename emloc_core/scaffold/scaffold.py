@@ -12,19 +12,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from emloc_core import deduce
-from emloc_core.config_arguments import large_sizes, make_config, not_tiny, plain
 from emloc_core.conformance import check_family
 from emloc_core.conformance.conditions import under_test
 from emloc_core.conformance.tiny import first_line
-from emloc_core.draft import Draft
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.observe import Observation, block_lists
 from emloc_core.plan import find_linears
 from emloc_core.plugins import plugin_manager
-from emloc_core.probe import Probe, probes
-from emloc_core.shrink import TINY_PARAMETERS, shrink
+from emloc_core.scaffold import deduce
+from emloc_core.scaffold.config_arguments import large_sizes, make_config, not_tiny, plain
+from emloc_core.scaffold.draft import Draft
+from emloc_core.scaffold.observe import Observation, block_lists
+from emloc_core.scaffold.probe import Probe, probes
+from emloc_core.scaffold.shrink import TINY_PARAMETERS, shrink
 from emloc_core.skeleton import read_config
 
 

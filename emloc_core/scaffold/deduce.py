@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
-from emloc_core.observe import DOUBTFUL, Observation
 from emloc_core.plugins import plugin_manager
+from emloc_core.scaffold.observe import DOUBTFUL, Observation
 from emloc_core.streaming import units
 
 HEAD = "each of its outputs is a token's logit"

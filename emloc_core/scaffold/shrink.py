@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from emloc_core.config_arguments import needed, structure
+from emloc_core.scaffold.config_arguments import needed, structure
 
 #: Beyond this many parameters a model is not tiny; up to it, a given config is taken as it is.
 TINY_PARAMETERS = 4_000_000
