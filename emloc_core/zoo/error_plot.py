@@ -37,19 +37,24 @@ class Strip:
 
     @property
     def middle(self) -> float | None:
-        """The median over the blocks; None where all are dense."""
-        return _middle(self.values)
+        """The median over the blocks where there is a number; None where there is none."""
+        numbers = finite(self.values)
+        return median(numbers) if numbers else None
+
+    @property
+    def broken(self) -> int:
+        """In how many blocks it is not a number."""
+        return sum(map(_is_broken, self.values))
 
     @property
     def text(self) -> str:
         """The plot in words."""
         numbers = finite(self.values)
-        broken = sum(value is not None for value in self.values) - len(numbers)
         said = [f"{self.kind}, {len(self.values)} blocks"]
         if numbers:
             said.append(f"{min(numbers):.3g} to {max(numbers):.3g}, median {median(numbers):.3g}")
-        if broken:
-            said.append(f"not a number in {broken}")
+        if self.broken:
+            said.append(f"not a number in {self.broken}")
         return ": ".join(said[:2]) + "".join(f"; {more}" for more in said[2:])
 
 

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from emloc_core.report import COSTS, human_bytes, human_seconds, rows
+from emloc_core.zoo.engine import Needs
 from emloc_core.zoo.error_plot import Strip, finite, strips
 from emloc_core.zoo.log_end import log_end
 from emloc_core.zoo.store import Attempt, JobRecord
@@ -23,8 +24,22 @@ STATES = {
     "duplicate": "the same as another job, and not done twice",
 }
 
-#: Whose peaks of memory are shown.
-EVALUATING, MAKING, TUNING = "evaluating the base", "making the emulator", "LoRA on the emulator"
+
+@dataclass(frozen=True)
+class Peak:
+    """A peak of memory.
+
+    Attributes:
+        of: what needs it.
+        short: the same in a word.
+        bytes: how much; None where that is not known.
+        planned: by the memory plan, and not measured.
+    """
+
+    of: str
+    short: str
+    bytes: int | None
+    planned: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,22 +130,21 @@ class JobView:
         return max((max(finite(strip.values), default=0) for strip in self.strips), default=0)
 
     @cached_property
-    def memory(self) -> list[tuple[str, int, str]]:
-        """Peaks of memory as (of what, bytes, ``measured`` or ``planned``), those that are known.
+    def memory(self) -> list[Peak]:
+        """What the base needs when it is used, and the emulator when it is made and tuned, as far as it is known.
 
         Measured are a GPU's peak where the stage ran on one, and the process's otherwise.
         """
-        base = self.result.get("systems", {}).get("base", {})
+        needs = self.record.needs or Needs()
+        base = self.result.get("systems", {}).get("base", {}).get("peak_bytes")
+        making, tuning = (self.stages.get(name, {}).get("peak_bytes") for name in ("emulator", "adapter"))
         found = [
-            (EVALUATING, base.get("peak_bytes")),
-            (MAKING, self.stages.get("emulator", {}).get("peak_bytes")),
-            (TUNING, self.stages.get("adapter", {}).get("peak_bytes")),
-        ]
-        measured = [(what, size, "measured") for what, size in found if size]
-        needs = self.record.needs
-        if measured or needs is None or not needs.memory:
-            return measured
-        return [("the largest stage", needs.memory, "planned")]
+            Peak("evaluating the base", "base", base) if base else
+            Peak("inference on the base", "base", needs.inference, planned=True),
+            Peak("making the emulator", "making", making),
+            Peak("LoRA on the emulator", "tuning", tuning or needs.tuning, planned=not tuning),
+        ]  # fmt: skip
+        return [peak for peak in found if peak.bytes]
 
     @property
     def stages(self) -> Mapping[str, Mapping[str, Any]]:
@@ -182,7 +196,7 @@ class JobView:
         return {
             **self.record.to_dict(),
             "errors": self.errors,
-            "memory": [{"of": what, "bytes": size, "how": how} for what, size, how in self.memory],
+            "memory": [asdict(peak) for peak in self.memory],
             "seconds": self.seconds,
             "log_end": self.log_end,
         }
@@ -233,6 +247,11 @@ def number(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "not a number"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def score(value: Any) -> str:
+    """Return a score with four digits, as :func:`number` does."""
+    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else number(value)
 
 
 def size(value: float | None) -> str:

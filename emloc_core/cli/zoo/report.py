@@ -1,0 +1,31 @@
+"""``emloc zoo report``."""
+
+from pathlib import Path
+
+import rich_click as click
+
+from emloc_core.cli.console import as_json, print_json
+
+
+@click.command("report")
+@click.argument("zoo", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIRECTORY",
+              help="Where the three files go.  [default: the zoo]")  # fmt: skip
+@as_json
+def command(zoo: Path, output: Path | None, as_json: bool) -> None:
+    """Write a report on ZOO: report.html, report.json and report.md.
+
+    Every model with its sizes, the error of every layer, memory, time and scores; what failed, why, and the end of its
+    log. The page is one file that asks for no other. It can be written at any time, also while jobs run.
+    """
+    from emloc_core.zoo.report import DATA, PAGE, TEXT, write_report
+
+    directory = output or zoo
+    content = write_report(zoo, directory)
+    if as_json:
+        print_json(content)
+        return
+    states = ", ".join(f"{count} {state}" for state, count in content["summary"]["states"].items())
+    click.echo(f"{content['summary']['jobs']} jobs: {states or 'none yet'}")
+    for name in (PAGE, DATA, TEXT):
+        click.echo(directory / name)
