@@ -133,6 +133,8 @@ def without_contents(model: nn.Module, mode: FakeTensorMode) -> list[nn.Paramete
     """Put fake tensors in the place of all parameters and buffers; return the parameters, each once."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":  # asks whether a row is longer than the model's length
+            module.rope_type = "default"
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in made:

@@ -3,7 +3,7 @@
 Imports nothing heavy; the command line builds its options from these fields.
 """
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -68,7 +68,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         elif problem["type"] == "missing":
             text = f"{where} is missing"
         elif problem["type"] == "value_error":  # of several settings together: they are all of the input
-            text = problem["msg"].removeprefix("Value error, ")
+            text = (f"{where}: " if steps else "") + problem["msg"].removeprefix("Value error, ")
         else:
             text = f"{where} = {problem['input']!r}: {problem['msg']}"
         if text not in texts:
@@ -77,8 +77,11 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _section(model: type[BaseModel], steps: list[str]) -> type[BaseModel]:
-    for step in steps:
+    remaining = iter(steps)
+    for step in remaining:
         annotation: Any = model.model_fields[step].annotation
+        if get_origin(annotation) is dict:
+            next(remaining, None)  # the key, of which any may be
         options = [option for option in (annotation, *get_args(annotation)) if isinstance(option, type)]
         model = next(option for option in options if issubclass(option, BaseModel))
     return model

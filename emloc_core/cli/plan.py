@@ -58,24 +58,24 @@ def command(
 ) -> None:
     """Say what every stage needs for MODEL, from its config alone, and how large an emulator fits.
 
-    MODEL is a directory, a config.json, or a hub id, of which nothing but the config is fetched. Nothing is loaded and
-    nothing is trained.
+    MODEL is a directory, a config.json, an entry of the registry (its id, or its file), or a hub id, of which nothing
+    but the config is fetched, and with --data the tokenizer. Nothing is loaded and nothing is trained.
     """
     budget = parse_bytes(memory) if memory is not None else None
     image_size = settings.pop("image_size")
     train = validated(TrainSettings, settings)
 
-    from emloc_core.checkpoint import find_config
     from emloc_core.image_shape import parse_size
     from emloc_core.memory import MemoryModel
+    from emloc_core.registry import config_of
     from emloc_core.workload import make_workload
 
-    config_file = find_config(model)
     size = parse_size(image_size) if image_size is not None else None
-    workload = make_workload(
-        config_file, train, device, length=length, images=images, image_size=size, data=data, split=split
-    )
-    planned = _plan(MemoryModel(config_file, workload), budget, ratio)
+    with config_of(model, with_tokenizer=data is not None) as config_file:
+        workload = make_workload(
+            config_file, train, device, length=length, images=images, image_size=size, data=data, split=split
+        )
+        planned = _plan(model, MemoryModel(config_file, workload), budget, ratio)
     if figure:
         from emloc_core.memory_report import memory_figure
 
@@ -90,6 +90,7 @@ def command(
 
 @dataclass(frozen=True)
 class _Planned:
+    name: str
     model: "MemoryModel"
     needs: "Sequence[Need]"
     plan: "Plan"
@@ -102,7 +103,7 @@ class _Planned:
         model, workload = self.model, self.model.workload
         tuning = next(need for need in self.needs if need.stage == "LoRA on the emulator")
         return {
-            "model": str(model.config_file),
+            "model": self.name,
             "family": model.family.name,
             "dtype": str(model.dtype).removeprefix("torch."),
             "workload": {
@@ -172,7 +173,7 @@ class _Planned:
                        "only with offloading (device_map='auto') or quantised")  # fmt: skip
 
 
-def _plan(model: "MemoryModel", budget: int | None, ratio: float | None) -> _Planned:
+def _plan(name: str, model: "MemoryModel", budget: int | None, ratio: float | None) -> _Planned:
     from emloc_core import streamed
 
     inference = model.inference()
@@ -192,4 +193,4 @@ def _plan(model: "MemoryModel", budget: int | None, ratio: float | None) -> _Pla
         streamed.merge(model),
     ]
     advised = list(advice(model, allowed)) if ratio is None and fit is None else []
-    return _Planned(model, needs, plan, chosen, allowed, budget is not None, advised)
+    return _Planned(name, model, needs, plan, chosen, allowed, budget is not None, advised)

@@ -1,0 +1,232 @@
+"""An entry of the registry: what is known of one published model, in a TOML file. Imports no torch.
+
+An entry is data: nothing in one is executed, and a path in one stays in the directory of its file.
+"""
+
+import hashlib
+import json
+import re
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from emloc_core.budget import parse_bytes
+from emloc_core.errors import EmlocError, did_you_mean
+from emloc_core.output import write_json
+from emloc_core.settings import CompressSettings, Settings, explain
+from emloc_core.training import TrainSettings
+
+#: A memory target that depends on the model: what inference on it needs, as in the paper.
+INFERENCE = "inference"
+#: Fields of a config by which transformers would fetch code and run it. Those with a leading underscore are its own.
+_CODE = {"auto_map", "attn_implementation", "experts_implementation", "custom_generate"}
+_PUBLISHED = re.compile(r"(\d+(?:\.\d+)?)([MB]|GB)?")
+_UNITS = {None: 1, "M": 10**6, "B": 10**9, "GB": 10**9}
+
+
+class Parameters(Settings):
+    """How many parameters a model has, as it was published."""
+
+    published: str = Field(description="As it was written: 7.62B, 494M, all digits; or 15.9GB of checkpoint.")
+    source: str = Field(description="Where it was written.")
+    tied_twice: bool = Field(False, description="It counts a tied output projection too, which the checkpoint stores.")
+    note: str | None = Field(None, description="What else was published.")
+
+    @field_validator("published")
+    @classmethod
+    def _is_number(cls, text: str) -> str:
+        if not _PUBLISHED.fullmatch(text):
+            raise ValueError(f"{text!r} is no number of parameters: write 7615616512, 7.62B, 494M, or 15.9GB of bytes")
+        return text
+
+    @property
+    def digits(self) -> int:
+        """How many significant digits were published."""
+        return len(self._parts()[0].replace(".", "").lstrip("0"))
+
+    @property
+    def count(self) -> int:
+        """The published number: of parameters, or of bytes where it is in GB."""
+        number, unit = self._parts()
+        return round(float(number) * _UNITS[unit]) if unit else int(number)
+
+    def agree(self, parameters: int, tied: int = 0, itemsize: int = 2) -> bool:
+        """Say whether a model with so many parameters is what was published, rounded to the digits that were.
+
+        Args:
+            parameters: tied ones counted once.
+            tied: how many of them are those of a tied output projection.
+            itemsize: bytes of one.
+        """
+        stored = parameters + (tied if self.tied_twice else 0)
+        stored *= itemsize if self._parts()[1] == "GB" else 1
+        return f"{stored:.{self.digits - 1}e}" == f"{self.count:.{self.digits - 1}e}"
+
+    def _parts(self) -> tuple[str, str | None]:
+        match = _PUBLISHED.fullmatch(self.published)
+        assert match is not None  # as validated
+        return match[1], match[2]
+
+
+class Preset(Settings):
+    """How large an emulator is made, and what is tuned on it: a ratio, or the memory that tuning may use."""
+
+    ratio: float | None = Field(None, gt=0, lt=1, description="Share of the compressed Linears' parameters.")
+    memory: str | None = Field(None, description="What tuning may use: 24GB, say, or 'inference'.")
+    samples: int = Field(64, ge=1, description="Calibration rows.")
+    lora_targets: list[str] | None = Field(None, description="Ends of module paths; by default the family's.")
+    lora_rank: int = Field(8, ge=1, description="Rank of the LoRA.")
+    batch_size: int = Field(1, ge=1, description="Rows a forward pass of tuning.")
+    length: int = Field(1024, ge=1, description="Tokens a row, which a memory target is meant for.")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "Preset":
+        if (self.ratio is None) == (self.memory is None):
+            raise ValueError("a preset has either a ratio or a memory target")
+        return self
+
+    @field_validator("memory")
+    @classmethod
+    def _is_size(cls, text: str | None) -> str | None:
+        if text is not None and text != INFERENCE:
+            try:
+                parse_bytes(text)
+            except EmlocError as error:
+                raise ValueError(f"{error} Or 'inference': what inference on the base needs.") from None
+        return text
+
+    def settings(self, ratio: float) -> tuple[CompressSettings, TrainSettings]:
+        """Return the settings of stages 1 and 2 at a ratio: the preset's, or the one found for its memory target."""
+        return CompressSettings(ratio=ratio, samples=self.samples), TrainSettings(
+            lora_rank=self.lora_rank, target_modules=self.lora_targets, batch_size=self.batch_size
+        )
+
+
+class Data(Settings):
+    """An entry's own rows: files, by paths relative to the entry's, within its directory."""
+
+    train: str = Field(description="Rows for calibration, selection and tuning.")
+    calibration: str | None = Field(None, description="Other rows for calibration and selection.")
+    test: list[str] = Field([], description="Rows that are never tuned on.")
+    tasks: list[str] = Field([], description="Task files of lm-eval, to compare on.")
+
+
+class Entry(Settings):
+    """One model."""
+
+    id: str = Field(min_length=1, description="Hub id, or any unique name where `checkpoint` says where the model is.")
+    family: str = Field(description="Name of the family that declares it.")
+    licence: str | None = Field(None, description="As its card names it.")
+    revision: str | None = Field(None, description="Commit of the hub's repository.")
+    layout: str | None = Field(None, description="Of the published checkpoint, where `emloc import` has to rewrite it.")
+    sources: dict[str, str] = Field({}, description="Where licence and config were published.")
+    parameters: Parameters | None = None
+    checkpoint: str | None = Field(None, description="Directory of the model, relative to the entry's file.")
+    data: Data | None = None
+    presets: dict[str, Preset] = Field(min_length=1, description="By name; `default` is taken where none is named.")
+    config: dict[str, Any] = Field(description="The architecture, as in the config.json of the native layout.")
+    _file: Path = PrivateAttr(default=Path())
+
+    @field_validator("config")
+    @classmethod
+    def _is_data(cls, config: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(config.get("model_type"), str):
+            raise ValueError("config has no model_type")
+        for name in _names(config):
+            if name in _CODE or name.startswith("_"):
+                raise ValueError(f"{name!r} could make transformers run code that is not its own; leave it out")
+        return config
+
+    @property
+    def file(self) -> Path:
+        """The file that the entry was read from."""
+        return self._file
+
+    @property
+    def model(self) -> str:
+        """What commands are given as MODEL: the directory of the checkpoint, or the hub id."""
+        return str(self.path(self.checkpoint)) if self.checkpoint else self.id
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the entry says, as hexadecimal digits; of its values, not of how they are written."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+    def path(self, relative: str) -> Path:
+        """Return the absolute path of a file or directory that the entry names.
+
+        Raises:
+            EmlocError: it is outside the directory of the entry's file, by a link too.
+        """
+        directory = self._file.parent.resolve()
+        path = (directory / relative).resolve()
+        if Path(relative).is_absolute() or not path.is_relative_to(directory):
+            raise EmlocError(f"{self.file} names {relative!r}, outside its directory.", "Put it beside the entry.")
+        return path
+
+    def paths(self) -> list[str]:
+        """Return all relative paths that the entry names."""
+        data = [self.data.train, self.data.calibration, *self.data.test, *self.data.tasks] if self.data else []
+        return [path for path in (self.checkpoint, *data) if path is not None]
+
+    def preset(self, name: str = "default") -> Preset:
+        """Return a preset by name.
+
+        Raises:
+            EmlocError: there is none of that name.
+        """
+        if name not in self.presets:
+            known = list(self.presets)
+            raise EmlocError(
+                f"{self.id} has no preset {name!r}: {', '.join(known)}.{did_you_mean(name, known)}",
+                "Name one of these.",
+            )
+        return self.presets[name]
+
+    @contextmanager
+    def config_file(self) -> Iterator[Path]:
+        """Write the architecture into a temporary ``config.json``; errors about that file name the entry's."""
+        with tempfile.TemporaryDirectory(prefix="emloc-entry-") as directory:
+            file = Path(directory) / "config.json"
+            write_json(file, self.config)
+            try:
+                yield file
+            except EmlocError as error:
+                raise EmlocError(str(error).replace(str(file), str(self.file))) from error
+
+
+def read_entry(file: Path) -> Entry:
+    """Read one entry.
+
+    Raises:
+        EmlocError: the file is no entry: all that is wrong is named, with its line where it is no TOML.
+    """
+    try:
+        entry = Entry(**tomllib.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise EmlocError(f"There is no entry at {file}.", "Check the path.") from None
+    except OSError as error:
+        raise EmlocError(f"{file} cannot be read ({error.strerror}).", "Give an entry, a TOML file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EmlocError(f"{file} is not valid TOML: {error}.", "Mend the line that it names.") from None
+    except ValidationError as error:
+        raise EmlocError(f"{file}: {explain(error, Entry)}", "Mend the entry.") from None
+    entry._file = file.absolute()
+    for path in entry.paths():
+        entry.path(path)
+    return entry
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Yield the names of all fields of a config, those of its parts too."""
+    if isinstance(value, Mapping):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from _names(part)
