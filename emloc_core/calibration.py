@@ -17,6 +17,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrai
 from emloc_core.data import Row
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
+from emloc_core.images import pillow
 from emloc_core.messages import in_parts
 
 #: What makes a model's inputs of rows: its tokenizer, or, of rows with images, its processor.
@@ -63,7 +64,26 @@ def load_processing(directory: Path, family: Family, rows: Sequence[Row]) -> Pro
     """
     require_readable(rows, family)
     if family.modality == "text" or all(row.images is None for row in rows):
-        return _load(AutoTokenizer, directory, "tokenizer")
+        return load_tokenizer(directory)
+    return load_processor(directory)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer beside a model.
+
+    Raises:
+        EmlocError: it cannot be loaded.
+    """
+    return _load(AutoTokenizer, directory, "tokenizer")
+
+
+def load_processor(directory: Path) -> ProcessorMixin:
+    """Return the processor beside a model of images and text, whose tokenizer can pad.
+
+    Raises:
+        EmlocError: there is none, or packages that it needs are missing.
+    """
+    pillow()  # without it, transformers would complain of the file's contents
     processor = _load(AutoProcessor, directory, "processor")
     if not isinstance(processor, ProcessorMixin):
         raise EmlocError(

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc_core.data import Row
 from emloc_core.errors import EmlocError
 from emloc_core.eval_images import shows_pictures
 from emloc_core.eval_tasks import TaskSpec, is_conversational, load_task
@@ -39,14 +38,14 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
     import transformers
 
     import emloc_core.lowrank  # noqa: F401  (with it, from_pretrained reads emulators too)
-    from emloc_core.calibration import load_processing
+    from emloc_core.calibration import load_processor, load_tokenizer
     from emloc_core.checkpoint import Checkpoint
     from emloc_core.plugins import plugin_manager
 
     family = plugin_manager().family_for(Checkpoint(model).config)
     if images and family.modality == "text":
         raise EmlocError(f"A task shows images, and models of the family {family.name} read text alone.")
-    processing = load_processing(model, family, [Row(1, images=() if images else None)])
+    processing = load_processor(model) if images else load_tokenizer(model)
     try:
         loaded = getattr(transformers, family.auto_class).from_pretrained(model, dtype="auto")
     except (OSError, ValueError) as error:

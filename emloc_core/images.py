@@ -80,7 +80,7 @@ class Picture:
         Raises:
             EmlocError: it is no image, or cut short; or Pillow is not installed.
         """
-        pil, content = _pillow(), self._bytes()
+        pil, content = pillow(), self._bytes()
         try:
             with pil.open(BytesIO(content)) as image:
                 return _upright(image).convert("RGB")
@@ -97,7 +97,7 @@ class Picture:
         """
         content = self._bytes()
         self.read()  # what is kept will be needed
-        with _pillow().open(BytesIO(content)) as image:
+        with pillow().open(BytesIO(content)) as image:
             name = f"{IMAGES}/{self.sha256}.{str(image.format).lower()}"
         (directory / IMAGES).mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
@@ -135,7 +135,12 @@ def _upright(image: "Image") -> "Image":
     return ImageOps.exif_transpose(image)
 
 
-def _pillow() -> Any:
+def pillow() -> Any:
+    """Return Pillow's module ``PIL.Image``.
+
+    Raises:
+        EmlocError: it is not installed.
+    """
     try:
         from PIL import Image
     except ImportError:

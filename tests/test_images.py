@@ -14,7 +14,7 @@ from emloc_internvl import INTERNVL
 from PIL import Image
 from vision_models import ask, internvl_processor, picture, picture_rows, save_model
 
-from emloc_core.calibration import encode, load_processing
+from emloc_core.calibration import encode, load_processing, load_processor
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows, write_rows
 from emloc_core.emulator import Compression
@@ -179,6 +179,8 @@ def test_a_prompt_that_is_cut_within_its_images_is_refused_or_dropped(model: Pat
 
 def test_without_pillow_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(EmlocError, match="Pillow, which is not installed"):
+        load_processor(tmp_path)
     with pytest.raises(EmlocError, match=r"Pillow, which is not installed\. pip install 'emloc\[vision\]'"):
         read_image(PICTURE, tmp_path)
 
