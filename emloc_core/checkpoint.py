@@ -161,6 +161,8 @@ def hash_files(paths: list[Path], cache_dir: Path) -> str:
 def open_checkpoint(model: str) -> Checkpoint:
     """Open a local model directory, or the snapshot of a hub id (fetched where it is not in the cache).
 
+    ``organisation/name@revision`` is the model as it was at that commit, tag or branch.
+
     Raises:
         EmlocError: there is no such directory and no such model can be fetched.
     """
@@ -169,7 +171,11 @@ def open_checkpoint(model: str) -> Checkpoint:
     with _from_hub(model):
         from huggingface_hub import snapshot_download
 
-        return Checkpoint(snapshot_download(model, allow_patterns=FILE_PATTERNS, ignore_patterns=OTHER_LAYOUTS), model)
+        name, _, revision = model.partition("@")
+        directory = snapshot_download(
+            name, revision=revision or None, allow_patterns=FILE_PATTERNS, ignore_patterns=OTHER_LAYOUTS
+        )
+        return Checkpoint(directory, name)
 
 
 @contextmanager
@@ -193,6 +199,8 @@ def _from_hub(model: str) -> Iterator[None]:
 def find_config(model: str) -> Path:
     """Return the ``config.json`` of a model directory, of a file, or of a hub id, of which nothing else is fetched.
 
+    A hub id may end in ``@revision``.
+
     Raises:
         EmlocError: there is none.
     """
@@ -206,4 +214,5 @@ def find_config(model: str) -> Path:
     with _from_hub(model):
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(model, "config.json"))
+        name, _, revision = model.partition("@")
+        return Path(hf_hub_download(name, "config.json", revision=revision or None))

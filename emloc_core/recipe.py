@@ -13,11 +13,11 @@ from emloc_core.settings import CompressSettings, CorrectSettings, Settings, exp
 from emloc_core.training import TrainSettings
 
 #: What is a file by its suffix: rows, and lm-eval's tasks.
-_FILES = {".jsonl", ".json", ".parquet", ".yaml", ".yml"}
+FILES = {".jsonl", ".json", ".parquet", ".yaml", ".yml"}
 #: What may be a name and no path: of a model or data set of the hub, or of a task that lm-eval brings along.
-_MODEL_ID = re.compile(r"[^/]+/[^/]+")
-_DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
-_TASK_NAME = re.compile(r"[^/]+")
+MODEL_ID = re.compile(r"[^/]+/[^/]+")
+DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
+TASK_NAME = re.compile(r"[^/]+")
 
 
 class ModelSection(Settings):
@@ -119,20 +119,20 @@ def _absolute(recipe: Recipe, root: Path) -> Recipe:
 
     def place(text: str, names: re.Pattern[str]) -> str:
         path = root / Path(text).expanduser()
-        is_path = text.startswith((".", "~")) or Path(text).suffix in _FILES or path.exists()
+        is_path = text.startswith((".", "~")) or Path(text).suffix in FILES or path.exists()
         return text if names.fullmatch(text) and not is_path else str(path)
 
     data = {
-        "train": place(recipe.data.train, _DATA_ID),
-        "test": [place(test, _DATA_ID) for test in recipe.data.test],
-        "calibration": recipe.data.calibration and place(recipe.data.calibration, _DATA_ID),
+        "train": place(recipe.data.train, DATA_ID),
+        "test": [place(test, DATA_ID) for test in recipe.data.test],
+        "calibration": recipe.data.calibration and place(recipe.data.calibration, DATA_ID),
     }
     changes: dict[str, Any] = {
         "output": str(root / Path(recipe.output).expanduser()),
-        "model": recipe.model.model_copy(update={"base": place(recipe.model.base, _MODEL_ID)}),
+        "model": recipe.model.model_copy(update={"base": place(recipe.model.base, MODEL_ID)}),
         "data": recipe.data.model_copy(update=data),
     }
     if recipe.eval:
-        tasks = [place(task, _TASK_NAME) for task in recipe.eval.tasks]
+        tasks = [place(task, TASK_NAME) for task in recipe.eval.tasks]
         changes["eval"] = recipe.eval.model_copy(update={"tasks": tasks})
     return recipe.model_copy(update=changes)

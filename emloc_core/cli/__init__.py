@@ -11,7 +11,7 @@ from emloc_core import __version__
 from emloc_core.errors import EmlocError
 
 #: The built-in commands: modules of this package, light to import, each with a ``command`` (``import_`` for import).
-COMMANDS = ("compress", "correct", "cut", "eval", "families", "import", "merge", "plan", "run", "train")
+COMMANDS = ("compress", "correct", "cut", "eval", "families", "import", "merge", "plan", "run", "train", "zoo")
 
 
 class PluggableGroup(click.RichGroup):

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
@@ -161,7 +162,7 @@ class Driver:
                 f"{human_bytes(self.limits.disk)} that the zoo may take are taken.",
                 "Give --disk more.",
             )
-        free = shutil.disk_usage(self.store.directory).free
+        free = free_bytes(self.store.directory)
         if free - promised < need + RESERVE:
             if promised:
                 return False
@@ -175,6 +176,12 @@ class Driver:
 
 class _NoRoomError(EmlocError):
     """The disk will not hold it."""
+
+
+def free_bytes(directory: Path) -> int:
+    """Return the free bytes of the disk that a directory is, or will be, on."""
+    place = directory.absolute()
+    return shutil.disk_usage(next(each for each in (place, *place.parents) if each.is_dir())).free
 
 
 def _progress(record: JobRecord) -> _Progress:

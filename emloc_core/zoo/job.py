@@ -17,7 +17,7 @@ from emloc_core.training import TrainSettings
 
 #: Raised when a new version of the toolkit gives other bytes for the same inputs: then jobs are done anew.
 BYTES = 1
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
 
 class Job(Settings):
@@ -27,7 +27,7 @@ class Job(Settings):
     given, ``merge`` and ``eval``.
     """
 
-    name: str = Field(pattern=f"^{_NAME}$", description="Of its directory in the zoo.")
+    name: str = Field(pattern=f"^{NAME}$", description="Of its directory in the zoo.")
     model: str = Field(description="Absolute path of a directory, or a hub id, with @revision where that is known.")
     data: str | None = Field(None, description="Absolute path of a file of rows, or a data set of the hub.")
     split: str = Field("train", description="Of a data set of the hub.")

@@ -68,7 +68,7 @@ class LocalEngine:
 
     def start(self, task: Task, directory: Path) -> LocalHandle:
         """Start a worker; what it prints goes to the task's log."""
-        place = task.directory(directory)
+        place = task.directory(directory).absolute()
         place.mkdir(parents=True, exist_ok=True)
         log = directory / task.log
         log.parent.mkdir(exist_ok=True)
@@ -82,6 +82,7 @@ class LocalEngine:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                cwd=place,  # an id of the hub is no path here
                 env=environment(task.job) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
                 start_new_session=True,
                 pass_fds=self._inherited,

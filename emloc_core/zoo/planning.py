@@ -28,7 +28,7 @@ def plan(
 
     Args:
         jobs: to be planned.
-        cache_dir: where hashes of large files are kept, if it is there.
+        cache_dir: where hashes of large files are kept.
         known: fingerprints whose needs are known already, and are not planned again: None stands for them.
         advance: called with a job's name, how many are done, and how many there are.
 
@@ -42,10 +42,15 @@ def plan(
     found: dict[str, tuple[str, Needs | None]] = dict(trivial)
     if real:
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if any(job.offline for job in real) else {}
-        command = [sys.executable, "-m", "emloc_core.zoo.planning", str(cache_dir)]
+        command = [sys.executable, "-m", "emloc_core.zoo.planning", str(cache_dir.absolute())]
         question = json.dumps({"jobs": [job.model_dump() for job in real], "known": list(known)})
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **offline}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=cache_dir,  # an id of the hub is no path here
+            env={**os.environ, **offline},
         ) as process:
             assert process.stdin is not None
             assert process.stdout is not None
@@ -72,16 +77,17 @@ def needs(job: Job) -> Needs:
     checkpoint; and a full LoRA like the first, where it is the upper bound of an evaluation.
     """
     from emloc_core import streamed
-    from emloc_core.checkpoint import find_config
     from emloc_core.memory import MemoryModel
+    from emloc_core.registry import config_of
     from emloc_core.training import TrainSettings
     from emloc_core.workload import make_workload
 
     train = job.train or TrainSettings()
-    file = find_config(job.model)
-    length = job.compress.max_length
-    workload = make_workload(file, train, "cpu", length=length, data=job.data, split=job.split)
-    model = MemoryModel(file, workload)
+    # What is on the hub is planned from the registry's config, where there is one, and without its tokenizer.
+    data = job.data if Path(job.model).is_dir() else None
+    with config_of(job.model if data else job.model.partition("@")[0]) as file:
+        workload = make_workload(file, train, "cpu", length=job.compress.max_length, data=data, split=job.split)
+        model = MemoryModel(file, workload)
     plan = model.plan(job.compress.ratio)
     size = model.dtype.itemsize
     base, emulator = model.parameters() * size, model.parameters(plan) * size

@@ -54,17 +54,12 @@ def after(outcome: Outcome, job: Job, failures: int, limits: Limits) -> Retry:
     """
     if failures >= limits.retries:
         return Retry(False)
-    match outcome.cause:
-        case "out of memory":
-            smaller = job.smaller(outcome.stage)
-            if smaller:
-                return Retry(True, f"Again smaller: {describe_change(job, smaller)}.", smaller=smaller)
-            return Retry(False, "It cannot be made smaller.")
-        case "input/output":
-            delay = limits.backoff * 2**failures
-            return Retry(True, f"Again after {delay:g} s.", delay)
-        case "lost worker":
-            return Retry(True, "Again.")
-        case "time limit" if failures == 0:
-            return Retry(True, "Once more, from where it stopped.")
-    return Retry(False)
+    if outcome.cause == "out of memory":
+        smaller = job.smaller(outcome.stage)
+        note = f"Again smaller: {describe_change(job, smaller)}." if smaller else "It cannot be made smaller."
+        return Retry(smaller is not None, note, smaller=smaller)
+    if outcome.cause == "input/output":
+        delay = limits.backoff * 2**failures
+        return Retry(True, f"Again after {delay:g} s.", delay)
+    again = outcome.cause == "lost worker" or (outcome.cause == "time limit" and failures == 0)
+    return Retry(again, "Again, from where it stopped." if again else "")

@@ -1,0 +1,185 @@
+"""``emloc zoo convert``."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+from click.core import ParameterSource
+
+from emloc_core.budget import parse_bytes
+from emloc_core.cli.console import as_json, dry_run, print_json, progress
+from emloc_core.cli.options import options, validated
+from emloc_core.errors import EmlocError
+from emloc_core.report import human_bytes, human_seconds
+from emloc_core.settings import CompressSettings
+
+if TYPE_CHECKING:
+    from emloc_core.zoo.engine import Engine
+    from emloc_core.zoo.job import Job
+
+_UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+@click.command("convert")
+@click.argument("sources", nargs=-1, required=True)
+@click.option("-o", "--output", "zoo", type=click.Path(path_type=Path), required=True, help="Directory of the zoo.")
+@click.option("--data", help="Rows to calibrate on, for every job without rows of its own: a file, or a hub data set.")
+@click.option("--split", default="train", show_default=True, help="Of a hub data set.")
+@click.option("--preset", help="Of entries of the registry; by default each one's first.")
+@click.option("--registry", multiple=True, type=click.Path(path_type=Path), help="More entries: a file or a directory.")
+@click.option("--merge", is_flag=True, help="Fold the LoRA of every trained job into its base.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+              help="Where jobs run: side by side here, or on a Ray cluster.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1), help="At most so many jobs at a time.  [default: the processors]")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each job.")
+@click.option("--memory", metavar="SIZE", help="For all jobs that run at a time.  [default: the machine's]")
+@click.option("--disk", metavar="SIZE", help="For all outputs together.  [default: what is free]")
+@click.option("--time-limit", metavar="TIME", help="For an attempt at a job: 90, 30min, 2h.")
+@click.option("--retries", type=click.IntRange(0), default=2, show_default=True, help="Tries after a job's first.")
+@click.option("--offline", is_flag=True, help="Never fetch anything from the hub.")
+@options(CompressSettings)
+@dry_run
+@as_json
+def command(
+    sources: tuple[str, ...],
+    zoo: Path,
+    engine: str,
+    workers: int | None,
+    memory: str | None,
+    disk: str | None,
+    dry_run: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Make the emulators of many models; SOURCES are ids or globs of the registry, directories, or files of jobs.
+
+    A directory is a model, or holds models. A file of jobs is TOML, a [[job]] each: model, data, ratio, and the
+    sections of a recipe. A job with rows of its own goes on with training, correction and evaluation.
+
+    One job's failure never stops the others. Whatever stops the command, the same command goes on where it was; what
+    has failed is tried again, and what is done is never done twice. The exit code is 1 if a job failed.
+    """
+    from emloc_core.zoo.retry import Limits
+    from emloc_core.zoo.sources import Defaults, resolve
+
+    budget, room = (parse_bytes(text) if text else None for text in (memory, disk))
+    time_limit = given.pop("time_limit")
+    limits = Limits(given.pop("retries"), parse_seconds(time_limit) if time_limit else None, room)
+    defaults = Defaults(compress=_said(given), **given)
+    jobs = resolve(sources, defaults)
+    if dry_run:
+        _describe(jobs, zoo, room, as_json)
+        return
+
+    def make_engine(lock: int) -> "Engine":
+        if engine == "ray":
+            from emloc_core.zoo.cluster import RayEngine
+
+            return RayEngine(workers, budget)
+        from emloc_core.zoo.local import LocalEngine
+
+        return LocalEngine(workers or max(1, (os.cpu_count() or 1) // defaults.threads), budget, [lock])
+
+    _convert(jobs, zoo, make_engine, limits, as_json)
+
+
+def _said(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the settings of stage 1 out of all options; return those that the user gave."""
+    settings = {name: given.pop(name) for name in CompressSettings.model_fields}
+    validated(CompressSettings, settings)
+    context = click.get_current_context()
+    assert context is not None
+    return {
+        name: value
+        for name, value in settings.items()
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+
+
+def _convert(jobs: "list[Job]", zoo: Path, make_engine: "Callable[[int], Engine]", limits: Any, as_json: bool) -> None:
+    from emloc_core.cli.zoo.status import line, totals
+    from emloc_core.zoo.convert import convert
+
+    with progress("Planning") as advance, _told() as tell:
+        records = convert(jobs, zoo, make_engine, limits, tell, advance)
+    failed = [record for record in records if record.state == "failed"]
+    if as_json:
+        print_json({"zoo": str(zoo), "jobs": [record.to_dict() for record in records]})
+    else:
+        click.echo(totals(records))
+    if failed:
+        names = "; ".join(f"{record.job.name}: {line(record)}" for record in failed[:5])
+        more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
+        raise EmlocError(
+            f"{len(failed)} of {len(records)} jobs failed. {names}{more}",
+            f"`emloc zoo status {zoo}` shows all; the same command tries them again.",
+        )
+
+
+@contextmanager
+def _told() -> Iterator[Callable[[str, str, str], None]]:
+    """Show on stderr what becomes of jobs: a line for each that runs on a terminal, a line an event elsewhere."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    lines: dict[str, TaskID] = {}
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bars:
+
+        def tell(name: str, state: str, message: str) -> None:
+            if state == "running":
+                lines[name] = bars.add_task(escape(name), total=None)
+                if bars.disable:
+                    console.print(f"{escape(name)}: running")
+                return
+            if name in lines:
+                bars.remove_task(lines.pop(name))
+            bars.console.print(f"{escape(name)}: {state}{f' ({escape(message)})' if message else ''}")
+
+        yield tell
+
+
+def _describe(jobs: "list[Job]", zoo: Path, disk: int | None, as_json: bool) -> None:
+    from emloc_core.zoo.convert import preview, require_room
+
+    with progress("Planning") as advance:
+        previews = preview(jobs, zoo, advance)
+    known = [each.seconds for each in previews if each.state == "to do"]
+    total = sum(seconds for seconds in known if seconds is not None) if None not in known else None
+    if as_json:
+        print_json({"jobs": [each.to_dict() for each in previews], "seconds": total})
+    else:
+        width = max(len(each.name) for each in previews)
+        for number, each in enumerate(previews, 1):
+            needs = each.needs
+            sizes = [
+                f"{what} {'unknown' if size is None else human_bytes(size)}"
+                for what, size in (("base", needs.base), ("emulator", needs.emulator), ("disk", needs.disk),
+                                   ("memory", needs.memory))
+            ]  # fmt: skip
+            sizes.append(f"time {'unknown' if each.seconds is None else human_seconds(each.seconds)}")
+            reason = f" ({needs.reason})" if needs.reason else ""
+            click.echo(f"{number:>3}. {each.name:<{width}}  {each.state:<6}  {', '.join(sizes)}{reason}")
+        click.echo(f"time of all, one after the other: {'unknown' if total is None else human_seconds(total)}")
+    needed, room = require_room(previews, zoo, disk)
+    if not as_json:
+        click.echo(f"disk: {human_bytes(needed)} of {human_bytes(room)}")
+
+
+def parse_seconds(text: str) -> float:
+    """Return a time in seconds: ``90``, ``90s``, ``30min``, ``2h``, ``1.5d``.
+
+    Raises:
+        EmlocError: it is no time, or none at all.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
+        raise EmlocError(f"{text!r} is no time.", "Write 90, 30min or 2h.")
+    return float(match[1]) * _UNITS[match[2]]

@@ -1,0 +1,119 @@
+"""Converts a zoo: takes over what a stopped driver left, plans what is new, and drives it to the end."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from emloc_core.errors import EmlocError
+from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes
+from emloc_core.zoo.engine import Engine, Needs
+from emloc_core.zoo.job import Job
+from emloc_core.zoo.lock import driving
+from emloc_core.zoo.planning import Advance, plan
+from emloc_core.zoo.retry import Limits
+from emloc_core.zoo.store import DATABASE, JobRecord, Store
+from emloc_core.zoo.timing import estimate
+
+
+def convert(
+    jobs: Sequence[Job],
+    directory: Path,
+    make_engine: Callable[[int], Engine],
+    limits: Limits | None = None,
+    tell: Event = lambda *_: None,
+    advance: Advance = lambda *_: None,
+) -> list[JobRecord]:
+    """Do the jobs, and those that an earlier run has left in the zoo; return what has become of all of them.
+
+    Args:
+        jobs: from :func:`emloc_core.zoo.sources.resolve`.
+        directory: of the zoo.
+        make_engine: called with the lock's file descriptor, which workers of this machine are to hold.
+        limits: see :class:`emloc_core.zoo.retry.Limits`.
+        tell: see :class:`emloc_core.zoo.driver.Driver`.
+        advance: see :func:`emloc_core.zoo.planning.plan`.
+
+    Raises:
+        EmlocError: another driver is at work there, or a finished job has the name of another one.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with driving(directory) as lock, closing(Store(directory, create=True)) as store:
+        store.take_over()
+        known = _known(store.records())
+        planned = plan(jobs, directory, known, advance)
+        store.add(jobs, [fingerprint for fingerprint, _ in planned])
+        store.plan({job.name: needs for job, (_, needs) in zip(jobs, planned, strict=True) if needs is not None})
+        Driver(store, make_engine(lock), limits, tell).run()
+        return store.records()
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a conversion would do.
+
+    Attributes:
+        name: of the job.
+        state: ``to do``, ``done``, or ``the same as NAME``.
+        needs: by the plan.
+        seconds: by what finished jobs of this zoo took; None where none tells.
+    """
+
+    name: str
+    state: str
+    needs: Needs
+    seconds: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return asdict(self)
+
+
+def preview(jobs: Sequence[Job], directory: Path, advance: Advance = lambda *_: None) -> list[Preview]:
+    """Return what converting the jobs would do, in order; nothing is made."""
+    records: list[JobRecord] = []
+    if (directory / DATABASE).is_file():
+        with closing(Store(directory)) as store:
+            records = store.records()
+    known = _known(records)
+    with tempfile.TemporaryDirectory() as temporary:
+        planned = plan(jobs, directory if directory.is_dir() else Path(temporary), known, advance)
+    there = {record.job.name: record for record in records}
+    first: dict[str, str] = {record.fingerprint: record.job.name for record in records if record.state != "duplicate"}
+    found = []
+    for job, (fingerprint, fresh) in zip(jobs, planned, strict=True):
+        needs = fresh or known[fingerprint]
+        same = first.setdefault(fingerprint, job.name)
+        record = there.get(job.name)
+        state = "to do" if same == job.name else f"the same as {same}"
+        if record and record.state == "done" and record.fingerprint == fingerprint:
+            state = "done"
+        found.append(Preview(job.name, state, needs, estimate(job, needs, records) if state == "to do" else None))
+    return found
+
+
+def require_room(previews: Sequence[Preview], directory: Path, limit: int | None) -> tuple[int, int]:
+    """Return how many bytes will be written, and how many may be.
+
+    Raises:
+        EmlocError: the disk, or the limit, does not hold it.
+    """
+    needed = sum(each.needs.disk or 0 for each in previews if each.state == "to do")
+    room = free_bytes(directory) - RESERVE
+    if limit is not None:
+        written = sum(each.needs.disk or 0 for each in previews if each.state == "done")
+        room = min(room, limit - written)
+    if needed > room:
+        from emloc_core.report import human_bytes
+
+        raise EmlocError(
+            f"The jobs write {human_bytes(needed)}, and {directory} can take {human_bytes(max(room, 0))}.",
+            "Free some space, choose another disk, or convert fewer models at a time.",
+        )
+    return needed, room
+
+
+def _known(records: Sequence[JobRecord]) -> dict[str, Needs]:
+    return {each.fingerprint: each.needs for each in records if each.needs is not None and not each.needs.reason}

@@ -1,0 +1,217 @@
+"""From what a user names (entries of the registry, directories of models, files of jobs) to jobs.
+
+Nothing that is named is executed, and a path in a file stays in the file's directory.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from emloc_core.errors import EmlocError
+from emloc_core.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
+from emloc_core.registry import Entry, find, load_entries
+from emloc_core.registry import resolve as resolve_preset
+from emloc_core.settings import CompressSettings, CorrectSettings, Settings, explain
+from emloc_core.training import TrainSettings
+from emloc_core.zoo.job import NAME, Job, slug, unique
+
+
+class JobSection(Settings):
+    """One ``[[job]]`` of a file of jobs. Paths are relative to the file."""
+
+    name: str | None = Field(None, pattern=f"^{NAME}$", description="By default that of the model.")
+    model: str = Field(description="Directory, or an id of the hub, with @revision where one is wanted.")
+    data: str | None = Field(None, description="Rows: a file, or a data set of the hub.")
+    split: str = Field("train", description="Of a data set of the hub.")
+    calibration: str | None = Field(None, description="File of other rows for calibration and selection.")
+    test: list[str] = Field([], description="Files of rows that are never tuned on.")
+    ratio: float | None = Field(None, gt=0, lt=1, description="Short for compress.ratio.")
+    compress: dict[str, Any] = Field({}, description="Settings of stage 1.")
+    train: TrainSettings | bool = Field(True, description="Settings of stage 2; false ends with the emulator.")
+    correct: CorrectSettings = CorrectSettings()
+    merge: bool = Field(False, description="Write the merged checkpoint.")
+    eval: EvalSection | None = Field(None, description="Without it nothing is compared.")
+    threads: int | None = Field(None, ge=1, description="Threads of the worker.")
+
+    @model_validator(mode="after")
+    def _compresses(self) -> "JobSection":
+        if self.ratio is not None and "ratio" in self.compress:
+            raise ValueError("give ratio or compress.ratio, not both")
+        return self
+
+
+class JobsFile(Settings):
+    """A file of jobs."""
+
+    job: list[JobSection] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the command line says for all jobs.
+
+    Attributes:
+        data: rows to calibrate on, for jobs without any of their own.
+        split: of a data set of the hub.
+        compress: settings of stage 1 that were given: they go before an entry's preset, and behind a file of jobs.
+        preset: of entries; by default each one's first.
+        merge: whether trained jobs are merged too.
+        threads: of a worker.
+        offline: never fetch anything.
+        registry: files and directories of more entries.
+    """
+
+    data: str | None = None
+    split: str = "train"
+    compress: Mapping[str, Any] = field(default_factory=dict)
+    preset: str | None = None
+    merge: bool = False
+    threads: int = 1
+    offline: bool = False
+    registry: Sequence[Path] = ()
+
+
+def resolve(sources: Iterable[str], defaults: Defaults) -> list[Job]:
+    """Return the jobs of all sources, in order, with names of their own.
+
+    A job with rows of its own is compressed, trained and corrected, and compared where it says on what; one that has
+    the command line's rows ends with the emulator.
+
+    Raises:
+        EmlocError: a source is nothing of the kind, with what was probably meant; or a file is wrong.
+    """
+    jobs: list[Job] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            jobs += [_plain(model, defaults) for model in _models(path)]
+        elif path.suffix == ".toml":
+            jobs += _read_jobs(path, defaults)
+        elif path.exists() or source.startswith((".", "/", "~")):
+            what = "is no directory of models and no TOML file of jobs" if path.exists() else "is not there"
+            raise EmlocError(
+                f"{source} {what}.",
+                "Give a model directory, a directory of those, a file of jobs, or ids of the registry.",
+            )
+        else:
+            jobs += [_from_entry(entry, defaults) for entry in find(source, load_entries(defaults.registry))]
+    return unique(jobs)
+
+
+def _models(directory: Path) -> list[Path]:
+    """Return the model directories: this one, or those in it, damaged ones included."""
+    if _is_model(directory):
+        return [directory]
+    found = [path for path in sorted(directory.iterdir()) if path.is_dir() and _is_model(path)]
+    if not found:
+        raise EmlocError(
+            f"{directory} holds no model: no config.json and no safetensors, in it or one level below.",
+            "Give a directory of Hugging Face model directories.",
+        )
+    return found
+
+
+def _is_model(directory: Path) -> bool:
+    return (directory / "config.json").is_file() or any(directory.glob("*.safetensors"))
+
+
+def _plain(model: Path, defaults: Defaults) -> Job:
+    return Job(
+        name=slug(str(model.absolute())),
+        model=str(model.absolute()),
+        data=_rows(defaults),
+        split=defaults.split,
+        compress=CompressSettings(**defaults.compress),
+        threads=defaults.threads,
+        offline=defaults.offline,
+    )
+
+
+def _rows(defaults: Defaults) -> str | None:
+    """Return the command line's rows: a file by its absolute path."""
+    if defaults.data and Path(defaults.data).exists():
+        return str(Path(defaults.data).absolute())
+    return defaults.data
+
+
+def _from_entry(entry: Entry, defaults: Defaults) -> Job:
+    name = defaults.preset or "default"
+    ratio = defaults.compress.get("ratio")
+    # A memory target is planned, which takes seconds, unless the ratio is given.
+    compress, train = resolve_preset(entry, name) if ratio is None else entry.preset(name).settings(ratio)
+    own = entry.data
+    where = entry.model if entry.checkpoint or not entry.revision else f"{entry.id}@{entry.revision}"
+    return Job(
+        name=slug(entry.id),
+        model=where,
+        data=str(entry.path(own.train)) if own else _rows(defaults),
+        split="train" if own else defaults.split,
+        calibration=str(entry.path(own.calibration)) if own and own.calibration else None,
+        test=[str(entry.path(test)) for test in own.test] if own else [],
+        compress=compress.model_copy(update=dict(defaults.compress)),
+        train=train if own else None,
+        merge=defaults.merge and own is not None,
+        eval=EvalSection(tasks=[str(entry.path(task)) for task in own.tasks]) if own and own.tasks else None,
+        threads=defaults.threads,
+        offline=defaults.offline,
+    )
+
+
+def _read_jobs(path: Path, defaults: Defaults) -> Iterator[Job]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EmlocError(f"{path} cannot be read ({error.strerror}).", "Give a TOML file of jobs.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EmlocError(f"{path} is not valid TOML: {error}.", "Mend the line that it names.") from None
+    try:
+        sections = JobsFile(**content).job
+        for section in sections:
+            yield _from_section(section, path, defaults)
+    except ValidationError as error:
+        model = next((kind for kind in (JobsFile, CompressSettings) if kind.__name__ == error.title), Job)
+        raise EmlocError(f"{path}: {explain(error, model)}", "Mend these settings.") from None
+
+
+def _from_section(section: JobSection, file: Path, defaults: Defaults) -> Job:
+    model = _inside(file, section.model, MODEL_ID)
+    own = None if section.data is None else _inside(file, section.data, DATA_ID)
+    ratio = {} if section.ratio is None else {"ratio": section.ratio}
+    train = TrainSettings() if section.train is True else section.train or None
+    evaluation = section.eval and section.eval.model_copy(
+        update={"tasks": [_inside(file, task, TASK_NAME) for task in section.eval.tasks]}
+    )
+    return Job(
+        name=section.name or slug(section.model),
+        model=model,
+        data=own or _rows(defaults),
+        split=section.split if own else defaults.split,
+        calibration=section.calibration and _inside(file, section.calibration),
+        test=[_inside(file, test) for test in section.test],
+        compress=CompressSettings(**{**defaults.compress, **ratio, **section.compress}),
+        train=train if own else None,
+        correct=section.correct,
+        merge=(section.merge or defaults.merge) and own is not None and train is not None,
+        eval=evaluation if own and train else None,
+        threads=section.threads or defaults.threads,
+        offline=defaults.offline,
+    )
+
+
+def _inside(file: Path, text: str, names: re.Pattern[str] | None = None) -> str:
+    """Return the absolute path of what a file names; or the text, where it may be a name and nothing is there.
+
+    Raises:
+        EmlocError: it is outside the file's directory, by a link too.
+    """
+    root = file.absolute().parent.resolve()
+    place = (root / text).resolve()
+    if Path(text).is_absolute() or text.startswith("~") or not place.is_relative_to(root):
+        raise EmlocError(f"{file} names {text!r}, outside its directory.", "Put it beside the file of jobs.")
+    is_path = text.startswith(".") or place.suffix in FILES or place.exists()
+    return text if names and names.fullmatch(text) and not is_path else str(place)
