@@ -35,6 +35,10 @@ _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 @click.option("--merge", is_flag=True, help="Fold the LoRA of every trained job into its base.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
               help="Where jobs run: side by side here, or on a Ray cluster.")  # fmt: skip
+@click.option("--address", metavar="HOST:PORT", help="Of a Ray cluster; also ray://HOST:PORT, or auto for the one that "
+              "this machine is in.  [default: start one here]")  # fmt: skip
+@click.option("--storage", metavar="URL", help="Where the nodes of a cluster share inputs and outputs, if not in the "
+              "zoo on a disk of all of them: s3://bucket/zoo, say.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), help="At most so many jobs at a time.  [default: the processors]")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each job.")
 @click.option("--memory", metavar="SIZE", help="For all jobs that run at a time.  [default: the machine's]")
@@ -49,6 +53,8 @@ def command(
     sources: tuple[str, ...],
     zoo: Path,
     engine: str,
+    address: str | None,
+    storage: str | None,
     workers: int | None,
     memory: str | None,
     disk: str | None,
@@ -67,6 +73,9 @@ def command(
     from emloc_core.zoo.retry import Limits
     from emloc_core.zoo.sources import Defaults, resolve
 
+    if engine == "local" and (address or storage):
+        raise EmlocError("--address and --storage are for clusters.", "Add --engine ray, or leave them out.")
+
     budget, room = (parse_bytes(text) if text else None for text in (memory, disk))
     time_limit = given.pop("time_limit")
     limits = Limits(given.pop("retries"), parse_seconds(time_limit) if time_limit else None, room)
@@ -80,7 +89,7 @@ def command(
         if engine == "ray":
             from emloc_core.zoo.cluster import RayEngine
 
-            return RayEngine(workers, budget)
+            return RayEngine(workers, budget, address, storage)
         from emloc_core.zoo.local import LocalEngine
 
         return LocalEngine(workers or max(1, (os.cpu_count() or 1) // defaults.threads), budget, [lock])

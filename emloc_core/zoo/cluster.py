@@ -1,0 +1,234 @@
+"""The engine of a Ray cluster: every job is a task that asks for the processors, GPUs and memory of its plan.
+
+Ray decides where tasks run. It tries nothing again by itself: attempts are the driver's, and are in the zoo's store.
+"""
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emloc_core.errors import EmlocError
+from emloc_core.output import MANIFEST
+from emloc_core.report import human_bytes
+from emloc_core.zoo.engine import JOB, JOBS, OUTCOME, Outcome, Task
+from emloc_core.zoo.faults import classify, describe
+from emloc_core.zoo.node import Order, perform
+from emloc_core.zoo.storage import Storage, share
+
+#: Objects are outcomes, a few kilobytes each; Ray would take a third of the memory for them.
+_OBJECTS = 80 << 20
+_CPU, _GPU, _MEMORY = "CPU", "GPU", "memory"
+Resources = dict[str, float]
+
+
+@dataclass(frozen=True)
+class RayHandle:
+    """A task of the cluster.
+
+    Attributes:
+        asked: what it asks for, by Ray's names.
+        submitted: gives Ray's reference, once the inputs are in the storage.
+    """
+
+    task: Task
+    directory: Path
+    asked: Resources
+    submitted: "Future[Any]"
+
+
+class RayEngine:
+    """Workers on the nodes of a Ray cluster.
+
+    Args:
+        workers: at most so many at a time; by default as many as the cluster has room for.
+        memory: bytes for all of them together; by default what the nodes have.
+        address: of a cluster: ``HOST:PORT``, ``ray://HOST:PORT``, or ``auto``: the one that this machine is in. None
+            starts one on this machine, which ends with the engine.
+        storage: URL of where inputs and outputs are shared. None is the zoo, on a disk that all nodes share.
+
+    Raises:
+        EmlocError: Ray is missing, or there is no such cluster; or no such storage.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        memory: int | None = None,
+        address: str | None = None,
+        storage: str | None = None,
+    ) -> None:
+        if storage and "://" not in storage:  # a path; workers have another working directory
+            storage = str(Path(storage).absolute())
+        self.workers, self.memory, self.url = workers, memory, storage
+        self._storage = Storage(storage) if storage else None
+        self._running: list[RayHandle] = []
+        self._ray = _connect(address, memory)
+        self._perform = self._ray.remote(perform)
+        # One at a time: what is shared by two jobs is copied once.
+        self._uploads = ThreadPoolExecutor(1)
+
+    def slots(self, task: Task) -> int:
+        """Return how many more tasks like this one the cluster has room for, as far as this zoo's tasks go.
+
+        Raises:
+            EmlocError: no node has what the task asks for.
+        """
+        nodes = self._nodes()
+        asked = self._ask(task, nodes)
+        fitting = sum(_times(node, asked) for node in nodes)
+        if not fitting or (self.memory is not None and asked[_MEMORY] > self.memory):
+            wanted = ", ".join(_describe(name, amount) for name, amount in asked.items() if amount)
+            raise EmlocError(
+                f"{task.job.name} needs {wanted}, which no node of the cluster has.",
+                "Add such a node, or make the job smaller: fewer threads, fewer samples, shorter rows.",
+            )
+        total = {name: sum(node.get(name, 0) for node in nodes) for name in asked}
+        if self.memory is not None:
+            total[_MEMORY] = min(total[_MEMORY], self.memory)
+        free = {name: amount - sum(each.asked[name] for each in self._running) for name, amount in total.items()}
+        found = min(fitting, _times(free, asked))
+        return found if self.workers is None else min(found, self.workers - len(self._running))
+
+    def start(self, task: Task, directory: Path) -> RayHandle:
+        """Submit a task."""
+        place = task.directory(directory).absolute()
+        place.mkdir(parents=True, exist_ok=True)
+        (directory / task.log).parent.mkdir(exist_ok=True)
+        (place / OUTCOME).unlink(missing_ok=True)
+        (place / JOB).write_text(task.job.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        asked = self._ask(task, self._nodes())
+        submitted = (
+            _done(self._submit(task, directory, asked))
+            if self._storage is None
+            else self._uploads.submit(self._submit, task, directory, asked)
+        )
+        handle = RayHandle(task, directory, asked, submitted)
+        self._running.append(handle)
+        return handle
+
+    def poll(self, handle: RayHandle) -> Outcome | None:
+        """Return how a task ended, or None while it waits or runs."""
+        if not handle.submitted.done():
+            return None
+        try:
+            reference = handle.submitted.result()
+            if not self._ray.wait([reference], timeout=0)[0]:
+                return None
+            outcome = Outcome(**self._ray.get(reference))
+        except Exception as error:
+            outcome = self._failure(error, handle)
+        self._running.remove(handle)
+        self._fetch_log(handle)
+        return self._seen(outcome, handle)
+
+    def stop(self, handle: RayHandle) -> None:
+        """End a task; its worker ends with it."""
+        self._running.remove(handle)
+        handle.submitted.cancel()
+        with suppress(Exception):  # it had not been submitted, or is over
+            self._ray.cancel(handle.submitted.result(), force=True)
+        self._fetch_log(handle)
+
+    def close(self) -> None:
+        """End all tasks, and leave the cluster, which ends if it was started here."""
+        for handle in list(self._running):
+            self.stop(handle)
+        self._uploads.shutdown(cancel_futures=True)
+        self._ray.shutdown()
+
+    def _submit(self, task: Task, directory: Path, asked: Resources) -> Any:
+        inputs = {}
+        if self._storage is not None:
+            job = task.job
+            paths = [path for path in (job.model, job.data, job.calibration, *job.test) if path and Path(path).exists()]
+            inputs = {path: share(self._storage, Path(path)) for path in paths}
+        order = Order(task.job.model_dump_json(), str(directory.absolute()), task.log, self.url, inputs)
+        options = {"num_cpus": asked[_CPU], "num_gpus": asked[_GPU], "memory": int(asked[_MEMORY]) or None}
+        return self._perform.options(name=task.job.name, max_retries=0, **options).remote(order)
+
+    def _nodes(self) -> list[Resources]:
+        """Return what each node has in all."""
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
+    def _ask(self, task: Task, nodes: list[Resources]) -> Resources:
+        """Return what a task asks for: a GPU where there are any; all of a node's memory where it is not known."""
+        asked: Resources = {_CPU: task.job.threads, _GPU: float(any(node.get(_GPU) for node in nodes))}
+        need = task.needs.memory
+        if need is None:
+            need = int(min((node.get(_MEMORY, 0) for node in nodes if _times(node, asked)), default=0))
+            need = need if self.memory is None else min(need, self.memory)
+        return {**asked, _MEMORY: need}
+
+    def _failure(self, error: Exception, handle: RayHandle) -> Outcome:
+        """Return the outcome of a task that Ray gave no answer of."""
+        exceptions = self._ray.exceptions
+        if isinstance(error, exceptions.OutOfMemoryError):
+            stages = handle.task.job.stages(handle.task.directory(handle.directory))
+            stage = next((stage.name for stage in stages if stage.state != "there"), "")
+            return Outcome("out of memory", "The node ran out of memory, and Ray ended the worker.", stage)
+        if isinstance(error, exceptions.RayTaskError):
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            return Outcome(classify(cause), describe(cause))
+        if isinstance(error, exceptions.RayError):
+            return Outcome("lost worker", f"The worker or its node was lost ({type(error).__name__}).")
+        return Outcome(classify(error), describe(error))
+
+    def _fetch_log(self, handle: RayHandle) -> None:
+        """Copy the log from the storage to the zoo."""
+        if self._storage is not None:
+            with suppress(OSError):
+                (handle.directory / handle.task.log).write_bytes(self._storage.read(handle.task.log))
+
+    def _seen(self, outcome: Outcome, handle: RayHandle) -> Outcome:
+        """Believe in a success when its outputs are there for all to see."""
+        if outcome.cause is not None or handle.task.job.trivial is not None:
+            return outcome
+        name = f"{JOBS}/{handle.task.job.name}"
+        for stage in handle.task.job.stages(Path()):
+            output = f"{name}/{stage.name}"
+            whole = self._storage.has(output) if self._storage else (handle.directory / output / MANIFEST).is_file()
+            if not whole:
+                said = f"{outcome.host} made {output}, which is not at {self.url or handle.directory} from here."
+                return Outcome("input/output", said, stage.name, host=outcome.host)
+        return outcome
+
+
+def _connect(address: str | None, memory: int | None) -> Any:
+    """Return Ray, connected to a cluster or to one that it starts."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
+    try:
+        import ray
+    except ImportError:
+        raise EmlocError("--engine ray needs the package ray.", "pip install 'emloc[cluster]'") from None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        start = {"include_dashboard": False, "object_store_memory": _OBJECTS, "_memory": memory}
+        address, quiet = "local", quiet | start
+    try:
+        ray.init(address=address, **quiet)
+    except Exception as error:  # of many kinds, by how it was not to be reached
+        raise EmlocError(
+            f"There is no Ray cluster at {address} ({describe(error).rstrip('.')}).",
+            "Check --address, and that this machine has the same versions of Ray and Python.",
+        ) from error
+    return ray
+
+
+def _times(has: Resources, asked: Resources) -> int:
+    """Return how many times what is asked for is there."""
+    return int(min((has.get(name, 0) // amount for name, amount in asked.items() if amount), default=0))
+
+
+def _describe(name: str, amount: float) -> str:
+    if name == _MEMORY:
+        return f"{human_bytes(amount)} of memory"
+    return f"{amount:g} {'processors' if name == _CPU else 'GPUs'}"
+
+
+def _done(value: Any) -> "Future[Any]":
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future

@@ -1,0 +1,203 @@
+"""What a node of a cluster does with a job: runs its worker, in the zoo itself or in a directory that it shares later.
+
+On a disk that all nodes share there is nothing to copy: the stages publish whole directories by renaming them, and
+another node goes on with what a lost one has left. Other storage gets each output when it is finished.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from emloc_core import __version__
+from emloc_core.zoo.engine import JOB, JOBS, OUTCOME, Outcome, environment, read_outcome
+from emloc_core.zoo.faults import ended, memory_kills
+from emloc_core.zoo.job import Job
+from emloc_core.zoo.storage import Storage, fetch_input
+
+_LOCK = ".worker.lock"
+_PATIENCE = 20.0  # seconds in which the worker of an attempt that was lost must have ended
+_LOOK, _MIRROR = 0.05, 2.0  # seconds between looks at the worker, and between copies of its log
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be done, in plain values: it travels to a node.
+
+    Attributes:
+        job: JSON.
+        zoo: its directory, for nodes that share the disk.
+        log: path in the zoo, or in the storage.
+        storage: URL of the storage; None is the zoo on a shared disk.
+        inputs: names in the storage of what the job reads, by path.
+        version: the driver's version of the toolkit.
+    """
+
+    job: str
+    zoo: str
+    log: str
+    storage: str | None
+    inputs: dict[str, str]
+    version: str = __version__
+
+
+def perform(order: Order) -> dict[str, Any]:
+    """Do a job on this machine; return its outcome as JSON values.
+
+    The worker ends when this process does, however that is.
+
+    Raises:
+        OSError: files or storage failed.
+    """
+    host = socket.gethostname()
+    if order.version != __version__:
+        said = f"{host} has emloc {__version__} and the driver {order.version}: install the same one everywhere."
+        return Outcome("bad input", said, host=host).to_dict()
+    job = Job.model_validate_json(order.job)
+    outcome = _on_shared_disk(order, job) if order.storage is None else _by_storage(order, job)
+    return replace(outcome, host=host).to_dict()
+
+
+def _on_shared_disk(order: Order, job: Job) -> Outcome:
+    place, log = Path(order.zoo) / JOBS / job.name, Path(order.zoo) / order.log
+    try:
+        seen = Job.model_validate_json((place / JOB).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        seen = None
+    if seen != job:
+        said = (
+            f"{socket.gethostname()} does not see what the driver wrote to {place}. Share that disk, or use --storage."
+        )
+        return Outcome("input/output", said)
+    with _alone(place) as lock:
+        if lock is None:
+            return _BUSY
+        worker = _Worker(job, place, log, lock)
+        try:
+            while not worker.ended:
+                time.sleep(_LOOK)
+            return worker.outcome()
+        finally:
+            worker.end()
+
+
+def _by_storage(order: Order, job: Job) -> Outcome:
+    assert order.storage is not None
+    storage = Storage(order.storage)
+    # Another attempt on this node goes on with what is there, unless the job is another one.
+    key = hashlib.sha256(f"{order.storage}\0{order.job}".encode()).hexdigest()[:24]
+    place = Path(tempfile.gettempdir()) / f"emloc-zoo-{os.getuid()}" / key
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _alone(place) as lock:
+        if lock is None:
+            return _BUSY
+        local = _with_inputs(job, order.inputs, storage, place)
+        outputs = {stage.output: f"{JOBS}/{job.name}/{stage.output.name}" for stage in local.stages(place)}
+        for output, name in outputs.items():
+            if not output.exists() and storage.has(name):
+                storage.fetch(name, output)
+        (place / JOB).write_text(local.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        log = place / "log"
+        worker = _Worker(local, place, log, lock)
+        mirrored = 0.0
+        try:
+            while not worker.ended:
+                time.sleep(_LOOK)
+                if time.monotonic() - mirrored > _MIRROR:
+                    _publish(storage, outputs)
+                    storage.write(order.log, log.read_bytes())
+                    mirrored = time.monotonic()
+            outcome = worker.outcome()
+            _publish(storage, outputs)
+        finally:
+            worker.end()
+            storage.write(order.log, log.read_bytes())
+        if outcome.cause is None:
+            shutil.rmtree(place)
+        return outcome
+
+
+def _publish(storage: Storage, outputs: dict[Path, str]) -> None:
+    """Copy the outputs that are finished to the storage. A stage's directory appears when it is."""
+    for output, name in outputs.items():
+        if output.is_dir() and not storage.has(name):
+            storage.publish(output, name)
+
+
+def _with_inputs(job: Job, inputs: dict[str, str], storage: Storage, place: Path) -> Job:
+    """Return the job with what is not on this machine fetched from the storage."""
+
+    def here(path: str | None) -> str | None:
+        if path is None or path not in inputs or Path(path).exists():
+            return path
+        return str(fetch_input(storage, inputs[path], place))
+
+    changes = {name: here(getattr(job, name)) for name in ("model", "data", "calibration")}
+    return job.model_copy(update={**changes, "test": [here(path) for path in job.test]})
+
+
+_BUSY = Outcome("input/output", "The worker of an earlier attempt is still there.")
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[int | None]:
+    """Hold a directory against other workers of the same job; yields a file descriptor, or None where one is there."""
+    descriptor = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    yield None
+                    return
+                time.sleep(0.1)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class _Worker:
+    """The worker's process, the leader of its own group."""
+
+    def __init__(self, job: Job, place: Path, log: Path, lock: int) -> None:
+        self._place, self._kills = place, memory_kills()
+        (place / OUTCOME).unlink(missing_ok=True)
+        log.parent.mkdir(exist_ok=True)
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "emloc_core.zoo.worker", str(place / JOB)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=place,  # an id of the hub is no path here
+                env=environment(job),
+                start_new_session=True,
+                pass_fds=[lock],
+            )
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def outcome(self) -> Outcome:
+        return read_outcome(self._place) or ended(self._process.wait(), self._kills, "The worker")
+
+    def end(self) -> None:
+        """Kill what there is left of it and of all that it started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()

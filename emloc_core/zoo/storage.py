@@ -1,0 +1,162 @@
+"""A place that all nodes of a cluster reach, by URL: whatever fsspec has a file system for.
+
+A directory there is whole when its marker is, the file that is written last: of a stage's output, ``emloc.json``.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from emloc_core.errors import EmlocError
+from emloc_core.output import MANIFEST
+
+INPUTS = "inputs"
+_WHOLE = ".whole"  # marks a copy of something that has no manifest
+
+
+class Storage:
+    """A directory by URL.
+
+    Args:
+        url: ``s3://bucket/zoo``, ``file:///shared/zoo``, ...
+
+    Raises:
+        EmlocError: there is no file system for it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self.files, root = fsspec.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise EmlocError(
+                f"{url} cannot be used as storage ({error}).",
+                "Give a URL that fsspec knows, and install its plugin for that: s3fs for s3://, say.",
+            ) from None
+        self.root = root.rstrip("/")
+        self._is_local = isinstance(self.files, LocalFileSystem)
+
+    def has(self, name: str, marker: str = MANIFEST) -> bool:
+        """Say whether a directory is there, whole."""
+        # Another process writes there too, so nothing that was listed before counts.
+        self.files.invalidate_cache()
+        return bool(self.files.isfile(self._path(name, marker)))
+
+    def publish(self, source: Path, name: str, marker: str = MANIFEST) -> None:
+        """Copy a directory, or a file into one, unless it is there already: every file whole, and ``marker`` last."""
+        if self.has(name, marker):
+            return
+        base = source if source.is_dir() else source.parent
+        files = {path.relative_to(base).as_posix(): path for path in _files(source)}
+        for relative in sorted(files.keys() - {marker}):
+            self._put(files[relative], self._path(name, relative))
+        for path in self.files.find(self._path(name)):  # what an attempt that was killed has left
+            if path.removeprefix(f"{self._path(name)}/") not in files:
+                self.files.rm_file(path)
+        if marker in files:
+            self._put(files[marker], self._path(name, marker))
+        else:
+            self.write(f"{name}/{marker}", b"")
+
+    def fetch(self, name: str, target: Path, marker: str = MANIFEST) -> None:
+        """Copy a directory that is whole to ``target``, which appears when it is whole too.
+
+        Raises:
+            EmlocError: a name in the storage leads out of the directory.
+            OSError: it is not there, or cannot be read.
+        """
+        if not self.has(name, marker):
+            raise FileNotFoundError(f"{self.url} has no whole {name}.")
+        incoming = target.with_name(f".{target.name}.incoming")
+        shutil.rmtree(incoming, ignore_errors=True)
+        incoming.mkdir(parents=True)
+        base = self._path(name)
+        for path in self.files.find(base):
+            place = incoming / path.removeprefix(base).lstrip("/")
+            if not place.resolve().is_relative_to(incoming.resolve()):
+                raise EmlocError(f"{path} in {self.url} leads out of its directory.", "Do not use this storage.")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            self.files.get_file(path, str(place))
+        os.rename(incoming, target)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file: a reader sees the old one or the new one."""
+        target = self._path(name)
+        with self._replacing(target) as partial:
+            self.files.pipe_file(partial, content)
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content.
+
+        Raises:
+            OSError: it is not there, or cannot be read.
+        """
+        self.files.invalidate_cache()
+        return bytes(self.files.cat_file(self._path(name)))
+
+    def _put(self, source: Path, target: str) -> None:
+        with self._replacing(target) as partial:
+            self.files.put_file(str(source), partial)
+
+    def _replacing(self, target: str) -> "_Replacing":
+        self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
+        return _Replacing(target, self._is_local)
+
+    def _path(self, *parts: str) -> str:
+        return "/".join((self.root, *parts))
+
+
+class _Replacing:
+    """A name to write to: on a disk another one, renamed at the end. Stores of objects show whole ones anyway."""
+
+    def __init__(self, target: str, renames: bool) -> None:
+        self.target = target
+        self.partial = f"{target}.{uuid4().hex}.partial" if renames else target
+
+    def __enter__(self) -> str:
+        return self.partial
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.partial != self.target:
+            if kind is None:
+                os.replace(self.partial, self.target)
+            else:
+                Path(self.partial).unlink(missing_ok=True)
+
+
+def share(storage: Storage, path: Path) -> str:
+    """Copy an input, a model directory or a file, to a storage unless it is there; return its name there."""
+    name = input_name(path)
+    storage.publish(path, name, _WHOLE)
+    return name
+
+
+def fetch_input(storage: Storage, name: str, directory: Path) -> Path:
+    """Copy an input that was shared into ``directory``; return the path of the model directory, or of the file."""
+    target = directory / name
+    if not target.is_dir():
+        storage.fetch(name, target, _WHOLE)
+        (target / _WHOLE).unlink()
+    inside = sorted(target.iterdir())
+    is_file = len(inside) == 1 and name.endswith(".file")
+    return inside[0] if is_file else target
+
+
+def input_name(path: Path) -> str:
+    """Return the name of an input in a storage: another one when a file of it changes."""
+    seen = hashlib.sha256(str(path.absolute()).encode())
+    for file in _files(path):
+        status = file.stat()
+        seen.update(f"\0{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return f"{INPUTS}/{seen.hexdigest()[:24]}{'.file' if path.is_file() else ''}"
+
+
+def _files(source: Path) -> Iterator[Path]:
+    """Yield the files of a directory, or the one."""
+    yield from sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
