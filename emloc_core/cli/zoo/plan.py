@@ -1,0 +1,106 @@
+"""``emloc zoo plan``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from emloc_core.budget import parse_bytes
+from emloc_core.cli.console import as_json, print_json, progress
+from emloc_core.cli.zoo.entries import more_entries, print_table
+from emloc_core.report import human_bytes
+
+if TYPE_CHECKING:
+    from emloc_core.zoo.fit import EntryFit
+
+
+@click.command("plan")
+@click.argument("pattern", default="*")
+@click.option("--memory", metavar="SIZE", help="What tuning may use, such as 24GiB or 24GB; by default, what inference "
+              "on each model needs.")  # fmt: skip
+@click.option("--preset", default="default", show_default=True, help="Of every entry: its LoRA, batch and length.")
+@click.option("--batch-size", type=click.IntRange(1), help="Rows.  [default: the preset's]")
+@click.option("--length", type=click.IntRange(1), help="Tokens a row, those of images included.  "
+              "[default: the preset's]")  # fmt: skip
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
+              help="Whose memory: a GPU's, or a process's.")  # fmt: skip
+@more_entries
+@as_json
+def command(
+    pattern: str,
+    memory: str | None,
+    preset: str,
+    batch_size: int | None,
+    length: int | None,
+    device: str,
+    registry: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Say what models of the registry need, and the largest ratio at which tuning the emulator fits.
+
+    For each: inference on the base, a LoRA on the base, and a LoRA on its emulator (EMLoC). Seconds a model, without
+    network and weights; `emloc plan ID` says more about one. PATTERN is as of `emloc zoo list`.
+    """
+    budget = parse_bytes(memory) if memory is not None else None
+
+    from emloc_core.errors import EmlocError
+    from emloc_core.registry import find, load_entries
+    from emloc_core.zoo.fit import EntryFit, fit
+
+    entries = find(pattern, load_entries(registry))
+    planned: list[EntryFit] = []
+    with progress("planning") as advance:
+        for number, entry in enumerate(entries):
+            advance(entry.id, number, len(entries))
+            try:
+                found = fit(entry, budget, preset=preset, batch_size=batch_size, length=length, device=device)
+            except EmlocError as error:  # the others are planned all the same
+                found = EntryFit(entry.id, entry.family, error=str(error))
+            planned.append(found)
+        advance("", len(entries), len(entries))
+    if as_json:
+        print_json({"memory": budget, "preset": preset, "device": device, "models": [p.to_dict() for p in planned]})
+    else:
+        _show(planned, memory)
+    if failed := [each for each in planned if each.error]:
+        raise EmlocError(f"{len(failed)} of {len(planned)} models could not be planned.", "Each says why.")
+
+
+def _show(planned: "list[EntryFit]", memory: str | None) -> None:
+    allowed = f"in {memory}" if memory else "in inference's memory"
+    print_table(
+        {"model": "left", "parameters": "right", "rows x tokens": "right", "inference": "right", "LoRA": "right",
+         f"EMLoC {allowed}": "right", "ratio": "right", "emulator": "right"},
+        [_row(each) for each in planned],
+    )  # fmt: skip
+    for each in planned:
+        if each.error:
+            click.echo(f"{each.id}: {each.error}")
+    if any(each.ratio is None and not each.error for each in planned):
+        click.echo("-: no emulator's tuning fits; `emloc plan ID --memory SIZE` says what would.")
+    if any(_fits_itself(each) for each in planned):
+        click.echo("*: a LoRA on the model itself fits too, and no emulator is needed.")
+
+
+def _row(planned: "EntryFit") -> list[str]:
+    if planned.error:
+        return [planned.id, *["?"] * 7]
+    ratio = f"{planned.ratio:g}{'*' if _fits_itself(planned) else ''}" if planned.ratio is not None else "-"
+    return [
+        planned.id,
+        f"{(planned.parameters or 0) / 1e9:.3g}B",
+        f"{planned.batch_size} x {planned.length}",
+        _size(planned.inference),
+        _size(planned.lora),
+        _size(planned.tuning),
+        ratio,
+        _size(planned.emulator),
+    ]
+
+
+def _fits_itself(planned: "EntryFit") -> bool:
+    return planned.lora is not None and planned.budget is not None and planned.lora <= planned.budget
+
+
+def _size(value: int | None) -> str:
+    return "-" if value is None else human_bytes(value)
