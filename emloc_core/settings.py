@@ -80,8 +80,8 @@ def _section(model: type[BaseModel], steps: list[str]) -> type[BaseModel]:
     remaining = iter(steps)
     for step in remaining:
         annotation: Any = model.model_fields[step].annotation
-        if get_origin(annotation) is dict:
-            next(remaining, None)  # the key, of which any may be
+        if get_origin(annotation) in (dict, list):
+            next(remaining, None)  # the key or the index, of which any may be
         options = [option for option in (annotation, *get_args(annotation)) if isinstance(option, type)]
         model = next(option for option in options if issubclass(option, BaseModel))
     return model
