@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-vision test test-slow lint bench bench-factorize-full docs clean
+.PHONY: setup demo demo-vision test test-browser test-slow lint bench bench-factorize-full docs clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,9 @@ demo-vision: $(STAMP)  ## the same with pictures: a small InternVL, trained here
 
 test: $(STAMP)  ## all fast tests
 	$(BIN)/python -m pytest -n 2
+
+test-browser: $(STAMP)  ## the pages that the toolkit writes, looked at in Chromium, which has to be installed
+	$(BIN)/python -m pytest -m browser
 
 test-slow: $(STAMP)  ## the checks that take minutes on a real model
 	$(BIN)/python -m pytest -m slow

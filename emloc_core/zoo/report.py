@@ -86,7 +86,14 @@ def _render(template: str, head: Mapping[str, str], summary: Summary, views: lis
         lstrip_blocks=True,
     )
     environment.filters.update(
-        size=view.size, duration=view.duration, number=view.number, score=view.score, cell=_cell, fenced=_fenced, plain=plain, sha256=_sha256
+        size=view.size,
+        duration=view.duration,
+        number=view.number,
+        score=view.score,
+        cell=_cell,
+        fenced=_fenced,
+        plain=plain,
+        sha256=_sha256,
     )
     environment.globals.update(sparkline=sparkline, band=band, share=view.share)
     shown = sorted(views, key=lambda each: (list(STATES).index(each.state), each.number))
