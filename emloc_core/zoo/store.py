@@ -5,28 +5,30 @@ Only the driver writes; ``zoo.lock`` says whether there is one.
 """
 
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.zoo.engine import Needs, Outcome
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.lock import is_driven
 
 State = Literal["waiting", "running", "done", "failed", "duplicate", "interrupted"]
 DATABASE = "zoo.db"
+_PATIENCE = 60.0  # seconds for which a full disk may go on
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
+CREATE TABLE jobs (
     name TEXT PRIMARY KEY, position INTEGER NOT NULL, job TEXT NOT NULL, fingerprint TEXT NOT NULL,
     state TEXT NOT NULL, duplicate_of TEXT, smaller TEXT, needs TEXT, result TEXT NOT NULL DEFAULT '{}'
 );
-CREATE INDEX IF NOT EXISTS fingerprints ON jobs (fingerprint);
-CREATE TABLE IF NOT EXISTS attempts (
+CREATE INDEX fingerprints ON jobs (fingerprint);
+CREATE TABLE attempts (
     name TEXT NOT NULL REFERENCES jobs, number INTEGER NOT NULL, started REAL NOT NULL, seconds REAL, cause TEXT,
     message TEXT NOT NULL DEFAULT '', log TEXT NOT NULL, host TEXT NOT NULL DEFAULT '', PRIMARY KEY (name, number)
 );
@@ -109,15 +111,10 @@ class Store:
         if not create and not path.is_file():
             raise EmlocError(f"There is no zoo at {directory}.", "Check the path; `emloc zoo convert` makes one.")
         try:
-            if create:
-                directory.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=30, isolation_level=None)
-            # A write-ahead log: readers see the last whole state, and never wait for the writer nor it for them.
-            # NORMAL: a commit may be lost with the machine's power, not with a process; the file is whole either way.
-            self._database.execute("PRAGMA synchronous = NORMAL")
-            if create:
-                self._database.execute("PRAGMA journal_mode = WAL")
-                self._database.executescript(_SCHEMA)
+            if create and not path.exists():
+                _create(path)
+            self._database = _connect(path)
+            self._database.execute("SELECT 1 FROM jobs LIMIT 1")
         except (OSError, sqlite3.Error) as error:
             raise EmlocError(f"{path} cannot be opened ({error}).", "Restore it, or choose another zoo.") from error
 
@@ -175,16 +172,16 @@ class Store:
 
     def plan(self, needs: dict[str, Needs]) -> None:
         """Keep what jobs need, by name."""
-        with self._transaction():
-            rows = [(json.dumps(asdict(need)), name) for name, need in needs.items()]
-            self._database.executemany("UPDATE jobs SET needs = ? WHERE name = ?", rows)
+        change = "UPDATE jobs SET needs = ? WHERE name = ?"
+        self._apply(*((change, (json.dumps(asdict(need)), name)) for name, need in needs.items()))
 
     def start(self, name: str, number: int, log: str) -> None:
         """Say that an attempt at a job has begun."""
         attempt = (name, number, time.time(), log)
-        with self._transaction():
-            self._database.execute("UPDATE jobs SET state = 'running' WHERE name = ?", (name,))
-            self._database.execute("INSERT INTO attempts (name, number, started, log) VALUES (?, ?, ?, ?)", attempt)
+        self._apply(
+            ("UPDATE jobs SET state = 'running' WHERE name = ?", (name,)),
+            ("INSERT INTO attempts (name, number, started, log) VALUES (?, ?, ?, ?)", attempt),
+        )
 
     def finish(
         self,
@@ -198,15 +195,16 @@ class Store:
     ) -> None:
         """Say how an attempt ended, and whether the job waits for another one, ``smaller`` perhaps."""
         state = "done" if outcome.cause is None else "waiting" if again else "failed"
-        with self._transaction():
-            self._database.execute(
+        self._apply(
+            (
                 "UPDATE attempts SET seconds = ?, cause = ?, message = ?, host = ? WHERE name = ? AND number = ?",
                 (round(seconds, 3), outcome.cause, outcome.message, outcome.host, name, number),
-            )
-            self._database.execute(
+            ),
+            (
                 "UPDATE jobs SET state = ?, result = ?, smaller = COALESCE(?, smaller) WHERE name = ?",
                 (state, json.dumps(outcome.result), smaller and smaller.model_dump_json(), name),
-            )
+            ),
+        )
 
     def records(self) -> list[JobRecord]:
         """Return all jobs in order, as they are at one moment."""
@@ -254,6 +252,22 @@ class Store:
     def _one(self, query: str, *values: Any) -> Any:
         return self._database.execute(query, values).fetchone()
 
+    def _apply(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
+        """Execute statements in one transaction; on a full disk, again, for workers that meet it give room back."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                with self._transaction():
+                    for statement, values in statements:
+                        self._database.execute(statement, values)
+                return
+            except sqlite3.OperationalError as error:
+                if "full" not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise DiskFullError(f"{self.directory} has no room for {DATABASE}.", "Free some space.") from error
+                time.sleep(0.1)
+
     @contextmanager
     def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
         self._database.execute(f"BEGIN {kind}")
@@ -264,6 +278,25 @@ class Store:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise
+
+
+def _create(path: Path) -> None:
+    """Make an empty store, whole or not at all: a reader may come at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    with closing(_connect(new)) as database:
+        # A write-ahead log: readers see the last whole state, and never wait for the writer nor it for them.
+        database.execute("PRAGMA journal_mode = WAL")
+        database.executescript(_SCHEMA)
+    os.replace(new, path)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=30, isolation_level=None)
+    # A commit may be lost with the machine's power, never with a process; the file is whole either way.
+    database.execute("PRAGMA synchronous = NORMAL")
+    return database
 
 
 def _running(records: list[JobRecord]) -> dict[str, int]:

@@ -1,0 +1,79 @@
+"""What the tests of the zoo share: jobs that only wait, a driver in a process of its own, and how to find workers."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+from emloc_core.zoo.convert import convert
+from emloc_core.zoo.job import Job
+from emloc_core.zoo.local import LocalEngine
+from emloc_core.zoo.retry import Limits
+
+#: Converts jobs that only wait: zoo, workers, then NAME=SECONDS.
+DRIVER = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from processes import drive, waiting
+    drive(Path(sys.argv[1]), [waiting(*text.split("=")) for text in sys.argv[3:]], workers=int(sys.argv[2]))
+"""
+
+
+def waiting(name, seconds=0.0):
+    return Job(name=name, model=f"none/{name}", trivial=float(seconds))
+
+
+def drive(zoo, jobs, *, workers=2, engine=LocalEngine, tell=lambda *_: None, memory=None, **limits):
+    """Convert; return the records by name."""
+    limits.setdefault("backoff", 0.01)
+    records = convert(jobs, zoo, lambda lock: engine(workers, memory, [lock]), Limits(**limits), tell)
+    return {record.job.name: record for record in records}
+
+
+def driver(zoo, jobs, workers=2):
+    """Start a driver in a process of its own; ``jobs`` are seconds by name."""
+    script = textwrap.dedent(DRIVER.format(tests=str(Path(__file__).parent)))
+    named = [f"{name}={seconds}" for name, seconds in jobs.items()]
+    return subprocess.Popen([sys.executable, "-c", script, str(zoo), str(workers), *named])
+
+
+def workers_of(zoo, name):
+    """Return the processes, the worker and its stage, that do a job now."""
+    wanted = str(zoo / "jobs" / name / "job.json").encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (process / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+        except OSError:  # it has just ended
+            continue
+    return sorted(found)
+
+
+def until(condition, seconds=120.0):
+    """Wait for what must come; return it."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it has not come"
+        time.sleep(0.005)
+    return value
+
+
+def is_gone(process):
+    """Say whether a process has ended (a zombie that nobody has waited for has)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def files(directory):
+    """Return the contents of a directory by name, with what tells a file that was written anew."""
+    return {
+        path.name: (path.read_bytes(), os.stat(path).st_ino, os.stat(path).st_mtime_ns)
+        for path in directory.iterdir()
+        if path.is_file()
+    }

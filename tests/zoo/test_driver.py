@@ -1,0 +1,177 @@
+"""The driver with workers that only wait, and what is done to them: each fault is done for real."""
+
+import os
+import signal
+
+import pytest
+from processes import drive, driver, is_gone, until, waiting, workers_of
+
+from emloc_core.errors import EmlocError
+from emloc_core.zoo.convert import convert
+from emloc_core.zoo.driver import Driver
+from emloc_core.zoo.engine import Needs
+from emloc_core.zoo.local import LocalEngine
+from emloc_core.zoo.retry import Limits
+from emloc_core.zoo.store import Store
+
+
+def causes(record):
+    return [attempt.cause for attempt in record.attempts]
+
+
+def states(records):
+    return {name: record.state for name, record in records.items()}
+
+
+def status(zoo):
+    return states({record.job.name: record for record in Store(zoo).records()}) if (zoo / "zoo.db").exists() else {}
+
+
+def test_each_job_is_done_once_and_has_a_log_and_a_place(tmp_path):
+    jobs = [waiting("a"), waiting("b"), waiting("c")]
+    told = []
+    records = drive(tmp_path, jobs, tell=lambda *event: told.append(event))
+    assert {name: causes(record) for name, record in records.items()} == {"a": [None], "b": [None], "c": [None]}
+    assert sorted(told) == sorted((name, state, "") for name in "abc" for state in ("running", "done"))
+    for name in "abc":
+        assert (tmp_path / f"logs/{name}.1.log").is_file()
+        assert (tmp_path / f"jobs/{name}/job.json").is_file()
+    again = drive(tmp_path, [*jobs, waiting("d")])
+    assert [len(record.attempts) for record in again.values()] == [1, 1, 1, 1]
+
+
+def test_a_killed_driver_takes_its_workers_along_and_the_next_goes_on(tmp_path):
+    first = driver(tmp_path, {"quick": 0, "long": 600, "last": 0}, workers=1)
+    try:
+        until(lambda: status(tmp_path).get("long") == "running" and workers_of(tmp_path, "long"))
+        workers = workers_of(tmp_path, "long")
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        until(lambda: all(map(is_gone, workers)))
+    finally:
+        first.kill()
+    until(lambda: status(tmp_path) == {"quick": "done", "long": "interrupted", "last": "waiting"})
+    done = Store(tmp_path)
+    done._database.execute("UPDATE jobs SET job = json_set(job, '$.trivial', 0.0)")  # enough of that
+    records = {record.job.name: record for record in _finish(tmp_path)}
+    assert states(records) == {"quick": "done", "long": "done", "last": "done"}
+    assert causes(records["quick"]) == [None]
+    assert causes(records["long"]) == ["interrupted", None]
+    assert causes(records["last"]) == [None]
+
+
+def _finish(zoo):
+    """Go on with a zoo as it is."""
+    return convert([], zoo, lambda lock: LocalEngine(1, None, [lock]), Limits())
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
+    first = driver(tmp_path, {"long": 600})
+    try:
+        until(lambda: status(tmp_path).get("long") == "running")
+        with pytest.raises(EmlocError, match=rf"is being converted already \(process {first.pid}\)"):
+            drive(tmp_path, [waiting("b")])
+        assert status(tmp_path) == {"long": "running"}
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_an_interrupted_driver_says_so_and_leaves_no_worker(tmp_path):
+    first = driver(tmp_path, {"long": 600})
+    try:
+        (worker,) = until(lambda: workers_of(tmp_path, "long"))
+        first.send_signal(signal.SIGINT)
+        assert first.wait() != 0
+    finally:
+        first.kill()
+    assert is_gone(worker)
+    (record,) = Store(tmp_path).records()
+    assert (record.state, causes(record)) == ("waiting", ["interrupted"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_worker_is_lost_and_tried_again(tmp_path, number):
+    killed = []
+
+    def kill(name, state, message):
+        if name == "other" and state == "done":
+            killed.extend(until(lambda: workers_of(tmp_path, "a")))
+            os.kill(killed[0], number)
+
+    records = drive(tmp_path, [waiting("a", 2), waiting("other")], tell=kill)
+    assert len(killed) == 1
+    assert causes(records["a"]) == ["lost worker", None]
+    assert records["a"].attempts[0].message == "The worker was ended by SIGKILL. Again, from where it stopped."
+    assert causes(records["other"]) == [None]
+
+
+def test_a_worker_that_is_always_killed_fails_and_the_others_finish(tmp_path):
+    def kill(name, state, message):
+        if name.startswith("other") and state == "done":
+            for worker in until(lambda: workers_of(tmp_path, "a")):
+                os.kill(worker, signal.SIGKILL)
+
+    jobs = [waiting("a", 600), waiting("other-1"), waiting("other-2", 1)]
+    records = drive(tmp_path, jobs, tell=kill, retries=1)
+    assert causes(records["a"]) == ["lost worker", "lost worker"]
+    assert states(records) == {"a": "failed", "other-1": "done", "other-2": "done"}
+
+
+def test_the_time_limit_ends_a_worker_and_gives_it_one_more_try(tmp_path):
+    seen = set()
+
+    def look(name, state, message):
+        seen.update(workers_of(tmp_path, "slow"))
+
+    records = drive(tmp_path, [waiting("slow", 600), waiting("quick")], tell=look, time=1.0, retries=5)
+    assert causes(records["slow"]) == ["time limit", "time limit"]
+    assert states(records) == {"slow": "failed", "quick": "done"}
+    assert seen
+    assert all(map(is_gone, seen))
+
+
+def test_input_and_output_are_tried_again_later_and_then_fail(tmp_path):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "a").write_text("a file in the way")
+    records = drive(tmp_path, [waiting("a"), waiting("b")], retries=2)
+    assert causes(records["a"]) == ["input/output"] * 3
+    assert [a.message.rpartition("Again")[2] for a in records["a"].attempts[:2]] == [" after 0.01 s.", " after 0.02 s."]
+    assert states(records) == {"a": "failed", "b": "done"}
+
+
+def run_with_needs(zoo, needs, *, workers=4, memory=1000, tell=lambda *_: None, seconds=0.0, **limits):
+    """Drive jobs with the given needs; return the records by name."""
+    store = Store(zoo, create=True)
+    jobs = [waiting(name, seconds) for name in needs]
+    store.add(jobs, list(needs))
+    store.plan(needs)
+    Driver(store, LocalEngine(workers, memory), Limits(**limits), tell).run()
+    return {record.job.name: record for record in store.records()}
+
+
+def test_as_many_run_side_by_side_as_memory_holds(tmp_path):
+    needs = {name: Needs(memory=memory) for name, memory in {"a": 400, "b": 500, "c": 600, "d": 100, "e": None}.items()}
+    running, together = set(), set()
+
+    def tell(name, state, message):
+        (running.add if state == "running" else running.discard)(name)
+        together.add(frozenset(running))
+
+    records = run_with_needs(tmp_path, needs, tell=tell, seconds=0.3)
+    assert set(states(records).values()) == {"done"}
+    assert frozenset("abd") in together
+    assert all(sum(needs[name].memory or 1000 for name in group) <= 1000 for group in together)
+
+
+def test_what_never_fits_fails_and_the_others_finish(tmp_path):
+    needs = {
+        "memory": Needs(memory=1001), "disk": Needs(memory=1, disk=1 << 60), "limit": Needs(memory=1, disk=200),
+        "fits": Needs(memory=1, disk=60), "too": Needs(memory=1, disk=60),
+    }  # fmt: skip
+    records = run_with_needs(tmp_path, needs, workers=1, disk=100)
+    assert {name: causes(record) for name, record in records.items()} == {
+        "memory": ["out of memory"], "disk": ["disk"], "limit": ["disk"], "fits": [None], "too": ["disk"],
+    }  # fmt: skip
+    assert "1 kB of memory by the plan, and there are 1 kB" in records["memory"].attempts[0].message
+    assert "60 B of the 100 B" in records["too"].attempts[0].message

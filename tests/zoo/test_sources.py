@@ -1,0 +1,181 @@
+"""What a user names becomes jobs, and nothing leaves its directory."""
+
+import json
+
+import pytest
+
+from emloc_core.errors import EmlocError
+from emloc_core.zoo.job import Job, describe_change, slug, unique
+from emloc_core.zoo.sources import Defaults, resolve
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Two model directories, one of which has lost its config, and a directory that is no model."""
+    root = tmp_path / "models"
+    for name in ("whole", "damaged", "notes"):
+        (root / name).mkdir(parents=True)
+    (root / "whole" / "config.json").write_text("{}")
+    (root / "damaged" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    return root
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_directory_of_models_is_a_job_each_in_order(models):
+    jobs = resolve([str(models)], Defaults(data="org/rows", compress={"ratio": 0.3}, threads=2))
+    assert [(job.name, job.model) for job in jobs] == [
+        ("damaged", str(models / "damaged")),
+        ("whole", str(models / "whole")),
+    ]
+    assert {(job.data, job.compress.ratio, job.threads, job.train) for job in jobs} == {("org/rows", 0.3, 2, None)}
+
+
+def test_one_model_twice_gets_two_names(models):
+    assert [job.name for job in resolve([str(models / "whole")] * 3, Defaults())] == ["whole", "whole-2", "whole-3"]
+
+
+def test_a_file_of_jobs(models, monkeypatch):
+    file = write(
+        models.parent / "jobs.toml",
+        """
+        [[job]]
+        model = "models/whole"
+        data = "rows.jsonl"
+        ratio = 0.5
+        compress = { samples = 7 }
+        train = { steps = 3 }
+        merge = true
+        threads = 2
+        [[job]]
+        name = "other"
+        model = "organisation/model@abc"
+        [[job]]
+        model = "models/whole"
+        data = "rows.jsonl"
+        train = false
+        """,
+    )
+    monkeypatch.chdir(models)
+    first, other, third = resolve([file], Defaults(data="../rows.jsonl", compress={"samples": 9, "seed": 3}))
+    assert (first.name, first.model, first.data) == (
+        "whole", str(models / "whole"), str(models.parent / "rows.jsonl")
+    )  # fmt: skip
+    assert (first.compress.ratio, first.compress.samples, first.compress.seed) == (0.5, 7, 3)
+    assert (first.train.steps, first.merge, first.threads) == (3, True, 2)
+    assert (other.name, other.model, other.train) == ("other", "organisation/model@abc", None)
+    assert other.data.endswith("rows.jsonl")
+    assert other.data.startswith("/")
+    assert (third.name, third.train) == ("whole-2", None)
+
+
+@pytest.mark.parametrize("key", ["model", "data", "calibration", "test", "tasks"])
+@pytest.mark.parametrize("path", ["../outside", "/etc", "~/outside", "models/../../outside", "link"])
+def test_a_file_of_jobs_cannot_leave_its_directory(models, tmp_path, key, path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "link").symlink_to(tmp_path / "models")
+    values = {"model": '"."', "data": '"org/rows"', "calibration": None, "test": None, "tasks": None}
+    values[key] = f'["{path}"]' if key in ("test", "tasks") else f'"{path}"'
+    if values["tasks"]:
+        values["eval"] = f"{{ tasks = {values.pop('tasks')} }}"
+    text = "[[job]]\n" + "".join(f"{name} = {value}\n" for name, value in values.items() if value)
+    with pytest.raises(EmlocError, match=r"jobs.toml names '.*', outside its directory"):
+        resolve([write(inside / "jobs.toml", text)], Defaults())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[job]]\nmodle = 'a/b'", r"no setting 'job.0.modle'. Did you mean 'model'"),
+        ("[[job]]\nmodel = 'a/b'\nname = '../x'", "name"),
+        ("[[job]]\nmodel = 'a/b'\nratio = 2.0", "ratio"),
+        ("[[job]]\nmodel = 'a/b'\nratio = 0.5\ncompress = { ratio = 0.4 }", "ratio or compress.ratio, not both"),
+        ("[[job]]\nmodel = 'a/b'\ncompress = { ration = 0.4 }", "Did you mean 'ratio'"),
+        ("[[job]]\nmodel = 'a/b'\ndata = 'a/b'\ncompress = { selection = 0 }", "holds out none"),
+        ("job = 3", "job"),
+        ("", "job is missing"),
+        ("[[job", "not valid TOML"),
+    ],
+)
+def test_a_wrong_file_of_jobs_is_one_error(tmp_path, text, said):
+    with pytest.raises(EmlocError, match=said):
+        resolve([write(tmp_path / "jobs.toml", text)], Defaults())
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("./nowhere", "is not there"),
+        ("nowhere.toml", "cannot be read"),
+        ("Qwen/Qwen2.5-7BB", "Did you mean 'Qwen/Qwen2.5-7B'"),
+        ("no-such-*", "No entry of the registry matches"),
+    ],
+)
+def test_what_is_no_source(source, said, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EmlocError, match=said):
+        resolve([source], Defaults())
+
+
+def test_a_directory_without_models(tmp_path):
+    with pytest.raises(EmlocError, match="holds no model"):
+        resolve([str(tmp_path)], Defaults())
+
+
+def test_an_entry_with_rows_of_its_own_is_trained_and_a_glob_is_many(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    for name in ("own", "none"):
+        entry = {"id": f"mine/{name}", "family": "llama", "presets": {"default": {"ratio": 0.4, "samples": 5}}}
+        lines = [f"id = {json.dumps(entry['id'])}", 'family = "llama"', 'checkpoint = "checkpoint"']
+        lines += ["[data]", 'train = "rows.jsonl"'] if name == "own" else []
+        lines += ["[presets.default]", "ratio = 0.4", "samples = 5", "[config]", 'model_type = "llama"']
+        (tmp_path / f"{name}.toml").write_text("\n".join(lines))
+    none, own = resolve(["mine/*"], Defaults(data="org/rows", merge=True, registry=[tmp_path]))
+    assert (own.name, own.model, own.data) == ("own", str(tmp_path / "checkpoint"), str(tmp_path / "rows.jsonl"))
+    assert own.train is not None
+    assert own.merge
+    assert (own.compress.ratio, own.compress.samples) == (0.4, 5)
+    assert (none.data, none.train, none.merge) == ("org/rows", None, False)
+
+
+def test_names_are_directories_anywhere():
+    assert slug("org/Model 1.5B@main") == "Model-1.5B"
+    assert slug("/models/../..") == "models"
+    assert slug("///") == "model"
+    assert slug("x" * 300) == "x" * 90
+    jobs = [Job(name=name, model="a/b") for name in ("A", "a", "a-2")]
+    assert [job.name for job in unique(jobs)] == ["A", "a-2", "a-2-2"]
+
+
+def test_a_fingerprint_is_of_all_that_decides_the_outputs(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("1")
+    job = Job(name="a", model="org/model@1", data=str(rows))
+
+    def changed(**settings):
+        return Job(**{**job.model_dump(), **settings}).fingerprint(tmp_path)
+
+    before = job.fingerprint(tmp_path)
+    assert changed(name="b", offline=True) == before
+    (tmp_path / "copy.jsonl").write_text("1")
+    others = [
+        changed(model="org/model@2"), changed(threads=2), changed(compress={"ratio": 0.5}), changed(train={}),
+    ]  # fmt: skip
+    rows.write_text("2")
+    others.append(changed())
+    assert len({before, *others}) == 6
+
+
+def test_smaller_is_what_the_stage_can_give():
+    job = Job(name="a", model="a/b", data="a/b", train={"batch_size": 8}, eval={"tasks": ["x"]})
+    assert describe_change(job, job.smaller("emulator")) == "compress.samples 64 -> 32"
+    change = describe_change(job, job.smaller("adapter"))
+    assert change == "train.batch_size 8 -> 4, train.accumulation 1 -> 2"
+    assert describe_change(job, job.smaller("evaluation")) == "eval.batch_size 8 -> 4"
+    assert job.smaller("merged") is None
+    assert Job(name="a", model="a/b", compress={"samples": 1}).smaller("emulator") is None

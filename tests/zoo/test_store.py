@@ -1,0 +1,138 @@
+"""The store is true at all times: what is kept, what is refused, and what a reader sees beside a driver."""
+
+import threading
+
+import pytest
+from processes import drive, waiting
+
+from emloc_core.errors import EmlocError
+from emloc_core.zoo.engine import Needs, Outcome
+from emloc_core.zoo.job import Job
+from emloc_core.zoo.lock import driving, is_driven
+from emloc_core.zoo.store import Store
+
+FAILED = Outcome("crash", "It broke.", "emulator", host="here")
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "zoo", create=True)
+    yield store
+    store.close()
+
+
+def states(store):
+    return {record.job.name: record.state for record in store.records()}
+
+
+def test_what_is_kept_is_what_was_said(store):
+    job = Job(name="a", model="org/a", data="org/rows", train={"steps": 3}, merge=True)
+    store.add([job], ["1"])
+    store.plan({"a": Needs(1, 2, 3, 4)})
+    store.start("a", 1, "logs/a.1.log")
+    store.finish("a", 1, 1.5, FAILED, again=True, smaller=job.smaller("emulator"))
+    store.start("a", 2, "logs/a.2.log")
+    store.finish("a", 2, 2.5, Outcome(None, result={"ratio": 0.6}, host="there"))
+    (record,) = Store(store.directory).records()
+    assert (record.job, record.fingerprint, record.state, record.needs) == (job, "1", "done", Needs(1, 2, 3, 4))
+    assert record.smaller.compress.samples == 32
+    assert record.result == {"ratio": 0.6}
+    first, second = record.attempts
+    assert (first.number, first.seconds, first.cause, first.message, first.log, first.host) == (
+        1, 1.5, "crash", "It broke.", "logs/a.1.log", "here"
+    )  # fmt: skip
+    assert (second.cause, second.seconds, second.host) == (None, 2.5, "there")
+
+
+def test_the_second_of_a_fingerprint_is_a_duplicate_whenever_it_comes(store):
+    store.add([waiting("a"), waiting("b")], ["1", "1"])
+    store.add([waiting("a"), waiting("b"), waiting("c")], ["1", "1", "1"])
+    assert [(r.job.name, r.state, r.duplicate_of) for r in store.records()] == [
+        ("a", "waiting", None), ("b", "duplicate", "a"), ("c", "duplicate", "a"),
+    ]  # fmt: skip
+
+
+def test_a_finished_job_is_not_replaced_and_nothing_is_added(store):
+    store.add([waiting("a")], ["1"])
+    store.start("a", 1, "log")
+    store.finish("a", 1, 1.0, Outcome(None))
+    store.add([waiting("a")], ["1"])
+    with pytest.raises(EmlocError, match="finished job 'a' of another model"):
+        store.add([waiting("b"), waiting("a")], ["3", "2"])
+    assert states(store) == {"a": "done"}
+
+
+def test_a_failed_job_waits_again_and_forgets_what_was_of_another_model(store):
+    job = Job(name="a", model="org/a")
+    store.add([job], ["1"])
+    store.plan({"a": Needs(memory=5)})
+    store.start("a", 1, "log")
+    store.finish("a", 1, 1.0, FAILED, smaller=job.smaller("emulator"))
+    store.add([job], ["1"])
+    (record,) = store.records()
+    assert (record.state, record.needs, record.smaller.compress.samples) == ("waiting", Needs(memory=5), 32)
+    store.add([job], ["2"])
+    (record,) = store.records()
+    assert (record.needs, record.smaller, len(record.attempts)) == (None, None, 1)
+
+
+def test_running_without_a_driver_is_interrupted_until_the_next_takes_over(store):
+    store.add([waiting("a")], ["1"])
+    with driving(store.directory):
+        store.start("a", 1, "log")
+        assert states(store) == {"a": "running"}
+    assert states(store) == {"a": "interrupted"}
+    assert store.take_over() == ["a"]
+    (record,) = store.records()
+    assert record.state == "waiting"
+    assert record.attempts[0].cause == "interrupted"
+
+
+def test_a_zoo_has_one_driver(tmp_path):
+    with driving(tmp_path):
+        assert is_driven(tmp_path)
+        with pytest.raises(EmlocError, match="is being converted already"), driving(tmp_path):
+            pass
+    assert not is_driven(tmp_path)
+
+
+def test_what_is_no_zoo(tmp_path):
+    with pytest.raises(EmlocError, match="There is no zoo at"):
+        Store(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "zoo.db").write_text("nothing of the kind" * 100)
+    with pytest.raises(EmlocError, match="cannot be opened"):
+        Store(tmp_path, create=True)
+
+
+def test_a_reader_beside_a_driver_sees_whole_states_only(tmp_path):
+    """Reads as fast as it can while 24 jobs are done: no state contradicts its attempts, and nothing goes back."""
+    zoo, jobs = tmp_path / "zoo", [waiting(f"job-{number}") for number in range(24)]
+    Store(zoo, create=True).close()
+    seen, wrong, over = [], [], threading.Event()
+
+    def read():
+        store = Store(zoo)
+        while not over.is_set():
+            records = store.records()
+            seen.append(sum(record.state == "done" for record in records))
+            for record in records:
+                last = record.attempts[-1] if record.attempts else None
+                fits = {
+                    "waiting": last is None,
+                    "running": last is not None and last.seconds is None,
+                    "done": last is not None and last.seconds is not None and last.cause is None,
+                }
+                if not fits.get(record.state, False):
+                    wrong.append(record)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        drive(zoo, jobs)
+    finally:
+        over.set()
+        reader.join()
+    assert wrong == []
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 6  # it did look while jobs ended
