@@ -97,7 +97,8 @@ def _render(template: str, head: Mapping[str, str], summary: Summary, views: lis
     )
     environment.globals.update(sparkline=sparkline, band=band, share=view.share)
     shown = sorted(views, key=lambda each: (list(STATES).index(each.state), each.number))
-    return environment.get_template(template).render(head=head, summary=summary, jobs=shown, states=STATES)
+    text = environment.get_template(template).render(head=head, summary=summary, jobs=shown, states=STATES)
+    return f"{text.strip()}\n"
 
 
 def _cell(text: Any) -> str:

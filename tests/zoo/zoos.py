@@ -48,7 +48,12 @@ def result(seed: int = 1, blocks: int = 24, whole: bool = True) -> dict[str, Any
         }
         found["systems"] = {
             name: {"nll": nll, "acc": 1 - nll / 2, "seconds": 20.0, "peak_bytes": 1_940_000_000}
-            for name, nll in (("base", 1.1597), ("emulator", 1.9), ("base+uncorrected", 0.182), ("base+corrected", 0.18))
+            for name, nll in (
+                ("base", 1.1597),
+                ("emulator", 1.9),
+                ("base+uncorrected", 0.182),
+                ("base+corrected", 0.18),
+            )
         }
         found["metrics"] = {"nll": {"higher_is_better": False}, "acc": {"higher_is_better": True}}
     return found

@@ -1,0 +1,152 @@
+"""`emloc zoo list`, `show` and `plan`, over the registry and over entries of the user's own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from emloc_core.budget import largest_ratio
+from emloc_core.cli import cli
+from emloc_core.entry import read_entry
+from emloc_core.errors import EmlocError
+from emloc_core.memory import MemoryModel, Workload
+from emloc_core.registry import load_entries
+from emloc_core.training import TrainSettings
+
+ENTRY = """
+id = "zoo-test/{name}"
+family = "llama"
+licence = "none [bold]at all[/bold]"
+
+[parameters]
+published = "1.9M"
+source = "this test"
+
+[presets.default]
+ratio = 0.6
+length = 64
+
+[presets.small]
+memory = "3GB"
+batch_size = 2
+length = 32
+
+[config]
+model_type = "llama"
+dtype = "float32"
+vocab_size = 1000
+hidden_size = 128
+intermediate_size = 512
+num_hidden_layers = {layers}
+num_attention_heads = 4
+num_key_value_heads = 2
+max_position_embeddings = {limit}
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("entries")
+    for name, layers, limit in (("one", 4, 256), ("two", 6, 256), ("short", 2, 16)):
+        (directory / f"{name}.toml").write_text(ENTRY.format(name=name, layers=layers, limit=limit))
+    return directory
+
+
+def run(*argv: object) -> str:
+    return CliRunner().invoke(cli, ["zoo", *map(str, argv)], catch_exceptions=False).stdout
+
+
+def test_all_models_are_listed():
+    said = json.loads(run("list", "--json"))["entries"]
+    assert [entry["id"] for entry in said] == [entry.id for entry in load_entries()]
+    table = run("list")
+    assert all(entry["id"] in table for entry in said)
+
+
+def test_a_glob_and_entries_of_ones_own(own):
+    lines = run("list", "zoo-test/*", "--registry", own).split("\n")
+    shown = [line.split() for line in lines if "zoo-test" in line]
+    assert [line[:3] for line in shown] == [["zoo-test/" + name, "llama", "1.9M"] for name in ("one", "short", "two")]
+    assert "none [bold]at all[/bold]" in lines[-3]
+    assert "default, small" in lines[-3]
+
+
+def test_what_is_not_there_is_said(own):
+    with pytest.raises(EmlocError, match=r"No entry of the registry is called 'zoo-test/tow'\. Did you mean"):
+        run("list", "zoo-test/tow", "--registry", own)
+
+
+def test_an_entry_is_shown_with_its_sources(own):
+    said = run("show", "one", "--registry", own)
+    assert "size         1.9M (this test)\n" in said
+    assert "hidden_size 128" in said
+    assert "preset       small: memory 3GB" in said
+    content = json.loads(run("show", "zoo-test/one", "--registry", own, "--json"))
+    entry = read_entry(own / "one.toml")
+    assert content["config"] == entry.config
+    assert content["fingerprint"] == entry.fingerprint
+
+
+def test_every_packaged_entry_can_be_shown():
+    for entry in load_entries():
+        said = run("show", entry.id)
+        assert entry.family in said
+        assert all(source in said for source in entry.sources.values())
+
+
+def test_one_is_shown_at_a_time(own):
+    with pytest.raises(EmlocError, match="is more than one model: zoo-test/one, zoo-test/short, zoo-test/two"):
+        run("show", "zoo-test/*", "--registry", own)
+
+
+def test_a_plan_is_that_of_the_memory_model(own, tmp_path):
+    budget = 660_000_000
+    (planned,) = json.loads(run("plan", "zoo-test/one", "--registry", own, "--memory", budget, "--json"))["models"]
+    (tmp_path / "config.json").write_text(json.dumps(read_entry(own / "one.toml").config))
+    train = TrainSettings(batch_size=1)
+    model = MemoryModel(tmp_path / "config.json", Workload(1, 64, train=train))
+    found = largest_ratio(model, budget)
+    assert planned["inference"] == model.inference().total
+    assert planned["lora"] == model.tuning().total
+    assert planned["ratio"] == found.ratio
+    assert planned["tuning"] == found.need.total <= budget
+    assert planned["emulator"] == model.weight_bytes(found.ratio)
+    assert planned["parameters"] == model.parameters()
+
+
+def test_batch_and_length_are_the_presets_or_the_users(own):
+    planned = json.loads(run("plan", "zoo-test/[ot]*", "--registry", own, "--preset", "small", "--json"))["models"]
+    assert [(each["batch_size"], each["length"]) for each in planned] == [(2, 32), (2, 32)]
+    given = ["--batch-size", 3, "--length", 48]
+    planned = json.loads(run("plan", "zoo-test/one", "--registry", own, *given, "--json"))["models"]
+    assert [(each["batch_size"], each["length"]) for each in planned] == [(3, 48)]
+
+
+def test_a_table_says_where_nothing_fits_and_where_no_emulator_is_needed(own):
+    table = run("plan", "zoo-test/one", "--registry", own, "--memory", "1MB")
+    (row,) = (line for line in table.split("\n") if "zoo-test/one" in line)
+    assert row.split()[-3:] == ["-", "-", "-"]
+    assert "no emulator's tuning fits" in table
+    table = run("plan", "zoo-test/one", "--registry", own, "--memory", "24GiB")
+    assert "EMLoC in 24GiB" in table
+    assert "0.99*" in table
+    assert "a LoRA on the model itself fits too" in table
+
+
+def test_a_model_that_cannot_be_planned_stops_no_other(own):
+    argv = ["zoo", "plan", "zoo-test/*", "--registry", str(own), "--json"]
+    done = CliRunner().invoke(cli, argv)
+    assert str(done.exception) == "1 of 3 models could not be planned. Each says why."
+    planned = {each["id"]: each for each in json.loads(done.stdout)["models"]}
+    assert "takes 16 tokens, not 64" in planned["zoo-test/short"]["error"]
+    assert planned["zoo-test/short"]["inference"] is None
+    assert planned["zoo-test/one"]["inference"] < planned["zoo-test/two"]["inference"]
+
+
+@pytest.mark.parametrize("command", [["list"], ["show", "SmolLM2-135M"], ["plan", "--help"]])
+def test_nothing_heavy_is_imported(command):
+    script = "import sys; from emloc_core.cli import main; main(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script, "zoo", *command], check=True, stdout=subprocess.DEVNULL)
