@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-vision test test-browser test-slow lint bench bench-factorize-full docs clean
+.PHONY: setup demo demo-vision test test-browser test-slow lint bench bench-factorize-full docs docs-models clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,9 @@ bench-factorize-full: $(STAMP)  ## the factorisation at the full widths of Llama
 
 docs: $(STAMP)  ## write the pages that are generated from the code
 	$(BIN)/python docs/generate.py
+
+docs-models: $(STAMP)  ## write the page of the registry's models: plans all of them, some ten minutes
+	$(BIN)/python docs/generate_models.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

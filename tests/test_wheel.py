@@ -36,3 +36,11 @@ def test_a_stage_and_a_task_template_work_from_the_wheel(environment, tiny_model
     systems = json.loads((tmp_path / "evaluation" / "results.json").read_text())["systems"]
     assert set(systems) == {"base", "emulator"}
     assert all(system["nll"] > 0 for system in systems.values())
+
+
+def test_the_registry_is_in_the_wheel(environment, tmp_path):
+    script = "from emloc_core.registry import load_entries; print(*{entry.file.parent for entry in load_entries()})"
+    directory = Path(environment.run("python", "-c", script, cwd=tmp_path).strip())
+    assert directory.is_relative_to(environment.directory)
+    entries = Path(__file__).parent.parent / "registry"
+    assert {file.name for file in directory.glob("*.toml")} == {file.name for file in entries.glob("*.toml")}
