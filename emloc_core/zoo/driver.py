@@ -5,8 +5,11 @@ leaves nothing that the next one does not find.
 """
 
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from emloc_core.zoo.store import JobRecord, Store
 
 #: Free space that is left on the disk, for the store, the logs, and whoever else writes there.
 RESERVE = 64 << 20
+_STOP = (signal.SIGINT, signal.SIGTERM)
 _SHORTEST, _LONGEST = 0.005, 0.25  # seconds between looks
 
 
@@ -58,10 +62,20 @@ class Driver:
         self._written = sum(_disk(each.needs) for each in records if each.state == "done")
 
     def run(self) -> None:
-        """Work until no job waits or runs. However it ends, no worker is left."""
+        """Work until no job waits or runs. However it ends, no worker is left.
+
+        Raises:
+            KeyboardInterrupt: it was told to stop (SIGINT, SIGTERM); what ran waits for the next driver.
+        """
+        with _told_to_stop() as stop:
+            self._run(stop)
+
+    def _run(self, stop: list[int]) -> None:
         pause = _SHORTEST
         try:
             while self._waiting or self._running:
+                if stop:
+                    raise KeyboardInterrupt
                 changed = self._collect()
                 changed = self._start() or changed
                 pause = _SHORTEST if changed else min(pause * 1.5, _LONGEST)
@@ -172,6 +186,21 @@ class Driver:
                 "Free some space and run the same command again.",
             )
         return True
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[list[int]]:
+    """Yield a list that is empty until a signal says stop: between two steps, not between starting and knowing it."""
+    stop: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, lambda number, _: stop.append(number)) for number in _STOP}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _NoRoomError(EmlocError):

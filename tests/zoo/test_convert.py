@@ -17,7 +17,7 @@ from emloc_core.zoo.local import LocalEngine
 from emloc_core.zoo.sources import Defaults, resolve
 from emloc_core.zoo.store import Store
 
-SMALL = {"samples": 12, "selection": 6}  # as the fixture tiny_emulator has it
+SMALL = {"samples": 12, "selection": 6}
 OPTIONS = ["--samples", "12", "--selection", "6"]
 
 
@@ -58,6 +58,27 @@ def converted(place):
                  "--workers", "2", check=False)  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def alone(tiny_model, rows_file, tmp_path_factory):
+    """An emulator made by the command alone with one thread, and the address space that this took, in bytes."""
+    script = (
+        "import sys; from emloc_core.cli import cli; cli.main(sys.argv[1:], standalone_mode=False);"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmPeak')).split()[1])"
+    )
+    output = tmp_path_factory.mktemp("alone") / "emulator"
+    argv = ["compress", str(tiny_model), "--data", str(rows_file), "-o", str(output), *OPTIONS]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *argv], capture_output=True, text=True, check=True, env={**os.environ, **threads}
+    )
+    return output, int(done.stdout.splitlines()[-1]) << 10
+
+
+def contents(directory):
+    """Return the contents by name of what two runs have in common."""
+    return {name: content for name, (content, *_) in files(directory).items() if name != "timing.json"}
+
+
 def test_one_failure_stops_nothing_and_is_said(converted, place):
     assert converted.returncode == 1
     assert "1 of 4 jobs failed. cut: bad input: " in converted.stderr
@@ -82,13 +103,13 @@ def test_a_result_has_sizes_errors_time_and_memory(converted):
     assert result["correction"]
 
 
-def test_an_emulator_is_that_of_the_command_alone(converted, place, tiny_emulator):
-    ours, theirs = files(place / "zoo/jobs/copy/emulator"), files(tiny_emulator)
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name][0] == theirs[name][0] for name in ours if name != "timing.json")
+@pytest.mark.usefixtures("converted")
+def test_an_emulator_is_that_of_the_command_alone(place, alone):
+    assert contents(place / "zoo/jobs/copy/emulator") == contents(alone[0])
 
 
-def test_again_nothing_is_done_twice_and_what_was_mended_goes_on(converted, place):
+@pytest.mark.usefixtures("converted")
+def test_again_nothing_is_done_twice_and_what_was_mended_goes_on(place):
     zoo = place / "zoo"
     before = {path: files(path) for path in zoo.glob("jobs/*/*") if path.is_dir()}
     assert len(before) == 5
@@ -152,20 +173,6 @@ class Limited(LocalEngine):
         return handle
 
 
-def address_space(model, rows, tmp_path):
-    """Return what making a tiny emulator takes of it, in bytes, as a worker does it."""
-    script = (
-        "import sys; from emloc_core.cli import cli; cli.main(sys.argv[1:], standalone_mode=False);"
-        "print(next(line for line in open('/proc/self/status') if line.startswith('VmPeak')).split()[1])"
-    )
-    argv = ["compress", str(model), "--data", str(rows), "-o", str(tmp_path / "measured"), *OPTIONS]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, *argv], capture_output=True, text=True, check=True, env={**os.environ, **threads}
-    )
-    return int(done.stdout.splitlines()[-1]) << 10
-
-
 def add_vocabulary(model, gigabytes):
     """Give a model an embedding of so many gigabytes of zeros, which take no room on the disk."""
     config = json.loads((model / "config.json").read_text())
@@ -191,15 +198,16 @@ def add_vocabulary(model, gigabytes):
         file.truncate(8 + len(text) + end + shape[0] * hidden * 4)
 
 
-def test_without_memory_smaller_without_room_not_and_the_others_finish(tmp_path, tiny_model, rows_file, monkeypatch):
+def test_without_memory_smaller_without_room_not_and_the_others_finish(
+    tmp_path, tiny_model, rows_file, alone, monkeypatch
+):
     for name in ("full", "hungry", "well"):
         shutil.copytree(tiny_model, tmp_path / "models" / name)
     for name in ("full", "well"):
         config = tmp_path / "models" / name / "config.json"
         config.write_text(config.read_text() + "\n" * (name == "full"))  # else one is the other's duplicate
     add_vocabulary(tmp_path / "models" / "hungry", 0.5)
-    room = address_space(tiny_model, rows_file, tmp_path)
-    limits = {"hungry": {resource.RLIMIT_AS: room + (300 << 20)}, "full": {resource.RLIMIT_FSIZE: 20_000}}
+    limits = {"hungry": {resource.RLIMIT_AS: alone[1] + (300 << 20)}, "full": {resource.RLIMIT_FSIZE: 20_000}}
     monkeypatch.setattr(Limited, "limits", limits)
     jobs = resolve([str(tmp_path / "models")], Defaults(data=str(rows_file), compress=SMALL))
     zoo = tmp_path / "zoo"
@@ -216,7 +224,7 @@ def test_without_memory_smaller_without_room_not_and_the_others_finish(tmp_path,
     assert [attempt.cause for attempt in again["full"].attempts] == ["disk", None]
 
 
-def test_killed_at_work_the_next_driver_finishes_with_the_same_bytes(tmp_path, tiny_model, rows_file, tiny_emulator):
+def test_killed_at_work_the_next_driver_finishes_with_the_same_bytes(tmp_path, tiny_model, rows_file, alone):
     zoo = tmp_path / "zoo"
     argv = ["convert", tiny_model, "-o", zoo, "--data", rows_file, *OPTIONS]
     command = [sys.executable, "-m", "emloc_core", "zoo", *map(str, argv)]
@@ -233,10 +241,7 @@ def test_killed_at_work_the_next_driver_finishes_with_the_same_bytes(tmp_path, t
     emloc(*argv)
     (record,) = Store(zoo).records()
     assert [attempt.cause for attempt in record.attempts] == ["interrupted", None]
-    ours, theirs = files(zoo / "jobs/tiny-llama/emulator"), files(tiny_emulator)
-    assert {name: ours[name][0] for name in ours if name != "timing.json"} == {
-        name: theirs[name][0] for name in theirs if name != "timing.json"
-    }
+    assert contents(zoo / "jobs/tiny-llama/emulator") == contents(alone[0])
 
 
 def test_a_killed_stage_is_a_lost_worker(tmp_path, tiny_model, rows_file):

@@ -77,11 +77,12 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
         first.wait()
 
 
-def test_an_interrupted_driver_says_so_and_leaves_no_worker(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_driver_that_is_told_to_stop_says_so_and_leaves_no_worker(tmp_path, number):
     first = driver(tmp_path, {"long": 600})
     try:
         (worker,) = until(lambda: workers_of(tmp_path, "long"))
-        first.send_signal(signal.SIGINT)
+        first.send_signal(number)
         assert first.wait() != 0
     finally:
         first.kill()
@@ -94,7 +95,7 @@ def test_an_interrupted_driver_says_so_and_leaves_no_worker(tmp_path):
 def test_a_killed_worker_is_lost_and_tried_again(tmp_path, number):
     killed = []
 
-    def kill(name, state, message):
+    def kill(name, state, _):
         if name == "other" and state == "done":
             killed.extend(until(lambda: workers_of(tmp_path, "a")))
             os.kill(killed[0], number)
@@ -107,7 +108,7 @@ def test_a_killed_worker_is_lost_and_tried_again(tmp_path, number):
 
 
 def test_a_worker_that_is_always_killed_fails_and_the_others_finish(tmp_path):
-    def kill(name, state, message):
+    def kill(name, state, _):
         if name.startswith("other") and state == "done":
             for worker in until(lambda: workers_of(tmp_path, "a")):
                 os.kill(worker, signal.SIGKILL)
@@ -121,7 +122,7 @@ def test_a_worker_that_is_always_killed_fails_and_the_others_finish(tmp_path):
 def test_the_time_limit_ends_a_worker_and_gives_it_one_more_try(tmp_path):
     seen = set()
 
-    def look(name, state, message):
+    def look(*_):
         seen.update(workers_of(tmp_path, "slow"))
 
     records = drive(tmp_path, [waiting("slow", 600), waiting("quick")], tell=look, time=1.0, retries=5)
@@ -154,7 +155,7 @@ def test_as_many_run_side_by_side_as_memory_holds(tmp_path):
     needs = {name: Needs(memory=memory) for name, memory in {"a": 400, "b": 500, "c": 600, "d": 100, "e": None}.items()}
     running, together = set(), set()
 
-    def tell(name, state, message):
+    def tell(name, state, _):
         (running.add if state == "running" else running.discard)(name)
         together.add(frozenset(running))
 

@@ -75,7 +75,8 @@ def test_a_file_of_jobs(models, monkeypatch):
 
 @pytest.mark.parametrize("key", ["model", "data", "calibration", "test", "tasks"])
 @pytest.mark.parametrize("path", ["../outside", "/etc", "~/outside", "models/../../outside", "link"])
-def test_a_file_of_jobs_cannot_leave_its_directory(models, tmp_path, key, path):
+@pytest.mark.usefixtures("models")
+def test_a_file_of_jobs_cannot_leave_its_directory(tmp_path, key, path):
     inside = tmp_path / "inside"
     inside.mkdir()
     (inside / "link").symlink_to(tmp_path / "models")
