@@ -4,6 +4,7 @@ Ray decides where tasks run. It tries nothing again by itself: attempts are the 
 """
 
 import os
+import socket
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from emloc_core.zoo.storage import Storage, share
 
 #: Objects are outcomes, a few kilobytes each; Ray would take a third of the memory for them.
 _OBJECTS = 80 << 20
+_ANSWER = 10.0  # seconds in which a cluster answers
 _CPU, _GPU, _MEMORY = "CPU", "GPU", "memory"
 Resources = dict[str, float]
 
@@ -208,6 +210,9 @@ def _connect(address: str | None, memory: int | None) -> Any:
         start = {"include_dashboard": False, "object_store_memory": _OBJECTS, "_memory": memory}
         address, quiet = "local", quiet | start
     try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if host:  # Ray itself asks for minutes before it gives up
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
         ray.init(address=address, **quiet)
     except Exception as error:  # of many kinds, by how it was not to be reached
         raise EmlocError(

@@ -1,0 +1,281 @@
+"""The Ray engine on a cluster of two nodes, both on this machine: same bytes as here, and what survives which loss."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+import emloc_core.zoo.cluster
+from emloc_core.errors import EmlocError
+from emloc_core.output import TIMING, write_json
+from emloc_core.settings import CompressSettings
+from emloc_core.zoo.cluster import RayEngine
+from emloc_core.zoo.convert import convert
+from emloc_core.zoo.engine import JOB, Needs, Task
+from emloc_core.zoo.job import Job
+from emloc_core.zoo.local import LocalEngine
+from emloc_core.zoo.node import Order, perform
+from emloc_core.zoo.storage import Storage, share
+from emloc_core.zoo.store import Store
+
+NODE = {"num_cpus": 1, "memory": 4 << 30, "object_store_memory": 80 << 20, "include_dashboard": False}
+SMALL = CompressSettings(samples=8, selection=0, ratio=0.5)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of two nodes with a processor each."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    started = Cluster(initialize_head=True, head_node_args=NODE)
+    started.add_node(**NODE)
+    yield started
+    started.shutdown()
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny_model, rows_file, tmp_path_factory):
+    """A model, the same again under another name, and one whose shard is cut off."""
+    models = tmp_path_factory.mktemp("zoo-models")
+    for name in ("first", "again", "broken"):
+        shutil.copytree(tiny_model, models / name)
+    shard = models / "broken" / "model.safetensors"
+    os.truncate(shard, shard.stat().st_size // 2)
+    settings = {"data": str(rows_file), "compress": SMALL, "offline": True}
+    return [Job(name=path.name, model=str(path), **settings) for path in sorted(models.iterdir(), reverse=True)]
+
+
+def trivial(name, seconds):
+    return Job(name=name, model="none", trivial=seconds)
+
+
+def states(records):
+    return {record.job.name: record.state for record in records}
+
+
+def causes(records):
+    return {record.job.name: [attempt.cause for attempt in record.attempts] for record in records}
+
+
+def contents(directory):
+    """All files of an output but the one of timings."""
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name != TIMING}
+
+
+def workers(zoo):
+    """The workers of a zoo on this machine; their stages, which are forks of them, included."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "emloc_core.zoo.worker" in command and command[-1].startswith(str(zoo)):
+            found.append(process)
+    return found
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_both_engines_write_the_same_bytes(cluster, jobs, tmp_path):
+    expected = {"first": "done", "broken": "failed", "again": "duplicate"}
+    here = convert(jobs, tmp_path / "local", lambda lock: LocalEngine(2, inherited=[lock]))
+    there = convert(jobs, tmp_path / "ray", lambda _: RayEngine(address=cluster.address))
+    for records in (here, there):
+        assert states(records) == expected
+        assert causes(records) == {"first": [None], "broken": ["bad input"], "again": []}
+    local, ray = (contents(tmp_path / engine / "jobs" / "first" / "emulator") for engine in ("local", "ray"))
+    assert local == ray
+    assert any(file.endswith(".safetensors") for file in local)
+    message = there[1].attempts[0].message
+    assert "model.safetensors" in message
+    assert "model.safetensors" in (tmp_path / "ray" / there[1].attempts[0].log).read_text()
+
+
+def test_outputs_go_to_storage(cluster, jobs, tmp_path):
+    zoo, remote = tmp_path / "zoo", tmp_path / "remote"
+    engine = RayEngine(address=cluster.address, storage=remote.as_uri())
+    (record,) = convert(jobs[:1], zoo, lambda _: engine)
+    assert record.state == "done"
+    assert not (zoo / "jobs" / "first" / "emulator").exists()
+    assert Storage(str(remote)).has("jobs/first/emulator")
+    assert not list(remote.rglob("*.partial"))
+    log = (zoo / record.attempts[0].log).read_text()
+    assert log.startswith("emloc compress ")
+    assert log == (remote / record.attempts[0].log).read_text()
+
+
+def test_a_killed_worker_is_started_again(cluster, tmp_path):
+    def kill():
+        wait_for(lambda: any("/hit/" in process.cmdline()[-1] for process in workers(tmp_path)))
+        (victim,) = (process for process in workers(tmp_path) if "/hit/" in process.cmdline()[-1])
+        victim.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    records = convert([trivial("hit", 2), trivial("missed", 2)], tmp_path, lambda _: RayEngine(address=cluster.address))
+    thread.join()
+    assert causes(records) == {"hit": ["lost worker", None], "missed": [None]}
+    assert "SIGKILL" in records[0].attempts[0].message
+
+
+def test_a_removed_node_s_job_runs_elsewhere(cluster, tmp_path):
+    node = next(node for node in cluster.worker_nodes)
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    on_node = []
+
+    def remove():
+        wait_for(lambda: len(workers(tmp_path)) == 2)
+        on_node.extend(process for process in workers(tmp_path) if raylet in process.parents())
+        cluster.remove_node(node, allow_graceful=False)
+
+    thread = threading.Thread(target=remove)
+    thread.start()
+    records = convert([trivial("a", 5), trivial("b", 5)], tmp_path, lambda _: RayEngine(address=cluster.address))
+    thread.join()
+    cluster.add_node(**NODE)
+    (victim,) = on_node
+    assert states(records) == {"a": "done", "b": "done"}
+    assert sorted(map(tuple, causes(records).values()), key=len) == [(None,), ("lost worker", None)]
+    assert not victim.is_running()
+
+
+def test_a_killed_driver_leaves_nothing_behind(cluster, jobs, rows_file, tmp_path):
+    zoo = tmp_path / "zoo"
+    models = [Path(shutil.copytree(jobs[0].model, tmp_path / name)) for name in ("one", "two")]
+    (models[1] / "generation_config.json").write_text("{}")  # else it were a duplicate
+    command = [sys.executable, "-m", "emloc_core", "zoo", "convert", *map(str, models), "-o", str(zoo), "--offline",
+               "--data", str(rows_file), "--samples", "8", "--selection", "0", "--ratio", "0.5",
+               "--engine", "ray", "--address", cluster.address]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as driver:
+        wait_for(lambda: workers(zoo))
+        assert {record.state for record in Store(zoo).records()} <= {"running", "waiting"}
+        driver.send_signal(signal.SIGKILL)
+    wait_for(lambda: not workers(zoo))
+    found = Store(zoo).records()
+    interrupted = {record.job.name for record in found if record.state == "interrupted"}
+    assert interrupted
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    records = Store(zoo).records()
+    assert len(records) == 2
+    for record in records:
+        before = ["interrupted"] if record.job.name in interrupted else []
+        assert [attempt.cause for attempt in record.attempts] == [*before, None]
+    assert not workers(zoo)
+
+
+def test_fetches_what_a_node_does_not_have(jobs, tmp_path):
+    place, storage = tmp_path / "elsewhere", Storage("memory://zoo")
+    shutil.copytree(jobs[0].model, place)
+    rows = Path(shutil.copy(jobs[0].data, tmp_path / "rows.jsonl"))
+    job = jobs[0].model_copy(update={"model": str(place), "data": str(rows)})
+    inputs = {str(path): share(storage, path) for path in (place, rows)}
+    shutil.rmtree(place)
+    rows.unlink()
+    order = Order(job.model_dump_json(), str(tmp_path), "logs/first.1.log", "memory://zoo", inputs)
+    outcome = perform(order)
+    assert outcome["cause"] is None, storage.read("logs/first.1.log").decode()
+    storage.fetch("jobs/first/emulator", tmp_path / "first")
+    assert any(name.endswith(".safetensors") for name in contents(tmp_path / "first"))
+    # Another worker finds the output there, and has nothing to do.
+    assert perform(order)["result"] == outcome["result"]
+    storage.fetch("jobs/first/emulator", tmp_path / "second")
+    assert (tmp_path / "second" / TIMING).read_bytes() == (tmp_path / "first" / TIMING).read_bytes()
+
+
+def test_a_node_that_does_not_share_the_disk(tmp_path):
+    outcome = perform(Order(trivial("a", 0).model_dump_json(), str(tmp_path), "logs/a.1.log", None, {}))
+    assert outcome["cause"] == "input/output"
+    assert "--storage" in outcome["message"]
+    assert not list(tmp_path.rglob("*.log"))
+
+
+def test_a_node_with_another_version(tmp_path):
+    order = Order(trivial("a", 0).model_dump_json(), str(tmp_path), "logs/a.1.log", None, {}, version="0.0.1")
+    outcome = perform(order)
+    assert outcome["cause"] == "bad input"
+    assert "0.0.1" in outcome["message"]
+
+
+def test_two_workers_never_share_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(emloc_core.zoo.node, "_PATIENCE", 0.2)
+    place = tmp_path / "jobs" / "a"
+    place.mkdir(parents=True)
+    job = trivial("a", 0)
+    (place / JOB).write_text(job.model_dump_json())
+    order = Order(job.model_dump_json(), str(tmp_path), "logs/a.1.log", None, {})
+    with emloc_core.zoo.node._alone(place):
+        assert perform(order)["cause"] == "input/output"
+    assert perform(order)["cause"] is None
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """A function that gives an engine of a cluster that is not there: only what its nodes have is known."""
+
+    def make(*nodes, **options):
+        class Ray:
+            def nodes(self):
+                return [{"Alive": alive, "Resources": has} for alive, has in nodes]
+
+            def remote(self, function):
+                return function
+
+        monkeypatch.setattr(emloc_core.zoo.cluster, "_connect", lambda *_: Ray())
+        return RayEngine(**options)
+
+    return make
+
+
+def task(threads=1, memory=1 << 30):
+    return Task(trivial("a", 0).model_copy(update={"threads": threads}), 1, Needs(memory=memory))
+
+
+def test_asks_for_what_the_plan_says(engine):
+    two = [(True, {"CPU": 4.0, "memory": 8.0 * 2**30}), (True, {"CPU": 2.0, "memory": 3.0 * 2**30})]
+    gone = (False, {"CPU": 64.0, "memory": 2.0**40})
+    assert engine(*two, gone).slots(task()) == 6
+    assert engine(*two).slots(task(threads=3)) == 1
+    assert engine(*two).slots(task(memory=4 << 30)) == 2
+    assert engine(*two, workers=3).slots(task()) == 3
+    assert engine(*two, memory=2 << 30).slots(task()) == 2
+    unknown = engine(*two)
+    assert unknown._ask(task(memory=None), unknown._nodes())["memory"] == 3 << 30
+    gpus = engine(*two, (True, {"CPU": 8.0, "GPU": 2.0, "memory": 8.0 * 2**30}))
+    assert gpus.slots(task()) == 2
+
+
+@pytest.mark.parametrize("wanted", [{"threads": 8}, {"memory": 9 << 30}])
+def test_refuses_what_no_node_has(engine, wanted):
+    with pytest.raises(EmlocError, match="no node of the cluster"):
+        engine((True, {"CPU": 4.0, "memory": 8.0 * 2**30})).slots(task(**wanted))
+
+
+def test_no_cluster_there():
+    with pytest.raises(EmlocError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
+        RayEngine(address="127.0.0.1:1")
+
+
+def test_an_output_that_is_not_seen_is_not_believed(engine, jobs, tmp_path):
+    from emloc_core.zoo.cluster import RayHandle, _done
+    from emloc_core.zoo.engine import Outcome
+
+    made = engine((True, {"CPU": 1.0}))
+    handle = RayHandle(Task(jobs[0], 1, Needs()), tmp_path, {}, _done(None))
+    outcome = made._seen(Outcome(None, host="far"), handle)
+    assert outcome.cause == "input/output"
+    emulator = tmp_path / "jobs" / "first" / "emulator"
+    emulator.mkdir(parents=True)
+    write_json(emulator / "emloc.json", {})
+    assert made._seen(Outcome(None), handle).cause is None
