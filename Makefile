@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-vision test test-browser test-slow lint bench bench-factorize-full docs docs-models clean
+.PHONY: setup demo demo-vision demo-zoo test test-browser test-slow lint bench bench-factorize-full docs docs-models clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,9 @@ demo: $(STAMP)  ## the main job on SmolLM2-135M: emulator, LoRA, correction, mer
 
 demo-vision: $(STAMP)  ## the same with pictures: a small InternVL, trained here, that reads digits
 	$(BIN)/emloc demo-vision -o build/demo-vision
+
+demo-zoo: $(STAMP)  ## small models of all families, converted here and on a Ray cluster of two nodes: the same bytes
+	$(BIN)/emloc demo-zoo -o build/demo-zoo
 
 test: $(STAMP)  ## all fast tests
 	$(BIN)/python -m pytest -n 2

@@ -1,4 +1,5 @@
-"""The commands ``emloc demo`` and ``emloc demo-vision``: the whole method on a real small model and a real task.
+"""The commands ``emloc demo`` and ``emloc demo-vision``, the whole method on a real small model and a real task, and
+``emloc demo-zoo``, many models at a time.
 
 There is nothing to prepare: the first reads text, the second pictures.
 """
@@ -12,8 +13,9 @@ from emloc_core.hookspecs import hookimpl
 
 @hookimpl
 def emloc_commands() -> Sequence[click.Command]:
-    """Add the two commands."""
+    """Add the three commands."""
     from emloc_demo.command import command
     from emloc_demo.vision.command import command as vision
+    from emloc_demo.zoo.command import command as zoo
 
-    return [command, vision]
+    return [command, vision, zoo]
