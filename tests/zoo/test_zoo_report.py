@@ -45,6 +45,13 @@ def content(zoo):
 
 
 @pytest.fixture
+def written(zoo, content):
+    """The zoo with its report."""
+    assert content["jobs"]
+    return zoo
+
+
+@pytest.fixture
 def by_name(content):
     return {job["name"]: job for job in content["jobs"]}
 
@@ -110,8 +117,8 @@ def test_a_failure_has_its_cause_and_the_end_of_its_log(by_name, zoo):
     assert by_name["tiny-alpaca-1B"]["log_end"] is None
 
 
-def test_the_page_asks_for_nothing_and_hostile_text_stays_text(zoo, content):
-    page = Text((zoo / PAGE).read_text(encoding="utf-8"))
+def test_the_page_asks_for_nothing_and_hostile_text_stays_text(written):
+    page = Text((written / PAGE).read_text(encoding="utf-8"))
     assert zoos.HOSTILE in page.text
     assert page.tags.count("script") == 1
     assert not {"img", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
@@ -122,9 +129,9 @@ def test_the_page_asks_for_nothing_and_hostile_text_stays_text(zoo, content):
     assert "@import" not in page.text
 
 
-def test_control_characters_reach_no_file(zoo, content):
+def test_control_characters_reach_no_file(written):
     for name in (PAGE, TEXT):
-        text = (zoo / name).read_text(encoding="utf-8")
+        text = (written / name).read_text(encoding="utf-8")
         assert not {each for each in text if ord(each) < 32 and each != "\n"}
         assert "\u202e" not in text
 
@@ -147,10 +154,10 @@ def test_a_fence_in_a_log_does_not_end_the_block(tmp_path):
     assert "`````text\nbefore\n````\n# no heading\n`````" in (tmp_path / TEXT).read_text()
 
 
-def test_scores_are_in_all_files(zoo, content, by_name):
+def test_scores_are_in_all_files(written, by_name):
     assert by_name["tiny-alpaca-1B"]["result"]["systems"]["base+corrected"]["nll"] == 0.18
-    assert "| base+corrected | 0.18 | 0.91 |" in (zoo / TEXT).read_text()
-    page = (zoo / PAGE).read_text()
+    assert "| base+corrected | 0.18 | 0.91 |" in (written / TEXT).read_text()
+    page = (written / PAGE).read_text()
     assert '<td class="best">0.18</td>' in page
     assert "1.16 → 0.18" in page
 
@@ -253,7 +260,8 @@ def test_a_log_is_read_within_the_zoo_alone(tmp_path, log):
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("\x1b[1;31mred\x1b[0m", "red"), ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x07", "link"), ("a\rb", "b"), ("a\r\nb", "a\nb"),
+    [("\x1b[1;31mred\x1b[0m", "red"), ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x07", "link"), ("a\rb", "b"),
+     ("a\r\nb", "a\nb"),
      ("\x9b31m", "\ufffd31m"), ("\x1b", "\ufffd"), ("a\tb", "a   b"), ("\ud800", "\ufffd")],
 )  # fmt: skip
 def test_text_as_a_terminal_would_leave_it(text, shown):
