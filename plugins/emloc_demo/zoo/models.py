@@ -155,8 +155,7 @@ def _maker(name: str, data: Path) -> Callable[[Path], None]:
         with torch.random.fork_rng():
             torch.manual_seed(list(SMALL).index(name))
             model = getattr(transformers, family.auto_class).from_config(config, dtype=torch.float32)
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
+        _save(place, model, tokenizer)
 
     return make
 
@@ -166,8 +165,16 @@ def _make_with_pictures(place: Path) -> None:
     from emloc_demo.vision.processor import make_processor
 
     processor = make_processor()
-    make_model(processor.tokenizer).save_pretrained(place)
-    processor.save_pretrained(place)
+    _save(place, make_model(processor.tokenizer), processor)
+
+
+def _save(place: Path, *parts: Any) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # each would show one, of no time at all
+    for part in parts:
+        part.save_pretrained(place)
+    logging.enable_progress_bar()
 
 
 def _damage(model: Path, place: Path) -> None:
