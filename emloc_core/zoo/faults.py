@@ -16,9 +16,13 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _WRONG = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 #: What torch says, on the CPU and of mapped files, where it raises a plain RuntimeError.
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
+#: Files that are not what they should be, as their libraries say it.
+_DAMAGED = {"SafetensorError", "JSONDecodeError", "UnicodeDecodeError"}
 #: What the hub says of a name that it does not have, or that must not be asked for.
 _NOT_THERE = {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "GatedRepoError",
               "HFValidationError", "OfflineModeIsEnabled"}  # fmt: skip
+#: It is not here, and the hub could not be asked.
+_UNREACHED = "LocalEntryNotFoundError"
 
 
 def classify(error: BaseException, *, offline: bool = False) -> Cause:
@@ -34,7 +38,9 @@ def classify(error: BaseException, *, offline: bool = False) -> Cause:
     if any(isinstance(each, DiskFullError) or getattr(each, "errno", None) in _NO_ROOM for each in chain):
         return "disk"
     names = {kind.__name__ for each in chain for kind in type(each).__mro__}
-    if names & _NOT_THERE or (offline and "LocalEntryNotFoundError" in names):
+    if _UNREACHED in names:  # a FileNotFoundError besides
+        return "bad input" if offline else "input/output"
+    if names & (_NOT_THERE | _DAMAGED):
         return "bad input"
     if any(isinstance(each, OSError) and not isinstance(each, _WRONG) for each in chain):
         return "input/output"

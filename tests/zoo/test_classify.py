@@ -1,0 +1,96 @@
+"""Causes: of exceptions, as libraries raise them, and of processes, as they end."""
+
+import errno
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
+
+from emloc_core.errors import DiskFullError, EmlocError
+from emloc_core.zoo.engine import CAUSES
+from emloc_core.zoo.faults import classify, ended, exit_code, memory_kills
+
+
+def real(work):
+    """Return what is raised."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever it is
+        work()
+    return caught.value
+
+
+def chained(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def handled():
+    """Raise a user's error that replaces another: what came before was dealt with."""
+    try:
+        raise OSError(errno.EIO, "read")
+    except OSError:
+        raise EmlocError("It is wrong.") from None
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (MemoryError(), "out of memory"),
+        (real(lambda: torch.empty(1 << 50)), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory"),
+        (OSError(errno.ENOMEM, "mmap"), "out of memory"),
+        (chained(EmlocError("It stopped."), torch.OutOfMemoryError()), "out of memory"),
+        (RuntimeError("std::bad_alloc"), "out of memory"),
+        (DiskFullError("full"), "disk"),
+        (OSError(errno.ENOSPC, "write"), "disk"),
+        (OSError(errno.EFBIG, "write"), "disk"),
+        (chained(EmlocError("It stopped."), OSError(errno.EIO, "read")), "input/output"),
+        (TimeoutError("the hub"), "input/output"),
+        (ConnectionResetError(), "input/output"),
+        (LocalEntryNotFoundError("no connection"), "input/output"),
+        (EmlocError("It is wrong."), "bad input"),
+        (real(handled), "bad input"),
+        (real(Path("/nowhere/at/all").read_text), "bad input"),
+        (SafetensorError("header"), "bad input"),
+        (RuntimeError("shapes do not match"), "crash"),
+        (KeyError("x"), "crash"),
+    ],
+)
+def test_an_exception_tells_its_cause(error, cause):
+    assert classify(error) == cause
+
+
+def test_what_is_not_here_offline_will_not_be_here_later():
+    assert classify(LocalEntryNotFoundError("no connection"), offline=True) == "bad input"
+
+
+def end(code):
+    return subprocess.run([sys.executable, "-c", code], check=False, stderr=subprocess.DEVNULL).returncode
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_an_exit_code_tells_its_cause_where_there_was_no_room_for_more(cause):
+    assert ended(end(f"raise SystemExit({exit_code(cause)})"), 0, "It").cause == cause
+
+
+@pytest.mark.parametrize(
+    ("code", "cause", "said"),
+    [
+        ("raise ValueError", "crash", "exit code 1"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "lost worker", "SIGKILL"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "lost worker", "SIGTERM"),
+        ("import os; os.abort()", "crash", "SIGABRT"),
+    ],
+)
+def test_the_end_of_a_process_tells_its_cause(code, cause, said):
+    outcome = ended(end(code), memory_kills(), "It")
+    assert (outcome.cause, said in outcome.message) == (cause, True)
+
+
+def test_the_kernel_kills_for_want_of_memory():
+    """What the kernel counts has grown since: it was the kernel."""
+    assert ended(-signal.SIGKILL, memory_kills() - 1, "It").cause == "out of memory"
