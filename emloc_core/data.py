@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
+from emloc_core.hub_rows import read_data_set
 from emloc_core.images import IMAGES, Picture
 from emloc_core.messages import Content, parse_content, parse_string, place_images
 from emloc_core.output import MANIFEST
@@ -179,7 +180,9 @@ def _contents(source: str, split: str) -> Iterator[tuple[int, Any]]:
         raise EmlocError(f"{source} is a directory.", f"Give one file: {', '.join(_SUFFIXES)}.")
     if path.suffix in _SUFFIXES or path.is_absolute():
         raise EmlocError(f"There is no file {source}.", "Check the path.")
-    return _hub(source, split)
+    if source.count("/") != 1:
+        raise EmlocError(f"There is no file {source}.", "Check the path; a data set of the hub is organisation/name.")
+    return enumerate(read_data_set(source, split), start=1)
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -212,37 +215,6 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise EmlocError(f"{path} cannot be read as Parquet ({error}).", "Make the file again.") from None
     yield from enumerate(table.to_pylist(), start=1)
-
-
-def _hub(source: str, split: str) -> Iterator[tuple[int, Any]]:
-    from datasets import load_dataset
-
-    try:
-        found = load_dataset(source, split=split)
-    except ConnectionError as error:
-        raise EmlocError(
-            f"There is no file {source}, and the hub could not be reached to look for a data set of that name.",
-            "Check the path, or the connection.",
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise EmlocError(
-            f"There is no file {source}, and no data set of that name could be loaded from the hub: {error}",
-            "Check the path, or the data set's id and --split.",
-        ) from error
-    yield from enumerate(_undecoded(found), start=1)
-
-
-def _undecoded(found: Any) -> Any:
-    """Return a data set whose images are bytes or paths, as they are stored: they are decoded when they are used."""
-    from datasets import Image, List
-
-    for name in ("images", "image"):
-        feature = found.features.get(name)
-        if isinstance(feature, Image):
-            found = found.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            found = found.cast_column(name, List(Image(decode=False)))
-    return found
 
 
 def _parse(content: Any, where: str, number: int, directory: Path, *, confined: bool) -> Row:

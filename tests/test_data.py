@@ -132,6 +132,31 @@ def test_a_name_that_is_no_file_is_looked_for_on_the_hub(monkeypatch: pytest.Mon
         load_rows("nobody/rows")
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    from huggingface_hub import HfApi, constants
+
+    asked = []
+
+    def refuse(_self, source, **_):
+        asked.append(source)
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    was_offline = constants.HF_HUB_OFFLINE
+    with pytest.raises(EmlocError, match="There is no file nobody/rows, and the hub could not be reached"):
+        load_rows("nobody/rows")
+    assert asked == ["nobody/rows"]
+    assert "Retry" not in caplog.text
+    assert constants.HF_HUB_OFFLINE == was_offline
+
+
+@pytest.mark.parametrize("name", ["rows", "some/where/rows"])
+def test_a_name_that_no_data_set_can_have_is_not_looked_for(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("emloc_core.data.read_data_set", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(EmlocError, match=f"There is no file {name}. Check the path; a data set of the hub is"):
+        load_rows(name)
+
+
 def test_a_key_depends_on_content_alone():
     keys = {
         Row(1, text="a").key,
