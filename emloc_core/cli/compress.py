@@ -165,6 +165,7 @@ def summary(directory: Path) -> list[str]:
         if linear["relative_error"] is not None:
             errors[linear["path"].rpartition(".")[2]].append(linear["relative_error"])
     lines = ["relative output error on the calibration rows (mean, worst):"]
-    lines += [f"  {kind:<12} {sum(of) / len(of):.3f}  {max(of):.3f}" for kind, of in errors.items()]
+    width = max(map(len, errors), default=0)
+    lines += [f"  {kind:<{width}} {sum(of) / len(of):.3f}  {max(of):.3f}" for kind, of in errors.items()]
     lines.append(f"base {human_bytes(result['bytes']['base'])} -> emulator {human_bytes(result['bytes']['emulator'])}")
     return lines

@@ -71,5 +71,6 @@ def _describe(recipe: "Recipe", as_json: bool) -> None:
         return
     for stage in planned:
         click.echo(f"{stage.name:<11} {stage.state:<12} emloc {' '.join(stage.argv)}")
+    rows = ", ".join(f"{count} {purpose}" for purpose, count in content["rows"].items())
     click.echo(f"base {human_bytes(content['base_bytes'])}, emulator {human_bytes(content['emulator_bytes'])}, "
-               f"merged {human_bytes(content['merged_bytes'])}; rows: {content['rows']}")  # fmt: skip
+               f"merged {human_bytes(content['merged_bytes'])}; rows: {rows}")  # fmt: skip

@@ -32,6 +32,8 @@ def command(context: click.Context, as_json: bool) -> None:
         return
     for family in families:
         click.echo(f"{family['name']:<12} {family['modality']:<11} {', '.join(family['model_types'])}")
+        for pattern, reason in family["kept_dense"].items():
+            click.echo(f"  {pattern} stays dense: {reason}")
     click.echo()
     for report in manager.reports:
         state = f"BROKEN: {report.error}" if report.error else ", ".join(report.families) or "no families"

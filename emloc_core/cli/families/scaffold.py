@@ -44,8 +44,7 @@ def command(model: str, output: Path | None, check: bool, as_json: bool) -> None
             click.echo(note)
         click.echo(f"{output}: {draft.summary}")
     name = draft.family.name
-    click.echo(f"Next: put it into the package that `emloc families new {name}` writes, install that, and run "
-               f"`emloc families check {name}`.", err=True)  # fmt: skip
+    click.echo(f"Next: `emloc families new {name} --from {model}` writes a package that declares this.", err=True)
 
 
 def _write(file: Path, source: str) -> None:
