@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHMARKS := startup factorize allocation stages scale memory
+BENCHMARKS := startup factorize allocation stages scale memory zoo
 # Two OpenMP threads that spin while they wait for work starve each other on a small machine.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000

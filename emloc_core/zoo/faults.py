@@ -33,20 +33,19 @@ def classify(error: BaseException, *, offline: bool = False) -> Cause:
         offline: nothing could be fetched, so that what is not here will not be here next time.
     """
     chain = list(_chain(error))
-    if any(map(_is_out_of_memory, chain)):
-        return "out of memory"
-    if any(isinstance(each, DiskFullError) or getattr(each, "errno", None) in _NO_ROOM for each in chain):
-        return "disk"
-    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
-    if _UNREACHED in names:  # a FileNotFoundError besides
-        return "bad input" if offline else "input/output"
-    if names & (_NOT_THERE | _DAMAGED):
-        return "bad input"
-    if any(isinstance(each, OSError) and not isinstance(each, _WRONG) for each in chain):
-        return "input/output"
-    if any(isinstance(each, EmlocError) or "ClickException" in _kinds(each) for each in chain):
-        return "bad input"
-    return "bad input" if any(isinstance(each, _WRONG) for each in chain) else "crash"
+    names = {name for each in chain for name in _kinds(each)}
+    no_room = (isinstance(each, DiskFullError) or getattr(each, "errno", None) in _NO_ROOM for each in chain)
+    # The first that holds: "not in the cache" is derived from "no such file", and that from OSError.
+    found: list[tuple[Cause, bool]] = [
+        ("out of memory", any(map(_is_out_of_memory, chain))),
+        ("disk", any(no_room)),
+        ("bad input", offline and _UNREACHED in names),
+        ("input/output", _UNREACHED in names),
+        ("bad input", bool(names & (_NOT_THERE | _DAMAGED))),
+        ("input/output", any(isinstance(each, OSError) and not isinstance(each, _WRONG) for each in chain)),
+        ("bad input", any(isinstance(each, (EmlocError, *_WRONG)) for each in chain) or "ClickException" in names),
+    ]
+    return next((cause for cause, holds in found if holds), "crash")
 
 
 def describe(error: BaseException) -> str:

@@ -1,0 +1,121 @@
+"""What the zoo's driver costs a job, and how much faster two workers are than one, for jobs of one thread each."""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import goal, in_process, markdown, write_results
+
+from emloc_core.zoo.convert import convert
+from emloc_core.zoo.job import Job
+from emloc_core.zoo.local import LocalEngine
+from emloc_core.zoo.store import JobRecord
+
+#: A model whose emulator takes one thread some seconds, beside the imports that every worker needs.
+CONFIG = {
+    "model_type": "llama", "hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 6,
+    "num_attention_heads": 10, "num_key_value_heads": 5, "vocab_size": 128, "max_position_embeddings": 512,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+ROWS = 48
+
+
+def make_models(root: str, count: int) -> dict[str, Any]:
+    """Write so many seeded models with a tokenizer of single words, and rows."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(100))]
+    backend = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    settings = dict(CONFIG)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    for seed in range(count):
+        torch.manual_seed(seed)
+        directory = Path(root) / "models" / f"model-{seed}"
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    texts = [" ".join(f"w{(row * 7 + at * (row + 3)) % 100}" for at in range(96)) for row in range(ROWS)]
+    (Path(root) / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {}
+
+
+def compress_all(root: str, workers: int) -> dict[str, Any]:
+    """Make the emulators of all models; return the seconds from the first start to the last end, and of all in all."""
+    settings = {"samples": 32, "selection": 8}
+    jobs = [
+        Job(name=path.name, model=str(path), data=f"{root}/rows.jsonl", compress=settings)
+        for path in sorted((Path(root) / "models").iterdir())
+    ]
+    started = time.perf_counter()
+    records = _convert(jobs, Path(root) / f"zoo-{workers}", workers)
+    total = time.perf_counter() - started
+    attempts = [record.attempts[0] for record in records]
+    last = max(attempt.started + (attempt.seconds or 0) for attempt in attempts)
+    return {"seconds": last - min(attempt.started for attempt in attempts), "with_planning": total}
+
+
+def drive_trivial(root: str, count: int) -> dict[str, Any]:
+    """Do so many jobs that do nothing; return the processor's and the clock's milliseconds a job."""
+    jobs = [Job(name=f"job-{number}", model="none/none", trivial=0) for number in range(count)]
+    processor, clock = time.process_time(), time.perf_counter()
+    _convert(jobs, Path(root) / "trivial", 2)
+    return {
+        "driver_ms": (time.process_time() - processor) * 1e3 / count,
+        "clock_ms": (time.perf_counter() - clock) * 1e3 / count,
+    }
+
+
+def _convert(jobs: list[Job], zoo: Path, workers: int) -> list[JobRecord]:
+    records = convert(jobs, zoo, lambda lock: LocalEngine(workers, inherited=[lock]))
+    assert all(record.state == "done" for record in records), [record.attempts for record in records]
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", type=int, default=8)
+    parser.add_argument("--trivial", type=int, default=1000)
+    parser.add_argument("--dry", action="store_true", help="Print the figures and write nothing.")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        in_process(make_models, root, options.models)
+        one = in_process(compress_all, root, 1)
+        two = in_process(compress_all, root, 2)
+        trivial = in_process(drive_trivial, root, options.trivial)
+    speedup = one["seconds"] / two["seconds"]
+    rows = [
+        {
+            "jobs": options.models,
+            "workers": workers,
+            "seconds": found["seconds"],
+            "with_planning": found["with_planning"],
+        }
+        for workers, found in ((1, one), (2, two))
+    ]
+    rows.append({"jobs": options.trivial, "workers": 2, **trivial})
+    if options.dry:
+        print(json.dumps({"speedup": speedup, "rows": rows}, indent=2))
+        return
+    table = markdown(
+        ["jobs", "workers", "seconds, first start to last end", "with planning"],
+        [[row["jobs"], row["workers"], f"{row['seconds']:.1f}", f"{row['with_planning']:.1f}"] for row in rows[:2]],
+    )
+    table += (
+        f"\n\n{options.trivial:,} jobs that do nothing, two workers: {trivial['driver_ms']:.1f} ms of the driver's "
+        f"processor time a job, {trivial['clock_ms']:.0f} ms by the clock, in which the worker's Python starts."
+    )
+    goals = [
+        goal("speedup of two workers", "at least 1.6", round(speedup, 2), speedup >= 1.6),
+        goal("driver time a job, ms", "at most 20", round(trivial["driver_ms"], 2), trivial["driver_ms"] <= 20),
+    ]
+    write_results("zoo", "make bench-zoo", rows, goals, table)
+
+
+if __name__ == "__main__":
+    main()
