@@ -65,8 +65,10 @@ def ended(code: int, kills_before: int, what: str) -> Outcome:
     cause: Cause
     if code >= 0:
         index = code - _FIRST_CODE
-        cause = CAUSES[index] if 0 <= index < len(CAUSES) else "crash"  # type: ignore[assignment]
-        return Outcome(cause, f"{what} ended with exit code {code}; its log says more.")
+        if 0 <= index < len(CAUSES):
+            cause = CAUSES[index]  # type: ignore[assignment]
+            return Outcome(cause, f"{what} could only say so by its exit code ({code}); its log may say more.")
+        return Outcome("crash", f"{what} ended with exit code {code}; its log says more.")
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     if code == -signal.SIGKILL and memory_kills() > kills_before:
         return Outcome("out of memory", f"{what} was killed by the kernel, which had run out of memory.")
