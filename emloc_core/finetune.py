@@ -30,6 +30,7 @@ from emloc_core.examples import make_dataset
 from emloc_core.output import Output, read_json, write_json
 from emloc_core.plugins import plugin_manager
 from emloc_core.resume import STATE, newest_checkpoint, remove_incomplete
+from emloc_core.targets import require_linears
 from emloc_core.training import DEFAULT_EPOCHS, TrainSettings
 
 LOG = "log.json"
@@ -70,6 +71,8 @@ class FineTuning:
         self.is_main_process = True  # as far as is known before the processes have found each other
         self.targets = sorted(set(settings.target_modules or self.family.lora_targets()))
         settings.check_extra()
+        if settings.target_modules:  # those of a family have passed the conformance kit
+            require_linears(self.model.directory / "config.json", self.family, settings, self.targets)
         rows = load_rows(data, split)
         require_readable(rows, self.family)
         held_out = [self.model.directory / name for name in (CALIBRATION, SELECTION)]

@@ -44,7 +44,7 @@ def make_workload(
     Raises:
         EmlocError: there is no tokenizer, or a row does not suit it.
     """
-    family = plugin_manager().family_for(read_object(config_file))  # knows more than transformers does to say what to do
+    family = plugin_manager().family_for(read_object(config_file))  # first: it knows foreign layouts
     config = read_config(config_file)
     limit = model_limit(config)
     counted = int(family.modality == "image-text")

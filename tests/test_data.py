@@ -147,7 +147,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
         load_rows("nobody/rows")
     assert asked == ["nobody/rows"]
     assert "Retry" not in caplog.text
-    assert constants.HF_HUB_OFFLINE == was_offline
+    assert was_offline == constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("name", ["rows", "some/where/rows"])

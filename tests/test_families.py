@@ -20,6 +20,7 @@ from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samp
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
+from emloc_core.finetune import FineTuning
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.merge import Merge
 from emloc_core.plan import find_linears, make_plan
@@ -195,6 +196,21 @@ def test_a_lora_of_a_mixture_goes_on_its_linears():
     _, model = tiny_model(QWEN_MOE.tiny_configs[0])
     lora = get_peft_model(model, TrainSettings().lora_config(QWEN_MOE.lora_targets()))
     assert not [name for name, _ in lora.named_parameters() if "lora_" in name and "experts" in name]
+
+
+@pytest.mark.parametrize(
+    ("targets", "complaint"),
+    [
+        (["gate_proj", "up_proj"], r"PEFT would put a LoRA on the parameters of model.layers.\d.mlp.experts"),
+        (["gate_proj"], "PEFT refuses these targets: Cannot convert PEFT target"),
+        (["experts"], r"names model.layers.1.mlp.experts, which is no Linear"),
+    ],
+)
+def test_a_lora_on_fused_experts_is_refused_before_anything_is_trained(targets, complaint, tmp_path):
+    base, _ = moe(tmp_path)
+    rows = write_jsonl(tmp_path / "rows.jsonl", example_rows())
+    with pytest.raises(EmlocError, match=complaint):
+        FineTuning(base, str(rows), tmp_path / "adapter", TrainSettings(target_modules=targets))
 
 
 @pytest.mark.parametrize("settings", QWEN_VL.tiny_configs, ids=label)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -48,6 +49,9 @@ def command(
     accelerate launch -m emloc_core train ...
     """
     chosen = validated(TrainSettings, {**settings, "extra": _pairs(extra)})
+
+    # PEFT asks transformers by an old name; nothing that a user could mend.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
 
     from emloc_core.checkpoint import open_checkpoint
     from emloc_core.finetune import FineTuning
