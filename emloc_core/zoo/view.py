@@ -96,16 +96,25 @@ class JobView:
 
     @cached_property
     def strips(self) -> list[Strip]:
-        """The errors of all Linears by tower and kind."""
-        return strips({str(linear["path"]): linear.get("relative_error") for linear in self.result.get("linears", ())})
+        """The errors of all Linears by tower and kind, without towers that stayed dense."""
+        found = strips({str(linear["path"]): linear.get("relative_error") for linear in self.result.get("linears", ())})
+        compressed = {strip.tower for strip in found if any(value is not None for value in strip.values)}
+        return [strip for strip in found if strip.tower in compressed]
 
     @property
     def towers(self) -> dict[str, list[Strip]]:
-        """The strips by tower, in order."""
+        """The strips by tower, in order, without towers that stayed dense."""
         found: dict[str, list[Strip]] = {}
         for strip in self.strips:
             found.setdefault(strip.tower, []).append(strip)
         return found
+
+    @cached_property
+    def dense(self) -> list[str]:
+        """The towers of which every Linear stayed dense: no calibration row reached them, say."""
+        paths = [str(linear["path"]) for linear in self.result.get("linears", ())]
+        towers = dict.fromkeys(strip.tower for strip in strips(dict.fromkeys(paths)))
+        return [tower for tower in towers if tower not in self.towers]
 
     @cached_property
     def errors(self) -> dict[str, Any]:
@@ -150,7 +159,8 @@ class JobView:
     def stages(self) -> Mapping[str, Mapping[str, Any]]:
         """``seconds`` and ``peak_bytes`` of every stage that is done, in order."""
         timings = self.result.get("stages") or {}
-        return {name: {"seconds": at.get("seconds"), "peak_bytes": _peak(at)} for name, at in timings.items()}
+        ordered = [stage.name for stage in self.record.job.stages(Path()) if stage.name in timings]
+        return {name: {"seconds": timings[name].get("seconds"), "peak_bytes": _peak(timings[name])} for name in ordered}
 
     @property
     def seconds(self) -> float | None:

@@ -162,6 +162,24 @@ def test_scores_are_in_all_files(written, by_name):
     assert "1.16 → 0.18" in page
 
 
+def test_a_tower_that_stayed_dense_is_said_and_not_drawn(written, by_name):
+    page = (written / PAGE).read_text()
+    assert "<code>model.visual.blocks</code> stayed dense." in page
+    assert "<h4>model.visual.blocks</h4>" not in page
+    assert by_name["only-the-emulator"]["errors"]["median"] > 0
+
+
+def test_stages_are_in_the_order_in_which_they_were_done(tmp_path):
+    result = zoos.result()
+    result["stages"] = dict(sorted(result["stages"].items()))  # as JSON keeps them
+    store = Store(tmp_path, create=True)
+    zoos.run(store, zoos.add(store, "one", train={}, eval={"tasks": ["own"]}), Outcome(None, result=result))
+    store.close()
+    write_report(tmp_path, tmp_path)
+    found = [line.split()[1] for line in (tmp_path / TEXT).read_text().splitlines() if "MB |" in line or "GB |" in line]
+    assert found[-4:] == ["emulator", "adapter", "corrected", "evaluation"]
+
+
 def test_a_trivial_job_has_no_figures(tmp_path):
     store = Store(tmp_path, create=True)
     zoos.run(store, zoos.add(store, "one", trivial=0.0), Outcome(None))

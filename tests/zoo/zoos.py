@@ -79,8 +79,14 @@ def run(store: Store, job: Job, outcome: Outcome, number: int = 1, log: bytes = 
 def all_states(directory: Path) -> Path:
     """A zoo with jobs of all states but running, for which a driver is needed; hostile strings and NaN among them."""
     store = Store(directory, create=True)
-    run(store, add(store, "tiny-alpaca-1B"), Outcome(None, result=result(3), host="node-1"))
-    run(store, add(store, "only-the-emulator"), Outcome(None, result=result(5, whole=False)))
+    run(
+        store,
+        add(store, "tiny-alpaca-1B", train={}, eval={"tasks": ["own"]}),
+        Outcome(None, result=result(3), host="node-1"),
+    )
+    idle = [{**linear, "relative_error": None} for linear in linears(6, "model.visual.blocks")]
+    of_text = {**result(5, whole=False), "linears": [*idle, *linears(24)]}
+    run(store, add(store, "only-the-emulator"), Outcome(None, result=of_text))
     unclear = result(2, blocks=16, whole=False)
     unclear["linears"][20]["relative_error"] = math.nan
     run(store, add(store, "not-a-number"), Outcome(None, result=unclear))
