@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from statistics import median
 from typing import Any
 
@@ -127,15 +128,14 @@ def _point(x: int, value: float | None, top: float) -> tuple[int, int] | None:
 
 
 def _line(points: Iterable[tuple[int, int] | None]) -> str:
-    """Return the path of a line with gaps; a point alone is a dot, by the round end of a line without length."""
-    parts: list[str] = []
-    last: tuple[int, int] | None = None
-    for point in points:
-        if point and last:
-            parts.append(f"l{point[0] - last[0]} {point[1] - last[1]}")
-        elif point:
-            parts.append(f"M{point[0]} {point[1]}h0")
-        last = point
+    """Return the path of a line with gaps; a point alone is a dash."""
+    parts = []
+    for is_known, run in groupby(points, key=bool):
+        if is_known:
+            known = [point for point in run if point]
+            (x, y), steps = known[0], pairwise(known)
+            parts.append(f"M{x} {y}" if len(known) > 1 else f"M{x - _EDGE} {y}h{2 * _EDGE}")
+            parts += [f"l{after[0] - before[0]} {after[1] - before[1]}" for before, after in steps]
     return "".join(parts).replace(" -", "-")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -89,6 +90,13 @@ def test_memory_says_whether_it_was_measured(by_name):
         ("inference on the base", True),
         ("LoRA on the emulator", True),
     ]
+
+
+def test_planned_weights_are_said_to_be(written):
+    rows = [line for line in (written / TEXT).read_text().splitlines() if line.startswith("| waits |")]
+    assert "16 GB → 9.6 GB (planned)" in rows[0]
+    assert (written / TEXT).read_text().count("GB (planned) |") == 1 + 1  # its memory too
+    assert len(re.findall(r"<small>planned</small>\s*</td>", (written / PAGE).read_text())) == 1
 
 
 def test_a_gpus_peak_goes_before_the_processs(tmp_path):
@@ -243,17 +251,17 @@ def test_strips_are_by_tower_and_kind_with_gaps():
     assert found[2].values[0] == pytest.approx(0.2)
 
 
-def test_a_line_has_gaps_dots_and_marks():
+def test_a_line_has_gaps_dashes_and_marks():
     drawn = sparkline([0.0, 0.5, None, 1.0, math.nan], 1.0)
-    assert 'class="line" d="M8 92h0l96-42M296 8h0"' in drawn
+    assert 'class="line" d="M8 92l96-42M288 8h16"' in drawn
     assert 'class="nan" d="M392 0v100"' in drawn
     assert "<path" not in sparkline([None, None], 0)
 
 
 def test_a_band_reaches_from_the_least_to_the_largest():
     drawn = band(strips({"l.0.a": 0.0, "l.0.b": 1.0, "l.1.a": 0.5, "l.1.b": 0.5}), 1.0)
-    assert 'class="area" d="M8 8h0l384 42l0 0l-384 42"' in drawn
-    assert 'class="line" d="M8 50h0l384 0"' in drawn
+    assert 'class="area" d="M8 8l384 42l0 0l-384 42"' in drawn
+    assert 'class="line" d="M8 50l384 0"' in drawn
 
 
 def test_the_end_of_a_log(tmp_path):
