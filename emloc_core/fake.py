@@ -134,7 +134,7 @@ def without_contents(model: nn.Module, mode: FakeTensorMode) -> list[nn.Paramete
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if getattr(module, "rope_type", None) == "dynamic":  # asks whether a row is longer than the model's length
-            module.rope_type = "default"
+            module.rope_type = "default"  # type: ignore[assignment]  # a plain attribute
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in made:

@@ -42,7 +42,7 @@ def require_linears(config_file: Path, family: Family, settings: TrainSettings, 
     try:  # PEFT takes targets of some model types for others, such as those of experts that are fused
         with warnings.catch_warnings(action="ignore"):
             config = settings.lora_config(list(targets))
-            lora = get_peft_model(model, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+            lora = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise EmlocError(f"PEFT refuses these targets: {error}", theirs) from error
     for path, module in lora.named_modules():

@@ -241,6 +241,12 @@ def test_help_of_every_command():
         assert name in result.output
 
 
+def test_the_families_are_listed_with_what_stays_dense_and_why(emloc):
+    code, out, _ = emloc("families")
+    assert code == 0
+    assert "  model.layers.*.mlp.gate stays dense: small, and an error in it sends tokens to other experts" in out
+
+
 def test_rows_of_a_file_are_never_tuned_on_when_excluded(emloc, tiny_model, rows_file, tmp_path):
     test = write_jsonl(tmp_path / "test.jsonl", [json.loads(line) for line in rows_file.read_text().splitlines()[:20]])
     code, out, _ = emloc(

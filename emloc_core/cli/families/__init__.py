@@ -30,9 +30,9 @@ def command(context: click.Context, as_json: bool) -> None:
     if as_json:
         print_json({"families": families, "plugins": [vars(report) for report in manager.reports]})
         return
-    for family in families:
-        click.echo(f"{family['name']:<12} {family['modality']:<11} {', '.join(family['model_types'])}")
-        for pattern, reason in family["kept_dense"].items():
+    for family in manager.families():
+        click.echo(f"{family.name:<12} {family.modality:<11} {', '.join(sorted(family.model_types))}")
+        for pattern, reason in family.keep_dense.items():
             click.echo(f"  {pattern} stays dense: {reason}")
     click.echo()
     for report in manager.reports:
