@@ -14,6 +14,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 import emloc_core.zoo.cluster
+from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.output import TIMING, write_json
 from emloc_core.settings import CompressSettings
@@ -265,6 +266,14 @@ def test_refuses_what_no_node_has(engine, wanted):
 def test_no_cluster_there():
     with pytest.raises(EmlocError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
         RayEngine(address="127.0.0.1:1")
+
+
+@pytest.mark.parametrize("option", [["--address", "auto"], ["--storage", "memory://zoo"]])
+def test_options_of_clusters_are_for_clusters(option, tmp_path):
+    argv = ["zoo", "convert", str(tmp_path), "-o", str(tmp_path / "zoo"), *option]
+    with pytest.raises(EmlocError, match="Add --engine ray"):
+        cli.main(argv, standalone_mode=False)
+    assert not (tmp_path / "zoo").exists()
 
 
 def test_an_output_that_is_not_seen_is_not_believed(engine, jobs, tmp_path):
