@@ -30,6 +30,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def run(job: Job, directory: Path) -> Outcome:
     """Do the job's stages, in order, each unless it is there already; return how it ended."""
     if job.trivial is not None:
+        print(f"waiting {job.trivial:g} s", flush=True)  # noqa: T201 - the log
         time.sleep(job.trivial)
         return Outcome(None)
     if job.data is None:

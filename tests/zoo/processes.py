@@ -53,7 +53,7 @@ def workers_of(zoo, name):
     return sorted(found)
 
 
-def until(condition, seconds=120.0):
+def until(condition, seconds=60.0):
     """Wait for what must come; return it."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

@@ -40,10 +40,12 @@ def test_each_job_is_done_once_and_has_a_log_and_a_place(tmp_path):
     assert [len(record.attempts) for record in again.values()] == [1, 1, 1, 1]
 
 
-def test_a_killed_driver_takes_its_workers_along_and_the_next_goes_on(tmp_path):
+@pytest.mark.parametrize("at_work", [False, True])  # killed while the worker's Python starts, or later
+def test_a_killed_driver_takes_its_workers_along_and_the_next_goes_on(tmp_path, at_work):
     first = driver(tmp_path, {"quick": 0, "long": 600, "last": 0}, workers=1)
     try:
         until(lambda: status(tmp_path).get("long") == "running" and workers_of(tmp_path, "long"))
+        until(lambda: not at_work or (tmp_path / "logs/long.1.log").read_text() == "waiting 600 s\n")
         workers = workers_of(tmp_path, "long")
         first.send_signal(signal.SIGKILL)
         first.wait()
