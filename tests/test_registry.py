@@ -1,5 +1,6 @@
 """The registry: entries of real models, those of plugins and users, and what is refused."""
 
+import copy
 import json
 import re
 import subprocess
@@ -78,7 +79,7 @@ def tied_parameters(model: nn.Module) -> int:
 
 
 def built(entry: Entry) -> nn.Module:
-    settings = dict(entry.config)
+    settings = copy.deepcopy(entry.config)  # transformers changes what is nested in it
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     return build_model(config, plugin_manager().family_for(entry.config), torch.bfloat16)
 
