@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+from statistics import median
 from typing import ClassVar
 
 import pytest
@@ -155,10 +156,9 @@ def test_a_dry_run_makes_nothing_and_refuses_what_the_disk_cannot_hold(place, tm
 def test_time_is_told_by_what_was_done_and_else_is_unknown(place):
     records = Store(place / "zoo").records()
     done = {record.job.name: record for record in records}
-    emulators = [done[name].result["stages"]["emulator"]["seconds"] for name in ("copy", "whole-way")]
+    took = [record.result["stages"]["emulator"]["seconds"] for record in records if record.state == "done"]
     needs = Needs(base=2 * done["copy"].result["bytes"]["base"])
-    assert estimate(done["first"].job, needs, [done["copy"]]) == pytest.approx(2 * emulators[0])
-    assert min(emulators) <= estimate(done["first"].job, needs, list(done.values())) / 2 <= max(emulators) * 1.5
+    assert estimate(done["first"].job, needs, records) == pytest.approx(2 * median(took))  # of equally large bases
     assert estimate(done["whole-way"].job, needs, [done["copy"]]) is None
     assert estimate(done["first"].job, Needs(), records) is None
 
