@@ -326,9 +326,9 @@ DOCUMENTED = (Path(__file__).parent.parent / "docs" / "plugins.md").read_text()
 def test_the_plugins_of_the_documentation_work(entry, capsys):
     manager = PluginManager()
     examples = re.findall(r"```python\n(.*?)```", DOCUMENTED, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     manager.load([entry(source) for source in examples])
-    assert [report.error for report in manager.reports] == [None, None]
+    assert [report.error for report in manager.reports] == [None, None, None]
     assert [family.name for family in manager.families()] == ["my_llama"]
     shapes = [(32, 32), (64, 32)]
     (rank, other) = manager.algorithm("rank_allocators", "thrifty")(shapes, 0.5)

@@ -76,10 +76,9 @@ class Job(Settings):
         if Path(self.model).is_dir():
             content["model"] = _model_fingerprint(self.model, cache_dir)
         for name in ("data", "calibration"):
-            if content[name] and Path(content[name]).is_file():
-                from emloc_core.checkpoint import hash_files
-
-                content[name] = hash_files([Path(content[name])], cache_dir)
+            if content[name]:
+                content[name] = _rows_fingerprint(content[name], cache_dir)
+        content["test"] = [_rows_fingerprint(path, cache_dir) for path in content["test"]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def smaller(self, stage: str) -> "Job | None":
@@ -110,6 +109,20 @@ def _model_fingerprint(model: str, cache_dir: Path) -> str:
         return f"{checkpoint.fingerprint(cache_dir)} {hash_files(side, cache_dir)}"
     except (EmlocError, OSError) as error:
         return f"{model}: {error}"
+
+
+def _rows_fingerprint(source: str, cache_dir: Path) -> str:
+    """Return a hash of what rows say and show, wherever they and their pictures are; a data set of the hub: its id."""
+    from emloc_core.checkpoint import hash_files
+    from emloc_core.data import digest, load_rows
+
+    path = Path(source)
+    if not path.is_file():
+        return source
+    try:
+        return digest(load_rows(source))
+    except EmlocError:  # the worker will say what is wrong with them
+        return hash_files([path], cache_dir)
 
 
 def slug(text: str) -> str:

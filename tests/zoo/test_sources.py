@@ -172,6 +172,24 @@ def test_a_fingerprint_is_of_all_that_decides_the_outputs(tmp_path):
     assert len({before, *others}) == 6
 
 
+def test_a_fingerprint_is_of_what_rows_say_and_show(tmp_path):
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]
+    for name in ("rows.jsonl", "copy.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"images": ["shown.png"], "messages": turns}))
+
+    def fingerprint(name="rows.jsonl"):
+        job = Job(name="a", model="org/model", data=str(tmp_path / name), test=[str(tmp_path / "test.jsonl")])
+        return job.fingerprint(tmp_path)
+
+    found = []
+    for shown in (b"one", b"two"):
+        (tmp_path / "shown.png").write_bytes(shown)
+        found.append(fingerprint())
+        assert fingerprint("copy.jsonl") == found[-1]
+    (tmp_path / "test.jsonl").write_text(json.dumps({"messages": turns}))
+    assert len({*found, fingerprint()}) == 3
+
+
 def test_smaller_is_what_the_stage_can_give():
     job = Job(name="a", model="a/b", data="a/b", train={"batch_size": 8}, eval={"tasks": ["x"]})
     assert describe_change(job, job.smaller("emulator")) == "compress.samples 64 -> 32"
