@@ -94,12 +94,18 @@ def prepare(directory: Path) -> Path:
 
 def copy_recipe(package: str, directory: Path) -> Path:
     """Copy the recipe and the tasks of ``package``, each file unless it is there, and return the recipe's path."""
+    copy_tasks(package, directory)
+    with as_file(files(package)) as source:
+        _copy(source / "recipe.toml", directory / "recipe.toml")
+    return directory / "recipe.toml"
+
+
+def copy_tasks(package: str, directory: Path) -> None:
+    """Copy the tasks of ``package``, which read ``data/test.jsonl`` in ``directory``, each file unless it is there."""
     with as_file(files(package)) as source:
         for file in sorted((source / "tasks").iterdir()):
             if file.suffix in (".yaml", ".py"):
                 _copy(file, directory / "tasks" / file.name)
-        _copy(source / "recipe.toml", directory / "recipe.toml")
-    return directory / "recipe.toml"
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -46,7 +46,7 @@ def test_jobs(prepared, tmp_path):
     prints = {name: jobs[name].fingerprint(tmp_path) for name in ("llama", "mistral", AGAIN, BROKEN)}
     assert prints["mistral"] == prints[AGAIN]
     assert len(set(prints.values())) == 3
-    assert [name for name, job in jobs.items() if job.train] == ["llama"]
+    assert [name for name, job in jobs.items() if job.train and job.merge and job.eval] == ["llama"]
     with pytest.raises(EmlocError, match="is truncated"):
         _ = Checkpoint(jobs[BROKEN].model).tensors
     assert load_rows(jobs[PICTURES].data)[0].images

@@ -76,6 +76,7 @@ def prepare(directory: Path, *, smollm2: bool = True) -> Path:
     Raises:
         EmlocError: a package of the demo is missing.
     """
+    from emloc_demo.command import copy_tasks
     from emloc_demo.data import write_data
     from emloc_demo.model import write_base
     from emloc_demo.vision.pictures import load_digits
@@ -87,6 +88,7 @@ def prepare(directory: Path, *, smollm2: bool = True) -> Path:
     if not (directory / "data" / "train.jsonl").exists():
         _say("writing the messages")
         write_data(directory / "data")
+    copy_tasks("emloc_demo", directory)
     if not (directory / "pictures").exists():
         _say("drawing the pictures")
         write_pictures(directory / "pictures", split(load_digits()))
@@ -185,13 +187,19 @@ def _damage(model: Path, place: Path) -> None:
 
 
 def _jobs(names: list[str]) -> str:
-    """Return the file of jobs: the first small model is tuned as well, the others end with the emulator."""
+    """Return the file of jobs: the first small model goes the whole way, the others end with the emulator."""
+    whole_way = [
+        "train = { steps = 10, batch_size = 4 }",
+        "merge = true",
+        'test = ["data/test.jsonl"]',
+        'eval = { tasks = ["tasks/fields_nll.yaml"], limit = 20 }',
+    ]
     sections = []
     for name in names:
         rows = "pictures/calibration.jsonl" if name == PICTURES else "data/train.jsonl"
-        train = "{ steps = 10, batch_size = 4 }" if name == next(iter(SMALL)) else "false"
         lines = [f'model = "models/{name}"', f'data = "{rows}"', "compress = { samples = 16, selection = 8 }"]
-        sections.append("\n".join(["[[job]]", *lines, f"train = {train}"]))
+        rest = whole_way if name == next(iter(SMALL)) else ["train = false"]
+        sections.append("\n".join(["[[job]]", *lines, *rest]))
     return "\n\n".join(["# The demo's zoo. Paths are relative to this file.", *sections]) + "\n"
 
 
