@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import pluggy
@@ -24,6 +24,7 @@ from emloc_core.hook_trace import trace_hooks
 from emloc_core.layout import Layout
 
 PROJECT = GROUP = "emloc"
+Declared = TypeVar("Declared", Family, Layout)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ class PluginManager(pluggy.PluginManager):
         self.register(plugin, name=entry.name)
         try:
             self._check_hook_names(plugin)
-            families, commands = self._families_of(plugin), self._commands_of(plugin)
-            layouts = self._layouts_of(plugin, families)
+            taken: list[Family | Layout] = [*self._families.values(), *self._layouts.values()]
+            families = self._declared(plugin, "emloc_families", Family, taken)
+            layouts = self._declared(plugin, "emloc_layouts", Layout, taken)
+            commands = self._commands_of(plugin)
         except BaseException:
             self.unregister(plugin)
             raise
@@ -91,36 +94,21 @@ class PluginManager(pluggy.PluginManager):
             if caller.name not in known:
                 raise TypeError(f"there is no hook {caller.name!r}.{did_you_mean(caller.name, known)}")
 
-    def _families_of(self, plugin: Any) -> list[Family]:
-        families = [family for found in self._call(plugin, "emloc_families") for family in found]
-        for family in families:
-            if not isinstance(family, Family):
-                raise TypeError(f"emloc_families returned {type(family).__name__}, not Family")
-            if not isinstance(family.model_types, Set):
-                raise TypeError(f"the model_types of {family.name!r} are {family.model_types!r}, not a set of strings")
-            if family.name in self._families:
-                raise ValueError(f"another plugin declares the family {family.name!r} already")
-            others: list[Family | Layout] = [*self._families.values(), *self._layouts.values()]
-            for other in others:
-                if shared := family.model_types & other.model_types:
-                    raise ValueError(f"{other.name!r} declares the model types {sorted(shared)} already")
-        return families
-
-    def _layouts_of(self, plugin: Any, families: Sequence[Family]) -> list[Layout]:
-        layouts = [layout for found in self._call(plugin, "emloc_layouts") for layout in found]
-        taken: list[Family | Layout] = [*self._families.values(), *families, *self._layouts.values()]
-        for layout in layouts:
-            if not isinstance(layout, Layout):
-                raise TypeError(f"emloc_layouts returned {type(layout).__name__}, not Layout")
-            if not isinstance(layout.model_types, Set):
-                raise TypeError(f"the model_types of {layout.name!r} are {layout.model_types!r}, not a set of strings")
+    def _declared(self, plugin: Any, hook: str, kind: type[Declared], taken: list[Family | Layout]) -> list[Declared]:
+        """Return what a plugin declares, and add it to what is ``taken``: model types, and names of the same kind."""
+        declared = [item for found in self._call(plugin, hook) for item in found]
+        for item in declared:
+            if not isinstance(item, kind):
+                raise TypeError(f"{hook} returned {type(item).__name__}, not {kind.__name__}")
+            if not isinstance(item.model_types, Set):
+                raise TypeError(f"the model_types of {item.name!r} are {item.model_types!r}, not a set of strings")
             for other in taken:
-                if isinstance(other, Layout) and layout.name == other.name:
-                    raise ValueError(f"the layout {layout.name!r} is declared already")
-                if shared := layout.model_types & other.model_types:
+                if isinstance(other, kind) and item.name == other.name:
+                    raise ValueError(f"the {kind.__name__.lower()} {item.name!r} is declared already")
+                if shared := item.model_types & other.model_types:
                     raise ValueError(f"{other.name!r} declares the model types {sorted(shared)} already")
-            taken.append(layout)
-        return layouts
+            taken.append(item)
+        return declared
 
     def _commands_of(self, plugin: Any) -> dict[str, click.Command]:
         commands: dict[str, click.Command] = {}

@@ -23,7 +23,7 @@ ERRORS = {
     "wrong type": "TypeError: emloc_families returned str, not Family",
     "unknown hook": "TypeError: there is no hook 'emloc_familys'. Did you mean 'emloc_families'?",
     "raising hook": "RuntimeError: out of order",
-    "duplicate name": "ValueError: another plugin declares the family 'llama' already",
+    "duplicate name": "ValueError: the family 'llama' is declared already",
     "duplicate model type": "ValueError: 'llama' declares the model types ['llama'] already",
 }
 SMALL = ("--samples", "8", "--selection", "4")

@@ -52,6 +52,7 @@ BROKEN = {
     "wrong type of model types": GOOD.replace('"good"', '"better"').replace("frozenset", "list"),
     "duplicate name": GOOD.replace('{"good"}', '{"better"}'),
     "duplicate model type": GOOD.replace('name="good"', 'name="better"'),
+    "a model type twice": GOOD.replace('"good"', '"better"').replace("return [", "return 2 * ["),
     "unknown hook": """
         from emloc_core.hookspecs import hookimpl
         @hookimpl
