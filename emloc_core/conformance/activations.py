@@ -133,8 +133,7 @@ def statistics(subject: TinyModel) -> None:
     taps_ = {linear.path: linear.tap for linear in candidates}
     whole = {}
     for path, activations in observe(subject.whole, subject.samples, (), taps=taps_).tapped.items():
-        side, size = ("output" if taps_[path] == "output" else "input"), activations[0].shape[-1]
-        whole[path] = Gram(side, size)  # type: ignore[arg-type]
+        whole[path] = Gram("output" if taps_[path] == "output" else "input", activations[0].shape[-1])
         for rows in activations:
             whole[path].add(rows)
     problems = []
