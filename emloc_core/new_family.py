@@ -53,7 +53,7 @@ def _check(name: str, model_types: Sequence[str]) -> None:
     if not (name.isidentifier() and name.isascii()):
         raise EmlocError(
             f"{name!r} cannot be part of a Python package's name.",
-            "Use letters, digits and underscores, such as phi3 or my_model, and --model-type for the model type.",
+            "Use letters, digits and underscores, such as my_model, and --model-type for the model type.",
         )
     manager = plugin_manager()
     if name in {family.name for family in manager.families()} | {report.name for report in manager.reports}:

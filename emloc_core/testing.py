@@ -7,8 +7,8 @@ Three lines in a test file check everything that a declaration promises, one tes
 
     test_mine = conformance_tests(MINE)
 
-A failed test says what is wrong and how to mend it. ``pytest -k input-groups`` runs one check, ``-k gemma3`` one model.
-Importing this module imports no torch, since pytest loads it in every session.
+A failed test says what is wrong and how to mend it. ``pytest -k input-groups`` runs one check, ``-k MODEL_TYPE`` one
+model. Importing this module imports no torch, since pytest loads it in every session.
 """
 
 from collections.abc import Callable, Iterator

@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     "--from",
     "model",
     metavar="CONFIG_OR_MODEL",
-    help="Declare what `emloc families scaffold` finds out about this model; default: laid out as Llama.",
+    help="Declare what `emloc families scaffold` finds out about this model; default: the commonest layout.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to make; default: emloc-NAME.")
 @as_json
 def command(name: str, model_types: tuple[str, ...], model: str | None, output: Path | None, as_json: bool) -> None:
     """Write a plugin package that declares the model family NAME.
 
-    It holds the declaration, tests, pyproject.toml and a README. A model that is laid out as Llama needs no edit.
+    It holds the declaration, tests, pyproject.toml and a README. A decoder needs no edit if its blocks are model.layers
+    and hold self_attn.{q,k,v,o}_proj and mlp.{gate,up,down}_proj.
     """
     from emloc_core.new_family import write_plugin
 
