@@ -39,11 +39,7 @@ class Checkpoint:
             raise EmlocError(f"{self.directory} is not a directory.", "Give the path of a model directory.")
         if not (self.directory / "config.json").is_file():
             raise EmlocError(f"{self.directory} has no config.json.", "Give a Hugging Face model directory.")
-        self.config: dict[str, Any] = read_object(self.directory / "config.json")
-        if "model_type" not in self.config:
-            raise EmlocError(
-                f"{self.directory / 'config.json'} has no model_type.", "Give a Hugging Face model directory."
-            )
+        self.config = read_config_json(self.directory / "config.json")
 
     def require_unquantised(self) -> None:
         """Refuse a checkpoint whose tensors are not the weights themselves.
@@ -127,6 +123,18 @@ class Checkpoint:
         )
 
 
+def read_config_json(path: Path) -> dict[str, Any]:
+    """Return the content of a model's ``config.json``.
+
+    Raises:
+        EmlocError: it cannot be read, or says no ``model_type``.
+    """
+    config = read_object(path)
+    if "model_type" not in config:
+        raise EmlocError(f"{path} has no model_type.", "Give a Hugging Face model directory, or its config.json.")
+    return config
+
+
 def hash_files(paths: list[Path], cache_dir: Path) -> str:
     """Return the SHA-256 over the names and contents of files, as a hexadecimal string, with a cache of their hashes.
 
@@ -171,9 +179,9 @@ def open_checkpoint(model: str) -> Checkpoint:
     with _from_hub(model):
         from huggingface_hub import snapshot_download
 
-        name, _, revision = model.partition("@")
+        name, revision = _at_revision(model)
         directory = snapshot_download(
-            name, revision=revision or None, allow_patterns=FILE_PATTERNS, ignore_patterns=OTHER_LAYOUTS
+            name, revision=revision, allow_patterns=FILE_PATTERNS, ignore_patterns=OTHER_LAYOUTS
         )
         return Checkpoint(directory, name)
 
@@ -214,5 +222,10 @@ def find_config(model: str) -> Path:
     with _from_hub(model):
         from huggingface_hub import hf_hub_download
 
-        name, _, revision = model.partition("@")
-        return Path(hf_hub_download(name, "config.json", revision=revision or None))
+        name, revision = _at_revision(model)
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+
+
+def _at_revision(model: str) -> tuple[str, str | None]:
+    name, _, revision = model.partition("@")
+    return name, revision or None

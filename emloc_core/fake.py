@@ -4,7 +4,7 @@ torch's ``FakeTensorMode`` runs every operation for its shapes alone. Where a mo
 an image has, where its tokens are in a row), or a kernel refuses such tensors, this module knows a way.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -132,9 +132,10 @@ def fused_tiles(fused: bool) -> Iterator[None]:
 def without_contents(model: nn.Module, mode: FakeTensorMode) -> list[nn.Parameter]:
     """Put fake tensors in the place of all parameters and buffers; return the parameters, each once."""
     made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if getattr(module, "rope_type", None) == "dynamic":  # asks whether a row is longer than the model's length
-            module.rope_type = "default"  # type: ignore[assignment]  # a plain attribute
+            module.rope_type = "default"
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in made:

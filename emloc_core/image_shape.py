@@ -1,8 +1,7 @@
 """What an image is to a model, by its config: how many tokens of the language model, and tensors of which shape.
 
-Some vision towers take images of one size, and a processor resizes every image, or cuts it into tiles of that size
-(InternVL). Others take images of any size, as a list of patches with the grid that they come from (Qwen-VL, and the
-models that took its interface over): there the size must be said.
+Some vision towers take images of one size, and a processor resizes every image, or cuts it into tiles of that size.
+Others take images of any size, as a list of patches with the grid that they come from: there the size must be said.
 """
 
 import re
@@ -12,7 +11,7 @@ from typing import Any
 
 from emloc_core.errors import EmlocError
 
-#: Height and width in pixels that are planned for where a tower takes any size: those of one of InternVL's tiles.
+#: Height and width in pixels that are planned for where a tower takes any size: a usual tile.
 IMAGE_SIZE = (448, 448)
 
 
@@ -78,8 +77,8 @@ def parse_size(text: str) -> tuple[int, int]:
 def _patches(config_file: Path, vision: Any, size: tuple[int, int]) -> ImageShape:
     """Return the shape of an image that is cut into patches, of which a square becomes one token.
 
-    Sides are rounded to whole tokens and an image is repeated to fill the patches' length in time, as transformers'
-    ``smart_resize`` and ``Qwen2VLImageProcessor`` do it.
+    Sides are rounded to whole tokens and an image is repeated to fill the patches' length in time, as
+    transformers' processors with a ``smart_resize`` do it.
     """
     patch, merge = _field(config_file, vision, "patch_size"), vision.spatial_merge_size
     height, width = (max(1, round(side / (patch * merge))) * merge for side in size)

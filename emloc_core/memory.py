@@ -19,12 +19,12 @@ from peft import get_peft_model
 from torch import nn
 
 from emloc_core.allocation import uniform
+from emloc_core.checkpoint import read_config_json
 from emloc_core.emulator_files import UNREACHED
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.image_shape import ImageShape, image_shape
 from emloc_core.lowrank import replace_linears
-from emloc_core.output import read_object
 from emloc_core.plan import Plan, allocated, find_linears
 from emloc_core.plugins import plugin_manager
 from emloc_core.skeleton import build_model, read_config
@@ -99,9 +99,7 @@ class MemoryModel:
 
     def __init__(self, config_file: Path, workload: Workload) -> None:
         self.config_file, self.workload = config_file, workload
-        raw = read_object(config_file)
-        if "model_type" not in raw:
-            raise EmlocError(f"{config_file} has no model_type.", "Give the config.json of a Hugging Face model.")
+        raw = read_config_json(config_file)
         if raw.get("quantization_config"):
             raise EmlocError(f"The model of {config_file} is quantised or an emulator.", "Give the original model.")
         self.family: Family = plugin_manager().family_for(raw)
@@ -300,7 +298,7 @@ def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> No
     for name, section in sections.items():
         if section is not None:
             given = raw.get(name)
-            if name == "text_config" and given is None:  # Qwen2-VL and 2.5-VL were published with its fields outside it
+            if name == "text_config" and given is None:  # published outside its section, where transformers finds it
                 given = raw
             if not isinstance(given, dict):
                 raise EmlocError(f"{config_file} has no {name}.", "Download the file again.")

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.calibration import Sample, load_processing, model_limit, tokenize
+from emloc_core.checkpoint import read_config_json
 from emloc_core.data import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.image_shape import image_shape
 from emloc_core.memory import Workload
-from emloc_core.output import read_object
 from emloc_core.plugins import plugin_manager
 from emloc_core.skeleton import read_config
 from emloc_core.training import TrainSettings
@@ -44,7 +44,7 @@ def make_workload(
     Raises:
         EmlocError: there is no tokenizer, or a row does not suit it.
     """
-    family = plugin_manager().family_for(read_object(config_file))  # first: it knows foreign layouts
+    family = plugin_manager().family_for(read_config_json(config_file))  # first: it knows foreign layouts
     config = read_config(config_file)
     limit = model_limit(config)
     counted = int(family.modality == "image-text")
