@@ -289,6 +289,7 @@ def test_a_check_that_cannot_run_fails_and_says_so(tmp_path):
     assert "raise ZeroDivisionError" in first.traceback
     assert not second.passed
     assert second.message == "Could not run: it needs broken, which failed."
+    assert (first.blocked, second.blocked) == (False, True)
 
 
 def test_a_tap_that_raises_fails_its_check(tmp_path):
@@ -334,7 +335,9 @@ def test_the_command_lists_what_fails_and_exits_with_1(emloc):
     assert "halved, llama: 1 of 13 checks passed" in out
     assert "FAILED linears: model.layers.0.mlp.down_proj is a Linear that is neither" in out
     assert "or to keep_dense with the reason" in out
-    assert "Could not run: it needs linears, which failed" in out
+    blocked = [check.name for check in checks.EACH[2:]]  # all that need it, in one line
+    assert f"  Could not run, since what they need failed: {', '.join(blocked)}.\n" in out
+    assert out.count("Could not run") == out.count("FAILED") == 1
     assert "12 of 15 checks failed" in err
 
 

@@ -4,6 +4,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from emloc_core.conformance.conditions import under_test
@@ -25,6 +26,7 @@ class CheckResult:
         message: what is wrong; of a passed check, a note.
         remedy: how to mend it.
         traceback: where the check broke off, if it did so unexpectedly.
+        blocked: whether it could not run because a check that it needs failed.
     """
 
     family: str
@@ -34,6 +36,7 @@ class CheckResult:
     message: str = ""
     remedy: str = ""
     traceback: str = ""
+    blocked: bool = False
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}".strip()
@@ -73,17 +76,16 @@ class Check:
         return subject.results[self.name]
 
     def _judged(self, subject: Subject) -> CheckResult:
-        def result(passed: bool, message: str = "", remedy: str | None = None, trace: str = "") -> CheckResult:
-            return CheckResult(subject.declared.name, subject.label, self.name, passed, message, remedy or "", trace)
-
+        result = partial(CheckResult, subject.declared.name, subject.label, self.name)
         failed = [need.name for need in self.needs if not need.on(subject).passed]
         if failed:
-            return result(False, f"Could not run: it needs {', '.join(failed)}, which failed.", "Mend that first.")
+            reason = f"Could not run: it needs {', '.join(failed)}, which failed."
+            return result(False, reason, "Mend that first.", blocked=True)
         try:
             with under_test(subject.declared):
                 return result(True, self.run(subject) or "")
         except EmlocError as error:
-            return result(False, str(error.args[0]), error.fix)
+            return result(False, str(error.args[0]), error.fix or "")
         except Exception as error:  # a declaration may break anything, and a check must say so
             reason = (str(error).strip().splitlines() or ["no message"])[0]
             return result(

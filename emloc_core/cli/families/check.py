@@ -64,7 +64,9 @@ def _show(results: "list[CheckResult]") -> None:
         passed = sum(result.passed for result in checks)
         click.echo(f"{family}, {config}: {passed} of {len(checks)} checks passed")
         for result in checks:
-            if not result.passed:
+            if not (result.passed or result.blocked):
                 click.echo(f"  FAILED {result.check}: {result}")
-            elif result.message:
+            elif result.passed and result.message:
                 click.echo(f"  {result.check}: {result.message}")
+        if blocked := [result.check for result in checks if result.blocked]:
+            click.echo(f"  Could not run, since what they need failed: {', '.join(blocked)}.")
