@@ -23,8 +23,8 @@ import rich_click as click
 def command(output: Path, prepare_only: bool) -> None:
     """Tune SmolLM2-135M to read customers' messages, the whole way from the base model to the table.
 
-    Needs no network, no GPU and 2 GB of disk, and about a quarter of an hour on two cores. What is there already is not made
-    again, so an interrupted demo goes on where it stopped.
+    Needs no network, no GPU and 2 GB of disk, and about a quarter of an hour on two cores. What is there already is not
+    made again, so an interrupted demo goes on where it stopped.
     """
     run(prepare(output), explain, prepare_only=prepare_only)
 
