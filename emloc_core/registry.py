@@ -46,7 +46,7 @@ def find(pattern: str, entries: Sequence[Entry] | None = None) -> list[Entry]:
     """Return the entries whose id, or what follows the organisation in it, matches a glob. Case does not count.
 
     Args:
-        pattern: an id, a name, or a glob of either: ``Qwen/Qwen2.5-7B``, ``Qwen2.5-*``.
+        pattern: an id, a name, or a glob of either: ``organisation/model-7B``, ``model-*``.
         entries: among these; by default :func:`load_entries`.
 
     Raises:

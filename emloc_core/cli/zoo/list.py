@@ -15,7 +15,7 @@ from emloc_core.cli.zoo.entries import more_entries, print_table
 def command(pattern: str, registry: tuple[Path, ...], as_json: bool) -> None:
     """List the models of the registry, those that plugins bring included.
 
-    PATTERN is an id, its part behind the organisation, or a glob of either, in quotes: 'Qwen2.5-*'.
+    PATTERN is an id, its part behind the organisation, or a glob of either, in quotes: 'model-*'.
     """
     from emloc_core.registry import find, load_entries
 
