@@ -6,6 +6,8 @@ Everything is judged through the stages that users run, on files in a temporary 
 
 import tempfile
 from collections.abc import Callable
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from emloc_core.conformance.check import Check, CheckResult
@@ -30,9 +32,9 @@ def check_family(family: Family, progress: Progress = lambda *_: None) -> list[C
     planned = cases(family)
     results: list[CheckResult] = []
     with tempfile.TemporaryDirectory(prefix="emloc-check-") as directory:
-        for index in dict.fromkeys(index for index, _, _ in planned):
+        for index, group in groupby(planned, key=itemgetter(0)):
             subject = make_subject(family, index, Path(directory))
-            for label, check in [(label, check) for other, label, check in planned if other == index]:
+            for _, label, check in group:
                 results.append(check.on(subject))
                 progress(f"{label} {check.name}", len(results), len(planned))
     return results
