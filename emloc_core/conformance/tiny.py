@@ -95,26 +95,15 @@ class TinyModel(Subject):
 
     @cached_property
     def base(self) -> Checkpoint:
-        """The model on disk, fp32, with a tokenizer: no weight hides by being zero or one."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = self._class.from_config(copy.deepcopy(self.config), dtype=torch.float32)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(_NOISE * torch.randn_like(parameter))
+        """The model on disk, fp32, with a tokenizer."""
+        model = random_model(self.family, self.config)
         model.save_pretrained(self.directory / "base")
         number_tokenizer(self.config).save_pretrained(self.directory / "base")
         return Checkpoint(self.directory / "base")
 
-    @property
-    def _class(self) -> Any:
-        import transformers
-
-        return getattr(transformers, self.family.auto_class)
-
     def load(self, directory: Path) -> Any:
         """Return a model by plain ``from_pretrained``, in eval mode."""
-        return self._class.from_pretrained(directory, dtype="auto").eval()
+        return auto_class(self.family).from_pretrained(directory, dtype="auto").eval()
 
     @cached_property
     def whole(self) -> Any:
@@ -215,6 +204,24 @@ def on_meta(family: Family, config: Any) -> nn.Module:
             f"{family.auto_class} cannot build the tiny {config.model_type!r} ({first_line(error)}).",
             "Correct the entry of tiny_configs (sizes must fit each other), or auto_class.",
         ) from error
+
+
+def random_model(family: Family, config: Any) -> Any:
+    """Return a model in fp32 and eval mode, seeded; no weight hides by being zero or one, as those of norms would."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = auto_class(family).from_config(copy.deepcopy(config), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(_NOISE * torch.randn_like(parameter))
+    return model.eval()
+
+
+def auto_class(family: Family) -> Any:
+    """Return the class of transformers that builds the family's models."""
+    import transformers
+
+    return getattr(transformers, family.auto_class)
 
 
 def first_line(error: Exception) -> str:

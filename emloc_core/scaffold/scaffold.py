@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from emloc_core.conformance import check_family
 from emloc_core.conformance.conditions import under_test
-from emloc_core.conformance.tiny import first_line
+from emloc_core.conformance.tiny import auto_class, first_line, random_model
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.plan import find_linears
@@ -59,29 +58,25 @@ class _Scaffold:
         self.config, self.family = config, family
         self.type: str = config.model_type
         self.notes: list[str] = []
-        self.model = self._without_weights(copy.deepcopy(config))
+        self.model = self._without_weights()
         self.lists = block_lists(self.model)
         if not self.lists:
             raise EmlocError(
                 f"The model of this {self.type!r} has no list of blocks (nn.ModuleList) that hold Linears.",
                 "EMLoC compresses the Linears of repeated blocks, one block at a time: there is nothing to declare.",
             )
-        self.tiny = plain(config) if _parameters(self.model) <= TINY_PARAMETERS else shrink(config)
+        self.tiny = plain(config) if self.model.num_parameters() <= TINY_PARAMETERS else shrink(config)
         self.probe, self.seen = self._observe(self._tiny_model())
 
-    def _model(self, config: Any, device: str) -> PreTrainedModel:
-        import transformers
-
-        with torch.device(device):
-            model: PreTrainedModel = getattr(transformers, self.family.auto_class).from_config(
-                config, dtype=torch.float32
-            )
+    def _on_meta(self, config: Any) -> PreTrainedModel:
+        """Return a model on the meta device, with its buffers: only its modules are looked at."""
+        with torch.device("meta"):
+            model: PreTrainedModel = auto_class(self.family).from_config(copy.deepcopy(config), dtype=torch.float32)
         return model.eval()
 
-    def _without_weights(self, config: Any) -> PreTrainedModel:
-        """Return the model on the meta device, with its buffers: only its modules are looked at."""
+    def _without_weights(self) -> PreTrainedModel:
         try:
-            return self._model(config, "meta")
+            return self._on_meta(self.config)
         except Exception as error:  # whatever the architecture's own code raises
             raise EmlocError(
                 f"{self.family.auto_class} cannot build the model of this {self.type!r} ({first_line(error)}).",
@@ -89,18 +84,14 @@ class _Scaffold:
             ) from error
 
     def _tiny_model(self) -> PreTrainedModel:
-        """Return the tiny model with random weights; no norm is the identity, or unlike inputs would look equal."""
+        """Return the tiny model with random weights, so that unlike inputs do not look equal."""
         try:
             config = make_config(self.tiny)
-            meta = self._model(copy.deepcopy(config), "meta")
-            if _parameters(meta) > TINY_PARAMETERS:
+            parameters = self._on_meta(config).num_parameters()
+            if parameters > TINY_PARAMETERS:
                 large = ", ".join(large_sizes(config.to_dict())) or "no size by name"
-                raise not_tiny(self.type, f"{_parameters(meta):,} parameters are left; large: {large}")
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                model = self._model(config, "cpu")
-                for parameter in model.parameters():
-                    parameter.data.add_(0.1 * torch.randn_like(parameter))
+                raise not_tiny(self.type, f"{parameters:,} parameters are left; large: {large}")
+            model: PreTrainedModel = random_model(self.family, config)
         except EmlocError:
             raise
         except Exception as error:  # whatever the architecture's own code raises
@@ -156,7 +147,7 @@ class _Scaffold:
         blocks = {linear.block for linear in linears}
         held = sum(linear.out_features * linear.in_features for linear in linears)
         return (
-            f"{len(linears)} Linears in {len(blocks)} blocks hold {held:,} of the {_parameters(self.model):,} "
+            f"{len(linears)} Linears in {len(blocks)} blocks hold {held:,} of the {self.model.num_parameters():,} "
             f"parameters. Which of them read the same input was observed in a tiny model, given {self.probe.name}."
         )
 
@@ -182,7 +173,3 @@ def _empty_family(config: Any) -> Family:
         f"transformers has neither a causal language model nor an image-text model of the type {name!r}.",
         "EMLoC tunes models that write text.",
     )
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
