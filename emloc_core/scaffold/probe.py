@@ -17,13 +17,11 @@ class Probe:
     """One way to call a model.
 
     Attributes:
-        name: says what is in the row.
         inputs: keyword arguments of the forward.
         make: what a family declares as ``tiny_inputs`` to get such inputs; None where the conformance kit has its own.
         source: the body of ``make``, a line each.
     """
 
-    name: str
     inputs: Mapping[str, Any]
     make: Callable[[Any], Mapping[str, Any]] | None = None
     source: Sequence[str] = ()
@@ -33,20 +31,19 @@ def probes(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Callab
     """Yield ways to call the model, the one that shows most first: a name, and what makes the inputs or raises."""
     config = model.config
     if family.modality == "image-text":
-        name = "an image as the config describes it"
-        yield name, lambda: Probe(name, image_inputs(config))
-        yield "an image of the vision tower's size", lambda: _measured(model)
+        yield "an image as the config describes it", lambda: Probe(image_inputs(config))
+        yield "an image of the vision tower's size", lambda: _measured(model, 1)
         yield "a list of one image of the vision tower's size", lambda: _measured(model, 1, 1)
     text = tiny_samples(replace(family, modality="text"), config)[-1]
-    yield "text", lambda: Probe("text", text.inputs("cpu"))
+    yield "text", lambda: Probe(text.inputs("cpu"))
 
 
 def _measured(model: PreTrainedModel, *leading: int) -> Probe:
-    """Ask the model itself how many tokens an image becomes."""
+    """Ask the model itself how many tokens an image becomes, whose ``pixel_values`` have these leading dimensions."""
     config: Any = model.config
     vision = config.vision_config
     size = vision.image_size
-    shape = (*(leading or (1,)), getattr(vision, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
+    shape = (*leading, getattr(vision, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
     extract: Any = model.get_image_features
     sized = "image_sizes" in inspect.signature(extract).parameters
     extra = {"image_sizes": torch.tensor([shape[-2:]])} if sized else {}
@@ -70,4 +67,4 @@ def _measured(model: PreTrainedModel, *leading: int) -> Probe:
         pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return {"input_ids": ids, "pixel_values": pixels, **extra}
 
-    return Probe("an image of the vision tower's size", tiny_inputs(config), tiny_inputs, source)
+    return Probe(tiny_inputs(config), tiny_inputs, source)

@@ -66,7 +66,7 @@ class _Scaffold:
                 "EMLoC compresses the Linears of repeated blocks, one block at a time: there is nothing to declare.",
             )
         self.tiny = plain(config) if self.model.num_parameters() <= TINY_PARAMETERS else shrink(config)
-        self.probe, self.seen = self._observe(self._tiny_model())
+        self.given, self.probe, self.seen = self._observe(self._tiny_model())
 
     def _on_meta(self, config: Any) -> PreTrainedModel:
         """Return a model on the meta device, with its buffers: only its modules are looked at."""
@@ -98,8 +98,8 @@ class _Scaffold:
             raise not_tiny(self.type, error) from error
         return model
 
-    def _observe(self, model: PreTrainedModel) -> tuple[Probe, Observation]:
-        """Run the tiny model on the first inputs that it takes, with an image if it can be."""
+    def _observe(self, model: PreTrainedModel) -> tuple[str, Probe, Observation]:
+        """Run the tiny model on the first inputs that it takes, with an image if it can be; say which they are."""
         failures: list[str] = []
         for name, make in probes(model, self.family):
             try:
@@ -114,7 +114,7 @@ class _Scaffold:
                     f"Edit: no image could be made up that the tiny model takes ({'; '.join(failures)}). Declare "
                     "tiny_inputs, and the towers that text does not reach."
                 )
-            return probe, seen
+            return name, probe, seen
         raise not_tiny(self.type, "; ".join(failures))
 
     def draft(self) -> Draft:
@@ -148,7 +148,7 @@ class _Scaffold:
         held = sum(linear.out_features * linear.in_features for linear in linears)
         return (
             f"{len(linears)} Linears in {len(blocks)} blocks hold {held:,} of the {self.model.num_parameters():,} "
-            f"parameters. Which of them read the same input was observed in a tiny model, given {self.probe.name}."
+            f"parameters. Which of them read the same input was observed in a tiny model, given {self.given}."
         )
 
 
