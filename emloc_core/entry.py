@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import tempfile
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 
 from emloc_core.budget import parse_bytes
 from emloc_core.errors import EmlocError, did_you_mean
-from emloc_core.output import write_json
+from emloc_core.output import read_toml, write_json
 from emloc_core.settings import CompressSettings, Settings, explain
 from emloc_core.training import TrainSettings
 
@@ -207,13 +206,7 @@ def read_entry(file: Path) -> Entry:
         EmlocError: the file is no entry: all that is wrong is named, with its line where it is no TOML.
     """
     try:
-        entry = Entry(**tomllib.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise EmlocError(f"There is no entry at {file}.", "Check the path.") from None
-    except OSError as error:
-        raise EmlocError(f"{file} cannot be read ({error.strerror}).", "Give an entry, a TOML file.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise EmlocError(f"{file} is not valid TOML: {error}.", "Mend the line that it names.") from None
+        entry = Entry(**read_toml(file, "entry"))
     except ValidationError as error:
         raise EmlocError(f"{file}: {explain(error, Entry)}", "Mend the entry.") from None
     entry._file = file.absolute()

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -71,6 +72,26 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise EmlocError(f"{path} holds a {type(content).__name__}, not an object.", "Restore the file.")
     return content
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Args:
+        path: of the file.
+        what: the file is, for the message: ``recipe``.
+
+    Raises:
+        EmlocError: the file is missing, cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EmlocError(f"There is no {what} at {path}.", "Check the path.") from None
+    except OSError as error:
+        raise EmlocError(f"{path} cannot be read ({error.strerror}).", "Give a TOML file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EmlocError(f"{path} is not valid TOML: {error}.", "Mend the line that it names.") from None
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from emloc_core.errors import EmlocError
+from emloc_core.output import read_toml
 from emloc_core.settings import CompressSettings, CorrectSettings, Settings, explain
 from emloc_core.training import TrainSettings
 
@@ -78,14 +79,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         EmlocError: the file cannot be read, or settings are wrong: all of them are named.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EmlocError(f"There is no recipe at {path}.", "Check the path; docs/users.md shows one.") from None
-    except OSError as error:
-        raise EmlocError(f"{path} cannot be read ({error.strerror}).", "Give a recipe, a TOML file.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise EmlocError(f"{path} is not valid TOML: {error}.", "Mend the line that it names.") from None
+    content = read_toml(path, "recipe")
     for override in overrides:
         _apply(content, override)
     try:

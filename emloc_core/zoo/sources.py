@@ -4,7 +4,6 @@ Nothing that is named is executed, and a path in a file stays in the file's dire
 """
 
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from emloc_core.errors import EmlocError
+from emloc_core.output import read_toml
 from emloc_core.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
 from emloc_core.registry import Entry, find, load_entries
 from emloc_core.registry import resolve as resolve_preset
@@ -164,14 +164,7 @@ def _from_entry(entry: Entry, defaults: Defaults) -> Job:
 
 def _read_jobs(path: Path, defaults: Defaults) -> Iterator[Job]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EmlocError(f"{path} cannot be read ({error.strerror}).", "Give a TOML file of jobs.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise EmlocError(f"{path} is not valid TOML: {error}.", "Mend the line that it names.") from None
-    try:
-        sections = JobsFile(**content).job
-        for section in sections:
+        for section in JobsFile(**read_toml(path, "file of jobs")).job:
             yield _from_section(section, path, defaults)
     except ValidationError as error:
         model = next((kind for kind in (JobsFile, CompressSettings) if kind.__name__ == error.title), Job)
