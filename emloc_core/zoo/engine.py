@@ -18,7 +18,7 @@ from emloc_core.zoo.job import Job
 Cause = Literal[
     "out of memory", "input/output", "bad input", "time limit", "disk", "crash", "lost worker", "interrupted"
 ]
-CAUSES: tuple[str, ...] = get_args(Cause)
+CAUSES: tuple[Cause, ...] = get_args(Cause)
 JOBS, LOGS, JOB, OUTCOME = "jobs", "logs", "job.json", "result.json"
 #: Environment variable: the process that a worker does not outlive.
 PARENT = "EMLOC_ZOO_PARENT"
@@ -86,14 +86,6 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return asdict(self)
-
-
-class Handle(Protocol):
-    """A task that was started. Engines have their own."""
-
-    @property
-    def task(self) -> Task:
-        """What was started."""
 
 
 class Engine(Protocol):

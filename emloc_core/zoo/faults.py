@@ -62,18 +62,16 @@ def ended(code: int, kills_before: int, what: str) -> Outcome:
         kills_before: :func:`memory_kills` before it started.
         what: the process, for the message.
     """
-    cause: Cause
     if code >= 0:
         index = code - _FIRST_CODE
         if 0 <= index < len(CAUSES):
-            cause = CAUSES[index]  # type: ignore[assignment]
-            return Outcome(cause, f"{what} could only say so by its exit code ({code}); its log may say more.")
+            return Outcome(CAUSES[index], f"{what} could only say so by its exit code ({code}); its log may say more.")
         return Outcome("crash", f"{what} ended with exit code {code}; its log says more.")
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     if code == -signal.SIGKILL and memory_kills() > kills_before:
         return Outcome("out of memory", f"{what} was killed by the kernel, which had run out of memory.")
-    cause = "lost worker" if -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT) else "crash"
-    return Outcome(cause, f"{what} was ended by {name}.")
+    lost = -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    return Outcome("lost worker" if lost else "crash", f"{what} was ended by {name}.")
 
 
 def exit_code(cause: Cause | None) -> int:

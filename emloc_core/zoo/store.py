@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -304,4 +304,4 @@ def _running(records: list[JobRecord]) -> dict[str, int]:
 
 
 def _interrupted(record: JobRecord) -> JobRecord:
-    return record if record.state != "running" else JobRecord(**{**vars(record), "state": "interrupted"})
+    return record if record.state != "running" else replace(record, state="interrupted")
