@@ -116,15 +116,6 @@ class Picture:
         return content
 
 
-def read_image(source: Any, directory: Path) -> "Image":
-    """Read one image of a row in RGB; see :meth:`Picture.of` for what ``source`` may be.
-
-    Raises:
-        EmlocError: there is no such file; it is no image, or cut short; or Pillow is not installed.
-    """
-    return Picture.of(source, directory).read()
-
-
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 

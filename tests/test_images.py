@@ -20,7 +20,7 @@ from emloc_core.data import load_rows, write_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.finetune import FineTuning
-from emloc_core.images import read_image
+from emloc_core.images import Picture
 from emloc_core.output import MANIFEST
 from emloc_core.settings import CompressSettings
 from emloc_core.training import TrainSettings
@@ -55,7 +55,7 @@ def test_an_image_is_a_path_bytes_both_or_pils(tmp_path: Path):
     sources = ["here/a.png", absolute, Path("here/a.png"), PICTURE, {"bytes": PICTURE, "path": "gone.png"},
                {"bytes": None, "path": "here/a.png"}, pil]  # fmt: skip
     for source in sources:
-        read = read_image(source, tmp_path)
+        read = Picture.of(source, tmp_path).read()
         assert (read.mode, read.size, read.tobytes()) == ("RGB", (16, 8), pil.tobytes())
 
 
@@ -64,7 +64,7 @@ def test_an_image_is_upright_and_in_rgb():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
     upright.rotate(90, expand=True).convert("RGBA").save(content, format="PNG", exif=exif)
-    read = read_image(content.getvalue(), Path())
+    read = Picture.of(content.getvalue(), Path()).read()
     assert (read.mode, read.tobytes()) == ("RGB", upright.tobytes())
 
 
@@ -182,7 +182,7 @@ def test_without_pillow_it_says_what_to_install(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(EmlocError, match="Pillow, which is not installed"):
         load_processor(tmp_path)
     with pytest.raises(EmlocError, match=r"Pillow, which is not installed\. pip install 'emloc\[vision\]'"):
-        read_image(PICTURE, tmp_path)
+        Picture.of(PICTURE, tmp_path).read()
 
 
 def test_a_picture_that_changes_after_the_rows_were_read_is_an_error(tmp_path: Path):
