@@ -10,15 +10,20 @@ from typing import Any
 import rich_click as click
 
 
+def output_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the option ``-o`` of a demo that goes into the directory ``default`` where nothing else is said."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        default=Path(default),
+        show_default=True,
+        help="Directory of everything that the demo makes.",
+    )
+
+
 @click.command("demo")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("build/demo"),
-    show_default=True,
-    help="Directory of everything that the demo makes.",
-)
+@output_option("build/demo")
 @click.option("--prepare-only", is_flag=True, help="Write the model, the data, the tasks and the recipe, and stop.")
 def command(output: Path, prepare_only: bool) -> None:
     """Tune SmolLM2-135M to read customers' messages, the whole way from the base model to the table.

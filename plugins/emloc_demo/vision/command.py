@@ -5,18 +5,11 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_demo.command import copy_recipe, run
+from emloc_demo.command import copy_recipe, output_option, run
 
 
 @click.command("demo-vision")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("build/demo-vision"),
-    show_default=True,
-    help="Directory of everything that the demo makes.",
-)
+@output_option("build/demo-vision")
 @click.option("--prepare-only", is_flag=True, help="Train the base model, write data, tasks and recipe, and stop.")
 def command(output: Path, prepare_only: bool) -> None:
     """Train a small InternVL to read handwritten digits, then adapt it by EMLoC to put them in order.

@@ -11,19 +11,13 @@ from pathlib import Path
 import rich_click as click
 
 from emloc_core.errors import EmlocError
+from emloc_demo.command import output_option
 
 ENGINES = ("local", "ray")
 
 
 @click.command("demo-zoo")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("build/demo-zoo"),
-    show_default=True,
-    help="Directory of everything that the demo makes.",
-)
+@output_option("build/demo-zoo")
 @click.option("--smollm2/--no-smollm2", default=True, show_default=True, help="SmolLM2-135M among the models.")
 @click.option("--prepare-only", is_flag=True, help="Write the models, the rows and the file of jobs, and stop.")
 def command(output: Path, smollm2: bool, prepare_only: bool) -> None:
