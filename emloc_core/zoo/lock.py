@@ -27,7 +27,7 @@ def driving(directory: Path) -> Iterator[int]:
     descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         deadline = time.monotonic() + _PATIENCE
-        while not _try(descriptor):
+        while not try_lock(descriptor):
             owner = _owner(descriptor)
             if _is_alive(owner) or time.monotonic() > deadline:
                 raise EmlocError(
@@ -50,12 +50,13 @@ def is_driven(directory: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not _try(descriptor, fcntl.LOCK_SH)
+        return not try_lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 
 
-def _try(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Lock a file if that can be done at once; say whether it was."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -4,7 +4,6 @@ On a disk that all nodes share there is nothing to copy: the stages publish whol
 another node goes on with what a lost one has left. Other storage gets each output when it is finished.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -24,6 +23,7 @@ from emloc_core import __version__
 from emloc_core.zoo.engine import JOB, JOBS, OUTCOME, Outcome, environment, read_outcome
 from emloc_core.zoo.faults import ended, memory_kills
 from emloc_core.zoo.job import Job
+from emloc_core.zoo.lock import try_lock
 from emloc_core.zoo.storage import Storage, fetch_input
 
 _LOCK = ".worker.lock"
@@ -156,15 +156,11 @@ def _alone(place: Path) -> Iterator[int | None]:
     descriptor = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         deadline = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    yield None
-                    return
-                time.sleep(0.1)
+        while not try_lock(descriptor):
+            if time.monotonic() > deadline:
+                yield None
+                return
+            time.sleep(0.1)
         yield descriptor
     finally:
         os.close(descriptor)
