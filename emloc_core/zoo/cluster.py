@@ -14,7 +14,7 @@ from typing import Any
 from emloc_core.errors import EmlocError
 from emloc_core.output import MANIFEST
 from emloc_core.report import human_bytes
-from emloc_core.zoo.engine import JOB, JOBS, OUTCOME, Outcome, Task
+from emloc_core.zoo.engine import JOB, JOBS, OUTCOME, NoRoomError, Outcome, Task
 from emloc_core.zoo.faults import classify, describe
 from emloc_core.zoo.node import Order, perform
 from emloc_core.zoo.storage import Storage, share
@@ -76,14 +76,16 @@ class RayEngine:
         """Return how many more tasks like this one the cluster has room for, as far as this zoo's tasks go.
 
         Raises:
-            EmlocError: no node has what the task asks for.
+            NoRoomError: no node has what the task asks for.
         """
         nodes = self._nodes()
         asked = self._ask(task, nodes)
         fitting = sum(_times(node, asked) for node in nodes)
         if not fitting or (self.memory is not None and asked[_MEMORY] > self.memory):
             wanted = ", ".join(_describe(name, amount) for name, amount in asked.items() if amount)
-            raise EmlocError(
+            without = {**asked, _MEMORY: 0}
+            raise NoRoomError(
+                "out of memory" if any(_times(node, without) for node in nodes) else "bad input",
                 f"{task.job.name} needs {wanted}, which no node of the cluster has.",
                 "Add such a node, or make the job smaller: fewer threads, fewer samples, shorter rows.",
             )

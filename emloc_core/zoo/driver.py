@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from emloc_core.errors import EmlocError
 from emloc_core.report import human_bytes, human_seconds
-from emloc_core.zoo.engine import Engine, Needs, Outcome, Task
+from emloc_core.zoo.engine import Engine, Needs, NoRoomError, Outcome, Task
 from emloc_core.zoo.faults import classify, describe
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.retry import Limits, Retry, after
@@ -99,10 +98,9 @@ class Driver:
             try:
                 if not self._has_room(task) or self.engine.slots(task) < 1:
                     continue
-            except EmlocError as error:
-                cause = "disk" if isinstance(error, _NoRoomError) else "out of memory"
+            except NoRoomError as error:
                 self._begin(name, progress, task)
-                self._end(name, progress, Outcome(cause, str(error)), 0.0, final=True)  # type: ignore[arg-type]
+                self._end(name, progress, Outcome(error.cause, str(error)), 0.0, final=True)
                 started = True
                 continue
             self._begin(name, progress, task)
@@ -164,14 +162,15 @@ class Driver:
         """Say whether the disk holds what the task writes beside what others are still writing.
 
         Raises:
-            EmlocError: it does not, and nothing is running that could give room.
+            NoRoomError: it does not, and nothing is running that could give room.
         """
         need = _disk(task.needs)
         promised = sum(_disk(progress.needs) for progress, _, _ in self._running.values())
         if self.limits.disk is not None and self._written + promised + need > self.limits.disk:
             if promised:
                 return False
-            raise _NoRoomError(
+            raise NoRoomError(
+                "disk",
                 f"{task.job.name} writes {human_bytes(need)}, and {human_bytes(self._written)} of the "
                 f"{human_bytes(self.limits.disk)} that the zoo may take are taken.",
                 "Give --disk more.",
@@ -180,7 +179,8 @@ class Driver:
         if free - promised < need + RESERVE:
             if promised:
                 return False
-            raise _NoRoomError(
+            raise NoRoomError(
+                "disk",
                 f"{task.job.name} writes {human_bytes(need)}, and {human_bytes(free)} are free, of which "
                 f"{human_bytes(RESERVE)} are left alone.",
                 "Free some space and run the same command again.",
@@ -201,10 +201,6 @@ def _told_to_stop() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _NoRoomError(EmlocError):
-    """The disk will not hold it."""
 
 
 def free_bytes(directory: Path) -> int:

@@ -65,6 +65,14 @@ class Task:
         return f"{LOGS}/{self.job.name}.{self.attempt}.log"
 
 
+class NoRoomError(EmlocError):
+    """A task will never fit; ``cause`` is that of its failure."""
+
+    def __init__(self, cause: Cause, message: str, fix: str) -> None:
+        super().__init__(message, fix)
+        self.cause = cause
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How an attempt ended.
@@ -95,7 +103,7 @@ class Engine(Protocol):
         """Return how many more tasks like this one can be started now; 0 for wait.
 
         Raises:
-            EmlocError: it will never fit, and why.
+            NoRoomError: it will never fit, and why.
         """
 
     def start(self, task: Task, directory: Path) -> Any:

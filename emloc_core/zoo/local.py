@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from emloc_core.errors import EmlocError
 from emloc_core.report import human_bytes
-from emloc_core.zoo.engine import JOB, OUTCOME, Outcome, Task, environment, read_outcome
+from emloc_core.zoo.engine import JOB, OUTCOME, NoRoomError, Outcome, Task, environment, read_outcome
 from emloc_core.zoo.faults import ended, memory_kills
 
 
@@ -48,11 +47,12 @@ class LocalEngine:
         """Return how many more tasks like this one can be started now.
 
         Raises:
-            EmlocError: the task needs more memory than all workers may use.
+            NoRoomError: the task needs more memory than all workers may use.
         """
         need = task.needs.memory
         if need is not None and need > self.memory:
-            raise EmlocError(
+            raise NoRoomError(
+                "out of memory",
                 f"{task.job.name} needs {human_bytes(need)} of memory by the plan, and there are "
                 f"{human_bytes(self.memory)}.",
                 "Give --memory where there is more, or make the job smaller: fewer samples, shorter rows.",

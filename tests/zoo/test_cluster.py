@@ -20,7 +20,7 @@ from emloc_core.output import TIMING, write_json
 from emloc_core.settings import CompressSettings
 from emloc_core.zoo.cluster import RayEngine
 from emloc_core.zoo.convert import convert
-from emloc_core.zoo.engine import JOB, Needs, Task
+from emloc_core.zoo.engine import JOB, Needs, NoRoomError, Task
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.local import LocalEngine
 from emloc_core.zoo.node import Order, perform
@@ -257,10 +257,11 @@ def test_asks_for_what_the_plan_says(engine):
     assert gpus.slots(task()) == 2
 
 
-@pytest.mark.parametrize("wanted", [{"threads": 8}, {"memory": 9 << 30}])
-def test_refuses_what_no_node_has(engine, wanted):
-    with pytest.raises(EmlocError, match="no node of the cluster"):
+@pytest.mark.parametrize(("wanted", "cause"), [({"threads": 8}, "bad input"), ({"memory": 9 << 30}, "out of memory")])
+def test_refuses_what_no_node_has(engine, wanted, cause):
+    with pytest.raises(NoRoomError, match="no node of the cluster") as refused:
         engine((True, {"CPU": 4.0, "memory": 8.0 * 2**30})).slots(task(**wanted))
+    assert refused.value.cause == cause
 
 
 def test_no_cluster_there():
