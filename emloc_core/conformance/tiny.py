@@ -182,8 +182,7 @@ def tiny_config(settings: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
     try:
-        options = copy.deepcopy(dict(settings))
-        return AutoConfig.for_model(options.pop("model_type"), **options)
+        return AutoConfig.for_model(**copy.deepcopy(dict(settings)))
     except Exception as error:  # whatever transformers' own checks of a config raise
         raise EmlocError(
             f"transformers refuses the tiny config of {_label(settings)!r} ({first_line(error)}).",

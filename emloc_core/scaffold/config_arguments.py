@@ -47,12 +47,10 @@ def make_config(arguments: Mapping[str, Any]) -> Any:
     Raises:
         EmlocError: transformers refuses them.
     """
-    settings = dict(arguments)
-    model_type = settings.pop("model_type")
     try:
-        return AutoConfig.for_model(model_type, **settings)
+        return AutoConfig.for_model(**arguments)
     except Exception as error:  # whatever the config class's own checks raise
-        raise not_tiny(model_type, error) from error
+        raise not_tiny(arguments["model_type"], error) from error
 
 
 def not_tiny(model_type: str, error: Exception | str) -> EmlocError:
