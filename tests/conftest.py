@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from emloc_core.checkpoint import Checkpoint
+from emloc_core.cli import main
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.settings import CompressSettings
@@ -28,6 +30,9 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+#: Fields of TRL's SFTConfig for three steps on a CPU that change what a tiny model says.
+PLAIN_TRAINING = {"max_steps": 3, "use_cpu": True, "bf16": False, "report_to": "none", "learning_rate": 1e-2}
 
 
 def example_rows() -> list[dict[str, str]]:
@@ -64,18 +69,37 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved tiny Llama with its tokenizer: fp32, seeded random weights."""
-    directory = tmp_path_factory.mktemp("models") / "tiny-llama"
-    settings = dict(LLAMA.tiny_configs[0])
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+def save_tiny_model(settings: Mapping[str, Any], directory: Path) -> Path:
+    """Save a model with its tokenizer, fp32 with seeded random weights, from arguments of ``AutoConfig.for_model``."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny Llama with its tokenizer: fp32, seeded random weights."""
+    return save_tiny_model(LLAMA.tiny_configs[0], tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture
+def emloc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Run a command as ``emloc`` does; return exit code, stdout, stderr."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["emloc", *map(str, argv)])
+        try:
+            main()
+            code = 0
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -12,28 +12,11 @@ from click.testing import CliRunner
 from conftest import write_jsonl
 from safetensors.torch import load_file, save_file
 
-from emloc_core.cli import cli, main
+from emloc_core.cli import cli
 from emloc_core.data import CALIBRATION, SELECTION, load_rows
 from emloc_core.recipe import load_recipe
 
 SMALL = ["--samples", "8", "--selection", "4"]
-
-
-@pytest.fixture
-def emloc(monkeypatch, capsys):
-    """Run a command as ``emloc`` does; return exit code, stdout, stderr."""
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["emloc", *map(str, argv)])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def change(model, tmp_path, **files):

@@ -319,14 +319,6 @@ def test_an_uninstalled_family_is_checked_and_forgotten(tmp_path):
     assert torch.get_num_threads() == threads
 
 
-@pytest.fixture
-def emloc(monkeypatch, capsys):
-    """Run a command as ``emloc`` does; return exit code, stdout, stderr."""
-    from test_cli import emloc
-
-    return emloc.__wrapped__(monkeypatch, capsys)
-
-
 def test_the_command_lists_what_fails_and_exits_with_1(emloc):
     with plugin_manager().declaring(replace(with_groups(*GROUPS[:3]), name="halved")):
         code, out, err = emloc("families", "check", "halved")

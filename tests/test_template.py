@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import tiny_tokenizer
+from conftest import save_tiny_model
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -137,16 +137,9 @@ def phi3(environment, tmp_path_factory):
 @pytest.fixture(scope="module")
 def phi3_model(environment, phi3, tmp_path_factory) -> Path:
     """A saved tiny Phi3, of the family's own tiny config, with a tokenizer."""
-    directory = tmp_path_factory.mktemp("models") / "tiny-phi3"
     script = "import json, emloc_phi3; print(json.dumps(emloc_phi3.PHI3.tiny_configs[0]))"
     settings = json.loads(environment.run("python", "-c", script, cwd=phi3.parent.parent.parent))
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return save_tiny_model(settings, tmp_path_factory.mktemp("models") / "tiny-phi3")
 
 
 def test_a_declaration_is_short(phi3):
