@@ -14,7 +14,7 @@ from typing import Any
 from emloc_core.errors import EmlocError
 from emloc_core.output import MANIFEST
 from emloc_core.report import human_bytes
-from emloc_core.zoo.engine import JOB, JOBS, OUTCOME, NoRoomError, Outcome, Task
+from emloc_core.zoo.engine import JOBS, NoRoomError, Outcome, Task, write_job
 from emloc_core.zoo.faults import classify, describe
 from emloc_core.zoo.node import Order, perform
 from emloc_core.zoo.storage import Storage, share
@@ -98,11 +98,8 @@ class RayEngine:
 
     def start(self, task: Task, directory: Path) -> RayHandle:
         """Submit a task."""
-        place = task.directory(directory).absolute()
-        place.mkdir(parents=True, exist_ok=True)
+        write_job(task.job, task.directory(directory).absolute())
         (directory / task.log).parent.mkdir(exist_ok=True)
-        (place / OUTCOME).unlink(missing_ok=True)
-        (place / JOB).write_text(task.job.model_dump_json(indent=2) + "\n", encoding="utf-8")
         asked = self._ask(task, self._nodes())
         submitted = (
             _done(self._submit(task, directory, asked))

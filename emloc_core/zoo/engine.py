@@ -1,12 +1,14 @@
 """What an engine is: it starts a job's worker somewhere, and says how it ended. The driver decides everything else.
 
-Every engine runs the same command, ``python -m emloc_core.zoo.worker JOB.json``, with :func:`environment`; the outputs
+Every engine runs the same command, ``python -m emloc_core.zoo.worker JOB.json``, by :func:`start_worker`; the outputs
 and ``result.json``, a JSON :class:`Outcome`, appear beside ``JOB.json``.
 """
 
 import contextlib
 import os
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -20,6 +22,7 @@ Cause = Literal[
 ]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 JOBS, LOGS, JOB, OUTCOME = "jobs", "logs", "job.json", "result.json"
+WORKER = (sys.executable, "-m", "emloc_core.zoo.worker")
 #: Environment variable: the process that a worker does not outlive.
 PARENT = "EMLOC_ZOO_PARENT"
 
@@ -124,6 +127,45 @@ def read_outcome(directory: Path) -> Outcome | None:
     with contextlib.suppress(EmlocError, TypeError):
         return Outcome(**read_object(directory / OUTCOME))
     return None
+
+
+def write_job(job: Job, place: Path) -> None:
+    """Make the directory of a job's outputs, and write the job file there."""
+    place.mkdir(parents=True, exist_ok=True)
+    (place / JOB).write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def start_worker(
+    job: Job,
+    place: Path,
+    log: Path,
+    inherited: Sequence[int],
+    variables: Mapping[str, str] | None = None,
+    command: Sequence[str] = WORKER,
+) -> subprocess.Popen[bytes]:
+    """Start a worker, the leader of its own group of processes.
+
+    Args:
+        job: as in its file.
+        place: absolute path of the directory with the job file.
+        log: file for what it prints.
+        inherited: file descriptors that it holds as long as it lives.
+        variables: of the environment, besides those of :func:`environment`.
+        command: is given the path of the job file.
+    """
+    (place / OUTCOME).unlink(missing_ok=True)
+    log.parent.mkdir(exist_ok=True)
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [*command, str(place / JOB)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=place,  # an id of the hub is no path here
+            env={**environment(job), **(variables or {})},
+            start_new_session=True,
+            pass_fds=inherited,
+        )
 
 
 def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str]:

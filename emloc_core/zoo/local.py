@@ -5,13 +5,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emloc_core.report import human_bytes
-from emloc_core.zoo.engine import JOB, OUTCOME, NoRoomError, Outcome, Task, environment, read_outcome
+from emloc_core.zoo.engine import WORKER, NoRoomError, Outcome, Task, read_outcome, start_worker, write_job
 from emloc_core.zoo.faults import ended, memory_kills
 
 
@@ -37,6 +36,9 @@ class LocalEngine:
         memory: bytes for all of them together; by default those of the machine.
         inherited: file descriptors that workers hold as long as they live.
     """
+
+    #: What a worker is; what stands in for one, to measure or to test the driver, is an engine's of its own.
+    command: Sequence[str] = WORKER
 
     def __init__(self, workers: int, memory: int | None = None, inherited: Sequence[int] = ()) -> None:
         self.workers, self.memory, self._inherited = workers, memory or machine_memory(), tuple(inherited)
@@ -69,24 +71,11 @@ class LocalEngine:
     def start(self, task: Task, directory: Path) -> LocalHandle:
         """Start a worker; what it prints goes to the task's log."""
         place = task.directory(directory).absolute()
-        place.mkdir(parents=True, exist_ok=True)
-        log = directory / task.log
-        log.parent.mkdir(exist_ok=True)
-        (place / OUTCOME).unlink(missing_ok=True)
-        (place / JOB).write_text(task.job.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_job(task.job, place)
         taken = {handle.gpu for handle in self._running}
         gpu = next((name for name in self._gpus if name not in taken), None)
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "emloc_core.zoo.worker", str(place / JOB)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=place,  # an id of the hub is no path here
-                env=environment(task.job) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
-                start_new_session=True,
-                pass_fds=self._inherited,
-            )
+        variables = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        process = start_worker(task.job, place, directory / task.log, self._inherited, variables, self.command)
         handle = LocalHandle(task, process, place, memory_kills(), gpu)
         self._running.append(handle)
         return handle

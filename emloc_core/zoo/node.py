@@ -9,8 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core import __version__
-from emloc_core.zoo.engine import JOB, JOBS, OUTCOME, Outcome, environment, read_outcome
+from emloc_core.zoo.engine import JOB, JOBS, Outcome, read_outcome, start_worker, write_job
 from emloc_core.zoo.faults import ended, memory_kills
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.lock import try_lock
@@ -107,7 +105,7 @@ def _by_storage(order: Order, job: Job) -> Outcome:
         for output, name in outputs.items():
             if not output.exists() and storage.has(name):
                 storage.fetch(name, output)
-        (place / JOB).write_text(local.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_job(local, place)
         log = place / "log"
         worker = _Worker(local, place, log, lock)
         mirrored = 0.0
@@ -171,19 +169,7 @@ class _Worker:
 
     def __init__(self, job: Job, place: Path, log: Path, lock: int) -> None:
         self._place, self._kills = place, memory_kills()
-        (place / OUTCOME).unlink(missing_ok=True)
-        log.parent.mkdir(exist_ok=True)
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "emloc_core.zoo.worker", str(place / JOB)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=place,  # an id of the hub is no path here
-                env=environment(job),
-                start_new_session=True,
-                pass_fds=[lock],
-            )
+        self._process = start_worker(job, place, log, [lock])
 
     @property
     def ended(self) -> bool:
