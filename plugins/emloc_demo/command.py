@@ -55,7 +55,6 @@ def explain(results: dict[str, Any]) -> str:
     rows = results["tasks"]["fields_json"]["rows"]
     share = results["compression"]["bytes"]["emulator"] / results["compression"]["bytes"]["base"]
     gain = (base["nll"] - tuned["nll"]) / (base["nll"] - full["nll"])
-    clamp = results["correction"]["clamp"]
 
     def whole(system: dict[str, Any]) -> str:
         return f"{round(rows * system['exact_match'])} of {rows} messages wholly right"
@@ -63,19 +62,22 @@ def explain(results: dict[str, Any]) -> str:
     def peak(stage: str) -> str:
         return f"{stages[stage]['peak_rss_bytes'] / 1e9:.2f} GB"
 
-    corrected = (
-        "Held-out rows spoke against any correction here, so the LoRA was kept as it was tuned."
-        if clamp == 0
-        else f"Of the corrections compared on held-out rows, clamp {clamp} was the best."
-    )
     return (
         f"\nWhat you see: SmolLM2-135M as it comes has a loss of {base['nll']:.2f} a token on the right answers, with "
         f"{whole(base)}. A LoRA was tuned on an emulator of {share:.0%} of its bytes, never touching the model itself, "
         f"and then carried over: {tuned['nll']:.2f}, {whole(tuned)}. That is {gain:.0%} of what the same LoRA gains "
-        f"in loss when it is tuned on the model itself ({full['nll']:.2f}, {whole(full)}). {corrected} Tuning took "
-        f"{peak('adapter')} on the emulator and {peak('full_lora')} on the model: in a model this small, activations "
-        "and logits outweigh the weights, and it is the weights that the emulator saves."
+        f"in loss when it is tuned on the model itself ({full['nll']:.2f}, {whole(full)}). {chosen_clamp(results)} "
+        f"Tuning took {peak('adapter')} on the emulator and {peak('full_lora')} on the model: in a model this small, "
+        "activations and logits outweigh the weights, and it is the weights that the emulator saves."
     )
+
+
+def chosen_clamp(results: dict[str, Any]) -> str:
+    """Return one sentence that says how the LoRA was corrected."""
+    clamp = results["correction"]["clamp"]
+    if clamp == 0:
+        return "Held-out rows spoke against any correction here, so the LoRA was kept as it was tuned."
+    return f"Of the corrections compared on held-out rows, clamp {clamp} was the best."
 
 
 def prepare(directory: Path) -> Path:

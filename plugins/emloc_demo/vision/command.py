@@ -5,7 +5,7 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_demo.command import copy_recipe, output_option, run
+from emloc_demo.command import chosen_clamp, copy_recipe, output_option, run
 
 
 @click.command("demo-vision")
@@ -46,22 +46,17 @@ def prepare(directory: Path) -> Path:
 
 def explain(results: dict[str, Any]) -> str:
     """Return one paragraph that says what the table shows."""
-    systems, correction = results["systems"], results["correction"]
+    systems = results["systems"]
     share = results["compression"]["bytes"]["emulator"] / results["compression"]["bytes"]["base"]
 
     def right(system: str, task: str = "order") -> str:
         return f"{systems[system][f'{task}.exact_match']:.0%}"
 
-    corrected = (
-        "Held-out rows spoke against any correction here, so the LoRA was kept as it was tuned."
-        if correction["clamp"] == 0
-        else f"Of the corrections compared on held-out rows, clamp {correction['clamp']} was the best."
-    )
     return (
         f"\nWhat you see: the base model reads all digits of {right('base', 'read')} of the test pictures, none of "
         f"whose digits it has seen. Asked for the smallest first, which it never was before, it answers "
         f"{right('base')} rightly. A LoRA was tuned for that on an emulator of {share:.0%} of the model's bytes, and "
         f"then carried over: {right('base+corrected')}. The same LoRA, tuned on the model itself, answers "
-        f"{right('full_lora')}. {corrected} Asked the old question, the adapted model still answers "
+        f"{right('full_lora')}. {chosen_clamp(results)} Asked the old question, the adapted model still answers "
         f"{right('base+corrected', 'read')} rightly: it was tuned on the new one alone."
     )
