@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import example_rows, tiny_tokenizer
+from conftest import PLAIN_TRAINING, example_rows, tiny_tokenizer
 from datasets import Dataset
 from emloc_llama import TINY
 from peft import LoraConfig, PeftModel
@@ -47,14 +47,7 @@ def test_an_emulator_trains_and_its_adapter_loads_onto_the_base(name: str, rows_
     assert all(torch.equal(emulator.state_dict()[key], value) for key, value in biases.items())
     trainer = SFTTrainer(
         emulator,
-        args=SFTConfig(
-            output_dir=str(tmp_path / "run"),
-            max_steps=3,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            learning_rate=1e-2,
-        ),
+        args=SFTConfig(output_dir=str(tmp_path / "run"), **PLAIN_TRAINING),
         train_dataset=Dataset.from_list(example_rows()[:24]),
         processing_class=AutoTokenizer.from_pretrained(directory),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import PLAIN_TRAINING, write_jsonl
 from datasets import Dataset
 from emloc_internvl import INTERNVL
 from emloc_qwen.vision import QWEN_VL
@@ -245,14 +245,7 @@ def test_an_emulator_trains_in_a_plain_sft_trainer_and_its_adapter_loads_onto_th
              "images": [picture(["red", colour])]} for colour in ("red", "blue", "green", "gold")]  # fmt: skip
     trainer = SFTTrainer(
         AutoModelForImageTextToText.from_pretrained(emulator, dtype="auto"),
-        args=SFTConfig(
-            output_dir=str(tmp_path / "run"),
-            max_steps=3,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            learning_rate=1e-2,
-        ),
+        args=SFTConfig(output_dir=str(tmp_path / "run"), **PLAIN_TRAINING),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoProcessor.from_pretrained(emulator),
         peft_config=LoraConfig(r=4, target_modules=family.lora_targets(), task_type="CAUSAL_LM"),
