@@ -158,10 +158,9 @@ def text_config(config: Config) -> dict[str, Any]:
     return {"model_type": config["model_type"], "tie_word_embeddings": False, **kept, "use_cache": True}
 
 
-def split_qkv(qkv: "torch.Tensor", config: Config) -> "Iterable[torch.Tensor]":
+def split_qkv(qkv: "torch.Tensor", _config: Config) -> "Iterable[torch.Tensor]":
     """Return the rows of q_proj, k_proj and v_proj: a third each."""
-    hidden = read_config(config)["vision_config"]["hidden_size"]
-    return qkv.split([hidden] * 3)
+    return qkv.unflatten(0, (3, -1)).unbind()
 
 
 _layer, _at = r"vision_model\.encoder\.layers\.(\d+)\.", r"model.vision_tower.encoder.layer.\1."
