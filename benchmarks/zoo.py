@@ -2,17 +2,20 @@
 
 import argparse
 import json
+import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from harness import goal, in_process, markdown, write_results
 
 from emloc_core.zoo.convert import convert
+from emloc_core.zoo.engine import Needs
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.local import LocalEngine
-from emloc_core.zoo.store import JobRecord
+from emloc_core.zoo.store import JobRecord, Store
 
 #: A model whose emulator takes one thread some seconds, beside the imports that every worker needs.
 CONFIG = {
@@ -21,6 +24,20 @@ CONFIG = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 ROWS = 48
+#: A worker with nothing to do; all else is as in the real one.
+IDLE = """
+import sys
+from emloc_core.zoo import worker
+from emloc_core.zoo.engine import Outcome
+worker.run = lambda job, directory: Outcome(None)
+sys.exit(worker.main(sys.argv[1]))
+"""
+
+
+class IdleEngine(LocalEngine):
+    """Workers that do nothing."""
+
+    command = (sys.executable, "-c", IDLE)
 
 
 def make_models(root: str, count: int) -> dict[str, Any]:
@@ -62,17 +79,20 @@ def compress_all(root: str, workers: int) -> dict[str, Any]:
 
 def drive_trivial(root: str, count: int) -> dict[str, Any]:
     """Do so many jobs that do nothing; return the processor's and the clock's milliseconds a job."""
-    jobs = [Job(name=f"job-{number}", model="none/none", trivial=0) for number in range(count)]
+    names = [f"job-{number}" for number in range(count)]
     processor, clock = time.process_time(), time.perf_counter()
-    _convert(jobs, Path(root) / "trivial", 2)
+    with closing(Store(Path(root) / "trivial", create=True)) as store:
+        store.add([Job(name=name, model="none/none") for name in names], names)
+        store.plan(dict.fromkeys(names, Needs(memory=0, disk=0)))
+    _convert([], Path(root) / "trivial", 2, IdleEngine)
     return {
         "driver_ms": (time.process_time() - processor) * 1e3 / count,
         "clock_ms": (time.perf_counter() - clock) * 1e3 / count,
     }
 
 
-def _convert(jobs: list[Job], zoo: Path, workers: int) -> list[JobRecord]:
-    records = convert(jobs, zoo, lambda lock: LocalEngine(workers, inherited=[lock]))
+def _convert(jobs: list[Job], zoo: Path, workers: int, engine: type[LocalEngine] = LocalEngine) -> list[JobRecord]:
+    records = convert(jobs, zoo, lambda lock: engine(workers, inherited=[lock]))
     assert all(record.state == "done" for record in records), [record.attempts for record in records]
     return records
 

@@ -40,7 +40,6 @@ class Job(Settings):
     eval: EvalSection | None = None
     threads: int = Field(1, ge=1, description="Threads of the worker: pinned, since they decide the last bits.")
     offline: bool = Field(False, description="Never fetch anything from the hub.")
-    trivial: float | None = Field(None, ge=0, description="Do nothing for so many seconds: to measure the driver.")
 
     @model_validator(mode="after")
     def _is_a_recipe(self) -> Self:
@@ -71,7 +70,7 @@ class Job(Settings):
         Hashes of large files are kept in ``cache_dir``. What is on the hub counts by its id and revision, and what
         cannot be read by its path: the worker will say what is wrong with it. Imports torch where there is a model.
         """
-        content = self.model_dump(exclude={"offline"} if self.trivial is not None else {"name", "offline"})
+        content = self.model_dump(exclude={"name", "offline"})
         content["bytes"] = BYTES
         if Path(self.model).is_dir():
             content["model"] = _model_fingerprint(self.model, cache_dir)

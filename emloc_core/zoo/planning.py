@@ -35,39 +35,36 @@ def plan(
     Raises:
         EmlocError: the planner itself broke.
     """
-    trivial = {
-        job.name: (job.fingerprint(cache_dir), Needs(memory=0, disk=0)) for job in jobs if job.trivial is not None
-    }
-    real = [job for job in jobs if job.name not in trivial]
-    found: dict[str, tuple[str, Needs | None]] = dict(trivial)
-    if real:
-        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if any(job.offline for job in real) else {}
-        command = [sys.executable, "-m", "emloc_core.zoo.planning", str(cache_dir.absolute())]
-        question = json.dumps({"jobs": [job.model_dump() for job in real], "known": list(known)})
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=cache_dir,  # an id of the hub is no path here
-            env={**os.environ, **offline},
-        ) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(question)
-                process.stdin.close()
-            for job, line in zip(real, process.stdout, strict=False):
-                fingerprint, needs = json.loads(line)
-                found[job.name] = fingerprint, Needs(**needs) if needs else None
-                advance(job.name, len(found), len(jobs))
-        if len(found) < len(jobs):
-            lost = next(job for job in real if job.name not in found)
-            raise EmlocError(
-                f"Planning ended at {lost.name} ({lost.model}) with exit code {process.returncode}.",
-                "What it printed says more; leave that model out, or free some memory.",
-            )
-    return [found[job.name] for job in jobs]
+    if not jobs:
+        return []
+    found: list[tuple[str, Needs | None]] = []
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if any(job.offline for job in jobs) else {}
+    command = [sys.executable, "-m", "emloc_core.zoo.planning", str(cache_dir.absolute())]
+    question = json.dumps({"jobs": [job.model_dump() for job in jobs], "known": list(known)})
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=cache_dir,  # an id of the hub is no path here
+        env={**os.environ, **offline},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(question)
+            process.stdin.close()
+        for job, line in zip(jobs, process.stdout, strict=False):
+            fingerprint, needs = json.loads(line)
+            found.append((fingerprint, Needs(**needs) if needs else None))
+            advance(job.name, len(found), len(jobs))
+    if len(found) < len(jobs):
+        lost = jobs[len(found)]
+        raise EmlocError(
+            f"Planning ended at {lost.name} ({lost.model}) with exit code {process.returncode}.",
+            "What it printed says more; leave that model out, or free some memory.",
+        )
+    return found
 
 
 def needs(job: Job) -> Needs:

@@ -24,8 +24,6 @@ def collect(job: Job, directory: Path) -> dict[str, Any]:
         ``correction``: what correcting decided, and ``systems`` and ``metrics``: as in ``results.json`` of
         ``emloc eval``.
     """
-    if job.trivial is not None:
-        return {}
     outputs = [stage.output for stage in job.stages(directory)]
     timings = {output.name: read_json(output / TIMING) for output in outputs}
     emulator = read_json(directory / "emulator" / MANIFEST)["result"]

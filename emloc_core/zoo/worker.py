@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +28,6 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def run(job: Job, directory: Path) -> Outcome:
     """Do the job's stages, in order, each unless it is there already; return how it ended."""
-    if job.trivial is not None:
-        print(f"waiting {job.trivial:g} s", flush=True)  # noqa: T201 - the log
-        time.sleep(job.trivial)
-        return Outcome(None)
     if job.data is None:
         return Outcome("bad input", f"{job.name} has no rows to calibrate on. Give --data, or data of its own.")
     stage = None

@@ -5,25 +5,34 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import closing
 from pathlib import Path
 
 from emloc_core.zoo.convert import convert
+from emloc_core.zoo.engine import Needs
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.local import LocalEngine
 from emloc_core.zoo.retry import Limits
+from emloc_core.zoo.store import Store
 
 #: Converts jobs that only wait: zoo, workers, then NAME=SECONDS.
 DRIVER = """
     import sys
     from pathlib import Path
     sys.path.insert(0, {tests!r})
-    from processes import drive, waiting
-    drive(Path(sys.argv[1]), [waiting(*text.split("=")) for text in sys.argv[3:]], workers=int(sys.argv[2]))
+    from processes import wait, waiting
+    wait(Path(sys.argv[1]), [waiting(*text.split("=")) for text in sys.argv[3:]], workers=int(sys.argv[2]))
 """
 
 
-def waiting(name, seconds=0.0):
-    return Job(name=name, model=f"none/{name}", trivial=float(seconds))
+class WaitingEngine(LocalEngine):
+    """Workers that only wait."""
+
+    command = (sys.executable, str(Path(__file__).with_name("waiter.py")))
+
+
+def waiting(name, seconds=0):
+    return Job(name=name, model=f"none/{name}", data=str(seconds))
 
 
 def drive(zoo, jobs, *, workers=2, engine=LocalEngine, tell=lambda *_: None, memory=None, **limits):
@@ -31,6 +40,15 @@ def drive(zoo, jobs, *, workers=2, engine=LocalEngine, tell=lambda *_: None, mem
     limits.setdefault("backoff", 0.01)
     records = convert(jobs, zoo, lambda lock: engine(workers, memory, [lock]), Limits(**limits), tell)
     return {record.job.name: record for record in records}
+
+
+def wait(zoo, jobs, **options):
+    """Drive jobs that only wait; they are in the store with their plan, so that there is nothing to plan."""
+    names = [job.name for job in jobs]
+    with closing(Store(zoo, create=True)) as store:
+        store.add(jobs, names)
+        store.plan(dict.fromkeys(names, Needs(memory=0, disk=0)))
+    return drive(zoo, [], engine=WaitingEngine, **options)
 
 
 def driver(zoo, jobs, workers=2):

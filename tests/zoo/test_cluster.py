@@ -20,7 +20,7 @@ from emloc_core.output import TIMING, write_json
 from emloc_core.settings import CompressSettings
 from emloc_core.zoo.cluster import RayEngine
 from emloc_core.zoo.convert import convert
-from emloc_core.zoo.engine import JOB, Needs, NoRoomError, Task
+from emloc_core.zoo.engine import Needs, NoRoomError, Task, write_job
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.local import LocalEngine
 from emloc_core.zoo.node import Order, perform
@@ -53,8 +53,15 @@ def jobs(tiny_model, rows_file, tmp_path_factory):
     return [Job(name=path.name, model=str(path), **settings) for path in sorted(models.iterdir(), reverse=True)]
 
 
-def trivial(name, seconds):
-    return Job(name=name, model="none", trivial=seconds)
+@pytest.fixture
+def two(jobs, tmp_path):
+    """Two jobs of models that differ: real ones, which take some seconds."""
+    found = []
+    for name in ("one", "two"):
+        model = Path(shutil.copytree(jobs[0].model, tmp_path / "models" / name))
+        (model / "generation_config.json").write_text(f'{{"name": "{name}"}}')  # else it were a duplicate
+        found.append(jobs[0].model_copy(update={"name": name, "model": str(model)}))
+    return found
 
 
 def states(records):
@@ -116,39 +123,38 @@ def test_outputs_go_to_storage(cluster, jobs, tmp_path):
     assert log == (remote / record.attempts[0].log).read_text()
 
 
-def test_a_killed_worker_is_started_again(cluster, tmp_path):
+def test_a_killed_worker_is_started_again(cluster, two, tmp_path):
     def kill():
-        wait_for(lambda: any("/hit/" in process.cmdline()[-1] for process in workers(tmp_path)))
-        (victim,) = (process for process in workers(tmp_path) if "/hit/" in process.cmdline()[-1])
-        victim.kill()
+        wait_for(lambda: workers(tmp_path / "jobs" / "one"))
+        workers(tmp_path / "jobs" / "one")[0].kill()
 
     thread = threading.Thread(target=kill)
     thread.start()
-    records = convert([trivial("hit", 2), trivial("missed", 2)], tmp_path, lambda _: RayEngine(address=cluster.address))
+    records = convert(two, tmp_path, lambda _: RayEngine(address=cluster.address))
     thread.join()
-    assert causes(records) == {"hit": ["lost worker", None], "missed": [None]}
+    assert causes(records) == {"one": ["lost worker", None], "two": [None]}
     assert "SIGKILL" in records[0].attempts[0].message
 
 
-def test_a_removed_node_s_job_runs_elsewhere(cluster, tmp_path):
+def test_a_removed_node_s_job_runs_elsewhere(cluster, two, tmp_path):
     node = next(node for node in cluster.worker_nodes)
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     on_node = []
 
     def remove():
-        wait_for(lambda: len(workers(tmp_path)) == 2)
+        wait_for(lambda: all(workers(tmp_path / "jobs" / job.name) for job in two))
         on_node.extend(process for process in workers(tmp_path) if raylet in process.parents())
         cluster.remove_node(node, allow_graceful=False)
 
     thread = threading.Thread(target=remove)
     thread.start()
-    records = convert([trivial("a", 5), trivial("b", 5)], tmp_path, lambda _: RayEngine(address=cluster.address))
+    records = convert(two, tmp_path, lambda _: RayEngine(address=cluster.address))
     thread.join()
     cluster.add_node(**NODE)
-    (victim,) = on_node
-    assert states(records) == {"a": "done", "b": "done"}
+    assert states(records) == {"one": "done", "two": "done"}
     assert sorted(map(tuple, causes(records).values()), key=len) == [(None,), ("lost worker", None)]
-    assert not victim.is_running()
+    assert on_node
+    assert not any(process.is_running() for process in on_node)
 
 
 def test_a_killed_driver_leaves_nothing_behind(cluster, jobs, rows_file, tmp_path):
@@ -195,26 +201,25 @@ def test_fetches_what_a_node_does_not_have(jobs, tmp_path):
     assert (tmp_path / "second" / TIMING).read_bytes() == (tmp_path / "first" / TIMING).read_bytes()
 
 
-def test_a_node_that_does_not_share_the_disk(tmp_path):
-    outcome = perform(Order(trivial("a", 0).model_dump_json(), str(tmp_path), "logs/a.1.log", None, {}))
+def test_a_node_that_does_not_share_the_disk(jobs, tmp_path):
+    outcome = perform(Order(jobs[0].model_dump_json(), str(tmp_path), "logs/a.1.log", None, {}))
     assert outcome["cause"] == "input/output"
     assert "--storage" in outcome["message"]
     assert not list(tmp_path.rglob("*.log"))
 
 
-def test_a_node_with_another_version(tmp_path):
-    order = Order(trivial("a", 0).model_dump_json(), str(tmp_path), "logs/a.1.log", None, {}, version="0.0.1")
+def test_a_node_with_another_version(jobs, tmp_path):
+    order = Order(jobs[0].model_dump_json(), str(tmp_path), "logs/a.1.log", None, {}, version="0.0.1")
     outcome = perform(order)
     assert outcome["cause"] == "bad input"
     assert "0.0.1" in outcome["message"]
 
 
-def test_two_workers_never_share_a_directory(tmp_path, monkeypatch):
+def test_two_workers_never_share_a_directory(jobs, tmp_path, monkeypatch):
     monkeypatch.setattr(emloc_core.zoo.node, "_PATIENCE", 0.2)
-    place = tmp_path / "jobs" / "a"
-    place.mkdir(parents=True)
-    job = trivial("a", 0)
-    (place / JOB).write_text(job.model_dump_json())
+    job = jobs[0]
+    place = tmp_path / "jobs" / job.name
+    write_job(job, place)
     order = Order(job.model_dump_json(), str(tmp_path), "logs/a.1.log", None, {})
     with emloc_core.zoo.node._alone(place):
         assert perform(order)["cause"] == "input/output"
@@ -240,7 +245,7 @@ def engine(monkeypatch):
 
 
 def task(threads=1, memory=1 << 30):
-    return Task(trivial("a", 0).model_copy(update={"threads": threads}), 1, Needs(memory=memory))
+    return Task(Job(name="a", model="none", threads=threads), 1, Needs(memory=memory))
 
 
 def test_asks_for_what_the_plan_says(engine):

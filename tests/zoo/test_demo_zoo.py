@@ -81,7 +81,7 @@ def finished(zoo, **files):
     for name, content in files.items():
         (emulator / f"{name}.json").write_text(content)
     with closing(Store(zoo, create=True)) as store:
-        store.add([Job(name="one", model="m", trivial=0)], ["f"])
+        store.add([Job(name="one", model="m")], ["f"])
         store.start("one", 1, "logs/one.1.log")
         store.finish("one", 1, 1.0, Outcome(None, result={"bytes": {"emulator": 5}}))
     return zoo
@@ -106,7 +106,7 @@ def test_says_what_went_otherwise(tmp_path, monkeypatch, name, good):
     """The damaged model must fail, the others must not."""
     monkeypatch.setattr(emloc_demo.zoo.command, "emloc", lambda *_, **__: None)
     with closing(Store(tmp_path, create=True)) as store:
-        store.add([Job(name=name, model="m", trivial=0)], ["f"])
+        store.add([Job(name=name, model="m")], ["f"])
         store.start(name, 1, "log")
         store.finish(name, 1, 1.0, Outcome(None))
     if good:

@@ -4,13 +4,12 @@ import os
 import signal
 
 import pytest
-from processes import drive, driver, is_gone, until, waiting, workers_of
+from processes import WaitingEngine, drive, driver, is_gone, until, wait, waiting, workers_of
 
 from emloc_core.errors import EmlocError
 from emloc_core.zoo.convert import convert
 from emloc_core.zoo.driver import Driver
 from emloc_core.zoo.engine import Needs
-from emloc_core.zoo.local import LocalEngine
 from emloc_core.zoo.retry import Limits
 from emloc_core.zoo.store import Store
 
@@ -30,13 +29,13 @@ def status(zoo):
 def test_each_job_is_done_once_and_has_a_log_and_a_place(tmp_path):
     jobs = [waiting("a"), waiting("b"), waiting("c")]
     told = []
-    records = drive(tmp_path, jobs, tell=lambda *event: told.append(event))
+    records = wait(tmp_path, jobs, tell=lambda *event: told.append(event))
     assert {name: causes(record) for name, record in records.items()} == {"a": [None], "b": [None], "c": [None]}
     assert sorted(told) == sorted((name, state, "") for name in "abc" for state in ("running", "done"))
     for name in "abc":
         assert (tmp_path / f"logs/{name}.1.log").is_file()
         assert (tmp_path / f"jobs/{name}/job.json").is_file()
-    again = drive(tmp_path, [*jobs, waiting("d")])
+    again = wait(tmp_path, [*jobs, waiting("d")])
     assert [len(record.attempts) for record in again.values()] == [1, 1, 1, 1]
 
 
@@ -54,7 +53,7 @@ def test_a_killed_driver_takes_its_workers_along_and_the_next_goes_on(tmp_path, 
         first.kill()
     until(lambda: status(tmp_path) == {"quick": "done", "long": "interrupted", "last": "waiting"})
     done = Store(tmp_path)
-    done._database.execute("UPDATE jobs SET job = json_set(job, '$.trivial', 0.0)")  # enough of that
+    done._database.execute("UPDATE jobs SET job = json_set(job, '$.data', '0')")  # enough of that
     records = {record.job.name: record for record in _finish(tmp_path)}
     assert states(records) == {"quick": "done", "long": "done", "last": "done"}
     assert causes(records["quick"]) == [None]
@@ -64,7 +63,7 @@ def test_a_killed_driver_takes_its_workers_along_and_the_next_goes_on(tmp_path, 
 
 def _finish(zoo):
     """Go on with a zoo as it is."""
-    return convert([], zoo, lambda lock: LocalEngine(1, None, [lock]), Limits())
+    return convert([], zoo, lambda lock: WaitingEngine(1, None, [lock]), Limits())
 
 
 def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
@@ -102,7 +101,7 @@ def test_a_killed_worker_is_lost_and_tried_again(tmp_path, number):
             killed.extend(until(lambda: workers_of(tmp_path, "a")))
             os.kill(killed[0], number)
 
-    records = drive(tmp_path, [waiting("a", 2), waiting("other")], tell=kill)
+    records = wait(tmp_path, [waiting("a", 2), waiting("other")], tell=kill)
     assert len(killed) == 1
     assert causes(records["a"]) == ["lost worker", None]
     assert records["a"].attempts[0].message == "The worker was ended by SIGKILL. Again, from where it stopped."
@@ -116,7 +115,7 @@ def test_a_worker_that_is_always_killed_fails_and_the_others_finish(tmp_path):
                 os.kill(worker, signal.SIGKILL)
 
     jobs = [waiting("a", 600), waiting("other-1"), waiting("other-2", 1)]
-    records = drive(tmp_path, jobs, tell=kill, retries=1)
+    records = wait(tmp_path, jobs, tell=kill, retries=1)
     assert causes(records["a"]) == ["lost worker", "lost worker"]
     assert states(records) == {"a": "failed", "other-1": "done", "other-2": "done"}
 
@@ -127,7 +126,7 @@ def test_the_time_limit_ends_a_worker_and_gives_it_one_more_try(tmp_path):
     def look(*_):
         seen.update(workers_of(tmp_path, "slow"))
 
-    records = drive(tmp_path, [waiting("slow", 600), waiting("quick")], tell=look, time=1.0, retries=5)
+    records = wait(tmp_path, [waiting("slow", 600), waiting("quick")], tell=look, time=1.0, retries=5)
     assert causes(records["slow"]) == ["time limit", "time limit"]
     assert states(records) == {"slow": "failed", "quick": "done"}
     assert seen
@@ -137,7 +136,7 @@ def test_the_time_limit_ends_a_worker_and_gives_it_one_more_try(tmp_path):
 def test_input_and_output_are_tried_again_later_and_then_fail(tmp_path):
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "a").write_text("a file in the way")
-    records = drive(tmp_path, [waiting("a"), waiting("b")], retries=2)
+    records = wait(tmp_path, [waiting("a"), waiting("b")], retries=2)
     assert causes(records["a"]) == ["input/output"] * 3
     assert [a.message.rpartition("Again")[2] for a in records["a"].attempts[:2]] == [" after 0.01 s.", " after 0.02 s."]
     assert states(records) == {"a": "failed", "b": "done"}
@@ -149,7 +148,7 @@ def run_with_needs(zoo, needs, *, workers=4, memory=1000, tell=lambda *_: None, 
     jobs = [waiting(name, seconds) for name in needs]
     store.add(jobs, list(needs))
     store.plan(needs)
-    Driver(store, LocalEngine(workers, memory), Limits(**limits), tell).run()
+    Driver(store, WaitingEngine(workers, memory), Limits(**limits), tell).run()
     return {record.job.name: record for record in store.records()}
 
 

@@ -188,9 +188,9 @@ def test_stages_are_in_the_order_in_which_they_were_done(tmp_path):
     assert found[-4:] == ["emulator", "adapter", "corrected", "evaluation"]
 
 
-def test_a_trivial_job_has_no_figures(tmp_path):
+def test_a_job_without_a_result_has_no_figures(tmp_path):
     store = Store(tmp_path, create=True)
-    zoos.run(store, zoos.add(store, "one", trivial=0.0), Outcome(None))
+    zoos.run(store, zoos.add(store, "one"), Outcome(None))
     store.close()
     content = write_report(tmp_path, tmp_path)
     assert content["jobs"][0]["errors"] == {"median": None, "worst": None, "path": None, "not_finite": 0}
