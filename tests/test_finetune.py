@@ -25,7 +25,6 @@ from emloc_core.data import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.finetune import FineTuning
 from emloc_core.output import read_manifest
-from emloc_core.resume import newest_checkpoint, remove_incomplete
 from emloc_core.training import TrainSettings
 
 LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -235,59 +234,6 @@ def test_killed_and_run_again_it_gives_the_same_adapter(
     assert read_manifest(output)["result"]["steps"] == 20
     assert not (output / "checkpoints").exists()
     assert not checkpoints.parent.exists()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole checkpoint of the trainer's, of step 2."""
-    directory = tmp_path_factory.mktemp("interrupted")
-
-    def interrupt(*_) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FineTuning, "_write", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(tiny_model, str(rows_file), directory / "adapter", settings(steps=2))
-    return directory / ".adapter.partial" / "checkpoints" / "checkpoint-2"
-
-
-FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_checkpoint_with_a_file_cut_short_is_removed(name, checkpoint, tmp_path):
-    whole, cut = tmp_path / "checkpoint-2", tmp_path / "checkpoint-3"
-    shutil.copytree(checkpoint, whole)
-    shutil.copytree(checkpoint, cut)
-    state = cut / "trainer_state.json"
-    state.write_text(state.read_text().replace('"global_step": 2', '"global_step": 3'))
-    remove_incomplete(tmp_path, 1)
-    assert newest_checkpoint(tmp_path) == cut  # whole as yet
-    content = (cut / name).read_bytes()
-    (cut / name).write_bytes(content[: len(content) // 2])
-    remove_incomplete(tmp_path, 1)
-    assert newest_checkpoint(tmp_path) == whole
-    assert not cut.exists()
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "rng_state.pth", "trainer_state.json"])
-def test_a_checkpoint_without_a_file_is_removed(name, checkpoint, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
-    (tmp_path / "checkpoint-2" / name).unlink()
-    remove_incomplete(tmp_path, 1)
-    assert newest_checkpoint(tmp_path) is None
-
-
-def test_every_process_must_have_written_its_random_state(checkpoint, tmp_path):
-    copy = tmp_path / "checkpoint-2"
-    shutil.copytree(checkpoint, copy)
-    for rank in range(2):
-        shutil.copy(copy / "rng_state.pth", copy / f"rng_state_{rank}.pth")
-    remove_incomplete(tmp_path, 2)
-    assert newest_checkpoint(tmp_path) == copy
-    remove_incomplete(tmp_path, 3)
-    assert newest_checkpoint(tmp_path) is None
 
 
 def test_two_processes_make_one_adapter(tiny_model, rows_file, tmp_path):
