@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from emloc_core.checkpoint import INDEX, SINGLE, Checkpoint
+from emloc_core.checkpoint import INDEX, SINGLE, Checkpoint, hash_files
 from emloc_core.errors import EmlocError
 from emloc_core.layout import Split
 from emloc_core.output import Output, write_json
@@ -56,7 +56,12 @@ class Import:
         self._files = self.layout.files(source.config, source.directory)
         self._places = {key: self._place(tensor) for key, tensor in source.tensors.items()}
         self._require_model()
-        request = {"source": source.fingerprint(output.resolve().parent), "layout": self.layout.name}
+        cache_dir = output.resolve().parent
+        request = {
+            "source": source.fingerprint(cache_dir),
+            "files": hash_files(source.side_files(), cache_dir),
+            "layout": self.layout.name,
+        }
         self.output = Output(output, "checkpoint", request)
 
     @property

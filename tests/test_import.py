@@ -233,8 +233,11 @@ def test_an_output_of_something_else_is_not_overwritten(source, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert Import(Checkpoint(source), out).run() == out
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    edit(source, "tokenizer_config.json", model_max_length=5)
+    with pytest.raises(EmlocError, match="made from something else: files"):
+        Import(Checkpoint(source), out).run()
     edit(source, "config.json", max_dynamic_patch=6)
-    with pytest.raises(EmlocError, match="made from something else: source"):
+    with pytest.raises(EmlocError, match="made from something else: .*source was"):
         Import(Checkpoint(source), out).run()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
