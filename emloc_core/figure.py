@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from emloc_core.towers import place, short_names
+
 #: Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 #: Lines differ in more than colour, for print in grey.
@@ -60,12 +62,10 @@ def _draw_errors(axes: Any, errors: Sequence[Mapping[str, Any]]) -> None:
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}  # of each tower and last part of the paths
     for error in errors:
         if error.get("relative_error") is not None:
-            parts = str(error["path"]).split(".")
-            place = next((place for place, part in enumerate(parts) if part.isdigit()), None)
-            tower = "" if place is None else ".".join(parts[:place])
-            points = lines.setdefault((tower, parts[-1]), [])
-            points.append((len(points) if place is None else int(parts[place]), float(error["relative_error"])))
-    names = _short_names(list(dict.fromkeys(tower for tower, _ in lines)))
+            tower, block, name = place(str(error["path"]))
+            points = lines.setdefault((tower, name), [])
+            points.append((len(points) if block is None else block, float(error["relative_error"])))
+    names = short_names(list(dict.fromkeys(tower for tower, _ in lines)))
     for number, ((tower, name), points) in enumerate(lines.items()):
         style = {
             "color": COLOURS[number % len(COLOURS)],
@@ -74,12 +74,3 @@ def _draw_errors(axes: Any, errors: Sequence[Mapping[str, Any]]) -> None:
         }
         label = f"{names[tower]} {name}".strip()
         axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, markersize=4, **style)
-
-
-def _short_names(towers: Sequence[str]) -> dict[str, str]:
-    """Return what tells paths of towers apart: the first part in which they differ; nothing where there is one."""
-    parts = [tower.split(".") for tower in towers]
-    common = next((place for place, same in enumerate(zip(*parts, strict=False)) if len(set(same)) > 1), None)
-    if len(towers) < 2 or common is None:
-        return dict.fromkeys(towers, "")
-    return {tower: path[common] for tower, path in zip(towers, parts, strict=True)}

@@ -14,6 +14,7 @@ from emloc_core.cli.options import options, validated
 from emloc_core.errors import EmlocError
 from emloc_core.report import human_bytes
 from emloc_core.settings import CompressSettings
+from emloc_core.towers import place, short_names
 
 if TYPE_CHECKING:
     from emloc_core.cut import Cut
@@ -160,12 +161,15 @@ def summary(directory: Path) -> list[str]:
     from emloc_core.output import read_manifest
 
     result = (read_manifest(directory) or {})["result"]
-    errors: dict[str, list[float]] = defaultdict(list)
+    errors: dict[tuple[str, str], list[float]] = defaultdict(list)
     for linear in result["linears"]:
         if linear["relative_error"] is not None:
-            errors[linear["path"].rpartition(".")[2]].append(linear["relative_error"])
+            tower, _, kind = place(linear["path"])
+            errors[tower, kind].append(linear["relative_error"])
+    names = short_names(list(dict.fromkeys(tower for tower, _ in errors)))
+    kinds = [(f"{names[tower]} {kind}".strip(), of) for (tower, kind), of in errors.items()]
     lines = ["relative output error on the calibration rows (mean, worst):"]
-    width = max(map(len, errors), default=0)
-    lines += [f"  {kind:<{width}} {sum(of) / len(of):.3f}  {max(of):.3f}" for kind, of in errors.items()]
+    width = max((len(kind) for kind, _ in kinds), default=0)
+    lines += [f"  {kind:<{width}} {sum(of) / len(of):.3f}  {max(of):.3f}" for kind, of in kinds]
     lines.append(f"base {human_bytes(result['bytes']['base'])} -> emulator {human_bytes(result['bytes']['emulator'])}")
     return lines
