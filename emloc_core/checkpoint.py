@@ -12,12 +12,11 @@ from typing import Any
 from safetensors import safe_open
 
 from emloc_core.errors import EmlocError
-from emloc_core.output import read_object, write_json
+from emloc_core.output import HASHES, read_object, write_json
 from emloc_core.shards import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_HASH_CACHE = ".emloc-hashes.json"
 #: What a checkpoint needs besides its weights, and what is never fetched or copied (pickled weights, other formats).
 FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 #: The same weights once more, in other layouts.
@@ -141,7 +140,7 @@ def hash_files(paths: list[Path], cache_dir: Path) -> str:
     Raises:
         EmlocError: a file is missing.
     """
-    cache_path = cache_dir / _HASH_CACHE
+    cache_path = cache_dir / HASHES
     cache: dict[str, Any] = {}
     if cache_path.is_file():
         with contextlib.suppress(EmlocError):  # a damaged cache is only slower

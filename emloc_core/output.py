@@ -24,6 +24,8 @@ from emloc_core.meter import Meter
 
 MANIFEST = "emloc.json"
 TIMING = "timing.json"
+#: Hashes of large files by path, size and time of change; see :func:`emloc_core.checkpoint.hash_files`.
+HASHES = ".emloc-hashes.json"
 _REQUEST = "request.json"
 _LOCK = ".lock"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

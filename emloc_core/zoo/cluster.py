@@ -14,7 +14,7 @@ from typing import Any
 from emloc_core.errors import EmlocError
 from emloc_core.output import MANIFEST
 from emloc_core.report import human_bytes
-from emloc_core.zoo.engine import JOBS, NoRoomError, Outcome, Task, write_job
+from emloc_core.zoo.engine import JOBS, NoRoomError, Outcome, Task
 from emloc_core.zoo.faults import classify, describe
 from emloc_core.zoo.node import Order, perform
 from emloc_core.zoo.storage import Storage, share
@@ -98,7 +98,7 @@ class RayEngine:
 
     def start(self, task: Task, directory: Path) -> RayHandle:
         """Submit a task."""
-        write_job(task.job, task.directory(directory).absolute())
+        task.lay_out(directory)
         (directory / task.log).parent.mkdir(exist_ok=True)
         asked = self._ask(task, self._nodes())
         submitted = (

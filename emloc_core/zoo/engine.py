@@ -6,6 +6,7 @@ and ``result.json``, a JSON :class:`Outcome`, appear beside ``JOB.json``.
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from emloc_core.errors import EmlocError
-from emloc_core.output import read_object
+from emloc_core.output import HASHES, read_object
 from emloc_core.zoo.job import Job
 
 Cause = Literal[
@@ -61,6 +62,17 @@ class Task:
     def directory(self, zoo: Path) -> Path:
         """Return where the outputs go."""
         return zoo / JOBS / self.job.name
+
+    def lay_out(self, zoo: Path) -> Path:
+        """Make that directory, with the job file; return its absolute path.
+
+        It gets the hashes that planning took: the stages need not read the model's weights for them again.
+        """
+        place = self.directory(zoo).absolute()
+        write_job(self.job, place)
+        if (zoo / HASHES).is_file() and not (place / HASHES).exists():
+            shutil.copyfile(zoo / HASHES, place / HASHES)
+        return place
 
     @property
     def log(self) -> str:

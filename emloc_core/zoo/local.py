@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emloc_core.report import human_bytes
-from emloc_core.zoo.engine import WORKER, NoRoomError, Outcome, Task, read_outcome, start_worker, write_job
+from emloc_core.zoo.engine import WORKER, NoRoomError, Outcome, Task, read_outcome, start_worker
 from emloc_core.zoo.faults import ended, memory_kills
 
 
@@ -70,8 +70,7 @@ class LocalEngine:
 
     def start(self, task: Task, directory: Path) -> LocalHandle:
         """Start a worker; what it prints goes to the task's log."""
-        place = task.directory(directory).absolute()
-        write_job(task.job, place)
+        place = task.lay_out(directory)
         taken = {handle.gpu for handle in self._running}
         gpu = next((name for name in self._gpus if name not in taken), None)
         variables = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}

@@ -6,10 +6,11 @@ import signal
 import pytest
 from processes import WaitingEngine, drive, driver, is_gone, until, wait, waiting, workers_of
 
+from emloc_core.checkpoint import hash_files
 from emloc_core.errors import EmlocError
 from emloc_core.zoo.convert import convert
 from emloc_core.zoo.driver import Driver
-from emloc_core.zoo.engine import Needs
+from emloc_core.zoo.engine import Needs, Task
 from emloc_core.zoo.retry import Limits
 from emloc_core.zoo.store import Store
 
@@ -140,6 +141,17 @@ def test_input_and_output_are_tried_again_later_and_then_fail(tmp_path):
     assert causes(records["a"]) == ["input/output"] * 3
     assert [a.message.rpartition("Again")[2] for a in records["a"].attempts[:2]] == [" after 0.01 s.", " after 0.02 s."]
     assert states(records) == {"a": "failed", "b": "done"}
+
+
+def test_what_planning_has_hashed_is_not_read_again(tmp_path):
+    weights = tmp_path / "weights"
+    weights.write_text("before")
+    stamp = weights.stat().st_mtime_ns
+    known = hash_files([weights], tmp_path)
+    place = Task(waiting("a"), 1, Needs()).lay_out(tmp_path)
+    weights.write_text("behind")  # as large and as old
+    os.utime(weights, ns=(stamp, stamp))
+    assert hash_files([weights], place) == known
 
 
 def run_with_needs(zoo, needs, *, workers=4, memory=1000, tell=lambda *_: None, seconds=0.0, **limits):
