@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from emloc_core.data import Row
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.images import pillow
 from emloc_core.messages import in_parts
@@ -115,13 +115,13 @@ def _load(auto_class: Any, directory: Path, what: str) -> Any:
         return auto_class.from_pretrained(str(directory), local_files_only=True)
     except ImportError as error:
         raise EmlocError(
-            f"The {what} in {directory} needs more packages: {str(error).strip().splitlines()[0]}",
+            f"The {what} in {directory} needs more packages: {first_line(error)}",
             "pip install 'emloc[vision]'",
             resumable=True,
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EmlocError(
-            f"The {what} in {directory} cannot be loaded ({str(error).strip().splitlines()[0]}).",
+            f"The {what} in {directory} cannot be loaded ({first_line(error)}).",
             f"Copy the files of the model's {what} there.",
             resumable=True,
         ) from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, first_line
 from emloc_core.output import HASHES, read_object, write_json
 from emloc_core.shards import TensorInfo, read_header
 
@@ -196,7 +196,7 @@ def _from_hub(model: str) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise EmlocError(
             f"There is no directory {model}, and the hub has no such model or cannot be reached ({reason})",
             "Check the name; for a gated model, log in with `hf auth login`.",

@@ -2,7 +2,7 @@
 
 import torch
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, first_line
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -17,7 +17,7 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise EmlocError(f"The device {name!r} cannot be used: {reason}.", "Try --device auto.") from None
     if device.type not in ("cpu", "cuda"):  # Apple's has no fp64, which some Linears need
         raise EmlocError(f"Weights are not factorised on {name!r}.", "Try --device cpu.")

@@ -1,4 +1,4 @@
-"""The one exception that users meet, and its special case."""
+"""The one exception that users meet, its special case, and what other exceptions say in a line."""
 
 
 class EmlocError(Exception):
@@ -23,6 +23,17 @@ class EmlocError(Exception):
 
 class DiskFullError(EmlocError):
     """There is no room for what is being written. The same command goes on where it stopped."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def typed_line(error: BaseException) -> str:
+    """Return an exception's type and the first line of what it says: for one that was not written for users."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

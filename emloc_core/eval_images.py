@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, first_line
 from emloc_core.images import Picture
 
 #: lm-eval's mark of a picture's place in a prompt.
@@ -43,7 +43,7 @@ def read_table(path: Path) -> Any:
     try:
         return load_dataset(kind, data_files=str(path), split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise EmlocError(
             f"{path} cannot be read as rows in {kind} ({reason}).",
             "Correct it; a column must hold values of one kind, text or parts, say.",

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from emloc_core.checkpoint import hash_files
-from emloc_core.errors import EmlocError, did_you_mean
+from emloc_core.errors import EmlocError, did_you_mean, typed_line
 from emloc_core.eval_images import find_pictures, hash_pictures, picture_directory, shows_pictures
 
 #: Loaders that ``datasets`` brings along; any other ``dataset_path`` is a data set of the hub, or a directory.
@@ -80,7 +80,7 @@ def load_task(spec: TaskSpec) -> list[Any]:
             "Check the connection, or write a task on a local file: emloc eval --new-task.",
         ) from error
     except Exception as error:  # whatever the user's templates and functions, and lm-eval itself, make of it
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = typed_line(error)
         raise EmlocError(f"lm-eval cannot build {where} ({reason}).", "Correct the task file or its data.") from error
     tasks = list(loaded["tasks"].values())
     for task in filter(shows_pictures, tasks):

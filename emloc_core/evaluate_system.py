@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, first_line
 from emloc_core.eval_images import shows_pictures
 from emloc_core.eval_tasks import TaskSpec, is_conversational, load_task
 from emloc_core.meter import Meter
@@ -49,7 +49,7 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
     try:
         loaded = getattr(transformers, family.auto_class).from_pretrained(model, dtype="auto")
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise EmlocError(f"The model {model} cannot be loaded ({reason}).", "Check the directory.") from error
     if adapter is not None:
         loaded = _add_adapter(loaded, adapter)
@@ -66,7 +66,7 @@ def _add_adapter(model: Any, adapter: Path) -> Any:
         with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as file:
             given = set(file.keys())
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise EmlocError(f"The adapter {adapter} cannot be put on the model ({reason}).", "Check both.") from error
     differing = sorted(given ^ set(get_peft_model_state_dict(combined)))
     if differing:  # PEFT only warns, and leaves these layers as they are

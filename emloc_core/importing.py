@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from emloc_core.checkpoint import INDEX, SINGLE, Checkpoint, hash_files
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, first_line
 from emloc_core.layout import Split
 from emloc_core.output import Output, write_json
 from emloc_core.plugins import plugin_manager
@@ -191,7 +191,7 @@ def native_tensors(config: Mapping[str, Any]) -> tuple[dict[str, Shape], dict[st
         model = build_model(AutoConfig.for_model(**deepcopy(dict(config))), family, torch.float32)  # it edits them
     except Exception as error:  # whatever transformers' own checks of a config raise
         raise EmlocError(
-            f"transformers refuses the config that the checkpoint would get: {str(error).splitlines()[0]}",
+            f"transformers refuses the config that the checkpoint would get: {first_line(error)}",
             "Check the checkpoint's config.json.",
         ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -21,7 +21,7 @@ from torch import nn
 from emloc_core.allocation import uniform
 from emloc_core.checkpoint import read_config_json
 from emloc_core.emulator_files import UNREACHED
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.image_shape import ImageShape, image_shape
 from emloc_core.lowrank import replace_linears
@@ -257,9 +257,8 @@ class MemoryModel:
                 warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other of names to come
                 return trace(depths)
         except Exception as error:  # whatever the model's own code raises on tensors without contents
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise EmlocError(
-                f"A step of the model in {self.config_file} cannot be followed without weights ({reason}).",
+                f"A step of the model in {self.config_file} cannot be followed without weights ({first_line(error)}).",
                 "Its memory depends on what it computes; plan a dense model of about its size instead.",
             ) from error
 

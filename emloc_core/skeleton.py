@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from emloc_core.checkpoint import Checkpoint
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.readahead import ReadAhead
 
@@ -196,7 +196,7 @@ def read_config(path: Path) -> Any:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:  # whatever transformers' own checks of a config raise
         raise EmlocError(
-            f"transformers cannot read {path}: {str(error).splitlines()[0]}",
+            f"transformers cannot read {path}: {first_line(error)}",
             "Check the file. Code that a model brings is never run: it needs an architecture that transformers has.",
         ) from error
     return config

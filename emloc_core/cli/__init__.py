@@ -8,7 +8,7 @@ from keyword import iskeyword
 import rich_click as click
 
 from emloc_core import __version__
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, typed_line
 
 #: The built-in commands: modules of this package, light to import, each with a ``command`` (``import_`` for import).
 COMMANDS = ("compress", "correct", "cut", "eval", "families", "import", "merge", "plan", "run", "train", "zoo")
@@ -72,6 +72,5 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        reason = str(error).strip().splitlines() or ["no message"]
-        click.echo(f"emloc: unexpected {type(error).__name__}: {reason[0]} (emloc --debug ... shows where)", err=True)
+        click.echo(f"emloc: unexpected {typed_line(error)} (emloc --debug ... shows where)", err=True)
         sys.exit(70)

@@ -9,8 +9,8 @@ from torch.nn.functional import linear as times
 from emloc_core.conformance.check import check, require
 from emloc_core.conformance.declaration import linears
 from emloc_core.conformance.forward import logits, observe
-from emloc_core.conformance.tiny import TinyModel, first_line
-from emloc_core.errors import EmlocError
+from emloc_core.conformance.tiny import TinyModel
+from emloc_core.errors import EmlocError, first_line
 from emloc_core.lowrank import LowRankLinear, replace_linears
 from emloc_core.plan import block_paths
 from emloc_core.statistics import Gram

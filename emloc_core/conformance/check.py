@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from emloc_core.conformance.conditions import under_test
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, typed_line
 from emloc_core.family import Family
 
 _MOST = 4  # problems in a message
@@ -87,10 +87,9 @@ class Check:
         except EmlocError as error:
             return result(False, str(error.args[0]), error.fix or "")
         except Exception as error:  # a declaration may break anything, and a check must say so
-            reason = (str(error).strip().splitlines() or ["no message"])[0]
             return result(
                 False,
-                f"Could not run: {type(error).__name__}: {reason}",
+                f"Could not run: {typed_line(error)}",
                 "The traceback shows where: emloc families check --json, or the test's report.",
                 traceback.format_exc(),
             )

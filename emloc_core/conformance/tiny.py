@@ -19,7 +19,7 @@ from emloc_core.conformance.forward import Decomposed, Forward, decompose, obser
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
 from emloc_core.conformance.tuning import Tuned, tune
 from emloc_core.emulator import Compression
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.merge import Merge
 from emloc_core.plan import Plan, block_paths, find_linears
@@ -221,8 +221,3 @@ def auto_class(family: Family) -> Any:
     import transformers
 
     return getattr(transformers, family.auto_class)
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, in a line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, typed_line
 
 ROUTED = "each expert sees only the tokens that are routed to it"
 ROUTER = "decides which tokens an expert sees"
@@ -93,8 +93,7 @@ class Observation:
             try:
                 model(**inputs, use_cache=False)
             except Exception as error:  # whatever the architecture's own code raises
-                reason = str(error).strip().splitlines() or ["no message"]
-                raise EmlocError(f"The tiny model's forward fails: {type(error).__name__}: {reason[0]}") from error
+                raise EmlocError(f"The tiny model's forward fails: {typed_line(error)}") from error
         reached = {path: [name for name in self._order if self._is_block(name, path)] for path in lists}
         self.unreached = [path for path, blocks in reached.items() if not blocks]
         self.interleaved = self._find_interleaved([path for path, blocks in reached.items() if blocks])

@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from emloc_core.conformance import check_family
 from emloc_core.conformance.conditions import under_test
-from emloc_core.conformance.tiny import auto_class, first_line, random_model
-from emloc_core.errors import EmlocError
+from emloc_core.conformance.tiny import auto_class, random_model
+from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.plan import find_linears
 from emloc_core.plugins import plugin_manager
