@@ -12,7 +12,7 @@ from pathlib import Path
 from emloc_core.budget import largest_ratio
 from emloc_core.cli.console import progress
 from emloc_core.entry import Entry
-from emloc_core.memory import MemoryModel, Need
+from emloc_core.memory import MemoryModel
 from emloc_core.registry import load_entries
 from emloc_core.report import human_bytes
 from emloc_core.streamed import compress
@@ -50,44 +50,24 @@ quantisation.
 HEADINGS = ["model", "inference", "LoRA", "EMLoC", "compress", *(f"{card} GB" for card in CARDS)]
 
 
-class Remembered:
-    """A memory model for :func:`largest_ratio` that follows the tuning of an emulator once, for all budgets."""
-
-    def __init__(self, model: MemoryModel) -> None:
-        self._model = model
-        self._needs: dict[float, Need] = {}
-
-    def plan(self, ratio: float) -> float:
-        """Return the ratio itself, which stands for its plan here."""
-        return ratio
-
-    def weight_bytes(self, ratio: float) -> int:
-        """Return the bytes of the emulator's weights."""
-        return self._model.weight_bytes(ratio)
-
-    def tuning(self, ratio: float) -> Need:
-        """Return what a LoRA on the emulator needs."""
-        if ratio not in self._needs:
-            self._needs[ratio] = self._model.tuning(self._model.plan(ratio))
-        return self._needs[ratio]
-
-
 def figures(entry: Entry) -> dict[str, str]:
     """Return what a model needs, by column."""
     _, train = entry.preset().settings(RATIO)
     with entry.config_file() as file:
         model = MemoryModel(file, make_workload(file, train.model_copy(update={"batch_size": 1}), length=LENGTH))
-        remembered = Remembered(model)
+        plan = model.plan(RATIO)
+        tuning = model.tuning(plan)
+        needs = {round(RATIO * 100): tuning}
         whole = model.tuning().total
         found = {
             "parameters": f"{model.parameters():,}",
             "inference": human_bytes(model.inference().total),
             "LoRA": human_bytes(whole),
-            "EMLoC": human_bytes(remembered.tuning(RATIO).total),
-            "compress": human_bytes(compress(model, model.plan(RATIO)).total),
+            "EMLoC": human_bytes(tuning.total),
+            "compress": human_bytes(compress(model, plan).total),
         }
         for card in CARDS:
-            fit = None if whole <= card * 10**9 else largest_ratio(remembered, card * 10**9)  # type: ignore[arg-type]
+            fit = None if whole <= card * 10**9 else largest_ratio(model, card * 10**9, needs)
             found[f"{card} GB"] = "whole" if whole <= card * 10**9 else f"{fit.ratio:g}" if fit else "-"
     return found
 

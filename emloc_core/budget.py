@@ -49,18 +49,23 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
+def largest_ratio(model: "MemoryModel", budget: int, needs: "dict[int, Need] | None" = None) -> Fit | None:
     """Return the largest ratio of hundredths whose tuning fits ``budget`` bytes; None where not even 0.01 does.
 
     What tuning needs grows with the ratio, mostly by the weights, which are counted at once. So the first guess is
     near, and few steps are traced.
+
+    Args:
+        model: whose emulator it is.
+        budget: bytes.
+        needs: what tuning needs by hundredths, where that is known; what is traced is added, for the next budget.
     """
-    needs: dict[int, Need] = {}
+    known = {} if needs is None else needs
 
     def need(hundredths: int) -> "Need":
-        if hundredths not in needs:
-            needs[hundredths] = model.tuning(model.plan(hundredths / 100))
-        return needs[hundredths]
+        if hundredths not in known:
+            known[hundredths] = model.tuning(model.plan(hundredths / 100))
+        return known[hundredths]
 
     if need(1).total > budget:
         return None
