@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from emloc_core.checkpoint import Checkpoint
+from emloc_core.checkpoint import Checkpoint, hash_files
 from emloc_core.cli import cli, main
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
@@ -117,6 +117,7 @@ def test_nothing_is_lost_and_no_code_travels(models):
     assert manifest["request"] == {
         "layout": "internvl_chat",
         "source": Checkpoint(source).fingerprint(native.parent),
+        "files": hash_files(Checkpoint(source).side_files(), native.parent),
     }
     assert manifest["result"]["split"] == 3 + 2
 
