@@ -3,8 +3,10 @@
 Ray decides where tasks run. It tries nothing again by itself: attempts are the driver's, and are in the zoo's store.
 """
 
+import math
 import os
 import socket
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from emloc_core.zoo.storage import Storage, share
 #: Objects are outcomes, a few kilobytes each; Ray would take a third of the memory for them.
 _OBJECTS = 80 << 20
 _ANSWER = 10.0  # seconds in which a cluster answers
+_FRESH = 1.0  # seconds in which its nodes are not asked for again: every waiting job wants to know, at every look
 _CPU, _GPU, _MEMORY = "CPU", "GPU", "memory"
 Resources = dict[str, float]
 
@@ -67,6 +70,8 @@ class RayEngine:
         self.workers, self.memory, self.url = workers, memory, storage
         self._storage = Storage(storage) if storage else None
         self._running: list[RayHandle] = []
+        self._known: list[Resources] = []
+        self._asked_at = -math.inf
         self._ray = _connect(address, memory)
         self._perform = self._ray.remote(perform)
         # One at a time: what is shared by two jobs is copied once.
@@ -152,7 +157,10 @@ class RayEngine:
 
     def _nodes(self) -> list[Resources]:
         """Return what each node has in all."""
-        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if time.monotonic() - self._asked_at > _FRESH:
+            self._known = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            self._asked_at = time.monotonic()
+        return self._known
 
     def _ask(self, task: Task, nodes: list[Resources]) -> Resources:
         """Return what a task asks for: a GPU where there are any; all of a node's memory where it is not known."""

@@ -96,7 +96,7 @@ class Driver:
                 continue
             task = Task(progress.job, progress.attempts + 1, progress.needs)
             try:
-                if not self._has_room(task) or self.engine.slots(task) < 1:
+                if self.engine.slots(task) < 1 or not self._has_room(task):  # the cheap question first: many wait
                     continue
             except NoRoomError as error:
                 self._begin(name, progress, task)
