@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from emloc_core.adapter import Adapter
 from emloc_core.checkpoint import Checkpoint
+from emloc_core.conformance.activations import deviation
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
@@ -318,7 +319,9 @@ def test_the_emulator_of_legacy_names_is_that_of_module_names(legacy, tmp_path):
     assert sum(isinstance(module, LowRankLinear) for module in emulators[1].modules()) == len(planned)
     row = with_images(model.config)
     with torch.no_grad():
-        assert torch.equal(*(emulator(**row).logits for emulator in emulators))
+        first, second = (emulator(**row).logits for emulator in emulators)
+    # The same numbers at other places of another file: how a weight lies in memory decides how its products round.
+    assert deviation(first, second) < 1e-5
 
 
 def test_merging_keeps_legacy_names(legacy, tmp_path):
