@@ -65,7 +65,7 @@ class Job(Settings):
         return stages(self.recipe(directory))[: None if self.train else 1]
 
     def fingerprint(self, cache_dir: Path) -> str:
-        """Return the SHA-256 over all that decides the outputs: contents of model and data, settings, threads.
+        """Return the SHA-256 over all that decides the outputs: contents of model, data and tasks, settings, threads.
 
         Hashes of large files are kept in ``cache_dir``. What is on the hub counts by its id and revision, and what
         cannot be read by its path: the worker will say what is wrong with it. Imports torch where there is a model.
@@ -78,6 +78,8 @@ class Job(Settings):
             if content[name]:
                 content[name] = _rows_fingerprint(content[name], cache_dir)
         content["test"] = [_rows_fingerprint(path, cache_dir) for path in content["test"]]
+        if self.eval:
+            content["eval"]["tasks"] = [_task_fingerprint(task, cache_dir) for task in self.eval.tasks]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def smaller(self, stage: str) -> "Job | None":
@@ -122,6 +124,18 @@ def _rows_fingerprint(source: str, cache_dir: Path) -> str:
         return digest(load_rows(source))
     except EmlocError:  # the worker will say what is wrong with them
         return hash_files([path], cache_dir)
+
+
+def _task_fingerprint(task: str, cache_dir: Path) -> str:
+    """Return a hash of a task's file, its functions and its data; a bundled task: its name."""
+    if not Path(task).is_file():
+        return task
+    from emloc_core.eval_tasks import find_task
+
+    try:
+        return find_task(task, cache_dir).digest
+    except (EmlocError, OSError) as error:
+        return f"{task}: {error}"
 
 
 def slug(text: str) -> str:

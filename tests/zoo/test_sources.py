@@ -190,6 +190,20 @@ def test_a_fingerprint_is_of_what_rows_say_and_show(tmp_path):
     assert len({*found, fingerprint()}) == 3
 
 
+def test_a_fingerprint_is_of_what_tasks_ask(tmp_path):
+    task, rows = tmp_path / "task.yaml", tmp_path / "rows.jsonl"
+    job = Job(name="a", model="org/model", data="org/rows", train={}, eval={"tasks": [str(task), "arc_easy"]})
+    found = [job.fingerprint(tmp_path)]
+    task.write_text("task: own\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\n")
+    found.append(job.fingerprint(tmp_path))
+    for question in ("one", "two"):
+        rows.write_text(json.dumps({"question": question}))
+        found.append(job.fingerprint(tmp_path))
+        assert job.fingerprint(tmp_path) == found[-1]
+    task.write_text(task.read_text() + "doc_to_text: question\n")
+    assert len({*found, job.fingerprint(tmp_path)}) == 5
+
+
 def test_smaller_is_what_the_stage_can_give():
     job = Job(name="a", model="a/b", data="a/b", train={"batch_size": 8}, eval={"tasks": ["x"]})
     assert describe_change(job, job.smaller("emulator")) == "compress.samples 64 -> 32"
