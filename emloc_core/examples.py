@@ -6,6 +6,7 @@ from typing import Any
 import numpy
 from datasets import Dataset
 from transformers import ProcessorMixin
+from transformers.utils.logging import tqdm
 
 from emloc_core.calibration import Processing, tokenize, trl_example
 from emloc_core.data import Row
@@ -31,7 +32,7 @@ def make_dataset(
     """
     kept: list[Row] = []
     columns: dict[str, list[Any]] = {"input_ids": [], "completion_mask": []}
-    for row in rows:
+    for row in tqdm(rows, desc="Reading rows", unit=" rows", delay=1):  # with images it may take minutes
         sample = tokenize(row, processing, max_length, model_limit)
         if any(sample.completion_mask):
             kept.append(row)
