@@ -17,7 +17,7 @@ from emloc_core.data import CALIBRATION, SELECTION
 from emloc_core.errors import EmlocError
 from emloc_core.output import MANIFEST, TIMING, read_json, write_json
 from emloc_core.recipe import Recipe, load_recipe
-from emloc_core.training import FLAGS
+from emloc_core.training import COUNTED, COUNTED_FLAGS, FLAGS, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,22 @@ def stages(recipe: Recipe) -> list[Stage]:
     return found
 
 
+def fit(recipe: Recipe) -> Recipe:
+    """Return the recipe with the ratio that its ``model.memory``, where it has one, asks for, by ``emloc plan``.
+
+    Raises:
+        EmlocError: no emulator's tuning fits, and what would; or the model cannot be planned.
+    """
+    if recipe.model.memory is None:
+        return recipe
+    data, train = recipe.data, recipe.train
+    argv = ["plan", recipe.model.base, "--memory", recipe.model.memory, "--data", data.train, "--split", data.split]
+    if train.max_length:
+        argv += ["--max-length", str(train.max_length)]
+    ratio = _ask(*argv, *arguments(TrainSettings(**train.model_dump(include=set(COUNTED))), COUNTED_FLAGS))["ratio"]
+    return recipe.model_copy(update={"compress": recipe.compress.model_copy(update={"ratio": ratio})})
+
+
 def run_recipe(
     path: Path, overrides: Iterable[str] = (), announce: Callable[[int, int, Stage], None] = lambda *_: None
 ) -> dict[str, Any]:
@@ -111,7 +127,7 @@ def run_recipe(
     Raises:
         EmlocError: from the recipe, or a stage failed; it has said why on stderr.
     """
-    recipe = load_recipe(path, overrides)
+    recipe = fit(load_recipe(path, overrides))
     planned = stages(recipe)
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
     for index, stage in enumerate(planned):
@@ -133,12 +149,17 @@ def sizes(recipe: Recipe) -> dict[str, Any]:
     Raises:
         EmlocError: the first stage could not run as the recipe says.
     """
-    argv = [sys.executable, "-m", "emloc_core", *stages(recipe)[0].argv, "--dry-run", "--json"]
-    answer = subprocess.run(argv, check=False, capture_output=True, text=True)
+    return _ask(*stages(recipe)[0].argv, "--dry-run")
+
+
+def _ask(*argv: str) -> dict[str, Any]:
+    """Return what a command says with ``--json``, from a process of its own."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "emloc_core", *argv, "--json"], check=False, capture_output=True, text=True
+    )
     if answer.returncode:
         lines = answer.stderr.strip().splitlines()
-        message = lines[-1].removeprefix("emloc: error: ") if lines else f"compress ended with {answer.returncode}."
-        raise EmlocError(message)
+        raise EmlocError(lines[-1].removeprefix("emloc: error: ") if lines else f"emloc {argv[0]} failed.")
     content: dict[str, Any] = json.loads(answer.stdout)
     return content
 

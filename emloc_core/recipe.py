@@ -25,6 +25,10 @@ class ModelSection(Settings):
     """Which model."""
 
     base: str = Field(description="Local directory or hub id.")
+    memory: str | None = Field(
+        None,
+        description="What tuning may use on a GPU (24GiB, say): instead of compress.ratio, the largest that fits.",
+    )
 
 
 class DataSection(Settings):
@@ -58,6 +62,12 @@ class Recipe(Settings):
     correct: CorrectSettings = CorrectSettings()
     merge: bool = Field(True, description="Write the merged checkpoint.")
     eval: EvalSection | None = Field(None, description="Without it nothing is compared.")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "Recipe":
+        if self.model.memory is not None and "ratio" in self.compress.model_fields_set:
+            raise ValueError("model.memory and compress.ratio both say how large the emulator is; give one of them")
+        return self
 
     @model_validator(mode="after")
     def _rows_to_compare_on(self) -> "Recipe":

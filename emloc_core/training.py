@@ -29,6 +29,10 @@ FLAGS = {
     "extra": "--set",
 }
 
+#: Settings that change what tuning needs, as ``emloc plan`` takes them; and those that are named otherwise there.
+COUNTED = ("batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "target_modules")
+COUNTED_FLAGS = {**FLAGS, "lora_rank": "--lora-rank"}
+
 #: Fields of SFTConfig that settings stand for, by the setting's name.
 _NAMED = {
     "steps": "max_steps",

@@ -1,4 +1,4 @@
-"""``emloc plan``, and ``emloc compress --memory``."""
+"""``emloc plan``, and what takes a budget by it: ``emloc compress --memory``, a recipe."""
 
 import json
 from pathlib import Path
@@ -26,6 +26,11 @@ def plan(*arguments: str | Path) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+def tuning_need(*arguments: str | Path) -> str:
+    """The bytes of tuning, as ``--memory`` takes them."""
+    return str({stage["stage"]: stage["bytes"] for stage in plan(*arguments)["stages"]}["LoRA on the emulator"])
+
+
 def refused(*arguments: str | Path) -> str:
     result = run(*arguments)
     assert isinstance(result.exception, EmlocError), result.exception
@@ -33,12 +38,11 @@ def refused(*arguments: str | Path) -> str:
 
 
 def test_the_largest_ratio_within_a_budget(tiny_model: Path) -> None:
-    small = plan(tiny_model, "--length", 64, "--ratio", 0.4)
-    tuning = {stage["stage"]: stage["bytes"] for stage in small["stages"]}["LoRA on the emulator"]
-    found = plan(tiny_model, "--length", 64, "--memory", str(tuning))
+    tuning = tuning_need(tiny_model, "--length", 64, "--ratio", 0.4)
+    found = plan(tiny_model, "--length", 64, "--memory", tuning)
     assert found["fits"]
     assert 0.4 <= found["ratio"] < 0.45
-    assert found["budget_bytes"] == tuning
+    assert found["budget_bytes"] == int(tuning)
     assert {linear["rank"] for linear in found["linears"]} >= {int(found["ratio"] * 32 * 64 / 96)}
 
 
@@ -115,8 +119,7 @@ def test_what_is_refused(tiny_model: Path, rows_file: Path, tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def budget(tiny_model: Path, rows_file: Path) -> str:
     """What tuning the emulator of ratio 0.35 needs with four of these rows."""
-    known = plan(tiny_model, "--data", rows_file, "--batch-size", 4, "--ratio", 0.35)
-    return str({stage["stage"]: stage["bytes"] for stage in known["stages"]}["LoRA on the emulator"])
+    return tuning_need(tiny_model, "--data", rows_file, "--batch-size", 4, "--ratio", 0.35)
 
 
 def test_compress_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Path, budget: str) -> None:
@@ -132,6 +135,23 @@ def test_compress_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Pa
     assert again.exception is None, again.exception
     assert read_json(output / "emloc.json") == manifest
     assert "ratio" in refused(*common, "--ratio", 0.5)  # another request
+
+
+def test_a_recipe_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    tuning = ["--data", rows_file, "--batch-size", 4, "--lora-rank", 5, "--no-bf16", "--max-length", 12]
+    budget = tuning_need(tiny_model, *tuning, "--ratio", 0.35)
+    expected = plan(tiny_model, *tuning, "--memory", budget)["ratio"]
+    assert expected < 0.4  # the budget decides it
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"[model]\nbase = '{tiny_model}'\nmemory = '{budget}'\n[data]\ntrain = '{rows_file}'\n"
+        "[train]\nbatch_size = 4\nlora_rank = 5\nbf16 = false\nmax_length = 12\n"
+    )
+    result = run("run", recipe, "--dry-run", "--json")
+    assert result.exception is None, result.exception
+    command = json.loads(result.stdout)["stages"][0]["command"]
+    assert command[command.index("--ratio") + 1] == str(expected)
+    assert "No emulator's tuning fits 1 MB" in refused("run", recipe, "--dry-run", "--set", "model.memory=1MB")
 
 
 def test_compress_refuses(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -102,6 +102,13 @@ def test_comparing_clamps_needs_selection_rows(write):
     assert load_recipe(path, ["compress.selection=1"]).compress.selection == 1
 
 
+def test_a_budget_and_a_ratio_contradict_each_other(write):
+    budget = write("[compress]\nsamples = 8\n")
+    assert load_recipe(budget, ["model.memory=24GiB"]).model.memory == "24GiB"
+    with pytest.raises(EmlocError, match="both say how large the emulator is; give one of them"):
+        load_recipe(budget, ["model.memory=24GiB", "compress.ratio=0.5"])
+
+
 def test_calibration_rows_may_come_from_a_file_of_their_own(write, tmp_path):
     given = stages(load_recipe(write(), ["data.calibration=others.jsonl"]))
     one_file = stages(load_recipe(write()))

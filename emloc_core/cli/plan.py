@@ -11,15 +11,11 @@ from emloc_core.budget import Fit, advice, largest_ratio, no_fit, parse_bytes
 from emloc_core.cli.console import as_json, print_json
 from emloc_core.cli.options import options, validated
 from emloc_core.report import human_bytes
-from emloc_core.training import FLAGS, TrainSettings
+from emloc_core.training import COUNTED, COUNTED_FLAGS, TrainSettings
 
 if TYPE_CHECKING:
     from emloc_core.memory import MemoryModel, Need
     from emloc_core.plan import Plan
-
-#: Settings of stage 2 that change what it needs; the others have no option here.
-_COUNTED = ("batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "target_modules")
-_FLAGS = {**FLAGS, "lora_rank": "--lora-rank"}
 
 
 @click.command("plan")
@@ -38,7 +34,7 @@ _FLAGS = {**FLAGS, "lora_rank": "--lora-rank"}
               )  # fmt: skip
 @click.option("--image-size", metavar="WIDTHxHEIGHT", help="Of every image in pixels, for a model that takes any.  "
               "[default: that of the rows, or 448x448]")  # fmt: skip
-@options(TrainSettings, _FLAGS, skip=set(TrainSettings.model_fields) - set(_COUNTED))
+@options(TrainSettings, COUNTED_FLAGS, skip=set(TrainSettings.model_fields) - set(COUNTED))
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
               help="Whose memory: a GPU's, or this process's.")  # fmt: skip
 @click.option("--figure", type=click.Path(path_type=Path), metavar="FILE", help="Draw the table: png, svg or pdf.")

@@ -24,11 +24,11 @@ def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bo
 
     A stage is skipped when its output is there and was made from the same inputs; an interrupted one goes on.
     """
-    from emloc_core.pipeline import run_recipe
+    from emloc_core.pipeline import fit, run_recipe
     from emloc_core.recipe import load_recipe
 
     if dry_run:
-        _describe(load_recipe(recipe, overrides), as_json)
+        _describe(fit(load_recipe(recipe, overrides)), as_json)
         return
     results = run_recipe(recipe, overrides, announce_stage)
     if as_json:
