@@ -19,7 +19,7 @@ from emloc_core.errors import EmlocError, did_you_mean, typed_line
 from emloc_core.eval_images import find_pictures, hash_pictures, picture_directory, shows_pictures
 
 #: Loaders that ``datasets`` brings along; any other ``dataset_path`` is a data set of the hub, or a directory.
-_LOCAL_FORMATS = {"json", "csv", "parquet", "text", "arrow"}
+LOCAL_FORMATS = {"json", "csv", "parquet", "text", "arrow"}
 _OUTPUT_TYPES = ["loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"]
 #: Keys of a task file that lm-eval reads besides those of its TaskConfig.
 _STRUCTURE = {"include", "tag", "class"}
@@ -67,12 +67,13 @@ def load_task(spec: TaskSpec) -> list[Any]:
 
     where = spec.path or f"lm-eval's task {spec.name}"
     directory = Path()
+    _sandbox_templates()
     try:
         if spec.path is None:
             loaded = TaskManager().load([spec.name])
         else:
-            content = _resolve(load_yaml(spec.path), spec.path)
-            directory = picture_directory([Path(file) for file in _data_files(content)])
+            content = with_absolute_data(load_yaml(spec.path), spec.path)
+            directory = picture_directory([Path(file) for file in data_files(content)])
             loaded = TaskManager(include_defaults=False).load([content])
     except (ConnectionError, TimeoutError) as error:
         raise EmlocError(
@@ -88,6 +89,19 @@ def load_task(spec: TaskSpec) -> list[Any]:
     return tasks
 
 
+def _sandbox_templates() -> None:
+    """Have lm-eval render templates as chat templates are: one that comes with data may not reach Python through it."""
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    if not isinstance(utils.env, SandboxedEnvironment):
+        plain = utils.env
+        utils.env = SandboxedEnvironment(
+            loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
+        )
+        utils.env.filters.update(plain.filters)
+
+
 def is_conversational(task: Any) -> bool:
     """Say whether the rows of an lm-eval task are chats, in TRL's convention, so that a chat template is due."""
     row = task.eval_docs[0]
@@ -100,22 +114,22 @@ def _find_file(path: Path, cache_dir: Path) -> TaskSpec:
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")])
         raise EmlocError(f"There is no task file {path}.{near}", "`emloc eval --new-task` writes one for your data.")
-    files, content = _read(path)
+    files, content = read_task(path)
     name = content.get("task")
     if not isinstance(name, str):
         raise EmlocError(
             f"{path} does not say `task: NAME`.", "Give the task a name (a group: name its files instead)."
         )
     _check_keys(path, content)
-    resolved = _resolve(content, path)
-    data = [Path(file) for file in _data_files(resolved)]
+    resolved = with_absolute_data(content, path)
+    data = [Path(file) for file in data_files(resolved)]
     missing = [file for file in data if not file.is_file()]
     if missing:
         raise EmlocError(
             f"{path} names the data file {missing[0]}, which does not exist.",
             "data_files are looked up relative to the task file; correct the path.",
         )
-    functions = sorted({file for value in _functions(content) if (file := _function_file(value, path)).is_file()})
+    functions = sorted({file for value in named_functions(content) if (file := _function_file(value, path)).is_file()})
     own = hashlib.sha256("".join(file.read_text("utf-8") for file in [*files, *functions]).encode()).hexdigest()
     digest, declared = f"{own}-{hash_files(sorted(data), cache_dir)}", content.get("doc_to_image")
     if declared is not None:
@@ -123,7 +137,7 @@ def _find_file(path: Path, cache_dir: Path) -> TaskSpec:
     return TaskSpec(name, path.resolve(), digest, declared is not None)
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict[str, Any]]:
+def read_task(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict[str, Any]]:
     """Read a task file without importing what it names; return all files read, and the merged content."""
     if path in seen:
         raise EmlocError(f"{path} includes itself.", "Break the circle of includes.")
@@ -139,7 +153,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict[str
     files, merged = [path], {}
     includes = content.pop("include", [])
     for name in includes if isinstance(includes, list) else [includes]:
-        more, included = _read(path.parent / str(name), (*seen, path))
+        more, included = read_task(path.parent / str(name), (*seen, path))
         files += more
         merged.update(included)
     return files, {**merged, **content}
@@ -165,10 +179,10 @@ def _check_keys(path: Path, content: dict[str, Any]) -> None:
         raise EmlocError(f"{path} has the output_type {kind!r}.{near}", f"Choose one of: {', '.join(_OUTPUT_TYPES)}.")
 
 
-def _resolve(content: dict[str, Any], path: Path) -> dict[str, Any]:
+def with_absolute_data(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the content of a task file with its data files as absolute paths."""
     settings = content.get("dataset_kwargs")
-    if content.get("dataset_path") not in _LOCAL_FORMATS or not isinstance(settings, dict):
+    if content.get("dataset_path") not in LOCAL_FORMATS or not isinstance(settings, dict):
         return content
     files = settings.get("data_files")
     return {**content, "dataset_kwargs": {**settings, "data_files": _absolute(files, path.resolve().parent)}}
@@ -185,7 +199,8 @@ def _absolute(files: Any, directory: Path) -> Any:
     return sorted(glob.glob(joined, recursive=True)) or joined if glob.has_magic(files) else joined
 
 
-def _data_files(content: dict[str, Any]) -> Iterator[str]:
+def data_files(content: dict[str, Any]) -> Iterator[str]:
+    """Yield the local files of rows that a task's content names."""
     settings = content.get("dataset_kwargs")
     stack = [settings.get("data_files")] if isinstance(settings, dict) else []
     while stack:
@@ -196,12 +211,13 @@ def _data_files(content: dict[str, Any]) -> Iterator[str]:
             yield value
 
 
-def _functions(value: Any) -> Iterator[str]:
+def named_functions(value: Any) -> Iterator[str]:
+    """Yield the names of all functions that a task's content calls, as ``module.name``."""
     if isinstance(value, str) and value.startswith(_FUNCTION):
         yield value.removeprefix(_FUNCTION)
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _functions(part)
+            yield from named_functions(part)
 
 
 def _function_file(name: str, path: Path) -> Path:

@@ -198,6 +198,16 @@ def test_a_template_that_names_no_column_is_one_error(rows_file, tmp_path):
         load_task(find_task(str(task), tmp_path))
 
 
+def test_a_template_cannot_reach_python(rows_file, tmp_path):
+    reaches = "{{ ''.__class__.__mro__[1].__subclasses__() | length }}"
+    (tmp_path / "task.yaml").write_text(
+        f"task: a\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows_file}}}}}\ntest_split: test\n"
+        f'output_type: loglikelihood\ndoc_to_text: "{reaches}"\ndoc_to_target: completion\n'
+    )
+    with pytest.raises(EmlocError, match="SecurityError: access to attribute '__class__'"):
+        load_task(find_task(str(tmp_path / "task.yaml"), tmp_path))
+
+
 def test_an_unreachable_hub_is_one_error(tmp_path, monkeypatch):
     import datasets
 

@@ -1,6 +1,6 @@
 """From what a user names (entries of the registry, directories of models, files of jobs) to jobs.
 
-Nothing that is named is executed, and a path in a file stays in the file's directory.
+Nothing that an entry brings is executed, and a path in an entry or in a file of jobs stays in the file's directory.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from emloc_core.entry_task import require_data_alone
 from emloc_core.errors import EmlocError
 from emloc_core.output import read_toml
 from emloc_core.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
@@ -59,7 +60,7 @@ class Defaults:
         data: rows to calibrate on, for jobs without any of their own.
         split: of a data set of the hub.
         compress: settings of stage 1 that were given: they go before an entry's preset, and behind a file of jobs.
-        preset: of entries; by default each one's first.
+        preset: of entries; ``default`` where none is named.
         merge: whether trained jobs are merged too.
         threads: of a worker.
         offline: never fetch anything.
@@ -145,6 +146,9 @@ def _from_entry(entry: Entry, defaults: Defaults) -> Job:
     # A memory target is planned, which takes seconds, unless the ratio is given.
     compress, train = resolve_preset(entry, name) if ratio is None else entry.preset(name).settings(ratio)
     own = entry.data
+    tasks = [entry.path(task) for task in own.tasks] if own else []
+    for task in tasks:
+        require_data_alone(task, entry.file.parent)
     where = entry.model if entry.checkpoint or not entry.revision else f"{entry.id}@{entry.revision}"
     return Job(
         name=slug(entry.id),
@@ -156,7 +160,7 @@ def _from_entry(entry: Entry, defaults: Defaults) -> Job:
         compress=compress.model_copy(update=dict(defaults.compress)),
         train=train if own else None,
         merge=defaults.merge and own is not None,
-        eval=EvalSection(tasks=[str(entry.path(task)) for task in own.tasks]) if own and own.tasks else None,
+        eval=EvalSection(tasks=list(map(str, tasks))) if tasks else None,
         threads=defaults.threads,
         offline=defaults.offline,
     )

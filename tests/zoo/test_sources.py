@@ -144,6 +144,60 @@ def test_an_entry_with_rows_of_its_own_is_trained_and_a_glob_is_many(tmp_path):
     assert (none.data, none.train, none.merge) == ("org/rows", None, False)
 
 
+@pytest.fixture
+def entry_with_a_task(tmp_path):
+    """Write an entry that asks a task about its own rows; ``more`` goes into the task. Return its directory."""
+
+    def write_task(more="", data="rows.jsonl"):
+        root = tmp_path / "entry"
+        root.mkdir(exist_ok=True)
+        (root / "rows.jsonl").write_text('{"text": "a"}\n')
+        (root / "entry.toml").write_text(
+            'id = "a/b"\nfamily = "llama"\n[data]\ntrain = "rows.jsonl"\ntasks = ["task.yaml"]\n'
+            "[presets.default]\nratio = 0.4\n[config]\nmodel_type = 'llama'\n"
+        )
+        (root / "task.yaml").write_text(
+            f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+            f"test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: text\n{more}\n"
+        )
+        return root
+
+    return write_task
+
+
+def test_a_task_of_an_entry_that_is_data_is_asked(entry_with_a_task):
+    root = entry_with_a_task("metric_list: [{metric: bits_per_byte}]")
+    (job,) = resolve(["a/b"], Defaults(registry=[root]))
+    assert job.eval.tasks == [str(root / "task.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("process_docs: !function evil.run", "calls the function evil.run"),
+        ("metric_list: [{metric: !function evil.run}]", "calls the function evil.run"),
+        ("metric_list: [{metric: ./evil}]", "the metric './evil', which lm-eval would fetch and run"),
+        ("metric_list: [{metric: acc, hf_evaluate: true}]", "the metric 'acc'"),
+        ("use_prompt: evil.yaml:*", "the key 'use_prompt', which is not known to be data"),
+        ("class: evil", "the key 'class'"),
+        ("dataset_path: someone/code", "something else than files of rows beside it"),
+        ("dataset_kwargs: {data_files: rows.jsonl, trust_remote_code: true}", "something else than files"),
+        ("dataset_kwargs: {data_files: 'https://evil/rows.jsonl'}", "something else than files"),
+        ("include: ../outside.yaml", r"names .*outside.yaml, outside its directory"),
+        ("dataset_kwargs: {data_files: ../outside.jsonl}", r"names .*outside.jsonl, outside its directory"),
+        ("dataset_kwargs: {data_files: '../*.jsonl'}", r"names .*outside.jsonl, outside its directory"),
+        ("dataset_kwargs: {data_files: link/outside.jsonl}", r"names .*outside.jsonl, outside its directory"),
+    ],
+)
+def test_a_task_of_an_entry_runs_no_code_and_stays_in_its_directory(entry_with_a_task, tmp_path, more, said):
+    root = entry_with_a_task(more)
+    (root / "link").symlink_to(tmp_path)
+    (tmp_path / "outside.yaml").write_text("tag: a")
+    (tmp_path / "outside.jsonl").write_text("{}")
+    with pytest.raises(EmlocError, match=f"of an entry .*{said}"):
+        resolve(["a/b"], Defaults(registry=[root]))
+
+
 def test_names_are_directories_anywhere():
     assert slug("org/Model 1.5B@main") == "Model-1.5B"
     assert slug("/models/../..") == "models"

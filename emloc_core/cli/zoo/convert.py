@@ -30,7 +30,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 @click.option("-o", "--output", "zoo", type=click.Path(path_type=Path), required=True, help="Directory of the zoo.")
 @click.option("--data", help="Rows to calibrate on, for every job without rows of its own: a file, or a hub data set.")
 @click.option("--split", default="train", show_default=True, help="Of a hub data set.")
-@click.option("--preset", help="Of entries of the registry; by default each one's first.")
+@click.option("--preset", help="Of entries of the registry.  [default: default]")
 @click.option("--registry", multiple=True, type=click.Path(path_type=Path), help="More entries: a file or a directory.")
 @click.option("--merge", is_flag=True, help="Fold the LoRA of every trained job into its base.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,

@@ -1,0 +1,61 @@
+"""What a task file that an entry of the registry brings may say: lm-eval would run a stranger's code for much else.
+
+Functions, metrics of the hub and prompts in other files are code, or become code; they are refused, with every key
+that is not known to be data. Templates are rendered in a sandbox, see :func:`emloc_core.eval_tasks.load_task`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from emloc_core.errors import EmlocError
+from emloc_core.eval_tasks import LOCAL_FORMATS, data_files, named_functions, read_task, with_absolute_data
+
+_KEYS = {
+    "task", "task_alias", "tag", "dataset_path", "dataset_name", "dataset_kwargs", "training_split",
+    "validation_split", "test_split", "fewshot_split", "output_type", "description", "doc_to_text", "doc_to_target",
+    "doc_to_choice", "doc_to_image", "target_delimiter", "fewshot_delimiter", "gen_prefix", "num_fewshot",
+    "generation_kwargs", "filter_list", "metric_list", "repeats", "metadata",
+}  # fmt: skip
+#: Those that lm-eval has of its own: it looks any other name up on the hub, and runs what it finds.
+_METRICS = {
+    "acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm", "bits_per_byte", "bleu", "brier_score", "bypass",
+    "byte_perplexity", "chrf", "chrf++", "exact_match", "f1", "likelihood", "mcc", "perplexity", "ter",
+    "word_perplexity",
+}  # fmt: skip
+
+
+def require_data_alone(path: Path, directory: Path) -> None:
+    """Refuse a task file that would have code run, or that names files outside ``directory``, by a link too.
+
+    Raises:
+        EmlocError: it does, and what; or it cannot be read.
+    """
+    if not path.is_file():
+        raise EmlocError(f"There is no task file {path}.", "Mend the entry that names it.")
+    files, content = read_task(path)
+    data = [Path(file) for file in data_files(with_absolute_data(content, path))]
+    root = directory.resolve()
+    outside = [file for file in (*files, *data) if not file.resolve().is_relative_to(root)]
+    for reason in (*_code(content), *(f"names {file}, outside its directory" for file in outside)):
+        raise EmlocError(
+            f"The task file {path} of an entry {reason}.",
+            "Nothing that an entry brings is executed, and it stays in its directory. `emloc eval` runs what you trust.",
+        )
+
+
+def _code(content: dict[str, Any]) -> Iterator[str]:
+    """Yield what could have code run."""
+    for name in named_functions(content):
+        yield f"calls the function {name}"
+    for key in content:
+        if key not in _KEYS:
+            yield f"has the key {key!r}, which is not known to be data"
+    settings = content.get("dataset_kwargs")
+    named = settings.get("data_files") if isinstance(settings, dict) else None
+    if content.get("dataset_path") not in LOCAL_FORMATS or set(settings or {}) != {"data_files"} or "://" in str(named):
+        yield "asks about something else than files of rows beside it"
+    for metric in content.get("metric_list") or []:
+        name = metric.get("metric") if isinstance(metric, dict) else metric
+        if name not in _METRICS or (isinstance(metric, dict) and "hf_evaluate" in metric):
+            yield f"has the metric {name!r}, which lm-eval would fetch and run"
