@@ -40,7 +40,7 @@ def require_data_alone(path: Path, directory: Path) -> None:
     for reason in (*_code(content), *(f"names {file}, outside its directory" for file in outside)):
         raise EmlocError(
             f"The task file {path} of an entry {reason}.",
-            "Nothing that an entry brings is executed, and it stays in its directory. `emloc eval` runs what you trust.",
+            "Nothing that an entry brings is executed, and it stays in its directory. `emloc eval` runs your own.",
         )
 
 
