@@ -56,6 +56,6 @@ def _code(content: dict[str, Any]) -> Iterator[str]:
     if content.get("dataset_path") not in LOCAL_FORMATS or set(settings or {}) != {"data_files"} or "://" in str(named):
         yield "asks about something else than files of rows beside it"
     for metric in content.get("metric_list") or []:
-        name = metric.get("metric") if isinstance(metric, dict) else metric
-        if name not in _METRICS or (isinstance(metric, dict) and "hf_evaluate" in metric):
-            yield f"has the metric {name!r}, which lm-eval would fetch and run"
+        known = isinstance(metric, dict) and metric.get("metric") in _METRICS and "hf_evaluate" not in metric
+        if not known:
+            yield f"has the metric {metric!r}, which lm-eval would fetch and run"
