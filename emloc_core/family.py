@@ -2,11 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from reprlib import Repr
 from typing import Any, Literal
 
 #: How the activations of a Linear are hooked: its input, its output, or a function that is given
 #: ``(module, args, output)`` of the module at the tapped path and returns the input, of shape (..., in_features).
 Tap = Literal["input", "output"] | Callable[[Any, tuple[Any, ...], Any], Any]
+
+
+#: How :func:`require_types` checks a declaration.
+CHECKED = {"strict": True, "revalidate_instances": "always"}
+_SHORT = Repr()
+_SHORT.maxother = _SHORT.maxstring = 80  # characters of one value
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,8 @@ class Tower:
         lora_targets: ends of the paths that a LoRA is put on by default, as much of each as tells it from other
             modules. Empty means the last parts of all of ``input_groups``.
     """
+
+    __pydantic_config__ = CHECKED
 
     name: str
     blocks: str
@@ -51,8 +60,10 @@ class Family:
             the conformance kit cannot make them up: tensors, ``input_ids`` of shape (1, T) among them.
     """
 
+    __pydantic_config__ = CHECKED
+
     name: str
-    model_types: frozenset[str]
+    model_types: frozenset[str] | set[str]
     towers: Sequence[Tower]
     auto_class: str = "AutoModelForCausalLM"
     modality: Literal["text", "image-text"] = "text"
@@ -83,3 +94,20 @@ class Family:
             paths = [path for group in tower.input_groups for path in group]
             targets.update(tower.lora_targets or (path.rpartition(".")[2] for path in paths))
         return sorted(targets)
+
+
+def require_types(declared: Any) -> None:
+    """Check the types of all fields of a declaration, such as a Family, as its dataclass states them.
+
+    Raises:
+        TypeError: of the first field with another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(type(declared)).validate_python(declared)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        field_path, value = ".".join(map(str, wrong["loc"])), _SHORT.repr(wrong["input"])
+        kind = type(declared).__name__.lower()
+        raise TypeError(f"the {kind} {declared.name!r} has {field_path} = {value}. {wrong['msg']}") from None

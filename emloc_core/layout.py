@@ -7,10 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+from emloc_core.family import CHECKED
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,11 @@ class Split:
             copies made when they are asked for. It is called with a tensor on the meta device first, for their shapes.
     """
 
+    __pydantic_config__ = CHECKED
+
     pattern: str
     targets: Sequence[str]
-    parts: "Callable[[torch.Tensor, Mapping[str, Any]], Iterable[torch.Tensor]]"
+    parts: Callable[[Any, Mapping[str, Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ class Layout:
             objects, text, or None for a file that is left out. Everything else that is not weights is copied.
     """
 
+    __pydantic_config__ = CHECKED
+
     name: str
-    model_types: frozenset[str]
+    model_types: frozenset[str] | set[str]
     config: Callable[[Mapping[str, Any], Path], dict[str, Any]]
     renames: Sequence[tuple[str, str]]
     splits: Sequence[Split] = ()

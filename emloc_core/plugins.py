@@ -2,11 +2,11 @@
 
 pluggy's own loader lets one plugin's ImportError end the program, and its hook calls end with the first plugin that
 raises, so entry points are loaded and plugins are called one by one here. ``EMLOC_STRICT_PLUGINS=1`` raises instead
-of isolating; ``EMLOC_TRACE_PLUGINS=1`` prints every call of a hook.
+of isolating; ``EMLOC_TRACE_PLUGINS=1`` prints every call of a hook. Empty or ``0`` is as if unset.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,7 +19,7 @@ import pluggy
 
 from emloc_core import hookspecs
 from emloc_core.errors import EmlocError, did_you_mean
-from emloc_core.family import Family
+from emloc_core.family import Family, require_types
 from emloc_core.hook_trace import trace_hooks
 from emloc_core.layout import Layout
 
@@ -48,7 +48,7 @@ class PluginManager(pluggy.PluginManager):
         self._layouts: dict[str, Layout] = {}
         self._commands: dict[str, click.Command] = {}
         self._told: set[str] = set()
-        if os.environ.get("EMLOC_TRACE_PLUGINS"):
+        if is_on("EMLOC_TRACE_PLUGINS"):
             trace_hooks(self)
 
     def load(self, entries: Sequence[EntryPoint]) -> None:
@@ -68,6 +68,8 @@ class PluginManager(pluggy.PluginManager):
 
     def _load_one(self, entry: EntryPoint) -> list[Family]:
         plugin = entry.load()
+        if self.has_plugin(entry.name) or self.is_registered(plugin):  # pluggy's own message shows all that it holds
+            raise ValueError(f"a plugin {self.get_name(plugin) or entry.name!r} is loaded already")
         self.register(plugin, name=entry.name)
         try:
             self._check_hook_names(plugin)
@@ -100,8 +102,7 @@ class PluginManager(pluggy.PluginManager):
         for item in declared:
             if not isinstance(item, kind):
                 raise TypeError(f"{hook} returned {type(item).__name__}, not {kind.__name__}")
-            if not isinstance(item.model_types, Set):
-                raise TypeError(f"the model_types of {item.name!r} are {item.model_types!r}, not a set of strings")
+            require_types(item)
             for other in taken:
                 if isinstance(other, kind) and item.name == other.name:
                     raise ValueError(f"the {kind.__name__.lower()} {item.name!r} is declared already")
@@ -218,7 +219,7 @@ class PluginManager(pluggy.PluginManager):
         for owner, plugin in self.list_name_plugin():
             try:
                 offered.update(self._algorithms_of(plugin, hook, offered))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.set_aside(owner, error)
         if name not in offered:
             known = sorted(offered)
@@ -248,7 +249,7 @@ class PluginManager(pluggy.PluginManager):
         for owner, plugin in self.list_name_plugin():
             try:
                 self._call(plugin, hook, **arguments)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.set_aside(owner, error)
 
     def registries(self) -> Iterator[tuple[str, list[Path]]]:
@@ -256,13 +257,13 @@ class PluginManager(pluggy.PluginManager):
         for owner, plugin in self.list_name_plugin():
             try:
                 paths = [Path(path) for found in self._call(plugin, "emloc_registry") for path in found]
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.set_aside(owner, error)
                 continue
             if paths:
                 yield owner, paths
 
-    def set_aside(self, name: str, error: Exception) -> None:
+    def set_aside(self, name: str, error: BaseException) -> None:
         """Put what a loaded plugin does wrong into its report, and say so on stderr, once a plugin."""
         reports = {report.name: report for report in self.reports}
         broken = _broken(reports.get(name, PluginReport(name, "unknown")), error)
@@ -271,6 +272,11 @@ class PluginManager(pluggy.PluginManager):
         self._told.add(name)
         click.echo(f"emloc: the plugin {name!r} of {broken.distribution} is broken: {broken.error}", err=True)
         self.reports = [broken if report.name == name else report for report in self.reports]
+
+
+def is_on(variable: str) -> bool:
+    """Say whether an environment variable is set, to something else than 0."""
+    return os.environ.get(variable, "") not in ("", "0")
 
 
 def _order(entry: EntryPoint) -> tuple[bool, str]:
@@ -284,7 +290,7 @@ def _broken(report: PluginReport, error: BaseException) -> PluginReport:
     Raises:
         EmlocError: ``EMLOC_STRICT_PLUGINS`` is set.
     """
-    if os.environ.get("EMLOC_STRICT_PLUGINS"):
+    if is_on("EMLOC_STRICT_PLUGINS"):
         raise EmlocError(
             f"The plugin {report.name!r} of {report.distribution} is broken: {error!r}.",
             "Mend or uninstall it, or unset EMLOC_STRICT_PLUGINS to go on without it.",

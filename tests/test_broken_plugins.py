@@ -12,15 +12,17 @@ from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.plugins import plugin_manager
 
+KINDS = ("import error", "wrong type", "no list of towers", "unknown hook", "raising hook")
 #: Named so that they would be loaded before the plugins of the tree, if these did not come first.
 SOURCES = {
-    **{kind: BROKEN[kind] for kind in ("import error", "wrong type", "unknown hook", "raising hook")},
+    **{kind: BROKEN[kind] for kind in KINDS},
     "duplicate name": BROKEN["duplicate name"].replace('name="good"', 'name="llama"'),
     "duplicate model type": BROKEN["duplicate model type"].replace('{"good"}', '{"llama"}'),
 }
 ERRORS = {
     "import error": "ModuleNotFoundError: No module named 'no_such_module'",
     "wrong type": "TypeError: emloc_families returned str, not Family",
+    "no list of towers": "TypeError: the family 'better' has towers = None. Input should be an instance of Sequence",
     "unknown hook": "TypeError: there is no hook 'emloc_familys'. Did you mean 'emloc_families'?",
     "raising hook": "RuntimeError: out of order",
     "duplicate name": "ValueError: the family 'llama' is declared already",

@@ -199,7 +199,8 @@ def layout(name="a", model_type="a_chat"):
         (layout("a", "b_chat"), "'a' is declared already"),
         (layout("b", "a_chat"), "a_chat"),
         (layout("b", "known"), "'other' declares the model types"),
-        (Layout("b", "b_chat", dict, []), "not a set"),
+        (Layout("b", "b_chat", dict, []), "the layout 'b' has model_types"),
+        (Layout("b", frozenset({"b_chat"}), dict, [("(.+)",)]), "the layout 'b' has renames.0"),
     ],
 )
 def test_a_broken_layout_is_reported_and_breaks_no_other(broken, named):

@@ -27,6 +27,17 @@ GOOD = """
         tower = Tower(name="language", blocks="model.layers", input_groups=[["mlp.up_proj"]])
         return [Family(name="good", model_types=frozenset({"good"}), towers=[tower])]
 """
+WRONG_FIELD = """
+    from dataclasses import replace
+    from emloc_core.family import Family, Tower
+    from emloc_core.hookspecs import hookimpl
+
+    TOWER = Tower(name="language", blocks="model.layers", input_groups=[["mlp.up_proj"]])
+
+    @hookimpl
+    def emloc_families():
+        return [replace(Family(name="better", model_types=frozenset({"better"}), towers=[TOWER]), FIELD)]
+"""
 COMMAND = """
     import click
     from emloc_core.hookspecs import hookimpl
@@ -50,6 +61,25 @@ BROKEN = {
             return ["llama"]
     """,
     "wrong type of model types": GOOD.replace('"good"', '"better"').replace("frozenset", "list"),
+    **{
+        f"wrong type of {field}": WRONG_FIELD.replace("FIELD", f"{field}={value}")
+        for field, value in {
+            "name": "5",
+            "model_types": "frozenset({5})",
+            "towers": "TOWER",
+            "auto_class": "None",
+            "modality": "'video'",
+            "keep_dense": "['lm_head']",
+            "taps": "{'lm_head': 'middle'}",
+            "nested": "{'text_config': 5}",
+            "tiny_configs": "5",
+            "tiny_inputs": "{}",
+        }.items()
+    },
+    "no list of towers": WRONG_FIELD.replace("FIELD", "towers=None"),
+    "a tower of another type": WRONG_FIELD.replace("FIELD", "towers=[vars(TOWER)]"),
+    "wrong type of a tower's groups": WRONG_FIELD.replace("FIELD", "towers=[replace(TOWER, input_groups=['q_proj'])]"),
+    "wrong type of a pattern": WRONG_FIELD.replace("FIELD", "keep_dense={5: 'small'}"),
     "duplicate name": GOOD.replace('{"good"}', '{"better"}'),
     "duplicate model type": GOOD.replace('name="good"', 'name="better"'),
     "a model type twice": GOOD.replace('"good"', '"better"').replace("return [", "return 2 * ["),
@@ -172,6 +202,23 @@ def test_strict_raises(entry, kind, monkeypatch):
         PluginManager().load([entry(GOOD), entry(COMMAND), entry(BROKEN[kind])])
 
 
+def test_a_wrong_type_is_told_with_the_place_it_stands_at(entry):
+    manager = PluginManager()
+    manager.load([entry(BROKEN["wrong type of a tower's groups"]), entry(GOOD.replace("frozenset", "set"))])
+    said = "TypeError: the family 'better' has towers.0.input_groups.0 = 'q_proj'. "
+    assert manager.reports[0].error.startswith(said)
+    assert manager.reports[1].families == ("good",)
+
+
+def test_a_name_of_a_plugin_that_is_taken_is_told_in_a_line(entry):
+    manager = PluginManager()
+    first, other = entry(GOOD), entry(COMMAND)
+    manager.load([first, EntryPoint(first.name, other.value, "emloc"), EntryPoint("zzz", first.value, "emloc")])
+    taken = f"ValueError: a plugin {first.name!r} is loaded already"
+    assert [report.error for report in manager.reports] == [None, taken, taken]
+    assert [family.name for family in manager.families()] == ["good"]
+
+
 def test_a_misspelt_hook_is_told_its_name(entry):
     manager = PluginManager()
     manager.load([entry(BROKEN["unknown hook"])])
@@ -237,6 +284,25 @@ def test_a_raising_observer_disturbs_nothing_and_is_told_once(entry, capsys):
     assert "cannot observe" in manager.reports[0].error
 
 
+@pytest.mark.parametrize("hook", ["emloc_block_done", "emloc_factorizers", "emloc_registry"])
+def test_a_hook_that_leaves_the_program_does_not(entry, hook, capsys):
+    manager = PluginManager()
+    manager.register(algorithms, name="emloc_core")
+    leaving = entry(f"""
+        import sys
+        from emloc_core.hookspecs import hookimpl
+
+        @hookimpl
+        def {hook}():
+            sys.exit(3)
+    """)
+    manager.load([leaving])
+    manager.notify("emloc_block_done", **BLOCK, index=0)
+    assert manager.algorithm("factorizers", "activation-svd") is factorize
+    assert list(manager.registries()) == []
+    assert capsys.readouterr().err == f"emloc: the plugin {leaving.name!r} of unknown is broken: SystemExit: 3\n"
+
+
 def test_a_raising_observer_raises_when_strict(entry, monkeypatch):
     monkeypatch.setenv("EMLOC_STRICT_PLUGINS", "1")
     manager = PluginManager()
@@ -279,8 +345,13 @@ def test_hook_calls_are_traced(entry, monkeypatch, capsys):
     assert "total=2, index=0) -> None [" in lines[2]
 
 
-def test_nothing_is_traced_unless_asked_for(entry, capsys):
-    PluginManager().load([entry(GOOD)])
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_nothing_is_traced_or_raised_unless_asked_for(entry, value, monkeypatch, capsys):
+    for variable in ("EMLOC_TRACE_PLUGINS", "EMLOC_STRICT_PLUGINS"):
+        monkeypatch.delenv(variable, raising=False)
+        if value is not None:
+            monkeypatch.setenv(variable, value)
+    PluginManager().load([entry(GOOD), entry(BROKEN["wrong type"])])
     assert capsys.readouterr() == ("", "")
 
 

@@ -44,7 +44,9 @@ def cli() -> None:
     compress makes a low-rank emulator, train tunes a LoRA on it, correct carries the LoRA over to the base model,
     merge folds it in, eval compares them all. run does everything from one recipe.
     """
-    if os.environ.get("EMLOC_STRICT_PLUGINS"):  # a broken plugin ends every command, also one that needs none
+    from emloc_core.plugins import is_on
+
+    if is_on("EMLOC_STRICT_PLUGINS"):  # a broken plugin ends every command, also one that needs none
         _plugin_commands()
 
 
