@@ -17,18 +17,20 @@ from emloc_core.training import TrainSettings
 
 #: Raised when a new version of the toolkit gives other bytes for the same inputs: then jobs are done anew.
 BYTES = 1
+_NATIVE = "native"  # the output with the model that was rewritten
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
 
 class Job(Settings):
     """What is done to one model; frozen, and JSON both ways (``model_dump_json``, ``model_validate_json``).
 
-    Without ``train`` the job ends with the emulator. Otherwise it goes on with training, correction and, where they are
-    given, ``merge`` and ``eval``.
+    Where there is a ``layout``, the model is rewritten before anything else. Without ``train`` the job ends with the
+    emulator. Otherwise it goes on with training, correction and, where they are given, ``merge`` and ``eval``.
     """
 
     name: str = Field(pattern=f"^{NAME}$", description="Of its directory in the zoo.")
     model: str = Field(description="Absolute path of a directory, or a hub id, with @revision where that is known.")
+    layout: str | None = Field(None, description="Of the model, where it has to be rewritten first.")
     data: str | None = Field(None, description="Absolute path of a file of rows, or a data set of the hub.")
     split: str = Field("train", description="Of a data set of the hub.")
     calibration: str | None = Field(None, description="Other rows for calibration and selection.")
@@ -50,7 +52,7 @@ class Job(Settings):
         """Return the job as a recipe whose outputs are in ``directory``."""
         return Recipe(
             output=str(directory),
-            model=ModelSection(base=self.model),
+            model=ModelSection(base=str(directory / _NATIVE) if self.layout else self.model),
             data=DataSection(train=self.data or "", split=self.split, calibration=self.calibration, test=self.test),
             compress=self.compress,
             # A job that ends with the emulator corrects nothing, so that it may hold out no selection rows.
@@ -62,7 +64,12 @@ class Job(Settings):
 
     def stages(self, directory: Path) -> list[Stage]:
         """Return the commands that do the job, in order, with their outputs in ``directory``."""
-        return stages(self.recipe(directory))[: None if self.train else 1]
+        found = stages(self.recipe(directory))[: None if self.train else 1]
+        if not self.layout:
+            return found
+        native = directory / _NATIVE
+        purpose = "rewrite the model as transformers' own classes have it"
+        return [Stage(_NATIVE, purpose, ("import", self.model, "-o", str(native)), native), *found]
 
     def fingerprint(self, cache_dir: Path) -> str:
         """Return the SHA-256 over all that decides the outputs: contents of model, data and tasks, settings, threads.
@@ -70,7 +77,7 @@ class Job(Settings):
         Hashes of large files are kept in ``cache_dir``. What is on the hub counts by its id and revision, and what
         cannot be read by its path: the worker will say what is wrong with it. Imports torch where there is a model.
         """
-        content = self.model_dump(exclude={"name", "offline"})
+        content = self.model_dump(exclude={"name", "offline"} if self.layout else {"name", "offline", "layout"})
         content["bytes"] = BYTES
         if Path(self.model).is_dir():
             content["model"] = _model_fingerprint(self.model, cache_dir)

@@ -8,11 +8,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from emloc_core.errors import EmlocError
+from emloc_core.output import write_json
 from emloc_core.zoo.engine import Needs
 from emloc_core.zoo.job import Job
 
@@ -71,25 +73,25 @@ def needs(job: Job) -> Needs:
     """Return what a job needs on the CPU, by the memory plan; imports torch.
 
     disk: the emulator; its LoRA, twice, and the trainer's last two checkpoints with their optimiser states; the merged
-    checkpoint; and a full LoRA like the first, where it is the upper bound of an evaluation.
+    checkpoint; a full LoRA like the first, where it is the upper bound of an evaluation; and the model rewritten, where
+    it has to be.
     """
     from emloc_core import streamed
     from emloc_core.memory import MemoryModel
-    from emloc_core.registry import config_of
     from emloc_core.training import TrainSettings
     from emloc_core.workload import make_workload
 
     train = job.train or TrainSettings()
     # What is on the hub is planned from the registry's config, where there is one, and without its tokenizer.
-    data = job.data if Path(job.model).is_dir() else None
-    with config_of(job.model if data else job.model.partition("@")[0]) as file:
+    data = job.data if Path(job.model).is_dir() and not job.layout else None
+    with _config(job) as file:
         workload = make_workload(file, train, "cpu", length=job.compress.max_length, data=data, split=job.split)
         model = MemoryModel(file, workload)
     plan = model.plan(job.compress.ratio)
     size = model.dtype.itemsize
     base, emulator = model.parameters() * size, model.parameters(plan) * size
     inference, tuning = model.inference().total, model.tuning(plan).total
-    peaks, disk = [streamed.compress(model, plan).total], emulator + _SIDE_FILES
+    peaks, disk = [streamed.compress(model, plan).total], emulator + _SIDE_FILES + (base if job.layout else 0)
     if job.train:
         peaks += [tuning, streamed.correct(model, plan).total]
         loras = 2 if job.eval and job.eval.full_lora else 1
@@ -101,6 +103,27 @@ def needs(job: Job) -> Needs:
             peaks.append(inference)
             peaks += [model.tuning().total] if job.eval.full_lora else []
     return Needs(max(peaks), disk, base, emulator, inference, tuning)
+
+
+@contextlib.contextmanager
+def _config(job: Job) -> Iterator[Path]:
+    """Give the ``config.json`` that a job's stages will read."""
+    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.plugins import plugin_manager
+    from emloc_core.registry import config_of
+
+    if not Path(job.model).is_dir():
+        with config_of(job.model.partition("@")[0]) as file:
+            yield file
+    elif job.layout:
+        source = Checkpoint(job.model)
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "config.json"
+            write_json(file, plugin_manager().layout_for(source.config).config(source.config, source.directory))
+            yield file
+    else:
+        with config_of(job.model) as file:
+            yield file
 
 
 def _answer(job: Job, cache_dir: Path, known: Collection[str]) -> tuple[str, Needs | None]:

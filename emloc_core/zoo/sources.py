@@ -153,6 +153,7 @@ def _from_entry(entry: Entry, defaults: Defaults) -> Job:
     return Job(
         name=slug(entry.id),
         model=where,
+        layout=entry.layout,
         data=str(entry.path(own.train)) if own else _rows(defaults),
         split="train" if own else defaults.split,
         calibration=str(entry.path(own.calibration)) if own and own.calibration else None,
@@ -167,9 +168,11 @@ def _from_entry(entry: Entry, defaults: Defaults) -> Job:
 
 
 def _read_jobs(path: Path, defaults: Defaults) -> Iterator[Job]:
+    layouts = {entry.id: entry.layout for entry in load_entries(defaults.registry)}
     try:
         for section in JobsFile(**read_toml(path, "file of jobs")).job:
-            yield _from_section(section, path, defaults)
+            layout = layouts.get(section.model.partition("@")[0])
+            yield _from_section(section, path, defaults).model_copy(update={"layout": layout})
     except ValidationError as error:
         model = next((kind for kind in (JobsFile, CompressSettings) if kind.__name__ == error.title), Job)
         raise EmlocError(f"{path}: {explain(error, model)}", "Mend these settings.") from None

@@ -3,9 +3,14 @@
 import json
 
 import pytest
+from internvl_chat import InternVLChat, chat_config, randomise, save_source, text_config
+from processes import drive
 
+from emloc_core.checkpoint import Checkpoint
 from emloc_core.errors import EmlocError
+from emloc_core.importing import Import
 from emloc_core.zoo.job import Job, describe_change, slug, unique
+from emloc_core.zoo.planning import plan
 from emloc_core.zoo.sources import Defaults, resolve
 
 
@@ -144,6 +149,36 @@ def test_an_entry_with_rows_of_its_own_is_trained_and_a_glob_is_many(tmp_path):
     assert (none.data, none.train, none.merge) == ("org/rows", None, False)
 
 
+def test_an_entry_in_another_layout_is_rewritten_first(tmp_path, rows_file):
+    config = chat_config(text_config("qwen2"))
+    source = save_source(tmp_path / "source", randomise(InternVLChat(config)), config)
+    native = Import(Checkpoint(source), tmp_path / "native").run()
+    lines = ['id = "mine/chat"', 'family = "internvl"', 'layout = "internvl_chat"', 'checkpoint = "source"']
+    lines += ["[presets.default]", "ratio = 0.5", "[config]", 'model_type = "internvl"']
+    (tmp_path / "entry.toml").write_text("\n".join(lines))
+    settings = {"ratio": 0.5, "samples": 4, "selection": 0}
+    given = Defaults(data=str(rows_file), compress=settings, registry=[tmp_path / "entry.toml"], offline=True)
+    jobs = [*resolve(["mine/chat"], given), *resolve([str(native)], given)]
+    (chat, needs), (other, of_native) = plan(jobs, tmp_path)
+    assert chat != other
+    assert needs.base == of_native.base
+    assert needs.disk - needs.emulator == of_native.disk - of_native.emulator + needs.base
+    done = drive(tmp_path / "zoo", jobs)
+    assert {name: record.state for name, record in done.items()} == {"chat": "done", "native": "done"}, done
+    assert set(done["chat"].result["stages"]) == {"native", "emulator"}
+    assert done["chat"].result["linears"] == done["native"].result["linears"]
+
+
+def test_a_model_of_the_registry_in_another_layout_is_rewritten_first(tmp_path):
+    name = "OpenGVLab/InternVL2_5-1B"
+    file = write(tmp_path / "jobs.toml", f"[[job]]\nmodel = '{name}@main'\n")
+    for source in (name, file):
+        (job,) = resolve([source], Defaults(data="org/rows"))
+        first, second = job.stages(tmp_path)
+        assert first.argv == ("import", job.model, "-o", str(tmp_path / "native"))
+        assert second.argv[:2] == ("compress", str(tmp_path / "native"))
+
+
 @pytest.fixture
 def entry_with_a_task(tmp_path):
     """Write an entry that asks a task about its own rows; ``more`` goes into the task. Return its directory."""
@@ -220,10 +255,11 @@ def test_a_fingerprint_is_of_all_that_decides_the_outputs(tmp_path):
     (tmp_path / "copy.jsonl").write_text("1")
     others = [
         changed(model="org/model@2"), changed(threads=2), changed(compress={"ratio": 0.5}), changed(train={}),
+        changed(layout="published"),
     ]  # fmt: skip
     rows.write_text("2")
     others.append(changed())
-    assert len({before, *others}) == 6
+    assert len({before, *others}) == 7
 
 
 def test_a_fingerprint_is_of_what_rows_say_and_show(tmp_path):
