@@ -4,8 +4,9 @@ Where every rank is known beforehand, a block's factors are written as soon as i
 what calibration finds, or spectra are to be kept, the model is decomposed once at the largest ranks and then cut.
 """
 
+import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from emloc_core.plan import Plan, allocated, block_paths, find_linears
 from emloc_core.plugins import plugin_manager
 from emloc_core.sensitivity import PROBES
 from emloc_core.settings import CompressSettings, CutSettings
+from emloc_core.shards import tensor_bytes
 from emloc_core.skeleton import Skeleton
 from emloc_core.spectra import KIND, Spectra, SpectraFiles, at_largest_ranks
 
@@ -78,6 +80,7 @@ class Compression:
             "base": base.fingerprint(output.resolve().parent),
             "settings": settings.model_dump(),
             "calibration": [row.key for row in self.rows.calibration],
+            "tokenized_rows": _digest(self.samples),  # a tokenizer or a chat template may change, and the rows may not
             "selection": [row.key for row in self.rows.selection],
         }
         self.output = Output(output, "emulator", request, self.skeleton.device.type)
@@ -162,3 +165,13 @@ class Compression:
     @property
     def _tokens(self) -> int:
         return sum(len(sample.input_ids) for sample in self.samples)
+
+
+def _digest(samples: Iterable[Sample]) -> str:
+    """Return the SHA-256 over all that the model is given of samples, in hex."""
+    total = hashlib.sha256()
+    for sample in samples:
+        for name, tensor in sorted(sample.inputs("cpu").items()):
+            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            total.update(tensor_bytes(tensor))
+    return total.hexdigest()

@@ -1,9 +1,11 @@
 """The emulator: what is written, that it loads like any checkpoint, and that full rank is the base."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from conftest import CHAT_TEMPLATE, write_jsonl
 from emloc_llama import LLAMA
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -113,6 +115,25 @@ def test_the_same_request_gives_the_same_bytes_and_is_not_done_twice(tiny_model,
 def test_another_request_does_not_overwrite(tiny_model, rows_file, emulator):
     with pytest.raises(EmlocError, match=r"settings\.ratio was 0\.6 and is now 0\.3"):
         compress(tiny_model, rows_file, emulator, SETTINGS.model_copy(update={"ratio": 0.3}))
+
+
+@pytest.mark.parametrize("spectra", [None, "spectra"])
+def test_another_tokenization_of_the_same_rows_is_another_request(tiny_model, tmp_path, spectra):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    turns = [{"role": "user", "content": "animal: cat."}, {"role": "assistant", "content": "a red cat runs."}]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}])
+    kept = spectra and tmp_path / spectra
+
+    def job():
+        settings = CompressSettings(samples=1, selection=0)
+        return Compression(Checkpoint(model), load_rows(str(rows)), tmp_path / "emulator", settings, kept)
+
+    job().run()
+    (model / "README.md").write_text("Not the model's business.")
+    assert job().is_finished()
+    (model / "chat_template.jinja").write_text(f"the {CHAT_TEMPLATE}")
+    with pytest.raises(EmlocError, match=r"tokenized_rows was .* and is now"):
+        job().run()
 
 
 def test_a_foreign_directory_is_refused(tiny_model, rows_file, tmp_path):
