@@ -45,7 +45,7 @@ def convert(
         known = _known(store.records())
         planned = plan(jobs, directory, known, advance)
         store.add(jobs, [fingerprint for fingerprint, _ in planned])
-        store.plan({job.name: needs for job, (_, needs) in zip(jobs, planned, strict=True) if needs is not None})
+        store.plan({job.name: needs or known[seen] for job, (seen, needs) in zip(jobs, planned, strict=True)})
         Driver(store, make_engine(lock), limits, tell).run()
         return store.records()
 

@@ -122,7 +122,7 @@ class Store:
         """Add jobs that are not there yet, in order; one whose fingerprint another job has becomes its duplicate.
 
         A job that is not done and whose model, data or settings have changed since is taken anew; a failed one waits
-        again.
+        again. What was a duplicate of a job that has changed waits in its place.
 
         Raises:
             EmlocError: a job of that name is done, and was something else; nothing is added then.
@@ -130,6 +130,7 @@ class Store:
         with self._transaction():
             for job, fingerprint in zip(jobs, fingerprints, strict=True):
                 self._add(job, fingerprint)
+            self._settle_duplicates()
 
     def _add(self, job: Job, fingerprint: str) -> None:
         row = self._one("SELECT state, fingerprint FROM jobs WHERE name = ?", job.name)
@@ -140,11 +141,8 @@ class Store:
                 f"{self.directory} holds a finished job {job.name!r} of another model, other data or other settings.",
                 "Choose another zoo, or give the job another name.",
             )
-        first = self._one(
-            "SELECT name FROM jobs WHERE fingerprint = ? AND name != ? AND state != 'duplicate'", fingerprint, job.name
-        )
         changed = row is None or row[1] != fingerprint
-        state, other = ("duplicate", first[0]) if first else ("waiting", None)
+        state, other = self._place(job.name, fingerprint)
         if row is None:
             (position,) = self._one("SELECT COALESCE(MAX(position), 0) + 1 FROM jobs") or (1,)
             self._database.execute(
@@ -158,6 +156,23 @@ class Store:
         )
         if changed:
             self._database.execute("UPDATE jobs SET smaller = NULL, needs = NULL WHERE name = ?", (job.name,))
+
+    def _settle_duplicates(self) -> None:
+        """Find those whose job has become another one a job of their own fingerprint, or let them wait."""
+        lost = self._database.execute(
+            "SELECT jobs.name, jobs.fingerprint FROM jobs JOIN jobs AS first ON first.name = jobs.duplicate_of "
+            "WHERE first.fingerprint != jobs.fingerprint ORDER BY jobs.position"
+        ).fetchall()
+        for name, fingerprint in lost:
+            change = "UPDATE jobs SET state = ?, duplicate_of = ? WHERE name = ?"
+            self._database.execute(change, (*self._place(name, fingerprint), name))
+
+    def _place(self, name: str, fingerprint: str) -> tuple[State, str | None]:
+        """Return the state of a job that is not done, and the job that is done instead, where there is one."""
+        first = self._one(
+            "SELECT name FROM jobs WHERE fingerprint = ? AND name != ? AND state != 'duplicate'", fingerprint, name
+        )
+        return ("duplicate", first[0]) if first else ("waiting", None)
 
     def take_over(self) -> list[str]:
         """Let what was running under a driver that is gone wait again; return the names. For a new driver."""

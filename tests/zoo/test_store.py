@@ -52,6 +52,18 @@ def test_the_second_of_a_fingerprint_is_a_duplicate_whenever_it_comes(store):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("given", [["b", "a"], ["a", "b"], ["a"]])
+def test_what_was_a_duplicate_of_a_job_that_has_changed_is_done_itself(store, given):
+    store.add([waiting("a"), waiting("b"), waiting("c")], ["1", "1", "1"])
+    store.start("a", 1, "log")
+    store.finish("a", 1, 1.0, FAILED)
+    now = {"a": "2", "b": "1"}
+    store.add([waiting(name) for name in given], [now[name] for name in given])
+    assert [(r.job.name, r.state, r.duplicate_of) for r in store.records()] == [
+        ("a", "waiting", None), ("b", "waiting", None), ("c", "duplicate", "b"),
+    ]  # fmt: skip
+
+
 def test_a_finished_job_is_not_replaced_and_nothing_is_added(store):
     store.add([waiting("a")], ["1"])
     store.start("a", 1, "log")
