@@ -111,7 +111,7 @@ def emloc_stage_done(stage: str, output: "Path", manifest: "dict[str, Any]") -> 
     """Observe that a stage's output is there, newly made or found finished. The Python API does not call it.
 
     Args:
-        stage: the command: ``compress``, ``cut``, ``train``, ``correct``, ``merge`` or ``eval``.
+        stage: the command: ``import``, ``compress``, ``cut``, ``train``, ``correct``, ``merge`` or ``eval``.
         output: the finished directory.
         manifest: the content of its ``emloc.json``.
     """

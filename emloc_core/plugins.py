@@ -8,6 +8,7 @@ of isolating; ``EMLOC_TRACE_PLUGINS=1`` prints every call of a hook. Empty or ``
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -243,12 +244,14 @@ class PluginManager(pluggy.PluginManager):
     def notify(self, hook: str, **arguments: Any) -> None:
         """Call the observers of ``hook``, such as ``emloc_block_done``; one that raises disturbs nothing.
 
+        Each is given copies of the arguments, to do with as it likes.
+
         Raises:
             EmlocError: an observer raises and ``EMLOC_STRICT_PLUGINS`` is set.
         """
         for owner, plugin in self.list_name_plugin():
             try:
-                self._call(plugin, hook, **arguments)
+                self._call(plugin, hook, **deepcopy(arguments))
             except (Exception, SystemExit) as error:
                 self.set_aside(owner, error)
 

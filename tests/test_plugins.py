@@ -303,6 +303,21 @@ def test_a_hook_that_leaves_the_program_does_not(entry, hook, capsys):
     assert capsys.readouterr().err == f"emloc: the plugin {leaving.name!r} of unknown is broken: SystemExit: 3\n"
 
 
+def test_an_observer_cannot_change_what_it_observes(entry):
+    manager = PluginManager()
+    manager.load([entry("""
+        from emloc_core.hookspecs import hookimpl
+
+        @hookimpl
+        def emloc_stage_done(manifest):
+            manifest["result"].clear()
+    """)])  # fmt: skip
+    manifest = {"result": {"bytes": 1}}
+    manager.notify("emloc_stage_done", stage="cut", output=Path("cut"), manifest=manifest)
+    assert manifest == {"result": {"bytes": 1}}
+    assert manager.reports[0].error is None
+
+
 def test_a_raising_observer_raises_when_strict(entry, monkeypatch):
     monkeypatch.setenv("EMLOC_STRICT_PLUGINS", "1")
     manager = PluginManager()
