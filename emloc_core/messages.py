@@ -13,6 +13,8 @@ Message = dict[str, Any]
 Content = str | list[Message]
 
 IMAGE = {"type": "image"}
+#: What other formats of rows write into a question's text where an image stands.
+_MARK = "<image>"
 _PARTS = 'A part is {"type": "text", "text": ...} or {"type": "image"}; the images themselves stand in `images`.'
 
 
@@ -33,10 +35,15 @@ def place_images(prompt: list[Message], completion: list[Message], images: int, 
     """Return the prompt with a place for every image: where it has none, before the first user message, as TRL does.
 
     Raises:
-        EmlocError: the places are not as many as the images, or are in the completion.
+        EmlocError: the places are not as many as the images, are in the completion, or are marked in a text.
     """
     if any(isinstance(message["content"], list) for message in completion):
         raise EmlocError(f"{where}: there is an image in the answer.", "Images can be asked about, not answered with.")
+    if images and any(_MARK in part.get("text", "") for part in _user_parts(prompt)):
+        raise EmlocError(
+            f"{where}: a user's text holds {_MARK}, which would be read as text beside the image.",
+            'Write a part {"type": "image"} in its place, or leave it out.',
+        )
     parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
     places = parts.count(IMAGE)
     first = next((index for index, message in enumerate(prompt) if message["role"] == "user"), None)
@@ -60,6 +67,10 @@ def in_parts(messages: list[Message]) -> list[Message]:
         else message | {"content": [{"type": "text", "text": message["content"]}]}
         for message in messages
     ]
+
+
+def _user_parts(messages: list[Message]) -> list[Message]:
+    return [part for message in in_parts(messages) if message["role"] == "user" for part in message["content"]]
 
 
 def parse_string(value: Any, where: str, *, may_be_blank: bool = False) -> str:

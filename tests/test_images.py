@@ -90,6 +90,14 @@ def test_an_image_is_upright_and_in_rgb():
             {"messages": ask([{"type": "image"}], "a")["messages"], "images": ["good.png"] * 2},
             "places for 1 images, and there are 2",
         ),
+        ({"messages": ask("<image>\na", "b")["messages"], "images": ["good.png"]}, "a user's text holds <image>"),
+        (
+            {
+                "messages": ask([{"type": "image"}, {"type": "text", "text": "<image> a"}], "b")["messages"],
+                "images": ["good.png"],
+            },
+            "a user's text holds <image>",
+        ),
         ({"messages": ask("a", [{"type": "image"}])["messages"], "images": ["good.png"]}, "an image in the answer"),
         ({"messages": ask([{"type": "image", "image": "good.png"}], "a")["messages"]}, r"\['image', 'type'\]"),
         ({"messages": ask([{"type": "video"}], "a")["messages"]}, "of type 'video'"),
