@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from importlib.util import find_spec
 from pathlib import Path
 
 from emloc_core import __version__
@@ -28,7 +29,8 @@ def write_plugin(name: str, directory: Path, model_types: Sequence[str] = (), dr
         The files that were written, relative to ``directory``.
 
     Raises:
-        EmlocError: ``name`` is no identifier or is taken, a model type is, or ``directory`` exists.
+        EmlocError: ``name`` is no identifier or is taken, a model type is taken, or ``directory`` exists or cannot be
+            written.
     """
     model_types = list(dict.fromkeys(model_types)) or (sorted(draft.family.model_types) if draft else [name])
     _check(name, model_types)
@@ -36,7 +38,8 @@ def write_plugin(name: str, directory: Path, model_types: Sequence[str] = (), dr
         raise EmlocError(f"{directory} exists already.", "Choose another directory with -o, or remove this one.")
     content = _render(name, model_types)
     if draft:
-        family = replace(draft.family, name=name, model_types=frozenset(model_types))
+        tiny = [{**config, "model_type": each} for each in model_types for config in draft.family.tiny_configs]
+        family = replace(draft.family, name=name, model_types=frozenset(model_types), tiny_configs=tiny)
         content[f"emloc_{name}/__init__.py"] = replace(draft, family=family).source
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
@@ -44,6 +47,8 @@ def write_plugin(name: str, directory: Path, model_types: Sequence[str] = (), dr
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
             (staging / path).write_text(text, encoding="utf-8")
         staging.rename(directory)
+    except OSError as error:
+        raise EmlocError(f"{directory} cannot be written: {error.strerror}.", "Choose another directory.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return sorted(content)
@@ -58,6 +63,8 @@ def _check(name: str, model_types: Sequence[str]) -> None:
     manager = plugin_manager()
     if name in {family.name for family in manager.families()} | {report.name for report in manager.reports}:
         raise EmlocError(f"A plugin or family {name!r} is installed already.", "Choose another name.")
+    if find_spec(f"emloc_{name}"):
+        raise EmlocError(f"There is a package emloc_{name} already, which this one would hide.", "Choose another name.")
     for family in manager.families():
         if taken := family.model_types.intersection(model_types):
             raise EmlocError(

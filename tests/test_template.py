@@ -83,6 +83,8 @@ def test_a_declaration_can_come_from_a_model(tmp_path):
         ("modèle", [], "cannot be part"),
         ("llama", ["phi3"], "A plugin or family 'llama' is installed already"),
         ("demo", ["phi3"], "A plugin or family 'demo' is installed already"),
+        ("core", ["phi3"], "There is a package emloc_core already"),
+        ("template", ["phi3"], "There is a package emloc_template already"),
         ("mine", ["phi3", "qwen2"], "'qwen' declares qwen2 already"),
     ],
 )
@@ -90,6 +92,23 @@ def test_a_name_that_cannot_be_used_is_refused(tmp_path, name, types, message):
     with pytest.raises(EmlocError, match=message):
         write_plugin(name, tmp_path / "plugin", types)
     assert not list(tmp_path.iterdir())
+
+
+def test_other_model_types_than_the_model_s_get_tiny_configs_of_their_own(tmp_path):
+    AutoConfig.for_model("phi3").save_pretrained(tmp_path)
+    types = ("--model-type", "mine", "--model-type", "phi3")
+    new("my_phi", "--from", tmp_path, *types, "-o", tmp_path / "plugin")
+    module = ModuleType("emloc_my_phi")
+    exec((tmp_path / "plugin" / "emloc_my_phi" / "__init__.py").read_text(), module.__dict__)
+    assert module.MY_PHI.model_types == {"mine", "phi3"}
+    assert [config["model_type"] for config in module.MY_PHI.tiny_configs] == ["mine", "phi3"]
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(EmlocError, match="plugin cannot be written: Not a directory"):
+        write_plugin("mine", tmp_path / "file" / "plugin")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_nothing_is_overwritten(tmp_path):
