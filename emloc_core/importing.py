@@ -44,13 +44,15 @@ class Import:
         config: the native ``config.json``.
 
     Raises:
-        EmlocError: no layout reads the source; its config has a value that the native model cannot have; or a tensor is
-            unknown, missing, or of another shape than the config says.
+        EmlocError: no layout reads the source; its config has a value that the native model cannot have; a tensor is
+            unknown, missing, or of another shape than the config says; or the output would be within the source.
     """
 
     def __init__(self, source: Checkpoint, output: Path) -> None:
         self.source = source
         source.require_unquantised()
+        if output.resolve().is_relative_to(source.directory.resolve()):
+            raise EmlocError(f"{output} is within the source, {source.directory}.", "Choose another directory with -o.")
         self.layout = plugin_manager().layout_for(source.config)
         self.config = self.layout.config(source.config, source.directory)
         self._files = self.layout.files(source.config, source.directory)
@@ -82,7 +84,7 @@ class Import:
         try:
             parts = split.parts(torch.empty(tensor.shape, device="meta"), self.source.config)
             shapes = [tuple(part.shape) for part in parts]
-        except (RuntimeError, ValueError, IndexError, ArithmeticError):
+        except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError):
             raise EmlocError(
                 f"{tensor.key} in {tensor.shard} has shape {tensor.shape}, which cannot be split as the config says.",
                 "Check that the config.json belongs to this checkpoint.",

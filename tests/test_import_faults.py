@@ -80,6 +80,12 @@ def test_added_tokens_may_leave_no_gaps(source, tmp_path):
         ("config.json", {"force_image_size": 16}, "force_image_size is 16"),
         ("config.json", {"downsample_ratio": 0.3}, "downsample_ratio is 0.3"),
         ("config.json", {"downsample_ratio": 0.125}, "downsample_ratio is 0.125"),
+        ("config.json", {"downsample_ratio": "half"}, r"downsample_ratio is 'half' \(not a number"),
+        ("config.json", {"max_dynamic_patch": None}, "max_dynamic_patch is None"),
+        ("config.json", {"template": ["internlm2-chat"]}, r"template is \['internlm2-chat'\] \(not a name"),
+        ("config.json", {"vision_config__image_size": "big"}, "vision_config.image_size is 'big'"),
+        ("config.json", {"vision_config__patch_size": 0}, r"vision_config.patch_size is 0 \(not a whole number"),
+        ("config.json", {"llm_config__hidden_size": "x"}, "wqkv.weight .*cannot be split"),
         ("config.json", {"llm_config__model_type": "phi3"}, "llm_config.model_type is 'phi3'"),
         ("config.json", {"vision_config__norm_type": "batch_norm"}, "vision_config.norm_type is 'batch_norm'"),
         ("config.json", {"vision_config__model_type": "siglip"}, "vision_config.model_type is 'siglip'"),
@@ -99,6 +105,14 @@ def test_what_cannot_be_imported_is_named_and_nothing_is_written(source, tmp_pat
     with pytest.raises(EmlocError, match=named):
         Import(Checkpoint(source), tmp_path / "out").run()
     assert not {path.name for path in tmp_path.iterdir()} & {"out", ".out.partial"}
+
+
+@pytest.mark.parametrize("place", [".", "native", "a/native"])
+def test_an_output_within_the_source_is_refused(source, place):
+    before = sorted(source.rglob("*"))
+    with pytest.raises(EmlocError, match="is within the source"):
+        Import(Checkpoint(source), source / place)
+    assert sorted(source.rglob("*")) == before
 
 
 def test_all_unsupported_fields_are_named_at_once(source, tmp_path):

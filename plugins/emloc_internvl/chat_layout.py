@@ -56,6 +56,11 @@ VISION_DEFAULTS: dict[str, Any] = {
 #: Vision fields with the same name and meaning in the native config.
 _SAME_VISION = ("num_channels", "hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers",
                 "hidden_act", "norm_type", "layer_norm_eps", "attention_dropout", "initializer_range")  # fmt: skip
+_WHOLE_NUMBERS = (
+    "min_dynamic_patch",
+    "max_dynamic_patch",
+    *(f"vision_config.{name}" for name, value in VISION_DEFAULTS.items() if type(value) is int),
+)
 #: Language models whose tensors have the native names already; InternLM2 has rules of its own.
 _NATIVE_TEXT = ("qwen2", "qwen3", "llama")
 _NATIVE_NORM_EPS = 1e-6  # of the native query and key norms, whatever the config says
@@ -71,12 +76,26 @@ def read_config(config: Config) -> dict[str, Any]:
         if not isinstance(config.get(part), Mapping):
             raise EmlocError(f"The config of this 'internvl_chat' has no {part}.", "Copy config.json again.")
     chat = {**CHAT_DEFAULTS, **config, "vision_config": {**VISION_DEFAULTS, **config["vision_config"]}}
-    if wrong := [f"{field} is {value!r} ({reason})" for field, value, reason in _unsupported(chat)]:
+    found = list(_malformed(chat)) or _unsupported(chat)
+    if wrong := [f"{field} is {value!r} ({reason})" for field, value, reason in found]:
         raise EmlocError(
             f"The native InternVL cannot be given this config: {'; '.join(wrong)}.",
             "Only a checkpoint without these can be imported.",
         )
     return chat
+
+
+def _malformed(chat: Config) -> Iterable[tuple[str, Any, str]]:
+    """Yield (field, value, reason) of what is of another type than the field."""
+    for field in _WHOLE_NUMBERS:
+        part, _, name = field.rpartition(".")
+        value = (chat[part] if part else chat)[name]
+        if type(value) is not int or value < 1:
+            yield field, value, "not a whole number of at least 1"
+    if type(chat["downsample_ratio"]) not in (int, float):
+        yield "downsample_ratio", chat["downsample_ratio"], "not a number"
+    if not isinstance(chat["template"], str | None):
+        yield "template", chat["template"], "not a name"
 
 
 def _unsupported(chat: Config) -> Iterable[tuple[str, Any, str]]:
