@@ -6,6 +6,7 @@ Only the driver writes; ``zoo.lock`` says whether there is one.
 
 import json
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emloc_core.errors import DiskFullError, EmlocError
-from emloc_core.zoo.engine import Needs, Outcome
+from emloc_core.zoo.engine import JOBS, Needs, Outcome
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.lock import is_driven
 
@@ -121,27 +122,29 @@ class Store:
     def add(self, jobs: Sequence[Job], fingerprints: Sequence[str]) -> None:
         """Add jobs that are not there yet, in order; one whose fingerprint another job has becomes its duplicate.
 
-        A job that is not done and whose model, data or settings have changed since is taken anew; a failed one waits
-        again. What was a duplicate of a job that has changed waits in its place.
+        A job that is not done and whose model, data or settings have changed since is taken anew, and what it has made
+        is removed; a failed one waits again. What was a duplicate of a job that has changed waits in its place.
 
         Raises:
             EmlocError: a job of that name is done, and was something else; nothing is added then.
         """
         with self._transaction():
-            for job, fingerprint in zip(jobs, fingerprints, strict=True):
-                self._add(job, fingerprint)
+            changed = [job for job, fingerprint in zip(jobs, fingerprints, strict=True) if self._add(job, fingerprint)]
             self._settle_duplicates()
+            # Before it is recorded: after a kill between the two, the job as it was has to begin again, no more.
+            for job in changed:
+                _remove(self.directory / JOBS / job.name)
 
-    def _add(self, job: Job, fingerprint: str) -> None:
+    def _add(self, job: Job, fingerprint: str) -> bool:
+        """Add a job, and say whether there was another one of that name."""
         row = self._one("SELECT state, fingerprint FROM jobs WHERE name = ?", job.name)
         if row and row[0] == "done":
             if row[1] == fingerprint:
-                return
+                return False
             raise EmlocError(
                 f"{self.directory} holds a finished job {job.name!r} of another model, other data or other settings.",
                 "Choose another zoo, or give the job another name.",
             )
-        changed = row is None or row[1] != fingerprint
         state, other = self._place(job.name, fingerprint)
         if row is None:
             (position,) = self._one("SELECT COALESCE(MAX(position), 0) + 1 FROM jobs") or (1,)
@@ -149,13 +152,15 @@ class Store:
                 "INSERT INTO jobs (name, position, job, fingerprint, state, duplicate_of) VALUES (?, ?, ?, ?, ?, ?)",
                 (job.name, position, job.model_dump_json(), fingerprint, state, other),
             )
-            return
+            return False
         self._database.execute(
             "UPDATE jobs SET job = ?, fingerprint = ?, state = ?, duplicate_of = ? WHERE name = ?",
             (job.model_dump_json(), fingerprint, state, other, job.name),
         )
+        changed = bool(row[1] != fingerprint)
         if changed:
             self._database.execute("UPDATE jobs SET smaller = NULL, needs = NULL WHERE name = ?", (job.name,))
+        return changed
 
     def _settle_duplicates(self) -> None:
         """Find those whose job has become another one a job of their own fingerprint, or let them wait."""
@@ -293,6 +298,15 @@ class Store:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory: under its name it is whole, or gone."""
+    if directory.is_dir():
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # of a removal that was killed
+        os.rename(directory, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _create(path: Path) -> None:

@@ -262,3 +262,19 @@ def test_killed_at_work_the_next_driver_finishes_with_the_same_bytes(tmp_path, t
     (record,) = Store(zoo).records()
     assert [attempt.cause for attempt in record.attempts] == ["interrupted", None]
     assert contents(zoo / "jobs/tiny-llama/emulator") == contents(alone[0])
+
+
+def test_a_job_that_failed_is_done_with_other_settings(tmp_path, tiny_model, rows_file):
+    """Its emulator was finished, and its adapter begun, by the settings of before."""
+    zoo, jobs = tmp_path / "zoo", tmp_path / "jobs.toml"
+    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copy(rows_file, tmp_path / "rows.jsonl")
+    text = (
+        '[[job]]\nmodel = "model"\ndata = "rows.jsonl"\ncompress = {{ samples = {samples}, selection = 0 }}\n'
+        'train = {{ steps = 1, batch_size = 2, bf16 = false{more} }}\ncorrect = {{ clamp = "none" }}\n'
+    )
+    jobs.write_text(text.format(samples=8, more=', target_modules = ["nothing"]'))
+    assert emloc("convert", jobs, "-o", zoo, check=False).returncode == 1
+    assert (zoo / "jobs/model/emulator/emloc.json").is_file()
+    jobs.write_text(text.format(samples=12, more=""))
+    assert "1 jobs: 1 done" in emloc("convert", jobs, "-o", zoo).stdout

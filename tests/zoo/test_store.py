@@ -88,6 +88,22 @@ def test_a_failed_job_waits_again_and_forgets_what_was_of_another_model(store):
     assert (record.needs, record.smaller, len(record.attempts)) == (None, None, 1)
 
 
+def test_what_a_job_has_made_goes_when_it_becomes_another_one_and_only_then(store):
+    outputs = store.directory / "jobs/a/emulator"
+    outputs.mkdir(parents=True)
+    store.add([waiting("a")], ["1"])
+    store.start("a", 1, "log")
+    store.finish("a", 1, 1.0, FAILED)
+    store.add([waiting("a"), waiting("done")], ["1", "3"])
+    store.start("done", 1, "log")
+    store.finish("done", 1, 1.0, Outcome(None))
+    with pytest.raises(EmlocError, match="finished job 'done' of another model"):
+        store.add([waiting("a"), waiting("done")], ["2", "4"])
+    assert outputs.is_dir()
+    store.add([waiting("a")], ["2"])
+    assert list((store.directory / "jobs").iterdir()) == []
+
+
 def test_running_without_a_driver_is_interrupted_until_the_next_takes_over(store):
     store.add([waiting("a")], ["1"])
     with driving(store.directory):
