@@ -34,7 +34,7 @@ class Needs:
 
     Attributes:
         memory: the largest stage's peak on the CPU, in bytes.
-        disk: what the job writes, in bytes.
+        disk: what the job writes and downloads, in bytes.
         base: the model's weights, in bytes.
         emulator: the emulator's weights, in bytes.
         inference: the peak of inference on the base, in bytes.

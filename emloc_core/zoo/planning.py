@@ -73,8 +73,8 @@ def needs(job: Job) -> Needs:
     """Return what a job needs on the CPU, by the memory plan; imports torch.
 
     disk: the emulator; its LoRA, twice, and the trainer's last two checkpoints with their optimiser states; the merged
-    checkpoint; a full LoRA like the first, where it is the upper bound of an evaluation; and the model rewritten, where
-    it has to be.
+    checkpoint; a full LoRA like the first, where it is the upper bound of an evaluation; the model rewritten, where it
+    has to be; and its download, unless the hub's cache has (part of) it.
     """
     from emloc_core import streamed
     from emloc_core.memory import MemoryModel
@@ -92,6 +92,7 @@ def needs(job: Job) -> Needs:
     base, emulator = model.parameters() * size, model.parameters(plan) * size
     inference, tuning = model.inference().total, model.tuning(plan).total
     peaks, disk = [streamed.compress(model, plan).total], emulator + _SIDE_FILES + (base if job.layout else 0)
+    disk += base if _is_fetched(job) else 0
     if job.train:
         peaks += [tuning, streamed.correct(model, plan).total]
         loras = 2 if job.eval and job.eval.full_lora else 1
@@ -124,6 +125,17 @@ def _config(job: Job) -> Iterator[Path]:
     else:
         with config_of(job.model) as file:
             yield file
+
+
+def _is_fetched(job: Job) -> bool:
+    """Say whether a job downloads its model. One of which the cache has a part counts as there."""
+    if job.offline or Path(job.model).exists():
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = job.model.partition("@")
+    weights = "model.safetensors", "model.safetensors.index.json"
+    return not any(isinstance(try_to_load_from_cache(name, file, revision=revision or None), str) for file in weights)
 
 
 def _answer(job: Job, cache_dir: Path, known: Collection[str]) -> tuple[str, Needs | None]:

@@ -5,7 +5,7 @@ Nothing that an entry brings is executed, and a path in an entry or in a file of
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,10 @@ def resolve(sources: Iterable[str], defaults: Defaults) -> list[Job]:
     the command line's rows ends with the emulator.
 
     Raises:
-        EmlocError: a source is nothing of the kind, with what was probably meant; or a file is wrong.
+        EmlocError: a source is nothing of the kind, with what was probably meant; a file is wrong; or the rows of the
+            command line are not there.
     """
+    defaults = replace(defaults, data=_rows(defaults.data))
     jobs: list[Job] = []
     for source in sources:
         path = Path(source).expanduser()
@@ -125,7 +127,7 @@ def _plain(model: Path, defaults: Defaults) -> Job:
     return Job(
         name=slug(str(model.absolute())),
         model=str(model.absolute()),
-        data=_rows(defaults),
+        data=defaults.data,
         split=defaults.split,
         compress=CompressSettings(**defaults.compress),
         threads=defaults.threads,
@@ -133,11 +135,16 @@ def _plain(model: Path, defaults: Defaults) -> Job:
     )
 
 
-def _rows(defaults: Defaults) -> str | None:
+def _rows(data: str | None) -> str | None:
     """Return the command line's rows: a file by its absolute path."""
-    if defaults.data and Path(defaults.data).exists():
-        return str(Path(defaults.data).absolute())
-    return defaults.data
+    if not data:
+        return None
+    path = Path(data)
+    if path.exists():
+        return str(path.absolute())
+    if path.suffix in FILES or data.startswith((".", "~")) or not DATA_ID.fullmatch(data):
+        raise EmlocError(f"There are no rows at {data}.", "Give a file, or a data set of the hub (organisation/name).")
+    return data
 
 
 def _from_entry(entry: Entry, defaults: Defaults) -> Job:
@@ -154,7 +161,7 @@ def _from_entry(entry: Entry, defaults: Defaults) -> Job:
         name=slug(entry.id),
         model=where,
         layout=entry.layout,
-        data=str(entry.path(own.train)) if own else _rows(defaults),
+        data=str(entry.path(own.train)) if own else defaults.data,
         split="train" if own else defaults.split,
         calibration=str(entry.path(own.calibration)) if own and own.calibration else None,
         test=[str(entry.path(test)) for test in own.test] if own else [],
@@ -189,7 +196,7 @@ def _from_section(section: JobSection, file: Path, defaults: Defaults) -> Job:
     return Job(
         name=section.name or slug(section.model),
         model=model,
-        data=own or _rows(defaults),
+        data=own or defaults.data,
         split=section.split if own else defaults.split,
         calibration=section.calibration and _inside(file, section.calibration),
         test=[_inside(file, test) for test in section.test],

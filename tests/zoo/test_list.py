@@ -1,4 +1,4 @@
-"""`emloc zoo list`, `show` and `plan`, over the registry and over entries of the user's own."""
+"""`emloc zoo list`, `show` and `plan`, over the registry and over entries of the user's own; what a dry run says."""
 
 import json
 import subprocess
@@ -144,6 +144,20 @@ def test_a_model_that_cannot_be_planned_stops_no_other(own):
     assert "takes 16 tokens, not 64" in planned["zoo-test/short"]["error"]
     assert planned["zoo-test/short"]["inference"] is None
     assert planned["zoo-test/one"]["inference"] < planned["zoo-test/two"]["inference"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [([], "no rows to calibrate on"), (["--memory", "100MB"], "it needs more memory than the 100 MB there are")],
+)
+def test_a_dry_run_says_what_would_fail(tiny_model, rows_file, tmp_path, options, said):
+    argv = ["zoo", "convert", *[str(tiny_model)] * 2, "-o", str(tmp_path / "zoo"), *options, "--dry-run"]
+    argv += ["--data", str(rows_file)] if options else []
+    done = CliRunner().invoke(cli, argv)
+    assert str(done.exception).startswith(f"1 of 2 jobs would fail. tiny-llama: {said}.")
+    assert f"({said})" in done.stdout
+    jobs = json.loads(CliRunner().invoke(cli, [*argv, "--json"]).stdout)["jobs"]
+    assert [job["refused"] for job in jobs] == [said, ""]
 
 
 @pytest.mark.parametrize("command", [["list"], ["show", "SmolLM2-135M"], ["plan", "--help"]])

@@ -233,6 +233,28 @@ def test_a_task_of_an_entry_runs_no_code_and_stays_in_its_directory(entry_with_a
         resolve(["a/b"], Defaults(registry=[root]))
 
 
+@pytest.mark.parametrize("data", ["rows.jsonl", "no/rows.json", "./rows", "/no/rows", "~/rows", "a/b/c"])
+def test_rows_that_are_not_there(models, data, monkeypatch):
+    monkeypatch.chdir(models)
+    with pytest.raises(EmlocError, match=f"There are no rows at {data}"):
+        resolve([str(models)], Defaults(data=data))
+
+
+def test_a_download_is_counted_unless_it_is_there(tmp_path, monkeypatch):
+    hub, name = tmp_path / "hub", "HuggingFaceTB/SmolLM2-135M"
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    job = Job(name="a", model=f"{name}@main", data="org/rows")
+    ((_, fetched),) = plan([job], tmp_path)
+    ((_, offline),) = plan([job.model_copy(update={"offline": True})], tmp_path)
+    assert fetched.disk == offline.disk + fetched.base
+    repository = hub / f"models--{name.replace('/', '--')}"
+    for file, content in {"refs/main": "abc", "snapshots/abc/model.safetensors": ""}.items():
+        (repository / file).parent.mkdir(parents=True)
+        (repository / file).write_text(content)
+    ((_, there),) = plan([job], tmp_path)
+    assert there == offline
+
+
 def test_names_are_directories_anywhere():
     assert slug("org/Model 1.5B@main") == "Model-1.5B"
     assert slug("/models/../..") == "models"

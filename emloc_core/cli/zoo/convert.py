@@ -19,7 +19,7 @@ from emloc_core.report import human_bytes, human_seconds
 from emloc_core.settings import CompressSettings
 
 if TYPE_CHECKING:
-    from emloc_core.zoo.engine import Engine
+    from emloc_core.zoo.engine import Engine, Needs
     from emloc_core.zoo.job import Job
 
 _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -82,7 +82,9 @@ def command(
     defaults = Defaults(compress=_said(given), **given)
     jobs = resolve(sources, defaults)
     if dry_run:
-        _describe(jobs, zoo, room, as_json)
+        from emloc_core.zoo.local import machine_memory
+
+        _describe(jobs, zoo, room, budget or (machine_memory() if engine == "local" else None), as_json)
         return
 
     def make_engine(lock: int) -> "Engine":
@@ -155,15 +157,20 @@ def _told() -> Iterator[Callable[[str, str, str], None]]:
         yield tell
 
 
-def _describe(jobs: "list[Job]", zoo: Path, disk: int | None, as_json: bool) -> None:
+def _describe(jobs: "list[Job]", zoo: Path, disk: int | None, memory: int | None, as_json: bool) -> None:
     from emloc_core.zoo.convert import preview, require_room
 
     with progress("Planning") as advance:
         previews = preview(jobs, zoo, advance)
+    # What another job or an earlier run answers for is not tried.
+    refused = {each.name: _refused(job, each.needs, memory)
+               for job, each in zip(jobs, previews, strict=True) if each.state == "to do"}  # fmt: skip
+    refused = {name: reason for name, reason in refused.items() if reason}
     known = [each.seconds for each in previews if each.state == "to do"]
     total = sum(seconds for seconds in known if seconds is not None) if None not in known else None
     if as_json:
-        print_json({"jobs": [each.to_dict() for each in previews], "seconds": total})
+        content = [{**each.to_dict(), "refused": refused.get(each.name, "")} for each in previews]
+        print_json({"jobs": content, "seconds": total})
     else:
         width = max(len(each.name) for each in previews)
         for number, each in enumerate(previews, 1):
@@ -174,12 +181,29 @@ def _describe(jobs: "list[Job]", zoo: Path, disk: int | None, as_json: bool) -> 
                                    ("memory", needs.memory))
             ]  # fmt: skip
             sizes.append(f"time {'unknown' if each.seconds is None else human_seconds(each.seconds)}")
-            reason = f" ({needs.reason})" if needs.reason else ""
+            reasons = "; ".join(filter(None, (needs.reason, refused.get(each.name))))
+            reason = f" ({reasons})" if reasons else ""
             click.echo(f"{number:>3}. {each.name:<{width}}  {each.state:<6}  {', '.join(sizes)}{reason}")
         click.echo(f"time of all, one after the other: {'unknown' if total is None else human_seconds(total)}")
     needed, room = require_room(previews, zoo, disk)
     if not as_json:
         click.echo(f"disk: {human_bytes(needed)} of {human_bytes(room)}")
+    if refused:
+        named = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
+        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise EmlocError(
+            f"{len(refused)} of {len(previews)} jobs would fail. {named}{more}.",
+            "Give --data for those without rows, --memory where there is more, or leave them out.",
+        )
+
+
+def _refused(job: "Job", needs: "Needs", memory: int | None) -> str:
+    """Say why a job cannot be done; nothing where it can."""
+    if job.data is None:
+        return "no rows to calibrate on"
+    if memory is not None and needs.memory is not None and needs.memory > memory:
+        return f"it needs more memory than the {human_bytes(memory)} there are"
+    return ""
 
 
 def parse_seconds(text: str) -> float:
