@@ -52,8 +52,9 @@ class Family:
         taps: glob pattern of module path -> how the activations of these Linears are hooked, where the default
             (the cheaper of input and output) would be wrong.
         nested: models of other families inside this one: part of the config (``text_config``) -> module path that
-            stands where the other family's ``model`` does (``model.language_model``). Its towers follow this family's
-            own, and what it keeps dense and how it is hooked holds for its part.
+            stands where the other family's ``model`` does, or what else the paths of its blocks begin with
+            (``model.language_model``). Its towers follow this family's own, and what it keeps dense and how it is
+            hooked holds for its part.
         tiny_configs: keyword arguments of ``AutoConfig.for_model`` for tiny models of the family, at least one a model
             type: the conformance kit builds them.
         tiny_inputs: the keyword arguments of a forward of one row with an image, given a tiny model's config, where
@@ -74,10 +75,15 @@ class Family:
     tiny_inputs: Callable[[Any], Mapping[str, Any]] | None = None
 
     def with_nested(self, inner: "Family", path: str) -> "Family":
-        """Return the family with the declaration of ``inner`` added, whose ``model`` stands at ``path`` here."""
+        """Return the family with the declaration of ``inner`` added, whose model without head stands at ``path`` here.
+
+        That model is what the paths of its blocks begin with: ``model``, say, or ``gpt_neox``.
+        """
+        bases = {tower.blocks.partition(".")[0] for tower in inner.towers}
 
         def moved(name: str) -> str:
-            return f"{path}.{name.removeprefix('model.')}" if name.startswith("model.") else name
+            base, dot, rest = name.partition(".")
+            return f"{path}.{rest}" if dot and base in bases else name
 
         return replace(
             self,

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from emloc_core.adapter import Adapter
 from emloc_core.checkpoint import Checkpoint
+from emloc_core.conformance import check_family
 from emloc_core.conformance.activations import deviation
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
 from emloc_core.data import load_rows
@@ -26,6 +27,7 @@ from emloc_core.lowrank import LowRankLinear
 from emloc_core.merge import Merge
 from emloc_core.plan import find_linears, make_plan
 from emloc_core.plugins import plugin_manager
+from emloc_core.scaffold.scaffold import scaffold
 from emloc_core.settings import CompressSettings
 from emloc_core.skeleton import Skeleton
 from emloc_core.streaming import Stream
@@ -40,11 +42,15 @@ def label(config) -> str:
     return f"{config['model_type']}+{inner}" if inner else config["model_type"]
 
 
+def tiny_config(settings):
+    settings = dict(settings)
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
 def tiny_model(settings):
     """Return the family and the tiny model of a config, of which no weight hides by being zero or one."""
     family = plugin_manager().family_for(settings)
-    settings = dict(settings)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    config = tiny_config(settings)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, family.auto_class).from_config(config, dtype=torch.float32).eval()
@@ -238,6 +244,18 @@ def test_the_declaration_of_a_nested_model_is_moved_to_where_it_stands():
     assert family.taps == {"model.language_model.layers.*.q_proj": "input", "lm_head": "output"}
     assert family.nested == {}
     assert family.auto_class == "AutoModelForImageTextToText"
+
+
+def test_a_nested_model_may_begin_otherwise_than_with_model(tmp_path):
+    AutoConfig.for_model("gpt_neox").save_pretrained(tmp_path)
+    inner = scaffold(tmp_path / "config.json").family
+    assert inner.towers[0].blocks == "gpt_neox.layers"
+    settings = {**INTERNVL.tiny_configs[-1], "text_config": dict(inner.tiny_configs[0])}
+    tiny_config(settings).save_pretrained(tmp_path / "nested")
+    with plugin_manager().declaring(inner):
+        results = check_family(replace(INTERNVL, tiny_configs=[settings]))
+        assert [str(result) for result in results if not result.passed] == []
+        assert scaffold(tmp_path / "nested" / "config.json").family.nested == INTERNVL.nested
 
 
 def test_a_nested_mixture_keeps_its_experts_dense():

@@ -133,7 +133,7 @@ def _stands_at(inner: Family, family: Family) -> str | None:
         return None
     paths = set()
     for tower, declared in zip(found, inner.towers, strict=True):
-        rest = f".{declared.blocks.removeprefix('model.')}"
+        rest = f".{declared.blocks.partition('.')[2]}"
         known = [frozenset(group) for group in declared.input_groups]
         alike = all(any(set(group) <= other for other in known) for group in tower.input_groups)
         if not (alike and tower.blocks.endswith(rest)):
