@@ -18,8 +18,8 @@ from emloc_core.output import MANIFEST
 from emloc_core.report import human_bytes
 from emloc_core.zoo.engine import JOBS, NoRoomError, Outcome, Task
 from emloc_core.zoo.faults import classify, describe
-from emloc_core.zoo.node import Order, perform
-from emloc_core.zoo.storage import Storage, share
+from emloc_core.zoo.node import Order, output_names, perform
+from emloc_core.zoo.storage import Storage, input_name, share
 
 #: Objects are outcomes, a few kilobytes each; Ray would take a third of the memory for them.
 _OBJECTS = 80 << 20
@@ -35,12 +35,14 @@ class RayHandle:
 
     Attributes:
         asked: what it asks for, by Ray's names.
+        inputs: names in the storage of what the job reads, by path; empty without one.
         submitted: gives Ray's reference, once the inputs are in the storage.
     """
 
     task: Task
     directory: Path
     asked: Resources
+    inputs: dict[str, str]
     submitted: "Future[Any]"
 
 
@@ -106,12 +108,17 @@ class RayEngine:
         task.lay_out(directory)
         (directory / task.log).parent.mkdir(exist_ok=True)
         asked = self._ask(task, self._nodes())
+        inputs: dict[str, str] = {}
+        if self._storage is not None:
+            job = task.job
+            paths = [path for path in (job.model, job.data, job.calibration, *job.test) if path and Path(path).exists()]
+            inputs = {path: input_name(Path(path)) for path in paths}
         submitted = (
-            _done(self._submit(task, directory, asked))
+            _done(self._submit(task, directory, asked, inputs))
             if self._storage is None
-            else self._uploads.submit(self._submit, task, directory, asked)
+            else self._uploads.submit(self._submit, task, directory, asked, inputs)
         )
-        handle = RayHandle(task, directory, asked, submitted)
+        handle = RayHandle(task, directory, asked, inputs, submitted)
         self._running.append(handle)
         return handle
 
@@ -145,12 +152,10 @@ class RayEngine:
         self._uploads.shutdown(cancel_futures=True)
         self._ray.shutdown()
 
-    def _submit(self, task: Task, directory: Path, asked: Resources) -> Any:
-        inputs = {}
+    def _submit(self, task: Task, directory: Path, asked: Resources, inputs: dict[str, str]) -> Any:
         if self._storage is not None:
-            job = task.job
-            paths = [path for path in (job.model, job.data, job.calibration, *job.test) if path and Path(path).exists()]
-            inputs = {path: share(self._storage, Path(path)) for path in paths}
+            for path in inputs:
+                share(self._storage, Path(path))
         order = Order(task.job.model_dump_json(), str(directory.absolute()), task.log, self.url, inputs)
         options = {"num_cpus": asked[_CPU], "num_gpus": asked[_GPU], "memory": int(asked[_MEMORY]) or None}
         return self._perform.options(name=task.job.name, max_retries=0, **options).remote(order)
@@ -195,13 +200,13 @@ class RayEngine:
         """Believe in a success when its outputs are there for all to see."""
         if outcome.cause is not None:
             return outcome
-        name = f"{JOBS}/{handle.task.job.name}"
-        for stage in handle.task.job.stages(Path()):
-            output = f"{name}/{stage.name}"
+        job = handle.task.job
+        for stage, name in output_names(job, handle.inputs).items():
+            output = name if self._storage else f"{JOBS}/{job.name}/{stage}"
             whole = self._storage.has(output) if self._storage else (handle.directory / output / MANIFEST).is_file()
             if not whole:
                 said = f"{outcome.host} made {output}, which is not at {self.url or handle.directory} from here."
-                return Outcome("input/output", said, stage.name, host=outcome.host)
+                return Outcome("input/output", said, stage, host=outcome.host)
         return outcome
 
 

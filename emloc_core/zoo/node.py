@@ -11,7 +11,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from emloc_core import __version__
 from emloc_core.zoo.engine import JOB, JOBS, Outcome, read_outcome, start_worker, write_job
 from emloc_core.zoo.faults import ended, memory_kills
-from emloc_core.zoo.job import Job
+from emloc_core.zoo.job import BYTES, Job
 from emloc_core.zoo.lock import try_lock
 from emloc_core.zoo.storage import Storage, fetch_input
 
@@ -101,7 +101,7 @@ def _by_storage(order: Order, job: Job) -> Outcome:
         if lock is None:
             return _BUSY
         local = _with_inputs(job, order.inputs, storage, place)
-        outputs = {stage.output: f"{JOBS}/{job.name}/{stage.output.name}" for stage in local.stages(place)}
+        outputs = {place / stage: name for stage, name in output_names(job, order.inputs).items()}
         for output, name in outputs.items():
             if not output.exists() and storage.has(name):
                 storage.fetch(name, output)
@@ -124,6 +124,20 @@ def _by_storage(order: Order, job: Job) -> Outcome:
         if outcome.cause is None:
             shutil.rmtree(place)
         return outcome
+
+
+def output_names(job: Job, inputs: Mapping[str, str]) -> dict[str, str]:
+    """Return the names in the storage of a job's outputs, by stage, in order: ``jobs/NAME/STAGE-HASH``.
+
+    The hash is of all that is done up to there, and to what: another job of the same name has outputs of its own, and
+    one that was made smaller for a later stage goes on with those of the stages before.
+    """
+    seen = hashlib.sha256(repr((BYTES, job.threads, sorted(inputs.items()))).encode())
+    found = {}
+    for stage in job.stages(Path()):
+        seen.update(repr(stage.argv).encode())
+        found[stage.name] = f"{JOBS}/{job.name}/{stage.name}-{seen.hexdigest()[:12]}"
+    return found
 
 
 def _publish(storage: Storage, outputs: dict[Path, str]) -> None:

@@ -23,7 +23,7 @@ from emloc_core.zoo.convert import convert
 from emloc_core.zoo.engine import Needs, NoRoomError, Task, write_job
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.local import LocalEngine
-from emloc_core.zoo.node import Order, perform
+from emloc_core.zoo.node import Order, output_names, perform
 from emloc_core.zoo.storage import Storage, share
 from emloc_core.zoo.store import Store
 
@@ -116,11 +116,16 @@ def test_outputs_go_to_storage(cluster, jobs, tmp_path):
     (record,) = convert(jobs[:1], zoo, lambda _: engine)
     assert record.state == "done"
     assert not (zoo / "jobs" / "first" / "emulator").exists()
-    assert Storage(str(remote)).has("jobs/first/emulator")
+    (emulator,) = (remote / "jobs" / "first").iterdir()
+    assert Storage(str(remote)).has(f"jobs/first/{emulator.name}")
     assert not list(remote.rglob("*.partial"))
     log = (zoo / record.attempts[0].log).read_text()
     assert log.startswith("emloc compress ")
     assert log == (remote / record.attempts[0].log).read_text()
+    other = jobs[0].model_copy(update={"compress": SMALL.model_copy(update={"samples": 6})})
+    (record,) = convert([other], tmp_path / "other", lambda _: RayEngine(address=cluster.address, storage=engine.url))
+    assert record.state == "done"
+    assert len(list((remote / "jobs" / "first").iterdir())) == 2
 
 
 def test_a_killed_worker_is_started_again(cluster, two, tmp_path):
@@ -193,12 +198,30 @@ def test_fetches_what_a_node_does_not_have(jobs, tmp_path):
     order = Order(job.model_dump_json(), str(tmp_path), "logs/first.1.log", "memory://zoo", inputs)
     outcome = perform(order)
     assert outcome["cause"] is None, storage.read("logs/first.1.log").decode()
-    storage.fetch("jobs/first/emulator", tmp_path / "first")
+    emulator = output_names(job, inputs)["emulator"]
+    storage.fetch(emulator, tmp_path / "first")
     assert any(name.endswith(".safetensors") for name in contents(tmp_path / "first"))
     # Another worker finds the output there, and has nothing to do.
     assert perform(order)["result"] == outcome["result"]
-    storage.fetch("jobs/first/emulator", tmp_path / "second")
+    storage.fetch(emulator, tmp_path / "second")
     assert (tmp_path / "second" / TIMING).read_bytes() == (tmp_path / "first" / TIMING).read_bytes()
+
+
+def test_another_job_of_the_name_has_outputs_of_its_own():
+    job = Job(name="a", model="org/model", data="rows.jsonl", train={"batch_size": 4}, eval={"tasks": ["arc_easy"]})
+    names = output_names(job, {"rows.jsonl": "inputs/1"})
+    assert list(names) == ["emulator", "adapter", "corrected", "evaluation"]
+    assert names == output_names(job.model_copy(update={"offline": True}), {"rows.jsonl": "inputs/1"})
+
+    def kept(other, rows="inputs/1"):
+        found = output_names(other, {"rows.jsonl": rows})
+        return [stage for stage, name in found.items() if name == names[stage]]
+
+    assert kept(job.smaller("emulator")) == []
+    assert kept(job, rows="inputs/2") == []
+    assert kept(job.model_copy(update={"threads": 2})) == []
+    assert kept(job.smaller("adapter")) == ["emulator"]
+    assert kept(job.smaller("evaluation")) == ["emulator", "adapter", "corrected"]
 
 
 def test_a_node_that_does_not_share_the_disk(jobs, tmp_path):
@@ -287,7 +310,7 @@ def test_an_output_that_is_not_seen_is_not_believed(engine, jobs, tmp_path):
     from emloc_core.zoo.engine import Outcome
 
     made = engine((True, {"CPU": 1.0}))
-    handle = RayHandle(Task(jobs[0], 1, Needs()), tmp_path, {}, _done(None))
+    handle = RayHandle(Task(jobs[0], 1, Needs()), tmp_path, {}, {}, _done(None))
     outcome = made._seen(Outcome(None, host="far"), handle)
     assert outcome.cause == "input/output"
     emulator = tmp_path / "jobs" / "first" / "emulator"
