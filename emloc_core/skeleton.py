@@ -175,10 +175,19 @@ class Skeleton:
 
 
 def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model of a config in eval mode: parameters on the meta device, frozen; buffers really computed."""
+    """Return the model of a config in eval mode: parameters on the meta device, frozen; buffers really computed.
+
+    Raises:
+        EmlocError: transformers has no class of the name that the family declares.
+    """
     import transformers
 
-    auto_class = getattr(transformers, family.auto_class)
+    auto_class = getattr(transformers, family.auto_class, None)
+    if auto_class is None:
+        raise EmlocError(
+            f"The family {family.name!r} declares the class {family.auto_class}, which transformers does not have.",
+            "Correct auto_class in its plugin, or uninstall the plugin.",
+        )
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = auto_class.from_config(config, dtype=dtype)
     model.tie_weights()

@@ -29,7 +29,7 @@ from emloc_core.plan import find_linears, make_plan
 from emloc_core.plugins import plugin_manager
 from emloc_core.scaffold.scaffold import scaffold
 from emloc_core.settings import CompressSettings
-from emloc_core.skeleton import Skeleton
+from emloc_core.skeleton import Skeleton, build_model
 from emloc_core.streaming import Stream
 from emloc_core.training import TrainSettings
 
@@ -271,6 +271,12 @@ def test_what_lies_below_a_pattern_stays_dense_with_it():
     projector = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
     (kept,) = find_linears(model, replace(family, keep_dense={"model.multi_modal_projector": "for this test"})).kept
     assert (kept.parameters, kept.reason) == (projector, "for this test")
+
+
+def test_a_class_that_transformers_does_not_have_is_named():
+    family = replace(LLAMA, auto_class="AutoModelForNothing")
+    with pytest.raises(EmlocError, match="'llama' declares the class AutoModelForNothing"):
+        build_model(tiny_config(LLAMA.tiny_configs[0]), family, torch.float32)
 
 
 def test_a_nested_model_that_no_family_declares_is_named():
