@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
+from emloc_core.output import MANIFEST
 from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes
-from emloc_core.zoo.engine import Engine, Needs
+from emloc_core.zoo.engine import JOBS, OUTCOME, Engine, Needs
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.lock import driving
 from emloc_core.zoo.planning import Advance, plan
@@ -42,9 +43,14 @@ def convert(
     directory.mkdir(parents=True, exist_ok=True)
     with driving(directory) as lock, closing(Store(directory, create=True)) as store:
         store.take_over()
-        known = _known(store.records())
+        records = store.records()
+        known = _known(records)
         planned = plan(jobs, directory, known, advance)
-        store.add(jobs, [fingerprint for fingerprint, _ in planned])
+        fingerprints = [fingerprint for fingerprint, _ in planned]
+        asked = {*fingerprints, *(job.name for job in jobs)}
+        relevant = [each for each in records if asked & {each.job.name, each.fingerprint}]
+        store.reopen([each.job.name for each in relevant if _is_gone(each, directory)])
+        store.add(jobs, fingerprints)
         store.plan({job.name: needs or known[seen] for job, (seen, needs) in zip(jobs, planned, strict=True)})
         Driver(store, make_engine(lock), limits, tell).run()
         return store.records()
@@ -88,7 +94,7 @@ def preview(jobs: Sequence[Job], directory: Path, advance: Advance = lambda *_: 
         same = first.setdefault(fingerprint, job.name)
         record = there.get(job.name)
         state = "to do" if same == job.name else f"the same as {same}"
-        if record and record.state == "done" and record.fingerprint == fingerprint:
+        if record and record.state == "done" and record.fingerprint == fingerprint and not _is_gone(record, directory):
             state = "done"
         found.append(Preview(job.name, state, needs, estimate(job, needs, records) if state == "to do" else None))
     return found
@@ -113,6 +119,18 @@ def require_room(previews: Sequence[Preview], directory: Path, limit: int | None
             "Free some space, choose another disk, or convert fewer models at a time.",
         )
     return needed, room
+
+
+def _is_gone(record: JobRecord, zoo: Path) -> bool:
+    """Say whether a job is done and its outputs are not in the zoo any more.
+
+    Where they never were, but in the storage of a cluster, its worker left no outcome in the zoo either.
+    """
+    place = zoo / JOBS / record.job.name
+    if record.state != "done":
+        return False
+    whole = all((stage.output / MANIFEST).is_file() for stage in record.job.stages(place))
+    return not whole and ((place / OUTCOME).is_file() or not place.is_dir())
 
 
 def _known(records: Sequence[JobRecord]) -> dict[str, Needs]:

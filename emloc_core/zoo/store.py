@@ -190,6 +190,11 @@ class Store:
             self._database.execute("UPDATE jobs SET state = 'waiting' WHERE state = 'running'")
         return names
 
+    def reopen(self, names: Sequence[str]) -> None:
+        """Let jobs that were done wait again: their outputs are gone."""
+        change = "UPDATE jobs SET state = 'waiting', result = '{}' WHERE name = ?"
+        self._apply(*((change, (name,)) for name in names))
+
     def plan(self, needs: dict[str, Needs]) -> None:
         """Keep what jobs need, by name."""
         change = "UPDATE jobs SET needs = ? WHERE name = ?"

@@ -278,3 +278,20 @@ def test_a_job_that_failed_is_done_with_other_settings(tmp_path, tiny_model, row
     assert (zoo / "jobs/model/emulator/emloc.json").is_file()
     jobs.write_text(text.format(samples=12, more=""))
     assert "1 jobs: 1 done" in emloc("convert", jobs, "-o", zoo).stdout
+
+
+def test_what_is_done_and_gone_is_done_again(tmp_path, tiny_model, rows_file):
+    argv = ["convert", tiny_model, "-o", tmp_path, "--data", rows_file, *OPTIONS]
+    emloc(*argv)
+    emulator = tmp_path / "jobs/tiny-llama/emulator"
+    before = contents(emulator)
+    for gone in (emulator, emulator.parent):
+        shutil.rmtree(gone)
+        assert "tiny-llama  to do" in emloc(*argv, "--dry-run").stdout
+        emloc(*argv)
+        assert contents(emulator) == before
+    shutil.rmtree(emulator)
+    (emulator.parent / "result.json").unlink()  # as where the outputs are in a cluster's storage
+    emloc(*argv)
+    (record,) = Store(tmp_path).records()
+    assert [attempt.cause for attempt in record.attempts] == [None, None, None]
