@@ -23,6 +23,7 @@ from emloc_core.zoo.lock import is_driven
 State = Literal["waiting", "running", "done", "failed", "duplicate", "interrupted"]
 DATABASE = "zoo.db"
 _PATIENCE = 60.0  # seconds for which a full disk may go on
+_DISK_FAULTS = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
 _SCHEMA = """
 CREATE TABLE jobs (
     name TEXT PRIMARY KEY, position INTEGER NOT NULL, job TEXT NOT NULL, fingerprint TEXT NOT NULL,
@@ -114,10 +115,14 @@ class Store:
         try:
             if create and not path.exists():
                 _create(path)
-            self._database = _connect(path)
-            self._database.execute("SELECT 1 FROM jobs LIMIT 1")
+            self._database = _open(path, create=create)
         except (OSError, sqlite3.Error) as error:
-            raise EmlocError(f"{path} cannot be opened ({error}).", "Restore it, or choose another zoo.") from error
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if isinstance(error, OSError) or code in _DISK_FAULTS:
+                remedy = "Its disk is full or read-only: free some space, or make it writable."
+            else:
+                remedy = "Restore it, or choose another zoo."
+            raise EmlocError(f"{path} cannot be opened ({error}).", remedy) from error
 
     def add(self, jobs: Sequence[Job], fingerprints: Sequence[str]) -> None:
         """Add jobs that are not there yet, in order; one whose fingerprint another job has becomes its duplicate.
@@ -324,6 +329,27 @@ def _create(path: Path) -> None:
         database.execute("PRAGMA journal_mode = WAL")
         database.executescript(_SCHEMA)
     os.replace(new, path)
+
+
+def _open(path: Path, *, create: bool) -> sqlite3.Connection:
+    """Open a store; a reader's also where the disk is full or read-only, if no change is in the write-ahead log alone.
+
+    Raises:
+        sqlite3.Error: it cannot be opened, or is none.
+    """
+    query = "SELECT 1 FROM jobs LIMIT 1"
+    try:
+        database = _connect(path)
+        database.execute(query)
+    except sqlite3.OperationalError:
+        log = path.with_name(f"{path.name}-wal")
+        if create or (log.exists() and log.stat().st_size):
+            raise
+        # SQLite writes an index of that log beside the file even to read it, unless it is told that nobody writes.
+        place = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        database = sqlite3.connect(place, uri=True, isolation_level=None)
+        database.execute(query)
+    return database
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -1,5 +1,7 @@
 """The store is true at all times: what is kept, what is refused, and what a reader sees beside a driver."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -129,8 +131,36 @@ def test_what_is_no_zoo(tmp_path):
         Store(tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "zoo.db").write_text("nothing of the kind" * 100)
-    with pytest.raises(EmlocError, match="cannot be opened"):
-        Store(tmp_path, create=True)
+    for create in (True, False):
+        with pytest.raises(EmlocError, match=r"cannot be opened .* Restore it"):
+            Store(tmp_path, create=create)
+
+
+_READ = """
+import resource, sys
+from pathlib import Path
+from emloc_core.errors import EmlocError
+from emloc_core.zoo.store import Store
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # nothing can be written, as on a full disk
+try:
+    print([record.job.name for record in Store(Path(sys.argv[1])).records()])
+except EmlocError as error:
+    print(error)
+"""
+
+
+def test_a_zoo_is_read_where_nothing_can_be_written(tmp_path):
+    def read():
+        command = [sys.executable, "-c", _READ, tmp_path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    store = Store(tmp_path, create=True)
+    store.add([waiting("a")], ["1"])
+    log = (tmp_path / "zoo.db-wal").read_bytes()
+    store.close()
+    assert read() == "['a']\n"
+    (tmp_path / "zoo.db-wal").write_bytes(log)  # the last changes of a driver that was killed are in it alone
+    assert "cannot be opened (disk I/O error). Its disk is full or read-only" in read()
 
 
 def test_a_reader_beside_a_driver_sees_whole_states_only(tmp_path):
