@@ -73,6 +73,7 @@ class RayEngine:
         self._storage = Storage(storage) if storage else None
         self._running: list[RayHandle] = []
         self._known: list[Resources] = []
+        self._unused: Resources = {}
         self._asked_at = -math.inf
         self._ray = _connect(address, memory)
         self._perform = self._ray.remote(perform)
@@ -80,7 +81,9 @@ class RayEngine:
         self._uploads = ThreadPoolExecutor(1)
 
     def slots(self, task: Task) -> int:
-        """Return how many more tasks like this one the cluster has room for, as far as this zoo's tasks go.
+        """Return how many more tasks like this one the cluster has room for.
+
+        In all of its nodes together: what is in pieces may make a task wait in Ray's queue.
 
         Raises:
             NoRoomError: no node has what the task asks for.
@@ -100,7 +103,9 @@ class RayEngine:
         if self.memory is not None:
             total[_MEMORY] = min(total[_MEMORY], self.memory)
         free = {name: amount - sum(each.asked[name] for each in self._running) for name, amount in total.items()}
-        found = min(fitting, _times(free, asked))
+        if self._unused:  # others use the cluster too
+            free = {name: min(amount, self._unused.get(name, 0)) for name, amount in free.items()}
+        found = max(0, min(fitting, _times(free, asked)))
         return found if self.workers is None else min(found, self.workers - len(self._running))
 
     def start(self, task: Task, directory: Path) -> RayHandle:
@@ -120,6 +125,7 @@ class RayEngine:
         )
         handle = RayHandle(task, directory, asked, inputs, submitted)
         self._running.append(handle)
+        self._promise(asked)
         return handle
 
     def poll(self, handle: RayHandle) -> Outcome | None:
@@ -161,11 +167,22 @@ class RayEngine:
         return self._perform.options(name=task.job.name, max_retries=0, **options).remote(order)
 
     def _nodes(self) -> list[Resources]:
-        """Return what each node has in all."""
+        """Return what each node has in all; look at what nobody uses, too."""
         if time.monotonic() - self._asked_at > _FRESH:
             self._known = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            self._unused = {}
+            with suppress(Exception):  # then what this zoo's tasks leave has to do
+                self._unused = dict(self._ray.available_resources())
+            for handle in self._running:
+                if not handle.submitted.done():  # its inputs are on their way
+                    self._promise(handle.asked)
             self._asked_at = time.monotonic()
         return self._known
+
+    def _promise(self, asked: Resources) -> None:
+        """Take what a task asks for, and Ray has not given it yet, from what nobody uses."""
+        if self._unused:
+            self._unused.update({name: self._unused.get(name, 0) - amount for name, amount in asked.items()})
 
     def _ask(self, task: Task, nodes: list[Resources]) -> Resources:
         """Return what a task asks for: a GPU where there are any; all of a node's memory where it is not known."""

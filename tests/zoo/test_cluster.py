@@ -251,12 +251,15 @@ def test_two_workers_never_share_a_directory(jobs, tmp_path, monkeypatch):
 
 @pytest.fixture
 def engine(monkeypatch):
-    """A function that gives an engine of a cluster that is not there: only what its nodes have is known."""
+    """A function that gives an engine of a cluster that is not there: only what its nodes have is known, and unused."""
 
-    def make(*nodes, **options):
+    def make(*nodes, unused=None, **options):
         class Ray:
             def nodes(self):
                 return [{"Alive": alive, "Resources": has} for alive, has in nodes]
+
+            def available_resources(self):
+                return unused
 
             def remote(self, function):
                 return function
@@ -283,6 +286,20 @@ def test_asks_for_what_the_plan_says(engine):
     assert unknown._ask(task(memory=None), unknown._nodes())["memory"] == 3 << 30
     gpus = engine(*two, (True, {"CPU": 8.0, "GPU": 2.0, "memory": 8.0 * 2**30}))
     assert gpus.slots(task()) == 2
+
+
+def test_what_others_use_is_not_there(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(emloc_core.zoo.cluster, "_FRESH", 1e6)
+    node = (True, {"CPU": 8.0, "memory": 8.0 * 2**30})
+    assert engine(node, unused={"CPU": 3.0, "memory": 6.0 * 2**30}).slots(task()) == 3
+    assert engine(node, unused={"CPU": 3.0, "memory": 2.0 * 2**30}).slots(task()) == 2
+    assert engine(node, unused={"memory": 8.0 * 2**30}).slots(task()) == 0  # all processors are taken
+    assert engine(node, unused={}).slots(task()) == 8
+    shared = engine(node, unused={"CPU": 3.0, "memory": 8.0 * 2**30})
+    shared._submit = lambda *_: None
+    for left in (2, 1, 0):
+        shared.start(task(), tmp_path)
+        assert shared.slots(task()) == left
 
 
 @pytest.mark.parametrize(("wanted", "cause"), [({"threads": 8}, "bad input"), ({"memory": 9 << 30}, "out of memory")])
