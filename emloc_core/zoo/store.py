@@ -188,12 +188,21 @@ class Store:
         """Let what was running under a driver that is gone wait again; return the names. For a new driver."""
         with self._transaction():
             names = [name for (name,) in self._database.execute("SELECT name FROM jobs WHERE state = 'running'")]
-            self._database.execute(
-                "UPDATE attempts SET seconds = 0, cause = 'interrupted', message = ? WHERE seconds IS NULL",
-                ("The driver was stopped while it ran.",),
-            )
+            query = "SELECT name, number, started, log FROM attempts WHERE seconds IS NULL"
+            for name, number, started, log in self._database.execute(query).fetchall():
+                self._database.execute(
+                    "UPDATE attempts SET seconds = ?, cause = 'interrupted', message = ? WHERE name = ? AND number = ?",
+                    (self._seen(started, log), "The driver was stopped while it ran.", name, number),
+                )
             self._database.execute("UPDATE jobs SET state = 'waiting' WHERE state = 'running'")
         return names
+
+    def _seen(self, started: float, log: str) -> float:
+        """Return the seconds from the start of an attempt to its log's last change: nothing knows when it ended."""
+        try:
+            return max(0.0, round((self.directory / log).stat().st_mtime - started, 3))
+        except OSError:
+            return 0.0
 
     def reopen(self, names: Sequence[str]) -> None:
         """Let jobs that were done wait again: their outputs are gone."""
