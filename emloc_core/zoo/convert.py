@@ -9,7 +9,7 @@ from typing import Any
 
 from emloc_core.errors import EmlocError
 from emloc_core.output import MANIFEST
-from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes
+from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, written
 from emloc_core.zoo.engine import JOBS, OUTCOME, Engine, Needs
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.lock import driving
@@ -109,8 +109,8 @@ def require_room(previews: Sequence[Preview], directory: Path, limit: int | None
     needed = sum(each.needs.disk or 0 for each in previews if each.state == "to do")
     room = free_bytes(directory) - RESERVE
     if limit is not None:
-        written = sum(each.needs.disk or 0 for each in previews if each.state == "done")
-        room = min(room, limit - written)
+        taken = sum(written(directory, each.name, each.needs) for each in previews if each.state == "done")
+        room = min(room, limit - taken)
     if needed > room:
         from emloc_core.report import human_bytes
 

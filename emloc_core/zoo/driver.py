@@ -9,13 +9,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from emloc_core.output import MANIFEST
 from emloc_core.report import human_bytes, human_seconds
-from emloc_core.zoo.engine import Engine, Needs, NoRoomError, Outcome, Task
+from emloc_core.zoo.engine import JOBS, Engine, Needs, NoRoomError, Outcome, Task
 from emloc_core.zoo.faults import classify, describe
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.retry import Limits, Retry, after
@@ -58,7 +59,8 @@ class Driver:
         records = store.records()
         self._waiting = {each.job.name: _progress(each) for each in records if each.state == "waiting"}
         self._running: dict[str, tuple[_Progress, Any, float]] = {}
-        self._written = sum(_disk(each.needs) for each in records if each.state == "done")
+        done = [each for each in records if each.state == "done"]
+        self._written = sum(written(store.directory, each.job.name, each.needs) for each in done)
 
     def run(self) -> None:
         """Work until no job waits or runs. However it ends, no worker is left.
@@ -137,20 +139,24 @@ class Driver:
     def _end(self, name: str, progress: _Progress, outcome: Outcome, seconds: float, *, final: bool = False) -> None:
         """Record how an attempt ended, and let the job wait again where another try may mend it."""
         if outcome.cause is None:
-            self._written += _disk(progress.needs)
+            self._written += written(self.store.directory, name, progress.needs)
             self.store.finish(name, progress.attempts, seconds, outcome)
             self.tell(name, "done", outcome.message)
             return
         retry = Retry(False) if final else after(outcome, progress.job, progress.failures, self.limits)
         outcome = replace(outcome, message=f"{outcome.message} {retry.note}".strip())
+        task = Task(progress.job, progress.attempts, progress.needs)
         if retry.smaller:
             # What the larger one has left cannot be gone on with.
-            partial = (
-                Task(progress.job, 0, progress.needs).directory(self.store.directory) / f".{outcome.stage}.partial"
-            )
+            partial = task.directory(self.store.directory) / f".{outcome.stage}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             # The plan was wrong, or others took too much: this time it runs alone.
             progress.job, progress.needs = retry.smaller, replace(progress.needs, memory=None)
+        log = self.store.directory / task.log
+        if not log.exists():  # no worker was started
+            with suppress(OSError):
+                log.parent.mkdir(exist_ok=True)
+                log.write_text(f"emloc: error: {outcome.message}\n", encoding="utf-8")
         self.store.finish(name, progress.attempts, seconds, outcome, again=retry.again, smaller=retry.smaller)
         if retry.again:
             progress.failures += 1
@@ -207,6 +213,14 @@ def free_bytes(directory: Path) -> int:
     """Return the free bytes of the disk that a directory is, or will be, on."""
     place = directory.absolute()
     return shutil.disk_usage(next(each for each in (place, *place.parents) if each.is_dir())).free
+
+
+def written(zoo: Path, name: str, needs: Needs | None) -> int:
+    """Return how many bytes a finished job takes; the plan's where its outputs are in a cluster's storage."""
+    place = zoo / JOBS / name
+    if not any(place.glob(f"*/{MANIFEST}")):
+        return _disk(needs)
+    return sum(path.lstat().st_size for path in place.rglob("*") if path.is_file())
 
 
 def _progress(record: JobRecord) -> _Progress:

@@ -59,6 +59,7 @@ def test_a_killed_driver_takes_its_workers_along_and_the_next_goes_on(tmp_path, 
     assert states(records) == {"quick": "done", "long": "done", "last": "done"}
     assert causes(records["quick"]) == [None]
     assert causes(records["long"]) == ["interrupted", None]
+    assert not at_work or records["long"].attempts[0].seconds > 0  # until its log's last change
     assert causes(records["last"]) == [None]
 
 
@@ -189,3 +190,18 @@ def test_what_never_fits_fails_and_the_others_finish(tmp_path):
     }  # fmt: skip
     assert "1 kB of memory by the plan, and there are 1 kB" in records["memory"].attempts[0].message
     assert "60 B of the 100 B" in records["too"].attempts[0].message
+    for attempt in (records["memory"].attempts[0], records["limit"].attempts[0]):
+        assert (tmp_path / attempt.log).read_text() == f"emloc: error: {attempt.message}\n"
+
+
+def test_what_is_done_takes_what_its_files_take(tmp_path):
+    for name in ("before", "now", "next"):
+        (tmp_path / "jobs" / name / "emulator").mkdir(parents=True)
+        (tmp_path / "jobs" / name / "emulator/emloc.json").write_bytes(b"x" * 10_000)
+    needs = Needs(memory=1, disk=900_000)
+    run_with_needs(tmp_path, {"before": needs})
+    later = {"now": needs, "next": needs, "too": Needs(memory=1, disk=990_000)}
+    records = run_with_needs(tmp_path, later, workers=1, disk=1_000_000)
+    assert {name: causes(record) for name, record in records.items()} == {
+        "before": [None], "now": [None], "next": [None], "too": ["disk"],
+    }  # fmt: skip
