@@ -38,9 +38,14 @@ def convert(
         advance: see :func:`emloc_core.zoo.planning.plan`.
 
     Raises:
-        EmlocError: another driver is at work there, or a finished job has the name of another one.
+        EmlocError: another driver is at work there, or a finished job has the name of another one; or there is no place
+            for a zoo.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    _require_place(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EmlocError(f"{directory} cannot be made ({error.strerror}).", "Choose another place with -o.") from error
     with driving(directory) as lock, closing(Store(directory, create=True)) as store:
         store.take_over()
         records = store.records()
@@ -78,7 +83,12 @@ class Preview:
 
 
 def preview(jobs: Sequence[Job], directory: Path, advance: Advance = lambda *_: None) -> list[Preview]:
-    """Return what converting the jobs would do, in order; nothing is made."""
+    """Return what converting the jobs would do, in order; nothing is made.
+
+    Raises:
+        EmlocError: there is no place for a zoo.
+    """
+    _require_place(directory)
     records: list[JobRecord] = []
     if (directory / DATABASE).is_file():
         with closing(Store(directory)) as store:
@@ -119,6 +129,14 @@ def require_room(previews: Sequence[Preview], directory: Path, limit: int | None
             "Free some space, choose another disk, or convert fewer models at a time.",
         )
     return needed, room
+
+
+def _require_place(directory: Path) -> None:
+    """Require that a directory is there, or can be where nothing is yet."""
+    place = directory.absolute()
+    there = next(each for each in (place, *place.parents) if each.exists())
+    if not there.is_dir():
+        raise EmlocError(f"{there} is not a directory.", "Choose another place with -o.")
 
 
 def _is_gone(record: JobRecord, zoo: Path) -> bool:

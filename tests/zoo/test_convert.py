@@ -295,3 +295,12 @@ def test_what_is_done_and_gone_is_done_again(tmp_path, tiny_model, rows_file):
     emloc(*argv)
     (record,) = Store(tmp_path).records()
     assert [attempt.cause for attempt in record.attempts] == [None, None, None]
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_zoo_is_no_file(tmp_path, tiny_model, rows_file, options):
+    (tmp_path / "file").write_text("")
+    for zoo in (tmp_path / "file", tmp_path / "file" / "zoo"):
+        done = emloc("convert", tiny_model, "-o", zoo, "--data", rows_file, *options, check=False)
+        assert done.returncode == 1
+        assert f"{tmp_path / 'file'} is not a directory. Choose another place with -o." in done.stderr
