@@ -25,7 +25,7 @@ from emloc_core.plan import Plan, allocated, block_paths, find_linears
 from emloc_core.plugins import plugin_manager
 from emloc_core.sensitivity import PROBES
 from emloc_core.settings import CompressSettings, CutSettings
-from emloc_core.shards import tensor_bytes
+from emloc_core.shards import remove_damaged, tensor_bytes
 from emloc_core.skeleton import Skeleton
 from emloc_core.spectra import KIND, Spectra, SpectraFiles, at_largest_ranks
 
@@ -124,6 +124,8 @@ class Compression:
         if self.output.is_finished():
             return self.output.path
         with self.output.build() as staging:
+            if remove_damaged((staging / "spectra").glob("*.safetensors")):
+                shutil.rmtree(staging / "spectra")
             spectra = (
                 self._decompose(self._spectra_output(staging / "spectra"), progress) if self.ranks_by_spectra else None
             )

@@ -1,6 +1,7 @@
 """The files of an emulator's directory: the factors, a shard a block, and everything else as the base has it.
 
-A finished block is on disk whole, so resuming needs no bookkeeping beyond the shard's presence. The last shard holds
+A finished block is on disk whole, and damage since shows by the hash in its shard, so resuming needs no bookkeeping
+beyond the shards. The last shard holds
 every tensor of the base that is no factor, byte for byte.
 """
 
@@ -19,7 +20,7 @@ from emloc_core.lowrank import FORMAT_VERSION, METHOD
 from emloc_core.output import write_json
 from emloc_core.plan import Plan
 from emloc_core.propagation import Pairs
-from emloc_core.shards import ShardWriter, read_header, write_shard
+from emloc_core.shards import ShardWriter, read_header, remove_damaged, write_shard
 from emloc_core.skeleton import Skeleton
 
 UNREACHED = "no calibration row passes through it"
@@ -40,6 +41,7 @@ class EmulatorFiles:
         self.skeleton, self.base, self.plan = skeleton, skeleton.checkpoint, plan
         self.blocks, self.staging = blocks, staging
         self.keys = factor_keys(skeleton, plan)
+        remove_damaged(map(self._shard, blocks))  # of an interrupted run
 
     def is_written(self, block: str) -> bool:
         """Say whether a block's shard is there."""

@@ -5,6 +5,7 @@ bytes of header length, a JSON header, and the tensors' bytes.
 """
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import click
 import torch
 
 from emloc_core.errors import EmlocError
@@ -34,6 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 16 << 20  # bytes copied at a time
 _HEADER_LIMIT = 100 << 20  # the safetensors library's own limit
+_HASH = "emloc.sha256"  # in the metadata: of everything else in the file
 #: The kernel cannot copy between these two files by itself.
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -230,8 +233,47 @@ class ShardWriter:
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors that are in memory as one safetensors file, which appears when it is whole."""
+    """Write tensors that are in memory as one safetensors file, which appears when it is whole.
+
+    Its header holds a hash, by which :func:`remove_damaged` knows it again.
+    """
     layout = {key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
-    with ShardWriter(path, layout, metadata) as writer:
+    known = dict(metadata or {})
+    digest = _hash(layout, known, (tensor_bytes(tensor) for tensor in tensors.values()))
+    with ShardWriter(path, layout, {**known, _HASH: digest}) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor)
+
+
+def remove_damaged(shards: Iterable[Path]) -> bool:
+    """Remove those files, of :func:`write_shard`, that are not what was written, and say so on stderr.
+
+    Returns:
+        Whether there were any. Paths of files that are not there do not count.
+    """
+    damaged = [shard for shard in shards if shard.exists() and not _is_intact(shard)]
+    for shard in damaged:
+        click.echo(f"emloc: {shard} is damaged, and is made again.", err=True)
+        shard.unlink()
+    return bool(damaged)
+
+
+def _is_intact(shard: Path) -> bool:
+    try:
+        tensors, metadata = read_header(shard)
+    except EmlocError:
+        return False
+    expected = metadata.pop(_HASH, None)
+    metadata.pop("format", None)
+    layout = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+    return expected == _hash(layout, metadata, (part for each in tensors.values() for part in _chunks(each, _CHUNK)))
+
+
+def _hash(
+    layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], parts: Iterable[memoryview]
+) -> str:
+    """Return the SHA-256 over a file's tensors and metadata, in hex."""
+    total = hashlib.sha256(json.dumps([layout, metadata]).encode())
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()

@@ -20,7 +20,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.factorize import Factors
 from emloc_core.output import MANIFEST, read_manifest
 from emloc_core.plan import LinearPlan, Plan
-from emloc_core.shards import TensorInfo, read_header, write_shard
+from emloc_core.shards import TensorInfo, read_header, remove_damaged, write_shard
 from emloc_core.skeleton import Skeleton
 
 KIND = "spectra"
@@ -46,6 +46,7 @@ class SpectraFiles:
 
     def __init__(self, skeleton: Skeleton, blocks: Sequence[str], staging: Path) -> None:
         self.skeleton, self.blocks, self.staging = skeleton, blocks, staging
+        remove_damaged(_shard(staging, blocks, block) for block in blocks)  # of an interrupted run
 
     def is_written(self, block: str) -> bool:
         """Say whether a block's shard is there."""

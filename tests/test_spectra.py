@@ -210,6 +210,40 @@ def test_spectra_and_cut_go_on_after_a_stop_with_the_same_bytes(tiny_model, rows
     assert len(counted) == 21
 
 
+def cut_short(content):
+    return content[: len(content) // 2]
+
+
+def overwritten(content):
+    return content[:-200] + b"\xff" * 100 + content[-100:]
+
+
+@pytest.mark.parametrize("damage", [cut_short, overwritten])
+@pytest.mark.parametrize(
+    ("changes", "step", "shard", "factorised"),
+    [
+        ({}, 2, "model-00001-of-00004.safetensors", 14),
+        ({"calibration": "propagated"}, 2, "model-00001-of-00004.safetensors", 14),
+        ({"allocator": "global"}, 2, ".spectra.partial/spectra-00001-of-00003.safetensors", 14),
+        ({"allocator": "global"}, 5, "spectra/spectra-00001-of-00003.safetensors", 21),
+        ({"allocator": "global"}, 5, "model-00001-of-00004.safetensors", 0),
+    ],
+)
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(
+    tiny_model, rows_file, tmp_path, counted, capsys, changes, step, shard, factorised, damage
+):
+    whole = compression(tiny_model, rows_file, tmp_path / "whole", **changes).run()
+    with pytest.raises(Stop):
+        compression(tiny_model, rows_file, tmp_path / "again", **changes).run(stopping_after(step))
+    path = tmp_path / ".again.partial" / shard
+    path.write_bytes(damage(path.read_bytes()))
+    counted.clear()
+    again = compression(tiny_model, rows_file, tmp_path / "again", **changes).run()
+    assert capsys.readouterr().err == f"emloc: {path} is damaged, and is made again.\n"
+    assert contents(again) == contents(whole)
+    assert len(counted) == factorised
+
+
 def test_global_spends_no_more_than_uniform_and_differs(tiny_model, rows_file, kept, tmp_path):
     emulator = cut(kept[1], tiny_model, tmp_path / "cut", ratio=0.6, allocator="global").run()
     even, shared = read_manifest(kept[0])["result"], read_manifest(emulator)["result"]
