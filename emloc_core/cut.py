@@ -41,7 +41,7 @@ class Cut:
         self.skeleton = Skeleton(base, self.family)
         allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
         found = spectra.reached(find_linears(self.skeleton.model, self.family))
-        self.plan: Plan = allocated(found, settings.ratio, allocate, spectra.spectrum)
+        self.plan: Plan = allocated(found, settings.ratio, allocate, spectra.spectrum, settings.allocator)
         # As of an emulator that compress makes, and which spectra it was cut from.
         request = {
             **spectra.request,

@@ -71,7 +71,8 @@ class Compression:
             )
         found = find_linears(self.skeleton.model, self.family)
         self.blocks = block_paths(self.skeleton.model, self.family)
-        self.plan: Plan = allocated(found, settings.ratio, uniform if self.ranks_by_spectra else self.allocate)
+        allocate = uniform if self.ranks_by_spectra else self.allocate
+        self.plan: Plan = allocated(found, settings.ratio, allocate, name=settings.allocator)
         self.rows = draw(rows, settings.seed, settings.samples, settings.selection)
         processing = load_processing(base.directory, self.family, rows)
         self.samples = self._encode(self.rows.calibration, processing)
@@ -145,7 +146,7 @@ class Compression:
 
     def _allocated(self, spectra: Spectra) -> Plan:
         found = spectra.reached(find_linears(self.skeleton.model, self.family))
-        return allocated(found, self.settings.ratio, self.allocate, spectra.spectrum)
+        return allocated(found, self.settings.ratio, self.allocate, spectra.spectrum, self.settings.allocator)
 
     def _decompose(self, output: Output, progress: Progress) -> Spectra:
         if not output.is_finished():

@@ -21,7 +21,7 @@ from torch import nn
 from emloc_core.allocation import uniform
 from emloc_core.checkpoint import read_config_json
 from emloc_core.emulator_files import UNREACHED
-from emloc_core.errors import EmlocError, first_line
+from emloc_core.errors import EmlocError, first_line, typed_line
 from emloc_core.family import Family
 from emloc_core.image_shape import ImageShape, image_shape
 from emloc_core.lowrank import replace_linears
@@ -106,7 +106,7 @@ class MemoryModel:
         self.config = read_config(config_file)
         _require_sizes(config_file, raw, self.config)
         self.dtype = self._dtype()
-        self.model: nn.Module = build_model(self.config, self.family, self.dtype)
+        self.model: nn.Module = self._build()
         self.linears = find_linears(self.model, self.family)
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         self.targets = sorted(set(workload.train.target_modules or self.family.lora_targets()))
@@ -120,6 +120,15 @@ class MemoryModel:
         if dtype is None:
             raise EmlocError(f"{self.config_file} has no dtype.", 'Say what the weights are: "dtype": "bfloat16".')
         return dtype
+
+    def _build(self) -> nn.Module:
+        try:
+            return build_model(self.config, self.family, self.dtype)
+        except Exception as error:  # whatever the model's own code raises on values that it was not made for
+            raise EmlocError(
+                f"transformers cannot build the model of {self.config_file} ({typed_line(error)}).",
+                "Check the values in the file.",
+            ) from error
 
     def plan(self, ratio: float) -> Plan:
         """Return the ranks of the emulator at a ratio. Towers that no row reaches stay dense, as in stage 1."""
@@ -311,6 +320,15 @@ def _require_fields(config_file: Path, raw: Mapping[str, Any], config: Any, pref
     for name in _SIZES:
         if hasattr(config, name) and name not in raw and renamed.get(name) not in raw:
             raise EmlocError(f"{config_file} has no {prefix}{name}.", "Download the file again.")
+    # Where it is absent, some classes take it from the number of heads, and others assume a number.
+    if "num_key_value_heads" not in raw and isinstance(getattr(type(config), "num_key_value_heads", None), int):
+        raise EmlocError(f"{config_file} has no {prefix}num_key_value_heads.", "Download the file again.")
+    heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise EmlocError(
+            f"{config_file}: {prefix}num_attention_heads is {heads}, no multiple of num_key_value_heads, {shared}.",
+            "Check the values in the file.",
+        )
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from operator import index
 from typing import Any
 
 from torch import nn
@@ -149,8 +150,11 @@ def find_linears(model: nn.Module, family: Family) -> Plan:
         EmlocError: the declaration does not fit the model.
     """
     found: list[LinearPlan] = []
+    blocks = block_paths(model, family)
+    if not blocks:
+        raise EmlocError("The model has no blocks.", "Check the number of layers in its config.json.")
     for tower in family.towers:
-        for block in (path for path in block_paths(model, family) if path.startswith(f"{tower.blocks}.")):
+        for block in (path for path in blocks if path.startswith(f"{tower.blocks}.")):
             for group in tower.input_groups:
                 found += _plan_group(model, family, block, group)
     plan = Plan(tuple(found), tuple(_kept(model, family, {linear.path for linear in found})))
@@ -179,6 +183,7 @@ def allocated(
     ratio: float,
     allocate: Callable[..., Sequence[int]],
     spectrum: Callable[[LinearPlan], Spectrum] | None = None,
+    name: str = "uniform",
 ) -> Plan:
     """Return the plan with the ranks that an allocator gives.
 
@@ -187,9 +192,10 @@ def allocated(
         ratio: share of their parameters that is kept, in (0, 1).
         allocate: rank allocator; see :mod:`emloc_core.allocation`.
         spectrum: what is known of a Linear, for an allocator that wants it.
+        name: of the allocator, for messages.
 
     Raises:
-        EmlocError: the ratio is out of range, or the allocator gives no rank of at least 1 a Linear.
+        EmlocError: the ratio is out of range, the allocator gives no rank of at least 1 a Linear, or saves nothing.
     """
     require_ratio(ratio)
     linears = plan.candidates
@@ -200,12 +206,21 @@ def allocated(
         ranks = allocate(shapes, ratio, spectra=[spectrum(linear) for linear in linears])
     else:
         ranks = allocate(shapes, ratio)
-    if len(ranks) != len(linears) or any(rank < 1 for rank in ranks):
+    remedy = "Choose another --allocator, or update the plugin."
+    try:
+        whole = [index(rank) for rank in ranks]
+    except TypeError:
+        whole = []
+    if len(whole) != len(linears) or min(whole) < 1:
         raise EmlocError(
-            f"The rank allocator gave {len(ranks)} ranks for {len(linears)} Linears, at least {min(ranks, default=0)}.",
-            "A rank is at least 1: choose another --allocator, or update the plugin.",
+            f"The rank allocator {name!r} gave {ranks!r:.60}, not a whole number of at least 1 for each of "
+            f"{len(linears)} Linears.",
+            remedy,
         )
-    return plan.with_ranks(dict(zip((linear.path for linear in linears), ranks, strict=True)))
+    found = plan.with_ranks(dict(zip((linear.path for linear in linears), whole, strict=True)))
+    if not found.ranks:
+        raise EmlocError(f"At the ranks of the rank allocator {name!r} nothing gets smaller.", remedy)
+    return found
 
 
 def require_ratio(ratio: float) -> None:

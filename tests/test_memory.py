@@ -231,6 +231,16 @@ def test_other_mistakes(tiny_model: Path, tiny_emulator: Path, tmp_path: Path) -
         model_of(model_type="nonesuch")
     with pytest.raises(EmlocError, match="has no dtype"):
         model_of(dtype=None)
+    with pytest.raises(EmlocError, match="num_attention_heads is 4, no multiple of num_key_value_heads, 3"):
+        model_of(num_key_value_heads=3)
+    with pytest.raises(EmlocError, match="has no num_key_value_heads"):  # its class would assume 32
+        model_of(model_type="qwen3", num_key_value_heads=None)
+    assert model_of(num_key_value_heads=None).config.num_key_value_heads == 4
+    for name, value in (("hidden_size", -64), ("hidden_act", "foo"), ("dtype", "float8_e4m3fn")):
+        with pytest.raises(EmlocError, match="transformers cannot build the model"):
+            model_of(**{name: value})
+    with pytest.raises(EmlocError, match="The model has no blocks"):
+        model_of(num_hidden_layers=0)
     with pytest.raises(EmlocError, match="quantised or an emulator"):
         MemoryModel(tiny_emulator / "config.json", workload())
     with pytest.raises(EmlocError, match="images cannot be planned"):
