@@ -57,6 +57,7 @@ class Decomposition:
         samples: the calibration rows.
         factorize: see :mod:`emloc_core.factorize`.
         progress: told of every block.
+        factorizer: name of ``factorize``, for messages.
 
     Linears that no token reached get no factors: there is nothing to fit them to.
     """
@@ -69,9 +70,10 @@ class Decomposition:
         samples: Sequence[Sample],
         factorize: Callable[[torch.Tensor, Gram, int], Factors],
         progress: Progress,
+        factorizer: str = "activation-svd",
     ) -> None:
         self.skeleton, self.plan, self.samples = skeleton, plan, samples
-        self.factorize, self.progress = factorize, progress
+        self.factorize, self.progress, self.factorizer = factorize, progress, factorizer
         self.blocks = block_paths(skeleton.model, family)
         self.stream = Stream(skeleton, [tower.blocks for tower in family.towers])
 
@@ -134,7 +136,7 @@ class Decomposition:
             with tapped(modules, tapping, sink):
                 yield
             factors = {
-                linear.path: self.factorize(self._weight(linear.path), grams[linear.path], linear.rank or 0)
+                linear.path: self._factors(linear, self._weight(linear.path), grams[linear.path])
                 for linear in planned
                 if grams[linear.path].tokens
             }
@@ -149,10 +151,23 @@ class Decomposition:
         if not store.is_written(block):
             unit = self.skeleton.model.get_submodule(block)
             planned = self.plan.in_block(block)
-            store.write(block, fit_block(self.stream, unit, planned, rows, self.factorize, self._blame), {})
+            store.write(block, fit_block(self.stream, unit, planned, rows, self._factors, self._blame), {})
         with emulating(self.stream, modules, store.read(block), rows):
             yield
         self._report(block)
+
+    def _factors(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Factors:
+        """Factorise one Linear; refuse what a factorizer, of a plugin perhaps, must not give."""
+        m, n, k = linear.out_features, linear.in_features, linear.rank or 0
+        found = self.factorize(weight, gram, k)
+        fits = isinstance(found, Factors) and (found.u.shape, found.v.shape) == ((m, k), (k, n))
+        if not fits or not all(bool(torch.isfinite(part).all()) for part in (found.u, found.v, found.spectrum)):
+            raise EmlocError(
+                f"The factorizer {self.factorizer!r} gave {linear.path} no finite factors of shapes {(m, k)} and "
+                f"{(k, n)}.",
+                "Choose another --factorizer, or update the plugin.",
+            )
+        return found
 
     def _call(self, sample: int) -> Arguments:
         with self.stream.arguments(sample) as arguments:

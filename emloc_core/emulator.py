@@ -159,7 +159,8 @@ class Compression:
         return Spectra(output.path)
 
     def _decomposition(self, plan: Plan, progress: Progress) -> Decomposition:
-        return Decomposition(self.skeleton, self.family, plan, self.samples, self.factorize, progress)
+        name = self.settings.factorizer
+        return Decomposition(self.skeleton, self.family, plan, self.samples, self.factorize, progress, name)
 
     def _write_rows(self, staging: Path) -> None:
         write_rows(staging / CALIBRATION, self.rows.calibration)

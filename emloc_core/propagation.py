@@ -92,7 +92,7 @@ def fit_block(
     block: nn.Module,
     planned: Sequence[LinearPlan],
     rows: int,
-    factorize: Callable[[torch.Tensor, Gram, int], Factors],
+    factorize: Callable[[LinearPlan, torch.Tensor, Gram], Factors],
     blame: Callable[[EmlocError, str, int], EmlocError],
 ) -> dict[str, Factors]:
     """Fit all Linears of a block on samples that wait at it.
@@ -102,7 +102,7 @@ def fit_block(
         block: with the base's weights.
         planned: its Linears, in execution order.
         rows: number of calibration rows; those that do not pass through the block take no part.
-        factorize: see :mod:`emloc_core.factorize`.
+        factorize: of a Linear, its weight and a Gram; see :mod:`emloc_core.factorize`.
         blame: makes of an error, a Linear's path and a row's index the error that the user sees.
 
     Returns:
@@ -124,8 +124,7 @@ def fit_block(
                 raise blame(error, members[0].path, row) from None
         weights = [stream.skeleton.model.get_parameter(f"{linear.path}.weight").detach() for linear in members]
         for linear, weight, fitted in zip(members, weights, moments.fit(weights), strict=True):
-            assert linear.rank is not None
-            factors = factorize(fitted, moments.gram_for(fitted), linear.rank)
+            factors = factorize(linear, fitted, moments.gram_for(fitted))
             found[linear.path] = factors
             done[linear.path] = (factors.u.to(weight), factors.v.to(weight))
     return found

@@ -15,6 +15,7 @@ from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
+from emloc_core.factorize import Factors
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.output import read_manifest
 from emloc_core.plan import make_plan
@@ -195,6 +196,25 @@ def test_nan_in_a_weight_names_the_layer(tiny_model, rows_file, tmp_path):
     with pytest.raises(EmlocError, match=r"model\.layers\.1\.mlp\.up_proj\.weight .* NaN"):
         compress(model, rows_file, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".emloc-hashes.json", "damaged"]
+
+
+def wrong_shape(weight, _gram, rank):
+    return Factors(weight[:, : rank + 1], weight[: rank + 1], torch.ones(1))
+
+
+def no_numbers(weight, _gram, rank):
+    return Factors(weight[:, :rank] * float("nan"), weight[:rank], torch.ones(1))
+
+
+@pytest.mark.parametrize("calibration", ["base", "propagated"])
+@pytest.mark.parametrize("factorize", [wrong_shape, no_numbers])
+def test_a_factorizer_that_gives_no_factors_is_named(tiny_model, rows_file, tmp_path, calibration, factorize):
+    settings = SETTINGS.model_copy(update={"calibration": calibration})
+    job = Compression(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "out", settings)
+    job.factorize = factorize
+    with pytest.raises(EmlocError, match=r"factorizer 'activation-svd' gave model\.layers\.0\.self_attn\.\w+ no"):
+        job.run()
+    assert not (tmp_path / "out").exists()
 
 
 def test_overflow_in_activations_names_layer_and_row(tiny_model, rows_file, tmp_path):
