@@ -163,10 +163,19 @@ class Transfer:
             return [lora] * len(clamps)
         with self.emulator.slices(keys) as slices:
             u, v = (slices[key][...].to(weight.device) for key in keys)
-            corrected: list[Lora] = self.correct(weight, u, v, lora.to(weight.device), clamps)
+            corrected: Any = self.correct(weight, u, v, lora.to(weight.device), clamps)
+        if not isinstance(corrected, list) or [_shapes(each) for each in corrected] != [_shapes(lora)] * len(clamps):
+            raise EmlocError(
+                f"The correction {self.settings.method!r} gave no LoRA of the given one's shapes for every clamp, on "
+                f"{path}.",
+                "Choose another --method, or update the plugin.",
+            )
         for candidate in corrected:
-            if not bool(torch.isfinite(candidate.b).all()):
-                raise EmlocError(f"The corrected LoRA on {path} holds NaN or Inf.", "Check base and emulator.")
+            if not bool(torch.isfinite(candidate.a).all() and torch.isfinite(candidate.b).all()):
+                raise EmlocError(
+                    f"The correction {self.settings.method!r} gave a LoRA with NaN or Inf, on {path}.",
+                    "Check base and emulator.",
+                )
         return [candidate.to(torch.device("cpu")) for candidate in corrected]
 
     def _compare(
@@ -232,6 +241,10 @@ class Transfer:
                 for clamp, mean in zip(named, means, strict=True)
             ]
         return result
+
+
+def _shapes(lora: Any) -> tuple[torch.Size, torch.Size] | None:
+    return (lora.a.shape, lora.b.shape) if isinstance(lora, Lora) else None
 
 
 def choose(losses: torch.Tensor) -> int:

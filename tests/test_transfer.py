@@ -16,6 +16,7 @@ from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
+from emloc_core.lora import Lora
 from emloc_core.output import read_manifest
 from emloc_core.settings import CompressSettings, CorrectSettings
 from emloc_core.transfer import Transfer, choose
@@ -136,6 +137,18 @@ def test_auto_reports_the_true_losses_and_keeps_the_best(tiny_model, emulator, a
         assert reported == pytest.approx(total / tokens, abs=1e-5), clamp
     if result["clamp"] != 0:
         assert candidates[result["clamp"]] == min(candidates.values())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, [], [None], [Lora(torch.zeros(1, 2), torch.zeros(2, 1), 1.0)]],
+)
+def test_a_correction_that_gives_no_loras_is_named(tiny_model, adapter, tmp_path, answer):
+    job = Transfer(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(clamp=1.0))
+    job.correct = lambda *_: answer
+    with pytest.raises(EmlocError, match=r"correction 'emloc' gave no LoRA .* on model\.layers\.0\.mlp\."):
+        job.run()
+    assert not (tmp_path / "out").exists()
 
 
 def test_uncorrected_is_kept_bit_for_bit(tiny_model, adapter, tmp_path):
