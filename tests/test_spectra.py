@@ -28,6 +28,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.output import read_manifest
 from emloc_core.plugins import plugin_manager
+from emloc_core.report import human_seconds
 from emloc_core.sensitivity import PROBES
 from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings
 from emloc_core.spectra import Spectra
@@ -153,6 +154,13 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(emloc_core.factorize, "factorize", factorize)
     return calls
+
+
+def test_the_time_of_the_spectra_is_shown_beside_that_of_the_cut(tiny_model, rows_file, copy, tmp_path):
+    (copy / "timing.json").write_text('{"seconds": 5025, "peak_rss_bytes": 7000000}')
+    argv = ("compress", tiny_model, "--data", rows_file, "--samples", 12, "--selection", 6, "--keep-spectra", copy)
+    result = CliRunner().invoke(cli, [*map(str, argv), "-o", str(tmp_path / "small")], catch_exceptions=False)
+    assert f"other ratios from: {copy}  ({human_seconds(5025)}, peak memory 7 MB)" in result.stdout
 
 
 def test_kept_spectra_serve_the_next_ratio_without_factorising(tiny_model, rows_file, copy, tmp_path, counted):

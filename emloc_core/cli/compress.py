@@ -12,7 +12,8 @@ from emloc_core.cli.console import announce, as_json, dry_run, print_json, progr
 from emloc_core.cli.options import device as device_option
 from emloc_core.cli.options import options, validated
 from emloc_core.errors import EmlocError
-from emloc_core.report import human_bytes
+from emloc_core.output import TIMING, read_json
+from emloc_core.report import human_bytes, human_seconds
 from emloc_core.settings import CompressSettings
 from emloc_core.towers import place, short_names
 
@@ -75,7 +76,9 @@ def command(
         directory = job.run(advance)
     lines = summary(directory)
     if keep_spectra:
-        lines.append(f"spectra, to cut other ratios from: {keep_spectra}")
+        timing = read_json(keep_spectra / TIMING)
+        took = f"{human_seconds(timing['seconds'])}, peak memory {human_bytes(timing['peak_rss_bytes'])}"
+        lines.append(f"spectra, to cut other ratios from: {keep_spectra}  ({took})")
     announce("compress", directory, lines, to_json=as_json)
 
 
