@@ -53,14 +53,16 @@ class CorrectSettings(Settings):
     method: str = Field("emloc", description="The correction; plugins bring more.")
 
 
+#: How pydantic's names of a union's members begin.
+_MEMBERS = ("literal[", "constrained-", "float", "function-", "bool")
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return all of a validation's problems in one line, with the name that was probably meant."""
     texts = []
     for problem in error.errors():
         # Which member of a union was tried is pydantic's business, not the user's.
-        steps = [
-            str(step) for step in problem["loc"] if not str(step).startswith(("literal[", "constrained-", "float"))
-        ]
+        steps = [str(step) for step in problem["loc"] if not str(step).startswith(_MEMBERS)]
         where = ".".join(steps) or "settings"
         if problem["type"] == "extra_forbidden":
             known = list(_section(model, steps[:-1]).model_fields)

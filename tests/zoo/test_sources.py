@@ -98,6 +98,7 @@ def test_a_file_of_jobs_cannot_leave_its_directory(tmp_path, key, path):
     ("text", "said"),
     [
         ("[[job]]\nmodle = 'a/b'", r"no setting 'job.0.modle'. Did you mean 'model'"),
+        ("[[job]]\nmodel = 'a/b'\ntrain = { rank = 4 }", r"no setting 'job.0.train.rank'. Did you mean 'lora_rank'"),
         ("[[job]]\nmodel = 'a/b'\nname = '../x'", "name"),
         ("[[job]]\nmodel = 'a/b'\nratio = 2.0", "ratio"),
         ("[[job]]\nmodel = 'a/b'\nratio = 0.5\ncompress = { ratio = 0.4 }", "ratio or compress.ratio, not both"),
