@@ -3,10 +3,29 @@
 Each function imports its algorithm when it is asked for, since they need torch and the command line's help does not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from emloc_core.errors import EmlocError, typed_line
 from emloc_core.hookspecs import hookimpl
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Name the algorithm that raises within the context, which may be a plugin's.
+
+    Raises:
+        EmlocError: in place of anything else. An unfinished output is kept: memory may have run out.
+    """
+    try:
+        yield
+    except EmlocError:
+        raise
+    except Exception as error:
+        raise EmlocError(
+            f"{what} failed ({typed_line(error)}).", "Choose another one, or update its plugin.", resumable=True
+        ) from error
 
 
 @hookimpl

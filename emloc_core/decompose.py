@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from emloc_core.algorithms import named
 from emloc_core.calibration import Sample
 from emloc_core.errors import EmlocError
 from emloc_core.factorize import Factors
@@ -159,7 +160,8 @@ class Decomposition:
     def _factors(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Factors:
         """Factorise one Linear; refuse what a factorizer, of a plugin perhaps, must not give."""
         m, n, k = linear.out_features, linear.in_features, linear.rank or 0
-        found = self.factorize(weight, gram, k)
+        with named(f"The factorizer {self.factorizer!r}, on {linear.path},"):
+            found = self.factorize(weight, gram, k)
         fits = isinstance(found, Factors) and (found.u.shape, found.v.shape) == ((m, k), (k, n))
         if not fits or not all(bool(torch.isfinite(part).all()) for part in (found.u, found.v, found.spectrum)):
             raise EmlocError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from emloc_core.algorithms import named
 from emloc_core.allocation import Spectrum, largest_rank, uniform, wants_spectra
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
@@ -202,10 +203,11 @@ def allocated(
     if not linears:
         return plan
     shapes = [(linear.out_features, linear.in_features) for linear in linears]
+    known = {}
     if wants_spectra(allocate) and spectrum is not None:
-        ranks = allocate(shapes, ratio, spectra=[spectrum(linear) for linear in linears])
-    else:
-        ranks = allocate(shapes, ratio)
+        known["spectra"] = [spectrum(linear) for linear in linears]
+    with named(f"The rank allocator {name!r}"):
+        ranks = allocate(shapes, ratio, **known)
     remedy = "Choose another --allocator, or update the plugin."
     try:
         whole = [index(rank) for rank in ranks]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from emloc_core.adapter import CORRECTED, Adapter, write_adapter
+from emloc_core.algorithms import named
 from emloc_core.calibration import Sample, encode, load_processing, model_limit
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.correction import Clamp
@@ -163,7 +164,8 @@ class Transfer:
             return [lora] * len(clamps)
         with self.emulator.slices(keys) as slices:
             u, v = (slices[key][...].to(weight.device) for key in keys)
-            corrected: Any = self.correct(weight, u, v, lora.to(weight.device), clamps)
+            with named(f"The correction {self.settings.method!r}, on {path},"):
+                corrected: Any = self.correct(weight, u, v, lora.to(weight.device), clamps)
         if not isinstance(corrected, list) or [_shapes(each) for each in corrected] != [_shapes(lora)] * len(clamps):
             raise EmlocError(
                 f"The correction {self.settings.method!r} gave no LoRA of the given one's shapes for every clamp, on "

@@ -122,6 +122,11 @@ def test_an_allocator_that_gives_no_ranks_is_refused(ranks):
         allocated(plan_of([(32, 32), (16, 32)]), 0.5, lambda _shapes, _ratio: ranks, name="mine")
 
 
+def test_an_allocator_that_raises_is_named():
+    with pytest.raises(EmlocError, match=r"rank allocator 'mine' failed \(ZeroDivisionError: "):
+        allocated(plan_of([(32, 32)]), 0.5, lambda _shapes, _ratio: 1 // 0, name="mine")
+
+
 def test_a_rank_that_saves_nothing_leaves_the_linear_dense():
     plan = allocated(plan_of([(32, 32), (16, 32)]), 0.5, lambda _shapes, _ratio: [16, 5])
     assert plan.ranks == {"l1": 5}

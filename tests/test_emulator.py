@@ -217,6 +217,15 @@ def test_a_factorizer_that_gives_no_factors_is_named(tiny_model, rows_file, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("calibration", ["base", "propagated"])
+def test_a_factorizer_that_raises_is_named(tiny_model, rows_file, tmp_path, calibration):
+    settings = SETTINGS.model_copy(update={"calibration": calibration})
+    job = Compression(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "out", settings)
+    job.factorize = lambda *_: 1 // 0
+    with pytest.raises(EmlocError, match=r"factorizer 'activation-svd', on \S+, failed \(ZeroDivisionError: "):
+        job.run()
+
+
 def test_overflow_in_activations_names_layer_and_row(tiny_model, rows_file, tmp_path):
     def spoil(directory):
         tensors = load_file(directory / "model.safetensors")

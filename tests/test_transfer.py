@@ -151,6 +151,13 @@ def test_a_correction_that_gives_no_loras_is_named(tiny_model, adapter, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_correction_that_raises_is_named(tiny_model, adapter, tmp_path):
+    job = Transfer(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(clamp=1.0))
+    job.correct = lambda *_: 1 // 0
+    with pytest.raises(EmlocError, match=r"correction 'emloc', on model\.layers\.0\.\S+, failed \(ZeroDivisionError: "):
+        job.run()
+
+
 def test_uncorrected_is_kept_bit_for_bit(tiny_model, adapter, tmp_path):
     kept = correct(adapter, tiny_model, tmp_path / "kept", clamp=0)
     before, after = load_file(adapter / WEIGHTS), load_file(kept / WEIGHTS)
