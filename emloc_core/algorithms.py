@@ -24,7 +24,9 @@ def named(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise EmlocError(
-            f"{what} failed ({typed_line(error)}).", "Choose another one, or update its plugin.", resumable=True
+            f"{what} failed ({typed_line(error)}).",
+            "Where memory ran out, free some, and the same command goes on; else choose another, or update its plugin.",
+            resumable=True,
         ) from error
 
 

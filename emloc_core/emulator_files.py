@@ -1,8 +1,7 @@
 """The files of an emulator's directory: the factors, a shard a block, and everything else as the base has it.
 
 A finished block is on disk whole, and damage since shows by the hash in its shard, so resuming needs no bookkeeping
-beyond the shards. The last shard holds
-every tensor of the base that is no factor, byte for byte.
+beyond the shards. The last shard holds every tensor of the base that is no factor, byte for byte.
 """
 
 import json
