@@ -27,8 +27,8 @@ def units(model: nn.Module, block_lists: Sequence[str]) -> list[str]:
     """Return the paths of the units: every block, and every maximal submodule that is called and holds no block list.
 
     Modules without parameters are no units, nor are containers without a forward (a ModuleList of DeepStack's
-    mergers), whose hook would never fire: their children are. The order is that of the module tree, with blocks in
-    declared order; the driver visits a unit when the samples reach it.
+    mergers), whose hook would never fire: their children are. The order is that of the module tree; the driver visits a
+    unit when the samples reach it.
     """
     found: list[str] = []
 
@@ -69,6 +69,8 @@ class Stream:
         self.sample = -1
         self.waiting: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.here: list[int] = []
+        # The blocks of the last list: every sample passes through them, whatever it has passed through before.
+        self._shared = {unit for unit in self.units if unit.rpartition(".")[0] == block_lists[-1]}
         owned = tuple(f"{unit}." for unit in self.units)
         self._resident = [name for name, _ in skeleton.model.named_parameters() if not name.startswith(owned)]
 
@@ -144,8 +146,9 @@ class Stream:
 
         advance(range(len(runners)))
         while parked:
-            # The earliest unit first, so that samples that lag behind (no image, say) catch up with the others.
-            unit = min(parked, key=lambda name: order[name])
+            # The earliest unit first, so that samples that lag behind (no image, say) catch up with the others; what
+            # all pass through last of all, since the module tree may have behind it what an image comes through first.
+            unit = min(parked, key=lambda name: (name in self._shared, order[name]))
             self.here = waiting = parked.pop(unit)
             self.skeleton.load(unit)
             for following in self.units[order[unit] + 1 : order[unit] + 2]:

@@ -94,14 +94,34 @@ def test_samples_that_skip_units_catch_up(skeleton, samples):
     order = []
 
     def short():
-        return skeleton.model.model.norm(torch.ones(1, 1, 32))
+        hidden, model = torch.ones(1, 1, 32), skeleton.model.model
+        return model.layers[2](hidden, position_embeddings=model.rotary_emb(hidden, torch.zeros(1, 1)))
 
     def whole():
         return skeleton.model(input_ids=samples[0], use_cache=False).logits
 
     results = Stream(skeleton, BLOCKS).run([short, whole], order.append)
-    assert order == units(skeleton.model, BLOCKS)  # the norm waited for the sample that came the long way
+    assert order == units(skeleton.model, BLOCKS)  # the block waited for the sample that came the long way
     assert [tuple(result.shape) for result in results] == [(1, 1, 32), (1, 5, 128)]
+
+
+def test_blocks_wait_for_a_sample_that_comes_through_what_stands_behind_them_in_the_tree(skeleton, samples):
+    """As an image that passes through a projector which the model made after its language model."""
+    stream = Stream(skeleton, BLOCKS)
+    embed, seen = skeleton.model.get_input_embeddings(), {}
+
+    def text():
+        skeleton.model(input_ids=samples[0], use_cache=False)
+
+    def image():
+        hidden = embed(samples[1])
+        skeleton.model.lm_head(hidden)
+        skeleton.model(inputs_embeds=hidden, use_cache=False)
+
+    stream.run([text, image], lambda unit: seen.update({unit: stream.here}), "model.layers.2")
+    assert list(seen) == ["model.embed_tokens", "lm_head", *(f"model.layers.{index}" for index in range(3))]
+    assert seen.pop("lm_head") == [1]
+    assert all(sorted(here) == [0, 1] for here in seen.values())
 
 
 def test_a_unit_that_runs_twice_is_refused(skeleton, samples):
