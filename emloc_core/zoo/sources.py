@@ -45,6 +45,14 @@ class JobSection(Settings):
             raise ValueError("give ratio or compress.ratio, not both")
         return self
 
+    @model_validator(mode="after")
+    def _trains_what_it_can(self) -> "JobSection":
+        asked = [name for name in ("train", "correct", "merge", "eval") if name in self.model_fields_set]
+        asked = [name for name in asked if getattr(self, name)]
+        if asked and (self.data is None or self.train is False):
+            raise ValueError(f"{', '.join(asked)}: only a job with data of its own, and no train = false, is trained")
+        return self
+
 
 class JobsFile(Settings):
     """A file of jobs."""
