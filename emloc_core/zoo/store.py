@@ -168,19 +168,24 @@ class Store:
         return changed
 
     def _settle_duplicates(self) -> None:
-        """Find those whose job has become another one a job of their own fingerprint, or let them wait."""
+        """Find those whose job is another one or a duplicate by now a job of their fingerprint, or let them wait."""
         lost = self._database.execute(
             "SELECT jobs.name, jobs.fingerprint FROM jobs JOIN jobs AS first ON first.name = jobs.duplicate_of "
-            "WHERE first.fingerprint != jobs.fingerprint ORDER BY jobs.position"
+            "WHERE first.fingerprint != jobs.fingerprint OR first.state = 'duplicate' ORDER BY jobs.position"
         ).fetchall()
         for name, fingerprint in lost:
             change = "UPDATE jobs SET state = ?, duplicate_of = ? WHERE name = ?"
             self._database.execute(change, (*self._place(name, fingerprint), name))
 
     def _place(self, name: str, fingerprint: str) -> tuple[State, str | None]:
-        """Return the state of a job that is not done, and the job that is done instead, where there is one."""
+        """Return the state of a job that is not done, and the job that is done instead, where there is one.
+
+        One that has failed does not count: it may not be asked for any more, or its model may be elsewhere by now.
+        """
         first = self._one(
-            "SELECT name FROM jobs WHERE fingerprint = ? AND name != ? AND state != 'duplicate'", fingerprint, name
+            "SELECT name FROM jobs WHERE fingerprint = ? AND name != ? AND state NOT IN ('duplicate', 'failed')",
+            fingerprint,
+            name,
         )
         return ("duplicate", first[0]) if first else ("waiting", None)
 

@@ -66,6 +66,18 @@ def test_what_was_a_duplicate_of_a_job_that_has_changed_is_done_itself(store, gi
     ]  # fmt: skip
 
 
+def test_a_failed_job_under_another_name_is_done(store):
+    store.add([waiting("a"), waiting("c")], ["1", "1"])
+    store.start("a", 1, "log")
+    store.finish("a", 1, 1.0, FAILED)
+    store.add([waiting("b")], ["1"])
+    assert states(store) == {"a": "failed", "c": "duplicate", "b": "waiting"}
+    store.add([waiting("a")], ["1"])
+    assert [(r.job.name, r.state, r.duplicate_of) for r in store.records()] == [
+        ("a", "duplicate", "b"), ("c", "duplicate", "b"), ("b", "waiting", None),
+    ]  # fmt: skip
+
+
 def test_a_finished_job_is_not_replaced_and_nothing_is_added(store):
     store.add([waiting("a")], ["1"])
     store.start("a", 1, "log")
