@@ -7,6 +7,7 @@ import pytest
 import zoos
 from chromium import Page
 
+from emloc_core.zoo.engine import Outcome
 from emloc_core.zoo.report import PAGE, write_report
 from emloc_core.zoo.store import Store
 
@@ -91,6 +92,26 @@ def test_failures_are_seen_with_cause_and_log(page, everything, width):
     assert page.value("document.querySelector('details.failed pre').clientHeight") > 60
     states = page.value("[...document.querySelectorAll('td.state')].map(each => each.innerText.split('\\n')[0])")
     assert states == ["failed", "interrupted", "waiting", "waiting", "done", "done", "done", "done", "duplicate"]
+
+
+def test_the_end_of_a_long_log_is_seen_first(page, tmp_path):
+    store = Store(tmp_path, create=True)
+    log = "\n".join(f"line {number}" for number in range(1, 101)).encode()
+    zoos.run(store, zoos.add(store, "long"), Outcome("crash", "It broke."), log=log)
+    store.close()
+    write_report(tmp_path, tmp_path)
+    look(page, tmp_path / PAGE, 1280)
+    seen = """(() => {
+      const box = document.querySelector('pre').getBoundingClientRect();
+      const text = document.querySelector('pre').firstChild, range = document.createRange();
+      return [text.data.indexOf('line 61'), text.data.indexOf('line 100')].map(at => {
+        range.setStart(text, at);
+        range.setEnd(text, at + 4);
+        const line = range.getBoundingClientRect();
+        return line.top >= box.top && line.bottom <= box.bottom;
+      });
+    })()"""
+    assert page.value(seen) == [False, True]
 
 
 def test_nothing_hostile_runs_or_becomes_a_part_of_the_page(page, everything):
