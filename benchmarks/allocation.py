@@ -17,11 +17,11 @@ import torch
 from emloc_demo.data import write_data
 from emloc_demo.model import write_base
 from harness import goal, in_process, markdown, write_results
-from torch.nn import functional
+from loss import nll
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from emloc_core.allocation import Shape, Spectrum, global_budget, uniform
-from emloc_core.calibration import Sample, encode
+from emloc_core.calibration import encode
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
@@ -74,19 +74,6 @@ def emulate(model: PreTrainedModel, spectra: Spectra, plan: Plan) -> None:
         if linear.rank is not None:
             factors = spectra.cut(linear)
             model.get_parameter(f"{linear.path}.weight").data.copy_(factors.u @ factors.v)
-
-
-@torch.no_grad()
-def nll(model: PreTrainedModel, samples: Sequence[Sample]) -> float:
-    """Return the mean loss a token of the completions."""
-    loss, tokens = 0.0, 0
-    for sample in samples:
-        inputs = sample.inputs("cpu")
-        counted = torch.tensor(sample.completion_mask[1:], dtype=torch.bool)
-        logits = model(**inputs, use_cache=False).logits[0, :-1][counted]
-        loss += float(functional.cross_entropy(logits.float(), inputs["input_ids"][0, 1:][counted], reduction="sum"))
-        tokens += int(counted.sum())
-    return loss / tokens
 
 
 def main() -> None:

@@ -1,0 +1,119 @@
+"""Loss of the base with the LoRA tuned on each kind of emulator of one size: SmolLM2-135M on the demo's messages.
+
+What is used in the end is the base with the LoRA, so that is what decides which calibration and which allocator are the
+defaults. Every seed is another draw of calibration rows, other initial values of the LoRA and another order of tuning
+rows; the tuning is the demo's. The loss is the mean NLL a token of the right answers of held-out messages, whose names,
+items, numbers and wordings stand in no other row. Stages that are done already in `--directory` are not done again.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from emloc_demo.data import write_data
+from emloc_demo.model import write_base
+from harness import goal, in_process, markdown, write_results
+
+CALIBRATIONS, ALLOCATORS = ("base", "propagated"), ("uniform", "global")
+#: The kinds of emulator: calibration, allocator. The first is the default.
+KINDS = tuple(itertools.product(CALIBRATIONS, ALLOCATORS))
+#: What is measured of each, by its name in the table.
+LOSSES = {"emulator": "emulator, untuned", "tuned": "emulator, tuned", "transferred": "base with that LoRA"}
+TUNING = {"steps": 40, "learning_rate": 5e-4, "gradient_checkpointing": False, "logging_steps": 1}
+
+
+def measure(directory: str, calibration: str, allocator: str, seed: int, ratio: float, rows: int) -> dict[str, Any]:
+    """Make an emulator, tune a LoRA on it, carry it over, and measure the loss of each on held-out rows."""
+    from loss import nll
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import emloc_core.lowrank  # noqa: F401 - emulators load from here on
+    from emloc_core.adapter import Adapter
+    from emloc_core.calibration import encode
+    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.data import load_rows
+    from emloc_core.emulator import Compression
+    from emloc_core.finetune import FineTuning
+    from emloc_core.output import TIMING, read_json, read_manifest
+    from emloc_core.settings import CompressSettings, CorrectSettings
+    from emloc_core.training import TrainSettings
+    from emloc_core.transfer import Transfer
+
+    root = Path(directory)
+    base, train = Checkpoint(root / "base"), str(root / "data" / "train.jsonl")
+    place = root / f"{calibration}-{allocator}-{ratio:g}-{seed}"
+    place.mkdir(exist_ok=True)
+    settings = CompressSettings(ratio=ratio, allocator=allocator, calibration=calibration, seed=seed)
+    emulator = Compression(base, load_rows(train), place / "emulator", settings).run()
+    adapter = FineTuning(emulator, train, place / "adapter", TrainSettings(seed=seed, **TUNING)).run()
+    corrected = Transfer(Adapter(adapter), base, place / "corrected", CorrectSettings()).run()
+    held_out = encode(
+        load_rows(str(root / "data" / "test.jsonl"))[:rows], AutoTokenizer.from_pretrained(base.directory)
+    )
+
+    def loss(model: Path, lora: Path | None = None) -> float:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+        return nll(PeftModel.from_pretrained(loaded, lora) if lora else loaded, held_out)
+
+    return {
+        "calibration": calibration,
+        "allocator": allocator,
+        "seed": seed,
+        "seconds": read_json(emulator / TIMING)["seconds"],
+        "clamp": (read_manifest(corrected) or {})["result"]["clamp"],
+        "emulator": loss(emulator),
+        "tuned": loss(emulator, adapter),
+        "transferred": loss(base.directory, corrected),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, default=Path("build/emulators"), help="kept between runs")
+    parser.add_argument("--ratio", type=float, default=0.6)
+    parser.add_argument("--rows", type=int, default=200, help="held-out messages")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    root: Path = options.directory
+    if not (root / "base").exists():
+        write_base(root / "base")
+    write_data(root / "data")
+    rows = []
+    for seed, kind in itertools.product(range(options.seeds), KINDS):
+        rows.append(in_process(measure, root, *kind, seed, options.ratio, options.rows))
+        print(rows[-1], file=sys.stderr, flush=True)
+    report(rows, options.ratio, options.rows)
+
+
+def report(rows: list[dict[str, Any]], ratio: float, messages: int) -> None:
+    """Write the results: a line for every kind, and how it does beside the default in every seed."""
+    found = {kind: [row for row in rows if (row["calibration"], row["allocator"]) == kind] for kind in KINDS}
+    default = [row["transferred"] for row in found[KINDS[0]]]
+    lines, goals = [], []
+    for kind, of in found.items():
+        losses = [spread([row[name] for row in of]) for name in LOSSES]
+        gains = [ours - theirs for ours, theirs in zip([row["transferred"] for row in of], default, strict=True)]
+        beside = "" if kind == KINDS[0] else spread(gains, signed=True)
+        lines.append([*kind, *losses, beside, f"{mean(row['seconds'] for row in of):.0f}"])
+        if kind != KINDS[0]:
+            goals.append(goal(f"base with its LoRA, {' and '.join(kind)} minus the default, mean", "at least 0",
+                              round(mean(gains), 4), mean(gains) >= 0))  # fmt: skip
+    header = ["calibration", "allocator", *LOSSES.values(), "minus the default's", "seconds to make"]
+    text = (
+        f"NLL a token on {messages} held-out messages at ratio {ratio:g}: mean and standard deviation of "
+        f"{len(default)} seeds.\n\n{markdown(header, lines)}"
+    )
+    write_results("emulators", "make bench-emulators", rows, goals, text)
+
+
+def spread(values: list[float], *, signed: bool = False) -> str:
+    deviation = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):{'+' if signed else ''}.3f}{deviation}"
+
+
+if __name__ == "__main__":
+    main()
