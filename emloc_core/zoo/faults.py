@@ -65,7 +65,9 @@ def ended(code: int, kills_before: int, what: str) -> Outcome:
     if code >= 0:
         index = code - _FIRST_CODE
         if 0 <= index < len(CAUSES):
-            return Outcome(CAUSES[index], f"{what} could only say so by its exit code ({code}); its log may say more.")
+            said = f"{what} could only say so by its exit code ({code}); its log may say more."
+            remedy = " The disk is full: free some space." if CAUSES[index] == "disk" else ""
+            return Outcome(CAUSES[index], said + remedy)
         return Outcome("crash", f"{what} ended with exit code {code}; its log says more.")
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     if code == -signal.SIGKILL and memory_kills() > kills_before:

@@ -74,7 +74,8 @@ def end(code):
 
 @pytest.mark.parametrize("cause", CAUSES)
 def test_an_exit_code_tells_its_cause_where_there_was_no_room_for_more(cause):
-    assert ended(end(f"raise SystemExit({exit_code(cause)})"), 0, "It").cause == cause
+    outcome = ended(end(f"raise SystemExit({exit_code(cause)})"), 0, "It")
+    assert (outcome.cause, "free some space" in outcome.message) == (cause, cause == "disk")
 
 
 @pytest.mark.parametrize(
