@@ -5,8 +5,10 @@ import sys
 import threading
 
 import pytest
+from click.testing import CliRunner
 from processes import wait, waiting
 
+from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.zoo.engine import Needs, Outcome
 from emloc_core.zoo.job import Job
@@ -128,6 +130,10 @@ def test_running_without_a_driver_is_interrupted_until_the_next_takes_over(store
     (record,) = store.records()
     assert record.state == "waiting"
     assert record.attempts[0].cause == "interrupted"
+
+
+def test_a_zoo_whose_jobs_are_being_planned_has_none_yet(store):
+    assert CliRunner().invoke(cli, ["zoo", "status", str(store.directory)]).output == "no jobs yet\n"
 
 
 def test_a_zoo_has_one_driver(tmp_path):

@@ -47,5 +47,7 @@ def line(record: "JobRecord") -> str:
 
 def totals(records: "list[JobRecord]") -> str:
     """Return how many jobs there are in each state."""
+    if not records:
+        return "no jobs yet"  # they are planned first
     counts = Counter(record.state for record in records)
     return f"{len(records)} jobs: " + ", ".join(f"{count} {state}" for state, count in counts.items())
