@@ -188,6 +188,9 @@ class FineTuning:
         processing = load_processing(self.model.directory, self.family, self.rows)
         with _refusing(f"{directory} cannot be loaded", resumable=True):
             model = getattr(transformers, self.family.auto_class).from_pretrained(directory, dtype="auto")
+        text_config = model.config.get_text_config()
+        if hasattr(text_config, "router_aux_loss_coef"):  # TRL's loss for balanced experts: their routers are frozen
+            text_config.router_aux_loss_coef = 0.0
         dataset, dropped = make_dataset(self.rows, processing, self.settings.max_length, model_limit(model.config))
         if isinstance(processing, ProcessorMixin):  # the collator makes all that the model takes
             config.remove_unused_columns = False

@@ -1,6 +1,7 @@
 """Images all the way: both towers are compressed, tuned, corrected and merged, and every stage reads the same rows."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import PLAIN_TRAINING, write_jsonl
 from datasets import Dataset
 from emloc_internvl import INTERNVL
-from emloc_qwen.vision import QWEN_VL
+from emloc_qwen import QWEN_MOE, QWEN_VL
 from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -260,6 +261,15 @@ def test_an_emulator_trains_in_a_plain_sft_trainer_and_its_adapter_loads_onto_th
     assert all(torch.equal(loaded[name.replace(".weight", ".default.weight")], saved[name]) for name in saved)
     rows = pictured(rows_file)
     assert not torch.allclose(logits(on_base, base, rows), logits(load(base), base, rows), atol=1e-3)
+
+
+def test_a_mixture_that_sees_is_tuned_without_the_loss_that_balances_experts(rows_file, tmp_path):
+    """Their routers are frozen; and InternVL's model does not take the routers' logits that TRL would ask for."""
+    config = {**INTERNVL.tiny_configs[0], "text_config": QWEN_MOE.tiny_configs[0]}
+    family = replace(INTERNVL, tiny_configs=[config])
+    mixture = save_model(tmp_path / "mixture", family, "internvl", internvl_processor())
+    adapter = finetune(mixture, rows_file, tmp_path / "adapter", steps=1, batch_size=2)
+    assert towers(Adapter(adapter).loras) == {"vision", "language"}
 
 
 @pytest.mark.parametrize("way", ["spectra", "propagated", "global"])
