@@ -61,11 +61,14 @@ def command(
 
     from emloc_core.checkpoint import open_checkpoint
     from emloc_core.data import load_rows, without
-    from emloc_core.device import choose_device
-    from emloc_core.emulator import Compression
 
     base = open_checkpoint(model)
     rows = without(load_rows(data, split), exclude)
+
+    # These take seconds: a model or rows that are not there are told before.
+    from emloc_core.device import choose_device
+    from emloc_core.emulator import Compression
+
     if budget is not None:
         chosen = chosen.model_copy(update={"ratio": _ratio(base.directory, budget, batch_size, data, split, chosen)})
     job = Compression(base, rows, output, chosen, keep_spectra, choose_device(device))
