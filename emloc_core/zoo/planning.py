@@ -138,7 +138,8 @@ def _is_fetched(job: Job) -> bool:
     return not any(isinstance(try_to_load_from_cache(name, file, revision=revision or None), str) for file in weights)
 
 
-def _answer(job: Job, cache_dir: Path, known: Collection[str]) -> tuple[str, Needs | None]:
+def answer(job: Job, cache_dir: Path, known: Collection[str]) -> tuple[str, Needs | None]:
+    """Return the fingerprint of one job, and what it needs, as :func:`plan` does; imports torch."""
     try:
         fingerprint = job.fingerprint(cache_dir)
     except EmlocError as error:  # the worker will meet it too, and say so
@@ -158,7 +159,7 @@ def main(cache_dir: str) -> None:
     question = json.load(sys.stdin)
     known = set(question["known"])
     for content in question["jobs"]:
-        fingerprint, found = _answer(Job(**content), Path(cache_dir), known)
+        fingerprint, found = answer(Job(**content), Path(cache_dir), known)
         answers.write(json.dumps([fingerprint, found and asdict(found)]) + "\n")
         answers.flush()
 

@@ -1,4 +1,8 @@
-"""Real conversions of tiny models: whole, damaged, without memory, without room, killed; nothing lost or done twice."""
+"""Real conversions of tiny models: whole, damaged, without memory, without room, killed; nothing lost or done twice.
+
+Every stage takes seconds to import its libraries. So one zoo is converted by the command, killed and started again, and
+most tests look at it.
+"""
 
 import json
 import os
@@ -12,8 +16,10 @@ from statistics import median
 from typing import ClassVar
 
 import pytest
-from processes import drive, files, is_gone, until, workers_of
+from click.testing import CliRunner
+from processes import drive, files, is_gone, planning_here, until, workers_of
 
+from emloc_core.cli import cli
 from emloc_core.zoo.engine import Needs
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.local import LocalEngine
@@ -26,16 +32,28 @@ SMALL = {"samples": 12, "selection": 6}
 OPTIONS = ["--samples", "12", "--selection", "6"]
 
 
-def emloc(*argv, check=True, **settings):
+def command(*argv):
+    """Return the command line of a command of the zoo."""
+    return [sys.executable, "-m", "emloc_core", "zoo", *map(str, argv)]
+
+
+def run_command(*argv):
     """Run a command of the zoo; return the process, with what it printed."""
-    command = [sys.executable, "-m", "emloc_core", "zoo", *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
-    assert not check or done.returncode == 0, done.stderr
-    return done
+    return subprocess.run(command(*argv), capture_output=True, text=True, check=False)
 
 
-def by_name(done):
-    return {job["name"]: job for job in json.loads(done.stdout)["jobs"]}
+def run_here(*argv):
+    """Run a command of the zoo in this process, its plans too; return what it printed and what it raised."""
+    with planning_here():
+        return CliRunner().invoke(cli, ["zoo", *map(str, argv)])
+
+
+def by_name(stdout):
+    return {job["name"]: job for job in json.loads(stdout)["jobs"]}
+
+
+def causes(jobs):
+    return {name: [attempt["cause"] for attempt in job["attempts"]] for name, job in jobs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +75,31 @@ def place(tiny_model, rows_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def converted(place):
-    """All of them converted by the command, which fails because one of them does."""
-    sources = [place / "jobs.toml", place / "models"]
-    return emloc("convert", *sources, "-o", place / "zoo", "--data", place / "rows.jsonl", *OPTIONS, "--json",
-                 "--workers", "2", "--offline", check=False)  # fmt: skip
+def arguments(place):
+    """The command that converts all of them, the copy first."""
+    return ["convert", place / "models", place / "jobs.toml", "-o", place / "zoo", "--data", place / "rows.jsonl",
+            *OPTIONS, "--json", "--offline"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed(place, arguments):
+    """The states of the zoo when its driver was killed while the first stage of the first job was at work."""
+    zoo = place / "zoo"
+    driver = subprocess.Popen(command(*arguments, "--workers", "1"), stderr=subprocess.DEVNULL)
+    try:
+        workers = until(lambda: len(found := workers_of(zoo, "copy")) == 2 and found)  # the worker and its stage
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        until(lambda: all(map(is_gone, workers)))
+    finally:
+        driver.kill()
+    return {record.job.name: record.state for record in Store(zoo).records()}
+
+
+@pytest.fixture(scope="module")
+def converted(killed, arguments):  # noqa: ARG001 - it goes on where that one was
+    """The same command again, to its end; it fails because two of the jobs do."""
+    return run_command(*arguments, "--workers", "2")
 
 
 @pytest.fixture(scope="module")
@@ -85,23 +123,32 @@ def contents(directory):
     return {name: content for name, (content, *_) in files(directory).items() if name != "timing.json"}
 
 
+def test_killed_at_work_the_next_driver_finishes(killed, converted):
+    assert killed == {
+        "copy": "interrupted", "cut": "waiting", "first": "duplicate", "whole-way": "waiting", "absent": "waiting",
+    }  # fmt: skip
+    assert causes(by_name(converted.stdout)) == {
+        "copy": ["interrupted", None], "cut": ["bad input"], "first": [], "whole-way": [None], "absent": ["bad input"],
+    }  # fmt: skip
+
+
 def test_one_failure_stops_nothing_and_is_said(converted, place):
     assert converted.returncode == 1
-    assert "2 of 5 jobs failed. absent: bad input: " in converted.stderr
-    jobs = by_name(converted)
+    assert "2 of 5 jobs failed. cut: bad input: " in converted.stderr
+    assert "; absent: bad input: " in converted.stderr
+    jobs = by_name(converted.stdout)
     assert {name: job["state"] for name, job in jobs.items()} == {
-        "whole-way": "done", "absent": "failed", "copy": "done", "cut": "failed", "first": "duplicate",
+        "copy": "done", "cut": "failed", "first": "duplicate", "whole-way": "done", "absent": "failed",
     }  # fmt: skip
     assert jobs["first"]["duplicate_of"] == "copy"
     for name, said in {"cut": "model.safetensors", "absent": "organisation/not-here"}.items():
         (attempt,) = jobs[name]["attempts"]  # another try would not mend it
-        assert attempt["cause"] == "bad input"
         assert said in attempt["message"]
         assert attempt["message"] in (place / "zoo" / attempt["log"]).read_text()
 
 
 def test_a_result_has_sizes_errors_time_and_memory(converted):
-    result = by_name(converted)["whole-way"]["result"]
+    result = by_name(converted.stdout)["whole-way"]["result"]
     assert result["ratio"] == 0.5
     assert 0 < result["bytes"]["emulator"] < result["bytes"]["base"]
     assert list(result["stages"]) == ["adapter", "corrected", "emulator"]
@@ -113,43 +160,10 @@ def test_a_result_has_sizes_errors_time_and_memory(converted):
 
 @pytest.mark.usefixtures("converted")
 def test_an_emulator_is_that_of_the_command_alone(place, tiny_model, alone):
+    """Though the driver that began it was killed."""
     ours, theirs = contents(place / "zoo/jobs/copy/emulator"), contents(alone[0])
     theirs["emloc.json"] = theirs["emloc.json"].replace(str(tiny_model).encode(), str(place / "models/copy").encode())
     assert ours == theirs
-
-
-@pytest.mark.usefixtures("converted")
-def test_again_nothing_is_done_twice_and_what_was_mended_goes_on(place):
-    zoo = place / "zoo"
-    before = {path: files(path) for path in zoo.glob("jobs/*/*") if path.is_dir()}
-    assert len(before) == 4
-    shutil.copytree(place / "models" / "first", place / "models" / "cut", dirs_exist_ok=True)
-    config = place / "models" / "cut" / "config.json"
-    config.write_text(config.read_text() + " ")  # else it is a duplicate too
-    options = ["-o", zoo, "--data", place / "rows.jsonl", *OPTIONS, "--json"]
-    (place / "jobs.toml").write_text((place / "jobs.toml").read_text().rpartition("[[job]]")[0])
-    again = emloc("convert", place / "jobs.toml", place / "models", *options, check=False)
-    assert "1 of 5 jobs failed. absent" in again.stderr  # what is not asked for any more stays as it was
-    assert {path: files(path) for path in before} == before
-    jobs = by_name(again)
-    assert {name: [attempt["cause"] for attempt in job["attempts"]] for name, job in jobs.items()} == {
-        "whole-way": [None], "absent": ["bad input"], "copy": [None], "cut": ["bad input", None], "first": [],
-    }  # fmt: skip
-    status = emloc("status", zoo)
-    assert "5 jobs: 3 done, 1 failed, 1 duplicate" in status.stdout
-    assert by_name(emloc("status", zoo, "--json")) == jobs
-
-
-def test_a_dry_run_makes_nothing_and_refuses_what_the_disk_cannot_hold(place, tmp_path):
-    zoo = tmp_path / "zoo"
-    done = emloc("convert", place / "models" / "first", place / "models" / "copy", "-o", zoo, *OPTIONS, "--data",
-                 place / "rows.jsonl", "--dry-run", "--disk", "1MB", check=False)  # fmt: skip
-    assert "  1. first  to do   base 144 kB, emulator 95.9 kB, disk 33.7 MB, memory 5" in done.stdout
-    assert "the same as first" in done.stdout
-    assert "time unknown" in done.stdout
-    assert done.returncode == 1
-    assert f"The jobs write 33.7 MB, and {zoo} can take 1 MB." in done.stderr
-    assert not zoo.exists()
 
 
 @pytest.mark.usefixtures("converted")
@@ -161,6 +175,45 @@ def test_time_is_told_by_what_was_done_and_else_is_unknown(place):
     assert estimate(done["first"].job, needs, records) == pytest.approx(2 * median(took))  # of equally large bases
     assert estimate(done["whole-way"].job, needs, [done["copy"]]) is None
     assert estimate(done["first"].job, Needs(), records) is None
+
+
+@pytest.mark.usefixtures("converted")
+def test_again_nothing_is_done_twice_and_what_was_mended_or_is_gone_is_done(place, arguments):
+    zoo = place / "zoo"
+    before = {path: files(path) for path in zoo.glob("jobs/whole-way/*") if path.is_dir()}
+    assert len(before) == 3
+    emulator = zoo / "jobs/copy/emulator"
+    gone = contents(emulator)
+    # What was mended had been begun with other settings.
+    shutil.move(emulator, zoo / "jobs/cut/emulator")
+    shutil.copytree(zoo / "jobs/whole-way/adapter", zoo / "jobs/cut/.adapter.partial")
+    shutil.copytree(place / "models" / "first", place / "models" / "cut", dirs_exist_ok=True)
+    config = place / "models" / "cut" / "config.json"
+    config.write_text(config.read_text() + " ")  # else it is a duplicate too
+    (place / "jobs.toml").write_text((place / "jobs.toml").read_text().rpartition("[[job]]")[0])
+    again = run_command(*arguments)
+    assert "1 of 5 jobs failed. absent" in again.stderr  # what is not asked for any more stays as it was
+    assert {path: files(path) for path in before} == before
+    assert contents(emulator) == gone
+    assert [path.name for path in (zoo / "jobs/cut").iterdir() if path.is_dir()] == ["emulator"]
+    jobs = by_name(again.stdout)
+    assert causes(jobs) == {
+        "copy": ["interrupted", None, None], "cut": ["bad input", None], "first": [], "whole-way": [None],
+        "absent": ["bad input"],
+    }  # fmt: skip
+    assert "5 jobs: 3 done, 1 duplicate, 1 failed" in run_here("status", zoo).stdout
+    assert by_name(run_here("status", zoo, "--json").stdout) == jobs
+
+
+def test_a_dry_run_makes_nothing_and_refuses_what_the_disk_cannot_hold(place, tmp_path):
+    zoo = tmp_path / "zoo"
+    done = run_here("convert", place / "models" / "first", place / "models" / "copy", "-o", zoo, *OPTIONS, "--data",
+                    place / "rows.jsonl", "--dry-run", "--disk", "1MB")  # fmt: skip
+    assert "  1. first  to do   base 144 kB, emulator 95.9 kB, disk 33.7 MB, memory 5" in done.stdout
+    assert "the same as first" in done.stdout
+    assert "time unknown" in done.stdout
+    assert f"The jobs write 33.7 MB, and {zoo} can take 1 MB." in str(done.exception)
+    assert not zoo.exists()
 
 
 def test_a_job_without_rows_is_bad_input(tmp_path):
@@ -244,63 +297,9 @@ def test_each_fault_is_its_job_s_own(tmp_path, tiny_model, rows_file, alone, mon
     assert records["well"].result["linears"]
 
 
-def test_killed_at_work_the_next_driver_finishes_with_the_same_bytes(tmp_path, tiny_model, rows_file, alone):
-    zoo = tmp_path / "zoo"
-    argv = ["convert", tiny_model, "-o", zoo, "--data", rows_file, *OPTIONS]
-    command = [sys.executable, "-m", "emloc_core", "zoo", *map(str, argv)]
-    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        workers = until(lambda: len(found := workers_of(zoo, "tiny-llama")) == 2 and found)  # the worker and its stage
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-        until(lambda: all(map(is_gone, workers)))
-    finally:
-        first.kill()
-    (record,) = Store(zoo).records()
-    assert record.state == "interrupted"
-    emloc(*argv)
-    (record,) = Store(zoo).records()
-    assert [attempt.cause for attempt in record.attempts] == ["interrupted", None]
-    assert contents(zoo / "jobs/tiny-llama/emulator") == contents(alone[0])
-
-
-def test_a_job_that_failed_is_done_with_other_settings(tmp_path, tiny_model, rows_file):
-    """Its emulator was finished, and its adapter begun, by the settings of before."""
-    zoo, jobs = tmp_path / "zoo", tmp_path / "jobs.toml"
-    shutil.copytree(tiny_model, tmp_path / "model")
-    shutil.copy(rows_file, tmp_path / "rows.jsonl")
-    text = (
-        '[[job]]\nmodel = "model"\ndata = "rows.jsonl"\ncompress = {{ samples = {samples}, selection = 0 }}\n'
-        'train = {{ steps = 1, batch_size = 2, bf16 = false{more} }}\ncorrect = {{ clamp = "none" }}\n'
-    )
-    jobs.write_text(text.format(samples=8, more=', target_modules = ["nothing"]'))
-    assert emloc("convert", jobs, "-o", zoo, check=False).returncode == 1
-    assert (zoo / "jobs/model/emulator/emloc.json").is_file()
-    jobs.write_text(text.format(samples=12, more=""))
-    assert "1 jobs: 1 done" in emloc("convert", jobs, "-o", zoo).stdout
-
-
-def test_what_is_done_and_gone_is_done_again(tmp_path, tiny_model, rows_file):
-    argv = ["convert", tiny_model, "-o", tmp_path, "--data", rows_file, *OPTIONS]
-    emloc(*argv)
-    emulator = tmp_path / "jobs/tiny-llama/emulator"
-    before = contents(emulator)
-    for gone in (emulator, emulator.parent):
-        shutil.rmtree(gone)
-        assert "tiny-llama  to do" in emloc(*argv, "--dry-run").stdout
-        emloc(*argv)
-        assert contents(emulator) == before
-    shutil.rmtree(emulator)
-    (emulator.parent / "result.json").unlink()  # as where the outputs are in a cluster's storage
-    emloc(*argv)
-    (record,) = Store(tmp_path).records()
-    assert [attempt.cause for attempt in record.attempts] == [None, None, None]
-
-
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
 def test_a_zoo_is_no_file(tmp_path, tiny_model, rows_file, options):
     (tmp_path / "file").write_text("")
     for zoo in (tmp_path / "file", tmp_path / "file" / "zoo"):
-        done = emloc("convert", tiny_model, "-o", zoo, "--data", rows_file, *options, check=False)
-        assert done.returncode == 1
-        assert f"{tmp_path / 'file'} is not a directory. Choose another place with -o." in done.stderr
+        done = run_here("convert", tiny_model, "-o", zoo, "--data", rows_file, *options)
+        assert f"{tmp_path / 'file'} is not a directory. Choose another place with -o." in str(done.exception)

@@ -1,6 +1,7 @@
 """The driver with workers that only wait, and what is done to them: each fault is done for real."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -8,7 +9,7 @@ from processes import WaitingEngine, drive, driver, is_gone, until, wait, waitin
 
 from emloc_core.checkpoint import hash_files
 from emloc_core.errors import EmlocError
-from emloc_core.zoo.convert import convert
+from emloc_core.zoo.convert import convert, preview
 from emloc_core.zoo.driver import Driver
 from emloc_core.zoo.engine import Needs, Task
 from emloc_core.zoo.retry import Limits
@@ -205,3 +206,26 @@ def test_what_is_done_takes_what_its_files_take(tmp_path):
     assert {name: causes(record) for name, record in records.items()} == {
         "before": [None], "now": [None], "next": [None], "too": ["disk"],
     }  # fmt: skip
+
+
+def test_what_is_done_and_gone_is_done_again(tmp_path, monkeypatch):
+    job, emulator = waiting("a"), tmp_path / "jobs/a/emulator"
+    monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [("a", Needs(memory=0, disk=0))])
+
+    def state():
+        (seen,) = preview([job], tmp_path)
+        return seen.state
+
+    def attempts():
+        (record,) = convert([job], tmp_path, lambda lock: WaitingEngine(1, None, [lock]))
+        emulator.mkdir(exist_ok=True)
+        (emulator / "emloc.json").write_text("{}")
+        return causes(record)
+
+    assert (state(), attempts(), state(), attempts()) == ("to do", [None], "done", [None])
+    for number, gone in enumerate((emulator, emulator.parent), 2):
+        shutil.rmtree(gone)
+        assert (state(), attempts(), state()) == ("to do", [None] * number, "done")
+    shutil.rmtree(emulator)
+    (emulator.parent / "result.json").unlink()  # as where the outputs are in a cluster's storage
+    assert (state(), attempts()) == ("done", [None] * 3)

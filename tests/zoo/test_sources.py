@@ -4,13 +4,13 @@ import json
 
 import pytest
 from internvl_chat import InternVLChat, chat_config, randomise, save_source, text_config
-from processes import drive
+from processes import drive, files, plan_here
 
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.errors import EmlocError
 from emloc_core.importing import Import
+from emloc_core.output import TIMING
 from emloc_core.zoo.job import Job, describe_change, slug, unique
-from emloc_core.zoo.planning import plan
 from emloc_core.zoo.sources import Defaults, resolve
 
 
@@ -160,14 +160,20 @@ def test_an_entry_in_another_layout_is_rewritten_first(tmp_path, rows_file):
     settings = {"ratio": 0.5, "samples": 4, "selection": 0}
     given = Defaults(data=str(rows_file), compress=settings, registry=[tmp_path / "entry.toml"], offline=True)
     jobs = [*resolve(["mine/chat"], given), *resolve([str(native)], given)]
-    (chat, needs), (other, of_native) = plan(jobs, tmp_path)
+    (chat, needs), (other, of_native) = plan_here(jobs, tmp_path)
     assert chat != other
     assert needs.base == of_native.base
     assert needs.disk - needs.emulator == of_native.disk - of_native.emulator + needs.base
-    done = drive(tmp_path / "zoo", jobs)
-    assert {name: record.state for name, record in done.items()} == {"chat": "done", "native": "done"}, done
-    assert set(done["chat"].result["stages"]) == {"native", "emulator"}
-    assert done["chat"].result["linears"] == done["native"].result["linears"]
+    (done,) = drive(tmp_path / "zoo", jobs[:1]).values()
+    assert done.state == "done", done
+    assert set(done.result["stages"]) == {"native", "emulator"}
+    assert done.result["family"] == "internvl"
+    assert all(0 < linear["relative_error"] < 1 for linear in done.result["linears"] if linear["rank"])
+    ours, theirs = (
+        {name: content for name, (content, *_) in files(made).items() if name != TIMING}
+        for made in (tmp_path / "zoo/jobs/chat/native", native)
+    )
+    assert ours == theirs
 
 
 def test_a_model_of_the_registry_in_another_layout_is_rewritten_first(tmp_path):
@@ -243,16 +249,16 @@ def test_rows_that_are_not_there(models, data, monkeypatch):
 
 def test_a_download_is_counted_unless_it_is_there(tmp_path, monkeypatch):
     hub, name = tmp_path / "hub", "HuggingFaceTB/SmolLM2-135M"
-    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     job = Job(name="a", model=f"{name}@main", data="org/rows")
-    ((_, fetched),) = plan([job], tmp_path)
-    ((_, offline),) = plan([job.model_copy(update={"offline": True})], tmp_path)
+    ((_, fetched),) = plan_here([job], tmp_path)
+    ((_, offline),) = plan_here([job.model_copy(update={"offline": True})], tmp_path)
     assert fetched.disk == offline.disk + fetched.base
     repository = hub / f"models--{name.replace('/', '--')}"
     for file, content in {"refs/main": "abc", "snapshots/abc/model.safetensors": ""}.items():
         (repository / file).parent.mkdir(parents=True)
         (repository / file).write_text(content)
-    ((_, there),) = plan([job], tmp_path)
+    ((_, there),) = plan_here([job], tmp_path)
     assert there == offline
 
 
