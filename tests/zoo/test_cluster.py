@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import planning_here
 from ray.cluster_utils import Cluster
 
 import emloc_core.zoo.cluster
@@ -24,7 +25,7 @@ from emloc_core.zoo.engine import Needs, NoRoomError, Task, write_job
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.local import LocalEngine
 from emloc_core.zoo.node import Order, output_names, perform
-from emloc_core.zoo.storage import Storage, share
+from emloc_core.zoo.storage import Storage, input_name, share
 from emloc_core.zoo.store import Store
 
 NODE = {"num_cpus": 1, "memory": 4 << 30, "object_store_memory": 80 << 20, "include_dashboard": False}
@@ -43,25 +44,28 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def jobs(tiny_model, rows_file, tmp_path_factory):
-    """A model, the same again under another name, and one whose shard is cut off."""
-    models = tmp_path_factory.mktemp("zoo-models")
-    for name in ("first", "again", "broken"):
-        shutil.copytree(tiny_model, models / name)
+    """A model, another one, one whose shard is cut off, and the first again under another name."""
+    models, found = tmp_path_factory.mktemp("zoo-models"), []
+    for name in ("first", "other", "broken", "again"):
+        model = Path(shutil.copytree(tiny_model, models / name))
+        found.append(Job(name=name, model=str(model), data=str(rows_file), compress=SMALL, offline=True))
+    (models / "other" / "generation_config.json").write_text("{}")  # else it were the first again
     shard = models / "broken" / "model.safetensors"
     os.truncate(shard, shard.stat().st_size // 2)
-    settings = {"data": str(rows_file), "compress": SMALL, "offline": True}
-    return [Job(name=path.name, model=str(path), **settings) for path in sorted(models.iterdir(), reverse=True)]
-
-
-@pytest.fixture
-def two(jobs, tmp_path):
-    """Two jobs of models that differ: real ones, which take some seconds."""
-    found = []
-    for name in ("one", "two"):
-        model = Path(shutil.copytree(jobs[0].model, tmp_path / "models" / name))
-        (model / "generation_config.json").write_text(f'{{"name": "{name}"}}')  # else it were a duplicate
-        found.append(jobs[0].model_copy(update={"name": name, "model": str(model)}))
     return found
+
+
+@pytest.fixture(scope="module")
+def emulator(jobs, tmp_path_factory):
+    """The emulator of the first as the local engine makes it."""
+    zoo = tmp_path_factory.mktemp("local")
+    drive(jobs[:1], zoo, lambda lock: LocalEngine(2, inherited=[lock]))
+    return contents(zoo / "jobs" / "first" / "emulator")
+
+
+def drive(jobs, zoo, make_engine):
+    with planning_here():
+        return convert(jobs, zoo, make_engine)
 
 
 def states(records):
@@ -88,78 +92,59 @@ def workers(zoo):
     return found
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_both_engines_write_the_same_bytes(cluster, jobs, tmp_path):
-    expected = {"first": "done", "broken": "failed", "again": "duplicate"}
-    here = convert(jobs, tmp_path / "local", lambda lock: LocalEngine(2, inherited=[lock]))
-    there = convert(jobs, tmp_path / "ray", lambda _: RayEngine(address=cluster.address))
-    for records in (here, there):
-        assert states(records) == expected
-        assert causes(records) == {"first": [None], "broken": ["bad input"], "again": []}
-    local, ray = (contents(tmp_path / engine / "jobs" / "first" / "emulator") for engine in ("local", "ray"))
-    assert local == ray
-    assert any(file.endswith(".safetensors") for file in local)
-    message = there[1].attempts[0].message
-    assert "model.safetensors" in message
-    assert "model.safetensors" in (tmp_path / "ray" / there[1].attempts[0].log).read_text()
-
-
-def test_outputs_go_to_storage(cluster, jobs, tmp_path):
-    zoo, remote = tmp_path / "zoo", tmp_path / "remote"
-    engine = RayEngine(address=cluster.address, storage=remote.as_uri())
-    (record,) = convert(jobs[:1], zoo, lambda _: engine)
-    assert record.state == "done"
-    assert not (zoo / "jobs" / "first" / "emulator").exists()
-    (emulator,) = (remote / "jobs" / "first").iterdir()
-    assert Storage(str(remote)).has(f"jobs/first/{emulator.name}")
-    assert not list(remote.rglob("*.partial"))
-    log = (zoo / record.attempts[0].log).read_text()
-    assert log.startswith("emloc compress ")
-    assert log == (remote / record.attempts[0].log).read_text()
-    other = jobs[0].model_copy(update={"compress": SMALL.model_copy(update={"samples": 6})})
-    (record,) = convert([other], tmp_path / "other", lambda _: RayEngine(address=cluster.address, storage=engine.url))
-    assert record.state == "done"
-    assert len(list((remote / "jobs" / "first").iterdir())) == 2
-
-
-def test_a_killed_worker_is_started_again(cluster, two, tmp_path):
-    def kill():
-        wait_for(lambda: workers(tmp_path / "jobs" / "one"))
-        workers(tmp_path / "jobs" / "one")[0].kill()
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    records = convert(two, tmp_path, lambda _: RayEngine(address=cluster.address))
-    thread.join()
-    assert causes(records) == {"one": ["lost worker", None], "two": [None]}
-    assert "SIGKILL" in records[0].attempts[0].message
-
-
-def test_a_removed_node_s_job_runs_elsewhere(cluster, two, tmp_path):
+def test_both_engines_write_the_same_bytes_though_a_worker_and_a_node_are_lost(cluster, jobs, emulator, tmp_path):
+    """Two jobs are at work, one on each node. The worker of one is killed, and the node of the other is removed."""
     node = next(node for node in cluster.worker_nodes)
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     on_node = []
 
-    def remove():
-        wait_for(lambda: all(workers(tmp_path / "jobs" / job.name) for job in two))
-        on_node.extend(process for process in workers(tmp_path) if raylet in process.parents())
+    def lose():
+        wait_for(lambda: all(workers(tmp_path / "jobs" / job.name) for job in jobs[:2]))
+        found = {process: raylet in process.parents() for process in workers(tmp_path)}
+        on_node.extend(process for process, there in found.items() if there)
+        next(process for process, there in found.items() if not there).kill()
         cluster.remove_node(node, allow_graceful=False)
 
-    thread = threading.Thread(target=remove)
+    thread = threading.Thread(target=lose)
     thread.start()
-    records = convert(two, tmp_path, lambda _: RayEngine(address=cluster.address))
+    records = drive(jobs, tmp_path, lambda _: RayEngine(address=cluster.address))
     thread.join()
     cluster.add_node(**NODE)
-    assert states(records) == {"one": "done", "two": "done"}
-    assert sorted(map(tuple, causes(records).values()), key=len) == [(None,), ("lost worker", None)]
+    assert states(records) == {"first": "done", "other": "done", "broken": "failed", "again": "duplicate"}
+    lost = ["lost worker", None]
+    assert causes(records) == {"first": lost, "other": lost, "broken": ["bad input"], "again": []}
+    first, other, broken, _ = (record.attempts for record in records)
+    assert sorted("SIGKILL" in attempts[0].message for attempts in (first, other)) == [False, True]
     assert on_node
     assert not any(process.is_running() for process in on_node)
+    assert "model.safetensors" in broken[0].message
+    assert "model.safetensors" in (tmp_path / broken[0].log).read_text()
+    assert contents(tmp_path / "jobs" / "first" / "emulator") == emulator
+    assert any(file.endswith(".safetensors") for file in emulator)
+
+
+def test_outputs_go_to_storage(cluster, jobs, emulator, tmp_path):
+    zoo, remote = tmp_path / "zoo", tmp_path / "remote"
+    engine = RayEngine(address=cluster.address, storage=remote.as_uri())
+    (record,) = drive(jobs[:1], zoo, lambda _: engine)
+    assert record.state == "done"
+    assert not (zoo / "jobs" / "first" / "emulator").exists()
+    inputs = {path: input_name(Path(path)) for path in (jobs[0].model, jobs[0].data)}
+    name = output_names(jobs[0], inputs)["emulator"]
+    assert list((remote / "jobs" / "first").iterdir()) == [remote / name]
+    assert Storage(str(remote)).has(name)
+    assert contents(remote / name) == emulator
+    assert not list(remote.rglob("*.partial"))
+    log = (zoo / record.attempts[0].log).read_text()
+    assert log.startswith("emloc compress ")
+    assert log == (remote / record.attempts[0].log).read_text()
 
 
 def test_a_killed_driver_leaves_nothing_behind(cluster, jobs, rows_file, tmp_path):
@@ -240,13 +225,13 @@ def test_a_node_with_another_version(jobs, tmp_path):
 
 def test_two_workers_never_share_a_directory(jobs, tmp_path, monkeypatch):
     monkeypatch.setattr(emloc_core.zoo.node, "_PATIENCE", 0.2)
-    job = jobs[0]
+    job = jobs[0].model_copy(update={"data": None})
     place = tmp_path / "jobs" / job.name
     write_job(job, place)
     order = Order(job.model_dump_json(), str(tmp_path), "logs/a.1.log", None, {})
     with emloc_core.zoo.node._alone(place):
         assert perform(order)["cause"] == "input/output"
-    assert perform(order)["cause"] is None
+    assert "no rows to calibrate on" in perform(order)["message"]  # it is the worker that says so
 
 
 @pytest.fixture
