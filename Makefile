@@ -30,7 +30,7 @@ demo-zoo: $(STAMP)  ## small models of all families, converted here and on a Ray
 	$(BIN)/emloc demo-zoo -o build/demo-zoo
 
 test: $(STAMP)  ## all fast tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: $(STAMP)  ## the pages that the toolkit writes, looked at in Chromium, which has to be installed
 	$(BIN)/python -m pytest -m browser
