@@ -59,18 +59,16 @@ def figures(entry: Entry) -> dict[str, str]:
     with entry.config_file() as file:
         model = MemoryModel(file, make_workload(file, train.model_copy(update={"batch_size": 1}), length=LENGTH))
         plan = model.plan(RATIO)
-        tuning = model.tuning(plan)
-        needs = {round(RATIO * 100): tuning}
         whole = model.tuning().total
         found = {
             "parameters": f"{model.parameters():,}",
             "inference": human_bytes(model.inference().total),
             "LoRA": human_bytes(whole),
-            "EMLoC": human_bytes(tuning.total),
+            "EMLoC": human_bytes(model.tuning(plan).total),
             "compress": human_bytes(compress(model, plan).total),
         }
         for card in CARDS:
-            fit = None if whole <= card * 10**9 else largest_ratio(model, card * 10**9, needs)
+            fit = None if whole <= card * 10**9 else largest_ratio(model, card * 10**9)
             found[f"{card} GB"] = "whole" if whole <= card * 10**9 else f"{fit.ratio:g}" if fit else "-"
     return found
 

@@ -49,7 +49,7 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def largest_ratio(model: "MemoryModel", budget: int, needs: "dict[int, Need] | None" = None) -> Fit | None:
+def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
     """Return the largest ratio of hundredths whose tuning fits ``budget`` bytes; None where not even 0.01 does.
 
     What tuning needs grows with the ratio, mostly by the weights, which are counted at once. So the first guess is
@@ -58,14 +58,10 @@ def largest_ratio(model: "MemoryModel", budget: int, needs: "dict[int, Need] | N
     Args:
         model: whose emulator it is.
         budget: bytes.
-        needs: what tuning needs by hundredths, where that is known; what is traced is added, for the next budget.
     """
-    known = {} if needs is None else needs
 
     def need(hundredths: int) -> "Need":
-        if hundredths not in known:
-            known[hundredths] = model.tuning(model.plan(hundredths / 100))
-        return known[hundredths]
+        return model.tuning(model.plan(hundredths / 100))
 
     if need(1).total > budget:
         return None

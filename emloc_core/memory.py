@@ -114,6 +114,7 @@ class MemoryModel:
         if workload.images:
             self.image = image_shape(config_file, self.config, workload.image_size)
         self._inputs = self._shape_inputs()
+        self._known: dict[frozenset[tuple[str, int]] | None, Need] = {}
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype | None = self.config.dtype or self.config.get_text_config().dtype
@@ -181,7 +182,13 @@ class MemoryModel:
         return trace_inference(self._cut(depths), self.towers, self._inputs, self._apart)
 
     def tuning(self, plan: Plan | None = None) -> Need:
-        """Return what a LoRA on the base needs, or on the emulator of a plan."""
+        """Return what a LoRA on the base needs, or on the emulator of a plan. The same ranks are traced once."""
+        ranks = None if plan is None else frozenset(plan.ranks.items())
+        if ranks not in self._known:
+            self._known[ranks] = self._trace_tuning(plan)
+        return self._known[ranks]
+
+    def _trace_tuning(self, plan: Plan | None) -> Need:
         stage = "LoRA on the base" if plan is None else "LoRA on the emulator"
 
         def trace(depths: Mapping[str, int]) -> Phases:

@@ -44,6 +44,8 @@ class Ledger(TorchDispatchMode):
         self._now: Composition = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # two calls of three ask a fake tensor for its device
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
