@@ -27,7 +27,8 @@ def label(value: Any) -> str | None:
 
 
 def write_config(directory: Path, family: Family, dtype: str = "float32", **changes: object) -> Path:
-    settings = {**family.tiny_configs[0], **changes}
+    """Write a config: the family's first tiny one with changes, or, where the changes say a model type, these alone."""
+    settings = dict(changes) if "model_type" in changes else {**family.tiny_configs[0], **changes}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     config.dtype = dtype
     directory.mkdir(exist_ok=True)
