@@ -19,7 +19,7 @@ from emloc_core.family import Family
 from emloc_core.plugins import plugin_manager
 from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import GATE, LISTED, OTHER, ROUTED, ROUTER, UNCALLED, Observation, block_lists
-from emloc_core.scaffold.scaffold import check_draft, scaffold
+from emloc_core.scaffold.scaffold import _empty_family, check_draft, scaffold
 from emloc_core.scaffold.shrink import shrink
 
 #: Architectures whose draft has to be accepted without an edit.
@@ -148,6 +148,11 @@ def test_what_the_kit_finds_wrong_is_named(save):
     tower = draft.family.towers[0]
     broken = Draft(Family(**{**vars(draft.family), "towers": [tower], "keep_dense": {"head": "none is there"}}), "")
     assert any(note.startswith("Edit: the check 'names' fails") for note in check_draft(broken).notes)
+
+
+def test_a_family_has_a_name_that_a_package_can_have():
+    family = _empty_family(AutoConfig.for_model("bert-generation"))
+    assert (family.name, family.model_types) == ("bert_generation", {"bert-generation"})
 
 
 def test_what_is_no_family_is_refused(save, tmp_path):

@@ -1,6 +1,5 @@
 """A family's declaration as the source of a plugin module, laid out as a formatter would leave it."""
 
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -33,7 +32,7 @@ class Draft:
     def source(self) -> str:
         """The plugin module in Python."""
         family = self.family
-        name = re.sub(r"\W", "_", family.name).upper()
+        name = family.name.upper()
         function = "tiny_inputs" if self.inputs else None
         parts = [
             f'"""The {family.name} family: a draft by ``emloc families scaffold``.\n\n{_wrap(self.summary)}\n"""\n'

@@ -158,18 +158,19 @@ def _empty_family(config: Any) -> Family:
     Raises:
         EmlocError: transformers has no model of the kind that can be tuned here.
     """
-    name: str = config.model_type
+    model_type: str = config.model_type
+    name = model_type.replace("-", "_")  # part of a package's name, too
     if getattr(config, "is_encoder_decoder", False):
         raise EmlocError(
-            f"{name!r} is an encoder-decoder; EMLoC tunes models that read and write one sequence.",
+            f"{model_type!r} is an encoder-decoder; EMLoC tunes models that read and write one sequence.",
             "Choose a decoder, such as a causal language model.",
         )
     has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and getattr(config, "vision_config", None)
     if has_images:
-        return Family(name, frozenset({name}), (), "AutoModelForImageTextToText", "image-text")
+        return Family(name, frozenset({model_type}), (), "AutoModelForImageTextToText", "image-text")
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return Family(name, frozenset({name}), ())
+        return Family(name, frozenset({model_type}), ())
     raise EmlocError(
-        f"transformers has neither a causal language model nor an image-text model of the type {name!r}.",
+        f"transformers has neither a causal language model nor an image-text model of the type {model_type!r}.",
         "EMLoC tunes models that write text.",
     )
