@@ -1,15 +1,18 @@
 """A tiny Llama with a real tokenizer, and rows that it can learn; virtual environments with the built wheel."""
 
 import fcntl
+import io
 import json
 import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from emloc_llama import LLAMA
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from emloc_core import evaluate_system
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.cli import main
 from emloc_core.data import load_rows
@@ -100,6 +104,19 @@ def emloc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Cal
         return code, out, err
 
     return run
+
+
+def run_here(command: Sequence[str], *, capture_output: bool = False, **_: object) -> subprocess.CompletedProcess[str]:
+    """Stand for ``subprocess.run`` of a stage or an evaluation: run it in this process, for a new one takes seconds."""
+    _, _, module, *arguments = command
+    out, err = (io.StringIO(), io.StringIO()) if capture_output else (sys.stderr, sys.stderr)
+    with mock.patch.object(sys, "argv", ["emloc", *arguments]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = evaluate_system.main(*arguments) if module == "emloc_core.evaluate_system" else main()
+        except SystemExit as exit:
+            code = exit.code
+    said = (out.getvalue(), err.getvalue()) if capture_output else ("", "")
+    return subprocess.CompletedProcess(command, int(code or 0), *said)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import write_jsonl
+from conftest import run_here, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from emloc_core.cli import cli
@@ -131,6 +131,7 @@ output = "run"
 base = "{base}"
 [data]
 train = "{rows}"
+test = ["test.jsonl"]
 [compress]
 samples = 8
 selection = 6
@@ -142,10 +143,26 @@ learning_rate = 1e-3
 """
 
 
+def write_recipe(directory, base, rows):
+    """Write a recipe that half of the rows are no part of: its test rows."""
+    write_jsonl(directory / "test.jsonl", [json.loads(line) for line in rows.read_text().splitlines()[:60]])
+    path = directory / "recipe.toml"
+    path.write_text(RECIPE.format(base=base, rows=rows))
+    return path
+
+
 @pytest.fixture
 def recipe(tiny_model, rows_file, tmp_path):
-    path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE.format(base=tiny_model, rows=rows_file))
+    return write_recipe(tmp_path, tiny_model, rows_file)
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_model, rows_file, tmp_path_factory):
+    """A recipe that has been run as a user runs it: every stage in a process of its own."""
+    path = write_recipe(tmp_path_factory.mktemp("recipe"), tiny_model, rows_file)
+    argv = [sys.executable, "-m", "emloc_core", "run", str(path)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env={**os.environ, "CI": "true"})
+    assert done.returncode == 0, done.stderr
     return path
 
 
@@ -166,42 +183,37 @@ def test_overrides_and_relative_paths(recipe):
     assert (loaded.compress.ratio, loaded.correct.clamp) == (0.3, "none")
 
 
-def test_run_does_everything_and_nothing_twice(recipe):
-    def run(*flags):
-        argv = [sys.executable, "-m", "emloc_core", "run", str(recipe), *flags]
-        return subprocess.run(argv, capture_output=True, text=True, check=False, env={**os.environ, "CI": "true"})
-
-    planned = run("--dry-run", "--json")
-    assert planned.returncode == 0, planned.stderr
-    content = json.loads(planned.stdout)
-    assert [(stage["name"], stage["state"]) for stage in content["stages"]] == [
+def test_a_dry_run_says_which_stages_there_are(emloc, recipe, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", run_here)
+    code, out, _ = emloc("run", recipe, "--dry-run", "--json")
+    assert code == 0
+    assert [(stage["name"], stage["state"]) for stage in json.loads(out)["stages"]] == [
         ("emulator", "to do"), ("adapter", "to do"), ("corrected", "to do"), ("merged", "to do"),
     ]  # fmt: skip
-    done = run()
-    assert done.returncode == 0, done.stderr
-    root = recipe.parent / "run"
+    assert not (recipe.parent / "run").exists()
+
+
+def test_run_does_everything_and_nothing_twice(emloc, ran, monkeypatch):
+    root = ran.parent / "run"
     results = json.loads((root / "results.json").read_text())
     assert set(results["stages"]) == {"emulator", "adapter", "corrected", "merged"}
     assert (root / "figure.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(subprocess, "run", run_here)
     stamps = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
-    again = run("--json")
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["correction"] == results["correction"]
+    code, out, _ = emloc("run", ran, "--json")
+    assert code == 0
+    assert json.loads(out)["correction"] == results["correction"]
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")} == stamps
-    other = run("--set", "compress.ratio=0.3")
-    assert other.returncode == 1
-    assert "settings.ratio was 0.6 and is now 0.3" in other.stderr
+    code, _, err = emloc("run", ran, "--set", "compress.ratio=0.3")
+    assert code == 1
+    assert "settings.ratio was 0.6 and is now 0.3" in err
 
 
-def test_test_rows_of_a_recipe_are_in_no_other_set(recipe, rows_file):
-    test = write_jsonl(recipe.parent / "test.jsonl", [json.loads(x) for x in rows_file.read_text().splitlines()[:60]])
-    recipe.write_text(recipe.read_text().replace("[compress]", 'test = ["test.jsonl"]\n[compress]'))
-    argv = [sys.executable, "-m", "emloc_core", "run", str(recipe), "--set", "merge=false"]
-    assert subprocess.run(argv, capture_output=True, check=False).returncode == 0
-    reported = {row.key for row in load_rows(str(test))}
+def test_test_rows_of_a_recipe_are_in_no_other_set(ran):
+    reported = {row.key for row in load_rows(str(ran.parent / "test.jsonl"))}
     for name in (CALIBRATION, SELECTION):
-        assert not reported & {row.key for row in load_rows(str(recipe.parent / "run" / "emulator" / name))}
-    trained = json.loads((recipe.parent / "run" / "adapter" / "emloc.json").read_text())["result"]
+        assert not reported & {row.key for row in load_rows(str(ran.parent / "run" / "emulator" / name))}
+    trained = json.loads((ran.parent / "run" / "adapter" / "emloc.json").read_text())["result"]
     assert (trained["rows"], trained["excluded_rows"]) == (120 - 60 - 8 - 6, 60 + 8 + 6)
 
 

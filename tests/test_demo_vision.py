@@ -1,6 +1,7 @@
 """The demo with pictures: who sees which digits, what the model is given, and the whole way in a few steps."""
 
 import json
+import subprocess
 import sys
 from itertools import combinations
 
@@ -10,6 +11,7 @@ import emloc_demo.vision.rows
 import numpy
 import pytest
 import torch
+from conftest import run_here
 from emloc_demo.vision.command import explain, prepare
 from emloc_demo.vision.conversations import Conversations, cell_labels
 from emloc_demo.vision.pictures import (
@@ -190,6 +192,7 @@ def test_an_interrupted_pretraining_leaves_no_base_and_starts_again(tmp_path, da
 
 def test_the_whole_way_in_a_few_steps(tmp_path, data, monkeypatch):
     """Each stage's command as the recipe gives it, with fewer rows and steps, in this process: starting is slow."""
+    monkeypatch.setattr(subprocess, "run", run_here)
     monkeypatch.setattr(emloc_demo.vision.pretraining, "BATCH", 4)
 
     def short(directory, digits, **_):

@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import example_rows, write_jsonl
+from conftest import example_rows, run_here, write_jsonl
 from emloc_internvl import INTERNVL
 from emloc_qwen.vision import QWEN_VL
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -245,14 +246,21 @@ def test_tasks_of_text_run_on_a_model_of_images_too(form, base, tmp_path):
     assert found["metrics"]["nll"]["value"] == pytest.approx(sum(nlls) / sum(tokens), rel=1e-5)
 
 
-def test_systems_are_compared_on_tasks_of_both_kinds(internvl, rows_with_pictures, rows_file, tmp_path):
+def test_systems_are_compared_on_tasks_of_both_kinds(internvl, rows_with_pictures, rows_file, tmp_path, monkeypatch):
     adapter = random_adapter(internvl, tmp_path / "adapter")
     emulator, settings = tmp_path / "emulator", CompressSettings(samples=8, selection=4, ratio=0.6)
     Compression(Checkpoint(internvl), load_rows(str(rows_with_pictures)), emulator, settings).run()
     kinds = {"image_nll": rows_with_pictures, "image_choice": rows_with_pictures, "completion_nll": rows_file}
     tasks = [str(write_task(kind, data, tmp_path / f"{kind}.yaml")) for kind, data in kinds.items()]
     systems = canonical_systems(base=internvl, emulator=emulator, full_lora=adapter)
+    in_a_process = evaluate([systems[1]], tasks, tmp_path / "emulator alone", limit=5)["systems"]["emulator"]
+    monkeypatch.setattr(subprocess, "run", run_here)
     results = evaluate(systems, tasks, tmp_path / "out", limit=5)
+    metrics = results["metrics"]
+    assert metrics.keys() <= in_a_process.keys()
+    assert {name: in_a_process[name] for name in metrics} == pytest.approx(
+        {name: results["systems"]["emulator"][name] for name in metrics}, rel=1e-5
+    )
     assert results["tasks"] == {
         "image_nll": {"output_type": "loglikelihood", "rows": 5},
         "image_choice": {"output_type": "multiple_choice", "rows": 5},

@@ -1,11 +1,13 @@
 """``emloc plan``, and what takes a budget by it: ``emloc compress --memory``, a recipe."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from conftest import run_here
 from emloc_qwen import QWEN_VL
 from transformers import AutoConfig, AutoTokenizer
 
@@ -13,7 +15,11 @@ from emloc_core.calibration import tokenize
 from emloc_core.cli import cli
 from emloc_core.data import load_rows
 from emloc_core.errors import EmlocError
+from emloc_core.memory import MemoryModel, Need
+from emloc_core.memory_report import memory_figure
 from emloc_core.output import read_json
+from emloc_core.training import TrainSettings
+from emloc_core.workload import make_workload
 
 
 def run(*arguments: str | Path) -> Result:
@@ -26,9 +32,11 @@ def plan(*arguments: str | Path) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def tuning_need(*arguments: str | Path) -> str:
-    """The bytes of tuning, as ``--memory`` takes them."""
-    return str({stage["stage"]: stage["bytes"] for stage in plan(*arguments)["stages"]}["LoRA on the emulator"])
+def tuning_need(model: Path, ratio: float, length: int | None = None, data: Path | None = None, **train: Any) -> str:
+    """The bytes of tuning the emulator of a ratio, as ``--memory`` takes them."""
+    config_file, rows = model / "config.json", None if data is None else str(data)
+    planned = MemoryModel(config_file, make_workload(config_file, TrainSettings(**train), length=length, data=rows))
+    return str(planned.tuning(planned.plan(ratio)).total)
 
 
 def refused(*arguments: str | Path) -> str:
@@ -38,7 +46,7 @@ def refused(*arguments: str | Path) -> str:
 
 
 def test_the_largest_ratio_within_a_budget(tiny_model: Path) -> None:
-    tuning = tuning_need(tiny_model, "--length", 64, "--ratio", 0.4)
+    tuning = tuning_need(tiny_model, 0.4, 64)
     found = plan(tiny_model, "--length", 64, "--memory", tuning)
     assert found["fits"]
     assert 0.4 <= found["ratio"] < 0.45
@@ -47,7 +55,7 @@ def test_the_largest_ratio_within_a_budget(tiny_model: Path) -> None:
 
 
 def test_without_a_budget_it_is_inference(tiny_model: Path) -> None:
-    result = run("plan", tiny_model, "--length", 64, "--json")
+    result = run("plan", tiny_model, "--length", 64, "--batch-size", 2, "--json")
     content = json.loads(result.stdout)
     assert content["budget_bytes"] == content["stages"][0]["bytes"]
     assert content["budget"] == "inference on the base"
@@ -84,24 +92,23 @@ def test_a_table_for_a_person(tiny_model: Path) -> None:
 def test_the_length_comes_from_the_rows(tiny_model: Path, rows_file: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     longest = max(len(tokenize(row, tokenizer).input_ids) for row in load_rows(str(rows_file)))
-    assert plan(tiny_model, "--data", rows_file, "--memory", "4GB")["workload"]["length"] == longest
-    assert plan(tiny_model, "--data", rows_file, "--length", 9, "--memory", "4GB")["workload"]["length"] == 9
+    assert plan(tiny_model, "--data", rows_file, "--ratio", 0.5)["workload"]["length"] == longest
+    assert plan(tiny_model, "--data", rows_file, "--length", 9, "--ratio", 0.5)["workload"]["length"] == 9
 
 
 def test_a_config_is_enough(tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "elsewhere.json"
     file.write_bytes((tiny_model / "config.json").read_bytes())
-    alone = plan(file, "--memory", "4GB")
-    assert alone["stages"] == plan(tiny_model, "--memory", "4GB")["stages"]
+    alone = plan(file, "--ratio", 0.5)
+    assert alone["stages"] == plan(tiny_model, "--ratio", 0.5)["stages"]
     assert alone["workload"]["length"] == 256  # the model takes no more
 
 
 def test_a_figure_is_drawn(tiny_model: Path, tmp_path: Path) -> None:
-    plan(tiny_model, "--memory", "4GB", "--figure", tmp_path / "figures" / "plan.png")
+    plan(tiny_model, "--ratio", 0.5, "--memory", "4GB", "--figure", tmp_path / "figures" / "plan.png")
     assert (tmp_path / "figures" / "plan.png").read_bytes().startswith(b"\x89PNG")
-    plan(tiny_model, "--memory", "4GB", "--figure", tmp_path / "plan.svg")
-    text = (tmp_path / "plan.svg").read_text()
-    assert "<svg" in text
+    memory_figure(tmp_path / "plan.svg", [Need("inference on the base", {"weights": 10**9})])
+    assert "<svg" in (tmp_path / "plan.svg").read_text()
 
 
 def test_what_is_refused(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -111,18 +118,13 @@ def test_what_is_refused(tiny_model: Path, rows_file: Path, tmp_path: Path) -> N
     assert "takes 256 tokens, not 257" in refused("plan", tiny_model, "--length", "257")
     (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
     assert "The tokenizer in" in refused("plan", tmp_path, "--data", rows_file)
-    message = refused("plan", tiny_model, "--memory", "1MB")
+    message = refused("plan", tiny_model, "--memory", "1MB", "--batch-size", 1, "--length", 64)
     assert "No emulator's tuning fits 1 MB" in message
     assert "4 bits (NF4)" in message
 
 
-@pytest.fixture(scope="module")
-def budget(tiny_model: Path, rows_file: Path) -> str:
-    """What tuning the emulator of ratio 0.35 needs with four of these rows."""
-    return tuning_need(tiny_model, "--data", rows_file, "--batch-size", 4, "--ratio", 0.35)
-
-
-def test_compress_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Path, budget: str) -> None:
+def test_compress_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    budget = tuning_need(tiny_model, 0.35, data=rows_file, batch_size=4)
     expected = plan(tiny_model, "--data", rows_file, "--batch-size", 4, "--memory", budget)["ratio"]
     output = tmp_path / "emulator"
     common = ["compress", tiny_model, "--data", rows_file, "--samples", 4, "--selection", 2, "-o", output]
@@ -137,9 +139,12 @@ def test_compress_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Pa
     assert "ratio" in refused(*common, "--ratio", 0.5)  # another request
 
 
-def test_a_recipe_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_a_recipe_takes_a_budget(
+    tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"batch_size": 4, "lora_rank": 5, "bf16": False}
+    budget = tuning_need(tiny_model, 0.35, 12, rows_file, **train)
     tuning = ["--data", rows_file, "--batch-size", 4, "--lora-rank", 5, "--no-bf16", "--max-length", 12]
-    budget = tuning_need(tiny_model, *tuning, "--ratio", 0.35)
     expected = plan(tiny_model, *tuning, "--memory", budget)["ratio"]
     assert expected < 0.4  # the budget decides it
     recipe = tmp_path / "recipe.toml"
@@ -151,7 +156,9 @@ def test_a_recipe_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Pa
     assert result.exception is None, result.exception
     command = json.loads(result.stdout)["stages"][0]["command"]
     assert command[command.index("--ratio") + 1] == str(expected)
-    assert "No emulator's tuning fits 1 MB" in refused("run", recipe, "--dry-run", "--set", "model.memory=1MB")
+    monkeypatch.setattr(subprocess, "run", run_here)
+    smaller = ("--set", "model.memory=1MB", "--set", "train.batch_size=1")
+    assert "No emulator's tuning fits 1 MB" in refused("run", recipe, "--dry-run", *smaller)
 
 
 def test_compress_refuses(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -159,5 +166,5 @@ def test_compress_refuses(tiny_model: Path, rows_file: Path, tmp_path: Path) -> 
     assert "both say how large" in refused(*common, "--memory", "1GB", "--ratio", 0.5)
     assert "no size of memory" in refused(*common, "--memory", "much")
     assert "which is not given" in refused(*common, "--batch-size", 2)
-    assert "No emulator's tuning fits" in refused(*common, "--memory", "1MB")
+    assert "No emulator's tuning fits" in refused(*common, "--memory", "1MB", "--batch-size", 1)
     assert not (tmp_path / "emulator").exists()
