@@ -106,16 +106,22 @@ def emloc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Cal
     return run
 
 
-def run_here(command: Sequence[str], *, capture_output: bool = False, **_: object) -> subprocess.CompletedProcess[str]:
-    """Stand for ``subprocess.run`` of a stage or an evaluation: run it in this process, for a new one takes seconds."""
-    _, _, module, *arguments = command
-    out, err = (io.StringIO(), io.StringIO()) if capture_output else (sys.stderr, sys.stderr)
+_run = subprocess.run
+
+
+def run_here(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Stand for ``subprocess.run``: run a stage or an evaluation in this process, for a new one takes seconds."""
+    if command[:2] != [sys.executable, "-m"]:  # git, say, which libraries ask for a version
+        return _run(command, **options)
+    module, *arguments = command[2:]
+    captured = options.get("capture_output", False)
+    out, err = (io.StringIO(), io.StringIO()) if captured else (sys.stderr, sys.stderr)
     with mock.patch.object(sys, "argv", ["emloc", *arguments]), redirect_stdout(out), redirect_stderr(err):
         try:
             code = evaluate_system.main(*arguments) if module == "emloc_core.evaluate_system" else main()
         except SystemExit as exit:
             code = exit.code
-    said = (out.getvalue(), err.getvalue()) if capture_output else ("", "")
+    said = (out.getvalue(), err.getvalue()) if captured else ("", "")
     return subprocess.CompletedProcess(command, int(code or 0), *said)
 
 
