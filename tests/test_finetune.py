@@ -3,19 +3,18 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from conftest import example_rows, write_jsonl
+from killed import kill, run_until_killed
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from emloc_core import finetune as stage
 from emloc_core.adapter import Adapter
@@ -174,34 +173,22 @@ def test_the_dry_runs_steps_are_the_trainers(tiny_model, rows_file, tmp_path):
 
 # Interruptions
 
-#: Trains in a process that kills itself with SIGKILL: in a step, while a checkpoint is written, or after all steps.
-KILLED = """
-    import os, signal, sys
-    from pathlib import Path
-    import emloc_core.finetune as stage
-    from transformers import trainer_callback
-    from emloc_core.training import TrainSettings
 
-    model, data, test, output, settings, moment = sys.argv[1:]
-
-    def kill():
-        os.kill(os.getpid(), signal.SIGKILL)
-
+def run_until(moment, model, data, test, output):
+    """Train until the process kills itself: in a step, while a checkpoint is written, or after all steps."""
     if moment == "in step 13":
         step = stage._Trainer.training_step
-        stage._Trainer.training_step = lambda self, *a, **k: (
-            kill() if self.state.global_step == 12 else step(self, *a, **k)
+        stage._Trainer.training_step = lambda self, *args, **options: (
+            kill() if self.state.global_step == 12 else step(self, *args, **options)
         )
     elif moment == "writing checkpoint 15":
-        save = trainer_callback.TrainerState.save_to_json
-        trainer_callback.TrainerState.save_to_json = lambda self, path: (
-            (open(path, "w").write("{"), kill()) if self.global_step == 15 else save(self, path)
+        save = TrainerState.save_to_json
+        TrainerState.save_to_json = lambda self, path: (
+            (Path(path).write_text("{"), kill()) if self.global_step == 15 else save(self, path)
         )
     else:
-        stage.FineTuning._write = lambda *a: kill()
-    chosen = TrainSettings.model_validate_json(settings)
-    stage.FineTuning(Path(model), data, Path(output), chosen, [Path(test)]).run()
-"""
+        FineTuning._write = lambda *_: kill()
+    finetune(model, str(data), output, settings(), exclude=[test])
 
 
 @pytest.mark.parametrize(
@@ -211,12 +198,8 @@ KILLED = """
 def test_killed_and_run_again_it_gives_the_same_adapter(
     moment, left, steps, trained, tiny_model, rows_file, tmp_path, monkeypatch
 ):
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(KILLED))
     test, output = trained.parent / "test.jsonl", tmp_path / "adapter"
-    argv = [tiny_model, rows_file, test, output, settings().model_dump_json(), moment]
-    done = subprocess.run([sys.executable, script, *map(str, argv)], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_until_killed(run_until, moment, tiny_model, rows_file, test, output)
     assert not output.exists()
     checkpoints = tmp_path / ".adapter.partial" / "checkpoints"
     assert {int(path.name.partition("-")[2]) for path in checkpoints.glob("checkpoint-*")} == left
