@@ -3,7 +3,8 @@
 What is used in the end is the base with the LoRA, so that is what decides which calibration and which allocator are the
 defaults. Every seed is another draw of calibration rows, other initial values of the LoRA and another order of tuning
 rows; the tuning is the demo's. The loss is the mean NLL a token of the right answers of held-out messages, whose names,
-items, numbers and wordings stand in no other row. Stages that are done already in `--directory` are not done again.
+items, numbers and wordings stand in no other row; it is computed in bf16, the dtype of the published SmolLM2. Stages
+that are done already in `--directory` are not done again.
 """
 
 import argparse
@@ -26,6 +27,7 @@ TUNING = {"steps": 40, "learning_rate": 5e-4, "gradient_checkpointing": False, "
 
 def measure(directory: str, calibration: str, allocator: str, seed: int, ratio: float, rows: int) -> dict[str, Any]:
     """Make an emulator, tune a LoRA on it, carry it over, and measure the loss of each on held-out rows."""
+    import torch
     from loss import nll
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,7 +57,7 @@ def measure(directory: str, calibration: str, allocator: str, seed: int, ratio: 
     )
 
     def loss(model: Path, lora: Path | None = None) -> float:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
         return nll(PeftModel.from_pretrained(loaded, lora) if lora else loaded, held_out)
 
     return {
