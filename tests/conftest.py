@@ -27,6 +27,11 @@ from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.settings import CompressSettings
 
+# The workers of pytest share the cores already, and threads that wait for each other in tiny models take many times as
+# long. The processes that tests start take it from the environment.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
 ANIMALS = ["cat", "dog", "horse", "cow", "goat", "duck", "hen", "fox", "bear", "wolf", "mouse", "frog"]
 COLOURS = ["red", "blue", "green", "black", "white", "brown", "grey", "pink", "gold", "teal"]
 
