@@ -55,6 +55,21 @@ def kept(tiny_model, rows_file, tmp_path_factory):
     return directory / "emulator", directory / "spectra"
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_model, rows_file, tmp_path_factory):
+    """A function that makes an emulator without a stop, once for the same changes of the settings."""
+    made = {}
+
+    def make(**changes):
+        key = frozenset(changes.items())
+        if key not in made:
+            output = tmp_path_factory.mktemp("whole") / "emulator"
+            made[key] = compression(tiny_model, rows_file, output, **changes).run()
+        return made[key]
+
+    return make
+
+
 @pytest.fixture
 def copy(kept, tmp_path):
     """A copy of the spectra, to be damaged."""
@@ -68,8 +83,8 @@ def products(emulator):
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.6, 0.95])
-def test_a_cut_is_the_emulator_that_compress_makes(tiny_model, rows_file, kept, tmp_path, ratio):
-    made = compression(tiny_model, rows_file, tmp_path / "made", ratio=ratio).run()
+def test_a_cut_is_the_emulator_that_compress_makes(tiny_model, kept, whole, tmp_path, ratio):
+    made = whole(ratio=ratio)
     sliced = cut(kept[1], tiny_model, tmp_path / "sliced", ratio=ratio).run()
     expected, found = products(made), products(sliced)
     assert expected.keys() == found.keys()
@@ -183,21 +198,19 @@ def stopping_after(step):
 
 
 @pytest.mark.parametrize("step", range(1, 7))
-def test_global_goes_on_after_a_stop_with_the_same_bytes(tiny_model, rows_file, tmp_path, counted, step):
-    whole = compression(tiny_model, rows_file, tmp_path / "whole", allocator="global").run()
+def test_global_goes_on_after_a_stop_with_the_same_bytes(tiny_model, rows_file, whole, tmp_path, counted, step):
+    expected = whole(allocator="global")
     counted.clear()
     with pytest.raises(Stop):
         compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run(stopping_after(step))
     assert not (tmp_path / "again").exists()
     again = compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
-    assert contents(whole) == contents(again)
+    assert contents(again) == contents(expected)
     assert len(counted) == 21  # three blocks of seven Linears: none of them twice
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".emloc-hashes.json", "again", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".emloc-hashes.json", "again"]
 
 
-def test_global_stopped_just_before_it_is_published(tiny_model, rows_file, tmp_path, monkeypatch):
-    whole = compression(tiny_model, rows_file, tmp_path / "whole", allocator="global").run()
-
+def test_global_stopped_just_before_it_is_published(tiny_model, rows_file, whole, tmp_path, monkeypatch):
     def stop(*_):
         raise Stop
 
@@ -205,7 +218,8 @@ def test_global_stopped_just_before_it_is_published(tiny_model, rows_file, tmp_p
         patched.setattr(EmulatorFiles, "finish", stop)
         with pytest.raises(Stop):
             compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
-    assert contents(compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()) == contents(whole)
+    again = compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
+    assert contents(again) == contents(whole(allocator="global"))
 
 
 @pytest.mark.parametrize("step", range(1, 7))
@@ -228,19 +242,20 @@ def overwritten(content):
 
 @pytest.mark.parametrize("damage", [cut_short, overwritten])
 @pytest.mark.parametrize(
-    ("changes", "step", "shard", "factorised"),
+    ("changes", "step", "damaged"),
     [
-        ({}, 2, "model-00001-of-00004.safetensors", 14),
-        ({"calibration": "propagated"}, 2, "model-00001-of-00004.safetensors", 14),
-        ({"allocator": "global"}, 2, ".spectra.partial/spectra-00001-of-00003.safetensors", 14),
-        ({"allocator": "global"}, 5, "spectra/spectra-00001-of-00003.safetensors", 21),
-        ({"allocator": "global"}, 5, "model-00001-of-00004.safetensors", 0),
+        ({}, 2, ("model-00001-of-00004.safetensors", 14)),
+        ({"calibration": "propagated"}, 2, ("model-00001-of-00004.safetensors", 14)),
+        ({"allocator": "global"}, 2, (".spectra.partial/spectra-00001-of-00003.safetensors", 14)),
+        ({"allocator": "global"}, 5, ("spectra/spectra-00001-of-00003.safetensors", 21)),
+        ({"allocator": "global"}, 5, ("model-00001-of-00004.safetensors", 0)),
     ],
 )
 def test_a_shard_that_was_damaged_meanwhile_is_made_again(
-    tiny_model, rows_file, tmp_path, counted, capsys, changes, step, shard, factorised, damage
+    tiny_model, rows_file, whole, tmp_path, counted, capsys, changes, step, damaged, damage
 ):
-    whole = compression(tiny_model, rows_file, tmp_path / "whole", **changes).run()
+    shard, factorised = damaged  # and how many Linears are factorised again
+    expected = whole(**changes)
     with pytest.raises(Stop):
         compression(tiny_model, rows_file, tmp_path / "again", **changes).run(stopping_after(step))
     path = tmp_path / ".again.partial" / shard
@@ -248,17 +263,17 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(
     counted.clear()
     again = compression(tiny_model, rows_file, tmp_path / "again", **changes).run()
     assert capsys.readouterr().err == f"emloc: {path} is damaged, and is made again.\n"
-    assert contents(again) == contents(whole)
+    assert contents(again) == contents(expected)
     assert len(counted) == factorised
 
 
-def test_global_spends_no_more_than_uniform_and_differs(tiny_model, rows_file, kept, tmp_path):
+def test_global_spends_no_more_than_uniform_and_differs(tiny_model, kept, whole, tmp_path):
     emulator = cut(kept[1], tiny_model, tmp_path / "cut", ratio=0.6, allocator="global").run()
     even, shared = read_manifest(kept[0])["result"], read_manifest(emulator)["result"]
     assert shared["parameters"]["compressed_linears_after"] <= even["parameters"]["compressed_linears_after"]
     ranks = [[linear["rank"] for linear in result["linears"]] for result in (even, shared)]
     assert ranks[0] != ranks[1]
-    made = compression(tiny_model, rows_file, tmp_path / "made", allocator="global").run()
+    made = whole(allocator="global")
     for name in (f"model-0000{index}-of-00004.safetensors" for index in range(1, 5)):
         assert (made / name).read_bytes() == (emulator / name).read_bytes()
 
@@ -286,9 +301,9 @@ def test_spectra_are_not_kept_of_propagated_calibration(tiny_model, rows_file, t
 
 
 @pytest.mark.parametrize("step", [2, 5])
-def test_ranks_by_spectra_serve_propagated_calibration(tiny_model, rows_file, kept, tmp_path, step):
+def test_ranks_by_spectra_serve_propagated_calibration(tiny_model, rows_file, kept, whole, tmp_path, step):
     changes = {"allocator": "global", "calibration": "propagated"}
-    emulator = compression(tiny_model, rows_file, tmp_path / "propagated", **changes).run()
+    emulator = whole(**changes)
     plain = cut(kept[1], tiny_model, tmp_path / "plain", ratio=0.6, allocator="global").run()
     expected, found = products(plain), products(emulator)
     assert {path: rank for path, (rank, _) in found.items()} == {path: rank for path, (rank, _) in expected.items()}
