@@ -138,9 +138,10 @@ def _split(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
         block = torch.linalg.qr(work @ block).Q
         blocks.append(block)
     basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q
-    energies, rotation = torch.linalg.eigh(basis.T @ work @ basis)
-    basis = basis @ rotation.flip(1)
-    energies, image = energies.flip(0), work @ basis
+    image = work @ basis
+    energies, rotation = torch.linalg.eigh(basis.T @ image)
+    energies, rotation = energies.flip(0), rotation.flip(1)
+    basis, image = basis @ rotation, image @ rotation
     converged = (image - basis * energies).norm(dim=0) < _CONVERGED * energies
     energies, basis, image = energies[converged], basis[:, converged], image[:, converged]
     # (1 - Q Q^T) M (1 - Q Q^T) - c Q Q^T, with a c that costs the others no digits.
