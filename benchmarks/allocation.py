@@ -26,7 +26,7 @@ from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.plan import Plan, allocated, find_linears
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 from emloc_core.spectra import Spectra
 

@@ -15,7 +15,7 @@ from emloc_core.checkpoint import INDEX, Checkpoint
 from emloc_core.lora import Lora
 from emloc_core.output import Output, write_json
 from emloc_core.plan import make_plan
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.shards import ShardWriter, TensorInfo
 from emloc_core.skeleton import Skeleton
 

@@ -70,7 +70,7 @@ def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
     from emloc_core.lowrank import FORMAT_VERSION, METHOD, replace_linears
     from emloc_core.output import read_json, write_json
     from emloc_core.plan import make_plan
-    from emloc_core.plugins import plugin_manager
+    from emloc_core.plugins.manager import plugin_manager
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     ranks = make_plan(model, plugin_manager().family_for({"model_type": "llama"}), ratio).ranks

@@ -9,7 +9,7 @@ from emloc_core.emulator_files import EmulatorFiles
 from emloc_core.errors import EmlocError
 from emloc_core.output import Output
 from emloc_core.plan import Plan, allocated, block_paths, find_linears
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CutSettings
 from emloc_core.skeleton import Skeleton
 from emloc_core.spectra import Spectra

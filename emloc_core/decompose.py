@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 import torch
 
-from emloc_core.algorithms import named
 from emloc_core.calibration import Sample
 from emloc_core.errors import EmlocError
 from emloc_core.factorize import Factors
 from emloc_core.family import Family
 from emloc_core.plan import LinearPlan, Plan, block_paths
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.builtin import named
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.propagation import Pairs, emulating, fit_block
 from emloc_core.sensitivity import Arguments, copied, sensitivities
 from emloc_core.skeleton import Skeleton

@@ -22,7 +22,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.output import Output
 from emloc_core.plan import Plan, allocated, block_paths, find_linears
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.sensitivity import PROBES
 from emloc_core.settings import CompressSettings, CutSettings
 from emloc_core.shards import remove_damaged, tensor_bytes

@@ -196,7 +196,7 @@ def _specs(tasks: Sequence[str], cache_dir: Path) -> list[TaskSpec]:
 def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
     from emloc_core.adapter import CONFIG
     from emloc_core.checkpoint import Checkpoint
-    from emloc_core.plugins import plugin_manager
+    from emloc_core.plugins.manager import plugin_manager
 
     if not systems:
         raise EmlocError("There is no system to evaluate.", "Give --base, --emulator or --system NAME=MODEL.")

@@ -40,7 +40,7 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
     import emloc_core.lowrank  # noqa: F401  (with it, from_pretrained reads emulators too)
     from emloc_core.calibration import load_processor, load_tokenizer
     from emloc_core.checkpoint import Checkpoint
-    from emloc_core.plugins import plugin_manager
+    from emloc_core.plugins.manager import plugin_manager
 
     family = plugin_manager().family_for(Checkpoint(model).config)
     if images and family.modality == "text":

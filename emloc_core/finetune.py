@@ -28,7 +28,7 @@ from emloc_core.data import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.errors import EmlocError
 from emloc_core.examples import make_dataset
 from emloc_core.output import Output, read_json, write_json
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.resume import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.targets import require_linears
 from emloc_core.training import DEFAULT_EPOCHS, TrainSettings

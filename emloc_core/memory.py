@@ -26,7 +26,7 @@ from emloc_core.family import Family
 from emloc_core.image_shape import ImageShape, image_shape
 from emloc_core.lowrank import replace_linears
 from emloc_core.plan import Plan, allocated, find_linears
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.skeleton import build_model, read_config
 from emloc_core.tracing import Phases, trace_inference, trace_training
 from emloc_core.training import TrainSettings

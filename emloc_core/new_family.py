@@ -12,7 +12,7 @@ from pathlib import Path
 
 from emloc_core import __version__
 from emloc_core.errors import EmlocError
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.draft import Draft
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from emloc_core.algorithms import named
 from emloc_core.allocation import Spectrum, largest_rank, uniform, wants_spectra
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
+from emloc_core.plugins.builtin import named
 from emloc_core.statistics import cheaper_side
 
 NO_SMALLER = "factors of that rank would be no smaller than the weight"

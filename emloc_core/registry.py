@@ -11,7 +11,7 @@ from pathlib import Path
 
 from emloc_core.entry import INFERENCE, Entry, read_entry
 from emloc_core.errors import EmlocError, did_you_mean
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 from emloc_core.training import TrainSettings
 

@@ -10,7 +10,7 @@ from emloc_core.data import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.image_shape import image_shape
 from emloc_core.memory import Workload
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.skeleton import read_config
 from emloc_core.training import TrainSettings
 

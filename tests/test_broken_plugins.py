@@ -10,7 +10,7 @@ from test_plugins import BROKEN, RAISING_OBSERVER
 
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 
 KINDS = ("import error", "wrong type", "no list of towers", "unknown hook", "raising hook")
 #: Named so that they would be loaded before the plugins of the tree, if these did not come first.

@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.models.llama import modeling_llama as llama
 
-from emloc_core import plugins
 from emloc_core.adapter import WEIGHTS
 from emloc_core.conformance import check_family, checks
 from emloc_core.conformance.check import check
 from emloc_core.conformance.tuning import Tuned
 from emloc_core.memory import MemoryModel
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import manager as plugins
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.testing import conformance_tests
 
 pytest_plugins = ["pytester"]

@@ -26,7 +26,7 @@ from emloc_core.finetune import FineTuning
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.merge import Merge
 from emloc_core.plan import find_linears, make_plan
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.scaffold import scaffold
 from emloc_core.settings import CompressSettings
 from emloc_core.skeleton import Skeleton, build_model

@@ -38,7 +38,7 @@ from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.importing import Import
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 
 RMS_VISION = {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}

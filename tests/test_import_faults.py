@@ -27,7 +27,7 @@ from emloc_core.family import Family
 from emloc_core.hookspecs import hookimpl
 from emloc_core.importing import Import
 from emloc_core.layout import Layout
-from emloc_core.plugins import PluginManager
+from emloc_core.plugins.manager import PluginManager
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from emloc_core.cli import cli
 from emloc_core.conformance import check_family
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import GATE, LISTED, OTHER, ROUTED, ROUTER, UNCALLED, Observation, block_lists
 from emloc_core.scaffold.scaffold import _empty_family, check_draft, scaffold

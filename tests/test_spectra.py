@@ -27,7 +27,7 @@ from emloc_core.emulator_files import EmulatorFiles
 from emloc_core.errors import EmlocError
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.output import read_manifest
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.report import human_seconds
 from emloc_core.sensitivity import PROBES
 from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings

@@ -30,7 +30,7 @@ class PluggableGroup(click.RichGroup):
 
 
 def _plugin_commands() -> dict[str, click.Command]:
-    from emloc_core.plugins import plugin_manager
+    from emloc_core.plugins.manager import plugin_manager
 
     return plugin_manager().commands()
 
@@ -44,7 +44,7 @@ def cli() -> None:
     compress makes a low-rank emulator, train tunes a LoRA on it, correct carries the LoRA over to the base model,
     merge folds it in, eval compares them all. run does everything from one recipe.
     """
-    from emloc_core.plugins import is_on
+    from emloc_core.plugins.manager import is_on
 
     if is_on("EMLOC_STRICT_PLUGINS"):  # a broken plugin ends every command, also one that needs none
         _plugin_commands()

@@ -54,7 +54,7 @@ def announce(stage: str, directory: Path, lines: list[str], *, to_json: bool) ->
         lines: for a person.
         to_json: print the manifest and the timing as one JSON object instead.
     """
-    from emloc_core.plugins import plugin_manager
+    from emloc_core.plugins.manager import plugin_manager
 
     manifest = read_json(directory / MANIFEST)
     timing = read_json(directory / TIMING)

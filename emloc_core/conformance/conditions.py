@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from emloc_core.family import Family
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from emloc_core.conformance.tiny import auto_class, random_model
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.plan import find_linears
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import deduce
 from emloc_core.scaffold.config_arguments import large_sizes, make_config, not_tiny, plain
 from emloc_core.scaffold.draft import Draft

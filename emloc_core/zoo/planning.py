@@ -110,7 +110,7 @@ def needs(job: Job) -> Needs:
 def _config(job: Job) -> Iterator[Path]:
     """Give the ``config.json`` that a job's stages will read."""
     from emloc_core.checkpoint import Checkpoint
-    from emloc_core.plugins import plugin_manager
+    from emloc_core.plugins.manager import plugin_manager
     from emloc_core.registry import config_of
 
     if not Path(job.model).is_dir():

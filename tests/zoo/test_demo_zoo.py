@@ -17,7 +17,7 @@ from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.output import TIMING
-from emloc_core.plugins import plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.zoo.engine import Outcome
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.sources import Defaults, resolve

@@ -14,7 +14,7 @@ def command(context: click.Context, as_json: bool) -> None:
     if context.invoked_subcommand is not None:
         return
 
-    from emloc_core.plugins import plugin_manager
+    from emloc_core.plugins.manager import plugin_manager
 
     manager = plugin_manager()
     families = [

@@ -45,7 +45,7 @@ def command(names: tuple[str, ...], every: bool, as_json: bool) -> None:
 
 
 def _families(names: tuple[str, ...]) -> "list[Family]":
-    from emloc_core.plugins import plugin_manager
+    from emloc_core.plugins.manager import plugin_manager
 
     installed = {family.name: family for family in plugin_manager().families()}
     for name in names:

@@ -141,7 +141,7 @@ def _maker(name: str, data: Path) -> Callable[[Path], None]:
         import torch
         import transformers
 
-        from emloc_core.plugins import plugin_manager
+        from emloc_core.plugins.manager import plugin_manager
 
         tokenizer = make_tokenizer(data / "train.jsonl")
         ids = {mark: tokenizer.convert_tokens_to_ids(token) for mark, token in _MARKS.items()}

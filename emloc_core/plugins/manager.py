@@ -21,8 +21,8 @@ import pluggy
 from emloc_core import hookspecs
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family, require_types
-from emloc_core.hook_trace import trace_hooks
 from emloc_core.layout import Layout
+from emloc_core.plugins.trace import trace_hooks
 
 PROJECT = GROUP = "emloc"
 Declared = TypeVar("Declared", Family, Layout)
@@ -304,7 +304,7 @@ def _broken(report: PluginReport, error: BaseException) -> PluginReport:
 @cache
 def plugin_manager() -> PluginManager:
     """Return the process's plugin manager, with the built-in algorithms and every installed plugin loaded."""
-    from emloc_core import algorithms
+    from emloc_core.plugins.manager import builtin as algorithms
 
     manager = PluginManager()
     manager.register(algorithms, name="emloc_core")

@@ -1,0 +1,1 @@
+"""Loading plugins, keeping a broken one apart, and tracing what they are asked."""
