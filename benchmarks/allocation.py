@@ -20,7 +20,7 @@ from harness import goal, in_process, markdown, write_results
 from loss import nll
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from emloc_core.allocation import Shape, Spectrum, global_budget, uniform
+from emloc_core.algorithms.allocation import Shape, Spectrum, global_budget, uniform
 from emloc_core.calibration import encode
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows

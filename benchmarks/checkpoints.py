@@ -11,8 +11,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from emloc_core.adapter import write_adapter
+from emloc_core.algorithms.lora import Lora
 from emloc_core.checkpoint import INDEX, Checkpoint
-from emloc_core.lora import Lora
 from emloc_core.output import Output, write_json
 from emloc_core.plan import make_plan
 from emloc_core.plugins.manager import plugin_manager

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from harness import goal, in_process, markdown, write_results
 
-from emloc_core.factorize import factorize
-from emloc_core.statistics import Gram, cheaper_side
+from emloc_core.algorithms.factorize import factorize
+from emloc_core.algorithms.statistics import Gram, cheaper_side
 
 RATIO = 0.6
 CHUNK = 2048  # tokens

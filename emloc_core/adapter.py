@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from emloc_core.algorithms.lora import Lora
 from emloc_core.checkpoint import hash_files
 from emloc_core.errors import EmlocError
-from emloc_core.lora import Lora
 from emloc_core.output import read_manifest, read_object, write_json
 from emloc_core.shards import read_header, write_shard
 

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
+from emloc_core.algorithms.factorize import Factors
+from emloc_core.algorithms.statistics import Gram, tapped
 from emloc_core.calibration import Sample
 from emloc_core.errors import EmlocError
-from emloc_core.factorize import Factors
 from emloc_core.family import Family
 from emloc_core.plan import LinearPlan, Plan, block_paths
 from emloc_core.plugins.builtin import named
@@ -21,7 +22,6 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.propagation import Pairs, emulating, fit_block
 from emloc_core.sensitivity import Arguments, copied, sensitivities
 from emloc_core.skeleton import Skeleton
-from emloc_core.statistics import Gram, tapped
 from emloc_core.streaming import Forward, Stream
 
 #: Called with a block's path, how many blocks are done, and how many there are.
@@ -56,7 +56,7 @@ class Decomposition:
         family: its declaration.
         plan: the ranks.
         samples: the calibration rows.
-        factorize: see :mod:`emloc_core.factorize`.
+        factorize: see :mod:`emloc_core.algorithms.factorize`.
         progress: told of every block.
         factorizer: name of ``factorize``, for messages.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from emloc_core.allocation import uniform, wants_spectra
+from emloc_core.algorithms.allocation import uniform, wants_spectra
 from emloc_core.calibration import Processing, Sample, encode, load_processing, model_limit
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.cut import Cut, cut_blocks

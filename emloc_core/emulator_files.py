@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from emloc_core.algorithms.factorize import Factors
 from emloc_core.checkpoint import INDEX, Checkpoint
 from emloc_core.errors import EmlocError
-from emloc_core.factorize import Factors
 from emloc_core.lowrank import FORMAT_VERSION, METHOD
 from emloc_core.output import write_json
 from emloc_core.plan import Plan

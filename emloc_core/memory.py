@@ -18,7 +18,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from emloc_core.allocation import uniform
+from emloc_core.algorithms.allocation import uniform
 from emloc_core.checkpoint import read_config_json
 from emloc_core.emulator_files import UNREACHED
 from emloc_core.errors import EmlocError, first_line, typed_line

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from emloc_core.allocation import Spectrum, largest_rank, uniform, wants_spectra
+from emloc_core.algorithms.allocation import Spectrum, largest_rank, uniform, wants_spectra
+from emloc_core.algorithms.statistics import cheaper_side
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.plugins.builtin import named
-from emloc_core.statistics import cheaper_side
 
 NO_SMALLER = "factors of that rank would be no smaller than the weight"
 
@@ -171,7 +171,7 @@ def make_plan(model: nn.Module, family: Family, ratio: float, allocate: Callable
         model: the model; meta tensors suffice.
         family: its declaration.
         ratio: share of each compressed Linear's parameters that is kept, in (0, 1).
-        allocate: rank allocator, of shapes and ratio; see :mod:`emloc_core.allocation`.
+        allocate: rank allocator, of shapes and ratio; see :mod:`emloc_core.algorithms.allocation`.
 
     Raises:
         EmlocError: the ratio is out of range, or the declaration does not fit the model.
@@ -191,7 +191,7 @@ def allocated(
     Args:
         plan: its candidates get ranks.
         ratio: share of their parameters that is kept, in (0, 1).
-        allocate: rank allocator; see :mod:`emloc_core.allocation`.
+        allocate: rank allocator; see :mod:`emloc_core.algorithms.allocation`.
         spectrum: what is known of a Linear, for an allocator that wants it.
         name: of the allocator, for messages.
 

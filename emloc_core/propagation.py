@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from emloc_core.algorithms.factorize import Factors
+from emloc_core.algorithms.statistics import ROWS, Gram, cheaper_side, forward_hooks, tapped
 from emloc_core.errors import EmlocError
-from emloc_core.factorize import Factors
 from emloc_core.plan import LinearPlan
-from emloc_core.statistics import ROWS, Gram, cheaper_side, forward_hooks, tapped
 from emloc_core.streaming import Stream
 
 #: a: the ridge, as a share of the mean diagonal of the emulator's Gram. Pulls R towards the identity.
@@ -102,7 +102,7 @@ def fit_block(
         block: with the base's weights.
         planned: its Linears, in execution order.
         rows: number of calibration rows; those that do not pass through the block take no part.
-        factorize: of a Linear, its weight and a Gram; see :mod:`emloc_core.factorize`.
+        factorize: of a Linear, its weight and a Gram; see :mod:`emloc_core.algorithms.factorize`.
         blame: makes of an error, a Linear's path and a row's index the error that the user sees.
 
     Returns:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from emloc_core.allocation import uniform
-from emloc_core.factorize import Factors
+from emloc_core.algorithms.allocation import uniform
+from emloc_core.algorithms.factorize import Factors
 
 #: Calibration rows that are sent through a block once more for every Linear.
 PROBES = 8

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from emloc_core.allocation import Spectrum, largest_rank
+from emloc_core.algorithms.allocation import Spectrum, largest_rank
+from emloc_core.algorithms.factorize import Factors
 from emloc_core.checkpoint import hash_files
 from emloc_core.data import CALIBRATION, SELECTION
 from emloc_core.emulator_files import UNREACHED
 from emloc_core.errors import EmlocError
-from emloc_core.factorize import Factors
 from emloc_core.output import MANIFEST, read_manifest
 from emloc_core.plan import LinearPlan, Plan
 from emloc_core.shards import TensorInfo, read_header, remove_damaged, write_shard

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emloc_core.allocation import BOUNDS, Spectrum, global_budget, largest_rank, spend, uniform, wants_spectra
+from emloc_core.algorithms.allocation import (
+    BOUNDS,
+    Spectrum,
+    global_budget,
+    largest_rank,
+    spend,
+    uniform,
+    wants_spectra,
+)
 from emloc_core.errors import EmlocError
 from emloc_core.plan import LinearPlan, Plan, allocated
 

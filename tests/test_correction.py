@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from emloc_core.correction import correct_lora
-from emloc_core.lora import Lora
+from emloc_core.algorithms.correction import correct_lora
+from emloc_core.algorithms.lora import Lora
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = load_file(DATA / "emloc_reference_vectors.safetensors")

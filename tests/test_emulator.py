@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import emloc_core.lowrank
+from emloc_core.algorithms.factorize import Factors
+from emloc_core.algorithms.statistics import Gram, tapped
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
-from emloc_core.factorize import Factors
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.output import read_manifest
 from emloc_core.plan import make_plan
 from emloc_core.settings import CompressSettings
-from emloc_core.statistics import Gram, tapped
 
 SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, allocator="uniform")
 
@@ -79,7 +79,7 @@ def test_full_rank_in_memory_equals_the_base(tiny_model):
         ranks = {linear.path: min(linear.out_features, linear.in_features) for linear in plan.linears}
         emloc_core.lowrank.replace_linears(full, ranks)
         for path, rank in ranks.items():
-            factors = emloc_core.factorize.factorize(base.get_submodule(path).weight, grams[path], rank)
+            factors = emloc_core.algorithms.factorize.factorize(base.get_submodule(path).weight, grams[path], rank)
             full.get_submodule(path).weight.copy_(factors.u)
             full.get_submodule(path).V.copy_(factors.v)
         assert (base(input_ids=ids).logits - full(input_ids=ids).logits).abs().max() < 1e-4

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from emloc_core.algorithms.factorize import Factors, factorize
+from emloc_core.algorithms.statistics import Gram, cheaper_side, symmetric_product
 from emloc_core.errors import EmlocError
-from emloc_core.factorize import Factors, factorize
-from emloc_core.statistics import Gram, cheaper_side, symmetric_product
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = load_file(DATA / "emloc_reference_vectors.safetensors")

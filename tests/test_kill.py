@@ -8,7 +8,7 @@ from killed import kill, run_until_killed
 from test_transfer import make_adapter
 from transformers import AutoModelForCausalLM
 
-import emloc_core.factorize
+import emloc_core.algorithms.factorize
 from emloc_core.adapter import Adapter
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
@@ -81,8 +81,8 @@ def folded(sharded, tmp_path_factory):
 @pytest.fixture
 def factorised(monkeypatch):
     """The Linears that were factorised in this process."""
-    calls, inner = [], emloc_core.factorize.factorize
-    monkeypatch.setattr(emloc_core.factorize, "factorize", lambda *args: (calls.append(1), inner(*args))[1])
+    calls, inner = [], emloc_core.algorithms.factorize.factorize
+    monkeypatch.setattr(emloc_core.algorithms.factorize, "factorize", lambda *args: (calls.append(1), inner(*args))[1])
     return calls
 
 

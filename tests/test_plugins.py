@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from emloc_core.algorithms.factorize import factorize
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
-from emloc_core.factorize import factorize
 from emloc_core.family import Family, Tower
 from emloc_core.plugins.manager import PluginManager, plugin_manager
 from emloc_core.plugins.manager import builtin as algorithms

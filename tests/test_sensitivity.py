@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from emloc_core.factorize import factorize
+from emloc_core.algorithms.factorize import factorize
+from emloc_core.algorithms.statistics import Gram
 from emloc_core.sensitivity import copied, sensitivities
-from emloc_core.statistics import Gram
 
 
 class Block(nn.Module):

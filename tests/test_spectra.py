@@ -14,9 +14,9 @@ from test_kill import contents
 from test_transfer import make_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-import emloc_core.factorize
+import emloc_core.algorithms.factorize
 from emloc_core.adapter import Adapter
-from emloc_core.allocation import largest_rank, uniform
+from emloc_core.algorithms.allocation import largest_rank, uniform
 from emloc_core.checkpoint import Checkpoint
 from emloc_core.cli import cli
 from emloc_core.cli.options import validated
@@ -161,13 +161,13 @@ def test_a_lora_tuned_on_a_cut_emulator_is_carried_over(tiny_model, kept, tmp_pa
 @pytest.fixture
 def counted(monkeypatch):
     """How many Linears were factorised."""
-    calls, inner = [], emloc_core.factorize.factorize
+    calls, inner = [], emloc_core.algorithms.factorize.factorize
 
     def factorize(*args):
         calls.append(1)
         return inner(*args)
 
-    monkeypatch.setattr(emloc_core.factorize, "factorize", factorize)
+    monkeypatch.setattr(emloc_core.algorithms.factorize, "factorize", factorize)
     return calls
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from emloc_core.algorithms.factorize import Factors, factorize
+from emloc_core.algorithms.statistics import Gram, forward_hooks, tapped
 from emloc_core.calibration import Sample
 from emloc_core.decompose import Decomposition
-from emloc_core.factorize import Factors, factorize
 from emloc_core.family import Family
 from emloc_core.plan import Plan
 from emloc_core.skeleton import Skeleton
-from emloc_core.statistics import Gram, forward_hooks, tapped
 
 
 @dataclass

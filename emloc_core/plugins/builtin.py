@@ -33,7 +33,7 @@ def named(what: str) -> Iterator[None]:
 @hookimpl
 def emloc_rank_allocators() -> dict[str, Callable[..., Any]]:
     """Offer the paper's allocation, the same ratio everywhere, and one budget over all Linears."""
-    from emloc_core.allocation import global_budget, uniform
+    from emloc_core.algorithms.allocation import global_budget, uniform
 
     return {"uniform": uniform, "global": global_budget}
 
@@ -41,7 +41,7 @@ def emloc_rank_allocators() -> dict[str, Callable[..., Any]]:
 @hookimpl
 def emloc_factorizers() -> dict[str, Callable[..., Any]]:
     """Offer activation-aware SVD without inverses."""
-    from emloc_core.factorize import factorize
+    from emloc_core.algorithms.factorize import factorize
 
     return {"activation-svd": factorize}
 
@@ -49,6 +49,6 @@ def emloc_factorizers() -> dict[str, Callable[..., Any]]:
 @hookimpl
 def emloc_corrections() -> dict[str, Callable[..., Any]]:
     """Offer the paper's correction."""
-    from emloc_core.correction import correct_lora
+    from emloc_core.algorithms.correction import correct_lora
 
     return {"emloc": correct_lora}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from emloc_core.lora import Lora
+from emloc_core.algorithms.lora import Lora
 
 #: Limits the correction of each direction to this many times the LoRA's own weight there. 0: not corrected;
 #: None: not limited.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from emloc_core.statistics import Gram, symmetric_product
+from emloc_core.algorithms.statistics import Gram, symmetric_product
 
 #: fp32 is enough while the energy that is cut off is above this many times ``sqrt(size) * eps * largest eigenvalue``.
 #: With 270 the error was 1.0003 to 1.0006 times the optimum at sizes 576, 1152 and 2048 with one dominant direction.

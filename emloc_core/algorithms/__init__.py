@@ -1,0 +1,1 @@
+"""The method, as functions of tensors."""
