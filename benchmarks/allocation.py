@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from emloc_core.algorithms.allocation import Shape, Spectrum, global_budget, uniform
 from emloc_core.calibration import encode
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.plan import Plan, allocated, find_linears
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings

@@ -35,11 +35,11 @@ def measure(directory: str, calibration: str, allocator: str, seed: int, ratio: 
     import emloc_core.lowrank  # noqa: F401 - emulators load from here on
     from emloc_core.adapter import Adapter
     from emloc_core.calibration import encode
-    from emloc_core.checkpoint import Checkpoint
     from emloc_core.data import load_rows
     from emloc_core.emulator import Compression
+    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.files.output import TIMING, read_json, read_manifest
     from emloc_core.finetune import FineTuning
-    from emloc_core.output import TIMING, read_json, read_manifest
     from emloc_core.settings import CompressSettings, CorrectSettings
     from emloc_core.training import TrainSettings
     from emloc_core.transfer import Transfer

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc_core.meter import peak_rss_bytes
-from emloc_core.output import versions
+from emloc_core.files.meter import peak_rss_bytes
+from emloc_core.files.output import versions
 
 RESULTS = Path(__file__).parent / "results"
 

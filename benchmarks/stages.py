@@ -34,7 +34,7 @@ def prepare(work: str) -> dict[str, Any]:
 
 def correct(work: str) -> dict[str, Any]:
     from emloc_core.adapter import Adapter
-    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.settings import CorrectSettings
     from emloc_core.transfer import Transfer
 
@@ -45,7 +45,7 @@ def correct(work: str) -> dict[str, Any]:
 
 def merge(work: str) -> dict[str, Any]:
     from emloc_core.adapter import Adapter
-    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.merge import Merge
 
     place, base, floor, start = Path(work), Checkpoint(Path(work) / "base"), _floor(), time.perf_counter()
@@ -67,7 +67,7 @@ def compare(work: str) -> dict[str, Any]:
     """Compare our merged tensors with PEFT's, and with the base's."""
     import torch
 
-    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.files.checkpoint import Checkpoint
 
     ours, theirs, base = (Checkpoint(Path(work) / name) for name in ("merged", "peft", "base"))
     assert ours.tensors.keys() == theirs.tensors.keys() == base.tensors.keys()

@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from emloc_core.algorithms.lora import Lora
-from emloc_core.checkpoint import hash_files
 from emloc_core.errors import EmlocError
-from emloc_core.output import read_manifest, read_object, write_json
-from emloc_core.shards import read_header, write_shard
+from emloc_core.files.checkpoint import hash_files
+from emloc_core.files.output import read_manifest, read_object, write_json
+from emloc_core.files.shards import read_header, write_shard
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import copy_kept_rows
 from emloc_core.decompose import Progress
 from emloc_core.emulator_files import EmulatorFiles
 from emloc_core.errors import EmlocError
-from emloc_core.output import Output
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import Output
 from emloc_core.plan import Plan, allocated, block_paths, find_linears
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CutSettings

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from emloc_core.checkpoint import hash_files
 from emloc_core.errors import EmlocError, did_you_mean, typed_line
 from emloc_core.eval_images import find_pictures, hash_pictures, picture_directory, shows_pictures
+from emloc_core.files.checkpoint import hash_files
 
 #: Loaders that ``datasets`` brings along; any other ``dataset_path`` is a data set of the hub, or a directory.
 LOCAL_FORMATS = {"json", "csv", "parquet", "text", "arrow"}

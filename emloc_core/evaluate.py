@@ -19,7 +19,7 @@ from typing import Any
 from emloc_core.errors import EmlocError
 from emloc_core.eval_tasks import TaskSpec, find_task
 from emloc_core.evaluate_system import USER_ERROR
-from emloc_core.output import Output, read_json, read_manifest, write_json
+from emloc_core.files.output import Output, read_json, read_manifest, write_json
 from emloc_core.report import COSTS, ORDER
 
 RESULTS, TABLE, SAMPLES = "results.json", "table.md", "samples.jsonl"
@@ -80,7 +80,7 @@ def check_adapters(systems: Sequence[System], cache_dir: Path) -> None:
             over, or an adapter was made for another model.
     """
     from emloc_core.adapter import Adapter
-    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.files.checkpoint import Checkpoint
 
     for system in systems:
         if system.adapter is None:
@@ -195,7 +195,7 @@ def _specs(tasks: Sequence[str], cache_dir: Path) -> list[TaskSpec]:
 
 def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
     from emloc_core.adapter import CONFIG
-    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.plugins.manager import plugin_manager
 
     if not systems:
@@ -220,7 +220,7 @@ def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
 
 def _request(systems: Sequence[System], specs: Sequence[TaskSpec], cache_dir: Path) -> dict[str, Any]:
     from emloc_core.adapter import fingerprint
-    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.files.checkpoint import Checkpoint
 
     _check(systems, specs)
     described = {

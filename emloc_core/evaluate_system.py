@@ -14,8 +14,8 @@ from typing import Any
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.eval_images import shows_pictures
 from emloc_core.eval_tasks import TaskSpec, is_conversational, load_task
-from emloc_core.meter import Meter
-from emloc_core.output import read_json, write_json
+from emloc_core.files.meter import Meter
+from emloc_core.files.output import read_json, write_json
 
 #: How many rows of each task of generation are kept for a person to read.
 SAMPLES = 6
@@ -39,7 +39,7 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
 
     import emloc_core.lowrank  # noqa: F401  (with it, from_pretrained reads emulators too)
     from emloc_core.calibration import load_processor, load_tokenizer
-    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.plugins.manager import plugin_manager
 
     family = plugin_manager().family_for(Checkpoint(model).config)

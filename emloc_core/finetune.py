@@ -23,11 +23,11 @@ from trl import SFTConfig, SFTTrainer
 
 from emloc_core.allocator import give_back
 from emloc_core.calibration import load_processing, model_limit, require_readable
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.errors import EmlocError
 from emloc_core.examples import make_dataset
-from emloc_core.output import Output, read_json, write_json
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import Output, read_json, write_json
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.resume import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.targets import require_linears

@@ -19,10 +19,10 @@ from peft import get_peft_model
 from torch import nn
 
 from emloc_core.algorithms.allocation import uniform
-from emloc_core.checkpoint import read_config_json
 from emloc_core.emulator_files import UNREACHED
 from emloc_core.errors import EmlocError, first_line, typed_line
 from emloc_core.family import Family
+from emloc_core.files.checkpoint import read_config_json
 from emloc_core.image_shape import ImageShape, image_shape
 from emloc_core.lowrank import replace_linears
 from emloc_core.plan import Plan, allocated, find_linears

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from emloc_core.data import CALIBRATION, SELECTION
 from emloc_core.errors import EmlocError
-from emloc_core.output import MANIFEST, TIMING, read_json, write_json
+from emloc_core.files.output import MANIFEST, TIMING, read_json, write_json
 from emloc_core.recipe import Recipe, load_recipe
 from emloc_core.training import COUNTED, COUNTED_FLAGS, FLAGS, TrainSettings
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from emloc_core.errors import EmlocError
-from emloc_core.output import read_toml
+from emloc_core.files.output import read_toml
 from emloc_core.settings import CompressSettings, CorrectSettings, Settings, explain
 from emloc_core.training import TrainSettings
 

@@ -101,7 +101,7 @@ def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
     Raises:
         EmlocError: there is none.
     """
-    from emloc_core.checkpoint import find_config
+    from emloc_core.files.checkpoint import find_config
 
     entry = entry_of(model)
     if entry is not None and with_tokenizer:

@@ -26,9 +26,9 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.readahead import ReadAhead
 
 
@@ -212,7 +212,7 @@ def read_config(path: Path) -> Any:
 
 
 def _most_common_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    from emloc_core.shards import DTYPES
+    from emloc_core.files.shards import DTYPES
 
     sizes: dict[torch.dtype, int] = defaultdict(int)
     for tensor in checkpoint.tensors.values():

@@ -21,10 +21,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from emloc_core import evaluate_system
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.cli import main
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CompressSettings
 
 # The workers of pytest share the cores already, and threads that wait for each other in tiny models take many times as

@@ -4,11 +4,11 @@ import pytest
 import torch
 from emloc_llama import LLAMA
 
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.device import choose_device
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.parking import Parking
 from emloc_core.settings import CompressSettings
 from emloc_core.skeleton import Skeleton

@@ -21,13 +21,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from vision_models import ask, internvl_processor, picture, qwen_processor, save_model
 
 from emloc_core.calibration import tokenize
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.eval_tasks import find_task, load_task
 from emloc_core.evaluate import System, canonical_systems, evaluate, plan
 from emloc_core.evaluate_system import load_system, run_tasks
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.multimodal_lm import ImageTextLM
 from emloc_core.new_task import write_task
 from emloc_core.settings import CompressSettings

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from emloc_core.adapter import Adapter
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.conformance import check_family
 from emloc_core.conformance.activations import deviation
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.finetune import FineTuning
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.merge import Merge

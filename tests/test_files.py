@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from emloc_core.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.errors import EmlocError
-from emloc_core.output import Output, read_manifest
-from emloc_core.shards import DTYPES, ShardWriter, read_header, row_chunks, write_shard
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.output import Output, read_manifest
+from emloc_core.files.shards import DTYPES, ShardWriter, read_header, row_chunks, write_shard
 
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
 SHAPE = st.lists(st.integers(0, 5), max_size=3)
@@ -221,7 +221,7 @@ def test_impossible_places_are_refused(tmp_path, monkeypatch, place):
 
 def test_many_processes_may_share_the_cache_of_hashes(tmp_path):
     code = (
-        "import sys, pathlib\nfrom emloc_core.output import write_json\n"
+        "import sys, pathlib\nfrom emloc_core.files.output import write_json\n"
         "for i in range(300): write_json(pathlib.Path(sys.argv[1]), {'i': i})"
     )
     argv = [sys.executable, "-c", code, str(tmp_path / "shared.json")]
@@ -264,8 +264,8 @@ def test_what_is_there_already_is_never_overwritten(tmp_path, kind):
 SMALL_DISK = """
     import sys, pathlib
     from emloc_core.errors import EmlocError
-    from emloc_core.output import Output
-    from emloc_core.shards import write_shard
+    from emloc_core.files.output import Output
+    from emloc_core.files.shards import write_shard
     import torch
     place = pathlib.Path(sys.argv[1])
     try:

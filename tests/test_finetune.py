@@ -22,8 +22,8 @@ from emloc_core.calibration import encode
 from emloc_core.cli.train import command
 from emloc_core.data import load_rows
 from emloc_core.errors import EmlocError
+from emloc_core.files.output import read_manifest
 from emloc_core.finetune import FineTuning
-from emloc_core.output import read_manifest
 from emloc_core.training import TrainSettings
 
 LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

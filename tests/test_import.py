@@ -32,11 +32,11 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from emloc_core.checkpoint import Checkpoint, hash_files
 from emloc_core.cli import cli, main
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint, hash_files
 from emloc_core.importing import Import
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
@@ -249,7 +249,7 @@ def test_an_output_of_something_else_is_not_overwritten(source, tmp_path):
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.importing import Import
 
     source, output, kill_at = sys.argv[1:]

@@ -21,9 +21,9 @@ from internvl_chat import (
 )
 from safetensors.torch import load_file, save_file
 
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.hookspecs import hookimpl
 from emloc_core.importing import Import
 from emloc_core.layout import Layout

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core import merge as merging
 from emloc_core.adapter import Adapter
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.shards import read_header
 from emloc_core.merge import Merge
-from emloc_core.shards import read_header
 
 
 def merge(adapter, base, output, **options):

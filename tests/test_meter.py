@@ -3,9 +3,9 @@
 import subprocess
 import sys
 
-from emloc_core.meter import Meter, peak_rss_bytes
+from emloc_core.files.meter import Meter, peak_rss_bytes
 
-CHILD = "from emloc_core.meter import peak_rss_bytes; print(peak_rss_bytes())"
+CHILD = "from emloc_core.files.meter import peak_rss_bytes; print(peak_rss_bytes())"
 
 
 def test_a_small_child_of_a_large_process_is_small():

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.adapter import Adapter
 from emloc_core.calibration import encode
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CorrectSettings
 from emloc_core.transfer import Transfer
 

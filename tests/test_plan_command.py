@@ -15,9 +15,9 @@ from emloc_core.calibration import tokenize
 from emloc_core.cli import cli
 from emloc_core.data import load_rows
 from emloc_core.errors import EmlocError
+from emloc_core.files.output import read_json
 from emloc_core.memory import MemoryModel, Need
 from emloc_core.memory_report import memory_figure
-from emloc_core.output import read_json
 from emloc_core.training import TrainSettings
 from emloc_core.workload import make_workload
 

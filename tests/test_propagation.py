@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
-from emloc_core.output import read_manifest
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import read_manifest
 from emloc_core.propagation import RIDGE, PairedMoments
 from emloc_core.settings import CompressSettings
 

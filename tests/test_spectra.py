@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import emloc_core.algorithms.factorize
 from emloc_core.adapter import Adapter
 from emloc_core.algorithms.allocation import largest_rank, uniform
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.cli import cli
 from emloc_core.cli.options import validated
 from emloc_core.cut import Cut
@@ -25,8 +24,9 @@ from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.emulator_files import EmulatorFiles
 from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import read_manifest
 from emloc_core.lowrank import LowRankLinear
-from emloc_core.output import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.report import human_seconds
 from emloc_core.sensitivity import PROBES

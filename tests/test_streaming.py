@@ -8,9 +8,9 @@ from emloc_llama import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.algorithms.statistics import Gram, tapped
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.plan import block_paths, make_plan
 from emloc_core.skeleton import Skeleton
 from emloc_core.streaming import Stream, units

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapter import WEIGHTS, Adapter, config_problems
 from emloc_core.algorithms.lora import Lora
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
-from emloc_core.output import read_manifest
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import read_manifest
 from emloc_core.settings import CompressSettings, CorrectSettings
 from emloc_core.transfer import Transfer, choose
 

@@ -21,13 +21,13 @@ import emloc_core.finetune as stage
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapter import Adapter
 from emloc_core.calibration import encode, load_processing
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.emulator import Compression
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import read_manifest
 from emloc_core.finetune import FineTuning
 from emloc_core.memory import MemoryModel
 from emloc_core.merge import Merge
-from emloc_core.output import read_manifest
 from emloc_core.settings import CompressSettings, CorrectSettings
 from emloc_core.training import TrainSettings
 from emloc_core.transfer import Transfer

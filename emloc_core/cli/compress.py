@@ -12,7 +12,7 @@ from emloc_core.cli.console import announce, as_json, dry_run, print_json, progr
 from emloc_core.cli.options import device as device_option
 from emloc_core.cli.options import options, validated
 from emloc_core.errors import EmlocError
-from emloc_core.output import TIMING, read_json
+from emloc_core.files.output import TIMING, read_json
 from emloc_core.report import human_bytes, human_seconds
 from emloc_core.settings import CompressSettings
 from emloc_core.towers import place, short_names
@@ -59,8 +59,8 @@ def command(
     budget, batch_size = _budget(settings.pop("memory"), settings.pop("batch_size"))
     chosen = validated(CompressSettings, settings)
 
-    from emloc_core.checkpoint import open_checkpoint
     from emloc_core.data import load_rows, without
+    from emloc_core.files.checkpoint import open_checkpoint
 
     base = open_checkpoint(model)
     rows = without(load_rows(data, split), exclude)
@@ -164,7 +164,7 @@ def size_lines(job: "Compression | Cut") -> list[str]:
 
 def summary(directory: Path) -> list[str]:
     """Return what a person wants to know of a finished emulator."""
-    from emloc_core.output import read_manifest
+    from emloc_core.files.output import read_manifest
 
     result = (read_manifest(directory) or {})["result"]
     errors: dict[tuple[str, str], list[float]] = defaultdict(list)

@@ -91,7 +91,7 @@ def _write_task(kind: str, data: Path | None, output: Path) -> None:
 
 
 def _model(text: str) -> Path:
-    from emloc_core.checkpoint import open_checkpoint
+    from emloc_core.files.checkpoint import open_checkpoint
 
     return open_checkpoint(text).directory
 

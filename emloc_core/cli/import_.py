@@ -19,7 +19,7 @@ def command(source: str, output: Path, dry_run: bool, as_json: bool) -> None:
     For checkpoints that came with code of their own, in a layout that an installed plugin reads. That code is never
     run. Written shard by shard; an interrupted import goes on where it stopped.
     """
-    from emloc_core.checkpoint import open_checkpoint
+    from emloc_core.files.checkpoint import open_checkpoint
     from emloc_core.importing import Import
 
     job = Import(open_checkpoint(source), output)

@@ -27,7 +27,7 @@ def command(
     Written shard by shard; tensors without a LoRA keep their bytes, and every tensor keeps its name.
     """
     from emloc_core.adapter import Adapter
-    from emloc_core.checkpoint import open_checkpoint
+    from emloc_core.files.checkpoint import open_checkpoint
     from emloc_core.merge import Merge
 
     job = Merge(

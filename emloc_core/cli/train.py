@@ -53,7 +53,7 @@ def command(
     # PEFT asks transformers by an old name; nothing that a user could mend.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
 
-    from emloc_core.checkpoint import open_checkpoint
+    from emloc_core.files.checkpoint import open_checkpoint
     from emloc_core.finetune import FineTuning
 
     job = FineTuning(open_checkpoint(model).directory, data, output, chosen, exclude, split)
@@ -91,7 +91,7 @@ def _describe(job: "FineTuning", as_json: bool) -> None:
 
 
 def _summary(directory: Path) -> list[str]:
-    from emloc_core.output import read_manifest
+    from emloc_core.files.output import read_manifest
 
     result = (read_manifest(directory) or {})["result"]
     lines = [

@@ -13,7 +13,6 @@ from torch import nn
 import emloc_core.lowrank  # noqa: F401 - from here on transformers can load an emulator
 from emloc_core.adapter import Adapter
 from emloc_core.calibration import Sample
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.conformance.check import Subject
 from emloc_core.conformance.forward import Decomposed, Forward, decompose, observe
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
@@ -21,6 +20,7 @@ from emloc_core.conformance.tuning import Tuned, tune
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.merge import Merge
 from emloc_core.plan import Plan, block_paths, find_linears
 from emloc_core.plugins.manager import plugin_manager

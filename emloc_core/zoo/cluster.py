@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.output import MANIFEST
+from emloc_core.files.output import MANIFEST
 from emloc_core.report import human_bytes
 from emloc_core.zoo.engine import JOBS, NoRoomError, Outcome, Task
 from emloc_core.zoo.faults import classify, describe

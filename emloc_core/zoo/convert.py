@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.output import MANIFEST
+from emloc_core.files.output import MANIFEST
 from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, written
 from emloc_core.zoo.engine import JOBS, OUTCOME, Engine, Needs
 from emloc_core.zoo.job import Job

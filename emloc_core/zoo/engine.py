@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from emloc_core.errors import EmlocError
-from emloc_core.output import HASHES, read_object
+from emloc_core.files.output import HASHES, read_object
 from emloc_core.zoo.job import Job
 
 Cause = Literal[

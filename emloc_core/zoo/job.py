@@ -108,7 +108,7 @@ class Job(Settings):
 
 
 def _model_fingerprint(model: str, cache_dir: Path) -> str:
-    from emloc_core.checkpoint import Checkpoint, hash_files
+    from emloc_core.files.checkpoint import Checkpoint, hash_files
 
     try:
         checkpoint = Checkpoint(model)
@@ -121,8 +121,8 @@ def _model_fingerprint(model: str, cache_dir: Path) -> str:
 
 def _rows_fingerprint(source: str, cache_dir: Path) -> str:
     """Return a hash of what rows say and show, wherever they and their pictures are; a data set of the hub: its id."""
-    from emloc_core.checkpoint import hash_files
     from emloc_core.data import digest, load_rows
+    from emloc_core.files.checkpoint import hash_files
 
     path = Path(source)
     if not path.is_file():

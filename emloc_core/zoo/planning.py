@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from emloc_core.errors import EmlocError
-from emloc_core.output import write_json
+from emloc_core.files.output import write_json
 from emloc_core.zoo.engine import Needs
 from emloc_core.zoo.job import Job
 
@@ -109,7 +109,7 @@ def needs(job: Job) -> Needs:
 @contextlib.contextmanager
 def _config(job: Job) -> Iterator[Path]:
     """Give the ``config.json`` that a job's stages will read."""
-    from emloc_core.checkpoint import Checkpoint
+    from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.plugins.manager import plugin_manager
     from emloc_core.registry import config_of
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from emloc_core.output import MANIFEST, TIMING, read_json
+from emloc_core.files.output import MANIFEST, TIMING, read_json
 from emloc_core.zoo.job import Job
 
 #: Of every Linear of an emulator.

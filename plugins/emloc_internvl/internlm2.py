@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_core.errors import EmlocError
+from emloc_core.files.output import read_object
 from emloc_core.layout import Layout, Split
-from emloc_core.output import read_object
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 import emloc_core.zoo.cluster
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
-from emloc_core.output import TIMING, write_json
+from emloc_core.files.output import TIMING, write_json
 from emloc_core.settings import CompressSettings
 from emloc_core.zoo.cluster import RayEngine
 from emloc_core.zoo.convert import convert

@@ -13,10 +13,10 @@ from emloc_demo.zoo.command import compare, convert, digest
 from emloc_demo.zoo.models import AGAIN, BROKEN, JOBS, PICTURES, SMALL, SMOLLM2, prepare
 
 from emloc_core.calibration import load_processing
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.data import load_rows
 from emloc_core.errors import EmlocError
-from emloc_core.output import TIMING
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import TIMING
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.zoo.engine import Outcome
 from emloc_core.zoo.job import Job

@@ -7,8 +7,8 @@ import signal
 import pytest
 from processes import WaitingEngine, drive, driver, is_gone, until, wait, waiting, workers_of
 
-from emloc_core.checkpoint import hash_files
 from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import hash_files
 from emloc_core.zoo.convert import convert, preview
 from emloc_core.zoo.driver import Driver
 from emloc_core.zoo.engine import Needs, Task

@@ -6,10 +6,10 @@ import pytest
 from internvl_chat import InternVLChat, chat_config, randomise, save_source, text_config
 from processes import drive, files, plan_here
 
-from emloc_core.checkpoint import Checkpoint
 from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import TIMING
 from emloc_core.importing import Import
-from emloc_core.output import TIMING
 from emloc_core.zoo.job import Job, describe_change, slug, unique
 from emloc_core.zoo.sources import Defaults, resolve
 

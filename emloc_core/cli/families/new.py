@@ -59,7 +59,7 @@ def command(name: str, model_types: tuple[str, ...], model: str | None, output: 
 
 
 def _draft(model: str) -> "Draft":
-    from emloc_core.checkpoint import find_config
+    from emloc_core.files.checkpoint import find_config
     from emloc_core.scaffold.scaffold import scaffold
 
     return scaffold(find_config(model))

@@ -24,7 +24,7 @@ def command(model: str, output: Path | None, check: bool, as_json: bool) -> None
     if output is not None and output.exists():
         raise EmlocError(f"{output} exists already.", "Choose another file, or remove this one.")
 
-    from emloc_core.checkpoint import find_config
+    from emloc_core.files.checkpoint import find_config
 
     config_file = find_config(model)
 

@@ -126,7 +126,7 @@ def compare(here: Path, there: Path) -> str:
 
 def digest(output: Path) -> str:
     """Return the SHA-256 over the names and contents of an output's files, but for the one of timings."""
-    from emloc_core.output import TIMING
+    from emloc_core.files.output import TIMING
 
     total = hashlib.sha256()
     for path in sorted(path for path in output.rglob("*") if path.is_file() and path.name != TIMING):

@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import safe_open
 
 from emloc_core.errors import EmlocError, first_line
-from emloc_core.output import HASHES, read_object, write_json
-from emloc_core.shards import TensorInfo, read_header
+from emloc_core.files.output import HASHES, read_object, write_json
+from emloc_core.files.shards import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from emloc_core.errors import DiskFullError, EmlocError
-from emloc_core.meter import Meter
+from emloc_core.files.meter import Meter
 
 MANIFEST = "emloc.json"
 TIMING = "timing.json"
-#: Hashes of large files by path, size and time of change; see :func:`emloc_core.checkpoint.hash_files`.
+#: Hashes of large files by path, size and time of change; see :func:`emloc_core.files.checkpoint.hash_files`.
 HASHES = ".emloc-hashes.json"
 _REQUEST = "request.json"
 _LOCK = ".lock"

@@ -1,0 +1,1 @@
+"""Bytes on disk: whole or absent, streamed, fingerprinted."""
