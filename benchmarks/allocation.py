@@ -21,8 +21,8 @@ from loss import nll
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from emloc_core.algorithms.allocation import Shape, Spectrum, global_budget, uniform
-from emloc_core.calibration import encode
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import encode
 from emloc_core.emulator import Compression
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.plan import Plan, allocated, find_linears

@@ -34,8 +34,8 @@ def measure(directory: str, calibration: str, allocator: str, seed: int, ratio: 
 
     import emloc_core.lowrank  # noqa: F401 - emulators load from here on
     from emloc_core.adapter import Adapter
-    from emloc_core.calibration import encode
-    from emloc_core.data import load_rows
+    from emloc_core.data.rows import load_rows
+    from emloc_core.data.tokenize import encode
     from emloc_core.emulator import Compression
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.files.output import TIMING, read_json, read_manifest

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from emloc_core.calibration import Sample
+from emloc_core.data.tokenize import Sample
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ class Parts:
 def compress(work: str) -> dict[str, Any]:
     """Make the emulator of ``work``/base; the wrapped functions are those of this process alone."""
     from emloc_core.algorithms.statistics import Gram
-    from emloc_core.data import load_rows
+    from emloc_core.data.rows import load_rows
     from emloc_core.emulator import Compression
     from emloc_core.emulator_files import EmulatorFiles
     from emloc_core.files.checkpoint import Checkpoint

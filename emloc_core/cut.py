@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from emloc_core.data import copy_kept_rows
+from emloc_core.data.rows import copy_kept_rows
 from emloc_core.decompose import Progress
 from emloc_core.emulator_files import EmulatorFiles
 from emloc_core.errors import EmlocError

@@ -13,7 +13,7 @@ import torch
 
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram, tapped
-from emloc_core.calibration import Sample
+from emloc_core.data.tokenize import Sample
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.plan import LinearPlan, Plan, block_paths

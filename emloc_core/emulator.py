@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from emloc_core.algorithms.allocation import uniform, wants_spectra
-from emloc_core.calibration import Processing, Sample, encode, load_processing, model_limit
 from emloc_core.cut import Cut, cut_blocks
-from emloc_core.data import CALIBRATION, SELECTION, Row, draw, write_rows
+from emloc_core.data.rows import CALIBRATION, SELECTION, Row, draw, write_rows
+from emloc_core.data.tokenize import Processing, Sample, encode, load_processing, model_limit
 from emloc_core.decompose import Decomposition, Progress
 from emloc_core.emulator_files import EmulatorFiles
 from emloc_core.errors import EmlocError

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from emloc_core.data.images import Picture
 from emloc_core.errors import EmlocError, first_line
-from emloc_core.images import Picture
 
 #: lm-eval's mark of a picture's place in a prompt.
 PLACEHOLDER = "<image>"

@@ -38,7 +38,7 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
     import transformers
 
     import emloc_core.lowrank  # noqa: F401  (with it, from_pretrained reads emulators too)
-    from emloc_core.calibration import load_processor, load_tokenizer
+    from emloc_core.data.tokenize import load_processor, load_tokenizer
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.plugins.manager import plugin_manager
 

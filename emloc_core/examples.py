@@ -8,8 +8,8 @@ from datasets import Dataset
 from transformers import ProcessorMixin
 from transformers.utils.logging import tqdm
 
-from emloc_core.calibration import Processing, tokenize, trl_example
-from emloc_core.data import Row
+from emloc_core.data.rows import Row
+from emloc_core.data.tokenize import Processing, tokenize, trl_example
 from emloc_core.errors import EmlocError
 
 
@@ -23,7 +23,7 @@ def make_dataset(
 
     Args:
         rows: of one source.
-        processing: see :func:`emloc_core.calibration.load_processing`.
+        processing: see :func:`emloc_core.data.tokenize.load_processing`.
         max_length: tokens after which a row is cut; None cuts nothing.
         model_limit: the longest row, in tokens, that the model was made for; None for no limit.
 

@@ -22,8 +22,8 @@ from transformers.trainer_callback import TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from emloc_core.allocator import give_back
-from emloc_core.calibration import load_processing, model_limit, require_readable
-from emloc_core.data import CALIBRATION, SELECTION, digest, load_rows, without
+from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
+from emloc_core.data.tokenize import load_processing, model_limit, require_readable
 from emloc_core.errors import EmlocError
 from emloc_core.examples import make_dataset
 from emloc_core.files.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ class FineTuning:
 
     Args:
         model: directory of an emulator or of an ordinary checkpoint.
-        data: see :func:`emloc_core.data.load_rows`.
+        data: see :func:`emloc_core.data.rows.load_rows`.
         output: where the adapter goes.
         settings: how to train.
         exclude: files of rows that are not trained on, such as test rows. Those that an emulator keeps for

@@ -6,7 +6,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from emloc_core.data import Row, load_rows
+from emloc_core.data.rows import Row, load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.eval_images import PLACEHOLDER, read_table
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from emloc_core.data import CALIBRATION, SELECTION
+from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST, TIMING, read_json, write_json
 from emloc_core.recipe import Recipe, load_recipe

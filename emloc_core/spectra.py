@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from emloc_core.algorithms.allocation import Spectrum, largest_rank
 from emloc_core.algorithms.factorize import Factors
-from emloc_core.data import CALIBRATION, SELECTION
+from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.emulator_files import UNREACHED
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import hash_files

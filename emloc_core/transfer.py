@@ -17,8 +17,8 @@ from emloc_core.adapter import CORRECTED, Adapter, write_adapter
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
 from emloc_core.algorithms.statistics import forward_hooks
-from emloc_core.calibration import Sample, encode, load_processing, model_limit
-from emloc_core.data import SELECTION, Row, load_rows
+from emloc_core.data.rows import SELECTION, Row, load_rows
+from emloc_core.data.tokenize import Sample, encode, load_processing, model_limit
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import Output, read_manifest

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from emloc_core.calibration import Sample, load_processing, model_limit, tokenize
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import Sample, load_processing, model_limit, tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.image_shape import image_shape

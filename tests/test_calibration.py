@@ -10,8 +10,8 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from emloc_core.calibration import Sample, encode
-from emloc_core.data import Row
+from emloc_core.data.rows import Row
+from emloc_core.data.tokenize import Sample, encode
 from emloc_core.errors import EmlocError
 
 STRINGS = [Row(number, **row) for number, row in enumerate(example_rows()[:5], start=1)]

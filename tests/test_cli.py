@@ -13,7 +13,7 @@ from conftest import run_here, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from emloc_core.cli import cli
-from emloc_core.data import CALIBRATION, SELECTION, load_rows
+from emloc_core.data.rows import CALIBRATION, SELECTION, load_rows
 from emloc_core.recipe import load_recipe
 
 SMALL = ["--samples", "8", "--selection", "4"]

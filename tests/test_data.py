@@ -13,7 +13,7 @@ from conftest import example_rows, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc_core.data import Row, digest, draw, load_rows, without, write_rows
+from emloc_core.data.rows import Row, digest, draw, load_rows, without, write_rows
 from emloc_core.errors import EmlocError
 
 USER = {"role": "user", "content": "Which way?"}
@@ -152,7 +152,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", ["rows", "some/where/rows"])
 def test_a_name_that_no_data_set_can_have_is_not_looked_for(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("emloc_core.data.read_data_set", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("emloc_core.data.rows.read_data_set", lambda *_: pytest.fail("the hub was asked"))
     with pytest.raises(EmlocError, match=f"There is no file {name}. Check the path; a data set of the hub is"):
         load_rows(name)
 
@@ -228,5 +228,5 @@ def test_leaving_out_takes_every_copy_and_keeps_the_order(tmp_path):
 
 
 def test_reading_rows_needs_no_torch():
-    code = "import sys, emloc_core.data; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    code = "import sys, emloc_core.data.rows; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,7 @@ from emloc_demo.command import prepare
 from emloc_demo.data import FIELDS, INSTRUCTION, REQUESTS, make_rows, write_data
 from emloc_demo.tasks import fields
 
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.eval_tasks import find_task, load_task
 from emloc_core.recipe import load_recipe

@@ -4,7 +4,7 @@ import pytest
 import torch
 from emloc_llama import LLAMA
 
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
 from emloc_core.device import choose_device
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import emloc_core.lowrank
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram, tapped
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint

@@ -20,8 +20,8 @@ from tokenizers import processors
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from vision_models import ask, internvl_processor, picture, qwen_processor, save_model
 
-from emloc_core.calibration import tokenize
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import tokenize
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.eval_tasks import find_task, load_task

@@ -18,7 +18,7 @@ from emloc_core.adapter import Adapter
 from emloc_core.conformance import check_family
 from emloc_core.conformance.activations import deviation
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from emloc_core import finetune as stage
 from emloc_core.adapter import Adapter
-from emloc_core.calibration import encode
 from emloc_core.cli.train import command
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import encode
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_manifest
 from emloc_core.finetune import FineTuning

@@ -14,14 +14,14 @@ from emloc_internvl import INTERNVL
 from PIL import Image
 from vision_models import ask, internvl_processor, picture, picture_rows, save_model
 
-from emloc_core.calibration import encode, load_processing, load_processor
-from emloc_core.data import load_rows, write_rows
+from emloc_core.data.images import Picture
+from emloc_core.data.rows import load_rows, write_rows
+from emloc_core.data.tokenize import encode, load_processing, load_processor
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import MANIFEST
 from emloc_core.finetune import FineTuning
-from emloc_core.images import Picture
 from emloc_core.settings import CompressSettings
 from emloc_core.training import TrainSettings
 

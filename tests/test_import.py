@@ -33,7 +33,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from emloc_core.cli import cli, main
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, hash_files

@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.adapter import Adapter
-from emloc_core.calibration import encode
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import encode
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CorrectSettings
 from emloc_core.transfer import Transfer

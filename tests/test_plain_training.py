@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CompressSettings

@@ -11,9 +11,9 @@ from conftest import run_here
 from emloc_qwen import QWEN_VL
 from transformers import AutoConfig, AutoTokenizer
 
-from emloc_core.calibration import tokenize
 from emloc_core.cli import cli
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_json
 from emloc_core.memory import MemoryModel, Need

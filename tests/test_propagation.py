@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest

@@ -9,7 +9,7 @@ from emloc_demo.model import write_base
 from emloc_llama import LLAMA
 
 from emloc_core.algorithms.statistics import tapped
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CompressSettings

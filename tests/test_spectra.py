@@ -20,7 +20,7 @@ from emloc_core.algorithms.allocation import largest_rank, uniform
 from emloc_core.cli import cli
 from emloc_core.cli.options import validated
 from emloc_core.cut import Cut
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.emulator_files import EmulatorFiles
 from emloc_core.errors import EmlocError

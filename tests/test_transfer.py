@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapter import WEIGHTS, Adapter, config_problems
 from emloc_core.algorithms.lora import Lora
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
@@ -119,7 +119,7 @@ def test_auto_reports_the_true_losses_and_keeps_the_best(tiny_model, emulator, a
     rows = load_rows(str(emulator / "selection.jsonl"))
     from transformers import AutoTokenizer
 
-    from emloc_core.calibration import encode
+    from emloc_core.data.tokenize import encode
 
     samples = encode(rows, AutoTokenizer.from_pretrained(tiny_model))
     for clamp, reported in candidates.items():

@@ -20,8 +20,8 @@ from vision_models import internvl_processor, picture, picture_rows, qwen_proces
 import emloc_core.finetune as stage
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapter import Adapter
-from emloc_core.calibration import encode, load_processing
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import encode, load_processing
 from emloc_core.emulator import Compression
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest

@@ -59,7 +59,7 @@ def command(
     budget, batch_size = _budget(settings.pop("memory"), settings.pop("batch_size"))
     chosen = validated(CompressSettings, settings)
 
-    from emloc_core.data import load_rows, without
+    from emloc_core.data.rows import load_rows, without
     from emloc_core.files.checkpoint import open_checkpoint
 
     base = open_checkpoint(model)

@@ -10,7 +10,7 @@ from torch import nn
 
 from emloc_core.algorithms.factorize import Factors, factorize
 from emloc_core.algorithms.statistics import Gram, forward_hooks, tapped
-from emloc_core.calibration import Sample
+from emloc_core.data.tokenize import Sample
 from emloc_core.decompose import Decomposition
 from emloc_core.family import Family
 from emloc_core.plan import Plan

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from emloc_core.calibration import Sample
-from emloc_core.data import Row
+from emloc_core.data.rows import Row
+from emloc_core.data.tokenize import Sample
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.image_shape import image_shape

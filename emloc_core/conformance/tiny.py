@@ -12,11 +12,11 @@ from torch import nn
 
 import emloc_core.lowrank  # noqa: F401 - from here on transformers can load an emulator
 from emloc_core.adapter import Adapter
-from emloc_core.calibration import Sample
 from emloc_core.conformance.check import Subject
 from emloc_core.conformance.forward import Decomposed, Forward, decompose, observe
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
 from emloc_core.conformance.tuning import Tuned, tune
+from emloc_core.data.tokenize import Sample
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family

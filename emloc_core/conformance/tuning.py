@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from emloc_core.calibration import Sample
+from emloc_core.data.tokenize import Sample
 from emloc_core.errors import EmlocError
 from emloc_core.training import TrainSettings
 

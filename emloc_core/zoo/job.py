@@ -121,7 +121,7 @@ def _model_fingerprint(model: str, cache_dir: Path) -> str:
 
 def _rows_fingerprint(source: str, cache_dir: Path) -> str:
     """Return a hash of what rows say and show, wherever they and their pictures are; a data set of the hub: its id."""
-    from emloc_core.data import digest, load_rows
+    from emloc_core.data.rows import digest, load_rows
     from emloc_core.files.checkpoint import hash_files
 
     path = Path(source)

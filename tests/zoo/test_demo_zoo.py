@@ -12,8 +12,8 @@ import pytest
 from emloc_demo.zoo.command import compare, convert, digest
 from emloc_demo.zoo.models import AGAIN, BROKEN, JOBS, PICTURES, SMALL, SMOLLM2, prepare
 
-from emloc_core.calibration import load_processing
-from emloc_core.data import load_rows
+from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import load_processing
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import TIMING

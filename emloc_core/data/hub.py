@@ -1,4 +1,4 @@
-"""Rows of a data set of the hub; what is in the rows is for :mod:`emloc_core.data`."""
+"""Rows of a data set of the hub; what is in the rows is for :mod:`emloc_core.data.rows`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

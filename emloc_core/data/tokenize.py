@@ -14,11 +14,11 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from emloc_core.data import Row
+from emloc_core.data.images import pillow
+from emloc_core.data.messages import in_parts
+from emloc_core.data.rows import Row
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
-from emloc_core.images import pillow
-from emloc_core.messages import in_parts
 
 #: What makes a model's inputs of rows: its tokenizer, or, of rows with images, its processor.
 Processing = PreTrainedTokenizerBase | ProcessorMixin

@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from emloc_core.data.hub import read_data_set
+from emloc_core.data.images import IMAGES, Picture
+from emloc_core.data.messages import Content, parse_content, parse_string, place_images
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST
-from emloc_core.hub_rows import read_data_set
-from emloc_core.images import IMAGES, Picture
-from emloc_core.messages import Content, parse_content, parse_string, place_images
 
 #: Files of an emulator that hold the rows which may never be tuned on.
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"

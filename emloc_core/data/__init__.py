@@ -1,0 +1,1 @@
+"""The user's rows, up to what a model takes."""
