@@ -14,7 +14,7 @@ from emloc_core.cli.console import progress
 from emloc_core.entry import Entry
 from emloc_core.memory import MemoryModel
 from emloc_core.registry import load_entries
-from emloc_core.report import human_bytes
+from emloc_core.report.table import human_bytes
 from emloc_core.streamed import compress
 from emloc_core.workload import make_workload
 

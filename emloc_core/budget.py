@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from emloc_core.errors import EmlocError
-from emloc_core.report import human_bytes
+from emloc_core.report.table import human_bytes
 
 if TYPE_CHECKING:
     from emloc_core.memory import MemoryModel, Need

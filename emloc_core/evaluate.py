@@ -20,7 +20,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.eval_tasks import TaskSpec, find_task
 from emloc_core.evaluate_system import USER_ERROR
 from emloc_core.files.output import Output, read_json, read_manifest, write_json
-from emloc_core.report import COSTS, ORDER
+from emloc_core.report.table import COSTS, ORDER
 
 RESULTS, TABLE, SAMPLES = "results.json", "table.md", "samples.jsonl"
 _NAME = re.compile(r"[A-Za-z0-9][\w+.-]*")
@@ -294,7 +294,7 @@ def _combine(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _publish(staging: Path, results: dict[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> None:
-    from emloc_core import report
+    from emloc_core.report.table import table as report
 
     write_json(staging / RESULTS, results)
     table = report.markdown(results["systems"], results["metrics"])

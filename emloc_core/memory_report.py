@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emloc_core.figure import COLOURS
 from emloc_core.memory import TERMS, Need
-from emloc_core.report import human_bytes
+from emloc_core.report.figure import COLOURS
+from emloc_core.report.table import human_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -4,8 +4,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from emloc_core import report
-from emloc_core.figure import figure
+from emloc_core.report.figure import figure
+from emloc_core.report.table import table as report
 
 GB = 10**9
 SYSTEMS = {

@@ -28,7 +28,7 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.report import human_seconds
+from emloc_core.report.table import human_seconds
 from emloc_core.sensitivity import PROBES
 from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings
 from emloc_core.spectra import Spectra

@@ -4,7 +4,7 @@ import json
 
 from emloc_core.cli.compress import summary
 from emloc_core.files.output import MANIFEST
-from emloc_core.towers import place, short_names
+from emloc_core.report.towers import place, short_names
 
 TOWERS = ["model.vision_tower.encoder.layer", "model.language_model.layers"]
 

@@ -13,9 +13,9 @@ from emloc_core.cli.options import device as device_option
 from emloc_core.cli.options import options, validated
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import TIMING, read_json
-from emloc_core.report import human_bytes, human_seconds
+from emloc_core.report.table import human_bytes, human_seconds
+from emloc_core.report.towers import place, short_names
 from emloc_core.settings import CompressSettings
-from emloc_core.towers import place, short_names
 
 if TYPE_CHECKING:
     from emloc_core.cut import Cut

@@ -55,8 +55,8 @@ def command(
     if new_task is not None:
         _write_task(new_task, data, output)
         return
-    from emloc_core import report
     from emloc_core.evaluate import canonical_systems, check_adapters, evaluate, plan
+    from emloc_core.report.table import table as report
 
     directories = {name: settings.pop(name) for name in ("emulator", "adapter", "corrected", "merged", "full_lora")}
     canonical = canonical_systems(base=_model(base) if base else None, **directories)

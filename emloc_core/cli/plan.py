@@ -10,7 +10,7 @@ import rich_click as click
 from emloc_core.budget import Fit, advice, largest_ratio, no_fit, parse_bytes
 from emloc_core.cli.console import as_json, print_json
 from emloc_core.cli.options import options, validated
-from emloc_core.report import human_bytes
+from emloc_core.report.table import human_bytes
 from emloc_core.training import COUNTED, COUNTED_FLAGS, TrainSettings
 
 if TYPE_CHECKING:

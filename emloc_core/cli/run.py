@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run, print_json
-from emloc_core.report import human_bytes
+from emloc_core.report.table import human_bytes
 
 if TYPE_CHECKING:
     from emloc_core.pipeline import Stage
@@ -44,7 +44,7 @@ def announce_stage(index: int, total: int, stage: "Stage") -> None:
 
 def show(results: dict, directory: Path) -> None:
     """Print the table and what it says."""
-    from emloc_core import report
+    from emloc_core.report.table import table as report
 
     if "systems" in results:
         report.print_table(results["systems"], results["metrics"])

@@ -13,7 +13,7 @@ import rich_click as click
 from emloc_core.cli.console import announce, as_json, dry_run, print_json
 from emloc_core.cli.options import options, validated
 from emloc_core.errors import EmlocError
-from emloc_core.report import human_bytes
+from emloc_core.report.table import human_bytes
 from emloc_core.training import FLAGS, TrainSettings
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from emloc_core.report import COSTS, human_bytes, human_seconds, rows
+from emloc_core.report.table import COSTS, human_bytes, human_seconds, rows
 from emloc_core.zoo.engine import Needs
 from emloc_core.zoo.error_plot import Strip, finite, strips
 from emloc_core.zoo.log_end import log_end
@@ -170,7 +170,7 @@ class JobView:
 
     @cached_property
     def scores(self) -> list[dict[str, Any]]:
-        """The comparison of systems as in :func:`emloc_core.report.rows`; empty without an evaluation."""
+        """The comparison of systems as in :func:`emloc_core.report.table.rows`; empty without an evaluation."""
         systems = self.result.get("systems") or {}
         return rows(systems, self.result.get("metrics")) if systems else []
 

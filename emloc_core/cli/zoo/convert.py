@@ -15,7 +15,7 @@ from emloc_core.budget import parse_bytes
 from emloc_core.cli.console import as_json, dry_run, print_json, progress
 from emloc_core.cli.options import options, validated
 from emloc_core.errors import EmlocError
-from emloc_core.report import human_bytes, human_seconds
+from emloc_core.report.table import human_bytes, human_seconds
 from emloc_core.settings import CompressSettings
 
 if TYPE_CHECKING:

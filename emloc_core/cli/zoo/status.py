@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
-from emloc_core.report import human_bytes, human_seconds
+from emloc_core.report.table import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from emloc_core.zoo.store import JobRecord
