@@ -15,9 +15,9 @@ from emloc_core.algorithms.lora import Lora
 from emloc_core.files.checkpoint import INDEX, Checkpoint
 from emloc_core.files.output import Output, write_json
 from emloc_core.files.shards import ShardWriter, TensorInfo
+from emloc_core.model.skeleton import Skeleton
 from emloc_core.plan import make_plan
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.skeleton import Skeleton
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
 #: Llama-3.2-1B and Llama-3.1-8B: `num_hidden_layers` is for the caller to say.

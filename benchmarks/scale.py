@@ -68,9 +68,9 @@ def compress(work: str) -> dict[str, Any]:
     from emloc_core.emulator import Compression
     from emloc_core.emulator_files import EmulatorFiles
     from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.model.skeleton import Skeleton
+    from emloc_core.model.streaming import Stream
     from emloc_core.settings import CompressSettings
-    from emloc_core.skeleton import Skeleton
-    from emloc_core.streaming import Stream
 
     place, parts = Path(work), Parts()
     parts.wrap("hashing", Checkpoint, "fingerprint")

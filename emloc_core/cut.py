@@ -8,10 +8,10 @@ from emloc_core.emulator_files import EmulatorFiles
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import Output
+from emloc_core.model.skeleton import Skeleton
 from emloc_core.plan import Plan, allocated, block_paths, find_linears
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CutSettings
-from emloc_core.skeleton import Skeleton
 from emloc_core.spectra import Spectra
 
 

@@ -16,13 +16,13 @@ from emloc_core.algorithms.statistics import Gram, tapped
 from emloc_core.data.tokenize import Sample
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
+from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.streaming import Forward, Stream
 from emloc_core.plan import LinearPlan, Plan, block_paths
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.propagation import Pairs, emulating, fit_block
 from emloc_core.sensitivity import Arguments, copied, sensitivities
-from emloc_core.skeleton import Skeleton
-from emloc_core.streaming import Forward, Stream
 
 #: Called with a block's path, how many blocks are done, and how many there are.
 Progress = Callable[[str, int, int], None]

@@ -22,11 +22,11 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import Output
 from emloc_core.files.shards import remove_damaged, tensor_bytes
+from emloc_core.model.skeleton import Skeleton
 from emloc_core.plan import Plan, allocated, block_paths, find_linears
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.sensitivity import PROBES
 from emloc_core.settings import CompressSettings, CutSettings
-from emloc_core.skeleton import Skeleton
 from emloc_core.spectra import KIND, Spectra, SpectraFiles, at_largest_ranks
 
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves
 
-from emloc_core.image_shape import ImageShape
+from emloc_core.model.image_shape import ImageShape
 
 
 def fake_inputs(

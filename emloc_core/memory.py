@@ -23,11 +23,11 @@ from emloc_core.emulator_files import UNREACHED
 from emloc_core.errors import EmlocError, first_line, typed_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import read_config_json
-from emloc_core.image_shape import ImageShape, image_shape
 from emloc_core.lowrank import replace_linears
+from emloc_core.model.image_shape import ImageShape, image_shape
+from emloc_core.model.skeleton import build_model, read_config
 from emloc_core.plan import Plan, allocated, find_linears
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.skeleton import build_model, read_config
 from emloc_core.tracing import Phases, trace_inference, trace_training
 from emloc_core.training import TrainSettings
 
@@ -53,7 +53,7 @@ class Workload:
         batch_size: rows.
         length: tokens a row, image tokens included.
         images: images a row; where the vision tower takes one size, tiles of that size.
-        image_size: height and width of an image in pixels; None: see :func:`emloc_core.image_shape.image_shape`.
+        image_size: height and width of an image in pixels; None: see :func:`emloc_core.model.image_shape.image_shape`.
         train: the settings of stage 2; its batch size and maximum length do not count.
         device: whose memory: ``cuda`` or ``cpu``. TRL's loss needs less on the former.
     """

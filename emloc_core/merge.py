@@ -16,8 +16,8 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint
 from emloc_core.files.output import Output, read_manifest, write_json
 from emloc_core.files.shards import DTYPES, ShardWriter, TensorInfo, read_header, row_chunks, tensor_bytes
+from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.skeleton import Skeleton
 
 _AT_ONCE = 3  # shards
 _ROWS_BYTES = 2 << 20  # of a weight that are merged at a time: few enough to stay in the processor's cache

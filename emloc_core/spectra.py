@@ -20,8 +20,8 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import hash_files
 from emloc_core.files.output import MANIFEST, read_manifest
 from emloc_core.files.shards import TensorInfo, read_header, remove_damaged, write_shard
+from emloc_core.model.skeleton import Skeleton
 from emloc_core.plan import LinearPlan, Plan
-from emloc_core.skeleton import Skeleton
 
 KIND = "spectra"
 _REMEDY = "Make the spectra again: emloc compress --keep-spectra."

@@ -22,11 +22,11 @@ from emloc_core.data.tokenize import Sample, encode, load_processing, model_limi
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import Output, read_manifest
+from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CorrectSettings
-from emloc_core.skeleton import Skeleton
-from emloc_core.streaming import Stream
 
 #: What ``auto`` compares; 0 is the adapter as it was trained.
 AUTO_CLAMPS: tuple[Clamp, ...] = (0, 0.3, 1, 3)

@@ -5,14 +5,14 @@ import torch
 from emloc_llama import LLAMA
 
 from emloc_core.data.rows import load_rows
-from emloc_core.device import choose_device
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.parking import Parking
+from emloc_core.model.device import choose_device
+from emloc_core.model.parking import Parking
+from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.streaming import Stream
 from emloc_core.settings import CompressSettings
-from emloc_core.skeleton import Skeleton
-from emloc_core.streaming import Stream
 
 
 def test_auto_is_the_gpu_where_there_is_one():

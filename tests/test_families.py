@@ -25,12 +25,12 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.finetune import FineTuning
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.merge import Merge
+from emloc_core.model.skeleton import Skeleton, build_model
+from emloc_core.model.streaming import Stream
 from emloc_core.plan import find_linears, make_plan
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.scaffold import scaffold
 from emloc_core.settings import CompressSettings
-from emloc_core.skeleton import Skeleton, build_model
-from emloc_core.streaming import Stream
 from emloc_core.training import TrainSettings
 
 TREE = (LLAMA, QWEN, QWEN_MOE, QWEN_VL, INTERNVL)

@@ -8,7 +8,7 @@ from planned import HEADLINE
 from transformers import AutoConfig, Qwen2VLImageProcessor
 
 from emloc_core.errors import EmlocError
-from emloc_core.image_shape import image_shape, parse_size
+from emloc_core.model.image_shape import image_shape, parse_size
 
 
 @pytest.mark.parametrize(

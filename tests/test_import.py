@@ -37,7 +37,7 @@ from emloc_core.data.rows import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, hash_files
-from emloc_core.importing import Import
+from emloc_core.model.importing import Import
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 
@@ -250,7 +250,7 @@ KILLED = """
     import os, signal, sys
     from pathlib import Path
     from emloc_core.files.checkpoint import Checkpoint
-    from emloc_core.importing import Import
+    from emloc_core.model.importing import Import
 
     source, output, kill_at = sys.argv[1:]
 

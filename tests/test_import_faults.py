@@ -25,8 +25,8 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.hookspecs import hookimpl
-from emloc_core.importing import Import
 from emloc_core.layout import Layout
+from emloc_core.model.importing import Import
 from emloc_core.plugins.manager import PluginManager
 
 

@@ -20,9 +20,9 @@ from emloc_core import registry
 from emloc_core.cli import cli
 from emloc_core.entry import Entry, Parameters, Preset, read_entry
 from emloc_core.errors import EmlocError
+from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import PluginManager, plugin_manager
 from emloc_core.registry import find, load_entries, resolve
-from emloc_core.skeleton import build_model
 
 ENTRIES = load_entries()
 

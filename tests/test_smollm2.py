@@ -12,8 +12,8 @@ from emloc_core.algorithms.statistics import tapped
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator import Compression
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.model.streaming import Stream
 from emloc_core.settings import CompressSettings
-from emloc_core.streaming import Stream
 
 
 def textbook(weight, inputs, rank):

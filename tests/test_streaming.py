@@ -11,9 +11,9 @@ from emloc_core.algorithms.statistics import Gram, tapped
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.streaming import Stream, units
 from emloc_core.plan import block_paths, make_plan
-from emloc_core.skeleton import Skeleton
-from emloc_core.streaming import Stream, units
 
 BLOCKS = ["model.layers"]
 LENGTHS = (5, 17, 9)

@@ -16,8 +16,8 @@ import emloc_core.finetune
 import emloc_core.memory
 from emloc_core.family import Family
 from emloc_core.finetune import FineTuning
-from emloc_core.image_shape import image_shape
 from emloc_core.memory import MemoryModel, Need, Workload
+from emloc_core.model.image_shape import image_shape
 from emloc_core.tracing import Ledger, Phases
 from emloc_core.training import TrainSettings
 

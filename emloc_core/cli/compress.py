@@ -66,8 +66,8 @@ def command(
     rows = without(load_rows(data, split), exclude)
 
     # These take seconds: a model or rows that are not there are told before.
-    from emloc_core.device import choose_device
     from emloc_core.emulator import Compression
+    from emloc_core.model.device import choose_device
 
     if budget is not None:
         chosen = chosen.model_copy(update={"ratio": _ratio(base.directory, budget, batch_size, data, split, chosen)})

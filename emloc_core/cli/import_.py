@@ -20,7 +20,7 @@ def command(source: str, output: Path, dry_run: bool, as_json: bool) -> None:
     run. Written shard by shard; an interrupted import goes on where it stopped.
     """
     from emloc_core.files.checkpoint import open_checkpoint
-    from emloc_core.importing import Import
+    from emloc_core.model.importing import Import
 
     job = Import(open_checkpoint(source), output)
     if dry_run:

@@ -61,8 +61,8 @@ def command(
     image_size = settings.pop("image_size")
     train = validated(TrainSettings, settings)
 
-    from emloc_core.image_shape import parse_size
     from emloc_core.memory import MemoryModel
+    from emloc_core.model.image_shape import parse_size
     from emloc_core.registry import config_of
     from emloc_core.workload import make_workload
 

@@ -16,7 +16,7 @@ from emloc_core.data.rows import Row
 from emloc_core.data.tokenize import Sample
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.image_shape import image_shape
+from emloc_core.model.image_shape import image_shape
 
 #: Tokens of each row; two lengths, since masks and windows depend on them.
 LENGTHS = (13, 24)

@@ -22,10 +22,10 @@ from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.merge import Merge
+from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.plan import Plan, block_paths, find_linears
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings
-from emloc_core.skeleton import Skeleton, build_model
 from emloc_core.transfer import Transfer
 
 RATIO = 0.5

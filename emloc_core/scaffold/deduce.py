@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
+from emloc_core.model.streaming import units
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.observe import DOUBTFUL, Observation
-from emloc_core.streaming import units
 
 HEAD = "each of its outputs is a token's logit"
 OUTSIDE = "outside the blocks, and small"

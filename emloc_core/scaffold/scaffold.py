@@ -16,6 +16,7 @@ from emloc_core.conformance.conditions import under_test
 from emloc_core.conformance.tiny import auto_class, random_model
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
+from emloc_core.model.skeleton import read_config
 from emloc_core.plan import find_linears
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import deduce
@@ -24,7 +25,6 @@ from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import Observation, block_lists
 from emloc_core.scaffold.probe import Probe, probes
 from emloc_core.scaffold.shrink import TINY_PARAMETERS, shrink
-from emloc_core.skeleton import read_config
 
 
 def scaffold(config_file: Path) -> Draft:

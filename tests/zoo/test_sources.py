@@ -9,7 +9,7 @@ from processes import drive, files, plan_here
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import TIMING
-from emloc_core.importing import Import
+from emloc_core.model.importing import Import
 from emloc_core.zoo.job import Job, describe_change, slug, unique
 from emloc_core.zoo.sources import Defaults, resolve
 

@@ -16,8 +16,8 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
 from emloc_core.errors import EmlocError
-from emloc_core.parking import Parking
-from emloc_core.skeleton import Skeleton
+from emloc_core.model.parking import Parking
+from emloc_core.model.skeleton import Skeleton
 
 #: One sample: called once, in its greenlet; runs the model's forward and whatever follows (a loss, say).
 Forward = Callable[[], Any]

@@ -29,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.readahead import ReadAhead
+from emloc_core.model.readahead import ReadAhead
 
 
 class Skeleton:

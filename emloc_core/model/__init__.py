@@ -1,0 +1,1 @@
+"""A model whose weights come and go while it runs."""
