@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from emloc_core.algorithms.allocation import Shape, Spectrum, global_budget, uniform
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.ranks import Plan, allocated, find_linears
+from emloc_core.emulator.spectra import Spectra
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.plan import Plan, allocated, find_linears
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
-from emloc_core.spectra import Spectra
 
 
 def energies(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spectrum]) -> list[int]:

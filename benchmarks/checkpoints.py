@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from emloc_core.adapter import write_adapter
 from emloc_core.algorithms.lora import Lora
+from emloc_core.emulator.ranks import make_plan
 from emloc_core.files.checkpoint import INDEX, Checkpoint
 from emloc_core.files.output import Output, write_json
 from emloc_core.files.shards import ShardWriter, TensorInfo
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.plan import make_plan
 from emloc_core.plugins.manager import plugin_manager
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}

@@ -36,7 +36,7 @@ def measure(directory: str, calibration: str, allocator: str, seed: int, ratio: 
     from emloc_core.adapter import Adapter
     from emloc_core.data.rows import load_rows
     from emloc_core.data.tokenize import encode
-    from emloc_core.emulator import Compression
+    from emloc_core.emulator.compress import Compression
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.files.output import TIMING, read_json, read_manifest
     from emloc_core.finetune import FineTuning

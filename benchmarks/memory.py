@@ -67,9 +67,9 @@ def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from emloc_core.emulator.ranks import make_plan
     from emloc_core.files.output import read_json, write_json
     from emloc_core.lowrank import FORMAT_VERSION, METHOD, replace_linears
-    from emloc_core.plan import make_plan
     from emloc_core.plugins.manager import plugin_manager
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")

@@ -65,8 +65,8 @@ def compress(work: str) -> dict[str, Any]:
     """Make the emulator of ``work``/base; the wrapped functions are those of this process alone."""
     from emloc_core.algorithms.statistics import Gram
     from emloc_core.data.rows import load_rows
-    from emloc_core.emulator import Compression
-    from emloc_core.emulator_files import EmulatorFiles
+    from emloc_core.emulator.compress import Compression
+    from emloc_core.emulator.files import EmulatorFiles
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.model.skeleton import Skeleton
     from emloc_core.model.streaming import Stream

@@ -19,14 +19,14 @@ from peft import get_peft_model
 from torch import nn
 
 from emloc_core.algorithms.allocation import uniform
-from emloc_core.emulator_files import UNREACHED
+from emloc_core.emulator.files import UNREACHED
+from emloc_core.emulator.ranks import Plan, allocated, find_linears
 from emloc_core.errors import EmlocError, first_line, typed_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.lowrank import replace_linears
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.skeleton import build_model, read_config
-from emloc_core.plan import Plan, allocated, find_linears
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.tracing import Phases, trace_inference, trace_training
 from emloc_core.training import TrainSettings

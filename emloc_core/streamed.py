@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
+from emloc_core.emulator.ranks import LinearPlan, Plan, block_paths
 from emloc_core.memory import IMPORTS, RUNTIME, MemoryModel, Need
-from emloc_core.plan import LinearPlan, Plan, block_paths
 
 #: Rows that calibration parks at every block by default (``emloc compress --samples``).
 SAMPLES = 64

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from emloc_core import evaluate_system
 from emloc_core.cli import main
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CompressSettings
 

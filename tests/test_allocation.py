@@ -16,8 +16,8 @@ from emloc_core.algorithms.allocation import (
     uniform,
     wants_spectra,
 )
+from emloc_core.emulator.ranks import LinearPlan, Plan, allocated
 from emloc_core.errors import EmlocError
-from emloc_core.plan import LinearPlan, Plan, allocated
 
 SHAPES = st.lists(st.tuples(st.integers(4, 60), st.integers(4, 60)), min_size=1, max_size=12)
 RATIOS = st.floats(0.05, 0.95)

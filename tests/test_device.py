@@ -5,7 +5,7 @@ import torch
 from emloc_llama import LLAMA
 
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.model.device import choose_device

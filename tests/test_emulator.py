@@ -14,12 +14,12 @@ import emloc_core.lowrank
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram, tapped
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.ranks import make_plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.lowrank import LowRankLinear
-from emloc_core.plan import make_plan
 from emloc_core.settings import CompressSettings
 
 SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, allocator="uniform")

@@ -22,7 +22,7 @@ from vision_models import ask, internvl_processor, picture, qwen_processor, save
 
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import tokenize
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.eval_tasks import find_task, load_task
 from emloc_core.evaluate import System, canonical_systems, evaluate, plan

@@ -19,7 +19,8 @@ from emloc_core.conformance import check_family
 from emloc_core.conformance.activations import deviation
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.ranks import find_linears, make_plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.finetune import FineTuning
@@ -27,7 +28,6 @@ from emloc_core.lowrank import LowRankLinear
 from emloc_core.merge import Merge
 from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.model.streaming import Stream
-from emloc_core.plan import find_linears, make_plan
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.scaffold import scaffold
 from emloc_core.settings import CompressSettings

@@ -17,7 +17,7 @@ from vision_models import ask, internvl_processor, picture, picture_rows, save_m
 from emloc_core.data.images import Picture
 from emloc_core.data.rows import load_rows, write_rows
 from emloc_core.data.tokenize import encode, load_processing, load_processor
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import MANIFEST

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from emloc_core.cli import cli, main
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, hash_files
 from emloc_core.model.importing import Import

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import emloc_core.algorithms.factorize
 from emloc_core.adapter import Adapter
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.merge import Merge
 from emloc_core.settings import CompressSettings, CorrectSettings

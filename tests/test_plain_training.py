@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CompressSettings
 

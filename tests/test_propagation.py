@@ -6,10 +6,10 @@ from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.propagation import RIDGE, PairedMoments
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
-from emloc_core.propagation import RIDGE, PairedMoments
 from emloc_core.settings import CompressSettings
 
 SETTINGS = CompressSettings(samples=24, selection=6, ratio=0.6)

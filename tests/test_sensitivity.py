@@ -8,7 +8,7 @@ from torch import nn
 
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.sensitivity import copied, sensitivities
+from emloc_core.emulator.sensitivity import copied, sensitivities
 
 
 class Block(nn.Module):

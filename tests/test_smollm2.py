@@ -10,7 +10,7 @@ from emloc_llama import LLAMA
 
 from emloc_core.algorithms.statistics import tapped
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.model.streaming import Stream
 from emloc_core.settings import CompressSettings

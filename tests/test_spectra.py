@@ -19,19 +19,19 @@ from emloc_core.adapter import Adapter
 from emloc_core.algorithms.allocation import largest_rank, uniform
 from emloc_core.cli import cli
 from emloc_core.cli.options import validated
-from emloc_core.cut import Cut
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator import Compression
-from emloc_core.emulator_files import EmulatorFiles
+from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.cut import Cut
+from emloc_core.emulator.files import EmulatorFiles
+from emloc_core.emulator.sensitivity import PROBES
+from emloc_core.emulator.spectra import Spectra
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.report.table import human_seconds
-from emloc_core.sensitivity import PROBES
 from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings
-from emloc_core.spectra import Spectra
 from emloc_core.transfer import Transfer
 
 SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, allocator="uniform")

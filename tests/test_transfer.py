@@ -14,7 +14,7 @@ import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapter import WEIGHTS, Adapter, config_problems
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest

@@ -22,7 +22,7 @@ import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapter import Adapter
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode, load_processing
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.finetune import FineTuning

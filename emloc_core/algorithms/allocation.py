@@ -30,7 +30,7 @@ class Spectrum:
         block: path of the block that holds it.
         energies: energy of the outputs on the calibration rows along every direction, descending: (min(m, n),), fp64.
         sensitivity: how much its error disturbs its block: the mean squared change of the block's output, relative to
-            each token's own length, for every unit of ``err(k)^2``; see :mod:`emloc_core.sensitivity`.
+            each token's own length, for every unit of ``err(k)^2``; see :mod:`emloc_core.emulator.sensitivity`.
     """
 
     path: str

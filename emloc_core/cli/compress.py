@@ -18,8 +18,8 @@ from emloc_core.report.towers import place, short_names
 from emloc_core.settings import CompressSettings
 
 if TYPE_CHECKING:
-    from emloc_core.cut import Cut
-    from emloc_core.emulator import Compression
+    from emloc_core.emulator.compress import Compression
+    from emloc_core.emulator.cut import Cut
 
 
 @click.command("compress")
@@ -66,7 +66,7 @@ def command(
     rows = without(load_rows(data, split), exclude)
 
     # These take seconds: a model or rows that are not there are told before.
-    from emloc_core.emulator import Compression
+    from emloc_core.emulator.compress import Compression
     from emloc_core.model.device import choose_device
 
     if budget is not None:

@@ -23,9 +23,9 @@ def command(spectra: Path, base: str, output: Path, dry_run: bool, as_json: bool
 
     Up to rounding it is the emulator that compress makes at that ratio. An interrupted cut goes on where it stopped.
     """
-    from emloc_core.cut import Cut
+    from emloc_core.emulator.cut import Cut
+    from emloc_core.emulator.spectra import Spectra
     from emloc_core.files.checkpoint import open_checkpoint
-    from emloc_core.spectra import Spectra
 
     job = Cut(Spectra(spectra), open_checkpoint(base), output, validated(CutSettings, settings))
     if dry_run:

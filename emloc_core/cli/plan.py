@@ -14,8 +14,8 @@ from emloc_core.report.table import human_bytes
 from emloc_core.training import COUNTED, COUNTED_FLAGS, TrainSettings
 
 if TYPE_CHECKING:
+    from emloc_core.emulator.ranks import Plan
     from emloc_core.memory import MemoryModel, Need
-    from emloc_core.plan import Plan
 
 
 @click.command("plan")

@@ -11,9 +11,9 @@ from emloc_core.conformance.check import check, require
 from emloc_core.conformance.declaration import linears
 from emloc_core.conformance.forward import logits, observe
 from emloc_core.conformance.tiny import TinyModel
+from emloc_core.emulator.ranks import block_paths
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.lowrank import LowRankLinear, replace_linears
-from emloc_core.plan import block_paths
 
 #: Largest difference of activations and of logits, relative to the largest of them. In fp32, families in the tree are
 #: at most 1e-6 apart.

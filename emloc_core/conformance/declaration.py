@@ -8,9 +8,9 @@ from torch import nn
 
 from emloc_core.conformance.check import Subject, check, require
 from emloc_core.conformance.tiny import TinyModel, on_meta, tiny_config
+from emloc_core.emulator.ranks import block_paths
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
-from emloc_core.plan import block_paths
 
 
 class Declaration(Subject):

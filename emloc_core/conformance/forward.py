@@ -11,10 +11,10 @@ from torch import nn
 from emloc_core.algorithms.factorize import Factors, factorize
 from emloc_core.algorithms.statistics import Gram, forward_hooks, tapped
 from emloc_core.data.tokenize import Sample
-from emloc_core.decompose import Decomposition
+from emloc_core.emulator.decompose import Decomposition
+from emloc_core.emulator.ranks import Plan
 from emloc_core.family import Family
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.plan import Plan
 
 
 @dataclass

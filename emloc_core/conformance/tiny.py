@@ -17,13 +17,13 @@ from emloc_core.conformance.forward import Decomposed, Forward, decompose, obser
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
 from emloc_core.conformance.tuning import Tuned, tune
 from emloc_core.data.tokenize import Sample
-from emloc_core.emulator import Compression
+from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.ranks import Plan, block_paths, find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.merge import Merge
 from emloc_core.model.skeleton import Skeleton, build_model
-from emloc_core.plan import Plan, block_paths, find_linears
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings
 from emloc_core.transfer import Transfer

@@ -14,10 +14,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from emloc_core.conformance import check_family
 from emloc_core.conformance.conditions import under_test
 from emloc_core.conformance.tiny import auto_class, random_model
+from emloc_core.emulator.ranks import find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.model.skeleton import read_config
-from emloc_core.plan import find_linears
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import deduce
 from emloc_core.scaffold.config_arguments import large_sizes, make_config, not_tiny, plain

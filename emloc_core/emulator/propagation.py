@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import ROWS, Gram, cheaper_side, forward_hooks, tapped
+from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
 from emloc_core.model.streaming import Stream
-from emloc_core.plan import LinearPlan
 
 #: a: the ridge, as a share of the mean diagonal of the emulator's Gram. Pulls R towards the identity.
 RIDGE = 0.02

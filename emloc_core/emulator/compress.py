@@ -12,22 +12,22 @@ from pathlib import Path
 import torch
 
 from emloc_core.algorithms.allocation import uniform, wants_spectra
-from emloc_core.cut import Cut, cut_blocks
 from emloc_core.data.rows import CALIBRATION, SELECTION, Row, draw, write_rows
 from emloc_core.data.tokenize import Processing, Sample, encode, load_processing, model_limit
-from emloc_core.decompose import Decomposition, Progress
-from emloc_core.emulator_files import EmulatorFiles
+from emloc_core.emulator.cut import Cut, cut_blocks
+from emloc_core.emulator.decompose import Decomposition, Progress
+from emloc_core.emulator.files import EmulatorFiles
+from emloc_core.emulator.ranks import Plan, allocated, block_paths, find_linears
+from emloc_core.emulator.sensitivity import PROBES
+from emloc_core.emulator.spectra import KIND, Spectra, SpectraFiles, at_largest_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import Output
 from emloc_core.files.shards import remove_damaged, tensor_bytes
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.plan import Plan, allocated, block_paths, find_linears
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.sensitivity import PROBES
 from emloc_core.settings import CompressSettings, CutSettings
-from emloc_core.spectra import KIND, Spectra, SpectraFiles, at_largest_ranks
 
 
 class Compression:

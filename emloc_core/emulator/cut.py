@@ -3,16 +3,16 @@
 from pathlib import Path
 
 from emloc_core.data.rows import copy_kept_rows
-from emloc_core.decompose import Progress
-from emloc_core.emulator_files import EmulatorFiles
+from emloc_core.emulator.decompose import Progress
+from emloc_core.emulator.files import EmulatorFiles
+from emloc_core.emulator.ranks import Plan, allocated, block_paths, find_linears
+from emloc_core.emulator.spectra import Spectra
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import Output
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.plan import Plan, allocated, block_paths, find_linears
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CutSettings
-from emloc_core.spectra import Spectra
 
 
 class Cut:

@@ -14,15 +14,15 @@ import torch
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram, tapped
 from emloc_core.data.tokenize import Sample
+from emloc_core.emulator.propagation import Pairs, emulating, fit_block
+from emloc_core.emulator.ranks import LinearPlan, Plan, block_paths
+from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Forward, Stream
-from emloc_core.plan import LinearPlan, Plan, block_paths
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.propagation import Pairs, emulating, fit_block
-from emloc_core.sensitivity import Arguments, copied, sensitivities
 
 #: Called with a block's path, how many blocks are done, and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -37,7 +37,7 @@ class Store(Protocol):
     def write(self, block: str, factors: Mapping[str, Factors], sensitivities: Mapping[str, float]) -> None:
         """Keep the factors of a block's Linears, by module path; none for a block that no row passes through.
 
-        The sensitivities are there if they were asked for; see :mod:`emloc_core.sensitivity`.
+        The sensitivities are there if they were asked for; see :mod:`emloc_core.emulator.sensitivity`.
         """
 
 
@@ -91,7 +91,7 @@ class Decomposition:
         self._pass([self._forward(sample) for sample in self.samples], store, partial(self._gather, probes))
 
     def propagate(self, store: ReadableStore) -> None:
-        """Factorise on what the emulator so far gives each Linear; see :mod:`emloc_core.propagation`.
+        """Factorise on what the emulator so far gives each Linear; see :mod:`emloc_core.emulator.propagation`.
 
         Raises:
             EmlocError: as :meth:`run`.

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from emloc_core.algorithms.factorize import Factors
+from emloc_core.emulator.propagation import Pairs
+from emloc_core.emulator.ranks import Plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, Checkpoint
 from emloc_core.files.output import write_json
 from emloc_core.files.shards import ShardWriter, read_header, remove_damaged, write_shard
 from emloc_core.lowrank import FORMAT_VERSION, METHOD
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.plan import Plan
-from emloc_core.propagation import Pairs
 
 UNREACHED = "no calibration row passes through it"
 _ERRORS = "emloc.relative_errors"  # in the metadata of a block's shard

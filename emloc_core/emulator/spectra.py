@@ -15,13 +15,13 @@ from safetensors import safe_open
 from emloc_core.algorithms.allocation import Spectrum, largest_rank
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.data.rows import CALIBRATION, SELECTION
-from emloc_core.emulator_files import UNREACHED
+from emloc_core.emulator.files import UNREACHED
+from emloc_core.emulator.ranks import LinearPlan, Plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import hash_files
 from emloc_core.files.output import MANIFEST, read_manifest
 from emloc_core.files.shards import TensorInfo, read_header, remove_damaged, write_shard
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.plan import LinearPlan, Plan
 
 KIND = "spectra"
 _REMEDY = "Make the spectra again: emloc compress --keep-spectra."

@@ -1,0 +1,1 @@
+"""Stage 1: the emulator, from ranks to files."""
