@@ -18,7 +18,7 @@ from emloc_core.budget import parse_bytes
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.files.output import read_toml, write_json
 from emloc_core.settings import CompressSettings, Settings, explain
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.trl import TrainSettings
 
 #: A memory target that depends on the model: what inference on it needs, as in the paper.
 INFERENCE = "inference"

@@ -29,7 +29,7 @@ from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.skeleton import build_model, read_config
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.tracing import Phases, trace_inference, trace_training
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.trl import TrainSettings
 
 #: Python with torch, transformers, PEFT and TRL imported, in bytes: measured on Linux; on a GPU it is not the card's.
 IMPORTS = {"cuda": 0, "cpu": 500_000_000}

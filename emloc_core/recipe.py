@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_toml
 from emloc_core.settings import CompressSettings, CorrectSettings, Settings, explain
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.trl import TrainSettings
 
 #: What is a file by its suffix: rows, and lm-eval's tasks.
 FILES = {".jsonl", ".json", ".parquet", ".yaml", ".yml"}

@@ -13,7 +13,7 @@ from emloc_core.entry import INFERENCE, Entry, read_entry
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.trl import TrainSettings
 
 __all__ = ["Entry", "config_of", "find", "load_entries", "read_entry", "resolve"]
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from emloc_core.family import Family
 from emloc_core.memory import Workload
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.trl import TrainSettings
 
 HEADLINE = Path(__file__).parent / "data" / "internvl2_5_38b" / "config.json"
 TINY = [(family, config) for family in (LLAMA, QWEN, QWEN_MOE, QWEN_VL, INTERNVL) for config in family.tiny_configs]

@@ -23,7 +23,6 @@ from emloc_core.emulator.compress import Compression
 from emloc_core.emulator.ranks import find_linears, make_plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.finetune import FineTuning
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.merge import Merge
 from emloc_core.model.skeleton import Skeleton, build_model
@@ -31,7 +30,8 @@ from emloc_core.model.streaming import Stream
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.scaffold import scaffold
 from emloc_core.settings import CompressSettings
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.train import FineTuning
+from emloc_core.tuning.trl import TrainSettings
 
 TREE = (LLAMA, QWEN, QWEN_MOE, QWEN_VL, INTERNVL)
 TINY = [config for family in TREE for config in family.tiny_configs]

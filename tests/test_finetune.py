@@ -16,15 +16,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
-from emloc_core import finetune as stage
 from emloc_core.adapter import Adapter
 from emloc_core.cli.train import command
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_manifest
-from emloc_core.finetune import FineTuning
-from emloc_core.training import TrainSettings
+from emloc_core.tuning import train as stage
+from emloc_core.tuning.train import FineTuning
+from emloc_core.tuning.trl import TrainSettings
 
 LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 

@@ -21,9 +21,9 @@ from emloc_core.emulator.compress import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import MANIFEST
-from emloc_core.finetune import FineTuning
 from emloc_core.settings import CompressSettings
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.train import FineTuning
+from emloc_core.tuning.trl import TrainSettings
 
 ROW = ask("which colours?", "red and blue.")
 

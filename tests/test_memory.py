@@ -14,15 +14,15 @@ from planned import HEADLINE, TINY, label, workload, write_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core import streamed
-from emloc_core.allocator import give_back
 from emloc_core.budget import LARGEST, advice, largest_ratio, parse_bytes
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_json
-from emloc_core.finetune import FineTuning
 from emloc_core.memory import MemoryModel
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.heap import give_back
+from emloc_core.tuning.train import FineTuning
+from emloc_core.tuning.trl import TrainSettings
 from emloc_core.workload import make_workload
 
 

@@ -18,7 +18,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_json
 from emloc_core.memory import MemoryModel, Need
 from emloc_core.memory_report import memory_figure
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.trl import TrainSettings
 from emloc_core.workload import make_workload
 
 

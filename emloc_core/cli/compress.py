@@ -102,7 +102,7 @@ def _ratio(base: Path, budget: int, batch_size: int | None, data: str, split: st
     """Return the largest ratio whose tuning fits, and say it on stderr."""
     from emloc_core.budget import require_fit
     from emloc_core.memory import MemoryModel
-    from emloc_core.training import TrainSettings
+    from emloc_core.tuning.trl import TrainSettings
     from emloc_core.workload import make_workload
 
     train = TrainSettings(batch_size=batch_size) if batch_size else TrainSettings()

@@ -11,7 +11,7 @@ from emloc_core.budget import Fit, advice, largest_ratio, no_fit, parse_bytes
 from emloc_core.cli.console import as_json, print_json
 from emloc_core.cli.options import options, validated
 from emloc_core.report.table import human_bytes
-from emloc_core.training import COUNTED, COUNTED_FLAGS, TrainSettings
+from emloc_core.tuning.trl import COUNTED, COUNTED_FLAGS, TrainSettings
 
 if TYPE_CHECKING:
     from emloc_core.emulator.ranks import Plan

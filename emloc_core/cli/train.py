@@ -14,10 +14,10 @@ from emloc_core.cli.console import announce, as_json, dry_run, print_json
 from emloc_core.cli.options import options, validated
 from emloc_core.errors import EmlocError
 from emloc_core.report.table import human_bytes
-from emloc_core.training import FLAGS, TrainSettings
+from emloc_core.tuning.trl import FLAGS, TrainSettings
 
 if TYPE_CHECKING:
-    from emloc_core.finetune import FineTuning
+    from emloc_core.tuning.train import FineTuning
 
 
 @click.command("train")
@@ -54,7 +54,7 @@ def command(
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
 
     from emloc_core.files.checkpoint import open_checkpoint
-    from emloc_core.finetune import FineTuning
+    from emloc_core.tuning.train import FineTuning
 
     job = FineTuning(open_checkpoint(model).directory, data, output, chosen, exclude, split)
     if dry_run:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from emloc_core.data.tokenize import Sample
 from emloc_core.errors import EmlocError
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.trl import TrainSettings
 
 STEPS = 2
 _LEARNING_RATE = 1e-2

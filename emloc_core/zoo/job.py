@@ -13,7 +13,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.pipeline import Stage, stages
 from emloc_core.recipe import DataSection, EvalSection, ModelSection, Recipe
 from emloc_core.settings import CompressSettings, CorrectSettings, Settings
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.trl import TrainSettings
 
 #: Raised when a new version of the toolkit gives other bytes for the same inputs: then jobs are done anew.
 BYTES = 1

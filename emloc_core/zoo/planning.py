@@ -78,7 +78,7 @@ def needs(job: Job) -> Needs:
     """
     from emloc_core import streamed
     from emloc_core.memory import MemoryModel
-    from emloc_core.training import TrainSettings
+    from emloc_core.tuning.trl import TrainSettings
     from emloc_core.workload import make_workload
 
     train = job.train or TrainSettings()

@@ -18,7 +18,7 @@ from emloc_core.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
 from emloc_core.registry import Entry, find, load_entries
 from emloc_core.registry import resolve as resolve_preset
 from emloc_core.settings import CompressSettings, CorrectSettings, Settings, explain
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.trl import TrainSettings
 from emloc_core.zoo.job import NAME, Job, slug, unique
 
 

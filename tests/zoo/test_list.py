@@ -15,7 +15,7 @@ from emloc_core.entry import read_entry
 from emloc_core.errors import EmlocError
 from emloc_core.memory import MemoryModel, Workload
 from emloc_core.registry import load_entries
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.trl import TrainSettings
 
 ENTRY = """
 id = "zoo-test/{name}"

@@ -12,7 +12,7 @@ from torch import nn
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family
 from emloc_core.model.skeleton import build_model, read_config
-from emloc_core.training import TrainSettings
+from emloc_core.tuning.trl import TrainSettings
 
 
 def require_linears(config_file: Path, family: Family, settings: TrainSettings, targets: Sequence[str]) -> None:

@@ -21,17 +21,17 @@ from transformers import ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from emloc_core.allocator import give_back
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.data.tokenize import load_processing, model_limit, require_readable
 from emloc_core.errors import EmlocError
-from emloc_core.examples import make_dataset
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import Output, read_json, write_json
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.resume import STATE, newest_checkpoint, remove_incomplete
-from emloc_core.targets import require_linears
-from emloc_core.training import DEFAULT_EPOCHS, TrainSettings
+from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
+from emloc_core.tuning.dataset import make_dataset
+from emloc_core.tuning.heap import give_back
+from emloc_core.tuning.targets import require_linears
+from emloc_core.tuning.trl import DEFAULT_EPOCHS, TrainSettings
 
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs

@@ -1,0 +1,1 @@
+"""Stage 2: an ordinary LoRA, trained on the emulator."""
