@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from emloc_core.adapter import write_adapter
+from emloc_core.adapters.adapter import write_adapter
 from emloc_core.algorithms.lora import Lora
 from emloc_core.emulator.ranks import make_plan
 from emloc_core.files.checkpoint import INDEX, Checkpoint

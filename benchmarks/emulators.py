@@ -33,14 +33,14 @@ def measure(directory: str, calibration: str, allocator: str, seed: int, ratio: 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import emloc_core.lowrank  # noqa: F401 - emulators load from here on
-    from emloc_core.adapter import Adapter
+    from emloc_core.adapters.adapter import Adapter
+    from emloc_core.adapters.correct import Transfer
     from emloc_core.data.rows import load_rows
     from emloc_core.data.tokenize import encode
     from emloc_core.emulator.compress import Compression
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.files.output import TIMING, read_json, read_manifest
     from emloc_core.settings import CompressSettings, CorrectSettings
-    from emloc_core.transfer import Transfer
     from emloc_core.tuning.train import FineTuning
     from emloc_core.tuning.trl import TrainSettings
 

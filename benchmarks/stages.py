@@ -33,10 +33,10 @@ def prepare(work: str) -> dict[str, Any]:
 
 
 def correct(work: str) -> dict[str, Any]:
-    from emloc_core.adapter import Adapter
+    from emloc_core.adapters.adapter import Adapter
+    from emloc_core.adapters.correct import Transfer
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.settings import CorrectSettings
-    from emloc_core.transfer import Transfer
 
     place, base, floor, start = Path(work), Checkpoint(Path(work) / "base"), _floor(), time.perf_counter()
     Transfer(Adapter(place / "adapter"), base, place / "corrected", CorrectSettings(clamp=CLAMP)).run()
@@ -44,9 +44,9 @@ def correct(work: str) -> dict[str, Any]:
 
 
 def merge(work: str) -> dict[str, Any]:
-    from emloc_core.adapter import Adapter
+    from emloc_core.adapters.adapter import Adapter
+    from emloc_core.adapters.merge import Merge
     from emloc_core.files.checkpoint import Checkpoint
-    from emloc_core.merge import Merge
 
     place, base, floor, start = Path(work), Checkpoint(Path(work) / "base"), _floor(), time.perf_counter()
     Merge(Adapter(place / "corrected"), base, place / "merged").run()

@@ -79,7 +79,7 @@ def check_adapters(systems: Sequence[System], cache_dir: Path) -> None:
         EmlocError: a corrected adapter stands for an uncorrected one or the reverse, one of them cannot be carried
             over, or an adapter was made for another model.
     """
-    from emloc_core.adapter import Adapter
+    from emloc_core.adapters.adapter import Adapter
     from emloc_core.files.checkpoint import Checkpoint
 
     for system in systems:
@@ -194,7 +194,7 @@ def _specs(tasks: Sequence[str], cache_dir: Path) -> list[TaskSpec]:
 
 
 def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
-    from emloc_core.adapter import CONFIG
+    from emloc_core.adapters.adapter import CONFIG
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.plugins.manager import plugin_manager
 
@@ -219,7 +219,7 @@ def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
 
 
 def _request(systems: Sequence[System], specs: Sequence[TaskSpec], cache_dir: Path) -> dict[str, Any]:
-    from emloc_core.adapter import fingerprint
+    from emloc_core.adapters.adapter import fingerprint
     from emloc_core.files.checkpoint import Checkpoint
 
     _check(systems, specs)

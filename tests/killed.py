@@ -9,7 +9,7 @@ from collections.abc import Callable
 #: computed would wait for ever for threads that it does not have.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["emloc_core.emulator.compress", "emloc_core.transfer", "emloc_core.merge", "emloc_core.tuning.train", "peft",
+    ["emloc_core.emulator.compress", "emloc_core.adapters.correct", "emloc_core.adapters.merge", "emloc_core.tuning.train", "peft",
      "trl.trainer.sft_trainer", "transformers.models.llama.modeling_llama", "pytest"]
 )  # fmt: skip
 

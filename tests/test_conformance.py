@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.models.llama import modeling_llama as llama
 
-from emloc_core.adapter import WEIGHTS
+from emloc_core.adapters.adapter import WEIGHTS
 from emloc_core.conformance import check_family, checks
 from emloc_core.conformance.check import check
 from emloc_core.conformance.tuning import Tuned

@@ -14,7 +14,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from emloc_core.adapter import Adapter
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.merge import Merge
 from emloc_core.conformance import check_family
 from emloc_core.conformance.activations import deviation
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
@@ -24,7 +25,6 @@ from emloc_core.emulator.ranks import find_linears, make_plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.lowrank import LowRankLinear
-from emloc_core.merge import Merge
 from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.manager import plugin_manager

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
-from emloc_core.adapter import Adapter
+from emloc_core.adapters.adapter import Adapter
 from emloc_core.cli.train import command
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode

@@ -9,13 +9,13 @@ from test_transfer import make_adapter
 from transformers import AutoModelForCausalLM
 
 import emloc_core.algorithms.factorize
-from emloc_core.adapter import Adapter
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.correct import Transfer
+from emloc_core.adapters.merge import Merge
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compression
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.merge import Merge
 from emloc_core.settings import CompressSettings, CorrectSettings
-from emloc_core.transfer import Transfer
 
 
 def make(stage, base, source, output):

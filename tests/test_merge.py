@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from test_transfer import TARGETS, make_adapter, make_emulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from emloc_core import merge as merging
-from emloc_core.adapter import Adapter
+from emloc_core.adapters import merge as merging
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.merge import Merge
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.shards import read_header
-from emloc_core.merge import Merge
 
 
 def merge(adapter, base, output, **options):

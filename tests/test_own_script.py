@@ -11,12 +11,12 @@ from conftest import example_rows, write_jsonl
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from emloc_core.adapter import Adapter
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.correct import Transfer
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CorrectSettings
-from emloc_core.transfer import Transfer
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "train_with_your_own_script.py"
 TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

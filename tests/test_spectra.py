@@ -15,7 +15,8 @@ from test_transfer import make_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import emloc_core.algorithms.factorize
-from emloc_core.adapter import Adapter
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.correct import Transfer
 from emloc_core.algorithms.allocation import largest_rank, uniform
 from emloc_core.cli import cli
 from emloc_core.cli.options import validated
@@ -32,7 +33,6 @@ from emloc_core.lowrank import LowRankLinear
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.report.table import human_seconds
 from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings
-from emloc_core.transfer import Transfer
 
 SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, allocator="uniform")
 SHARD = "spectra-00002-of-00003.safetensors"

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
-from emloc_core.adapter import WEIGHTS, Adapter, config_problems
+from emloc_core.adapters.adapter import WEIGHTS, Adapter, config_problems
+from emloc_core.adapters.correct import Transfer, choose
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compression
@@ -19,7 +20,6 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.settings import CompressSettings, CorrectSettings
-from emloc_core.transfer import Transfer, choose
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

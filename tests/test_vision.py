@@ -19,16 +19,16 @@ from vision_models import internvl_processor, picture, picture_rows, qwen_proces
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 import emloc_core.tuning.train as stage
-from emloc_core.adapter import Adapter
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.correct import Transfer
+from emloc_core.adapters.merge import Merge
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode, load_processing
 from emloc_core.emulator.compress import Compression
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.memory import MemoryModel
-from emloc_core.merge import Merge
 from emloc_core.settings import CompressSettings, CorrectSettings
-from emloc_core.transfer import Transfer
 from emloc_core.tuning.train import FineTuning
 from emloc_core.tuning.trl import TrainSettings
 from emloc_core.workload import make_workload

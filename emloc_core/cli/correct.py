@@ -34,11 +34,11 @@ def command(
 
     ADAPTER is left as it was; the result is a plain PEFT LoRA for the base.
     """
-    from emloc_core.adapter import Adapter
+    from emloc_core.adapters.adapter import Adapter
+    from emloc_core.adapters.correct import Transfer
     from emloc_core.files.checkpoint import open_checkpoint
     from emloc_core.files.output import read_manifest
     from emloc_core.model.device import choose_device
-    from emloc_core.transfer import Transfer
 
     chosen = validated(CorrectSettings, settings)
     job = Transfer(

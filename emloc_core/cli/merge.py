@@ -26,9 +26,9 @@ def command(
 
     Written shard by shard; tensors without a LoRA keep their bytes, and every tensor keeps its name.
     """
-    from emloc_core.adapter import Adapter
+    from emloc_core.adapters.adapter import Adapter
+    from emloc_core.adapters.merge import Merge
     from emloc_core.files.checkpoint import open_checkpoint
-    from emloc_core.merge import Merge
 
     job = Merge(
         Adapter(adapter),

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from emloc_core.adapter import WEIGHTS, Adapter
+from emloc_core.adapters.adapter import WEIGHTS, Adapter
 from emloc_core.conformance.activations import statistics
 from emloc_core.conformance.check import check, require
 from emloc_core.conformance.tiny import TinyModel

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import emloc_core.lowrank  # noqa: F401 - from here on transformers can load an emulator
-from emloc_core.adapter import Adapter
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.correct import Transfer
+from emloc_core.adapters.merge import Merge
 from emloc_core.conformance.check import Subject
 from emloc_core.conformance.forward import Decomposed, Forward, decompose, observe
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
@@ -22,11 +24,9 @@ from emloc_core.emulator.ranks import Plan, block_paths, find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.merge import Merge
 from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings
-from emloc_core.transfer import Transfer
 
 RATIO = 0.5
 _NOISE = 0.1  # of weights, beside how the model initialises them

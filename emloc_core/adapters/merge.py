@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from emloc_core.adapter import Adapter
+from emloc_core.adapters.adapter import Adapter
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc_core.adapter import CORRECTED, Adapter, write_adapter
+from emloc_core.adapters.adapter import CORRECTED, Adapter, write_adapter
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
 from emloc_core.algorithms.statistics import forward_hooks
