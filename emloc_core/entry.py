@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from emloc_core.budget import parse_bytes
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.files.output import read_toml, write_json
+from emloc_core.memory.budget import parse_bytes
 from emloc_core.settings import CompressSettings, Settings, explain
 from emloc_core.tuning.trl import TrainSettings
 

@@ -78,9 +78,9 @@ def resolve(entry: Entry, name: str = "default", device: str = "cuda") -> tuple[
     preset = entry.preset(name)
     if preset.ratio is not None:
         return preset.settings(preset.ratio)
-    from emloc_core.budget import parse_bytes, require_fit
-    from emloc_core.memory import MemoryModel
-    from emloc_core.workload import make_workload
+    from emloc_core.memory.budget import parse_bytes, require_fit
+    from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.workload import make_workload
 
     assert preset.memory is not None  # a preset has the one or the other
     with entry.config_file() as file:

@@ -10,7 +10,7 @@ from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from transformers import AutoConfig
 
 from emloc_core.family import Family
-from emloc_core.memory import Workload
+from emloc_core.memory.model import Workload
 from emloc_core.tuning.trl import TrainSettings
 
 HEADLINE = Path(__file__).parent / "data" / "internvl2_5_38b" / "config.json"

@@ -17,7 +17,7 @@ from emloc_core.adapters.adapter import WEIGHTS
 from emloc_core.conformance import check_family, checks
 from emloc_core.conformance.check import check
 from emloc_core.conformance.tuning import Tuned
-from emloc_core.memory import MemoryModel
+from emloc_core.memory.model import MemoryModel
 from emloc_core.plugins.manager import manager as plugins
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.testing import conformance_tests

@@ -13,17 +13,17 @@ from peft import get_peft_model
 from planned import HEADLINE, TINY, label, workload, write_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emloc_core import streamed
-from emloc_core.budget import LARGEST, advice, largest_ratio, parse_bytes
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_json
-from emloc_core.memory import MemoryModel
+from emloc_core.memory.budget import LARGEST, advice, largest_ratio, parse_bytes
+from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.model import stages as streamed
+from emloc_core.memory.workload import make_workload
 from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.train import FineTuning
 from emloc_core.tuning.trl import TrainSettings
-from emloc_core.workload import make_workload
 
 
 def test_sizes_are_parsed() -> None:

@@ -16,10 +16,10 @@ from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_json
-from emloc_core.memory import MemoryModel, Need
-from emloc_core.memory_report import memory_figure
+from emloc_core.memory.model import MemoryModel, Need
+from emloc_core.memory.show import memory_figure
+from emloc_core.memory.workload import make_workload
 from emloc_core.tuning.trl import TrainSettings
-from emloc_core.workload import make_workload
 
 
 def run(*arguments: str | Path) -> Result:

@@ -12,12 +12,12 @@ from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from planned import PICTURED, label, workload, write_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-import emloc_core.memory
+import emloc_core.memory.model
 import emloc_core.tuning.train
 from emloc_core.family import Family
-from emloc_core.memory import MemoryModel, Need, Workload
+from emloc_core.memory.model import MemoryModel, Need, Workload
+from emloc_core.memory.tracing import Ledger, Phases
 from emloc_core.model.image_shape import image_shape
-from emloc_core.tracing import Ledger, Phases
 from emloc_core.tuning.train import FineTuning
 from emloc_core.tuning.trl import TrainSettings
 
@@ -182,7 +182,7 @@ def test_few_blocks_extended_equal_all_blocks(
     few = needs()
     if images and not checkpointing:  # else what DeepStack adds to the first blocks would not be seen
         assert few[-1].phase == "language forward"
-    monkeypatch.setattr(emloc_core.memory, "_TRACED", 100)
+    monkeypatch.setattr(emloc_core.memory.model, "_TRACED", 100)
     whole = needs()
     if settings["model_type"] == "qwen2_5_vl":  # the numbers that say where windows end are fewer without windows
         assert [need.total for need in few] == pytest.approx([need.total for need in whole], abs=64)

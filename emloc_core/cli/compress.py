@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 from click.core import ParameterSource
 
-from emloc_core.budget import parse_bytes
 from emloc_core.cli.console import announce, as_json, dry_run, print_json, progress
 from emloc_core.cli.options import device as device_option
 from emloc_core.cli.options import options, validated
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import TIMING, read_json
+from emloc_core.memory.budget import parse_bytes
 from emloc_core.report.table import human_bytes, human_seconds
 from emloc_core.report.towers import place, short_names
 from emloc_core.settings import CompressSettings
@@ -100,10 +100,10 @@ def _budget(memory: str | None, batch_size: int | None) -> tuple[int | None, int
 
 def _ratio(base: Path, budget: int, batch_size: int | None, data: str, split: str, settings: CompressSettings) -> float:
     """Return the largest ratio whose tuning fits, and say it on stderr."""
-    from emloc_core.budget import require_fit
-    from emloc_core.memory import MemoryModel
+    from emloc_core.memory.budget import require_fit
+    from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.workload import make_workload
     from emloc_core.tuning.trl import TrainSettings
-    from emloc_core.workload import make_workload
 
     train = TrainSettings(batch_size=batch_size) if batch_size else TrainSettings()
     file = base / "config.json"

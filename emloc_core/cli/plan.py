@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from emloc_core.budget import Fit, advice, largest_ratio, no_fit, parse_bytes
 from emloc_core.cli.console import as_json, print_json
 from emloc_core.cli.options import options, validated
+from emloc_core.memory.budget import Fit, advice, largest_ratio, no_fit, parse_bytes
 from emloc_core.report.table import human_bytes
 from emloc_core.tuning.trl import COUNTED, COUNTED_FLAGS, TrainSettings
 
 if TYPE_CHECKING:
     from emloc_core.emulator.ranks import Plan
-    from emloc_core.memory import MemoryModel, Need
+    from emloc_core.memory.model import MemoryModel, Need
 
 
 @click.command("plan")
@@ -61,10 +61,10 @@ def command(
     image_size = settings.pop("image_size")
     train = validated(TrainSettings, settings)
 
-    from emloc_core.memory import MemoryModel
+    from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.workload import make_workload
     from emloc_core.model.image_shape import parse_size
     from emloc_core.registry import config_of
-    from emloc_core.workload import make_workload
 
     size = parse_size(image_size) if image_size is not None else None
     with config_of(model, with_tokenizer=data is not None) as config_file:
@@ -73,7 +73,7 @@ def command(
         )
         planned = _plan(model, MemoryModel(config_file, workload), budget, ratio)
     if figure:
-        from emloc_core.memory_report import memory_figure
+        from emloc_core.memory.show import memory_figure
 
         memory_figure(figure, planned.needs, planned.budget)
     if as_json:
@@ -132,7 +132,7 @@ class _Planned:
         }
 
     def print(self) -> None:
-        from emloc_core.memory_report import print_memory
+        from emloc_core.memory.show import print_memory
 
         said = self.describe()
         work, weights, parameters = said["workload"], said["weight_bytes"], said["parameters"]
@@ -170,7 +170,7 @@ class _Planned:
 
 
 def _plan(name: str, model: "MemoryModel", budget: int | None, ratio: float | None) -> _Planned:
-    from emloc_core import streamed
+    from emloc_core.memory.model import stages as streamed
 
     inference = model.inference()
     allowed = inference.total if budget is None else budget

@@ -12,7 +12,7 @@ from emloc_core.conformance.check import check, require
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.tuning import STEPS
 from emloc_core.files.output import read_object
-from emloc_core.memory import MemoryModel, Workload
+from emloc_core.memory.model import MemoryModel, Workload
 
 #: As far as two roads to one fp32 weight or activation may lie apart: relative to the largest number, and absolute.
 RELATIVE, ABSOLUTE = 1e-5, 1e-6

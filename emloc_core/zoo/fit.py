@@ -64,9 +64,9 @@ def fit(
     Raises:
         EmlocError: there is no such preset, or the model does not suit the workload.
     """
-    from emloc_core.budget import largest_ratio
-    from emloc_core.memory import MemoryModel
-    from emloc_core.workload import make_workload
+    from emloc_core.memory.budget import largest_ratio
+    from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.workload import make_workload
 
     chosen = entry.preset(preset)
     _, train = chosen.settings(0.5)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 from click.core import ParameterSource
 
-from emloc_core.budget import parse_bytes
 from emloc_core.cli.console import as_json, dry_run, print_json, progress
 from emloc_core.cli.options import options, validated
 from emloc_core.errors import EmlocError
+from emloc_core.memory.budget import parse_bytes
 from emloc_core.report.table import human_bytes, human_seconds
 from emloc_core.settings import CompressSettings
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from emloc_core.budget import parse_bytes
 from emloc_core.cli.console import as_json, print_json, progress
 from emloc_core.cli.zoo.entries import more_entries, print_table
+from emloc_core.memory.budget import parse_bytes
 from emloc_core.report.table import human_bytes
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import Sample, load_processing, model_limit, tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import read_config_json
-from emloc_core.memory import Workload
+from emloc_core.memory.model import Workload
 from emloc_core.model.image_shape import image_shape
 from emloc_core.model.skeleton import read_config
 from emloc_core.plugins.manager import plugin_manager

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emloc_core.memory import TERMS, Need
+from emloc_core.memory.model import TERMS, Need
 from emloc_core.report.figure import COLOURS
 from emloc_core.report.table import human_bytes
 

@@ -9,7 +9,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.report.table import human_bytes
 
 if TYPE_CHECKING:
-    from emloc_core.memory import MemoryModel, Need
+    from emloc_core.memory.model import MemoryModel, Need
 
 #: Ratios are searched in hundredths.
 LARGEST = 0.99

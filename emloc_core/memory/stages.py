@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from emloc_core.emulator.ranks import LinearPlan, Plan, block_paths
-from emloc_core.memory import IMPORTS, RUNTIME, MemoryModel, Need
+from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel, Need
 
 #: Rows that calibration parks at every block by default (``emloc compress --samples``).
 SAMPLES = 64

@@ -1,7 +1,7 @@
 """What every stage needs, in bytes, from the config alone: no weights, no network. ``docs/memory.md`` has the terms.
 
 Weights, LoRA, gradients, optimiser states and the cache of keys and values are counted exactly. Activations and logits
-are those of the real step, followed storage by storage (:mod:`emloc_core.tracing`). The blocks of a tower are alike,
+are those of the real step, followed storage by storage (:mod:`emloc_core.memory.tracing`). The blocks of a tower are alike,
 so few of them are traced, at two depths, and the peak of every phase is extended linearly to all of them.
 """
 
@@ -25,10 +25,10 @@ from emloc_core.errors import EmlocError, first_line, typed_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.lowrank import replace_linears
+from emloc_core.memory.tracing import Phases, trace_inference, trace_training
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.skeleton import build_model, read_config
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.tracing import Phases, trace_inference, trace_training
 from emloc_core.tuning.trl import TrainSettings
 
 #: Python with torch, transformers, PEFT and TRL imported, in bytes: measured on Linux; on a GPU it is not the card's.

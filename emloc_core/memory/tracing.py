@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from emloc_core.fake import fake, fake_inputs, fused_tiles, without_contents
+from emloc_core.memory.fake import fake, fake_inputs, fused_tiles, without_contents
 
 #: Bytes by kind: weights, adapter, gradients, kv_cache, logits, activations (all else).
 Composition = Counter[str]

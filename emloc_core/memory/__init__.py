@@ -1,0 +1,1 @@
+"""What every stage needs, from the config alone."""
