@@ -20,10 +20,10 @@ from emloc_llama import LLAMA
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from emloc_core import evaluate_system
 from emloc_core.cli import main
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compression
+from emloc_core.evaluation import system as evaluate_system
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CompressSettings
 
@@ -123,7 +123,7 @@ def run_here(command: Sequence[str], **options: Any) -> subprocess.CompletedProc
     out, err = (io.StringIO(), io.StringIO()) if captured else (sys.stderr, sys.stderr)
     with mock.patch.object(sys, "argv", ["emloc", *arguments]), redirect_stdout(out), redirect_stderr(err):
         try:
-            code = evaluate_system.main(*arguments) if module == "emloc_core.evaluate_system" else main()
+            code = evaluate_system.main(*arguments) if module == "emloc_core.evaluation.system" else main()
         except SystemExit as exit:
             code = exit.code
     said = (out.getvalue(), err.getvalue()) if captured else ("", "")

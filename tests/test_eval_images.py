@@ -24,12 +24,12 @@ from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import tokenize
 from emloc_core.emulator.compress import Compression
 from emloc_core.errors import EmlocError
-from emloc_core.eval_tasks import find_task, load_task
-from emloc_core.evaluate import System, canonical_systems, evaluate, plan
-from emloc_core.evaluate_system import load_system, run_tasks
+from emloc_core.evaluation.evaluate import System, canonical_systems, evaluate, plan
+from emloc_core.evaluation.multimodal_lm import ImageTextLM
+from emloc_core.evaluation.new_task import write_task
+from emloc_core.evaluation.system import load_system, run_tasks
+from emloc_core.evaluation.tasks import find_task, load_task
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.multimodal_lm import ImageTextLM
-from emloc_core.new_task import write_task
 from emloc_core.settings import CompressSettings
 
 MODELS = {"internvl": (INTERNVL, internvl_processor), "qwen2_5_vl": (QWEN_VL, qwen_processor)}

@@ -11,9 +11,9 @@ from conftest import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.errors import EmlocError
-from emloc_core.eval_tasks import TaskSpec, find_task, load_task
-from emloc_core.evaluate_system import load_system, run_tasks
-from emloc_core.new_task import write_task
+from emloc_core.evaluation.new_task import write_task
+from emloc_core.evaluation.system import load_system, run_tasks
+from emloc_core.evaluation.tasks import TaskSpec, find_task, load_task
 
 
 def metrics_of(model_directory, task, adapter=None, **settings):

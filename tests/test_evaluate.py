@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from test_eval_tasks import completions, direct_nll, metrics_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from emloc_core import evaluate as evaluation
 from emloc_core.cli.eval import command
 from emloc_core.errors import EmlocError
-from emloc_core.eval_tasks import find_task
-from emloc_core.evaluate import System, canonical_systems, check_adapters, evaluate
-from emloc_core.evaluate_system import load_system
+from emloc_core.evaluation import evaluate as evaluation
+from emloc_core.evaluation.evaluate import System, canonical_systems, check_adapters, evaluate
+from emloc_core.evaluation.new_task import write_task
+from emloc_core.evaluation.system import load_system
+from emloc_core.evaluation.tasks import find_task
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.new_task import write_task
 
 
 @pytest.fixture(scope="module")

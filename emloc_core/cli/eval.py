@@ -8,10 +8,10 @@ import rich_click as click
 
 from emloc_core.cli.console import announce, as_json, dry_run, print_json
 from emloc_core.errors import EmlocError
-from emloc_core.new_task import KINDS
+from emloc_core.evaluation.new_task import KINDS
 
 if TYPE_CHECKING:
-    from emloc_core.evaluate import System
+    from emloc_core.evaluation.evaluate import System
 
 _DIRECTORY = click.Path(path_type=Path)
 
@@ -55,7 +55,7 @@ def command(
     if new_task is not None:
         _write_task(new_task, data, output)
         return
-    from emloc_core.evaluate import canonical_systems, check_adapters, evaluate, plan
+    from emloc_core.evaluation.evaluate import canonical_systems, check_adapters, evaluate, plan
     from emloc_core.report.table import table as report
 
     directories = {name: settings.pop(name) for name in ("emulator", "adapter", "corrected", "merged", "full_lora")}
@@ -83,7 +83,7 @@ def command(
 
 
 def _write_task(kind: str, data: Path | None, output: Path) -> None:
-    from emloc_core.new_task import write_task
+    from emloc_core.evaluation.new_task import write_task
 
     if data is None:
         raise EmlocError("--new-task needs rows to ask about.", "Add --data FILE.")
@@ -97,7 +97,7 @@ def _model(text: str) -> Path:
 
 
 def _system(text: str) -> "System":
-    from emloc_core.evaluate import System
+    from emloc_core.evaluation.evaluate import System
 
     name, equals, place = text.partition("=")
     if not name or not equals or not place:

@@ -137,7 +137,7 @@ def _task_fingerprint(task: str, cache_dir: Path) -> str:
     """Return a hash of a task's file, its functions and its data; a bundled task: its name."""
     if not Path(task).is_file():
         return task
-    from emloc_core.eval_tasks import find_task
+    from emloc_core.evaluation.tasks import find_task
 
     try:
         return find_task(task, cache_dir).digest

@@ -14,7 +14,7 @@ from lm_eval.models.hf_vlms import HFMultimodalLM
 from torch.nn import functional
 
 from emloc_core.errors import EmlocError
-from emloc_core.eval_images import PLACEHOLDER
+from emloc_core.evaluation.images import PLACEHOLDER
 
 #: Token ids that the model is fed after a prompt, and the answers that its logits score: place in the requests, ids.
 _Scored = tuple[tuple[int, ...], list[tuple[int, list[int]]]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emloc_core.data.rows import Row, load_rows
 from emloc_core.errors import EmlocError
-from emloc_core.eval_images import PLACEHOLDER, read_table
+from emloc_core.evaluation.images import PLACEHOLDER, read_table
 
 #: The kinds of task for rows with images: each has the template of a kind for rows of text.
 IMAGE_KINDS = {"image_choice": "choice", "image_nll": "completion_nll", "image_question": "generation"}

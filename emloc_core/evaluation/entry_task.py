@@ -1,7 +1,7 @@
 """What a task file that an entry of the registry brings may say: lm-eval would run a stranger's code for much else.
 
 Functions, metrics of the hub and prompts in other files are code, or become code; they are refused, with every key
-that is not known to be data. Templates are rendered in a sandbox, see :func:`emloc_core.eval_tasks.load_task`.
+that is not known to be data. Templates are rendered in a sandbox, see :func:`emloc_core.evaluation.tasks.load_task`.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.eval_tasks import LOCAL_FORMATS, data_files, named_functions, read_task, with_absolute_data
+from emloc_core.evaluation.tasks import LOCAL_FORMATS, data_files, named_functions, read_task, with_absolute_data
 
 _KEYS = {
     "task", "task_alias", "tag", "dataset_path", "dataset_name", "dataset_kwargs", "training_split",

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from emloc_core.errors import EmlocError, did_you_mean, typed_line
-from emloc_core.eval_images import find_pictures, hash_pictures, picture_directory, shows_pictures
+from emloc_core.evaluation.images import find_pictures, hash_pictures, picture_directory, shows_pictures
 from emloc_core.files.checkpoint import hash_files
 
 #: Loaders that ``datasets`` brings along; any other ``dataset_path`` is a data set of the hub, or a directory.
@@ -60,7 +60,7 @@ def load_task(spec: TaskSpec) -> list[Any]:
 
     Raises:
         EmlocError: lm-eval refuses the file, or the data cannot be fetched. When requests of a task with images are
-            built, as :func:`emloc_core.eval_images.find_pictures` says.
+            built, as :func:`emloc_core.evaluation.images.find_pictures` says.
     """
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml  # no public loader resolves `!function` and lets data_files be set

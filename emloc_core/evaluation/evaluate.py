@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.eval_tasks import TaskSpec, find_task
-from emloc_core.evaluate_system import USER_ERROR
+from emloc_core.evaluation.system import USER_ERROR
+from emloc_core.evaluation.tasks import TaskSpec, find_task
 from emloc_core.files.output import Output, read_json, read_manifest, write_json
 from emloc_core.report.table import COSTS, ORDER
 
@@ -254,7 +254,7 @@ def _run(system: System, specs: Sequence[TaskSpec], settings: Mapping[str, Any],
     }
     log = result.with_suffix(".log")
     with log.open("wb") as stream:
-        command = [sys.executable, "-m", "emloc_core.evaluate_system", str(job)]
+        command = [sys.executable, "-m", "emloc_core.evaluation.system", str(job)]
         code = subprocess.run(command, env=environment, stdout=stream, stderr=stream, check=False).returncode
     lines = log.read_text("utf-8", errors="replace").strip().splitlines()
     last = lines[-1] if lines else "no word of why"

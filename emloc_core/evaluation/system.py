@@ -1,4 +1,4 @@
-"""Evaluates one system in this process: ``python -m emloc_core.evaluate_system JOB``, as ``evaluate`` runs it.
+"""Evaluates one system in this process: ``python -m emloc_core.evaluation.system JOB``, as ``evaluate`` runs it.
 
 One system a process, so that its peak memory is its own. The job is a JSON file that says what to do and where the
 result goes. Exit code 2 and one line on stderr: the user can mend it.
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError, first_line
-from emloc_core.eval_images import shows_pictures
-from emloc_core.eval_tasks import TaskSpec, is_conversational, load_task
+from emloc_core.evaluation.images import shows_pictures
+from emloc_core.evaluation.tasks import TaskSpec, is_conversational, load_task
 from emloc_core.files.meter import Meter
 from emloc_core.files.output import read_json, write_json
 
@@ -148,7 +148,7 @@ def _lm(model: Any, processing: Any, images: bool, batch_size: int) -> Any:
     """Return lm-eval's model for tasks that all show images, or that all show none."""
     from lm_eval.models.huggingface import HFLM
 
-    from emloc_core.multimodal_lm import ImageTextLM
+    from emloc_core.evaluation.multimodal_lm import ImageTextLM
 
     if images:
         return ImageTextLM(model, tokenizer=processing, softmax_dtype="float32", batch_size=batch_size)
