@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from emloc_core.cli import cli
 from emloc_core.data.rows import CALIBRATION, SELECTION, load_rows
-from emloc_core.recipe import load_recipe
+from emloc_core.recipe.recipe import load_recipe
 
 SMALL = ["--samples", "8", "--selection", "4"]
 

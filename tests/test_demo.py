@@ -14,7 +14,7 @@ from emloc_demo.tasks import fields
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.tasks import find_task, load_task
-from emloc_core.recipe import load_recipe
+from emloc_core.recipe.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")

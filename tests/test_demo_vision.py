@@ -34,8 +34,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from emloc_core.cli import main
 from emloc_core.data.rows import CALIBRATION, SELECTION, load_rows, without
 from emloc_core.files.output import MANIFEST, read_json
-from emloc_core.pipeline import stages, summarise
-from emloc_core.recipe import load_recipe
+from emloc_core.recipe.recipe import load_recipe
+from emloc_core.recipe.run import stages, summarise
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import pytest
 
 from emloc_core.errors import EmlocError
-from emloc_core.pipeline import stages
-from emloc_core.recipe import load_recipe
+from emloc_core.recipe.recipe import load_recipe
+from emloc_core.recipe.run import stages
 
 RECIPE = """
 [model]

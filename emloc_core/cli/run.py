@@ -9,8 +9,8 @@ from emloc_core.cli.console import as_json, dry_run, print_json
 from emloc_core.report.table import human_bytes
 
 if TYPE_CHECKING:
-    from emloc_core.pipeline import Stage
-    from emloc_core.recipe import Recipe
+    from emloc_core.recipe.recipe import Recipe
+    from emloc_core.recipe.run import Stage
 
 
 @click.command("run")
@@ -24,8 +24,8 @@ def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bo
 
     A stage is skipped when its output is there and was made from the same inputs; an interrupted one goes on.
     """
-    from emloc_core.pipeline import fit, run_recipe
-    from emloc_core.recipe import load_recipe
+    from emloc_core.recipe.recipe import load_recipe
+    from emloc_core.recipe.run import fit, run_recipe
 
     if dry_run:
         _describe(fit(load_recipe(recipe, overrides)), as_json)
@@ -55,7 +55,7 @@ def show(results: dict, directory: Path) -> None:
 
 
 def _describe(recipe: "Recipe", as_json: bool) -> None:
-    from emloc_core.pipeline import sizes, stages
+    from emloc_core.recipe.run import sizes, stages
 
     planned = stages(recipe)
     first = sizes(recipe)

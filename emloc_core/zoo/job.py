@@ -10,8 +10,8 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from emloc_core.errors import EmlocError
-from emloc_core.pipeline import Stage, stages
-from emloc_core.recipe import DataSection, EvalSection, ModelSection, Recipe
+from emloc_core.recipe.recipe import DataSection, EvalSection, ModelSection, Recipe
+from emloc_core.recipe.run import Stage, stages
 from emloc_core.settings import CompressSettings, CorrectSettings, Settings
 from emloc_core.tuning.trl import TrainSettings
 

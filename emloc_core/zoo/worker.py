@@ -17,7 +17,7 @@ from types import FrameType
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import write_json
-from emloc_core.pipeline import Stage
+from emloc_core.recipe.run import Stage
 from emloc_core.zoo.engine import OUTCOME, PARENT, Outcome, read_outcome
 from emloc_core.zoo.faults import classify, describe, ended, exit_code, memory_kills
 from emloc_core.zoo.job import Job

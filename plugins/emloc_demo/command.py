@@ -40,8 +40,8 @@ def run(recipe: Path, explain: Callable[[dict[str, Any]], str], *, prepare_only:
         click.echo(f"{recipe}  (run it: emloc run {recipe})")
         return
     from emloc_core.cli.run import announce_stage, show
-    from emloc_core.pipeline import run_recipe
-    from emloc_core.recipe import load_recipe
+    from emloc_core.recipe.recipe import load_recipe
+    from emloc_core.recipe.run import run_recipe
 
     results = run_recipe(recipe, announce=announce_stage)
     show(results, Path(load_recipe(recipe).output))
