@@ -10,12 +10,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from emloc_core.cli.console import progress
-from emloc_core.entry import Entry
 from emloc_core.memory.budget import largest_ratio
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.stages import compress
 from emloc_core.memory.workload import make_workload
-from emloc_core.registry import load_entries
+from emloc_core.registry.entry import Entry
+from emloc_core.registry.registry import load_entries
 from emloc_core.report.table import human_bytes
 
 PAGE = Path(__file__).parent / "models.md"

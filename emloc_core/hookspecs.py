@@ -89,7 +89,7 @@ def emloc_registry() -> "Sequence[Path]":  # type: ignore[empty-body]
     """Bring entries of the registry: models that are planned and converted by name. Asked when entries are needed.
 
     Returns:
-        Paths of entries, TOML files as ``emloc_core.registry.Entry`` describes them, or of directories of them. Ids are
+        Paths of entries, TOML files as ``emloc_core.registry.registry.Entry`` describes them, or of directories of them. Ids are
         unique among all plugins.
     """
 

@@ -16,13 +16,12 @@ from click.testing import CliRunner
 from torch import nn
 from transformers import AutoConfig
 
-from emloc_core import registry
 from emloc_core.cli import cli
-from emloc_core.entry import Entry, Parameters, Preset, read_entry
 from emloc_core.errors import EmlocError
 from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import PluginManager, plugin_manager
-from emloc_core.registry import find, load_entries, resolve
+from emloc_core.registry.entry import Entry, Parameters, Preset, read_entry
+from emloc_core.registry.registry import find, load_entries, registry, resolve
 
 ENTRIES = load_entries()
 
@@ -309,7 +308,7 @@ def test_dynamic_rotary_embeddings_are_planned_as_the_default(write: Callable[..
 
 
 def test_nothing_heavy_is_imported() -> None:
-    script = "import sys, emloc_core.registry as r; r.load_entries(); print('torch' in sys.modules)"
+    script = "import sys, emloc_core.registry.registry as r; r.load_entries(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -29,7 +29,9 @@ def test_families_and_plugins_are_in_the_wheel(environment, tmp_path):
 
 
 def test_the_registry_is_in_the_wheel(environment, tmp_path):
-    script = "from emloc_core.registry import load_entries; print(*{entry.file.parent for entry in load_entries()})"
+    script = (
+        "from emloc_core.registry.registry import load_entries; print(*{entry.file.parent for entry in load_entries()})"
+    )
     directory = Path(environment.run("python", "-c", script, cwd=tmp_path).strip())
     assert directory.is_relative_to(environment.directory)
     entries = Path(__file__).parent.parent / "registry"

@@ -64,7 +64,7 @@ def command(
     from emloc_core.memory.model import MemoryModel
     from emloc_core.memory.workload import make_workload
     from emloc_core.model.image_shape import parse_size
-    from emloc_core.registry import config_of
+    from emloc_core.registry.registry import config_of
 
     size = parse_size(image_size) if image_size is not None else None
     with config_of(model, with_tokenizer=data is not None) as config_file:

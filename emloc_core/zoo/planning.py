@@ -111,7 +111,7 @@ def _config(job: Job) -> Iterator[Path]:
     """Give the ``config.json`` that a job's stages will read."""
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.plugins.manager import plugin_manager
-    from emloc_core.registry import config_of
+    from emloc_core.registry.registry import config_of
 
     if not Path(job.model).is_dir():
         with config_of(job.model.partition("@")[0]) as file:

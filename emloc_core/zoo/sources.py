@@ -15,8 +15,8 @@ from emloc_core.errors import EmlocError
 from emloc_core.evaluation.entry_task import require_data_alone
 from emloc_core.files.output import read_toml
 from emloc_core.recipe.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
-from emloc_core.registry import Entry, find, load_entries
-from emloc_core.registry import resolve as resolve_preset
+from emloc_core.registry.registry import Entry, find, load_entries
+from emloc_core.registry.registry import resolve as resolve_preset
 from emloc_core.settings import CompressSettings, CorrectSettings, Settings, explain
 from emloc_core.tuning.trl import TrainSettings
 from emloc_core.zoo.job import NAME, Job, slug, unique

@@ -10,11 +10,11 @@ from click.testing import CliRunner
 from processes import planning_here
 
 from emloc_core.cli import cli
-from emloc_core.entry import read_entry
 from emloc_core.errors import EmlocError
 from emloc_core.memory.budget import largest_ratio
 from emloc_core.memory.model import MemoryModel, Workload
-from emloc_core.registry import load_entries
+from emloc_core.registry.entry import read_entry
+from emloc_core.registry.registry import load_entries
 from emloc_core.tuning.trl import TrainSettings
 
 ENTRY = """

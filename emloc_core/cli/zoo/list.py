@@ -17,7 +17,7 @@ def command(pattern: str, registry: tuple[Path, ...], as_json: bool) -> None:
 
     PATTERN is an id, its part behind the organisation, or a glob of either, in quotes: 'model-*'.
     """
-    from emloc_core.registry import find, load_entries
+    from emloc_core.registry.registry import find, load_entries
 
     entries = find(pattern, load_entries(registry))
     if as_json:

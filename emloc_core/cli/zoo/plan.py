@@ -11,7 +11,7 @@ from emloc_core.memory.budget import parse_bytes
 from emloc_core.report.table import human_bytes
 
 if TYPE_CHECKING:
-    from emloc_core.zoo.fit import EntryFit
+    from emloc_core.registry.fit import EntryFit
 
 
 @click.command("plan")
@@ -44,8 +44,8 @@ def command(
     budget = parse_bytes(memory) if memory is not None else None
 
     from emloc_core.errors import EmlocError
-    from emloc_core.registry import find, load_entries
-    from emloc_core.zoo.fit import EntryFit, fit
+    from emloc_core.registry.fit import EntryFit, fit
+    from emloc_core.registry.registry import find, load_entries
 
     entries = find(pattern, load_entries(registry))
     planned: list[EntryFit] = []

@@ -9,7 +9,7 @@ from emloc_core.cli.console import as_json, print_json
 from emloc_core.cli.zoo.entries import more_entries
 
 if TYPE_CHECKING:
-    from emloc_core.entry import Entry
+    from emloc_core.registry.entry import Entry
 
 
 @click.command("show")
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def command(model: str, registry: tuple[Path, ...], as_json: bool) -> None:
     """Show all that the registry says of one model, and where each figure was published."""
     from emloc_core.errors import EmlocError
-    from emloc_core.registry import find, load_entries
+    from emloc_core.registry.registry import find, load_entries
 
     entry, *others = find(model, load_entries(registry))
     if others:

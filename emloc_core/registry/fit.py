@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from emloc_core.entry import Entry
+from emloc_core.registry.entry import Entry
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The registry: models that are planned and converted by name, from entries (:mod:`emloc_core.entry`).
+"""The registry: models that are planned and converted by name, from entries (:mod:`emloc_core.registry.entry`).
 
 They come from the package itself, from plugins, and from files of the user. Imports no torch.
 """
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from emloc_core.entry import INFERENCE, Entry, read_entry
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.registry.entry import INFERENCE, Entry, read_entry
 from emloc_core.settings import CompressSettings
 from emloc_core.tuning.trl import TrainSettings
 

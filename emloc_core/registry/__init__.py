@@ -1,0 +1,1 @@
+"""Known models, their published numbers, and what fits."""
