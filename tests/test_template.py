@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
-from emloc_core.new_family import write_plugin
+from emloc_core.scaffold.package import write_plugin
 
 #: How Phi3 differs from the template: Linears that Llama has apart are fused, and groups are of one Linear each.
 PHI3_GROUPS = {

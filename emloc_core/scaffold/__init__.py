@@ -1,1 +1,1 @@
-"""Drafts the declaration of an unknown architecture from its config and one forward of a tiny model."""
+"""Drafting the declaration of a new family."""

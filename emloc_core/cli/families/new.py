@@ -34,7 +34,7 @@ def command(name: str, model_types: tuple[str, ...], model: str | None, output: 
     It holds the declaration, tests, pyproject.toml and a README. A decoder needs no edit if its blocks are model.layers
     and hold self_attn.{q,k,v,o}_proj and mlp.{gate,up,down}_proj.
     """
-    from emloc_core.new_family import write_plugin
+    from emloc_core.scaffold.package import write_plugin
 
     directory = output or Path(f"emloc-{name}".replace("_", "-"))
     draft = _draft(model) if model else None
