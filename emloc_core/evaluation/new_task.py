@@ -59,7 +59,7 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
         choices = _choices(rows, data)
         values["CHOICES"] = json.dumps(choices)
         values["INDEX"] = json.dumps(f"{{{{ {json.dumps(choices)}.index({answer}) }}}}")
-    content = files("emloc_core").joinpath("task_templates", f"{template}.yaml").read_text("utf-8")
+    content = files("emloc_core.evaluation").joinpath("templates", f"{template}.yaml").read_text("utf-8")
     if not column:
         content = re.sub(r"doc_to_image:.*\n", "", content)
     content = re.sub(r"@([A-Z]+)@", lambda match: values[match.group(1)], content)

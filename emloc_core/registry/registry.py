@@ -17,8 +17,9 @@ from emloc_core.tuning.trl import TrainSettings
 
 __all__ = ["Entry", "config_of", "find", "load_entries", "read_entry", "resolve"]
 
+_HERE = Path(__file__).parent
 #: Where the package's entries lie: in a wheel, and in a checkout.
-_PACKAGED = (Path(__file__).parent / "registry_entries", Path(__file__).parent.parent / "registry")
+_PACKAGED = (_HERE / "entries", _HERE.parents[1] / "registry")
 _GLOB = re.compile(r"[*?\[]")
 
 
