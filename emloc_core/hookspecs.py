@@ -48,8 +48,8 @@ def emloc_rank_allocators() -> "dict[str, Callable[..., Any]]":  # type: ignore[
     Returns:
         By name, ``f(shapes, ratio) -> ranks``, asked before anything is computed, or ``f(shapes, ratio, spectra) ->
         ranks``, asked when the whole model has been decomposed. ``shapes`` is the (out_features, in_features) of every
-        Linear, ``ratio`` the share of parameters to keep, in (0, 1), ``spectra`` an ``emloc_core.algorithms.allocation.Spectrum``
-        a Linear; ``ranks`` an int of at least 1 a Linear.
+        Linear, ``ratio`` the share of parameters to keep, in (0, 1), ``spectra`` an
+        ``emloc_core.algorithms.Spectrum`` per Linear; ``ranks`` an int of at least 1 per Linear.
     """
 
 
@@ -58,9 +58,9 @@ def emloc_factorizers() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
     """Offer factorisations of a weight, which ``compress`` finds by ``--factorizer``. Asked when one is needed.
 
     Returns:
-        By name, ``f(weight, gram, rank) -> Factors``, as ``emloc_core.algorithms.factorize.factorize``. ``weight`` is (m, n),
-        ``gram`` an ``emloc_core.algorithms.statistics.Gram`` of the inputs or of the outputs, ``rank`` an int k; the factors are
-        (m, k), with orthonormal columns, and (k, n).
+        By name, ``f(weight, gram, rank) -> Factors``, as ``emloc_core.algorithms.factorize.factorize``. ``weight``
+        is (m, n), ``gram`` an ``emloc_core.algorithms.Gram`` of the inputs or of the outputs, ``rank`` an int k; the
+        factors are (m, k), with orthonormal columns, and (k, n).
     """
 
 
@@ -69,9 +69,9 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
     """Offer corrections of a LoRA, which ``correct`` finds by ``--method``. Asked when one is needed.
 
     Returns:
-        By name, ``f(weight, u, v, lora, clamps) -> loras``, as ``emloc_core.algorithms.correction.correct_lora``. ``weight`` is
-        the base's, (m, n), ``u`` (m, k) and ``v`` (k, n) are the emulator's factors, ``lora`` is an
-        ``emloc_core.algorithms.lora.Lora``; a list of one Lora for every clamp is returned.
+        By name, ``f(weight, u, v, lora, clamps) -> loras``, as ``emloc_core.algorithms.correction.correct_lora``.
+        ``weight`` is the base's, (m, n), ``u`` (m, k) and ``v`` (k, n) are the emulator's factors, ``lora`` is an
+        ``emloc_core.algorithms.Lora``; a list of one Lora for every clamp is returned.
     """
 
 
@@ -89,8 +89,8 @@ def emloc_registry() -> "Sequence[Path]":  # type: ignore[empty-body]
     """Bring entries of the registry: models that are planned and converted by name. Asked when entries are needed.
 
     Returns:
-        Paths of entries, TOML files as ``emloc_core.registry.registry.Entry`` describes them, or of directories of them. Ids are
-        unique among all plugins.
+        Paths of entries, TOML files as ``emloc_core.registry.entry.Entry`` describes them, or of directories of them.
+        Ids are unique among all plugins.
     """
 
 

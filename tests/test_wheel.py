@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -34,5 +35,5 @@ def test_the_registry_is_in_the_wheel(environment, tmp_path):
     )
     directory = Path(environment.run("python", "-c", script, cwd=tmp_path).strip())
     assert directory.is_relative_to(environment.directory)
-    entries = Path(__file__).parent.parent / "registry"
+    entries = ROOT / "registry"
     assert {file.name for file in directory.glob("*.toml")} == {file.name for file in entries.glob("*.toml")}

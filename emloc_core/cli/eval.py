@@ -56,7 +56,7 @@ def command(
         _write_task(new_task, data, output)
         return
     from emloc_core.evaluation.evaluate import canonical_systems, check_adapters, evaluate, plan
-    from emloc_core.report.table import table as report
+    from emloc_core.report import table as report
 
     directories = {name: settings.pop(name) for name in ("emulator", "adapter", "corrected", "merged", "full_lora")}
     canonical = canonical_systems(base=_model(base) if base else None, **directories)

@@ -170,7 +170,7 @@ class _Planned:
 
 
 def _plan(name: str, model: "MemoryModel", budget: int | None, ratio: float | None) -> _Planned:
-    from emloc_core.memory.model import stages as streamed
+    from emloc_core.memory import stages as streamed
 
     inference = model.inference()
     allowed = inference.total if budget is None else budget

@@ -44,7 +44,7 @@ def announce_stage(index: int, total: int, stage: "Stage") -> None:
 
 def show(results: dict, directory: Path) -> None:
     """Print the table and what it says."""
-    from emloc_core.report.table import table as report
+    from emloc_core.report import table as report
 
     if "systems" in results:
         report.print_table(results["systems"], results["metrics"])

@@ -294,7 +294,7 @@ def _combine(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _publish(staging: Path, results: dict[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> None:
-    from emloc_core.report.table import table as report
+    from emloc_core.report import table as report
 
     write_json(staging / RESULTS, results)
     table = report.markdown(results["systems"], results["metrics"])

@@ -1,8 +1,8 @@
 """What every stage needs, in bytes, from the config alone: no weights, no network. ``docs/memory.md`` has the terms.
 
 Weights, LoRA, gradients, optimiser states and the cache of keys and values are counted exactly. Activations and logits
-are those of the real step, followed storage by storage (:mod:`emloc_core.memory.tracing`). The blocks of a tower are alike,
-so few of them are traced, at two depths, and the peak of every phase is extended linearly to all of them.
+are those of the real step, followed storage by storage (:mod:`emloc_core.memory.tracing`). The blocks of a tower are
+alike, so few of them are traced, at two depths, and the peak of every phase is extended linearly to all of them.
 """
 
 import copy

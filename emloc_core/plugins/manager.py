@@ -304,7 +304,7 @@ def _broken(report: PluginReport, error: BaseException) -> PluginReport:
 @cache
 def plugin_manager() -> PluginManager:
     """Return the process's plugin manager, with the built-in algorithms and every installed plugin loaded."""
-    from emloc_core.plugins.manager import builtin as algorithms
+    from emloc_core.plugins import builtin as algorithms
 
     manager = PluginManager()
     manager.register(algorithms, name="emloc_core")

@@ -166,8 +166,8 @@ def _ask(*argv: str) -> dict[str, Any]:
 
 def summarise(recipe: Recipe, planned: list[Stage]) -> dict[str, Any]:
     """Write ``results.json``, ``table.md`` and ``figure.png`` beside the stages' directories; return the results."""
+    from emloc_core.report import table as report
     from emloc_core.report.figure import figure
-    from emloc_core.report.table import table as report
 
     root = Path(recipe.output)
     manifests = {stage.name: read_json(stage.output / MANIFEST) for stage in planned}

@@ -76,8 +76,8 @@ def needs(job: Job) -> Needs:
     checkpoint; a full LoRA like the first, where it is the upper bound of an evaluation; the model rewritten, where it
     has to be; and its download, unless the hub's cache has (part of) it.
     """
+    from emloc_core.memory import stages as streamed
     from emloc_core.memory.model import MemoryModel
-    from emloc_core.memory.model import stages as streamed
     from emloc_core.memory.workload import make_workload
     from emloc_core.tuning.trl import TrainSettings
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import zoos
-from chromium import Page
+from support import zoos
+from support.chromium import Page
 
 from emloc_core.zoo.engine import Outcome
 from emloc_core.zoo.report import PAGE, write_report

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import planning_here
 from ray.cluster_utils import Cluster
+from support.processes import planning_here
 
 import emloc_core.zoo.cluster
 from emloc_core.cli import cli

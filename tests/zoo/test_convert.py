@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import pytest
 from click.testing import CliRunner
-from processes import drive, files, is_gone, planning_here, until, workers_of
+from support.processes import drive, files, is_gone, planning_here, until, workers_of
 
 from emloc_core.cli import cli
 from emloc_core.zoo.engine import Needs

@@ -5,7 +5,7 @@ import shutil
 import signal
 
 import pytest
-from processes import WaitingEngine, drive, driver, is_gone, until, wait, waiting, workers_of
+from support.processes import WaitingEngine, drive, driver, is_gone, until, wait, waiting, workers_of
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import hash_files

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from processes import planning_here
+from support.processes import planning_here
 
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError

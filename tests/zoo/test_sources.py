@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from internvl_chat import InternVLChat, chat_config, randomise, save_source, text_config
-from processes import drive, files, plan_here
+from support.internvl_chat import InternVLChat, chat_config, randomise, save_source, text_config
+from support.processes import drive, files, plan_here
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint

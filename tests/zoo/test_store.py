@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from click.testing import CliRunner
-from processes import wait, waiting
+from support.processes import wait, waiting
 
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError

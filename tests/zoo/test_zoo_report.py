@@ -6,8 +6,8 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-import zoos
 from click.testing import CliRunner
+from support import zoos
 
 from emloc_core.cli.zoo import report as command
 from emloc_core.errors import EmlocError

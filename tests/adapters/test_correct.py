@@ -1,0 +1,212 @@
+"""Stage 3 on a real directory: adapters in, adapters out."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from support.adapters import TARGETS, make_adapter, make_emulator
+from support.rows import write_jsonl
+from transformers import AutoModelForCausalLM
+
+import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+from emloc_core.adapters.adapter import WEIGHTS, Adapter, config_problems
+from emloc_core.adapters.correct import Transfer, choose
+from emloc_core.algorithms.lora import Lora
+from emloc_core.data.rows import load_rows
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import read_manifest
+from emloc_core.settings import CorrectSettings
+
+
+@pytest.fixture(scope="module")
+def emulator(tiny_model, rows_file, tmp_path_factory):
+    return make_emulator(tiny_model, rows_file, tmp_path_factory.mktemp("transfer") / "emulator")
+
+
+@pytest.fixture(scope="module")
+def adapter(emulator, tmp_path_factory):
+    return make_adapter(emulator, tmp_path_factory.mktemp("transfer") / "adapter")
+
+
+def correct(adapter, base, output, clamp="none", **options):
+    job = Transfer(Adapter(adapter), Checkpoint(base), output, CorrectSettings(clamp=clamp), **options)
+    return job.run()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_alpha": 2},  # scale 0.5
+        {"lora_alpha": 4},  # scale 1
+        {"lora_alpha": 8},  # scale 2
+        {"lora_alpha": 4, "use_rslora": True},
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6}, "alpha_pattern": {"down_proj": 3}},
+    ],
+)
+def test_unclamped_the_base_answers_as_the_tuned_emulator_on_the_loras_subspace(
+    tiny_model, emulator, tmp_path, options
+):
+    trained = make_adapter(emulator, tmp_path / "adapter", **options)
+    corrected = correct(trained, tiny_model, tmp_path / "corrected")
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(emulator, dtype="auto"), trained)
+    carried = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto"), corrected)
+    checked = 0
+    with torch.no_grad():
+        for path, module in tuned.named_modules():
+            if path.rpartition(".")[2] in TARGETS and "lora" not in path:
+                inputs = module.lora_A["default"].weight  # rows span the subspace
+                expected, actual = module(inputs), carried.get_submodule(path)(inputs)
+                assert torch.allclose(actual, expected, atol=1e-5 * float(expected.abs().max()) + 1e-6), path
+                checked += 1
+    assert checked == 21
+
+
+def test_keys_are_those_of_a_lora_trained_on_the_base(tiny_model, adapter, tmp_path):
+    on_base = make_adapter(tiny_model, tmp_path / "on_base")
+    corrected = correct(adapter, tiny_model, tmp_path / "corrected")
+    shapes = [
+        {key: tuple(tensor.shape) for key, tensor in load_file(directory / WEIGHTS).items()}
+        for directory in (on_base, adapter, corrected)
+    ]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_correcting_twice_is_refused_even_without_the_manifest(tiny_model, emulator, adapter, tmp_path):
+    corrected = correct(adapter, tiny_model, tmp_path / "corrected")
+    with pytest.raises(EmlocError, match="corrected already"):
+        correct(corrected, tiny_model, tmp_path / "twice", emulator=emulator)
+    (corrected / "emloc.json").unlink()
+    with pytest.raises(EmlocError, match="corrected already"):
+        correct(corrected, tiny_model, tmp_path / "twice", emulator=emulator)
+    assert not (tmp_path / "twice").exists()
+
+
+def test_the_input_is_left_as_it_was(tiny_model, adapter, tmp_path):
+    before = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
+    correct(adapter, tiny_model, tmp_path / "corrected", clamp="auto")
+    assert {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()} == before
+
+
+def test_auto_reports_the_true_losses_and_keeps_the_best(tiny_model, emulator, adapter, tmp_path):
+    corrected = correct(adapter, tiny_model, tmp_path / "corrected", clamp="auto")
+    result = read_manifest(corrected)["result"]
+    candidates = {row["clamp"]: row["nll"] for row in result["candidates"]}
+    assert list(candidates) == [0, 0.3, 1, 3]
+    rows = load_rows(str(emulator / "selection.jsonl"))
+    from transformers import AutoTokenizer
+
+    from emloc_core.data.tokenize import encode
+
+    samples = encode(rows, AutoTokenizer.from_pretrained(tiny_model))
+    for clamp, reported in candidates.items():
+        fixed = correct(adapter, tiny_model, tmp_path / f"fixed{clamp}", clamp=clamp)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto"), fixed)
+        total = tokens = 0.0
+        with torch.no_grad():
+            for sample in samples:
+                inputs = sample.inputs("cpu")
+                log_probs = model(**inputs).logits[0, :-1].log_softmax(-1)
+                picked = log_probs.gather(1, inputs["input_ids"][0, 1:, None])[:, 0]
+                mask = torch.tensor(sample.completion_mask[1:], dtype=torch.bool)
+                total -= float(picked[mask].sum())
+                tokens += int(mask.sum())
+        assert reported == pytest.approx(total / tokens, abs=1e-5), clamp
+    if result["clamp"] != 0:
+        assert candidates[result["clamp"]] == min(candidates.values())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, [], [None], [Lora(torch.zeros(1, 2), torch.zeros(2, 1), 1.0)]],
+)
+def test_a_correction_that_gives_no_loras_is_named(tiny_model, adapter, tmp_path, answer):
+    job = Transfer(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(clamp=1.0))
+    job.correct = lambda *_: answer
+    with pytest.raises(EmlocError, match=r"correction 'emloc' gave no LoRA .* on model\.layers\.0\.mlp\."):
+        job.run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_correction_that_raises_is_named(tiny_model, adapter, tmp_path):
+    job = Transfer(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(clamp=1.0))
+    job.correct = lambda *_: 1 // 0
+    with pytest.raises(EmlocError, match=r"correction 'emloc', on model\.layers\.0\.\S+, failed \(ZeroDivisionError: "):
+        job.run()
+
+
+def test_uncorrected_is_kept_bit_for_bit(tiny_model, adapter, tmp_path):
+    kept = correct(adapter, tiny_model, tmp_path / "kept", clamp=0)
+    before, after = load_file(adapter / WEIGHTS), load_file(kept / WEIGHTS)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [([1.0, 1.1, 0.9, 1.0], 1), ([1.0, -1.0, 2.0, -1.9], 0), ([-1.0, -1.0, -1.0, -1.0], 0), ([0.0] * 4, 0)],
+)
+def test_a_candidate_must_beat_uncorrected_by_more_than_chance(gains, expected):
+    sums = torch.stack([torch.full((4,), 10.0), 10.0 - torch.tensor(gains)])
+    assert choose(torch.stack([sums, torch.ones_like(sums)], -1)) == expected
+
+
+def test_another_base_is_refused(tiny_model, adapter, tmp_path):
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1e-3
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EmlocError, match="another base"):
+        correct(adapter, other, tmp_path / "out")
+
+
+def test_another_emulator_is_refused(tiny_model, adapter, tmp_path):
+    trained = shutil.copytree(adapter, tmp_path / "adapter")
+    manifest = {"kind": "adapter", "request": {"model": "0" * 64}, "result": {}}
+    (trained / "emloc.json").write_text(json.dumps(manifest))
+    with pytest.raises(EmlocError, match="another emulator"):
+        correct(trained, tiny_model, tmp_path / "out")
+
+
+def test_an_adapter_of_the_base_itself_needs_no_correction(tiny_model, tmp_path):
+    on_base = make_adapter(tiny_model, tmp_path / "on_base")
+    with pytest.raises(EmlocError, match="no emulator"):
+        correct(on_base, tiny_model, tmp_path / "out")
+
+
+def test_auto_without_held_out_rows_says_what_to_do(tiny_model, emulator, adapter, tmp_path):
+    bare = shutil.copytree(emulator, tmp_path / "emulator")
+    (bare / "selection.jsonl").unlink()
+    with pytest.raises(EmlocError, match="--selection"):
+        correct(adapter, tiny_model, tmp_path / "out", clamp="auto", emulator=bare)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "animal: cat.", "completion": " a red cat runs."}])
+    done = correct(adapter, tiny_model, tmp_path / "out", clamp="auto", emulator=bare, selection=rows)
+    assert read_manifest(done)["result"]["candidates"][0]["rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True), ("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa"), ("bias", "all"),
+        ("init_lora_weights", "olora"), ("lora_bias", True), ("trainable_token_indices", [3]),
+        ("peft_type", "IA3"), ("a_field_of_tomorrow", 1), ("kasa_config", {"beta": 1}), ("layer_replication", [[0, 2]]),
+    ],
+)  # fmt: skip
+def test_what_is_not_known_to_be_safe_is_refused(adapter, field, value):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config_problems(config) == []
+    problems = config_problems({**config, field: value})
+    assert len(problems) == 1
+    assert str(value if field == "peft_type" else field) in problems[0]
+
+
+def test_nan_in_an_adapter_names_the_tensor(tiny_model, adapter, tmp_path):
+    spoilt = shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = load_file(spoilt / WEIGHTS)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, spoilt / WEIGHTS)
+    with pytest.raises(EmlocError, match=r"up_proj\.lora_B\.weight"):
+        correct(spoilt, tiny_model, tmp_path / "out")

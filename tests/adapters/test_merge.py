@@ -1,0 +1,172 @@
+"""Merging equals PEFT's, shard by shard, and leaves everything else as it was."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from emloc_llama import LLAMA
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from support.adapters import TARGETS, make_adapter, make_emulator
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from emloc_core.adapters import merge as merging
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.merge import Merge
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.shards import read_header
+
+
+def merge(adapter, base, output, **options):
+    return Merge(Adapter(adapter), Checkpoint(base), output, **options).run()
+
+
+def peft_merged(base, adapter):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
+    return model.merge_and_unload().eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"up_proj": 1}}])
+@pytest.mark.parametrize("rows_bytes", [1000, merging._ROWS_BYTES])
+def test_equals_merge_and_unload(tiny_model, tmp_path, monkeypatch, rows_bytes, options):
+    monkeypatch.setattr(merging, "_ROWS_BYTES", rows_bytes)
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", **options)
+    merged = merge(adapter, tiny_model, tmp_path / "merged")
+    expected = peft_merged(tiny_model, adapter).state_dict()
+    actual = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").state_dict()
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.allclose(actual[key], tensor, atol=1e-6), key
+
+
+def test_untouched_tensors_keep_their_bytes_and_their_place(tiny_model, tmp_path):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=["q_proj"])
+    merged = merge(adapter, tiny_model, tmp_path / "merged")
+    before, after = (load_file(directory / "model.safetensors") for directory in (tiny_model, merged))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {f"model.layers.{index}.self_attn.q_proj.weight" for index in range(3)}
+    assert list(read_header(merged / "model.safetensors")[0]) == list(read_header(tiny_model / "model.safetensors")[0])
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (merged / name).read_bytes() == (tiny_model / name).read_bytes()
+    AutoTokenizer.from_pretrained(merged)
+
+
+def test_a_sharded_half_precision_checkpoint_keeps_shards_and_dtype(tiny_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base", max_shard_size="40kB")
+    base = Checkpoint(tmp_path / "base")
+    assert len(base.shards) > 1
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", size=0.2)
+    merged = merge(adapter, tmp_path / "base", tmp_path / "merged")
+    assert [shard.name for shard in Checkpoint(merged).shards] == [shard.name for shard in base.shards]
+    expected = peft_merged(tmp_path / "base", adapter).state_dict()
+    actual = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").state_dict()
+    for key, tensor in expected.items():
+        assert actual[key].dtype == torch.bfloat16
+        assert torch.allclose(actual[key].float(), tensor.float(), atol=0.02, rtol=0.01), key
+
+
+@pytest.mark.parametrize(("dtype", "value", "size"), [("float16", 65504, 9e3), ("float32", float("nan"), 0.05)])
+def test_a_weight_that_is_no_number_or_does_not_fit_its_dtype_is_refused(tiny_model, tmp_path, dtype, value, size):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, dtype))
+    model.model.layers[1].mlp.up_proj.weight.data[3] = value
+    model.save_pretrained(tmp_path / "base", max_shard_size="40kB")  # the other shards are written beside it
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["up_proj"], size=size)
+    with pytest.raises(EmlocError, match=r"merged model\.layers\.1\.mlp\.up_proj\.weight holds NaN or Inf"):
+        merge(adapter, tmp_path / "base", tmp_path / "merged")
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def tied_base(tmp_path):
+    options = dict(LLAMA.tiny_configs[0]) | {"tie_word_embeddings": True}
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    base = tied_base(tmp_path)
+    merged = merge(make_adapter(base, tmp_path / "adapter"), base, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in Checkpoint(merged).tensors
+
+
+def test_a_lora_on_a_tied_head_changes_the_head_alone(tmp_path):
+    base = tied_base(tmp_path)
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["lm_head"], size=0.3)
+    merged = AutoModelForCausalLM.from_pretrained(merge(adapter, base, tmp_path / "merged"), dtype="auto").eval()
+    original = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+    wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter).eval()
+    ids = torch.tensor([[1, 9, 30, 44, 80]])
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, wrapped(ids).logits, atol=1e-5)
+        assert not torch.allclose(merged(ids).logits, original(ids).logits, atol=1e-2)
+    assert torch.equal(merged.model.embed_tokens.weight, original.model.embed_tokens.weight)
+
+
+def test_an_adapter_of_another_architecture_is_refused(tiny_model, tmp_path):
+    options = dict(LLAMA.tiny_configs[0]) | {"hidden_size": 48}
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
+    adapter = make_adapter(tmp_path / "wide", tmp_path / "adapter")
+    with pytest.raises(EmlocError, match="is for a weight of shape"):
+        merge(adapter, tiny_model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_stored_copy_of_a_tied_head_takes_the_update(tmp_path):
+    base = tied_base(tmp_path)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["lm_head"], size=0.3)
+    merged = merge(adapter, base, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    delta = Adapter(adapter).loras["lm_head"].delta()
+    assert torch.allclose(model.lm_head.weight, tensors["lm_head.weight"] + delta, atol=1e-6)
+    assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+
+
+def test_a_quantised_base_is_refused(tiny_model, tmp_path):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EmlocError, match="quantised"):
+        merge(adapter, base, tmp_path / "merged")
+
+
+def test_an_adapter_of_a_model_that_is_not_here_is_refused_unless_asked_for(tiny_model, tmp_path):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "moved/away"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(EmlocError, match="nobody can tell"):
+        merge(adapter, tiny_model, tmp_path / "merged")
+    assert merge(adapter, tiny_model, tmp_path / "merged", allow_uncorrected=True).is_dir()
+
+
+def test_an_uncorrected_adapter_of_another_base_is_refused_even_if_asked_for(tiny_model, rows_file, tmp_path):
+    emulator = make_emulator(tiny_model, rows_file, tmp_path / "emulator")
+    adapter = make_adapter(emulator, tmp_path / "adapter")
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1e-3
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EmlocError, match="another base"):
+        merge(adapter, other, tmp_path / "merged", allow_uncorrected=True)
+
+
+def test_an_uncorrected_adapter_is_refused_unless_asked_for(tiny_model, rows_file, tmp_path):
+    emulator = make_emulator(tiny_model, rows_file, tmp_path / "emulator")
+    adapter = make_adapter(emulator, tmp_path / "adapter")
+    with pytest.raises(EmlocError, match="not corrected"):
+        merge(adapter, tiny_model, tmp_path / "merged")
+    merged = merge(adapter, tiny_model, tmp_path / "merged", allow_uncorrected=True)
+    config = json.loads((merged / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert len(TARGETS) * 3 == len(
+        {key for key in Checkpoint(merged).tensors if key.rpartition(".")[0].rpartition(".")[2] in TARGETS}
+    )

@@ -1,0 +1,138 @@
+"""The factorisation against the reference's outputs, the textbook method, and its own identities."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from support.paths import FIXTURES
+
+from emloc_core.algorithms.factorize import Factors, factorize
+from emloc_core.algorithms.statistics import Gram, cheaper_side, symmetric_product
+from emloc_core.errors import EmlocError
+
+DATA = FIXTURES
+GOLDEN = load_file(DATA / "emloc_reference_vectors.safetensors")
+CASES = json.loads((DATA / "emloc_reference_vectors.json").read_text())
+
+
+def gram_of(weight: torch.Tensor, inputs: torch.Tensor, side: str, dtype: torch.dtype = torch.float64) -> Gram:
+    m, n = weight.shape
+    gram = Gram(side, m if side == "output" else n, dtype)
+    gram.add(inputs.double() @ weight.T.double() if side == "output" else inputs)
+    return gram
+
+
+def output_error(weight: torch.Tensor, factors: Factors, inputs: torch.Tensor) -> float:
+    inputs, weight = inputs.double(), weight.double()
+    exact = inputs @ weight.T
+    return float((exact - inputs @ factors.v.double().T @ factors.u.double().T).norm() / exact.norm())
+
+
+def textbook_error(weight: torch.Tensor, inputs: torch.Tensor, rank: int) -> float:
+    """Relative output error of the best rank-k approximation of the outputs, from their singular values."""
+    values = torch.linalg.svdvals(inputs.double() @ weight.T.double())
+    return float(values[rank:].norm() / values.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_equal_those_of_the_reference(case, side, dtype):
+    weight, inputs = GOLDEN[f"{case}.weight"], GOLDEN[f"{case}.inputs"]
+    factors = factorize(weight, gram_of(weight, inputs, side, dtype), CASES[case]["rank"])
+    reference = inputs.double() @ GOLDEN[f"{case}.emulated_weight"].T.double()
+    ours = inputs.double() @ factors.v.double().T @ factors.u.double().T
+    assert (ours - reference).norm() / reference.norm() <= 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error_from_the_spectrum_is_the_true_error(case):
+    weight, inputs, rank = GOLDEN[f"{case}.weight"], GOLDEN[f"{case}.inputs"], CASES[case]["rank"]
+    factors = factorize(weight, gram_of(weight, inputs, cheaper_side(*weight.shape)), rank)
+    assert factors.relative_error() == pytest.approx(output_error(weight, factors, inputs), abs=1e-6)
+    assert factors.relative_error() == pytest.approx(CASES[case]["relative_output_error"], abs=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 24),
+    n=st.integers(1, 24),
+    tokens=st.integers(1, 60),
+    share=st.floats(0, 1),
+    side=st.sampled_from(["input", "output"]),
+    outlier=st.sampled_from([1.0, 1e4]),
+    seed=st.integers(0, 2**16),
+)
+def test_error_is_the_least_possible(m, n, tokens, share, side, outlier, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(tokens, n, generator=generator, dtype=torch.float64)
+    inputs[:, 0] *= outlier
+    rank = 1 + int(share * (min(m, n) - 1))
+    factors = factorize(weight, gram_of(weight, inputs, side), rank)
+    assert factors.u.shape == (m, rank)
+    assert factors.v.shape == (rank, n)
+    assert torch.allclose(factors.u.T @ factors.u, torch.eye(rank, dtype=torch.float64), atol=1e-8)
+    assert output_error(weight, factors, inputs) <= textbook_error(weight, inputs, rank) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("side", "decay", "dtype"),
+    [
+        # With the eigenvectors of the whole matrix in fp32, these two are 1.002 times the least error.
+        ("input", 6, torch.float32),
+        ("output", 6, torch.float32),
+        ("input", 20, torch.float64),  # without what dominates, too, the rounding is more than what is cut off
+    ],
+)
+def test_fp32_serves_as_far_as_it_resolves_what_is_cut_off(side, decay, dtype):
+    """Two directions that dominate, as those of massive activations do, and a spectrum that falls."""
+    generator = torch.Generator().manual_seed(0)
+    place = torch.arange(1, 301) / 300
+    weight = torch.randn(320, 300, generator=generator)
+    inputs = torch.randn(900, 300, generator=generator) * ((-decay * place).exp() / place).sqrt()
+    inputs[:, :2] *= 10
+    factors = factorize(weight, gram_of(weight, inputs, side, torch.float32), 120)
+    least = factorize(weight, gram_of(weight, inputs, side), 120).relative_error()
+    assert factors.u.dtype == dtype
+    assert output_error(weight, factors, inputs) <= 1.0005 * least
+    assert torch.allclose(factors.u.T @ factors.u, torch.eye(120).to(factors.u), atol=1e-5)
+
+
+def test_columns_that_depend_on_each_other_do_not_break_the_input_side():
+    weight = torch.randn(30, 8) @ torch.randn(8, 12)  # of rank 8: Cholesky of W^T W fails or is noise
+    inputs = torch.randn(100, 12)
+    factors = factorize(weight, gram_of(weight, inputs, "input", torch.float32), 8)
+    assert output_error(weight, factors, inputs) <= 1e-5
+    assert torch.allclose(factors.u.T @ factors.u, torch.eye(8).to(factors.u), atol=1e-5)
+
+
+def test_a_symmetric_product_over_several_blocks_is_the_product():
+    rows = torch.randn(40, 1100, dtype=torch.float64)
+    assert torch.allclose(symmetric_product(rows), rows.T @ rows, atol=1e-12)
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 20), (20, 12), (16, 16)])
+def test_full_rank_is_the_weight_itself(m, n):
+    weight, inputs = torch.randn(m, n), torch.randn(50, n)
+    factors = factorize(weight, gram_of(weight, inputs, cheaper_side(m, n)), min(m, n))
+    assert torch.allclose((factors.u @ factors.v).float(), weight, atol=1e-5)
+
+
+def test_one_spectrum_serves_every_rank():
+    weight, inputs = torch.randn(16, 16), torch.randn(100, 16)
+    gram = gram_of(weight, inputs, "output")
+    whole = factorize(weight, gram, 16)
+    for rank in (1, 5, 11):
+        assert whole.relative_error(rank) == pytest.approx(factorize(weight, gram, rank).relative_error(), abs=1e-9)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_no_numbers_are_refused(value):
+    activations = torch.ones(3, 4)
+    activations[1, 2] = value
+    with pytest.raises(EmlocError, match="NaN or Inf"):
+        Gram("input", 4).add(activations)

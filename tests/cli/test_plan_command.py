@@ -1,0 +1,170 @@
+"""``emloc plan``, and what takes a budget by it: ``emloc compress --memory``, a recipe."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from emloc_qwen import QWEN_VL
+from support.run import run_here
+from transformers import AutoConfig, AutoTokenizer
+
+from emloc_core.cli import cli
+from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import tokenize
+from emloc_core.errors import EmlocError
+from emloc_core.files.output import read_json
+from emloc_core.memory.model import MemoryModel, Need
+from emloc_core.memory.show import memory_figure
+from emloc_core.memory.workload import make_workload
+from emloc_core.tuning.trl import TrainSettings
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def plan(*arguments: str | Path) -> dict[str, Any]:
+    result = run("plan", *arguments, "--json")
+    assert result.exception is None, result.exception
+    return json.loads(result.stdout)
+
+
+def tuning_need(model: Path, ratio: float, length: int | None = None, data: Path | None = None, **train: Any) -> str:
+    """The bytes of tuning the emulator of a ratio, as ``--memory`` takes them."""
+    config_file, rows = model / "config.json", None if data is None else str(data)
+    planned = MemoryModel(config_file, make_workload(config_file, TrainSettings(**train), length=length, data=rows))
+    return str(planned.tuning(planned.plan(ratio)).total)
+
+
+def refused(*arguments: str | Path) -> str:
+    result = run(*arguments)
+    assert isinstance(result.exception, EmlocError), result.exception
+    return str(result.exception)
+
+
+def test_the_largest_ratio_within_a_budget(tiny_model: Path) -> None:
+    tuning = tuning_need(tiny_model, 0.4, 64)
+    found = plan(tiny_model, "--length", 64, "--memory", tuning)
+    assert found["fits"]
+    assert 0.4 <= found["ratio"] < 0.45
+    assert found["budget_bytes"] == int(tuning)
+    assert {linear["rank"] for linear in found["linears"]} >= {int(found["ratio"] * 32 * 64 / 96)}
+
+
+def test_without_a_budget_it_is_inference(tiny_model: Path) -> None:
+    result = run("plan", tiny_model, "--length", 64, "--batch-size", 2, "--json")
+    content = json.loads(result.stdout)
+    assert content["budget_bytes"] == content["stages"][0]["bytes"]
+    assert content["budget"] == "inference on the base"
+    assert isinstance(result.exception, EmlocError)  # a tiny model's tuning never fits: it is all logits
+    assert content["advice"]
+    assert not content["fits"]
+
+
+def test_images_of_any_size(tmp_path: Path) -> None:
+    settings = dict(QWEN_VL.tiny_configs[-1])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings, dtype="float32")
+    config.save_pretrained(tmp_path)
+    options = ("--length", 64, "--batch-size", 2, "--memory", "4GiB", "--ratio", 0.5)
+    shown = run("plan", tmp_path, *options, "--image-size", "24x16").stdout
+    assert "1 image(s) of 24x16 pixels and 24 tokens a row among them" in shown
+    assert "parameters of model.visual.deepstack_merger_list.* stay dense: small" in shown
+    found = plan(tmp_path, *options, "--image-size", "24x16")
+    assert found["workload"]["image"] == {"height": 16, "width": 24, "tokens": 24}
+    assert {kept["pattern"] for kept in found["kept_dense"]} == QWEN_VL.keep_dense.keys()
+    assert "is no size of an image" in refused("plan", tmp_path, *options, "--image-size", "24")
+    assert "leave no text" in refused("plan", tmp_path, *options)  # 448 x 448 pixels are more tokens than a row has
+
+
+def test_a_table_for_a_person(tiny_model: Path) -> None:
+    shown = run("plan", tiny_model, "--length", 64, "--batch-size", 2, "--lora-rank", 4, "--memory", "4GiB").stdout
+    expected = ["2 rows x 64 tokens", "LoRA of rank 4 on down_proj", "with gradient checkpointing", "LoRA on the base",
+                "compress", "merge", "KV cache", "optimiser", "ratio 0.99", "3 x down_proj",
+                "fits the budget"]  # fmt: skip
+    for text in expected:
+        assert text in shown
+    assert "offloading" not in shown
+
+
+def test_the_length_comes_from_the_rows(tiny_model: Path, rows_file: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    longest = max(len(tokenize(row, tokenizer).input_ids) for row in load_rows(str(rows_file)))
+    assert plan(tiny_model, "--data", rows_file, "--ratio", 0.5)["workload"]["length"] == longest
+    assert plan(tiny_model, "--data", rows_file, "--length", 9, "--ratio", 0.5)["workload"]["length"] == 9
+
+
+def test_a_config_is_enough(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "elsewhere.json"
+    file.write_bytes((tiny_model / "config.json").read_bytes())
+    alone = plan(file, "--ratio", 0.5)
+    assert alone["stages"] == plan(tiny_model, "--ratio", 0.5)["stages"]
+    assert alone["workload"]["length"] == 256  # the model takes no more
+
+
+def test_a_figure_is_drawn(tiny_model: Path, tmp_path: Path) -> None:
+    plan(tiny_model, "--ratio", 0.5, "--memory", "4GB", "--figure", tmp_path / "figures" / "plan.png")
+    assert (tmp_path / "figures" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    memory_figure(tmp_path / "plan.svg", [Need("inference on the base", {"weights": 10**9})])
+    assert "<svg" in (tmp_path / "plan.svg").read_text()
+
+
+def test_what_is_refused(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    assert "no size of memory" in refused("plan", tiny_model, "--memory", "plenty")
+    assert "There is no model at" in refused("plan", tmp_path / "nothing")
+    assert "has no config.json" in refused("plan", tmp_path)
+    assert "takes 256 tokens, not 257" in refused("plan", tiny_model, "--length", "257")
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    assert "The tokenizer in" in refused("plan", tmp_path, "--data", rows_file)
+    message = refused("plan", tiny_model, "--memory", "1MB", "--batch-size", 1, "--length", 64)
+    assert "No emulator's tuning fits 1 MB" in message
+    assert "4 bits (NF4)" in message
+
+
+def test_compress_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    budget = tuning_need(tiny_model, 0.35, data=rows_file, batch_size=4)
+    expected = plan(tiny_model, "--data", rows_file, "--batch-size", 4, "--memory", budget)["ratio"]
+    output = tmp_path / "emulator"
+    common = ["compress", tiny_model, "--data", rows_file, "--samples", 4, "--selection", 2, "-o", output]
+    result = run(*common, "--memory", budget, "--batch-size", 4)
+    assert result.exception is None, result.exception
+    assert f"ratio {expected:g}: tuning with 4 rows" in result.stderr
+    manifest = read_json(output / "emloc.json")
+    assert manifest["request"]["settings"]["ratio"] == expected
+    again = run(*common, "--ratio", expected)  # the same request: finished already
+    assert again.exception is None, again.exception
+    assert read_json(output / "emloc.json") == manifest
+    assert "ratio" in refused(*common, "--ratio", 0.5)  # another request
+
+
+def test_a_recipe_takes_a_budget(
+    tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"batch_size": 4, "lora_rank": 5, "bf16": False}
+    budget = tuning_need(tiny_model, 0.35, 12, rows_file, **train)
+    tuning = ["--data", rows_file, "--batch-size", 4, "--lora-rank", 5, "--no-bf16", "--max-length", 12]
+    expected = plan(tiny_model, *tuning, "--memory", budget)["ratio"]
+    assert expected < 0.4  # the budget decides it
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"[model]\nbase = '{tiny_model}'\nmemory = '{budget}'\n[data]\ntrain = '{rows_file}'\n"
+        "[train]\nbatch_size = 4\nlora_rank = 5\nbf16 = false\nmax_length = 12\n"
+    )
+    result = run("run", recipe, "--dry-run", "--json")
+    assert result.exception is None, result.exception
+    command = json.loads(result.stdout)["stages"][0]["command"]
+    assert command[command.index("--ratio") + 1] == str(expected)
+    monkeypatch.setattr(subprocess, "run", run_here)
+    smaller = ("--set", "model.memory=1MB", "--set", "train.batch_size=1")
+    assert "No emulator's tuning fits 1 MB" in refused("run", recipe, "--dry-run", *smaller)
+
+
+def test_compress_refuses(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    common = ["compress", tiny_model, "--data", rows_file, "-o", tmp_path / "emulator"]
+    assert "both say how large" in refused(*common, "--memory", "1GB", "--ratio", 0.5)
+    assert "no size of memory" in refused(*common, "--memory", "much")
+    assert "which is not given" in refused(*common, "--batch-size", 2)
+    assert "No emulator's tuning fits" in refused(*common, "--memory", "1MB", "--batch-size", 1)
+    assert not (tmp_path / "emulator").exists()

@@ -1,0 +1,202 @@
+"""Tasks that are files: what they measure, against torch; and what is refused of them."""
+
+import functools
+import shutil
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+from support.evaluation import completions, direct_nll, metrics_of
+from support.rows import example_rows, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from emloc_core.errors import EmlocError
+from emloc_core.evaluation.new_task import write_task
+from emloc_core.evaluation.system import load_system, run_tasks
+from emloc_core.evaluation.tasks import TaskSpec, find_task, load_task
+
+
+def test_nll_is_the_loss_a_token(tiny_model, rows_file, tmp_path):
+    task = write_task("completion_nll", rows_file, tmp_path / "loss.yaml")
+    found, _ = metrics_of(tiny_model, task, limit=13, batch_size=4)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), completions(tokenizer, 13))
+    assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert "perplexity" not in found["metrics"]  # lm-eval's is of sequences
+
+
+def test_rolling_nll_is_the_loss_a_token_of_the_whole_text(tiny_model, tmp_path):
+    texts = [row["prompt"] + row["completion"] for row in example_rows()[:5]]
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    found, _ = metrics_of(tiny_model, write_task("rolling_perplexity", data, tmp_path / "rolling.yaml"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    pairs = [([tokenizer.bos_token_id], tokenizer.encode(text)) for text in texts]
+    expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), pairs)
+    assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+def chat_rows(n):
+    return [
+        {
+            "messages": [
+                {"role": "system", "content": "be brief."},
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"].strip()},
+            ]
+        }
+        for row in example_rows()[:n]
+    ]
+
+
+def test_conversations_go_through_the_chat_template(tiny_model, tmp_path):
+    data = write_jsonl(tmp_path / "chats.jsonl", chat_rows(4))
+    _, samples = metrics_of(tiny_model, write_task("generation", data, tmp_path / "write.yaml"), limit=2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    turns = chat_rows(4)[0]["messages"]
+    expected = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    assert samples[0]["prompt"] == expected
+    assert samples[0]["expected"] == turns[-1]["content"]
+    _, samples = metrics_of(tiny_model, tmp_path / "write.yaml", limit=2, chat=False)
+    assert samples[0]["prompt"].endswith(turns[1]["content"])
+    assert "<user>" not in samples[0]["prompt"]
+
+
+def test_nll_of_a_conversation_is_of_the_answer_after_the_template(tiny_model, tmp_path):
+    data = write_jsonl(tmp_path / "chats.jsonl", chat_rows(6))
+    found, _ = metrics_of(tiny_model, write_task("completion_nll", data, tmp_path / "answers.yaml"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    pairs = []
+    for row in chat_rows(6):
+        text = tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
+        context = tokenizer.encode(text)
+        pairs.append((context, tokenizer.encode(text + row["messages"][-1]["content"])[len(context) :]))
+    expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), pairs)
+    assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_chat_without_a_template_is_refused(tiny_model, tmp_path):
+    data = write_jsonl(tmp_path / "chats.jsonl", chat_rows(2))
+    spec = find_task(str(write_task("generation", data, tmp_path / "write.yaml")), tmp_path)
+    model, tokenizer = load_system(tiny_model, None)
+    tokenizer.chat_template = None
+    with pytest.raises(EmlocError, match="needs a chat template"):
+        run_tasks(model, tokenizer, load_task(spec))
+
+
+def test_a_choice_is_scored_among_all_answers(tiny_model, tmp_path):
+    # answers of digits, which lm-eval takes for places among the choices when they are written into a task as they are
+    rows = [{"prompt": row["prompt"], "completion": "1222"[i % 4]} for i, row in enumerate(example_rows()[:20])]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    found, _ = metrics_of(tiny_model, write_task("choice", data, tmp_path / "choice.yaml"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    right = 0
+    for row in rows:
+        context = tokenizer.encode(row["prompt"])
+        ids = {answer: tokenizer.encode(row["prompt"] + answer)[len(context) :] for answer in "12"}
+        loss = {answer: direct_nll(model, [(context, target)]) * len(target) for answer, target in ids.items()}
+        right += min(loss, key=loss.get) == row["completion"]
+    assert found["metrics"]["acc"]["value"] == pytest.approx(right / len(rows))
+
+
+def test_a_task_of_a_form_that_its_kind_cannot_use_is_refused(rows_file, tmp_path):
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "a cat runs."}])
+    with pytest.raises(EmlocError, match="needs prompt and completion"):
+        write_task("generation", texts, tmp_path / "a.yaml")
+    with pytest.raises(EmlocError, match="120 different answers"):
+        write_task("choice", rows_file, tmp_path / "a.yaml")
+    several = [{"messages": chat_rows(1)[0]["messages"][1:] * 2}]
+    with pytest.raises(EmlocError, match="row 1: the turns are user, assistant, user, assistant"):
+        write_task("generation", write_jsonl(tmp_path / "turns.jsonl", several), tmp_path / "a.yaml")
+    assert not (tmp_path / "a.yaml").exists()
+
+
+def test_data_are_found_relative_to_the_task_file(tmp_path, monkeypatch):
+    (tmp_path / "tasks").mkdir()
+    data = write_jsonl(tmp_path / "data.jsonl", example_rows()[:3])
+    task = write_task("completion_nll", data, tmp_path / "tasks" / "loss.yaml")
+    assert '"../data.jsonl"' in task.read_text()
+    monkeypatch.chdir("/")
+    (loaded,) = load_task(find_task(str(task), tmp_path))
+    assert len(loaded.eval_docs) == 3
+
+
+def test_a_digest_covers_data_functions_and_includes(rows_file, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    shutil.copy(rows_file, data)
+    (tmp_path / "common.yaml").write_text("dataset_path: json\noutput_type: generate_until\n")
+    (tmp_path / "score.py").write_text("def score(doc, results):\n    return {'right': 1}\n")
+    task = tmp_path / "task.yaml"
+    task.write_text(
+        "include: common.yaml\ntask: mine\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n"
+        "doc_to_text: prompt\ndoc_to_target: completion\nprocess_results: !function score.score\n"
+    )
+    digests = {find_task(str(task), tmp_path).digest}
+    for file, line in (("score.py", "# \n"), ("common.yaml", "# \n"), ("rows.jsonl", "\n"), ("task.yaml", "# \n")):
+        with (tmp_path / file).open("a") as stream:
+            stream.write(line)
+        digests.add(find_task(str(task), tmp_path).digest)
+    assert len(digests) == 5
+
+
+BROKEN = {
+    "task: [": "not valid YAML",
+    "- 1": "holds list",
+    "dataset_path: json": "does not say `task: NAME`",
+    "task: a\ndoc_to_txt: b": "unknown key 'doc_to_txt'.*Did you mean 'doc_to_text'",
+    "task: a\noutput_type: logliklihood": "Did you mean 'loglikelihood'",
+    "task: a\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}": "gone.jsonl, which does not exist",
+    "task: a\ninclude: gone.yaml": "includes .*gone.yaml, which does not exist",
+    "task: a\ninclude: task.yaml": "includes itself",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_broken_task_file_is_refused(content, tmp_path):
+    (tmp_path / "task.yaml").write_text(content)
+    with pytest.raises(EmlocError, match=BROKEN[content]):
+        find_task(str(tmp_path / "task.yaml"), tmp_path)
+
+
+def test_a_missing_task_file_names_the_nearest(rows_file, tmp_path):
+    write_task("generation", rows_file, tmp_path / "generation.yaml")
+    with pytest.raises(EmlocError, match=r"Did you mean 'generation\.yaml'"):
+        find_task(str(tmp_path / "generations.yaml"), tmp_path)
+
+
+def test_an_unknown_bundled_task_names_the_nearest(tmp_path, monkeypatch):
+    bundled = Path(lm_eval.tasks.__file__).parent / "hellaswag"  # one of hundreds of directories, which take seconds
+    few = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=str(bundled))
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
+    assert find_task("hellaswag", tmp_path).path is None
+    with pytest.raises(EmlocError, match="Did you mean 'hellaswag'"):
+        find_task("hellaswagg", tmp_path)
+
+
+def test_a_template_that_names_no_column_is_one_error(rows_file, tmp_path):
+    task = write_task("completion_nll", rows_file, tmp_path / "loss.yaml")
+    task.write_text(task.read_text().replace("{{ prompt }}", "{{ promt }}"))
+    with pytest.raises(EmlocError, match=r"lm-eval cannot build .*loss\.yaml .*promt"):
+        load_task(find_task(str(task), tmp_path))
+
+
+def test_a_template_cannot_reach_python(rows_file, tmp_path):
+    reaches = "{{ ''.__class__.__mro__[1].__subclasses__() | length }}"
+    (tmp_path / "task.yaml").write_text(
+        f"task: a\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows_file}}}}}\ntest_split: test\n"
+        f'output_type: loglikelihood\ndoc_to_text: "{reaches}"\ndoc_to_target: completion\n'
+    )
+    with pytest.raises(EmlocError, match="SecurityError: access to attribute '__class__'"):
+        load_task(find_task(str(tmp_path / "task.yaml"), tmp_path))
+
+
+def test_an_unreachable_hub_is_one_error(tmp_path, monkeypatch):
+    import datasets
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'super_glue' on the Hub")
+
+    (tmp_path / "task.yaml").write_text("task: a\ndataset_path: super_glue\ntest_split: test\ndoc_to_text: a\n")
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(EmlocError, match="come from the hub, which cannot be reached"):
+        load_task(TaskSpec("a", tmp_path / "task.yaml", ""))

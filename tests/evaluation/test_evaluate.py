@@ -1,0 +1,270 @@
+"""Evaluation of systems: a process each, what is compared, kept and refused."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from support.evaluation import completions, direct_nll, metrics_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from emloc_core.cli.eval import command
+from emloc_core.errors import EmlocError
+from emloc_core.evaluation import evaluate as evaluation
+from emloc_core.evaluation.evaluate import System, canonical_systems, check_adapters, evaluate
+from emloc_core.evaluation.new_task import write_task
+from emloc_core.evaluation.system import load_system
+from emloc_core.evaluation.tasks import find_task
+from emloc_core.files.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory):
+    """A LoRA that changes the model: both halves random."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    )
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+    directory = tmp_path_factory.mktemp("adapters") / "random"
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tasks(rows_file, tmp_path_factory):
+    """A task of a loss and a task of generation on the shared rows."""
+    directory = tmp_path_factory.mktemp("tasks")
+    return [str(write_task(kind, rows_file, directory / f"{kind}.yaml")) for kind in ("completion_nll", "generation")]
+
+
+def test_an_adapter_changes_the_result_as_in_torch(tiny_model, adapter, tasks):
+    plain, _ = metrics_of(tiny_model, tasks[0], limit=13)
+    tuned, _ = metrics_of(tiny_model, tasks[0], adapter, limit=13)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter).merge_and_unload()
+    assert tuned["metrics"]["nll"]["value"] == pytest.approx(direct_nll(model, completions(tokenizer, 13)), rel=1e-4)
+    change = tuned["metrics"]["nll"]["value"] - plain["metrics"]["nll"]["value"]
+    assert abs(change) > 0.01  # far beyond the tolerance above, which is 0.0005
+
+
+def test_an_adapter_with_other_keys_is_refused(tiny_model, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "other")
+    file = tmp_path / "other" / "adapter_model.safetensors"
+    tensors = {key.replace("layers.2", "layers.9"): value for key, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(EmlocError, match="does not fit"), pytest.warns(UserWarning, match="missing adapter keys"):
+        load_system(tiny_model, tmp_path / "other")
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_model, adapter, tasks, tmp_path_factory):
+    """Two systems, each evaluated in a process of its own."""
+    output = tmp_path_factory.mktemp("evaluations") / "comparison"
+    systems = [System("base", tiny_model), System("base+corrected", tiny_model, adapter)]
+    return systems, output, evaluate(systems, tasks, output, limit=5)
+
+
+def test_systems_are_compared_and_published(compared, tiny_model, tasks):
+    systems, output, results = compared
+    assert list(results["systems"]) == ["base", "base+corrected"]
+    for system in systems:
+        found, _ = metrics_of(tiny_model, tasks[0], system.adapter, limit=5)
+        assert results["systems"][system.name]["nll"] == pytest.approx(found["metrics"]["nll"]["value"], rel=1e-5)
+        assert results["systems"][system.name]["peak_bytes"] > 1e8
+    assert results["metrics"]["nll"] == {"task": "completion_nll", "higher_is_better": False}
+    assert results["tasks"]["generation"] == {"output_type": "generate_until", "rows": 5}
+    assert "| base+corrected |" in (output / "table.md").read_text()
+    samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert [(sample["row"], sample["system"]) for sample in samples[:3]] == [
+        (0, "base"), (0, "base+corrected"), (1, "base")
+    ]  # fmt: skip
+    assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
+
+
+def test_a_finished_evaluation_is_not_run_again(compared, tasks, monkeypatch):
+    systems, output, results = compared
+    monkeypatch.setattr(evaluation, "_run", lambda *_: pytest.fail("evaluated again"))
+    assert evaluate(systems, tasks, output, limit=5) == results
+    with pytest.raises(EmlocError, match="limit was 5 and is now 6"):
+        evaluate(systems, tasks, output, limit=6)
+
+
+def part(nll):
+    metrics = {"nll": {"value": nll, "stderr": 0.1, "higher_is_better": False}}
+    return {
+        "tasks": {"completion_nll": {"output_type": "loglikelihood", "rows": 3, "metrics": metrics}},
+        "samples": [], "seconds": 1.0, "peak_bytes": 5,
+    }  # fmt: skip
+
+
+def test_systems_that_are_done_are_kept_when_interrupted(tiny_model, adapter, tasks, tmp_path, monkeypatch):
+    systems = [System("base", tiny_model), System("full_lora", tiny_model, adapter)]
+    ran = []
+
+    def interrupted(system, _specs, _settings, result):
+        ran.append(system.name)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        result.write_text(json.dumps(part(float(len(ran)))))
+
+    monkeypatch.setattr(evaluation, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(systems, tasks[:1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    results = evaluate(systems, tasks[:1], tmp_path / "out")
+    assert ran == ["base", "full_lora", "full_lora"]
+    assert [row["nll"] for row in results["systems"].values()] == [1.0, 3.0]
+
+
+FAILURES = {
+    (2, b"The adapter x does not fit."): r"mine cannot be evaluated: The adapter x does not fit\.$",
+    (-9, b""): "mine failed: it was killed by signal 9",
+    (1, b"Traceback ...\nRuntimeError: no space"): r"mine failed: RuntimeError: no space .*\.out\.partial/\.mine\.log",
+    (0, b""): "mine failed: no word of why",
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_process_is_one_error_and_keeps_what_is_done(failure, tiny_model, tasks, tmp_path, monkeypatch):
+    systems, ran = [System("base", tiny_model), System("mine", tiny_model)], []
+
+    def run(command, *, stderr, **_):
+        job = json.loads(Path(command[-1]).read_text())
+        ran.append(Path(job["result"]).name)
+        code, said = failure
+        if len(ran) != 2:
+            Path(job["result"]).write_text(json.dumps(part(float(len(ran)))))
+            code, said = 0, b""
+        stderr.write(said)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(evaluation.subprocess, "run", run)
+    with pytest.raises(EmlocError, match=FAILURES[failure]):
+        evaluate(systems, tasks, tmp_path / "out")
+    results = evaluate(systems, tasks, tmp_path / "out")
+    assert ran == [".base.json", ".mine.json", ".mine.json"]
+    assert [row["nll"] for row in results["systems"].values()] == [1.0, 3.0]
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")} == set()
+
+
+def test_nothing_is_left_of_an_evaluation_in_which_nothing_was_done(tiny_model, tasks, tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 2)
+    monkeypatch.setattr(evaluation.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(EmlocError, match="base cannot be evaluated"):
+        evaluate([System("base", tiny_model)], tasks, tmp_path / "out")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_systems_follow_from_the_directories():
+    base, emulator, adapter, corrected = (Path(name) for name in ("base", "emulator", "adapter", "corrected"))
+    found = canonical_systems(base=base, emulator=emulator, adapter=adapter, corrected=corrected)
+    assert found == [
+        System("base", base), System("emulator", emulator), System("emulator+lora", emulator, adapter),
+        System("base+uncorrected", base, adapter), System("base+corrected", base, corrected),
+    ]  # fmt: skip
+    assert canonical_systems(base=base) == [System("base", base)]
+    with pytest.raises(EmlocError, match="Add --base"):
+        canonical_systems(emulator=emulator, corrected=corrected)
+    with pytest.raises(EmlocError, match="needs a model"):
+        canonical_systems(adapter=adapter)
+
+
+@pytest.fixture(scope="module")
+def foreign(tiny_model, tmp_path_factory):
+    """Another model of the same shape."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.lm_head.weight.data += 1
+    directory = tmp_path_factory.mktemp("models") / "foreign"
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def write_manifest(adapter, tmp_path):
+    """Return a function that copies the adapter with the manifest of a stage that made it for some model."""
+
+    def write(kind, key, model):
+        directory = shutil.copytree(adapter, tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}")
+        request = {key: Checkpoint(model).fingerprint(tmp_path)}
+        (directory / "emloc.json").write_text(json.dumps({"kind": kind, "request": request}))
+        return directory
+
+    return write
+
+
+def test_an_adapter_in_the_place_of_another_is_refused(tiny_model, tiny_emulator, adapter, write_manifest, tmp_path):
+    corrected = write_manifest("corrected-adapter", "base", tiny_model)
+    tuned = write_manifest("adapter", "model", tiny_emulator)
+    full = write_manifest("adapter", "model", tiny_model)
+    given = {"base": tiny_model, "emulator": tiny_emulator}
+    check_adapters(canonical_systems(**given, adapter=tuned, corrected=corrected, full_lora=full), tmp_path)
+    check_adapters(canonical_systems(**given, adapter=adapter, full_lora=adapter), tmp_path)  # not EMLoC's: unknown
+    for refused, message in (
+        ({"corrected": tuned}, f"--corrected {tuned} is not corrected"),
+        ({"corrected": adapter}, f"--corrected {adapter} is not corrected"),
+        ({"adapter": corrected}, f"--adapter {corrected} is corrected"),
+        ({"adapter": full}, f"{full} was made for another model than {tiny_emulator}"),
+        ({"full_lora": tuned}, f"{tuned} was made for another model than {tiny_model}"),
+        ({"full_lora": corrected}, f"{corrected} was made for another model than {tiny_model}"),
+    ):
+        with pytest.raises(EmlocError, match=message):
+            check_adapters(canonical_systems(**given, **refused), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "kind", "key"),
+    [
+        ("--corrected", "corrected-adapter", "base"),
+        ("--adapter", "adapter", "model"),
+        ("--full-lora", "adapter", "model"),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_an_adapter_of_another_model_is_refused(
+    option, kind, key, dry, tiny_model, tiny_emulator, foreign, write_manifest, tasks, tmp_path
+):
+    strange = write_manifest(kind, key, foreign)
+    models = ["--base", str(tiny_model), "--emulator", str(tiny_emulator)]
+    argv = [*tasks, *models, option, str(strange), "-o", str(tmp_path / "out"), *dry]
+    with pytest.raises(EmlocError, match=f"{strange} was made for another model"):
+        CliRunner().invoke(command, argv, catch_exceptions=False)
+    assert not (tmp_path / "out").exists()
+    free = [*tasks, "--system", f"any={tiny_model}+{strange}", "-o", str(tmp_path / "out"), "--dry-run"]
+    assert "any" in CliRunner().invoke(command, free, catch_exceptions=False).stdout
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(tiny_model, adapter, tasks, tmp_path):
+    argv = [*tasks, "--base", str(tiny_model), "--full-lora", str(adapter), "-o", str(tmp_path / "out"), "--dry-run"]
+    content = json.loads(CliRunner().invoke(command, [*argv, "--json"], catch_exceptions=False).stdout)
+    assert content["systems"]["full_lora"] == {"model": str(tiny_model), "adapter": str(adapter)}
+    assert content["tasks"] == {Path(task).stem: task for task in tasks}
+    with pytest.raises(EmlocError, match=r"nowhere has no adapter_config\.json"):
+        CliRunner().invoke(command, [*argv, "--system", f"a={tiny_model}+nowhere"], catch_exceptions=False)
+    with pytest.raises(EmlocError, match="'a' is not NAME=MODEL"):
+        CliRunner().invoke(command, [*argv, "--system", "a"], catch_exceptions=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_a_task_file(rows_file, tmp_path):
+    argv = ["--new-task", "completion_nll", "--data", str(rows_file), "-o", str(tmp_path / "loss.yaml")]
+    CliRunner().invoke(command, argv, catch_exceptions=False)
+    assert find_task(str(tmp_path / "loss.yaml"), tmp_path).name == "loss"
+    with pytest.raises(EmlocError, match="exists already"):
+        CliRunner().invoke(command, argv, catch_exceptions=False)
+
+
+def test_systems_and_tasks_of_one_name_are_refused(tiny_model, tasks, tmp_path):
+    with pytest.raises(EmlocError, match="Two systems are called 'a'"):
+        evaluate([System("a", tiny_model)] * 2, tasks, tmp_path / "out")
+    with pytest.raises(EmlocError, match="Two tasks are called 'generation'"):
+        evaluate([System("a", tiny_model)], [tasks[1]] * 2, tmp_path / "out")
+    with pytest.raises(EmlocError, match="is no name of a system"):
+        evaluate([System("../a", tiny_model)], tasks, tmp_path / "out")

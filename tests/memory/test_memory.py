@@ -1,0 +1,283 @@
+"""The memory model: exact counts, the search for a ratio, mistakes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from emloc_internvl import INTERNVL
+from emloc_qwen import QWEN, QWEN_VL
+from peft import get_peft_model
+from support.planned import HEADLINE, TINY, label, workload, write_config
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import read_json
+from emloc_core.memory import stages as streamed
+from emloc_core.memory.budget import LARGEST, advice, largest_ratio, parse_bytes
+from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.workload import make_workload
+from emloc_core.tuning.heap import give_back
+from emloc_core.tuning.train import FineTuning
+from emloc_core.tuning.trl import TrainSettings
+
+
+def test_sizes_are_parsed() -> None:
+    assert parse_bytes("24GiB") == 24 * 2**30
+    assert parse_bytes("24GB") == parse_bytes("24g") == 24 * 10**9
+    assert parse_bytes("800MB") == 8 * 10**8
+    assert parse_bytes(" 1.5 TiB ") == 3 * 2**39
+    assert parse_bytes("1000") == 1000
+
+
+@pytest.mark.parametrize("text", ["", "lots", "24GiBs", "-3GB", "0GB", "12i", "1e9", "24 GiB free", "GB"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(EmlocError, match="no size of memory"):
+        parse_bytes(text)
+
+
+def test_parameters_are_counted_exactly(tiny_model: Path, tiny_emulator: Path) -> None:
+    model = MemoryModel(tiny_model / "config.json", workload())
+    real = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert model.parameters() == sum(parameter.numel() for parameter in real.parameters())
+    assert model.parameters() * 4 == Checkpoint(tiny_model).nbytes
+    assert model.weight_bytes(0.6) == Checkpoint(tiny_emulator).nbytes
+
+
+def test_the_terms_of_tuning_are_exact(tiny_model: Path, tiny_emulator: Path, rows_file: Path, tmp_path: Path) -> None:
+    adapter = FineTuning(tiny_emulator, str(rows_file), tmp_path / "a", TrainSettings(steps=1, lora_rank=3)).run()
+    trained = read_json(adapter / "emloc.json")["result"]["trainable_parameters"]
+    model = MemoryModel(tiny_model / "config.json", workload(lora_rank=3))
+    need = model.tuning(model.plan(0.6))
+    assert model.adapter_parameters() == trained
+    assert need.terms["adapter"] == 4 * trained
+    assert need.terms["optimiser"] == 8 * trained
+    assert need.terms["weights"] == Checkpoint(tiny_emulator).nbytes
+
+
+def test_the_cache_of_keys_and_values_is_exact(tiny_model: Path) -> None:
+    need = MemoryModel(tiny_model / "config.json", workload(batch=3, length=20)).inference()
+    layers, keys_and_values, heads, width, itemsize = 3, 2, 2, 8, 4
+    assert need.terms["kv_cache"] == 3 * 20 * layers * keys_and_values * heads * width * itemsize
+
+
+@pytest.mark.parametrize(("family", "settings"), TINY, ids=label)
+def test_every_model_type_is_planned_and_counted_exactly(family: Family, settings: dict, tmp_path: Path) -> None:
+    file = write_config(tmp_path / "model", family, **settings)
+    real = getattr(transformers, family.auto_class).from_config(AutoConfig.from_pretrained(file.parent))
+    images = int(family.modality == "image-text")
+    size = (16, 24) if family is QWEN_VL else None
+    model = MemoryModel(file, replace(workload(batch=2, length=48, images=images), image_size=size))
+    assert model.parameters() == sum(parameter.numel() for parameter in real.parameters())
+    lora = get_peft_model(real, TrainSettings().lora_config(model.targets))
+    assert model.adapter_parameters() == sum(p.numel() for name, p in lora.named_parameters() if "lora_" in name)
+    plan = model.plan(0.5)
+    assert model.tuning(plan).terms["weights"] == model.parameters(plan) * 4 < model.tuning().terms["weights"]
+    assert model.inference().total < model.tuning(plan).total
+
+
+def test_a_model_of_images_is_planned_for_text_alone(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "internvl", INTERNVL)
+    with_images, text = (MemoryModel(file, workload(length=64, images=images)) for images in (1, 0))
+    assert text.tuning().total < with_images.tuning().total
+    assert text.tuning().terms["weights"] == with_images.tuning().terms["weights"] == text.parameters() * 4
+    dense = {linear.path for linear in text.plan(0.5).linears if linear.rank is None}
+    assert dense == {path for path in with_images.plan(0.5).ranks if "vision" in path}
+    assert text.tuning(text.plan(0.5)).terms["weights"] == text.parameters(text.plan(0.5)) * 4
+
+
+def test_needs_grow_with_ratio_batch_and_length(tiny_model: Path) -> None:
+    model = MemoryModel(tiny_model / "config.json", workload())
+
+    def tuning(**changes: int) -> int:
+        changed = model.with_workload(replace(model.workload, **changes))
+        return changed.tuning(changed.plan(0.5)).total
+
+    ratios = [model.tuning(model.plan(ratio)).total for ratio in (0.1, 0.3, 0.5, 0.9)]
+    assert sorted(set(ratios)) == ratios
+    assert ratios[2] < tuning(batch_size=8) < tuning(batch_size=16)
+    assert ratios[2] < tuning(length=64) < tuning(length=128)
+    assert model.inference().total < model.with_workload(replace(model.workload, length=128)).inference().total
+
+
+def test_what_saves_memory_is_seen_to(tiny_model: Path) -> None:
+    def tuning(device: str = "cpu", **train: object) -> int:
+        need = MemoryModel(tiny_model / "config.json", workload(16, 128, device=device, **train)).tuning()
+        return need.total - need.terms["overhead"]
+
+    usual = tuning(gradient_checkpointing=True, accumulation=1, lora_rank=8)
+    assert usual < tuning(gradient_checkpointing=False, accumulation=1, lora_rank=8)
+    assert usual < tuning(gradient_checkpointing=True, accumulation=2, lora_rank=8)
+    assert usual > tuning(gradient_checkpointing=True, accumulation=1, lora_rank=4)
+    assert usual > tuning("cuda", gradient_checkpointing=True, accumulation=1, lora_rank=8)  # the loss is one kernel
+
+
+def test_the_same_ranks_are_followed_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MemoryModel(tiny_model / "config.json", workload())
+    traces: list[str] = []
+    extend = MemoryModel._extend
+    monkeypatch.setattr(MemoryModel, "_extend", lambda *args: (traces.append(""), extend(*args))[1])
+    emulator = model.tuning(model.plan(0.5))
+    assert model.tuning(model.plan(0.5)) == emulator != model.tuning() == model.tuning()
+    assert len(traces) == 2
+
+
+def test_the_chosen_ratio_fits_and_the_next_does_not(tiny_model: Path) -> None:
+    model = MemoryModel(tiny_model / "config.json", workload())
+    for ratio in (0.13, 0.77):
+        budget = model.tuning(model.plan(ratio)).total
+        fit = largest_ratio(model, budget)
+        assert fit is not None
+        assert fit.ratio >= ratio
+        assert fit.need.total <= budget
+        assert model.tuning(model.plan(fit.ratio + 0.01)).total > budget
+
+
+def test_the_ends_of_the_search(tiny_model: Path) -> None:
+    model = MemoryModel(tiny_model / "config.json", workload())
+    smallest = model.tuning(model.plan(0.01)).total
+    assert largest_ratio(model, smallest - 1) is None
+    fit = largest_ratio(model, 10 * smallest)
+    assert fit is not None
+    assert fit.ratio == LARGEST
+
+
+def test_advice_is_computed(tiny_model: Path) -> None:
+    model = MemoryModel(tiny_model / "config.json", workload(4, 128, target_modules=["q_proj"], bf16=False))
+    smaller = model.with_workload(replace(model.workload, batch_size=2))
+    budget = smaller.tuning(smaller.plan(0.5)).total
+    lines = list(advice(model, budget))
+    assert "ratio 0.01" in lines[0]
+    assert lines[1].startswith(f"2 x 128 tokens fits with ratio {largest_ratio(smaller, budget).ratio:g}")
+    assert lines[2].startswith("1 x 128 tokens fits with ratio 0.99")
+    assert "4 bits" in lines[3]
+    one = model.with_workload(replace(model.workload, batch_size=1))
+    shorter = model.with_workload(replace(model.workload, batch_size=1, length=64))
+    assert list(advice(one, shorter.tuning(shorter.plan(0.5)).total))[1].startswith("1 x 64 tokens fits")
+    hopeless = list(advice(one, 1000))
+    assert "no batch and no length fits" in hopeless[1]
+    assert "does not fit" in hopeless[2]
+
+
+def test_the_headline_of_the_paper() -> None:
+    """InternVL2.5-38B: about 95 GB for ordinary tuning, and an emulator whose tuning fits 24 GiB."""
+    settings = TrainSettings()
+    model = MemoryModel(HEADLINE, make_workload(HEADLINE, settings))
+    assert (model.workload.batch_size, model.workload.length, model.workload.images) == (8, 1024, 1)
+    assert model.parameters() == pytest.approx(38.4e9, rel=0.002)
+    assert model.tuning().total == pytest.approx(95e9, rel=0.1)
+    assert model.tuning(model.plan(0.1)).total <= 24 * 2**30
+    assert model.parameters() * 2 > 76e9  # so that inference alone does not fit
+
+
+def test_stages_that_stream_are_below_the_whole(tmp_path: Path) -> None:
+    deep = {"num_hidden_layers": 64, "hidden_size": 512, "intermediate_size": 1024}
+    file = write_config(tmp_path / "deep", QWEN, **deep)
+    model = MemoryModel(file, workload())
+    plan = model.plan(0.5)
+    for need in (streamed.compress(model, plan), streamed.correct(model, plan), streamed.merge(model)):
+        assert need.terms["weights"] < model.parameters() * 4 / 8
+
+
+def test_a_config_with_the_fields_of_the_language_model_outside_its_section(tmp_path: Path) -> None:
+    """As Qwen2.5-VL was published."""
+    whole = read_json(write_config(tmp_path / "now", QWEN_VL, **QWEN_VL.tiny_configs[1]))
+    text = whole.pop("text_config")
+    flat = {**text, **whole, "vision_config": {**whole["vision_config"], "model_type": "qwen2_5_vl"}}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    found = MemoryModel(tmp_path / "config.json", workload())
+    assert found.parameters() == MemoryModel(tmp_path / "now" / "config.json", workload()).parameters()
+    del flat["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    with pytest.raises(EmlocError, match=r"has no text_config\.hidden_size"):
+        MemoryModel(tmp_path / "config.json", workload())
+    del flat["vision_config"]
+    (tmp_path / "config.json").write_text(json.dumps({**flat, "hidden_size": 32}))
+    with pytest.raises(EmlocError, match="has no vision_config"):
+        MemoryModel(tmp_path / "config.json", workload())
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "num_hidden_layers"])
+def test_a_field_is_missing(field: str, tiny_model: Path, tmp_path: Path) -> None:
+    content = read_json(tiny_model / "config.json")
+    del content[field]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(EmlocError, match=rf"config\.json has no {field}"):
+        MemoryModel(file, workload())
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [("text_config", None), ("text_config", "hidden_size"), ("vision_config", "num_hidden_layers")],
+)
+def test_a_field_of_a_section_is_missing(section: str, field: str | None, tmp_path: Path) -> None:
+    content = read_json(HEADLINE)
+    if field:
+        del content[section][field]
+    else:
+        del content[section]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(EmlocError, match=f"has no {section}" + (rf"\.{field}" if field else "")):
+        MemoryModel(file, workload(images=1))
+
+
+def test_other_mistakes(tiny_model: Path, tiny_emulator: Path, tmp_path: Path) -> None:
+    content = read_json(tiny_model / "config.json")
+    file = tmp_path / "config.json"
+
+    def model_of(**changes: object) -> MemoryModel:
+        file.write_text(
+            json.dumps({name: value for name, value in {**content, **changes}.items() if value is not None})
+        )
+        return MemoryModel(file, workload())
+
+    with pytest.raises(EmlocError, match="has no model_type"):
+        model_of(model_type=None)
+    with pytest.raises(EmlocError, match="No installed family declares the model type 'nonesuch'"):
+        model_of(model_type="nonesuch")
+    with pytest.raises(EmlocError, match="has no dtype"):
+        model_of(dtype=None)
+    with pytest.raises(EmlocError, match="num_attention_heads is 4, no multiple of num_key_value_heads, 3"):
+        model_of(num_key_value_heads=3)
+    with pytest.raises(EmlocError, match="has no num_key_value_heads"):  # its class would assume 32
+        model_of(model_type="qwen3", num_key_value_heads=None)
+    assert model_of(num_key_value_heads=None).config.num_key_value_heads == 4
+    for name, value in (("hidden_size", -64), ("hidden_act", "foo"), ("dtype", "float8_e4m3fn")):
+        with pytest.raises(EmlocError, match="transformers cannot build the model"):
+            model_of(**{name: value})
+    with pytest.raises(EmlocError, match="The model has no blocks"):
+        model_of(num_hidden_layers=0)
+    with pytest.raises(EmlocError, match="quantised or an emulator"):
+        MemoryModel(tiny_emulator / "config.json", workload())
+    with pytest.raises(EmlocError, match="images cannot be planned"):
+        MemoryModel(tiny_model / "config.json", workload(images=1))
+    with pytest.raises(EmlocError, match="leave no text"):
+        MemoryModel(HEADLINE, workload(length=512, images=2))
+
+
+def test_a_model_that_computes_its_shapes_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x[x > 0].sum() + x)  # noqa: ARG005
+    with pytest.raises(EmlocError, match="cannot be followed without weights"):
+        MemoryModel(tiny_model / "config.json", workload()).tuning()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the resident set is read from /proc")
+def test_freed_memory_is_given_back() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    blocks = [torch.ones(25_000) for _ in range(2000)]  # 100 kB each: below glibc's lowest threshold
+    last = blocks.pop()
+    blocks.clear()
+    before = resident()
+    give_back()
+    assert before - resident() > 50e6
+    assert last[0] == 1

@@ -1,0 +1,144 @@
+"""Installed and broken: every command works all the same, the listing says what is wrong, and strict ends them all."""
+
+import json
+import sys
+import textwrap
+
+import pytest
+from click.testing import CliRunner
+from support.plugins import BROKEN, RAISING_OBSERVER
+
+from emloc_core.cli import cli
+from emloc_core.errors import EmlocError
+from emloc_core.plugins.manager import plugin_manager
+
+KINDS = ("import error", "wrong type", "no list of towers", "unknown hook", "raising hook")
+#: Named so that they would be loaded before the plugins of the tree, if these did not come first.
+SOURCES = {
+    **{kind: BROKEN[kind] for kind in KINDS},
+    "duplicate name": BROKEN["duplicate name"].replace('name="good"', 'name="llama"'),
+    "duplicate model type": BROKEN["duplicate model type"].replace('{"good"}', '{"llama"}'),
+}
+ERRORS = {
+    "import error": "ModuleNotFoundError: No module named 'no_such_module'",
+    "wrong type": "TypeError: emloc_families returned str, not Family",
+    "no list of towers": "TypeError: the family 'better' has towers = None. Input should be an instance of Sequence",
+    "unknown hook": "TypeError: there is no hook 'emloc_familys'. Did you mean 'emloc_families'?",
+    "raising hook": "RuntimeError: out of order",
+    "duplicate name": "ValueError: the family 'llama' is declared already",
+    "duplicate model type": "ValueError: 'llama' declares the model types ['llama'] already",
+}
+SMALL = ("--samples", "8", "--selection", "4")
+
+
+@pytest.fixture(scope="module")
+def install(tmp_path_factory):
+    """A function that installs plugins from their sources, as pip does, for commands that run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def install(**sources):
+            site = tmp_path_factory.mktemp("site")
+            information = site / "aaa_stranger-1.0.dist-info"
+            information.mkdir()
+            (information / "METADATA").write_text("Metadata-Version: 2.1\nName: aaa-stranger\nVersion: 1.0\n")
+            names = {name: f"{name}_of_{site.name}" for name in sources}
+            for name, source in sources.items():
+                (site / f"{names[name]}.py").write_text(textwrap.dedent(source))
+            entries = [f"{name} = {module}" for name, module in names.items()]
+            (information / "entry_points.txt").write_text("\n".join(["[emloc]", *entries]))
+            patch.syspath_prepend(site)
+            plugin_manager.cache_clear()
+            return site
+
+        yield install
+    plugin_manager.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def stages(install, tiny_model, rows_file, tmp_path_factory):
+    """What every stage makes of a tiny model with all the broken plugins installed, and an observer that raises."""
+    sources = {f"aaa_{index}": source for index, source in enumerate(SOURCES.values())}
+    sys_path = list(sys.path)
+    site = install(**sources, aaa_observer=RAISING_OBSERVER)
+    place = tmp_path_factory.mktemp("stages")
+    recipe = place / "recipe.toml"
+    recipe.write_text(f'output = "run"\n[model]\nbase = "{tiny_model}"\n[data]\ntrain = "{rows_file}"\n')
+    base, rows = ("--base", tiny_model), ("--data", rows_file)
+    tuning = ("--steps", "1", "--batch-size", "2", "--no-bf16")
+    told = [
+        run("compress", tiny_model, *rows, *SMALL, "--keep-spectra", place / "spectra", "-o", place / "emulator"),
+        run("cut", place / "spectra", *base, "--ratio", "0.4", "-o", place / "smaller"),
+        run("train", place / "emulator", *rows, *tuning, "-o", place / "adapter"),
+        run("correct", place / "adapter", *base, "-o", place / "corrected"),
+        run("merge", place / "corrected", *base, "-o", place / "merged"),
+        run("plan", tiny_model, "--device", "cpu", "--memory", "4GiB", "--ratio", "0.5", "--length", "16"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:  # whose stages are processes of their own
+        patch.setenv("PYTHONPATH", str(site))
+        assert "emulator" in run("run", recipe, "--dry-run")
+    assert (place / "merged" / "model.safetensors").is_file()
+    assert sum(output.count("'aaa_observer' of aaa-stranger is broken") for output in told) == 1
+    reports = [report for report in plugin_manager().reports if report.name.startswith("aaa_")]
+    assert len(reports) == len(sources) + 1
+    assert all(report.error for report in reports)
+    sys.path[:] = sys_path
+    plugin_manager.cache_clear()
+    return place
+
+
+@pytest.fixture
+def commands(stages, tiny_model, rows_file, tmp_path):
+    """Every command of the tree, as it is used, without the work that takes long."""
+    task = tmp_path / "task.yaml"
+    base, rows, dry = ("--base", tiny_model), ("--data", rows_file), ("--dry-run", "-o", tmp_path / "output")
+    return [
+        ("families",),
+        ("families", "new", "phi9", "-o", tmp_path / "plugin"),
+        ("compress", tiny_model, *rows, *SMALL, *dry),
+        ("cut", stages / "spectra", *base, *dry),
+        ("train", stages / "emulator", *rows, *dry),
+        ("correct", stages / "adapter", *base, *dry),
+        ("merge", stages / "corrected", *base, *dry),
+        ("eval", "--new-task", "completion_nll", *rows, "-o", task),
+        ("eval", task, *base, "--emulator", stages / "emulator", *dry),
+        *(("families", name, "--help") for name in ("check", "scaffold")),
+        *((name, "--help") for name in cli.list_commands(None)),
+    ]
+
+
+def run(*argv):
+    """Run a command to its end; return what it prints on either stream."""
+    result = CliRunner().invoke(cli, [str(each) for each in argv], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def broken(request, install):
+    """The kind of the broken plugin that is installed."""
+    path = list(sys.path)
+    install(aaa=SOURCES[request.param])
+    yield request.param
+    sys.path[:] = path
+    plugin_manager.cache_clear()
+
+
+@pytest.mark.parametrize("broken", SOURCES, indirect=True)
+def test_every_command_works_beside_a_broken_plugin(broken, commands):
+    for argv in commands:
+        assert run(*argv)
+    listed = json.loads(run("families", "--json"))
+    assert {"internvl", "llama", "qwen"} <= {family["name"] for family in listed["families"]}
+    error = ERRORS[broken]
+    assert {plugin["name"]: plugin["error"] for plugin in listed["plugins"] if plugin["error"]} == {"aaa": error}
+    assert f"plugin aaa (aaa-stranger): BROKEN: {error}" in run("families").splitlines()
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize("broken", SOURCES, indirect=True)
+def test_strict_ends_every_command(commands, monkeypatch):
+    monkeypatch.setenv("EMLOC_STRICT_PLUGINS", "1")
+    for argv in commands:
+        plugin_manager.cache_clear()
+        with pytest.raises(EmlocError, match="The plugin 'aaa' of aaa-stranger is broken"):
+            run(*argv)

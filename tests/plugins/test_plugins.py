@@ -1,0 +1,350 @@
+"""Plugins: found, isolated when they are broken, reported."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from support.paths import DOCS
+from support.plugins import BROKEN, COMMAND, GOOD, RAISING_OBSERVER
+
+from emloc_core.algorithms.factorize import factorize
+from emloc_core.cli import cli
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family, Tower
+from emloc_core.plugins import builtin as algorithms
+from emloc_core.plugins import manager as plugins
+from emloc_core.plugins.manager import PluginManager, plugin_manager
+
+BROKEN_ALGORITHMS = {
+    "raising": """
+        from emloc_core.hookspecs import hookimpl
+        @hookimpl
+        def emloc_factorizers():
+            import no_such_module
+    """,
+    "duplicate name": """
+        from emloc_core.hookspecs import hookimpl
+        @hookimpl
+        def emloc_factorizers():
+            return {"activation-svd": lambda *_: "another one", "more": print}
+    """,
+    "not callable": """
+        from emloc_core.hookspecs import hookimpl
+        @hookimpl
+        def emloc_factorizers():
+            return {"more": "print"}
+    """,
+    "no mapping": """
+        from emloc_core.hookspecs import hookimpl
+        @hookimpl
+        def emloc_factorizers():
+            return [print]
+    """,
+}
+OTHER_ALGORITHM = """
+    from emloc_core.hookspecs import hookimpl
+
+    @hookimpl
+    def emloc_factorizers():
+        return {"other": print}
+"""
+OBSERVER = """
+    from emloc_core.hookspecs import hookimpl
+
+    SEEN = []
+
+    @hookimpl
+    def emloc_block_done(path, index):
+        SEEN.append((path, index))
+"""
+BLOCK = {"stage": "compress", "path": "model.layers.0", "total": 2}
+
+
+@pytest.fixture
+def entry(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    count = iter(range(100))
+
+    def make(source):
+        name = f"plugin_under_test_{tmp_path.name}_{next(count)}"
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
+        return EntryPoint(name, name, "emloc")
+
+    return make
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_plugin_is_listed_with_its_error_and_breaks_nothing(entry, kind):
+    manager = PluginManager()
+    good, command, broken = entry(GOOD), entry(COMMAND), entry(BROKEN[kind])
+    manager.load([good, command, broken])
+    reports = {report.name: report for report in manager.reports}
+    assert reports[good.name].families == ("good",)
+    assert {name for name, report in reports.items() if report.error} == {broken.name}
+    assert [family.name for family in manager.families()] == ["good"]
+    assert manager.commands() == {"hello": sys.modules[command.value].command}
+    assert not manager.has_plugin(broken.name)
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_strict_raises(entry, kind, monkeypatch):
+    monkeypatch.setenv("EMLOC_STRICT_PLUGINS", "1")
+    with pytest.raises(EmlocError, match="is broken"):
+        PluginManager().load([entry(GOOD), entry(COMMAND), entry(BROKEN[kind])])
+
+
+def test_a_wrong_type_is_told_with_the_place_it_stands_at(entry):
+    manager = PluginManager()
+    manager.load([entry(BROKEN["wrong type of a tower's groups"]), entry(GOOD.replace("frozenset", "set"))])
+    said = "TypeError: the family 'better' has towers.0.input_groups.0 = 'q_proj'. "
+    assert manager.reports[0].error.startswith(said)
+    assert manager.reports[1].families == ("good",)
+
+
+def test_a_name_of_a_plugin_that_is_taken_is_told_in_a_line(entry):
+    manager = PluginManager()
+    first, other = entry(GOOD), entry(COMMAND)
+    manager.load([first, EntryPoint(first.name, other.value, "emloc"), EntryPoint("zzz", first.value, "emloc")])
+    taken = f"ValueError: a plugin {first.name!r} is loaded already"
+    assert [report.error for report in manager.reports] == [None, taken, taken]
+    assert [family.name for family in manager.families()] == ["good"]
+
+
+def test_a_misspelt_hook_is_told_its_name(entry):
+    manager = PluginManager()
+    manager.load([entry(BROKEN["unknown hook"])])
+    assert "Did you mean 'emloc_families'?" in manager.reports[0].error
+
+
+def test_the_family_of_a_model_type_or_what_to_do():
+    assert plugin_manager().family_for({"model_type": "llama"}).name == "llama"
+    with pytest.raises(EmlocError, match="No installed family declares the model type 'gpt9'") as raised:
+        plugin_manager().family_for({"model_type": "gpt9"})
+    for part in ("llama (llama, mistral)", "`emloc families scaffold MODEL`", "`emloc families new NAME`"):
+        assert part in str(raised.value)
+
+
+def test_algorithms_come_by_name_through_the_hooks():
+    manager = PluginManager()
+    manager.register(algorithms)
+    for hook, name in (("rank_allocators", "uniform"), ("factorizers", "activation-svd"), ("corrections", "emloc")):
+        assert callable(manager.algorithm(hook, name))
+    with pytest.raises(EmlocError, match="Did you mean 'uniform'"):
+        manager.algorithm("rank_allocators", "unifrom")
+
+
+@pytest.mark.parametrize("kind", BROKEN_ALGORITHMS)
+def test_broken_algorithms_are_skipped_and_reported(entry, kind, capsys):
+    manager = PluginManager()
+    manager.register(algorithms, name="emloc_core")
+    broken, good = entry(BROKEN_ALGORITHMS[kind]), entry(OTHER_ALGORITHM)
+    manager.load([broken, good])
+    assert [report.error for report in manager.reports] == [None, None]  # nothing has been asked for
+    for _ in range(2):
+        assert manager.algorithm("factorizers", "activation-svd") is factorize
+        assert manager.algorithm("factorizers", "other") is print
+    with pytest.raises(EmlocError, match="There is no 'more'"):
+        manager.algorithm("factorizers", "more")
+    reports = {report.name: report for report in manager.reports}
+    assert {name for name, report in reports.items() if report.error} == {broken.name}
+    error = capsys.readouterr().err
+    assert error.count(f"the plugin {broken.name!r} of unknown is broken: {reports[broken.name].error}") == 1
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", BROKEN_ALGORITHMS)
+def test_strict_raises_for_broken_algorithms(entry, kind, monkeypatch):
+    monkeypatch.setenv("EMLOC_STRICT_PLUGINS", "1")
+    manager = PluginManager()
+    manager.register(algorithms, name="emloc_core")
+    manager.load([entry(BROKEN_ALGORITHMS[kind])])
+    with pytest.raises(EmlocError, match="is broken"):
+        manager.algorithm("factorizers", "activation-svd")
+
+
+def test_a_raising_observer_disturbs_nothing_and_is_told_once(entry, capsys):
+    manager = PluginManager()
+    raising, seeing = entry(RAISING_OBSERVER), entry(OBSERVER)
+    manager.load([raising, seeing])
+    for index in range(2):
+        manager.notify("emloc_block_done", **BLOCK, index=index)
+    assert sys.modules[seeing.value].SEEN == [("model.layers.0", 0), ("model.layers.0", 1)]
+    assert capsys.readouterr().err.splitlines() == [
+        f"emloc: the plugin {raising.name!r} of unknown is broken: RuntimeError: cannot observe compress"
+    ]
+    assert "cannot observe" in manager.reports[0].error
+
+
+@pytest.mark.parametrize("hook", ["emloc_block_done", "emloc_factorizers", "emloc_registry"])
+def test_a_hook_that_leaves_the_program_does_not(entry, hook, capsys):
+    manager = PluginManager()
+    manager.register(algorithms, name="emloc_core")
+    leaving = entry(f"""
+        import sys
+        from emloc_core.hookspecs import hookimpl
+
+        @hookimpl
+        def {hook}():
+            sys.exit(3)
+    """)
+    manager.load([leaving])
+    manager.notify("emloc_block_done", **BLOCK, index=0)
+    assert manager.algorithm("factorizers", "activation-svd") is factorize
+    assert list(manager.registries()) == []
+    assert capsys.readouterr().err == f"emloc: the plugin {leaving.name!r} of unknown is broken: SystemExit: 3\n"
+
+
+def test_an_observer_cannot_change_what_it_observes(entry):
+    manager = PluginManager()
+    manager.load([entry("""
+        from emloc_core.hookspecs import hookimpl
+
+        @hookimpl
+        def emloc_stage_done(manifest):
+            manifest["result"].clear()
+    """)])  # fmt: skip
+    manifest = {"result": {"bytes": 1}}
+    manager.notify("emloc_stage_done", stage="cut", output=Path("cut"), manifest=manifest)
+    assert manifest == {"result": {"bytes": 1}}
+    assert manager.reports[0].error is None
+
+
+def test_a_raising_observer_raises_when_strict(entry, monkeypatch):
+    monkeypatch.setenv("EMLOC_STRICT_PLUGINS", "1")
+    manager = PluginManager()
+    manager.load([entry(RAISING_OBSERVER)])
+    with pytest.raises(EmlocError, match="is broken"):
+        manager.notify("emloc_block_done", **BLOCK, index=0)
+
+
+def test_the_command_line_has_the_commands_of_plugins_that_work(entry, monkeypatch):
+    manager = PluginManager()
+    manager.load([entry(BROKEN["raising commands"]), entry(COMMAND)])
+    monkeypatch.setattr(plugins, "plugin_manager", lambda: manager)
+    listed = CliRunner().invoke(cli, ["--help"], catch_exceptions=False).output
+    assert "hello" in listed
+    assert "compress" in listed
+    assert CliRunner().invoke(cli, ["hello"], catch_exceptions=False).output == "hello there\n"
+
+
+def test_hook_calls_are_traced(entry, monkeypatch, capsys):
+    monkeypatch.setenv("EMLOC_TRACE_PLUGINS", "1")
+    manager = PluginManager()
+    good, broken, seeing = entry(GOOD), entry(BROKEN["raising hook"]), entry(OBSERVER)
+    manager.load([good, broken, seeing])
+    manager.notify("emloc_block_done", **BLOCK | {"path": "model." + 100 * "x"}, index=0)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for line, name, text in zip(
+        lines,
+        (good.name, broken.name, seeing.name),
+        (
+            ": emloc_families() -> [Family(name='good', model_types=",
+            ": emloc_families() raised RuntimeError: out of order [",
+            ": emloc_block_done(stage='compress', path='model.xxx",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(f"emloc: trace: {name}{text}")
+        assert line.endswith(" ms]")
+        assert len(line) < 260  # long values are abbreviated
+    assert "total=2, index=0) -> None [" in lines[2]
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_nothing_is_traced_or_raised_unless_asked_for(entry, value, monkeypatch, capsys):
+    for variable in ("EMLOC_TRACE_PLUGINS", "EMLOC_STRICT_PLUGINS"):
+        monkeypatch.delenv(variable, raising=False)
+        if value is not None:
+            monkeypatch.setenv(variable, value)
+    PluginManager().load([entry(GOOD), entry(BROKEN["wrong type"])])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def generate(monkeypatch):
+    """The module that writes the pages of the documentation."""
+    monkeypatch.syspath_prepend(DOCS)
+    import generate
+
+    return generate
+
+
+def test_every_hook_and_every_argument_is_documented(generate):
+    hooks = {name: hook for name, hook in vars(plugins.hookspecs).items() if name.startswith("emloc_")}
+    assert {"emloc_families", "emloc_stage_done"} <= set(hooks)
+    page = (DOCS / "hooks.md").read_text()
+    for name, hook in hooks.items():
+        section = "\n".join(generate.hook_section(name, hook))
+        assert section in page
+        arguments = hook.__code__.co_varnames[: hook.__code__.co_argcount]
+        assert section.startswith(f"## `{name}({', '.join(arguments)})`")
+        assert all(f"| `{argument}` | `" in section for argument in arguments)
+
+
+def test_an_undocumented_argument_is_refused(generate):
+    def emloc_new(known, forgotten) -> None:
+        """Observe.
+
+        Args:
+            known: an argument.
+        """
+
+    def emloc_given() -> "list[str]":
+        """Offer something, without saying what."""
+
+    for hook in (emloc_new, emloc_given):
+        with pytest.raises(ValueError, match=f"{hook.__name__}: describe"):
+            generate.hook_section(hook.__name__, hook)
+
+
+DOCUMENTED = (DOCS / "plugins.md").read_text()
+
+
+def test_the_plugins_of_the_documentation_work(entry, capsys):
+    manager = PluginManager()
+    examples = re.findall(r"```python\n(.*?)```", DOCUMENTED, re.DOTALL)
+    assert len(examples) == 3
+    manager.load([entry(source) for source in examples])
+    assert [report.error for report in manager.reports] == [None, None, None]
+    assert [family.name for family in manager.families()] == ["my_llama"]
+    shapes = [(32, 32), (64, 32)]
+    (rank, other) = manager.algorithm("rank_allocators", "thrifty")(shapes, 0.5)
+    assert rank == other == int(0.5 * (32 * 32 + 64 * 32) / (64 + 96))
+    manager.notify("emloc_block_done", **BLOCK, index=0)
+    assert capsys.readouterr().out == "model.layers.0 is done, 1 of 2\n"
+
+
+def test_every_check_and_every_field_is_documented():
+    from emloc_core.conformance.checks import EACH, WHOLE
+
+    rows = re.findall(r"^\| `([\w-]+)` \| \S", DOCUMENTED, re.MULTILINE)
+    fields = [field.name for declared in (Family, Tower) for field in dataclasses.fields(declared)]
+    assert sorted(rows) == sorted([*fields, *(check.name for check in (*WHOLE, *EACH))])
+
+
+def test_a_plugin_of_an_older_version_is_told_what_changed(entry):
+    manager = PluginManager()
+    manager.load([entry(GOOD.replace("towers=", "tiny_config={}, towers="))])
+    assert manager.reports[0].error in DOCUMENTED
+
+
+@pytest.mark.parametrize(
+    "command", [["--help"], ["families"], ["families", "new", "--help"], ["compress", "--help"], ["run", "--help"]]
+)
+def test_help_and_listing_import_no_torch(command):
+    code = (
+        "import sys; sys.argv = ['emloc', *sys.argv[1:]]\n"
+        "from emloc_core.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    sys.stderr.write('heavy: ' + str({'torch', 'transformers', 'peft', 'trl'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "heavy: set()" in done.stderr

@@ -1,0 +1,335 @@
+"""The registry: entries of real models, those of plugins and users, and what is refused."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from support.paths import DOCS
+from torch import nn
+from transformers import AutoConfig
+
+from emloc_core.cli import cli
+from emloc_core.errors import EmlocError
+from emloc_core.model.skeleton import build_model
+from emloc_core.plugins.manager import PluginManager, plugin_manager
+from emloc_core.registry.entry import Entry, Parameters, Preset, read_entry
+from emloc_core.registry import registry
+from emloc_core.registry.registry import find, load_entries, resolve
+
+ENTRIES = load_entries()
+
+TINY = """
+id = "me/tiny"
+family = "llama"
+
+[presets.default]
+ratio = 0.5
+samples = 8
+
+[config]
+model_type = "llama"
+dtype = "float32"
+vocab_size = 128
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+max_position_embeddings = 256
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes an entry: the tiny one, with texts replaced and a text added at its end."""
+
+    def write(name: str = "tiny.toml", *changes: tuple[str, str], more: str = "") -> Path:
+        text = TINY
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new, 1)
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + more, encoding="utf-8")
+        return file
+
+    return write
+
+
+def refused(function: Callable[..., Any], *arguments: Any) -> str:
+    with pytest.raises(EmlocError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def tied_parameters(model: nn.Module) -> int:
+    """How many parameters of the output projection are the embedding's."""
+    head = model.get_output_embeddings().weight
+    return head.numel() if head is model.get_input_embeddings().weight else 0
+
+
+def built(entry: Entry) -> nn.Module:
+    settings = copy.deepcopy(entry.config)  # transformers changes what is nested in it
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return build_model(config, plugin_manager().family_for(entry.config), torch.bfloat16)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.id.rpartition("/")[2])
+def test_an_entry_is_the_published_model(entry: Entry) -> None:
+    assert entry.parameters is not None
+    assert entry.sources["config"]
+    assert entry.licence is None or entry.sources["licence"]
+    assert entry.parameters.digits >= 3
+    assert plugin_manager().family_for(entry.config).name == entry.family
+    model = built(entry)
+    parameters, tied = sum(parameter.numel() for parameter in model.parameters()), tied_parameters(model)
+    assert entry.parameters.agree(parameters, tied), f"{parameters:,} (tied: {tied:,})"
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert set(entry.presets) == {"default", "inference", *(name for name in entry.presets if name.endswith("GB"))}
+    for preset in entry.presets.values():
+        compress, train = preset.settings(0.5)
+        assert (compress.samples, train.lora_rank) == (preset.samples, preset.lora_rank)
+        for target in preset.lora_targets or []:
+            assert any(f".{path}".endswith(f".{target}") for path in linears), target
+
+
+def test_the_series_are_complete() -> None:
+    names = {entry.id.rpartition("/")[2] for entry in ENTRIES}
+    sizes = {
+        "Llama-3.1-": ["8B", "70B", "405B"],
+        "Llama-3.2-": ["1B", "3B"],
+        "Llama-3.3-": ["70B-Instruct"],
+        "Qwen2.5-": ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"],
+        "Qwen3-": ["0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B"],
+        "Qwen2.5-VL-": ["3B-Instruct", "7B-Instruct", "32B-Instruct", "72B-Instruct"],
+        "InternVL2_5-": ["1B", "2B", "4B", "8B", "26B", "38B", "78B"],
+        "InternVL3-": ["1B", "2B", "8B", "14B", "38B", "78B"],
+        "SmolLM2-": ["135M", "360M", "1.7B"],
+    }
+    assert names == {series + size for series, ends in sizes.items() for size in ends}
+    assert all(entry.layout == ("internvl_chat" if entry.family == "internvl" else None) for entry in ENTRIES)
+
+
+@pytest.mark.parametrize(
+    ("published", "tied_twice", "agrees", "digits"),
+    [
+        ("7.62B", False, True, 3),
+        ("7.61B", False, False, 3),
+        ("7.6B", False, True, 2),
+        ("7616M", False, True, 4),
+        ("7615616512", False, True, 10),
+        ("7615616513", False, False, 10),
+        ("15.2GB", False, True, 3),
+        ("15.3GB", False, False, 3),
+        ("8.16B", True, True, 3),
+    ],
+)
+def test_published_counts(published: str, tied_twice: bool, agrees: bool, digits: int) -> None:
+    parameters = Parameters(published=published, source="here", tied_twice=tied_twice)
+    assert parameters.agree(7_615_616_512, tied=544_997_376) == agrees
+    assert parameters.digits == digits
+
+
+@pytest.mark.parametrize("name", ["SmolLM2-135M", "InternVL2_5-1B"])
+def test_a_memory_target_becomes_a_ratio(name: str) -> None:
+    (entry,) = find(name)
+    compress, train = resolve(entry, "inference")
+    assert 0 < compress.ratio < 1
+    assert train.target_modules == entry.presets["inference"].lora_targets
+    assert resolve(entry)[0].ratio == entry.presets["default"].ratio
+
+
+def test_find() -> None:
+    assert [entry.id for entry in find("Qwen/Qwen2.5-7B")] == ["Qwen/Qwen2.5-7B"]
+    assert [entry.id for entry in find("qwen2.5-7b")] == ["Qwen/Qwen2.5-7B"]
+    assert len(find("Qwen3-*")) == 7
+    assert len(find("*/InternVL?*-38B")) == 2
+    assert "Did you mean 'Qwen2.5-7B'?" in refused(find, "Qwen2.5-7")
+    assert "matches 'Gemma*'" in refused(find, "Gemma*")
+
+
+def test_entries_of_a_user(write: Callable[..., Path], tmp_path: Path) -> None:
+    file = write()
+    ids = {entry.id for entry in load_entries([file])}
+    assert ids == {entry.id for entry in ENTRIES} | {"me/tiny"}
+    write("other.toml", ("me/tiny", "me/other"))
+    assert {entry.id for entry in load_entries([tmp_path])} - ids == {"me/other"}
+    assert len(load_entries([file, file, Path(registry._PACKAGED[1])])) == len(ENTRIES) + 1  # a file is one entry
+    assert "There is no entry at" in refused(load_entries, [tmp_path / "missing.toml"])
+
+
+def test_two_files_with_one_id(write: Callable[..., Path]) -> None:
+    first, second = write("first.toml"), write("second.toml")
+    message = refused(load_entries, [first, second])
+    assert str(first) in message
+    assert str(second) in message
+    taken = write("taken.toml", ("me/tiny", ENTRIES[0].id))
+    assert str(ENTRIES[0].file) in refused(load_entries, [taken])
+
+
+FAULTS = {
+    "line": (("samples = 8", "samples = "), "line 7"),
+    "unknown field": (('family = "llama"', 'family = "llama"\nlicense = "mit"'), "Did you mean 'licence'?"),
+    "unknown setting of a preset": (("samples = 8", "sample = 8"), "'presets.default.sample'. Did you mean 'samples'?"),
+    "neither ratio nor memory": (("ratio = 0.5\n", ""), "presets.default: a preset has either"),
+    "both": (("ratio = 0.5", 'ratio = 0.5\nmemory = "8GB"'), "presets.default: a preset has either"),
+    "no size": (("ratio = 0.5", 'memory = "plenty"'), "'plenty' is no size of memory"),
+    "ratio": (("ratio = 0.5", "ratio = 1.5"), "presets.default.ratio = 1.5"),
+    "no preset": (("[presets.default]\nratio = 0.5\nsamples = 8", "[presets]"), "presets"),
+    "no id": (('id = "me/tiny"', ""), "id is missing"),
+    "no model type": (('model_type = "llama"', ""), "config has no model_type"),
+    "code": (('dtype = "float32"', 'auto_map = {AutoConfig = "x.Y"}'), "could make transformers run code"),
+    "code of a part": (
+        ('dtype = "float32"', 'text_config = {_attn_implementation = "a/b"}'),
+        "could make transformers",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_no_entry(write: Callable[..., Path], fault: str) -> None:
+    change, expected = FAULTS[fault]
+    file = write("tiny.toml", change)
+    message = refused(read_entry, file)
+    assert message.startswith(str(file))
+    assert expected in message
+
+
+def test_a_wrong_number_of_parameters(write: Callable[..., Path]) -> None:
+    file = write(more='[parameters]\npublished = "about 7B"\nsource = "x"\n')
+    assert "parameters.published: 'about 7B' is no number of parameters" in refused(read_entry, file)
+
+
+@pytest.mark.parametrize("path", ["../rows.jsonl", "/etc/passwd", "link/rows.jsonl", "a/../../rows.jsonl"])
+def test_paths_stay_in_the_directory(write: Callable[..., Path], tmp_path: Path, path: str) -> None:
+    more = '[data]\ntrain = "{}"\n'
+    assert read_entry(write("entries/fine.toml", more=more.format("rows/train.jsonl"))).data is not None
+    (tmp_path / "entries" / "link").symlink_to(tmp_path)
+    message = refused(read_entry, write("entries/tiny.toml", more=more.format(path)))
+    assert f"{path!r}, outside its directory" in message
+    checkpoint = ('family = "llama"', f'family = "llama"\ncheckpoint = "{path}"')
+    assert "outside its directory" in refused(read_entry, write("entries/tiny.toml", checkpoint))
+
+
+def test_where_the_model_is(write: Callable[..., Path], tmp_path: Path) -> None:
+    assert read_entry(write()).model == "me/tiny"
+    inside = ('family = "llama"', 'family = "llama"\ncheckpoint = "models/tiny"')
+    assert read_entry(write("tiny.toml", inside)).model == str((tmp_path / "models" / "tiny").resolve())
+
+
+def test_presets() -> None:
+    entry = find("Qwen2.5-7B")[0]
+    assert "Did you mean 'inference'?" in refused(entry.preset, "inferense")
+    compress, train = Preset(ratio=0.3, samples=5, lora_targets=["q_proj"], lora_rank=4, batch_size=2).settings(0.3)
+    assert (compress.ratio, compress.samples) == (0.3, 5)
+    assert (train.target_modules, train.lora_rank, train.batch_size) == (["q_proj"], 4, 2)
+
+
+def test_a_target_that_nothing_fits(write: Callable[..., Path]) -> None:
+    entry = read_entry(write("tiny.toml", ("ratio = 0.5", 'memory = "1MB"\nlength = 64')))
+    assert "No emulator's tuning fits 1 MB" in refused(resolve, entry)
+
+
+def test_fingerprints_are_of_values(write: Callable[..., Path]) -> None:
+    first = read_entry(write()).fingerprint
+    assert read_entry(write("again.toml", ("samples = 8", "samples = 8  # few"))).fingerprint == first
+    assert read_entry(write("other.toml", ("samples = 8", "samples = 9"))).fingerprint != first
+
+
+def plugin(directory: Path, name: str, paths: list[Path]) -> EntryPoint:
+    (directory / f"{name}.py").write_text(
+        "from pathlib import Path\nfrom emloc_core.hookspecs import hookimpl\n"
+        f"@hookimpl\ndef emloc_registry():\n    return [Path(path) for path in {[str(path) for path in paths]!r}]\n"
+    )
+    return EntryPoint(name, name, "emloc")
+
+
+def test_entries_of_plugins(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    good = write("good/tiny.toml")
+    broken = write("broken.toml", ("samples = 8", "samples = "))
+    taken = write("taken.toml", ("me/tiny", ENTRIES[0].id))
+    manager = PluginManager()
+    manager.load(
+        [
+            plugin(tmp_path, "registry_good", [good.parent]),
+            plugin(tmp_path, "registry_broken", [broken]),
+            plugin(tmp_path, "registry_taken", [taken]),
+        ]
+    )
+    monkeypatch.setattr(registry, "plugin_manager", lambda: manager)
+    assert {entry.id for entry in load_entries()} == {entry.id for entry in ENTRIES} | {"me/tiny"}
+    errors = {report.name: report.error for report in manager.reports}
+    assert errors["registry_good"] is None
+    assert "line 7" in str(errors["registry_broken"])
+    assert str(ENTRIES[0].file) in str(errors["registry_taken"])
+    assert "'registry_broken'" in capsys.readouterr().err
+    monkeypatch.setenv("EMLOC_STRICT_PLUGINS", "1")
+    assert "registry_broken" in refused(load_entries)
+
+
+def plan(*arguments: object) -> dict[str, Any]:
+    result = CliRunner().invoke(cli, ["plan", *map(str, arguments), "--json"])
+    assert result.exception is None, result.exception
+    return json.loads(result.stdout)
+
+
+def test_planning_needs_no_network_and_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    found = plan("HuggingFaceTB/SmolLM2-135M", "--memory", "24GB")
+    assert found["model"] == "HuggingFaceTB/SmolLM2-135M"
+    assert found["parameters"]["base"] == 134_515_008
+    assert not list(tmp_path.iterdir())
+
+
+def test_planning_from_a_file(write: Callable[..., Path]) -> None:
+    assert plan(write(), "--ratio", 0.5, "--memory", "4GB")["family"] == "llama"
+    file = write("sizeless.toml", ("hidden_size = 32\n", ""))
+    result = CliRunner().invoke(cli, ["plan", str(file)])
+    assert str(result.exception).startswith(f"{file} has no hidden_size")
+
+
+def test_dynamic_rotary_embeddings_are_planned_as_the_default(write: Callable[..., Path]) -> None:
+    """They ask for the longest row's length, which InternVL's published configs do."""
+    rope = '[config.rope_parameters]\nrope_type = "{}"\nrope_theta = 10000.0\nfactor = 2.0\n'
+    kinds = [write(f"{kind}.toml", more=rope.format(kind)) for kind in ("default", "dynamic")]
+    default, dynamic = (plan(file, "--ratio", 0.5, "--memory", "4GB")["stages"] for file in kinds)
+    assert dynamic == default
+
+
+def test_nothing_heavy_is_imported() -> None:
+    script = "import sys, emloc_core.registry.registry as r; r.load_entries(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_page_of_models_is_about_these_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = DOCS
+    monkeypatch.syspath_prepend(docs)
+    import generate_models
+
+    text = (docs / "models.md").read_text(encoding="utf-8")
+    assert re.findall("<!--.*-->", text) == list(generate_models.marks(ENTRIES)), "run make docs-models"
+    lines = text.splitlines()
+    for entry in ENTRIES:
+        row, _ = (line.strip("| ").split(" | ") for line in lines if line.startswith(f"| `{entry.id}` |"))
+        fits = dict(zip(generate_models.HEADINGS, row, strict=True))
+        for preset in entry.presets.values():  # a memory target that is a card's is one that the page has a ratio for
+            if preset.memory not in (None, "inference"):
+                assert 0.1 <= float(fits[preset.memory.replace("GB", " GB")]) < 1, entry.id
+    entry = find("SmolLM2-135M")[0]
+    figures = generate_models.figures(entry)
+    row = f"| `{entry.id}` | {' | '.join(figures[column] for column in generate_models.HEADINGS[1:])} |"
+    assert row in lines

@@ -1,0 +1,361 @@
+"""``emloc families scaffold``: what is observed in a model, and drafts that the conformance kit accepts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from emloc_llama import TINY
+from support.paths import ROOT
+from torch import nn
+from transformers import AutoConfig
+
+from emloc_core.cli import cli
+from emloc_core.conformance import check_family
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+from emloc_core.plugins.manager import plugin_manager
+from emloc_core.scaffold.draft import Draft
+from emloc_core.scaffold.observe import GATE, LISTED, OTHER, ROUTED, ROUTER, UNCALLED, Observation, block_lists
+from emloc_core.scaffold.scaffold import _empty_family, check_draft, scaffold
+from emloc_core.scaffold.shrink import shrink
+
+#: Architectures whose draft has to be accepted without an edit.
+TEXT = ("gemma3_text", "phi3", "mistral", "gpt_neox", "olmo2")
+IMAGES = ("gemma3", "llava")
+#: What a config.json of Qwen3-VL says beyond the defaults.
+QWEN3_VL = {
+    "text_config": {
+        "eos_token_id": 151645,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+    }
+}
+#: Lines of a declaration at most, where there is one tower.
+MOST_LINES = 40
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Write the config of a model type, with the class's defaults and what is given, and return the file."""
+
+    def write(model_type: str, **settings) -> Path:
+        file = tmp_path / f"{model_type}.json"
+        file.write_text(json.dumps(AutoConfig.for_model(model_type, **settings).to_dict()))
+        return file
+
+    return write
+
+
+def declared(draft: Draft) -> Family:
+    """Execute the draft's source as a plugin is, and return the family that it declares."""
+    module: dict = {}
+    exec(draft.source, module)
+    (family,) = module["emloc_families"]()
+    return family
+
+
+def groups(family: Family) -> dict[str, list[list[str]]]:
+    """Return the input groups of every tower by the path of its blocks."""
+    return {tower.blocks: [list(group) for group in tower.input_groups] for tower in family.towers}
+
+
+@pytest.mark.parametrize("model_type", TEXT + IMAGES)
+def test_the_kit_accepts_the_draft_without_an_edit(save, model_type):
+    draft = scaffold(save(model_type))
+    results = check_family(declared(draft))
+    assert len(results) > 10
+    assert [f"{result.check}: {result}" for result in results if not result.passed] == []
+    assert not [note for note in draft.notes if note.startswith("Edit")]
+
+
+@pytest.mark.parametrize("model_type", TEXT)
+def test_a_declaration_takes_few_lines(save, model_type):
+    declaration = scaffold(save(model_type)).source.partition("= Family(")[2].partition("@hookimpl")[0]
+    assert 15 < len(declaration.strip().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "gemma3", "deepseek_v3"])
+def test_the_source_is_formatted_and_free_of_lint(save, tmp_path, model_type):
+    file = tmp_path / "draft.py"
+    file.write_text(scaffold(save(model_type)).source)
+    root = ROOT
+    for command in (["format", "--check"], ["check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "--config", root / "pyproject.toml", file],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe", "internvl"])
+def test_families_in_the_tree_are_found_again(save, model_type):
+    file = save(model_type)
+    draft = scaffold(file)
+    config = json.loads(file.read_text())
+    known = plugin_manager().family_for(config)
+    with plugin_manager().declaring(declared(draft)):
+        found = plugin_manager().family_for(config)
+    experts = any("experts" in name for name in found.keep_dense)
+    expected = {
+        blocks: [group for group in listed if not (experts and group[0].startswith("mlp."))]  # all layers have experts
+        for blocks, listed in groups(known).items()
+    }
+    assert groups(found) == expected
+    assert found.modality == known.modality
+    assert found.auto_class == known.auto_class
+    assert "declares" in draft.notes[0]
+    assert set(known.nested) == set(found.nested) or not known.nested
+
+
+def test_a_model_inside_is_taken_from_the_family_that_declares_it(save):
+    draft = scaffold(save("internvl"))
+    assert draft.family.nested == {"text_config": "model.language_model"}
+    assert [tower.name for tower in draft.family.towers] == ["vision"]
+    assert "lm_head" not in draft.family.keep_dense  # the inner family says so
+    assert "model.multi_modal_projector.*" in draft.family.keep_dense
+
+
+def test_mergers_between_the_blocks_of_a_tower_are_no_tower(save):
+    draft = scaffold(save("qwen3_vl", **QWEN3_VL))
+    assert [tower.blocks for tower in draft.family.towers] == ["model.visual.blocks", "model.language_model.layers"]
+    assert "in between" in draft.family.keep_dense["model.visual.deepstack_merger_list.*"]
+    assert [result.check for result in check_family(declared(draft)) if not result.passed] == []
+
+
+def test_experts_stay_dense_and_get_no_lora(save):
+    """PEFT takes the names of MLPs for those of experts, in some model types."""
+    draft = scaffold(save("deepseek_v3"))
+    (tower,) = draft.family.towers
+    assert draft.family.keep_dense["model.layers.*.mlp.experts"] == ROUTED
+    assert ["mlp.gate_proj", "mlp.up_proj"] in tower.input_groups  # of the layers without experts
+    assert ["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"] in tower.input_groups
+    assert "o_proj" in tower.lora_targets
+    assert not [target for target in tower.lora_targets if target.endswith(("gate_proj", "up_proj", "down_proj"))]
+    assert any("no LoRA goes on mlp.gate_proj" in note for note in draft.notes)
+
+
+def test_a_weight_that_is_used_without_a_call_stays_dense(save):
+    draft = scaffold(save("mamba"))
+    assert draft.family.keep_dense["backbone.layers.*.mixer.dt_proj"] == UNCALLED
+    assert any(note.startswith("Check") and "dt_proj" in note for note in draft.notes)
+
+
+def test_what_the_kit_finds_wrong_is_named(save):
+    draft = scaffold(save("phi3"))
+    assert check_draft(draft).notes == []
+    tower = draft.family.towers[0]
+    broken = Draft(Family(**{**vars(draft.family), "towers": [tower], "keep_dense": {"head": "none is there"}}), "")
+    assert any(note.startswith("Edit: the check 'names' fails") for note in check_draft(broken).notes)
+
+
+def test_a_family_has_a_name_that_a_package_can_have():
+    family = _empty_family(AutoConfig.for_model("bert-generation"))
+    assert (family.name, family.model_types) == ("bert_generation", {"bert-generation"})
+
+
+def test_what_is_no_family_is_refused(save, tmp_path):
+    def refused(file: Path) -> str:
+        with pytest.raises(EmlocError) as caught:
+            scaffold(file)
+        return str(caught.value)
+
+    assert "Conv1D" in refused(save("gpt2"))
+    assert "encoder-decoder" in refused(save("t5"))
+    assert "neither a causal language model nor" in refused(save("vit"))
+    unknown = tmp_path / "unknown.json"
+    unknown.write_text('{"model_type": "nothing_of_that_name"}')
+    assert "transformers cannot read" in refused(unknown)
+    unknown.write_text("{")
+    assert "transformers cannot read" in refused(unknown)
+    large = refused(save("blt"))
+    assert "cannot be shrunk" in large
+    assert "parameters are left; large: encoder_hash_byte_group_vocab=" in large
+    assert "cannot be shrunk" in refused(save("deepseek_v2"))  # its defaults lack what its forward needs
+    assert "AutoModelForCausalLM cannot build" in refused(save("phi", hidden_act="none_of_that_name"))
+
+
+def test_a_model_without_blocks_is_refused(save, monkeypatch):
+    monkeypatch.setattr("emloc_core.scaffold.scaffold.block_lists", lambda _: [])
+    with pytest.raises(EmlocError, match="no list of blocks"):
+        scaffold(save("phi3"))
+
+
+def test_a_tiny_config_is_taken_as_it_is(save):
+    (tiny,) = scaffold(save("phi3", **TINY)).family.tiny_configs
+    assert {name: tiny.get(name) for name in TINY if name in tiny} == {
+        name: TINY[name] for name in TINY if name in tiny
+    }
+    assert tiny["hidden_size"] == TINY["hidden_size"]
+    assert tiny["num_hidden_layers"] == TINY["num_hidden_layers"]
+
+
+def test_shrinking_keeps_heads_dividing_and_a_block_of_each_kind():
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    small = shrink(AutoConfig.for_model("gemma3_text", num_hidden_layers=12, layer_types=kinds * 2))
+    assert small["layer_types"] == ["sliding_attention", "full_attention"]
+    assert small["num_hidden_layers"] == 2
+    config = AutoConfig.for_model("qwen2", num_attention_heads=28, num_key_value_heads=4, hidden_size=3584)
+    small = shrink(config)
+    assert small["num_attention_heads"] % small["num_key_value_heads"] == 0
+    assert small["num_key_value_heads"] < small["num_attention_heads"]
+    one = AutoConfig.for_model("llama", num_attention_heads=32, num_key_value_heads=1)
+    assert shrink(one)["num_key_value_heads"] == 1
+    assert "num_key_value_heads" not in shrink(AutoConfig.for_model("llama", num_attention_heads=32))
+    vision = {"depth": 8, "fullatt_block_indexes": [3, 7]}
+    small = shrink(AutoConfig.for_model("qwen2_5_vl", vision_config=vision))["vision_config"]
+    assert (small["depth"], small["fullatt_block_indexes"]) == (3, [1])  # one without, one with, one behind it
+    wide = {"05": {"head_dim": 512}, "11": {"head_dim": 512}}
+    kinds = [*kinds, *kinds]
+    single = shrink(AutoConfig.for_model("gemma4_text", num_hidden_layers=12, layer_types=kinds, per_layer_config=wide))
+    assert single["num_hidden_layers"] == 2
+    hybrid = shrink(AutoConfig.for_model("jamba", num_hidden_layers=32))
+    assert hybrid["num_hidden_layers"] == 8  # a whole period
+
+
+class Scaled(nn.Linear):
+    """A Linear that computes something else."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Experts(nn.Module):
+    """Fused experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ self.weight[0]
+
+
+class Block(nn.Module):
+    """A block with one of everything that a Linear can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.near, self.twice, self.idle, self.scaled = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), Scaled(8, 8)
+        self.moe = nn.ModuleDict({"router": nn.Linear(8, 3), "experts": Experts(), "gate": nn.Linear(8, 1)})
+        self.convolution = nn.Conv1d(5, 5, 3, padding=1)
+        self.branches = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        out = self.v(hidden.clone()) + self.q(hidden) + self.k(hidden)
+        out = out + self.near(hidden + 1e-3)  # almost the same input is another one
+        out = self.twice(self.twice(out)) + self.scaled(out)
+        out = out + self.moe["experts"](out) * self.moe["gate"](out) + self.moe["router"](out).sum()
+        out = out + self.convolution(out)
+        return out + sum(branch(out) for branch in self.branches)
+
+
+class Mixer(nn.Module):
+    """Holds one Linear, smaller than a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden)
+
+
+class Model(nn.Module):
+    """Two stacks, of which the second in the tree runs first; mixers in between; a list that no forward reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.ModuleList([Block() for _ in range(3)])
+        self.early = nn.ModuleList([Mixer() for _ in range(2)])
+        self.mixers = nn.ModuleList([Mixer() for _ in range(2)])
+        self.unused = nn.ModuleList([Mixer() for _ in range(2)])
+        self.head = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, hidden: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        assert not use_cache
+        for block in self.early:
+            hidden = block(hidden)
+        for index, block in enumerate(self.late):
+            hidden = block(hidden)
+            if index < len(self.mixers):
+                hidden = hidden + self.mixers[index](hidden)
+        return hidden
+
+
+@pytest.fixture(scope="module")
+def seen() -> Observation:
+    torch.manual_seed(0)
+    model = Model().eval()
+    return Observation(model, block_lists(model), {"hidden": torch.randn(1, 5, 8)})
+
+
+def test_lists_of_blocks_hold_linears_and_are_not_nested():
+    assert block_lists(Model()) == ["late", "early", "mixers", "unused"]
+
+
+def test_stacks_stand_in_order_of_execution(seen):
+    assert [stack.path for stack in seen.stacks] == ["early", "late"]
+    assert seen.interleaved == {"mixers": "late"}
+    assert seen.unreached == ["unused"]
+
+
+def test_linears_of_one_group_read_equal_inputs(seen):
+    assert seen.stacks[1].groups == [["v", "q", "k"], ["near"]]
+
+
+def test_what_cannot_be_compressed_has_its_reason(seen):
+    assert seen.stacks[1].dense == {
+        "twice": "runs 2 times a forward",
+        "idle": UNCALLED,
+        "scaled": OTHER,
+        "moe.router": ROUTER,
+        "moe.experts": ROUTED,
+        "moe.gate": GATE,
+        "branches": LISTED,
+    }
+
+
+def run(*arguments: str | Path):
+    return CliRunner().invoke(cli, ["families", "scaffold", *map(str, arguments)])
+
+
+def test_the_command_prints_a_module_or_writes_it(save, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    save("olmo2").rename(model / "config.json")
+    printed = run(model)
+    assert printed.exception is None, printed.exception
+    compile(printed.stdout, "draft", "exec")
+    output = tmp_path / "plugins" / "olmo2.py"
+    written = run(model, "-o", output)
+    assert written.exception is None, written.exception
+    assert output.read_text() == printed.stdout
+    assert "224 Linears in 32 blocks" in written.stdout
+    again = run(model, "-o", output)
+    assert isinstance(again.exception, EmlocError)
+    assert output.read_text() == printed.stdout
+    blocked = run(model, "-o", output / "within" / "a_file.py")
+    assert isinstance(blocked.exception, EmlocError)
+    assert [path.name for path in output.parent.iterdir()] == ["olmo2.py"]
+
+
+def test_the_command_speaks_json(save):
+    done = run(save("phi3"), "--json", "--check")
+    assert done.exception is None, done.exception
+    content = json.loads(done.stdout)
+    assert content["towers"][0]["input_groups"][0] == ["self_attn.qkv_proj"]
+    assert content["model_types"] == ["phi3"]
+    assert content["notes"] == []
+    assert content["checked"] is True
+    compile(content["source"], "draft", "exec")
+
+
+def test_the_command_refuses_what_is_not_there(tmp_path):
+    for path in (tmp_path / "nothing", tmp_path):
+        done = run(path)
+        assert isinstance(done.exception, EmlocError)
+        assert "config" in str(done.exception) or "no model" in str(done.exception)

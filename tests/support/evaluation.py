@@ -1,0 +1,33 @@
+"""Systems evaluated in the process of the test, and the loss by plain torch."""
+
+from pathlib import Path
+
+import torch
+from support.rows import example_rows
+
+from emloc_core.evaluation.system import load_system, run_tasks
+from emloc_core.evaluation.tasks import find_task, load_task
+
+
+def metrics_of(model_directory, task, adapter=None, **settings):
+    spec = find_task(str(task), Path(task).parent)
+    model, processing = load_system(Path(model_directory), adapter, images=spec.shows_images)
+    result = run_tasks(model, processing, load_task(spec), **settings)
+    return result["tasks"][spec.name], result["samples"]
+
+
+def direct_nll(model, pairs):
+    """Mean loss a token of the second ids of each pair, after the first: plain torch, a row at a time."""
+    total, count = 0.0, 0
+    for context, target in pairs:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([context + target])).logits[0, len(context) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="sum").item()
+        count += len(target)
+    return total / count
+
+
+def completions(tokenizer, n):
+    for row in example_rows()[:n]:
+        whole, context = tokenizer.encode(row["prompt"] + row["completion"]), tokenizer.encode(row["prompt"])
+        yield context, whole[len(context) :]

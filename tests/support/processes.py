@@ -1,0 +1,110 @@
+"""What the tests of the zoo share: jobs that only wait, drivers, plans without a planner, and how to find workers."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+from emloc_core.zoo.convert import convert
+from emloc_core.zoo.engine import Needs
+from emloc_core.zoo.job import Job
+from emloc_core.zoo.local import LocalEngine
+from emloc_core.zoo.planning import answer
+from emloc_core.zoo.retry import Limits
+from emloc_core.zoo.store import Store
+
+#: Converts jobs that only wait: zoo, workers, then NAME=SECONDS.
+DRIVER = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from support.processes import wait, waiting
+    wait(Path(sys.argv[1]), [waiting(*text.split("=")) for text in sys.argv[3:]], workers=int(sys.argv[2]))
+"""
+
+
+class WaitingEngine(LocalEngine):
+    """Workers that only wait."""
+
+    command = (sys.executable, str(Path(__file__).with_name("waiter.py")))
+
+
+def waiting(name, seconds=0):
+    return Job(name=name, model=f"none/{name}", data=str(seconds))
+
+
+def plan_here(jobs, cache_dir, known=(), _=None):
+    """Plan as the planner does, but in this process, which has imported already what takes that one seconds."""
+    return [answer(job, cache_dir, known) for job in jobs]
+
+
+#: Has conversions and dry runs of this process plan in it.
+planning_here = partial(patch, "emloc_core.zoo.convert.plan", plan_here)
+
+
+def drive(zoo, jobs, *, workers=2, engine=LocalEngine, tell=lambda *_: None, memory=None, **limits):
+    """Plan here and convert; return the records by name."""
+    limits.setdefault("backoff", 0.01)
+    with planning_here():
+        records = convert(jobs, zoo, lambda lock: engine(workers, memory, [lock]), Limits(**limits), tell)
+    return {record.job.name: record for record in records}
+
+
+def wait(zoo, jobs, **options):
+    """Drive jobs that only wait; they are in the store with their plan, so that there is nothing to plan."""
+    names = [job.name for job in jobs]
+    with closing(Store(zoo, create=True)) as store:
+        store.add(jobs, names)
+        store.plan(dict.fromkeys(names, Needs(memory=0, disk=0)))
+    return drive(zoo, [], engine=WaitingEngine, **options)
+
+
+def driver(zoo, jobs, workers=2):
+    """Start a driver in a process of its own; ``jobs`` are seconds by name."""
+    script = textwrap.dedent(DRIVER.format(tests=str(Path(__file__).parents[1])))
+    named = [f"{name}={seconds}" for name, seconds in jobs.items()]
+    return subprocess.Popen([sys.executable, "-c", script, str(zoo), str(workers), *named])
+
+
+def workers_of(zoo, name):
+    """Return the processes, the worker and its stage, that do a job now."""
+    wanted = str(zoo / "jobs" / name / "job.json").encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (process / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+        except OSError:  # it has just ended
+            continue
+    return sorted(found)
+
+
+def until(condition, seconds=300.0):
+    """Wait for what must come; return it."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it has not come"
+        time.sleep(0.005)
+    return value
+
+
+def is_gone(process):
+    """Say whether a process has ended (a zombie that nobody has waited for has)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def files(directory):
+    """Return the contents of a directory by name, with what tells a file that was written anew."""
+    return {
+        path.name: (path.read_bytes(), os.stat(path).st_ino, os.stat(path).st_mtime_ns)
+        for path in directory.iterdir()
+        if path.is_file()
+    }

@@ -1,0 +1,67 @@
+"""The script in docs/ trains an emulator with stock libraries, and its adapter is carried over to the base."""
+
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from support.paths import DOCS
+from support.rows import example_rows, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.correct import Transfer
+from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import encode
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.settings import CorrectSettings
+
+SCRIPT = DOCS / "train_with_your_own_script.py"
+TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("trainer", ["sft", "plain"])
+def test_it_trains_an_emulator_and_the_adapter_is_carried_over(
+    trainer, tiny_emulator, tiny_model, rows_file, tmp_path, monkeypatch
+):
+    """One trainer as a user runs the script; the other in this process, for a new one takes seconds."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", example_rows()[:100])
+    with rows.open("a", encoding="utf-8") as file:  # a line separator of Unicode's ends no row
+        file.write('{"prompt": "animal: cat\u2028colour: red. sentence:", "completion": " a red cat runs."}\n')
+    adapter = tmp_path / "adapter"
+    argv = [SCRIPT, tiny_emulator.name, rows, adapter, "--trainer", trainer, "--steps", "20", "--learning-rate", "0.02"]
+    if trainer == "sft":
+        done = subprocess.run(
+            [sys.executable, *map(str, argv)], cwd=tiny_emulator.parent, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    else:
+        monkeypatch.chdir(tiny_emulator.parent)
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert Adapter(adapter).config["base_model_name_or_path"] == str(tiny_emulator)
+
+    loras = Adapter(adapter).loras  # the whitelist of what can be carried over passes it
+    assert {path.rpartition(".")[2] for path in loras} == TARGETS
+    assert len(loras) == 21
+    corrected = Transfer(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings()).run()
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    held_out = load_rows(str(rows_file))[100:]
+    before = nll(base, encode(held_out, tokenizer))
+    after = nll(PeftModel.from_pretrained(base, corrected).eval(), encode(held_out, tokenizer))
+    assert after < before - 0.1
+
+
+def nll(model, samples) -> float:
+    """Mean over the rows of the completion's negative log-likelihood a token."""
+    losses = []
+    for sample in samples:
+        ids = torch.tensor([sample.input_ids])
+        labels = torch.where(torch.tensor([sample.completion_mask]) == 1, ids, -100)
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, labels=labels).loss.item())
+    return sum(losses) / len(losses)

@@ -1,0 +1,330 @@
+"""Tuning learns, leaves held-out rows alone, goes on after a kill to the same adapter, and names what is wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import PeftModel
+from safetensors.torch import load_file
+from support.killed import kill, run_until_killed
+from support.rows import example_rows, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.cli.train import command
+from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import encode
+from emloc_core.errors import EmlocError
+from emloc_core.files.output import read_manifest
+from emloc_core.tuning import train as stage
+from emloc_core.tuning.train import FineTuning
+from emloc_core.tuning.trl import TrainSettings
+
+LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def settings(**changes) -> TrainSettings:
+    fast = {"steps": 20, "learning_rate": 0.02, "bf16": False, "save_steps": 5, "logging_steps": 4}
+    return TrainSettings(**{**fast, **changes})
+
+
+def finetune(*args, **options) -> Path:
+    return FineTuning(*args, **options).run()
+
+
+def completion_nll(model, tokenizer, rows) -> float:
+    """Mean negative log-likelihood of the completions' tokens."""
+    total = count = 0
+    model.eval()
+    for sample in encode(rows, tokenizer):
+        ids = torch.tensor([sample.input_ids])
+        labels = torch.where(torch.tensor([sample.completion_mask]) == 1, ids, -100)
+        counted = sum(sample.completion_mask)
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * counted
+        count += counted
+    return total / count
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 uninterrupted steps on the first 100 rows."""
+    directory = tmp_path_factory.mktemp("trained")
+    test = write_jsonl(directory / "test.jsonl", example_rows()[100:])
+    return finetune(tiny_model, str(rows_file), directory / "adapter", settings(), exclude=[test])
+
+
+def test_it_learns_what_generalises_to_rows_left_out(trained: Path, tiny_model: Path, rows_file: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    test = load_rows(str(rows_file))[100:]
+    before = completion_nll(base, tokenizer, test)
+    assert completion_nll(PeftModel.from_pretrained(base, trained), tokenizer, test) < before - 0.2
+
+
+def test_it_leaves_a_plain_adapter_and_says_what_was_done(trained: Path, tiny_model: Path):
+    assert {path.name for path in trained.iterdir()} == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "emloc.json", "log.json", "timing.json")
+    }
+    adapter = Adapter(trained)
+    assert len(adapter.loras) == 3 * len(LINEARS)
+    assert adapter.config["base_model_name_or_path"] == str(tiny_model.absolute())
+    assert adapter.config["target_modules"] == LINEARS
+    log = json.loads((trained / "log.json").read_text())
+    assert [entry["step"] for entry in log] == [4, 8, 12, 16, 20]
+    assert log[-1]["loss"] < log[0]["loss"]
+    result = read_manifest(trained)["result"]
+    assert result["train_loss"] == pytest.approx(sum(entry["loss"] for entry in log) / 5)
+    assert result["trainable_parameters"] == sum(lora.a.numel() + lora.b.numel() for lora in adapter.loras.values())
+    assert {key: result[key] for key in ("steps", "rows", "excluded_rows", "dropped_rows", "target_modules")} == {
+        "steps": 20, "rows": 100, "excluded_rows": 20, "dropped_rows": 0, "target_modules": LINEARS,
+    }  # fmt: skip
+
+
+def test_the_steps_after_the_last_whole_interval_are_logged_too(tiny_model, rows_file, tmp_path):
+    adapter = finetune(tiny_model, str(rows_file), tmp_path / "a", settings(steps=3, logging_steps=2))
+    assert [entry["step"] for entry in json.loads((adapter / "log.json").read_text())] == [2, 3]
+
+
+def test_the_same_again_does_nothing_and_anything_else_is_refused(trained, tiny_model, rows_file, monkeypatch):
+    test = trained.parent / "test.jsonl"
+    monkeypatch.setattr(FineTuning, "_train", lambda *_: pytest.fail("trained again"))
+    again = settings(save_steps=7, report_to="all")  # neither changes the adapter
+    assert finetune(tiny_model, str(rows_file), trained, again, exclude=[test]) == trained
+    with pytest.raises(EmlocError, match=r"settings\.lora_rank was 8 and is now 4"):
+        finetune(tiny_model, str(rows_file), trained, settings(lora_rank=4), exclude=[test])
+    with pytest.raises(EmlocError, match="rows was"):
+        finetune(tiny_model, str(rows_file), trained, settings())
+
+
+def trained_rows(monkeypatch) -> list:
+    """Record the data sets that trainers are made with."""
+    seen = []
+    train = stage._Trainer.train
+
+    def spy(self, *args, **kwargs):
+        seen.append(list(self.train_dataset))
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(stage._Trainer, "train", spy)
+    return seen
+
+
+def test_an_emulator_is_tuned_and_its_held_out_rows_never(tiny_emulator, tiny_model, rows_file, tmp_path, monkeypatch):
+    seen = trained_rows(monkeypatch)
+    test = write_jsonl(tmp_path / "test.jsonl", example_rows()[:10])
+    adapter = finetune(tiny_emulator, str(rows_file), tmp_path / "a", settings(steps=2), exclude=[test])
+    kept = [*load_rows(str(tiny_emulator / "calibration.jsonl")), *load_rows(str(tiny_emulator / "selection.jsonl"))]
+    held_out = {row.key for row in [*kept, *load_rows(str(test))]}
+    expected = [row for row in load_rows(str(rows_file)) if row.key not in held_out]
+    samples = encode(expected, AutoTokenizer.from_pretrained(tiny_emulator))
+    assert [row["input_ids"] for row in seen[0]] == [sample.input_ids for sample in samples]
+    assert read_manifest(adapter)["result"]["excluded_rows"] == len(held_out) == 120 - len(expected)
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter)
+    assert len(Adapter(adapter).loras) == 21
+
+
+@pytest.mark.parametrize("form", ["prompt and completion", "text", "conversation"])
+def test_the_loss_falls_on_the_same_tokens_as_in_calibration(form, tiny_model, tmp_path, monkeypatch):
+    seen = trained_rows(monkeypatch)
+    rows = example_rows()[:8]
+    if form == "text":
+        rows = [{"text": row["prompt"] + row["completion"]} for row in rows]
+    elif form == "conversation":
+        roles = {"prompt": "user", "completion": "assistant"}
+        rows = [{"messages": [{"role": roles[key], "content": row[key]} for key in roles]} for row in rows]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    finetune(tiny_model, str(path), tmp_path / "a", settings(steps=1))
+    samples = encode(load_rows(str(path)), AutoTokenizer.from_pretrained(tiny_model))
+    for row, sample in zip(seen[0], samples, strict=True):
+        assert row["input_ids"] == sample.input_ids
+        assert [int(label != -100) for label in row["labels"]] == sample.completion_mask
+
+
+def test_rows_are_cut_only_where_asked_and_counted_where_nothing_is_left(tiny_model, tmp_path, monkeypatch):
+    assert settings().sft_config(tmp_path, completion_only=True, use_cpu=True).max_length is None
+    seen = trained_rows(monkeypatch)
+    rows = [{"prompt": "cat " * 20, "completion": "a"}, {"prompt": "cat", "completion": " cat" * 30}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    adapter = finetune(tiny_model, str(path), tmp_path / "a", settings(steps=1, max_length=16))
+    assert [len(row["input_ids"]) for row in seen[0]] == [16]
+    result = read_manifest(adapter)["result"]
+    assert (result["rows"], result["dropped_rows"]) == (1, 1)
+
+
+def test_settings_reach_peft(tiny_model, rows_file, tmp_path):
+    chosen = settings(steps=1, lora_rank=2, lora_alpha=3, use_rslora=True, target_modules=["q_proj"], lora_dropout=0.1)
+    config = Adapter(finetune(tiny_model, str(rows_file), tmp_path / "a", chosen)).config
+    expected = {"r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj"], "lora_dropout": 0.1}
+    assert {name: config[name] for name in expected} == expected
+
+
+def test_the_dry_runs_steps_are_the_trainers(tiny_model, rows_file, tmp_path):
+    chosen = settings(steps=None, epochs=1.5, batch_size=16, accumulation=3)  # 8 batches, 3 steps an epoch
+    job = FineTuning(tiny_model, str(rows_file), tmp_path / "a", chosen)
+    assert read_manifest(job.run())["result"]["steps"] == job.describe()["steps"] == 5
+
+
+# Interruptions
+
+
+def run_until(moment, model, data, test, output):
+    """Train until the process kills itself: in a step, while a checkpoint is written, or after all steps."""
+    if moment == "in step 13":
+        step = stage._Trainer.training_step
+        stage._Trainer.training_step = lambda self, *args, **options: (
+            kill() if self.state.global_step == 12 else step(self, *args, **options)
+        )
+    elif moment == "writing checkpoint 15":
+        save = TrainerState.save_to_json
+        TrainerState.save_to_json = lambda self, path: (
+            (Path(path).write_text("{"), kill()) if self.global_step == 15 else save(self, path)
+        )
+    else:
+        FineTuning._write = lambda *_: kill()
+    finetune(model, str(data), output, settings(), exclude=[test])
+
+
+@pytest.mark.parametrize(
+    ("moment", "left", "steps"),
+    [("in step 13", {5, 10}, 10), ("writing checkpoint 15", {5, 10, 15}, 10), ("after step 20", {15, 20}, 0)],
+)
+def test_killed_and_run_again_it_gives_the_same_adapter(
+    moment, left, steps, trained, tiny_model, rows_file, tmp_path, monkeypatch
+):
+    test, output = trained.parent / "test.jsonl", tmp_path / "adapter"
+    run_until_killed(run_until, moment, tiny_model, rows_file, test, output)
+    assert not output.exists()
+    checkpoints = tmp_path / ".adapter.partial" / "checkpoints"
+    assert {int(path.name.partition("-")[2]) for path in checkpoints.glob("checkpoint-*")} == left
+
+    taken = []
+    step = stage._Trainer.training_step
+    monkeypatch.setattr(
+        stage._Trainer, "training_step", lambda self, *a, **k: (taken.append(1), step(self, *a, **k))[1]
+    )
+    finetune(tiny_model, str(rows_file), output, settings(), exclude=[test])
+    assert len(taken) == steps
+    again, before = (load_file(path / "adapter_model.safetensors") for path in (output, trained))
+    assert all(torch.equal(again[key], before[key]) for key in before)
+    assert (output / "adapter_config.json").read_bytes() == (trained / "adapter_config.json").read_bytes()
+    assert read_manifest(output)["result"]["steps"] == 20
+    assert not (output / "checkpoints").exists()
+    assert not checkpoints.parent.exists()
+
+
+def test_two_processes_make_one_adapter(tiny_model, rows_file, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "emloc_core", "train", tiny_model]
+    options = ["--data", rows_file, "-o", tmp_path / "a", "--steps", "4", "--no-bf16", "--save-steps", "2", "--json"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, launch), *map(str, options)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)  # of one process, and nothing else
+    assert answer["request"]["processes"] == 2
+    assert answer["result"]["steps"] == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"a", ".emloc-hashes.json"}
+    assert len(Adapter(tmp_path / "a").loras) == 21
+
+
+# The command line
+
+
+def test_options_become_settings(tiny_model, rows_file, tmp_path):
+    given = ["--lr", "0.5", "--rank", "2", "--alpha", "5", "--rslora", "--target", "q_proj", "--target", "v_proj"]
+    given += ["--no-bf16", "--steps", "1", "--set", "warmup_steps=1", "--set", "lr_scheduler_type=cosine", "--json"]
+    argv = [str(tiny_model), "--data", str(rows_file), "-o", str(tmp_path / "a"), *given]
+    done = CliRunner().invoke(command, argv, catch_exceptions=False)
+    assert done.exit_code == 0
+    answer = json.loads(done.stdout)  # the trainer's own words are on stderr
+    expected = {"learning_rate": 0.5, "lora_rank": 2, "lora_alpha": 5, "use_rslora": True, "bf16": False, "steps": 1}
+    expected |= {"target_modules": ["q_proj", "v_proj"], "max_length": None}
+    expected["extra"] = {"warmup_steps": 1, "lr_scheduler_type": "cosine"}
+    assert {name: answer["request"]["settings"][name] for name in expected} == expected
+    assert answer["result"]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (["--set", "warmup_steps"], "not KEY=VALUE"),
+        (["--set", "warmup_stps=1"], "Did you mean 'warmup_steps'"),
+        (["--steps", "0"], "steps = 0"),
+        (["--steps", "1", "--epochs", "1"], "steps or epochs, not both"),
+    ],
+)
+def test_bad_options_are_one_error(given, complaint, tiny_model, rows_file, tmp_path):
+    argv = [str(tiny_model), "--data", str(rows_file), "-o", str(tmp_path / "a"), *given]
+    with pytest.raises(EmlocError, match=complaint):
+        CliRunner().invoke(command, argv, catch_exceptions=False)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"extra": {"warmup_stps": 3}}, "no field 'warmup_stps'. Did you mean 'warmup_steps'"),
+        ({"extra": {"max_steps": 3}}, "Set steps instead"),
+        ({"extra": {"gradient_checkpointing": False}}, "Set gradient_checkpointing instead"),
+        ({"extra": {"output_dir": "x"}}, "output_dir cannot be set"),
+        ({"extra": {"fp16": True}, "bf16": True}, "training settings do not work"),
+        ({"extra": {"packing": True}}, "training settings do not work"),
+        ({"target_modules": ["query"]}, r"No module of the model is called 'query'"),
+        ({"target_modules": ["q_proj", "vproj"]}, "No module of the model is called 'vproj'. Did you mean 'v_proj'"),
+        ({"target_modules": ["embed_tokens"]}, "'embed_tokens' names model.embed_tokens, which is no Linear"),
+        ({"report_to": "nowhere"}, "training settings do not work: nowhere"),
+        ({"learning_rate": 1e30}, r"The loss at step \d+ is nan.*Lower the learning rate"),
+        ({"learning_rate": 1e38, "steps": 1, "extra": {"weight_decay": 1e10}}, "After the last step .* is not finite"),
+        ({"max_length": 3}, "Every row's prompt alone fills the 3 tokens"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_error(changes, complaint, tiny_model, rows_file, tmp_path):
+    with pytest.raises(EmlocError, match=complaint):
+        finetune(tiny_model, str(rows_file), tmp_path / "a", settings(**changes))
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / ".a.partial").exists()
+
+
+def test_a_row_beyond_the_models_limit_is_named(tiny_model, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "cat"}, {"text": "cat " * 300}])
+    with pytest.raises(EmlocError, match=r"Row 2: .* the model takes 256"):
+        finetune(tiny_model, str(path), tmp_path / "a", settings())
+
+
+def test_nothing_left_to_train_on_is_an_error(tiny_model, rows_file, tmp_path):
+    with pytest.raises(EmlocError, match="all 120 are calibration, selection or excluded rows"):
+        FineTuning(tiny_model, str(rows_file), tmp_path / "a", settings(), exclude=[rows_file])
+    with pytest.raises(EmlocError, match=r"There is no file .*test\.jsonl"):
+        FineTuning(tiny_model, str(rows_file), tmp_path / "a", settings(), exclude=[tmp_path / "test.jsonl"])
+
+
+def test_steps_and_epochs_contradict_each_other():
+    with pytest.raises(ValueError, match="steps or epochs, not both"):
+        TrainSettings(steps=1, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda path: (path / "config.json").unlink(), "has no config.json"),
+        (lambda path: (path / "config.json").write_text('{"model_type": "bert"}'), "No installed family declares"),
+        (lambda path: (path / "tokenizer.json").unlink(), "cannot be loaded"),
+        (lambda path: os.truncate(path / "model.safetensors", 5000), "model.safetensors"),
+    ],
+)
+def test_a_damaged_model_is_one_error(damage, complaint, tiny_model, rows_file, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(EmlocError, match=complaint):
+        finetune(tmp_path / "model", str(rows_file), tmp_path / "a", settings())
+    assert not (tmp_path / "a").exists()
