@@ -40,9 +40,8 @@ def measure(directory: str, calibration: str, allocator: str, seed: int, ratio: 
     from emloc_core.emulator.compress import Compression
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.files.output import TIMING, read_json, read_manifest
-    from emloc_core.settings import CompressSettings, CorrectSettings
+    from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
     from emloc_core.tuning.train import FineTuning
-    from emloc_core.tuning.trl import TrainSettings
 
     root = Path(directory)
     base, train = Checkpoint(root / "base"), str(root / "data" / "train.jsonl")

@@ -90,7 +90,7 @@ def predict(base: str, stage: str, ratio: Any, batch: int, length: int, checkpoi
     """Return the predicted bytes above the imports, and the ratio that was planned."""
     from emloc_core.memory.budget import largest_ratio
     from emloc_core.memory.model import IMPORTS, MemoryModel, Workload
-    from emloc_core.tuning.trl import TrainSettings
+    from emloc_core.settings import TrainSettings
 
     train = TrainSettings(batch_size=batch, gradient_checkpointing=checkpointing)
     model = MemoryModel(Path(base) / "config.json", Workload(batch, length, 0, train, "cpu"))
@@ -129,8 +129,8 @@ def tune(model: str, rows: str, output: str, batch: int, length: int, checkpoint
 
     from transformers.models.llama import modeling_llama  # noqa: F401
 
+    from emloc_core.settings import TrainSettings
     from emloc_core.tuning.train import FineTuning
-    from emloc_core.tuning.trl import TrainSettings
 
     floor = resident_bytes()
     settings = TrainSettings(steps=STEPS, batch_size=batch, max_length=length, gradient_checkpointing=checkpointing)

@@ -16,7 +16,7 @@ from emloc_core.memory.stages import compress
 from emloc_core.memory.workload import make_workload
 from emloc_core.registry.entry import Entry
 from emloc_core.registry.registry import load_entries
-from emloc_core.report.table import human_bytes
+from emloc_core.units import human_bytes
 
 PAGE = Path(__file__).parent / "models.md"
 #: Memory of the GPUs, in 10^9 bytes.

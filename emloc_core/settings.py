@@ -5,7 +5,7 @@ Imports nothing heavy; the command line builds its options from these fields.
 
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from emloc_core.errors import did_you_mean
 
@@ -40,6 +40,54 @@ class CompressSettings(CutSettings):
         "gives each Linear, which makes up for the error before it.",
     )
     factorizer: str = Field("activation-svd", description="How Linears are factorised; plugins bring more.")
+
+
+#: Passes over the rows where neither steps nor epochs are given.
+DEFAULT_EPOCHS = 3.0
+#: Settings of training that change how much memory it needs.
+MEMORY_SETTINGS = ("batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "target_modules")
+
+#: Command line options that are not just the setting's name.
+FLAGS = {
+    "learning_rate": "--lr",
+    "lora_rank": "--rank",
+    "lora_alpha": "--alpha",
+    "use_rslora": "--rslora",
+    "lora_dropout": "--dropout",
+    "target_modules": "--target",
+    "extra": "--set",
+}
+#: As ``emloc plan`` takes them.
+MEMORY_FLAGS = {**FLAGS, "lora_rank": "--lora-rank"}
+
+
+class TrainSettings(Settings):
+    """How the LoRA is trained."""
+
+    steps: int | None = Field(None, ge=1, description="Optimiser steps; instead of epochs.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the rows; 3 where no steps are given either.")
+    learning_rate: float = Field(2e-4, gt=0, description="The highest learning rate of the schedule.")
+    batch_size: int = Field(8, ge=1, description="Rows a device in one forward pass.")
+    accumulation: int = Field(1, ge=1, description="Forward passes an optimiser step.")
+    max_length: int | None = Field(None, ge=1, description="Tokens after which a row is cut; none is cut by default.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations, to save memory.")
+    bf16: bool = Field(True, description="Compute in bfloat16 where that is safe (automatic mixed precision).")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the LoRA's initial values and of the order of rows.")
+    report_to: str = Field("none", description="Where the trainer reports to, besides log.json: tensorboard, say.")
+    save_steps: int = Field(50, ge=1, description="Steps between the checkpoints that an interrupted run goes on from.")
+    logging_steps: int = Field(10, ge=1, description="Steps between entries of log.json.")
+    lora_rank: int = Field(8, ge=1, description="Rank of the LoRA.")
+    lora_alpha: float = Field(16.0, gt=0, description="The LoRA is scaled by alpha / rank.")
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the LoRA's input.")
+    target_modules: list[str] | None = Field(None, description="Last parts of module paths; by default the family's.")
+    extra: dict[str, Any] = Field(default_factory=dict, description="Any other fields of TRL's SFTConfig.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSettings":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
 
 
 class CorrectSettings(Settings):

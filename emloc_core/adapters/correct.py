@@ -16,12 +16,12 @@ from torch import nn
 from emloc_core.adapters.adapter import CORRECTED, Adapter, write_adapter
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
-from emloc_core.algorithms.statistics import forward_hooks
 from emloc_core.data.rows import SELECTION, Row, load_rows
 from emloc_core.data.tokenize import Sample, encode, load_processing, model_limit
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import Output, read_manifest
+from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named

@@ -9,9 +9,7 @@ import rich_click as click
 
 from emloc_core import __version__
 from emloc_core.errors import EmlocError, typed_line
-
-#: The built-in commands: modules of this package, light to import, each with a ``command`` (``import_`` for import).
-COMMANDS = ("compress", "correct", "cut", "eval", "families", "import", "merge", "plan", "run", "train", "zoo")
+from emloc_core.plugins.builtin import COMMANDS
 
 
 class PluggableGroup(click.RichGroup):

@@ -10,7 +10,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.files.output import MANIFEST, TIMING, read_json
-from emloc_core.report.table import human_bytes, human_seconds
+from emloc_core.units import human_bytes, human_seconds
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 dry_run = click.option(

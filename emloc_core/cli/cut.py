@@ -5,8 +5,8 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.compress import size_lines, sizes, summary
 from emloc_core.cli.console import announce, as_json, dry_run, print_json, progress
+from emloc_core.cli.emulators import size_lines, sizes, summary
 from emloc_core.cli.options import options, validated
 from emloc_core.settings import CutSettings
 

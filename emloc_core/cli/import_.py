@@ -5,7 +5,7 @@ from pathlib import Path
 import rich_click as click
 
 from emloc_core.cli.console import announce, as_json, describe, dry_run, progress
-from emloc_core.report.table import human_bytes
+from emloc_core.units import human_bytes
 
 
 @click.command("import")

@@ -6,7 +6,7 @@ import rich_click as click
 
 from emloc_core.cli.console import announce, as_json, describe, dry_run, progress
 from emloc_core.cli.options import adapter_on_base
-from emloc_core.report.table import human_bytes
+from emloc_core.units import human_bytes
 
 
 @click.command("merge")

@@ -9,9 +9,9 @@ import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
 from emloc_core.cli.options import options, validated
-from emloc_core.memory.budget import Fit, advice, largest_ratio, no_fit, parse_bytes
-from emloc_core.report.table import human_bytes
-from emloc_core.tuning.trl import COUNTED, COUNTED_FLAGS, TrainSettings
+from emloc_core.memory.budget import Fit, advice, largest_ratio, no_fit
+from emloc_core.settings import MEMORY_FLAGS, MEMORY_SETTINGS, TrainSettings
+from emloc_core.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from emloc_core.emulator.ranks import Plan
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
               )  # fmt: skip
 @click.option("--image-size", metavar="WIDTHxHEIGHT", help="Of every image in pixels, for a model that takes any.  "
               "[default: that of the rows, or 448x448]")  # fmt: skip
-@options(TrainSettings, COUNTED_FLAGS, skip=set(TrainSettings.model_fields) - set(COUNTED))
+@options(TrainSettings, MEMORY_FLAGS, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS))
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
               help="Whose memory: a GPU's, or this process's.")  # fmt: skip
 @click.option("--figure", type=click.Path(path_type=Path), metavar="FILE", help="Draw the table: png, svg or pdf.")

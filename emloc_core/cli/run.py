@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run, print_json
-from emloc_core.report.table import human_bytes
+from emloc_core.units import human_bytes
 
 if TYPE_CHECKING:
     from emloc_core.recipe.recipe import Recipe

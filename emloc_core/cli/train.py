@@ -13,8 +13,8 @@ import rich_click as click
 from emloc_core.cli.console import announce, as_json, dry_run, print_json
 from emloc_core.cli.options import options, validated
 from emloc_core.errors import EmlocError
-from emloc_core.report.table import human_bytes
-from emloc_core.tuning.trl import FLAGS, TrainSettings
+from emloc_core.settings import FLAGS, TrainSettings
+from emloc_core.units import human_bytes
 
 if TYPE_CHECKING:
     from emloc_core.tuning.train import FineTuning

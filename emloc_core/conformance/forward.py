@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from emloc_core.algorithms.factorize import Factors, factorize
-from emloc_core.algorithms.statistics import Gram, forward_hooks, tapped
+from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.ranks import Plan
 from emloc_core.family import Family
+from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.skeleton import Skeleton
 
 

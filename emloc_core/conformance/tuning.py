@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from emloc_core.data.tokenize import Sample
 from emloc_core.errors import EmlocError
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.settings import TrainSettings
+from emloc_core.tuning.trl import lora_config
 
 STEPS = 2
 _LEARNING_RATE = 1e-2
@@ -50,7 +51,7 @@ def tune(model: nn.Module, targets: list[str], samples: Sequence[Sample]) -> Tun
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:
-            tuned = Tuned(get_peft_model(model, TrainSettings(lora_rank=4).lora_config(targets)))
+            tuned = Tuned(get_peft_model(model, lora_config(TrainSettings(lora_rank=4), targets)))
         except ValueError as error:
             raise EmlocError(
                 f"PEFT cannot put a LoRA on {', '.join(targets)} ({error}).", "Correct lora_targets of the towers."

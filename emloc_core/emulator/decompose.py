@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import torch
 
 from emloc_core.algorithms.factorize import Factors
-from emloc_core.algorithms.statistics import Gram, tapped
+from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.propagation import Pairs, emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, Plan, block_paths
 from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
+from emloc_core.model.hooks import tapped
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Forward, Stream
 from emloc_core.plugins.builtin import named

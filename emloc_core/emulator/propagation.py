@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn import functional
 
 from emloc_core.algorithms.factorize import Factors
-from emloc_core.algorithms.statistics import ROWS, Gram, cheaper_side, forward_hooks, tapped
+from emloc_core.algorithms.statistics import ROWS, Gram, cheaper_side
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
+from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.streaming import Stream
 
 #: a: the ridge, as a share of the mean diagonal of the emulator's Gram. Pulls R towards the identity.

@@ -1,20 +1,17 @@
 """How large an emulator may be: the largest ratio whose tuning fits a budget of memory, or what would fit instead."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from emloc_core.errors import EmlocError
-from emloc_core.report.table import human_bytes
+from emloc_core.units import human_bytes
 
 if TYPE_CHECKING:
     from emloc_core.memory.model import MemoryModel, Need
 
 #: Ratios are searched in hundredths.
 LARGEST = 0.99
-_UNITS = {"": 1, "k": 1, "m": 2, "g": 3, "t": 4}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 #: Bytes of a parameter in 4 bits with a scale in fp32 for every 64 (NF4; Dettmers et al., 2023, without double
 #: quantisation).
 _NF4 = (4 + 32 / 64) / 8
@@ -31,22 +28,6 @@ class Fit:
 
     ratio: float
     need: "Need"
-
-
-def parse_bytes(text: str) -> int:
-    """Return a size in bytes: ``24GiB`` (2^30), ``24GB`` (10^9), ``800MB``, ``1.5 TiB``, or a number of bytes.
-
-    Raises:
-        EmlocError: it is no size, or nothing.
-    """
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise EmlocError(f"{text!r} is no size of memory.", "Write 24GiB, 24GB or 800MB.")
-    number, unit, binary = match.groups()
-    size = int(float(number) * (1024 if binary else 1000) ** (_UNITS[unit.lower()] if unit else 0))
-    if (binary and not unit) or size < 1:
-        raise EmlocError(f"{text!r} is no size of memory.", "Write 24GiB, 24GB or 800MB.")
-    return size
 
 
 def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:

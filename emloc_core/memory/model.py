@@ -29,7 +29,8 @@ from emloc_core.memory.tracing import Phases, trace_inference, trace_training
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.skeleton import build_model, read_config
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.settings import TrainSettings
+from emloc_core.tuning.trl import lora_config
 
 #: Python with torch, transformers, PEFT and TRL imported, in bytes: measured on Linux; on a GPU it is not the card's.
 IMPORTS = {"cuda": 0, "cpu": 500_000_000}
@@ -197,7 +198,7 @@ class MemoryModel:
                 replace_linears(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
             lora: Any = get_peft_model(
                 model,
-                self.workload.train.lora_config(self.targets),
+                lora_config(self.workload.train, self.targets),
                 low_cpu_mem_usage=True,
             )
             train = self.workload.train

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from emloc_core.memory.model import TERMS, Need
 from emloc_core.report.figure import COLOURS
-from emloc_core.report.table import human_bytes
+from emloc_core.units import human_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

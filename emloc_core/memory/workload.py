@@ -12,7 +12,7 @@ from emloc_core.memory.model import Workload
 from emloc_core.model.image_shape import image_shape
 from emloc_core.model.skeleton import read_config
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.settings import TrainSettings
 
 #: Where TRL's ``SFTConfig`` cuts rows by default.
 LENGTH = 1024

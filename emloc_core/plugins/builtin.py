@@ -1,6 +1,6 @@
-"""The built-in algorithms, offered through the same hooks as those of any plugin.
+"""What comes without a plugin: the names of commands, and the algorithms, through the hooks that plugins use.
 
-Each function imports its algorithm when it is asked for, since they need torch and the command line's help does not.
+Each function imports its algorithm when it is called: algorithms need torch, and the command line's help does not.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,6 +9,9 @@ from typing import Any
 
 from emloc_core.errors import EmlocError, typed_line
 from emloc_core.hookspecs import hookimpl
+
+#: The built-in commands: modules of ``emloc_core.cli``, each with a ``command`` (``import_`` for import).
+COMMANDS = ("compress", "correct", "cut", "eval", "families", "import", "merge", "plan", "run", "train", "zoo")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from emloc_core import hookspecs
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family, require_types
 from emloc_core.layout import Layout
+from emloc_core.plugins.builtin import COMMANDS
 from emloc_core.plugins.trace import trace_hooks
 
 PROJECT = GROUP = "emloc"
@@ -115,8 +116,6 @@ class PluginManager(pluggy.PluginManager):
     def _commands_of(self, plugin: Any) -> dict[str, click.Command]:
         commands: dict[str, click.Command] = {}
         for command in (command for found in self._call(plugin, "emloc_commands") for command in found):
-            from emloc_core.cli import COMMANDS
-
             if not isinstance(command, click.Command) or not command.name:
                 raise TypeError(f"emloc_commands returned {command!r}, not a command with a name")
             if command.name in {*COMMANDS, *self._commands, *commands}:

@@ -10,8 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_toml
-from emloc_core.settings import CompressSettings, CorrectSettings, Settings, explain
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.settings import CompressSettings, CorrectSettings, Settings, TrainSettings, explain
 
 #: What is a file by its suffix: rows, and lm-eval's tasks.
 FILES = {".jsonl", ".json", ".parquet", ".yaml", ".yml"}

@@ -17,7 +17,7 @@ from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST, TIMING, read_json, write_json
 from emloc_core.recipe.recipe import Recipe, load_recipe
-from emloc_core.tuning.trl import COUNTED, COUNTED_FLAGS, FLAGS, TrainSettings
+from emloc_core.settings import FLAGS, MEMORY_FLAGS, MEMORY_SETTINGS, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ def fit(recipe: Recipe) -> Recipe:
     argv = ["plan", recipe.model.base, "--memory", recipe.model.memory, "--data", data.train, "--split", data.split]
     if train.max_length:
         argv += ["--max-length", str(train.max_length)]
-    ratio = _ask(*argv, *arguments(TrainSettings(**train.model_dump(include=set(COUNTED))), COUNTED_FLAGS))["ratio"]
+    ratio = _ask(*argv, *arguments(TrainSettings(**train.model_dump(include=set(MEMORY_SETTINGS))), MEMORY_FLAGS))[
+        "ratio"
+    ]
     return recipe.model_copy(update={"compress": recipe.compress.model_copy(update={"ratio": ratio})})
 
 

@@ -16,9 +16,8 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.files.output import read_toml, write_json
-from emloc_core.memory.budget import parse_bytes
-from emloc_core.settings import CompressSettings, Settings, explain
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.settings import CompressSettings, Settings, TrainSettings, explain
+from emloc_core.units import parse_bytes
 
 #: A memory target that depends on the model: what inference on it needs, as in the paper.
 INFERENCE = "inference"

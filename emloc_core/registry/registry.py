@@ -12,8 +12,7 @@ from pathlib import Path
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.registry.entry import INFERENCE, Entry, read_entry
-from emloc_core.settings import CompressSettings
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.settings import CompressSettings, TrainSettings
 
 __all__ = ["Entry", "config_of", "find", "load_entries", "read_entry", "resolve"]
 
@@ -79,9 +78,10 @@ def resolve(entry: Entry, name: str = "default", device: str = "cuda") -> tuple[
     preset = entry.preset(name)
     if preset.ratio is not None:
         return preset.settings(preset.ratio)
-    from emloc_core.memory.budget import parse_bytes, require_fit
+    from emloc_core.memory.budget import require_fit
     from emloc_core.memory.model import MemoryModel
     from emloc_core.memory.workload import make_workload
+    from emloc_core.units import parse_bytes
 
     assert preset.memory is not None  # a preset has the one or the other
     with entry.config_file() as file:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from emloc_core.units import human_bytes, human_seconds
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -110,27 +112,6 @@ def conclusion(results: Mapping[str, Any]) -> str:
     chosen = results.get("correction", {}).get("clamp")
     uncorrected = " The clamp chosen is 0: no correction did better on the held-out rows." if chosen == 0 else ""
     return f"{start}{end}; {'; '.join(told)}.{uncorrected}"
-
-
-def human_bytes(count: float) -> str:
-    """Return a number of bytes in the unit in which it is read easily: ``1.37 GB``."""
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB" if count < 999.5 else f"{count:,.0f} GB"
-
-
-def human_seconds(seconds: float) -> str:
-    """Return a time as ``4.2 s``, ``42 s``, ``3 min 05 s`` or ``2 h 07 min``."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 100:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _columns(systems: Systems) -> list[str]:

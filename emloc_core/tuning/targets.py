@@ -12,7 +12,8 @@ from torch import nn
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family
 from emloc_core.model.skeleton import build_model, read_config
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.settings import TrainSettings
+from emloc_core.tuning.trl import lora_config
 
 
 def require_linears(config_file: Path, family: Family, settings: TrainSettings, targets: Sequence[str]) -> None:
@@ -41,7 +42,7 @@ def require_linears(config_file: Path, family: Family, settings: TrainSettings, 
     theirs = "Leave out the names that it takes for theirs."
     try:  # PEFT takes targets of some model types for others, such as those of experts that are fused
         with warnings.catch_warnings(action="ignore"):
-            config = settings.lora_config(list(targets))
+            config = lora_config(settings, list(targets))
             lora = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise EmlocError(f"PEFT refuses these targets: {error}", theirs) from error

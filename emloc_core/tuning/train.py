@@ -27,11 +27,12 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import Output, read_json, write_json
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.settings import DEFAULT_EPOCHS, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.tuning.dataset import make_dataset
 from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.targets import require_linears
-from emloc_core.tuning.trl import DEFAULT_EPOCHS, TrainSettings
+from emloc_core.tuning.trl import check_extra, lora_config, sft_config
 
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
@@ -70,7 +71,7 @@ class FineTuning:
         self.settings, self.path = settings, output
         self.is_main_process = True  # as far as is known before the processes have found each other
         self.targets = sorted(set(settings.target_modules or self.family.lora_targets()))
-        settings.check_extra()
+        check_extra(settings)
         if settings.target_modules:  # those of a family have passed the conformance kit
             require_linears(self.model.directory / "config.json", self.family, settings, self.targets)
         rows = load_rows(data, split)
@@ -109,7 +110,8 @@ class FineTuning:
     def _config(self) -> SFTConfig:
         checkpoints = Output(self.path, "adapter", {}).staging / CHECKPOINTS
         with _refusing(_SETTINGS):
-            return self.settings.sft_config(
+            return sft_config(
+                self.settings,
                 checkpoints,
                 completion_only=self.rows[0].form != "text",
                 use_cpu=not torch.accelerator.is_available(),
@@ -200,7 +202,7 @@ class FineTuning:
                 args=config,
                 train_dataset=dataset,
                 processing_class=processing,
-                peft_config=self.settings.lora_config(self.targets),
+                peft_config=lora_config(self.settings, self.targets),
                 callbacks=[_LogLastStep()],
             )
         trainer.lora.peft_config["default"].base_model_name_or_path = directory

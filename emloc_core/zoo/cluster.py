@@ -15,7 +15,7 @@ from typing import Any
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST
-from emloc_core.report.table import human_bytes
+from emloc_core.units import human_bytes
 from emloc_core.zoo.engine import JOBS, NoRoomError, Outcome, Task
 from emloc_core.zoo.faults import classify, describe
 from emloc_core.zoo.node import Order, output_names, perform

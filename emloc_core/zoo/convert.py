@@ -122,7 +122,7 @@ def require_room(previews: Sequence[Preview], directory: Path, limit: int | None
         taken = sum(written(directory, each.name, each.needs) for each in previews if each.state == "done")
         room = min(room, limit - taken)
     if needed > room:
-        from emloc_core.report.table import human_bytes
+        from emloc_core.units import human_bytes
 
         raise EmlocError(
             f"The jobs write {human_bytes(needed)}, and {directory} can take {human_bytes(max(room, 0))}.",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.files.output import MANIFEST
-from emloc_core.report.table import human_bytes, human_seconds
+from emloc_core.units import human_bytes, human_seconds
 from emloc_core.zoo.engine import JOBS, Engine, Needs, NoRoomError, Outcome, Task
 from emloc_core.zoo.faults import classify, describe
 from emloc_core.zoo.job import Job

@@ -12,8 +12,7 @@ from pydantic import Field, model_validator
 from emloc_core.errors import EmlocError
 from emloc_core.recipe.recipe import DataSection, EvalSection, ModelSection, Recipe
 from emloc_core.recipe.run import Stage, stages
-from emloc_core.settings import CompressSettings, CorrectSettings, Settings
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.settings import CompressSettings, CorrectSettings, Settings, TrainSettings
 
 #: Raised when a new version of the toolkit gives other bytes for the same inputs: then jobs are done anew.
 BYTES = 1

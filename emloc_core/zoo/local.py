@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from emloc_core.report.table import human_bytes
+from emloc_core.units import human_bytes
 from emloc_core.zoo.engine import WORKER, NoRoomError, Outcome, Task, read_outcome, start_worker
 from emloc_core.zoo.faults import ended, memory_kills
 

@@ -79,7 +79,7 @@ def needs(job: Job) -> Needs:
     from emloc_core.memory import stages as streamed
     from emloc_core.memory.model import MemoryModel
     from emloc_core.memory.workload import make_workload
-    from emloc_core.tuning.trl import TrainSettings
+    from emloc_core.settings import TrainSettings
 
     train = job.train or TrainSettings()
     # What is on the hub is planned from the registry's config, where there is one, and without its tokenizer.

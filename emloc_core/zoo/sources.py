@@ -17,8 +17,7 @@ from emloc_core.files.output import read_toml
 from emloc_core.recipe.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
 from emloc_core.registry.registry import Entry, find, load_entries
 from emloc_core.registry.registry import resolve as resolve_preset
-from emloc_core.settings import CompressSettings, CorrectSettings, Settings, explain
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.settings import CompressSettings, CorrectSettings, Settings, TrainSettings, explain
 from emloc_core.zoo.job import NAME, Job, slug, unique
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from emloc_core.report.table import COSTS, human_bytes, human_seconds, rows
+from emloc_core.report.table import COSTS, rows
+from emloc_core.units import human_bytes, human_seconds
 from emloc_core.zoo.engine import Needs
 from emloc_core.zoo.error_plot import Strip, finite, strips
 from emloc_core.zoo.log_end import log_end

@@ -19,7 +19,7 @@ from emloc_core.files.output import read_json
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.show import memory_figure
 from emloc_core.memory.workload import make_workload
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.settings import TrainSettings
 
 
 def run(*arguments: str | Path) -> Result:

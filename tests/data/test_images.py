@@ -21,9 +21,8 @@ from emloc_core.emulator.compress import Compression
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import MANIFEST
-from emloc_core.settings import CompressSettings
+from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.tuning.train import FineTuning
-from emloc_core.tuning.trl import TrainSettings
 
 ROW = ask("which colours?", "red and blue.")
 

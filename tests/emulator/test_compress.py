@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import emloc_core.lowrank
 from emloc_core.algorithms.factorize import Factors
-from emloc_core.algorithms.statistics import Gram, tapped
+from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compression
 from emloc_core.emulator.ranks import make_plan
@@ -21,6 +21,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.lowrank import LowRankLinear
+from emloc_core.model.hooks import tapped
 from emloc_core.settings import CompressSettings
 
 SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, allocator="uniform")

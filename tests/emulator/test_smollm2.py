@@ -8,10 +8,10 @@ from emloc_demo.data import write_data
 from emloc_demo.model import write_base
 from emloc_llama import LLAMA
 
-from emloc_core.algorithms.statistics import tapped
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compression
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.model.hooks import tapped
 from emloc_core.model.streaming import Stream
 from emloc_core.settings import CompressSettings
 

@@ -30,8 +30,8 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.report.table import human_seconds
 from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings
+from emloc_core.units import human_seconds
 
 SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, allocator="uniform")
 SHARD = "spectra-00002-of-00003.safetensors"

@@ -30,9 +30,9 @@ from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.scaffold import scaffold
-from emloc_core.settings import CompressSettings
+from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.tuning.train import FineTuning
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.tuning.trl import lora_config
 
 TREE = (LLAMA, QWEN, QWEN_MOE, QWEN_VL, INTERNVL)
 TINY = [config for family in TREE for config in family.tiny_configs]
@@ -202,7 +202,7 @@ def test_an_expert_that_no_token_goes_to_does_no_harm(tmp_path):
 
 def test_a_lora_of_a_mixture_goes_on_its_linears():
     _, model = tiny_model(QWEN_MOE.tiny_configs[0])
-    lora = get_peft_model(model, TrainSettings().lora_config(QWEN_MOE.lora_targets()))
+    lora = get_peft_model(model, lora_config(TrainSettings(), QWEN_MOE.lora_targets()))
     assert not [name for name, _ in lora.named_parameters() if "lora_" in name and "experts" in name]
 
 
@@ -226,7 +226,7 @@ def test_a_lora_of_pictures_goes_on_the_blocks_alone(settings):
     """Not on the convolution and the mergers, whose parts have the same names as those of the blocks."""
     family, model = tiny_model(settings)
     planned = {linear.path for linear in find_linears(model, family).linears}
-    lora = get_peft_model(model, TrainSettings().lora_config(family.lora_targets()))
+    lora = get_peft_model(model, lora_config(TrainSettings(), family.lora_targets()))
     found = {name.removeprefix("base_model.model.").partition(".lora_A")[0]
              for name, _ in lora.named_parameters() if ".lora_A" in name}  # fmt: skip
     assert found == planned
@@ -351,7 +351,7 @@ def test_the_emulator_of_legacy_names_is_that_of_module_names(legacy, tmp_path):
 
 def test_merging_keeps_legacy_names(legacy, tmp_path):
     family, model, _, base = legacy
-    lora = get_peft_model(model, TrainSettings(lora_rank=2).lora_config(family.lora_targets()))
+    lora = get_peft_model(model, lora_config(TrainSettings(lora_rank=2), family.lora_targets()))
     for name, parameter in lora.named_parameters():
         if ".lora_B." in name:
             parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))

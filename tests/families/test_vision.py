@@ -30,9 +30,8 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import make_workload
-from emloc_core.settings import CompressSettings, CorrectSettings
+from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
 from emloc_core.tuning.train import FineTuning
-from emloc_core.tuning.trl import TrainSettings
 
 MODELS = {"internvl": (INTERNVL, internvl_processor), "qwen2_5_vl": (QWEN_VL, qwen_processor)}
 

@@ -18,12 +18,14 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_json
 from emloc_core.memory import stages as streamed
-from emloc_core.memory.budget import LARGEST, advice, largest_ratio, parse_bytes
+from emloc_core.memory.budget import LARGEST, advice, largest_ratio
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import make_workload
+from emloc_core.settings import TrainSettings
 from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.train import FineTuning
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.tuning.trl import lora_config
+from emloc_core.units import parse_bytes
 
 
 def test_sizes_are_parsed() -> None:
@@ -73,7 +75,7 @@ def test_every_model_type_is_planned_and_counted_exactly(family: Family, setting
     size = (16, 24) if family is QWEN_VL else None
     model = MemoryModel(file, replace(workload(batch=2, length=48, images=images), image_size=size))
     assert model.parameters() == sum(parameter.numel() for parameter in real.parameters())
-    lora = get_peft_model(real, TrainSettings().lora_config(model.targets))
+    lora = get_peft_model(real, lora_config(TrainSettings(), model.targets))
     assert model.adapter_parameters() == sum(p.numel() for name, p in lora.named_parameters() if "lora_" in name)
     plan = model.plan(0.5)
     assert model.tuning(plan).terms["weights"] == model.parameters(plan) * 4 < model.tuning().terms["weights"]

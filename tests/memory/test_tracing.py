@@ -18,8 +18,8 @@ from emloc_core.family import Family
 from emloc_core.memory.model import MemoryModel, Need, Workload
 from emloc_core.memory.tracing import Ledger, Phases
 from emloc_core.model.image_shape import image_shape
+from emloc_core.settings import TrainSettings
 from emloc_core.tuning.train import FineTuning
-from emloc_core.tuning.trl import TrainSettings
 
 
 def peak(phases: Phases) -> int:

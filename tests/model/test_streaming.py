@@ -7,11 +7,12 @@ import torch
 from emloc_llama import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emloc_core.algorithms.statistics import Gram, tapped
+from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator.ranks import block_paths, make_plan
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.model.hooks import tapped
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream, units
 

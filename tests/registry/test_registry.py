@@ -21,8 +21,8 @@ from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import PluginManager, plugin_manager
-from emloc_core.registry.entry import Entry, Parameters, Preset, read_entry
 from emloc_core.registry import registry
+from emloc_core.registry.entry import Entry, Parameters, Preset, read_entry
 from emloc_core.registry.registry import find, load_entries, resolve
 
 ENTRIES = load_entries()

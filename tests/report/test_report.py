@@ -6,6 +6,7 @@ import pytest
 
 from emloc_core.report import table as report
 from emloc_core.report.figure import figure
+from emloc_core.units import human_bytes, human_seconds
 
 GB = 10**9
 SYSTEMS = {
@@ -63,7 +64,7 @@ def test_nll_of_two_tasks_come_first_and_are_losses():
     [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (999_700, "1 MB"), (1.234e9, "1.23 GB"), (1.5e12, "1,500 GB")],
 )
 def test_bytes_for_reading(count, text):
-    assert report.human_bytes(count) == text
+    assert human_bytes(count) == text
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_bytes_for_reading(count, text):
     ],
 )
 def test_seconds_for_reading(seconds, text):
-    assert report.human_seconds(seconds) == text
+    assert human_seconds(seconds) == text
 
 
 def test_the_conclusion_is_the_share_of_what_a_lora_gains():

@@ -2,7 +2,7 @@
 
 import json
 
-from emloc_core.cli.compress import summary
+from emloc_core.cli.emulators import summary
 from emloc_core.files.output import MANIFEST
 from emloc_core.report.towers import place, short_names
 

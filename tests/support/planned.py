@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from emloc_core.family import Family
 from emloc_core.memory.model import Workload
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.settings import TrainSettings
 
 HEADLINE = FIXTURES / "internvl2_5_38b" / "config.json"
 TINY = [(family, config) for family in (LLAMA, QWEN, QWEN_MOE, QWEN_VL, INTERNVL) for config in family.tiny_configs]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from emloc_core.settings import TrainSettings
 from emloc_core.tuning.checkpoints import newest_checkpoint, remove_incomplete
 from emloc_core.tuning.train import FineTuning
-from emloc_core.tuning.trl import TrainSettings
 
 
 @pytest.fixture(scope="module")

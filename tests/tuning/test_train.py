@@ -22,9 +22,10 @@ from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_manifest
+from emloc_core.settings import TrainSettings
 from emloc_core.tuning import train as stage
 from emloc_core.tuning.train import FineTuning
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.tuning.trl import sft_config
 
 LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
@@ -148,7 +149,7 @@ def test_the_loss_falls_on_the_same_tokens_as_in_calibration(form, tiny_model, t
 
 
 def test_rows_are_cut_only_where_asked_and_counted_where_nothing_is_left(tiny_model, tmp_path, monkeypatch):
-    assert settings().sft_config(tmp_path, completion_only=True, use_cpu=True).max_length is None
+    assert sft_config(settings(), tmp_path, completion_only=True, use_cpu=True).max_length is None
     seen = trained_rows(monkeypatch)
     rows = [{"prompt": "cat " * 20, "completion": "a"}, {"prompt": "cat", "completion": " cat" * 30}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)

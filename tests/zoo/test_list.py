@@ -15,7 +15,7 @@ from emloc_core.memory.budget import largest_ratio
 from emloc_core.memory.model import MemoryModel, Workload
 from emloc_core.registry.entry import read_entry
 from emloc_core.registry.registry import load_entries
-from emloc_core.tuning.trl import TrainSettings
+from emloc_core.settings import TrainSettings
 
 ENTRY = """
 id = "zoo-test/{name}"

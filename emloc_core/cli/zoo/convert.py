@@ -13,10 +13,10 @@ from click.core import ParameterSource
 
 from emloc_core.cli.console import as_json, dry_run, print_json, progress
 from emloc_core.cli.options import options, validated
+from emloc_core.cli.zoo.records import line, totals
 from emloc_core.errors import EmlocError
-from emloc_core.memory.budget import parse_bytes
-from emloc_core.report.table import human_bytes, human_seconds
 from emloc_core.settings import CompressSettings
+from emloc_core.units import human_bytes, human_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from emloc_core.zoo.engine import Engine, Needs
@@ -113,7 +113,6 @@ def _said(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert(jobs: "list[Job]", zoo: Path, make_engine: "Callable[[int], Engine]", limits: Any, as_json: bool) -> None:
-    from emloc_core.cli.zoo.status import line, totals
     from emloc_core.zoo.convert import convert
 
     with progress("Planning") as advance, _told() as tell:

@@ -7,8 +7,7 @@ import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json, progress
 from emloc_core.cli.zoo.entries import more_entries, print_table
-from emloc_core.memory.budget import parse_bytes
-from emloc_core.report.table import human_bytes
+from emloc_core.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from emloc_core.registry.fit import EntryFit

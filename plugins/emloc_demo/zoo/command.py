@@ -107,7 +107,7 @@ def compare(here: Path, there: Path) -> str:
     Raises:
         EmlocError: two of the same job differ.
     """
-    from emloc_core.report.table import human_bytes
+    from emloc_core.units import human_bytes
     from emloc_core.zoo.store import Store
 
     lines, differing = ["| model | emulator | SHA-256 on both engines |", "| --- | ---: | --- |"], []

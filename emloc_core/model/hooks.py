@@ -1,0 +1,49 @@
+"""Forward hooks on Linears, for the time of a context."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Called with a Linear's path and activations of shape (..., features).
+Sink = Callable[[str, torch.Tensor], None]
+
+
+@contextmanager
+def tapped(linears: Mapping[str, nn.Module], taps: Mapping[str, Any], sink: Sink) -> Iterator[None]:
+    """Hook Linears so that their activations reach ``sink`` at every forward.
+
+    Args:
+        linears: the modules by path.
+        taps: path -> ``"input"``, ``"output"`` (without the bias), or a function of ``(module, args, output)`` that
+            returns the input.
+        sink: receives path and activations.
+    """
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        tap = taps[path]
+
+        def receive(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if tap == "input":
+                sink(path, args[0])
+            elif tap == "output":
+                bias = getattr(module, "bias", None)
+                sink(path, output if bias is None else output.float() - bias.float())
+            else:
+                sink(path, tap(module, args, output))
+
+        return receive
+
+    with forward_hooks((module, hook(path)) for path, module in linears.items()):
+        yield
+
+
+@contextmanager
+def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Register forward hooks for the time of the context; what a hook returns, if not None, replaces the output."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield

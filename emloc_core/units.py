@@ -1,0 +1,45 @@
+"""Bytes and seconds, as people write and read them."""
+
+import re
+
+from emloc_core.errors import EmlocError
+
+_UNITS = {"": 1, "k": 1, "m": 2, "g": 3, "t": 4}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """Return a size in bytes: ``24GiB`` (2^30), ``24GB`` (10^9), ``800MB``, ``1.5 TiB``, or a number of bytes.
+
+    Raises:
+        EmlocError: it is no size, or nothing.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise EmlocError(f"{text!r} is no size of memory.", "Write 24GiB, 24GB or 800MB.")
+    number, unit, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** (_UNITS[unit.lower()] if unit else 0))
+    if (binary and not unit) or size < 1:
+        raise EmlocError(f"{text!r} is no size of memory.", "Write 24GiB, 24GB or 800MB.")
+    return size
+
+
+def human_bytes(count: float) -> str:
+    """Return a number of bytes in the unit in which it is read easily: ``1.37 GB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 999.5 else f"{count:,.0f} GB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a time as ``4.2 s``, ``42 s``, ``3 min 05 s`` or ``2 h 07 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
