@@ -12,11 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from emloc_core.adapter import write_adapter
 from emloc_core.checkpoint import INDEX, Checkpoint
+from emloc_core.header import TensorInfo
 from emloc_core.lora import Lora
 from emloc_core.output import Output, write_json
 from emloc_core.plan import make_plan
 from emloc_core.plugins import plugin_manager
-from emloc_core.shards import ShardWriter, TensorInfo
+from emloc_core.shards import ShardWriter
 from emloc_core.skeleton import Skeleton
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from emloc_core.checkpoint import INDEX, Checkpoint
 from emloc_core.errors import EmlocError
 from emloc_core.factorize import Factors
+from emloc_core.header import read_header
 from emloc_core.lowrank import FORMAT_VERSION, METHOD
 from emloc_core.output import write_json
 from emloc_core.plan import Plan
 from emloc_core.propagation import Pairs
-from emloc_core.shards import ShardWriter, read_header, remove_damaged, write_shard
+from emloc_core.shards import ShardWriter, remove_damaged, write_shard
 from emloc_core.skeleton import Skeleton
 
 UNREACHED = "no calibration row passes through it"

@@ -15,10 +15,11 @@ from transformers import AutoConfig
 
 from emloc_core.checkpoint import INDEX, SINGLE, Checkpoint, hash_files
 from emloc_core.errors import EmlocError, first_line
+from emloc_core.header import TensorInfo, read_header
 from emloc_core.layout import Split
 from emloc_core.output import Output, write_json
 from emloc_core.plugins import plugin_manager
-from emloc_core.shards import ShardWriter, TensorInfo, read_header
+from emloc_core.shards import ShardWriter
 from emloc_core.skeleton import build_model
 
 Shape = tuple[int, ...]

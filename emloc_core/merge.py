@@ -13,10 +13,11 @@ import torch
 from emloc_core.adapter import Adapter
 from emloc_core.checkpoint import INDEX, SINGLE, Checkpoint
 from emloc_core.errors import EmlocError
+from emloc_core.header import DTYPES, TensorInfo, read_header
 from emloc_core.lora import Lora
 from emloc_core.output import Output, read_manifest, write_json
 from emloc_core.plugins import plugin_manager
-from emloc_core.shards import DTYPES, ShardWriter, TensorInfo, read_header, row_chunks, tensor_bytes
+from emloc_core.shards import ShardWriter, row_chunks, tensor_bytes
 from emloc_core.skeleton import Skeleton
 
 _AT_ONCE = 3  # shards

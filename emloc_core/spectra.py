@@ -18,9 +18,10 @@ from emloc_core.data import CALIBRATION, SELECTION
 from emloc_core.emulator_files import UNREACHED
 from emloc_core.errors import EmlocError
 from emloc_core.factorize import Factors
+from emloc_core.header import TensorInfo, read_header
 from emloc_core.output import MANIFEST, read_manifest
 from emloc_core.plan import LinearPlan, Plan
-from emloc_core.shards import TensorInfo, read_header, remove_damaged, write_shard
+from emloc_core.shards import remove_damaged, write_shard
 from emloc_core.skeleton import Skeleton
 
 KIND = "spectra"
