@@ -14,8 +14,9 @@ from emloc_core.adapters.adapter import write_adapter
 from emloc_core.algorithms.lora import Lora
 from emloc_core.emulator.ranks import make_plan
 from emloc_core.files.checkpoint import INDEX, Checkpoint
+from emloc_core.files.header import TensorInfo
 from emloc_core.files.output import Output, write_json
-from emloc_core.files.shards import ShardWriter, TensorInfo
+from emloc_core.files.shards import ShardWriter
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
 

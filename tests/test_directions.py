@@ -23,7 +23,7 @@ FLOORS = [
     ["conformance"],
     ["testing", "scaffold", "zoo"],
     ["cli"],
-    ["__main__"],
+    ["__main__", "zoo.worker"],
 ]
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import hash_files
+from emloc_core.files.header import read_header
 from emloc_core.files.output import read_manifest, read_object, write_json
-from emloc_core.files.shards import read_header, write_shard
+from emloc_core.files.shards import write_shard
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -55,10 +57,8 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     kind = config.get("peft_type")
     if kind != "LORA":
         return [f"it is a {kind}, and only LoRA can be carried over"]
-    if not isinstance(config.get("lora_alpha"), int | float):
-        return [f"its lora_alpha is {config.get('lora_alpha')!r}, and the scale of the LoRA depends on it"]
     defaults = {field.name: _default(field) for field in dataclasses.fields(LoraConfig)}
-    problems = []
+    problems = list(_scale_problems(config))
     for name, value in config.items():
         if name in _FREE | _SCALE or value in _SAFE_VALUES.get(name, ()) or not (value or defaults.get(name)):
             continue
@@ -66,6 +66,30 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
             why = _WHY.get(name, "it is not known to be safe")
             problems.append(f"{name}={value!r} cannot be carried over ({why})")
     return problems
+
+
+def _scale_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Say which numbers that a LoRA's scale is computed from are none, or make no sense."""
+    alpha, rank = config.get("lora_alpha"), config.get("r", 8)  # as PEFT has it, where a config does not say
+    if not _is_positive(alpha):
+        yield f"its lora_alpha is {alpha!r}, and the scale of the LoRA depends on it"
+    if not (_is_positive(rank) and isinstance(rank, int)):
+        yield f"its r is {rank!r}, which is no rank"
+    if not isinstance(config.get("use_rslora", False), bool):
+        yield f"its use_rslora is {config['use_rslora']!r}, neither true nor false"
+    for name, kinds in (("alpha_pattern", (int, float)), ("rank_pattern", (int,))):
+        pattern = config.get(name) or {}
+        if not isinstance(pattern, dict):
+            yield f"its {name} is no object of numbers by module"
+            continue
+        for module, value in pattern.items():
+            if not (_is_positive(value) and isinstance(value, kinds)):
+                yield f"its {name} gives {value!r} for {module!r}"
+
+
+def _is_positive(number: Any) -> bool:
+    """Say whether this is a finite number above 0. True is an int in Python, not in JSON."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < sys.float_info.max
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:
@@ -120,6 +144,7 @@ class Adapter:
         Raises:
             EmlocError: there are tensors that are no part of an ordinary LoRA, or NaN.
         """
+        read_header(self.directory / WEIGHTS)
         try:
             tensors = load_file(self.directory / WEIGHTS)
         except (SafetensorError, OSError) as error:
@@ -136,21 +161,35 @@ class Adapter:
                     f"{self.directory / WEIGHTS} holds {key}, which is no part of a LoRA on a Linear.",
                     "Train an ordinary LoRA on Linears only.",
                 )
+            if not tensor.is_floating_point():
+                raise EmlocError(f"{key} in {self.directory} is of {tensor.dtype}, no floats.", "Train again.")
             if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):  # NaN and Inf survive a sum
                 raise EmlocError(f"{key} in {self.directory} holds NaN or Inf.", "Train again, with a lower rate.")
             parts.setdefault(path, {})[rest[0]] = tensor
         if incomplete := [path for path, pair in parts.items() if len(pair) != 2]:
             raise EmlocError(f"The LoRA in {self.directory} on {incomplete[0]} lacks a half.", "Train again.")
-        return {path: Lora(pair["A"], pair["B"], self.scale(path, pair["A"])) for path, pair in sorted(parts.items())}
+        return {path: self._lora(path, pair["A"], pair["B"]) for path, pair in sorted(parts.items())}
 
-    def scale(self, path: str, a: torch.Tensor) -> float:
-        """Return PEFT's scale of the LoRA on the Linear at ``path`` (patterns match as PEFT matches them)."""
+    def _lora(self, path: str, a: torch.Tensor, b: torch.Tensor) -> Lora:
+        rank = self._of_pattern("rank_pattern", path, self.config.get("r", 8))
+        if not a.shape[0] == b.shape[1] == rank:
+            raise EmlocError(
+                f"The LoRA in {self.directory} on {path} has the shapes {tuple(a.shape)} and {tuple(b.shape)}; "
+                f"{CONFIG} says rank {rank}.",
+                "Copy both files again, or train again.",
+            )
+        alpha = self._of_pattern("alpha_pattern", path, self.config["lora_alpha"])
+        scale = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+        if scale == 0:  # too small for a float
+            raise EmlocError(f"The LoRA in {self.directory} on {path} has a scale of 0.", "Correct its lora_alpha.")
+        return Lora(a, b, scale)
+
+    def _of_pattern(self, name: str, path: str, default: Any) -> Any:
+        """Return the number of the Linear at ``path``; patterns match as PEFT matches them."""
         from peft.utils.other import get_pattern_key
 
-        pattern: dict[str, float] = self.config.get("alpha_pattern") or {}
-        alpha: float = pattern.get(get_pattern_key(list(pattern), path), self.config["lora_alpha"])
-        rank = a.shape[0]  # of the tensor itself, which rank_pattern has shaped
-        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+        pattern = self.config.get(name) or {}
+        return pattern.get(get_pattern_key(list(pattern), path), default)
 
 
 def fingerprint(directory: Path, cache_dir: Path) -> str:

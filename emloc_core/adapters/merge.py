@@ -14,8 +14,9 @@ from emloc_core.adapters.adapter import Adapter
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint
+from emloc_core.files.header import DTYPES, TensorInfo, read_header
 from emloc_core.files.output import Output, read_manifest, write_json
-from emloc_core.files.shards import DTYPES, ShardWriter, TensorInfo, read_header, row_chunks, tensor_bytes
+from emloc_core.files.shards import ShardWriter, row_chunks, tensor_bytes
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
 

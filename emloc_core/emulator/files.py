@@ -17,8 +17,9 @@ from emloc_core.emulator.propagation import Pairs
 from emloc_core.emulator.ranks import Plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, Checkpoint
+from emloc_core.files.header import read_header
 from emloc_core.files.output import write_json
-from emloc_core.files.shards import ShardWriter, read_header, remove_damaged, write_shard
+from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
 from emloc_core.lowrank import FORMAT_VERSION, METHOD
 from emloc_core.model.skeleton import Skeleton
 

@@ -19,8 +19,9 @@ from emloc_core.emulator.files import UNREACHED
 from emloc_core.emulator.ranks import LinearPlan, Plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import hash_files
+from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.output import MANIFEST, read_manifest
-from emloc_core.files.shards import TensorInfo, read_header, remove_damaged, write_shard
+from emloc_core.files.shards import remove_damaged, write_shard
 from emloc_core.model.skeleton import Skeleton
 
 KIND = "spectra"

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -12,8 +13,8 @@ from typing import Any
 from safetensors import safe_open
 
 from emloc_core.errors import EmlocError, first_line
+from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.output import HASHES, read_object, write_json
-from emloc_core.files.shards import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -21,6 +22,8 @@ SINGLE = "model.safetensors"
 FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 #: The same weights once more, in other layouts.
 OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
+#: A plain name: not hidden, no path, nothing that a terminal or a shell makes something of.
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,200}\.safetensors")
 
 
 class Checkpoint:
@@ -65,21 +68,40 @@ class Checkpoint:
                 f"{self.directory} has neither {SINGLE} nor {INDEX}.",
                 "Only safetensors checkpoints are read; convert pickled weights with save_pretrained first.",
             )
+        return [self.directory / name for name in sorted(set(self._weight_map.values()))]
+
+    @cached_property
+    def _weight_map(self) -> dict[str, str]:
+        """The index: key of a tensor -> name of its shard. Empty where there is one file, and so no index."""
+        index = self.directory / INDEX
+        if not index.is_file():
+            return {}
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise EmlocError(f"{index} has no weight_map.", "Download or copy the file again.")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name:
-                raise EmlocError(f"{index} names {name!r}, outside the directory.", "Do not use this checkpoint.")
-        return [self.directory / name for name in names]
+        for key, name in weight_map.items():
+            if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+                raise EmlocError(
+                    f"{index} says that {key} is in {name!r}, which is no name of a .safetensors file beside it.",
+                    "Do not use this checkpoint.",
+                )
+        return weight_map
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor by its key in the checkpoint; all headers are checked against the files' sizes."""
+        """Every tensor by its key in the checkpoint; headers and index are checked against each other and the files."""
         found: dict[str, TensorInfo] = {}
         for shard in self.shards:
-            found.update(read_header(shard)[0])
+            for key, tensor in read_header(shard)[0].items():
+                if key in found:
+                    raise EmlocError(f"{found[key].shard} and {shard} both hold {key}.", "Do not use this checkpoint.")
+                found[key] = tensor
+        for key, name in self._weight_map.items():
+            if key not in found or found[key].shard.name != name:
+                raise EmlocError(
+                    f"{self.directory / name} lacks {key}, which {INDEX} says it holds.",
+                    "Download or copy the model again.",
+                )
         return found
 
     @property

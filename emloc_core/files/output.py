@@ -57,11 +57,18 @@ def read_json(path: Path) -> Any:
         EmlocError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise EmlocError(f"{path} does not exist.", "Check the path.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise EmlocError(f"{path} cannot be read ({error.strerror}).", "Restore the file.") from None
+    except (ValueError, RecursionError) as error:
         raise EmlocError(f"{path} is not valid JSON ({error}).", "Restore the file, or make it again.") from None
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse what Python reads and JSON does not have; it could not be written back."""
+    raise ValueError(f"{name} is no number")
 
 
 def read_object(path: Path) -> dict[str, Any]:

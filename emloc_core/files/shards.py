@@ -1,7 +1,6 @@
-"""safetensors files, tensor by tensor: reading headers, copying raw bytes, writing without holding a file in memory.
+"""safetensors files, tensor by tensor: copying raw bytes, writing without holding a file in memory.
 
-The library's own writer wants every tensor of a file at once; a 5 GB shard would then cost 5 GB. The format is eight
-bytes of header length, a JSON header, and the tensors' bytes.
+The library's own writer wants every tensor of a file at once; a 5 GB shard would then cost 5 GB.
 """
 
 import errno
@@ -9,7 +8,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,80 +16,13 @@ import click
 import torch
 
 from emloc_core.errors import EmlocError
+from emloc_core.files.header import DTYPES, TensorInfo, read_header
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 16 << 20  # bytes copied at a time
-_HEADER_LIMIT = 100 << 20  # the safetensors library's own limit
 _HASH = "emloc.sha256"  # in the metadata: of everything else in the file
 #: The kernel cannot copy between these two files by itself.
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor in a shard: safetensors' name of its dtype, its shape, and its bytes in the file: [start, stop)."""
-
-    key: str
-    shard: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.stop - self.start
-
-
-def read_header(shard: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Return the tensors of a shard in the order of their bytes, and the file's metadata.
-
-    Raises:
-        EmlocError: the file is missing, is not safetensors, or is shorter than its header says.
-    """
-    remedy = "Download or copy the file again."
-    try:
-        size = shard.stat().st_size
-        with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-                raise EmlocError(f"{shard} is not a safetensors file, or is truncated ({size:,} bytes).", remedy)
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        tensors = [
-            TensorInfo(key, shard, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in _offsets(entry)))
-            for key, entry in header.items()
-        ]
-    except FileNotFoundError:
-        raise EmlocError(f"{shard} does not exist, though the checkpoint's index names it.", remedy) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EmlocError(f"{shard} is not a safetensors file: its header is damaged ({error}).", remedy) from None
-    expected = max((tensor.stop for tensor in tensors), default=8 + length)
-    if size != expected:
-        raise EmlocError(f"{shard} has {size:,} bytes and should have {expected:,}: it is truncated.", remedy)
-    return {tensor.key: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.start)}, metadata
-
-
-def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
-    start, stop = entry["data_offsets"]
-    if not 0 <= start <= stop:
-        raise ValueError(f"offsets {start}, {stop}")
-    return start, stop
 
 
 def row_chunks(tensor: TensorInfo, nbytes: int) -> Iterator[torch.Tensor]:

@@ -15,8 +15,9 @@ from transformers import AutoConfig
 
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, hash_files
+from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.output import Output, write_json
-from emloc_core.files.shards import ShardWriter, TensorInfo, read_header
+from emloc_core.files.shards import ShardWriter
 from emloc_core.layout import Split
 from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import plugin_manager

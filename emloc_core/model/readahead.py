@@ -7,7 +7,7 @@ the pages are the system's, to give away when memory is short, and no part of th
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from emloc_core.files.shards import TensorInfo
+from emloc_core.files.header import TensorInfo
 
 _CHUNK = 4 << 20  # bytes read at a time
 

@@ -29,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.header import DTYPES
 from emloc_core.model.readahead import ReadAhead
 
 
@@ -88,6 +89,13 @@ class Skeleton:
                 f"{self.checkpoint.directory} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])}).",
                 "Check that the checkpoint is complete and that its config.json belongs to it.",
             )
+        for name, _ in self.model.named_parameters():
+            for key in found.get(name, ()):
+                if not (tensor := self.checkpoint.tensors[key]).is_floating_point:
+                    raise EmlocError(
+                        f"{key} in {tensor.shard} is a weight, and holds no floats but {tensor.dtype}.",
+                        "Give the original, unquantised model.",
+                    )
         return dict(found)
 
     def sources(self, parameter: str) -> list[str]:
@@ -212,8 +220,6 @@ def read_config(path: Path) -> Any:
 
 
 def _most_common_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    from emloc_core.files.shards import DTYPES
-
     sizes: dict[torch.dtype, int] = defaultdict(int)
     for tensor in checkpoint.tensors.values():
         if DTYPES[tensor.dtype].is_floating_point:

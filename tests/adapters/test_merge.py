@@ -16,7 +16,7 @@ from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.merge import Merge
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.shards import read_header
+from emloc_core.files.header import read_header
 
 
 def merge(adapter, base, output, **options):
@@ -170,3 +170,15 @@ def test_an_uncorrected_adapter_is_refused_unless_asked_for(tiny_model, rows_fil
     assert len(TARGETS) * 3 == len(
         {key for key in Checkpoint(merged).tensors if key.rpartition(".")[0].rpartition(".")[2] in TARGETS}
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.uint16])
+def test_a_weight_that_holds_no_floats_is_refused(tiny_model, tmp_path, dtype):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=["up_proj"])
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, key: torch.ones(tensors[key].shape).to(dtype)}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EmlocError, match="is a weight, and holds no floats but"):
+        merge(adapter, base, tmp_path / "merged", allow_uncorrected=True)
+    assert not (tmp_path / "merged").exists()

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.header import DTYPES, read_header
 from emloc_core.files.output import Output, read_manifest
-from emloc_core.files.shards import DTYPES, ShardWriter, read_header, row_chunks, write_shard
+from emloc_core.files.shards import ShardWriter, row_chunks, write_shard
 
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
 SHAPE = st.lists(st.integers(0, 5), max_size=3)
@@ -95,19 +96,33 @@ def test_a_truncated_shard_is_named(tmp_path, keep):
         read_header(path)
 
 
-def test_a_damaged_header_is_named(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes((10).to_bytes(8, "little") + b"not json!!" + b"\0" * 40)
-    with pytest.raises(EmlocError, match="damaged"):
-        read_header(path)
-
-
-def test_an_index_may_not_leave_its_directory(tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    ["../../secret.safetensors", "..", "/etc/passwd", "request.json", ".lock", ".hidden.safetensors", "a/b.safetensors",
+     "model.bin", ".safetensors", "x\n.safetensors", "x" * 300 + ".safetensors", "", None, 3, ["a.safetensors"]],
+)  # fmt: skip
+def test_an_index_names_plain_safetensors_files_alone(tmp_path, name):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    index = {"weight_map": {"a": "../../secret.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(EmlocError, match="outside the directory"):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(EmlocError, match=r"no name of a \.safetensors file beside it"):
         _ = Checkpoint(tmp_path).shards
+
+
+def test_an_index_and_its_shards_agree(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "1.safetensors")
+    save_file({"c": torch.ones(2)}, tmp_path / "2.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "c": "2.safetensors"}}))
+    assert Checkpoint(tmp_path).tensors.keys() == {"a", "b", "c"}
+    for wrong in ({"a": "2.safetensors", "c": "2.safetensors"}, {"d": "1.safetensors"}):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(EmlocError, match=r"lacks (a|d), which model\.safetensors\.index\.json says it holds"):
+            _ = Checkpoint(tmp_path).tensors
+    save_file({"a": torch.ones(2)}, tmp_path / "2.safetensors")
+    index.write_text(json.dumps({"weight_map": {"b": "1.safetensors", "a": "2.safetensors"}}))
+    with pytest.raises(EmlocError, match="both hold a"):
+        _ = Checkpoint(tmp_path).tensors
 
 
 def test_pickled_weights_are_not_read(tmp_path):
@@ -228,6 +243,13 @@ def test_many_processes_may_share_the_cache_of_hashes(tmp_path):
     writers = [subprocess.Popen(argv, stderr=subprocess.PIPE) for _ in range(2)]
     assert [writer.wait() for writer in writers] == [0, 0]
     assert json.loads((tmp_path / "shared.json").read_text()) == {"i": 299}
+
+
+@pytest.mark.parametrize("content", ['{"a": NaN}', '{"a": -Infinity}', '{"a":' * 100_000, "[" + "9" * 5000 + "]", "{"])
+def test_what_is_no_json_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(EmlocError, match="not valid JSON"):
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[]", '"text"', "3"])
