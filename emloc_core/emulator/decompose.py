@@ -20,8 +20,9 @@ from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.model.hooks import tapped
+from emloc_core.model.lockstep import Forward
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.model.streaming import Forward, Stream
+from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
 

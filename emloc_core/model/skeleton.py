@@ -106,14 +106,22 @@ class Skeleton:
         """Return the keys of tensors that the checkpoint holds for ``parameter`` itself, tied or not."""
         return self._sources.get(parameter, [])
 
+    def names(self, module: str) -> list[str]:
+        """Return the names of the parameters of the submodule at path ``module``."""
+        return [f"{module}.{name}" if module else name for name, _ in self._submodule(module).named_parameters()]
+
+    def outside(self, modules: Iterable[str]) -> list[str]:
+        """Return the names of the parameters that lie in none of these submodules."""
+        prefixes = tuple(f"{module}." for module in modules)
+        return [name for name, _ in self.model.named_parameters() if not name.startswith(prefixes)]
+
     def load(self, module: str) -> None:
         """Load the parameters of the submodule at path ``module``.
 
         Raises:
             EmlocError: a tensor is missing or has another shape than the config says.
         """
-        names = [f"{module}.{name}" if module else name for name, _ in self._submodule(module).named_parameters()]
-        self.load_parameters(names)
+        self.load_parameters(self.names(module))
 
     def load_parameters(self, names: Iterable[str]) -> None:
         """Load parameters by name; see :meth:`load`."""
@@ -150,13 +158,13 @@ class Skeleton:
 
     def read_ahead(self, module: str) -> None:
         """Have the tensors of a submodule read from the disk, in the background, so that :meth:`load` finds them."""
-        names = [f"{module}.{name}" for name, _ in self._submodule(module).named_parameters()]
-        self._reader.want([self.checkpoint.tensors[key] for name in names for key in self.sources(name)])
+        keys = [key for name in self.names(module) for key in self.sources(name)]
+        self._reader.want([self.checkpoint.tensors[key] for key in keys])
 
     def free(self, module: str) -> None:
         """Put the parameters of the submodule at path ``module`` back on the meta device. Buffers stay."""
-        for name, _ in list(self._submodule(module).named_parameters()):
-            self._free_parameter(f"{module}.{name}" if module else name)
+        for name in self.names(module):
+            self._free_parameter(name)
 
     def _free_parameter(self, name: str) -> None:
         parameter = self.model.get_parameter(name)

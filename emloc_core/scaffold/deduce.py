@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
-from emloc_core.model.streaming import units
+from emloc_core.model.lockstep import units
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.observe import DOUBTFUL, Observation
 

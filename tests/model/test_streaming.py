@@ -13,8 +13,9 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.model.hooks import tapped
+from emloc_core.model.lockstep import units
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.model.streaming import Stream, units
+from emloc_core.model.streaming import Stream
 
 BLOCKS = ["model.layers"]
 LENGTHS = (5, 17, 9)

@@ -1,0 +1,1 @@
+"""Exact LoRA steps on a base that does not fit in memory."""

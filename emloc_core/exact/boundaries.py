@@ -1,0 +1,98 @@
+"""Where the activations at block boundaries wait for the backward: on the device, in memory of the CPU, or on a disk.
+
+Checkpointing keeps a block's inputs, and autograd's hooks on saved tensors say where. On a GPU the copies are enqueued
+on the stream that computes, so that they are in order with it and need no event.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Smaller tensors stay where they are: positions, masks of short rows.
+_SMALL = 1 << 16
+
+
+@dataclass(frozen=True)
+class _Away:
+    """A tensor that is kept elsewhere: its copy in the CPU's memory, or its place in the file."""
+
+    kept: "torch.Tensor | int"
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Boundaries:
+    """Keeps what checkpointed blocks are called with.
+
+    Args:
+        room: bytes that may stay on the device.
+        directory: where a file for the others is made, which no name refers to; None: the CPU's memory.
+    """
+
+    def __init__(self, room: float = float("inf"), directory: Path | None = None) -> None:
+        self._room = self._left = room
+        self._file: Any = tempfile.TemporaryFile(dir=directory) if directory else None  # noqa: SIM115 - until clear()
+        self._end = 0
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Decide for the tensors that are saved for the backward within the context."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            yield
+
+    def clear(self) -> None:
+        """Start again: nothing of what was kept is needed any more."""
+        self._left, self._end = self._room, 0
+        if self._file:
+            self._file.truncate(0)
+
+    def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Away":
+        if tensor.nbytes < _SMALL:
+            return tensor
+        if tensor.nbytes <= self._left:
+            self._left -= tensor.nbytes
+            return tensor
+        return _Away(self._put(tensor), tensor.shape, tensor.dtype, tensor.device)
+
+    def _put(self, tensor: torch.Tensor) -> "torch.Tensor | int":
+        if self._file is None:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            return copy.copy_(tensor, non_blocking=True)
+        place, self._end = self._end, self._end + tensor.nbytes
+        _write(self._file.fileno(), _bytes(tensor.detach().cpu().contiguous()), place)
+        return place
+
+    def _unpack(self, packed: "torch.Tensor | _Away") -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        if isinstance(packed.kept, torch.Tensor):
+            kept = packed.kept
+        else:
+            kept = torch.empty(packed.shape, dtype=packed.dtype)
+            _read(self._file.fileno(), _bytes(kept), packed.kept)
+        return kept.to(packed.device, non_blocking=True)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the CPU, without a copy."""
+    content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(content)
+
+
+def _write(file: int, content: memoryview, place: int) -> None:
+    while content:
+        written = os.pwrite(file, content, place)
+        content, place = content[written:], place + written
+
+
+def _read(file: int, content: memoryview, place: int) -> None:
+    while content:
+        read = os.preadv(file, [content], place)
+        content, place = content[read:], place + read

@@ -1,0 +1,98 @@
+"""The loss of hidden states, over the vocabulary in pieces: the logits of few tokens are there at a time.
+
+Only tokens that count are projected. The gradient of each piece is taken at once, while its logits are there, so that
+the projection is read once and nothing of it is recomputed (as in Liger Kernel's fused linear cross entropy,
+arXiv 2410.10989).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+#: Logits at a time; in fp32, with their gradient, eight bytes each.
+PIECE = 1 << 25
+_IGNORED = -100
+
+
+def shifted_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return what every position of a batch is to predict, (rows, T), -100 where that does not count."""
+    if "shift_labels" in batch:
+        return batch["shift_labels"]
+    return nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=_IGNORED)
+
+
+def counted(batch: Mapping[str, torch.Tensor]) -> int:
+    """Return how many tokens of a batch count in its loss."""
+    return int((shifted_labels(batch) != _IGNORED).sum())
+
+
+class Head:
+    """What a model makes of its backbone's hidden states: the model's own code, run on few of them at a time.
+
+    Args:
+        model: a causal language model of transformers, or one for images and text; its ``forward`` may be patched.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.backbone = model, model.base_model
+        self._vocabulary: int = model.config.get_text_config().vocab_size
+
+    def loss(
+        self, outputs: Any, labels: torch.Tensor, weight: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the summed cross entropy of the labels, times ``weight``, with its gradient; see :func:`known`.
+
+        Args:
+            outputs: the backbone's, with ``last_hidden_state``, (rows, T, d).
+            labels: see :func:`shifted_labels`.
+            weight: of every token.
+
+        Returns:
+            The hidden states of the tokens that count, (n, d); the gradient, likewise; the loss, ().
+        """
+        counts = labels != _IGNORED
+        hidden, targets = outputs.last_hidden_state[counts], labels[counts]
+        total, gradients = torch.zeros((), device=hidden.device), [hidden.detach()[:0]]
+        size = max(1, PIECE // self._vocabulary)
+        for piece, target in zip(hidden.detach().split(size), targets.split(size), strict=True):
+            piece.requires_grad_()
+            logits = self._logits(outputs, piece[None])[0]
+            loss = weight * nn.functional.cross_entropy(logits.float(), target, reduction="sum")
+            loss.backward()
+            total += loss.detach()
+            gradients.append(piece.grad)
+        return hidden, torch.cat(gradients), total
+
+    def _logits(self, outputs: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the model's own forward makes of hidden states, (1, n, d): logits, (1, n, vocabulary)."""
+        given = type(outputs)(last_hidden_state=hidden)
+        own: Callable[..., Any] | None = self.backbone.__dict__.get("forward")
+        self.backbone.forward = lambda *_args, **_kwargs: given
+        try:
+            logits: torch.Tensor = type(self.model).forward(self.model, use_cache=False).logits
+        finally:
+            del self.backbone.forward
+            if own:
+                self.backbone.forward = own
+        return logits
+
+
+def known(hidden: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return ``value``, whose gradient with respect to ``hidden`` was taken before."""
+    connected: torch.Tensor = _Known.apply(hidden, gradient, value)
+    return connected
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _hidden: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return upstream * gradient, None, None

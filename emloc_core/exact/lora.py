@@ -1,0 +1,62 @@
+"""A base with a LoRA whose frozen parameters are not there: only the LoRA takes memory."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from emloc_core.model.skeleton import Skeleton
+
+
+def lora_on(skeleton: Skeleton, lora: LoraConfig | Path, device: torch.device | str = "cpu") -> PeftModel:
+    """Return the skeleton's model with a LoRA, by PEFT; the skeleton stays as it is.
+
+    Args:
+        skeleton: of the base.
+        lora: a new LoRA of this config, drawn from the global generator as on a model in memory, or the directory of
+            one to go on with.
+        device: where the LoRA and the model's buffers are.
+
+    Raises:
+        ValueError: PEFT refuses the config.
+    """
+    model = copy.deepcopy(skeleton.model)
+    with _in_appearance(model, skeleton.dtype):
+        adapted: Any
+        if isinstance(lora, LoraConfig):
+            adapted = get_peft_model(model, lora)
+        else:
+            adapted = PeftModel.from_pretrained(model, str(lora), is_trainable=True)
+    for module in adapted.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    for parameter in adapted.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device)
+    return adapted
+
+
+@contextmanager
+def _in_appearance(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Give frozen parameters a place in the CPU's memory, and one number for all of their elements.
+
+    PEFT puts a LoRA where the weight is, and on the meta device its initial values would be lost.
+    """
+    nothing = torch.full((), torch.nan, dtype=dtype)
+    meta = {id(parameter): parameter for parameter in model.parameters()}
+    stood_for = {}  # by id; the stand-ins are kept, so that no other object gets theirs
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            stand_in = nn.Parameter(nothing.to(parameter.dtype).expand(parameter.shape), requires_grad=False)
+            stood_for[id(stand_in)] = stand_in, meta[id(parameter)]
+            module._parameters[name] = stand_in
+    yield
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in stood_for:
+                module._parameters[name] = stood_for[id(parameter)][1]

@@ -1,0 +1,218 @@
+"""Exact LoRA steps on a model that does not fit: every block is read twice per step, however many micro-batches.
+
+All micro-batches' ordinary forwards, losses included, advance through the units together, with gradients on
+(:mod:`emloc_core.model.lockstep`). Each unit is a checkpoint that takes its frozen weights from a cache of what is
+loaded. Then comes one backward of the summed loss. Autograd runs, of the nodes that are ready, the one made last; so
+the last block of all micro-batches is recomputed before the block before it is, and the weights are read once more, in
+reverse.
+
+Frozen parameters stay on the meta device: whatever would compute with one that is not loaded fails.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from emloc_core.errors import EmlocError
+from emloc_core.exact.boundaries import Boundaries
+from emloc_core.exact.head import Head, counted, known, shifted_labels
+from emloc_core.exact.weights import FrozenWeights
+from emloc_core.model.lockstep import Lockstep, units
+from emloc_core.model.parking import Parking
+from emloc_core.model.skeleton import Skeleton
+
+_HEAD = "the head"
+#: What PEFT puts into the names of a Linear's parameters when it gets a LoRA.
+_WRAPPER = "base_layer."
+
+
+class ExactSteps:
+    """Takes the gradients of steps.
+
+    Args:
+        model: the base with a LoRA in its Linears (:func:`emloc_core.exact.lora.lora_on`): the LoRA is real and
+            requires gradients, all else is on the meta device and frozen. Its units' forwards are replaced.
+        skeleton: of the same base.
+        block_lists: module paths of the lists of blocks, in execution order.
+        device: what computes.
+        room: bytes of the device in which weights may stay.
+        boundaries: where the activations at block boundaries wait; None: on the device.
+
+    Attributes:
+        weights: the base's weights, with counts of how often they were read.
+
+    Raises:
+        EmlocError: the model has no backbone apart from its head.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        skeleton: Skeleton,
+        block_lists: Sequence[str],
+        device: torch.device | str = "cpu",
+        room: float = 0,
+        boundaries: Boundaries | None = None,
+    ) -> None:
+        self.model, self.device = model, torch.device(device)
+        self.boundaries = boundaries or Boundaries()
+        found = units(skeleton.model, block_lists)
+        backbone = f"{model.base_model_prefix}."
+        self._head_units = [unit for unit in found if not unit.startswith(backbone)]
+        if len(self._head_units) == len(found):
+            raise EmlocError(
+                f"{type(model).__name__} has no backbone apart from its head, so that its loss cannot be streamed.",
+                "Train it by ordinary steps.",
+            )
+        self.weights = FrozenWeights(skeleton, found, self.device, room)
+        self._keep(skeleton, skeleton.outside(found))
+        inner = [unit for unit in found if unit not in self._head_units]
+        parking = Parking.on(self.device, model.buffers())
+        self._lockstep = Lockstep(model, inner, block_lists[-1], parking)
+        for unit in inner:
+            self._wrap(unit, checkpointed=True)
+        for unit in self._head_units:
+            self._wrap(unit, checkpointed=False)
+        self._head = Head(model)
+
+    def loss(self, batches: Sequence[Mapping[str, Any]], *, autocast: bool = False) -> torch.Tensor:
+        """Add the gradients of a step's mean loss to the LoRA's, and return that loss.
+
+        Every micro-batch draws its random numbers (dropout) from a seed of its own, taken from the global generator.
+
+        Args:
+            batches: the micro-batches: the model's inputs by name, on any device, with ``labels``, (rows, T), which
+                are -100 where a token does not count.
+            autocast: whether to compute in bfloat16 where that is safe.
+
+        Raises:
+            EmlocError: a block runs twice or writes to a buffer, no token counts, or the base has changed.
+        """
+        tokens = sum(counted(batch) for batch in batches)
+        if not tokens:
+            raise EmlocError("No token of a step counts in its loss.", "Give rows with completions.")
+        randomness = _Randomness(len(batches), self.device)
+        # Cast LoRA weights are not kept from one micro-batch for the others: their gradients would be summed in bf16.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+            try:
+                # The last micro-batch first: the backward then starts with the first, and sums in the ordinary order.
+                forwards = [self._forward(batch, 1 / tokens) for batch in reversed(batches)]
+                with randomness.kept():
+                    losses = self._lockstep.advance(forwards, self._at, around=randomness.of)
+                total = torch.stack(losses).sum()
+                total.backward()
+            finally:
+                self.boundaries.clear()
+        return total.detach()
+
+    def close(self) -> None:
+        """Forget the weights."""
+        self.weights.close()
+
+    def _forward(self, batch: Mapping[str, Any], weight: float) -> Callable[[], torch.Tensor]:
+        def forward() -> torch.Tensor:
+            inputs = {name: _moved(value, self.device) for name, value in batch.items()}
+            labels = shifted_labels(inputs)
+            given = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+            outputs = self.model.base_model(**given, use_cache=False)
+            self._lockstep.pause(_HEAD, (outputs.last_hidden_state,))
+            taken = self._head.loss(outputs, labels, weight)
+            with self.boundaries.keeping():
+                return known(*taken)
+
+        return forward
+
+    @contextmanager
+    def _at(self, unit: str) -> Iterator[None]:
+        if unit != _HEAD:
+            self.weights.at(unit)
+        yield
+
+    def _keep(self, skeleton: Skeleton, names: list[str]) -> None:
+        """Load parameters that lie in no unit (a class embedding, say) for good."""
+        with skeleton.parameters(names) as found:
+            for name, tensor in found.items():
+                owner, _, attribute = name.rpartition(".")
+                parameter = nn.Parameter(tensor.detach().to(self.device), requires_grad=False)
+                setattr(self.model.get_submodule(owner), attribute, parameter)
+
+    def _wrap(self, unit: str, *, checkpointed: bool) -> None:
+        """Have a unit's forward compute with the weights that are lent for it."""
+        module = self.model.get_submodule(unit)
+        body = _Body(module, module.forward)
+        names = {
+            name.replace(_WRAPPER, ""): f"unit.{name}"
+            for name, parameter in module.named_parameters()
+            if not parameter.requires_grad
+        }
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            lent = {names[name]: tensor for name, tensor in self.weights.at(unit).items()}
+            written = _versions(module)
+            result = functional_call(body, lent, args, kwargs, tie_weights=False)
+            if _versions(module) != written:
+                raise EmlocError(
+                    f"{unit} writes to a buffer in its forward, and would do so again when it is recomputed.",
+                    "Train this model by ordinary steps.",
+                )
+            return result
+
+        def recomputed(*args: Any, **kwargs: Any) -> Any:
+            with self.boundaries.keeping():
+                return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+        module.forward = recomputed if checkpointed else run
+
+
+class _Body(nn.Module):
+    """A unit under its own forward, so that its parameters can be given while its ``forward`` is replaced."""
+
+    def __init__(self, unit: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.unit, self._forward = unit, forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+
+class _Randomness:
+    """A random state for every micro-batch, so that its numbers do not depend on when the others run."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._seeds = torch.randint(2**63 - 1, (count,)).tolist()[::-1]  # they run in reverse
+        self._states: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._gpu = device if device.type == "cuda" else None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Leave the global state at the end as it was at the start."""
+        with torch.random.fork_rng([self._gpu] if self._gpu else []):
+            yield
+
+    @contextmanager
+    def of(self, index: int) -> Iterator[None]:
+        """Draw from a micro-batch's own state."""
+        if index in self._states:
+            processor, gpu = self._states[index]
+            torch.set_rng_state(processor)
+            if gpu is not None:
+                torch.cuda.set_rng_state(gpu, self._gpu)  # type: ignore[arg-type]
+        else:
+            torch.manual_seed(self._seeds[index])
+        yield
+        gpu = torch.cuda.get_rng_state(self._gpu) if self._gpu else None
+        self._states[index] = torch.get_rng_state(), gpu
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    return [(id(buffer), buffer._version) for buffer in module.buffers()]

@@ -1,0 +1,149 @@
+"""The frozen weights of a model that does not fit: a unit at a time, the next one read while this one is computed.
+
+Forwards and backwards ask for units in the same order every time, so what followed a unit the last time is read ahead.
+Units that fit the room given stay. On a GPU, units are kept in pinned memory of the CPU where there is room for them,
+and copied on a stream of their own; a computation waits for its own unit alone.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from emloc_core.errors import EmlocError
+from emloc_core.model.skeleton import Skeleton
+
+#: Share of the CPU's free memory that copies of units may fill, pinned for the GPU.
+_PINNED_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A unit on the device: its parameters by name, and on a GPU the event that ends their copy."""
+
+    tensors: Mapping[str, torch.Tensor]
+    copied: "torch.cuda.Event | None" = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class FrozenWeights:
+    """Lends the weights of units.
+
+    Args:
+        skeleton: reads them, in memory of the CPU. It is read in another thread, so nothing else may use it meanwhile.
+        units: paths of submodules.
+        device: where they are computed with.
+        room: bytes of the device that units may fill to stay there, besides the one in use and the next one.
+
+    Attributes:
+        reads: how many times every unit was brought to the device.
+        bytes_read: how much that was, in bytes.
+        waited: seconds for which a unit that was asked for was not there yet.
+    """
+
+    def __init__(self, skeleton: Skeleton, units: Sequence[str], device: torch.device, room: float = 0) -> None:
+        self.skeleton, self.device, self.room = skeleton, device, room
+        self.reads: Counter[str] = Counter()
+        self.bytes_read = 0
+        self.waited = 0.0
+        self._names = {unit: skeleton.names(unit) for unit in units}
+        self._current: tuple[str, _Loaded] | None = None
+        self._before: str | None = None
+        self._followed: dict[tuple[str | None, str], str] = {}
+        self._ahead: tuple[str, Future[_Loaded]] | None = None
+        self._staying: dict[str, _Loaded] = {}
+        self._pinned: dict[str, Mapping[str, torch.Tensor]] = {}
+        self._pinned_room = _PINNED_SHARE * psutil.virtual_memory().available
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="frozen-weights")
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stamps = {shard: _stamp(shard) for shard in skeleton.checkpoint.shards}
+
+    def at(self, unit: str) -> Mapping[str, torch.Tensor]:
+        """Return the parameters of a unit by their names in it, on the device; valid until another unit is asked for.
+
+        Raises:
+            EmlocError: a tensor is missing or of another shape, or the files have changed since training began.
+        """
+        if self._current is None or self._current[0] != unit:
+            self._move_to(unit)
+        assert self._current is not None
+        return self._current[1].tensors
+
+    def close(self) -> None:
+        """Forget all units, and end the reading thread."""
+        self._reader.shutdown(cancel_futures=True)
+        self._current = self._ahead = None
+        self._staying.clear()
+        self._pinned.clear()
+
+    def _move_to(self, unit: str) -> None:
+        previous = self._current[0] if self._current else None
+        if previous is not None:
+            self._followed[self._before, previous] = unit
+        self._before, self._current = previous, None  # its memory is free before more is taken
+        self._current = unit, self._take(unit)
+        following = self._followed.get((previous, unit))
+        if following is not None and following not in self._staying:
+            self._ahead = following, self._reader.submit(self._load, following)
+
+    def _take(self, unit: str) -> _Loaded:
+        if unit in self._staying:
+            return self._staying[unit]
+        started = time.perf_counter()
+        if self._ahead is None or self._ahead[0] != unit:
+            self._ahead = unit, self._reader.submit(self._load, unit)
+        loaded = self._ahead[1].result()
+        self._ahead = None
+        self.waited += time.perf_counter() - started
+        if loaded.copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(loaded.copied)
+            for tensor in loaded.tensors.values():
+                tensor.record_stream(stream)  # freed in this stream's order, not in that of the copy
+        if loaded.nbytes <= self.room:
+            self.room -= loaded.nbytes
+            self._staying[unit] = loaded
+        return loaded
+
+    def _load(self, unit: str) -> _Loaded:
+        """Bring a unit to the device; in the reading thread."""
+        tensors = self._pinned.get(unit) or self._read(unit)
+        self.reads[unit] += 1
+        self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
+        if self._side is None:
+            return _Loaded(tensors)
+        with torch.cuda.stream(self._side):
+            copies = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+            return _Loaded(copies, self._side.record_event())
+
+    def _read(self, unit: str) -> Mapping[str, torch.Tensor]:
+        with self.skeleton.parameters(self._names[unit]) as found:
+            tensors = {name.removeprefix(f"{unit}."): tensor.detach() for name, tensor in found.items()}
+        for shard, stamp in self._stamps.items():
+            if _stamp(shard) != stamp:
+                raise EmlocError(
+                    f"{shard} has changed since training began.",
+                    "Restore the model, and run the same command again.",
+                    resumable=True,
+                )
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._side is not None and size <= self._pinned_room:
+            self._pinned_room -= size
+            self._pinned[unit] = tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,185 @@
+"""Many forwards of one model, advanced together: all of them pass one unit before any reaches the next.
+
+Each forward runs in a greenlet of its own, and a forward pre-hook on every unit pauses it there. The driver resumes
+every sample that waits at the earliest unit, and goes on to the next. The model's own code decides what flows from
+block to block, so nothing here knows any architecture. (Catching the first block's inputs and replaying the blocks is
+silently wrong wherever blocks differ in masks, embeddings or side inputs.)
+"""
+
+import contextvars
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+
+from emloc_core.errors import EmlocError
+from emloc_core.model.parking import Parking
+
+#: One sample: called once, in its greenlet; runs the model's forward and whatever follows (a loss, say).
+Forward = Callable[[], Any]
+
+
+def units(model: nn.Module, block_lists: Sequence[str]) -> list[str]:
+    """Return the paths of the units: every block, and every maximal submodule that is called and holds no block list.
+
+    Modules without parameters are no units, nor are containers without a forward (a ModuleList of DeepStack's
+    mergers), whose hook would never fire: their children are. The order is that of the module tree; the driver visits a
+    unit when the samples reach it.
+    """
+    found: list[str] = []
+
+    def walk(module: nn.Module, path: str) -> None:
+        if path in block_lists:
+            found.extend(f"{path}.{index}" for index in range(len(list(module.children()))))
+        elif type(module).forward is nn.Module.forward or any(
+            block_list.startswith(f"{path}." if path else "") for block_list in block_lists
+        ):
+            for name, child in module.named_children():
+                walk(child, f"{path}.{name}" if path else name)
+        elif next(module.parameters(), None) is not None:
+            found.append(path)
+
+    walk(model, "")
+    return found
+
+
+class Lockstep:
+    """Advances samples through the units of a model together.
+
+    Args:
+        model: whose forwards run.
+        units: paths of the modules at which samples pause; see :func:`units`.
+        last_blocks: path of the list of blocks that every sample passes through last.
+        parking: where waiting samples keep their tensors.
+
+    Attributes:
+        sample: index of the sample that is running; hooks on the model's modules read it.
+        waiting: index of every sample that waits at a unit -> the arguments that it called the unit with; use
+            :meth:`arguments`, since they may be parked.
+        here: indices of the samples that wait at the unit that is being visited.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[str], last_blocks: str, parking: Parking) -> None:
+        self.model, self.units, self.parking = model, list(units), parking
+        self.sample = -1
+        self.waiting: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.here: list[int] = []
+        self._driver: greenlet | None = None
+        # Every sample passes through the last list's blocks, whatever it has passed through before.
+        self._shared = {unit for unit in self.units if unit.rpartition(".")[0] == last_blocks}
+
+    def advance(
+        self,
+        forwards: Sequence[Forward],
+        at: Callable[[str], AbstractContextManager[Any]],
+        last: str | None = None,
+        around: Callable[[int], AbstractContextManager[Any]] = lambda _: nullcontext(),
+    ) -> list[Any]:
+        """Run the samples to their end, or up to and including the unit ``last``.
+
+        Args:
+            forwards: one callable a sample. Its forward must pass ``use_cache=False``.
+            at: called with a unit's path; the samples pass through the unit within its context.
+            last: path of the unit after which samples are stopped.
+            around: called with a sample's index; each stretch of the sample runs within its context.
+
+        Returns:
+            What each forward returned (None for samples that were stopped).
+
+        Raises:
+            EmlocError: a sample came back to a unit that was finished with, or the forward failed.
+        """
+        self._driver = getcurrent()
+        runners = [_start(forward) for forward in forwards]
+        with self._hooks():
+            try:
+                return self._drive(runners, at, last, around)
+            finally:
+                for runner in runners:
+                    if not runner.dead:
+                        runner.throw(GreenletExit)
+                self.parking.clear()
+                self.waiting.clear()
+                self._driver = None
+
+    def pause(self, unit: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
+        """Have the running sample wait until the driver visits ``unit``; outside a sample, do nothing."""
+        if self._driver is not None and getcurrent() is not self._driver:
+            self.waiting[self.sample] = (args, kwargs or {})
+            self._driver.switch(unit)
+
+    @contextmanager
+    def arguments(self, sample: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Lend the arguments that a waiting sample called its unit with, and be that sample for the time."""
+        self.sample = sample
+        self.parking.leave(sample)
+        try:
+            yield self.waiting[sample]
+        finally:
+            self.parking.enter(sample, self.waiting[sample])
+
+    def _drive(
+        self,
+        runners: list[greenlet],
+        at: Callable[[str], AbstractContextManager[Any]],
+        last: str | None,
+        around: Callable[[int], AbstractContextManager[Any]],
+    ) -> list[Any]:
+        order = {unit: index for index, unit in enumerate(self.units)}
+        results: list[Any] = [None] * len(runners)
+        parked: dict[str, list[int]] = {}
+        finished: set[str] = set()
+
+        def resume(indices: Iterable[int]) -> None:
+            for index in indices:
+                self.sample = index
+                self.parking.leave(index)
+                self.waiting.pop(index, None)  # its tensors are the sample's own again
+                with around(index):
+                    state = runners[index].switch()
+                if runners[index].dead:
+                    results[index] = state
+                elif state in finished:
+                    raise EmlocError(
+                        f"The model ran {state} a second time in one forward.",
+                        "Streaming needs each block to run once; declare the module that repeats as one block.",
+                    )
+                else:
+                    parked.setdefault(state, []).append(index)
+                    self.parking.enter(index, self.waiting[index])
+
+        resume(range(len(runners)))
+        while parked:
+            # The earliest unit first, so that samples that lag behind (no image, say) catch up with the others; what
+            # all pass through last of all, since the module tree may have behind it what an image comes through first.
+            unit = min(parked, key=lambda name: (name in self._shared, order.get(name, len(order))))
+            self.here = waiting = sorted(parked.pop(unit))
+            with at(unit):
+                finished.add(unit)
+                resume(waiting)
+            if unit == last:
+                break
+        return results
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        def pause(unit: str) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _module, args, kwargs: self.pause(unit, args, kwargs)
+
+        handles = [
+            self.model.get_submodule(unit).register_forward_pre_hook(pause(unit), with_kwargs=True)
+            for unit in self.units
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _start(forward: Forward) -> greenlet:
+    runner = greenlet(forward)
+    runner.gr_context = contextvars.copy_context()
+    return runner
