@@ -16,6 +16,7 @@ from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import hash_files
 from emloc_core.files.header import read_header
+from emloc_core.files.manifest import manifest_value, require_unchanged
 from emloc_core.files.output import read_manifest, read_object, write_json
 from emloc_core.files.shards import write_shard
 
@@ -23,6 +24,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CORRECTED = "emloc.corrected"  # in the metadata of the weights: it stays with them when the manifest is lost
 _PREFIX = "base_model.model."
+#: Kinds of directory that hold an adapter -> what a manifest's request calls the model that it is for.
+_MADE_FOR = {"adapter": "model", "corrected-adapter": "base"}
 
 #: Fields of LoraConfig that may have any value: they do not change what a LoRA computes once it is trained.
 _FREE = {
@@ -119,6 +122,14 @@ class Adapter:
                 "Train an ordinary LoRA, without these settings.",
             )
         self.manifest = read_manifest(self.directory) or {}
+        if self.manifest:
+            self._check_manifest()
+
+    def _check_manifest(self) -> None:
+        kind = manifest_value(self.manifest, self.directory, "kind", str)
+        if kind not in _MADE_FOR:
+            raise EmlocError(f"{self.directory} holds {kind!r}, not an adapter.", "Give the directory of an adapter.")
+        manifest_value(self.manifest, self.directory, f"request.{_MADE_FOR[kind]}", str)
 
     @property
     def is_corrected(self) -> bool:
@@ -145,6 +156,8 @@ class Adapter:
             EmlocError: there are tensors that are no part of an ordinary LoRA, or NaN.
         """
         read_header(self.directory / WEIGHTS)
+        if self.manifest:
+            require_unchanged(self.manifest, self.directory, weights_hash(self.directory))
         try:
             tensors = load_file(self.directory / WEIGHTS)
         except (SafetensorError, OSError) as error:
@@ -190,6 +203,11 @@ class Adapter:
 
         pattern = self.config.get(name) or {}
         return pattern.get(get_pattern_key(list(pattern), path), default)
+
+
+def weights_hash(directory: Path) -> str:
+    """Return the SHA-256 over an adapter's weights, as a manifest's result has it."""
+    return hash_files([directory / WEIGHTS])
 
 
 def fingerprint(directory: Path, cache_dir: Path) -> str:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc_core.adapters.adapter import CORRECTED, Adapter, write_adapter
+from emloc_core.adapters.adapter import CORRECTED, Adapter, weights_hash, write_adapter
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import SELECTION, Row, load_rows
 from emloc_core.data.tokenize import Sample, encode, load_processing, model_limit
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.manifest import CONTENT, manifest_value
 from emloc_core.files.output import Output, read_manifest
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.skeleton import Skeleton
@@ -75,7 +76,8 @@ class Transfer:
         self.skeleton = Skeleton(base, self.family, device)
         self._check_shapes()
         rows = self._rows(selection)
-        self.samples = self._encode(rows, manifest["request"]["settings"]["max_length"])
+        max_length = manifest_value(manifest, self.emulator.directory, "request.settings.max_length", int | None)
+        self.samples = self._encode(rows, max_length)
         request = {
             "adapter": adapter.fingerprint(cache_dir),
             "base": base_fingerprint,
@@ -140,7 +142,7 @@ class Transfer:
             config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
             loras = {path: found[chosen] for path, found in candidates.items()}
             write_adapter(staging, config, loras, {CORRECTED: str(clamps[chosen])})
-            self.output.result = self._result(clamps, chosen, losses)
+            self.output.result = {**self._result(clamps, chosen, losses), CONTENT: weights_hash(staging)}
         return self.output.path
 
     @property
@@ -290,7 +292,7 @@ def _require_match(
             f"{adapter.directory} was trained on another emulator than {emulator.directory}: the fingerprints differ.",
             "Give the emulator that it was trained on, unchanged, with --emulator.",
         )
-    if manifest["request"]["base"] != base_fingerprint:
+    if manifest_value(manifest, emulator.directory, "request.base", str) != base_fingerprint:
         raise EmlocError(
             f"The emulator {emulator.directory} was made from another base than {base.directory}: the fingerprints "
             "differ.",

@@ -15,6 +15,7 @@ from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint
 from emloc_core.files.header import DTYPES, TensorInfo, read_header
+from emloc_core.files.manifest import manifest_value
 from emloc_core.files.output import Output, read_manifest, write_json
 from emloc_core.files.shards import ShardWriter, row_chunks, tensor_bytes
 from emloc_core.model.skeleton import Skeleton
@@ -179,7 +180,7 @@ def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_
         model = adapter.trained_on
         emulator = read_manifest(model) if model else None
         if emulator is not None and emulator.get("kind") == "emulator":
-            made_for = emulator["request"]["base"]
+            made_for = manifest_value(emulator, adapter.trained_on or Path(), "request.base", str)
             if not allow_uncorrected:
                 raise EmlocError(
                     f"{adapter.directory} was trained on an emulator and is not corrected.",

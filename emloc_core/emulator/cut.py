@@ -31,7 +31,7 @@ class Cut:
     def __init__(self, spectra: Spectra, base: Checkpoint, output: Path, settings: CutSettings) -> None:
         self.spectra, self.base = spectra, base
         cache_dir = output.resolve().parent
-        if spectra.request["base"] != base.fingerprint(cache_dir):
+        if spectra.base != base.fingerprint(cache_dir):
             raise EmlocError(
                 f"The spectra {spectra.directory} were made from another base than {base.directory}: the fingerprints "
                 "differ.",
@@ -45,7 +45,7 @@ class Cut:
         # As of an emulator that compress makes, and which spectra it was cut from.
         request = {
             **spectra.request,
-            "settings": {**spectra.request["settings"], **settings.model_dump()},
+            "settings": {**spectra.settings, **settings.model_dump()},
             "spectra": spectra.fingerprint(cache_dir),
         }
         self.output = Output(output, "emulator", request)
@@ -62,7 +62,7 @@ class Cut:
             files = EmulatorFiles(self.skeleton, self.plan, block_paths(self.skeleton.model, self.family), staging)
             cut_blocks(self.spectra, files, progress)
             copy_kept_rows(self.spectra.directory, staging)
-            self.output.result = {"family": self.family.name, **files.finish(self.spectra.result["tokens"])}
+            self.output.result = {"family": self.family.name, **files.finish(self.spectra.tokens)}
         return self.output.path
 
 

@@ -18,6 +18,7 @@ from emloc_core.emulator.ranks import Plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, Checkpoint
 from emloc_core.files.header import read_header
+from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import write_json
 from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
 from emloc_core.lowrank import FORMAT_VERSION, METHOD
@@ -93,6 +94,7 @@ class EmulatorFiles:
             "parameters": {"compressed_linears_before": before, "compressed_linears_after": after},
             "bytes": {"base": self.base.nbytes, "emulator": Checkpoint(self.staging).nbytes},
             "tokens": tokens,
+            CONTENT: Checkpoint(self.staging).hash(),
             "linears": [{**linear.describe(), "relative_error": errors.get(linear.path)} for linear in plan.linears],
         }
 

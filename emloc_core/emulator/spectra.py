@@ -20,6 +20,7 @@ from emloc_core.emulator.ranks import LinearPlan, Plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import hash_files
 from emloc_core.files.header import TensorInfo, read_header
+from emloc_core.files.manifest import CONTENT, manifest_value, require_unchanged
 from emloc_core.files.output import MANIFEST, read_manifest
 from emloc_core.files.shards import remove_damaged, write_shard
 from emloc_core.model.skeleton import Skeleton
@@ -76,6 +77,7 @@ class SpectraFiles:
             "blocks": list(self.blocks),
             "bytes": sum(tensor.nbytes for header in headers for tensor in header.values()),
             "tokens": tokens,
+            CONTENT: hash_files([_shard(self.staging, self.blocks, block) for block in self.blocks]),
             "linears": {path: rank for path, rank in plan.ranks.items() if path in reached},
             "unreached": sorted(plan.ranks.keys() - reached),
         }
@@ -86,7 +88,11 @@ class Spectra:
 
     Attributes:
         request: what it was made from: ``base``, ``settings``, ``calibration``, ``selection``.
-        result: what :meth:`SpectraFiles.finish` found.
+        base: the fingerprint of the model.
+        settings: of the decomposition.
+        blocks: paths of all blocks.
+        unreached: Linears that no calibration row passed through.
+        tokens: of the calibration rows.
 
     Raises:
         EmlocError: the directory holds none, or a shard is missing or damaged.
@@ -100,9 +106,13 @@ class Spectra:
         for name in (CALIBRATION, SELECTION):
             if not (directory / name).is_file():
                 raise EmlocError(f"{directory} lacks {name}.", _REMEDY)
+        self._manifest = manifest
+        self.base: str = manifest_value(manifest, directory, "request.base", str)
+        self.settings: dict[str, Any] = manifest_value(manifest, directory, "request.settings", dict[str, Any])
         self.request: dict[str, Any] = manifest["request"]
-        self.result: dict[str, Any] = manifest["result"]
-        self.blocks: list[str] = self.result["blocks"]
+        self.blocks: list[str] = manifest_value(manifest, directory, "result.blocks", list[str])
+        self.unreached: list[str] = manifest_value(manifest, directory, "result.unreached", list[str])
+        self.tokens: int = manifest_value(manifest, directory, "result.tokens", int)
         self._tensors: dict[str, TensorInfo] = {}
         for block in self.blocks:
             try:
@@ -111,8 +121,13 @@ class Spectra:
                 raise EmlocError(error.args[0], _REMEDY) from None
 
     def fingerprint(self, cache_dir: Path) -> str:
-        """Return the SHA-256 over the manifest and every shard, in hex; hashes are cached in ``cache_dir``."""
+        """Return the SHA-256 over the manifest and every shard, in hex; hashes are cached in ``cache_dir``.
+
+        Raises:
+            EmlocError: a shard is not as it was made.
+        """
         shards = [_shard(self.directory, self.blocks, block) for block in self.blocks]
+        require_unchanged(self._manifest, self.directory, hash_files(shards, cache_dir))
         return hash_files([self.directory / MANIFEST, *shards], cache_dir)
 
     def reached(self, plan: Plan) -> Plan:
@@ -122,15 +137,17 @@ class Spectra:
             EmlocError: the plan has Linears, or shapes, that the spectra do not have.
         """
         for linear in at_largest_ranks(plan).linears:
-            if linear.rank is not None and linear.path not in self.result["unreached"]:
+            if linear.rank is not None and linear.path not in self.unreached:
                 self._require(linear)
-        return plan.dense(self.result["unreached"], UNREACHED)
+        return plan.dense(self.unreached, UNREACHED)
 
     def _require(self, linear: LinearPlan) -> None:
         m, n, k = linear.out_features, linear.in_features, linear.rank or 0
+        if linear.block not in self.blocks:
+            raise EmlocError(f"{self.directory} lacks the block {linear.block}.", _REMEDY)
         for name, shape in zip(_PARTS, ((m, k), (k, n), (min(m, n),), (1,)), strict=True):
             found = self._tensors.get(f"{linear.path}.{name}")
-            if found is None or found.shape != shape:
+            if found is None or found.shape != shape or found.shard != self._shard_of(linear):
                 raise EmlocError(
                     f"{self.directory} lacks {name} of {linear.path}, of shape {shape}: it was made by another "
                     "declaration of the model's family, or is damaged.",

@@ -104,9 +104,20 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Return the manifest of a directory that EMLoC wrote, or None for any other directory."""
+    """Return the manifest of a directory that EMLoC wrote, or None for any other directory.
+
+    Raises:
+        EmlocError: it is damaged: no object, or without a kind, or with a request or a result that is no object.
+    """
     path = directory / MANIFEST
-    return read_object(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    manifest = read_object(path)
+    for name, kind in (("kind", str), ("request", dict), ("result", dict)):
+        if not isinstance(manifest.get(name, kind()), kind):
+            found = type(manifest[name]).__name__
+            raise EmlocError(f"{path} is damaged: its {name} is a {found}.", "Restore the file.")
+    return manifest
 
 
 class Output:

@@ -17,6 +17,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from trl import SFTConfig, SFTTrainer
@@ -24,7 +25,8 @@ from trl import SFTConfig, SFTTrainer
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.data.tokenize import load_processing, model_limit, require_readable
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.checkpoint import Checkpoint, hash_files
+from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output, read_json, write_json
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import DEFAULT_EPOCHS, TrainSettings
@@ -133,6 +135,8 @@ class FineTuning:
         with output.build() if state.is_main_process else nullcontext():
             state.wait_for_everyone()  # the staging directory is there
             output.result = self._train(config, output.staging, state)
+            if state.is_main_process:
+                output.result[CONTENT] = hash_files([output.staging / SAFETENSORS_WEIGHTS_NAME])
         return self.path
 
     def _request(self, processes: int) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.adapters import merge as merging
 from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.correct import Transfer
 from emloc_core.adapters.merge import Merge
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.header import read_header
+from emloc_core.settings import CorrectSettings
 
 
 def merge(adapter, base, output, **options):
@@ -182,3 +184,26 @@ def test_a_weight_that_holds_no_floats_is_refused(tiny_model, tmp_path, dtype):
     with pytest.raises(EmlocError, match="is a weight, and holds no floats but"):
         merge(adapter, base, tmp_path / "merged", allow_uncorrected=True)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_corrected_adapter_that_was_edited_is_refused(tiny_model, rows_file, tmp_path):
+    emulator = make_emulator(tiny_model, rows_file, tmp_path / "emulator")
+    trained = make_adapter(emulator, tmp_path / "adapter")
+    settings = CorrectSettings(clamp=1)
+    corrected = Transfer(Adapter(trained), Checkpoint(tiny_model), tmp_path / "corrected", settings).run()
+    weights = corrected / "adapter_model.safetensors"
+    save_file({key: 2 * half for key, half in load_file(weights).items()}, weights)
+    with pytest.raises(EmlocError, match="corrected is not as it was made"):
+        merge(corrected, tiny_model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_emulator_that_was_edited_is_refused(tiny_model, rows_file, tmp_path):
+    emulator = make_emulator(tiny_model, rows_file, tmp_path / "emulator")
+    adapter = make_adapter(emulator, tmp_path / "adapter")
+    shard = emulator / "model-00001-of-00004.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(EmlocError, match="emulator is not as it was made"):
+        Transfer(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings(clamp=1))

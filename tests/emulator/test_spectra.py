@@ -26,7 +26,7 @@ from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.sensitivity import PROBES
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.checkpoint import Checkpoint, hash_files
 from emloc_core.files.output import read_manifest
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.plugins.manager import plugin_manager
@@ -99,6 +99,7 @@ def test_a_cut_is_the_emulator_that_compress_makes(tiny_model, kept, whole, tmp_
     for first, second in zip(one["result"].pop("linears"), other["result"].pop("linears"), strict=True):
         assert second.pop("relative_error") == pytest.approx(first.pop("relative_error"), rel=1e-4)  # fp32
         assert first == second
+    del one["result"]["sha256"], other["result"]["sha256"]  # the factors are equal up to rounding
     assert one["result"] == other["result"]
     fingerprint = other["request"].pop("spectra")
     assert (one["kind"], one["request"]) == (other["kind"], other["request"])
@@ -332,14 +333,36 @@ def spoil(part):
         tensors = load_file(spectra / SHARD)
         tensors[f"model.layers.1.mlp.up_proj.{part}"].view(-1)[0] = float("nan")
         save_file(tensors, spectra / SHARD)
+        sign(spectra)
 
     return change
+
+
+def sign(spectra):
+    """Make the manifest say that the shards are as they were made."""
+    manifest = read_manifest(spectra)
+    manifest["result"]["sha256"] = hash_files(sorted(spectra.glob("*.safetensors")))
+    (spectra / "emloc.json").write_text(json.dumps(manifest))
+
+
+def flip(spectra):
+    content = bytearray((spectra / SHARD).read_bytes())
+    content[-9] ^= 1
+    (spectra / SHARD).write_bytes(content)
+
+
+def forget_a_block(spectra):
+    manifest = read_manifest(spectra)
+    (spectra / SHARD).rename(spectra / SHARD.replace("00002-of-00003", "00001-of-00001"))
+    manifest["result"]["blocks"] = manifest["result"]["blocks"][1:2]
+    (spectra / "emloc.json").write_text(json.dumps(manifest))
 
 
 def drop(spectra):
     tensors = load_file(spectra / SHARD)
     del tensors["model.layers.1.mlp.up_proj.V"]
     save_file(tensors, spectra / SHARD)
+    sign(spectra)
 
 
 @pytest.mark.parametrize(
@@ -350,6 +373,9 @@ def drop(spectra):
         (lambda spectra: (spectra / "calibration.jsonl").unlink(), "lacks calibration.jsonl"),
         (lambda spectra: (spectra / "emloc.json").unlink(), "holds no spectra"),
         (lambda spectra: (spectra / "selection.jsonl").unlink(), "lacks selection.jsonl"),
+        (flip, "is not as it was made"),
+        (forget_a_block, r"lacks the block model\.layers\.0"),
+        (lambda spectra: (spectra / "emloc.json").write_text('{"kind": "spectra"}'), r"has no request\.base"),
         (drop, r"lacks V of model\.layers\.1\.mlp\.up_proj"),
         (spoil("U"), r"spectra of model\.layers\.1\.mlp\.up_proj .* NaN"),
         (spoil("V"), r"spectra of model\.layers\.1\.mlp\.up_proj .* NaN"),
