@@ -1,34 +1,34 @@
 """Output directories that are whole or absent.
 
-A stage builds its directory beside its place (``.NAME.partial``) and renames it when it is complete, so nothing that
-looks finished ever is not. ``emloc.json`` in every finished directory says what made it and from what (the
-*request*), with which versions, and with what result; it is a function of the inputs alone. What varies from run to
-run (seconds, peak memory) is in ``timing.json``.
+A stage builds its directory in a :class:`~emloc_core.files.workspace.Workspace` beside its place and renames it when it
+is complete, so nothing that looks finished ever is not. ``emloc.json`` in every finished directory says what made it
+and from what (the *request*), with which versions, and with what result; it is a function of the inputs alone. What
+varies from run to run (seconds, peak memory) is in ``timing.json``.
 """
 
 import errno
-import fcntl
 import json
 import os
 import platform
 import shutil
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from emloc_core.errors import DiskFullError, EmlocError
+from emloc_core.files.lock import is_at, locked
 from emloc_core.files.meter import Meter
+from emloc_core.files.workspace import Workspace
 
 MANIFEST = "emloc.json"
 TIMING = "timing.json"
 #: Hashes of large files by path, size and time of change; see :func:`emloc_core.files.checkpoint.hash_files`.
 HASHES = ".emloc-hashes.json"
-_REQUEST = "request.json"
-_LOCK = ".lock"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 _NO_ROOM = 256 << 10  # bytes; with less, a failure is put down to the full disk
 
 
@@ -44,10 +44,22 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as indented JSON, atomically: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write ``content`` as indented JSON, atomically: a reader sees the old file or the new one, and so does a crash.
+
+    Several processes may write the same file: the last one wins.
+    """
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.tmp")
+    with locked(temporary, wait=True) as file:
+        try:
+            file.truncate(0)  # a killed writer may have left a part
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            if is_at(file, temporary):
+                temporary.unlink()
 
 
 def read_json(path: Path) -> Any:
@@ -127,7 +139,7 @@ class Output:
         path: where the finished directory goes.
         kind: what it holds: ``emulator``, ``adapter``, ``corrected-adapter``, ``checkpoint``, ``evaluation``.
         request: everything that determines the content: settings, and fingerprints of the inputs. JSON values only.
-        device: the kind of device that computes it: results of one kind are not gone on with on another.
+        device: the kind of device that computes it: what one kind has begun, another does not continue.
 
     Use :meth:`is_finished` first, then :meth:`build`.
     """
@@ -139,7 +151,8 @@ class Output:
         self.kind = kind
         self.request = json.loads(json.dumps(request))
         self._versions = {**versions(), "device": device}
-        self.staging = self.path.with_name(f".{self.path.name}.partial")
+        self._workspace = Workspace(self.path)
+        self.staging = self._workspace.content
         self.result: dict[str, Any] = {}
         self.timing: dict[str, Any] = {}
 
@@ -149,9 +162,17 @@ class Output:
         Raises:
             EmlocError: something else is at that place.
         """
+        if self._is_there():
+            self._workspace.sweep()
+            return True
+        return False
+
+    def _is_there(self) -> bool:
+        remedy = "Choose another output directory, or remove this one."
+        if self.path.is_symlink() and not (self.path / MANIFEST).exists():
+            raise EmlocError(f"{self.path} is a link, in whose place no directory can be put.", remedy)
         if not self.path.exists():
             return False
-        remedy = "Choose another output directory, or remove this one."
         if not self.path.is_dir():
             raise EmlocError(f"{self.path} exists and is not a directory.", remedy)
         if not any(self.path.iterdir()):
@@ -171,71 +192,82 @@ class Output:
         """Yield the staging directory, and publish it when the block ends without an exception.
 
         What an interrupted run left there is kept if it was started by the same request on the same versions: after a
-        kill, a full disk or a resumable error the same command goes on. A fault of the input removes it.
+        kill, a full disk or a resumable error the same command resumes. A fault of the input removes it. Names that
+        start with a dot are for work in progress: they are removed before the directory is published.
 
         Raises:
             EmlocError: an interrupted run of another request is at that place, another process is writing there, or
                 the disk is full.
         """
         meter = Meter()
-        with _refuse_full_disk(self.staging):
-            lock = self._enter()
+        with _refuse_full_disk(self.path), self._entered():
             try:
                 yield self.staging
                 self.timing.update(meter.read())
                 self._publish()
             except EmlocError as error:
-                started = any(path.name not in (_REQUEST, _LOCK) for path in self.staging.iterdir())
-                if not (error.resumable and started):
-                    shutil.rmtree(self.staging)
+                if not (error.resumable and self._workspace.is_started):
+                    self._workspace.discard()
                 raise
-            finally:
-                lock.close()
 
-    def _enter(self) -> TextIO:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.staging.mkdir(exist_ok=True)
-        except OSError as error:
-            if error.errno in _DISK_FULL:
-                raise
-            raise EmlocError(f"{self.path} cannot be made ({error.strerror}).", "Choose another place.") from error
-        lock = (self.staging / _LOCK).open("w", encoding="utf-8")  # held until build() ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise EmlocError(f"Another process is writing {self.path}.", "Wait for it, or stop it.") from None
-        if self.is_finished():
-            lock.close()
-            shutil.rmtree(self.staging)
-            raise EmlocError(f"{self.path} was finished by another process meanwhile.", "Use it as it is.")
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Hold the workspace for this request alone."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._workspace.held())
+                self._start_or_resume()
+            except OSError as error:
+                if error.errno in _DISK_FULL:
+                    raise
+                raise EmlocError(f"{self.path} cannot be made ({error.strerror}).", "Choose another place.") from error
+            yield
+
+    def _start_or_resume(self) -> None:
+        workspace = self._workspace
         request = {"request": self.request, "versions": self._versions}
-        saved = self.staging / _REQUEST
-        if saved.exists():
-            differing = _differences(read_json(saved), request)
-            if differing:
-                lock.close()
-                raise EmlocError(
-                    f"{self.staging} holds an interrupted run of something else: {differing}.",
-                    "Run that command again to finish it, or remove the directory.",
-                )
-        write_json(saved, request)
-        return lock
+        try:
+            if self._is_there():
+                workspace.discard()
+                raise EmlocError(f"{self.path} was finished by another process meanwhile.", "Use it as it is.")
+            if workspace.is_started and workspace.request.exists():
+                differing = _differences(read_json(workspace.request), request)
+                if differing:
+                    raise EmlocError(
+                        f"{workspace.directory} holds an interrupted run of something else: {differing}.",
+                        "Run that command again to finish it, or remove the directory.",
+                    )
+            elif self.staging.exists():  # it was being removed
+                shutil.rmtree(self.staging)
+        except EmlocError:
+            if not workspace.is_started:
+                workspace.discard()
+            raise
+        write_json(workspace.request, request)
+        self.staging.mkdir(exist_ok=True)
 
     def _publish(self) -> None:
+        """Make the content durable, and then give it its name, in one step; only then forget what it was made from."""
         manifest = {"kind": self.kind, "request": self.request, "result": self.result, "versions": self._versions}
         write_json(self.staging / MANIFEST, manifest)
         write_json(self.staging / TIMING, self.timing)
-        for name in (_REQUEST, _LOCK):
-            (self.staging / name).unlink()
+        for path in list(self.staging.rglob(".*")):
+            _remove(path)
         for path in self.staging.rglob("*"):
-            if path.is_file():
-                _fsync(path)
-        if self.path.exists():
-            self.path.rmdir()  # is_finished() allowed an empty directory only
-        os.rename(self.staging, self.path)
+            _fsync(path)
+        _fsync(self.staging)
+        try:
+            os.rename(self.staging, self.path)  # an empty directory may be in that place
+        except OSError as error:
+            if error.errno not in _OCCUPIED:
+                raise
+            raise EmlocError(
+                f"{self.path} has been made by somebody else meanwhile.",
+                "Move it elsewhere, and run the same command again.",
+                resumable=True,
+            ) from None
         _fsync(self.path.parent)
+        self._workspace.discard()
 
 
 @contextmanager
@@ -253,6 +285,13 @@ def _refuse_full_disk(place: Path) -> Iterator[None]:
             f"The disk is full: writing to {place} failed with {free:,} bytes free.",
             "Free some space and run the same command again: it goes on where it stopped.",
         ) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:

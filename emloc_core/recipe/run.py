@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST, TIMING, read_json, write_json
+from emloc_core.files.workspace import Workspace
 from emloc_core.recipe.recipe import Recipe, load_recipe
 from emloc_core.settings import FLAGS, MEMORY_FLAGS, MEMORY_SETTINGS, TrainSettings
 
@@ -41,7 +42,7 @@ class Stage:
         """``there``, ``interrupted`` or ``to do``. Whether what is there matches is the stage's own check."""
         if (self.output / MANIFEST).is_file():
             return "there"
-        return "interrupted" if self.output.with_name(f".{self.output.name}.partial").is_dir() else "to do"
+        return "interrupted" if Workspace(self.output).is_started else "to do"
 
 
 def arguments(settings: BaseModel, short: dict[str, str] | None = None) -> list[str]:

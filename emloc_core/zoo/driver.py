@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.files.output import MANIFEST
+from emloc_core.files.workspace import Workspace
 from emloc_core.units import human_bytes, human_seconds
 from emloc_core.zoo.engine import JOBS, Engine, Needs, NoRoomError, Outcome, Task
 from emloc_core.zoo.faults import classify, describe
@@ -148,8 +149,8 @@ class Driver:
         task = Task(progress.job, progress.attempts, progress.needs)
         if retry.smaller:
             # What the larger one has left cannot be gone on with.
-            partial = task.directory(self.store.directory) / f".{outcome.stage}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                Workspace(task.directory(self.store.directory) / outcome.stage).discard()
             # The plan was wrong, or others took too much: this time it runs alone.
             progress.job, progress.needs = retry.smaller, replace(progress.needs, memory=None)
         log = self.store.directory / task.log

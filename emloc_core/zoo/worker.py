@@ -7,7 +7,6 @@ own, and whatever ends it does not end the worker, which says how it ended.
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import sys
 import traceback
@@ -17,6 +16,7 @@ from types import FrameType
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import write_json
+from emloc_core.files.workspace import Workspace
 from emloc_core.recipe.run import Stage
 from emloc_core.zoo.engine import OUTCOME, PARENT, Outcome, read_outcome
 from emloc_core.zoo.faults import classify, describe, ended, exit_code, memory_kills
@@ -82,7 +82,8 @@ def _failure(error: BaseException, stage: Stage | None, *, offline: bool) -> Out
     """Return the outcome of an exception; where the disk is full, give back what the stage has written."""
     cause = classify(error, offline=offline)
     if cause == "disk" and stage:
-        shutil.rmtree(stage.output.with_name(f".{stage.output.name}.partial"), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            Workspace(stage.output).discard()
     with contextlib.suppress(OSError):
         if isinstance(error, EmlocError):
             print(f"emloc: error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the log

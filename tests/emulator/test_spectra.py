@@ -246,7 +246,7 @@ def overwritten(content):
     [
         ({}, 2, ("model-00001-of-00004.safetensors", 14)),
         ({"calibration": "propagated"}, 2, ("model-00001-of-00004.safetensors", 14)),
-        ({"allocator": "global"}, 2, (".spectra.partial/spectra-00001-of-00003.safetensors", 14)),
+        ({"allocator": "global"}, 2, (".spectra.partial/content/spectra-00001-of-00003.safetensors", 14)),
         ({"allocator": "global"}, 5, ("spectra/spectra-00001-of-00003.safetensors", 21)),
         ({"allocator": "global"}, 5, ("model-00001-of-00004.safetensors", 0)),
     ],
@@ -258,7 +258,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(
     expected = whole(**changes)
     with pytest.raises(Stop):
         compression(tiny_model, rows_file, tmp_path / "again", **changes).run(stopping_after(step))
-    path = tmp_path / ".again.partial" / shard
+    path = tmp_path / ".again.partial" / "content" / shard
     path.write_bytes(damage(path.read_bytes()))
     counted.clear()
     again = compression(tiny_model, rows_file, tmp_path / "again", **changes).run()

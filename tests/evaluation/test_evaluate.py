@@ -127,7 +127,10 @@ def test_systems_that_are_done_are_kept_when_interrupted(tiny_model, adapter, ta
 FAILURES = {
     (2, b"The adapter x does not fit."): r"mine cannot be evaluated: The adapter x does not fit\.$",
     (-9, b""): "mine failed: it was killed by signal 9",
-    (1, b"Traceback ...\nRuntimeError: no space"): r"mine failed: RuntimeError: no space .*\.out\.partial/\.mine\.log",
+    (
+        1,
+        b"Traceback ...\nRuntimeError: no space",
+    ): r"mine failed: RuntimeError: no space .*/content/\.mine\.log",
     (0, b""): "mine failed: no word of why",
 }
 

@@ -106,7 +106,7 @@ def test_merge(tmp_path, sharded, folded, kill_at):
 def test_half_a_shard_is_never_taken_for_a_whole_one(tmp_path, sharded, rows_file, emulator):
     output = tmp_path / "interrupted"
     run_until_killed(run_until, 2, "compress", sharded, rows_file, output)
-    staging = output.with_name(".interrupted.partial")
+    staging = output.with_name(".interrupted.partial") / "content"
     (staging / ".model-00003-of-00004.safetensors.tmp").write_bytes(b"half")
     make("compress", sharded, rows_file, output).run()
     assert contents(output) == contents(emulator)

@@ -268,7 +268,7 @@ def test_an_import_that_was_killed_goes_on(models, tmp_path):
     killed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "out").exists()
-    first = tmp_path / ".out.partial" / "model-00001-of-00002.safetensors"
+    first = tmp_path / ".out.partial" / "content" / "model-00001-of-00002.safetensors"
     written = first.stat().st_mtime_ns
     out = Import(Checkpoint(source), tmp_path / "out").run()
     assert (out / first.name).stat().st_mtime_ns == written

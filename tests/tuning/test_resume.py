@@ -22,7 +22,7 @@ def checkpoint(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempP
         patch.setattr(FineTuning, "_write", interrupt)
         with pytest.raises(KeyboardInterrupt):
             FineTuning(tiny_model, str(rows_file), directory / "adapter", TrainSettings(steps=2, bf16=False)).run()
-    return directory / ".adapter.partial" / "checkpoints" / "checkpoint-2"
+    return directory / ".adapter.partial" / "content" / "checkpoints" / "checkpoint-2"
 
 
 FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]

@@ -202,7 +202,7 @@ def test_killed_and_run_again_it_gives_the_same_adapter(
     test, output = trained.parent / "test.jsonl", tmp_path / "adapter"
     run_until_killed(run_until, moment, tiny_model, rows_file, test, output)
     assert not output.exists()
-    checkpoints = tmp_path / ".adapter.partial" / "checkpoints"
+    checkpoints = tmp_path / ".adapter.partial" / "content" / "checkpoints"
     assert {int(path.name.partition("-")[2]) for path in checkpoints.glob("checkpoint-*")} == left
 
     taken = []
@@ -217,7 +217,7 @@ def test_killed_and_run_again_it_gives_the_same_adapter(
     assert (output / "adapter_config.json").read_bytes() == (trained / "adapter_config.json").read_bytes()
     assert read_manifest(output)["result"]["steps"] == 20
     assert not (output / "checkpoints").exists()
-    assert not checkpoints.parent.exists()
+    assert not checkpoints.parent.parent.exists()
 
 
 def test_two_processes_make_one_adapter(tiny_model, rows_file, tmp_path):

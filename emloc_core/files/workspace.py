@@ -1,0 +1,85 @@
+"""Where an output is built: a directory beside its place, held by one process at a time.
+
+``.NAME.partial`` holds ``content``, which becomes ``NAME`` by one rename; ``request.json``, which says what it is the
+content of; and ``lock``. Request and lock stay until ``content`` has been renamed, so that at no moment anything is
+there of which nobody can tell what it is. Content without a request was being removed when its run was killed.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from emloc_core.errors import EmlocError
+from emloc_core.files.lock import locked
+
+
+class Workspace:
+    """The directory in which ``output`` is built.
+
+    Attributes:
+        directory: ``.NAME.partial`` beside ``output``.
+        content: what will be renamed to ``output``.
+        request: the file that says what ``content`` is made from.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.directory = output.with_name(f".{output.name}.partial")
+        self.content = self.directory / "content"
+        self.request = self.directory / "request.json"
+        self._lock = self.directory / "lock"
+
+    @property
+    def is_started(self) -> bool:
+        """Whether an interrupted run, or one that is still going, has left work here."""
+        return self.content.is_dir() and any(self.content.iterdir())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the directory, and hold it against every other process.
+
+        Raises:
+            EmlocError: another process holds it, or it was not made by a stage.
+        """
+        with ExitStack() as stack:
+            while not self._acquire(stack):
+                pass
+            yield
+
+    def _acquire(self, stack: ExitStack) -> bool:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._require_own()
+            stack.enter_context(locked(self._lock, wait=False))
+        except FileNotFoundError:  # who held it has just removed the directory
+            return False
+        except BlockingIOError:
+            raise EmlocError(f"Another process is writing {self.output}.", "Wait for it, or stop it.") from None
+        return True
+
+    def _require_own(self) -> None:
+        own = {path.name for path in (self.content, self.request, self._lock)}
+        if others := sorted({path.name for path in self.directory.iterdir() if path.suffix != ".tmp"} - own):
+            raise EmlocError(
+                f"{self.directory} holds {others[0]}, which no run of this version has left there.",
+                "Move the directory elsewhere, or remove it.",
+            )
+
+    def discard(self) -> None:
+        """Remove all of it. Only for who holds it, or knows that nobody does."""
+        self.request.unlink(missing_ok=True)  # first: what is left after a kill is then known to be rubbish
+        if self.content.is_dir():
+            shutil.rmtree(self.content)
+        for path in self.directory.glob(".*.tmp"):
+            path.unlink()
+        self._lock.unlink(missing_ok=True)
+        with suppress(OSError):  # another process has made its own lock there by now
+            self.directory.rmdir()
+
+    def sweep(self) -> None:
+        """Remove what a run leaves that is killed after its last rename; nothing where a process or work is here."""
+        if self.directory.is_dir() and not self.content.exists():
+            with suppress(EmlocError, OSError), self.held():
+                if not self.content.exists():
+                    self.discard()

@@ -1,0 +1,220 @@
+"""What is published was made by the request in its manifest, whenever a run is killed and whatever is run after it."""
+
+import os
+import shutil
+import sys
+import threading
+from contextlib import suppress
+
+import pytest
+from support.adapters import contents, make_adapter
+from support.killed import kill, run_until_killed
+
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.merge import Merge
+from emloc_core.errors import EmlocError
+from emloc_core.files import lock, workspace
+from emloc_core.files import output as publishing
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import Output, read_manifest
+from emloc_core.files.workspace import Workspace
+
+PUBLISHING = {module.__file__ for module in (lock, publishing, workspace)}
+WHOLE = ["emloc.json", "part", "parts", "parts/weights", "timing.json"]
+
+
+def build(place, name):
+    """Make an output of two files that say which request they are of; what is there already is kept, as stages do."""
+    output = Output(place / "out", "adapter", {"name": name})
+    if output.is_finished():
+        return
+    with output.build() as staging:
+        (staging / "parts").mkdir(exist_ok=True)
+        for file in (staging / "part", staging / "parts" / "weights"):
+            if not file.exists():
+                file.with_name(f".{file.name}.tmp").write_text(name)
+                os.replace(file.with_name(f".{file.name}.tmp"), file)
+
+
+def made_by(place):
+    """Return the request of what is published, of which everything must be."""
+    out = place / "out"
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*")) == WHOLE
+    name = read_manifest(out)["request"]["name"]
+    assert {(out / "part").read_text(), (out / "parts" / "weights").read_text()} == {name}
+    return name
+
+
+def in_a_fork_killed_at(line, run, *args):
+    """Run a function in a fork that is killed when it comes to a further line of these modules; say whether it was."""
+    child = os.fork()
+    if child == 0:
+        seen = set()
+
+        def trace(frame, event, _):
+            if frame.f_code.co_filename not in PUBLISHING:
+                return None
+            if event == "line":
+                seen.add((frame.f_code, frame.f_lineno))
+                if len(seen) == line:
+                    kill()
+            return trace
+
+        sys.settrace(trace)
+        try:
+            run(*args)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture
+def killed_everywhere(tmp_path, monkeypatch):
+    """A function that yields a directory for every line of a run, in which the run was killed there."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a kill loses nothing that is not synced
+    monkeypatch.setattr(publishing, "versions", lambda: {"emloc": "1"})
+
+    def attempt(run, prepare=lambda _: None):
+        for line in range(1, 2000):
+            place = tmp_path / "place"
+            place.mkdir()
+            prepare(place)
+            if not in_a_fork_killed_at(line, run, place):
+                assert line > 10
+                return
+            yield place
+            shutil.rmtree(place)
+
+    return attempt
+
+
+def test_whatever_is_run_after_a_kill_at_any_line(killed_everywhere, tmp_path):
+    again, refused = tmp_path / "again", 0
+    for place in killed_everywhere(lambda place: build(place, "A")):
+        shutil.copytree(place, again)
+        build(again, "A")
+        assert made_by(again) == "A"
+        assert os.listdir(again) == ["out"]
+        shutil.rmtree(again)
+        if Workspace(place / "out").is_started or (place / "out").exists():
+            refused += 1
+            with pytest.raises(EmlocError, match="something else: "):
+                build(place, "B")
+            build(place, "A")
+            assert made_by(place) == "A"
+        else:
+            build(place, "B")
+            assert made_by(place) == "B"
+        assert os.listdir(place) == ["out"]
+    assert refused > 15
+
+
+def leave_work(place):
+    with suppress(KeyboardInterrupt), Output(place / "out", "adapter", {"name": "B"}).build() as staging:
+        (staging / "part").write_text("B")
+        raise KeyboardInterrupt
+
+
+def test_a_kill_while_work_is_removed_leaves_nothing_that_is_taken_for_work(killed_everywhere):
+    for place in killed_everywhere(lambda place: Workspace(place / "out").discard(), leave_work):
+        if Workspace(place / "out").request.exists():
+            build(place, "B")
+            assert made_by(place) == "B"
+        else:
+            build(place, "A")
+            assert made_by(place) == "A"
+        assert os.listdir(place) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_while_one_process_publishes_another_is_refused(tmp_path, monkeypatch, name):
+    syncing, proceed = threading.Event(), threading.Event()
+    first = threading.Thread(target=build, args=(tmp_path, "A"))
+
+    def slow(_):
+        if threading.current_thread() is first:
+            syncing.set()
+            assert proceed.wait(60)
+
+    monkeypatch.setattr(publishing, "_fsync", slow)
+    first.start()
+    assert syncing.wait(60)
+    with pytest.raises(EmlocError, match="Another process is writing"):
+        build(tmp_path, name)
+    proceed.set()
+    first.join()
+    assert made_by(tmp_path) == "A"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_many_at_once_make_one_output_of_one_request(tmp_path):
+    children = []
+    for name in "ABAB" * 3:
+        child = os.fork()
+        if child == 0:
+            try:
+                build(tmp_path, name)
+                os._exit(0)
+            except EmlocError:
+                os._exit(1)
+            finally:
+                os._exit(70)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert set(codes) <= {0, 1}
+    assert 0 in codes
+    made_by(tmp_path)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_files_of_others_in_the_place_of_the_work_are_refused(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "weights").write_text("A")
+    with pytest.raises(EmlocError, match=r"\.out\.partial holds weights, which no run"):
+        build(tmp_path, "B")
+    assert [path.name for path in tmp_path.rglob("*")] == [".out.partial", "weights"]
+
+
+def test_what_somebody_else_puts_in_the_place_meanwhile_is_left(tmp_path):
+    output = Output(tmp_path / "out", "adapter", {})
+
+    def attempt():
+        with output.build() as staging:
+            (staging / "part").write_text("x")
+            output.path.mkdir()
+            (output.path / "mine").write_text("y")
+
+    with pytest.raises(EmlocError, match="by somebody else meanwhile"):
+        attempt()
+    assert [path.name for path in output.path.iterdir()] == ["mine"]
+    (output.path / "mine").unlink()
+    with output.build() as staging:  # an empty directory is replaced
+        assert (staging / "part").read_text() == "x"
+    assert output.is_finished()
+
+
+@pytest.mark.parametrize("target", ["nowhere", "empty"])
+def test_a_link_is_no_place_for_an_output(tmp_path, target):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / target)
+    with pytest.raises(EmlocError, match="is a link"):
+        build(tmp_path, "A")
+
+
+def merge(*job):
+    base, adapter, output = job
+    return Merge(Adapter(adapter), Checkpoint(base), output).run()
+
+
+def merge_until_synced(*job):
+    publishing._fsync = lambda _: kill()
+    merge(*job)
+
+
+def test_a_merge_that_is_killed_while_it_is_synced(tiny_model, tmp_path):
+    first, second = (make_adapter(tiny_model, tmp_path / str(size), size=size) for size in (0.05, 0.1))
+    run_until_killed(merge_until_synced, tiny_model, first, tmp_path / "out")
+    with pytest.raises(EmlocError, match="something else: request"):
+        merge(tiny_model, second, tmp_path / "out")
+    merge(tiny_model, first, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(merge(tiny_model, first, tmp_path / "whole"))
