@@ -11,6 +11,7 @@ from emloc_core.conformance.tiny import TinyModel, on_meta, tiny_config
 from emloc_core.emulator.ranks import block_paths
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
+from emloc_core.files.pretrained import auto_class
 
 
 class Declaration(Subject):
@@ -28,10 +29,8 @@ class Declaration(Subject):
 @check()
 def model_types(subject: Declaration) -> None:
     """Every model type has a tiny config, and transformers has the class that builds it."""
-    import transformers
-
     family = subject.declared
-    if not hasattr(getattr(transformers, family.auto_class, None), "from_config"):
+    if not hasattr(auto_class(family.auto_class), "from_config"):
         raise EmlocError(
             f"transformers has no class {family.auto_class!r} that builds models from configs.",
             "Set auto_class to one such as AutoModelForCausalLM or AutoModelForImageTextToText.",

@@ -1,9 +1,11 @@
 """Checks of what the stages write: emulator, adapter, corrected adapter, merged checkpoint, memory plan."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from emloc_core.adapters.adapter import WEIGHTS, Adapter
@@ -12,6 +14,7 @@ from emloc_core.conformance.check import check, require
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.tuning import STEPS
 from emloc_core.files.output import read_object
+from emloc_core.files.pretrained import load_lora
 from emloc_core.memory.model import MemoryModel, Workload
 
 #: As far as two roads to one fp32 weight or activation may lie apart: relative to the largest number, and absolute.
@@ -58,14 +61,14 @@ def adapter_keys(subject: TinyModel) -> None:
     require(problems, "Emulator and base must have the same module paths: set auto_class to the class that users load.")
 
 
-def _on_base(subject: TinyModel, adapter: object) -> PeftModel:
-    return PeftModel.from_pretrained(subject.load(subject.base.directory), str(adapter)).eval()
+def _on_base(subject: TinyModel, adapter: Path) -> Any:
+    return load_lora(subject.load(subject.base.directory), adapter).eval()
 
 
 @check(adapter_keys)
 def correction(subject: TinyModel) -> None:
     """Unclamped, the base with the corrected LoRA answers on the LoRA's input subspace as the tuned emulator did."""
-    emulator = PeftModel.from_pretrained(subject.load(subject.emulator), str(subject.adapter)).eval()
+    emulator = load_lora(subject.load(subject.emulator), subject.adapter).eval()
     base = _on_base(subject, subject.corrected)
     loras = Adapter(subject.adapter).loras
     problems = []

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import emloc_core.lowrank  # noqa: F401 - from here on transformers can load an emulator
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.correct import Transfer
 from emloc_core.adapters.merge import Merge
@@ -24,6 +23,7 @@ from emloc_core.emulator.ranks import Plan, block_paths, find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.pretrained import load_model, new_model
 from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings
@@ -102,8 +102,8 @@ class TinyModel(Subject):
         return Checkpoint(self.directory / "base")
 
     def load(self, directory: Path) -> Any:
-        """Return a model by plain ``from_pretrained``, in eval mode."""
-        return auto_class(self.family).from_pretrained(directory, dtype="auto").eval()
+        """Return a model by transformers' ``from_pretrained``, in eval mode."""
+        return load_model(self.family.auto_class, directory).eval()
 
     @cached_property
     def whole(self) -> Any:
@@ -209,15 +209,8 @@ def random_model(family: Family, config: Any) -> Any:
     """Return a model in fp32 and eval mode, seeded; no weight hides by being zero or one, as those of norms would."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = auto_class(family).from_config(copy.deepcopy(config), dtype=torch.float32)
+        model = new_model(family.auto_class, copy.deepcopy(config), torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(_NOISE * torch.randn_like(parameter))
     return model.eval()
-
-
-def auto_class(family: Family) -> Any:
-    """Return the class of transformers that builds the family's models."""
-    import transformers
-
-    return getattr(transformers, family.auto_class)

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from emloc_core.data.images import pillow
 from emloc_core.data.messages import in_parts
 from emloc_core.data.rows import Row
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
+from emloc_core.files import pretrained
 
 #: What makes a model's inputs of rows: its tokenizer, or, of rows with images, its processor.
 Processing = PreTrainedTokenizerBase | ProcessorMixin
@@ -74,7 +75,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         EmlocError: it cannot be loaded.
     """
-    return _load(AutoTokenizer, directory, "tokenizer")
+    return _load("AutoTokenizer", directory, "tokenizer")
 
 
 def load_processor(directory: Path) -> ProcessorMixin:
@@ -84,7 +85,7 @@ def load_processor(directory: Path) -> ProcessorMixin:
         EmlocError: there is none, or packages that it needs are missing.
     """
     pillow()  # without it, transformers would complain of the file's contents
-    processor = _load(AutoProcessor, directory, "processor")
+    processor = _load("AutoProcessor", directory, "processor")
     if not isinstance(processor, ProcessorMixin):
         raise EmlocError(
             f"{directory} has no processor, so images cannot be read.",
@@ -110,9 +111,9 @@ def require_readable(rows: Iterable[Row], family: Family) -> None:
         )
 
 
-def _load(auto_class: Any, directory: Path, what: str) -> Any:
+def _load(auto_class: str, directory: Path, what: str) -> Any:
     try:
-        return auto_class.from_pretrained(str(directory), local_files_only=True)
+        return pretrained.load_processing(auto_class, directory)
     except ImportError as error:
         raise EmlocError(
             f"The {what} in {directory} needs more packages: {first_line(error)}",

@@ -35,11 +35,10 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
             adapter does not fit it.
     """
     import torch
-    import transformers
 
-    import emloc_core.lowrank  # noqa: F401  (with it, from_pretrained reads emulators too)
     from emloc_core.data.tokenize import load_processor, load_tokenizer
     from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.files.pretrained import load_model
     from emloc_core.plugins.manager import plugin_manager
 
     family = plugin_manager().family_for(Checkpoint(model).config)
@@ -47,7 +46,7 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
         raise EmlocError(f"A task shows images, and models of the family {family.name} read text alone.")
     processing = load_processor(model) if images else load_tokenizer(model)
     try:
-        loaded = getattr(transformers, family.auto_class).from_pretrained(model, dtype="auto")
+        loaded = load_model(family.auto_class, model)
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise EmlocError(f"The model {model} cannot be loaded ({reason}).", "Check the directory.") from error
@@ -57,12 +56,14 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
 
 
 def _add_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from safetensors import safe_open
+
+    from emloc_core.files.pretrained import load_lora
 
     try:
         # An object, never HFLM(peft=...): that is ignored without a word where the model is an object too.
-        combined = PeftModel.from_pretrained(model, str(adapter))
+        combined = load_lora(model, adapter)
         with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as file:
             given = set(file.keys())
     except (OSError, ValueError, RuntimeError) as error:

@@ -24,10 +24,11 @@ from emloc_core.emulator.ranks import Plan, allocated, find_linears
 from emloc_core.errors import EmlocError, first_line, typed_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import read_config_json
+from emloc_core.files.pretrained import load_config
 from emloc_core.lowrank import replace_linears
 from emloc_core.memory.tracing import Phases, trace_inference, trace_training
 from emloc_core.model.image_shape import ImageShape, image_shape
-from emloc_core.model.skeleton import build_model, read_config
+from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning.trl import lora_config
@@ -104,7 +105,7 @@ class MemoryModel:
         if raw.get("quantization_config"):
             raise EmlocError(f"The model of {config_file} is quantised or an emulator.", "Give the original model.")
         self.family: Family = plugin_manager().family_for(raw)
-        self.config = read_config(config_file)
+        self.config = load_config(config_file)
         _require_sizes(config_file, raw, self.config)
         self.dtype = self._dtype()
         self.model: nn.Module = self._build()

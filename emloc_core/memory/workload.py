@@ -8,9 +8,9 @@ from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import Sample, load_processing, model_limit, tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import read_config_json
+from emloc_core.files.pretrained import load_config
 from emloc_core.memory.model import Workload
 from emloc_core.model.image_shape import image_shape
-from emloc_core.model.skeleton import read_config
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import TrainSettings
 
@@ -45,7 +45,7 @@ def make_workload(
         EmlocError: there is no tokenizer, or a row does not suit it.
     """
     family = plugin_manager().family_for(read_config_json(config_file))  # first: it knows foreign layouts
-    config = read_config(config_file)
+    config = load_config(config_file)
     limit = model_limit(config)
     counted = int(family.modality == "image-text")
     if data is not None:

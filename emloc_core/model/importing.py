@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, hash_files
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.output import Output, write_json
+from emloc_core.files.pretrained import make_config
 from emloc_core.files.shards import ShardWriter
 from emloc_core.layout import Split
 from emloc_core.model.skeleton import build_model
@@ -191,7 +191,7 @@ def native_tensors(config: Mapping[str, Any]) -> tuple[dict[str, Shape], dict[st
     """
     family = plugin_manager().family_for(config)
     try:
-        model = build_model(AutoConfig.for_model(**deepcopy(dict(config))), family, torch.float32)  # it edits them
+        model = build_model(make_config(deepcopy(dict(config))), family, torch.float32)  # it edits them
     except Exception as error:  # whatever transformers' own checks of a config raise
         raise EmlocError(
             f"transformers refuses the config that the checkpoint would get: {first_line(error)}",

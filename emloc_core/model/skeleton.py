@@ -9,13 +9,12 @@ import contextlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -26,10 +25,11 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from emloc_core.errors import EmlocError, first_line
+from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.header import DTYPES
+from emloc_core.files.pretrained import auto_class, load_config, new_model
 from emloc_core.model.readahead import ReadAhead
 
 
@@ -54,7 +54,7 @@ class Skeleton:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        config = read_config(checkpoint.directory / "config.json")
+        config = load_config(checkpoint.directory / "config.json")
         self.dtype = config.dtype or _most_common_dtype(checkpoint)
         self.model = build_model(config, family, self.dtype)
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
@@ -196,35 +196,16 @@ def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedMo
     Raises:
         EmlocError: transformers has no class of the name that the family declares.
     """
-    import transformers
-
-    auto_class = getattr(transformers, family.auto_class, None)
-    if auto_class is None:
+    if auto_class(family.auto_class) is None:
         raise EmlocError(
             f"The family {family.name!r} declares the class {family.auto_class}, which transformers does not have.",
             "Correct auto_class in its plugin, or uninstall the plugin.",
         )
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = auto_class.from_config(config, dtype=dtype)
+        model = new_model(family.auto_class, config, dtype)
     model.tie_weights()
     model.eval().requires_grad_(False)
     return model
-
-
-def read_config(path: Path) -> Any:
-    """Return transformers' config of the file at ``path``.
-
-    Raises:
-        EmlocError: transformers does not know the architecture, or refuses the file.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except Exception as error:  # whatever transformers' own checks of a config raise
-        raise EmlocError(
-            f"transformers cannot read {path}: {first_line(error)}",
-            "Check the file. Code that a model brings is never run: it needs an architecture that transformers has.",
-        ) from error
-    return config
 
 
 def _most_common_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -13,11 +13,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from emloc_core.conformance import check_family
 from emloc_core.conformance.conditions import under_test
-from emloc_core.conformance.tiny import auto_class, random_model
+from emloc_core.conformance.tiny import random_model
 from emloc_core.emulator.ranks import find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
-from emloc_core.model.skeleton import read_config
+from emloc_core.files.pretrained import load_config, new_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import deduce
 from emloc_core.scaffold.config_arguments import large_sizes, make_config, not_tiny, plain
@@ -37,7 +37,7 @@ def scaffold(config_file: Path) -> Draft:
         EmlocError: transformers lacks the architecture, it is none that can be compressed, or the config cannot be
             shrunk to that of a tiny model.
     """
-    config = read_config(config_file)
+    config = load_config(config_file)
     family = _empty_family(config)
     with under_test(family):
         found = _Scaffold(config, family)
@@ -71,7 +71,7 @@ class _Scaffold:
     def _on_meta(self, config: Any) -> PreTrainedModel:
         """Return a model on the meta device, with its buffers: only its modules are looked at."""
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(self.family).from_config(copy.deepcopy(config), dtype=torch.float32)
+            model = new_model(self.family.auto_class, copy.deepcopy(config), torch.float32)
         return model.eval()
 
     def _without_weights(self) -> PreTrainedModel:

@@ -11,7 +11,8 @@ from torch import nn
 
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family
-from emloc_core.model.skeleton import build_model, read_config
+from emloc_core.files.pretrained import load_config
+from emloc_core.model.skeleton import build_model
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning.trl import lora_config
 
@@ -28,7 +29,7 @@ def require_linears(config_file: Path, family: Family, settings: TrainSettings, 
     Raises:
         EmlocError: names the target and the module.
     """
-    model: nn.Module = build_model(read_config(config_file), family, torch.float32)
+    model: nn.Module = build_model(load_config(config_file), family, torch.float32)
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = sorted({path.rpartition(".")[2] for path in linears})
     remedy = f"Name ends of paths of Linears, long enough to tell them from other modules: {', '.join(names)}."

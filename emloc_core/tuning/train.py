@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -28,6 +27,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, hash_files
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output, read_json, write_json
+from emloc_core.files.pretrained import load_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import DEFAULT_EPOCHS, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
@@ -188,12 +188,10 @@ class FineTuning:
         }
 
     def _trainer(self, config: SFTConfig) -> tuple["_Trainer", int]:
-        import emloc_core.lowrank  # noqa: F401 - from here on transformers can load an emulator
-
         directory = str(self.model.directory.absolute())
         processing = load_processing(self.model.directory, self.family, self.rows)
         with _refusing(f"{directory} cannot be loaded", resumable=True):
-            model = getattr(transformers, self.family.auto_class).from_pretrained(directory, dtype="auto")
+            model = load_model(self.family.auto_class, self.model.directory.absolute())
         text_config = model.config.get_text_config()
         if hasattr(text_config, "router_aux_loss_coef"):  # TRL's loss for balanced experts: their routers are frozen
             text_config.router_aux_loss_coef = 0.0

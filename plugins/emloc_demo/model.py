@@ -47,14 +47,15 @@ def write_base(directory: str | Path) -> Path:
         raise EmlocError("Reading the demo's model needs the package gguf.", "pip install 'emloc[demo]'") from None
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    from emloc_core.files.pretrained import load_gguf
+
+    model = load_gguf("AutoModelForCausalLM", source, dtype=torch.float32)
     # From here on these are ordinary dense weights; the marks of the file they came from would mislead a loader.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer = load_gguf("AutoTokenizer", source)
 
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

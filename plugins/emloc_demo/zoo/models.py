@@ -141,6 +141,7 @@ def _maker(name: str, data: Path) -> Callable[[Path], None]:
         import torch
         import transformers
 
+        from emloc_core.files.pretrained import new_model
         from emloc_core.plugins.manager import plugin_manager
 
         tokenizer = make_tokenizer(data / "train.jsonl")
@@ -156,7 +157,7 @@ def _maker(name: str, data: Path) -> Callable[[Path], None]:
         family = plugin_manager().family_for(config.to_dict())
         with torch.random.fork_rng():
             torch.manual_seed(list(SMALL).index(name))
-            model = getattr(transformers, family.auto_class).from_config(config, dtype=torch.float32)
+            model = new_model(family.auto_class, config, torch.float32)
         _save(place, model, tokenizer)
 
     return make
