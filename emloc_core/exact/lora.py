@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from emloc_core.files.pretrained import load_lora
 from emloc_core.model.skeleton import Skeleton
 
 
@@ -31,7 +32,7 @@ def lora_on(skeleton: Skeleton, lora: LoraConfig | Path, device: torch.device | 
         if isinstance(lora, LoraConfig):
             adapted = get_peft_model(model, lora)
         else:
-            adapted = PeftModel.from_pretrained(model, str(lora), is_trainable=True)
+            adapted = load_lora(model, lora, is_trainable=True)
     for module in adapted.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

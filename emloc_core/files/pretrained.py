@@ -135,8 +135,13 @@ def load_gguf(name: str, file: Path, **settings: Any) -> Any:
     return auto_class(name).from_pretrained(str(file.parent), gguf_file=file.name, **settings, **_NOTHING_FOREIGN)
 
 
-def load_lora(model: Any, directory: Path) -> Any:
+def load_lora(model: Any, directory: Path, *, is_trainable: bool = False) -> Any:
     """Return a model with the LoRA in a directory on it, as a ``PeftModel``.
+
+    Args:
+        model: that it was trained for.
+        directory: of the LoRA.
+        is_trainable: whether it is to be trained on.
 
     Raises:
         EmlocError: it is no LoRA, or not in safetensors: of other adapters some load further models, or pickles.
@@ -149,7 +154,7 @@ def load_lora(model: Any, directory: Path) -> Any:
         raise EmlocError(f"The adapter {directory} is a {kind}, and only LoRAs are loaded.", "Train a LoRA.")
     if not (directory / "adapter_model.safetensors").is_file():
         raise EmlocError(f"{directory} has no adapter_model.safetensors.", "Save the LoRA in safetensors.")
-    return PeftModel.from_pretrained(model, str(directory), local_files_only=True)
+    return PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable, local_files_only=True)
 
 
 def _require_built_in(content: Any, where: str) -> None:
