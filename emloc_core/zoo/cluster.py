@@ -3,8 +3,10 @@
 Ray decides where tasks run. It tries nothing again by itself: attempts are the driver's, and are in the zoo's store.
 """
 
+import ipaddress
 import math
 import os
+import secrets
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -227,8 +229,23 @@ class RayEngine:
         return outcome
 
 
+def confine() -> None:
+    """Have a Ray that this process or its children start listen on loopback alone, and answer no one without a token.
+
+    Ray takes all of this from the environment, when it is imported. What joins such a cluster inherits it, and with it
+    the token; other users of the machine can read neither.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Loopback is Ray's own address of a node where it makes no clusters of machines, and this is its name for that.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 def _connect(address: str | None, memory: int | None) -> Any:
     """Return Ray, connected to a cluster or to one that it starts."""
+    if address is None:
+        confine()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
     try:
         import ray
@@ -236,8 +253,8 @@ def _connect(address: str | None, memory: int | None) -> Any:
         raise EmlocError("--engine ray needs the package ray.", "pip install 'emloc[cluster]'") from None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        start = {"include_dashboard": False, "object_store_memory": _OBJECTS, "_memory": memory}
-        address, quiet = "local", quiet | start
+        _start(ray, {"include_dashboard": False, "object_store_memory": _OBJECTS, "_memory": memory, **quiet})
+        return ray
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if host:  # Ray itself asks for minutes before it gives up
@@ -246,9 +263,25 @@ def _connect(address: str | None, memory: int | None) -> Any:
     except Exception as error:  # of many kinds, by how it was not to be reached
         raise EmlocError(
             f"There is no Ray cluster at {address} ({describe(error).rstrip('.')}).",
-            "Check --address, and that this machine has the same versions of Ray and Python.",
+            "Check --address, the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN) if the cluster asks for one, and that this "
+            "machine has the same versions of Ray and Python.",
         ) from error
     return ray
+
+
+def _start(ray: Any, options: dict[str, Any]) -> None:
+    """Start Ray on this machine, for this machine alone."""
+    try:
+        ray.init(address="local", **options)
+    except Exception as error:  # of many kinds
+        raise EmlocError(f"Ray did not start ({describe(error).rstrip('.')}).", "Use --engine local.") from error
+    node = ray.util.get_node_ip_address()
+    if not ipaddress.ip_address(node).is_loopback:  # it had been imported before it was confined
+        ray.shutdown()
+        raise EmlocError(
+            f"Ray would listen on {node}, where other machines reach it.",
+            "Do not import ray before emloc starts it, or start a cluster yourself and give its --address.",
+        )
 
 
 def _times(has: Resources, asked: Resources) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray.cluster_utils import Cluster
 from support.processes import planning_here
 
 import emloc_core.zoo.cluster
@@ -34,8 +33,10 @@ SMALL = CompressSettings(samples=8, selection=0, ratio=0.5)
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A cluster of two nodes with a processor each."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    """A cluster of two nodes with a processor each, confined as one that emloc starts itself."""
+    emloc_core.zoo.cluster.confine()
+    from ray.cluster_utils import Cluster
+
     started = Cluster(initialize_head=True, head_node_args=NODE)
     started.add_node(**NODE)
     yield started

@@ -1,7 +1,6 @@
 """``emloc demo-zoo``."""
 
 import hashlib
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,9 +78,10 @@ def two_nodes() -> Iterator[str]:
     Raises:
         EmlocError: Ray is missing.
     """
+    from emloc_core.zoo.cluster import confine
     from emloc_core.zoo.local import machine_memory
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    confine()
     try:
         from ray.cluster_utils import Cluster
     except ImportError:

@@ -1,0 +1,94 @@
+"""What Ray opens when emloc starts it: nothing that another machine, or a user without the token, can talk to."""
+
+import ipaddress
+import os
+import subprocess
+import sys
+import textwrap
+
+import psutil
+import pytest
+
+#: Starts Ray as ``--engine ray`` does, and holds a worker until stdin is closed.
+LOCAL = """
+    import sys, threading
+    from emloc_core.zoo.cluster import RayEngine
+    engine = RayEngine(workers=1, memory=1 << 30)
+    worker = engine._ray.remote(threading.Event).remote()
+    engine._ray.get(worker.is_set.remote())
+    print(engine._ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.read()
+    engine.close()
+"""
+
+#: The same of the demo's two nodes.
+NODES = """
+    import sys, threading
+    from emloc_demo.zoo.command import two_nodes
+    with two_nodes() as address:
+        from emloc_core.zoo.cluster import RayEngine
+        engine = RayEngine(address=address)
+        worker = engine._ray.remote(threading.Event).remote()
+        engine._ray.get(worker.is_set.remote())
+        print(address, flush=True)
+        sys.stdin.read()
+        engine.close()
+"""
+
+JOIN = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+
+
+@pytest.fixture(
+    scope="module", params=[LOCAL, pytest.param(NODES, marks=pytest.mark.slow)], ids=["one node", "two nodes"]
+)
+def ray(request):
+    """A Ray that is running: its driver's process and its address."""
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(request.param)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as driver:
+        address = driver.stdout.readline().strip()
+        yield psutil.Process(driver.pid), address
+        driver.stdin.close()
+        assert driver.wait() == 0
+
+
+def listening(process):
+    """Return the addresses at which a process and all that it started accept connections, with its name."""
+    found = []
+    for each in [process, *process.children(recursive=True)]:
+        found += [(each.name(), at.laddr) for at in each.net_connections("inet") if at.status == psutil.CONN_LISTEN]
+    return found
+
+
+def is_loopback(address):
+    ip = ipaddress.ip_address(address)
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def test_listens_on_loopback_alone(ray):
+    driver, _ = ray
+    found = listening(driver)
+    assert {name for name, _ in found} >= {"gcs_server", "raylet"}
+    assert any(name.startswith("ray::") for name, _ in found)  # workers
+    assert [name for name, at in found if not is_loopback(at.ip)] == []
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64])
+def test_answers_no_one_without_the_token(ray, token, tmp_path):
+    _, address = ray
+    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
+    soon = {"RAY_gcs_server_request_timeout_seconds": "2", "RAY_gcs_rpc_server_connect_timeout_s": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN, address],
+        env={**others, **given, **soon, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "AuthenticationError" in done.stderr
