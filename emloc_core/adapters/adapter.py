@@ -18,6 +18,7 @@ from emloc_core.files.checkpoint import hash_files
 from emloc_core.files.header import read_header
 from emloc_core.files.manifest import manifest_value, require_unchanged
 from emloc_core.files.output import read_manifest, read_object, write_json
+from emloc_core.files.own import require_own_files
 from emloc_core.files.shards import write_shard
 
 CONFIG = "adapter_config.json"
@@ -115,6 +116,7 @@ class Adapter:
                 f"{self.directory} is no LoRA directory: it needs {CONFIG} and {WEIGHTS}.",
                 "Give the directory that training wrote.",
             )
+        require_own_files(self.directory, [CONFIG, WEIGHTS, "*.json"])
         self.config: dict[str, Any] = read_object(self.directory / CONFIG)
         if problems := config_problems(self.config):
             raise EmlocError(

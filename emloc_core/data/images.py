@@ -1,6 +1,7 @@
 """Pictures of the user's rows: read from files or bytes, never from the network, and told apart by their bytes."""
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -8,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_core.errors import EmlocError
+from emloc_core.files.own import require_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 #: Directory beside a file of rows that holds the pictures which were written with it.
 IMAGES = "images"
+#: What is read. Pillow knows many more, some by running other programs.
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
 _FIX = "Give an image file that can be opened, or leave the row out."
 
 
@@ -68,6 +72,7 @@ class Picture:
         if confined and not path.resolve().is_relative_to(directory.resolve()):
             raise EmlocError(f"The image {source} lies outside {directory}.", "Do not use these rows.")
         try:
+            require_regular(path)
             content = path.read_bytes()
         except (OSError, ValueError) as error:
             reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
@@ -82,12 +87,12 @@ class Picture:
         """
         pil, content = pillow(), self._bytes()
         try:
-            with pil.open(BytesIO(content)) as image:
+            with self._opened(content) as image:
                 return _upright(image).convert("RGB")
+        except pil.UnidentifiedImageError:  # its message names a buffer
+            raise EmlocError(f"{self.name} is no image ({', '.join(FORMATS)}).", _FIX) from None
         except (OSError, SyntaxError, ValueError, EOFError, pil.DecompressionBombError) as error:
-            # The library's message names a buffer where it names anything.
-            reason = "is no image" if isinstance(error, pil.UnidentifiedImageError) else f"is damaged: {error}"
-            raise EmlocError(f"{self.name} {reason}.", _FIX) from None
+            raise EmlocError(f"{self.name} is damaged: {error}.", _FIX) from None
 
     def write(self, directory: Path) -> str:
         """Copy the encoded bytes into a directory, named by their hash; return the path relative to it.
@@ -97,11 +102,22 @@ class Picture:
         """
         content = self._bytes()
         self.read()  # what is kept will be needed
-        with pillow().open(BytesIO(content)) as image:
+        with self._opened(content) as image:
             name = f"{IMAGES}/{self.sha256}.{str(image.format).lower()}"
         (directory / IMAGES).mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
         return name
+
+    def _opened(self, content: bytes) -> "Image":
+        """Open the picture, of which nothing but its head is decoded yet."""
+        pil = pillow()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pil.DecompressionBombWarning)
+            try:
+                return pil.open(BytesIO(content), formats=FORMATS)
+            except (pil.DecompressionBombWarning, pil.DecompressionBombError):
+                most = pil.MAX_IMAGE_PIXELS // 10**6
+                raise EmlocError(f"{self.name} has more than {most} megapixels.", "Scale it down.") from None
 
     def _bytes(self) -> bytes:
         if self.content is not None:

@@ -19,6 +19,7 @@ from emloc_core.data.images import IMAGES, Picture
 from emloc_core.data.messages import Content, parse_content, parse_string, place_images
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST
+from emloc_core.files.own import require_own_files
 
 #: Files of an emulator that hold the rows which may never be tuned on.
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
@@ -163,9 +164,11 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 def copy_kept_rows(source: Path, target: Path) -> None:
     """Copy the rows that an emulator keeps, and their images, from one directory to another."""
+    require_own_files(source, [CALIBRATION, SELECTION])
     for name in (CALIBRATION, SELECTION):
         shutil.copyfile(source / name, target / name)
     if (source / IMAGES).is_dir():
+        require_own_files(source / IMAGES, ["*"])
         shutil.copytree(source / IMAGES, target / IMAGES, dirs_exist_ok=True)
 
 

@@ -16,11 +16,14 @@ from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.manifest import require_unchanged
 from emloc_core.files.output import HASHES, read_manifest, read_object, write_json
+from emloc_core.files.own import require_own_files, require_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 #: What a checkpoint needs besides its weights, and what is never fetched or copied (pickled weights, other formats).
 FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+#: What is read or copied of a model: besides, the rows that an emulator keeps.
+_READ = [*FILE_PATTERNS, "*.jsonl"]
 #: The same weights once more, in other layouts.
 OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
 #: A plain name: not hidden, no path, nothing that a terminal or a shell makes something of.
@@ -31,7 +34,8 @@ class Checkpoint:
     """A Hugging Face checkpoint in a local directory.
 
     Raises:
-        EmlocError: the directory, its config or its safetensors shards are missing or damaged.
+        EmlocError: the directory, its config or its safetensors shards are missing or damaged, or files of it are links
+            to somewhere else.
     """
 
     def __init__(self, directory: str | Path, name: str | None = None) -> None:
@@ -40,6 +44,7 @@ class Checkpoint:
         self.name = name or str(self.directory.absolute())
         if not self.directory.is_dir():
             raise EmlocError(f"{self.directory} is not a directory.", "Give the path of a model directory.")
+        require_own_files(self.directory, _READ)
         if not (self.directory / "config.json").is_file():
             raise EmlocError(f"{self.directory} has no config.json.", "Give a Hugging Face model directory.")
         self.config = read_config_json(self.directory / "config.json")
@@ -187,6 +192,7 @@ def hash_files(paths: list[Path], cache_dir: Path | None = None) -> str:
     total = hashlib.sha256()
     for path in paths:
         try:
+            require_regular(path)
             status = path.stat()
             stamp = [status.st_size, status.st_mtime_ns]
             entry = cache.get(str(path.resolve()))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from emloc_core.errors import EmlocError
+from emloc_core.files.own import require_regular
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -68,6 +69,7 @@ def read_header(shard: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         EmlocError: the file is missing, is not safetensors, or has not the length that its header says.
     """
     try:
+        require_regular(shard)
         size = shard.stat().st_size
         with shard.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -21,6 +21,7 @@ from typing import Any
 from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.files.lock import is_at, locked
 from emloc_core.files.meter import Meter
+from emloc_core.files.own import require_regular
 from emloc_core.files.workspace import Workspace
 
 MANIFEST = "emloc.json"
@@ -69,6 +70,7 @@ def read_json(path: Path) -> Any:
         EmlocError: the file is missing or is not JSON.
     """
     try:
+        require_regular(path)
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise EmlocError(f"{path} does not exist.", "Check the path.") from None
@@ -106,6 +108,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         EmlocError: the file is missing, cannot be read, or is not TOML.
     """
     try:
+        require_regular(path)
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EmlocError(f"There is no {what} at {path}.", "Check the path.") from None

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel, dynamic_module_utils
 
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.output import read_object
+from emloc_core.files.own import require_own_files
 
 #: What is said to every loader.
 _NOTHING_FOREIGN: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -92,6 +93,7 @@ def load_model(name: str, directory: Path, **settings: Any) -> Any:
     """
     import emloc_core.lowrank  # noqa: F401 - with it, from_pretrained reads emulators too
 
+    require_own_files(directory, ["*"])
     config = load_config(directory / "config.json")
     _require_plain(config, directory)
     settings = {"dtype": "auto", "use_safetensors": True, **settings, **_NOTHING_FOREIGN}
@@ -113,6 +115,7 @@ def load_processing(name: str, directory: Path) -> Any:
         EmlocError: it brings code of its own, or names another model to be loaded.
         Exception: whatever transformers raises.
     """
+    require_own_files(directory, ["*"])
     processor = directory / "processor_config.json"
     if processor.is_file() and "audio_tokenizer" in read_object(processor):
         raise EmlocError(f"{processor} names another model, which would be loaded.", "Use a model without it.")
@@ -149,6 +152,7 @@ def load_lora(model: Any, directory: Path, *, is_trainable: bool = False) -> Any
     """
     from peft import PeftModel
 
+    require_own_files(directory, ["*"])
     kind = read_object(directory / "adapter_config.json").get("peft_type")
     if kind != "LORA":
         raise EmlocError(f"The adapter {directory} is a {kind}, and only LoRAs are loaded.", "Train a LoRA.")

@@ -71,7 +71,7 @@ def test_an_image_is_upright_and_in_rgb():
     ("columns", "complaint"),
     [
         ({"images": ["gone.png"]}, r"The image .*gone\.png does not exist"),
-        ({"images": ["."]}, "cannot be read"),
+        ({"images": ["."]}, "not a regular file"),
         ({"images": ["https://example.org/a.png"]}, "is not a path"),
         ({"images": ["data:image/png;base64,iVBORw0KGgo="]}, "is not a path"),
         ({"images": [{"path": None, "bytes": None}]}, "An image is dict"),
@@ -283,3 +283,18 @@ def test_kept_rows_with_an_image_outside_the_directory_are_refused(model: Path, 
     ):
         with pytest.raises(EmlocError, match=rf"The image {image} lies outside {emulator}"):
             read()
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    picture(["red"]).save(tmp_path / "big.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(EmlocError, match="megapixels"):
+        Picture.of("big.png", tmp_path).read()
+
+
+@pytest.mark.parametrize("name", ["picture.eps", "picture.ppm", "picture.ico"])
+def test_other_formats_are_not_read(tmp_path, name):
+    """Pillow draws EPS by running Ghostscript."""
+    picture(["red"]).save(tmp_path / name)
+    with pytest.raises(EmlocError, match=r"is no image \(PNG, JPEG"):
+        Picture.of(name, tmp_path).read()
