@@ -19,6 +19,7 @@ from emloc_core.files.header import read_header
 from emloc_core.files.manifest import manifest_value, require_unchanged
 from emloc_core.files.output import read_manifest, read_object, write_json
 from emloc_core.files.own import require_own_files
+from emloc_core.files.patterns import pattern_problems
 from emloc_core.files.shards import write_shard
 
 CONFIG = "adapter_config.json"
@@ -62,7 +63,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     if kind != "LORA":
         return [f"it is a {kind}, and only LoRA can be carried over"]
     defaults = {field.name: _default(field) for field in dataclasses.fields(LoraConfig)}
-    problems = list(_scale_problems(config))
+    problems = [*_scale_problems(config), *pattern_problems(config)]
     for name, value in config.items():
         if name in _FREE | _SCALE or value in _SAFE_VALUES.get(name, ()) or not (value or defaults.get(name)):
             continue

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel, dynamic_module_utils
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.output import read_object
 from emloc_core.files.own import require_own_files
+from emloc_core.files.patterns import pattern_problems
 
 #: What is said to every loader.
 _NOTHING_FOREIGN: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -147,17 +148,21 @@ def load_lora(model: Any, directory: Path, *, is_trainable: bool = False) -> Any
         is_trainable: whether it is to be trained on.
 
     Raises:
-        EmlocError: it is no LoRA, or not in safetensors: of other adapters some load further models, or pickles.
+        EmlocError: it is no LoRA, or not in safetensors: of other adapters some load further models, or
+            pickles; or a pattern in its config might never end.
         Exception: whatever PEFT raises.
     """
     from peft import PeftModel
 
     require_own_files(directory, ["*"])
-    kind = read_object(directory / "adapter_config.json").get("peft_type")
+    config = read_object(directory / "adapter_config.json")
+    kind = config.get("peft_type")
     if kind != "LORA":
         raise EmlocError(f"The adapter {directory} is a {kind}, and only LoRAs are loaded.", "Train a LoRA.")
     if not (directory / "adapter_model.safetensors").is_file():
         raise EmlocError(f"{directory} has no adapter_model.safetensors.", "Save the LoRA in safetensors.")
+    if problems := pattern_problems(config):
+        raise EmlocError(f"The adapter {directory} cannot be used: {problems[0]}.", "Name the modules in full.")
     return PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable, local_files_only=True)
 
 
