@@ -26,6 +26,9 @@ _BLOCK, _DEPTH = 16, 6
 #: An eigenvector has converged where ``||M q - e q||`` is below this many times e.
 _CONVERGED = 1e-6
 
+#: Mean diagonals outside this range are worked on in fp64.
+_RANGE = 1e-18, 1e30
+
 #: How far from orthonormal the columns of ``W R^-1`` may be. The loss is of second order in it.
 _ORTHONORMAL = 1e-3
 
@@ -64,26 +67,33 @@ def factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
         Factors in the dtype that was needed, on the Gram's device.
     """
     solve = _on_outputs if gram.side == "output" else _on_inputs
-    matrix = gram.matrix
-    found = solve(weight.to(matrix), matrix, rank)
+    rest, heavy = gram.parts()
+    found = solve(weight.to(rest), rest, heavy, rank)
     if found is None:
-        found = solve(weight.to(matrix.device, torch.float64), matrix.double(), rank)
+        whole = gram.matrix.double()
+        found = solve(weight.to(whole), whole, heavy[:0], rank)
     assert found is not None
     return found
 
 
-def _on_outputs(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> Factors | None:
+def _on_outputs(weight: torch.Tensor, rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> Factors | None:
     """Work on the m x m side; None where fp32 cannot resolve what is cut off."""
-    top = _top(gram, rank)
+    top = _top(rest, heavy, rank)
     return top and Factors(top[1], top[1].T @ weight, top[0])
 
 
-def _on_inputs(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> Factors | None:
-    """Work on the n x n side; None where fp32 cannot tell the weight's columns apart, or resolve what is cut off."""
+def _on_inputs(weight: torch.Tensor, rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> Factors | None:
+    """Work on the n x n side; None where fp32 cannot tell the weight's columns apart, or resolve what is cut off.
+
+    None also where rows are heavy: ``W R^-1`` in fp32 would turn their directions by more than they can bear. Inputs
+    are normalised as a rule, so that none is.
+    """
+    if len(heavy):
+        return None
     # Q by Cholesky: a third of the time of Householder's QR, which remains for weights that need it.
     triangle, failed = torch.linalg.cholesky_ex(symmetric_product(weight), upper=True)
     if not failed:
-        top = _top(triangle @ gram @ triangle.T, rank)
+        top = _top(triangle @ rest @ triangle.T, heavy, rank)
         if top is None:
             return None
         u = weight @ torch.linalg.solve_triangular(triangle, top[1], upper=True)
@@ -96,43 +106,50 @@ def _on_inputs(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> Factors |
     if weight.dtype != torch.float64:
         return None
     q, r = torch.linalg.qr(weight)
-    top = _top(r @ gram @ r.T, rank)
+    top = _top(r @ rest @ r.T, heavy, rank)
     return top and Factors(q @ top[1], top[1].T @ r, top[0])
 
 
-def _top(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return all eigenvalues (fp64 on the CPU, none below 0) and the top eigenvectors (size, rank), descending.
+def _top(rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Decompose ``rest + heavy^T heavy``; heavy, (p, size), is in fp64, and empty where rest is.
 
-    None where fp32 cannot resolve what is cut off. The whole decomposition by divide and conquer takes no longer than
-    LAPACK's routine for some of the eigenvectors.
+    Returns:
+        All eigenvalues (fp64 on the CPU, none below 0) and the top eigenvectors (size, rank), descending. None where
+        fp32 cannot hold the matrix, or resolve what is cut off.
+
+    The whole decomposition by divide and conquer takes no longer than LAPACK's routine for some of the eigenvectors.
     """
-    if matrix.dtype == torch.float64:
-        energies, vectors = torch.linalg.eigh(matrix)
+    if rest.dtype == torch.float64:
+        energies, vectors = torch.linalg.eigh(rest)
         return energies.flip(0).clamp(min=0).cpu(), vectors[:, -rank:].flip(1).contiguous()
-    dominant, split, rest = _split(matrix)
+    if not _RANGE[0] < float(rest.diagonal().mean()) < _RANGE[1]:
+        return None
+    dominant, split, rest = _split(rest, heavy)
     energies, vectors = torch.linalg.eigh(rest)
     largest = float(energies[-1])
     # What was split off stands at the lower end there.
     energies = torch.cat([dominant, energies[len(dominant) :].flip(0).clamp(min=0).double()])
     vectors = torch.cat([split, vectors[:, len(dominant) :].flip(1)[:, :rank]], dim=1)
     energies, order = energies.sort(descending=True, stable=True)
-    if energies[rank:].sum() <= RESOLUTION * len(matrix) ** 0.5 * torch.finfo(matrix.dtype).eps * largest:
+    if energies[rank:].sum() <= RESOLUTION * len(rest) ** 0.5 * torch.finfo(rest.dtype).eps * largest:
         return None
     return energies.cpu(), vectors.index_select(1, order[:rank])
 
 
-def _split(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Split the eigenvalues that dominate a matrix in fp32 off it: those whose eigenvectors converge at once.
+def _split(rest: torch.Tensor, heavy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Split the eigenvalues that dominate ``rest + heavy^T heavy`` off it: those whose eigenvectors converge at once.
 
-    They are looked for in a block Krylov space, in fp64 (Musco and Musco, 2015, arXiv 1504.05477): thin products, which
-    take no time beside the decomposition of what remains.
+    They are looked for in a block Krylov space, in fp64 (Musco and Musco, 2015, arXiv 1504.05477), which begins with
+    the heavy rows: thin products, which take no time beside the decomposition of what remains.
 
     Returns:
         Eigenvalues in fp64, descending, p of them (none, where none dominates); their eigenvectors, (size, p), in fp32;
         and the matrix without them, in fp32. There they have an eigenvalue below 0, less than all others.
     """
-    work = matrix.double()
-    block = torch.randn(len(matrix), _BLOCK, generator=torch.Generator().manual_seed(0), dtype=work.dtype).to(work)
+    work = rest.double()
+    work.addmm_(heavy.T, heavy)
+    block = torch.randn(len(rest), _BLOCK, generator=torch.Generator().manual_seed(0), dtype=work.dtype).to(work)
+    block = torch.cat([(heavy / heavy.norm(dim=1, keepdim=True)).T, block], dim=1)
     blocks = []
     for _ in range(_DEPTH):
         block = torch.linalg.qr(work @ block).Q
@@ -148,6 +165,6 @@ def _split(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     crossed = image - basis * (energies / 2)
     work.addmm_(torch.cat([basis, crossed], dim=1), torch.cat([crossed, basis], dim=1).T, alpha=-1)
     if len(energies):
-        rounding = float(energies[0]) * torch.finfo(matrix.dtype).eps
+        rounding = float(energies[0]) * torch.finfo(rest.dtype).eps
         work.addmm_(basis, basis.T, alpha=-max(float(work.diagonal().max()), rounding))
-    return energies, basis.to(matrix), work.to(matrix)
+    return energies, basis.to(rest), work.to(rest)

@@ -61,7 +61,8 @@ class PairedMoments:
 
     def _flush(self) -> None:
         if self._pairs:
-            x, xc = (torch.cat(rows) for rows in zip(*self._pairs, strict=True))
+            self.cross = self.cross.to(self.emulator.dtype)
+            x, xc = (torch.cat(rows).to(self.cross) for rows in zip(*self._pairs, strict=True))
             self.cross.addmm_(x.T, xc)
             self._pairs = []
 
@@ -69,10 +70,18 @@ class PairedMoments:
         """Return W2, (m, n), for every weight: what answers best as the weight does on the base's inputs.
 
         ``x xc^T`` is given up for it: at the width of an 8B model's down_proj it is 0.8 GB, and the Cholesky factor
-        takes its place.
+        takes its place. Heavy rows may join the Gram here: the ridge, a share of their energy too, is far above what
+        they round away.
+
+        Raises:
+            EmlocError: a sum is beyond the range of its dtype.
         """
+        gram, heavy = self.emulator.parts()
         self._flush()
-        gram = self.emulator.matrix
+        if len(heavy):
+            gram = gram.addmm(heavy.T.to(gram), heavy.to(gram))
+        if not bool(torch.isfinite(gram.sum() + self.cross.sum())):
+            raise EmlocError("The activations are too large to be summed")
         diagonal = gram.diagonal().clone()
         ridge = RIDGE * diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
         self.cross.diagonal().add_(ridge)
@@ -124,7 +133,11 @@ def fit_block(
             except EmlocError as error:
                 raise blame(error, members[0].path, row) from None
         weights = [stream.skeleton.model.get_parameter(f"{linear.path}.weight").detach() for linear in members]
-        for linear, weight, fitted in zip(members, weights, moments.fit(weights), strict=True):
+        try:
+            targets = moments.fit(weights)
+        except EmlocError as error:
+            raise EmlocError(f"{error}: the inputs of {members[0].path}.", "Check the weights up to it.") from None
+        for linear, weight, fitted in zip(members, weights, targets, strict=True):
             factors = factorize(linear, fitted, moments.gram_for(fitted))
             found[linear.path] = factors
             done[linear.path] = (factors.u.to(weight), factors.v.to(weight))

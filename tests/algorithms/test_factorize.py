@@ -102,6 +102,86 @@ def test_fp32_serves_as_far_as_it_resolves_what_is_cut_off(side, decay, dtype):
     assert torch.allclose(factors.u.T @ factors.u, torch.eye(120).to(factors.u), atol=1e-5)
 
 
+def massive(kind: str, scale: float, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Return activations of 2,048 tokens, (2048, size), of which a few tokens or directions have nearly all energy."""
+    inputs = torch.randn(2048, size, generator=generator)
+    if kind == "tokens":  # one in 256, each in a direction of its own
+        inputs[::256] *= scale
+    elif kind == "direction":  # the same for one token in 256
+        inputs[::256] += scale * size**0.5 * torch.nn.functional.normalize(inputs[1], dim=0)
+    elif kind == "17 tokens":
+        inputs[:: len(inputs) // 17] *= scale
+    elif kind == "every eighth":
+        inputs[::8] *= scale
+    elif kind == "every token":  # a direction that all of them share
+        inputs += scale * size**0.5 * torch.randn(2048, 1, generator=generator) * inputs[:1] / inputs[0].norm()
+    elif kind == "last":  # which is summed when all others have been
+        inputs[-1] *= scale
+    return inputs
+
+
+@pytest.mark.parametrize(("m", "n"), [(192, 512), (512, 192)])
+@pytest.mark.parametrize(
+    ("kind", "scale"),
+    [
+        *[("tokens", scale) for scale in (20, 1e2, 1e3, 3e3, 1e4, 3e4)],
+        *[(kind, 1e4) for kind in ("direction", "17 tokens", "every eighth", "every token", "last")],
+        ("direction", 3e4),
+        ("last", 3e4),
+    ],
+)
+def test_what_is_massive_hides_nothing_from_a_sum_in_fp32(kind, scale, m, n):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(m, n, generator=generator) / n**0.5
+    inputs = massive(kind, scale, n, generator)
+    gram = Gram(cheaper_side(m, n), min(m, n))
+    for sample in inputs.split(128):
+        gram.add(sample @ weight.T if gram.side == "output" else sample)
+    factors = factorize(weight, gram, 83)
+    error = output_error(weight, factors, inputs)
+    assert error <= 1.0005 * textbook_error(weight, inputs, 83)
+    assert factors.relative_error() == pytest.approx(error, rel=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    inputs_scale=st.floats(-25, 20),
+    weight_scale=st.floats(-8, 8),
+    side=st.sampled_from(["input", "output"]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_scale_that_fp32_holds_is_factorised_alike(inputs_scale, weight_scale, side, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(24, 20, generator=generator) * 10**weight_scale
+    inputs = torch.randn(100, 20, generator=generator) * 10**inputs_scale
+    gram = Gram(side, 24 if side == "output" else 20)
+    gram.add(inputs.double() @ weight.T.double() if side == "output" else inputs)
+    factors = factorize(weight, gram, 8)
+    error = output_error(weight, factors, inputs)
+    assert error <= 1.0005 * textbook_error(weight, inputs, 8)
+    assert factors.relative_error() == pytest.approx(error, rel=1e-3)
+    outputs = inputs.double() @ weight.T.double()
+    assert factors.spectrum.sum() == pytest.approx(float(outputs.square().sum()), rel=1e-4)
+
+
+def test_the_heavy_rows_that_are_kept_are_few_and_the_sum_is_that_of_all():
+    """A token alike in every row, as the first of a sequence is: many rows, one direction."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(8192, 64, generator=generator)
+    rows[::64] += 1e3 * torch.randn(64, generator=generator)
+    gram = Gram("input", 64)
+    for sample in rows.split(100):
+        gram.add(sample)
+    rest, heavy = gram.parts()
+    assert rest.dtype == torch.float32
+    assert len(heavy) == 1
+    exact = rows.double().T @ rows.double()
+    assert (gram.matrix - exact).norm() <= 1e-12 * exact.norm()
+    assert (rest.double() - (exact - heavy.T @ heavy)).norm() <= 1e-5 * rest.norm()
+    through = gram.through(torch.eye(64)[:8])
+    assert torch.allclose(through.matrix, exact[:8, :8], rtol=1e-9)
+
+
 def test_columns_that_depend_on_each_other_do_not_break_the_input_side():
     weight = torch.randn(30, 8) @ torch.randn(8, 12)  # of rank 8: Cholesky of W^T W fails or is noise
     inputs = torch.randn(100, 12)

@@ -5,9 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+from emloc_core.algorithms.factorize import factorize
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compression
 from emloc_core.emulator.propagation import RIDGE, PairedMoments
+from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.settings import CompressSettings
@@ -36,6 +38,47 @@ def test_without_an_error_to_make_up_for_the_weight_stays():
     moments.add(x, x)
     weight = torch.randn(4, 6, dtype=torch.float64)
     assert torch.allclose(moments.fit([weight])[0], weight, atol=1e-9)
+
+
+@pytest.mark.parametrize("m", [96, 384])
+@pytest.mark.parametrize("scale", [1e2, 3e4])
+def test_massive_activations_do_not_spoil_the_fit(scale, m):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(m, 256, generator=generator) / 16
+    x = torch.randn(2048, 256, generator=generator)
+    x[::256] *= scale
+    xc = x * (1 + 0.05 * torch.randn(2048, 256, generator=generator))
+    moments, exact = PairedMoments(256), PairedMoments(256, torch.float64)
+    for rows in torch.arange(2048).split(128):
+        moments.add(x[rows], xc[rows])
+        exact.add(x[rows], xc[rows])
+    (target,), (fitted,) = exact.fit([weight.double()]), moments.fit([weight])
+    factors = factorize(fitted, moments.gram_for(fitted), 50)
+    outputs = xc.double() @ target.T
+    least = torch.linalg.svdvals(outputs)[50:].norm()
+    assert (outputs - xc.double() @ (factors.u.double() @ factors.v.double()).T).norm() <= 1.0005 * least
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e17])
+def test_the_fit_is_the_same_at_any_scale(scale):
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(50, 6, generator=generator) for _ in range(2))
+    weight = torch.randn(4, 6, generator=generator)
+    fitted = []
+    for factor in (1, scale):
+        moments = PairedMoments(6)
+        moments.add(factor * x, factor * (x + 0.3 * noise))
+        fitted.append(moments.fit([weight])[0].float())
+    assert torch.allclose(*fitted, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_beyond_the_range_are_refused():
+    x = torch.randn(50, 6)
+    x[3] *= 1e25  # one token: the others are summed in fp32
+    moments = PairedMoments(6)
+    moments.add(x, x)
+    with pytest.raises(EmlocError, match="too large"):
+        moments.fit([torch.ones(4, 6)])
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (9, 6)])
