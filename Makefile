@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-vision demo-zoo test test-browser test-slow lint bench bench-factorize-full docs docs-models clean
+.PHONY: setup demo demo-vision demo-zoo test test-browser test-chaos test-slow lint bench bench-factorize-full docs docs-models clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,9 @@ test: $(STAMP)  ## all fast tests
 
 test-browser: $(STAMP)  ## the pages that the toolkit writes, looked at in Chromium, which has to be installed
 	$(BIN)/python -m pytest -m browser
+
+test-chaos: $(STAMP)  ## kills, signals, full disks, two writers, changing and hostile inputs, zoos: half an hour, one table
+	PYTHONPATH=tests $(BIN)/python -m chaos --json build/chaos.json
 
 test-slow: $(STAMP)  ## the checks that take minutes on a real model
 	$(BIN)/python -m pytest -m slow

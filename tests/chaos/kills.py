@@ -1,0 +1,112 @@
+"""Processes that end: killed before each call, with the same command or another one following, and told to end."""
+
+import random
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from chaos.cases import Case, at, kill, spread
+from chaos.judge import finish, require_nothing_half, require_same, succeeded
+from chaos.kernel import Call
+from chaos.results import Verdict
+from chaos.stages import Bench, Stage
+from chaos.supervise import Act, Run
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_RANDOM = random.Random(0)
+
+
+def kills(bench: Bench, stage: Stage, most: int | None) -> Iterator[Case]:
+    """Kill a stage before each call, and run it again."""
+    for number in spread(len(bench.reference(stage.command).run.calls) + 1, most):
+        name = f"{stage.name}, before call {number}{_named(bench, stage, number)}"
+        yield Case(f"killed: {stage.name}", name, partial(_interrupt, stage, at(number, kill)))
+
+
+def kills_twice(bench: Bench, stage: Stage, most: int | None) -> Iterator[Case]:
+    """Kill a stage, kill the next one somewhere else, and run it again."""
+    count = len(bench.reference(stage.command).run.calls)
+    for first in spread(count, most):
+        second = _RANDOM.randint(1, count)
+        name = f"{stage.name}, before call {first}, and again before call {second}"
+        yield Case("killed twice", name, partial(_interrupt_twice, stage, at(first, kill), at(second, kill)))
+
+
+def _interrupt(stage: Stage, act: Act, bench: Bench) -> Verdict:
+    place, reference = bench.place(), bench.reference(stage.command)
+    run = bench.run(stage.command, place, act)
+    require_nothing_half(place, stage.outputs, reference)
+    finish(bench, stage.command, place, reference)
+    return Verdict.WHOLE if run.code == 0 else Verdict.RESUMED
+
+
+def _interrupt_twice(stage: Stage, first: Act, second: Act, bench: Bench) -> Verdict:
+    place, reference = bench.place(), bench.reference(stage.command)
+    for act in (first, second):
+        bench.run(stage.command, place, act)
+        require_nothing_half(place, stage.outputs, reference)
+    finish(bench, stage.command, place, reference)
+    return Verdict.RESUMED
+
+
+def kills_before_another(bench: Bench, stage: Stage, most: int | None) -> Iterator[Case]:
+    """Kill a stage while it publishes, and let another request for the same output follow."""
+    for number in publishing(bench, stage, most):
+        name = f"{stage.name}, before call {number}{_named(bench, stage, number)}"
+        yield Case("killed while publishing, another request follows", name, partial(_another, stage, number))
+
+
+def _another(stage: Stage, number: int, bench: Bench) -> Verdict:
+    mine, others = bench.reference(stage.command), bench.reference(stage.other)
+    place = bench.place()
+    bench.run(stage.command, place, at(number, kill))
+    if succeeded(bench.run(stage.other, place)):
+        require_same(place, others)
+        return Verdict.WHOLE
+    require_nothing_half(place, stage.outputs, mine, others)
+    finish(bench, stage.command, place, mine)  # nothing of the first was lost
+    return Verdict.REFUSED
+
+
+def publishing(bench: Bench, stage: Stage, most: int | None) -> Iterator[int]:
+    """Yield the calls from the manifest's being written to the end."""
+    calls = bench.reference(stage.command).run.calls
+    first = next(
+        number for number, call in enumerate(calls, 1) if call.path.name.startswith((".emloc.json", "emloc.json"))
+    )
+    return spread(len(calls) + 1, most, first)
+
+
+def signals(bench: Bench, stage: Stage, most: int | None) -> Iterator[Case]:
+    """Tell a stage to end, before calls and at random moments."""
+    count = len(bench.reference(stage.command).run.calls)
+    for sent in _SIGNALS:
+        for number in spread(count, most):
+            name = f"{stage.name}, {sent.name} before call {number}{_named(bench, stage, number)}"
+            yield Case(sent.name, name, partial(_told, stage, {"act": at(number, partial(_send, sent))}))
+    for sent in (*_SIGNALS, signal.SIGKILL):
+        for _ in range(min(count, most or count) // 2):
+            moment = _RANDOM.uniform(0, 1.1) * bench.reference(stage.command).seconds
+            name = f"{stage.name}, {sent.name} after {moment:.2f} s"
+            after = {"after": (moment, partial(_send, sent))}
+            yield Case(f"{sent.name} at a random moment", name, partial(_told, stage, after))
+
+
+def _send(sent: signal.Signals, run: Run, _call: Call | None = None) -> None:
+    run.signal(sent, group=sent != signal.SIGTERM)  # a terminal tells all of a job's processes; kill(1) tells one
+
+
+def _told(stage: Stage, how: dict[str, Callable[..., None]], bench: Bench) -> Verdict:
+    place, reference = bench.place(), bench.reference(stage.command)
+    run = bench.run(stage.command, place, **how)
+    require_nothing_half(place, stage.outputs, reference)
+    if run.code != -signal.SIGKILL and succeeded(run):
+        require_same(place, reference)
+        return Verdict.WHOLE
+    finish(bench, stage.command, place, reference)
+    return Verdict.RESUMED
+
+
+def _named(bench: Bench, stage: Stage, number: int) -> str:
+    calls = bench.reference(stage.command).run.calls
+    return f" ({calls[number - 1]})" if number <= len(calls) else " (none is left)"

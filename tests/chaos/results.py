@@ -1,0 +1,75 @@
+"""What came of the cases, in one table."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+
+class Verdict(StrEnum):
+    """What came of a case. The last two are defects."""
+
+    WHOLE = "whole"
+    RESUMED = "resumed identically"
+    REFUSED = "refused with a sentence"
+    WRONG = "wrong"
+    UNEXPECTED = "unexpected"
+
+
+FAILED = (Verdict.WRONG, Verdict.UNEXPECTED)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case.
+
+    Attributes:
+        kind: the row of the table.
+        case: what was done, where.
+        verdict: what came of it.
+        why: where that is a defect.
+    """
+
+    kind: str
+    case: str
+    verdict: Verdict
+    why: str = ""
+
+
+def counts(results: Iterable[Result]) -> dict[str, Counter[Verdict]]:
+    """Return how many cases of each kind came to what."""
+    found: dict[str, Counter[Verdict]] = {}
+    for result in results:
+        found.setdefault(result.kind, Counter())[result.verdict] += 1
+    return found
+
+
+def markdown(found: Mapping[str, Counter[Verdict]]) -> str:
+    """Return the table, with a last row of sums."""
+    rows = {**found, "all": sum(found.values(), Counter())}
+    lines = [
+        f"| kind | tried | {' | '.join(Verdict)} |",
+        f"| --- | ---: | {' | '.join(['---:'] * len(Verdict))} |",
+        *(
+            f"| {kind} | {row.total()} | {' | '.join(str(row[verdict]) for verdict in Verdict)} |"
+            for kind, row in rows.items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, results: list[Result]) -> None:
+    """Write the table as JSON, and the cases that failed."""
+    failed = [
+        {"kind": result.kind, "case": result.case, "verdict": result.verdict, "why": result.why}
+        for result in results
+        if result.verdict in FAILED
+    ]
+    kinds = {
+        kind: {"tried": row.total(), **{verdict: row[verdict] for verdict in Verdict}}
+        for kind, row in counts(results).items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"kinds": kinds, "failed": failed}, indent=2) + "\n", encoding="utf-8")

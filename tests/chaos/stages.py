@@ -1,0 +1,268 @@
+"""The commands that the campaign runs, on tiny models, and what an uninterrupted run of each leaves."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from chaos.supervise import Act, Run, supervise
+
+#: What varies from run to run, and is said to: seconds and peaks of memory.
+_VARYING = {"timing.json", "table.md"}
+_VARYING_KEYS = {"seconds", "peak_bytes", "stages"}
+
+_RECIPE = """
+output = "out"
+merge = true
+model.base = "{good}/base"
+data.train = "{good}/rows.jsonl"
+compress = {{ samples = 6, selection = 3 }}
+train = {{ steps = {steps}, save_steps = 1, lora_rank = 2, batch_size = 2, bf16 = false }}
+correct.clamp = 1
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command of ``emloc``, given good inputs at ``{good}`` and an empty directory at ``{place}``.
+
+    Attributes:
+        name: of the stage.
+        command: after ``emloc``.
+        other: another request for the same output.
+        outputs: the directories that it publishes, in ``{place}``.
+    """
+
+    name: str
+    command: str
+    other: str
+    outputs: tuple[str, ...] = ("out",)
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "compress",
+            "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --ratio 0.8 -o {place}/out",
+            "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --ratio 0.3 -o {place}/out",
+        ),
+        Stage(
+            "compress, spectra kept",
+            "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --keep-spectra {place}/kept"
+            " -o {place}/out",
+            "compress {good}/base --data {good}/rows.jsonl --samples 5 --selection 3 --keep-spectra {place}/kept"
+            " -o {place}/out",
+            ("out", "kept"),
+        ),
+        Stage(
+            "cut",
+            "cut {good}/spectra --base {good}/base --ratio 0.5 -o {place}/out",
+            "cut {good}/spectra --base {good}/base --ratio 0.3 -o {place}/out",
+        ),
+        Stage(
+            "train",
+            "train {good}/emulator --data {good}/rows.jsonl --steps 2 --save-steps 1 --logging-steps 2 --rank 2"
+            " --batch-size 2 --no-bf16 -o {place}/out",
+            "train {good}/emulator --data {good}/rows.jsonl --steps 2 --save-steps 1 --logging-steps 2 --rank 2"
+            " --batch-size 2 --no-bf16 --seed 1 -o {place}/out",
+        ),
+        Stage(
+            "correct",
+            "correct {good}/adapter --base {good}/base --clamp 1 -o {place}/out",
+            "correct {good}/adapter --base {good}/base --clamp none -o {place}/out",
+        ),
+        Stage(
+            "merge",
+            "merge {good}/corrected --base {good}/base -o {place}/out",
+            "merge {good}/uncorrected --base {good}/base -o {place}/out",
+        ),
+        Stage(
+            "import",
+            "import {good}/foreign -o {place}/out",
+            "import {good}/other-foreign -o {place}/out",
+        ),
+        Stage(
+            "eval",
+            "eval {good}/task.yaml --base {good}/base --emulator {good}/emulator --limit 3 -o {place}/out",
+            "eval {good}/task.yaml --base {good}/base --emulator {good}/emulator --limit 2 -o {place}/out",
+        ),
+        Stage(
+            "run",
+            "run {place}/recipe.toml",
+            "run {place}/other.toml",
+            ("out/emulator", "out/adapter", "out/corrected", "out/merged"),
+        ),
+    )
+}
+
+
+class Bench:
+    """Good inputs, made once, and places to run commands in.
+
+    Args:
+        root: an empty directory.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.good, self._pristine = self.root / "good", self.root / "pristine"
+        self.known: dict[str, Reference] = {}
+        self.good.mkdir(parents=True)
+        made = supervise(lambda: _make_models(self.good), self.root)
+        for command in (
+            "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --keep-spectra {good}/spectra"
+            " -o {good}/emulator",
+            "train {good}/emulator --data {good}/rows.jsonl --steps 2 --rank 2 --batch-size 2 --no-bf16 --lr 1e-2"
+            " -o {good}/adapter",
+            "correct {good}/adapter --base {good}/base --clamp 1 -o {good}/corrected",
+            "correct {good}/adapter --base {good}/base --clamp 0 -o {good}/uncorrected",
+            "eval --new-task completion_nll --data {good}/rows.jsonl -o {good}/task.yaml",
+        ):
+            if made.code == 0:
+                made = self.run(command, self.good)
+        if made.code:
+            raise RuntimeError(made.said)
+        (self.good / ".emloc-hashes.json").unlink(missing_ok=True)
+        shutil.copytree(self.good, self._pristine)
+
+    def place(self) -> Path:
+        """Return the place of a case, with nothing but the recipes in it: always the same path, for outputs name it."""
+        place = self.root / "case"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        for name, steps in (("recipe.toml", 2), ("other.toml", 1)):
+            (place / name).write_text(_RECIPE.format(good=self.good, steps=steps), encoding="utf-8")
+        return place
+
+    def run(self, command: str, place: Path, act: Act | None = None, **options: Any) -> Run:
+        """Run a command line in a fork, under supervision."""
+        argv = command.format(good=self.good, place=place).split()
+        return supervise(lambda: _emloc(argv), self.root, act or (lambda _run, _call: None), **options)
+
+    def reference(self, command: str) -> "Reference":
+        """Return what an uninterrupted run of a command does and leaves."""
+        if command not in self.known:
+            self.known[command] = self.reference_now(command)
+        return self.known[command]
+
+    def reference_now(self, command: str) -> "Reference":
+        """Return what an uninterrupted run does and leaves with the inputs as they are at the moment."""
+        place = self.place()
+        start = time.monotonic()
+        run = self.run(command, place)
+        return Reference(run, snapshot(place), time.monotonic() - start)
+
+    def is_untouched(self) -> bool:
+        """Say whether the inputs are what they were."""
+        return snapshot(self.good) == snapshot(self._pristine)
+
+    def restore(self) -> None:
+        """Make the inputs what they were."""
+        shutil.rmtree(self.good)
+        shutil.copytree(self._pristine, self.good)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An uninterrupted run, the files that it left by their paths in its place, and the seconds that it took."""
+
+    run: Run
+    files: dict[str, bytes]
+    seconds: float
+
+
+def snapshot(place: Path) -> dict[str, bytes]:
+    """Return the content of all files of a directory, by relative path; without what is said to vary."""
+    found = {}
+    for path in sorted(place.rglob("*")):
+        name = str(path.relative_to(place))
+        if path.is_dir() and not path.is_symlink():
+            found[f"{name}/"] = b""
+        elif path.name in _VARYING or path.name == ".emloc-hashes.json":
+            found[name] = b""
+        elif path.name == "results.json":
+            found[name] = json.dumps(_without(json.loads(path.read_text())), sort_keys=True).encode()
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def _without(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without(value) for key, value in content.items() if key not in _VARYING_KEYS}
+    return content
+
+
+def _emloc(argv: Sequence[str]) -> int:
+    """Be ``emloc`` with these arguments; what it would start as a process of its own is forked, not started anew."""
+    from emloc_core.cli import main
+
+    with mock.patch.object(sys, "argv", ["emloc", *argv]), mock.patch.object(subprocess, "run", _run):
+        main()
+    return 0
+
+
+_started = subprocess.run
+
+
+def _run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+    """Stand for ``subprocess.run`` where a module of ours is started."""
+    if list(command[:2]) != [sys.executable, "-m"]:
+        return _started(command, **options)
+    module, *arguments = command[2:]
+    process = os.fork()
+    if process == 0:
+        _become_module(module, arguments, options)
+    _, status = os.waitpid(process, 0)
+    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status))
+
+
+def _become_module(module: str, arguments: list[str], options: dict[str, Any]) -> None:
+    code = 70
+    try:
+        for name, number in (("stdout", 1), ("stderr", 2)):
+            if stream := options.get(name):
+                os.dup2(stream.fileno(), number)
+        if module == "emloc_core.evaluation.system":
+            from emloc_core.evaluation.system import main
+
+            code = main(*arguments)
+        else:
+            code = _emloc(arguments)
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _make_models(good: Path) -> int:
+    """Make a base in several shards, its rows, and two checkpoints of a foreign layout."""
+    import torch
+    from emloc_llama import LLAMA
+    from support.internvl_chat import InternVLChat, chat_config, randomise, save_source, text_config
+    from support.models import save_tiny_model
+    from support.rows import example_rows, write_jsonl
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    base = save_tiny_model(LLAMA.tiny_configs[0], good / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="60kB")
+    write_jsonl(good / "rows.jsonl", example_rows()[:24])
+    for name, config in (
+        ("foreign", chat_config(text_config("qwen2"))),
+        ("other-foreign", chat_config(text_config("qwen2", tie_word_embeddings=True))),
+    ):
+        save_source(good / name, randomise(InternVLChat(config)), config)
+    return 0
