@@ -36,6 +36,15 @@ def typed_line(error: BaseException) -> str:
     return name if line == name else f"{name}: {line}"
 
 
+def printable(text: object) -> str:
+    """Return what ``str`` makes of it in one line, with nothing in it that a terminal would act on."""
+    return "".join(each if each.isprintable() else " " if each == "\n" else _escaped(each) for each in str(text))
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known word nearest to ``word``, or an empty string."""
     import difflib

@@ -8,7 +8,7 @@ from keyword import iskeyword
 import rich_click as click
 
 from emloc_core import __version__
-from emloc_core.errors import EmlocError, typed_line
+from emloc_core.errors import EmlocError, printable, typed_line
 from emloc_core.plugins.builtin import COMMANDS
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     except EmlocError as error:
         if debug:
             raise
-        click.echo(f"emloc: error: {error}", err=True)
+        click.echo(f"emloc: error: {printable(error)}", err=True)
         sys.exit(1)
     except click.ClickException as error:
         error.show()
@@ -72,5 +72,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        click.echo(f"emloc: unexpected {typed_line(error)} (emloc --debug ... shows where)", err=True)
+        if isinstance(error, OSError) and error.filename is not None:  # a fault of the machine, or of its files
+            fault = printable(f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}).")
+            click.echo(f"emloc: error: {fault} Check it, and run the same command again.", err=True)
+            sys.exit(1)
+        click.echo(f"emloc: unexpected {printable(typed_line(error))} (emloc --debug ... shows where)", err=True)
         sys.exit(70)

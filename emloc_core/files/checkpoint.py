@@ -168,7 +168,7 @@ def read_config_json(path: Path) -> dict[str, Any]:
         EmlocError: it cannot be read, or says no ``model_type``.
     """
     config = read_object(path)
-    if "model_type" not in config:
+    if not isinstance(config.get("model_type"), str):
         raise EmlocError(f"{path} has no model_type.", "Give a Hugging Face model directory, or its config.json.")
     return config
 

@@ -114,7 +114,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise EmlocError(f"There is no {what} at {path}.", "Check the path.") from None
     except OSError as error:
         raise EmlocError(f"{path} cannot be read ({error.strerror}).", "Give a TOML file.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise EmlocError(f"{path} is not valid TOML: {error}.", "Mend the line that it names.") from None
 
 

@@ -161,7 +161,9 @@ class PluginManager(pluggy.PluginManager):
             family = family.with_nested(self._resolve(inner, f", the {part} of this {config['model_type']!r}"), path)
         return family
 
-    def _declaring(self, model_type: str | None, where: str) -> Family:
+    def _declaring(self, model_type: Any, where: str) -> Family:
+        if not isinstance(model_type, str):
+            raise EmlocError(f"The model type is {model_type!r}{where}, which is no name.", "Correct the config.json.")
         for family in self._families.values():
             if model_type in family.model_types:
                 return family

@@ -121,6 +121,8 @@ def _absolute(recipe: Recipe, root: Path) -> Recipe:
     """
 
     def place(text: str, names: re.Pattern[str]) -> str:
+        if "\0" in text:
+            raise EmlocError(f"The recipe names {text!r}, which no file can be called.", "Correct it.")
         path = root / Path(text).expanduser()
         is_path = text.startswith((".", "~")) or Path(text).suffix in FILES or path.exists()
         return text if names.fullmatch(text) and not is_path else str(path)

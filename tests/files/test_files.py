@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.header import DTYPES, read_header
-from emloc_core.files.output import Output, read_manifest
+from emloc_core.files.output import Output, read_manifest, read_toml
 from emloc_core.files.shards import ShardWriter, row_chunks, write_shard
 
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
@@ -313,3 +313,24 @@ def test_a_full_disk_is_one_sentence_and_keeps_finished_shards(tmp_path):
     assert message.startswith("The disk is full: writing to ")
     assert "run the same command again" in message
     assert listing == "['.out.partial/content/first.safetensors'] False"
+
+
+@pytest.mark.parametrize("content", ["a = " + "[" * 5000, "a = " + "9" * 5000, "["])
+def test_what_is_no_toml_is_named(tmp_path, content):
+    (tmp_path / "recipe.toml").write_text(content)
+    with pytest.raises(EmlocError, match="not valid TOML"):
+        read_toml(tmp_path / "recipe.toml", "recipe")
+
+
+@pytest.mark.parametrize("model_type", [None, 3, [], {}])
+def test_a_model_type_is_a_name(tmp_path, model_type):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(EmlocError, match="has no model_type"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"kind": 3}', '{"request": []}', '{"result": null}'])
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    (tmp_path / "emloc.json").write_text(content)
+    with pytest.raises(EmlocError, match=r"is damaged: its (kind|request|result) is a"):
+        read_manifest(tmp_path)
