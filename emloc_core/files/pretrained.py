@@ -5,18 +5,23 @@ anything be fetched. Everything else gets what is loaded here as objects, never 
 """
 
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PreTrainedModel, dynamic_module_utils
 
 from emloc_core.errors import EmlocError, first_line
+from emloc_core.files.limits import limited
 from emloc_core.files.output import read_object
 from emloc_core.files.own import require_own_files
 from emloc_core.files.patterns import pattern_problems
+from emloc_core.files.templates import bound_templates
 
 #: What is said to every loader.
 _NOTHING_FOREIGN: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -25,6 +30,10 @@ _BUILT_IN = {
     "attn_implementation": {None, "eager", "sdpa", "flex_attention"},
     "experts_implementation": {None, "eager", "batched_mm", "grouped_mm"},
 }
+#: What a config may take: seconds, bytes to be read, bytes to be built without weights, modules.
+_SECONDS, _CONFIG_BYTES, _MODEL_BYTES, _MODULES = 60.0, 512 << 20, 4 << 30, 200_000
+#: Fields that count parts of a model, which are made one by one, and more than any has.
+_COUNTS, _MOST = re.compile(r"(layers?|depths?|blocks?|experts)$"), 10_000
 _FLASH = {f"flash_attention_{version}" for version in (2, 3, 4)}
 #: Methods of quantisation whose loading reads the model's own files alone.
 _QUANTISED = {"emloc", "bitsandbytes"}
@@ -32,6 +41,7 @@ _QUANTISED = {"emloc", "bitsandbytes"}
 # Where a class is loaded for a part of a model, no argument of ours arrives. Transformers asks on the terminal then,
 # for so many seconds; of none it makes an error.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+bound_templates()
 
 
 def load_config(path: Path) -> Any:
@@ -40,9 +50,12 @@ def load_config(path: Path) -> Any:
     Raises:
         EmlocError: transformers does not know the architecture, or refuses the file; or it names code to be fetched.
     """
-    _require_built_in(read_object(path), str(path))
+    _check(read_object(path), str(path))
     try:
-        return AutoConfig.from_pretrained(path, **_NOTHING_FOREIGN)
+        with limited(f"Reading {path}", _SECONDS, _CONFIG_BYTES):
+            return AutoConfig.from_pretrained(path, **_NOTHING_FOREIGN)
+    except EmlocError:
+        raise
     except Exception as error:  # whatever transformers' own checks of a config raise
         _refuse_own_code(error, path, "config")
         raise EmlocError(
@@ -58,8 +71,9 @@ def make_config(arguments: Mapping[str, Any]) -> Any:
         EmlocError: it names code to be fetched.
         Exception: whatever transformers' own checks of a config raise.
     """
-    _require_built_in(arguments, "the config")
-    return AutoConfig.for_model(**arguments)
+    _check(arguments, "the config")
+    with limited("Reading the config", _SECONDS, _CONFIG_BYTES):
+        return AutoConfig.for_model(**arguments)
 
 
 def auto_class(name: str) -> Any:
@@ -74,8 +88,13 @@ def new_model(name: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
         name: of the class of transformers.
         config: transformers' config.
         dtype: of its weights.
+
+    Raises:
+        EmlocError: the sizes in the config are such as no model has.
+        Exception: whatever transformers raises.
     """
-    model: PreTrainedModel = auto_class(name).from_config(config, dtype=dtype, trust_remote_code=False)
+    with limited("Building the model of this config", _SECONDS, _MODEL_BYTES), _few_modules():
+        model: PreTrainedModel = auto_class(name).from_config(config, dtype=dtype, trust_remote_code=False)
     return model
 
 
@@ -166,9 +185,32 @@ def load_lora(model: Any, directory: Path, *, is_trainable: bool = False) -> Any
     return PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable, local_files_only=True)
 
 
-def _require_built_in(content: Any, where: str) -> None:
-    """Refuse a config of which some part names an implementation that transformers would fetch."""
+@contextmanager
+def _few_modules() -> Iterator[None]:
+    """Refuse to build a model of more modules than any has: each costs time, though its weights take no memory."""
+    made = 0
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += 1
+        if made > _MODULES:
+            raise EmlocError(
+                f"The config asks for a model of more than {_MODULES:,} modules, and none has so many.",
+                "Check its numbers of layers and experts.",
+            )
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check(content: Any, where: str) -> None:
+    """Refuse a config of which some part names an implementation to be fetched, or counts more than any model has."""
     for key, value in _fields(content):
+        if _COUNTS.search(key) and isinstance(value, int) and value > _MOST:
+            raise EmlocError(f"{key} in {where} is {value:,}, and no model has so many.", "Correct the config.")
         name = key.strip("_").removesuffix("_internal")
         if name in _BUILT_IN and not set(_names(value)) <= _BUILT_IN[name] | (_FLASH if _has_flash() else set()):
             raise EmlocError(

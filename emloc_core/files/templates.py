@@ -1,0 +1,52 @@
+"""Chat templates are programs that a model brings: rendered within bounds, whoever renders them.
+
+Transformers runs them in Jinja's sandbox, which keeps them from the machine, not from running for ever or filling the
+memory. All renderings, also those by TRL and lm-eval, compile the template by one function of transformers'.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from transformers.utils import chat_template_utils
+
+from emloc_core.errors import EmlocError
+from emloc_core.files.limits import limited
+
+SECONDS = 10.0
+NBYTES = 1 << 30
+#: Characters of a rendered conversation: what follows is tokenised, which nothing interrupts.
+LENGTH = 16 << 20
+_WHAT = "Rendering the model's chat template"
+
+_compile = chat_template_utils._compile_jinja_template
+
+
+class _Bounded:
+    """A compiled template of Jinja's that is rendered within bounds."""
+
+    def __init__(self, template: Any) -> None:
+        self._template = template
+        self.environment = template.environment
+
+    def render(self, *args: Any, **values: Any) -> str:
+        with limited(_WHAT, SECONDS, NBYTES):
+            text: str = self._template.render(*args, **values)
+        if len(text) > LENGTH:
+            raise EmlocError(f"{_WHAT} gives {len(text):,} characters.", "Do not use this model, or shorten the row.")
+        return text
+
+    def generate(self, *args: Any, **values: Any) -> Iterator[str]:
+        with limited(_WHAT, SECONDS, NBYTES):
+            yield from self._template.generate(*args, **values)
+
+
+@lru_cache
+def _compile_bounded(chat_template: str) -> _Bounded:
+    with limited(_WHAT, SECONDS, NBYTES):  # constants are computed then
+        return _Bounded(_compile(chat_template))
+
+
+def bound_templates() -> None:
+    """Have transformers render chat templates within bounds, from now on."""
+    chat_template_utils._compile_jinja_template = _compile_bounded
