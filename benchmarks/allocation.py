@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from emloc_core.algorithms.allocation import Shape, Spectrum, global_budget, uniform
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.ranks import Plan, allocated, find_linears
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.files.checkpoint import Checkpoint
@@ -45,7 +45,7 @@ def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[s
     base = Checkpoint(root / "base")
     data = load_rows(str(root / "data" / "train.jsonl"))
     spectra_at = root / f"spectra-{seed}"
-    Compression(base, data, root / f"emulator-{seed}", CompressSettings(seed=seed), spectra_at).run()
+    Compress(base, data, root / f"emulator-{seed}", CompressSettings(seed=seed), spectra_at).run()
     spectra = Spectra(spectra_at)
     model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.bfloat16).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(base.directory)

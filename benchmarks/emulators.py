@@ -34,23 +34,23 @@ def measure(directory: str, calibration: str, allocator: str, seed: int, ratio: 
 
     import emloc_core.lowrank  # noqa: F401 - emulators load from here on
     from emloc_core.adapters.adapter import Adapter
-    from emloc_core.adapters.correct import Transfer
+    from emloc_core.adapters.correct import Correct
     from emloc_core.data.rows import load_rows
     from emloc_core.data.tokenize import encode
-    from emloc_core.emulator.compress import Compression
+    from emloc_core.emulator.compress import Compress
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.files.output import TIMING, read_json, read_manifest
     from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
-    from emloc_core.tuning.train import FineTuning
+    from emloc_core.tuning.train import Train
 
     root = Path(directory)
     base, train = Checkpoint(root / "base"), str(root / "data" / "train.jsonl")
     place = root / f"{calibration}-{allocator}-{ratio:g}-{seed}"
     place.mkdir(exist_ok=True)
     settings = CompressSettings(ratio=ratio, allocator=allocator, calibration=calibration, seed=seed)
-    emulator = Compression(base, load_rows(train), place / "emulator", settings).run()
-    adapter = FineTuning(emulator, train, place / "adapter", TrainSettings(seed=seed, **TUNING)).run()
-    corrected = Transfer(Adapter(adapter), base, place / "corrected", CorrectSettings()).run()
+    emulator = Compress(base, load_rows(train), place / "emulator", settings).run()
+    adapter = Train(emulator, train, place / "adapter", TrainSettings(seed=seed, **TUNING)).run()
+    corrected = Correct(Adapter(adapter), base, place / "corrected", CorrectSettings()).run()
     held_out = encode(
         load_rows(str(root / "data" / "test.jsonl"))[:rows], AutoTokenizer.from_pretrained(base.directory)
     )

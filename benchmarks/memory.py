@@ -130,12 +130,12 @@ def tune(model: str, rows: str, output: str, batch: int, length: int, checkpoint
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     from emloc_core.settings import TrainSettings
-    from emloc_core.tuning.train import FineTuning
+    from emloc_core.tuning.train import Train
 
     floor = resident_bytes()
     settings = TrainSettings(steps=STEPS, batch_size=batch, max_length=length, gradient_checkpointing=checkpointing)
     with redirect_stdout(sys.stderr):
-        FineTuning(Path(model), rows, Path(output), settings).run()
+        Train(Path(model), rows, Path(output), settings).run()
     return {"floor_bytes": floor}
 
 

@@ -65,7 +65,7 @@ def compress(work: str) -> dict[str, Any]:
     """Make the emulator of ``work``/base; the wrapped functions are those of this process alone."""
     from emloc_core.algorithms.statistics import Gram
     from emloc_core.data.rows import load_rows
-    from emloc_core.emulator.compress import Compression
+    from emloc_core.emulator.compress import Compress
     from emloc_core.emulator.files import EmulatorFiles
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.model.skeleton import Skeleton
@@ -78,7 +78,7 @@ def compress(work: str) -> dict[str, Any]:
     parts.wrap("disk", EmulatorFiles, "write", "finish")
     parts.wrap("Gram", Gram, "add", "_flush")
     parts.wrap("forward", Stream, "run")
-    job = Compression(
+    job = Compress(
         Checkpoint(place / "base"), load_rows(str(place / "rows.jsonl")), place / "emulator", CompressSettings()
     )
     parts.wrap("eigen", job, "factorize")

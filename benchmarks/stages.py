@@ -34,12 +34,12 @@ def prepare(work: str) -> dict[str, Any]:
 
 def correct(work: str) -> dict[str, Any]:
     from emloc_core.adapters.adapter import Adapter
-    from emloc_core.adapters.correct import Transfer
+    from emloc_core.adapters.correct import Correct
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.settings import CorrectSettings
 
     place, base, floor, start = Path(work), Checkpoint(Path(work) / "base"), _floor(), time.perf_counter()
-    Transfer(Adapter(place / "adapter"), base, place / "corrected", CorrectSettings(clamp=CLAMP)).run()
+    Correct(Adapter(place / "adapter"), base, place / "corrected", CorrectSettings(clamp=CLAMP)).run()
     return {"seconds": time.perf_counter() - start, "floor_bytes": floor}
 
 

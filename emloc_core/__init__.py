@@ -1,12 +1,61 @@
 """EMLoC: fine-tune a large model in the memory that inference needs.
 
-Importing this package imports nothing heavy: the command line starts through it. To load an emulator with plain
-``transformers``, ``import emloc_core.lowrank`` first.
+::
+
+    import emloc_core as emloc
+
+    emulator = emloc.compress("org/model", "train.jsonl", "emulator", ratio=0.6)
+    adapter = emloc.train(emulator, "train.jsonl", "adapter", steps=300)
+    corrected = emloc.correct(adapter)
+    model = emloc.merge(corrected, "merged").load()
+
+Importing this package imports nothing heavy; a function imports what it needs when it is called. To load an emulator
+with plain ``transformers``, ``import emloc_core.lowrank`` first.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emloc_core.api import compress, convert_layout, correct, cut, evaluate, load_family, merge, run, train
+    from emloc_core.errors import EmlocError
+    from emloc_core.result import Result
 
 try:
     __version__ = version("emloc")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
+
+#: Public names, and where each is.
+_PUBLIC = {
+    **dict.fromkeys(
+        ("compress", "convert_layout", "correct", "cut", "evaluate", "load_family", "merge", "run", "train"), "api"
+    ),
+    "EmlocError": "errors",
+    "Result": "result",
+}
+
+__all__ = [
+    "EmlocError",
+    "Result",
+    "compress",
+    "convert_layout",
+    "correct",
+    "cut",
+    "evaluate",
+    "load_family",
+    "merge",
+    "run",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

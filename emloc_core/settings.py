@@ -47,19 +47,6 @@ DEFAULT_EPOCHS = 3.0
 #: Settings of training that change how much memory it needs.
 MEMORY_SETTINGS = ("batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "target_modules")
 
-#: Command line options that are not just the setting's name.
-FLAGS = {
-    "learning_rate": "--lr",
-    "lora_rank": "--rank",
-    "lora_alpha": "--alpha",
-    "use_rslora": "--rslora",
-    "lora_dropout": "--dropout",
-    "target_modules": "--target",
-    "extra": "--set",
-}
-#: As ``emloc plan`` takes them.
-MEMORY_FLAGS = {**FLAGS, "lora_rank": "--lora-rank"}
-
 
 class TrainSettings(Settings):
     """How the LoRA is trained."""

@@ -18,8 +18,9 @@ from support.rows import example_rows, write_jsonl
 
 from emloc_core.cli import main
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.process import call_here
 from emloc_core.settings import CompressSettings
 
 # The workers of pytest share the cores already, and threads that wait for each other in tiny models take many times as
@@ -32,6 +33,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny Llama with its tokenizer: fp32, seeded random weights."""
     return save_tiny_model(LLAMA.tiny_configs[0], tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture
+def calls_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let stages and systems run in the process of the test, and not in one of their own."""
+    monkeypatch.setattr("emloc_core.recipe.run.call", call_here)
+    monkeypatch.setattr("emloc_core.evaluation.evaluate.call", call_here)
 
 
 @pytest.fixture
@@ -62,7 +70,7 @@ def tiny_emulator(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.Te
     """An emulator of ``tiny_model`` that holds out 12 calibration and 6 selection rows of ``rows_file``."""
     settings = CompressSettings(samples=12, selection=6, ratio=0.6)
     output = tmp_path_factory.mktemp("tiny-emulator") / "emulator"
-    return Compression(Checkpoint(tiny_model), load_rows(str(rows_file)), output, settings).run()
+    return Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), output, settings).run()
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from support.paths import ROOT
 #: From what everything may import to what nothing may. Rooms on one floor do not import each other.
 FLOORS = [
     ["errors", "family"],
-    ["units", "settings", "layout", "lowrank", "algorithms"],
-    ["files", "hookspecs"],
+    ["units", "settings", "layout", "lowrank", "algorithms", "process"],
+    ["requests", "files", "hookspecs"],
     ["data", "report"],
     ["plugins", "recipe.recipe"],
     ["model"],
@@ -19,12 +19,16 @@ FLOORS = [
     ["tuning"],
     ["memory"],
     ["evaluation"],
+    ["result"],
+    ["stages"],
     ["registry"],
     ["recipe"],
+    ["api"],
     ["conformance"],
     ["testing", "scaffold", "zoo"],
     ["cli"],
-    ["__main__", "zoo.worker"],
+    ["__init__"],
+    ["__main__"],
 ]
 
 

@@ -17,7 +17,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import hash_files
 from emloc_core.files.header import read_header
 from emloc_core.files.manifest import manifest_value, require_unchanged
-from emloc_core.files.output import read_manifest, read_object, write_json
+from emloc_core.files.output import made_from, read_manifest, read_object, write_json
 from emloc_core.files.own import require_own_files
 from emloc_core.files.patterns import pattern_problems
 from emloc_core.files.shards import write_shard
@@ -144,8 +144,25 @@ class Adapter:
     @property
     def trained_on(self) -> Path | None:
         """The directory of the model that its config names, if it is there. A corrected one names its base."""
-        directory = Path(str(self.config.get("base_model_name_or_path")))
+        directory = Path(self.model_name)
         return directory if (directory / "config.json").is_file() else None
+
+    @property
+    def model_name(self) -> str:
+        """The model that its config names, by path or hub id: what it was trained on, or was corrected for."""
+        return str(self.config.get("base_model_name_or_path"))
+
+    @property
+    def base_name(self) -> str:
+        """The base that it is for, by path or hub id.
+
+        Raises:
+            EmlocError: it was trained on an emulator that does not say.
+        """
+        directory = self.trained_on
+        if directory and (read_manifest(directory) or {}).get("kind") == "emulator":
+            return made_from(directory, "base")
+        return self.model_name
 
     def fingerprint(self, cache_dir: Path) -> str:
         """Return the SHA-256 over config and weights, as a hexadecimal string."""

@@ -7,6 +7,7 @@ pass over the base, so that the memory of inference is never exceeded.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,24 @@ from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import SELECTION, Row, load_rows
 from emloc_core.data.tokenize import Sample, encode, load_processing, model_limit
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.manifest import CONTENT, manifest_value
-from emloc_core.files.output import Output, read_manifest
+from emloc_core.files.output import Output, made_from, read_manifest
+from emloc_core.model.device import choose_device
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.requests import CorrectRequest
 from emloc_core.settings import CorrectSettings
 
 #: What ``auto`` compares; 0 is the adapter as it was trained.
 AUTO_CLAMPS: tuple[Clamp, ...] = (0, 0.3, 1, 3)
 
 
-class Transfer:
-    """Everything that is settled before weights are read; :meth:`run` writes the corrected adapter.
+class Correct:
+    """Stage 3, checked as far as that is cheap; :meth:`run` writes the corrected adapter.
 
     Args:
         adapter: a LoRA that was trained on an emulator.
@@ -60,32 +63,53 @@ class Transfer:
         device: torch.device | str = "cpu",
     ) -> None:
         self.adapter, self.base, self.settings = adapter, base, settings
-        if adapter.is_corrected:
-            raise EmlocError(
-                f"{adapter.directory} is corrected already; correcting twice would spoil it.",
-                "Use it on the base as it is, or give the adapter as it was trained.",
-            )
+        _require_uncorrected(adapter)
         base.require_unquantised()
         self.correct = plugin_manager().algorithm("corrections", settings.method)
-        self.emulator = _find_emulator(adapter, emulator)
-        cache_dir = output.resolve().parent
-        emulator_fingerprint = self.emulator.fingerprint(cache_dir)
-        base_fingerprint = base.fingerprint(cache_dir)
-        manifest = _require_match(adapter, self.emulator, emulator_fingerprint, base, base_fingerprint)
+        self.emulator = find_emulator(adapter, emulator)
+        manifest = _require_emulator(adapter, self.emulator)
+        self._path, self._selection = output, selection
         self.family = plugin_manager().family_for(base.config)
         self.skeleton = Skeleton(base, self.family, device)
         self._check_shapes()
-        rows = self._rows(selection)
+        self.rows = self._rows(selection)
         max_length = manifest_value(manifest, self.emulator.directory, "request.settings.max_length", int | None)
-        self.samples = self._encode(rows, max_length)
+        self.samples = self._encode(self.rows, max_length)
+
+    @cached_property
+    def output(self) -> Output:
+        """The corrected adapter's directory. The files of all inputs are hashed when it is first asked for.
+
+        Raises:
+            EmlocError: adapter, emulator and base do not belong together.
+        """
+        cache_dir = self._path.resolve().parent
+        emulator, base = self.emulator.fingerprint(cache_dir), self.base.fingerprint(cache_dir)
+        _require_match(self.adapter, self.emulator, emulator, self.base, base)
         request = {
-            "adapter": adapter.fingerprint(cache_dir),
-            "base": base_fingerprint,
-            "emulator": emulator_fingerprint,
-            **settings.model_dump(),
-            "selection": [row.key for row in rows] if selection else None,
+            "adapter": self.adapter.fingerprint(cache_dir),
+            "base": base,
+            "emulator": emulator,
+            **self.settings.model_dump(),
+            "selection": [row.key for row in self.rows] if self._selection else None,
         }
-        self.output = Output(output, "corrected-adapter", request, self.skeleton.device.type)
+        inputs = {
+            "adapter": str(self.adapter.directory.absolute()),
+            "base": self.base.name,
+            "emulator": self.emulator.name,
+        }
+        return Output(self._path, "corrected-adapter", request, self.skeleton.device.type, inputs)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what would be done."""
+        return {
+            "output": str(self._path),
+            "linears": len(self.adapter.loras),
+            "clamp": self.settings.clamp,
+            "selection_rows": len(self.samples),
+            "base_bytes_read": self.bytes_to_read,
+            "finished": self.output.is_finished(),
+        }
 
     def _check_shapes(self) -> None:
         for path, lora in self.adapter.loras.items():
@@ -266,8 +290,45 @@ def choose(losses: torch.Tensor) -> int:
     return best if float(gain.mean()) > float(standard_error) else 0
 
 
-def _find_emulator(adapter: Adapter, emulator: Path | None) -> Checkpoint:
-    directory = emulator or Path(str(adapter.config.get("base_model_name_or_path")))
+def prepare(request: CorrectRequest) -> Correct:
+    """Return the job of a request.
+
+    Raises:
+        EmlocError: from the adapter, the emulator, the base or the settings.
+    """
+    adapter = Adapter(request.adapter)
+    base = request.base
+    if base is None:
+        _require_uncorrected(adapter)
+        emulator = find_emulator(adapter, request.emulator)
+        _require_emulator(adapter, emulator)
+        base = made_from(emulator.directory, "base")
+    return Correct(
+        adapter,
+        open_checkpoint(base),
+        request.output,
+        request.settings,
+        request.emulator,
+        request.selection,
+        choose_device(request.device),
+    )
+
+
+def _require_uncorrected(adapter: Adapter) -> None:
+    if adapter.is_corrected:
+        raise EmlocError(
+            f"{adapter.directory} is corrected already; correcting twice would spoil it.",
+            "Use it on the base as it is, or give the adapter as it was trained.",
+        )
+
+
+def find_emulator(adapter: Adapter, emulator: Path | None) -> Checkpoint:
+    """Return the emulator at a directory; None: the one that the adapter's config names.
+
+    Raises:
+        EmlocError: it is not there.
+    """
+    directory = emulator or Path(adapter.model_name)
     if not directory.is_dir():
         raise EmlocError(
             f"The emulator that {adapter.directory} was trained on is not at {directory}.",
@@ -276,16 +337,22 @@ def _find_emulator(adapter: Adapter, emulator: Path | None) -> Checkpoint:
     return Checkpoint(directory)
 
 
-def _require_match(
-    adapter: Adapter, emulator: Checkpoint, emulator_fingerprint: str, base: Checkpoint, base_fingerprint: str
-) -> dict[str, Any]:
-    """Refuse what does not belong together; return the emulator's manifest."""
+def _require_emulator(adapter: Adapter, emulator: Checkpoint) -> dict[str, Any]:
+    """Refuse what is no emulator; return its manifest."""
     manifest = read_manifest(emulator.directory)
     if manifest is None or manifest.get("kind") != "emulator":
         raise EmlocError(
             f"{adapter.directory} was trained on {emulator.directory}, which is no emulator.",
             "An adapter trained on the base itself needs no correction; otherwise give --emulator.",
         )
+    return manifest
+
+
+def _require_match(
+    adapter: Adapter, emulator: Checkpoint, emulator_fingerprint: str, base: Checkpoint, base_fingerprint: str
+) -> None:
+    """Refuse what does not belong together."""
+    manifest = _require_emulator(adapter, emulator)
     trained_on = adapter.manifest.get("request", {}).get("model")
     if trained_on is not None and trained_on != emulator_fingerprint:
         raise EmlocError(
@@ -298,4 +365,3 @@ def _require_match(
             "differ.",
             "Give the base that the emulator was made from, unchanged.",
         )
-    return manifest

@@ -5,6 +5,7 @@ Every tensor keeps the key and the place that it has in the base, and those with
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,21 @@ import torch
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint
+from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from emloc_core.files.header import DTYPES, TensorInfo, read_header
 from emloc_core.files.manifest import manifest_value
 from emloc_core.files.output import Output, read_manifest, write_json
 from emloc_core.files.shards import ShardWriter, row_chunks, tensor_bytes
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.requests import MergeRequest
 
 _AT_ONCE = 3  # shards
 _ROWS_BYTES = 2 << 20  # of a weight that are merged at a time: few enough to stay in the processor's cache
 
 
 class Merge:
-    """Everything that is settled before weights are read; :meth:`run` writes the merged checkpoint.
+    """A merge, checked as far as that is cheap; :meth:`run` writes the merged checkpoint.
 
     Args:
         adapter: a corrected adapter, or one trained on the base itself.
@@ -48,16 +50,36 @@ class Merge:
     ) -> None:
         self.adapter, self.base = adapter, base
         base.require_unquantised()
-        cache_dir = output.resolve().parent
-        fingerprint = base.fingerprint(cache_dir)
-        require_base(adapter, base, fingerprint, allow_uncorrected=allow_uncorrected)
+        self._path, self._allow_uncorrected = output, allow_uncorrected
         family = plugin_manager().family_for(base.config)
         skeleton = Skeleton(base, family)
         self.untied: dict[str, tuple[str, Lora]] = {}  # new key -> key that it was tied to, LoRA
         self.unties = False
         self.loras = self._by_key(skeleton)
-        request = {"adapter": adapter.fingerprint(cache_dir), "base": fingerprint}
-        self.output = Output(output, "checkpoint", request)
+
+    @cached_property
+    def output(self) -> Output:
+        """The checkpoint's directory. The files of adapter and base are hashed when it is first asked for.
+
+        Raises:
+            EmlocError: the adapter does not belong to the base.
+        """
+        cache_dir = self._path.resolve().parent
+        fingerprint = self.base.fingerprint(cache_dir)
+        require_base(self.adapter, self.base, fingerprint, allow_uncorrected=self._allow_uncorrected)
+        request = {"adapter": self.adapter.fingerprint(cache_dir), "base": fingerprint}
+        inputs = {"adapter": str(self.adapter.directory.absolute()), "base": self.base.name}
+        return Output(self._path, "checkpoint", request, inputs=inputs)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what would be written."""
+        return {
+            "output": str(self._path),
+            "linears": len(self.loras) + len(self.untied),
+            "bytes": self.base.nbytes,
+            "shards": len(self.base.shards),
+            "finished": self.output.is_finished(),
+        }
 
     def _by_key(self, skeleton: Skeleton) -> dict[str, Lora]:
         found: dict[str, Lora] = {}
@@ -84,7 +106,7 @@ class Merge:
         return found
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Write the merged checkpoint, or go on with what an interrupted run left.
+        """Write the merged checkpoint, or resume what an interrupted run left.
 
         Args:
             progress: called with a shard's name, how many shards are done, and how many there are.
@@ -198,3 +220,14 @@ def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_
             f"{adapter.directory} was made for another base than {base.directory}: the fingerprints differ.",
             "Give the base that the adapter was made for, unchanged.",
         )
+
+
+def prepare(request: MergeRequest) -> Merge:
+    """Return the job of a request.
+
+    Raises:
+        EmlocError: from the adapter or the base.
+    """
+    adapter = Adapter(request.adapter)
+    base = open_checkpoint(request.base or adapter.base_name)
+    return Merge(adapter, base, request.output, allow_uncorrected=request.allow_uncorrected)

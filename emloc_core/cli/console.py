@@ -2,14 +2,13 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
-from emloc_core.files.output import MANIFEST, TIMING, read_json
+from emloc_core.result import Result
 from emloc_core.units import human_bytes, human_seconds
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
@@ -45,39 +44,24 @@ def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
         yield advance
 
 
-def announce(stage: str, directory: Path, lines: list[str], *, to_json: bool) -> None:
-    """Print what a stage made, and tell the plugins that observe stages.
+def announce(result: Result, lines: Iterable[str], *, to_json: bool) -> None:
+    """Print what a stage made.
 
     Args:
-        stage: the command's name.
-        directory: its finished output.
+        result: its finished output.
         lines: for a person.
         to_json: print the manifest and the timing as one JSON object instead.
     """
-    from emloc_core.plugins.manager import plugin_manager
-
-    manifest = read_json(directory / MANIFEST)
-    timing = read_json(directory / TIMING)
-    plugin_manager().notify("emloc_stage_done", stage=stage, output=directory, manifest=manifest)
+    timing = result.timing
     if to_json:
-        print_json({"output": str(directory), **manifest, "timing": timing})
+        print_json({"output": str(result), **result.manifest, "timing": timing})
         return
     for line in lines:
         click.echo(line)
     seconds, peak = timing.get("seconds", 0), timing.get("peak_rss_bytes", 0)
-    click.echo(f"{directory}  ({human_seconds(seconds)}, peak memory {human_bytes(peak)})")
+    click.echo(f"{result}  ({human_seconds(seconds)}, peak memory {human_bytes(peak)})")
 
 
 def print_json(content: dict[str, Any]) -> None:
     """Print JSON on stdout."""
     click.echo(json.dumps(content, indent=2, sort_keys=True))
-
-
-def describe(content: dict[str, Any], to_json: bool) -> None:
-    """Print what a dry run found: as JSON, or a line a fact."""
-    if to_json:
-        print_json(content)
-        return
-    for key, value in content.items():
-        shown = human_bytes(value) if "bytes" in key else value
-        click.echo(f"{key.replace('_', ' ')}: {shown}")

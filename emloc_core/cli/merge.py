@@ -1,12 +1,13 @@
 """``emloc merge``."""
 
-from pathlib import Path
+from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import announce, as_json, describe, dry_run, progress
+from emloc_core.cli.console import as_json, dry_run
 from emloc_core.cli.options import adapter_on_base
-from emloc_core.units import human_bytes
+from emloc_core.cli.stage import run
+from emloc_core.requests import make_request
 
 
 @click.command("merge")
@@ -14,39 +15,9 @@ from emloc_core.units import human_bytes
 @click.option("--allow-uncorrected", is_flag=True, help="Merge an adapter as it was trained on an emulator.")
 @dry_run
 @as_json
-def command(
-    adapter: Path,
-    base: str,
-    output: Path,
-    allow_uncorrected: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    """Fold ADAPTER into the base: an ordinary checkpoint of the original architecture.
+def command(dry_run: bool, as_json: bool, **content: Any) -> None:
+    """Merge ADAPTER into its base: an ordinary checkpoint of the original architecture.
 
     Written shard by shard; tensors without a LoRA keep their bytes, and every tensor keeps its name.
     """
-    from emloc_core.adapters.adapter import Adapter
-    from emloc_core.adapters.merge import Merge
-    from emloc_core.files.checkpoint import open_checkpoint
-
-    job = Merge(
-        Adapter(adapter),
-        open_checkpoint(base),
-        output,
-        allow_uncorrected=allow_uncorrected,
-    )
-    if dry_run:
-        content = {
-            "output": str(output),
-            "linears": len(job.loras) + len(job.untied),
-            "bytes": job.base.nbytes,
-            "shards": len(job.base.shards),
-            "finished": job.output.is_finished(),
-        }
-        describe(content, as_json)
-        return
-    with progress("Merging") as advance:
-        directory = job.run(advance)
-    lines = [f"{len(job.loras) + len(job.untied)} Linears merged into {human_bytes(job.base.nbytes)}"]
-    announce("merge", directory, lines, to_json=as_json)
+    run(make_request("merge", **content), dry_run=dry_run, to_json=as_json)

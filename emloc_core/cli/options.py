@@ -1,16 +1,28 @@
 """Command line options from a model of settings: one option a field, with its default and its description."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import rich_click as click
+from click.core import ParameterSource
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from emloc_core.errors import EmlocError
 from emloc_core.settings import explain
+
+#: Options of training that are not just the setting's name.
+TRAIN_FLAGS = {
+    "learning_rate": "--lr",
+    "lora_rank": "--rank",
+    "lora_alpha": "--alpha",
+    "use_rslora": "--rslora",
+    "lora_dropout": "--dropout",
+    "target_modules": "--target",
+    "extra": "--set",
+}
 
 device = click.option(
     "--device",
@@ -31,7 +43,8 @@ def adapter_on_base(base: str, output: str) -> Callable[..., Any]:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         path = click.Path(path_type=Path)
         function = click.option("-o", "--output", type=path, required=True, help=output)(function)
-        function = click.option("--base", required=True, help=f"{base}: directory or hub id.")(function)
+        named = f"{base}: directory or hub id.  [default: the one that is named by what it was made from]"
+        function = click.option("--base", help=named)(function)
         return click.argument("adapter", type=path)(function)
 
     return decorate
@@ -72,15 +85,38 @@ def options(
     return decorate
 
 
-def validated(model: type[BaseModel], values: dict[str, Any]) -> Any:
-    """Return the settings.
+def given(model: type[BaseModel], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide a command's values into the settings that the user gave, and the rest.
+
+    Args:
+        model: the settings.
+        values: by parameter name.
+
+    Returns:
+        Settings by name, and the rest.
+    """
+    context = click.get_current_context()
+    assert context is not None
+
+    def is_given(name: str) -> bool:
+        return context.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+    settings = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+        if name in model.model_fields and is_given(name)
+    }
+    return settings, {name: value for name, value in values.items() if name not in model.model_fields}
+
+
+def validated(model: type[BaseModel], values: Mapping[str, Any]) -> Any:
+    """Return settings of a command's values.
 
     Raises:
         EmlocError: a value is out of range; names all of them.
     """
-    given = {name: list(value) or None if isinstance(value, tuple) else value for name, value in values.items()}
     try:
-        return model(**given)
+        return model(**given(model, values)[0])
     except ValidationError as error:
         raise EmlocError(explain(error, model), "See --help.") from None
 

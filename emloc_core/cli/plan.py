@@ -10,7 +10,7 @@ import rich_click as click
 from emloc_core.cli.console import as_json, print_json
 from emloc_core.cli.options import options, validated
 from emloc_core.memory.budget import Fit, advice, largest_ratio, no_fit
-from emloc_core.settings import MEMORY_FLAGS, MEMORY_SETTINGS, TrainSettings
+from emloc_core.settings import MEMORY_SETTINGS, TrainSettings
 from emloc_core.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True),
               help="Plan this emulator, instead of the largest that fits.")  # fmt: skip
 @click.option("--data", help="Rows, as of emloc train: the longest says how many tokens a row has.")
-@click.option("--split", default="train", show_default=True, help="Of a hub data set.")
+@click.option("--split", default="train", show_default=True, help="Split of a hub data set.")
 @click.option("--length", "--max-length", "--sequence-length", type=click.IntRange(1),
               help="Tokens a row, those of images included; with --data, where rows are cut.  "
               "[default: 1024]")  # fmt: skip
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
               )  # fmt: skip
 @click.option("--image-size", metavar="WIDTHxHEIGHT", help="Of every image in pixels, for a model that takes any.  "
               "[default: that of the rows, or 448x448]")  # fmt: skip
-@options(TrainSettings, MEMORY_FLAGS, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS))
+@options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS))
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
               help="Whose memory: a GPU's, or this process's.")  # fmt: skip
 @click.option("--figure", type=click.Path(path_type=Path), metavar="FILE", help="Draw the table: png, svg or pdf.")

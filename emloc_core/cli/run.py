@@ -1,5 +1,6 @@
 """``emloc run``."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Run all stages of RECIPE, a TOML file: compress, train, correct, merge, eval.
 
-    A stage is skipped when its output is there and was made from the same inputs; an interrupted one goes on.
+    A stage is skipped when its output is there and was made from the same inputs; an interrupted one resumes.
     """
     from emloc_core.recipe.recipe import load_recipe
-    from emloc_core.recipe.run import fit, run_recipe
+    from emloc_core.recipe.run import run_recipe
 
     if dry_run:
-        _describe(fit(load_recipe(recipe, overrides)), as_json)
+        _describe(load_recipe(recipe, overrides), as_json)
         return
     results = run_recipe(recipe, overrides, announce_stage)
     if as_json:
@@ -39,7 +40,7 @@ def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bo
 
 def announce_stage(index: int, total: int, stage: "Stage") -> None:
     """Say on stderr which stage starts."""
-    click.secho(f"[{index + 1}/{total}] {stage.purpose}: emloc {stage.argv[0]}", bold=True, err=True)
+    click.secho(f"[{index + 1}/{total}] {stage.purpose}: {stage.request.stage}", bold=True, err=True)
 
 
 def show(results: dict, directory: Path) -> None:
@@ -60,7 +61,7 @@ def _describe(recipe: "Recipe", as_json: bool) -> None:
     planned = stages(recipe)
     first = sizes(recipe)
     content = {
-        "stages": [{"name": s.name, "state": s.state, "command": ["emloc", *s.argv]} for s in planned],
+        "stages": [{"name": s.name, "state": s.state, "request": json.loads(s.request.to_json())} for s in planned],
         "base_bytes": first["base_bytes"],
         "emulator_bytes": first["emulator_bytes"],
         "merged_bytes": first["base_bytes"] if recipe.merge else 0,
@@ -70,7 +71,7 @@ def _describe(recipe: "Recipe", as_json: bool) -> None:
         print_json(content)
         return
     for stage in planned:
-        click.echo(f"{stage.name:<11} {stage.state:<12} emloc {' '.join(stage.argv)}")
+        click.echo(f"{stage.name:<11} {stage.state:<12} {stage.request.stage}: {stage.purpose}")
     rows = ", ".join(f"{count} {purpose}" for purpose, count in content["rows"].items())
     click.echo(f"base {human_bytes(content['base_bytes'])}, emulator {human_bytes(content['emulator_bytes'])}, "
                f"merged {human_bytes(content['merged_bytes'])}; rows: {rows}")  # fmt: skip

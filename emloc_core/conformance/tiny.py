@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import Transfer
+from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.conformance.check import Subject
 from emloc_core.conformance.forward import Decomposed, Forward, decompose, observe
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
 from emloc_core.conformance.tuning import Tuned, tune
 from emloc_core.data.tokenize import Sample
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.ranks import Plan, block_paths, find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
@@ -141,7 +141,7 @@ class TinyModel(Subject):
     def emulator(self) -> Path:
         """The emulator, from the samples with images too."""
         settings = CompressSettings(samples=1, selection=0, ratio=RATIO)
-        stage = Compression(self.base, text_rows(self.samples), self.directory / "emulator", settings)
+        stage = Compress(self.base, text_rows(self.samples), self.directory / "emulator", settings)
         stage.samples = list(self.samples)
         return stage.run()
 
@@ -165,7 +165,7 @@ class TinyModel(Subject):
     def corrected(self) -> Path:
         """The LoRA carried over to the base, unclamped."""
         output = self.directory / "corrected"
-        return Transfer(Adapter(self.adapter), self.base, output, CorrectSettings(clamp="none")).run()
+        return Correct(Adapter(self.adapter), self.base, output, CorrectSettings(clamp="none")).run()
 
     @cached_property
     def merged(self) -> Path:

@@ -75,24 +75,35 @@ class Sets:
     tuning: list[Row]
 
 
-def load_rows(source: str, split: str = "train") -> list[Row]:
-    """Read rows from a ``.jsonl``, ``.json`` (an array) or ``.parquet`` file, or from a data set of the hub.
+def load_rows(source: str | Path | Iterable[Any], split: str = "train") -> list[Row]:
+    """Read rows from a ``.jsonl``, ``.json`` (an array) or ``.parquet`` file, a data set of the hub, or from memory.
 
     Columns other than those of the row's form are ignored; where several forms are complete, prompt and completion
     go before messages, and messages before text. All rows must be of one form.
 
     Args:
-        source: path of the file, or id of the data set.
+        source: path of the file, id of the data set, or the rows themselves: mappings, as a ``datasets.Dataset``
+            yields them.
         split: which split of a data set of the hub; files have none.
 
     Raises:
         EmlocError: the source cannot be read, is empty, or a row is not of a known form; names file and row.
     """
+    if not isinstance(source, str | Path):
+        return _of_one_form("the rows", list(_parsed(enumerate(source, start=1), "the rows", Path(), confined=False)))
+    source = str(source)
     directory = Path(source).parent if Path(source).is_file() else Path()
     # What an emulator keeps may have been made by someone else: its images are those that came with it.
     confined = Path(source).name in (CALIBRATION, SELECTION) and (directory / MANIFEST).is_file()
-    rows = [_parse(content, f"{source}, row {number}", number, directory, confined=confined)
-            for number, content in _contents(source, split)]  # fmt: skip
+    return _of_one_form(source, list(_parsed(_contents(source, split), source, directory, confined=confined)))
+
+
+def _parsed(contents: Iterable[tuple[int, Any]], source: str, directory: Path, *, confined: bool) -> Iterator[Row]:
+    for number, content in contents:
+        yield _parse(content, f"{source}, row {number}", number, directory, confined=confined)
+
+
+def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
     if not rows:
         raise EmlocError(f"{source} holds no rows.", _FORMS)
     for row in rows:

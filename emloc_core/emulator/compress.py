@@ -7,14 +7,16 @@ what calibration finds, or spectra are to be kept, the model is decomposed once 
 import hashlib
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from emloc_core.algorithms.allocation import uniform, wants_spectra
-from emloc_core.data.rows import CALIBRATION, SELECTION, Row, draw, write_rows
+from emloc_core.data.rows import CALIBRATION, SELECTION, Row, draw, load_rows, without, write_rows
 from emloc_core.data.tokenize import Processing, Sample, encode, load_processing, model_limit
-from emloc_core.emulator.cut import Cut, cut_blocks
+from emloc_core.emulator.cut import Cut, cut_blocks, describe_emulator
 from emloc_core.emulator.decompose import Decomposition, Progress
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.ranks import Plan, allocated, block_paths, find_linears
@@ -22,16 +24,18 @@ from emloc_core.emulator.sensitivity import PROBES
 from emloc_core.emulator.spectra import KIND, Spectra, SpectraFiles, at_largest_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.output import Output
 from emloc_core.files.shards import remove_damaged, tensor_bytes
+from emloc_core.model.device import choose_device
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.requests import CompressRequest
 from emloc_core.settings import CompressSettings, CutSettings
 
 
-class Compression:
-    """Everything that is settled before weights are read; :meth:`run` makes the emulator.
+class Compress:
+    """Stage 1, checked as far as that is cheap; :meth:`run` makes the emulator.
 
     Args:
         base: the model.
@@ -77,15 +81,24 @@ class Compression:
         processing = load_processing(base.directory, self.family, rows)
         self.samples = self._encode(self.rows.calibration, processing)
         self._encode(self.rows.selection, processing)
+        self._path, self._spectra_path = output, spectra
+
+    @cached_property
+    def output(self) -> Output:
+        """The emulator's directory. The base's files are hashed when it is first asked for."""
         request = {
-            "base": base.fingerprint(output.resolve().parent),
-            "settings": settings.model_dump(),
+            "base": self.base.fingerprint(self._path.resolve().parent),
+            "settings": self.settings.model_dump(),
             "calibration": [row.key for row in self.rows.calibration],
             "tokenized_rows": _digest(self.samples),  # a tokenizer or a chat template may change, and the rows may not
             "selection": [row.key for row in self.rows.selection],
         }
-        self.output = Output(output, "emulator", request, self.skeleton.device.type)
-        self.spectra = self._spectra_output(spectra) if spectra else None
+        return Output(self._path, "emulator", request, self.skeleton.device.type, {"base": self.base.name})
+
+    @cached_property
+    def spectra(self) -> Output | None:
+        """The directory in which spectra are kept; None keeps none."""
+        return self._spectra_output(self._spectra_path) if self._spectra_path else None
 
     @property
     def ranks_by_spectra(self) -> bool:
@@ -96,11 +109,24 @@ class Compression:
         settings = {
             name: value for name, value in self.settings.model_dump().items() if name not in CutSettings.model_fields
         }
-        return Output(path, KIND, {**self.output.request, "settings": settings}, self.skeleton.device.type)
+        request = {**self.output.request, "settings": settings}
+        return Output(path, KIND, request, self.skeleton.device.type, {"base": self.base.name})
 
     def _encode(self, rows: list[Row], processing: Processing) -> list[Sample]:
         limit = model_limit(self.skeleton.model.config)
         return encode(rows, processing, self.settings.max_length, limit, self.skeleton.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what would be made: bytes, the rank of every Linear, rows."""
+        return {
+            **describe_emulator(self.base, self.family, self.plan, self.skeleton, self._path),
+            "calibration_rows": len(self.rows.calibration),
+            "selection_rows": len(self.rows.selection),
+            "tuning_rows": len(self.rows.tuning),
+            "calibration_tokens": self._tokens,
+            "ranks_by_spectra": self.ranks_by_spectra,
+            "finished": self.is_finished(),
+        }
 
     def is_finished(self) -> bool:
         """Say whether the emulator is there already; see ``Output.is_finished``."""
@@ -169,6 +195,18 @@ class Compression:
     @property
     def _tokens(self) -> int:
         return sum(len(sample.input_ids) for sample in self.samples)
+
+
+def prepare(request: CompressRequest) -> Compress:
+    """Return the job of a request whose ratio is settled.
+
+    Raises:
+        EmlocError: from the model, the rows or the settings.
+    """
+    base = open_checkpoint(request.model)
+    rows = without(load_rows(request.data, request.split), request.exclude)
+    device = choose_device(request.device)
+    return Compress(base, rows, request.output, request.settings, request.keep_spectra, device)
 
 
 def _digest(samples: Iterable[Sample]) -> str:

@@ -1,6 +1,8 @@
 """Cuts an emulator of any size from spectra: slices of factors, and everything else as the base has it."""
 
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from emloc_core.data.rows import copy_kept_rows
 from emloc_core.emulator.decompose import Progress
@@ -8,15 +10,17 @@ from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.ranks import Plan, allocated, block_paths, find_linears
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.output import Output
+from emloc_core.family import Family
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.output import Output, made_from
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.requests import CutRequest
 from emloc_core.settings import CutSettings
 
 
 class Cut:
-    """Everything that is settled before factors are read; :meth:`run` writes the emulator.
+    """A cut, checked as far as that is cheap; :meth:`run` writes the emulator.
 
     Args:
         spectra: of ``base``.
@@ -29,26 +33,39 @@ class Cut:
     """
 
     def __init__(self, spectra: Spectra, base: Checkpoint, output: Path, settings: CutSettings) -> None:
-        self.spectra, self.base = spectra, base
-        cache_dir = output.resolve().parent
+        self.spectra, self.base, self.settings, self._path = spectra, base, settings, output
+        self.family = plugin_manager().family_for(base.config)
+        self.skeleton = Skeleton(base, self.family)
+        allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
+        found = spectra.reached(find_linears(self.skeleton.model, self.family))
+        self.plan: Plan = allocated(found, settings.ratio, allocate, spectra.spectrum, settings.allocator)
+
+    @cached_property
+    def output(self) -> Output:
+        """The emulator's directory. The files of base and spectra are hashed when it is first asked for.
+
+        Raises:
+            EmlocError: the spectra are of another base.
+        """
+        spectra, base, cache_dir = self.spectra, self.base, self._path.resolve().parent
         if spectra.base != base.fingerprint(cache_dir):
             raise EmlocError(
                 f"The spectra {spectra.directory} were made from another base than {base.directory}: the fingerprints "
                 "differ.",
                 "Give the base that they were made from, unchanged, or make spectra of this one.",
             )
-        self.family = plugin_manager().family_for(base.config)
-        self.skeleton = Skeleton(base, self.family)
-        allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
-        found = spectra.reached(find_linears(self.skeleton.model, self.family))
-        self.plan: Plan = allocated(found, settings.ratio, allocate, spectra.spectrum, settings.allocator)
         # As of an emulator that compress makes, and which spectra it was cut from.
         request = {
             **spectra.request,
-            "settings": {**spectra.settings, **settings.model_dump()},
+            "settings": {**spectra.settings, **self.settings.model_dump()},
             "spectra": spectra.fingerprint(cache_dir),
         }
-        self.output = Output(output, "emulator", request)
+        return Output(self._path, "emulator", request, inputs={"base": base.name})
+
+    def describe(self) -> dict[str, Any]:
+        """Return what would be made: bytes, and the rank of every Linear."""
+        known = describe_emulator(self.base, self.family, self.plan, self.skeleton, self._path)
+        return {**known, "finished": self.output.is_finished()}
 
     def run(self, progress: Progress = lambda *_: None) -> Path:
         """Write the emulator, or go on with what an interrupted run left.
@@ -64,6 +81,32 @@ class Cut:
             copy_kept_rows(self.spectra.directory, staging)
             self.output.result = {"family": self.family.name, **files.finish(self.spectra.tokens)}
         return self.output.path
+
+
+def prepare(request: CutRequest) -> Cut:
+    """Return the job of a request.
+
+    Raises:
+        EmlocError: from the spectra, the base or the settings.
+    """
+    spectra = Spectra(request.spectra)
+    base = open_checkpoint(request.base or made_from(request.spectra, "base"))
+    return Cut(spectra, base, request.output, request.settings)
+
+
+def describe_emulator(base: Checkpoint, family: Family, plan: Plan, skeleton: Skeleton, output: Path) -> dict[str, Any]:
+    """Return what is known of an emulator before it is made, as JSON values."""
+    before, after = plan.parameters()
+    return {
+        "output": str(output),
+        "family": family.name,
+        "base": str(base.directory),
+        "base_bytes": base.nbytes,
+        "emulator_bytes": base.nbytes - (before - after) * skeleton.dtype.itemsize,
+        "linears": [linear.describe() for linear in plan.linears],
+        "kept_dense": [vars(kept) for kept in plan.kept],
+        "summary": plan.lines(),
+    }
 
 
 def cut_blocks(spectra: Spectra, files: EmulatorFiles, progress: Progress) -> None:

@@ -1,46 +1,35 @@
 """Compares systems (base, emulator, base with an adapter, ...) on the same tasks with lm-eval, one table for all.
 
-Each system runs in a process of its own, so that the peak memory shown is its own and all of it is given back. What
-is published: ``results.json``, ``table.md`` and ``samples.jsonl``, a few rows of what each system wrote.
+Each system runs in a process of its own, so that the peak memory shown is its own and all of it is given back.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.evaluation.system import USER_ERROR
 from emloc_core.evaluation.tasks import TaskSpec, find_task
+from emloc_core.files.checkpoint import open_checkpoint
 from emloc_core.files.output import Output, read_json, read_manifest, write_json
+from emloc_core.process import ProcessDiedError, call
 from emloc_core.report.table import COSTS, ORDER
+from emloc_core.requests import EvaluateRequest, System
 
 RESULTS, TABLE, SAMPLES = "results.json", "table.md", "samples.jsonl"
 _NAME = re.compile(r"[A-Za-z0-9][\w+.-]*")
 
 
-@dataclass(frozen=True)
-class System:
-    """What is evaluated: a model directory (base, emulator, merged), alone or with a PEFT adapter on it."""
-
-    name: str
-    model: Path
-    adapter: Path | None = None
-
-
 def canonical_systems(
-    base: Path | None = None,
-    emulator: Path | None = None,
+    base: str | None = None,
+    emulator: str | None = None,
     adapter: Path | None = None,
     corrected: Path | None = None,
-    merged: Path | None = None,
+    merged: str | None = None,
     full_lora: Path | None = None,
 ) -> list[System]:
     """Return the systems that can be made of what there is, in the order of the table.
@@ -48,12 +37,12 @@ def canonical_systems(
     Raises:
         EmlocError: an adapter is given without the model that it goes on.
     """
-    for option, value in (("--corrected", corrected), ("--full-lora", full_lora)):
+    for option, value in (("corrected", corrected), ("full-lora", full_lora)):
         if value is not None and base is None:
-            raise EmlocError(f"{option} {value} goes on the base model, which is not given.", "Add --base.")
+            raise EmlocError(f"--{option} {value} goes on the base model, which is not given.", "Add --base.")
     if adapter is not None and base is None and emulator is None:
         raise EmlocError(f"--adapter {adapter} needs a model to go on.", "Add --emulator, --base or both.")
-    found: dict[str, tuple[Path | None, Path | None]] = {
+    found: dict[str, tuple[str | None, Path | None]] = {
         "base": (base, None),
         "emulator": (emulator, None),
         "emulator+lora": (emulator if adapter else None, adapter),
@@ -63,16 +52,16 @@ def canonical_systems(
         "full_lora": (base if full_lora else None, full_lora),
     }
     ordered = [(name, *found[name]) for name in ORDER]
-    return [System(name, model, lora) for name, model, lora in ordered if model is not None]
+    return [System(name=name, model=model, adapter=lora) for name, model, lora in ordered if model is not None]
 
 
-def check_adapters(systems: Sequence[System], cache_dir: Path) -> None:
+def _check_adapters(systems: Sequence[System], cache_dir: Path) -> None:
     """Refuse adapters that do not belong where :func:`canonical_systems` puts them.
 
     An adapter that EMLoC wrote knows the fingerprint of its model; another is only looked at for its correction.
 
     Args:
-        systems: what :func:`canonical_systems` returned.
+        systems: of any names; those of :func:`canonical_systems` are checked.
         cache_dir: where hashes of the models' files are cached.
 
     Raises:
@@ -83,7 +72,7 @@ def check_adapters(systems: Sequence[System], cache_dir: Path) -> None:
     from emloc_core.files.checkpoint import Checkpoint
 
     for system in systems:
-        if system.adapter is None:
+        if system.adapter is None or system.name not in ORDER:
             continue
         corrected = system.name == "base+corrected"
         if system.name != "full_lora" and Adapter(system.adapter).is_corrected != corrected:
@@ -103,83 +92,118 @@ def check_adapters(systems: Sequence[System], cache_dir: Path) -> None:
             )
 
 
-def evaluate(
-    systems: Sequence[System],
-    tasks: Sequence[str],
-    output: Path,
-    *,
-    limit: int | None = None,
-    batch_size: int = 8,
-    chat: bool | None = None,
-    seed: int = 0,
-    progress: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Evaluate systems on tasks and publish the comparison in ``output``.
+class Evaluate:
+    """A comparison, checked as far as that is cheap; :meth:`run` publishes it.
 
-    The same call again returns what is there; after an interruption, systems that are done are not evaluated again.
+    What is published: ``results.json`` with
 
-    Args:
-        systems: what to compare.
-        tasks: paths of task files in lm-eval's YAML, or names of its bundled tasks (their data come from the hub).
-        output: directory to make.
-        limit: take the first so many rows of every task.
-        batch_size: rows a batch.
-        chat: whether prompts go through the chat template; None: where a task's rows are conversations.
-        seed: of Python, numpy, torch and the choice of few-shot examples.
-        progress: is told a line before each system.
+    - ``systems``: name -> metrics by name, ``seconds`` and ``peak_bytes``. ``nll`` is the mean loss per token in nats,
+      of tasks of a log-likelihood; a metric that two tasks have is ``TASK.METRIC``;
+    - ``stderr``: name -> metric -> standard error over the rows;
+    - ``metrics``: name -> ``task``, ``higher_is_better``;
+    - ``tasks``: name -> ``output_type``, ``rows``;
 
-    Returns:
-        ``systems``: name -> metrics by name, ``seconds`` and ``peak_bytes``, in the given order. ``nll`` is the mean
-        loss a token in nats, of tasks of a log-likelihood; a metric that two tasks have is ``TASK.METRIC``.
-        ``stderr``: name -> metric -> standard error over the rows. ``metrics``: name -> ``task``,
-        ``higher_is_better``. ``tasks``: name -> ``output_type``, ``rows``.
+    ``table.md``, and ``samples.jsonl``, a few rows of what each system wrote.
 
     Raises:
         EmlocError: systems, tasks, data or the output directory are not as they must be; names which.
     """
-    settings = {"limit": limit, "batch_size": batch_size, "chat": chat, "seed": seed}
-    specs = _specs(tasks, output.parent)
-    request = {**_request(systems, specs, output.parent), **settings}
-    published = Output(output, "evaluation", request)
-    if published.is_finished():
-        return _read(output, systems)
-    with published.build() as staging:
-        parts = {}
-        for number, system in enumerate(systems, start=1):
-            result = staging / f".{system.name}.json"
-            if not result.exists():
-                if progress:
-                    progress(f"{system.name} ({number} of {len(systems)})")
-                _run(system, specs, settings, result)
-            parts[system.name] = read_json(result)
-        results = _combine(parts)
-        _publish(staging, results, parts)
-        published.result = {
-            name: {metric: value for metric, value in row.items() if metric not in COSTS}
-            for name, row in results["systems"].items()
+
+    def __init__(self, request: EvaluateRequest) -> None:
+        self.request = request
+        with TemporaryDirectory() as cache_dir:  # nothing is written, not even hashes beside the output
+            self._specs = _specs(request.tasks, Path(cache_dir))
+        self.systems = [_local(system) for system in request.systems]
+        _check(self.systems, self._specs)
+
+    @cached_property
+    def output(self) -> Output:
+        """The comparison's directory. The files of all systems are hashed when it is first asked for."""
+        request, cache_dir = self.request, self.request.output.resolve().parent
+        _check_adapters(self.systems, cache_dir)
+        content = _content(self.systems, self._specs, cache_dir)
+        return Output(request.output, "evaluation", {**content, **self._settings})
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return self.request.model_dump(include={"limit", "batch_size", "chat", "seed"})
+
+    def describe(self) -> dict[str, Any]:
+        """Return what would be compared, on what."""
+        with TemporaryDirectory() as cache_dir:
+            _check_adapters(self.systems, Path(cache_dir))
+        return {
+            "systems": {
+                system.name: {"model": system.model, "adapter": str(system.adapter) if system.adapter else None}
+                for system in self.systems
+            },
+            "tasks": {spec.name: str(spec.path or "lm-eval") for spec in self._specs},
         }
-        published.timing["systems"] = {
-            name: {cost: row[cost] for cost in COSTS} for name, row in results["systems"].items()
+
+    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+        """Evaluate the systems, each in a process of its own. Those that an interrupted run has finished are kept.
+
+        Args:
+            progress: called with a system's name, how many are done, and how many there are.
+        """
+        if self.output.is_finished():
+            return self.output.path
+        systems = self.systems
+        with self.output.build() as staging:
+            parts = {}
+            for number, system in enumerate(systems):
+                result = staging / f".{system.name}.json"
+                progress(system.name, number, len(systems))
+                if not result.exists():
+                    write_json(result, self._evaluate(system, staging))
+                parts[system.name] = read_json(result)
+            progress("", len(systems), len(systems))
+            results = _combine(parts)
+            _publish(staging, results, parts)
+            self.output.result = {
+                name: {metric: value for metric, value in row.items() if metric not in COSTS}
+                for name, row in results["systems"].items()
+            }
+            self.output.timing["systems"] = {
+                name: {cost: row[cost] for cost in COSTS} for name, row in results["systems"].items()
+            }
+        return self.output.path
+
+    def _evaluate(self, system: System, staging: Path) -> dict[str, Any]:
+        log = staging / f".{system.name}.log"
+        arguments = {
+            "model": str(Path(system.model).resolve()),
+            "adapter": str(system.adapter.resolve()) if system.adapter else None,
+            "tasks": [{"name": spec.name, "path": str(spec.path) if spec.path else None} for spec in self._specs],
+            "settings": self._settings,
         }
-    return _read(output, systems)
+        try:
+            (result,) = call("emloc_core.evaluation.system:evaluate_system", arguments, log=log)
+        except ProcessDiedError as error:
+            lines = log.read_text("utf-8", errors="replace").strip().splitlines()
+            died = f"it was killed by signal {-error.code}, as when memory runs out"
+            reason = died if error.code < 0 else (lines or ["no word of why"])[-1]
+            raise EmlocError(
+                f"Evaluating the system {system.name} failed: {reason} (all that it said: {log}).",
+                "Run the same command again: the systems that are done are kept.",
+                resumable=True,
+            ) from None
+        except EmlocError as error:
+            done = any(staging.glob(".*.json"))  # other systems' results are not lost for this one's fault
+            raise EmlocError(f"The system {system.name} cannot be evaluated: {error}", resumable=done) from None
+        log.unlink(missing_ok=True)
+        found: dict[str, Any] = result
+        return found
 
 
-def plan(systems: Sequence[System], tasks: Sequence[str]) -> dict[str, Any]:
-    """Check everything that :func:`evaluate` needs, and return what it would do. Writes nothing.
+def prepare(request: EvaluateRequest) -> Evaluate:
+    """Return the job of a request."""
+    return Evaluate(request)
 
-    Raises:
-        EmlocError: as :func:`evaluate`.
-    """
-    with TemporaryDirectory() as cache_dir:
-        specs = _specs(tasks, Path(cache_dir))
-    _check(systems, specs)
-    return {
-        "systems": {
-            system.name: {"model": str(system.model), "adapter": str(system.adapter) if system.adapter else None}
-            for system in systems
-        },
-        "tasks": {spec.name: str(spec.path or "lm-eval") for spec in specs},
-    }
+
+def _local(system: System) -> System:
+    """Return the system with its model as a directory."""
+    return system.model_copy(update={"model": str(open_checkpoint(system.model).directory)})
 
 
 def _specs(tasks: Sequence[str], cache_dir: Path) -> list[TaskSpec]:
@@ -218,11 +242,10 @@ def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
             raise EmlocError(f"{system.adapter} has no {CONFIG}.", "Give the directory of a PEFT adapter.")
 
 
-def _request(systems: Sequence[System], specs: Sequence[TaskSpec], cache_dir: Path) -> dict[str, Any]:
+def _content(systems: Sequence[System], specs: Sequence[TaskSpec], cache_dir: Path) -> dict[str, Any]:
     from emloc_core.adapters.adapter import fingerprint
     from emloc_core.files.checkpoint import Checkpoint
 
-    _check(systems, specs)
     described = {
         system.name: {
             "model": Checkpoint(system.model).fingerprint(cache_dir),
@@ -231,45 +254,6 @@ def _request(systems: Sequence[System], specs: Sequence[TaskSpec], cache_dir: Pa
         for system in systems
     }
     return {"systems": described, "tasks": {spec.name: spec.digest for spec in specs}, "lm-eval": version("lm-eval")}
-
-
-def _run(system: System, specs: Sequence[TaskSpec], settings: Mapping[str, Any], result: Path) -> None:
-    """Evaluate one system in a process of its own; it writes ``result``."""
-    job = result.with_suffix(".job")
-    write_json(
-        job,
-        {
-            "model": str(system.model.resolve()),
-            "adapter": str(system.adapter.resolve()) if system.adapter else None,
-            "tasks": [{"name": spec.name, "path": str(spec.path) if spec.path else None} for spec in specs],
-            "settings": dict(settings),
-            "result": str(result.resolve()),
-        },
-    )
-    environment = {
-        "OMP_WAIT_POLICY": "passive",
-        "GOMP_SPINCOUNT": "10000",
-        "TOKENIZERS_PARALLELISM": "false",
-        **os.environ,
-    }
-    log = result.with_suffix(".log")
-    with log.open("wb") as stream:
-        command = [sys.executable, "-m", "emloc_core.evaluation.system", str(job)]
-        code = subprocess.run(command, env=environment, stdout=stream, stderr=stream, check=False).returncode
-    lines = log.read_text("utf-8", errors="replace").strip().splitlines()
-    last = lines[-1] if lines else "no word of why"
-    job.unlink()
-    if code not in (0, USER_ERROR) or (code == 0 and not result.exists()):
-        reason = f"it was killed by signal {-code}, as when memory runs out" if code < 0 else last
-        raise EmlocError(
-            f"Evaluating the system {system.name} failed: {reason} (all that it said: {log}).",
-            "Run the same command again: the systems that are done are kept.",
-            resumable=True,
-        )
-    log.unlink()
-    if code == USER_ERROR:
-        done = any(result.parent.glob(".*.json"))  # other systems' results are not lost for this one's fault
-        raise EmlocError(f"The system {system.name} cannot be evaluated: {last}", resumable=done)
 
 
 def _combine(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -307,7 +291,8 @@ def _publish(staging: Path, results: dict[str, Any], parts: Mapping[str, Mapping
         (staging / f".{name}.json").unlink()
 
 
-def _read(output: Path, systems: Sequence[System]) -> dict[str, Any]:
-    """Read the published results and put the systems into the given order, which the file does not keep."""
+def read_results(output: Path, order: Sequence[str] = ORDER) -> dict[str, Any]:
+    """Return a comparison's ``results.json``, with the systems in an order, which the file does not keep."""
     results = read_json(output / RESULTS)
-    return {**results, "systems": {system.name: results["systems"][system.name] for system in systems}}
+    names = [*(name for name in order if name in results["systems"]), *sorted(set(results["systems"]) - set(order))]
+    return {**results, "systems": {name: results["systems"][name] for name in names}}

@@ -1,11 +1,6 @@
-"""Evaluates one system in this process: ``python -m emloc_core.evaluation.system JOB``, as ``evaluate`` runs it.
-
-One system a process, so that its peak memory is its own. The job is a JSON file that says what to do and where the
-result goes. Exit code 2 and one line on stderr: the user can mend it.
-"""
+"""Evaluates one system with lm-eval, in this process."""
 
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,11 +10,9 @@ from emloc_core.errors import EmlocError, first_line
 from emloc_core.evaluation.images import shows_pictures
 from emloc_core.evaluation.tasks import TaskSpec, is_conversational, load_task
 from emloc_core.files.meter import Meter
-from emloc_core.files.output import read_json, write_json
 
 #: How many rows of each task of generation are kept for a person to read.
 SAMPLES = 6
-USER_ERROR = 2
 
 
 def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> tuple[Any, Any]:
@@ -231,28 +224,32 @@ def _sample(task: str, row: dict[str, Any]) -> dict[str, Any]:
     return {"task": task, "row": row["doc_id"], "prompt": prompt, "expected": str(row["target"]), "written": written}
 
 
-def main(job_file: str) -> int:
-    """Do the job that ``job_file`` describes, and return the exit code."""
+def evaluate_system(
+    model: str, adapter: str | None, tasks: list[dict[str, str | None]], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluate one system; called in a process of its own, so that its peak memory is its own.
+
+    Args:
+        model: directory.
+        adapter: directory of a PEFT adapter, if there is one.
+        tasks: ``name`` and ``path`` of each; no path for a bundled task.
+        settings: of :func:`run_tasks`.
+
+    Returns:
+        What :func:`run_tasks` found, ``seconds`` and ``peak_bytes``.
+
+    Raises:
+        EmlocError: model, adapter or tasks are not as they must be.
+    """
     import logging
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    job = read_json(Path(job_file))
     meter = Meter()
-    adapter = Path(job["adapter"]) if job["adapter"] else None
-    try:
-        specs = [TaskSpec(task["name"], Path(task["path"]) if task["path"] else None) for task in job["tasks"]]
-        tasks = [task for spec in specs for task in load_task(spec)]
-        model, processing = load_system(Path(job["model"]), adapter, images=any(map(shows_pictures, tasks)))
-        result = run_tasks(model, processing, tasks, **job["settings"])
-    except EmlocError as error:
-        sys.stderr.write(f"\n{error}\n")
-        return USER_ERROR
+    specs = [TaskSpec(str(task["name"]), Path(task["path"]) if task["path"] else None) for task in tasks]
+    loaded = [task for spec in specs for task in load_task(spec)]
+    system = load_system(Path(model), Path(adapter) if adapter else None, images=any(map(shows_pictures, loaded)))
+    result: dict[str, Any] = run_tasks(*system, loaded, **settings)
     reading = meter.read()
     result["seconds"] = reading["seconds"]
     result["peak_bytes"] = reading.get("peak_cuda_bytes", reading["peak_rss_bytes"])
-    write_json(Path(job["result"]), result)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    return result

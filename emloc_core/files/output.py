@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -135,6 +135,23 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def made_from(directory: Path, role: str) -> str:
+    """Return the path or hub id of what a finished directory was made from.
+
+    Args:
+        directory: an output of EMLoC.
+        role: ``base``, ``model``, ``emulator`` or ``adapter``.
+
+    Raises:
+        EmlocError: its manifest does not say.
+    """
+    found = (read_manifest(directory) or {}).get("inputs", {})
+    if not isinstance(found, dict) or not isinstance(found.get(role), str):
+        raise EmlocError(f"{directory} does not say what its {role} is.", f"Give the {role}.")
+    name: str = found[role]
+    return name
+
+
 class Output:
     """A directory that one stage makes.
 
@@ -143,16 +160,26 @@ class Output:
         kind: what it holds: ``emulator``, ``adapter``, ``corrected-adapter``, ``checkpoint``, ``evaluation``.
         request: everything that determines the content: settings, and fingerprints of the inputs. JSON values only.
         device: the kind of device that computes it: what one kind has begun, another does not continue.
+        inputs: what it is made from, by role: ``base``, say -> its path or hub id. Not part of the request: an input
+            that was moved is the same input.
 
     Use :meth:`is_finished` first, then :meth:`build`.
     """
 
-    def __init__(self, path: str | Path, kind: str, request: dict[str, Any], device: str = "cpu") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        kind: str,
+        request: dict[str, Any],
+        device: str = "cpu",
+        inputs: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = Path(path)
         if not self.path.name or self.path.name == "..":
             raise EmlocError(f"{path} is no name for a new directory.", "Give one, such as ./emulator.")
         self.kind = kind
         self.request = json.loads(json.dumps(request))
+        self._inputs = dict(inputs or {})
         self._versions = {**versions(), "device": device}
         self._workspace = Workspace(self.path)
         self.staging = self._workspace.content
@@ -251,7 +278,13 @@ class Output:
 
     def _publish(self) -> None:
         """Make the content durable, and then give it its name, in one step; only then forget what it was made from."""
-        manifest = {"kind": self.kind, "request": self.request, "result": self.result, "versions": self._versions}
+        manifest = {
+            "kind": self.kind,
+            "inputs": self._inputs,
+            "request": self.request,
+            "result": self.result,
+            "versions": self._versions,
+        }
         write_json(self.staging / MANIFEST, manifest)
         write_json(self.staging / TIMING, self.timing)
         for path in list(self.staging.rglob(".*")):

@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import click
+
 from emloc_core.errors import EmlocError
-from emloc_core.units import human_bytes
+from emloc_core.requests import CompressRequest
+from emloc_core.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from emloc_core.memory.model import MemoryModel, Need
@@ -70,6 +73,32 @@ def require_fit(model: "MemoryModel", budget: int) -> Fit:
     if fit is None:
         raise no_fit(budget, list(advice(model, budget)))
     return fit
+
+
+def fitted(request: CompressRequest) -> CompressRequest:
+    """Return the request with the ratio that its memory asks for, for the longest of its rows on a GPU.
+
+    Raises:
+        EmlocError: no emulator's tuning fits, and what would; or the model cannot be planned.
+    """
+    if request.memory is None:
+        return request
+    from emloc_core.files.checkpoint import open_checkpoint
+    from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.workload import make_workload
+
+    budget = parse_bytes(request.memory)
+    config = open_checkpoint(request.model).directory / "config.json"
+    length = request.settings.max_length or request.tuning.max_length
+    workload = make_workload(config, request.tuning, length=length, data=request.data, split=request.split)
+    fit = require_fit(MemoryModel(config, workload), budget)
+    click.echo(
+        f"ratio {fit.ratio:g}: tuning with {workload.batch_size} rows x {workload.length} tokens needs "
+        f"{human_bytes(fit.need.total)} of {human_bytes(budget)}",
+        err=True,
+    )
+    settings = request.settings.model_copy(update={"ratio": fit.ratio})
+    return request.model_copy(update={"memory": None, "settings": settings})
 
 
 def no_fit(budget: int, advised: list[str]) -> EmlocError:

@@ -12,6 +12,7 @@ from emloc_core.files.pretrained import load_config
 from emloc_core.memory.model import Workload
 from emloc_core.model.image_shape import image_shape
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.requests import Rows
 from emloc_core.settings import TrainSettings
 
 #: Where TRL's ``SFTConfig`` cuts rows by default.
@@ -26,7 +27,7 @@ def make_workload(
     length: int | None = None,
     images: int | None = None,
     image_size: tuple[int, int] | None = None,
-    data: str | None = None,
+    data: Rows | None = None,
     split: str = "train",
 ) -> Workload:
     """Return the workload to plan for.

@@ -7,13 +7,14 @@ that are split, one is in memory at a time.
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from emloc_core.errors import EmlocError, first_line
-from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, hash_files
+from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, hash_files, open_checkpoint
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.output import Output, write_json
 from emloc_core.files.pretrained import make_config
@@ -21,6 +22,7 @@ from emloc_core.files.shards import ShardWriter
 from emloc_core.layout import Split
 from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.requests import ImportRequest
 
 Shape = tuple[int, ...]
 
@@ -34,7 +36,7 @@ class _Place:
 
 
 class Import:
-    """Everything that is settled before weights are read; :meth:`run` writes the native checkpoint.
+    """An import, checked as far as that is cheap; :meth:`run` writes the native checkpoint.
 
     Args:
         source: a checkpoint in a layout that an installed plugin reads.
@@ -59,13 +61,31 @@ class Import:
         self._files = self.layout.files(source.config, source.directory)
         self._places = {key: self._place(tensor) for key, tensor in source.tensors.items()}
         self._require_model()
-        cache_dir = output.resolve().parent
+        self._path = output
+
+    @cached_property
+    def output(self) -> Output:
+        """The checkpoint's directory. The source's files are hashed when it is first asked for."""
+        source, cache_dir = self.source, self._path.resolve().parent
         request = {
             "source": source.fingerprint(cache_dir),
             "files": hash_files(source.side_files(), cache_dir),
             "layout": self.layout.name,
         }
-        self.output = Output(output, "checkpoint", request)
+        return Output(self._path, "checkpoint", request, inputs={"source": source.name})
+
+    def describe(self) -> dict[str, Any]:
+        """Return what would be written."""
+        return {
+            "output": str(self._path),
+            "layout": self.layout.name,
+            "model_type": self.config["model_type"],
+            "tensors": len(self.source.tensors),
+            "split": self.splits,
+            "bytes": self.source.nbytes,
+            "shards": len(self.source.shards),
+            "finished": self.output.is_finished(),
+        }
 
     @property
     def splits(self) -> int:
@@ -115,7 +135,7 @@ class Import:
             raise EmlocError(f"{self.source.directory} lacks what {len(missing)} tensors come from: {named}.", remedy)
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Write the native checkpoint, or go on with what an interrupted run left.
+        """Write the native checkpoint, or resume what an interrupted run left.
 
         Args:
             progress: called with a shard's name, how many shards are done, and how many there are.
@@ -131,7 +151,7 @@ class Import:
             self._write_index(staging)
             self._write_side_files(staging)
             self.output.result = {
-                "source": self.source.name,
+                "layout": self.layout.name,
                 "model_type": self.config["model_type"],
                 "tensors": sum(len(place.shapes) for place in self._places.values()),
                 "split": self.splits,
@@ -199,3 +219,12 @@ def native_tensors(config: Mapping[str, Any]) -> tuple[dict[str, Shape], dict[st
         ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return shapes, dict(getattr(model, "all_tied_weights_keys", {}) or {})
+
+
+def prepare(request: ImportRequest) -> Import:
+    """Return the job of a request.
+
+    Raises:
+        EmlocError: from the source or its layout.
+    """
+    return Import(open_checkpoint(request.source), request.output)

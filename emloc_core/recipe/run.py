@@ -1,41 +1,54 @@
 """Runs a recipe: every stage in a process of its own, so that its memory is given back and its peak is its own.
 
-A stage whose output is there already, made from the same inputs, says so and ends; an interrupted one goes on.
+A stage whose output is there already, made from the same inputs, says so and ends; an interrupted one resumes.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST, TIMING, read_json, write_json
 from emloc_core.files.workspace import Workspace
+from emloc_core.process import call
 from emloc_core.recipe.recipe import Recipe, load_recipe
-from emloc_core.settings import FLAGS, MEMORY_FLAGS, MEMORY_SETTINGS, TrainSettings
+from emloc_core.requests import (
+    CompressRequest,
+    CorrectRequest,
+    EvaluateRequest,
+    MergeRequest,
+    Request,
+    System,
+    TrainRequest,
+)
+
+#: What runs a stage, and what describes one, in a process of its own.
+PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.cli.stage:describe"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a recipe.
+    """One stage of a recipe.
 
     Attributes:
-        name: of its output directory.
         purpose: one line for a person.
-        argv: the command line after ``emloc``.
-        output: the directory that it makes.
+        request: what is asked of it.
     """
 
-    name: str
     purpose: str
-    argv: tuple[str, ...]
-    output: Path
+    request: Request
+
+    @property
+    def output(self) -> Path:
+        """The directory that it makes."""
+        return self.request.output
+
+    @property
+    def name(self) -> str:
+        """The name of that directory."""
+        return self.output.name
 
     @property
     def state(self) -> str:
@@ -45,81 +58,68 @@ class Stage:
         return "interrupted" if Workspace(self.output).is_started else "to do"
 
 
-def arguments(settings: BaseModel, short: dict[str, str] | None = None) -> list[str]:
-    """Return the command line options that give ``settings``; values that are the default are left out."""
-    found: list[str] = []
-    for name, field in type(settings).model_fields.items():
-        value = getattr(settings, name)
-        if value == field.get_default(call_default_factory=True):
-            continue
-        flag = (short or {}).get(name, f"--{name.replace('_', '-')}")
-        if isinstance(value, bool):
-            found.append(flag if value else f"--no-{flag.removeprefix('--')}")
-        elif isinstance(value, dict):
-            found += [text for key, entry in value.items() for text in (flag, f"{key}={json.dumps(entry)}")]
-        elif isinstance(value, list):
-            found += [text for entry in value for text in (flag, str(entry))]
-        else:
-            found += [flag, str(value)]
-    return found
-
-
 def stages(recipe: Recipe) -> list[Stage]:
-    """Return the commands of a recipe, in order."""
+    """Return the stages of a recipe, in order."""
     root = Path(recipe.output)
-    base, data = recipe.model.base, recipe.data
+    base, data, memory = recipe.model.base, recipe.data, recipe.model.memory
     emulator, adapter, corrected, merged, full = (
         root / name for name in ("emulator", "adapter", "corrected", "merged", "full_lora")
     )
-    draw_from = ["--split", data.split, *(text for test in data.test for text in ("--exclude", test))]
-    rows = ["--data", data.train, *draw_from]
-    calibration = ["--data", data.calibration or data.train, *draw_from]
-    tuning = arguments(recipe.train, FLAGS)
-    held_out = [text for name in (CALIBRATION, SELECTION) for text in ("--exclude", str(emulator / name))]
+    test = tuple(map(Path, data.test))
+    sizing = {"memory": memory, "tuning": recipe.train} if memory else {}
 
-    def stage(purpose: str, output: Path, command: str, *argv: str | Path) -> Stage:
-        return Stage(output.name, purpose, (command, *map(str, argv), "-o", str(output)), output)
+    def train(model: str, output: Path, exclude: tuple[Path, ...] = test) -> TrainRequest:
+        return TrainRequest(
+            model=model, data=data.train, split=data.split, exclude=exclude, output=output, settings=recipe.train
+        )
 
+    compress = CompressRequest(
+        model=base,
+        data=data.calibration or data.train,
+        split=data.split,
+        exclude=test,
+        output=emulator,
+        settings=recipe.compress,
+        **sizing,
+    )
+    correct = CorrectRequest(adapter=adapter, base=base, emulator=emulator, output=corrected, settings=recipe.correct)
     found = [
-        stage("make the emulator", emulator, "compress", base, *calibration, *arguments(recipe.compress)),
-        stage("tune a LoRA on the emulator", adapter, "train", emulator, *rows, *tuning),
-        stage("carry it over to the base", corrected, "correct", adapter, "--base", base,
-              "--emulator", emulator, *arguments(recipe.correct)),
-    ]  # fmt: skip
+        Stage("make the emulator", compress),
+        Stage("tune a LoRA on the emulator", train(str(emulator), adapter)),
+        Stage("correct it for the base", correct),
+    ]
     if recipe.merge:
-        found.append(stage("fold it into the base", merged, "merge", corrected, "--base", base))
+        found.append(Stage("merge it into the base", MergeRequest(adapter=corrected, base=base, output=merged)))
     if recipe.eval is None:
         return found
-    systems: list[str | Path] = ["--base", base, "--emulator", emulator, "--adapter", adapter, "--corrected", corrected]
-    if recipe.merge:
-        systems += ["--merged", merged]
     if recipe.eval.full_lora:
-        found.append(stage("tune the base itself, the upper bound", full, "train", base, *rows, *tuning, *held_out))
-        systems += ["--full-lora", full]
-    sizes = ["--batch-size", str(recipe.eval.batch_size)]
-    if recipe.eval.limit:
-        sizes += ["--limit", str(recipe.eval.limit)]
-    evaluation = root / "evaluation"
-    found.append(stage("compare all of them", evaluation, "eval", *recipe.eval.tasks, *systems, *sizes))
-    return found
+        held_out = (*test, emulator / CALIBRATION, emulator / SELECTION)
+        found.append(Stage("tune the base itself, the upper bound", train(base, full, held_out)))
+    evaluate = EvaluateRequest(
+        systems=_systems(recipe, {stage.name: stage.output for stage in found}),
+        tasks=tuple(recipe.eval.tasks),
+        output=root / "evaluation",
+        limit=recipe.eval.limit,
+        batch_size=recipe.eval.batch_size,
+    )
+    return [*found, Stage("compare all of them", evaluate)]
 
 
-def fit(recipe: Recipe) -> Recipe:
-    """Return the recipe with the ratio that its ``model.memory``, where it has one, asks for, by ``emloc plan``.
-
-    Raises:
-        EmlocError: no emulator's tuning fits, and what would; or the model cannot be planned.
-    """
-    if recipe.model.memory is None:
-        return recipe
-    data, train = recipe.data, recipe.train
-    argv = ["plan", recipe.model.base, "--memory", recipe.model.memory, "--data", data.train, "--split", data.split]
-    if train.max_length:
-        argv += ["--max-length", str(train.max_length)]
-    ratio = _ask(*argv, *arguments(TrainSettings(**train.model_dump(include=set(MEMORY_SETTINGS))), MEMORY_FLAGS))[
-        "ratio"
+def _systems(recipe: Recipe, outputs: dict[str, Path]) -> tuple[System, ...]:
+    """Return what is compared: the models and adapters that the recipe makes, in the table's order."""
+    base, emulator, adapter = recipe.model.base, str(outputs["emulator"]), outputs["adapter"]
+    found = [
+        System(name="base", model=base),
+        System(name="emulator", model=emulator),
+        System(name="emulator+lora", model=emulator, adapter=adapter),
+        System(name="base+uncorrected", model=base, adapter=adapter),
+        System(name="base+corrected", model=base, adapter=outputs["corrected"]),
     ]
-    return recipe.model_copy(update={"compress": recipe.compress.model_copy(update={"ratio": ratio})})
+    if "merged" in outputs:
+        found.append(System(name="merged", model=str(outputs["merged"])))
+    if "full_lora" in outputs:
+        found.append(System(name="full_lora", model=base, adapter=outputs["full_lora"]))
+    return tuple(found)
 
 
 def run_recipe(
@@ -128,21 +128,19 @@ def run_recipe(
     """Run all stages of the recipe at ``path``; return what :func:`summarise` wrote.
 
     Raises:
-        EmlocError: from the recipe, or a stage failed; it has said why on stderr.
+        EmlocError: from the recipe, or from a stage, which is named; the stages before it are kept.
     """
-    recipe = fit(load_recipe(path, overrides))
+    recipe = load_recipe(path, overrides)
     planned = stages(recipe)
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
     for index, stage in enumerate(planned):
         announce(index, len(planned), stage)
-        code = subprocess.run(
-            [sys.executable, "-m", "emloc_core", *stage.argv], stdout=sys.stderr, check=False
-        ).returncode
-        if code:
+        try:
+            list(call(PERFORM, {"request": stage.request.to_json()}))
+        except EmlocError as error:
             raise EmlocError(
-                f"The stage '{stage.name}' failed (exit code {code}); the stages before it are kept.",
-                "Mend what it says above, and run the same command again.",
-            )
+                f"The stage '{stage.name}' failed: {error}", "The stages before it are kept.", resumable=True
+            ) from None
     return summarise(recipe, planned)
 
 
@@ -152,19 +150,9 @@ def sizes(recipe: Recipe) -> dict[str, Any]:
     Raises:
         EmlocError: the first stage could not run as the recipe says.
     """
-    return _ask(*stages(recipe)[0].argv, "--dry-run")
-
-
-def _ask(*argv: str) -> dict[str, Any]:
-    """Return what a command says with ``--json``, from a process of its own."""
-    answer = subprocess.run(
-        [sys.executable, "-m", "emloc_core", *argv, "--json"], check=False, capture_output=True, text=True
-    )
-    if answer.returncode:
-        lines = answer.stderr.strip().splitlines()
-        raise EmlocError(lines[-1].removeprefix("emloc: error: ") if lines else f"emloc {argv[0]} failed.")
-    content: dict[str, Any] = json.loads(answer.stdout)
-    return content
+    (content,) = call(DESCRIBE, {"request": stages(recipe)[0].request.to_json()})
+    found: dict[str, Any] = content
+    return found
 
 
 def summarise(recipe: Recipe, planned: list[Stage]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ and publishes the directory, and the others write their part of the checkpoints 
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from trl import SFTConfig, SFTTrainer
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.data.tokenize import load_processing, model_limit, require_readable
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint, hash_files
+from emloc_core.files.checkpoint import Checkpoint, hash_files, open_checkpoint
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output, read_json, write_json
 from emloc_core.files.pretrained import load_model
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.requests import Rows, TrainRequest
 from emloc_core.settings import DEFAULT_EPOCHS, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.tuning.dataset import make_dataset
@@ -42,8 +43,8 @@ _SETTINGS = "The training settings do not work"
 _DIVERGED = "Lower the learning rate, or train without bf16."
 
 
-class FineTuning:
-    """Everything that is settled before weights are read; :meth:`run` trains.
+class Train:
+    """Stage 2, checked as far as that is cheap; :meth:`run` trains.
 
     Args:
         model: directory of an emulator or of an ordinary checkpoint.
@@ -61,7 +62,7 @@ class FineTuning:
     def __init__(
         self,
         model: Path,
-        data: str,
+        data: Rows,
         output: Path,
         settings: TrainSettings,
         exclude: Sequence[Path] = (),
@@ -85,13 +86,14 @@ class FineTuning:
         self.rows = without(rows, files)
         self.excluded = len(rows) - len(self.rows)
         if not self.rows:
+            source = data if isinstance(data, str) else "the data"
             raise EmlocError(
-                f"No row of {data} is left to train on: all {len(rows)} are calibration, selection or excluded rows.",
+                f"No row of {source} is left to train on: all {len(rows)} are calibration, selection or excluded rows.",
                 "Give more rows.",
             )
 
     def describe(self) -> dict[str, Any]:
-        """Return what would be trained, in one process: rows, excluded_rows, steps, target_modules, model_bytes.
+        """Return what would be trained, in one process: rows, steps, target modules.
 
         Raises:
             EmlocError: the settings contradict each other or the machine.
@@ -101,6 +103,8 @@ class FineTuning:
         batches = math.ceil(len(self.rows) / settings.batch_size)
         steps = math.ceil((settings.epochs or DEFAULT_EPOCHS) * math.ceil(batches / settings.accumulation))
         return {
+            "output": str(self.path),
+            "model": str(self.model.directory),
             "family": self.family.name,
             "rows": len(self.rows),
             "excluded_rows": self.excluded,
@@ -119,8 +123,8 @@ class FineTuning:
                 use_cpu=not torch.accelerator.is_available(),
             )
 
-    def run(self) -> Path:
-        """Train, or go on with what an interrupted run left.
+    def run(self, _progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+        """Train, or resume what an interrupted run left. The trainer shows its own progress.
 
         Raises:
             EmlocError: the settings contradict each other, the loss is not a number, or memory runs out.
@@ -128,7 +132,8 @@ class FineTuning:
         config = self._config()
         state = PartialState()
         self.is_main_process = state.is_main_process
-        output = Output(self.path, "adapter", self._request(state.num_processes) if state.is_main_process else {})
+        request = self._request(state.num_processes) if state.is_main_process else {}
+        output = Output(self.path, "adapter", request, inputs={"model": self.model.name})
         (finished,) = broadcast_object_list([state.is_main_process and output.is_finished()])
         if finished:
             return self.path
@@ -265,3 +270,13 @@ def _refusing(what: str, *, resumable: bool = False) -> Iterator[None]:
         raise EmlocError(
             f"{what}: {error}", "Correct that, and run the same command again.", resumable=resumable
         ) from error
+
+
+def prepare(request: TrainRequest) -> Train:
+    """Return the job of a request.
+
+    Raises:
+        EmlocError: from the model, the rows or the settings.
+    """
+    model = open_checkpoint(request.model).directory
+    return Train(model, request.data, request.output, request.settings, request.exclude, request.split)

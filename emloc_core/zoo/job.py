@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from emloc_core.errors import EmlocError
 from emloc_core.recipe.recipe import DataSection, EvalSection, ModelSection, Recipe
 from emloc_core.recipe.run import Stage, stages
+from emloc_core.requests import ImportRequest
 from emloc_core.settings import CompressSettings, CorrectSettings, Settings, TrainSettings
 
 #: Raised when a new version of the toolkit gives other bytes for the same inputs: then jobs are done anew.
@@ -68,7 +69,7 @@ class Job(Settings):
             return found
         native = directory / _NATIVE
         purpose = "rewrite the model as transformers' own classes have it"
-        return [Stage(_NATIVE, purpose, ("import", self.model, "-o", str(native)), native), *found]
+        return [Stage(purpose, ImportRequest(source=self.model, output=native)), *found]
 
     def fingerprint(self, cache_dir: Path) -> str:
         """Return the SHA-256 over all that decides the outputs: contents of model, data and tasks, settings, threads.

@@ -135,7 +135,7 @@ def output_names(job: Job, inputs: Mapping[str, str]) -> dict[str, str]:
     seen = hashlib.sha256(repr((BYTES, job.threads, sorted(inputs.items()))).encode())
     found = {}
     for stage in job.stages(Path()):
-        seen.update(repr(stage.argv).encode())
+        seen.update(repr((stage.request.stage, stage.request.model_dump_json())).encode())
         found[stage.name] = f"{JOBS}/{job.name}/{stage.name}-{seen.hexdigest()[:12]}"
     return found
 

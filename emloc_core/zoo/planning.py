@@ -4,17 +4,15 @@ The driver stays light, and a model that ends the planner ends nothing else.
 """
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import write_json
+from emloc_core.process import ProcessDiedError, call
 from emloc_core.zoo.engine import Needs
 from emloc_core.zoo.job import Job
 
@@ -41,31 +39,24 @@ def plan(
         return []
     found: list[tuple[str, Needs | None]] = []
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if any(job.offline for job in jobs) else {}
-    command = [sys.executable, "-m", "emloc_core.zoo.planning", str(cache_dir.absolute())]
-    question = json.dumps({"jobs": [job.model_dump() for job in jobs], "known": list(known)})
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=cache_dir,  # an id of the hub is no path here
-        env={**os.environ, **offline},
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(question)
-            process.stdin.close()
-        for job, line in zip(jobs, process.stdout, strict=False):
-            fingerprint, needs = json.loads(line)
+    asked = {
+        "jobs": [job.model_dump(mode="json") for job in jobs],
+        "cache_dir": str(cache_dir.absolute()),
+        "known": list(known),
+    }
+    # An id of the hub is no path in that working directory.
+    answers = call("emloc_core.zoo.planning:answers", asked, environment=offline, cwd=cache_dir)
+    try:
+        for job, (fingerprint, needs) in zip(jobs, answers, strict=False):
             found.append((fingerprint, Needs(**needs) if needs else None))
             advance(job.name, len(found), len(jobs))
-    if len(found) < len(jobs):
-        lost = jobs[len(found)]
+        next(answers, None)
+    except ProcessDiedError as error:
+        lost = jobs[min(len(found), len(jobs) - 1)]
         raise EmlocError(
-            f"Planning ended at {lost.name} ({lost.model}) with exit code {process.returncode}.",
+            f"Planning ended at {lost.name} ({lost.model}) with exit code {error.code}.",
             "What it printed says more; leave that model out, or free some memory.",
-        )
+        ) from None
     return found
 
 
@@ -152,17 +143,8 @@ def answer(job: Job, cache_dir: Path, known: Collection[str]) -> tuple[str, Need
         return fingerprint, Needs(reason=str(error).strip() or type(error).__name__)
 
 
-def main(cache_dir: str) -> None:
-    """Answer the jobs on stdin: a line of JSON each on stdout, and nothing else there."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    question = json.load(sys.stdin)
-    known = set(question["known"])
-    for content in question["jobs"]:
-        fingerprint, found = answer(Job(**content), Path(cache_dir), known)
-        answers.write(json.dumps([fingerprint, found and asdict(found)]) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+def answers(jobs: list[dict[str, Any]], cache_dir: str, known: list[str]) -> Iterator[tuple[str, Any]]:
+    """Answer several jobs, one after another, in JSON values: what :func:`plan` calls in a process of its own."""
+    for content in jobs:
+        fingerprint, found = answer(Job(**content), Path(cache_dir), set(known))
+        yield fingerprint, found and asdict(found)

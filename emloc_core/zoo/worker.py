@@ -44,7 +44,7 @@ def run(job: Job, directory: Path) -> Outcome:
 def _run_stage(stage: Stage, place: Path, *, offline: bool) -> Outcome:
     """Run a stage in a process; where it fails, it leaves its outcome at ``place``."""
     place.unlink(missing_ok=True)
-    print(f"emloc {' '.join(stage.argv)}", flush=True)  # noqa: T201 - the log
+    print(f"{stage.request.stage}: {stage.purpose}", flush=True)  # noqa: T201 - the log
     kills, worker = memory_kills(), os.getpid()
     child = os.fork()
     if child == 0:
@@ -63,9 +63,9 @@ def _run_stage(stage: Stage, place: Path, *, offline: bool) -> Outcome:
 
 def _in_process(stage: Stage, place: Path, *, offline: bool) -> int:
     try:
-        from emloc_core.cli import cli
+        from emloc_core.stages import perform
 
-        cli.main(list(stage.argv), prog_name="emloc", standalone_mode=False)
+        perform(stage.request)
     except BaseException as error:
         outcome = _failure(error, stage, offline=offline)
         with contextlib.suppress(OSError):

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import WEIGHTS, Adapter, config_problems
-from emloc_core.adapters.correct import Transfer, choose
+from emloc_core.adapters.correct import Correct, choose
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.checkpoint import Checkpoint, hash_files
 from emloc_core.files.output import read_manifest
 from emloc_core.settings import CorrectSettings
 
@@ -33,7 +33,7 @@ def adapter(emulator, tmp_path_factory):
 
 
 def correct(adapter, base, output, clamp="none", **options):
-    job = Transfer(Adapter(adapter), Checkpoint(base), output, CorrectSettings(clamp=clamp), **options)
+    job = Correct(Adapter(adapter), Checkpoint(base), output, CorrectSettings(clamp=clamp), **options)
     return job.run()
 
 
@@ -124,7 +124,7 @@ def test_auto_reports_the_true_losses_and_keeps_the_best(tiny_model, emulator, a
     [None, [], [None], [Lora(torch.zeros(1, 2), torch.zeros(2, 1), 1.0)]],
 )
 def test_a_correction_that_gives_no_loras_is_named(tiny_model, adapter, tmp_path, answer):
-    job = Transfer(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(clamp=1.0))
+    job = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(clamp=1.0))
     job.correct = lambda *_: answer
     with pytest.raises(EmlocError, match=r"correction 'emloc' gave no LoRA .* on model\.layers\.0\.mlp\."):
         job.run()
@@ -132,7 +132,7 @@ def test_a_correction_that_gives_no_loras_is_named(tiny_model, adapter, tmp_path
 
 
 def test_a_correction_that_raises_is_named(tiny_model, adapter, tmp_path):
-    job = Transfer(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(clamp=1.0))
+    job = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(clamp=1.0))
     job.correct = lambda *_: 1 // 0
     with pytest.raises(EmlocError, match=r"correction 'emloc', on model\.layers\.0\.\S+, failed \(ZeroDivisionError: "):
         job.run()
@@ -164,7 +164,11 @@ def test_another_base_is_refused(tiny_model, adapter, tmp_path):
 
 def test_another_emulator_is_refused(tiny_model, adapter, tmp_path):
     trained = shutil.copytree(adapter, tmp_path / "adapter")
-    manifest = {"kind": "adapter", "request": {"model": "0" * 64}, "result": {}}
+    manifest = {
+        "kind": "adapter",
+        "request": {"model": "0" * 64},
+        "result": {"sha256": hash_files([trained / WEIGHTS])},
+    }
     (trained / "emloc.json").write_text(json.dumps(manifest))
     with pytest.raises(EmlocError, match="another emulator"):
         correct(trained, tiny_model, tmp_path / "out")

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.adapters import merge as merging
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import Transfer
+from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
@@ -190,7 +190,7 @@ def test_a_corrected_adapter_that_was_edited_is_refused(tiny_model, rows_file, t
     emulator = make_emulator(tiny_model, rows_file, tmp_path / "emulator")
     trained = make_adapter(emulator, tmp_path / "adapter")
     settings = CorrectSettings(clamp=1)
-    corrected = Transfer(Adapter(trained), Checkpoint(tiny_model), tmp_path / "corrected", settings).run()
+    corrected = Correct(Adapter(trained), Checkpoint(tiny_model), tmp_path / "corrected", settings).run()
     weights = corrected / "adapter_model.safetensors"
     save_file({key: 2 * half for key, half in load_file(weights).items()}, weights)
     with pytest.raises(EmlocError, match="corrected is not as it was made"):
@@ -206,4 +206,4 @@ def test_an_emulator_that_was_edited_is_refused(tiny_model, rows_file, tmp_path)
     content[-9] ^= 1
     shard.write_bytes(content)
     with pytest.raises(EmlocError, match="emulator is not as it was made"):
-        Transfer(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings(clamp=1))
+        Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings(clamp=1)).run()

@@ -3,10 +3,9 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,43 +201,52 @@ def _without(content: Any) -> Any:
 
 
 def _emloc(argv: Sequence[str]) -> int:
-    """Be ``emloc`` with these arguments; what it would start as a process of its own is forked, not started anew."""
+    """Be ``emloc`` with these arguments; what it would start as a process of its own is forked."""
     from emloc_core.cli import main
 
-    with mock.patch.object(sys, "argv", ["emloc", *argv]), mock.patch.object(subprocess, "run", _run):
+    with (
+        mock.patch.object(sys, "argv", ["emloc", *argv]),
+        mock.patch("emloc_core.recipe.run.call", _call),
+        mock.patch("emloc_core.evaluation.evaluate.call", _call),
+    ):
         main()
     return 0
 
 
-_started = subprocess.run
+def _call(function: str, arguments: Mapping[str, Any], log: Path | None = None, **_: Any) -> Iterator[Any]:
+    """Stand for :func:`emloc_core.process.call`: fork, which spares the seconds that imports take."""
+    from emloc_core.process import ProcessDiedError, unpacked
 
-
-def _run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
-    """Stand for ``subprocess.run`` where a module of ours is started."""
-    if list(command[:2]) != [sys.executable, "-m"]:
-        return _started(command, **options)
-    module, *arguments = command[2:]
+    reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
-        _become_module(module, arguments, options)
+        os.close(reading)
+        _answer(function, arguments, log, writing)
+    os.close(writing)
+    told: dict[str, Any] = {}
+    with os.fdopen(reading) as answers:
+        for line in answers:
+            told = json.loads(line)
+            yield from unpacked(told)
     _, status = os.waitpid(process, 0)
-    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status))
+    if "done" not in told:
+        raise ProcessDiedError(function, os.waitstatus_to_exitcode(status))
 
 
-def _become_module(module: str, arguments: list[str], options: dict[str, Any]) -> None:
-    code = 70
+def _answer(function: str, arguments: Mapping[str, Any], log: Path | None, writing: int) -> None:
+    """Be the process that answers: never returns."""
+    from emloc_core.process import answers_to
+
+    code = 1
     try:
-        for name, number in (("stdout", 1), ("stderr", 2)):
-            if stream := options.get(name):
-                os.dup2(stream.fileno(), number)
-        if module == "emloc_core.evaluation.system":
-            from emloc_core.evaluation.system import main
-
-            code = main(*arguments)
-        else:
-            code = _emloc(arguments)
-    except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else 1
+        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if log else 2
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        with os.fdopen(writing, "w") as answers:
+            for told in answers_to({"function": function, "arguments": arguments}):
+                answers.write(json.dumps(told) + "\n")
+                answers.flush()
+        code = 0
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from support.paths import DOCS
 from support.rows import write_jsonl
-from support.run import run_here
 
 from emloc_core.cli import cli
 from emloc_core.data.rows import CALIBRATION, SELECTION, load_rows
@@ -185,8 +184,8 @@ def test_overrides_and_relative_paths(recipe):
     assert (loaded.compress.ratio, loaded.correct.clamp) == (0.3, "none")
 
 
-def test_a_dry_run_says_which_stages_there_are(emloc, recipe, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", run_here)
+@pytest.mark.usefixtures("calls_here")
+def test_a_dry_run_says_which_stages_there_are(emloc, recipe):
     code, out, _ = emloc("run", recipe, "--dry-run", "--json")
     assert code == 0
     assert [(stage["name"], stage["state"]) for stage in json.loads(out)["stages"]] == [
@@ -195,12 +194,12 @@ def test_a_dry_run_says_which_stages_there_are(emloc, recipe, monkeypatch):
     assert not (recipe.parent / "run").exists()
 
 
-def test_run_does_everything_and_nothing_twice(emloc, ran, monkeypatch):
+@pytest.mark.usefixtures("calls_here")
+def test_run_does_everything_and_nothing_twice(emloc, ran):
     root = ran.parent / "run"
     results = json.loads((root / "results.json").read_text())
     assert set(results["stages"]) == {"emulator", "adapter", "corrected", "merged"}
     assert (root / "figure.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(subprocess, "run", run_here)
     stamps = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
     code, out, _ = emloc("run", ran, "--json")
     assert code == 0

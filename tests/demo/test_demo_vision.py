@@ -1,8 +1,6 @@
 """The demo with pictures: who sees which digits, what the model is given, and the whole way in a few steps."""
 
 import json
-import subprocess
-import sys
 from itertools import combinations
 
 import emloc_demo.vision.command
@@ -28,14 +26,13 @@ from emloc_demo.vision.pretraining import make_model, pretrain
 from emloc_demo.vision.processor import IMAGE_TOKENS, make_processor, make_tokenizer
 from emloc_demo.vision.rows import PARTS, split, write_data
 from PIL import Image
-from support.run import run_here
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from emloc_core.cli import main
 from emloc_core.data.rows import CALIBRATION, SELECTION, load_rows, without
 from emloc_core.files.output import MANIFEST, read_json
 from emloc_core.recipe.recipe import load_recipe
 from emloc_core.recipe.run import stages, summarise
+from emloc_core.stages import perform
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +187,9 @@ def test_an_interrupted_pretraining_leaves_no_base_and_starts_again(tmp_path, da
     assert not (tmp_path / "base").exists()
 
 
+@pytest.mark.usefixtures("calls_here")
 def test_the_whole_way_in_a_few_steps(tmp_path, data, monkeypatch):
     """Each stage's command as the recipe gives it, with fewer rows and steps, in this process: starting is slow."""
-    monkeypatch.setattr(subprocess, "run", run_here)
     monkeypatch.setattr(emloc_demo.vision.pretraining, "BATCH", 4)
 
     def short(directory, digits, **_):
@@ -204,8 +201,7 @@ def test_the_whole_way_in_a_few_steps(tmp_path, data, monkeypatch):
     recipe = load_recipe(prepare(tmp_path), fewer)
     planned = stages(recipe)
     for stage in planned:
-        monkeypatch.setattr(sys, "argv", ["emloc", *stage.argv])
-        main()
+        perform(stage.request)
     results = summarise(recipe, planned)
     assert set(results["systems"]) == {
         "base", "emulator", "emulator+lora", "base+uncorrected", "base+corrected", "merged", "full_lora"

@@ -15,7 +15,7 @@ import emloc_core.lowrank
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.ranks import make_plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, allocator="unifo
 
 
 def compress(model, rows_file, output, settings=SETTINGS):
-    return Compression(Checkpoint(model), load_rows(str(rows_file)), output, settings).run()
+    return Compress(Checkpoint(model), load_rows(str(rows_file)), output, settings).run()
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def test_loads_with_plain_transformers_at_the_planned_ranks(emulator):
 
 
 def test_reported_errors_are_the_true_ones(tiny_model, rows_file, emulator):
-    job = Compression(Checkpoint(tiny_model), load_rows(str(rows_file)), emulator, SETTINGS)
+    job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), emulator, SETTINGS)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
     small = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
     reported = {row["path"]: row["relative_error"] for row in read_manifest(emulator)["result"]["linears"]}
@@ -129,7 +129,7 @@ def test_another_tokenization_of_the_same_rows_is_another_request(tiny_model, tm
 
     def job():
         settings = CompressSettings(samples=1, selection=0)
-        return Compression(Checkpoint(model), load_rows(str(rows)), tmp_path / "emulator", settings, kept)
+        return Compress(Checkpoint(model), load_rows(str(rows)), tmp_path / "emulator", settings, kept)
 
     job().run()
     (model / "README.md").write_text("Not the model's business.")
@@ -212,7 +212,7 @@ def no_numbers(weight, _gram, rank):
 @pytest.mark.parametrize("factorize", [wrong_shape, no_numbers])
 def test_a_factorizer_that_gives_no_factors_is_named(tiny_model, rows_file, tmp_path, calibration, factorize):
     settings = SETTINGS.model_copy(update={"calibration": calibration})
-    job = Compression(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "out", settings)
+    job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "out", settings)
     job.factorize = factorize
     with pytest.raises(EmlocError, match=r"factorizer 'activation-svd' gave model\.layers\.0\.self_attn\.\w+ no"):
         job.run()
@@ -222,7 +222,7 @@ def test_a_factorizer_that_gives_no_factors_is_named(tiny_model, rows_file, tmp_
 @pytest.mark.parametrize("calibration", ["base", "propagated"])
 def test_a_factorizer_that_raises_is_named(tiny_model, rows_file, tmp_path, calibration):
     settings = SETTINGS.model_copy(update={"calibration": calibration})
-    job = Compression(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "out", settings)
+    job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "out", settings)
     job.factorize = lambda *_: 1 // 0
     with pytest.raises(EmlocError, match=r"factorizer 'activation-svd', on \S+, failed \(ZeroDivisionError: "):
         job.run()

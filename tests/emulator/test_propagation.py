@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.propagation import RIDGE, PairedMoments
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
@@ -106,7 +106,7 @@ def test_the_whole_model_is_closer_to_the_base_on_the_calibration_rows(tiny_mode
     errors = {}
     for calibration in ("base", "propagated"):
         settings = SETTINGS.model_copy(update={"calibration": calibration})
-        job = Compression(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / calibration, settings)
+        job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / calibration, settings)
         emulator = AutoModelForCausalLM.from_pretrained(job.run(), dtype="auto").eval()
         expected = logits(base, job.samples)
         errors[calibration] = float((logits(emulator, job.samples) - expected).norm() / expected.norm())

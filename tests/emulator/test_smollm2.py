@@ -9,7 +9,7 @@ from emloc_demo.model import write_base
 from emloc_llama import LLAMA
 
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.model.hooks import tapped
 from emloc_core.model.streaming import Stream
@@ -29,7 +29,7 @@ def test_error_is_at_most_that_of_the_textbook_method_on_every_linear(tmp_path):
     base = Checkpoint(write_base(tmp_path / "base"))
     train, _ = write_data(tmp_path / "data")
     settings = CompressSettings(samples=32, selection=8)
-    job = Compression(base, load_rows(str(train)), tmp_path / "emulator", settings)
+    job = Compress(base, load_rows(str(train)), tmp_path / "emulator", settings)
     emulator = Checkpoint(job.run())
     ratios = {}
 

@@ -15,12 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import emloc_core.algorithms.factorize
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import Transfer
+from emloc_core.adapters.correct import Correct
 from emloc_core.algorithms.allocation import largest_rank, uniform
 from emloc_core.cli import cli
-from emloc_core.cli.options import validated
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.cut import Cut
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.sensitivity import PROBES
@@ -30,6 +29,7 @@ from emloc_core.files.checkpoint import Checkpoint, hash_files
 from emloc_core.files.output import read_manifest
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.requests import make_request
 from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings
 from emloc_core.units import human_seconds
 
@@ -39,7 +39,7 @@ SHARD = "spectra-00002-of-00003.safetensors"
 
 def compression(model, rows_file, output, spectra=None, **changes):
     settings = SETTINGS.model_copy(update=changes)
-    return Compression(Checkpoint(model), load_rows(str(rows_file)), output, settings, spectra)
+    return Compress(Checkpoint(model), load_rows(str(rows_file)), output, settings, spectra)
 
 
 def cut(spectra, model, output, **settings):
@@ -154,7 +154,7 @@ def test_sensitivities_are_those_of_the_whole_model(tiny_model, rows_file, kept)
 def test_a_lora_tuned_on_a_cut_emulator_is_carried_over(tiny_model, kept, tmp_path):
     emulator = cut(kept[1], tiny_model, tmp_path / "emulator", ratio=0.3).run()
     adapter = make_adapter(emulator, tmp_path / "adapter")
-    job = Transfer(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings(clamp=1.0))
+    job = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings(clamp=1.0))
     assert read_manifest(job.run())["result"]["linears"] == 21
 
 
@@ -320,7 +320,7 @@ def test_spectra_of_another_base_are_refused(tiny_model, kept, tmp_path):
     tensors["model.norm.weight"] += 1
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(EmlocError, match=r"another base than .*other: the fingerprints differ"):
-        cut(kept[1], other, tmp_path / "out")
+        cut(kept[1], other, tmp_path / "out").run()
     assert not (tmp_path / "out").exists()
 
 
@@ -421,7 +421,7 @@ def test_the_command_line(tiny_model, rows_file, tmp_path):
 @pytest.mark.parametrize("ratio", ["0", "1", "1.5", "nan"])
 def test_ratio_out_of_range(ratio):
     with pytest.raises(EmlocError, match="ratio"):
-        validated(CutSettings, {"ratio": ratio})
+        make_request("cut", {"ratio": ratio}, spectra="spectra", output="emulator")
 
 
 @pytest.fixture(scope="module")

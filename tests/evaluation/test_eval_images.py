@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pyarrow
@@ -14,23 +13,23 @@ from emloc_internvl import INTERNVL
 from emloc_qwen.vision import QWEN_VL
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from support.evaluation import metrics_of
+from support.evaluation import evaluate, metrics_of, system
 from support.rows import example_rows, write_jsonl
-from support.run import run_here
 from support.vision_models import ask, internvl_processor, picture, qwen_processor, save_model
 from tokenizers import processors
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import tokenize
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
-from emloc_core.evaluation.evaluate import System, canonical_systems, evaluate, plan
+from emloc_core.evaluation.evaluate import canonical_systems
 from emloc_core.evaluation.multimodal_lm import ImageTextLM
 from emloc_core.evaluation.new_task import write_task
 from emloc_core.evaluation.system import load_system, run_tasks
 from emloc_core.evaluation.tasks import find_task, load_task
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.process import call_here
 from emloc_core.settings import CompressSettings
 
 MODELS = {"internvl": (INTERNVL, internvl_processor), "qwen2_5_vl": (QWEN_VL, qwen_processor)}
@@ -250,12 +249,12 @@ def test_tasks_of_text_run_on_a_model_of_images_too(form, base, tmp_path):
 def test_systems_are_compared_on_tasks_of_both_kinds(internvl, rows_with_pictures, rows_file, tmp_path, monkeypatch):
     adapter = random_adapter(internvl, tmp_path / "adapter")
     emulator, settings = tmp_path / "emulator", CompressSettings(samples=8, selection=4, ratio=0.6)
-    Compression(Checkpoint(internvl), load_rows(str(rows_with_pictures)), emulator, settings).run()
+    Compress(Checkpoint(internvl), load_rows(str(rows_with_pictures)), emulator, settings).run()
     kinds = {"image_nll": rows_with_pictures, "image_choice": rows_with_pictures, "completion_nll": rows_file}
     tasks = [str(write_task(kind, data, tmp_path / f"{kind}.yaml")) for kind, data in kinds.items()]
-    systems = canonical_systems(base=internvl, emulator=emulator, full_lora=adapter)
+    systems = canonical_systems(base=str(internvl), emulator=str(emulator), full_lora=adapter)
     in_a_process = evaluate([systems[1]], tasks, tmp_path / "emulator alone", limit=5)["systems"]["emulator"]
-    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr("emloc_core.evaluation.evaluate.call", call_here)
     results = evaluate(systems, tasks, tmp_path / "out", limit=5)
     metrics = results["metrics"]
     assert metrics.keys() <= in_a_process.keys()
@@ -267,13 +266,13 @@ def test_systems_are_compared_on_tasks_of_both_kinds(internvl, rows_with_picture
         "image_choice": {"output_type": "multiple_choice", "rows": 5},
         "completion_nll": {"output_type": "loglikelihood", "rows": 5},
     }
-    for system in systems[::2]:  # the emulator's have been compared
+    for each in systems[::2]:  # the emulator's have been compared
         for task in tasks:
-            found, _ = metrics_of(system.model, task, system.adapter, limit=5)
+            found, _ = metrics_of(each.model, task, each.adapter, limit=5)
             for name, metric in found["metrics"].items():
-                value = results["systems"][system.name][f"{Path(task).stem}.{name}"]
+                value = results["systems"][each.name][f"{Path(task).stem}.{name}"]
                 assert value == pytest.approx(metric["value"], rel=1e-5)
-    nlls = [results["systems"][system.name]["image_nll.nll"] for system in systems]
+    nlls = [results["systems"][each.name]["image_nll.nll"] for each in systems]
     assert len({round(nll, 3) for nll in nlls}) == 3
     assert "| full_lora |" in (tmp_path / "out" / "table.md").read_text()
 
@@ -294,13 +293,13 @@ def test_a_missing_picture_is_found_before_anything_runs(internvl, rows_with_pic
     task = str(write_task("image_nll", data, tmp_path / "task.yaml"))
     (tmp_path / "pictures" / "green.png").unlink()
     with pytest.raises(EmlocError, match=r"rows\.jsonl, row 3: The image .*green\.png does not exist\. Paths are"):
-        plan([System("base", internvl)], [task])
+        evaluate([system("base", internvl)], [task], tmp_path / "out")
 
 
 def test_a_model_of_text_is_shown_no_images(tiny_model, rows_with_pictures, tmp_path):
     task = str(write_task("image_nll", rows_with_pictures, tmp_path / "task.yaml"))
     with pytest.raises(EmlocError, match=r"shows images, and .* \(base\) is of the family llama, which reads text"):
-        plan([System("base", tiny_model)], [task])
+        evaluate([system("base", tiny_model)], [task], tmp_path / "out")
     with pytest.raises(EmlocError, match="family llama read text alone"):
         load_system(tiny_model, None, images=True)
 

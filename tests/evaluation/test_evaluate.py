@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,19 @@ import torch
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.evaluation import completions, direct_nll, metrics_of
+from support.evaluation import completions, direct_nll, evaluate, metrics_of, system
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.cli.eval import command
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation import evaluate as evaluation
-from emloc_core.evaluation.evaluate import System, canonical_systems, check_adapters, evaluate
+from emloc_core.evaluation.evaluate import Evaluate, canonical_systems
 from emloc_core.evaluation.new_task import write_task
 from emloc_core.evaluation.system import load_system
 from emloc_core.evaluation.tasks import find_task
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.process import ProcessDiedError
+from emloc_core.requests import make_request
 
 
 @pytest.fixture(scope="module")
@@ -68,30 +69,30 @@ def test_an_adapter_with_other_keys_is_refused(tiny_model, adapter, tmp_path):
 def compared(tiny_model, adapter, tasks, tmp_path_factory):
     """Two systems, each evaluated in a process of its own."""
     output = tmp_path_factory.mktemp("evaluations") / "comparison"
-    systems = [System("base", tiny_model), System("base+corrected", tiny_model, adapter)]
+    systems = [system("base", tiny_model), system("tuned", tiny_model, adapter)]
     return systems, output, evaluate(systems, tasks, output, limit=5)
 
 
 def test_systems_are_compared_and_published(compared, tiny_model, tasks):
     systems, output, results = compared
-    assert list(results["systems"]) == ["base", "base+corrected"]
-    for system in systems:
-        found, _ = metrics_of(tiny_model, tasks[0], system.adapter, limit=5)
-        assert results["systems"][system.name]["nll"] == pytest.approx(found["metrics"]["nll"]["value"], rel=1e-5)
-        assert results["systems"][system.name]["peak_bytes"] > 1e8
+    assert list(results["systems"]) == ["base", "tuned"]
+    for each in systems:
+        found, _ = metrics_of(tiny_model, tasks[0], each.adapter, limit=5)
+        assert results["systems"][each.name]["nll"] == pytest.approx(found["metrics"]["nll"]["value"], rel=1e-5)
+        assert results["systems"][each.name]["peak_bytes"] > 1e8
     assert results["metrics"]["nll"] == {"task": "completion_nll", "higher_is_better": False}
     assert results["tasks"]["generation"] == {"output_type": "generate_until", "rows": 5}
-    assert "| base+corrected |" in (output / "table.md").read_text()
+    assert "| tuned |" in (output / "table.md").read_text()
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     assert [(sample["row"], sample["system"]) for sample in samples[:3]] == [
-        (0, "base"), (0, "base+corrected"), (1, "base")
+        (0, "base"), (0, "tuned"), (1, "base")
     ]  # fmt: skip
     assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
 
 
 def test_a_finished_evaluation_is_not_run_again(compared, tasks, monkeypatch):
     systems, output, results = compared
-    monkeypatch.setattr(evaluation, "_run", lambda *_: pytest.fail("evaluated again"))
+    monkeypatch.setattr(evaluation, "call", lambda *_, **__: pytest.fail("evaluated again"))
     assert evaluate(systems, tasks, output, limit=5) == results
     with pytest.raises(EmlocError, match="limit was 5 and is now 6"):
         evaluate(systems, tasks, output, limit=6)
@@ -106,16 +107,16 @@ def part(nll):
 
 
 def test_systems_that_are_done_are_kept_when_interrupted(tiny_model, adapter, tasks, tmp_path, monkeypatch):
-    systems = [System("base", tiny_model), System("full_lora", tiny_model, adapter)]
+    systems = [system("base", tiny_model), system("full_lora", tiny_model, adapter)]
     ran = []
 
-    def interrupted(system, _specs, _settings, result):
-        ran.append(system.name)
+    def interrupted(_function, arguments, **_):
+        ran.append("full_lora" if arguments["adapter"] else "base")
         if len(ran) == 2:
             raise KeyboardInterrupt
-        result.write_text(json.dumps(part(float(len(ran)))))
+        return iter([part(float(len(ran)))])
 
-    monkeypatch.setattr(evaluation, "_run", interrupted)
+    monkeypatch.setattr(evaluation, "call", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(systems, tasks[:1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -125,55 +126,57 @@ def test_systems_that_are_done_are_kept_when_interrupted(tiny_model, adapter, ta
 
 
 FAILURES = {
-    (2, b"The adapter x does not fit."): r"mine cannot be evaluated: The adapter x does not fit\.$",
-    (-9, b""): "mine failed: it was killed by signal 9",
-    (
-        1,
-        b"Traceback ...\nRuntimeError: no space",
-    ): r"mine failed: RuntimeError: no space .*/content/\.mine\.log",
-    (0, b""): "mine failed: no word of why",
+    "a mistake": (EmlocError("It does not fit."), "", r"mine cannot be evaluated: It does not fit\.$"),
+    "a kill": (ProcessDiedError("f", -9), "", "mine failed: it was killed by signal 9"),
+    "an exception": (
+        ProcessDiedError("f", 1),
+        "Traceback ...\nRuntimeError: no space",
+        r"mine failed: RuntimeError: no space .*\.mine\.log",
+    ),
+    "silence": (ProcessDiedError("f", 0), "", "mine failed: no word of why"),
 }
 
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failed_process_is_one_error_and_keeps_what_is_done(failure, tiny_model, tasks, tmp_path, monkeypatch):
-    systems, ran = [System("base", tiny_model), System("mine", tiny_model)], []
+    systems, ran = [system("base", tiny_model), system("mine", tiny_model)], []
+    error, said, message = FAILURES[failure]
 
-    def run(command, *, stderr, **_):
-        job = json.loads(Path(command[-1]).read_text())
-        ran.append(Path(job["result"]).name)
-        code, said = failure
-        if len(ran) != 2:
-            Path(job["result"]).write_text(json.dumps(part(float(len(ran)))))
-            code, said = 0, b""
-        stderr.write(said)
-        return subprocess.CompletedProcess(command, code)
+    def call(_function, _arguments, *, log):
+        ran.append(log.name)
+        log.write_text(said)
+        if len(ran) == 2:
+            raise error
+        return iter([part(float(len(ran)))])
 
-    monkeypatch.setattr(evaluation.subprocess, "run", run)
-    with pytest.raises(EmlocError, match=FAILURES[failure]):
+    monkeypatch.setattr(evaluation, "call", call)
+    with pytest.raises(EmlocError, match=message):
         evaluate(systems, tasks, tmp_path / "out")
     results = evaluate(systems, tasks, tmp_path / "out")
-    assert ran == [".base.json", ".mine.json", ".mine.json"]
+    assert ran == [".base.log", ".mine.log", ".mine.log"]
     assert [row["nll"] for row in results["systems"].values()] == [1.0, 3.0]
     assert {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")} == set()
 
 
 def test_nothing_is_left_of_an_evaluation_in_which_nothing_was_done(tiny_model, tasks, tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess([], 2)
-    monkeypatch.setattr(evaluation.subprocess, "run", lambda *_, **__: failed)
+    def call(*_, log, **__):
+        log.write_text("")
+        raise EmlocError("It does not work.")
+
+    monkeypatch.setattr(evaluation, "call", call)
     with pytest.raises(EmlocError, match="base cannot be evaluated"):
-        evaluate([System("base", tiny_model)], tasks, tmp_path / "out")
+        evaluate([system("base", tiny_model)], tasks, tmp_path / "out")
     assert not (tmp_path / ".out.partial").exists()
 
 
 def test_systems_follow_from_the_directories():
-    base, emulator, adapter, corrected = (Path(name) for name in ("base", "emulator", "adapter", "corrected"))
+    base, emulator, adapter, corrected = ("base", "emulator", Path("adapter"), Path("corrected"))
     found = canonical_systems(base=base, emulator=emulator, adapter=adapter, corrected=corrected)
     assert found == [
-        System("base", base), System("emulator", emulator), System("emulator+lora", emulator, adapter),
-        System("base+uncorrected", base, adapter), System("base+corrected", base, corrected),
+        system("base", base), system("emulator", emulator), system("emulator+lora", emulator, adapter),
+        system("base+uncorrected", base, adapter), system("base+corrected", base, corrected),
     ]  # fmt: skip
-    assert canonical_systems(base=base) == [System("base", base)]
+    assert canonical_systems(base=base) == [system("base", base)]
     with pytest.raises(EmlocError, match="Add --base"):
         canonical_systems(emulator=emulator, corrected=corrected)
     with pytest.raises(EmlocError, match="needs a model"):
@@ -203,13 +206,19 @@ def write_manifest(adapter, tmp_path):
     return write
 
 
-def test_an_adapter_in_the_place_of_another_is_refused(tiny_model, tiny_emulator, adapter, write_manifest, tmp_path):
+def test_an_adapter_in_the_place_of_another_is_refused(
+    tiny_model, tiny_emulator, adapter, write_manifest, tasks, tmp_path
+):
     corrected = write_manifest("corrected-adapter", "base", tiny_model)
     tuned = write_manifest("adapter", "model", tiny_emulator)
     full = write_manifest("adapter", "model", tiny_model)
-    given = {"base": tiny_model, "emulator": tiny_emulator}
-    check_adapters(canonical_systems(**given, adapter=tuned, corrected=corrected, full_lora=full), tmp_path)
-    check_adapters(canonical_systems(**given, adapter=adapter, full_lora=adapter), tmp_path)  # not EMLoC's: unknown
+
+    def compare(**adapters):
+        systems = canonical_systems(base=str(tiny_model), emulator=str(tiny_emulator), **adapters)
+        return Evaluate(make_request("eval", systems=systems, tasks=tasks, output=tmp_path / "out")).describe()
+
+    assert compare(adapter=tuned, corrected=corrected, full_lora=full)
+    assert compare(adapter=adapter, full_lora=adapter)  # not EMLoC's: unknown
     for refused, message in (
         ({"corrected": tuned}, f"--corrected {tuned} is not corrected"),
         ({"corrected": adapter}, f"--corrected {adapter} is not corrected"),
@@ -219,7 +228,7 @@ def test_an_adapter_in_the_place_of_another_is_refused(tiny_model, tiny_emulator
         ({"full_lora": corrected}, f"{corrected} was made for another model than {tiny_model}"),
     ):
         with pytest.raises(EmlocError, match=message):
-            check_adapters(canonical_systems(**given, **refused), tmp_path)
+            compare(**refused)
 
 
 @pytest.mark.parametrize(
@@ -266,8 +275,8 @@ def test_the_command_writes_a_task_file(rows_file, tmp_path):
 
 def test_systems_and_tasks_of_one_name_are_refused(tiny_model, tasks, tmp_path):
     with pytest.raises(EmlocError, match="Two systems are called 'a'"):
-        evaluate([System("a", tiny_model)] * 2, tasks, tmp_path / "out")
+        evaluate([system("a", tiny_model)] * 2, tasks, tmp_path / "out")
     with pytest.raises(EmlocError, match="Two tasks are called 'generation'"):
-        evaluate([System("a", tiny_model)], [tasks[1]] * 2, tmp_path / "out")
+        evaluate([system("a", tiny_model)], [tasks[1]] * 2, tmp_path / "out")
     with pytest.raises(EmlocError, match="is no name of a system"):
-        evaluate([System("../a", tiny_model)], tasks, tmp_path / "out")
+        evaluate([system("../a", tiny_model)], tasks, tmp_path / "out")

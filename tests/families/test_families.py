@@ -21,7 +21,7 @@ from emloc_core.conformance import check_family
 from emloc_core.conformance.activations import deviation
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.ranks import find_linears, make_plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ from emloc_core.model.streaming import Stream
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.scaffold import scaffold
 from emloc_core.settings import CompressSettings, TrainSettings
-from emloc_core.tuning.train import FineTuning
+from emloc_core.tuning.train import Train
 from emloc_core.tuning.trl import lora_config
 
 TREE = (LLAMA, QWEN, QWEN_MOE, QWEN_VL, INTERNVL)
@@ -186,9 +186,7 @@ def test_an_expert_that_no_token_goes_to_does_no_harm(tmp_path):
         layer.mlp.gate.register_forward_hook(note)
     assert "model.layers.1.mlp.experts.3.up_proj.weight" in Checkpoint(base).tensors  # an expert a tensor, as published
     rows = load_rows(str(write_jsonl(tmp_path / "rows.jsonl", example_rows())))
-    emulator = Compression(
-        Checkpoint(base), rows, tmp_path / "emulator", CompressSettings(samples=8, selection=0)
-    ).run()
+    emulator = Compress(Checkpoint(base), rows, tmp_path / "emulator", CompressSettings(samples=8, selection=0)).run()
     small = transformers.AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").eval()
     with torch.no_grad():
         model(input_ids=text(30))
@@ -218,7 +216,7 @@ def test_a_lora_on_fused_experts_is_refused_before_anything_is_trained(targets, 
     base, _ = moe(tmp_path)
     rows = write_jsonl(tmp_path / "rows.jsonl", example_rows())
     with pytest.raises(EmlocError, match=complaint):
-        FineTuning(base, str(rows), tmp_path / "adapter", TrainSettings(target_modules=targets))
+        Train(base, str(rows), tmp_path / "adapter", TrainSettings(target_modules=targets))
 
 
 @pytest.mark.parametrize("settings", QWEN_VL.tiny_configs, ids=label)
@@ -319,9 +317,7 @@ def legacy(request, tmp_path):
 def emulator_of(base, family, config, output):
     """Return an emulator that text and a picture were given for, loaded as anyone would load it."""
     samples = tiny_samples(family, config)
-    stage = Compression(
-        Checkpoint(base), text_rows(samples), output, CompressSettings(samples=1, selection=0, ratio=0.5)
-    )
+    stage = Compress(Checkpoint(base), text_rows(samples), output, CompressSettings(samples=1, selection=0, ratio=0.5))
     stage.samples = samples
     return getattr(transformers, family.auto_class).from_pretrained(stage.run(), dtype="auto").eval()
 

@@ -21,17 +21,17 @@ from trl import SFTConfig, SFTTrainer
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 import emloc_core.tuning.train as stage
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import Transfer
+from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode, load_processing
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import make_workload
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
-from emloc_core.tuning.train import FineTuning
+from emloc_core.tuning.train import Train
 
 MODELS = {"internvl": (INTERNVL, internvl_processor), "qwen2_5_vl": (QWEN_VL, qwen_processor)}
 
@@ -59,12 +59,12 @@ def adapter(emulator, rows_file, tmp_path_factory) -> Path:
 
 def compress(base, rows_file, output, spectra=None, **settings):
     chosen = CompressSettings(**{"samples": 24, "selection": 8, "ratio": 0.6, **settings})
-    return Compression(Checkpoint(base), load_rows(str(rows_file)), output, chosen, spectra).run()
+    return Compress(Checkpoint(base), load_rows(str(rows_file)), output, chosen, spectra).run()
 
 
 def finetune(model, rows_file, output, **settings):
     chosen = TrainSettings(**{"steps": 6, "batch_size": 4, "bf16": False, "learning_rate": 5e-3, **settings})
-    return FineTuning(model, str(rows_file), output, chosen).run()
+    return Train(model, str(rows_file), output, chosen).run()
 
 
 def load(directory, adapter=None):
@@ -202,7 +202,7 @@ def test_an_adapter_is_carried_over_and_merged_in_both_towers(base, emulator, ad
     loras = Adapter(adapter).loras
     assert towers(loras) == {"vision", "language"}
     assert all(lora.b.abs().max() > 0 for lora in loras.values())  # gradients reached them all
-    job = Transfer(Adapter(adapter), Checkpoint(base), tmp_path / "corrected", CorrectSettings(clamp=clamp))
+    job = Correct(Adapter(adapter), Checkpoint(base), tmp_path / "corrected", CorrectSettings(clamp=clamp))
     corrected = job.run()
     rows = pictured(rows_file)
     carried = load(base, corrected)

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 import emloc_core.algorithms.factorize
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import Transfer
+from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CompressSettings, CorrectSettings
 
@@ -21,9 +21,9 @@ from emloc_core.settings import CompressSettings, CorrectSettings
 def make(stage, base, source, output):
     if stage == "compress":
         settings = CompressSettings(samples=12, selection=6, ratio=0.6)
-        return Compression(Checkpoint(base), load_rows(str(source)), output, settings)
+        return Compress(Checkpoint(base), load_rows(str(source)), output, settings)
     if stage == "correct":
-        return Transfer(Adapter(source), Checkpoint(base), output, CorrectSettings())
+        return Correct(Adapter(source), Checkpoint(base), output, CorrectSettings())
     return Merge(Adapter(source), Checkpoint(base), output)
 
 

@@ -19,7 +19,7 @@ from emloc_core.memory.model import MemoryModel, Need, Workload
 from emloc_core.memory.tracing import Ledger, Phases
 from emloc_core.model.image_shape import image_shape
 from emloc_core.settings import TrainSettings
-from emloc_core.tuning.train import FineTuning
+from emloc_core.tuning.train import Train
 
 
 def peak(phases: Phases) -> int:
@@ -86,7 +86,7 @@ def test_a_trace_equals_what_the_trainer_allocates(
 
     monkeypatch.setattr(emloc_core.tuning.train._Trainer, "training_step", followed)
     settings = TrainSettings(steps=2, batch_size=6, gradient_checkpointing=checkpointing, bf16=bf16)
-    FineTuning(tiny_emulator, str(rows_file), tmp_path / "adapter", settings).run()
+    Train(tiny_emulator, str(rows_file), tmp_path / "adapter", settings).run()
     for (batch, length), real in seen:
         model = MemoryModel(tiny_model / "config.json", Workload(batch, length, 0, settings, "cpu"))
         terms = model.tuning(model.plan(0.6)).terms

@@ -5,7 +5,7 @@ import torch
 from emloc_llama import LLAMA
 
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.model.device import choose_device
@@ -63,9 +63,9 @@ def test_logits_are_the_same_when_nothing_may_stay(tiny_model):
 def test_an_emulator_is_the_same_when_nothing_may_stay(tiny_model, rows_file, tmp_path, monkeypatch, calibration):
     settings = CompressSettings(samples=4, selection=2, calibration=calibration)
     rows = load_rows(str(rows_file))
-    kept = Compression(Checkpoint(tiny_model), rows, tmp_path / "kept", settings).run()
+    kept = Compress(Checkpoint(tiny_model), rows, tmp_path / "kept", settings).run()
     monkeypatch.setattr(Parking, "on", classmethod(lambda cls, _device, shared: cls(0, shared)))
-    moved = Compression(Checkpoint(tiny_model), rows, tmp_path / "moved", settings).run()
+    moved = Compress(Checkpoint(tiny_model), rows, tmp_path / "moved", settings).run()
     shards = sorted(path.name for path in kept.glob("*.safetensors"))
     assert len(shards) == 4
     for name in shards:
@@ -73,7 +73,7 @@ def test_an_emulator_is_the_same_when_nothing_may_stay(tiny_model, rows_file, tm
 
 
 def test_an_interrupted_run_does_not_go_on_with_another_kind_of_device(tiny_model, rows_file, tmp_path):
-    job = Compression(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings())
+    job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings())
 
     def interrupt(_block, done, _total):
         if done == 1:

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from emloc_core.cli import cli, main
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, hash_files
 from emloc_core.model.importing import Import
@@ -157,7 +157,7 @@ def test_a_system_message_of_the_config_is_written_where_a_conversation_has_none
 def test_an_imported_model_is_compressed(models, rows_file, tmp_path):
     native = models("internlm2, biases")[2]
     settings = CompressSettings(samples=6, selection=3, ratio=0.6)
-    emulator = Compression(Checkpoint(native), load_rows(str(rows_file)), tmp_path / "emulator", settings).run()
+    emulator = Compress(Checkpoint(native), load_rows(str(rows_file)), tmp_path / "emulator", settings).run()
     model = AutoModelForImageTextToText.from_pretrained(emulator)
     assert type(model.model.language_model.layers[0].self_attn.q_proj).__name__ == "LowRankLinear"
 

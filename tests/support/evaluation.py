@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 from support.rows import example_rows
 
+from emloc_core.evaluation.evaluate import Evaluate, read_results
 from emloc_core.evaluation.system import load_system, run_tasks
 from emloc_core.evaluation.tasks import find_task, load_task
+from emloc_core.requests import System, make_request
 
 
 def metrics_of(model_directory, task, adapter=None, **settings):
@@ -31,3 +33,13 @@ def completions(tokenizer, n):
     for row in example_rows()[:n]:
         whole, context = tokenizer.encode(row["prompt"] + row["completion"]), tokenizer.encode(row["prompt"])
         yield context, whole[len(context) :]
+
+
+def system(name, model, adapter=None):
+    return System(name=name, model=str(model), adapter=adapter)
+
+
+def evaluate(systems, tasks, output, **options):
+    """Compare systems; return the results in their order."""
+    request = make_request("eval", systems=tuple(systems), tasks=tuple(tasks), output=output, **options)
+    return read_results(Evaluate(request).run(), [each.name for each in systems])

@@ -12,7 +12,7 @@ from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import Transfer
+from emloc_core.adapters.correct import Correct
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
 from emloc_core.files.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ def test_it_trains_an_emulator_and_the_adapter_is_carried_over(
     loras = Adapter(adapter).loras  # the whitelist of what can be carried over passes it
     assert {path.rpartition(".")[2] for path in loras} == TARGETS
     assert len(loras) == 21
-    corrected = Transfer(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings()).run()
+    corrected = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings()).run()
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     base = AutoModelForCausalLM.from_pretrained(tiny_model).eval()

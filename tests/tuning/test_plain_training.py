@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compression
+from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CompressSettings
 
@@ -39,7 +39,7 @@ def test_an_emulator_trains_and_its_adapter_loads_onto_the_base(name: str, rows_
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     chosen = CompressSettings(samples=12, selection=6, ratio=0.6)
     rows = load_rows(str(rows_file))
-    directory = Compression(Checkpoint(tmp_path / "base"), rows, tmp_path / "emulator", chosen).run()
+    directory = Compress(Checkpoint(tmp_path / "base"), rows, tmp_path / "emulator", chosen).run()
 
     emulator = AutoModelForCausalLM.from_pretrained(directory)
     tied = "tied" in name

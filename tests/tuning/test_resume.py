@@ -7,7 +7,7 @@ import pytest
 
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning.checkpoints import newest_checkpoint, remove_incomplete
-from emloc_core.tuning.train import FineTuning
+from emloc_core.tuning.train import Train
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,9 @@ def checkpoint(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempP
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FineTuning, "_write", interrupt)
+        patch.setattr(Train, "_write", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            FineTuning(tiny_model, str(rows_file), directory / "adapter", TrainSettings(steps=2, bf16=False)).run()
+            Train(tiny_model, str(rows_file), directory / "adapter", TrainSettings(steps=2, bf16=False)).run()
     return directory / ".adapter.partial" / "content" / "checkpoints" / "checkpoint-2"
 
 

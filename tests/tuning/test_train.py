@@ -24,7 +24,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_manifest
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning import train as stage
-from emloc_core.tuning.train import FineTuning
+from emloc_core.tuning.train import Train
 from emloc_core.tuning.trl import sft_config
 
 LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -36,7 +36,7 @@ def settings(**changes) -> TrainSettings:
 
 
 def finetune(*args, **options) -> Path:
-    return FineTuning(*args, **options).run()
+    return Train(*args, **options).run()
 
 
 def completion_nll(model, tokenizer, rows) -> float:
@@ -95,7 +95,7 @@ def test_the_steps_after_the_last_whole_interval_are_logged_too(tiny_model, rows
 
 def test_the_same_again_does_nothing_and_anything_else_is_refused(trained, tiny_model, rows_file, monkeypatch):
     test = trained.parent / "test.jsonl"
-    monkeypatch.setattr(FineTuning, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Train, "_train", lambda *_: pytest.fail("trained again"))
     again = settings(save_steps=7, report_to="all")  # neither changes the adapter
     assert finetune(tiny_model, str(rows_file), trained, again, exclude=[test]) == trained
     with pytest.raises(EmlocError, match=r"settings\.lora_rank was 8 and is now 4"):
@@ -168,7 +168,7 @@ def test_settings_reach_peft(tiny_model, rows_file, tmp_path):
 
 def test_the_dry_runs_steps_are_the_trainers(tiny_model, rows_file, tmp_path):
     chosen = settings(steps=None, epochs=1.5, batch_size=16, accumulation=3)  # 8 batches, 3 steps an epoch
-    job = FineTuning(tiny_model, str(rows_file), tmp_path / "a", chosen)
+    job = Train(tiny_model, str(rows_file), tmp_path / "a", chosen)
     assert read_manifest(job.run())["result"]["steps"] == job.describe()["steps"] == 5
 
 
@@ -188,7 +188,7 @@ def run_until(moment, model, data, test, output):
             (Path(path).write_text("{"), kill()) if self.global_step == 15 else save(self, path)
         )
     else:
-        FineTuning._write = lambda *_: kill()
+        Train._write = lambda *_: kill()
     finetune(model, str(data), output, settings(), exclude=[test])
 
 
@@ -304,9 +304,9 @@ def test_a_row_beyond_the_models_limit_is_named(tiny_model, tmp_path):
 
 def test_nothing_left_to_train_on_is_an_error(tiny_model, rows_file, tmp_path):
     with pytest.raises(EmlocError, match="all 120 are calibration, selection or excluded rows"):
-        FineTuning(tiny_model, str(rows_file), tmp_path / "a", settings(), exclude=[rows_file])
+        Train(tiny_model, str(rows_file), tmp_path / "a", settings(), exclude=[rows_file])
     with pytest.raises(EmlocError, match=r"There is no file .*test\.jsonl"):
-        FineTuning(tiny_model, str(rows_file), tmp_path / "a", settings(), exclude=[tmp_path / "test.jsonl"])
+        Train(tiny_model, str(rows_file), tmp_path / "a", settings(), exclude=[tmp_path / "test.jsonl"])
 
 
 def test_steps_and_epochs_contradict_each_other():

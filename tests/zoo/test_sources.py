@@ -10,6 +10,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import TIMING
 from emloc_core.model.importing import Import
+from emloc_core.requests import ImportRequest
 from emloc_core.zoo.job import Job, describe_change, slug, unique
 from emloc_core.zoo.sources import Defaults, resolve
 
@@ -182,8 +183,8 @@ def test_a_model_of_the_registry_in_another_layout_is_rewritten_first(tmp_path):
     for source in (name, file):
         (job,) = resolve([source], Defaults(data="org/rows"))
         first, second = job.stages(tmp_path)
-        assert first.argv == ("import", job.model, "-o", str(tmp_path / "native"))
-        assert second.argv[:2] == ("compress", str(tmp_path / "native"))
+        assert first.request == ImportRequest(source=job.model, output=tmp_path / "native")
+        assert second.request.model == str(tmp_path / "native")
 
 
 @pytest.fixture

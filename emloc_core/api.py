@@ -1,0 +1,283 @@
+"""The Python API: one function per stage, as safe as the command line, which makes the same requests.
+
+Models are directories or hub ids; data are files, hub data sets or rows in memory; settings are given by keyword, under
+the names of :mod:`emloc_core.settings`. Every stage returns a :class:`~emloc_core.result.Result`, which stands for its
+path. A stage whose output is there already, made from the same inputs, returns it; an interrupted one resumes.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emloc_core.requests import Request, Rows, System, make_request
+from emloc_core.result import Result
+from emloc_core.stages import Progress
+
+if TYPE_CHECKING:
+    from emloc_core.family import Family
+
+Name = str | PathLike[str]
+
+
+def _no_progress(_what: str, _done: int, _total: int, /) -> None:
+    pass
+
+
+def compress(
+    model: Name,
+    data: Rows,
+    output: Name,
+    *,
+    memory: str | None = None,
+    tuning: Mapping[str, Any] | None = None,
+    exclude: Iterable[Name] = (),
+    split: str = "train",
+    keep_spectra: Name | None = None,
+    device: str = "auto",
+    progress: Progress = _no_progress,
+    **settings: Any,
+) -> Result:
+    """Make an emulator of a model: stage 1 (paper, section 3.2).
+
+    Args:
+        model: the base.
+        data: rows of the task.
+        output: directory of the emulator.
+        memory: instead of ``ratio``: the largest whose tuning fits; ``24GiB``, say.
+        tuning: with ``memory``: settings of :func:`train` that it will be tuned with.
+        exclude: files of rows that are not used, such as test rows.
+        split: of a hub data set.
+        keep_spectra: directory for spectra, from which :func:`cut` makes other ratios.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
+        progress: called with a block's path, how many are done, and how many there are.
+        settings: of :class:`~emloc_core.settings.CompressSettings`: ``ratio``, ``samples``, ...
+
+    Raises:
+        EmlocError: from the model, its family, the data or the settings.
+    """
+    sizing = {} if tuning is None else {"tuning": dict(tuning)}
+    content = {"model": model, "data": data, "output": output, "exclude": tuple(exclude), "split": split}
+    more = {"memory": memory, "keep_spectra": keep_spectra, "device": device, **sizing}
+    return _perform(make_request("compress", settings, **content, **more), progress)
+
+
+def cut(
+    spectra: Name, output: Name, *, base: Name | None = None, progress: Progress = _no_progress, **settings: Any
+) -> Result:
+    """Cut an emulator of any ratio from spectra, without calibrating again.
+
+    Args:
+        spectra: what :func:`compress` kept.
+        output: directory of the emulator.
+        base: the model that they were made from; None: the one that they name.
+        progress: called with a block's path, how many are done, and how many there are.
+        settings: of :class:`~emloc_core.settings.CutSettings`: ``ratio``, ``allocator``.
+
+    Raises:
+        EmlocError: the spectra are of another base, or the settings ask for what cannot be cut.
+    """
+    return _perform(make_request("cut", settings, spectra=spectra, output=output, base=base), progress)
+
+
+def train(
+    model: Name,
+    data: Rows,
+    output: Name,
+    *,
+    exclude: Iterable[Name] = (),
+    split: str = "train",
+    progress: Progress = _no_progress,
+    **settings: Any,
+) -> Result:
+    """Train a LoRA on an emulator, or on an ordinary model: stage 2.
+
+    Args:
+        model: what is trained on.
+        data: rows of the task. Those that an emulator keeps for calibration and selection are left out.
+        output: directory of the adapter.
+        exclude: files of rows that are not trained on.
+        split: of a hub data set.
+        progress: the trainer shows its own; this is for other stages.
+        settings: of :class:`~emloc_core.settings.TrainSettings`: ``steps``, ``learning_rate``, ``lora_rank``, ...
+
+    Raises:
+        EmlocError: from the model, the data or the settings, or the loss is not a number.
+    """
+    content = {"model": model, "data": data, "output": output, "exclude": tuple(exclude), "split": split}
+    return _perform(make_request("train", settings, **content), progress)
+
+
+def correct(
+    adapter: Name,
+    output: Name | None = None,
+    *,
+    base: Name | None = None,
+    emulator: Name | None = None,
+    selection: Name | None = None,
+    device: str = "auto",
+    progress: Progress = _no_progress,
+    **settings: Any,
+) -> Result:
+    """Correct a LoRA that was trained on an emulator, for the base: stage 3 (paper, section 3.3).
+
+    Args:
+        adapter: what :func:`train` made, or any PEFT LoRA that was trained on an emulator.
+        output: directory of the corrected adapter; None: ``ADAPTER-corrected`` beside it.
+        base: the model that the emulator was made from; None: the one that the emulator names.
+        emulator: where it is; None: where the adapter says.
+        selection: file of rows to choose the clamp on; None: those that the emulator keeps.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
+        progress: called with a Linear's path, how many are done, and how many there are.
+        settings: of :class:`~emloc_core.settings.CorrectSettings`: ``clamp``, ``method``.
+
+    Raises:
+        EmlocError: adapter, emulator and base do not belong together, or the adapter is corrected already.
+    """
+    content = {
+        "adapter": adapter,
+        "output": output or Path(f"{fspath(adapter)}-corrected"),
+        "base": base,
+        "emulator": emulator,
+        "selection": selection,
+        "device": device,
+    }
+    return _perform(make_request("correct", settings, **content), progress)
+
+
+def merge(
+    adapter: Name,
+    output: Name,
+    *,
+    base: Name | None = None,
+    allow_uncorrected: bool = False,
+    progress: Progress = _no_progress,
+) -> Result:
+    """Merge an adapter into its base: an ordinary checkpoint of the original architecture.
+
+    Args:
+        adapter: what :func:`correct` made, or a LoRA that was trained on the base itself.
+        output: directory of the checkpoint.
+        base: the model that it belongs to; None: the one that it names.
+        allow_uncorrected: merge an adapter as it was trained on an emulator.
+        progress: called with a shard's name, how many are done, and how many there are.
+
+    Raises:
+        EmlocError: the adapter does not belong to the base, or cannot be merged into it.
+    """
+    request = make_request("merge", adapter=adapter, output=output, base=base, allow_uncorrected=allow_uncorrected)
+    return _perform(request, progress)
+
+
+def evaluate(
+    tasks: Name | Sequence[Name],
+    output: Name,
+    *,
+    systems: Mapping[str, Name | tuple[Name, Name]] | None = None,
+    base: Name | None = None,
+    emulator: Name | None = None,
+    adapter: Name | None = None,
+    corrected: Name | None = None,
+    merged: Name | None = None,
+    full_lora: Name | None = None,
+    progress: Progress = _no_progress,
+    **options: Any,
+) -> Result:
+    """Compare models and adapters on the same tasks with lm-eval, each in a process of its own.
+
+    Args:
+        tasks: task files of lm-eval, or names of its bundled tasks.
+        output: directory of the results.
+        systems: any others by name: a model, or a model and an adapter on it.
+        base: the base model.
+        emulator: what :func:`compress` made.
+        adapter: what :func:`train` made: goes on the emulator and, uncorrected, on the base.
+        corrected: what :func:`correct` made: goes on the base.
+        merged: what :func:`merge` made.
+        full_lora: a LoRA that was trained on the base itself.
+        progress: called with a system's name, how many are done, and how many there are.
+        options: ``limit``, ``batch_size``, ``chat``, ``seed``; see :class:`~emloc_core.requests.EvaluateRequest`.
+
+    Raises:
+        EmlocError: systems, tasks, data or the output directory are not as they must be.
+    """
+    from emloc_core.evaluation.evaluate import canonical_systems
+
+    names = [tasks] if isinstance(tasks, str | PathLike) else list(tasks)
+    known = canonical_systems(
+        base=_optional(base),
+        emulator=_optional(emulator),
+        adapter=_path(adapter),
+        corrected=_path(corrected),
+        merged=_optional(merged),
+        full_lora=_path(full_lora),
+    )
+    others = [_system(name, value) for name, value in (systems or {}).items()]
+    request = make_request(
+        "eval", tasks=tuple(fspath(task) for task in names), output=output, systems=(*known, *others), **options
+    )
+    return _perform(request, progress)
+
+
+def convert_layout(source: Name, output: Name, *, progress: Progress = _no_progress) -> Result:
+    """Rewrite a checkpoint of another layout as transformers' own classes have it: ``emloc import``.
+
+    Args:
+        source: directory or hub id, in a layout that an installed plugin reads.
+        output: directory of the checkpoint.
+        progress: called with a shard's name, how many are done, and how many there are.
+
+    Raises:
+        EmlocError: no layout reads the source, or it is damaged.
+    """
+    return _perform(make_request("import", source=source, output=output), progress)
+
+
+def run(recipe: Name, **overrides: Any) -> dict[str, Any]:
+    """Run all stages of a recipe, each in a process of its own.
+
+    Args:
+        recipe: a TOML file.
+        overrides: other values than the recipe's, ``section__key=value``: ``train__steps=100``.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        EmlocError: from the recipe, or from a stage, which is named; the stages before it are kept.
+    """
+    from emloc_core.recipe.run import run_recipe
+
+    return run_recipe(Path(recipe), [f"{name.replace('__', '.')}={value}" for name, value in overrides.items()])
+
+
+def load_family(model: Name) -> "Family":
+    """Return the family that declares a model: its towers, its input groups, what it keeps dense.
+
+    Raises:
+        EmlocError: no installed plugin declares it.
+    """
+    from emloc_core.files.checkpoint import find_config, read_config_json
+    from emloc_core.plugins.manager import plugin_manager
+
+    return plugin_manager().family_for(read_config_json(find_config(fspath(model))))
+
+
+def _perform(request: Request, progress: Progress) -> Result:
+    from emloc_core.stages import perform
+
+    result = perform(request, progress)
+    return result if result is not None else Result(request.output)
+
+
+def _optional(place: Name | None) -> str | None:
+    return None if place is None else fspath(place)
+
+
+def _path(place: Name | None) -> Path | None:
+    return None if place is None else Path(place)
+
+
+def _system(name: str, value: Name | tuple[Name, Name]) -> System:
+    model, adapter = value if isinstance(value, tuple) else (value, None)
+    return System(name=name, model=fspath(model), adapter=_path(adapter))

@@ -1,0 +1,154 @@
+"""What commands have in common: how a stage runs before a person, and what is said of its result."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from emloc_core.cli.console import announce, print_json, progress
+from emloc_core.files.output import TIMING, read_json
+from emloc_core.report.towers import place, short_names
+from emloc_core.requests import EvaluateRequest, Request, request_from_json
+from emloc_core.result import Result
+from emloc_core.units import human_bytes, human_seconds
+
+_DOING = {
+    "import": "Importing",
+    "compress": "Compressing",
+    "cut": "Cutting",
+    "train": "Training",
+    "correct": "Correcting",
+    "merge": "Merging",
+    "eval": "Evaluating",
+}
+
+
+def run(request: Request, *, dry_run: bool, to_json: bool) -> None:
+    """Run a stage, or say what it would do, and print the result on stdout."""
+    from emloc_core.stages import finish, prepare
+
+    job = prepare(request)
+    if dry_run:
+        content = job.describe()
+        if to_json:
+            print_json(content)
+        else:
+            for line in _planned(request.stage, content):
+                click.echo(line)
+        return
+    # Libraries print; stdout is for the result.
+    with progress(_DOING[request.stage]) as advance, redirect_stdout(sys.stderr):
+        result = finish(request.stage, job, advance)
+    if result is not None:
+        if isinstance(request, EvaluateRequest) and not to_json:
+            _print_scores(request, result)
+        announce(result, summary(request, result), to_json=to_json)
+
+
+def perform(request: str) -> str:
+    """Run a stage in a process of its own: ``request`` is its JSON, and what a person sees goes to stderr."""
+    run(request_from_json(request), dry_run=False, to_json=False)
+    return "done"
+
+
+def describe(request: str) -> dict[str, Any]:
+    """Return what a stage would do: ``request`` is its JSON."""
+    from emloc_core.stages import prepare
+
+    return prepare(request_from_json(request)).describe()
+
+
+def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
+    """Say what a stage would do."""
+    if stage in ("compress", "cut"):
+        yield f"{content['base']}: family {content['family']}, {human_bytes(content['base_bytes'])}"
+        ranks = sum(linear["rank"] is not None for linear in content["linears"])
+        yield f"emulator: {human_bytes(content['emulator_bytes'])}; {ranks} Linears at these ranks:"
+        yield from (f"  {line}" for line in content["summary"])
+        if content.get("ranks_by_spectra"):
+            yield "  (uniform ranks; calibration decides how the same number of parameters is shared out)"
+        if "calibration_rows" in content:
+            yield (
+                f"rows: {content['calibration_rows']} calibration ({content['calibration_tokens']:,} tokens), "
+                f"{content['selection_rows']} selection, {content['tuning_rows']} left for tuning"
+            )
+    elif stage == "train":
+        yield f"{content['model']}: family {content['family']}, {human_bytes(content['model_bytes'])}"
+        yield f"rows: {content['rows']} to train on, {content['excluded_rows']} left out"
+        yield f"{content['steps']} steps; LoRA on {', '.join(content['target_modules'])}"
+    elif stage == "eval":
+        for name, system in content["systems"].items():
+            yield f"{name:<16} {system['model']}" + (f" + {system['adapter']}" if system["adapter"] else "")
+        for name, path in content["tasks"].items():
+            yield f"{'task':<16} {name} ({path})"
+    else:
+        for key, value in content.items():
+            yield f"{key.replace('_', ' ')}: {human_bytes(value) if 'bytes' in key else value}"
+
+
+def summary(request: Request, result: Result) -> list[str]:
+    """Say what a person wants to know of a finished stage."""
+    found = result.result
+    if request.stage in ("compress", "cut"):
+        return [*_errors(found), *_spectra(getattr(request, "keep_spectra", None))]
+    if request.stage == "train":
+        lines = [
+            f"{found['steps']} steps on {found['rows']} rows ({found['excluded_rows']} left out): "
+            f"mean loss {found['train_loss']:.4f}, {found['trainable_parameters']:,} trainable parameters"
+        ]
+        if found["dropped_rows"]:
+            lines.append(f"{found['dropped_rows']} rows dropped: the maximum length leaves nothing of their completion")
+        return lines
+    if request.stage == "correct":
+        return [
+            f"{found['linears']} Linears corrected with clamp {found['clamp']}",
+            *(
+                f"  clamp {row['clamp']!s:<5} nll {row['nll']:.4f} on {row['rows']} held-out rows"
+                + (" (uncorrected)" if row["clamp"] == 0 else "")
+                for row in found.get("candidates", [])
+            ),
+        ]
+    if request.stage == "merge":
+        return [f"{found['merged_linears']} Linears merged into {human_bytes(found['bytes'])}"]
+    if request.stage == "import":
+        size = human_bytes(found["bytes"])
+        return [f"{found['layout']} to {found['model_type']}: {size}, {found['split']} split"]
+    return []
+
+
+def _print_scores(request: EvaluateRequest, result: Result) -> None:
+    from emloc_core.evaluation.evaluate import read_results
+    from emloc_core.report import table
+
+    results = read_results(result.path, [system.name for system in request.systems])
+    table.print_table(results["systems"], results["metrics"])
+    for line in filter(None, (table.note(results), table.conclusion(results))):
+        click.echo(line)
+
+
+def _errors(found: Mapping[str, Any]) -> list[str]:
+    """Return the relative errors of a finished emulator, by kind of Linear."""
+    errors: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for linear in found["linears"]:
+        if linear["relative_error"] is not None:
+            tower, _, kind = place(linear["path"])
+            errors[tower, kind].append(linear["relative_error"])
+    names = short_names(list(dict.fromkeys(tower for tower, _ in errors)))
+    kinds = [(f"{names[tower]} {kind}".strip(), of) for (tower, kind), of in errors.items()]
+    lines = ["relative output error on the calibration rows (mean, worst):"]
+    width = max((len(kind) for kind, _ in kinds), default=0)
+    lines += [f"  {kind:<{width}} {sum(of) / len(of):.3f}  {max(of):.3f}" for kind, of in kinds]
+    lines.append(f"base {human_bytes(found['bytes']['base'])} -> emulator {human_bytes(found['bytes']['emulator'])}")
+    return lines
+
+
+def _spectra(directory: Path | None) -> list[str]:
+    if directory is None:
+        return []
+    timing = read_json(directory / TIMING)
+    took = f"{human_seconds(timing['seconds'])}, peak memory {human_bytes(timing['peak_rss_bytes'])}"
+    return [f"spectra, to cut other ratios from: {directory}  ({took})"]

@@ -1,0 +1,137 @@
+"""Calls a function in a process of its own, so that its memory is given back and its peak is its own.
+
+The call is one JSON object on the child's stdin, the answers are lines of JSON on its stdout, and whatever else is
+printed there goes to stderr. A user's error comes back as the :class:`EmlocError` that it is.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from importlib import import_module
+from pathlib import Path
+from types import GeneratorType
+from typing import IO, Any
+
+from emloc_core.errors import EmlocError
+
+#: Threads that spin while they wait for work starve each other on few cores.
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class ProcessDiedError(EmlocError):
+    """The process ended without an answer.
+
+    Attributes:
+        code: its exit code; the negative number of the signal that ended it.
+    """
+
+    def __init__(self, function: str, code: int) -> None:
+        how = f"was killed by signal {-code}, as when memory runs out" if code < 0 else f"ended with exit code {code}"
+        super().__init__(f"The process of {function} {how}.", "Run the same command again.", resumable=True)
+        self.code = code
+
+
+def call(
+    function: str,
+    arguments: Mapping[str, Any],
+    *,
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Iterator[Any]:
+    """Call a function in a new process and yield its answers.
+
+    Args:
+        function: ``package.module:name``. It returns one answer, or yields them.
+        arguments: by name, JSON values.
+        log: file for what the process prints; by default that goes to stderr.
+        environment: variables to add.
+        cwd: its working directory.
+
+    Yields:
+        JSON values, as they come.
+
+    Raises:
+        EmlocError: the function raised it.
+        ProcessDiedError: the process ended without an answer.
+    """
+    command = [sys.executable, "-m", "emloc_core.process"]
+    question = json.dumps({"function": function, "arguments": dict(arguments)})
+    with (
+        _opened(log) as stderr,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**_ENVIRONMENT, **os.environ, **(environment or {})},
+            cwd=cwd,
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(BrokenPipeError):
+            process.stdin.write(question)
+            process.stdin.close()
+        last = None
+        for line in process.stdout:
+            last = json.loads(line)
+            yield from unpacked(last)
+    if last is None or "answer" in last:
+        raise ProcessDiedError(function, process.returncode)
+
+
+def call_here(function: str, arguments: Mapping[str, Any], **_: Any) -> Iterator[Any]:
+    """Do what :func:`call` does, in this process: for tests, which have no seconds for a new one."""
+    with redirect_stdout(sys.stderr):
+        for told in answers_to({"function": function, "arguments": arguments}):
+            yield from unpacked(json.loads(json.dumps(told)))
+
+
+def unpacked(told: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield an answer; raise an error."""
+    if "answer" in told:
+        yield told["answer"]
+    elif "error" in told:
+        raise EmlocError(told["error"], told["fix"], resumable=told["resumable"])
+
+
+@contextmanager
+def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
+    if log is None:
+        yield None
+    else:
+        with log.open("wb") as stream:
+            yield stream
+
+
+def answers_to(question: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what the parent is told: answers, and how the call ended."""
+    module, _, name = question["function"].partition(":")
+    try:
+        found = getattr(import_module(module), name)(**question["arguments"])
+        for answer in found if isinstance(found, GeneratorType) else [found]:
+            yield {"answer": answer}
+    except EmlocError as error:
+        yield {"error": str(error.args[0]), "fix": error.fix, "resumable": error.resumable}
+    else:
+        yield {"done": True}
+
+
+def main() -> int:
+    """Answer the question on stdin."""
+    question = json.load(sys.stdin)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    for answer in answers_to(question):
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Runs a stage, from its request to its finished output: the one way, whoever asks."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from emloc_core.requests import CompressRequest, Request
+from emloc_core.result import Result
+
+#: Where each stage is; its ``prepare`` makes a job of a request. Imported when it is asked for: stages need torch.
+_MODULES = {
+    "import": "emloc_core.model.importing",
+    "compress": "emloc_core.emulator.compress",
+    "cut": "emloc_core.emulator.cut",
+    "train": "emloc_core.tuning.train",
+    "correct": "emloc_core.adapters.correct",
+    "merge": "emloc_core.adapters.merge",
+    "eval": "emloc_core.evaluation.evaluate",
+}
+
+
+class Progress(Protocol):
+    """Told what was done, how many are done, and how many there are."""
+
+    def __call__(self, what: str, done: int, total: int, /) -> None:
+        """Take note."""
+
+
+class Job(Protocol):
+    """A stage whose request has been checked as far as that is cheap."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the stage would do, as JSON values. Hashes large files, and writes nothing but their hashes."""
+
+    def run(self, progress: Progress) -> Path:
+        """Make the output, or resume what an interrupted run left, and return its directory."""
+
+
+def prepare(request: Request) -> Job:
+    """Return the job of a request.
+
+    Raises:
+        EmlocError: the request cannot be met; nothing has been written.
+    """
+    if isinstance(request, CompressRequest):
+        from emloc_core.memory.budget import fitted
+
+        request = fitted(request)
+    job: Job = import_module(_MODULES[request.stage]).prepare(request)
+    return job
+
+
+def finish(stage: str, job: Job, progress: Progress = lambda *_: None) -> Result | None:
+    """Run a job and tell the plugins that observe stages.
+
+    Returns:
+        The output; None in those of several processes that do not write it.
+
+    Raises:
+        EmlocError: the stage failed. What is worth keeping is kept, and the same request resumes.
+    """
+    directory = job.run(progress)
+    if not getattr(job, "is_main_process", True):
+        return None
+    result = Result(directory)
+    from emloc_core.plugins.manager import plugin_manager
+
+    plugin_manager().notify("emloc_stage_done", stage=stage, output=directory, manifest=result.manifest)
+    return result
+
+
+def perform(request: Request, progress: Progress = lambda *_: None) -> Result | None:
+    """Prepare and run a request; see :func:`prepare` and :func:`finish`."""
+    return finish(request.stage, prepare(request), progress)

@@ -1,0 +1,109 @@
+"""The Python API: the stages, from a model to an answer of the tuned model, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset
+from support.adapters import contents
+from support.rows import example_rows
+
+import emloc_core as emloc
+from emloc_core.evaluation.new_task import write_task
+
+ROWS = example_rows()
+COMPRESS = {"samples": 12, "selection": 6, "ratio": 0.6, "device": "cpu"}
+TRAIN = {"steps": 2, "batch_size": 2, "bf16": False}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model, tmp_path_factory):
+    """Emulator, adapter, corrected adapter and merged model, from rows in memory."""
+    place = tmp_path_factory.mktemp("api")
+    emulator = emloc.compress(tiny_model, ROWS, place / "emulator", **COMPRESS)
+    adapter = emloc.train(emulator, Dataset.from_list(ROWS), place / "adapter", **TRAIN)
+    corrected = emloc.correct(adapter, device="cpu", clamp=1)
+    return emulator, adapter, corrected, emloc.merge(corrected, place / "merged")
+
+
+def test_every_stage_returns_its_output_as_a_path_with_a_result(made):
+    emulator, adapter, corrected, merged = made
+    assert [each.kind for each in made] == ["emulator", "adapter", "corrected-adapter", "checkpoint"]
+    assert emulator.result["family"] == "llama"
+    assert adapter.result["rows"] == 120 - 12 - 6
+    assert corrected.path == adapter.path.with_name("adapter-corrected")
+    assert merged.timing["seconds"] >= 0
+    assert json.loads((emulator.path / "emloc.json").read_text()) == emulator.manifest
+
+
+def test_what_is_made_loads_and_the_merged_model_is_the_base_with_the_corrected_adapter(made):
+    import torch
+
+    emulator, adapter, corrected, merged = (each.load() for each in made)
+    inputs = {"input_ids": torch.tensor([[1, 10, 11, 12, 13]])}
+    with torch.no_grad():
+        assert torch.allclose(merged(**inputs).logits, corrected(**inputs).logits, atol=1e-4)
+        assert not torch.equal(emulator(**inputs).logits, adapter(**inputs).logits)
+
+
+def test_rows_in_memory_and_rows_of_a_file_make_the_same_bytes(made, tiny_model, rows_file, tmp_path):
+    assert contents(emloc.compress(tiny_model, rows_file, tmp_path / "e", **COMPRESS).path) == contents(made[0].path)
+
+
+def test_the_command_line_finds_what_python_made(made, tiny_model, rows_file, request):
+    options = ["--samples", 12, "--selection", 6, "--ratio", 0.6, "--device", "cpu", "--json"]
+    command = request.getfixturevalue("emloc")
+    code, out, _ = command("compress", tiny_model, "--data", rows_file, "-o", made[0].path, *options)
+    assert code == 0
+    assert json.loads(out)["result"] == made[0].result
+
+
+def test_the_base_is_known_from_the_manifests(made, tiny_model):
+    emulator, _, corrected, _ = made
+    assert emulator.manifest["inputs"] == {"base": str(tiny_model)}
+    assert corrected.manifest["inputs"]["base"] == str(tiny_model)
+    assert emloc.load_family(emulator).name == "llama"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rato": 0.5}, "Did you mean 'ratio'"),
+        ({"ratio": 2}, "ratio = 2"),
+        ({"ratio": 0.5, "memory": "1GB"}, "both say"),
+    ],
+)
+def test_wrong_settings_are_one_error(tiny_model, tmp_path, settings, message):
+    with pytest.raises(emloc.EmlocError, match=message):
+        emloc.compress(tiny_model, ROWS, tmp_path / "emulator", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_does_not_belong_is_refused(made, tmp_path):
+    _, adapter, corrected, _ = made
+    with pytest.raises(emloc.EmlocError, match="corrected already"):
+        emloc.correct(corrected, tmp_path / "again")
+    with pytest.raises(emloc.EmlocError, match="uncorrected"):
+        emloc.merge(adapter, tmp_path / "merged")
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_systems_are_compared(made, tiny_model, rows_file, tmp_path):
+    emulator, adapter, corrected, merged = made
+    task = write_task("completion_nll", rows_file, tmp_path / "loss.yaml")
+    systems = {"base": tiny_model, "emulator": emulator, "adapter": adapter, "corrected": corrected, "merged": merged}
+    found = emloc.evaluate(task, tmp_path / "evaluation", **systems, systems={"mine": (tiny_model, corrected)}, limit=4)
+    scores = found.load()["systems"]
+    assert set(scores) == {
+        "base", "emulator", "emulator+lora", "base+uncorrected", "base+corrected", "merged", "mine"
+    }  # fmt: skip
+    assert scores["mine"]["nll"] == pytest.approx(scores["base+corrected"]["nll"])
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    script = "import emloc_core, sys; assert not {'torch', 'transformers', 'pydantic', 'click'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert set(emloc.__all__) <= set(dir(emloc))
+    with pytest.raises(AttributeError, match="compres'"):
+        emloc.compres  # noqa: B018
