@@ -39,7 +39,7 @@ def limited(what: str, seconds: float, nbytes: int) -> Iterator[None]:
         raise EmlocError(f"{what} takes more than {nbytes >> 20} MiB of memory.", _FIX) from None
 
 
-_FIX = "Do not use this model: its files make it so, whatever is done with it."
+_FIX = "Do not use it: it is damaged, or made to ask for so much."
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import example_rows, write_jsonl
 
+from emloc_core.data import rows as rows_module
 from emloc_core.data.rows import Row, digest, draw, load_rows, without, write_rows
 from emloc_core.errors import EmlocError
 
@@ -66,6 +67,7 @@ def test_jsonl_keeps_line_numbers_and_unicode_line_separators(tmp_path: Path):
         ('{"prompt": "a"', "not valid JSON"),
         ('"\udcff"', "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
+        (f'{{"text": {"1" * 5000}}}', "not valid JSON"),
         ("[1]", "not an object"),
         ('{"prompt": "a"}', r"columns \['prompt'\]"),
         ('{"prompt": "a", "completion": ""}', "`completion` is empty"),
@@ -230,3 +232,13 @@ def test_leaving_out_takes_every_copy_and_keeps_the_order(tmp_path):
 def test_reading_rows_needs_no_torch():
     code = "import sys, emloc_core.data.rows; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_parquet_file_that_unpacks_to_very_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    repeated = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 500, pyarrow.int32()), pyarrow.array(["x" * 2**20])
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "rows.parquet")
+    monkeypatch.setattr(rows_module, "_LEAST", 256 << 20)
+    with pytest.raises(EmlocError, match=r"more than 256 MiB|malloc"):
+        load_rows(str(tmp_path / "rows.parquet"))
