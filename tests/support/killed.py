@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 #: Each process is a fork of one that has imported the libraries and run nothing: a fork of a process in which torch has
 #: computed would wait for ever for threads that it does not have.
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
     ["emloc_core.emulator.compress", "emloc_core.adapters.correct", "emloc_core.adapters.merge",
      "emloc_core.tuning.train", "peft", "trl.trainer.sft_trainer", "transformers.models.llama.modeling_llama", "pytest"]
 )  # fmt: skip
@@ -21,7 +21,7 @@ def kill() -> None:
 
 def run_until_killed(run: Callable[..., object], *args: object) -> None:
     """Run a function of a test module in a process of its own, which has to be killed."""
-    process = _SERVER.Process(target=run, args=args)
+    process = SERVER.Process(target=run, args=args)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -1,0 +1,79 @@
+"""A driver of real jobs that can be killed, and starts without the seconds that each process takes to import torch."""
+
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+from support.killed import SERVER
+from support.processes import planning_here
+
+from emloc_core.zoo import engine, worker
+from emloc_core.zoo.convert import convert
+from emloc_core.zoo.local import LocalEngine
+from emloc_core.zoo.retry import Limits
+from emloc_core.zoo.sources import Defaults, resolve
+
+
+class ForkingDriver:
+    """Converts a file of jobs; a fork of a process that has imported everything, as are its workers."""
+
+    def __init__(self, file: Path, zoo: Path) -> None:
+        self._process = SERVER.Process(target=_drive, args=(file, zoo))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+class _Fork:
+    """A worker, with the methods of ``Popen`` that an engine calls."""
+
+    def __init__(self, job, place, log, _inherited, variables=None, _command=()) -> None:
+        (place / engine.OUTCOME).unlink(missing_ok=True)
+        log.parent.mkdir(exist_ok=True)
+        environment = {**engine.environment(job), **(variables or {})}
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.setsid()
+                os.chdir(place)
+                os.environ.update(environment)
+                output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+                for stream in (1, 2):
+                    os.dup2(output, stream)
+                code = worker.main(str(place / engine.JOB))
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        return self.wait(os.WNOHANG)
+
+    def wait(self, options: int = 0) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, 9)
+
+
+def _drive(file: Path, zoo: Path) -> None:
+    log = os.open(zoo.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    with mock.patch("emloc_core.zoo.local.start_worker", _Fork), planning_here():
+        jobs = resolve([str(file)], Defaults(offline=True))
+        convert(jobs, zoo, lambda lock: LocalEngine(2, inherited=[lock]), Limits(retries=100, backoff=0.01))

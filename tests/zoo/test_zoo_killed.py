@@ -1,0 +1,10 @@
+"""A short part of the campaign against zoos: real jobs on this machine, killed at random moments."""
+
+from chaos.results import Verdict
+from chaos.zoo import campaign
+
+
+def test_nothing_is_lost_and_nothing_made_twice(tmp_path):
+    results = campaign(tmp_path, seconds=0, jobs=2, ray=False)
+    assert results
+    assert {result.verdict: result.why for result in results} == {Verdict.RESUMED: ""}
