@@ -21,6 +21,7 @@ from chaos.kills import kills, kills_before_another, kills_twice, signals  # noq
 from chaos.results import FAILED, Result, counts, markdown, write  # noqa: E402
 from chaos.stages import STAGES, Bench, Stage  # noqa: E402
 from chaos.writers import two_writers  # noqa: E402
+from chaos.zoo import campaign  # noqa: E402
 
 KINDS = {
     "kills": kills,
@@ -31,6 +32,7 @@ KINDS = {
     "writers": two_writers,
     "changes": changing_inputs,
 }
+ZOOS = "zoos"
 
 
 def cases(bench: Bench, kinds: list[str], stages: list[Stage], most: int | None) -> Iterator[Case]:
@@ -40,16 +42,27 @@ def cases(bench: Bench, kinds: list[str], stages: list[Stage], most: int | None)
             yield from KINDS[kind](bench, stage, most)
 
 
+def results_of(bench: Bench, kinds: list[str], stages: list[Stage], arguments: argparse.Namespace) -> Iterator[Result]:
+    """Yield what comes of all that is tried."""
+    for case in cases(bench, [kind for kind in kinds if kind != ZOOS], stages, arguments.most):
+        yield case.result(bench)
+    if ZOOS in kinds:
+        with tempfile.TemporaryDirectory(prefix="emloc-zoos-") as directory:
+            yield from campaign(Path(directory), seconds=arguments.zoo_seconds)
+
+
 def main() -> int:
     """Run what the command line asks for; return the exit code."""
     parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
-    parser.add_argument("--kind", action="append", choices=KINDS, help="only that; repeatable")
+    parser.add_argument("--kind", action="append", choices=[*KINDS, ZOOS], help="only that; repeatable")
     parser.add_argument("--stage", action="append", choices=STAGES, help="only that; repeatable")
     parser.add_argument("--most", type=int, help="try at most so many moments of each kind and stage")
+    parser.add_argument("--zoo-seconds", type=float, default=300, help="disturb zoos for so long")
     parser.add_argument("--json", type=Path, help="write the counts and what failed there")
     arguments = parser.parse_args()
     if not is_supported():
         sys.exit("The kernel cannot tell what a process does to files: Linux 5.9 with seccomp is needed.")
+    kinds = arguments.kind or [*KINDS, ZOOS]
     results: list[Result] = []
     start = time.monotonic()
     in_memory = Path("/dev/shm")  # where there is one: thousands of fsyncs
@@ -57,8 +70,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="emloc-chaos-", dir=place) as directory:
         bench = Bench(Path(directory))
         stages = [STAGES[name] for name in arguments.stage or STAGES]
-        for case in cases(bench, arguments.kind or list(KINDS), stages, arguments.most):
-            result = case.result(bench)
+        for result in results_of(bench, kinds, stages, arguments):
             results.append(result)
             if result.verdict in FAILED:
                 print(f"{result.verdict}: {result.kind}: {result.case}: {result.why}", file=sys.stderr, flush=True)
