@@ -21,7 +21,7 @@ from support.models import save_tiny_model
 from support.rows import example_rows, write_jsonl
 
 from chaos.results import Result, Verdict
-from emloc_core.files.output import TIMING
+from emloc_core.files.output import MANIFEST, TIMING
 from emloc_core.zoo.store import Store
 
 _JOB = """
@@ -36,7 +36,6 @@ correct = {{ clamp = 1 }}
 merge = true
 """
 _HOST = {"num_cpus": 1, "memory": 4 << 30, "object_store_memory": 80 << 20, "include_dashboard": False}
-_OUTPUTS = ("emulator", "adapter", "corrected", "merged")
 _LOOK = 0.01  # seconds between looks at what runs and what is there
 _HANGS = 300.0  # seconds after which a driver that is left alone has to have ended
 
@@ -108,7 +107,7 @@ class _Zoo:
     engine: Engine
     lost: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    _seen: dict[Path, int] = field(default_factory=dict)
+    _seen: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:
@@ -170,12 +169,14 @@ class _Zoo:
 
     def _watch(self) -> None:
         """Notice an output that is made again."""
-        for path in (self.directory / "jobs").glob("*/*"):
-            if path.name in _OUTPUTS:
-                inode = path.stat().st_ino
-                if self._seen.setdefault(path, inode) != inode:
-                    self.problems.append(f"{path.parent.name}/{path.name} was made twice")
-                    self._seen[path] = inode
+        for manifest in (self.directory / "jobs").glob(f"*/*/{MANIFEST}"):
+            if manifest.parent.name.startswith("."):  # not published yet
+                continue
+            status = manifest.stat()
+            made = status.st_ino, status.st_mtime_ns
+            if self._seen.setdefault(manifest, made) != made:
+                self.problems.append(f"{manifest.parent.parent.name}/{manifest.parent.name} was made twice")
+                self._seen[manifest] = made
 
     def _lose(self, draw: random.Random) -> str:
         """Kill something that is at work; return what, empty where there is nothing yet."""
