@@ -45,6 +45,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/english.py
 
 bench: $(patsubst %,bench-%,$(BENCHMARKS))  ## all benchmarks; each alone: make bench-startup, say
 
