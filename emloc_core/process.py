@@ -25,13 +25,15 @@ class ProcessDiedError(EmlocError):
     """The process ended without an answer.
 
     Attributes:
-        code: its exit code; the negative number of the signal that ended it.
+        exit_code: its exit code; the negative number of the signal that ended it.
     """
 
     def __init__(self, function: str, code: int) -> None:
         how = f"was killed by signal {-code}, as when memory runs out" if code < 0 else f"ended with exit code {code}"
-        super().__init__(f"The process of {function} {how}.", "Run the same command again.", resumable=True)
-        self.code = code
+        super().__init__(
+            f"The process of {function} {how}.", "Run the same command again.", code="died", resumable=True
+        )
+        self.exit_code = code
 
 
 def call(
@@ -97,7 +99,7 @@ def unpacked(told: Mapping[str, Any]) -> Iterator[Any]:
     if "answer" in told:
         yield told["answer"]
     elif "error" in told:
-        raise EmlocError(told["error"], told["fix"], resumable=told["resumable"])
+        raise EmlocError(told["error"], told["fix"], code=told["code"], resumable=told["resumable"])
 
 
 @contextmanager
@@ -117,7 +119,7 @@ def answers_to(question: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for answer in found if isinstance(found, GeneratorType) else [found]:
             yield {"answer": answer}
     except EmlocError as error:
-        yield {"error": str(error.args[0]), "fix": error.fix, "resumable": error.resumable}
+        yield {"error": str(error.args[0]), "fix": error.fix, "code": error.code, "resumable": error.resumable}
     else:
         yield {"done": True}
 

@@ -181,8 +181,8 @@ class Evaluate:
             (result,) = call("emloc_core.evaluation.system:evaluate_system", arguments, log=log)
         except ProcessDiedError as error:
             lines = log.read_text("utf-8", errors="replace").strip().splitlines()
-            died = f"it was killed by signal {-error.code}, as when memory runs out"
-            reason = died if error.code < 0 else (lines or ["no word of why"])[-1]
+            died = f"it was killed by signal {-error.exit_code}, as when memory runs out"
+            reason = died if error.exit_code < 0 else (lines or ["no word of why"])[-1]
             raise EmlocError(
                 f"Evaluating the system {system.name} failed: {reason} (all that it said: {log}).",
                 "Run the same command again: the systems that are done are kept.",

@@ -319,7 +319,7 @@ def _refuse_full_disk(place: Path) -> Iterator[None]:
             raise
         raise DiskFullError(
             f"The disk is full: writing to {place} failed with {free:,} bytes free.",
-            "Free some space and run the same command again: it goes on where it stopped.",
+            "Free some space and run the same command again: it resumes where it stopped.",
         ) from error
 
 

@@ -139,7 +139,7 @@ def run_recipe(
             list(call(PERFORM, {"request": stage.request.to_json()}))
         except EmlocError as error:
             raise EmlocError(
-                f"The stage '{stage.name}' failed: {error}", "The stages before it are kept.", resumable=True
+                f"The stage '{stage.name}' failed: {error}", "The stages before it are kept.", code=error.code
             ) from None
     return summarise(recipe, planned)
 

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from emloc_core.errors import DiskFullError, EmlocError
+from emloc_core.errors import EmlocError
 from emloc_core.zoo.engine import CAUSES, Cause, Outcome
 
 #: Exit codes of workers and stages say the cause, in case there is no room for more.
@@ -34,7 +34,7 @@ def classify(error: BaseException, *, offline: bool = False) -> Cause:
     """
     chain = list(_chain(error))
     names = {name for each in chain for name in _kinds(each)}
-    no_room = (isinstance(each, DiskFullError) or getattr(each, "errno", None) in _NO_ROOM for each in chain)
+    no_room = (getattr(each, "code", None) == "disk-full" or getattr(each, "errno", None) in _NO_ROOM for each in chain)
     # The first that holds: "not in the cache" is derived from "no such file", and that from OSError.
     found: list[tuple[Cause, bool]] = [
         ("out of memory", any(map(_is_out_of_memory, chain))),

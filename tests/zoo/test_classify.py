@@ -45,7 +45,7 @@ def handled():
         (OSError(errno.ENOMEM, "mmap"), "out of memory"),
         (chained(EmlocError("It stopped."), torch.OutOfMemoryError()), "out of memory"),
         (RuntimeError("std::bad_alloc"), "out of memory"),
-        (DiskFullError("full"), "disk"),
+        (DiskFullError("full", "Free some space."), "disk"),
         (OSError(errno.ENOSPC, "write"), "disk"),
         (OSError(errno.EFBIG, "write"), "disk"),
         (chained(EmlocError("It stopped."), OSError(errno.EIO, "read")), "input/output"),
