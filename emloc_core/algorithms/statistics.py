@@ -48,8 +48,9 @@ class Gram:
         self.tokens = 0
         self._sum = torch.zeros(size, size, dtype=dtype, device=device)
         self._heavy = torch.zeros(0, size, dtype=torch.float64, device=device)
-        self._norms = torch.zeros(0, dtype=torch.float64, device=device)
+        self._typical = 0.0  # norm of a row
         self._rows: list[torch.Tensor] = []
+        self._norms: list[torch.Tensor] = []
         self._pending = 0
 
     @property
@@ -80,11 +81,12 @@ class Gram:
             EmlocError: they hold NaN or Inf; the caller adds the sample.
         """
         rows = activations.detach().reshape(-1, activations.shape[-1]).to(self._sum, copy=True)
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        if not bool(torch.isfinite(norms.sum())):  # NaN and Inf survive a sum; one pass without a mask
+        norms = torch.linalg.vector_norm(rows, dim=1)
+        # NaN and Inf survive a norm, which may overflow before they are there.
+        if not bool(torch.isfinite(norms.sum())) and not bool(torch.isfinite(rows).all()):
             raise EmlocError("NaN or Inf among the activations")
         self._rows.append(rows)
-        self._norms = torch.cat([self._norms, norms])
+        self._norms.append(norms)
         self._pending += rows.shape[0]
         self.tokens += rows.shape[0]
         if self._pending >= ROWS:
@@ -94,34 +96,43 @@ class Gram:
         """Add the rows that wait. Many at a time: a product with few is bound by the traffic of the sum."""
         if not self._rows:
             return
-        rows = torch.cat(self._rows)
+        rows, norms = torch.cat(self._rows), torch.cat(self._norms)
         first = len(rows) == self.tokens
-        self._rows, self._pending = [], 0
+        self._rows, self._norms, self._pending = [], [], 0
         if self._sum.dtype != torch.float64:
-            heavy = self._norms[-len(rows) :] > self._limit()
-            if bool(heavy.any()):
-                self._heavy = torch.cat([self._heavy, rows[heavy].double()])
-                rows = rows[~heavy]
-            if not self._in_range() or (first and _dominated(rows)):
+            rows = self._keep_heavy(rows, norms)
+            if first and self._sum.dtype != torch.float64 and _dominated(rows):
                 self._widen()
-            elif len(self._heavy) > self._most_heavy:
-                self._combine_heavy()
-                if len(self._heavy) > self._most_heavy // 2:
-                    self._widen()
         _add_product(self._sum, rows.to(self._sum))
+
+    def _keep_heavy(self, rows: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+        """Return the rows without the heavy ones, which are kept."""
+        tells = not self._typical or len(rows) >= _SAMPLE  # a few rows at the end say nothing of what is typical
+        if tells:
+            self._typical = float(norms.median())
+        if tells and not self._in_range():  # perhaps for the squares in a norm alone
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+            self._typical = float(norms.median())
+            if not self._in_range() and bool(norms.any()):
+                self._widen()
+                return rows
+        heavy = norms > _HEAVY * self._typical
+        if not bool(heavy.any()):
+            return rows
+        self._heavy = torch.cat([self._heavy, rows[heavy].double()])
+        if len(self._heavy) > self._most_heavy:
+            self._combine_heavy()
+            if len(self._heavy) > self._most_heavy // 2:
+                self._widen()
+        return rows[~heavy]
 
     @property
     def _most_heavy(self) -> int:
         """Rows that may be kept: an eighth of the memory of the sum in fp32."""
         return max(16, len(self._sum) // 16)
 
-    def _limit(self) -> float:
-        """Return the norm above which a row is heavy."""
-        return _HEAVY * float(self._norms.median()) if len(self._norms) else 0.0
-
     def _in_range(self) -> bool:
-        typical = float(self._norms.median()) ** 2 / len(self._sum)
-        return _RANGE[0] < typical < _RANGE[1] or not bool(self._norms.any())
+        return _RANGE[0] < self._typical**2 / len(self._sum) < _RANGE[1]
 
     def _combine_heavy(self) -> None:
         """Rotate the heavy rows so that they are orthogonal; those that are heavy no longer join the sum.
@@ -130,7 +141,7 @@ class Gram:
         """
         energies, rotation = torch.linalg.eigh(self._heavy @ self._heavy.T)
         rows = rotation.T @ self._heavy
-        heavy = energies > self._limit() ** 2
+        heavy = energies > (_HEAVY * self._typical) ** 2
         self._heavy = rows[heavy]
         _add_product(self._sum, rows[~heavy].to(self._sum))
 
