@@ -15,6 +15,7 @@ from emloc_core.algorithms.lora import Lora
 from emloc_core.emulator.ranks import make_plan
 from emloc_core.files.checkpoint import INDEX, Checkpoint
 from emloc_core.files.header import TensorInfo
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, write_json
 from emloc_core.files.shards import ShardWriter
 from emloc_core.model.skeleton import Skeleton
@@ -91,7 +92,7 @@ def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoin
             tensors[f"{linear.path}.weight"] = (linear.out_features, linear.rank)
             tensors[f"{linear.path}.V"] = (linear.rank, linear.in_features)
     settings = {"max_length": None}
-    request = {"base": base.fingerprint(directory.resolve().parent), "settings": settings}
+    request = {"base": base.fingerprint(Inputs(directory.resolve().parent)), "settings": settings}
     generator = torch.Generator().manual_seed(1)
     with Output(directory, "emulator", request).build() as staging:
         with ShardWriter(

@@ -16,6 +16,7 @@ from types import GeneratorType
 from typing import IO, Any
 
 from emloc_core.errors import EmlocError
+from emloc_core.lifetime import child_environment, end_with_parent
 
 #: Threads that spin while they wait for work starve each other on few cores.
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false"}
@@ -70,19 +71,23 @@ def call(
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env={**_ENVIRONMENT, **os.environ, **(environment or {})},
+            env=child_environment({**_ENVIRONMENT, **os.environ, **(environment or {})}),
             cwd=cwd,
         ) as process,
     ):
         assert process.stdin is not None
         assert process.stdout is not None
-        with suppress(BrokenPipeError):
-            process.stdin.write(question)
-            process.stdin.close()
-        last = None
-        for line in process.stdout:
-            last = json.loads(line)
-            yield from unpacked(last)
+        try:
+            with suppress(BrokenPipeError):
+                process.stdin.write(question)
+                process.stdin.close()
+            last = None
+            for line in process.stdout:
+                last = json.loads(line)
+                yield from unpacked(last)
+        except KeyboardInterrupt:
+            process.kill()
+            raise
     if last is None or "answer" in last:
         raise ProcessDiedError(function, process.returncode)
 
@@ -126,12 +131,16 @@ def answers_to(question: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def main() -> int:
     """Answer the question on stdin."""
+    end_with_parent()
     question = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    for answer in answers_to(question):
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    try:
+        for answer in answers_to(question):
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+    except KeyboardInterrupt:  # the parent was interrupted too, and says so
+        return 130
     return 0
 
 

@@ -6,7 +6,7 @@ from support.paths import ROOT
 
 #: From what everything may import to what nothing may. Rooms on one floor do not import each other.
 FLOORS = [
-    ["errors", "family"],
+    ["errors", "family", "lifetime"],
     ["units", "settings", "layout", "lowrank", "algorithms", "process"],
     ["requests", "files", "hookspecs"],
     ["data", "report"],

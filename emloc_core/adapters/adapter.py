@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import hash_files
 from emloc_core.files.header import read_header
+from emloc_core.files.inputs import Inputs, hash_files
 from emloc_core.files.manifest import manifest_value, require_unchanged
 from emloc_core.files.output import made_from, read_manifest, read_object, write_json
 from emloc_core.files.own import require_own_files
@@ -164,9 +164,9 @@ class Adapter:
             return made_from(directory, "base")
         return self.model_name
 
-    def fingerprint(self, cache_dir: Path) -> str:
+    def fingerprint(self, files: Inputs) -> str:
         """Return the SHA-256 over config and weights, as a hexadecimal string."""
-        return fingerprint(self.directory, cache_dir)
+        return fingerprint(self.directory, files)
 
     @cached_property
     def loras(self) -> dict[str, Lora]:
@@ -230,9 +230,9 @@ def weights_hash(directory: Path) -> str:
     return hash_files([directory / WEIGHTS])
 
 
-def fingerprint(directory: Path, cache_dir: Path) -> str:
+def fingerprint(directory: Path, files: Inputs) -> str:
     """Return the SHA-256 over an adapter's config and weights, as a hexadecimal string."""
-    return hash_files([directory / CONFIG, directory / WEIGHTS], cache_dir)
+    return files.hash([directory / CONFIG, directory / WEIGHTS])
 
 
 def write_adapter(

@@ -21,6 +21,7 @@ from emloc_core.data.rows import SELECTION, Row, load_rows
 from emloc_core.data.tokenize import Sample, encode, load_processing, model_limit
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT, manifest_value
 from emloc_core.files.output import Output, made_from, read_manifest
 from emloc_core.model.device import choose_device
@@ -83,11 +84,11 @@ class Correct:
         Raises:
             EmlocError: adapter, emulator and base do not belong together.
         """
-        cache_dir = self._path.resolve().parent
-        emulator, base = self.emulator.fingerprint(cache_dir), self.base.fingerprint(cache_dir)
+        files = Inputs(self._path.resolve().parent)
+        emulator, base = self.emulator.fingerprint(files), self.base.fingerprint(files)
         _require_match(self.adapter, self.emulator, emulator, self.base, base)
         request = {
-            "adapter": self.adapter.fingerprint(cache_dir),
+            "adapter": self.adapter.fingerprint(files),
             "base": base,
             "emulator": emulator,
             **self.settings.model_dump(),
@@ -98,7 +99,7 @@ class Correct:
             "base": self.base.name,
             "emulator": self.emulator.name,
         }
-        return Output(self._path, "corrected-adapter", request, self.skeleton.device.type, inputs)
+        return Output(self._path, "corrected-adapter", request, self.skeleton.device.type, inputs, files)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be done."""

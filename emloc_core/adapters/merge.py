@@ -16,6 +16,7 @@ from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from emloc_core.files.header import DTYPES, TensorInfo, read_header
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import manifest_value
 from emloc_core.files.output import Output, read_manifest, write_json
 from emloc_core.files.shards import ShardWriter, row_chunks, tensor_bytes
@@ -64,12 +65,12 @@ class Merge:
         Raises:
             EmlocError: the adapter does not belong to the base.
         """
-        cache_dir = self._path.resolve().parent
-        fingerprint = self.base.fingerprint(cache_dir)
+        files = Inputs(self._path.resolve().parent)
+        fingerprint = self.base.fingerprint(files)
         require_base(self.adapter, self.base, fingerprint, allow_uncorrected=self._allow_uncorrected)
-        request = {"adapter": self.adapter.fingerprint(cache_dir), "base": fingerprint}
+        request = {"adapter": self.adapter.fingerprint(files), "base": fingerprint}
         inputs = {"adapter": str(self.adapter.directory.absolute()), "base": self.base.name}
-        return Output(self._path, "checkpoint", request, inputs=inputs)
+        return Output(self._path, "checkpoint", request, inputs=inputs, files=files)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be written."""

@@ -1,14 +1,19 @@
 """The ``emloc`` command. One file a command; a command's heavy imports happen when it runs."""
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from keyword import iskeyword
+from types import FrameType
 
 import rich_click as click
 
 from emloc_core import __version__
 from emloc_core.errors import EmlocError, printable, typed_line
+from emloc_core.lifetime import end_with_parent
 from emloc_core.plugins.builtin import COMMANDS
 
 
@@ -55,26 +60,51 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    debug = "--debug" in sys.argv
+    end_with_parent()
+    with _signals() as received:
+        try:
+            cli.main(standalone_mode=False)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | click.Abort) or received:
+                click.echo("emloc: interrupted; the same command resumes where it stopped.", err=True)
+                sys.exit(128 + (received or [signal.SIGINT])[-1])
+            _fail(error)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Interrupt what runs at SIGINT and at SIGTERM alike; yields the numbers of those that have come.
+
+    A library that is interrupted may raise something else in the place of ``KeyboardInterrupt``.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - what a handler is given
+        received.append(number)
+        raise KeyboardInterrupt
+
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        cli.main(standalone_mode=False)
-    except EmlocError as error:
-        if debug:
-            raise
-        click.echo(f"emloc: error: {printable(error)}", err=True)
-        sys.exit(1)
-    except click.ClickException as error:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _fail(error: BaseException) -> None:
+    """Say what is wrong in one line, and exit; with ``--debug``, or for what is no error, raise it."""
+    if isinstance(error, click.ClickException):
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("emloc: interrupted; the same command goes on where it stopped.", err=True)
-        sys.exit(130)
-    except Exception as error:
-        if debug:
-            raise
-        if isinstance(error, OSError) and error.filename is not None:  # a fault of the machine, or of its files
-            fault = printable(f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}).")
-            click.echo(f"emloc: error: {fault} Check it, and run the same command again.", err=True)
-            sys.exit(1)
-        click.echo(f"emloc: unexpected {printable(typed_line(error))} (emloc --debug ... shows where)", err=True)
-        sys.exit(70)
+    if "--debug" in sys.argv or not isinstance(error, Exception):
+        raise error
+    if isinstance(error, EmlocError):
+        click.echo(f"emloc: error: {printable(error)}", err=True)
+        sys.exit(1)
+    if isinstance(error, OSError) and error.filename is not None:  # a fault of the machine, or of its files
+        fault = printable(f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}).")
+        click.echo(f"emloc: error: {fault} Check it, and run the same command again.", err=True)
+        sys.exit(1)
+    click.echo(f"emloc: unexpected {printable(typed_line(error))} (emloc --debug ... shows where)", err=True)
+    sys.exit(70)

@@ -25,6 +25,7 @@ from emloc_core.emulator.spectra import KIND, Spectra, SpectraFiles, at_largest_
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.files.shards import remove_damaged, tensor_bytes
 from emloc_core.model.device import choose_device
@@ -82,18 +83,19 @@ class Compress:
         self.samples = self._encode(self.rows.calibration, processing)
         self._encode(self.rows.selection, processing)
         self._path, self._spectra_path = output, spectra
+        self._files = Inputs(output.resolve().parent)
 
     @cached_property
     def output(self) -> Output:
         """The emulator's directory. The base's files are hashed when it is first asked for."""
         request = {
-            "base": self.base.fingerprint(self._path.resolve().parent),
+            "base": self.base.fingerprint(self._files),
             "settings": self.settings.model_dump(),
             "calibration": [row.key for row in self.rows.calibration],
             "tokenized_rows": _digest(self.samples),  # a tokenizer or a chat template may change, and the rows may not
             "selection": [row.key for row in self.rows.selection],
         }
-        return Output(self._path, "emulator", request, self.skeleton.device.type, {"base": self.base.name})
+        return Output(self._path, "emulator", request, self.skeleton.device.type, {"base": self.base.name}, self._files)
 
     @cached_property
     def spectra(self) -> Output | None:
@@ -110,7 +112,7 @@ class Compress:
             name: value for name, value in self.settings.model_dump().items() if name not in CutSettings.model_fields
         }
         request = {**self.output.request, "settings": settings}
-        return Output(path, KIND, request, self.skeleton.device.type, {"base": self.base.name})
+        return Output(path, KIND, request, self.skeleton.device.type, {"base": self.base.name}, self._files)
 
     def _encode(self, rows: list[Row], processing: Processing) -> list[Sample]:
         limit = model_limit(self.skeleton.model.config)

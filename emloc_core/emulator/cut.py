@@ -12,6 +12,7 @@ from emloc_core.emulator.spectra import Spectra
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, made_from
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
@@ -47,8 +48,8 @@ class Cut:
         Raises:
             EmlocError: the spectra are of another base.
         """
-        spectra, base, cache_dir = self.spectra, self.base, self._path.resolve().parent
-        if spectra.base != base.fingerprint(cache_dir):
+        spectra, base, files = self.spectra, self.base, Inputs(self._path.resolve().parent)
+        if spectra.base != base.fingerprint(files):
             raise EmlocError(
                 f"The spectra {spectra.directory} were made from another base than {base.directory}: the fingerprints "
                 "differ.",
@@ -58,9 +59,9 @@ class Cut:
         request = {
             **spectra.request,
             "settings": {**spectra.settings, **self.settings.model_dump()},
-            "spectra": spectra.fingerprint(cache_dir),
+            "spectra": spectra.fingerprint(files),
         }
-        return Output(self._path, "emulator", request, inputs={"base": base.name})
+        return Output(self._path, "emulator", request, inputs={"base": base.name}, files=files)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be made: bytes, and the rank of every Linear."""

@@ -18,8 +18,8 @@ from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.emulator.files import UNREACHED
 from emloc_core.emulator.ranks import LinearPlan, Plan
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import hash_files
 from emloc_core.files.header import TensorInfo, read_header
+from emloc_core.files.inputs import Inputs, hash_files
 from emloc_core.files.manifest import CONTENT, manifest_value, require_unchanged
 from emloc_core.files.output import MANIFEST, read_manifest
 from emloc_core.files.shards import remove_damaged, write_shard
@@ -120,15 +120,15 @@ class Spectra:
             except EmlocError as error:
                 raise EmlocError(error.args[0], _REMEDY) from None
 
-    def fingerprint(self, cache_dir: Path) -> str:
-        """Return the SHA-256 over the manifest and every shard, in hex; hashes are cached in ``cache_dir``.
+    def fingerprint(self, inputs: Inputs) -> str:
+        """Return the SHA-256 over the manifest and every shard, in hex.
 
         Raises:
             EmlocError: a shard is not as it was made.
         """
         shards = [_shard(self.directory, self.blocks, block) for block in self.blocks]
-        require_unchanged(self._manifest, self.directory, hash_files(shards, cache_dir))
-        return hash_files([self.directory / MANIFEST, *shards], cache_dir)
+        require_unchanged(self._manifest, self.directory, inputs.hash(shards))
+        return inputs.hash([self.directory / MANIFEST, *shards])
 
     def reached(self, plan: Plan) -> Plan:
         """Return the plan with those Linears kept dense that no calibration row passed through.

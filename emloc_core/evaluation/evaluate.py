@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.tasks import TaskSpec, find_task
 from emloc_core.files.checkpoint import open_checkpoint
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, read_json, read_manifest, write_json
 from emloc_core.process import ProcessDiedError, call
 from emloc_core.report.table import COSTS, ORDER
@@ -55,14 +55,14 @@ def canonical_systems(
     return [System(name=name, model=model, adapter=lora) for name, model, lora in ordered if model is not None]
 
 
-def _check_adapters(systems: Sequence[System], cache_dir: Path) -> None:
+def _check_adapters(systems: Sequence[System], files: Inputs) -> None:
     """Refuse adapters that do not belong where :func:`canonical_systems` puts them.
 
     An adapter that EMLoC wrote knows the fingerprint of its model; another is only looked at for its correction.
 
     Args:
         systems: of any names; those of :func:`canonical_systems` are checked.
-        cache_dir: where hashes of the models' files are cached.
+        files: take the models' files.
 
     Raises:
         EmlocError: a corrected adapter stands for an uncorrected one or the reverse, one of them cannot be carried
@@ -85,7 +85,7 @@ def _check_adapters(systems: Sequence[System], cache_dir: Path) -> None:
         if manifest is None or system.name == "base+uncorrected":  # which was made for the emulator
             continue
         known = manifest.get("request", {}).get("base" if corrected else "model")
-        if known != Checkpoint(system.model).fingerprint(cache_dir):
+        if known != Checkpoint(system.model).fingerprint(files):
             raise EmlocError(
                 f"The adapter {system.adapter} was made for another model than {system.model} ({system.name}).",
                 "Give the model that it was made for, or --system NAME=MODEL+ADAPTER to try them all the same.",
@@ -111,18 +111,17 @@ class Evaluate:
 
     def __init__(self, request: EvaluateRequest) -> None:
         self.request = request
-        with TemporaryDirectory() as cache_dir:  # nothing is written, not even hashes beside the output
-            self._specs = _specs(request.tasks, Path(cache_dir))
+        self._specs = _specs(request.tasks, Inputs())  # nothing is written, not even hashes beside the output
         self.systems = [_local(system) for system in request.systems]
         _check(self.systems, self._specs)
 
     @cached_property
     def output(self) -> Output:
         """The comparison's directory. The files of all systems are hashed when it is first asked for."""
-        request, cache_dir = self.request, self.request.output.resolve().parent
-        _check_adapters(self.systems, cache_dir)
-        content = _content(self.systems, self._specs, cache_dir)
-        return Output(request.output, "evaluation", {**content, **self._settings})
+        request, files = self.request, Inputs(self.request.output.resolve().parent)
+        _check_adapters(self.systems, files)
+        content = _content(self.systems, _specs(request.tasks, files), files)
+        return Output(request.output, "evaluation", {**content, **self._settings}, files=files)
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -130,8 +129,7 @@ class Evaluate:
 
     def describe(self) -> dict[str, Any]:
         """Return what would be compared, on what."""
-        with TemporaryDirectory() as cache_dir:
-            _check_adapters(self.systems, Path(cache_dir))
+        _check_adapters(self.systems, Inputs())
         return {
             "systems": {
                 system.name: {"model": system.model, "adapter": str(system.adapter) if system.adapter else None}
@@ -206,10 +204,10 @@ def _local(system: System) -> System:
     return system.model_copy(update={"model": str(open_checkpoint(system.model).directory)})
 
 
-def _specs(tasks: Sequence[str], cache_dir: Path) -> list[TaskSpec]:
+def _specs(tasks: Sequence[str], files: Inputs) -> list[TaskSpec]:
     if not tasks:
         raise EmlocError("There is no task to evaluate on.", "Give a task file; `emloc eval --new-task` writes one.")
-    specs = [find_task(task, cache_dir) for task in tasks]
+    specs = [find_task(task, files) for task in tasks]
     names = [spec.name for spec in specs]
     for name in names:
         if names.count(name) > 1:
@@ -242,14 +240,14 @@ def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
             raise EmlocError(f"{system.adapter} has no {CONFIG}.", "Give the directory of a PEFT adapter.")
 
 
-def _content(systems: Sequence[System], specs: Sequence[TaskSpec], cache_dir: Path) -> dict[str, Any]:
+def _content(systems: Sequence[System], specs: Sequence[TaskSpec], files: Inputs) -> dict[str, Any]:
     from emloc_core.adapters.adapter import fingerprint
     from emloc_core.files.checkpoint import Checkpoint
 
     described = {
         system.name: {
-            "model": Checkpoint(system.model).fingerprint(cache_dir),
-            "adapter": fingerprint(system.adapter, cache_dir) if system.adapter else None,
+            "model": Checkpoint(system.model).fingerprint(files),
+            "adapter": fingerprint(system.adapter, files) if system.adapter else None,
         }
         for system in systems
     }

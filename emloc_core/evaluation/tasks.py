@@ -16,7 +16,7 @@ import yaml
 
 from emloc_core.errors import EmlocError, did_you_mean, typed_line
 from emloc_core.evaluation.images import find_pictures, hash_pictures, picture_directory, shows_pictures
-from emloc_core.files.checkpoint import hash_files
+from emloc_core.files.inputs import Inputs
 
 #: Loaders that ``datasets`` brings along; any other ``dataset_path`` is a data set of the hub, or a directory.
 LOCAL_FORMATS = {"json", "csv", "parquet", "text", "arrow"}
@@ -39,19 +39,19 @@ class TaskSpec:
     shows_images: bool = False
 
 
-def find_task(task: str, cache_dir: Path) -> TaskSpec:
+def find_task(task: str, inputs: Inputs) -> TaskSpec:
     """Find and check the task that the user means: the path of a YAML file, or the name of a bundled task.
 
     Args:
         task: path or name.
-        cache_dir: where hashes of data files are cached.
+        inputs: take the task's files.
 
     Raises:
         EmlocError: there is no such task, its file is not valid, or its data are missing.
     """
     path = Path(task)
     if path.suffix in (".yaml", ".yml") or path.exists() or len(path.parts) > 1:
-        return _find_file(path, cache_dir)
+        return _find_file(path, inputs)
     return TaskSpec(_check_bundled(task), None, "lm-eval")
 
 
@@ -110,7 +110,7 @@ def is_conversational(task: Any) -> bool:
     return any(isinstance(turn, dict) and "role" in turn for turn in turns)
 
 
-def _find_file(path: Path, cache_dir: Path) -> TaskSpec:
+def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")])
         raise EmlocError(f"There is no task file {path}.{near}", "`emloc eval --new-task` writes one for your data.")
@@ -130,8 +130,9 @@ def _find_file(path: Path, cache_dir: Path) -> TaskSpec:
             "data_files are looked up relative to the task file; correct the path.",
         )
     functions = sorted({file for value in named_functions(content) if (file := _function_file(value, path)).is_file()})
+    inputs.hash([*files, *functions])
     own = hashlib.sha256("".join(file.read_text("utf-8") for file in [*files, *functions]).encode()).hexdigest()
-    digest, declared = f"{own}-{hash_files(sorted(data), cache_dir)}", content.get("doc_to_image")
+    digest, declared = f"{own}-{inputs.hash(sorted(data))}", content.get("doc_to_image")
     if declared is not None:
         digest += f"-{hash_pictures(data, declared)}"
     return TaskSpec(name, path.resolve(), digest, declared is not None)

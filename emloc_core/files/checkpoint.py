@@ -1,8 +1,5 @@
 """A model directory, read lazily: config, index, shards, fingerprint. Nothing here knows what the tensors mean."""
 
-import contextlib
-import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,9 +11,10 @@ from safetensors import safe_open
 
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.header import TensorInfo, read_header
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import require_unchanged
-from emloc_core.files.output import HASHES, read_manifest, read_object, write_json
-from emloc_core.files.own import require_own_files, require_regular
+from emloc_core.files.output import read_manifest, read_object
+from emloc_core.files.own import require_own_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -128,24 +126,25 @@ class Checkpoint:
                 found[key] = handles[shard].get_slice(key)
             yield found
 
-    def fingerprint(self, cache_dir: Path) -> str:
+    def fingerprint(self, inputs: Inputs) -> str:
         """Return the SHA-256 over config, index and the content of every shard, as a hexadecimal string.
 
-        The hash of a file is cached by its size and time of change in ``cache_dir``, never beside the checkpoint.
+        What else belongs to the model (its tokenizer, say) does not count, and becomes one of the inputs all the same.
 
         Raises:
             EmlocError: this is an emulator, and not as it was made.
         """
-        found = self.hash(cache_dir)
+        inputs.hash(self.side_files())
+        found = self.hash(inputs)
         manifest = read_manifest(self.directory)
         if manifest is not None and manifest.get("kind") == "emulator":
             require_unchanged(manifest, self.directory, found)
         return found
 
-    def hash(self, cache_dir: Path | None = None) -> str:
-        """Return what :meth:`fingerprint` does, whatever a manifest says; without a directory nothing is cached."""
+    def hash(self, inputs: Inputs | None = None) -> str:
+        """Return what :meth:`fingerprint` does, whatever a manifest says."""
         names = ["config.json", *([INDEX] if (self.directory / INDEX).is_file() else [])]
-        return hash_files([self.directory / name for name in names] + self.shards, cache_dir)
+        return (inputs or Inputs()).hash([self.directory / name for name in names] + self.shards)
 
     def side_files(self) -> list[Path]:
         """Return the files that are not weights and travel with the model: tokenizer, templates, licence."""
@@ -171,45 +170,6 @@ def read_config_json(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         raise EmlocError(f"{path} has no model_type.", "Give a Hugging Face model directory, or its config.json.")
     return config
-
-
-def hash_files(paths: list[Path], cache_dir: Path | None = None) -> str:
-    """Return the SHA-256 over the names and contents of files, as a hexadecimal string.
-
-    Args:
-        paths: of the files; their directories do not count.
-        cache_dir: where the hashes of files are cached; None caches nothing.
-
-    Raises:
-        EmlocError: a file is missing.
-    """
-    cache_path = cache_dir / HASHES if cache_dir else None
-    cache: dict[str, Any] = {}
-    if cache_path and cache_path.is_file():
-        with contextlib.suppress(EmlocError):  # a damaged cache is only slower
-            cache = read_object(cache_path)
-    known = dict(cache)
-    total = hashlib.sha256()
-    for path in paths:
-        try:
-            require_regular(path)
-            status = path.stat()
-            stamp = [status.st_size, status.st_mtime_ns]
-            entry = cache.get(str(path.resolve()))
-            if not isinstance(entry, list) or entry[:2] != stamp or not isinstance(entry[-1], str):
-                with path.open("rb") as file:
-                    entry = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
-                cache[str(path.resolve())] = entry
-        except FileNotFoundError:
-            raise EmlocError(f"{path} does not exist.", "Download or copy the model again.") from None
-        except OSError as error:
-            raise EmlocError(f"{path} cannot be read ({error.strerror}).", "Download or copy it again.") from None
-        total.update(f"{path.name}\0{entry[-1]}\n".encode())
-    # No directory is made for it: fingerprints are also taken where nothing is to be written.
-    if cache_path and cache != known and os.access(cache_path.parent, os.W_OK):
-        with contextlib.suppress(OSError):  # a cache that cannot be kept is only slower
-            write_json(cache_path, cache)
-    return total.hexdigest()
 
 
 def open_checkpoint(model: str) -> Checkpoint:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.files.lock import is_at, locked
@@ -24,9 +24,12 @@ from emloc_core.files.meter import Meter
 from emloc_core.files.own import require_regular
 from emloc_core.files.workspace import Workspace
 
+if TYPE_CHECKING:
+    from emloc_core.files.inputs import Inputs
+
 MANIFEST = "emloc.json"
 TIMING = "timing.json"
-#: Hashes of large files by path, size and time of change; see :func:`emloc_core.files.checkpoint.hash_files`.
+#: Hashes of large files by path and stamp; see :class:`emloc_core.files.inputs.Inputs`.
 HASHES = ".emloc-hashes.json"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
@@ -162,6 +165,7 @@ class Output:
         device: the kind of device that computes it: what one kind has begun, another does not continue.
         inputs: what it is made from, by role: ``base``, say -> its path or hub id. Not part of the request: an input
             that was moved is the same input.
+        files: what is read to make it, as it was when it was hashed for the request.
 
     Use :meth:`is_finished` first, then :meth:`build`.
     """
@@ -173,6 +177,7 @@ class Output:
         request: dict[str, Any],
         device: str = "cpu",
         inputs: Mapping[str, str] | None = None,
+        files: "Inputs | None" = None,
     ) -> None:
         self.path = Path(path)
         if not self.path.name or self.path.name == "..":
@@ -180,6 +185,7 @@ class Output:
         self.kind = kind
         self.request = json.loads(json.dumps(request))
         self._inputs = dict(inputs or {})
+        self._files = files
         self._versions = {**versions(), "device": device}
         self._workspace = Workspace(self.path)
         self.staging = self._workspace.content
@@ -256,28 +262,34 @@ class Output:
     def _start_or_resume(self) -> None:
         workspace = self._workspace
         request = {"request": self.request, "versions": self._versions}
+        stamps = self._files.stamps if self._files else []
         try:
             if self._is_there():
                 workspace.discard()
                 raise EmlocError(f"{self.path} was finished by another process meanwhile.", "Use it as it is.")
             if workspace.is_started and workspace.request.exists():
-                differing = _differences(read_json(workspace.request), request)
-                if differing:
+                saved = read_object(workspace.request)
+                files = saved.pop("inputs", None)
+                if differing := _differences(saved, request):
                     raise EmlocError(
                         f"{workspace.directory} holds an interrupted run of something else: {differing}.",
                         "Run that command again to finish it, or remove the directory.",
                     )
-            elif self.staging.exists():  # it was being removed
-                shutil.rmtree(self.staging)
+                if files != stamps:  # they have the same content, and may not have had it all the time
+                    workspace.clear()
+            else:  # it was being removed
+                workspace.clear()
         except EmlocError:
             if not workspace.is_started:
                 workspace.discard()
             raise
-        write_json(workspace.request, request)
+        write_json(workspace.request, {**request, "inputs": stamps})
         self.staging.mkdir(exist_ok=True)
 
     def _publish(self) -> None:
         """Make the content durable, and then give it its name, in one step; only then forget what it was made from."""
+        if self._files:
+            self._files.verify()
         manifest = {
             "kind": self.kind,
             "inputs": self._inputs,

@@ -66,11 +66,15 @@ class Workspace:
                 "Move the directory elsewhere, or remove it.",
             )
 
-    def discard(self) -> None:
-        """Remove all of it. Only for who holds it, or knows that nobody does."""
-        self.request.unlink(missing_ok=True)  # first: what is left after a kill is then known to be rubbish
+    def clear(self) -> None:
+        """Remove the request, and then the content: what a kill leaves of it is nobody's."""
+        self.request.unlink(missing_ok=True)
         if self.content.is_dir():
             shutil.rmtree(self.content)
+
+    def discard(self) -> None:
+        """Remove all of it. Only for who holds it, or knows that nobody does."""
+        self.clear()
         for path in self.directory.glob(".*.tmp"):
             path.unlink()
         self._lock.unlink(missing_ok=True)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from emloc_core.errors import EmlocError, first_line
-from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, hash_files, open_checkpoint
+from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from emloc_core.files.header import TensorInfo, read_header
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, write_json
 from emloc_core.files.pretrained import make_config
 from emloc_core.files.shards import ShardWriter
@@ -66,13 +67,13 @@ class Import:
     @cached_property
     def output(self) -> Output:
         """The checkpoint's directory. The source's files are hashed when it is first asked for."""
-        source, cache_dir = self.source, self._path.resolve().parent
+        source, files = self.source, Inputs(self._path.resolve().parent)
         request = {
-            "source": source.fingerprint(cache_dir),
-            "files": hash_files(source.side_files(), cache_dir),
+            "source": source.fingerprint(files),
+            "files": files.hash(source.side_files()),
             "layout": self.layout.name,
         }
-        return Output(self._path, "checkpoint", request, inputs={"source": source.name})
+        return Output(self._path, "checkpoint", request, inputs={"source": source.name}, files=files)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be written."""

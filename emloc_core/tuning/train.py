@@ -24,7 +24,8 @@ from trl import SFTConfig, SFTTrainer
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.data.tokenize import load_processing, model_limit, require_readable
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint, hash_files, open_checkpoint
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.inputs import Inputs, hash_files
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output, read_json, write_json
 from emloc_core.files.pretrained import load_model
@@ -39,6 +40,7 @@ from emloc_core.tuning.trl import check_extra, lora_config, sft_config
 
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
+_PENDING = "loss_since"  # in the log of a checkpoint: summed since its last entry
 _SETTINGS = "The training settings do not work"
 _DIVERGED = "Lower the learning rate, or train without bf16."
 
@@ -132,8 +134,9 @@ class Train:
         config = self._config()
         state = PartialState()
         self.is_main_process = state.is_main_process
-        request = self._request(state.num_processes) if state.is_main_process else {}
-        output = Output(self.path, "adapter", request, inputs={"model": self.model.name})
+        files = Inputs(self.path.resolve().parent)
+        request = self._request(files, state.num_processes) if state.is_main_process else {}
+        output = Output(self.path, "adapter", request, inputs={"model": self.model.name}, files=files)
         (finished,) = broadcast_object_list([state.is_main_process and output.is_finished()])
         if finished:
             return self.path
@@ -144,9 +147,9 @@ class Train:
                 output.result[CONTENT] = hash_files([output.staging / SAFETENSORS_WEIGHTS_NAME])
         return self.path
 
-    def _request(self, processes: int) -> dict[str, Any]:
+    def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
         return {
-            "model": self.model.fingerprint(self.path.resolve().parent),
+            "model": self.model.fingerprint(files),
             "rows": digest(self.rows),
             "settings": self.settings.model_dump(exclude={"report_to", "save_steps"}),  # they change no result
             "processes": processes,  # so many times the batch
@@ -212,6 +215,7 @@ class Train:
                 peft_config=lora_config(self.settings, self.targets),
                 callbacks=[_LogLastStep()],
             )
+            trainer.add_callback(_RestoreLoss(trainer))
         trainer.lora.peft_config["default"].base_model_name_or_path = directory
         if config.use_cpu:  # the loss comes next, and with it the peak
             backbone: Any = trainer.lora.get_base_model().base_model
@@ -229,7 +233,7 @@ class Train:
         write_json(staging / LOG, log)
         checkpoints = staging / CHECKPOINTS
         if (checkpoints / "runs").is_dir():  # TensorBoard's
-            shutil.move(checkpoints / "runs", staging / "runs")
+            shutil.copytree(checkpoints / "runs", staging / "runs", dirs_exist_ok=True)
         shutil.rmtree(checkpoints)
 
 
@@ -244,6 +248,26 @@ class _Trainer(SFTTrainer):
         if not bool(torch.isfinite(loss)):  # the trainer itself would log an average in its place and go on
             raise EmlocError(f"The loss at step {self.state.global_step + 1} is {loss.item()}.", _DIVERGED)
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save the loss since the last entry of the log too, which the trainer would forget."""
+        sums = self.accelerator.gather(self._tr_loss)
+        self.state.log_history.append({_PENDING: sums.mean().item(), "since": self._globalstep_last_logged})
+        super()._save_checkpoint(*args, **kwargs)
+        self.state.log_history.pop()
+
+
+class _RestoreLoss(TrainerCallback):
+    """Continues the sum of a resumed interval of the log."""
+
+    def __init__(self, trainer: _Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.log_history and _PENDING in state.log_history[-1]:
+            saved = state.log_history.pop()
+            self._trainer._tr_loss += saved[_PENDING]
+            self._trainer._globalstep_last_logged = int(saved["since"])
 
 
 class _LogLastStep(TrainerCallback):

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import HASHES, read_object
+from emloc_core.lifetime import child_environment
 from emloc_core.zoo.job import Job
 
 Cause = Literal[
@@ -24,8 +25,6 @@ Cause = Literal[
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 JOBS, LOGS, JOB, OUTCOME = "jobs", "logs", "job.json", "result.json"
 WORKER = (sys.executable, "-m", "emloc_core.zoo.worker")
-#: Environment variable: the process that a worker does not outlive.
-PARENT = "EMLOC_ZOO_PARENT"
 
 
 @dataclass(frozen=True)
@@ -185,4 +184,4 @@ def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(job.threads))
     quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false"}
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "1") if job.offline else {}
-    return {**base, **quiet, **threads, **offline, PARENT: str(os.getpid())}
+    return child_environment({**base, **quiet, **threads, **offline})

@@ -108,13 +108,15 @@ class Job(Settings):
 
 
 def _model_fingerprint(model: str, cache_dir: Path) -> str:
-    from emloc_core.files.checkpoint import Checkpoint, hash_files
+    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.files.inputs import Inputs
 
     try:
         checkpoint = Checkpoint(model)
         # The tokenizer decides what the rows become.
         side = [path for path in checkpoint.side_files() if path.suffix != ".md" and "LICENSE" not in path.name]
-        return f"{checkpoint.fingerprint(cache_dir)} {hash_files(side, cache_dir)}"
+        inputs = Inputs(cache_dir)
+        return f"{checkpoint.fingerprint(inputs)} {inputs.hash(side)}"
     except (EmlocError, OSError) as error:
         return f"{model}: {error}"
 
@@ -122,7 +124,7 @@ def _model_fingerprint(model: str, cache_dir: Path) -> str:
 def _rows_fingerprint(source: str, cache_dir: Path) -> str:
     """Return a hash of what rows say and show, wherever they and their pictures are; a data set of the hub: its id."""
     from emloc_core.data.rows import digest, load_rows
-    from emloc_core.files.checkpoint import hash_files
+    from emloc_core.files.inputs import hash_files
 
     path = Path(source)
     if not path.is_file():
@@ -138,9 +140,10 @@ def _task_fingerprint(task: str, cache_dir: Path) -> str:
     if not Path(task).is_file():
         return task
     from emloc_core.evaluation.tasks import find_task
+    from emloc_core.files.inputs import Inputs
 
     try:
-        return find_task(task, cache_dir).digest
+        return find_task(task, Inputs(cache_dir)).digest
     except (EmlocError, OSError) as error:
         return f"{task}: {error}"
 

@@ -5,7 +5,6 @@ own, and whatever ends it does not end the worker, which says how it ended.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -17,13 +16,12 @@ from types import FrameType
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import write_json
 from emloc_core.files.workspace import Workspace
+from emloc_core.lifetime import die_with, end_with_parent
 from emloc_core.recipe.run import Stage
-from emloc_core.zoo.engine import OUTCOME, PARENT, Outcome, read_outcome
+from emloc_core.zoo.engine import OUTCOME, Outcome, read_outcome
 from emloc_core.zoo.faults import classify, describe, ended, exit_code, memory_kills
 from emloc_core.zoo.job import Job
 from emloc_core.zoo.result import collect
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(job: Job, directory: Path) -> Outcome:
@@ -92,14 +90,6 @@ def _failure(error: BaseException, stage: Stage | None, *, offline: bool) -> Out
     return Outcome(cause, describe(error), stage.name if stage else "")
 
 
-def die_with(parent: int, number: signal.Signals) -> None:
-    """Have the kernel send this process a signal when its parent ends, however that ends; only Linux can."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
-        if os.getppid() != parent:  # it ended before that
-            os.kill(os.getpid(), number)
-
-
 def _end_all(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - what a handler is given
     """End the worker's whole group: the stage, and what that has started."""
     os.killpg(os.getpgid(0), signal.SIGKILL)
@@ -109,7 +99,7 @@ def main(job_file: str) -> int:
     """Do the job in ``job_file``, write its outcome beside it, and return the exit code."""
     if os.getpgid(0) == os.getpid():  # started by an engine, in a group of its own
         signal.signal(signal.SIGTERM, _end_all)
-        die_with(int(os.environ.get(PARENT, os.getppid())), signal.SIGTERM)
+        end_with_parent(signal.SIGTERM)
     path = Path(job_file).absolute()
     outcome = run(Job.model_validate_json(path.read_text(encoding="utf-8")), path.parent)
     with contextlib.suppress(OSError):

@@ -14,6 +14,7 @@ from emloc_demo.tasks import fields
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.tasks import find_task, load_task
+from emloc_core.files.inputs import Inputs
 from emloc_core.recipe.recipe import load_recipe
 
 
@@ -98,7 +99,7 @@ def test_what_is_prepared_can_be_run(tmp_path, monkeypatch):
     recipe = load_recipe(prepare(tmp_path / "demo"))
     assert Path(recipe.model.base) == tmp_path / "demo" / "base"
     assert recipe.eval is not None
-    specs = [find_task(task, tmp_path) for task in recipe.eval.tasks]
+    specs = [find_task(task, Inputs()) for task in recipe.eval.tasks]
     assert [len(load_task(spec)[0].eval_docs) for spec in specs] == [100, 24]
 
 

@@ -25,7 +25,8 @@ from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.sensitivity import PROBES
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint, hash_files
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.inputs import Inputs, hash_files
 from emloc_core.files.output import read_manifest
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.plugins.manager import plugin_manager
@@ -103,7 +104,7 @@ def test_a_cut_is_the_emulator_that_compress_makes(tiny_model, kept, whole, tmp_
     assert one["result"] == other["result"]
     fingerprint = other["request"].pop("spectra")
     assert (one["kind"], one["request"]) == (other["kind"], other["request"])
-    assert fingerprint == Spectra(kept[1]).fingerprint(tmp_path)
+    assert fingerprint == Spectra(kept[1]).fingerprint(Inputs())
 
 
 def test_the_emulator_beside_kept_spectra_is_cut_from_them(tiny_model, kept, tmp_path):

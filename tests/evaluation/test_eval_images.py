@@ -29,6 +29,7 @@ from emloc_core.evaluation.new_task import write_task
 from emloc_core.evaluation.system import load_system, run_tasks
 from emloc_core.evaluation.tasks import find_task, load_task
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.inputs import Inputs
 from emloc_core.process import call_here
 from emloc_core.settings import CompressSettings
 
@@ -141,7 +142,7 @@ def test_the_model_is_shown_what_the_trainer_shows_it(form, suffix, lm, rows_wit
         rows[0] = {"images": None, **rows[0]} if form == "some without" else rows[0]  # the schema is the first row's
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
         shutil.rmtree(tmp_path / "pictures")
-    (task,) = load_task(find_task(str(write_task("image_nll", data, tmp_path / "task.yaml")), tmp_path))
+    (task,) = load_task(find_task(str(write_task("image_nll", data, tmp_path / "task.yaml")), Inputs()))
     task.build_all_requests(apply_chat_template=True, chat_template=lm.apply_chat_template)
     lm.chat_applied = True
     for row, request in zip(load_rows(str(data)), task.instances, strict=True):
@@ -167,7 +168,7 @@ def test_nll_is_the_loss_a_token_of_the_answers_alone(batch_size, lm, base, rows
 
 def test_a_choice_is_by_the_likelihood_of_each_answer(lm, base, rows_with_pictures, tmp_path, monkeypatch):
     task = write_task("image_choice", rows_with_pictures, tmp_path / "choice.yaml")
-    (loaded,) = load_task(find_task(str(task), tmp_path))
+    (loaded,) = load_task(find_task(str(task), Inputs()))
     loaded.build_all_requests(apply_chat_template=True, chat_template=lm.apply_chat_template)
     passes, forward = [], lm.model.forward
 
@@ -281,10 +282,10 @@ def test_another_picture_is_another_evaluation(rows_with_pictures, tmp_path):
     shutil.copytree(rows_with_pictures.parent / "pictures", tmp_path / "pictures")
     data = Path(shutil.copy(rows_with_pictures, tmp_path))
     task = str(write_task("image_nll", data, tmp_path / "task.yaml"))
-    before = find_task(task, tmp_path)
-    assert find_task(task, tmp_path) == before
+    before = find_task(task, Inputs())
+    assert find_task(task, Inputs()) == before
     shutil.copy(tmp_path / "pictures" / "blue.png", tmp_path / "pictures" / "red.png")
-    assert find_task(task, tmp_path).digest != before.digest
+    assert find_task(task, Inputs()).digest != before.digest
 
 
 def test_a_missing_picture_is_found_before_anything_runs(internvl, rows_with_pictures, tmp_path):
@@ -322,7 +323,7 @@ def test_a_model_without_a_processor_is_refused(internvl, tmp_path):
 
 
 def test_a_processor_without_a_chat_template_is_refused(internvl, rows_with_pictures, tmp_path):
-    spec = find_task(str(write_task("image_nll", rows_with_pictures, tmp_path / "task.yaml")), tmp_path)
+    spec = find_task(str(write_task("image_nll", rows_with_pictures, tmp_path / "task.yaml")), Inputs())
     model, processor = load_system(internvl, None, images=True)
     processor.chat_template = None
     with pytest.raises(EmlocError, match="needs a chat template"):

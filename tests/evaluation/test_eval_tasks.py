@@ -14,6 +14,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.evaluation.new_task import write_task
 from emloc_core.evaluation.system import load_system, run_tasks
 from emloc_core.evaluation.tasks import TaskSpec, find_task, load_task
+from emloc_core.files.inputs import Inputs
 
 
 def test_nll_is_the_loss_a_token(tiny_model, rows_file, tmp_path):
@@ -76,7 +77,7 @@ def test_nll_of_a_conversation_is_of_the_answer_after_the_template(tiny_model, t
 
 def test_a_chat_without_a_template_is_refused(tiny_model, tmp_path):
     data = write_jsonl(tmp_path / "chats.jsonl", chat_rows(2))
-    spec = find_task(str(write_task("generation", data, tmp_path / "write.yaml")), tmp_path)
+    spec = find_task(str(write_task("generation", data, tmp_path / "write.yaml")), Inputs())
     model, tokenizer = load_system(tiny_model, None)
     tokenizer.chat_template = None
     with pytest.raises(EmlocError, match="needs a chat template"):
@@ -117,7 +118,7 @@ def test_data_are_found_relative_to_the_task_file(tmp_path, monkeypatch):
     task = write_task("completion_nll", data, tmp_path / "tasks" / "loss.yaml")
     assert '"../data.jsonl"' in task.read_text()
     monkeypatch.chdir("/")
-    (loaded,) = load_task(find_task(str(task), tmp_path))
+    (loaded,) = load_task(find_task(str(task), Inputs()))
     assert len(loaded.eval_docs) == 3
 
 
@@ -131,11 +132,11 @@ def test_a_digest_covers_data_functions_and_includes(rows_file, tmp_path):
         "include: common.yaml\ntask: mine\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n"
         "doc_to_text: prompt\ndoc_to_target: completion\nprocess_results: !function score.score\n"
     )
-    digests = {find_task(str(task), tmp_path).digest}
+    digests = {find_task(str(task), Inputs()).digest}
     for file, line in (("score.py", "# \n"), ("common.yaml", "# \n"), ("rows.jsonl", "\n"), ("task.yaml", "# \n")):
         with (tmp_path / file).open("a") as stream:
             stream.write(line)
-        digests.add(find_task(str(task), tmp_path).digest)
+        digests.add(find_task(str(task), Inputs()).digest)
     assert len(digests) == 5
 
 
@@ -155,29 +156,29 @@ BROKEN = {
 def test_a_broken_task_file_is_refused(content, tmp_path):
     (tmp_path / "task.yaml").write_text(content)
     with pytest.raises(EmlocError, match=BROKEN[content]):
-        find_task(str(tmp_path / "task.yaml"), tmp_path)
+        find_task(str(tmp_path / "task.yaml"), Inputs())
 
 
 def test_a_missing_task_file_names_the_nearest(rows_file, tmp_path):
     write_task("generation", rows_file, tmp_path / "generation.yaml")
     with pytest.raises(EmlocError, match=r"Did you mean 'generation\.yaml'"):
-        find_task(str(tmp_path / "generations.yaml"), tmp_path)
+        find_task(str(tmp_path / "generations.yaml"), Inputs())
 
 
-def test_an_unknown_bundled_task_names_the_nearest(tmp_path, monkeypatch):
+def test_an_unknown_bundled_task_names_the_nearest(monkeypatch):
     bundled = Path(lm_eval.tasks.__file__).parent / "hellaswag"  # one of hundreds of directories, which take seconds
     few = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=str(bundled))
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
-    assert find_task("hellaswag", tmp_path).path is None
+    assert find_task("hellaswag", Inputs()).path is None
     with pytest.raises(EmlocError, match="Did you mean 'hellaswag'"):
-        find_task("hellaswagg", tmp_path)
+        find_task("hellaswagg", Inputs())
 
 
 def test_a_template_that_names_no_column_is_one_error(rows_file, tmp_path):
     task = write_task("completion_nll", rows_file, tmp_path / "loss.yaml")
     task.write_text(task.read_text().replace("{{ prompt }}", "{{ promt }}"))
     with pytest.raises(EmlocError, match=r"lm-eval cannot build .*loss\.yaml .*promt"):
-        load_task(find_task(str(task), tmp_path))
+        load_task(find_task(str(task), Inputs()))
 
 
 def test_a_template_cannot_reach_python(rows_file, tmp_path):
@@ -187,7 +188,7 @@ def test_a_template_cannot_reach_python(rows_file, tmp_path):
         f'output_type: loglikelihood\ndoc_to_text: "{reaches}"\ndoc_to_target: completion\n'
     )
     with pytest.raises(EmlocError, match="SecurityError: access to attribute '__class__'"):
-        load_task(find_task(str(tmp_path / "task.yaml"), tmp_path))
+        load_task(find_task(str(tmp_path / "task.yaml"), Inputs()))
 
 
 def test_an_unreachable_hub_is_one_error(tmp_path, monkeypatch):

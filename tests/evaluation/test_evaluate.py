@@ -20,6 +20,7 @@ from emloc_core.evaluation.new_task import write_task
 from emloc_core.evaluation.system import load_system
 from emloc_core.evaluation.tasks import find_task
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.inputs import Inputs
 from emloc_core.process import ProcessDiedError
 from emloc_core.requests import make_request
 
@@ -199,7 +200,7 @@ def write_manifest(adapter, tmp_path):
 
     def write(kind, key, model):
         directory = shutil.copytree(adapter, tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}")
-        request = {key: Checkpoint(model).fingerprint(tmp_path)}
+        request = {key: Checkpoint(model).fingerprint(Inputs())}
         (directory / "emloc.json").write_text(json.dumps({"kind": kind, "request": request}))
         return directory
 
@@ -268,7 +269,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tiny_model, adapter, tas
 def test_the_command_writes_a_task_file(rows_file, tmp_path):
     argv = ["--new-task", "completion_nll", "--data", str(rows_file), "-o", str(tmp_path / "loss.yaml")]
     CliRunner().invoke(command, argv, catch_exceptions=False)
-    assert find_task(str(tmp_path / "loss.yaml"), tmp_path).name == "loss"
+    assert find_task(str(tmp_path / "loss.yaml"), Inputs()).name == "loss"
     with pytest.raises(EmlocError, match="exists already"):
         CliRunner().invoke(command, argv, catch_exceptions=False)
 

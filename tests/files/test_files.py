@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.header import DTYPES, read_header
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, read_manifest, read_toml
 from emloc_core.files.shards import ShardWriter, row_chunks, write_shard
 
@@ -151,18 +152,18 @@ def test_fingerprints_follow_content_and_are_cached(tiny_model, tmp_path, monkey
         (copy / path.name).write_bytes(path.read_bytes())
     cache = tmp_path / "cache"
     cache.mkdir()
-    first = Checkpoint(copy).fingerprint(cache)
-    assert first == Checkpoint(tiny_model).fingerprint(tmp_path / "other")
+    first = Checkpoint(copy).fingerprint(Inputs(cache))
+    assert first == Checkpoint(tiny_model).fingerprint(Inputs(tmp_path / "other"))
     assert not (copy / ".emloc-hashes.json").exists()
     read = []
     monkeypatch.setattr("hashlib.file_digest", lambda *_: read.append(1))
-    assert Checkpoint(copy).fingerprint(cache) == first
+    assert Checkpoint(copy).fingerprint(Inputs(cache)) == first
     assert read == []
     monkeypatch.undo()
     tensors = load_file(copy / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    assert Checkpoint(copy).fingerprint(cache) != first
+    assert Checkpoint(copy).fingerprint(Inputs(cache)) != first
 
 
 def test_an_output_is_published_whole_with_its_manifest(tmp_path):

@@ -14,8 +14,9 @@ from emloc_core.data.images import Picture
 from emloc_core.data.rows import copy_kept_rows
 from emloc_core.data.tokenize import load_tokenizer
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint, hash_files
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.header import read_header
+from emloc_core.files.inputs import hash_files
 from emloc_core.files.output import read_json, read_toml
 
 

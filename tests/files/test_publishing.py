@@ -1,10 +1,12 @@
 """What is published was made by the request in its manifest, whenever a run is killed and whatever is run after it."""
 
+import errno
 import os
 import shutil
 import sys
 import threading
 from contextlib import suppress
+from unittest.mock import Mock, patch
 
 import pytest
 from support.adapters import contents, make_adapter
@@ -16,7 +18,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files import lock, workspace
 from emloc_core.files import output as publishing
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.output import Output, read_manifest
+from emloc_core.files.output import Output, read_manifest, write_json
 from emloc_core.files.workspace import Workspace
 
 PUBLISHING = {module.__file__ for module in (lock, publishing, workspace)}
@@ -218,3 +220,24 @@ def test_a_merge_that_is_killed_while_it_is_synced(tiny_model, tmp_path):
         merge(tiny_model, second, tmp_path / "out")
     merge(tiny_model, first, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(merge(tiny_model, first, tmp_path / "whole"))
+
+
+def test_names_with_a_leading_dot_are_never_published(tmp_path):
+    with Output(tmp_path / "out", "adapter", {"name": "A"}).build() as staging:
+        (staging / "parts").mkdir()
+        for file in ("part", "parts/weights", ".part.json.tmp", ".base.log", "parts/.weights.tmp"):
+            (staging / file).write_text("A")
+        (staging / ".spectra.partial" / "content").mkdir(parents=True)
+    assert made_by(tmp_path) == "A"
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "some.json"
+    write_json(path, 1)
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with patch.object(os, "fsync", full), pytest.raises(OSError, match="No space"):
+        write_json(path, 2)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("some.json", "1\n")]
+    (tmp_path / ".some.json.tmp").write_text("[half of what a killed writer wanted to w")
+    write_json(path, 3)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("some.json", "3\n")]

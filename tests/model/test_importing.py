@@ -36,7 +36,8 @@ from emloc_core.cli import cli, main
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint, hash_files
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.inputs import Inputs, hash_files
 from emloc_core.model.importing import Import
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
@@ -116,8 +117,8 @@ def test_nothing_is_lost_and_no_code_travels(models):
     manifest = json.loads((native / "emloc.json").read_text())
     assert manifest["request"] == {
         "layout": "internvl_chat",
-        "source": Checkpoint(source).fingerprint(native.parent),
-        "files": hash_files(Checkpoint(source).side_files(), native.parent),
+        "source": Checkpoint(source).fingerprint(Inputs()),
+        "files": hash_files(Checkpoint(source).side_files()),
     }
     assert manifest["result"]["split"] == 3 + 2
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import rich_click as click
 
 from emloc_core.errors import EmlocError
+from emloc_core.lifetime import child_environment
 from emloc_demo.command import output_option
 
 ENGINES = ("local", "ray")
@@ -66,7 +67,7 @@ def emloc(*argv: str, codes: tuple[int, ...] = (0,)) -> None:
         EmlocError: it ended with another exit code than ``codes``.
     """
     click.echo(f"\n$ emloc {' '.join(argv)}", err=True)
-    code = subprocess.run([sys.executable, "-m", "emloc_core", *argv], check=False).returncode
+    code = subprocess.run([sys.executable, "-m", "emloc_core", *argv], env=child_environment(), check=False).returncode
     if code not in codes:
         raise EmlocError(f"The command ended with exit code {code}.", "Mend what it says above, and run this again.")
 

@@ -1,0 +1,100 @@
+"""The files that a stage reads: their hashes, and whether they are still what was hashed when the stage publishes."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from emloc_core.errors import EmlocError
+from emloc_core.files.output import HASHES, read_object, write_json
+from emloc_core.files.own import require_regular
+
+#: Size, time of change, inode, and time of the last change of any of the file's properties, which nobody can set.
+Stamp = list[int]
+
+
+class Inputs:
+    """Hashes files, and knows all that it has hashed.
+
+    A hash is cached by the file's path and stamp in ``cache_dir``, never beside the file.
+
+    Args:
+        cache_dir: where; None caches nothing.
+    """
+
+    def __init__(self, cache_dir: Path | None = None) -> None:
+        self._cache = cache_dir / HASHES if cache_dir else None
+        self._seen: dict[Path, tuple[Stamp, str]] = {}
+
+    def hash(self, paths: Iterable[Path]) -> str:
+        """Return the SHA-256 over the names and contents of files, as a hexadecimal string.
+
+        Raises:
+            EmlocError: a file is missing, or cannot be read.
+        """
+        cache: dict[str, Any] = {}
+        if self._cache and self._cache.is_file():
+            with suppress(EmlocError):  # a damaged cache is only slower
+                cache = read_object(self._cache)
+        known = dict(cache)
+        total = hashlib.sha256()
+        for path in paths:
+            try:
+                require_regular(path)
+                real = path.resolve()
+                stamp, entry = _stamp(real), cache.get(str(real))
+                if not isinstance(entry, list) or entry[:-1] != stamp or not isinstance(entry[-1], str):
+                    cache[str(real)] = entry = [*stamp, _digest(real)]
+            except FileNotFoundError:
+                raise EmlocError(f"{path} does not exist.", "Download or copy the model again.") from None
+            except (OSError, RuntimeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise EmlocError(f"{path} cannot be read ({reason}).", "Download or copy it again.") from None
+            self._seen.setdefault(real, (stamp, entry[-1]))
+            total.update(f"{path.name}\0{entry[-1]}\n".encode())
+        # No directory is made for it: fingerprints are also taken where nothing is to be written.
+        if self._cache and cache != known and os.access(self._cache.parent, os.W_OK):
+            with suppress(OSError):  # a cache that cannot be kept is only slower
+                write_json(self._cache, cache)
+        return total.hexdigest()
+
+    @property
+    def stamps(self) -> list[Stamp]:
+        """What tells whether the files are the same ones as those of an interrupted run, wherever they are now."""
+        return [stamp[:-1] for stamp, _ in self._seen.values()]
+
+    def verify(self) -> None:
+        """Check that every file is still what was hashed: all that was read of them since then is of one piece.
+
+        Raises:
+            EmlocError: a file has been changed, replaced or removed.
+        """
+        for path, (stamp, digest) in self._seen.items():
+            try:
+                now = _stamp(path)
+                # A new link to a file or other rights change its last time alone.
+                same = now == stamp or (now[:-1] == stamp[:-1] and _digest(path) == digest)
+            except OSError:
+                same = False
+            if not same:
+                raise EmlocError(
+                    f"{path} was changed while it was being read; what was made of it is dropped.",
+                    "Run the same command again, and leave the file alone until it ends.",
+                )
+
+
+def hash_files(paths: Iterable[Path], cache_dir: Path | None = None) -> str:
+    """Return the SHA-256 over the names and contents of files, as :meth:`Inputs.hash` does."""
+    return Inputs(cache_dir).hash(paths)
+
+
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

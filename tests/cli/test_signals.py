@@ -1,0 +1,89 @@
+"""A signal ends a command with one sentence, and every process that it has started with it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import rich_click as click
+
+from emloc_core.cli import cli
+
+#: Stands in for Python: what ``emloc run`` starts waits, and says which process it is.
+STAGE = """#!{python}
+import os, pathlib, time
+from emloc_core.lifetime import end_with_parent
+end_with_parent()
+pathlib.Path({place!r}).write_text(str(os.getpid()))
+time.sleep(600)
+"""
+
+RUN = """
+import sys
+from types import SimpleNamespace
+from emloc_core.recipe import run
+from emloc_core.cli import main
+output = sys.argv[1]
+run.load_recipe = lambda *_: SimpleNamespace(output=output)
+request = SimpleNamespace(stage="train", to_json=dict)
+run.stages = lambda recipe: [SimpleNamespace(name="adapter", purpose="tune", request=request)]
+sys.executable = sys.argv[2]
+sys.argv[1:] = ["run", "recipe.toml"]
+main()
+"""
+
+
+def await_(condition):
+    while not condition():
+        time.sleep(0.02)
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
+def test_a_stage_ends_with_its_run(tmp_path, number, code):
+    place, stage = tmp_path / "process", tmp_path / "stage"
+    stage.write_text(STAGE.format(python=sys.executable, place=str(place)))
+    stage.chmod(0o755)
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN, str(tmp_path), str(stage)], stderr=subprocess.PIPE, text=True
+    ) as run:
+        await_(lambda: run.poll() is not None or (place.exists() and place.read_text()))
+        assert run.poll() is None, run.stderr.read()
+        os.kill(run.pid, signal.Signals[number])
+        said = run.stderr.read()
+    assert run.returncode == code
+    child = int(place.read_text())
+    await_(lambda: not is_running(child))
+    if code > 0:
+        assert said.splitlines()[-1] == "emloc: interrupted; the same command resumes where it stopped."
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("instead", [None, ValueError("not a number"), SystemExit(3)], ids=repr)
+def test_whatever_a_library_makes_of_a_signal_it_is_an_interruption(emloc, monkeypatch, number, code, instead):
+    @click.command("wait")
+    def wait():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(600)
+        except KeyboardInterrupt:
+            if instead:
+                raise instead from None
+            raise
+
+    monkeypatch.setitem(cli.commands, "wait", wait)
+    before = signal.getsignal(number)
+    found, out, err = emloc("wait")
+    assert (found, out) == (code, "")
+    assert err.strip() == "emloc: interrupted; the same command resumes where it stopped."
+    assert signal.getsignal(number) is before
