@@ -13,6 +13,7 @@ for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import chaos.warm  # noqa: E402, F401 - before anything is computed
+from chaos import hostile  # noqa: E402
 from chaos.cases import Case  # noqa: E402
 from chaos.changes import changing_inputs  # noqa: E402
 from chaos.disks import full_disks  # noqa: E402
@@ -32,7 +33,7 @@ KINDS = {
     "writers": two_writers,
     "changes": changing_inputs,
 }
-ZOOS = "zoos"
+ZOOS, HOSTILE = "zoos", "hostile"  # which do not go by stages
 
 
 def cases(bench: Bench, kinds: list[str], stages: list[Stage], most: int | None) -> Iterator[Case]:
@@ -44,17 +45,20 @@ def cases(bench: Bench, kinds: list[str], stages: list[Stage], most: int | None)
 
 def results_of(bench: Bench, kinds: list[str], stages: list[Stage], arguments: argparse.Namespace) -> Iterator[Result]:
     """Yield what comes of all that is tried."""
-    for case in cases(bench, [kind for kind in kinds if kind != ZOOS], stages, arguments.most):
+    for case in cases(bench, [kind for kind in kinds if kind in KINDS], stages, arguments.most):
         yield case.result(bench)
     if ZOOS in kinds:
         with tempfile.TemporaryDirectory(prefix="emloc-zoos-") as directory:
             yield from campaign(Path(directory), seconds=arguments.zoo_seconds)
+    if HOSTILE in kinds:
+        with tempfile.TemporaryDirectory(prefix="emloc-hostile-") as directory:
+            yield from hostile.campaign(Path(directory) / HOSTILE, arguments.most)
 
 
 def main() -> int:
     """Run what the command line asks for; return the exit code."""
     parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
-    parser.add_argument("--kind", action="append", choices=[*KINDS, ZOOS], help="only that; repeatable")
+    parser.add_argument("--kind", action="append", choices=[*KINDS, ZOOS, HOSTILE], help="only that; repeatable")
     parser.add_argument("--stage", action="append", choices=STAGES, help="only that; repeatable")
     parser.add_argument("--most", type=int, help="try at most so many moments of each kind and stage")
     parser.add_argument("--zoo-seconds", type=float, default=300, help="disturb zoos for so long")
@@ -62,7 +66,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not is_supported():
         sys.exit("The kernel cannot tell what a process does to files: Linux 5.9 with seccomp is needed.")
-    kinds = arguments.kind or [*KINDS, ZOOS]
+    kinds = arguments.kind or [*KINDS, ZOOS, HOSTILE]
     results: list[Result] = []
     start = time.monotonic()
     in_memory = Path("/dev/shm")  # where there is one: thousands of fsyncs
