@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support.adapters import TARGETS, make_adapter, make_emulator
+from support.adapters import TARGETS, make_adapter
 from support.rows import write_jsonl
 from transformers import AutoModelForCausalLM
 
@@ -17,15 +17,14 @@ from emloc_core.adapters.correct import Correct, choose
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.inputs import hash_files
+from emloc_core.files.checkpoint import Checkpoint, hash_files
 from emloc_core.files.output import read_manifest
 from emloc_core.settings import CorrectSettings
 
 
 @pytest.fixture(scope="module")
-def emulator(tiny_model, rows_file, tmp_path_factory):
-    return make_emulator(tiny_model, rows_file, tmp_path_factory.mktemp("transfer") / "emulator")
+def emulator(tiny_emulator):
+    return tiny_emulator
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from emloc_llama import LLAMA
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support.adapters import TARGETS, make_adapter, make_emulator
+from support.adapters import TARGETS, make_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.adapters import merge as merging
@@ -150,9 +150,8 @@ def test_an_adapter_of_a_model_that_is_not_here_is_refused_unless_asked_for(tiny
     assert merge(adapter, tiny_model, tmp_path / "merged", allow_uncorrected=True).is_dir()
 
 
-def test_an_uncorrected_adapter_of_another_base_is_refused_even_if_asked_for(tiny_model, rows_file, tmp_path):
-    emulator = make_emulator(tiny_model, rows_file, tmp_path / "emulator")
-    adapter = make_adapter(emulator, tmp_path / "adapter")
+def test_an_uncorrected_adapter_of_another_base_is_refused_even_if_asked_for(tiny_model, tiny_emulator, tmp_path):
+    adapter = make_adapter(tiny_emulator, tmp_path / "adapter")
     other = shutil.copytree(tiny_model, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"] += 1e-3
@@ -161,9 +160,8 @@ def test_an_uncorrected_adapter_of_another_base_is_refused_even_if_asked_for(tin
         merge(adapter, other, tmp_path / "merged", allow_uncorrected=True)
 
 
-def test_an_uncorrected_adapter_is_refused_unless_asked_for(tiny_model, rows_file, tmp_path):
-    emulator = make_emulator(tiny_model, rows_file, tmp_path / "emulator")
-    adapter = make_adapter(emulator, tmp_path / "adapter")
+def test_an_uncorrected_adapter_is_refused_unless_asked_for(tiny_model, tiny_emulator, tmp_path):
+    adapter = make_adapter(tiny_emulator, tmp_path / "adapter")
     with pytest.raises(EmlocError, match="not corrected"):
         merge(adapter, tiny_model, tmp_path / "merged")
     merged = merge(adapter, tiny_model, tmp_path / "merged", allow_uncorrected=True)
@@ -186,9 +184,8 @@ def test_a_weight_that_holds_no_floats_is_refused(tiny_model, tmp_path, dtype):
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_corrected_adapter_that_was_edited_is_refused(tiny_model, rows_file, tmp_path):
-    emulator = make_emulator(tiny_model, rows_file, tmp_path / "emulator")
-    trained = make_adapter(emulator, tmp_path / "adapter")
+def test_a_corrected_adapter_that_was_edited_is_refused(tiny_model, tiny_emulator, tmp_path):
+    trained = make_adapter(tiny_emulator, tmp_path / "adapter")
     settings = CorrectSettings(clamp=1)
     corrected = Correct(Adapter(trained), Checkpoint(tiny_model), tmp_path / "corrected", settings).run()
     weights = corrected / "adapter_model.safetensors"
@@ -198,8 +195,8 @@ def test_a_corrected_adapter_that_was_edited_is_refused(tiny_model, rows_file, t
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_emulator_that_was_edited_is_refused(tiny_model, rows_file, tmp_path):
-    emulator = make_emulator(tiny_model, rows_file, tmp_path / "emulator")
+def test_an_emulator_that_was_edited_is_refused(tiny_model, tiny_emulator, tmp_path):
+    emulator = shutil.copytree(tiny_emulator, tmp_path / "emulator")
     adapter = make_adapter(emulator, tmp_path / "adapter")
     shard = emulator / "model-00001-of-00004.safetensors"
     content = bytearray(shard.read_bytes())

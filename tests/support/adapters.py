@@ -4,17 +4,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
-from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.settings import CompressSettings
-
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def make_emulator(model, rows_file, output):
-    settings = CompressSettings(samples=12, selection=6, ratio=0.6)
-    return Compress(Checkpoint(model), load_rows(str(rows_file)), output, settings).run()
 
 
 def make_adapter(model, output, *, size=0.05, **options):
