@@ -7,7 +7,8 @@
     emulator = emloc.compress("org/model", "train.jsonl", "emulator", ratio=0.6)
     adapter = emloc.train(emulator, "train.jsonl", "adapter", steps=300)
     corrected = emloc.correct(adapter)
-    model = emloc.merge(corrected, "merged").load()
+    polished = emloc.polish(corrected, "train.jsonl")
+    model = emloc.merge(polished, "merged").load()
 
 Importing this package imports nothing heavy; a function imports what it needs when it is called. To load an emulator
 with plain ``transformers``, ``import emloc_core.lowrank`` first.
@@ -18,7 +19,18 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from emloc_core.api import compress, convert_layout, correct, cut, evaluate, load_family, merge, run, train
+    from emloc_core.api import (
+        compress,
+        convert_layout,
+        correct,
+        cut,
+        evaluate,
+        load_family,
+        merge,
+        polish,
+        run,
+        train,
+    )
     from emloc_core.errors import EmlocError
     from emloc_core.result import Result
 
@@ -30,7 +42,8 @@ except PackageNotFoundError:  # a source tree that was never installed
 #: Public names, and where each is.
 _PUBLIC = {
     **dict.fromkeys(
-        ("compress", "convert_layout", "correct", "cut", "evaluate", "load_family", "merge", "run", "train"), "api"
+        ("compress", "convert_layout", "correct", "cut", "evaluate", "load_family", "merge", "polish", "run", "train"),
+        "api",
     ),
     "EmlocError": "errors",
     "Result": "result",
@@ -46,6 +59,7 @@ __all__ = [
     "evaluate",
     "load_family",
     "merge",
+    "polish",
     "run",
     "train",
 ]

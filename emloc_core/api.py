@@ -87,6 +87,8 @@ def train(
     *,
     exclude: Iterable[Name] = (),
     split: str = "train",
+    exact: bool = False,
+    limits: Mapping[str, Any] | None = None,
     progress: Progress = _no_progress,
     **settings: Any,
 ) -> Result:
@@ -98,6 +100,8 @@ def train(
         output: directory of the adapter.
         exclude: files of rows that are not trained on.
         split: of a hub data set.
+        exact: read an ordinary model block by block, so that it need not fit in memory; see :func:`polish`.
+        limits: with ``exact``: see :func:`polish`.
         progress: the trainer shows its own; this is for other stages.
         settings: of :class:`~emloc_core.settings.TrainSettings`: ``steps``, ``learning_rate``, ``lora_rank``, ...
 
@@ -105,7 +109,8 @@ def train(
         EmlocError: from the model, the data or the settings, or the loss is not a number.
     """
     content = {"model": model, "data": data, "output": output, "exclude": tuple(exclude), "split": split}
-    return _perform(make_request("train", settings, **content), progress)
+    request = make_request("train", settings, exact=exact, limits=dict(limits or {}), **content)
+    return _perform(request, progress)
 
 
 def correct(
@@ -143,6 +148,46 @@ def correct(
         "device": device,
     }
     return _perform(make_request("correct", settings, **content), progress)
+
+
+def polish(
+    adapter: Name,
+    data: Rows,
+    output: Name | None = None,
+    *,
+    base: Name | None = None,
+    exclude: Iterable[Name] = (),
+    split: str = "train",
+    limits: Mapping[str, Any] | None = None,
+    progress: Progress = _no_progress,
+    **settings: Any,
+) -> Result:
+    """Take a few exact LoRA steps on the base itself from an adapter, in the memory of a few blocks.
+
+    Args:
+        adapter: what :func:`correct` or :func:`train` made, or any PEFT LoRA of the base.
+        data: rows of the task.
+        output: directory of the polished adapter; None: ``ADAPTER-polished`` beside it.
+        base: the model; None: the one that the adapter is for.
+        exclude: files of rows that are not trained on.
+        split: of a hub data set.
+        limits: of :class:`~emloc_core.settings.ExactSettings`: ``memory``, ``park``.
+        progress: the trainer shows its own; this is for other stages.
+        settings: of :class:`~emloc_core.settings.PolishSettings`: ``steps``, ``learning_rate``, ``batch_size``, ...
+
+    Raises:
+        EmlocError: the adapter does not belong to the base; from the data or the settings; the base changes meanwhile.
+    """
+    content = {
+        "adapter": adapter,
+        "data": data,
+        "output": output or Path(f"{fspath(adapter)}-polished"),
+        "base": base,
+        "exclude": tuple(exclude),
+        "split": split,
+        "limits": dict(limits or {}),
+    }
+    return _perform(make_request("polish", settings, **content), progress)
 
 
 def merge(

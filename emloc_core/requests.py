@@ -13,7 +13,16 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from emloc_core.errors import EmlocError
-from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings, Settings, TrainSettings, explain
+from emloc_core.settings import (
+    CompressSettings,
+    CorrectSettings,
+    CutSettings,
+    ExactSettings,
+    PolishSettings,
+    Settings,
+    TrainSettings,
+    explain,
+)
 
 #: A file or hub data set by name, or rows in memory: an iterable of mappings, such as a ``datasets.Dataset``.
 Rows = Any
@@ -81,6 +90,8 @@ class TrainRequest(Request):
     data: Rows = Field(description="Rows of the user's task.")
     exclude: tuple[Path, ...] = Field((), description="Files of rows that are not trained on.")
     split: str = Field("train", description="Split of a hub data set.")
+    exact: bool = Field(False, description="Read an ordinary model block by block: it need not fit in memory.")
+    limits: ExactSettings = Field(ExactSettings(), description="With `exact`: what the steps may use.")
     settings: TrainSettings = TrainSettings()
 
 
@@ -94,6 +105,19 @@ class CorrectRequest(Request):
     selection: Path | None = Field(None, description="Other rows to choose the clamp on.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto.")
     settings: CorrectSettings = CorrectSettings()
+
+
+class PolishRequest(Request):
+    """Take exact steps on the base from an adapter."""
+
+    stage = "polish"
+    adapter: Path = Field(description="Of the base: corrected, trained on it or on an emulator of it, or by PEFT.")
+    base: str | None = Field(None, description="Directory or hub id; None: the model that the adapter is for.")
+    data: Rows = Field(description="Rows of the user's task.")
+    exclude: tuple[Path, ...] = Field((), description="Files of rows that are not trained on.")
+    split: str = Field("train", description="Split of a hub data set.")
+    limits: ExactSettings = Field(ExactSettings(), description="What the steps may use.")
+    settings: PolishSettings = PolishSettings()
 
 
 class MergeRequest(Request):
@@ -133,6 +157,7 @@ REQUESTS: dict[str, type[Request]] = {
         CutRequest,
         TrainRequest,
         CorrectRequest,
+        PolishRequest,
         MergeRequest,
         EvaluateRequest,
     )

@@ -48,33 +48,59 @@ DEFAULT_EPOCHS = 3.0
 MEMORY_SETTINGS = ("batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "target_modules")
 
 
-class TrainSettings(Settings):
-    """How the LoRA is trained."""
+class StepSettings(Settings):
+    """How optimiser steps are taken, on whatever is trained."""
 
     steps: int | None = Field(None, ge=1, description="Optimiser steps; instead of epochs.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the rows; 3 where no steps are given either.")
     learning_rate: float = Field(2e-4, gt=0, description="The highest learning rate of the schedule.")
-    batch_size: int = Field(8, ge=1, description="Rows a device in one forward pass.")
-    accumulation: int = Field(1, ge=1, description="Forward passes an optimiser step.")
+    batch_size: int = Field(8, ge=1, description="Rows per device in one forward pass.")
+    accumulation: int = Field(1, ge=1, description="Forward passes per optimiser step.")
     max_length: int | None = Field(None, ge=1, description="Tokens after which a row is cut; none is cut by default.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations, to save memory.")
     bf16: bool = Field(True, description="Compute in bfloat16 where that is safe (automatic mixed precision).")
     seed: int = Field(0, ge=0, lt=2**32, description="Of the LoRA's initial values and of the order of rows.")
     report_to: str = Field("none", description="Where the trainer reports to, besides log.json: tensorboard, say.")
-    save_steps: int = Field(50, ge=1, description="Steps between the checkpoints that an interrupted run goes on from.")
+    save_steps: int = Field(50, ge=1, description="Steps between the checkpoints that an interrupted run resumes at.")
     logging_steps: int = Field(10, ge=1, description="Steps between entries of log.json.")
+    extra: dict[str, Any] = Field(default_factory=dict, description="Any other fields of TRL's SFTConfig.")
+
+
+class TrainSettings(StepSettings):
+    """How the LoRA is trained."""
+
+    epochs: float | None = Field(None, gt=0, description="Passes over the rows; 3 where no steps are given either.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations, to save memory.")
     lora_rank: int = Field(8, ge=1, description="Rank of the LoRA.")
     lora_alpha: float = Field(16.0, gt=0, description="The LoRA is scaled by alpha / rank.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the LoRA's input.")
     target_modules: list[str] | None = Field(None, description="Last parts of module paths; by default the family's.")
-    extra: dict[str, Any] = Field(default_factory=dict, description="Any other fields of TRL's SFTConfig.")
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSettings":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         return self
+
+
+class PolishSettings(StepSettings):
+    """How exact steps are taken from an adapter, whose rank, scale and targets they keep."""
+
+    steps: int = Field(20, ge=1, description="Optimiser steps.")
+    save_steps: int = Field(5, ge=1, description="Steps between the checkpoints that an interrupted run resumes at.")
+    logging_steps: int = Field(5, ge=1, description="Steps between entries of log.json.")
+
+
+class ExactSettings(Settings):
+    """What exact steps may use; none of it changes their result."""
+
+    memory: str | None = Field(
+        None,
+        description="What the device may use, such as 24GiB: weights stay there as far as they fit beside what a step "
+        "needs; by default every block is read twice per step.",
+    )
+    park: Literal["memory", "disk"] = Field(
+        "memory", description="Where activations at block boundaries wait for the backward."
+    )
 
 
 class CorrectSettings(Settings):

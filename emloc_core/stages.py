@@ -12,8 +12,9 @@ _MODULES = {
     "import": "emloc_core.model.importing",
     "compress": "emloc_core.emulator.compress",
     "cut": "emloc_core.emulator.cut",
-    "train": "emloc_core.tuning.train",
+    "train": "emloc_core.tuning.exact",
     "correct": "emloc_core.adapters.correct",
+    "polish": "emloc_core.tuning.exact",
     "merge": "emloc_core.adapters.merge",
     "eval": "emloc_core.evaluation.evaluate",
 }

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from emloc_core.adapters.adapter import CORRECTED, Adapter, weights_hash, write_adapter
+from emloc_core.adapters.belonging import require_shapes
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import SELECTION, Row, load_rows
@@ -72,7 +73,7 @@ class Correct:
         self._path, self._selection = output, selection
         self.family = plugin_manager().family_for(base.config)
         self.skeleton = Skeleton(base, self.family, device)
-        self._check_shapes()
+        require_shapes(adapter, self.skeleton.model)
         self.rows = self._rows(selection)
         max_length = manifest_value(manifest, self.emulator.directory, "request.settings.max_length", int | None)
         self.samples = self._encode(self.rows, max_length)
@@ -111,21 +112,6 @@ class Correct:
             "base_bytes_read": self.bytes_to_read,
             "finished": self.output.is_finished(),
         }
-
-    def _check_shapes(self) -> None:
-        for path, lora in self.adapter.loras.items():
-            expected = (lora.b.shape[0], lora.a.shape[1])
-            try:
-                actual = tuple(self.skeleton.model.get_parameter(f"{path}.weight").shape)
-            except AttributeError:
-                raise EmlocError(
-                    f"The base has no Linear at {path}.", "The adapter belongs to another architecture."
-                ) from None
-            if actual != expected:
-                raise EmlocError(
-                    f"The LoRA on {path} is for a weight of shape {expected}; the base has {actual}.",
-                    "The adapter belongs to another model.",
-                )
 
     def _rows(self, selection: Path | None) -> list[Row]:
         if self.settings.clamp != "auto":

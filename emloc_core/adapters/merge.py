@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.belonging import require_base
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from emloc_core.files.header import DTYPES, TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.manifest import manifest_value
-from emloc_core.files.output import Output, read_manifest, write_json
+from emloc_core.files.output import Output, write_json
 from emloc_core.files.shards import ShardWriter, row_chunks, tensor_bytes
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
@@ -189,38 +189,6 @@ def _untie(config: dict[str, Any]) -> dict[str, Any]:
     text = config.get("text_config")
     parts = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
     return {**config, **parts, "tie_word_embeddings": False}
-
-
-def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_uncorrected: bool = False) -> None:
-    """Refuse an adapter that was not made for this base, or that may be as it was trained on an emulator.
-
-    Raises:
-        EmlocError: manifests name another base; the adapter is not corrected; or nobody can tell.
-    """
-    request = adapter.manifest.get("request", {})
-    made_for = request.get("base") or request.get("model")
-    if not adapter.is_corrected:
-        model = adapter.trained_on
-        emulator = read_manifest(model) if model else None
-        if emulator is not None and emulator.get("kind") == "emulator":
-            made_for = manifest_value(emulator, adapter.trained_on or Path(), "request.base", str)
-            if not allow_uncorrected:
-                raise EmlocError(
-                    f"{adapter.directory} was trained on an emulator and is not corrected.",
-                    "Run `emloc correct` first, or merge it as it is with --allow-uncorrected.",
-                )
-        named = adapter.config.get("base_model_name_or_path")
-        if not model and not made_for and named != base.name and not allow_uncorrected:
-            raise EmlocError(
-                f"{adapter.directory} was trained on {named}, which is not here, so nobody can tell whether that is an "
-                "emulator.",
-                "If it was trained on the base itself, merge it with --allow-uncorrected.",
-            )
-    if made_for and made_for != fingerprint:
-        raise EmlocError(
-            f"{adapter.directory} was made for another base than {base.directory}: the fingerprints differ.",
-            "Give the base that the adapter was made for, unchanged.",
-        )
 
 
 def prepare(request: MergeRequest) -> Merge:

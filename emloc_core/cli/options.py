@@ -1,5 +1,6 @@
-"""Command line options from a model of settings: one option a field, with its default and its description."""
+"""Command line options from a model of settings: one option per field, with its default and its description."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -30,6 +31,21 @@ device = click.option(
     show_default=True,
     help="Where the work is done: cpu, cuda, cuda:1, or auto, the GPU where there is one.",
 )
+
+
+def rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which rows are trained on, and any other field of SFTConfig."""
+    for option in (
+        click.option("--set", "extra", multiple=True, metavar="KEY=VALUE",
+                     help="Any other field of SFTConfig; repeatable."),
+        click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+                     help="Rows that are not tuned on, such as test rows; repeatable."),
+        click.option("--split", default="train", show_default=True, help="Split of a hub data set."),
+        click.option("--data", required=True,
+                     help="JSONL, JSON or Parquet file, or a hub data set, of your own task."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
 
 
 def adapter_on_base(base: str, output: str) -> Callable[..., Any]:
@@ -133,3 +149,17 @@ def _kind(annotation: Any) -> Any:
 
 def _is_list(annotation: Any) -> bool:
     return list in (get_origin(annotation), *(get_origin(part) for part in get_args(annotation)))
+
+
+def pairs(texts: Iterable[str]) -> dict[str, Any]:
+    """Read ``KEY=VALUE``; a value that is JSON is that value, any other is text."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise EmlocError(f"--set {text}: not KEY=VALUE.", "Write --set warmup_steps=10, say.")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found

@@ -22,6 +22,7 @@ _DOING = {
     "cut": "Cutting",
     "train": "Training",
     "correct": "Correcting",
+    "polish": "Polishing",
     "merge": "Merging",
     "eval": "Evaluating",
 }
@@ -76,10 +77,12 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
                 f"rows: {content['calibration_rows']} calibration ({content['calibration_tokens']:,} tokens), "
                 f"{content['selection_rows']} selection, {content['tuning_rows']} left for tuning"
             )
-    elif stage == "train":
+    elif stage in ("train", "polish"):
         yield f"{content['model']}: family {content['family']}, {human_bytes(content['model_bytes'])}"
         yield f"rows: {content['rows']} to train on, {content['excluded_rows']} left out"
         yield f"{content['steps']} steps; LoRA on {', '.join(content['target_modules'])}"
+        if read := content.get("step_read_bytes"):
+            yield f"weights read per step, every block twice: {human_bytes(read)}"
     elif stage == "eval":
         for name, system in content["systems"].items():
             yield f"{name:<16} {system['model']}" + (f" + {system['adapter']}" if system["adapter"] else "")
@@ -95,13 +98,16 @@ def summary(request: Request, result: Result) -> list[str]:
     found = result.result
     if request.stage in ("compress", "cut"):
         return [*_errors(found), *_spectra(getattr(request, "keep_spectra", None))]
-    if request.stage == "train":
+    if request.stage in ("train", "polish"):
         lines = [
             f"{found['steps']} steps on {found['rows']} rows ({found['excluded_rows']} left out): "
             f"mean loss {found['train_loss']:.4f}, {found['trainable_parameters']:,} trainable parameters"
         ]
         if found["dropped_rows"]:
             lines.append(f"{found['dropped_rows']} rows dropped: the maximum length leaves nothing of their completion")
+        if read := result.timing.get("read_bytes"):
+            waited = human_seconds(result.timing["waited_seconds"])
+            lines.append(f"{human_bytes(read)} of weights read; the steps waited {waited} for them")
         return lines
     if request.stage == "correct":
         return [

@@ -11,7 +11,20 @@ from emloc_core.errors import EmlocError, typed_line
 from emloc_core.hookspecs import hookimpl
 
 #: The built-in commands: modules of ``emloc_core.cli``, each with a ``command`` (``import_`` for import).
-COMMANDS = ("compress", "correct", "cut", "eval", "families", "import", "merge", "plan", "run", "train", "zoo")
+COMMANDS = (
+    "compress",
+    "correct",
+    "cut",
+    "eval",
+    "families",
+    "import",
+    "merge",
+    "plan",
+    "polish",
+    "run",
+    "train",
+    "zoo",
+)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from emloc_core.errors import EmlocError
 
 def make_dataset(
     rows: Sequence[Row], processing: Processing, max_length: int | None, model_limit: int | None
-) -> tuple[Dataset, int]:
-    """Return the data set, and how many rows were dropped since truncation left nothing of their completion.
+) -> tuple[Dataset, list[int]]:
+    """Return the data set, and the tokens of each of its rows: those of which truncation leaves no answer are dropped.
 
     Every row is tokenized for it once, those with images too: what cannot be trained on is found before training
     starts, and images are never cut (they stand in the prompt, of which no part is cut where a completion is left).
@@ -44,11 +44,12 @@ def make_dataset(
             f"Every row's {prompt} alone fills the {max_length} tokens of the maximum length.",
             "Raise the maximum length.",
         )
+    lengths = [len(ids) for ids in columns["input_ids"]]
     if isinstance(processing, ProcessorMixin):
-        return _with_images(kept), len(rows) - len(kept)
+        return _with_images(kept), lengths
     if kept[0].form == "text":
         del columns["completion_mask"]
-    return Dataset.from_dict(columns), len(rows) - len(kept)
+    return Dataset.from_dict(columns), lengths
 
 
 def _with_images(rows: Sequence[Row]) -> Dataset:

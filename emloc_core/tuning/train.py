@@ -15,23 +15,24 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import ProcessorMixin, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
-from emloc_core.data.tokenize import load_processing, model_limit, require_readable
+from emloc_core.data.tokenize import Processing, load_processing, model_limit, require_readable
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs, hash_files
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output, read_json, write_json
-from emloc_core.files.pretrained import load_model
+from emloc_core.files.pretrained import load_config, load_model
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.requests import Rows, TrainRequest
-from emloc_core.settings import DEFAULT_EPOCHS, TrainSettings
+from emloc_core.requests import Rows
+from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.tuning.dataset import make_dataset
 from emloc_core.tuning.heap import give_back
@@ -41,7 +42,7 @@ from emloc_core.tuning.trl import check_extra, lora_config, sft_config
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
 _PENDING = "loss_since"  # in the log of a checkpoint: summed since its last entry
-_SETTINGS = "The training settings do not work"
+SETTINGS = "The training settings do not work"
 _DIVERGED = "Lower the learning rate, or train without bf16."
 
 
@@ -66,7 +67,7 @@ class Train:
         model: Path,
         data: Rows,
         output: Path,
-        settings: TrainSettings,
+        settings: StepSettings,
         exclude: Sequence[Path] = (),
         split: str = "train",
     ) -> None:
@@ -75,10 +76,8 @@ class Train:
         self.family = plugin_manager().family_for(self.model.config)
         self.settings, self.path = settings, output
         self.is_main_process = True  # as far as is known before the processes have found each other
-        self.targets = sorted(set(settings.target_modules or self.family.lora_targets()))
         check_extra(settings)
-        if settings.target_modules:  # those of a family have passed the conformance kit
-            require_linears(self.model.directory / "config.json", self.family, settings, self.targets)
+        self.targets = self._targets()
         rows = load_rows(data, split)
         require_readable(rows, self.family)
         held_out = [self.model.directory / name for name in (CALIBRATION, SELECTION)]
@@ -94,6 +93,15 @@ class Train:
                 "Give more rows.",
             )
 
+    def _targets(self) -> list[str]:
+        """Return the last parts of the paths of what gets a LoRA, sorted."""
+        assert isinstance(self.settings, TrainSettings)
+        chosen = self.settings.target_modules
+        targets = sorted(set(chosen or self.family.lora_targets()))
+        if chosen:  # those of a family have passed the conformance kit
+            require_linears(self.model.directory / "config.json", self.family, self.settings, targets)
+        return targets
+
     def describe(self) -> dict[str, Any]:
         """Return what would be trained, in one process: rows, steps, target modules.
 
@@ -103,7 +111,8 @@ class Train:
         settings = self.settings
         self._config()
         batches = math.ceil(len(self.rows) / settings.batch_size)
-        steps = math.ceil((settings.epochs or DEFAULT_EPOCHS) * math.ceil(batches / settings.accumulation))
+        epochs = getattr(settings, "epochs", None) or DEFAULT_EPOCHS
+        steps = math.ceil(epochs * math.ceil(batches / settings.accumulation))
         return {
             "output": str(self.path),
             "model": str(self.model.directory),
@@ -115,14 +124,15 @@ class Train:
             "model_bytes": self.model.nbytes,
         }
 
-    def _config(self) -> SFTConfig:
+    def _config(self, **fixed: Any) -> SFTConfig:
         checkpoints = Output(self.path, "adapter", {}).staging / CHECKPOINTS
-        with _refusing(_SETTINGS):
+        with refusing(SETTINGS):
             return sft_config(
                 self.settings,
                 checkpoints,
                 completion_only=self.rows[0].form != "text",
                 use_cpu=not torch.accelerator.is_available(),
+                **fixed,
             )
 
     def run(self, _progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
@@ -136,16 +146,20 @@ class Train:
         self.is_main_process = state.is_main_process
         files = Inputs(self.path.resolve().parent)
         request = self._request(files, state.num_processes) if state.is_main_process else {}
-        output = Output(self.path, "adapter", request, inputs={"model": self.model.name}, files=files)
+        output = Output(self.path, "adapter", request, inputs=self._inputs(), files=files)
         (finished,) = broadcast_object_list([state.is_main_process and output.is_finished()])
         if finished:
             return self.path
         with output.build() if state.is_main_process else nullcontext():
             state.wait_for_everyone()  # the staging directory is there
-            output.result = self._train(config, output.staging, state)
+            output.result = self._train(config, output, state)
             if state.is_main_process:
                 output.result[CONTENT] = hash_files([output.staging / SAFETENSORS_WEIGHTS_NAME])
         return self.path
+
+    def _inputs(self) -> dict[str, str]:
+        """Return where the inputs are, for the manifest."""
+        return {"model": self.model.name}
 
     def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
         return {
@@ -155,14 +169,21 @@ class Train:
             "processes": processes,  # so many times the batch
         }
 
-    def _train(self, config: SFTConfig, staging: Path, state: PartialState) -> dict[str, Any]:
+    def _train(self, config: SFTConfig, output: Output, state: PartialState) -> dict[str, Any]:
         """Train and write the adapter; return the manifest's result."""
-        checkpoints = staging / CHECKPOINTS
+        checkpoints = output.staging / CHECKPOINTS
         if state.is_main_process:
             remove_incomplete(checkpoints, state.num_processes)
         state.wait_for_everyone()
         resume = newest_checkpoint(checkpoints)
-        trainer, dropped = self._trainer(config)
+        processing = load_processing(self.model.directory, self.family, self.rows)
+        limit = model_limit(load_config(self.model.directory / "config.json"))
+        dataset, self.lengths = make_dataset(self.rows, processing, self.settings.max_length, limit)
+        dropped = len(self.rows) - len(self.lengths)
+        if isinstance(processing, ProcessorMixin):  # the collator makes all that the model takes
+            config.remove_unused_columns = False
+        trainer = self._trainer(config, dataset, processing)
+        trainer.lora.peft_config["default"].base_model_name_or_path = str(self.model.directory.absolute())
         saved = TrainerState.load_from_json(str(resume / STATE)) if resume else None
         if saved and saved.global_step >= saved.max_steps:  # interrupted after the last step: train() might add one
             set_peft_model_state_dict(trainer.lora, load_peft_weights(str(resume), device="cpu"))
@@ -183,8 +204,9 @@ class Train:
             for entry in trainer.state.log_history
             if "loss" in entry
         ]
+        output.timing.update(trainer.cost())
         if state.is_main_process:
-            self._write(trainer, staging, log)
+            self._write(trainer, output.staging, log)
         return {
             "steps": trainer.state.global_step,
             "train_loss": _mean_loss(log),
@@ -195,34 +217,26 @@ class Train:
             "target_modules": self.targets,
         }
 
-    def _trainer(self, config: SFTConfig) -> tuple["_Trainer", int]:
-        directory = str(self.model.directory.absolute())
-        processing = load_processing(self.model.directory, self.family, self.rows)
-        with _refusing(f"{directory} cannot be loaded", resumable=True):
-            model = load_model(self.family.auto_class, self.model.directory.absolute())
-        text_config = model.config.get_text_config()
-        if hasattr(text_config, "router_aux_loss_coef"):  # TRL's loss for balanced experts: their routers are frozen
-            text_config.router_aux_loss_coef = 0.0
-        dataset, dropped = make_dataset(self.rows, processing, self.settings.max_length, model_limit(model.config))
-        if isinstance(processing, ProcessorMixin):  # the collator makes all that the model takes
-            config.remove_unused_columns = False
-        with _refusing(_SETTINGS):
-            trainer = _Trainer(
+    def _trainer(self, config: SFTConfig, dataset: Dataset, processing: Processing) -> "LoraTrainer":
+        assert isinstance(self.settings, TrainSettings)
+        directory = self.model.directory.absolute()
+        with refusing(f"{directory} cannot be loaded", resumable=True):
+            model = load_model(self.family.auto_class, directory)
+        balance_no_experts(model.config)
+        with refusing(SETTINGS):
+            trainer = LoraTrainer(
                 model,
                 args=config,
                 train_dataset=dataset,
                 processing_class=processing,
                 peft_config=lora_config(self.settings, self.targets),
-                callbacks=[_LogLastStep()],
             )
-            trainer.add_callback(_RestoreLoss(trainer))
-        trainer.lora.peft_config["default"].base_model_name_or_path = directory
         if config.use_cpu:  # the loss comes next, and with it the peak
             backbone: Any = trainer.lora.get_base_model().base_model
             backbone.register_forward_hook(give_back)
-        return trainer, dropped
+        return trainer
 
-    def _write(self, trainer: "_Trainer", staging: Path, log: list[dict[str, float]]) -> None:
+    def _write(self, trainer: "LoraTrainer", staging: Path, log: list[dict[str, float]]) -> None:
         for name, parameter in trainer.lora.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise EmlocError(f"After the last step {name} is not finite.", _DIVERGED)
@@ -237,17 +251,33 @@ class Train:
         shutil.rmtree(checkpoints)
 
 
-class _Trainer(SFTTrainer):
+class LoraTrainer(SFTTrainer):
+    """TRL's trainer of a LoRA; it stops at a loss that is not a number."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, **options: Any) -> None:
+        super().__init__(model, callbacks=[_LogLastStep()], **options)
+        self.add_callback(_RestoreLoss(self))
+
     @property
     def lora(self) -> PeftModel:
+        """The model."""
         assert isinstance(self.model, PeftModel)
         return self.model
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        """Take the gradients of a step, and return its loss."""
+        loss = self.take_gradients(*args, **kwargs)
         if not bool(torch.isfinite(loss)):  # the trainer itself would log an average in its place and go on
             raise EmlocError(f"The loss at step {self.state.global_step + 1} is {loss.item()}.", _DIVERGED)
         return loss
+
+    def take_gradients(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Take the gradients of a step by the ordinary forward and backward, and return its loss."""
+        return super().training_step(*args, **kwargs)
+
+    def cost(self) -> dict[str, Any]:
+        """Return what the steps cost besides seconds and memory, for ``timing.json``."""
+        return {}
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save the loss since the last entry of the log too, which the trainer would forget."""
@@ -260,7 +290,7 @@ class _Trainer(SFTTrainer):
 class _RestoreLoss(TrainerCallback):
     """Continues the sum of a resumed interval of the log."""
 
-    def __init__(self, trainer: _Trainer) -> None:
+    def __init__(self, trainer: LoraTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -285,8 +315,15 @@ def _mean_loss(log: list[dict[str, float]]) -> float | None:
     return total / ends[-1] if log else None
 
 
+def balance_no_experts(config: PreTrainedConfig) -> None:
+    """Leave out TRL's loss for balanced experts: their routers are frozen."""
+    text_config = config.get_text_config()
+    if hasattr(text_config, "router_aux_loss_coef"):
+        text_config.router_aux_loss_coef = 0.0
+
+
 @contextmanager
-def _refusing(what: str, *, resumable: bool = False) -> Iterator[None]:
+def refusing(what: str, *, resumable: bool = False) -> Iterator[None]:
     """Turn the libraries' complaints about settings and files into the user's error."""
     try:
         yield
@@ -294,13 +331,3 @@ def _refusing(what: str, *, resumable: bool = False) -> Iterator[None]:
         raise EmlocError(
             f"{what}: {error}", "Correct that, and run the same command again.", resumable=resumable
         ) from error
-
-
-def prepare(request: TrainRequest) -> Train:
-    """Return the job of a request.
-
-    Raises:
-        EmlocError: from the model, the rows or the settings.
-    """
-    model = open_checkpoint(request.model).directory
-    return Train(model, request.data, request.output, request.settings, request.exclude, request.split)

@@ -2,10 +2,10 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emloc_core.errors import EmlocError, did_you_mean
-from emloc_core.settings import DEFAULT_EPOCHS, TrainSettings
+from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -42,7 +42,7 @@ _FIXED = {
 }  # fmt: skip
 
 
-def check_extra(settings: TrainSettings) -> None:
+def check_extra(settings: StepSettings) -> None:
     """Refuse ``extra`` fields that are unknown, or that are not the user's to set.
 
     Raises:
@@ -62,7 +62,9 @@ def check_extra(settings: TrainSettings) -> None:
             raise EmlocError(f"SFTConfig has no field {name!r}.{did_you_mean(name, known)}", "See TRL's SFTConfig.")
 
 
-def sft_config(settings: TrainSettings, checkpoints: Path, *, completion_only: bool, use_cpu: bool) -> "SFTConfig":
+def sft_config(
+    settings: StepSettings, checkpoints: Path, *, completion_only: bool, use_cpu: bool, **fixed: Any
+) -> "SFTConfig":
     """Return TRL's config.
 
     Args:
@@ -70,20 +72,22 @@ def sft_config(settings: TrainSettings, checkpoints: Path, *, completion_only: b
         checkpoints: directory of the trainer's own checkpoints.
         completion_only: whether the loss falls on completions alone; ``extra`` may say otherwise.
         use_cpu: whether there is no accelerator; ``extra`` may say otherwise.
+        **fixed: fields that the stage decides itself.
 
     Raises:
         ValueError: from TRL or transformers, where settings contradict each other or the machine.
     """
     from trl import SFTConfig
 
-    named = {field: getattr(settings, setting) for setting, field in _NAMED.items()}
+    given = dict(settings)
+    named = {field: given[setting] for setting, field in _NAMED.items() if setting in given}
     named["max_steps"] = settings.steps or -1
-    named["num_train_epochs"] = settings.epochs or DEFAULT_EPOCHS
+    named["num_train_epochs"] = given.get("epochs") or DEFAULT_EPOCHS
     config = SFTConfig(
         output_dir=str(checkpoints),
         save_strategy="steps",
         save_total_limit=2,
-        **{"completion_only_loss": completion_only, "use_cpu": use_cpu, **named, **settings.extra},
+        **{"completion_only_loss": completion_only, "use_cpu": use_cpu, **named, **settings.extra, **fixed},
     )
     if config.n_gpu > 1:  # several GPUs are for `accelerate launch`: nn.DataParallel would change the batch
         config._n_gpu = 1

@@ -296,7 +296,7 @@ def test_every_way_to_make_an_emulator_takes_images(base, rows_file, emulator, t
 
 
 def test_an_interrupted_tuning_goes_on_to_the_same_adapter(emulator, adapter, rows_file, tmp_path, monkeypatch):
-    step, done = stage._Trainer.training_step, []
+    step, done = stage.LoraTrainer.training_step, []
 
     def interrupted(self, *args, **kwargs):
         done.append(self.state.global_step)
@@ -304,7 +304,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_adapter(emulator, adapter, ro
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(stage._Trainer, "training_step", interrupted)
+    monkeypatch.setattr(stage.LoraTrainer, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         finetune(emulator, rows_file, tmp_path / "a", save_steps=3)
     resumed = finetune(emulator, rows_file, tmp_path / "a", save_steps=3)

@@ -13,13 +13,12 @@ from support.planned import PICTURED, label, workload, write_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import emloc_core.memory.model
-import emloc_core.tuning.train
 from emloc_core.family import Family
 from emloc_core.memory.model import MemoryModel, Need, Workload
 from emloc_core.memory.tracing import Ledger, Phases
 from emloc_core.model.image_shape import image_shape
 from emloc_core.settings import TrainSettings
-from emloc_core.tuning.train import Train
+from emloc_core.tuning.train import LoraTrainer, Train
 
 
 def peak(phases: Phases) -> int:
@@ -72,9 +71,9 @@ def test_a_trace_equals_what_the_trainer_allocates(
 ) -> None:  # fmt: skip
     """The trainer's own step, on real tensors, under the same ledger."""
     seen: list[tuple[tuple[int, ...], int]] = []
-    step = emloc_core.tuning.train._Trainer.training_step
+    step = LoraTrainer.training_step
 
-    def followed(self: emloc_core.tuning.train._Trainer, model: torch.nn.Module, inputs: dict, *rest: object) -> object:
+    def followed(self: LoraTrainer, model: torch.nn.Module, inputs: dict, *rest: object) -> object:
         with Ledger() as ledger:
             for parameter in model.parameters():
                 ledger.enter(parameter, "weights")
@@ -84,7 +83,7 @@ def test_a_trace_equals_what_the_trainer_allocates(
         seen.append((tuple(inputs["input_ids"].shape), peak(ledger.phases)))
         return loss
 
-    monkeypatch.setattr(emloc_core.tuning.train._Trainer, "training_step", followed)
+    monkeypatch.setattr(LoraTrainer, "training_step", followed)
     settings = TrainSettings(steps=2, batch_size=6, gradient_checkpointing=checkpointing, bf16=bf16)
     Train(tiny_emulator, str(rows_file), tmp_path / "adapter", settings).run()
     for (batch, length), real in seen:

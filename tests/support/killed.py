@@ -10,7 +10,7 @@ from collections.abc import Callable
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["emloc_core.emulator.compress", "emloc_core.adapters.correct", "emloc_core.adapters.merge",
-     "emloc_core.tuning.train", "emloc_core.zoo.convert", "emloc_core.cli", "peft",
+     "emloc_core.tuning.exact", "emloc_core.zoo.convert", "emloc_core.cli", "peft",
      "trl.trainer.sft_trainer", "transformers.models.llama.modeling_llama", "pytest"]
 )  # fmt: skip
 

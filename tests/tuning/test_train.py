@@ -107,13 +107,13 @@ def test_the_same_again_does_nothing_and_anything_else_is_refused(trained, tiny_
 def trained_rows(monkeypatch) -> list:
     """Record the data sets that trainers are made with."""
     seen = []
-    train = stage._Trainer.train
+    train = stage.LoraTrainer.train
 
     def spy(self, *args, **kwargs):
         seen.append(list(self.train_dataset))
         return train(self, *args, **kwargs)
 
-    monkeypatch.setattr(stage._Trainer, "train", spy)
+    monkeypatch.setattr(stage.LoraTrainer, "train", spy)
     return seen
 
 
@@ -178,8 +178,8 @@ def test_the_dry_runs_steps_are_the_trainers(tiny_model, rows_file, tmp_path):
 def run_until(moment, model, data, test, output):
     """Train until the process kills itself: in a step, while a checkpoint is written, or after all steps."""
     if moment == "in step 13":
-        step = stage._Trainer.training_step
-        stage._Trainer.training_step = lambda self, *args, **options: (
+        step = stage.LoraTrainer.training_step
+        stage.LoraTrainer.training_step = lambda self, *args, **options: (
             kill() if self.state.global_step == 12 else step(self, *args, **options)
         )
     elif moment == "writing checkpoint 15":
@@ -206,9 +206,9 @@ def test_killed_and_run_again_it_gives_the_same_adapter(
     assert {int(path.name.partition("-")[2]) for path in checkpoints.glob("checkpoint-*")} == left
 
     taken = []
-    step = stage._Trainer.training_step
+    step = stage.LoraTrainer.training_step
     monkeypatch.setattr(
-        stage._Trainer, "training_step", lambda self, *a, **k: (taken.append(1), step(self, *a, **k))[1]
+        stage.LoraTrainer, "training_step", lambda self, *a, **k: (taken.append(1), step(self, *a, **k))[1]
     )
     finetune(tiny_model, str(rows_file), output, settings(), exclude=[test])
     assert len(taken) == steps

@@ -1,0 +1,64 @@
+"""Whether an adapter belongs to a base: by its shapes, and by what the manifests say that it was made for."""
+
+from pathlib import Path
+
+from torch import nn
+
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.manifest import manifest_value
+from emloc_core.files.output import read_manifest
+
+
+def require_shapes(adapter: Adapter, model: nn.Module) -> None:
+    """Refuse an adapter with a LoRA on anything but the Linears of a model, which may be on the meta device.
+
+    Raises:
+        EmlocError: names the first LoRA that does not fit.
+    """
+    for path, lora in adapter.loras.items():
+        expected = (lora.b.shape[0], lora.a.shape[1])
+        try:
+            actual = tuple(model.get_parameter(f"{path}.weight").shape)
+        except AttributeError:
+            raise EmlocError(
+                f"The base has no Linear at {path}.", "The adapter belongs to another architecture."
+            ) from None
+        if actual != expected:
+            raise EmlocError(
+                f"The LoRA on {path} is for a weight of shape {expected}; the base has {actual}.",
+                "The adapter belongs to another model.",
+            )
+
+
+def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_uncorrected: bool = False) -> None:
+    """Refuse an adapter that was not made for this base, or that may be as it was trained on an emulator.
+
+    Raises:
+        EmlocError: manifests name another base; the adapter is not corrected; or nobody can tell.
+    """
+    request = adapter.manifest.get("request", {})
+    made_for = request.get("base") or request.get("model")
+    if not adapter.is_corrected:
+        model = adapter.trained_on
+        emulator = read_manifest(model) if model else None
+        if emulator is not None and emulator.get("kind") == "emulator":
+            made_for = manifest_value(emulator, adapter.trained_on or Path(), "request.base", str)
+            if not allow_uncorrected:
+                raise EmlocError(
+                    f"{adapter.directory} was trained on an emulator and is not corrected.",
+                    "Run `emloc correct` first, or merge it as it is with --allow-uncorrected.",
+                )
+        named = adapter.config.get("base_model_name_or_path")
+        if not model and not made_for and named != base.name and not allow_uncorrected:
+            raise EmlocError(
+                f"{adapter.directory} was trained on {named}, which is not here, so nobody can tell whether that is an "
+                "emulator.",
+                "If it was trained on the base itself, merge it with --allow-uncorrected.",
+            )
+    if made_for and made_for != fingerprint:
+        raise EmlocError(
+            f"{adapter.directory} was made for another base than {base.directory}: the fingerprints differ.",
+            "Give the base that the adapter was made for, unchanged.",
+        )

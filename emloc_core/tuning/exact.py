@@ -1,0 +1,253 @@
+"""Exact LoRA steps on the base itself, streamed: from an adapter (``polish``), or from the start (``train --exact``).
+
+The trainer is TRL's: optimiser, schedule, order of rows, logging, checkpoints. It gets the whole batch of a step at
+once, and the engine (:mod:`emloc_core.exact.steps`) takes its gradients in micro-batches of ``batch_size`` rows.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from datasets import Dataset
+from transformers import set_seed
+from trl import SFTConfig
+
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.belonging import require_base, require_shapes
+from emloc_core.data.tokenize import Processing
+from emloc_core.emulator.ranks import block_paths
+from emloc_core.errors import EmlocError
+from emloc_core.exact.boundaries import Boundaries
+from emloc_core.exact.lora import lora_on
+from emloc_core.exact.need import step_need
+from emloc_core.exact.steps import ExactSteps
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.inputs import Inputs
+from emloc_core.model.lockstep import units
+from emloc_core.model.skeleton import Skeleton
+from emloc_core.requests import PolishRequest, Rows, TrainRequest
+from emloc_core.settings import ExactSettings, PolishSettings, StepSettings, TrainSettings
+from emloc_core.tuning.train import SETTINGS, LoraTrainer, Train, balance_no_experts, refusing
+from emloc_core.tuning.trl import lora_config
+from emloc_core.units import human_bytes, parse_bytes
+
+_LIMITS = ExactSettings()
+#: Share of a GPU's free memory that they may fill before they are moved to the CPU's.
+_SHARE = 0.25
+#: Fields of SFTConfig that ask for another way to take gradients, or for another loss.
+_ORDINARY = (
+    "activation_offloading", "deepspeed", "fp16", "fsdp", "fsdp_config", "gradient_checkpointing_kwargs",
+    "label_smoothing_factor", "liger_kernel_config", "loss_type", "neftune_noise_alpha", "parallelism_config",
+    "router_aux_loss_coef", "torch_compile", "use_liger_kernel",
+)  # fmt: skip
+
+
+class ExactTrain(Train):
+    """Trains a LoRA on a base that need not fit in memory, to the same result as :class:`Train`.
+
+    Args:
+        model: directory of an ordinary checkpoint.
+        data, output, settings, exclude, split: see :class:`Train`. An optimiser step takes
+            ``batch_size x accumulation`` rows, and reads every block twice.
+        limits: what the steps may use.
+
+    Raises:
+        EmlocError: as :class:`Train`; or the model is quantised, or a setting asks for ordinary steps.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        data: Rows,
+        output: Path,
+        settings: StepSettings,
+        exclude: Sequence[Path] = (),
+        split: str = "train",
+        limits: ExactSettings = _LIMITS,
+    ) -> None:
+        super().__init__(model, data, output, settings, exclude, split)
+        self.model.require_unquantised()
+        if others := [name for name in _ORDINARY if name in settings.extra]:
+            raise EmlocError(f"Exact steps do not know {', '.join(others)}.", "Leave it out.")
+        self.skeleton = Skeleton(self.model, self.family)
+        self.limits = limits
+        self.memory = parse_bytes(limits.memory) if limits.memory else None
+
+    def _config(self, **fixed: Any) -> SFTConfig:
+        rows = self.settings.batch_size * self.settings.accumulation
+        return super()._config(
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=1,
+            activation_checkpointing=False,  # by the engine, with weights that it reads
+            **fixed,
+        )
+
+    def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
+        if processes > 1:
+            raise EmlocError("Exact steps are taken by one process.", "Start it without a launcher.")
+        return {**super()._request(files, processes), "exact": True}
+
+    def _lora(self) -> Any:
+        """Return what the LoRA is made from; see :func:`lora_on`."""
+        assert isinstance(self.settings, TrainSettings)
+        return lora_config(self.settings, self.targets)
+
+    def _trainer(self, config: SFTConfig, dataset: Dataset, processing: Processing) -> LoraTrainer:
+        need = self._need(config)
+        boundaries = self._boundaries(config, need["boundaries"])
+        room = 0 if self.memory is None else self.memory - sum(need.values())
+        set_seed(config.seed)  # as TRL does before it makes a LoRA
+        with refusing(SETTINGS):
+            lora = lora_on(self.skeleton, self._lora(), config.device)
+        balance_no_experts(lora.config)
+        with refusing(SETTINGS):
+            trainer = _ExactTrainer(lora, args=config, train_dataset=dataset, processing_class=processing)
+        blocks = [tower.blocks for tower in self.family.towers]
+        base: Any = lora.get_base_model()
+        steps = ExactSteps(base, self.skeleton, blocks, config.device, room, boundaries)
+        trainer.attach(steps, self.settings.batch_size)
+        return trainer
+
+    def _need(self, config: SFTConfig) -> dict[str, int]:
+        """Return what the longest step needs; see :func:`step_need`."""
+        model, blocks = self.skeleton.model, [tower.blocks for tower in self.family.towers]
+        longest = sorted(self.lengths, reverse=True)
+        tokens = sum(longest[: config.per_device_train_batch_size])
+        at_once = longest[0] * self.settings.batch_size
+        last = [f"{blocks[-1]}.{index}" for index, _ in enumerate(model.get_submodule(blocks[-1]).children())]
+        return step_need(model, units(model, blocks), last, tokens, at_once, self.skeleton.dtype)
+
+    def _boundaries(self, config: SFTConfig, needed: int) -> Boundaries:
+        """Say where activations at block boundaries wait.
+
+        Args:
+            config: of the trainer.
+            needed: bytes of those of the longest step.
+
+        Raises:
+            EmlocError: there is no room for them.
+        """
+        staging, on_disk = Path(str(config.output_dir)).parent, self.limits.park == "disk"
+        free = shutil.disk_usage(staging).free if on_disk else psutil.virtual_memory().available
+        if needed > free:
+            other = "or a maximum length" if on_disk else "or a maximum length, or keep them on a disk (--park disk)"
+            raise EmlocError(
+                f"A step of {config.per_device_train_batch_size} rows keeps {human_bytes(needed)} at block boundaries, "
+                f"and {human_bytes(free)} of {'the disk' if on_disk else 'memory'} is free.",
+                f"Lower the batch size, the accumulation {other}.",
+                resumable=True,
+            )
+        room = float("inf")
+        if config.device.type == "cuda":
+            room = _SHARE * torch.cuda.mem_get_info(config.device)[0]
+        elif on_disk:
+            room = 0
+        return Boundaries(room, staging if on_disk else None)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what :meth:`Train.describe` does, and ``step_read_bytes``: every block twice, the rest once."""
+        blocks = block_paths(self.skeleton.model, self.family)
+        keys = {key for block in blocks for name in self.skeleton.names(block) for key in self.skeleton.sources(name)}
+        twice = sum(self.model.tensors[key].nbytes for key in keys)
+        return {**super().describe(), "step_read_bytes": self.model.nbytes + twice}
+
+
+class Polish(ExactTrain):
+    """Takes exact steps from an adapter; the result is an ordinary adapter of the base.
+
+    Args:
+        adapter: of the base: corrected, trained on it or on an emulator of it, or by PEFT alone.
+        base: the model.
+        data, output, settings, exclude, split, limits: see :class:`ExactTrain`.
+
+    Raises:
+        EmlocError: as :class:`ExactTrain`; or the adapter does not fit the base.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: Checkpoint,
+        data: Rows,
+        output: Path,
+        settings: PolishSettings,
+        exclude: Sequence[Path] = (),
+        split: str = "train",
+        limits: ExactSettings = _LIMITS,
+    ) -> None:
+        self.start = adapter
+        super().__init__(base.directory, data, output, settings, exclude, split, limits)
+        require_shapes(adapter, self.skeleton.model)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what :meth:`ExactTrain.describe` does; the adapter is made for the base, as far as manifests tell."""
+        self._require_base(Inputs(self.path.resolve().parent))
+        return super().describe()
+
+    def _targets(self) -> list[str]:
+        targets = self.start.config["target_modules"]
+        return sorted(targets) if isinstance(targets, list) else [targets]
+
+    def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
+        self._require_base(files)
+        return {**super()._request(files, processes), "adapter": self.start.fingerprint(files)}
+
+    def _inputs(self) -> dict[str, str]:
+        return {**super()._inputs(), "adapter": str(self.start.directory.absolute())}
+
+    def _require_base(self, files: Inputs) -> None:
+        require_base(self.start, self.model, self.model.fingerprint(files), allow_uncorrected=True)
+
+    def _lora(self) -> Path:
+        return self.start.directory
+
+
+def _as_they_are(rows: list[Any]) -> Any:
+    return rows
+
+
+class _ExactTrainer(LoraTrainer):
+    """Gets all rows of a step at once, and takes their gradients by exact steps."""
+
+    def attach(self, steps: ExactSteps, micro_batch: int) -> None:
+        """Take gradients by these steps, ``micro_batch`` rows at a time."""
+        self._steps, self._micro_batch = steps, micro_batch
+        collate: Any = self.data_collator
+        self._collate, self.data_collator = collate, _as_they_are
+        self.accelerator.device_placement = False  # of the model, and of whole batches
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """Leave the model where it is: its LoRA is on the device, and the rest is not there."""
+
+    def take_gradients(self, model: Any, inputs: list[Any], num_items_in_batch: Any = None) -> torch.Tensor:  # noqa: ARG002
+        """Take the gradients of a step whose rows are ``inputs``, and return its loss."""
+        model.train()
+        size = self._micro_batch
+        batches = [self._collate(inputs[start : start + size]) for start in range(0, len(inputs), size)]
+        return self._steps.loss(batches, autocast=self.args.bf16)
+
+    def cost(self) -> dict[str, Any]:
+        """Return how much was read, and how long the steps waited for it."""
+        weights = self._steps.weights
+        return {"read_bytes": weights.bytes_read, "waited_seconds": round(weights.waited, 3)}
+
+
+def prepare(request: TrainRequest | PolishRequest) -> Train:
+    """Return the job of a request to train, ordinarily or by exact steps, or to polish.
+
+    Raises:
+        EmlocError: from the model, the adapter, the rows or the settings.
+    """
+    rows = request.data, request.output
+    others = request.exclude, request.split
+    if isinstance(request, PolishRequest):
+        adapter = Adapter(request.adapter)
+        base = open_checkpoint(request.base or adapter.base_name)
+        return Polish(adapter, base, *rows, request.settings, *others, request.limits)
+    model = open_checkpoint(request.model).directory
+    if request.exact:
+        return ExactTrain(model, *rows, request.settings, *others, request.limits)
+    return Train(model, *rows, request.settings, *others)

@@ -1,0 +1,255 @@
+"""Exact steps through TRL's trainer: as ordinary training, from an adapter or from the start, resumed bit for bit."""
+
+import json
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from emloc_internvl import INTERNVL
+from safetensors.torch import load_file, save_file
+from support.adapters import contents, make_adapter
+from support.killed import kill, run_until_killed
+from support.models import save_tiny_model
+from support.rows import example_rows, write_jsonl
+from support.vision_models import internvl_processor, picture_rows, save_model
+
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.correct import Correct
+from emloc_core.adapters.merge import Merge
+from emloc_core.errors import EmlocError
+from emloc_core.exact.steps import ExactSteps
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.inputs import Inputs
+from emloc_core.files.output import read_json, read_manifest
+from emloc_core.settings import CorrectSettings, ExactSettings, PolishSettings, TrainSettings
+from emloc_core.tuning.exact import ExactTrain, Polish
+from emloc_core.tuning.train import Train
+
+LIMITS = ExactSettings()
+STEPS = {"learning_rate": 0.02, "bf16": False, "logging_steps": 1, "seed": 3}
+
+
+def train_settings(**changes) -> TrainSettings:
+    return TrainSettings(**{"steps": 6, "lora_rank": 4, **STEPS, **changes})
+
+
+def polish(adapter, base, rows, output, exclude=(), limits=None, **changes) -> Path:
+    settings = PolishSettings(**{"steps": 6, "save_steps": 2, **STEPS, **changes})
+    return Polish(
+        Adapter(adapter), Checkpoint(base), str(rows), output, settings, exclude, limits=limits or ExactSettings()
+    ).run()
+
+
+def losses(directory):
+    return [entry["loss"] for entry in read_json(directory / "log.json")]
+
+
+def require_close(one, other):
+    found, wanted = (load_file(directory / "adapter_model.safetensors") for directory in (one, other))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.allclose(found[name], tensor, atol=2e-4), name  # AdamW makes much of a gradient's last bits
+
+
+@pytest.fixture(scope="module")
+def ordinary(tiny_model, rows_file, tmp_path_factory) -> Path:
+    """An adapter of the tiny model by ordinary training."""
+    output = tmp_path_factory.mktemp("ordinary") / "adapter"
+    return Train(tiny_model, str(rows_file), output, train_settings()).run()
+
+
+@pytest.fixture(scope="module")
+def polished(tiny_model, rows_file, tmp_path_factory) -> Path:
+    """Six steps from there, uninterrupted; the adapter has dropout."""
+    adapter = make_adapter(tiny_model, tmp_path_factory.mktemp("plain") / "adapter", lora_dropout=0.2)
+    return polish(adapter, tiny_model, rows_file, adapter.with_name("polished"))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"batch_size": 2, "accumulation": 4}])
+def test_training_by_exact_steps_goes_as_ordinary_training(sizes, ordinary, tiny_model, rows_file, tmp_path):
+    exact = ExactTrain(tiny_model, str(rows_file), tmp_path / "a", train_settings(**sizes)).run()
+    assert losses(exact) == pytest.approx(losses(ordinary), rel=1e-5)
+    require_close(exact, ordinary)
+    assert read_json(exact / "adapter_config.json") == read_json(ordinary / "adapter_config.json")
+    assert {path.name for path in exact.iterdir()} == {path.name for path in ordinary.iterdir()}
+    assert read_manifest(exact)["request"]["exact"] is True
+
+
+def test_rows_with_pictures_are_trained_on_as_ordinarily(tmp_path):
+    base = save_model(tmp_path / "base", INTERNVL, "internvl", internvl_processor())
+    rows = picture_rows(tmp_path / "rows")
+    one = ExactTrain(base, str(rows), tmp_path / "one", train_settings(steps=2, batch_size=2, accumulation=2)).run()
+    other = Train(base, str(rows), tmp_path / "other", train_settings(steps=2, batch_size=4)).run()
+    assert losses(one) == pytest.approx(losses(other), rel=1e-4)
+    require_close(one, other)
+
+
+def test_polish_goes_on_from_what_train_and_correct_make(ordinary, tiny_model, tiny_emulator, rows_file, tmp_path):
+    tuned = Train(tiny_emulator, str(rows_file), tmp_path / "tuned", train_settings()).run()
+    corrected = tmp_path / "corrected"
+    Correct(Adapter(tuned), Checkpoint(tiny_model), corrected, CorrectSettings(clamp=1)).run()
+    before = contents(corrected)
+    for adapter in (ordinary, tuned, corrected):
+        output = polish(adapter, tiny_model, rows_file, tmp_path / f"polished-{adapter.name}", learning_rate=1e-6)
+        found, given = Adapter(output), Adapter(adapter)
+        for path, lora in given.loras.items():  # six very small steps away
+            for one, other in ((found.loras[path].a, lora.a), (found.loras[path].b, lora.b)):
+                assert 0 < (one - other).abs().max() < 1e-5, path
+        for name in ("r", "lora_alpha", "target_modules"):
+            assert found.config[name] == given.config[name]
+        assert found.config["base_model_name_or_path"] == str(tiny_model.absolute())
+        assert not found.is_corrected
+        Merge(found, Checkpoint(tiny_model), tmp_path / f"merged-{adapter.name}").run()
+    assert contents(corrected) == before  # as it was
+
+
+def test_the_same_again_does_nothing_and_limits_change_no_result(
+    polished, tiny_model, rows_file, tmp_path, monkeypatch
+):
+    adapter = polished.with_name("adapter")
+    limits = ExactSettings(memory="1GiB", park="disk")
+    monkeypatch.setattr("emloc_core.exact.boundaries._SMALL", 0)
+    again = polish(adapter, tiny_model, rows_file, tmp_path / "again", limits=limits, batch_size=8, save_steps=9)
+    one, other = ((directory / "adapter_model.safetensors").read_bytes() for directory in (again, polished))
+    assert one == other
+    read = [read_json(directory / "timing.json")["read_bytes"] for directory in (again, polished)]
+    assert read[0] * 6 < read[1]
+    monkeypatch.setattr(ExactSteps, "loss", lambda *_, **__: pytest.fail("took a step"))
+    assert polish(adapter, tiny_model, rows_file, polished, limits=limits) == polished
+    with pytest.raises(EmlocError, match=r"settings\.learning_rate was 0\.02 and is now 0\.1"):
+        polish(adapter, tiny_model, rows_file, polished, learning_rate=0.1)
+
+
+def run_until(step, adapter, base, rows, output):
+    """Polish until the process kills itself in a step."""
+    take, taken = ExactSteps.loss, []
+
+    def loss(self, *args, **options):
+        taken.append(1)
+        return kill() if len(taken) == step else take(self, *args, **options)
+
+    ExactSteps.loss = loss
+    polish(adapter, base, rows, output)
+
+
+@pytest.mark.parametrize(("step", "left"), [(1, 6), (4, 4), (6, 2)])
+def test_killed_at_any_step_it_resumes_bit_for_bit(step, left, polished, tiny_model, rows_file, tmp_path, monkeypatch):
+    adapter, output = polished.with_name("adapter"), tmp_path / "polished"
+    run_until_killed(run_until, step, adapter, tiny_model, rows_file, output)
+    assert not output.exists()
+    taken, take = [], ExactSteps.loss
+    monkeypatch.setattr(ExactSteps, "loss", lambda *args, **options: (taken.append(1), take(*args, **options))[1])
+    polish(adapter, tiny_model, rows_file, output)
+    assert len(taken) == left
+    expected = contents(polished)
+    assert contents(output) == expected
+    assert not output.with_name(".polished.partial").exists()
+
+
+# The command line
+
+
+def test_the_commands(emloc, ordinary, tiny_model, rows_file, tmp_path):
+    given = [ordinary, "--base", tiny_model, "--data", rows_file, "-o", tmp_path / "p", "--steps", 2, "--lr", 0.01]
+    code, out, _ = emloc("polish", *given, "--dry-run", "--json")
+    said = json.loads(out)
+    assert (code, said["steps"], said["rows"]) == (0, 2, 120)
+    assert tiny_model.joinpath("model.safetensors").stat().st_size < said["step_read_bytes"] < 2 * said["model_bytes"]
+    assert not (tmp_path / "p").exists()
+    code, out, err = emloc("polish", *given, "--set", "lr_scheduler_type=cosine", "--json")
+    answer = json.loads(out)
+    assert (code, answer["kind"], answer["result"]["steps"]) == (0, "adapter", 2)
+    assert answer["request"]["adapter"] == Adapter(ordinary).fingerprint(Inputs())
+    assert answer["timing"]["read_bytes"] > 0
+    assert "2/2" in err  # the trainer's progress, with the time left
+    code, out, _ = emloc("train", tiny_model, "--data", rows_file, "-o", tmp_path / "t", "--steps", 1, "--exact",
+                         "--memory", "2GiB")  # fmt: skip
+    assert code == 0
+    assert "of weights read" in out
+
+
+# Mistakes
+
+
+def other_base(tiny_model, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        model = save_tiny_model(json.loads((tiny_model / "config.json").read_text()), tmp_path / "other")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    return model
+
+
+def test_what_does_not_belong_together_is_refused(ordinary, tiny_model, tiny_emulator, rows_file, tmp_path):
+    with pytest.raises(EmlocError, match=r"was made for another base than .*: the fingerprints differ"):
+        polish(ordinary, other_base(tiny_model, tmp_path), rows_file, tmp_path / "a")
+    config = json.loads((tiny_model / "config.json").read_text())
+    narrow = save_tiny_model({**config, "intermediate_size": 24}, tmp_path / "narrow")
+    with pytest.raises(EmlocError, match=r"The LoRA on .*mlp.* is for a weight of shape"):
+        polish(ordinary, narrow, rows_file, tmp_path / "a")
+    shallow = save_tiny_model({**config, "num_hidden_layers": 1}, tmp_path / "shallow")
+    with pytest.raises(EmlocError, match=r"The base has no Linear at model\.layers\.1"):
+        polish(ordinary, shallow, rows_file, tmp_path / "a")
+    with pytest.raises(EmlocError, match="is quantised or an emulator already"):
+        polish(ordinary, tiny_emulator, rows_file, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / ".a.partial").exists()
+
+
+def test_a_base_that_changes_meanwhile_ends_the_run_and_its_checkpoint_is_kept(
+    ordinary, tiny_model, rows_file, tmp_path, monkeypatch
+):
+    take, taken = ExactSteps.loss, []
+    weights = tiny_model / "model.safetensors"
+    before = weights.stat()
+
+    def loss(self, *args, **options):
+        taken.append(1)
+        if len(taken) == 4:
+            os.utime(weights)
+        return take(self, *args, **options)
+
+    monkeypatch.setattr(ExactSteps, "loss", loss)
+    with pytest.raises(EmlocError, match=r"model\.safetensors has changed since training began"):
+        polish(ordinary, tiny_model, rows_file, tmp_path / "a")
+    assert list(tmp_path.rglob(".a.partial/**/checkpoint-2"))
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # restored
+    polish(ordinary, tiny_model, rows_file, tmp_path / "a")
+    assert len(taken) == 4 + 4
+
+
+def test_rows_without_answers_and_rows_that_fill_memory_are_refused(
+    ordinary, tiny_model, rows_file, tmp_path, monkeypatch
+):
+    with pytest.raises(EmlocError, match="Every row's prompt alone fills the 3 tokens"):
+        polish(ordinary, tiny_model, rows_file, tmp_path / "a", max_length=3)
+    empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": row["prompt"]} for row in example_rows()])
+    with pytest.raises(EmlocError, match=r"empty\.jsonl, row 1: has the columns \['prompt'\]"):
+        polish(ordinary, tiny_model, empty, tmp_path / "a")
+    available = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
+    with pytest.raises(EmlocError, match=r"keeps .* at block boundaries, and 1 kB of memory is free.*--park disk"):
+        polish(ordinary, tiny_model, rows_file, tmp_path / "a")
+    polish(ordinary, tiny_model, rows_file, tmp_path / "a", limits=ExactSettings(park="disk"), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"extra": {"loss_type": "dft"}}, "Exact steps do not know loss_type"),
+        ({"extra": {"max_steps": 3}}, "Set steps instead"),
+        ({"learning_rate": 1e30}, r"The loss at step \d+ is nan"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_error(changes, complaint, ordinary, tiny_model, rows_file, tmp_path):
+    with pytest.raises(EmlocError, match=complaint):
+        polish(ordinary, tiny_model, rows_file, tmp_path / "a", **changes)
+    assert not (tmp_path / "a").exists()
+
+
+def test_several_processes_are_refused(ordinary, tiny_model, rows_file, tmp_path):
+    job = Polish(Adapter(ordinary), Checkpoint(tiny_model), str(rows_file), tmp_path / "a", PolishSettings())
+    with pytest.raises(EmlocError, match="by one process"):
+        job._request(Inputs(), 2)
