@@ -12,10 +12,10 @@ from typing import Any
 from harness import goal, in_process, markdown, write_results
 
 from emloc_core.zoo.convert import convert
-from emloc_core.zoo.engine import Needs
-from emloc_core.zoo.job import Job
-from emloc_core.zoo.local import LocalEngine
-from emloc_core.zoo.store import JobRecord, Store
+from emloc_core.zoo.engines.local import LocalEngine
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.state.store import JobRecord, Store
 
 #: A model whose emulator takes one thread some seconds, beside the imports that every worker needs.
 CONFIG = {
@@ -27,8 +27,8 @@ ROWS = 48
 #: A worker with nothing to do; all else is as in the real one.
 IDLE = """
 import sys
-from emloc_core.zoo import worker
-from emloc_core.zoo.engine import Outcome
+from emloc_core.zoo.engines import worker
+from emloc_core.zoo.jobs.outcome import Outcome
 worker.run = lambda job, directory: Outcome(None)
 sys.exit(worker.main(sys.argv[1]))
 """

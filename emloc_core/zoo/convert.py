@@ -10,13 +10,15 @@ from typing import Any
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST
 from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, written
-from emloc_core.zoo.engine import JOBS, OUTCOME, Engine, Needs
-from emloc_core.zoo.job import Job
-from emloc_core.zoo.lock import driving
-from emloc_core.zoo.planning import Advance, plan
+from emloc_core.zoo.engines.engine import Engine
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.outcome import OUTCOME
+from emloc_core.zoo.jobs.planning import Advance, plan
+from emloc_core.zoo.jobs.task import JOBS, Needs
 from emloc_core.zoo.retry import Limits
-from emloc_core.zoo.store import DATABASE, JobRecord, Store
-from emloc_core.zoo.timing import estimate
+from emloc_core.zoo.state.lock import driving
+from emloc_core.zoo.state.store import DATABASE, JobRecord, Store
+from emloc_core.zoo.state.timing import estimate
 
 
 def convert(
@@ -30,12 +32,12 @@ def convert(
     """Do the jobs, and those that an earlier run has left in the zoo; return what has become of all of them.
 
     Args:
-        jobs: from :func:`emloc_core.zoo.sources.resolve`.
+        jobs: from :func:`emloc_core.zoo.jobs.sources.resolve`.
         directory: of the zoo.
         make_engine: called with the lock's file descriptor, which workers of this machine are to hold.
         limits: see :class:`emloc_core.zoo.retry.Limits`.
         tell: see :class:`emloc_core.zoo.driver.Driver`.
-        advance: see :func:`emloc_core.zoo.planning.plan`.
+        advance: see :func:`emloc_core.zoo.jobs.planning.plan`.
 
     Raises:
         EmlocError: another driver is at work there, or a finished job has the name of another one; or there is no place

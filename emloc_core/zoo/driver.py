@@ -17,11 +17,13 @@ from typing import Any
 from emloc_core.files.output import MANIFEST
 from emloc_core.files.workspace import Workspace
 from emloc_core.units import human_bytes, human_seconds
-from emloc_core.zoo.engine import JOBS, Engine, Needs, NoRoomError, Outcome, Task
-from emloc_core.zoo.faults import classify, describe
-from emloc_core.zoo.job import Job
+from emloc_core.zoo.engines.engine import Engine, NoRoomError
+from emloc_core.zoo.jobs.faults import classify, describe
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.outcome import Outcome
+from emloc_core.zoo.jobs.task import JOBS, Needs, Task
 from emloc_core.zoo.retry import Limits, Retry, after
-from emloc_core.zoo.store import JobRecord, Store
+from emloc_core.zoo.state.store import JobRecord, Store
 
 #: Free space that is left on the disk, for the store, the logs, and whoever else writes there.
 RESERVE = 64 << 20

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from emloc_core.zoo.engine import Outcome
-from emloc_core.zoo.job import Job, describe_change
+from emloc_core.zoo.jobs.job import Job, describe_change
+from emloc_core.zoo.jobs.outcome import Outcome
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from support.rows import example_rows, write_jsonl
 
 from chaos.results import Result, Verdict
 from emloc_core.files.output import MANIFEST, TIMING
-from emloc_core.zoo.store import Store
+from emloc_core.zoo.state.store import Store
 
 _JOB = """
 [[job]]
@@ -236,7 +236,7 @@ def _engines(local: Engine, *, ray: bool) -> Iterator[list[Engine]]:
     if not ray:
         yield [local]
         return
-    from emloc_core.zoo.cluster import confine
+    from emloc_core.zoo.engines.cluster import confine
 
     confine()
     from ray.cluster_utils import Cluster

@@ -18,10 +18,10 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import TIMING
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.zoo.engine import Outcome
-from emloc_core.zoo.job import Job
-from emloc_core.zoo.sources import Defaults, resolve
-from emloc_core.zoo.store import Store
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.outcome import Outcome
+from emloc_core.zoo.jobs.sources import Defaults, resolve
+from emloc_core.zoo.state.store import Store
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,14 @@ from unittest import mock
 from support.killed import SERVER
 from support.processes import planning_here
 
-from emloc_core.zoo import engine, worker
 from emloc_core.zoo.convert import convert
-from emloc_core.zoo.local import LocalEngine
+from emloc_core.zoo.engines import worker
+from emloc_core.zoo.engines.engine import environment
+from emloc_core.zoo.engines.local import LocalEngine
+from emloc_core.zoo.jobs.outcome import OUTCOME
+from emloc_core.zoo.jobs.sources import Defaults, resolve
+from emloc_core.zoo.jobs.task import JOB
 from emloc_core.zoo.retry import Limits
-from emloc_core.zoo.sources import Defaults, resolve
 
 
 class ForkingDriver:
@@ -36,9 +39,9 @@ class _Fork:
     """A worker, with the methods of ``Popen`` that an engine calls."""
 
     def __init__(self, job, place, log, _inherited, variables=None, _command=()) -> None:
-        (place / engine.OUTCOME).unlink(missing_ok=True)
+        (place / OUTCOME).unlink(missing_ok=True)
         log.parent.mkdir(exist_ok=True)
-        environment = {**engine.environment(job), **(variables or {})}
+        variables = {**environment(job), **(variables or {})}
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
@@ -46,11 +49,11 @@ class _Fork:
             try:
                 os.setsid()
                 os.chdir(place)
-                os.environ.update(environment)
+                os.environ.update(variables)
                 output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
                 for stream in (1, 2):
                     os.dup2(output, stream)
-                code = worker.main(str(place / engine.JOB))
+                code = worker.main(str(place / JOB))
             finally:
                 sys.stdout.flush()
                 os._exit(code)
@@ -74,6 +77,6 @@ def _drive(file: Path, zoo: Path) -> None:
     log = os.open(zoo.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
-    with mock.patch("emloc_core.zoo.local.start_worker", _Fork), planning_here():
+    with mock.patch("emloc_core.zoo.engines.local.start_worker", _Fork), planning_here():
         jobs = resolve([str(file)], Defaults(offline=True))
         convert(jobs, zoo, lambda lock: LocalEngine(2, inherited=[lock]), Limits(retries=100, backoff=0.01))

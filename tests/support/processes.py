@@ -11,12 +11,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 from emloc_core.zoo.convert import convert
-from emloc_core.zoo.engine import Needs
-from emloc_core.zoo.job import Job
-from emloc_core.zoo.local import LocalEngine
-from emloc_core.zoo.planning import answer
+from emloc_core.zoo.engines.local import LocalEngine
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.planning import answer
+from emloc_core.zoo.jobs.task import Needs
 from emloc_core.zoo.retry import Limits
-from emloc_core.zoo.store import Store
+from emloc_core.zoo.state.store import Store
 
 #: Converts jobs that only wait: zoo, workers, then NAME=SECONDS.
 DRIVER = """

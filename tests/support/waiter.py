@@ -3,8 +3,8 @@
 import sys
 import time
 
-from emloc_core.zoo import worker
-from emloc_core.zoo.engine import Outcome
+from emloc_core.zoo.engines import worker
+from emloc_core.zoo.jobs.outcome import Outcome
 
 
 def wait(job, _):

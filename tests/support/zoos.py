@@ -4,9 +4,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from emloc_core.zoo.engine import LOGS, Needs, Outcome
-from emloc_core.zoo.job import Job
-from emloc_core.zoo.store import Store
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.outcome import Outcome
+from emloc_core.zoo.jobs.task import LOGS, Needs
+from emloc_core.zoo.state.store import Store
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
          "mlp.up_proj", "mlp.down_proj")  # fmt: skip

@@ -20,13 +20,13 @@ from click.testing import CliRunner
 from support.processes import drive, files, is_gone, planning_here, until, workers_of
 
 from emloc_core.cli import cli
-from emloc_core.zoo.engine import Needs
-from emloc_core.zoo.job import Job
-from emloc_core.zoo.local import LocalEngine
-from emloc_core.zoo.sources import Defaults, resolve
-from emloc_core.zoo.store import Store
-from emloc_core.zoo.timing import estimate
-from emloc_core.zoo.worker import run
+from emloc_core.zoo.engines.local import LocalEngine
+from emloc_core.zoo.engines.worker import run
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.sources import Defaults, resolve
+from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.state.store import Store
+from emloc_core.zoo.state.timing import estimate
 
 SMALL = {"samples": 12, "selection": 6}
 OPTIONS = ["--samples", "12", "--selection", "6"]

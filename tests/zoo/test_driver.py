@@ -11,9 +11,9 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.inputs import hash_files
 from emloc_core.zoo.convert import convert, preview
 from emloc_core.zoo.driver import Driver
-from emloc_core.zoo.engine import Needs, Task
+from emloc_core.zoo.jobs.task import Needs, Task
 from emloc_core.zoo.retry import Limits
-from emloc_core.zoo.store import Store
+from emloc_core.zoo.state.store import Store
 
 
 def causes(record):

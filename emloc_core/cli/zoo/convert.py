@@ -19,8 +19,9 @@ from emloc_core.settings import CompressSettings
 from emloc_core.units import human_bytes, human_seconds, parse_bytes
 
 if TYPE_CHECKING:
-    from emloc_core.zoo.engine import Engine, Needs
-    from emloc_core.zoo.job import Job
+    from emloc_core.zoo.engines.engine import Engine
+    from emloc_core.zoo.jobs.job import Job
+    from emloc_core.zoo.jobs.task import Needs
 
 _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -70,8 +71,8 @@ def command(
     One job's failure never stops the others. Whatever stops the command, the same command goes on where it was; what
     has failed is tried again, and what is done is never done twice. The exit code is 1 if a job failed.
     """
+    from emloc_core.zoo.jobs.sources import Defaults, resolve
     from emloc_core.zoo.retry import Limits
-    from emloc_core.zoo.sources import Defaults, resolve
 
     if engine == "local" and (address or storage):
         raise EmlocError("--address and --storage are for clusters.", "Add --engine ray, or leave them out.")
@@ -82,17 +83,17 @@ def command(
     defaults = Defaults(compress=_said(given), **given)
     jobs = resolve(sources, defaults)
     if dry_run:
-        from emloc_core.zoo.local import machine_memory
+        from emloc_core.zoo.engines.local import machine_memory
 
         _describe(jobs, zoo, room, budget or (machine_memory() if engine == "local" else None), as_json)
         return
 
     def make_engine(lock: int) -> "Engine":
         if engine == "ray":
-            from emloc_core.zoo.cluster import RayEngine
+            from emloc_core.zoo.engines.cluster import RayEngine
 
             return RayEngine(workers, budget, address, storage)
-        from emloc_core.zoo.local import LocalEngine
+        from emloc_core.zoo.engines.local import LocalEngine
 
         return LocalEngine(workers or max(1, (os.cpu_count() or 1) // defaults.threads), budget, [lock])
 

@@ -13,7 +13,7 @@ from emloc_core.cli.zoo.records import line, totals
 @as_json
 def command(zoo: Path, as_json: bool) -> None:
     """Say how far each job of ZOO is, also while it is being converted."""
-    from emloc_core.zoo.store import Store
+    from emloc_core.zoo.state.store import Store
 
     records = Store(zoo).records()
     if as_json:

@@ -48,7 +48,7 @@ def convert(jobs: Path, zoo: Path, *argv: str) -> None:
     Raises:
         EmlocError: something else came of it than is expected: the damaged model fails, and nothing else does.
     """
-    from emloc_core.zoo.store import Store
+    from emloc_core.zoo.state.store import Store
     from emloc_demo.zoo.models import AGAIN, BROKEN
 
     emloc("zoo", "convert", str(jobs), "-o", str(zoo), "--offline", *argv, codes=(0, 1))
@@ -79,8 +79,8 @@ def two_nodes() -> Iterator[str]:
     Raises:
         EmlocError: Ray is missing.
     """
-    from emloc_core.zoo.cluster import confine
-    from emloc_core.zoo.local import machine_memory
+    from emloc_core.zoo.engines.cluster import confine
+    from emloc_core.zoo.engines.local import machine_memory
 
     confine()
     try:
@@ -109,7 +109,7 @@ def compare(here: Path, there: Path) -> str:
         EmlocError: two of the same job differ.
     """
     from emloc_core.units import human_bytes
-    from emloc_core.zoo.store import Store
+    from emloc_core.zoo.state.store import Store
 
     lines, differing = ["| model | emulator | SHA-256 on both engines |", "| --- | ---: | --- |"], []
     with closing(Store(here)) as store:

@@ -1,4 +1,4 @@
-"""Does one job: ``python -m emloc_core.zoo.worker JOB.json``. Outputs and ``result.json`` appear beside the file.
+"""Does one job: ``python -m emloc_core.zoo.engines.worker JOB.json``. Outputs and outcome appear beside the file.
 
 Each stage is a process of its own, forked before anything heavy is imported: its memory is given back, its peak is its
 own, and whatever ends it does not end the worker, which says how it ended.
@@ -18,10 +18,10 @@ from emloc_core.files.output import write_json
 from emloc_core.files.workspace import Workspace
 from emloc_core.lifetime import die_with, end_with_parent
 from emloc_core.recipe.run import Stage
-from emloc_core.zoo.engine import OUTCOME, Outcome, read_outcome
-from emloc_core.zoo.faults import classify, describe, ended, exit_code, memory_kills
-from emloc_core.zoo.job import Job
-from emloc_core.zoo.result import collect
+from emloc_core.zoo.jobs.faults import classify, describe, ended, exit_code, memory_kills
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.outcome import OUTCOME, Outcome, read_outcome
+from emloc_core.zoo.jobs.result import collect
 
 
 def run(job: Job, directory: Path) -> Outcome:

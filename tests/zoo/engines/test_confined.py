@@ -12,7 +12,7 @@ import pytest
 #: Starts Ray as ``--engine ray`` does, and holds a worker until stdin is closed.
 LOCAL = """
     import sys, threading
-    from emloc_core.zoo.cluster import RayEngine
+    from emloc_core.zoo.engines.cluster import RayEngine
     engine = RayEngine(workers=1, memory=1 << 30)
     worker = engine._ray.remote(threading.Event).remote()
     engine._ray.get(worker.is_set.remote())
@@ -26,7 +26,7 @@ NODES = """
     import sys, threading
     from emloc_demo.zoo.command import two_nodes
     with two_nodes() as address:
-        from emloc_core.zoo.cluster import RayEngine
+        from emloc_core.zoo.engines.cluster import RayEngine
         engine = RayEngine(address=address)
         worker = engine._ray.remote(threading.Event).remote()
         engine._ray.get(worker.is_set.remote())

@@ -12,8 +12,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 from emloc_core.errors import DiskFullError, EmlocError
-from emloc_core.zoo.engine import CAUSES
-from emloc_core.zoo.faults import classify, ended, exit_code, memory_kills
+from emloc_core.zoo.jobs.faults import classify, ended, exit_code, memory_kills
+from emloc_core.zoo.jobs.outcome import CAUSES
 
 
 def real(work):

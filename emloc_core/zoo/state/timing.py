@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from emloc_core.zoo.engine import Needs
-from emloc_core.zoo.job import Job
-from emloc_core.zoo.store import JobRecord
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.state.store import JobRecord
 
 
 def estimate(job: Job, needs: Needs, records: Sequence[JobRecord]) -> float | None:

@@ -18,7 +18,7 @@ from emloc_core.recipe.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSe
 from emloc_core.registry.registry import Entry, find, load_entries
 from emloc_core.registry.registry import resolve as resolve_preset
 from emloc_core.settings import CompressSettings, CorrectSettings, Settings, TrainSettings, explain
-from emloc_core.zoo.job import NAME, Job, slug, unique
+from emloc_core.zoo.jobs.job import NAME, Job, slug, unique
 
 
 class JobSection(Settings):

@@ -13,8 +13,8 @@ from typing import Any
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import write_json
 from emloc_core.process import ProcessDiedError, call
-from emloc_core.zoo.engine import Needs
-from emloc_core.zoo.job import Job
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.task import Needs
 
 #: What a stage writes besides weights: rows, tokenizer, logs, manifests. In bytes, a generous round figure.
 _SIDE_FILES = 32 << 20
@@ -45,7 +45,7 @@ def plan(
         "known": list(known),
     }
     # An id of the hub is no path in that working directory.
-    answers = call("emloc_core.zoo.planning:answers", asked, environment=offline, cwd=cache_dir)
+    answers = call("emloc_core.zoo.jobs.planning:answers", asked, environment=offline, cwd=cache_dir)
     try:
         for job, (fingerprint, needs) in zip(jobs, answers, strict=False):
             found.append((fingerprint, Needs(**needs) if needs else None))

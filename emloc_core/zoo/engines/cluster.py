@@ -18,10 +18,12 @@ from typing import Any
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST
 from emloc_core.units import human_bytes
-from emloc_core.zoo.engine import JOBS, NoRoomError, Outcome, Task
-from emloc_core.zoo.faults import classify, describe
-from emloc_core.zoo.node import Order, output_names, perform
-from emloc_core.zoo.storage import Storage, input_name, share
+from emloc_core.zoo.engines.engine import NoRoomError
+from emloc_core.zoo.engines.node import Order, output_names, perform
+from emloc_core.zoo.engines.storage import Storage, input_name, share
+from emloc_core.zoo.jobs.faults import classify, describe
+from emloc_core.zoo.jobs.outcome import Outcome
+from emloc_core.zoo.jobs.task import JOBS, Task
 
 #: Objects are outcomes, a few kilobytes each; Ray would take a third of the memory for them.
 _OBJECTS = 80 << 20

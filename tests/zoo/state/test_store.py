@@ -10,10 +10,11 @@ from support.processes import wait, waiting
 
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
-from emloc_core.zoo.engine import Needs, Outcome
-from emloc_core.zoo.job import Job
-from emloc_core.zoo.lock import driving, is_driven
-from emloc_core.zoo.store import Store
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.outcome import Outcome
+from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.state.lock import driving, is_driven
+from emloc_core.zoo.state.store import Store
 
 FAILED = Outcome("crash", "It broke.", "emulator", host="here")
 
@@ -158,7 +159,7 @@ _READ = """
 import resource, sys
 from pathlib import Path
 from emloc_core.errors import EmlocError
-from emloc_core.zoo.store import Store
+from emloc_core.zoo.state.store import Store
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # nothing can be written, as on a full disk
 try:
     print([record.job.name for record in Store(Path(sys.argv[1])).records()])

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from emloc_core.zoo.report.page.page import PAGE, write_report
 from support import zoos
 from support.chromium import Page
 
-from emloc_core.zoo.engine import Outcome
-from emloc_core.zoo.report import PAGE, write_report
-from emloc_core.zoo.store import Store
+from emloc_core.zoo.jobs.outcome import Outcome
+from emloc_core.zoo.state.store import Store
 
 pytestmark = pytest.mark.browser
 

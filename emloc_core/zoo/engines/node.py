@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core import __version__
-from emloc_core.zoo.engine import JOB, JOBS, Outcome, read_outcome, start_worker, write_job
-from emloc_core.zoo.faults import ended, memory_kills
-from emloc_core.zoo.job import BYTES, Job
-from emloc_core.zoo.lock import try_lock
-from emloc_core.zoo.storage import Storage, fetch_input
+from emloc_core.zoo.engines.engine import start_worker
+from emloc_core.zoo.engines.storage import Storage, fetch_input
+from emloc_core.zoo.jobs.faults import ended, memory_kills
+from emloc_core.zoo.jobs.job import BYTES, Job
+from emloc_core.zoo.jobs.outcome import Outcome, read_outcome
+from emloc_core.zoo.jobs.task import JOB, JOBS, write_job
+from emloc_core.zoo.state.lock import try_lock
 
 _LOCK = ".worker.lock"
 _PATIENCE = 20.0  # seconds in which the worker of an attempt that was lost must have ended

@@ -4,7 +4,7 @@ import fsspec
 import pytest
 
 from emloc_core.errors import EmlocError
-from emloc_core.zoo.storage import Storage, fetch_input, input_name, share
+from emloc_core.zoo.engines.storage import Storage, fetch_input, input_name, share
 
 MARKER = "emloc.json"
 

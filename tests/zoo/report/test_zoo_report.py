@@ -1,4 +1,4 @@
-"""What the report on a zoo says: JSON, Markdown, and the text of the page. tests/zoo/test_browser.py looks at it."""
+"""What the report on a zoo says: JSON, Markdown, and the text of the page. test_browser.py looks at it."""
 
 import json
 import math
@@ -7,16 +7,17 @@ from html.parser import HTMLParser
 
 import pytest
 from click.testing import CliRunner
+from emloc_core.zoo.report.page.error_plot import band, sparkline, strips
+from emloc_core.zoo.report.page.log_end import log_end, plain
+from emloc_core.zoo.report.page.page import DATA, PAGE, TEXT, write_report
 from support import zoos
 
 from emloc_core.cli.zoo import report as command
 from emloc_core.errors import EmlocError
-from emloc_core.zoo.engine import LOGS, Outcome
-from emloc_core.zoo.error_plot import band, sparkline, strips
-from emloc_core.zoo.lock import driving
-from emloc_core.zoo.log_end import log_end, plain
-from emloc_core.zoo.report import DATA, PAGE, TEXT, write_report
-from emloc_core.zoo.store import Store
+from emloc_core.zoo.jobs.outcome import Outcome
+from emloc_core.zoo.jobs.task import LOGS
+from emloc_core.zoo.state.lock import driving
+from emloc_core.zoo.state.store import Store
 
 
 class Text(HTMLParser):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.files.output import MANIFEST, TIMING, read_json
-from emloc_core.zoo.job import Job
+from emloc_core.zoo.jobs.job import Job
 
 #: Of every Linear of an emulator.
 _LINEAR = ("path", "rank", "in_features", "out_features", "relative_error", "reason")

@@ -3,7 +3,7 @@
 import pytest
 
 from emloc_core.errors import EmlocError
-from emloc_core.zoo.sources import Defaults, resolve
+from emloc_core.zoo.jobs.sources import Defaults, resolve
 
 
 @pytest.mark.parametrize(

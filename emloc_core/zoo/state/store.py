@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emloc_core.errors import DiskFullError, EmlocError
-from emloc_core.zoo.engine import JOBS, Needs, Outcome
-from emloc_core.zoo.job import Job
-from emloc_core.zoo.lock import is_driven
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.outcome import Outcome
+from emloc_core.zoo.jobs.task import JOBS, Needs
+from emloc_core.zoo.state.lock import is_driven
 
 State = Literal["waiting", "running", "done", "failed", "duplicate", "interrupted"]
 DATABASE = "zoo.db"
@@ -69,7 +70,7 @@ class JobRecord:
         duplicate_of: the job of the same fingerprint that is done instead.
         smaller: the job as it is tried now where memory ran out before; None is as it was asked for.
         needs: by the plan; None before there is one.
-        result: of a finished job; see :func:`emloc_core.zoo.result.collect`.
+        result: of a finished job; see :func:`emloc_core.zoo.jobs.result.collect`.
     """
 
     job: Job

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emloc_core.units import human_bytes
-from emloc_core.zoo.engine import WORKER, NoRoomError, Outcome, Task, read_outcome, start_worker
-from emloc_core.zoo.faults import ended, memory_kills
+from emloc_core.zoo.engines.engine import WORKER, NoRoomError, start_worker
+from emloc_core.zoo.jobs.faults import ended, memory_kills
+from emloc_core.zoo.jobs.outcome import Outcome, read_outcome
+from emloc_core.zoo.jobs.task import Task
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import TIMING
 from emloc_core.model.importing import Import
 from emloc_core.requests import ImportRequest
-from emloc_core.zoo.job import Job, describe_change, slug, unique
-from emloc_core.zoo.sources import Defaults, resolve
+from emloc_core.zoo.jobs.job import Job, describe_change, slug, unique
+from emloc_core.zoo.jobs.sources import Defaults, resolve
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from emloc_core import __version__
 from emloc_core.errors import EmlocError
-from emloc_core.zoo import view
-from emloc_core.zoo.error_plot import band, sparkline
-from emloc_core.zoo.log_end import plain
-from emloc_core.zoo.store import Store
-from emloc_core.zoo.view import STATES, JobView, Summary
+from emloc_core.zoo.report.page.error_plot import band, sparkline
+from emloc_core.zoo.report.page.log_end import plain
+from emloc_core.zoo.report.page.page import view
+from emloc_core.zoo.report.page.view import STATES, JobView, Summary
+from emloc_core.zoo.state.store import Store
 
 PAGE, DATA, TEXT = "report.html", "report.json", "report.md"
 
@@ -79,7 +79,7 @@ def finite(value: Any) -> Any:
 
 def _render(template: str, head: Mapping[str, str], summary: Summary, views: list[JobView]) -> str:
     environment = Environment(
-        loader=PackageLoader("emloc_core.zoo"),
+        loader=PackageLoader("emloc_core.zoo.report.page.page"),
         autoescape=select_autoescape(disabled_extensions=("md.j2",), default=True),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -13,19 +13,20 @@ import psutil
 import pytest
 from support.processes import planning_here
 
-import emloc_core.zoo.cluster
+import emloc_core.zoo.engines.cluster
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import TIMING, write_json
 from emloc_core.settings import CompressSettings
-from emloc_core.zoo.cluster import RayEngine
 from emloc_core.zoo.convert import convert
-from emloc_core.zoo.engine import Needs, NoRoomError, Task, write_job
-from emloc_core.zoo.job import Job
-from emloc_core.zoo.local import LocalEngine
-from emloc_core.zoo.node import Order, output_names, perform
-from emloc_core.zoo.storage import Storage, input_name, share
-from emloc_core.zoo.store import Store
+from emloc_core.zoo.engines.cluster import RayEngine
+from emloc_core.zoo.engines.engine import NoRoomError
+from emloc_core.zoo.engines.local import LocalEngine
+from emloc_core.zoo.engines.node import Order, output_names, perform
+from emloc_core.zoo.engines.storage import Storage, input_name, share
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.task import Needs, Task, write_job
+from emloc_core.zoo.state.store import Store
 
 NODE = {"num_cpus": 1, "memory": 4 << 30, "object_store_memory": 80 << 20, "include_dashboard": False}
 SMALL = CompressSettings(samples=8, selection=0, ratio=0.5)
@@ -34,7 +35,7 @@ SMALL = CompressSettings(samples=8, selection=0, ratio=0.5)
 @pytest.fixture(scope="module")
 def cluster():
     """A cluster of two nodes with a processor each, confined as one that emloc starts itself."""
-    emloc_core.zoo.cluster.confine()
+    emloc_core.zoo.engines.cluster.confine()
     from ray.cluster_utils import Cluster
 
     started = Cluster(initialize_head=True, head_node_args=NODE)
@@ -88,7 +89,7 @@ def workers(zoo):
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        if "emloc_core.zoo.worker" in command and command[-1].startswith(str(zoo)):
+        if "emloc_core.zoo.engines.worker" in command and command[-1].startswith(str(zoo)):
             found.append(process)
     return found
 
@@ -225,12 +226,12 @@ def test_a_node_with_another_version(jobs, tmp_path):
 
 
 def test_two_workers_never_share_a_directory(jobs, tmp_path, monkeypatch):
-    monkeypatch.setattr(emloc_core.zoo.node, "_PATIENCE", 0.2)
+    monkeypatch.setattr(emloc_core.zoo.engines.node, "_PATIENCE", 0.2)
     job = jobs[0].model_copy(update={"data": None})
     place = tmp_path / "jobs" / job.name
     write_job(job, place)
     order = Order(job.model_dump_json(), str(tmp_path), "logs/a.1.log", None, {})
-    with emloc_core.zoo.node._alone(place):
+    with emloc_core.zoo.engines.node._alone(place):
         assert perform(order)["cause"] == "input/output"
     assert "no rows to calibrate on" in perform(order)["message"]  # it is the worker that says so
 
@@ -250,7 +251,7 @@ def engine(monkeypatch):
             def remote(self, function):
                 return function
 
-        monkeypatch.setattr(emloc_core.zoo.cluster, "_connect", lambda *_: Ray())
+        monkeypatch.setattr(emloc_core.zoo.engines.cluster, "_connect", lambda *_: Ray())
         return RayEngine(**options)
 
     return make
@@ -275,7 +276,7 @@ def test_asks_for_what_the_plan_says(engine):
 
 
 def test_what_others_use_is_not_there(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(emloc_core.zoo.cluster, "_FRESH", 1e6)
+    monkeypatch.setattr(emloc_core.zoo.engines.cluster, "_FRESH", 1e6)
     node = (True, {"CPU": 8.0, "memory": 8.0 * 2**30})
     assert engine(node, unused={"CPU": 3.0, "memory": 6.0 * 2**30}).slots(task()) == 3
     assert engine(node, unused={"CPU": 3.0, "memory": 2.0 * 2**30}).slots(task()) == 2
@@ -309,8 +310,8 @@ def test_options_of_clusters_are_for_clusters(option, tmp_path):
 
 
 def test_an_output_that_is_not_seen_is_not_believed(engine, jobs, tmp_path):
-    from emloc_core.zoo.cluster import RayHandle, _done
-    from emloc_core.zoo.engine import Outcome
+    from emloc_core.zoo.engines.cluster import RayHandle, _done
+    from emloc_core.zoo.jobs.outcome import Outcome
 
     made = engine((True, {"CPU": 1.0}))
     handle = RayHandle(Task(jobs[0], 1, Needs()), tmp_path, {}, {}, _done(None))

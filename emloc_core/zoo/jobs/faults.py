@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from emloc_core.errors import EmlocError
-from emloc_core.zoo.engine import CAUSES, Cause, Outcome
+from emloc_core.zoo.jobs.outcome import CAUSES, Cause, Outcome
 
 #: Exit codes of workers and stages say the cause, in case there is no room for more.
 _FIRST_CODE = 10

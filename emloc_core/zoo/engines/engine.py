@@ -1,0 +1,92 @@
+"""What an engine is: it starts a job's worker somewhere, and says how it ended. The driver decides everything else.
+
+Every engine runs the same command, ``python -m emloc_core.zoo.engines.worker JOB.json``, by :func:`start_worker`. The
+outputs appear beside ``JOB.json``, as does the :class:`Outcome`.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from emloc_core.errors import EmlocError
+from emloc_core.lifetime import child_environment
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.outcome import OUTCOME, Cause, Outcome
+from emloc_core.zoo.jobs.task import JOB, Task
+
+WORKER = (sys.executable, "-m", "emloc_core.zoo.engines.worker")
+
+
+class NoRoomError(EmlocError):
+    """A task will never fit; ``cause`` is that of its failure."""
+
+    def __init__(self, cause: Cause, message: str, fix: str) -> None:
+        super().__init__(message, fix)
+        self.cause = cause
+
+
+class Engine(Protocol):
+    """Starts workers. Each method returns at once."""
+
+    def slots(self, task: Task) -> int:
+        """Return how many more tasks like this one can be started now; 0 for wait.
+
+        Raises:
+            NoRoomError: it will never fit, and why.
+        """
+
+    def start(self, task: Task, directory: Path) -> Any:
+        """Start a worker, with outputs, job file, and log in the zoo's ``directory``; return its handle."""
+
+    def poll(self, handle: Any) -> Outcome | None:
+        """Return how it ended, or None while it runs."""
+
+    def stop(self, handle: Any) -> None:
+        """End the worker and all that it started; :meth:`poll` is not called again."""
+
+    def close(self) -> None:
+        """End all workers, and give back what the engine holds."""
+
+
+def start_worker(
+    job: Job,
+    place: Path,
+    log: Path,
+    inherited: Sequence[int],
+    variables: Mapping[str, str] | None = None,
+    command: Sequence[str] = WORKER,
+) -> subprocess.Popen[bytes]:
+    """Start a worker, the leader of its own group of processes.
+
+    Args:
+        job: as in its file.
+        place: absolute path of the directory with the job file.
+        log: file for what it prints.
+        inherited: file descriptors that it holds as long as it lives.
+        variables: of the environment, besides those of :func:`environment`.
+        command: is given the path of the job file.
+    """
+    (place / OUTCOME).unlink(missing_ok=True)
+    log.parent.mkdir(exist_ok=True)
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [*command, str(place / JOB)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=place,  # an id of the hub is no path here
+            env={**environment(job), **(variables or {})},
+            start_new_session=True,
+            pass_fds=inherited,
+        )
+
+
+def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return a worker's environment, for the process that starts it: threads as the job says, no network if offline."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(job.threads))
+    quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false"}
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "1") if job.offline else {}
+    return child_environment({**base, **quiet, **threads, **offline})

@@ -1,0 +1,68 @@
+"""A job about to be started: what it needs, and where its outputs and its log go."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from emloc_core.files.output import HASHES
+from emloc_core.zoo.jobs.job import Job
+
+JOBS, LOGS, JOB = "jobs", "logs", "job.json"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job needs, by the plan; None where the plan could not tell.
+
+    Attributes:
+        memory: the largest stage's peak on the CPU, in bytes.
+        disk: what the job writes and downloads, in bytes.
+        base: the model's weights, in bytes.
+        emulator: the emulator's weights, in bytes.
+        inference: the peak of inference on the base, in bytes.
+        tuning: the peak of tuning the emulator, in bytes.
+        reason: why something is unknown.
+    """
+
+    memory: int | None = None
+    disk: int | None = None
+    base: int | None = None
+    emulator: int | None = None
+    inference: int | None = None
+    tuning: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job that is to be started: as it is this time (smaller than asked for, perhaps), and what it needs."""
+
+    job: Job
+    attempt: int
+    needs: Needs
+
+    def directory(self, zoo: Path) -> Path:
+        """Return where the outputs go."""
+        return zoo / JOBS / self.job.name
+
+    def lay_out(self, zoo: Path) -> Path:
+        """Make that directory, with the job file; return its absolute path.
+
+        It gets the hashes that planning took: the stages need not read the model's weights for them again.
+        """
+        place = self.directory(zoo).absolute()
+        write_job(self.job, place)
+        if (zoo / HASHES).is_file() and not (place / HASHES).exists():
+            shutil.copyfile(zoo / HASHES, place / HASHES)
+        return place
+
+    @property
+    def log(self) -> str:
+        """The log's path in the zoo."""
+        return f"{LOGS}/{self.job.name}.{self.attempt}.log"
+
+
+def write_job(job: Job, place: Path) -> None:
+    """Make the directory of a job's outputs, and write the job file there."""
+    place.mkdir(parents=True, exist_ok=True)
+    (place / JOB).write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
