@@ -18,7 +18,7 @@ def command(zoo: Path, output: Path | None, as_json: bool) -> None:
     Every model with its sizes, the error of every layer, memory, time and scores; what failed, why, and the end of its
     log. The page is one file that asks for no other. It can be written at any time, also while jobs run.
     """
-    from emloc_core.zoo.report.page.page import DATA, PAGE, TEXT, write_report
+    from emloc_core.zoo.report.page import DATA, PAGE, TEXT, write_report
 
     directory = output or zoo
     content = write_report(zoo, directory)

@@ -19,10 +19,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from emloc_core import __version__
 from emloc_core.errors import EmlocError
-from emloc_core.zoo.report.page.error_plot import band, sparkline
-from emloc_core.zoo.report.page.log_end import plain
-from emloc_core.zoo.report.page.page import view
-from emloc_core.zoo.report.page.view import STATES, JobView, Summary
+from emloc_core.zoo.report import view
+from emloc_core.zoo.report.error_plot import band, sparkline
+from emloc_core.zoo.report.log_end import plain
+from emloc_core.zoo.report.view import STATES, JobView, Summary
 from emloc_core.zoo.state.store import Store
 
 PAGE, DATA, TEXT = "report.html", "report.json", "report.md"
@@ -79,7 +79,7 @@ def finite(value: Any) -> Any:
 
 def _render(template: str, head: Mapping[str, str], summary: Summary, views: list[JobView]) -> str:
     environment = Environment(
-        loader=PackageLoader("emloc_core.zoo.report.page.page"),
+        loader=PackageLoader("emloc_core.zoo.report.page"),
         autoescape=select_autoescape(disabled_extensions=("md.j2",), default=True),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -11,8 +11,8 @@ from typing import Any
 from emloc_core.report.table import COSTS, rows
 from emloc_core.units import human_bytes, human_seconds
 from emloc_core.zoo.jobs.task import Needs
-from emloc_core.zoo.report.page.error_plot import Strip, finite, strips
-from emloc_core.zoo.report.page.log_end import log_end
+from emloc_core.zoo.report.error_plot import Strip, finite, strips
+from emloc_core.zoo.report.log_end import log_end
 from emloc_core.zoo.state.store import Attempt, JobRecord
 
 #: States in the order in which a person wants to know of them, with what they mean.

@@ -145,7 +145,7 @@ def test_outputs_go_to_storage(cluster, jobs, emulator, tmp_path):
     assert contents(remote / name) == emulator
     assert not list(remote.rglob("*.partial"))
     log = (zoo / record.attempts[0].log).read_text()
-    assert log.startswith("emloc compress ")
+    assert log.startswith("compress: ")
     assert log == (remote / record.attempts[0].log).read_text()
 
 

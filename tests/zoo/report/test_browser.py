@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from emloc_core.zoo.report.page.page import PAGE, write_report
 from support import zoos
 from support.chromium import Page
 
 from emloc_core.zoo.jobs.outcome import Outcome
+from emloc_core.zoo.report.page import PAGE, write_report
 from emloc_core.zoo.state.store import Store
 
 pytestmark = pytest.mark.browser
