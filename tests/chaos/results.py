@@ -37,6 +37,9 @@ class Result:
     verdict: Verdict
     why: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.kind}: {self.case}: {self.why}"
+
 
 def counts(results: Iterable[Result]) -> dict[str, Counter[Verdict]]:
     """Return how many cases of each kind came to what."""
