@@ -1,16 +1,17 @@
 """The commands that the campaign runs, on tiny models, and what an uninterrupted run of each leaves."""
 
 import json
-import os
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from chaos.forks import Fork
 from chaos.supervise import Act, Run, supervise
 
 #: What varies from run to run, and is said to: seconds and peaks of memory.
@@ -201,56 +202,12 @@ def _without(content: Any) -> Any:
 
 
 def _emloc(argv: Sequence[str]) -> int:
-    """Be ``emloc`` with these arguments; what it would start as a process of its own is forked."""
+    """Be ``emloc`` with these arguments; the processes that it would start are forked."""
     from emloc_core.cli import main
 
-    with (
-        mock.patch.object(sys, "argv", ["emloc", *argv]),
-        mock.patch("emloc_core.recipe.run.call", _call),
-        mock.patch("emloc_core.evaluation.evaluate.call", _call),
-    ):
+    with mock.patch.object(sys, "argv", ["emloc", *argv]), mock.patch.object(subprocess, "Popen", Fork):
         main()
     return 0
-
-
-def _call(function: str, arguments: Mapping[str, Any], log: Path | None = None, **_: Any) -> Iterator[Any]:
-    """Stand for :func:`emloc_core.process.call`: fork, which spares the seconds that imports take."""
-    from emloc_core.process import ProcessDiedError, unpacked
-
-    reading, writing = os.pipe()
-    process = os.fork()
-    if process == 0:
-        os.close(reading)
-        _answer(function, arguments, log, writing)
-    os.close(writing)
-    told: dict[str, Any] = {}
-    with os.fdopen(reading) as answers:
-        for line in answers:
-            told = json.loads(line)
-            yield from unpacked(told)
-    _, status = os.waitpid(process, 0)
-    if "done" not in told:
-        raise ProcessDiedError(function, os.waitstatus_to_exitcode(status))
-
-
-def _answer(function: str, arguments: Mapping[str, Any], log: Path | None, writing: int) -> None:
-    """Be the process that answers: never returns."""
-    from emloc_core.process import answers_to
-
-    code = 1
-    try:
-        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if log else 2
-        os.dup2(target, 1)
-        os.dup2(target, 2)
-        with os.fdopen(writing, "w") as answers:
-            for told in answers_to({"function": function, "arguments": arguments}):
-                answers.write(json.dumps(told) + "\n")
-                answers.flush()
-        code = 0
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def _make_models(good: Path) -> int:

@@ -4,14 +4,15 @@ import os
 import select
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
+from chaos.forks import become
 from chaos.kernel import ASKS_FOR_ROOM, Call, Listener, watch_this_process
 
 SECONDS = 120  # that a command may take
@@ -88,29 +89,21 @@ def supervise(
     return run
 
 
-def _become(command: Callable[[], int], theirs: socket.socket, log: int) -> None:
+def _become(command: Callable[[], int], theirs: socket.socket, log: int) -> NoReturn:
     """Be the command: in a group of its own, with its output in a file, told of by the kernel."""
-    code = 70
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (1, 2):
+        os.dup2(log, stream)
     try:
-        os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - of this process for good
-        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         listener = watch_this_process()
         socket.send_fds(theirs, [b"."], [listener])
         os.close(listener)
         theirs.close()
-        code = command()
-    except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    except BaseException:
+    except OSError:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        os._exit(70)
+    become(command)
 
 
 def _watch(
