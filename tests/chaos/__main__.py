@@ -15,7 +15,7 @@ for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[threads] = "1"  # a fork has one
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-from chaos import warm, zoo  # noqa: E402, F401 - before anything is computed
+from chaos import hostile, warm, zoo  # noqa: E402, F401 - before anything is computed
 from chaos.cases import Case  # noqa: E402
 from chaos.changes import changing_inputs  # noqa: E402
 from chaos.disks import full_disks  # noqa: E402
@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[Callable[[Bench, Stage, int | None], Iterator[Case]], int
 }
 #: Campaigns that make their own inputs.
 OTHERS: dict[str, Callable[[Path, argparse.Namespace], Iterable[Result]]] = {
+    "hostile": lambda directory, arguments: hostile.campaign(directory / "hostile", arguments.sample or arguments.most),
     "zoos": lambda directory, arguments: zoo.campaign(directory, seconds=arguments.zoo_seconds),
 }
 #: Stages of several seconds, and at how many moments at most they are disturbed: the stages in them are above.
@@ -96,7 +97,7 @@ def main() -> int:
     ):
         parts = [pool.submit(attempt, Path(directory), arguments, part) for part in range(arguments.jobs)]
         results = [result for part in parts for result in part.result()]
-    for kind in OTHERS.keys() & arguments.kind:
+    for kind in [kind for kind in OTHERS if kind in arguments.kind]:
         with tempfile.TemporaryDirectory(prefix="emloc-chaos-") as directory:
             results += report(OTHERS[kind](Path(directory), arguments))
     print(markdown(counts(results)))

@@ -19,6 +19,7 @@ def campaign(*arguments):
 
 
 @needs_kernel
+@pytest.mark.chaos
 def test_a_part_of_the_campaign():
     stages = ["compress", "cut", "train", "correct", "merge", "import"]
     kinds = ["kills", "kills-before-another", "syncs", "signals", "disks", "writers", "changes"]
