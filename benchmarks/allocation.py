@@ -2,7 +2,7 @@
 
 Per seed (of the draw of calibration rows) the model is decomposed once; every ratio and allocator is cut from that.
 Beside `uniform` and `global`, `energies` is `global` with every sensitivity 1: what the spectra alone are worth. The
-loss is the mean NLL a token of the right answers of held-out messages, whose names, items, numbers and wordings stand
+loss is the mean NLL per token of the right answers of held-out messages, whose names, items, numbers and wordings stand
 in no calibration row. Factors are multiplied in fp32 and the forward is in bf16, the dtype of the published SmolLM2.
 """
 
@@ -109,7 +109,7 @@ def report(rows: list[dict[str, Any]], messages: int) -> None:
     ]
     table = markdown(["ratio", "seed", *ALLOCATORS], lines)
     base = next(row["nll"] for row in rows if row["allocator"] == "base")
-    text = f"NLL a token on {messages} held-out messages, untuned; the base has {base:.3f}.\n\n{table}"
+    text = f"NLL per token on {messages} held-out messages, untuned; the base has {base:.3f}.\n\n{table}"
 
     def worst(value: str) -> float:
         return max(ours - even for ours, even in zip(column(value, "global"), column(value, "uniform"), strict=True))

@@ -52,7 +52,7 @@ def nbytes(config: PreTrainedConfig) -> int:
 
 
 def write_checkpoint(directory: Path, config: PreTrainedConfig) -> Checkpoint:
-    """Write a checkpoint in bf16, a shard a block and one each for embedding and head."""
+    """Write a checkpoint in bf16, one shard per block and one each for embedding and head."""
     directory.mkdir(parents=True)
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in layout(config).items():

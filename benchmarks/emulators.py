@@ -2,9 +2,9 @@
 
 What is used in the end is the base with the LoRA, so that is what decides which calibration and which allocator are the
 defaults. Every seed is another draw of calibration rows, other initial values of the LoRA and another order of tuning
-rows; the tuning is the demo's. The loss is the mean NLL a token of the right answers of held-out messages, whose names,
-items, numbers and wordings stand in no other row; it is computed in bf16, the dtype of the published SmolLM2. Stages
-that are done already in `--directory` are not done again.
+rows; the tuning is the demo's. The loss is the mean NLL per token of the right answers of held-out messages, whose
+names, items, numbers and wordings occur in no other row; it is computed in bf16, the dtype of the published SmolLM2.
+Stages that are finished in `--directory` are not repeated.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def report(rows: list[dict[str, Any]], ratio: float, messages: int) -> None:
                               round(mean(gains), 4), mean(gains) >= 0))  # fmt: skip
     header = ["calibration", "allocator", *LOSSES.values(), "minus the default's", "seconds to make"]
     text = (
-        f"NLL a token on {messages} held-out messages at ratio {ratio:g}: mean and standard deviation of "
+        f"NLL per token on {messages} held-out messages at ratio {ratio:g}: mean and standard deviation of "
         f"{len(default)} seeds.\n\n{markdown(header, lines)}"
     )
     write_results("emulators", "make bench-emulators", rows, goals, text)

@@ -138,7 +138,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 def measure_group(inputs: torch.Tensor, weights: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     """Factorise the Linears of one input group in every way.
 
-    The seconds of a peer are those of its own SVD; ``shared`` is what it does once a group, in the first row alone.
+    The seconds of a peer are those of its own SVD; ``shared`` is what it does once per group, in the first row alone.
     """
     source = gram("input", inputs)
     grams = {

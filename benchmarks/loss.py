@@ -11,7 +11,7 @@ from emloc_core.data.tokenize import Sample
 
 @torch.no_grad()
 def nll(model: nn.Module, samples: Sequence[Sample]) -> float:
-    """Return the mean loss a token of the completions."""
+    """Return the mean loss per token of the completions."""
     loss, tokens = 0.0, 0
     for sample in samples:
         inputs = sample.inputs("cpu")

@@ -119,7 +119,7 @@ def arithmetic(linears: Iterable[Any], tokens: int) -> dict[str, float]:
 
 
 def product_speed() -> dict[str, Any]:
-    """Return the operations a second of a plain product of two square matrices, the best of five."""
+    """Return the operations per second of a plain product of two square matrices, the best of five."""
     import torch
 
     speeds = {}

@@ -78,7 +78,7 @@ def compress_all(root: str, workers: int) -> dict[str, Any]:
 
 
 def drive_trivial(root: str, count: int) -> dict[str, Any]:
-    """Do so many jobs that do nothing; return the processor's and the clock's milliseconds a job."""
+    """Do so many jobs that do nothing; return the processor's and the clock's milliseconds per job."""
     names = [f"job-{number}" for number in range(count)]
     processor, clock = time.process_time(), time.perf_counter()
     with closing(Store(Path(root) / "trivial", create=True)) as store:
@@ -128,11 +128,11 @@ def main() -> None:
     )
     table += (
         f"\n\n{options.trivial:,} jobs that do nothing, two workers: {trivial['driver_ms']:.1f} ms of the driver's "
-        f"processor time a job, {trivial['clock_ms']:.0f} ms by the clock, in which the worker's Python starts."
+        f"processor time per job, {trivial['clock_ms']:.0f} ms by the clock, in which the worker's Python starts."
     )
     goals = [
         goal("speedup of two workers", "at least 1.6", round(speedup, 2), speedup >= 1.6),
-        goal("driver time a job, ms", "at most 20", round(trivial["driver_ms"], 2), trivial["driver_ms"] <= 20),
+        goal("driver time per job, ms", "at most 20", round(trivial["driver_ms"], 2), trivial["driver_ms"] <= 20),
     ]
     write_results("zoo", "make bench-zoo", rows, goals, table)
 

@@ -21,9 +21,9 @@ from emloc_core.units import human_bytes
 PAGE = Path(__file__).parent / "models.md"
 #: Memory of the GPUs, in 10^9 bytes.
 CARDS = (12, 16, 24, 48, 80)
-#: Tokens a row of the workload, which is one row.
+#: Tokens per row of the workload, which is one row.
 LENGTH = 1024
-#: Of the emulator that is planned for by itself.
+#: Ratio of the emulator in the column `EMLoC`.
 RATIO = 0.6
 
 INTRODUCTION = f"""# Models
@@ -74,7 +74,7 @@ def figures(entry: Entry) -> dict[str, str]:
 
 
 def page(entries: list[Entry], found: Mapping[str, Mapping[str, str]]) -> str:
-    """Return the page: a table a family, one of where the entries' numbers come from, and the fingerprints.
+    """Return the page: a table per family, one of where the entries' numbers come from, and the fingerprints.
 
     Args:
         entries: the models.
@@ -108,7 +108,7 @@ def origin(entry: Entry, found: Mapping[str, str]) -> Iterator[str]:
 
 
 def marks(entries: list[Entry]) -> Iterator[str]:
-    """Yield a comment an entry, by which a test sees that the page is about the entries as they are."""
+    """Yield a comment per entry, by which a test sees that the page is about the entries as they are."""
     for entry in entries:
         yield f"<!-- {entry.id} {entry.fingerprint[:16]} -->"
 

@@ -219,12 +219,11 @@ def test_test_rows_of_a_recipe_are_in_no_other_set(ran):
 
 
 def test_generated_pages_are_current(monkeypatch):
-    docs = DOCS
-    monkeypatch.syspath_prepend(docs)
+    monkeypatch.syspath_prepend(DOCS)
     import generate
 
-    for name, page in generate.PAGES.items():
-        assert (docs / name).read_text() == page(), f"{name} is out of date: run `make docs`"
+    for path, page in generate.PAGES.items():
+        assert path.read_text() == page(), f"{path.name} is out of date: run `make docs`"
 
 
 def test_help_of_every_command():

@@ -2,9 +2,11 @@
 
 import json
 
-from emloc_core.cli.emulators import summary
+from emloc_core.cli.stage import summary
 from emloc_core.files.output import MANIFEST
 from emloc_core.report.towers import place, short_names
+from emloc_core.requests import make_request
+from emloc_core.result import Result
 
 TOWERS = ["model.vision_tower.encoder.layer", "model.language_model.layers"]
 
@@ -28,7 +30,8 @@ def test_the_summary_of_compress_averages_no_two_towers(tmp_path):
     ]
     result = {"linears": linears, "bytes": {"base": 2000, "emulator": 1000}}
     (tmp_path / MANIFEST).write_text(json.dumps({"result": result}))
-    assert [line.split() for line in summary(tmp_path)[1:-1]] == [
+    request = make_request("cut", spectra="spectra", output=tmp_path)
+    assert [line.split() for line in summary(request, Result(tmp_path))[1:-1]] == [
         ["vision_tower", "q_proj", "0.250", "0.375"],
         ["language_model", "q_proj", "0.500", "0.500"],
     ]

@@ -1,4 +1,4 @@
-"""The script in docs/ trains an emulator with stock libraries, and its adapter is carried over to the base."""
+"""The script in examples/ trains an emulator with stock libraries, and its adapter is carried over to the base."""
 
 import runpy
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
-from support.paths import DOCS
+from support.paths import EXAMPLES
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +18,7 @@ from emloc_core.data.tokenize import encode
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CorrectSettings
 
-SCRIPT = DOCS / "train_with_your_own_script.py"
+SCRIPT = EXAMPLES / "train_with_your_own_script.py"
 TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -57,7 +57,7 @@ def test_it_trains_an_emulator_and_the_adapter_is_carried_over(
 
 
 def nll(model, samples) -> float:
-    """Mean over the rows of the completion's negative log-likelihood a token."""
+    """Mean over the rows of the completion's negative log-likelihood per token."""
     losses = []
     for sample in samples:
         ids = torch.tensor([sample.input_ids])

@@ -23,7 +23,7 @@ def command(names: tuple[str, ...], every: bool, as_json: bool) -> None:
 
     Paths, input groups, taps, streamed statistics, emulator, LoRA, correction, merge, memory plan and tied weights,
     with a tiny model for every entry of the family's tiny_configs. Whatever does not hold is listed with what is wrong
-    and how to mend it, and the exit code is 1.
+    and how to fix it, and the exit code is 1.
     """
     if bool(names) == every:
         raise click.UsageError("Give the NAME of a family, or --all.")
@@ -41,7 +41,7 @@ def command(names: tuple[str, ...], every: bool, as_json: bool) -> None:
     else:
         _show(results)
     if failed:
-        raise EmlocError(f"{len(failed)} of {len(results)} checks failed.", "What each found says how to mend it.")
+        raise EmlocError(f"{len(failed)} of {len(results)} checks failed.", "What each found says how to fix it.")
 
 
 def _families(names: tuple[str, ...]) -> "list[Family]":
