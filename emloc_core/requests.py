@@ -111,7 +111,7 @@ class PolishRequest(Request):
     """Take exact steps on the base from an adapter."""
 
     stage = "polish"
-    adapter: Path = Field(description="Of the base: corrected, trained on it or on an emulator of it, or by PEFT.")
+    adapter: Path = Field(description="A LoRA for the base: corrected, trained on the base or on its emulator, or made by PEFT.")
     base: str | None = Field(None, description="Directory or hub id; None: the model that the adapter is for.")
     data: Rows = Field(description="Rows of the user's task.")
     exclude: tuple[Path, ...] = Field((), description="Files of rows that are not trained on.")
