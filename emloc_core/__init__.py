@@ -39,7 +39,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-#: Public names, and where each is.
+#: Public names and their modules.
 _PUBLIC = {
     **dict.fromkeys(
         ("compress", "convert_layout", "correct", "cut", "evaluate", "load_family", "merge", "polish", "run", "train"),

@@ -1,8 +1,8 @@
-"""The Python API: one function per stage, as safe as the command line, which makes the same requests.
+"""The Python API: one function per stage, with the same checks as the command line.
 
-Models are directories or hub ids; data are files, hub data sets or rows in memory; settings are given by keyword, under
-the names of :mod:`emloc_core.settings`. Every stage returns a :class:`~emloc_core.result.Result`, which stands for its
-path. A stage whose output is there already, made from the same inputs, returns it; an interrupted one resumes.
+Models are directories or hub ids; data are files, hub datasets or rows in memory; settings are keyword arguments, named
+as in :mod:`emloc_core.settings`. Every stage returns a :class:`~emloc_core.result.Result`, a path-like object. If the
+output already exists and was made from the same inputs, the stage returns it; an interrupted stage resumes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,20 +41,20 @@ def compress(
     """Make an emulator of a model: stage 1 (paper, section 3.2).
 
     Args:
-        model: the base.
+        model: the base model.
         data: rows of the task.
         output: directory of the emulator.
-        memory: instead of ``ratio``: the largest whose tuning fits; ``24GiB``, say.
-        tuning: with ``memory``: settings of :func:`train` that it will be tuned with.
-        exclude: files of rows that are not used, such as test rows.
-        split: of a hub data set.
-        keep_spectra: directory for spectra, from which :func:`cut` makes other ratios.
+        memory: memory to tune in, such as ``24GiB``; chooses the largest ``ratio`` that fits.
+        tuning: with ``memory``, the settings of :func:`train` that the emulator will be tuned with.
+        exclude: files with rows to leave out, such as test rows.
+        split: split of a hub dataset.
+        keep_spectra: directory to keep spectra in, from which :func:`cut` makes other ratios.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
-        progress: called with a block's path, how many are done, and how many there are.
-        settings: of :class:`~emloc_core.settings.CompressSettings`: ``ratio``, ``samples``, ...
+        progress: called with a block's path, the number done, and the total.
+        settings: see :class:`~emloc_core.settings.CompressSettings`: ``ratio``, ``samples``, ...
 
     Raises:
-        EmlocError: from the model, its family, the data or the settings.
+        EmlocError: the model, its family, the data or the settings cannot be used.
     """
     sizing = {} if tuning is None else {"tuning": dict(tuning)}
     content = {"model": model, "data": data, "output": output, "exclude": tuple(exclude), "split": split}
@@ -68,14 +68,14 @@ def cut(
     """Cut an emulator of any ratio from spectra, without calibrating again.
 
     Args:
-        spectra: what :func:`compress` kept.
+        spectra: directory that :func:`compress` kept spectra in.
         output: directory of the emulator.
-        base: the model that they were made from; None: the one that they name.
-        progress: called with a block's path, how many are done, and how many there are.
-        settings: of :class:`~emloc_core.settings.CutSettings`: ``ratio``, ``allocator``.
+        base: the model that they were made from; by default the one that they name.
+        progress: called with a block's path, the number done, and the total.
+        settings: see :class:`~emloc_core.settings.CutSettings`: ``ratio``, ``allocator``.
 
     Raises:
-        EmlocError: the spectra are of another base, or the settings ask for what cannot be cut.
+        EmlocError: the spectra are of another base, or cannot be cut with these settings.
     """
     return _perform(make_request("cut", settings, spectra=spectra, output=output, base=base), progress)
 
@@ -95,18 +95,18 @@ def train(
     """Train a LoRA on an emulator, or on an ordinary model: stage 2.
 
     Args:
-        model: what is trained on.
+        model: the emulator or model.
         data: rows of the task. Those that an emulator keeps for calibration and selection are left out.
         output: directory of the adapter.
-        exclude: files of rows that are not trained on.
-        split: of a hub data set.
+        exclude: files with rows not to train on.
+        split: split of a hub dataset.
         exact: read an ordinary model block by block, so that it need not fit in memory; see :func:`polish`.
-        limits: with ``exact``: see :func:`polish`.
-        progress: the trainer shows its own; this is for other stages.
-        settings: of :class:`~emloc_core.settings.TrainSettings`: ``steps``, ``learning_rate``, ``lora_rank``, ...
+        limits: with ``exact``, see :func:`polish`.
+        progress: not called: the trainer shows its own progress.
+        settings: see :class:`~emloc_core.settings.TrainSettings`: ``steps``, ``learning_rate``, ``lora_rank``, ...
 
     Raises:
-        EmlocError: from the model, the data or the settings, or the loss is not a number.
+        EmlocError: the model, the data or the settings cannot be used, or the loss is NaN or infinite.
     """
     content = {"model": model, "data": data, "output": output, "exclude": tuple(exclude), "split": split}
     request = make_request("train", settings, exact=exact, limits=dict(limits or {}), **content)
@@ -124,20 +124,20 @@ def correct(
     progress: Progress = _no_progress,
     **settings: Any,
 ) -> Result:
-    """Correct a LoRA that was trained on an emulator, for the base: stage 3 (paper, section 3.3).
+    """Correct a LoRA that was trained on an emulator, for use on the base: stage 3 (paper, section 3.3).
 
     Args:
-        adapter: what :func:`train` made, or any PEFT LoRA that was trained on an emulator.
-        output: directory of the corrected adapter; None: ``ADAPTER-corrected`` beside it.
-        base: the model that the emulator was made from; None: the one that the emulator names.
-        emulator: where it is; None: where the adapter says.
-        selection: file of rows to choose the clamp on; None: those that the emulator keeps.
+        adapter: output of :func:`train`, or any PEFT LoRA that was trained on an emulator.
+        output: directory of the corrected adapter; by default ``ADAPTER-corrected``, beside the adapter.
+        base: the model that the emulator was made from; by default the one that the emulator names.
+        emulator: directory of the emulator; by default the one that the adapter names.
+        selection: file with rows to choose the clamp on; by default those that the emulator keeps.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
-        progress: called with a Linear's path, how many are done, and how many there are.
-        settings: of :class:`~emloc_core.settings.CorrectSettings`: ``clamp``, ``method``.
+        progress: called with a Linear's path, the number done, and the total.
+        settings: see :class:`~emloc_core.settings.CorrectSettings`: ``clamp``, ``method``.
 
     Raises:
-        EmlocError: adapter, emulator and base do not belong together, or the adapter is corrected already.
+        EmlocError: adapter, emulator and base do not belong together, or the adapter is already corrected.
     """
     content = {
         "adapter": adapter,
@@ -162,21 +162,22 @@ def polish(
     progress: Progress = _no_progress,
     **settings: Any,
 ) -> Result:
-    """Take a few exact LoRA steps on the base itself from an adapter, in the memory of a few blocks.
+    """Train an adapter for a few exact steps on the base itself, in the memory of a few blocks.
 
     Args:
-        adapter: what :func:`correct` or :func:`train` made, or any PEFT LoRA of the base.
+        adapter: output of :func:`correct` or :func:`train`, or any PEFT LoRA of the base.
         data: rows of the task.
-        output: directory of the polished adapter; None: ``ADAPTER-polished`` beside it.
-        base: the model; None: the one that the adapter is for.
-        exclude: files of rows that are not trained on.
-        split: of a hub data set.
-        limits: of :class:`~emloc_core.settings.ExactSettings`: ``memory``, ``park``.
-        progress: the trainer shows its own; this is for other stages.
-        settings: of :class:`~emloc_core.settings.PolishSettings`: ``steps``, ``learning_rate``, ``batch_size``, ...
+        output: directory of the polished adapter; by default ``ADAPTER-polished``, beside the adapter.
+        base: the model; by default the one that the adapter is for.
+        exclude: files with rows not to train on.
+        split: split of a hub dataset.
+        limits: see :class:`~emloc_core.settings.ExactSettings`: ``memory``, ``park``.
+        progress: not called: the trainer shows its own progress.
+        settings: see :class:`~emloc_core.settings.PolishSettings`: ``steps``, ``learning_rate``, ``batch_size``, ...
 
     Raises:
-        EmlocError: the adapter does not belong to the base; from the data or the settings; the base changes meanwhile.
+        EmlocError: the adapter does not belong to the base, the data or settings cannot be used, or the base changed
+            during training.
     """
     content = {
         "adapter": adapter,
@@ -201,11 +202,11 @@ def merge(
     """Merge an adapter into its base: an ordinary checkpoint of the original architecture.
 
     Args:
-        adapter: what :func:`correct` made, or a LoRA that was trained on the base itself.
+        adapter: output of :func:`correct`, or a LoRA that was trained on the base itself.
         output: directory of the checkpoint.
-        base: the model that it belongs to; None: the one that it names.
-        allow_uncorrected: merge an adapter as it was trained on an emulator.
-        progress: called with a shard's name, how many are done, and how many there are.
+        base: the model that the adapter belongs to; by default the one that it names.
+        allow_uncorrected: merge an adapter that was trained on an emulator without correcting it.
+        progress: called with a shard's name, the number done, and the total.
 
     Raises:
         EmlocError: the adapter does not belong to the base, or cannot be merged into it.
@@ -228,23 +229,23 @@ def evaluate(
     progress: Progress = _no_progress,
     **options: Any,
 ) -> Result:
-    """Compare models and adapters on the same tasks with lm-eval, each in a process of its own.
+    """Compare models and adapters on the same tasks with lm-eval, each in its own process.
 
     Args:
         tasks: task files of lm-eval, or names of its bundled tasks.
         output: directory of the results.
-        systems: any others by name: a model, or a model and an adapter on it.
+        systems: further systems by name: a model, or a pair of a model and an adapter.
         base: the base model.
-        emulator: what :func:`compress` made.
-        adapter: what :func:`train` made: goes on the emulator and, uncorrected, on the base.
-        corrected: what :func:`correct` made: goes on the base.
-        merged: what :func:`merge` made.
+        emulator: output of :func:`compress`.
+        adapter: output of :func:`train`; evaluated on the emulator and, uncorrected, on the base.
+        corrected: output of :func:`correct`; evaluated on the base.
+        merged: output of :func:`merge`.
         full_lora: a LoRA that was trained on the base itself.
-        progress: called with a system's name, how many are done, and how many there are.
+        progress: called with a system's name, the number done, and the total.
         options: ``limit``, ``batch_size``, ``chat``, ``seed``; see :class:`~emloc_core.requests.EvaluateRequest`.
 
     Raises:
-        EmlocError: systems, tasks, data or the output directory are not as they must be.
+        EmlocError: the systems, tasks, data or output directory cannot be used.
     """
     from emloc_core.evaluation.evaluate import canonical_systems
 
@@ -265,12 +266,12 @@ def evaluate(
 
 
 def convert_layout(source: Name, output: Name, *, progress: Progress = _no_progress) -> Result:
-    """Rewrite a checkpoint of another layout as transformers' own classes have it: ``emloc import``.
+    """Convert a checkpoint with another layout to the one of transformers' own classes: ``emloc import``.
 
     Args:
         source: directory or hub id, in a layout that an installed plugin reads.
         output: directory of the checkpoint.
-        progress: called with a shard's name, how many are done, and how many there are.
+        progress: called with a shard's name, the number done, and the total.
 
     Raises:
         EmlocError: no layout reads the source, or it is damaged.
@@ -279,17 +280,17 @@ def convert_layout(source: Name, output: Name, *, progress: Progress = _no_progr
 
 
 def run(recipe: Name, **overrides: Any) -> dict[str, Any]:
-    """Run all stages of a recipe, each in a process of its own.
+    """Run all stages of a recipe, each in its own process.
 
     Args:
         recipe: a TOML file.
-        overrides: other values than the recipe's, ``section__key=value``: ``train__steps=100``.
+        overrides: values to use instead of the recipe's, as ``section__key=value``: ``train__steps=100``.
 
     Returns:
         The content of ``results.json``.
 
     Raises:
-        EmlocError: from the recipe, or from a stage, which is named; the stages before it are kept.
+        EmlocError: the recipe cannot be used, or a stage failed; the message names it, and earlier stages are kept.
     """
     from emloc_core.recipe.run import run_recipe
 

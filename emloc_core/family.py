@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from reprlib import Repr
 from typing import Any, Literal
 
-#: How the activations of a Linear are hooked: its input, its output, or a function that is given
+#: How the activations of a Linear are captured: its input, its output, or a function that takes
 #: ``(module, args, output)`` of the module at the tapped path and returns the input, of shape (..., in_features).
 Tap = Literal["input", "output"] | Callable[[Any, tuple[Any, ...], Any], Any]
 
@@ -24,10 +24,10 @@ class Tower:
         name: ``language`` or ``vision``, say.
         blocks: module path of the list of blocks, in execution order (``model.layers``).
         input_groups: paths of Linears within a block. The Linears of one group read the same input, so their
-            statistics are gathered once. Every Linear that is compressed stands in exactly one group; a path that a
-            given model lacks is left out.
-        lora_targets: ends of the paths that a LoRA is put on by default, as much of each as tells it from other
-            modules. Empty means the last parts of all of ``input_groups``.
+            statistics are gathered once. Every compressed Linear is in exactly one group; paths that a given model
+            lacks are ignored.
+        lora_targets: modules that a LoRA is put on by default: ends of their paths, long enough to be unambiguous.
+            Empty means the last part of every path in ``input_groups``.
     """
 
     __pydantic_config__ = CHECKED
@@ -40,25 +40,25 @@ class Tower:
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture, or several that are declared alike.
+    """An architecture, or several with the same declaration.
 
     Attributes:
         name: the family's name, unique among the installed plugins.
-        model_types: values of ``model_type`` in ``config.json`` that the declaration holds for.
+        model_types: values of ``model_type`` in ``config.json`` that the declaration covers.
         towers: the stacks of blocks, in execution order.
-        auto_class: the class of transformers that builds the model.
+        auto_class: the transformers class that builds the model.
         modality: ``text`` or ``image-text``.
         keep_dense: glob patterns of module paths that are never compressed, each with its reason.
-        taps: glob pattern of module path -> how the activations of these Linears are hooked, where the default
+        taps: glob pattern of module path -> how the activations of these Linears are captured, where the default
             (the cheaper of input and output) would be wrong.
-        nested: models of other families inside this one: part of the config (``text_config``) -> module path that
-            stands where the other family's ``model`` does, or what else the paths of its blocks begin with
-            (``model.language_model``). Its towers follow this family's own, and what it keeps dense and how it is
-            hooked holds for its part.
-        tiny_configs: keyword arguments of ``AutoConfig.for_model`` for tiny models of the family, at least one a model
-            type: the conformance kit builds them.
-        tiny_inputs: the keyword arguments of a forward of one row with an image, given a tiny model's config, where
-            the conformance kit cannot make them up: tensors, ``input_ids`` of shape (1, T) among them.
+        nested: models of other families inside this one: part of the config (``text_config``) -> module path
+            (``model.language_model``) that replaces the first part of the other family's block paths, usually
+            ``model``. The other family's towers follow this family's own; its ``keep_dense`` and ``taps`` apply to its
+            part.
+        tiny_configs: keyword arguments of ``AutoConfig.for_model`` for tiny models that the conformance kit builds, at
+            least one per model type.
+        tiny_inputs: given a tiny model's config, returns the keyword arguments of a forward pass of one row with an
+            image, if the conformance kit cannot make them up: tensors, including ``input_ids`` of shape (1, T).
     """
 
     __pydantic_config__ = CHECKED
@@ -75,9 +75,9 @@ class Family:
     tiny_inputs: Callable[[Any], Mapping[str, Any]] | None = None
 
     def with_nested(self, inner: "Family", path: str) -> "Family":
-        """Return the family with the declaration of ``inner`` added, whose model without head stands at ``path`` here.
+        """Return the family with the declaration of ``inner`` added; its model without head is at ``path`` here.
 
-        That model is what the paths of its blocks begin with: ``model``, say, or ``gpt_neox``.
+        In ``inner`` itself, that model is the first part of its block paths: ``model``, say, or ``gpt_neox``.
         """
         bases = {tower.blocks.partition(".")[0] for tower in inner.towers}
 
@@ -103,10 +103,10 @@ class Family:
 
 
 def require_types(declared: Any) -> None:
-    """Check the types of all fields of a declaration, such as a Family, as its dataclass states them.
+    """Check all fields of a declaration, such as a Family, against the types of its dataclass.
 
     Raises:
-        TypeError: of the first field with another type.
+        TypeError: a field has another type; names the first such field.
     """
     from pydantic import TypeAdapter, ValidationError
 

@@ -1,6 +1,6 @@
-"""What a plugin declares about checkpoints that transformers' own classes do not read. Data; imports no torch.
+"""What a plugin declares about checkpoints that transformers' own classes cannot read. Data; imports no torch.
 
-The same weights under other names, some of them fused: ``emloc import`` rewrites them as the native model has them.
+They hold the same weights under other names, some of them fused; ``emloc import`` converts them to the native layout.
 """
 
 import re
@@ -14,13 +14,13 @@ from emloc_core.family import CHECKED
 
 @dataclass(frozen=True)
 class Split:
-    """A tensor that holds several of the native model's.
+    """A fused tensor that holds several tensors of the native model.
 
     Attributes:
-        pattern: regular expression of its whole key.
+        pattern: regular expression that matches its full key.
         targets: the native keys of its parts, with the pattern's groups as in ``re.Match.expand``.
-        parts: given the tensor and the source's config, yields the parts in the order of ``targets``: views, or
-            copies made when they are asked for. It is called with a tensor on the meta device first, for their shapes.
+        parts: given the tensor and the source's config, yields the parts in the order of ``targets``, as views or as
+            copies made lazily. First called with a tensor on the meta device, to get their shapes.
     """
 
     __pydantic_config__ = CHECKED
@@ -32,18 +32,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Layout:
-    """How checkpoints of another layout become native ones.
+    """How to convert checkpoints with another layout to the native one.
 
     Attributes:
         name: the layout's name, unique among the installed plugins.
-        model_types: values of ``model_type`` in the ``config.json`` that it reads.
-        config: given the content of that file and its directory, returns the native ``config.json``. It raises
-            :class:`~emloc_core.errors.EmlocError` with the name of a field whose value the native model cannot have.
-        renames: (regular expression of a whole key, native key with the pattern's groups): the first that matches
-            holds. A tensor that neither these nor ``splits`` match is refused: nothing is dropped.
-        splits: the fused tensors; they go before ``renames``.
-        files: given the same as ``config``, returns by name the files that are written instead of the source's: JSON
-            objects, text, or None for a file that is left out. Everything else that is not weights is copied.
+        model_types: values of ``model_type`` in ``config.json`` that it reads.
+        config: given the content of that file and its directory, returns the native ``config.json``. Raises
+            :class:`~emloc_core.errors.EmlocError`, naming the field, for a value that the native model does not allow.
+        renames: pairs of a regular expression that matches a full key and the native key, with the pattern's groups;
+            the first match applies. A tensor that matches neither these nor ``splits`` is an error: nothing is dropped.
+        splits: the fused tensors; matched before ``renames``.
+        files: called like ``config``, returns files to write instead of the source's, by name: JSON objects, text, or
+            None to leave a file out. All other files except weights are copied.
     """
 
     __pydantic_config__ = CHECKED
@@ -56,7 +56,7 @@ class Layout:
     files: Callable[[Mapping[str, Any], Path], Mapping[str, dict[str, Any] | str | None]] = lambda _config, _path: {}
 
     def place(self, key: str) -> tuple[list[str], Split | None] | None:
-        """Return the native keys of what the tensor ``key`` holds, and how it is split; None for an unknown tensor."""
+        """Return the native keys for the tensor ``key``, and how to split it; None for an unknown tensor."""
         for split in self.splits:
             if match := re.fullmatch(split.pattern, key):
                 return [match.expand(target) for target in split.targets], split

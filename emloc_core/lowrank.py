@@ -1,7 +1,7 @@
 """The low-rank Linear, and its integration into transformers.
 
 After ``import emloc_core.lowrank``, ``AutoModel...from_pretrained`` loads an emulator like any other checkpoint:
-its config has a ``quantization_config`` of method ``emloc`` that says which Linears are factors, and of which rank.
+its config has a ``quantization_config`` of method ``emloc`` with the rank of every factorised Linear.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ FORMAT_VERSION = 1
 
 
 class LowRankLinear(nn.Linear):
-    """``y = U (V x) + b``: a Linear of out_features x in_features kept as two factors.
+    """``y = U (V x) + b``: a Linear of out_features x in_features stored as two factors.
 
-    It is an ``nn.Linear`` whose ``weight`` *is* U (out_features, rank), beside the parameter ``V`` (rank,
-    in_features). So PEFT puts a LoRA on it like on any Linear, with the same keys as on the base, and the inner pair
-    is no Linear that ``all-linear`` would target.
+    It is an ``nn.Linear`` whose ``weight`` *is* U (out_features, rank), plus the parameter ``V`` (rank,
+    in_features). So PEFT puts a LoRA on it as on any Linear, with the same keys as on the base, and ``all-linear``
+    finds no inner Linears to target.
     """
 
     V: nn.Parameter
@@ -56,7 +56,7 @@ class LowRankLinear(nn.Linear):
         return f"{super().extra_repr()}, rank={self.rank}"
 
     def dense(self) -> nn.Linear:
-        """Return the ordinary Linear with the weight ``U V``."""
+        """Return an ordinary Linear with the weight ``U V``."""
         device, dtype = self.weight.device, self.weight.dtype
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device, dtype)
         with torch.no_grad():
@@ -67,7 +67,7 @@ class LowRankLinear(nn.Linear):
 
 
 def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
-    """Replace Linears by empty :class:`LowRankLinear` of the given ranks, on the Linears' own devices.
+    """Replace Linears with empty :class:`LowRankLinear` modules of the given ranks, on the same devices.
 
     Raises:
         EmlocError: the model has no Linear at one of the paths.
@@ -78,7 +78,9 @@ def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
         except AttributeError:
             linear = None
         if not isinstance(linear, nn.Linear):
-            raise EmlocError(f"The model has no Linear at {path}.", "The emulator belongs to another architecture.")
+            raise EmlocError(
+                f"The model has no Linear at {path}.", "The emulator belongs to another architecture.", code="mismatch"
+            )
         device, dtype = linear.weight.device, linear.weight.dtype
         layer = LowRankLinear(linear.in_features, linear.out_features, rank, linear.bias is not None, device, dtype)
         layer.requires_grad_(linear.weight.requires_grad).train(linear.training)
@@ -90,7 +92,7 @@ class EmlocConfig(QuantizationConfigMixin):
 
     Args:
         ranks: rank of the factors by module path.
-        format_version: of this layout.
+        format_version: version of this format.
     """
 
     def __init__(self, ranks: dict[str, int] | None = None, format_version: int = FORMAT_VERSION, **_: Any) -> None:
@@ -98,18 +100,22 @@ class EmlocConfig(QuantizationConfigMixin):
         self.ranks = dict(ranks or {})
         self.format_version = format_version
         if format_version > FORMAT_VERSION:
-            raise EmlocError(f"The emulator has format {format_version}, newer than {FORMAT_VERSION}.", "Update emloc.")
+            raise EmlocError(
+                f"The emulator has format {format_version}, newer than {FORMAT_VERSION}.",
+                "Update emloc.",
+                code="unsupported",
+            )
 
 
 class EmlocQuantizer(HfQuantizer):
-    """Swaps Linears for factors before transformers loads the weights, and checks that every factor was loaded."""
+    """Replaces Linears with factors before transformers loads the weights, and checks that every factor was loaded."""
 
     requires_calibration = True
     quantization_config: EmlocConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         replace_linears(model, self.quantization_config.ranks)
-        # Memory that no tensor was loaded into would pass for a factor: mark it, to find it again afterwards.
+        # Uninitialised memory would pass for a factor: remember the parameters, to find those that were not loaded.
         for path in self.quantization_config.ranks:
             layer = model.get_submodule(path)
             layer.emloc_unloaded = [layer.weight, layer.V]  # type: ignore[assignment]
@@ -121,15 +127,15 @@ class EmlocQuantizer(HfQuantizer):
             del layer.emloc_unloaded
             for name, before in zip(("weight", "V"), unloaded, strict=True):
                 if getattr(layer, name) is before or not getattr(getattr(layer, name), "_is_hf_initialized", False):
-                    raise EmlocError(f"The emulator lacks {path}.{name}.", "Make the emulator again.")
+                    raise EmlocError(f"The emulator lacks {path}.{name}.", "Make the emulator again.", code="damaged")
 
     def is_serializable(self) -> bool:
-        """Save with save_pretrained: the factors are ordinary parameters."""
+        """Allow save_pretrained: the factors are ordinary parameters."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Train adapters on it."""
+        """Allow training adapters."""
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -140,6 +146,6 @@ class EmlocQuantizer(HfQuantizer):
         return model
 
 
-if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be imported twice under other names
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be imported again under another name
     register_quantization_config(METHOD)(EmlocConfig)
     register_quantizer(METHOD)(EmlocQuantizer)

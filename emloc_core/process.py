@@ -1,7 +1,7 @@
-"""Calls a function in a process of its own, so that its memory is given back and its peak is its own.
+"""Calls a function in a separate process, so that its memory is freed afterwards and its peak can be measured.
 
-The call is one JSON object on the child's stdin, the answers are lines of JSON on its stdout, and whatever else is
-printed there goes to stderr. A user's error comes back as the :class:`EmlocError` that it is.
+The call is one JSON object on the child's stdin, the answers are lines of JSON on its stdout, and anything else that it
+prints goes to stderr. An :class:`EmlocError` in the child is raised again in the parent.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import IO, Any
 from emloc_core.errors import EmlocError
 from emloc_core.lifetime import child_environment, end_with_parent
 
-#: Threads that spin while they wait for work starve each other on few cores.
+#: Threads that spin while waiting for work starve each other on few cores.
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -30,7 +30,7 @@ class ProcessDiedError(EmlocError):
     """
 
     def __init__(self, function: str, code: int) -> None:
-        how = f"was killed by signal {-code}, as when memory runs out" if code < 0 else f"ended with exit code {code}"
+        how = f"was killed by signal {-code}, maybe for lack of memory" if code < 0 else f"ended with exit code {code}"
         super().__init__(
             f"The process of {function} {how}.", "Run the same command again.", code="died", resumable=True
         )
@@ -50,12 +50,12 @@ def call(
     Args:
         function: ``package.module:name``. It returns one answer, or yields them.
         arguments: by name, JSON values.
-        log: file for what the process prints; by default that goes to stderr.
+        log: file for the process's output; stderr by default.
         environment: variables to add.
-        cwd: its working directory.
+        cwd: working directory of the process.
 
     Yields:
-        JSON values, as they come.
+        The answers, JSON values.
 
     Raises:
         EmlocError: the function raised it.
@@ -93,7 +93,7 @@ def call(
 
 
 def call_here(function: str, arguments: Mapping[str, Any], **_: Any) -> Iterator[Any]:
-    """Do what :func:`call` does, in this process: for tests, which have no seconds for a new one."""
+    """Do what :func:`call` does in this process: for tests, where starting a new one takes too long."""
     with redirect_stdout(sys.stderr):
         for told in answers_to({"function": function, "arguments": arguments}):
             yield from unpacked(json.loads(json.dumps(told)))
@@ -117,7 +117,7 @@ def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
 
 
 def answers_to(question: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield what the parent is told: answers, and how the call ended."""
+    """Yield the messages to the parent: the answers, and how the call ended."""
     module, _, name = question["function"].partition(":")
     try:
         found = getattr(import_module(module), name)(**question["arguments"])
@@ -134,7 +134,7 @@ def main() -> int:
     end_with_parent()
     question = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep what libraries print out of the answers
     try:
         for answer in answers_to(question):
             answers.write(json.dumps(answer) + "\n")

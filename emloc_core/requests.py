@@ -1,7 +1,7 @@
-"""What a stage is asked for: one request per stage, from Python, the command line, recipes and the zoo alike.
+"""One request per stage, used by the Python API, the command line, recipes and the zoo alike.
 
-A request is JSON both ways (:meth:`Request.to_json`, :func:`request_from_json`), so that a stage can run in a process
-of its own. Imports nothing heavy.
+Requests convert to JSON and back (:meth:`Request.to_json`, :func:`request_from_json`), so that a stage can run in its
+own process. Imports nothing heavy.
 """
 
 import json
@@ -24,29 +24,29 @@ from emloc_core.settings import (
     explain,
 )
 
-#: A file or hub data set by name, or rows in memory: an iterable of mappings, such as a ``datasets.Dataset``.
+#: A file or hub dataset by name, or rows in memory: an iterable of mappings, such as a ``datasets.Dataset``.
 Rows = Any
 
 
 class Request(Settings):
-    """One run of a stage. Paths may be relative to the working directory; ``settings`` say how the work is done."""
+    """One run of a stage. Paths may be relative to the working directory."""
 
     stage: ClassVar[str]
-    output: Path = Field(description="The directory that the stage makes.")
+    output: Path = Field(description="Output directory.")
 
     @model_validator(mode="before")
     @classmethod
     def _plain_paths(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Take anything that stands for a path, such as the result of another stage."""
+        """Accept anything path-like, such as the result of another stage."""
         return {name: fspath(value) if isinstance(value, PathLike) else value for name, value in values.items()}
 
     def to_json(self) -> str:
-        """Return the request as JSON. Rows in memory have to be JSON values."""
+        """Return the request as JSON. Rows in memory must be JSON values."""
         return json.dumps({"stage": self.stage, **self.model_dump(mode="json", exclude_unset=True)})
 
 
 class ImportRequest(Request):
-    """Rewrite a checkpoint of another layout as a native one."""
+    """Convert a checkpoint with another layout to the native one."""
 
     stage = "import"
     source: str = Field(description="Directory or hub id.")
@@ -56,20 +56,20 @@ class CompressRequest(Request):
     """Make an emulator."""
 
     stage = "compress"
-    model: str = Field(description="The base: directory or hub id.")
-    data: Rows = Field(description="Rows of the user's task.")
-    exclude: tuple[Path, ...] = Field((), description="Files of rows that are neither calibration nor selection.")
-    split: str = Field("train", description="Split of a hub data set.")
-    memory: str | None = Field(None, description="Take the largest ratio whose tuning fits; 24GiB, say.")
+    model: str = Field(description="Base model: directory or hub id.")
+    data: Rows = Field(description="Rows of the task.")
+    exclude: tuple[Path, ...] = Field((), description="Files with rows to leave out, such as test rows.")
+    split: str = Field("train", description="Split of a hub dataset.")
+    memory: str | None = Field(None, description="Choose the largest ratio whose tuning fits in this, such as 24GiB.")
     tuning: TrainSettings = Field(TrainSettings(), description="With `memory`: how the emulator will be tuned.")
-    keep_spectra: Path | None = Field(None, description="Directory in which spectra are kept, for `cut`.")
+    keep_spectra: Path | None = Field(None, description="Directory to keep spectra in, for `cut`.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto.")
     settings: CompressSettings = CompressSettings()
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         if self.memory is not None and "ratio" in self.settings.model_fields_set:
-            raise ValueError("ratio and memory both say how large the emulator is; give one of them")
+            raise ValueError("ratio and memory both set the emulator's size; give one of them")
         return self
 
 
@@ -77,8 +77,8 @@ class CutRequest(Request):
     """Cut an emulator of any ratio from spectra."""
 
     stage = "cut"
-    spectra: Path
-    base: str | None = Field(None, description="Directory or hub id; None: the model that the spectra name.")
+    spectra: Path = Field(description="Directory that `compress` kept spectra in.")
+    base: str | None = Field(None, description="Directory or hub id; by default the model that the spectra name.")
     settings: CutSettings = CutSettings()
 
 
@@ -87,35 +87,35 @@ class TrainRequest(Request):
 
     stage = "train"
     model: str = Field(description="Directory or hub id.")
-    data: Rows = Field(description="Rows of the user's task.")
-    exclude: tuple[Path, ...] = Field((), description="Files of rows that are not trained on.")
-    split: str = Field("train", description="Split of a hub data set.")
+    data: Rows = Field(description="Rows of the task.")
+    exclude: tuple[Path, ...] = Field((), description="Files with rows not to train on.")
+    split: str = Field("train", description="Split of a hub dataset.")
     exact: bool = Field(False, description="Read an ordinary model block by block: it need not fit in memory.")
     limits: ExactSettings = Field(ExactSettings(), description="With `exact`: what the steps may use.")
     settings: TrainSettings = TrainSettings()
 
 
 class CorrectRequest(Request):
-    """Correct a LoRA that was trained on an emulator, for the base."""
+    """Correct a LoRA that was trained on an emulator, for use on the base."""
 
     stage = "correct"
-    adapter: Path
-    base: str | None = Field(None, description="Directory or hub id; None: the model that the emulator names.")
-    emulator: Path | None = Field(None, description="Where the emulator is, if it was moved.")
+    adapter: Path = Field(description="Directory of the LoRA.")
+    base: str | None = Field(None, description="Directory or hub id; by default the model that the emulator names.")
+    emulator: Path | None = Field(None, description="Directory of the emulator, if it has moved.")
     selection: Path | None = Field(None, description="Other rows to choose the clamp on.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto.")
     settings: CorrectSettings = CorrectSettings()
 
 
 class PolishRequest(Request):
-    """Take exact steps on the base from an adapter."""
+    """Train an adapter for a few exact steps on the base."""
 
     stage = "polish"
-    adapter: Path = Field(description="A LoRA for the base: corrected, trained on the base or on its emulator, or made by PEFT.")
-    base: str | None = Field(None, description="Directory or hub id; None: the model that the adapter is for.")
-    data: Rows = Field(description="Rows of the user's task.")
-    exclude: tuple[Path, ...] = Field((), description="Files of rows that are not trained on.")
-    split: str = Field("train", description="Split of a hub data set.")
+    adapter: Path = Field(description="Adapter to start from: corrected, or trained on the base or its emulator.")
+    base: str | None = Field(None, description="Directory or hub id; by default the model that the adapter is for.")
+    data: Rows = Field(description="Rows of the task.")
+    exclude: tuple[Path, ...] = Field((), description="Files with rows not to train on.")
+    split: str = Field("train", description="Split of a hub dataset.")
     limits: ExactSettings = Field(ExactSettings(), description="What the steps may use.")
     settings: PolishSettings = PolishSettings()
 
@@ -124,13 +124,13 @@ class MergeRequest(Request):
     """Merge an adapter into its base."""
 
     stage = "merge"
-    adapter: Path
-    base: str | None = Field(None, description="Directory or hub id; None: the model that the adapter names.")
-    allow_uncorrected: bool = Field(False, description="Merge an adapter as it was trained on an emulator.")
+    adapter: Path = Field(description="Directory of the adapter.")
+    base: str | None = Field(None, description="Directory or hub id; by default the model that the adapter names.")
+    allow_uncorrected: bool = Field(False, description="Merge an adapter that was trained on an emulator uncorrected.")
 
 
 class System(Settings):
-    """What is evaluated: a model (base, emulator, merged), alone or with a PEFT adapter on it."""
+    """One system to evaluate: a model (base, emulator, merged), alone or with a PEFT adapter."""
 
     name: str
     model: str = Field(description="Directory or hub id.")
@@ -143,10 +143,10 @@ class EvaluateRequest(Request):
     stage = "eval"
     systems: tuple[System, ...]
     tasks: tuple[str, ...] = Field(description="Task files of lm-eval, or names of its bundled tasks.")
-    limit: int | None = Field(None, ge=1, description="Take the first so many rows of every task.")
+    limit: int | None = Field(None, ge=1, description="Use only this many rows of each task.")
     batch_size: int = Field(8, ge=1, description="Rows per batch.")
-    chat: bool | None = Field(None, description="Use the chat template; None: where a task's rows are conversations.")
-    seed: int = Field(0, ge=0, description="Seed of Python, NumPy, torch and the choice of few-shot examples.")
+    chat: bool | None = Field(None, description="Use the chat template; by default if a task's rows are conversations.")
+    seed: int = Field(0, ge=0, description="Seed for Python, NumPy, torch and the choice of few-shot examples.")
 
 
 REQUESTS: dict[str, type[Request]] = {
@@ -174,12 +174,12 @@ def make_request(stage: str, settings: Mapping[str, Any] | None = None, **conten
     """Return the request of a stage.
 
     Args:
-        stage: its name.
-        settings: by name; those that are left out have their defaults.
+        stage: name of the stage.
+        settings: settings by name; the rest have their defaults.
         content: the other fields.
 
     Raises:
-        EmlocError: a name or a value is wrong; names all of them.
+        EmlocError: names or values are wrong; the message lists them all.
     """
     kind = REQUESTS[stage]
     if settings is not None:

@@ -1,4 +1,4 @@
-"""A stage's finished output: a path, with what its manifest says and how it is loaded."""
+"""A stage's finished output: a path-like object that reads its manifest and loads its content."""
 
 import os
 from functools import cached_property
@@ -9,7 +9,7 @@ from emloc_core.files.output import MANIFEST, TIMING, read_json
 
 
 class Result(os.PathLike[str]):
-    """A finished output directory. Takes the place of its path in every function of the Python API.
+    """A finished output directory. Every function of the Python API accepts it as a path.
 
     Attributes:
         path: the directory.
@@ -40,7 +40,7 @@ class Result(os.PathLike[str]):
 
     @property
     def result(self) -> dict[str, Any]:
-        """What the stage found: errors of every Linear, losses, metrics."""
+        """What the stage measured: the error of every Linear, losses, metrics."""
         found: dict[str, Any] = self.manifest["result"]
         return found
 
@@ -51,14 +51,14 @@ class Result(os.PathLike[str]):
         return content
 
     def load(self) -> Any:
-        """Load what the directory holds, on the GPU where there is one.
+        """Load what the directory holds, on the GPU if there is one.
 
         Returns:
-            An emulator or a checkpoint: transformers' model. An adapter: PEFT's model, on the model that the adapter
-            names. An evaluation: its results, a dict.
+            For an emulator or a checkpoint, the transformers model; for an adapter, a ``PeftModel`` on the model that
+            the adapter names; for an evaluation, its results as a dict.
 
         Raises:
-            EmlocError: it cannot be loaded, or the model under an adapter is not where the adapter says.
+            EmlocError: it cannot be loaded, or an adapter's model is not where the adapter says.
         """
         if self.kind == "evaluation":
             return read_json(self.path / "results.json")

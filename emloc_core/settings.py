@@ -1,4 +1,4 @@
-"""The settings of every stage, in one place: command line, recipe and Python API read the same models.
+"""The settings of every stage, shared by the command line, recipes and the Python API.
 
 Imports nothing heavy; the command line builds its options from these fields.
 """
@@ -11,69 +11,71 @@ from emloc_core.errors import did_you_mean
 
 
 class Settings(BaseModel):
-    """Frozen settings; an unknown name is an error."""
+    """Frozen settings. An unknown name is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class CutSettings(Settings):
-    """How large an emulator is, and where."""
+    """The size of an emulator, and how it is distributed."""
 
-    ratio: float = Field(0.6, gt=0, lt=1, description="Share of the compressed Linears' parameters that is kept.")
+    ratio: float = Field(0.6, gt=0, lt=1, description="Fraction of the compressed Linears' parameters to keep.")
     allocator: str = Field(
         "uniform",
-        description="How ranks are allocated: 'uniform', the same ratio everywhere, as in the paper; 'global', more "
-        "where an error disturbs the block more, within the same number of parameters. Plugins bring more.",
+        description="Rank allocator: 'uniform' uses the same ratio everywhere, as in the paper; 'global' gives more "
+        "rank where an error disturbs the block more, within the same parameter count. Plugins can add others.",
     )
 
 
 class CompressSettings(CutSettings):
     """How an emulator is made."""
 
-    samples: int = Field(64, ge=1, description="Calibration rows.")
-    selection: int = Field(32, ge=0, description="Rows held out for choosing the correction's clamp.")
-    max_length: int | None = Field(None, ge=1, description="Use that many tokens of a row; all by default.")
-    seed: int = Field(0, description="Of the draw of rows.")
+    samples: int = Field(64, ge=1, description="Number of calibration rows.")
+    selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp.")
+    max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
+    seed: int = Field(0, description="Seed for drawing rows.")
     calibration: Literal["base", "propagated"] = Field(
         "base",
-        description="On the base's own activations, as in the paper, or 'propagated': on what the emulator so far "
-        "gives each Linear, which makes up for the error before it.",
+        description="Activations to calibrate on: 'base', those of the base, as in the paper; 'propagated', those of "
+        "the emulator built so far, which compensates for earlier errors.",
     )
-    factorizer: str = Field("activation-svd", description="How Linears are factorised; plugins bring more.")
+    factorizer: str = Field("activation-svd", description="How Linears are factorised. Plugins can add others.")
 
 
-#: Passes over the rows where neither steps nor epochs are given.
+#: Epochs when neither steps nor epochs are given.
 DEFAULT_EPOCHS = 3.0
-#: Settings of training that change how much memory it needs.
+#: Training settings that change how much memory training needs.
 MEMORY_SETTINGS = ("batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "target_modules")
 
 
 class StepSettings(Settings):
-    """How optimiser steps are taken, on whatever is trained."""
+    """How optimiser steps are taken, whatever is trained."""
 
-    steps: int | None = Field(None, ge=1, description="Optimiser steps; instead of epochs.")
-    learning_rate: float = Field(2e-4, gt=0, description="The highest learning rate of the schedule.")
+    steps: int | None = Field(None, ge=1, description="Optimiser steps, instead of epochs.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     batch_size: int = Field(8, ge=1, description="Rows per device in one forward pass.")
-    accumulation: int = Field(1, ge=1, description="Forward passes per optimiser step.")
-    max_length: int | None = Field(None, ge=1, description="Tokens after which a row is cut; none is cut by default.")
+    accumulation: int = Field(1, ge=1, description="Gradient accumulation: forward passes per optimiser step.")
+    max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
     bf16: bool = Field(True, description="Compute in bfloat16 where that is safe (automatic mixed precision).")
-    seed: int = Field(0, ge=0, lt=2**32, description="Of the LoRA's initial values and of the order of rows.")
-    report_to: str = Field("none", description="Where the trainer reports to, besides log.json: tensorboard, say.")
-    save_steps: int = Field(50, ge=1, description="Steps between the checkpoints that an interrupted run resumes at.")
-    logging_steps: int = Field(10, ge=1, description="Steps between entries of log.json.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed for the LoRA's initial values and the order of rows.")
+    report_to: str = Field("none", description="Tracker to report to besides log.json, such as tensorboard.")
+    save_steps: int = Field(50, ge=1, description="Steps between checkpoints, from which an interrupted run resumes.")
+    logging_steps: int = Field(10, ge=1, description="Steps between entries in log.json.")
     extra: dict[str, Any] = Field(default_factory=dict, description="Any other fields of TRL's SFTConfig.")
 
 
 class TrainSettings(StepSettings):
     """How the LoRA is trained."""
 
-    epochs: float | None = Field(None, gt=0, description="Passes over the rows; 3 where no steps are given either.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations, to save memory.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the rows; 3 by default, unless steps are given.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations to save memory.")
     lora_rank: int = Field(8, ge=1, description="Rank of the LoRA.")
-    lora_alpha: float = Field(16.0, gt=0, description="The LoRA is scaled by alpha / rank.")
+    lora_alpha: float = Field(16.0, gt=0, description="LoRA alpha: the LoRA is scaled by alpha / rank.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the LoRA's input.")
-    target_modules: list[str] | None = Field(None, description="Last parts of module paths; by default the family's.")
+    target_modules: list[str] | None = Field(
+        None, description="Modules to put the LoRA on, by the end of their paths; the family's choice by default."
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSettings":
@@ -83,46 +85,46 @@ class TrainSettings(StepSettings):
 
 
 class PolishSettings(StepSettings):
-    """How exact steps are taken from an adapter, whose rank, scale and targets they keep."""
+    """How exact steps continue from an adapter, whose rank, scale and targets they keep."""
 
     steps: int = Field(20, ge=1, description="Optimiser steps.")
-    save_steps: int = Field(5, ge=1, description="Steps between the checkpoints that an interrupted run resumes at.")
-    logging_steps: int = Field(5, ge=1, description="Steps between entries of log.json.")
+    save_steps: int = Field(5, ge=1, description="Steps between checkpoints, from which an interrupted run resumes.")
+    logging_steps: int = Field(5, ge=1, description="Steps between entries in log.json.")
 
 
 class ExactSettings(Settings):
-    """What exact steps may use; none of it changes their result."""
+    """What exact steps may use; these settings do not change the result."""
 
     memory: str | None = Field(
         None,
-        description="What the device may use, such as 24GiB: weights stay there as far as they fit beside what a step "
-        "needs; by default every block is read twice per step.",
+        description="Memory that the device may use, such as 24GiB: weights that fit beside what a step needs stay "
+        "there; by default every block is read twice per step.",
     )
     park: Literal["memory", "disk"] = Field(
-        "memory", description="Where activations at block boundaries wait for the backward."
+        "memory", description="Where activations at block boundaries are kept until the backward pass."
     )
 
 
 class CorrectSettings(Settings):
-    """How a LoRA is carried over to the base."""
+    """How a LoRA is transferred to the base."""
 
     clamp: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto", "none"] = Field(
         "auto",
-        description="Limit of the correction: a number (3 in the paper), 'none', or 'auto': compare a few values, "
-        "uncorrected among them, by loss on rows held out for it.",
+        description="Limit of the correction: a number (3 in the paper), 'none', or 'auto', which compares a few "
+        "values and no correction by their loss on held-out rows.",
     )
-    method: str = Field("emloc", description="The correction; plugins bring more.")
+    method: str = Field("emloc", description="The correction. Plugins can add others.")
 
 
-#: How pydantic's names of a union's members begin.
+#: Prefixes of pydantic's names for a union's members.
 _MEMBERS = ("literal[", "constrained-", "float", "function-", "bool")
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return all of a validation's problems in one line, with the name that was probably meant."""
+    """Return all problems of a failed validation in one line, with suggestions for misspelt names."""
     texts = []
     for problem in error.errors():
-        # Which member of a union was tried is pydantic's business, not the user's.
+        # Users need not know which member of a union pydantic tried.
         steps = [str(step) for step in problem["loc"] if not str(step).startswith(_MEMBERS)]
         where = ".".join(steps) or "settings"
         if problem["type"] == "extra_forbidden":
@@ -130,7 +132,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             text = f"there is no setting {where!r}.{did_you_mean(steps[-1], known)}".removesuffix(".")
         elif problem["type"] == "missing":
             text = f"{where} is missing"
-        elif problem["type"] == "value_error":  # of several settings together: they are all of the input
+        elif problem["type"] == "value_error":  # about several settings together: the input is all of them
             text = (f"{where}: " if steps else "") + problem["msg"].removeprefix("Value error, ")
         else:
             text = f"{where} = {problem['input']!r}: {problem['msg']}"
@@ -144,7 +146,7 @@ def _section(model: type[BaseModel], steps: list[str]) -> type[BaseModel]:
     for step in remaining:
         annotation: Any = model.model_fields[step].annotation
         if get_origin(annotation) in (dict, list):
-            next(remaining, None)  # the key or the index, of which any may be
+            next(remaining, None)  # a key or an index
         options = [option for option in (annotation, *get_args(annotation)) if isinstance(option, type)]
         model = next(option for option in options if issubclass(option, BaseModel))
     return model

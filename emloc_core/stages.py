@@ -1,4 +1,4 @@
-"""Runs a stage, from its request to its finished output: the one way, whoever asks."""
+"""Runs a stage, from its request to its finished output. Every caller goes through here."""
 
 from importlib import import_module
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from emloc_core.requests import CompressRequest, Request
 from emloc_core.result import Result
 
-#: Where each stage is; its ``prepare`` makes a job of a request. Imported when it is asked for: stages need torch.
+#: The module of each stage, whose ``prepare`` turns a request into a job. Imported on demand: stages need torch.
 _MODULES = {
     "import": "emloc_core.model.importing",
     "compress": "emloc_core.emulator.compress",
@@ -21,17 +21,17 @@ _MODULES = {
 
 
 class Progress(Protocol):
-    """Told what was done, how many are done, and how many there are."""
+    """Reports progress: the item just done, the number done, and the total."""
 
     def __call__(self, what: str, done: int, total: int, /) -> None:
-        """Take note."""
+        """Report an item."""
 
 
 class Job(Protocol):
-    """A stage whose request has been checked as far as that is cheap."""
+    """A stage whose request has passed the cheap checks."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what the stage would do, as JSON values. Hashes large files, and writes nothing but their hashes."""
+        """Return what the stage would do, as JSON values. Hashes large files; writes nothing but cached hashes."""
 
     def run(self, progress: Progress) -> Path:
         """Make the output, or resume what an interrupted run left, and return its directory."""
@@ -52,13 +52,13 @@ def prepare(request: Request) -> Job:
 
 
 def finish(stage: str, job: Job, progress: Progress = lambda *_: None) -> Result | None:
-    """Run a job and tell the plugins that observe stages.
+    """Run a job and notify the plugins that observe stages.
 
     Returns:
-        The output; None in those of several processes that do not write it.
+        The output; None in processes other than the main one, which writes it.
 
     Raises:
-        EmlocError: the stage failed. What is worth keeping is kept, and the same request resumes.
+        EmlocError: the stage failed. If the error is resumable, the same request resumes.
     """
     directory = job.run(progress)
     if not getattr(job, "is_main_process", True):

@@ -1,14 +1,14 @@
-"""Tests for plugins that declare families: a conformance kit, and a pytest plugin that is loaded with emloc.
+"""Tests for plugins that declare families: a conformance kit, and a pytest plugin that emloc installs.
 
-Three lines in a test file check everything that a declaration promises, one test for every tiny config and check::
+Three lines in a test file check everything that a declaration promises, one test per tiny config and check::
 
     from emloc_core.testing import conformance_tests
     from emloc_mine import MINE
 
     test_mine = conformance_tests(MINE)
 
-A failed test says what is wrong and how to mend it. ``pytest -k input-groups`` runs one check, ``-k MODEL_TYPE`` one
-model. Importing this module imports no torch, since pytest loads it in every session.
+A failed test says what is wrong and how to fix it. ``pytest -k input-groups`` runs one check, ``-k MODEL_TYPE`` one
+model. Importing this module does not import torch, since pytest loads it in every session.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,10 +27,10 @@ __all__ = ["CheckResult", "check_family", "conformance_tests"]
 
 
 def conformance_tests(family: Family) -> Callable[..., None]:
-    """Return a test function for pytest: one test for every tiny config of the family and every check.
+    """Return a test function for pytest: one test per tiny config of the family and check.
 
     Args:
-        family: as the plugin declares it. It need not be installed; families nested in it must be.
+        family: the plugin's declaration. It need not be installed; families nested in it must be.
     """
     from emloc_core.conformance.checks import cases
 
@@ -47,7 +47,7 @@ def conformance_tests(family: Family) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def emloc_subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Family, int], Any]]:
-    """Give the tiny model that a family's checks are run on, the same one to neighbouring tests."""
+    """Return a function that makes the tiny model to run a family's checks on; consecutive tests share one."""
     last: list[Any] = [None, None, None]
 
     def subject(family: Family, index: int) -> Any:

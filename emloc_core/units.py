@@ -1,4 +1,4 @@
-"""Bytes and seconds, as people write and read them."""
+"""Human-readable bytes and seconds."""
 
 import re
 
@@ -12,20 +12,20 @@ def parse_bytes(text: str) -> int:
     """Return a size in bytes: ``24GiB`` (2^30), ``24GB`` (10^9), ``800MB``, ``1.5 TiB``, or a number of bytes.
 
     Raises:
-        EmlocError: it is no size, or nothing.
+        EmlocError: it is not a size, or is zero.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise EmlocError(f"{text!r} is no size of memory.", "Write 24GiB, 24GB or 800MB.")
+        raise EmlocError(f"{text!r} is not a memory size.", "Write it as 24GiB, 24GB or 800MB.")
     number, unit, binary = match.groups()
     size = int(float(number) * (1024 if binary else 1000) ** (_UNITS[unit.lower()] if unit else 0))
     if (binary and not unit) or size < 1:
-        raise EmlocError(f"{text!r} is no size of memory.", "Write 24GiB, 24GB or 800MB.")
+        raise EmlocError(f"{text!r} is not a memory size.", "Write it as 24GiB, 24GB or 800MB.")
     return size
 
 
 def human_bytes(count: float) -> str:
-    """Return a number of bytes in the unit in which it is read easily: ``1.37 GB``."""
+    """Return a number of bytes in a readable unit: ``1.37 GB``."""
     for unit in ("B", "kB", "MB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -34,7 +34,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Return a time as ``4.2 s``, ``42 s``, ``3 min 05 s`` or ``2 h 07 min``."""
+    """Return a duration as ``4.2 s``, ``42 s``, ``3 min 05 s`` or ``2 h 07 min``."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -71,7 +71,7 @@ def test_the_base_is_known_from_the_manifests(made, tiny_model):
     [
         ({"rato": 0.5}, "Did you mean 'ratio'"),
         ({"ratio": 2}, "ratio = 2"),
-        ({"ratio": 0.5, "memory": "1GB"}, "both say"),
+        ({"ratio": 0.5, "memory": "1GB"}, "ratio and memory"),
     ],
 )
 def test_wrong_settings_are_one_error(tiny_model, tmp_path, settings, message):

@@ -182,7 +182,7 @@ FAULTS = {
     "unknown setting of a preset": (("samples = 8", "sample = 8"), "'presets.default.sample'. Did you mean 'samples'?"),
     "neither ratio nor memory": (("ratio = 0.5\n", ""), "presets.default: a preset has either"),
     "both": (("ratio = 0.5", 'ratio = 0.5\nmemory = "8GB"'), "presets.default: a preset has either"),
-    "no size": (("ratio = 0.5", 'memory = "plenty"'), "'plenty' is no size of memory"),
+    "no size": (("ratio = 0.5", 'memory = "plenty"'), "'plenty' is not a memory size"),
     "ratio": (("ratio = 0.5", "ratio = 1.5"), "presets.default.ratio = 1.5"),
     "no preset": (("[presets.default]\nratio = 0.5\nsamples = 8", "[presets]"), "presets"),
     "no id": (('id = "me/tiny"', ""), "id is missing"),
