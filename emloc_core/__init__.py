@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         evaluate,
         load_family,
         merge,
+        plan,
         polish,
         run,
         train,
@@ -41,10 +42,17 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 #: Public names and their modules.
 _PUBLIC = {
-    **dict.fromkeys(
-        ("compress", "convert_layout", "correct", "cut", "evaluate", "load_family", "merge", "polish", "run", "train"),
-        "api",
-    ),
+    "compress": "api",
+    "convert_layout": "api",
+    "correct": "api",
+    "cut": "api",
+    "evaluate": "api",
+    "load_family": "api",
+    "merge": "api",
+    "plan": "api",
+    "polish": "api",
+    "run": "api",
+    "train": "api",
     "EmlocError": "errors",
     "Result": "result",
 }
@@ -59,6 +67,7 @@ __all__ = [
     "evaluate",
     "load_family",
     "merge",
+    "plan",
     "polish",
     "run",
     "train",

@@ -10,12 +10,18 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from emloc_core.errors import EmlocError
 from emloc_core.requests import Request, Rows, System, make_request
 from emloc_core.result import Result
+from emloc_core.settings import TrainSettings, explain
 from emloc_core.stages import Progress
+from emloc_core.units import parse_bytes
 
 if TYPE_CHECKING:
     from emloc_core.family import Family
+    from emloc_core.memory.plan import MemoryPlan
 
 Name = str | PathLike[str]
 
@@ -279,6 +285,52 @@ def convert_layout(source: Name, output: Name, *, progress: Progress = _no_progr
     return _perform(make_request("import", source=source, output=output), progress)
 
 
+def plan(
+    model: Name,
+    *,
+    memory: str | None = None,
+    ratio: float | None = None,
+    data: Rows | None = None,
+    split: str = "train",
+    length: int | None = None,
+    images: int | None = None,
+    image_size: str | None = None,
+    device: str = "cuda",
+    **settings: Any,
+) -> "MemoryPlan":
+    """Say what every stage needs, from the config alone, and compare the ways to tune. Loads no weights.
+
+    Args:
+        model: directory, ``config.json``, entry of the registry, or hub id.
+        memory: what tuning may use: ``24GiB``; None: what inference on the base needs.
+        ratio: plan this emulator, instead of the largest that fits.
+        data: rows, of which the longest says how many tokens a row has.
+        split: of a hub data set.
+        length: tokens per row; with ``data``, where rows are cut. Default: 1024.
+        images: per row. Default: those of the rows, or 1 for an image-text model.
+        image_size: ``WIDTHxHEIGHT`` of every image, in pixels, for a model that takes any.
+        device: whose memory: ``cuda`` or ``cpu``.
+        settings: of :class:`~emloc_core.settings.TrainSettings`: those of ``emloc_core.settings.MEMORY_SETTINGS``.
+
+    Raises:
+        EmlocError: the model cannot be planned, or a setting is wrong.
+    """
+    from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.plan import make_plan
+    from emloc_core.memory.workload import make_workload
+    from emloc_core.model.image_shape import parse_size
+    from emloc_core.registry.registry import config_of
+
+    budget = parse_bytes(memory) if memory is not None else None
+    train = _train_settings(settings)
+    size = parse_size(image_size) if image_size is not None else None
+    with config_of(fspath(model), with_tokenizer=data is not None) as file:
+        workload = make_workload(
+            file, train, device, length=length, images=images, image_size=size, data=data, split=split
+        )
+        return make_plan(fspath(model), MemoryModel(file, workload), budget, ratio)
+
+
 def run(recipe: Name, **overrides: Any) -> dict[str, Any]:
     """Run all stages of a recipe, each in its own process.
 
@@ -322,6 +374,13 @@ def _optional(place: Name | None) -> str | None:
 
 def _path(place: Name | None) -> Path | None:
     return None if place is None else Path(place)
+
+
+def _train_settings(values: Mapping[str, Any]) -> TrainSettings:
+    try:
+        return TrainSettings(**values)
+    except ValidationError as error:
+        raise EmlocError(explain(error, TrainSettings), "See `emloc plan --help`.") from None
 
 
 def _system(name: str, value: Name | tuple[Name, Name]) -> System:

@@ -1,21 +1,18 @@
 """``emloc plan``."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
-from emloc_core.cli.options import options, validated
-from emloc_core.memory.budget import Fit, advice, largest_ratio, no_fit
+from emloc_core.cli.options import given, options
+from emloc_core.memory.budget import no_fit
 from emloc_core.settings import MEMORY_SETTINGS, TrainSettings
-from emloc_core.units import human_bytes, parse_bytes
+from emloc_core.units import human_bytes
 
 if TYPE_CHECKING:
-    from emloc_core.emulator.ranks import Plan
-    from emloc_core.memory.model import MemoryModel, Need
+    from emloc_core.memory.plan import MemoryPlan
 
 
 @click.command("plan")
@@ -57,21 +54,13 @@ def command(
     MODEL is a directory, a config.json, an entry of the registry (its id, or its file), or a hub id, of which nothing
     but the config is fetched, and with --data the tokenizer. Nothing is loaded and nothing is trained.
     """
-    budget = parse_bytes(memory) if memory is not None else None
-    image_size = settings.pop("image_size")
-    train = validated(TrainSettings, settings)
+    from emloc_core.api import plan
 
-    from emloc_core.memory.model import MemoryModel
-    from emloc_core.memory.workload import make_workload
-    from emloc_core.model.image_shape import parse_size
-    from emloc_core.registry.registry import config_of
-
-    size = parse_size(image_size) if image_size is not None else None
-    with config_of(model, with_tokenizer=data is not None) as config_file:
-        workload = make_workload(
-            config_file, train, device, length=length, images=images, image_size=size, data=data, split=split
-        )
-        planned = _plan(model, MemoryModel(config_file, workload), budget, ratio)
+    train, others = given(TrainSettings, settings)
+    planned = plan(
+        model, memory=memory, ratio=ratio, data=data, split=split, length=length, images=images,
+        image_size=others["image_size"], device=device, **train,
+    )  # fmt: skip
     if figure:
         from emloc_core.memory.show import memory_figure
 
@@ -79,114 +68,68 @@ def command(
     if as_json:
         print_json(planned.describe())
     else:
-        planned.print()
+        _show(planned)
     if planned.advice:
         raise no_fit(planned.budget, planned.advice)
 
 
-@dataclass(frozen=True)
-class _Planned:
-    name: str
-    model: "MemoryModel"
-    needs: "Sequence[Need]"
-    plan: "Plan"
-    ratio: float
-    budget: int
-    given: bool
-    advice: list[str]
+def _show(planned: "MemoryPlan") -> None:
+    from emloc_core.memory.show import print_memory
 
-    def describe(self) -> dict[str, Any]:
-        model, workload = self.model, self.model.workload
-        tuning = next(need for need in self.needs if need.stage == "LoRA on the emulator")
-        return {
-            "model": self.name,
-            "family": model.family.name,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "workload": {
-                "batch_size": workload.batch_size,
-                "length": workload.length,
-                "images": workload.images,
-                "image": model.image.describe() if model.image else None,
-                "gradient_checkpointing": workload.train.gradient_checkpointing,
-                "bf16": workload.train.bf16,
-                "lora_rank": workload.train.lora_rank,
-                "target_modules": model.targets,
-                "device": workload.device,
-            },
-            "budget_bytes": self.budget,
-            "budget": "given" if self.given else "inference on the base",
-            "ratio": self.ratio,
-            "fits": tuning.total <= self.budget,
-            "advice": self.advice,
-            "parameters": {"base": model.parameters(), "emulator": model.parameters(self.plan)},
-            "weight_bytes": {
-                "base": model.parameters() * model.dtype.itemsize,
-                "emulator": model.parameters(self.plan) * model.dtype.itemsize,
-            },
-            "stages": [
-                {"stage": need.stage, "bytes": need.total, "at": need.phase, "terms": dict(need.terms)}
-                for need in self.needs
-            ],
-            "linears": [linear.describe() for linear in self.plan.linears],
-            "kept_dense": [vars(kept) for kept in self.plan.kept],
-        }
+    said = planned.describe()
+    work, weights, parameters = said["workload"], said["weight_bytes"], said["parameters"]
+    click.echo(f"{said['model']}: family {said['family']}, {parameters['base'] / 1e9:.3g} billion parameters in "
+               f"{said['dtype']}, {human_bytes(weights['base'])}")  # fmt: skip
+    images = ""
+    if image := work["image"]:
+        size = f"{image['width']}x{image['height']} pixels and {image['tokens']} tokens"
+        images = f", {work['images']} image(s) of {size} a row among them"
+    checkpointing = "with" if work["gradient_checkpointing"] else "without"
+    click.echo(f"workload: {work['batch_size']} rows x {work['length']} tokens{images}; {checkpointing} gradient "
+               f"checkpointing; {'bf16 autocast' if work['bf16'] else 'no autocast'}; LoRA of rank "
+               f"{work['lora_rank']} on {', '.join(work['target_modules'])}; on {work['device']}")  # fmt: skip
+    print_memory(planned.needs)
+    click.echo(f"emulator at ratio {planned.ratio:g}: {parameters['emulator'] / 1e9:.3g} billion parameters, "
+               f"{human_bytes(weights['emulator'])}; {len(planned.plan.ranks)} Linears at these ranks:")  # fmt: skip
+    for line in planned.plan.lines():
+        click.echo(f"  {line}")
+    _judge(planned, said["fits"])
+    _show_ways(planned)
 
-    def print(self) -> None:
-        from emloc_core.memory.show import print_memory
 
-        said = self.describe()
-        work, weights, parameters = said["workload"], said["weight_bytes"], said["parameters"]
-        click.echo(f"{said['model']}: family {said['family']}, {parameters['base'] / 1e9:.3g} billion parameters in "
-                   f"{said['dtype']}, {human_bytes(weights['base'])}")  # fmt: skip
-        images = ""
-        if image := work["image"]:
-            size = f"{image['width']}x{image['height']} pixels and {image['tokens']} tokens"
-            images = f", {work['images']} image(s) of {size} a row among them"
-        checkpointing = "with" if work["gradient_checkpointing"] else "without"
-        click.echo(f"workload: {work['batch_size']} rows x {work['length']} tokens{images}; {checkpointing} gradient "
-                   f"checkpointing; {'bf16 autocast' if work['bf16'] else 'no autocast'}; LoRA of rank "
-                   f"{work['lora_rank']} on {', '.join(work['target_modules'])}; on {work['device']}")  # fmt: skip
-        print_memory(self.needs)
-        click.echo(f"emulator at ratio {self.ratio:g}: {parameters['emulator'] / 1e9:.3g} billion parameters, "
-                   f"{human_bytes(weights['emulator'])}; {len(self.plan.ranks)} Linears at these ranks:")  # fmt: skip
-        for line in self.plan.lines():
-            click.echo(f"  {line}")
-        self._judge(said["fits"])
+def _judge(planned: "MemoryPlan", fits: bool) -> None:
+    inference, tuning = (
+        next(need.total for need in planned.needs if need.stage == stage)
+        for stage in ("inference on the base", "LoRA on the emulator")
+    )
+    whose = "the budget of" if planned.given else "what inference on the base needs,"
+    if fits:
+        click.echo(f"tuning the emulator needs {human_bytes(tuning)} and fits {whose} {human_bytes(planned.budget)}")
+    elif not planned.advice:
+        click.echo(f"tuning the emulator needs {human_bytes(tuning)} and does NOT fit {whose} "
+                   f"{human_bytes(planned.budget)}")  # fmt: skip
+    if planned.given and inference > planned.budget:
+        click.echo(f"inference on the base needs {human_bytes(inference)}: within this budget the tuned base runs "
+                   "only with offloading (device_map='auto') or quantised")  # fmt: skip
 
-    def _judge(self, fits: bool) -> None:
-        inference, tuning = (
-            next(need.total for need in self.needs if need.stage == stage)
-            for stage in ("inference on the base", "LoRA on the emulator")
+
+def _show_ways(planned: "MemoryPlan") -> None:
+    from emloc_core.memory.ways import ORDINARY
+
+    click.echo(f"ways to tune within {human_bytes(planned.budget)}, with the same rows per step:")
+    for way in planned.ways:
+        ratio = f" at ratio {way.ratio:g}" if way.ratio is not None else ""
+        reads = f", reads {human_bytes(way.read_bytes)} of weights per step" if way.read_bytes else ""
+        click.echo(
+            f"  {way.name + ratio:<36} {human_bytes(way.bytes):>8}  {'fits' if way.fits else 'does not fit':<13} "
+            f"{way.micro_batch} x {way.accumulation} rows per step, {way.flops:.2g} operations{reads}"
         )
-        whose = "the budget of" if self.given else "what inference on the base needs,"
-        if fits:
-            click.echo(f"tuning the emulator needs {human_bytes(tuning)} and fits {whose} {human_bytes(self.budget)}")
-        elif not self.advice:
-            click.echo(f"tuning the emulator needs {human_bytes(tuning)} and does NOT fit {whose} "
-                       f"{human_bytes(self.budget)}")  # fmt: skip
-        if self.given and inference > self.budget:
-            click.echo(f"inference on the base needs {human_bytes(inference)}: within this budget the tuned base runs "
-                       "only with offloading (device_map='auto') or quantised")  # fmt: skip
-
-
-def _plan(name: str, model: "MemoryModel", budget: int | None, ratio: float | None) -> _Planned:
-    from emloc_core.memory import stages as streamed
-
-    inference = model.inference()
-    allowed = inference.total if budget is None else budget
-    fit: Fit | None = None
-    if ratio is None:
-        fit = largest_ratio(model, allowed)
-    chosen = fit.ratio if fit else ratio or 0.01
-    plan = model.plan(chosen)
-    tuning = fit.need if fit else model.tuning(plan)
-    needs = [
-        inference,
-        model.tuning(),
-        streamed.compress(model, plan),
-        tuning,
-        streamed.correct(model, plan),
-        streamed.merge(model),
-    ]
-    advised = list(advice(model, allowed)) if ratio is None and fit is None else []
-    return _Planned(name, model, needs, plan, chosen, allowed, budget is not None, advised)
+    best = planned.best
+    if best is None:
+        click.echo("best: none of them fits")
+    elif best.name == ORDINARY:
+        click.echo("best: an ordinary LoRA on the base fits, so that no emulator is needed (emloc train MODEL)")
+    else:
+        click.echo(f"best: {best.name}")
+    if planned.warning:
+        click.echo(f"warning: {planned.warning}")

@@ -1,6 +1,6 @@
 """How large an emulator may be: the largest ratio whose tuning fits a budget of memory, or what would fit instead."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -101,9 +101,15 @@ def fitted(request: CompressRequest) -> CompressRequest:
     return request.model_copy(update={"memory": None, "settings": settings})
 
 
-def no_fit(budget: int, advised: list[str]) -> EmlocError:
+def no_fit(budget: int, advised: Iterable[str]) -> EmlocError:
     """Return the error of a budget that no emulator's tuning fits."""
     return EmlocError(f"No emulator's tuning fits {human_bytes(budget)}: {'; '.join(advised)}.")
+
+
+def nf4_saving(model: "MemoryModel") -> int:
+    """Return the bytes that the base's Linears save in 4 bits (NF4)."""
+    linears = model.plan(LARGEST).parameters()[0]
+    return int(linears * (model.dtype.itemsize - _NF4))
 
 
 def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
@@ -123,8 +129,7 @@ def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
     if not found:
         yield f"no batch and no length fits: even 1 x {length} tokens needs more"
     base = model.with_workload(replace(workload, batch_size=1, length=length)).tuning()
-    linears = model.plan(LARGEST).parameters()[0]
-    needed = base.total - int(linears * (model.dtype.itemsize - _NF4))
+    needed = base.total - nf4_saving(model)
     verdict = "fits" if needed <= budget else "does not fit"
     quantised = "an ordinary LoRA on a base in 4 bits (NF4)"
     yield f"{quantised} needs {human_bytes(needed)} for 1 x {length} tokens and {verdict}"

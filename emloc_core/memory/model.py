@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.emulator.files import UNREACHED
@@ -108,7 +109,7 @@ class MemoryModel:
         self.config = load_config(config_file)
         _require_sizes(config_file, raw, self.config)
         self.dtype = self._dtype()
-        self.model: nn.Module = self._build()
+        self.model: PreTrainedModel = self._build()
         self.linears = find_linears(self.model, self.family)
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         self.targets = sorted(set(workload.train.target_modules or self.family.lora_targets()))
@@ -124,7 +125,7 @@ class MemoryModel:
             raise EmlocError(f"{self.config_file} has no dtype.", 'Say what the weights are: "dtype": "bfloat16".')
         return dtype
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> PreTrainedModel:
         try:
             return build_model(self.config, self.family, self.dtype)
         except Exception as error:  # whatever the model's own code raises on values that it was not made for

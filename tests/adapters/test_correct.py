@@ -17,7 +17,8 @@ from emloc_core.adapters.correct import Correct, choose
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint, hash_files
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.inputs import hash_files
 from emloc_core.files.output import read_manifest
 from emloc_core.settings import CorrectSettings
 

@@ -77,6 +77,25 @@ def test_images_of_any_size(tmp_path: Path) -> None:
     assert "leave no text" in refused("plan", tmp_path, *options)  # 448 x 448 pixels are more tokens than a row has
 
 
+def test_where_an_ordinary_lora_fits_no_emulator_is_needed(tiny_model: Path) -> None:
+    options = ("--length", 64, "--batch-size", 2, "--ratio", 0.5, "--memory")
+    found = plan(tiny_model, *options, "4GiB")
+    assert found["best"] == "LoRA on the base"
+    assert [way["name"] for way in found["ways"] if way["fits"]][-1] == "exact steps"
+    exact = found["ways"][-1]
+    assert exact["read_bytes"] == 2 * found["weight_bytes"]["base"]
+    assert exact["bytes"] < found["ways"][0]["bytes"]
+    assert "no emulator is needed" in run("plan", tiny_model, *options, "4GiB").stdout
+
+
+def test_a_low_ratio_is_a_warning_and_one_row_at_a_time_makes_room(tiny_model: Path) -> None:
+    budget = tuning_need(tiny_model, 0.1, 64, batch_size=8)
+    found = plan(tiny_model, "--length", 64, "--batch-size", 8, "--memory", budget)
+    emulator = next(way for way in found["ways"] if way["ratio"] is not None)
+    assert (emulator["micro_batch"], emulator["accumulation"]) == (1, 8)
+    assert emulator["ratio"] > found["ratio"]
+
+
 def test_a_table_for_a_person(tiny_model: Path) -> None:
     shown = run("plan", tiny_model, "--length", 64, "--batch-size", 2, "--lora-rank", 4, "--memory", "4GiB").stdout
     expected = ["2 rows x 64 tokens", "LoRA of rank 4 on down_proj", "with gradient checkpointing", "LoRA on the base",
@@ -137,9 +156,8 @@ def test_compress_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Pa
     assert "ratio" in refused(*common, "--ratio", 0.5)  # another request
 
 
-def test_a_recipe_takes_a_budget(
-    tiny_model: Path, rows_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("calls_here")
+def test_a_recipe_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     train = {"batch_size": 4, "lora_rank": 5, "bf16": False}
     budget = tuning_need(tiny_model, 0.35, 12, rows_file, **train)
     tuning = ["--data", rows_file, "--batch-size", 4, "--lora-rank", 5, "--no-bf16", "--max-length", 12]
@@ -152,7 +170,7 @@ def test_a_recipe_takes_a_budget(
     )
     result = run("run", recipe, "--dry-run", "--json")
     assert result.exception is None, result.exception
-    assert f"ratio {expected}: tuning with 4 rows x 12 tokens" in capfd.readouterr().err
+    assert f"ratio {expected}: tuning with 4 rows x 12 tokens" in result.stderr
     smaller = ("--set", "model.memory=1MB", "--set", "train.batch_size=1")
     assert "No emulator's tuning fits 1 MB" in refused("run", recipe, "--dry-run", *smaller)
 

@@ -8,11 +8,12 @@ from support.rows import example_rows
 from emloc_core.evaluation.evaluate import Evaluate, read_results
 from emloc_core.evaluation.system import load_system, run_tasks
 from emloc_core.evaluation.tasks import find_task, load_task
+from emloc_core.files.inputs import Inputs
 from emloc_core.requests import System, make_request
 
 
 def metrics_of(model_directory, task, adapter=None, **settings):
-    spec = find_task(str(task), Path(task).parent)
+    spec = find_task(str(task), Inputs())
     model, processing = load_system(Path(model_directory), adapter, images=spec.shows_images)
     result = run_tasks(model, processing, load_task(spec), **settings)
     return result["tasks"][spec.name], result["samples"]

@@ -1,0 +1,122 @@
+"""The plan of a model: what every stage needs, the emulator that fits a memory, and the ways to tune, compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from emloc_core.emulator.ranks import Plan
+from emloc_core.memory import stages
+from emloc_core.memory.budget import advice, largest_ratio
+from emloc_core.memory.model import MemoryModel, Need
+from emloc_core.memory.ways import LOW_RATIO, Way, best, ways
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a model needs.
+
+    Attributes:
+        name: what the user calls the model.
+        model: its memory.
+        needs: of every stage, in order.
+        plan: the ranks of the emulator.
+        ratio: of the emulator.
+        budget: bytes that tuning may use.
+        given: whether the user gave that, or it is what inference on the base needs.
+        advice: where no emulator's tuning fits: what would.
+        ways: to tune the model within the budget, compared.
+    """
+
+    name: str
+    model: MemoryModel
+    needs: Sequence[Need]
+    plan: Plan
+    ratio: float
+    budget: int
+    given: bool
+    advice: Sequence[str]
+    ways: Sequence[Way]
+
+    @property
+    def best(self) -> Way | None:
+        """The way to prefer; None where none fits."""
+        return best(self.ways)
+
+    @property
+    def warning(self) -> str | None:
+        """What speaks against the preferred way."""
+        way = self.best
+        if way is None or way.ratio is None or way.ratio >= LOW_RATIO:
+            return None
+        return (
+            f"a LoRA tuned on an emulator of ratio {way.ratio:g} brings the base little by itself: polish it with "
+            "exact steps; shorter rows or more memory would allow a larger emulator"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        model, workload = self.model, self.model.workload
+        tuning = next(need for need in self.needs if need.stage == "LoRA on the emulator")
+        return {
+            "model": self.name,
+            "family": model.family.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "workload": {
+                "batch_size": workload.batch_size,
+                "length": workload.length,
+                "images": workload.images,
+                "image": model.image.describe() if model.image else None,
+                "gradient_checkpointing": workload.train.gradient_checkpointing,
+                "bf16": workload.train.bf16,
+                "lora_rank": workload.train.lora_rank,
+                "target_modules": model.targets,
+                "device": workload.device,
+            },
+            "budget_bytes": self.budget,
+            "budget": "given" if self.given else "inference on the base",
+            "ratio": self.ratio,
+            "fits": tuning.total <= self.budget,
+            "advice": list(self.advice),
+            "ways": [way.describe() for way in self.ways],
+            "best": self.best.name if self.best else None,
+            "warning": self.warning,
+            "parameters": {"base": model.parameters(), "emulator": model.parameters(self.plan)},
+            "weight_bytes": {
+                "base": model.parameters() * model.dtype.itemsize,
+                "emulator": model.parameters(self.plan) * model.dtype.itemsize,
+            },
+            "stages": [
+                {"stage": need.stage, "bytes": need.total, "at": need.phase, "terms": dict(need.terms)}
+                for need in self.needs
+            ],
+            "linears": [linear.describe() for linear in self.plan.linears],
+            "kept_dense": [vars(kept) for kept in self.plan.kept],
+        }
+
+
+def make_plan(name: str, model: MemoryModel, budget: int | None = None, ratio: float | None = None) -> MemoryPlan:
+    """Plan a model.
+
+    Args:
+        name: what the user calls it.
+        model: its memory.
+        budget: bytes that tuning may use; None: what inference on the base needs.
+        ratio: of the emulator; None: the largest whose tuning fits.
+    """
+    inference = model.inference()
+    allowed = inference.total if budget is None else budget
+    fit = largest_ratio(model, allowed) if ratio is None else None
+    chosen = fit.ratio if fit else ratio or 0.01
+    plan = model.plan(chosen)
+    tuning = fit.need if fit else model.tuning(plan)
+    needs = [
+        inference,
+        model.tuning(),
+        stages.compress(model, plan),
+        tuning,
+        stages.correct(model, plan),
+        stages.merge(model),
+    ]
+    advised = list(advice(model, allowed)) if ratio is None and fit is None else []
+    compared = ways(model, allowed, fit)
+    return MemoryPlan(name, model, needs, plan, chosen, allowed, budget is not None, advised, compared)

@@ -1,0 +1,109 @@
+"""The ways to tune a model within a memory, compared: what each needs, reads and computes per optimiser step.
+
+Every way takes the same rows per step. Where the batch does not fit, or leaves room for a small emulator only, one row
+at a time is accumulated instead: less memory goes to activations, and what is trained is the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from emloc_core.emulator.ranks import block_paths
+from emloc_core.exact.need import step_need
+from emloc_core.memory.budget import Fit, largest_ratio, nf4_saving
+from emloc_core.memory.model import MemoryModel
+from emloc_core.model.lockstep import units
+
+#: Below this ratio a LoRA that is tuned on a low-rank emulator brings the base less than half of what it could.
+LOW_RATIO = 0.4
+#: From this ratio on, more room for the emulator is worth less than a larger batch.
+_ENOUGH = 2 * LOW_RATIO
+ORDINARY, NF4 = "LoRA on the base", "LoRA on the base in 4 bits"
+EMULATOR, EXACT = "emulator, then polish", "exact steps"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to tune.
+
+    Attributes:
+        name: the way.
+        bytes: its largest need; of ``emulator, then polish``: of tuning and polishing.
+        fits: whether that is within the memory.
+        micro_batch: rows in memory at once.
+        accumulation: micro-batches per optimiser step.
+        ratio: of the emulator.
+        read_bytes: weights that are read from disk or RAM per optimiser step.
+        flops: arithmetic per optimiser step; recomputation counts.
+    """
+
+    name: str
+    bytes: int
+    fits: bool
+    micro_batch: int
+    accumulation: int
+    ratio: float | None
+    read_bytes: int
+    flops: float
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return asdict(self)
+
+
+def ways(model: MemoryModel, budget: int, fit: Fit | None) -> list[Way]:
+    """Compare the ways to tune a model.
+
+    Args:
+        model: with a workload of as many rows per step as its batch and accumulation say.
+        budget: bytes that may be used.
+        fit: the largest emulator whose tuning fits with that batch; None where none does.
+
+    Returns:
+        The ways, the one to prefer first where it fits: the base itself, in 4 bits, an emulator, exact steps.
+    """
+    rows = model.workload.batch_size * model.workload.train.accumulation
+    tokens = rows * model.workload.length
+    parameters, weights = model.parameters(), model.parameters() * model.dtype.itemsize
+    passes = 6 if model.workload.train.gradient_checkpointing else 4  # per token and parameter: 2 each way, 2 again
+
+    def way(name: str, need: int, micro_batch: int, **other: Any) -> Way:
+        known = {"ratio": None, "read_bytes": 0, "flops": float(passes * parameters * tokens), **other}
+        return Way(name, need, need <= budget, micro_batch, rows // micro_batch, **known)
+
+    single = model.with_workload(replace(model.workload, batch_size=1))
+    batch = model.workload.batch_size
+
+    def first_fit(name: str, saved: int) -> Way:
+        at_once = way(name, model.tuning().total - saved, batch)
+        return at_once if at_once.fits or batch == 1 else way(name, single.tuning().total - saved, 1)
+
+    ratio, emulator, size = fit.ratio if fit else None, model, batch
+    if batch > 1 and (ratio is None or ratio < _ENOUGH):
+        smaller = largest_ratio(single, budget)
+        if smaller and (ratio is None or smaller.ratio > ratio):
+            ratio, emulator, size = smaller.ratio, single, 1
+    exact = _exact_need(model, rows)
+    streamed = {"read_bytes": 2 * weights, "flops": float(6 * parameters * tokens)}
+    plan = emulator.plan(ratio or 0.01)
+    tuning = emulator.tuning(plan).total
+    return [
+        first_fit(ORDINARY, 0),
+        first_fit(NF4, nf4_saving(model)),
+        way(EMULATOR, max(tuning, exact), size, ratio=ratio, flops=float(passes * model.parameters(plan) * tokens)),
+        way(EXACT, exact, 1, **streamed),
+    ]
+
+
+def best(found: Sequence[Way]) -> Way | None:
+    """Return the way to prefer: the first that fits of those that this toolkit takes; None where none fits."""
+    return next((way for way in found if way.fits and way.name != NF4), None)
+
+
+def _exact_need(model: MemoryModel, rows: int) -> int:
+    """Return what exact steps need, one row at a time: see ``step_need``, and the LoRA with its optimiser."""
+    length, lists = model.workload.length, [tower.blocks for tower in model.family.towers]
+    last = [path for path in block_paths(model.model, model.family) if path.startswith(f"{lists[-1]}.")]
+    need = step_need(model.model, units(model.model, lists), last, rows * length, length, model.dtype)
+    lora = 4 * 4 * model.adapter_parameters()  # fp32: values, gradients, and the optimiser's two moments
+    return sum(need.values()) + lora
