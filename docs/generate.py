@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,6 +174,22 @@ def _map(entries: dict[str, str]) -> str:
     return "".join(f"{name:{width}}{sentence.replace('`', '')}\n" for name, sentence in entries.items())
 
 
+def notebook() -> str:
+    """Return the tutorial as a notebook: a cell per block of Python, and one per text between them."""
+    text = (HERE / "tutorial.md").read_text(encoding="utf-8")
+    text = re.sub(r"\]\((\w+\.md)", r"](../docs/\1", text)
+    cells: list[dict[str, Any]] = []
+    for number, part in enumerate(re.split(r"```python\n(.*?)```\n", text, flags=re.DOTALL)):
+        if source := part.strip():
+            code = {"execution_count": None, "outputs": []} if number % 2 else {}
+            kind = "code" if number % 2 else "markdown"
+            lines = source.splitlines(keepends=True)
+            cells.append({"cell_type": kind, "id": f"cell-{number}", "metadata": {}, **code, "source": lines})
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    content = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
 def _between_marks(path: Path, content: str, mark: str = "map", text: str | None = None) -> str:
     """Return a file's text with ``content`` between the comments that mark its place.
 
@@ -192,6 +209,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     HERE / "settings.md": settings_page,
     HERE / "architecture.md": architecture_page,
     ROOT / "README.md": readme,
+    ROOT / "examples" / "first_model.ipynb": notebook,
 }
 
 if __name__ == "__main__":
