@@ -37,17 +37,12 @@ NOT_YET = (
     "emloc_core/scaffold/",
     "emloc_core/tuning/",
     "emloc_core/zoo/",
-    "plugins/emloc_demo/",
-    "plugins/emloc_qwen/",
     "tests/chaos/",
     "tests/cli/",
     "tests/conformance/",
-    "tests/families/",
     "tests/files/",
     "tests/recipe/",
     "tests/scaffold/",
-    "tests/support/",
-    "tests/tuning/",
     "tests/zoo/",
 )
 

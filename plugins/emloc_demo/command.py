@@ -29,7 +29,7 @@ def command(output: Path, prepare_only: bool) -> None:
     """Tune SmolLM2-135M to read customers' messages, the whole way from the base model to the table.
 
     Needs no network, no GPU and 2 GB of disk, and about a quarter of an hour on two cores. What is there already is not
-    made again, so an interrupted demo goes on where it stopped.
+    made again, so an interrupted demo resumes where it stopped.
     """
     run(prepare(output), explain, prepare_only=prepare_only)
 
@@ -57,7 +57,7 @@ def explain(results: dict[str, Any]) -> str:
     gain = (base["nll"] - tuned["nll"]) / (base["nll"] - full["nll"])
 
     def whole(system: dict[str, Any]) -> str:
-        return f"{round(rows * system['exact_match'])} of {rows} messages wholly right"
+        return f"{round(rows * system['exact_match'])} of {rows} messages entirely right"
 
     def peak(stage: str) -> str:
         return f"{stages[stage]['peak_rss_bytes'] / 1e9:.2f} GB"

@@ -22,7 +22,7 @@ QWEN: Family = replace(
     ],
 )
 
-#: Qwen3-MoE has experts in the place of most MLPs; the MLPs of its dense layers (``mlp_only_layers``,
+#: Qwen3-MoE has experts instead of most MLPs; the MLPs of its dense layers (``mlp_only_layers``,
 #: ``decoder_sparse_step``) are ordinary.
 QWEN_MOE: Family = replace(
     LLAMA,

@@ -21,7 +21,7 @@ SMALL = ["--samples", "8", "--selection", "4"]
 
 
 def change(model, tmp_path, **files):
-    """A copy of a model with some files written anew; None removes one."""
+    """A copy of a model with some files rewritten; None removes one."""
     copy = shutil.copytree(model, tmp_path / "model")
     for name, content in files.items():
         path = copy / name.replace("__", ".")

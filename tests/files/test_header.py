@@ -59,7 +59,7 @@ DAMAGED = {
     "a hole at the beginning": but(data_offsets=[4, 20]),
     "an empty tensor in another": as_file({"c": {**EMPTY, "data_offsets": [8, 8]}, **GOOD}),
     "data that is cut short": as_file(GOOD, DATA[:-1]),
-    "data that goes on": as_file(GOOD, DATA + b"\0"),
+    "data beyond the end": as_file(GOOD, DATA + b"\0"),
     "a length past the end": as_file(GOOD, b"", length=4000),
     "a length past every bound": as_file(GOOD, length=(1 << 64) - 1),
     "no length": b"\x01\0",

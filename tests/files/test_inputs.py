@@ -26,7 +26,7 @@ def overwrite(path):
 
 
 def replace(path):
-    """Put another file of the same bytes but one in the place of this one."""
+    """Put another file of the same bytes but one where this one is."""
     shutil.copy(path, path.with_name("new"))
     overwrite(path.with_name("new"))
     os.replace(path.with_name("new"), path)

@@ -1,4 +1,4 @@
-"""Configs and chat templates that would run for ever, or fill the memory: refused with a sentence."""
+"""Configs and chat templates that would run forever, or fill the memory: refused with a sentence."""
 
 import resource
 import signal

@@ -164,7 +164,7 @@ def test_an_adapter_in_a_models_directory_is_not_put_on_it(evil: Evil) -> None:
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "XLORA", None])
 def test_only_loras_are_loaded(tiny_model: Path, tmp_path: Path, kind: str | None) -> None:
-    """Of the other adapters some load tokenizers and models that their config names."""
+    """Some of the other adapters load tokenizers and models that their config names."""
     write_json(tmp_path / "adapter_config.json", {"peft_type": kind, "tokenizer_kwargs": {"trust_remote_code": True}})
     with pytest.raises(EmlocError, match="only LoRAs"):
         load_system(tiny_model, tmp_path)

@@ -20,7 +20,7 @@ def metrics_of(model_directory, task, adapter=None, **settings):
 
 
 def direct_nll(model, pairs):
-    """Mean loss a token of the second ids of each pair, after the first: plain torch, a row at a time."""
+    """Mean loss per token of the second ids of each pair, after the first: plain torch, a row at a time."""
     total, count = 0.0, 0
     for context, target in pairs:
         with torch.no_grad():

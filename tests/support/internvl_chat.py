@@ -1,4 +1,4 @@
-"""Models in the layouts that InternVL and InternLM2 are published in, written anew in plain torch, and their files."""
+"""Models in the layouts that InternVL and InternLM2 are published in, reimplemented in plain torch, and their files."""
 
 import json
 

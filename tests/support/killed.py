@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable
 
 #: Each process is a fork of one that has imported the libraries and run nothing: a fork of a process in which torch has
-#: computed would wait for ever for threads that it does not have.
+#: computed would wait forever for threads that it does not have.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["emloc_core.emulator.compress", "emloc_core.adapters.correct", "emloc_core.adapters.merge",

@@ -102,7 +102,7 @@ def is_gone(process):
 
 
 def files(directory):
-    """Return the contents of a directory by name, with what tells a file that was written anew."""
+    """Return the contents of a directory by name, with what tells a file that was written again."""
     return {
         path.name: (path.read_bytes(), os.stat(path).st_ino, os.stat(path).st_mtime_ns)
         for path in directory.iterdir()

@@ -1,4 +1,4 @@
-"""Of the trainer's own checkpoints, those are gone on from that are whole."""
+"""Training resumes from the newest of the trainer's own checkpoints that is complete."""
 
 import shutil
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_a_checkpoint_with_a_file_cut_short_is_removed(name, checkpoint, tmp_pat
     state = cut / "trainer_state.json"
     state.write_text(state.read_text().replace('"global_step": 2', '"global_step": 3'))
     remove_incomplete(tmp_path, 1)
-    assert newest_checkpoint(tmp_path) == cut  # whole as yet
+    assert newest_checkpoint(tmp_path) == cut  # still complete
     content = (cut / name).read_bytes()
     (cut / name).write_bytes(content[: len(content) // 2])
     remove_incomplete(tmp_path, 1)

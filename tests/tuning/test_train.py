@@ -1,4 +1,4 @@
-"""Tuning learns, leaves held-out rows alone, goes on after a kill to the same adapter, and names what is wrong."""
+"""Tuning learns, leaves held-out rows alone, resumes after a kill and makes the same adapter, and names what is wrong."""
 
 import json
 import os
@@ -167,7 +167,7 @@ def test_settings_reach_peft(tiny_model, rows_file, tmp_path):
 
 
 def test_the_dry_runs_steps_are_the_trainers(tiny_model, rows_file, tmp_path):
-    chosen = settings(steps=None, epochs=1.5, batch_size=16, accumulation=3)  # 8 batches, 3 steps an epoch
+    chosen = settings(steps=None, epochs=1.5, batch_size=16, accumulation=3)  # 8 batches, 3 steps per epoch
     job = Train(tiny_model, str(rows_file), tmp_path / "a", chosen)
     assert read_manifest(job.run())["result"]["steps"] == job.describe()["steps"] == 5
 

@@ -15,7 +15,7 @@ def command(output: Path, prepare_only: bool) -> None:
     """Train a small InternVL to read handwritten digits, then adapt it by EMLoC to put them in order.
 
     Needs no network and no GPU, and some minutes on two cores. What is there already is not made again, so an
-    interrupted demo goes on where it stopped; the base model's training alone starts again.
+    interrupted demo resumes where it stopped; the base model's training alone starts again.
     """
     run(prepare(output), explain, prepare_only=prepare_only)
 

@@ -67,7 +67,7 @@ def pretrain(
 
     Args:
         directory: where the checkpoint goes.
-        digits: in as many variants as training shall see.
+        digits: in as many variants as training sees.
         seed: of the weights and the pictures: the same seed and versions give the same model.
         steps: optimiser steps.
         advance: is told the loss, the steps done, and ``steps``.

@@ -69,7 +69,7 @@ def emloc(*argv: str, codes: tuple[int, ...] = (0,)) -> None:
     click.echo(f"\n$ emloc {' '.join(argv)}", err=True)
     code = subprocess.run([sys.executable, "-m", "emloc_core", *argv], env=child_environment(), check=False).returncode
     if code not in codes:
-        raise EmlocError(f"The command ended with exit code {code}.", "Mend what it says above, and run this again.")
+        raise EmlocError(f"The command ended with exit code {code}.", "Fix what it says above, and run this again.")
 
 
 @contextmanager
