@@ -184,7 +184,7 @@ def test_an_expert_that_no_token_goes_to_does_no_harm(tmp_path):
 
     for layer in model.model.layers[1:]:
         layer.mlp.gate.register_forward_hook(note)
-    assert "model.layers.1.mlp.experts.3.up_proj.weight" in Checkpoint(base).tensors  # one tensor per expert, as published
+    assert "model.layers.1.mlp.experts.3.up_proj.weight" in Checkpoint(base).tensors  # as published: one per expert
     rows = load_rows(str(write_jsonl(tmp_path / "rows.jsonl", example_rows())))
     emulator = Compress(Checkpoint(base), rows, tmp_path / "emulator", CompressSettings(samples=8, selection=0)).run()
     small = transformers.AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").eval()

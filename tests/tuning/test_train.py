@@ -1,4 +1,4 @@
-"""Tuning learns, leaves held-out rows alone, resumes after a kill and makes the same adapter, and names what is wrong."""
+"""Tuning learns, leaves held-out rows alone, resumes after a kill to the same adapter, and names what is wrong."""
 
 import json
 import os
