@@ -27,7 +27,6 @@ NOT_YET = (
     "emloc_core/emulator/",
     "emloc_core/evaluation/",
     "emloc_core/exact/",
-    "emloc_core/files/",
     "emloc_core/memory/",
     "emloc_core/model/",
     "emloc_core/plugins/",

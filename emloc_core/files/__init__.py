@@ -1,1 +1,1 @@
-"""Bytes on disk: whole or absent, streamed, fingerprinted."""
+"""Files on disk: complete or absent, streamed, fingerprinted."""

@@ -18,13 +18,13 @@ from emloc_core.files.own import require_own_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-#: What a checkpoint needs besides its weights, and what is never fetched or copied (pickled weights, other formats).
+#: The files to fetch and copy: neither pickled weights nor other formats.
 FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
-#: What is read or copied of a model: besides, the rows that an emulator keeps.
+#: The files to read or copy from a model: also the rows that an emulator keeps.
 _READ = [*FILE_PATTERNS, "*.jsonl"]
-#: The same weights once more, in other layouts.
+#: Copies of the same weights in other layouts.
 OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
-#: A plain name: not hidden, no path, nothing that a terminal or a shell makes something of.
+#: A plain name: not hidden, not a path, nothing special to a terminal or a shell.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,200}\.safetensors")
 
 
@@ -32,23 +32,27 @@ class Checkpoint:
     """A Hugging Face checkpoint in a local directory.
 
     Raises:
-        EmlocError: the directory, its config or its safetensors shards are missing or damaged, or files of it are links
-            to somewhere else.
+        EmlocError: the directory, its config or its safetensors shards are missing or damaged, or some of its files
+            are links to other places.
     """
 
     def __init__(self, directory: str | Path, name: str | None = None) -> None:
         self.directory = Path(directory)
-        #: What an adapter for this model calls it: the hub id, or the absolute path.
+        #: The name that adapters for this model use: the hub id, or the absolute path.
         self.name = name or str(self.directory.absolute())
         if not self.directory.is_dir():
-            raise EmlocError(f"{self.directory} is not a directory.", "Give the path of a model directory.")
+            raise EmlocError(
+                f"{self.directory} is not a directory.", "Give the path of a model directory.", code="missing"
+            )
         require_own_files(self.directory, _READ)
         if not (self.directory / "config.json").is_file():
-            raise EmlocError(f"{self.directory} has no config.json.", "Give a Hugging Face model directory.")
+            raise EmlocError(
+                f"{self.directory} has no config.json.", "Give a Hugging Face model directory.", code="missing"
+            )
         self.config = read_config_json(self.directory / "config.json")
 
     def require_unquantised(self) -> None:
-        """Refuse a checkpoint whose tensors are not the weights themselves.
+        """Refuse a checkpoint that is quantised or an emulator, since its tensors are not the weights themselves.
 
         Raises:
             EmlocError: it is quantised, or an emulator.
@@ -58,11 +62,12 @@ class Checkpoint:
             raise EmlocError(
                 f"{self.directory} is quantised or an emulator already (method {method!r}).",
                 "Give the original, unquantised model.",
+                code="unsupported",
             )
 
     @cached_property
     def shards(self) -> list[Path]:
-        """The safetensors files, in the index's order of names."""
+        """The safetensors files, sorted by name."""
         index = self.directory / INDEX
         if not index.is_file():
             single = self.directory / SINGLE
@@ -70,41 +75,48 @@ class Checkpoint:
                 return [single]
             raise EmlocError(
                 f"{self.directory} has neither {SINGLE} nor {INDEX}.",
-                "Only safetensors checkpoints are read; convert pickled weights with save_pretrained first.",
+                "Only safetensors checkpoints are supported; convert pickled weights with save_pretrained first.",
+                code="missing",
             )
         return [self.directory / name for name in sorted(set(self._weight_map.values()))]
 
     @cached_property
     def _weight_map(self) -> dict[str, str]:
-        """The index: key of a tensor -> name of its shard. Empty where there is one file, and so no index."""
+        """The index: key of a tensor -> name of its shard. Empty for a single file, which has no index."""
         index = self.directory / INDEX
         if not index.is_file():
             return {}
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise EmlocError(f"{index} has no weight_map.", "Download or copy the file again.")
+            raise EmlocError(f"{index} has no weight_map.", "Download or copy the file again.", code="damaged")
         for key, name in weight_map.items():
             if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
                 raise EmlocError(
-                    f"{index} says that {key} is in {name!r}, which is no name of a .safetensors file beside it.",
+                    f"{index} says that {key} is in {name!r}, which is not a .safetensors file beside it.",
                     "Do not use this checkpoint.",
+                    code="refused",
                 )
         return weight_map
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor by its key in the checkpoint; headers and index are checked against each other and the files."""
+        """All tensors by key. Headers, index and files are checked against each other."""
         found: dict[str, TensorInfo] = {}
         for shard in self.shards:
             for key, tensor in read_header(shard)[0].items():
                 if key in found:
-                    raise EmlocError(f"{found[key].shard} and {shard} both hold {key}.", "Do not use this checkpoint.")
+                    raise EmlocError(
+                        f"{found[key].shard} and {shard} both hold {key}.",
+                        "Do not use this checkpoint.",
+                        code="damaged",
+                    )
                 found[key] = tensor
         for key, name in self._weight_map.items():
             if key not in found or found[key].shard.name != name:
                 raise EmlocError(
                     f"{self.directory / name} lacks {key}, which {INDEX} says it holds.",
                     "Download or copy the model again.",
+                    code="damaged",
                 )
         return found
 
@@ -115,7 +127,7 @@ class Checkpoint:
 
     @contextmanager
     def slices(self, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Yield lazy slices of the tensors ``keys``; the files are closed, and their pages given back, at the end."""
+        """Yield lazy slices of the tensors ``keys``. The files are closed and their pages freed at the end."""
         with ExitStack() as stack:
             handles: dict[Path, Any] = {}
             found = {}
@@ -129,10 +141,10 @@ class Checkpoint:
     def fingerprint(self, inputs: Inputs) -> str:
         """Return the SHA-256 over config, index and the content of every shard, as a hexadecimal string.
 
-        What else belongs to the model (its tokenizer, say) does not count, and becomes one of the inputs all the same.
+        The model's other files, such as its tokenizer, do not affect the hash, but are added to the inputs.
 
         Raises:
-            EmlocError: this is an emulator, and not as it was made.
+            EmlocError: this is an emulator whose files have changed since it was made.
         """
         inputs.hash(self.side_files())
         found = self.hash(inputs)
@@ -142,12 +154,12 @@ class Checkpoint:
         return found
 
     def hash(self, inputs: Inputs | None = None) -> str:
-        """Return what :meth:`fingerprint` does, whatever a manifest says."""
+        """Return the hash of :meth:`fingerprint`, without comparing it with a manifest."""
         names = ["config.json", *([INDEX] if (self.directory / INDEX).is_file() else [])]
         return (inputs or Inputs()).hash([self.directory / name for name in names] + self.shards)
 
     def side_files(self) -> list[Path]:
-        """Return the files that are not weights and travel with the model: tokenizer, templates, licence."""
+        """Return the files that belong to the model besides its weights and config: tokenizer, templates, licence."""
         skipped = {"config.json", INDEX, "emloc.json", "timing.json", *(shard.name for shard in self.shards)}
         return sorted(
             path
@@ -164,7 +176,7 @@ def read_config_json(path: Path) -> dict[str, Any]:
     """Return the content of a model's ``config.json``.
 
     Raises:
-        EmlocError: it cannot be read, or says no ``model_type``.
+        EmlocError: it cannot be read, or has no ``model_type``.
     """
     config = read_object(path)
     if not isinstance(config.get("model_type"), str):
@@ -173,12 +185,12 @@ def read_config_json(path: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open a local model directory, or the snapshot of a hub id (fetched where it is not in the cache).
+    """Open a local model directory, or the snapshot of a hub id (fetched unless it is cached).
 
-    ``organisation/name@revision`` is the model as it was at that commit, tag or branch.
+    ``organisation/name@revision`` is the model at that commit, tag or branch.
 
     Raises:
-        EmlocError: there is no such directory and no such model can be fetched.
+        EmlocError: there is no such directory, and no such model could be fetched.
     """
     if Path(model).exists():
         return Checkpoint(model)
@@ -194,10 +206,12 @@ def open_checkpoint(model: str) -> Checkpoint:
 
 @contextmanager
 def _from_hub(model: str) -> Iterator[None]:
-    """Turn what the hub complains about into the user's error."""
+    """Turn errors of the hub into an :class:`EmlocError`."""
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_like_path:
-        raise EmlocError(f"There is no model at {model}.", "Check the path, or give a hub id (organisation/name).")
+        raise EmlocError(
+            f"There is no model at {model}.", "Check the path, or give a hub id (organisation/name).", code="missing"
+        )
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -207,11 +221,12 @@ def _from_hub(model: str) -> Iterator[None]:
         raise EmlocError(
             f"There is no directory {model}, and the hub has no such model or cannot be reached ({reason})",
             "Check the name; for a gated model, log in with `hf auth login`.",
+            code="unavailable",
         ) from error
 
 
 def find_config(model: str) -> Path:
-    """Return the ``config.json`` of a model directory, of a file, or of a hub id, of which nothing else is fetched.
+    """Return the path of a ``config.json``: itself, in a model directory, or of a hub id (nothing else is fetched).
 
     A hub id may end in ``@revision``.
 
@@ -223,7 +238,9 @@ def find_config(model: str) -> Path:
         return path
     if path.exists():
         if not (path / "config.json").is_file():
-            raise EmlocError(f"{path} has no config.json.", "Give a Hugging Face model directory, or a config.json.")
+            raise EmlocError(
+                f"{path} has no config.json.", "Give a Hugging Face model directory, or a config.json.", code="missing"
+            )
         return path / "config.json"
     with _from_hub(model):
         from huggingface_hub import hf_hub_download

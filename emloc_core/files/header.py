@@ -1,8 +1,8 @@
-"""The header of a safetensors file: what it holds and where, refused where the safetensors library refuses it.
+"""The header of a safetensors file: tensors and offsets, validated as strictly as by the safetensors library.
 
 The format is eight bytes of header length, a JSON header, and the tensors' bytes. The rules are those of the library's
-``SafeTensors::read_metadata`` and ``Metadata::validate`` and of its description of the format, so that no file passes
-here which other readers refuse or read otherwise.
+``SafeTensors::read_metadata`` and ``Metadata::validate`` and of its description of the format, so that every file
+accepted here is accepted, and read the same way, by other readers.
 """
 
 import json
@@ -36,7 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _METADATA = "__metadata__"
 _LIMIT = 100_000_000  # bytes of a header, as in the library
-_FAULT = 300  # characters of what is said about a header, which may hold names of any length
+_FAULT = 300  # characters of a message about a header, which may hold names of any length
 _REMEDY = "Download or copy the file again."
 
 
@@ -66,7 +66,7 @@ def read_header(shard: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Return the tensors of a shard in the order of their bytes, and the file's metadata.
 
     Raises:
-        EmlocError: the file is missing, is not safetensors, or has not the length that its header says.
+        EmlocError: the file is missing, is not safetensors, or does not have the length that its header gives.
     """
     try:
         require_regular(shard)
@@ -74,12 +74,16 @@ def read_header(shard: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         with shard.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LIMIT):
-                raise EmlocError(f"{shard} is not a safetensors file, or is truncated ({size:,} bytes).", _REMEDY)
+                raise EmlocError(
+                    f"{shard} is not a safetensors file, or is truncated ({size:,} bytes).", _REMEDY, code="damaged"
+                )
             text = file.read(length)
     except FileNotFoundError:
-        raise EmlocError(f"{shard} does not exist, though the checkpoint's index names it.", _REMEDY) from None
+        raise EmlocError(
+            f"{shard} does not exist, though the checkpoint's index names it.", _REMEDY, code="missing"
+        ) from None
     except OSError as error:
-        raise EmlocError(f"{shard} cannot be read ({error.strerror}).", _REMEDY) from None
+        raise EmlocError(f"{shard} cannot be read ({error.strerror}).", _REMEDY, code="unavailable") from None
     try:
         header = _parse(text)
         metadata = _metadata(header.pop(_METADATA, None))
@@ -88,10 +92,12 @@ def read_header(shard: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         stop = _require_contiguous(found, start)
     except (ValueError, RecursionError) as error:
         fault = str(error)[:_FAULT]
-        raise EmlocError(f"{shard} is not a safetensors file: its header is damaged ({fault}).", _REMEDY) from None
+        raise EmlocError(
+            f"{shard} is not a safetensors file: its header is damaged ({fault}).", _REMEDY, code="damaged"
+        ) from None
     if size != stop:
-        fault = "it is truncated" if size < stop else "something follows its tensors"
-        raise EmlocError(f"{shard} has {size:,} bytes and should have {stop:,}: {fault}.", _REMEDY)
+        fault = "it is truncated" if size < stop else "there is data after its tensors"
+        raise EmlocError(f"{shard} has {size:,} bytes and should have {stop:,}: {fault}.", _REMEDY, code="damaged")
     return {tensor.key: tensor for tensor in found}, metadata
 
 
@@ -103,7 +109,7 @@ def _parse(text: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its pairs. Readers disagree on which of two equal keys counts."""
+    """Make an object of its pairs, without duplicates: readers disagree on which of two equal keys counts."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -125,21 +131,21 @@ def _tensor(key: str, shard: Path, entry: Any, start: int) -> TensorInfo:
         raise ValueError(f"{key!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{key!r} is of dtype {dtype!r}; these are known: {', '.join(DTYPES)}")
+        raise ValueError(f"{key!r} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{key!r} has shape {shape!r} and offsets {offsets!r}")
     nbytes = DTYPES[dtype].itemsize
     for size in shape:
         nbytes *= size
         if nbytes >= 1 << 64:
-            raise ValueError(f"{key!r} is of shape {shape}, which is too large")
+            raise ValueError(f"{key!r} has shape {shape}, which is too large")
     if offsets[1] - offsets[0] != nbytes:
-        raise ValueError(f"{key!r} of shape {shape} has {nbytes:,} bytes, and its offsets are {offsets}")
+        raise ValueError(f"{key!r} of shape {shape} has {nbytes:,} bytes, but its offsets are {offsets}")
     return TensorInfo(key, shard, dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
 def _are_sizes(value: Any) -> bool:
-    """Say whether this is a list of integers of 64 bits without sign. True is an int in Python, not in JSON."""
+    """Return whether this is a list of unsigned 64-bit integers. True is an int in Python, not in JSON."""
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 64 for size in value)
 
 
@@ -148,7 +154,7 @@ def _extent(tensor: TensorInfo) -> tuple[int, int]:
 
 
 def _require_contiguous(tensors: list[TensorInfo], start: int) -> int:
-    """Return where the last tensor ends; each has to begin where the one before it ends."""
+    """Return where the last tensor ends. Each must begin where the previous one ends."""
     for tensor in tensors:
         if tensor.start != start:
             raise ValueError(f"{tensor.key!r} begins at byte {tensor.start:,}; the tensors before it end at {start:,}")

@@ -1,4 +1,4 @@
-"""The files that a stage reads: their hashes, and whether they are still what was hashed when the stage publishes."""
+"""The files that a stage reads: their hashes, and a check before publishing that they have not changed since."""
 
 import hashlib
 import os
@@ -11,17 +11,17 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.output import HASHES, read_object, write_json
 from emloc_core.files.own import require_regular
 
-#: Size, time of change, inode, and time of the last change of any of the file's properties, which nobody can set.
+#: Size, mtime, inode and ctime, which, unlike mtime, cannot be set.
 Stamp = list[int]
 
 
 class Inputs:
-    """Hashes files, and knows all that it has hashed.
+    """Hashes files, and remembers those that it has hashed.
 
-    A hash is cached by the file's path and stamp in ``cache_dir``, never beside the file.
+    Hashes are cached by the file's path and stamp in ``cache_dir``, never beside the file.
 
     Args:
-        cache_dir: where; None caches nothing.
+        cache_dir: directory of the cache; None caches nothing.
     """
 
     def __init__(self, cache_dir: Path | None = None) -> None:
@@ -48,25 +48,29 @@ class Inputs:
                 if not isinstance(entry, list) or entry[:-1] != stamp or not isinstance(entry[-1], str):
                     cache[str(real)] = entry = [*stamp, _digest(real)]
             except FileNotFoundError:
-                raise EmlocError(f"{path} does not exist.", "Download or copy the model again.") from None
+                raise EmlocError(
+                    f"{path} does not exist.", "Download or copy the model again.", code="missing"
+                ) from None
             except (OSError, RuntimeError) as error:
                 reason = getattr(error, "strerror", None) or error
-                raise EmlocError(f"{path} cannot be read ({reason}).", "Download or copy it again.") from None
+                raise EmlocError(
+                    f"{path} cannot be read ({reason}).", "Download or copy it again.", code="unavailable"
+                ) from None
             self._seen.setdefault(real, (stamp, entry[-1]))
             total.update(f"{path.name}\0{entry[-1]}\n".encode())
-        # No directory is made for it: fingerprints are also taken where nothing is to be written.
+        # Never create the directory: fingerprints are also taken where nothing will be written.
         if self._cache and cache != known and os.access(self._cache.parent, os.W_OK):
-            with suppress(OSError):  # a cache that cannot be kept is only slower
+            with suppress(OSError):  # without a cache it is only slower
                 write_json(self._cache, cache)
         return total.hexdigest()
 
     @property
     def stamps(self) -> list[Stamp]:
-        """What tells whether the files are the same ones as those of an interrupted run, wherever they are now."""
+        """Stamps that tell whether these are the same files as in an interrupted run, wherever they are now."""
         return [stamp[:-1] for stamp, _ in self._seen.values()]
 
     def verify(self) -> None:
-        """Check that every file is still what was hashed: all that was read of them since then is of one piece.
+        """Check that no file has changed since it was hashed, so that everything read since is consistent.
 
         Raises:
             EmlocError: a file has been changed, replaced or removed.
@@ -74,14 +78,15 @@ class Inputs:
         for path, (stamp, digest) in self._seen.items():
             try:
                 now = _stamp(path)
-                # A new link to a file or other rights change its last time alone.
+                # A new hard link or other permissions change only the ctime.
                 same = now == stamp or (now[:-1] == stamp[:-1] and _digest(path) == digest)
             except OSError:
                 same = False
             if not same:
                 raise EmlocError(
-                    f"{path} was changed while it was being read; what was made of it is dropped.",
+                    f"{path} was changed while it was being read; the output made from it is dropped.",
                     "Run the same command again, and leave the file alone until it ends.",
+                    code="changed",
                 )
 
 

@@ -1,7 +1,7 @@
-"""Bounds on the time and memory of what a file of somebody else makes a library do: render a template, build a model.
+"""Limits on the time and memory of work that untrusted files cause: rendering a template, building a model.
 
-Time is bounded by an alarm, whose handler raises between two steps of Python, and in the main thread alone; memory by
-the kernel, which refuses what is asked for beyond the bound (Linux). Both are as they were afterwards.
+Time is limited by an alarm, whose handler raises between two Python instructions, in the main thread only; memory by
+the kernel, which refuses allocations beyond the limit (Linux). Both are restored afterwards.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ _STATUS = Path("/proc/self/status")
 
 @contextmanager
 def limited(what: str, seconds: float, nbytes: int) -> Iterator[None]:
-    """Bound the time and memory of the ``with`` block.
+    """Limit the time and memory of the ``with`` block.
 
     Args:
-        what: is done, as the subject of a sentence: ``Rendering the chat template``.
-        seconds: it may take.
-        nbytes: that it may allocate.
+        what: the work, as the subject of a sentence: ``Rendering the chat template``.
+        seconds: the most that it may take.
+        nbytes: the most that it may allocate, in bytes.
 
     Raises:
         EmlocError: it takes more.
@@ -36,10 +36,10 @@ def limited(what: str, seconds: float, nbytes: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch's
             raise
-        raise EmlocError(f"{what} takes more than {nbytes >> 20} MiB of memory.", _FIX) from None
+        raise EmlocError(f"{what} takes more than {nbytes >> 20} MiB of memory.", _FIX, code="refused") from None
 
 
-_FIX = "Do not use it: it is damaged, or made to ask for so much."
+_FIX = "Do not use it: it is damaged or malicious."
 
 
 @contextmanager
@@ -51,10 +51,10 @@ def _within(seconds: float, what: str) -> Iterator[None]:
 
     def stop(_signal: int, _frame: Any) -> None:
         if running:
-            raise EmlocError(f"{what} takes more than {seconds:g} seconds.", _FIX)
+            raise EmlocError(f"{what} takes more than {seconds:g} seconds.", _FIX, code="refused")
 
     before: Callable[..., Any] | int | None = signal.signal(signal.SIGALRM, stop)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # again: what is raised may be caught
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # repeated, since the error may be caught
     try:
         yield
     finally:
@@ -78,7 +78,7 @@ def _allocating(nbytes: int) -> Iterator[None]:
 
 
 def _private_memory() -> int | None:
-    """Return the bytes that count against RLIMIT_DATA; None where the system does not say."""
+    """Return the bytes that count against RLIMIT_DATA; None if the system does not say."""
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmData:"):

@@ -1,4 +1,4 @@
-"""Locks that end with the process that holds them, on files that their holder may rename or remove."""
+"""Locks that are released when their process ends, on files that the holder may rename or remove."""
 
 import fcntl
 import os
@@ -10,11 +10,11 @@ from typing import BinaryIO
 
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[BinaryIO]:
-    """Open a file to append, made where it is not there, and hold it alone until the block ends.
+    """Open a file for appending, creating it if needed, and hold an exclusive lock on it until the block ends.
 
     Raises:
-        BlockingIOError: another process holds it, and ``wait`` is False.
-        FileNotFoundError: its directory is not there.
+        BlockingIOError: another process holds the lock, and ``wait`` is False.
+        FileNotFoundError: its directory does not exist.
     """
     kind = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     while True:
@@ -26,7 +26,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[BinaryIO]:
 
 
 def is_at(file: BinaryIO, path: Path) -> bool:
-    """Say whether an open file still has this name: it may have been renamed or removed."""
+    """Return whether an open file is still at this path: it may have been renamed or removed."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

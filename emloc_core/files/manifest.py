@@ -1,4 +1,4 @@
-"""What a manifest says, read with care: anyone may have written it, or changed what it describes."""
+"""Careful reading of manifests: anyone may have written them, or changed what they describe."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST
 
-#: In the result of a manifest: the SHA-256 over the weights that were written, as their reader computes it.
+#: Key in a manifest's result: the SHA-256 over the weights that were written, as their reader computes it.
 CONTENT = "sha256"
 
 
@@ -18,23 +18,25 @@ def manifest_value(manifest: Mapping[str, Any], directory: Path, name: str, kind
 
     Args:
         manifest: the content of ``emloc.json``.
-        directory: where it was read, for the message.
-        name: of the part, by dots: ``request.settings``.
-        kind: its type, of JSON's: ``str``, ``list[str]``, ``int | None``.
+        directory: the directory that it was read from, for the message.
+        name: dotted name of the part: ``request.settings``.
+        kind: its type, a JSON type: ``str``, ``list[str]``, ``int | None``.
 
     Raises:
-        EmlocError: it is not there, or is something else.
+        EmlocError: it is missing, or of another type.
     """
     found: Any = manifest
     for key in name.split("."):
         if not isinstance(found, Mapping) or key not in found:
-            raise EmlocError(f"{directory / MANIFEST} has no {name}.", "Make the directory again.")
+            raise EmlocError(f"{directory / MANIFEST} has no {name}.", "Make the directory again.", code="damaged")
         found = found[key]
     try:
         return TypeAdapter(kind).validate_python(found, strict=True)
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
-        raise EmlocError(f"{directory / MANIFEST} has an odd {name}: {problem}.", "Make the directory again.") from None
+        raise EmlocError(
+            f"{directory / MANIFEST} has an invalid {name}: {problem}.", "Make the directory again.", code="damaged"
+        ) from None
 
 
 def require_unchanged(manifest: Mapping[str, Any], directory: Path, content: str) -> None:
@@ -42,14 +44,15 @@ def require_unchanged(manifest: Mapping[str, Any], directory: Path, content: str
 
     Args:
         manifest: the content of its ``emloc.json``.
-        directory: what is read.
-        content: the SHA-256 over what is there now.
+        directory: the directory.
+        content: the SHA-256 over its current content.
 
     Raises:
-        EmlocError: another hash was written, or none.
+        EmlocError: the manifest has another hash, or none.
     """
     if manifest_value(manifest, directory, f"result.{CONTENT}", str) != content:
         raise EmlocError(
-            f"{directory} is not as it was made: its files are not those that its {MANIFEST} was written for.",
+            f"{directory} has changed since it was made: its files are not those that its {MANIFEST} was written for.",
             "Copy or make the directory again.",
+            code="damaged",
         )

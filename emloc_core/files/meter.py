@@ -1,4 +1,4 @@
-"""What a stage cost: seconds and peak memory of this process."""
+"""The cost of a stage: seconds and peak memory of this process."""
 
 import resource
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 def peak_rss_bytes() -> int:
     """Return the largest resident set of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux's ru_maxrss starts at that of the parent process; VmHWM is this program's own
+    if status.is_file():  # on Linux, ru_maxrss starts at the parent's peak; VmHWM is this program's own
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -18,13 +18,13 @@ def peak_rss_bytes() -> int:
 
 
 class Meter:
-    """Measures from its creation on. Peak memory is that of the process, so one stage a process gives true figures."""
+    """Measures from its creation. Peak memory is that of the process, so run one stage per process for true figures."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
 
     def read(self) -> dict[str, Any]:
-        """Return ``seconds``, ``peak_rss_bytes`` and, where a GPU was used, ``peak_cuda_bytes``."""
+        """Return ``seconds``, ``peak_rss_bytes`` and, if a GPU was used, ``peak_cuda_bytes``."""
         reading: dict[str, Any] = {
             "seconds": round(time.perf_counter() - self._started, 3),
             "peak_rss_bytes": peak_rss_bytes(),

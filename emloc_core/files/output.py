@@ -1,9 +1,9 @@
-"""Output directories that are whole or absent.
+"""Output directories that are complete or absent.
 
-A stage builds its directory in a :class:`~emloc_core.files.workspace.Workspace` beside its place and renames it when it
-is complete, so nothing that looks finished ever is not. ``emloc.json`` in every finished directory says what made it
-and from what (the *request*), with which versions, and with what result; it is a function of the inputs alone. What
-varies from run to run (seconds, peak memory) is in ``timing.json``.
+A stage builds its directory in a :class:`~emloc_core.files.workspace.Workspace` beside the final path and renames it
+when it is complete, so that everything that looks finished is. ``emloc.json`` in every finished directory records what
+made it and from what (the *request*), the versions, and the result; it depends on the inputs alone. What varies from
+run to run (seconds, peak memory) is in ``timing.json``.
 """
 
 import errno
@@ -33,11 +33,11 @@ TIMING = "timing.json"
 HASHES = ".emloc-hashes.json"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
-_NO_ROOM = 256 << 10  # bytes; with less, a failure is put down to the full disk
+_NO_ROOM = 256 << 10  # bytes; with less free, a failure is attributed to the full disk
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that shape an output."""
+    """Return the versions of Python and of the packages that affect an output."""
     found = {"python": platform.python_version()}
     for package in ("emloc", "torch", "transformers", "peft", "trl", "safetensors"):
         try:
@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as indented JSON, atomically: a reader sees the old file or the new one, and so does a crash.
+    """Write ``content`` as indented JSON, atomically: readers see the old file or the new one, even after a crash.
 
     Several processes may write the same file: the last one wins.
     """
@@ -56,7 +56,7 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with locked(temporary, wait=True) as file:
         try:
-            file.truncate(0)  # a killed writer may have left a part
+            file.truncate(0)  # a killed writer may have left a partial file
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -76,16 +76,20 @@ def read_json(path: Path) -> Any:
         require_regular(path)
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
-        raise EmlocError(f"{path} does not exist.", "Check the path.") from None
+        raise EmlocError(f"{path} does not exist.", "Check the path.", code="missing") from None
     except OSError as error:
-        raise EmlocError(f"{path} cannot be read ({error.strerror}).", "Restore the file.") from None
+        raise EmlocError(
+            f"{path} cannot be read ({error.strerror}).", "Restore the file.", code="unavailable"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise EmlocError(f"{path} is not valid JSON ({error}).", "Restore the file, or make it again.") from None
+        raise EmlocError(
+            f"{path} is not valid JSON ({error}).", "Restore the file, or make it again.", code="damaged"
+        ) from None
 
 
 def _refuse_constant(name: str) -> None:
-    """Refuse what Python reads and JSON does not have; it could not be written back."""
-    raise ValueError(f"{name} is no number")
+    """Refuse NaN and infinities, which Python reads but JSON does not have; they could not be written back."""
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -96,7 +100,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise EmlocError(f"{path} holds a {type(content).__name__}, not an object.", "Restore the file.")
+        raise EmlocError(
+            f"{path} holds a {type(content).__name__}, not an object.", "Restore the file.", code="damaged"
+        )
     return content
 
 
@@ -104,8 +110,8 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     """Read a TOML file.
 
     Args:
-        path: of the file.
-        what: the file is, for the message: ``recipe``.
+        path: path of the file.
+        what: name for the file in messages: ``recipe``.
 
     Raises:
         EmlocError: the file is missing, cannot be read, or is not TOML.
@@ -114,18 +120,20 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         require_regular(path)
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise EmlocError(f"There is no {what} at {path}.", "Check the path.") from None
+        raise EmlocError(f"There is no {what} at {path}.", "Check the path.", code="missing") from None
     except OSError as error:
-        raise EmlocError(f"{path} cannot be read ({error.strerror}).", "Give a TOML file.") from None
+        raise EmlocError(
+            f"{path} cannot be read ({error.strerror}).", "Give a TOML file.", code="unavailable"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise EmlocError(f"{path} is not valid TOML: {error}.", "Mend the line that it names.") from None
+        raise EmlocError(f"{path} is not valid TOML: {error}.", "Fix that line.") from None
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of a directory that EMLoC wrote, or None for any other directory.
 
     Raises:
-        EmlocError: it is damaged: no object, or without a kind, or with a request or a result that is no object.
+        EmlocError: it is damaged: not an object, or its kind, request or result has the wrong type.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -134,23 +142,23 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     for name, kind in (("kind", str), ("request", dict), ("result", dict)):
         if not isinstance(manifest.get(name, kind()), kind):
             found = type(manifest[name]).__name__
-            raise EmlocError(f"{path} is damaged: its {name} is a {found}.", "Restore the file.")
+            raise EmlocError(f"{path} is damaged: its {name} is a {found}.", "Restore the file.", code="damaged")
     return manifest
 
 
 def made_from(directory: Path, role: str) -> str:
-    """Return the path or hub id of what a finished directory was made from.
+    """Return the path or hub id of an input that a finished directory was made from.
 
     Args:
         directory: an output of EMLoC.
         role: ``base``, ``model``, ``emulator`` or ``adapter``.
 
     Raises:
-        EmlocError: its manifest does not say.
+        EmlocError: its manifest does not name it.
     """
     found = (read_manifest(directory) or {}).get("inputs", {})
     if not isinstance(found, dict) or not isinstance(found.get(role), str):
-        raise EmlocError(f"{directory} does not say what its {role} is.", f"Give the {role}.")
+        raise EmlocError(f"{directory} does not say what its {role} is.", f"Give the {role}.", code="missing")
     name: str = found[role]
     return name
 
@@ -159,13 +167,13 @@ class Output:
     """A directory that one stage makes.
 
     Args:
-        path: where the finished directory goes.
+        path: path of the finished directory.
         kind: what it holds: ``emulator``, ``adapter``, ``corrected-adapter``, ``checkpoint``, ``evaluation``.
         request: everything that determines the content: settings, and fingerprints of the inputs. JSON values only.
-        device: the kind of device that computes it: what one kind has begun, another does not continue.
-        inputs: what it is made from, by role: ``base``, say -> its path or hub id. Not part of the request: an input
-            that was moved is the same input.
-        files: what is read to make it, as it was when it was hashed for the request.
+        device: the kind of device that computes it: a run does not resume on another kind.
+        inputs: role, such as ``base`` -> path or hub id of that input. Not part of the request: an input that has moved
+            is the same input.
+        files: the files that are read to make it, as they were when hashed for the request.
 
     Use :meth:`is_finished` first, then :meth:`build`.
     """
@@ -181,7 +189,7 @@ class Output:
     ) -> None:
         self.path = Path(path)
         if not self.path.name or self.path.name == "..":
-            raise EmlocError(f"{path} is no name for a new directory.", "Give one, such as ./emulator.")
+            raise EmlocError(f"{path} is not a name for a new directory.", "Give one, such as ./emulator.")
         self.kind = kind
         self.request = json.loads(json.dumps(request))
         self._inputs = dict(inputs or {})
@@ -193,10 +201,10 @@ class Output:
         self.timing: dict[str, Any] = {}
 
     def is_finished(self) -> bool:
-        """Say whether the directory is there already, made by the same request.
+        """Return whether the directory already exists, made by the same request.
 
         Raises:
-            EmlocError: something else is at that place.
+            EmlocError: something else is at that path.
         """
         if self._is_there():
             self._workspace.sweep()
@@ -206,33 +214,37 @@ class Output:
     def _is_there(self) -> bool:
         remedy = "Choose another output directory, or remove this one."
         if self.path.is_symlink() and not (self.path / MANIFEST).exists():
-            raise EmlocError(f"{self.path} is a link, in whose place no directory can be put.", remedy)
+            raise EmlocError(f"{self.path} is a link, which a directory cannot replace.", remedy, code="exists")
         if not self.path.exists():
             return False
         if not self.path.is_dir():
-            raise EmlocError(f"{self.path} exists and is not a directory.", remedy)
+            raise EmlocError(f"{self.path} exists and is not a directory.", remedy, code="exists")
         if not any(self.path.iterdir()):
             return False
         manifest = read_manifest(self.path)
         if manifest is None:
-            raise EmlocError(f"{self.path} exists and was not written by emloc.", remedy)
+            raise EmlocError(f"{self.path} exists and was not written by emloc.", remedy, code="exists")
         if manifest.get("kind") != self.kind:
-            raise EmlocError(f"{self.path} exists and holds {manifest.get('kind')!r}, not {self.kind!r}.", remedy)
+            raise EmlocError(
+                f"{self.path} exists and holds {manifest.get('kind')!r}, not {self.kind!r}.", remedy, code="exists"
+            )
         differing = _differences(manifest.get("request", {}), self.request)
         if differing:
-            raise EmlocError(f"{self.path} exists and was made from something else: {differing}.", remedy)
+            raise EmlocError(
+                f"{self.path} exists and was made from something else: {differing}.", remedy, code="exists"
+            )
         return True
 
     @contextmanager
     def build(self) -> Iterator[Path]:
         """Yield the staging directory, and publish it when the block ends without an exception.
 
-        What an interrupted run left there is kept if it was started by the same request on the same versions: after a
-        kill, a full disk or a resumable error the same command resumes. A fault of the input removes it. Names that
-        start with a dot are for work in progress: they are removed before the directory is published.
+        The content that an interrupted run left is kept if it came from the same request and versions: after a kill, a
+        full disk or a resumable error, the same command resumes. Other errors remove it. Names that start with a dot
+        are for work in progress: they are removed before the directory is published.
 
         Raises:
-            EmlocError: an interrupted run of another request is at that place, another process is writing there, or
+            EmlocError: an interrupted run of another request is at that path, another process is writing there, or
                 the disk is full.
         """
         meter = Meter()
@@ -248,7 +260,7 @@ class Output:
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
-        """Hold the workspace for this request alone."""
+        """Lock the workspace for this request."""
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._workspace.held())
@@ -256,7 +268,9 @@ class Output:
             except OSError as error:
                 if error.errno in _DISK_FULL:
                     raise
-                raise EmlocError(f"{self.path} cannot be made ({error.strerror}).", "Choose another place.") from error
+                raise EmlocError(
+                    f"{self.path} cannot be created ({error.strerror}).", "Choose another path.", code="unavailable"
+                ) from error
             yield
 
     def _start_or_resume(self) -> None:
@@ -266,7 +280,7 @@ class Output:
         try:
             if self._is_there():
                 workspace.discard()
-                raise EmlocError(f"{self.path} was finished by another process meanwhile.", "Use it as it is.")
+                raise EmlocError(f"Another process has just finished {self.path}.", "Use that output.", code="exists")
             if workspace.is_started and workspace.request.exists():
                 saved = read_object(workspace.request)
                 files = saved.pop("inputs", None)
@@ -274,6 +288,7 @@ class Output:
                     raise EmlocError(
                         f"{workspace.directory} holds an interrupted run of something else: {differing}.",
                         "Run that command again to finish it, or remove the directory.",
+                        code="exists",
                     )
                 if files != stamps:  # they have the same content, and may not have had it all the time
                     workspace.clear()
@@ -287,7 +302,7 @@ class Output:
         self.staging.mkdir(exist_ok=True)
 
     def _publish(self) -> None:
-        """Make the content durable, and then give it its name, in one step; only then forget what it was made from."""
+        """Sync the content to disk, rename it in one step, and only then discard the workspace with its request."""
         if self._files:
             self._files.verify()
         manifest = {
@@ -310,8 +325,9 @@ class Output:
             if error.errno not in _OCCUPIED:
                 raise
             raise EmlocError(
-                f"{self.path} has been made by somebody else meanwhile.",
+                f"{self.path} was created by something else during the run.",
                 "Move it elsewhere, and run the same command again.",
+                code="exists",
                 resumable=True,
             ) from None
         _fsync(self.path.parent)
@@ -326,7 +342,7 @@ def _refuse_full_disk(place: Path) -> Iterator[None]:
         raise
     except Exception as error:
         free = shutil.disk_usage(place.parent).free
-        # Libraries that write files raise errors of their own when the disk is full.
+        # Libraries that write files raise their own errors when the disk is full.
         if getattr(error, "errno", None) not in _DISK_FULL and free > _NO_ROOM:
             raise
         raise DiskFullError(

@@ -1,7 +1,7 @@
-"""Which files are a directory's own: regular ones, in it, or in the hub cache that it is a snapshot of.
+"""Checks that a directory's files are its own: regular files inside it, or in the hub cache that it is a snapshot of.
 
-A model of somebody else may hold a link to any file of this machine, which would be read, and copied into what is made
-of the model; or a pipe, whose reading never ends.
+An untrusted model may contain a link to any file on this machine, which would be read and copied into outputs, or a
+pipe, on which a read never returns.
 """
 
 import stat
@@ -12,28 +12,28 @@ from emloc_core.errors import EmlocError
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what is no regular file, before it is opened: opening a pipe may wait for ever, a device never ends.
+    """Refuse anything but a regular file before it is opened: opening a pipe may block forever, a device never ends.
 
     Raises:
         EmlocError: it is a directory, a pipe, a device or a socket.
-        OSError: it does not exist, or cannot be looked at.
+        OSError: it does not exist, or its status cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise EmlocError(f"{path} is not a regular file.", "Give a file.")
+        raise EmlocError(f"{path} is not a regular file.", "Give a file.", code="refused")
 
 
 def require_own_files(directory: Path, patterns: Iterable[str]) -> None:
-    """Refuse a directory of which files are no regular ones, or links to somewhere else.
+    """Refuse a directory that contains special files, or links to other places.
 
-    A link may lead within the directory, or to the blobs of the hub's cache where the directory is one of its
-    snapshots (``models--NAME/snapshots/COMMIT``). One that leads nowhere is not looked at.
+    A link may point within the directory, or to the blobs of the hub's cache if the directory is one of its snapshots
+    (``models--NAME/snapshots/COMMIT``). Broken links are ignored.
 
     Args:
-        directory: of a model or an adapter.
-        patterns: of the names of the files that matter.
+        directory: directory of a model or an adapter.
+        patterns: glob patterns of the file names that matter.
 
     Raises:
-        EmlocError: names the first of them.
+        EmlocError: there is such a file; names the first.
     """
     root = directory.resolve()
     places = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
@@ -44,5 +44,6 @@ def require_own_files(directory: Path, patterns: Iterable[str]) -> None:
         if not any(path.resolve().is_relative_to(place) for place in places):
             raise EmlocError(
                 f"{path} is a link to a file outside of {directory}, which would be read and copied.",
-                "Put the file in the place of the link if it belongs there; do not use the directory otherwise.",
+                "Replace the link with the file if you trust it; otherwise do not use the directory.",
+                code="refused",
             )

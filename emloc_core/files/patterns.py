@@ -1,8 +1,8 @@
-"""Regular expressions in an adapter's config: PEFT matches every module of the model against them.
+"""Regular expressions in an adapter's config, which PEFT matches against every module of the model.
 
-A backtracking matcher may need exponential time for a short pattern, so those that might are refused before any is
-matched. What matching costs at most is the product of its choices: how often each repetition may repeat, and how many
-branches each alternation has.
+A backtracking matcher may need exponential time for a short pattern, so patterns that might are refused before any is
+matched. The cost of matching is bounded by the product of its choices: how often each repetition may repeat, and how
+many branches each alternation has.
 """
 
 import math
@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-#: Fields of PEFT's configs with patterns: as keys, as entries, or the whole.
+#: Fields of PEFT's configs that hold patterns: as keys, as entries, or as the value itself.
 _FIELDS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
-#: Ways to match, of all patterns of a config together.
+#: Limit on the ways to match all patterns of a config together.
 _MOST_WAYS = 300_000
 _PATH, _NUMBER = 100, 4  # characters of a module's path, and of a number in it
 _TOKEN = re.compile(
@@ -22,22 +22,22 @@ _TOKEN = re.compile(
 
 
 def pattern_problems(config: Mapping[str, Any]) -> list[str]:
-    """Say which patterns of an adapter's config may take too long to match, or are none; an empty list says none."""
+    """Return one text for every pattern in an adapter's config that is invalid or may take too long to match."""
     problems, total = [], 0
     for field, pattern in _patterns(config):
         total += ways(pattern)
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            problems.append(f"its {field} has {pattern[:80]!r}, which is no regular expression ({error})")
+            problems.append(f"its {field} has {pattern[:80]!r}, which is not a valid regular expression ({error})")
             continue
         if total > _MOST_WAYS:
-            return [*problems, f"its {field} has {pattern[:80]!r}, which might take for ever to match"]
+            return [*problems, f"its {field} has {pattern[:80]!r}, which might take forever to match"]
     return problems
 
 
 def ways(pattern: str) -> int:
-    """Return in how many ways a path can be matched at most; more than can be tried where that is not known."""
+    """Return an upper bound on the ways to match a path; more than the limit if it is not known."""
     if pattern.replace(".", "").replace("_", "").isalnum():
         return 1
     found, branches, before, place = 1, [1], "", 0

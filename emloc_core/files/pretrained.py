@@ -1,7 +1,7 @@
-"""The one place where transformers and PEFT load what somebody else has made: configs, tokenizers, models, adapters.
+"""The only place where transformers and PEFT load untrusted configs, tokenizers, models and adapters.
 
-No Python that comes with a model is ever run, nobody is asked whether it may be, and a file of a model cannot make
-anything be fetched. Everything else gets what is loaded here as objects, never as paths that would be loaded again.
+Python code that comes with a model is never run, not even after a prompt, and no file of a model can cause a download.
+All other modules receive what is loaded here as objects, never as paths that would be loaded again.
 """
 
 import importlib.util
@@ -23,32 +23,32 @@ from emloc_core.files.own import require_own_files
 from emloc_core.files.patterns import pattern_problems
 from emloc_core.files.templates import bound_templates
 
-#: What is said to every loader.
+#: Arguments for every loader.
 _NOTHING_FOREIGN: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-#: The implementations that transformers itself has; any other name is that of a repository of compiled code.
+#: The implementations built into transformers; any other name is a repository of compiled code.
 _BUILT_IN = {
     "attn_implementation": {None, "eager", "sdpa", "flex_attention"},
     "experts_implementation": {None, "eager", "batched_mm", "grouped_mm"},
 }
-#: What a config may take: seconds, bytes to be read, bytes to be built without weights, modules.
+#: Limits for a config: seconds, bytes to read it, bytes to build its model without weights, modules.
 _SECONDS, _CONFIG_BYTES, _MODEL_BYTES, _MODULES = 60.0, 512 << 20, 4 << 30, 200_000
-#: Fields that count parts of a model, which are made one by one, and more than any has.
+#: Fields that count parts of a model, which are built one by one, and a number that no model reaches.
 _COUNTS, _MOST = re.compile(r"(layers?|depths?|blocks?|experts)$"), 10_000
 _FLASH = {f"flash_attention_{version}" for version in (2, 3, 4)}
-#: Methods of quantisation whose loading reads the model's own files alone.
+#: Quantisation methods whose loaders read only the model's own files.
 _QUANTISED = {"emloc", "bitsandbytes"}
 
-# Where a class is loaded for a part of a model, no argument of ours arrives. Transformers asks on the terminal then,
-# for so many seconds; of none it makes an error.
+# Our arguments do not reach classes that are loaded for a part of a model. Transformers then prompts on the terminal
+# for this many seconds; with 0 it raises instead.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 bound_templates()
 
 
 def load_config(path: Path) -> Any:
-    """Return transformers' config of the file at ``path``.
+    """Return transformers' config for the file at ``path``.
 
     Raises:
-        EmlocError: transformers does not know the architecture, or refuses the file; or it names code to be fetched.
+        EmlocError: transformers does not know the architecture or rejects the file, or it names code to download.
     """
     _check(read_object(path), str(path))
     try:
@@ -56,20 +56,21 @@ def load_config(path: Path) -> Any:
             return AutoConfig.from_pretrained(path, **_NOTHING_FOREIGN)
     except EmlocError:
         raise
-    except Exception as error:  # whatever transformers' own checks of a config raise
+    except Exception as error:  # transformers' checks of a config raise exceptions of any type
         _refuse_own_code(error, path, "config")
         raise EmlocError(
             f"transformers cannot read {path}: {first_line(error)}",
-            "Check the file. Code that a model brings is never run: it needs an architecture that transformers has.",
+            "Check the file. Code that comes with a model is never run: its architecture must be one of transformers.",
+            code="unsupported",
         ) from error
 
 
 def make_config(arguments: Mapping[str, Any]) -> Any:
-    """Return transformers' config of the content of a ``config.json``.
+    """Return transformers' config for the content of a ``config.json``.
 
     Raises:
-        EmlocError: it names code to be fetched.
-        Exception: whatever transformers' own checks of a config raise.
+        EmlocError: it names code to download.
+        Exception: transformers rejects the config.
     """
     _check(arguments, "the config")
     with limited("Reading the config", _SECONDS, _CONFIG_BYTES):
@@ -77,20 +78,20 @@ def make_config(arguments: Mapping[str, Any]) -> Any:
 
 
 def auto_class(name: str) -> Any:
-    """Return the class of transformers of this name, such as ``AutoModelForCausalLM``; None where there is none."""
+    """Return the transformers class of this name, such as ``AutoModelForCausalLM``; None if there is none."""
     return getattr(transformers, name, None)
 
 
 def new_model(name: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model of a config, with the weights that its class starts with.
+    """Return a model for a config, with initial weights.
 
     Args:
-        name: of the class of transformers.
+        name: name of the transformers class.
         config: transformers' config.
-        dtype: of its weights.
+        dtype: dtype of the weights.
 
     Raises:
-        EmlocError: the sizes in the config are such as no model has.
+        EmlocError: the sizes in the config are larger than any model's.
         Exception: whatever transformers raises.
     """
     with limited("Building the model of this config", _SECONDS, _MODEL_BYTES), _few_modules():
@@ -99,16 +100,16 @@ def new_model(name: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_model(name: str, directory: Path, **settings: Any) -> Any:
-    """Return the model, or emulator, in a directory, in the dtype that it is stored in.
+    """Return the model or emulator in a directory, in the dtype that it is stored in.
 
     Args:
-        name: of the class of transformers.
-        directory: of the model.
-        settings: further ones of ``from_pretrained``.
+        name: name of the transformers class.
+        directory: directory of the model.
+        settings: further arguments of ``from_pretrained``.
 
     Raises:
-        EmlocError: it brings code of its own, is quantised by a method that is not known to read its own files alone,
-            or has an adapter in it, which transformers would put on it without a word.
+        EmlocError: it needs its own code, is quantised by a method that may read other files, or contains an adapter,
+            which transformers would silently apply.
         Exception: whatever transformers raises.
     """
     import emloc_core.lowrank  # noqa: F401 - with it, from_pretrained reads emulators too
@@ -128,17 +129,19 @@ def load_processing(name: str, directory: Path) -> Any:
     """Return the tokenizer or processor in a directory.
 
     Args:
-        name: of the class of transformers, ``AutoTokenizer`` or ``AutoProcessor``.
-        directory: of the model.
+        name: name of the transformers class, ``AutoTokenizer`` or ``AutoProcessor``.
+        directory: directory of the model.
 
     Raises:
-        EmlocError: it brings code of its own, or names another model to be loaded.
+        EmlocError: it needs its own code, or names another model to load.
         Exception: whatever transformers raises.
     """
     require_own_files(directory, ["*"])
     processor = directory / "processor_config.json"
     if processor.is_file() and "audio_tokenizer" in read_object(processor):
-        raise EmlocError(f"{processor} names another model, which would be loaded.", "Use a model without it.")
+        raise EmlocError(
+            f"{processor} names another model, which would be loaded.", "Use a model without one.", code="refused"
+        )
     what = name.removeprefix("Auto").lower()
     try:
         return auto_class(name).from_pretrained(str(directory), **_NOTHING_FOREIGN)
@@ -148,27 +151,27 @@ def load_processing(name: str, directory: Path) -> Any:
 
 
 def load_gguf(name: str, file: Path, **settings: Any) -> Any:
-    """Return the model or tokenizer in a GGUF file: by ``AutoTokenizer`` the latter.
+    """Return the model in a GGUF file or, with ``AutoTokenizer``, its tokenizer.
 
     Args:
-        name: of the class of transformers.
-        file: a file that a package brings, say.
-        settings: further ones of ``from_pretrained``.
+        name: name of the transformers class.
+        file: the file, for example one that a package provides.
+        settings: further arguments of ``from_pretrained``.
     """
     return auto_class(name).from_pretrained(str(file.parent), gguf_file=file.name, **settings, **_NOTHING_FOREIGN)
 
 
 def load_lora(model: Any, directory: Path, *, is_trainable: bool = False) -> Any:
-    """Return a model with the LoRA in a directory on it, as a ``PeftModel``.
+    """Return a model with the LoRA in a directory applied, as a ``PeftModel``.
 
     Args:
-        model: that it was trained for.
-        directory: of the LoRA.
-        is_trainable: whether it is to be trained on.
+        model: the model that the LoRA was trained for.
+        directory: directory of the LoRA.
+        is_trainable: whether to train the LoRA further.
 
     Raises:
-        EmlocError: it is no LoRA, or not in safetensors: of other adapters some load further models, or
-            pickles; or a pattern in its config might never end.
+        EmlocError: it is not a LoRA or not in safetensors (other adapters may load further models, or pickles), or a
+            pattern in its config might take forever to match.
         Exception: whatever PEFT raises.
     """
     from peft import PeftModel
@@ -177,17 +180,23 @@ def load_lora(model: Any, directory: Path, *, is_trainable: bool = False) -> Any
     config = read_object(directory / "adapter_config.json")
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise EmlocError(f"The adapter {directory} is a {kind}, and only LoRAs are loaded.", "Train a LoRA.")
+        raise EmlocError(
+            f"The adapter {directory} is a {kind}; only LoRAs are supported.", "Train a LoRA.", code="unsupported"
+        )
     if not (directory / "adapter_model.safetensors").is_file():
-        raise EmlocError(f"{directory} has no adapter_model.safetensors.", "Save the LoRA in safetensors.")
+        raise EmlocError(
+            f"{directory} has no adapter_model.safetensors.", "Save the LoRA as safetensors.", code="missing"
+        )
     if problems := pattern_problems(config):
-        raise EmlocError(f"The adapter {directory} cannot be used: {problems[0]}.", "Name the modules in full.")
+        raise EmlocError(
+            f"The adapter {directory} cannot be used: {problems[0]}.", "Use full module names.", code="refused"
+        )
     return PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable, local_files_only=True)
 
 
 @contextmanager
 def _few_modules() -> Iterator[None]:
-    """Refuse to build a model of more modules than any has: each costs time, though its weights take no memory."""
+    """Refuse to build a model with more modules than any real one: each takes time, even without weights."""
     made = 0
 
     def count(*_: object) -> None:
@@ -195,8 +204,9 @@ def _few_modules() -> Iterator[None]:
         made += 1
         if made > _MODULES:
             raise EmlocError(
-                f"The config asks for a model of more than {_MODULES:,} modules, and none has so many.",
+                f"The config asks for a model with more than {_MODULES:,} modules, more than any model has.",
                 "Check its numbers of layers and experts.",
+                code="refused",
             )
 
     handle = register_module_module_registration_hook(count)
@@ -207,20 +217,23 @@ def _few_modules() -> Iterator[None]:
 
 
 def _check(content: Any, where: str) -> None:
-    """Refuse a config of which some part names an implementation to be fetched, or counts more than any model has."""
+    """Refuse a config that names an implementation to download, or has a count larger than any model's."""
     for key, value in _fields(content):
         if _COUNTS.search(key) and isinstance(value, int) and value > _MOST:
-            raise EmlocError(f"{key} in {where} is {value:,}, and no model has so many.", "Correct the config.")
+            raise EmlocError(
+                f"{key} in {where} is {value:,}, more than any model has.", "Correct the config.", code="refused"
+            )
         name = key.strip("_").removesuffix("_internal")
         if name in _BUILT_IN and not set(_names(value)) <= _BUILT_IN[name] | (_FLASH if _has_flash() else set()):
             raise EmlocError(
-                f"{key} in {where} is {value!r}, which is not built into transformers: it would be fetched and run.",
+                f"{key} in {where} is {value!r}, which is not built into transformers: it would be downloaded and run.",
                 f"Remove it, or set it to one of {', '.join(sorted(filter(None, _BUILT_IN[name])))}.",
+                code="refused",
             )
 
 
 def _fields(content: Any) -> Iterator[tuple[str, Any]]:
-    """Return every key with its value, at any depth of a JSON document."""
+    """Yield every key with its value, at any depth of a JSON document."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield key, value
@@ -231,13 +244,13 @@ def _fields(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _names(value: Any) -> list[str | None]:
-    """Return the names of implementations: one for the model, or one for each of its parts."""
+    """Return the names of implementations: one for the model, or one per part."""
     given = list(value.values()) if isinstance(value, Mapping) else [value]
     return [name if name is None else str(name) for name in given]
 
 
 def _has_flash() -> bool:
-    """Say whether flash attention is what is installed. With the package kernels alone transformers fetches it."""
+    """Return whether naming flash attention is safe: with ``kernels`` but no ``flash_attn``, it is downloaded."""
     return importlib.util.find_spec("flash_attn") is not None or importlib.util.find_spec("kernels") is None
 
 
@@ -247,20 +260,22 @@ def _require_plain(config: Any, directory: Path) -> None:
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised.quant_method
         if method not in _QUANTISED:
             raise EmlocError(
-                f"{directory} is quantised by {method!r}, which is not known to need its own files alone.",
+                f"{directory} is quantised by {method!r}, which may load files from elsewhere.",
                 "Give the unquantised model.",
+                code="unsupported",
             )
     if (directory / "adapter_config.json").exists():
         raise EmlocError(
-            f"{directory} holds a model and an adapter, which would be put on the model whenever it is loaded.",
-            "Keep the adapter in a directory of its own.",
+            f"{directory} holds a model and an adapter, which would be applied whenever the model is loaded.",
+            "Move the adapter to its own directory.",
         )
 
 
 def _refuse_own_code(error: Exception, place: Path, what: str) -> None:
-    """Raise the user's error if this is transformers' complaint that it may not run a model's code."""
+    """Raise an :class:`EmlocError` if transformers complains that it may not run a model's code."""
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         raise EmlocError(
-            f"The {what} in {place} needs Python code of its own, which is never run.",
-            f"Use a model whose {what} transformers has.",
+            f"The {what} in {place} needs its own Python code, which is never run.",
+            f"Use a model whose {what} is part of transformers.",
+            code="refused",
         ) from error

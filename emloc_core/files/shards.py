@@ -1,6 +1,6 @@
-"""safetensors files, tensor by tensor: copying raw bytes, writing without holding a file in memory.
+"""safetensors files, tensor by tensor: copying raw bytes, and writing without holding a file in memory.
 
-The library's own writer wants every tensor of a file at once; a 5 GB shard would then cost 5 GB.
+The library's own writer takes all tensors of a file at once, so that a 5 GB shard would need 5 GB.
 """
 
 import errno
@@ -20,19 +20,19 @@ from emloc_core.files.header import DTYPES, TensorInfo, read_header
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 16 << 20  # bytes copied at a time
-_HASH = "emloc.sha256"  # in the metadata: of everything else in the file
+_HASH = "emloc.sha256"  # key in the metadata: hash of everything else in the file
 #: The kernel cannot copy between these two files by itself.
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def row_chunks(tensor: TensorInfo, nbytes: int) -> Iterator[torch.Tensor]:
-    """Yield a matrix some rows at a time, in its own dtype; every part is overwritten by the next.
+    """Yield a matrix some rows at a time, in its own dtype; each part is overwritten by the next.
 
-    Unlike the slices of a mapped file, they leave no pages behind that would count as this process's memory.
+    Unlike slices of a mapped file, they leave no pages behind that count as this process's memory.
 
     Args:
         tensor: a matrix of shape (m, n).
-        nbytes: of the rows to yield at a time; at least one row is.
+        nbytes: size of a part in bytes; at least one row is yielded at a time.
     """
     columns = tensor.shape[1]
     width = columns * DTYPES[tensor.dtype].itemsize
@@ -41,7 +41,7 @@ def row_chunks(tensor: TensorInfo, nbytes: int) -> Iterator[torch.Tensor]:
 
 
 def _chunks(tensor: TensorInfo, nbytes: int) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor as they stand in the file; every part is overwritten by the next."""
+    """Yield the raw bytes of a tensor in the file; each part is overwritten by the next."""
     buffer = memoryview(bytearray(min(nbytes, tensor.nbytes)))
     with tensor.shard.open("rb", buffering=0) as file:
         file.seek(tensor.start)
@@ -57,17 +57,17 @@ def _chunks(tensor: TensorInfo, nbytes: int) -> Iterator[memoryview]:
 
 
 def _ended_within(tensor: TensorInfo) -> EmlocError:
-    return EmlocError(f"{tensor.shard} ended within {tensor.key}.", "Download or copy the file again.")
+    return EmlocError(f"{tensor.shard} ended within {tensor.key}.", "Download or copy the file again.", code="damaged")
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor, row-major, without a copy where it is contiguous on the CPU."""
+    """Return the bytes of a tensor, row-major, without a copy if it is contiguous on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
 class ShardWriter:
-    """Writes one safetensors file, a tensor at a time, under a temporary name; the file appears when it is whole.
+    """Writes a safetensors file, one tensor at a time, under a temporary name; renames it when it is complete.
 
     Args:
         path: the file.
@@ -98,7 +98,7 @@ class ShardWriter:
         return self
 
     def write(self, key: str, content: Iterable[bytes | memoryview] | torch.Tensor) -> None:
-        """Write the next tensor: as a tensor, or as its raw bytes in parts, each of which the next may overwrite."""
+        """Write the next tensor: a tensor, or its raw bytes in parts, where each part may overwrite the one before."""
         self._expect(key)
         parts = [tensor_bytes(content)] if isinstance(content, torch.Tensor) else content
         for part in parts:
@@ -106,10 +106,10 @@ class ShardWriter:
         self._require_whole(key)
 
     def copy(self, key: str, tensor: TensorInfo) -> None:
-        """Write the next tensor as it stands in another file, without its bytes passing through this process.
+        """Copy the next tensor from another file, without its bytes passing through this process.
 
         Raises:
-            EmlocError: that file has been cut short since its header was read.
+            EmlocError: that file has been truncated since its header was read.
         """
         self._expect(key)
         if not self._copied_by_kernel(tensor):
@@ -142,12 +142,12 @@ class ShardWriter:
     def _expect(self, key: str) -> None:
         expected, nbytes = self._expected.pop()
         if key != expected:
-            raise ValueError(f"{key} was written where {expected} was due")
+            raise ValueError(f"{key} was written where {expected} was expected")
         self._end = self._file.tell() + nbytes
 
     def _require_whole(self, key: str) -> None:
         if (at := self._file.tell()) != self._end:
-            raise ValueError(f"{key} ends at byte {at} and {self._end} was announced")
+            raise ValueError(f"{key} ends at byte {at}, not at {self._end} as the header says")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
@@ -164,9 +164,9 @@ class ShardWriter:
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors that are in memory as one safetensors file, which appears when it is whole.
+    """Write tensors in memory as one safetensors file, which appears when it is complete.
 
-    Its header holds a hash, by which :func:`remove_damaged` knows it again.
+    Its header holds a hash, by which :func:`remove_damaged` checks it.
     """
     layout = {key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
     known = dict(metadata or {})
@@ -177,14 +177,14 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappi
 
 
 def remove_damaged(shards: Iterable[Path]) -> bool:
-    """Remove those files, of :func:`write_shard`, that are not what was written, and say so on stderr.
+    """Remove files of :func:`write_shard` that are not what was written, and say so on stderr.
 
     Returns:
-        Whether there were any. Paths of files that are not there do not count.
+        Whether there were any. Paths that do not exist do not count.
     """
     damaged = [shard for shard in shards if shard.exists() and not _is_intact(shard)]
     for shard in damaged:
-        click.echo(f"emloc: {shard} is damaged, and is made again.", err=True)
+        click.echo(f"emloc: {shard} is damaged and will be made again.", err=True)
         shard.unlink()
     return bool(damaged)
 

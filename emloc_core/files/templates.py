@@ -1,7 +1,7 @@
-"""Chat templates are programs that a model brings: rendered within bounds, whoever renders them.
+"""Limits on rendering chat templates, which are programs that come with a model.
 
-Transformers runs them in Jinja's sandbox, which keeps them from the machine, not from running for ever or filling the
-memory. All renderings, also those by TRL and lm-eval, compile the template by one function of transformers'.
+Transformers runs them in Jinja's sandbox, which keeps them away from the machine, but not from running forever or
+filling memory. Everything that renders them, TRL and lm-eval included, compiles them with one transformers function.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from emloc_core.files.limits import limited
 
 SECONDS = 10.0
 NBYTES = 1 << 30
-#: Characters of a rendered conversation: what follows is tokenised, which nothing interrupts.
+#: Characters of a rendered conversation. The result is tokenised, which cannot be interrupted.
 LENGTH = 16 << 20
 _WHAT = "Rendering the model's chat template"
 
@@ -23,7 +23,7 @@ _compile = chat_template_utils._compile_jinja_template
 
 
 class _Bounded:
-    """A compiled template of Jinja's that is rendered within bounds."""
+    """A compiled Jinja template that is rendered within limits."""
 
     def __init__(self, template: Any) -> None:
         self._template = template
@@ -33,7 +33,9 @@ class _Bounded:
         with limited(_WHAT, SECONDS, NBYTES):
             text: str = self._template.render(*args, **values)
         if len(text) > LENGTH:
-            raise EmlocError(f"{_WHAT} gives {len(text):,} characters.", "Do not use this model, or shorten the row.")
+            raise EmlocError(
+                f"{_WHAT} gives {len(text):,} characters.", "Do not use this model, or shorten the row.", code="refused"
+            )
         return text
 
     def generate(self, *args: Any, **values: Any) -> Iterator[str]:
@@ -43,10 +45,10 @@ class _Bounded:
 
 @lru_cache
 def _compile_bounded(chat_template: str) -> _Bounded:
-    with limited(_WHAT, SECONDS, NBYTES):  # constants are computed then
+    with limited(_WHAT, SECONDS, NBYTES):  # compiling computes constants
         return _Bounded(_compile(chat_template))
 
 
 def bound_templates() -> None:
-    """Have transformers render chat templates within bounds, from now on."""
+    """Make transformers render chat templates within limits from now on."""
     chat_template_utils._compile_jinja_template = _compile_bounded

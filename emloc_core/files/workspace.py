@@ -1,8 +1,8 @@
-"""Where an output is built: a directory beside its place, held by one process at a time.
+"""The directory that an output is built in, beside the final path, locked by one process at a time.
 
-``.NAME.partial`` holds ``content``, which becomes ``NAME`` by one rename; ``request.json``, which says what it is the
-content of; and ``lock``. Request and lock stay until ``content`` has been renamed, so that at no moment anything is
-there of which nobody can tell what it is. Content without a request was being removed when its run was killed.
+``.NAME.partial`` holds ``content``, which becomes ``NAME`` by one rename; ``request.json``, which says what the content
+is made from; and ``lock``. Request and lock stay until ``content`` has been renamed, so that content can be identified
+at any moment. Content without a request was being removed when its run was killed.
 """
 
 import shutil
@@ -19,7 +19,7 @@ class Workspace:
 
     Attributes:
         directory: ``.NAME.partial`` beside ``output``.
-        content: what will be renamed to ``output``.
+        content: the directory that will be renamed to ``output``.
         request: the file that says what ``content`` is made from.
     """
 
@@ -32,15 +32,15 @@ class Workspace:
 
     @property
     def is_started(self) -> bool:
-        """Whether an interrupted run, or one that is still going, has left work here."""
+        """Whether there is work from an interrupted or a running run here."""
         return self.content.is_dir() and any(self.content.iterdir())
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the directory, and hold it against every other process.
+        """Create the directory and lock it against other processes.
 
         Raises:
-            EmlocError: another process holds it, or it was not made by a stage.
+            EmlocError: another process holds the lock, or the directory was not made by a stage.
         """
         with ExitStack() as stack:
             while not self._acquire(stack):
@@ -52,37 +52,40 @@ class Workspace:
         try:
             self._require_own()
             stack.enter_context(locked(self._lock, wait=False))
-        except FileNotFoundError:  # who held it has just removed the directory
+        except FileNotFoundError:  # the previous holder has just removed the directory
             return False
         except BlockingIOError:
-            raise EmlocError(f"Another process is writing {self.output}.", "Wait for it, or stop it.") from None
+            raise EmlocError(
+                f"Another process is writing {self.output}.", "Wait for it, or stop it.", code="busy"
+            ) from None
         return True
 
     def _require_own(self) -> None:
         own = {path.name for path in (self.content, self.request, self._lock)}
         if others := sorted({path.name for path in self.directory.iterdir() if path.suffix != ".tmp"} - own):
             raise EmlocError(
-                f"{self.directory} holds {others[0]}, which no run of this version has left there.",
+                f"{self.directory} holds {others[0]}, which does not come from a run of this version.",
                 "Move the directory elsewhere, or remove it.",
+                code="exists",
             )
 
     def clear(self) -> None:
-        """Remove the request, and then the content: what a kill leaves of it is nobody's."""
+        """Remove the request, then the content: if killed in between, content without a request is stale."""
         self.request.unlink(missing_ok=True)
         if self.content.is_dir():
             shutil.rmtree(self.content)
 
     def discard(self) -> None:
-        """Remove all of it. Only for who holds it, or knows that nobody does."""
+        """Remove the directory. Call only while holding the lock, or when nobody holds it."""
         self.clear()
         for path in self.directory.glob(".*.tmp"):
             path.unlink()
         self._lock.unlink(missing_ok=True)
-        with suppress(OSError):  # another process has made its own lock there by now
+        with suppress(OSError):  # another process may have created its lock there by now
             self.directory.rmdir()
 
     def sweep(self) -> None:
-        """Remove what a run leaves that is killed after its last rename; nothing where a process or work is here."""
+        """Remove the leftovers of a run that was killed after its last rename, unless a process or work is here."""
         if self.directory.is_dir() and not self.content.exists():
             with suppress(EmlocError, OSError), self.held():
                 if not self.content.exists():

@@ -263,7 +263,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(
     path.write_bytes(damage(path.read_bytes()))
     counted.clear()
     again = compression(tiny_model, rows_file, tmp_path / "again", **changes).run()
-    assert capsys.readouterr().err == f"emloc: {path} is damaged, and is made again.\n"
+    assert capsys.readouterr().err == f"emloc: {path} is damaged and will be made again.\n"
     assert contents(again) == contents(expected)
     assert len(counted) == factorised
 
@@ -374,7 +374,7 @@ def drop(spectra):
         (lambda spectra: (spectra / "calibration.jsonl").unlink(), "lacks calibration.jsonl"),
         (lambda spectra: (spectra / "emloc.json").unlink(), "holds no spectra"),
         (lambda spectra: (spectra / "selection.jsonl").unlink(), "lacks selection.jsonl"),
-        (flip, "is not as it was made"),
+        (flip, "has changed since it was made"),
         (forget_a_block, r"lacks the block model\.layers\.0"),
         (lambda spectra: (spectra / "emloc.json").write_text('{"kind": "spectra"}'), r"has no request\.base"),
         (drop, r"lacks V of model\.layers\.1\.mlp\.up_proj"),

@@ -76,7 +76,7 @@ def test_a_config_of_no_possible_model_is_refused(
     write_json(tmp_path / "config.json", content)
     code, _, err = emloc("plan", tmp_path / "config.json", "--length", 16)
     assert code == 1, err
-    assert "so many" in err or "memory" in err
+    assert "more than any model has" in err or "memory" in err
 
 
 def spin() -> None:
