@@ -21,7 +21,6 @@ SKIPPED = (".ci/english.py", "registry/", "tests/fixtures/", "docs/commands.md",
 NOT_YET = (
     "docs/architecture.md",
     "emloc_core/algorithms/",
-    "emloc_core/cli/",
     "emloc_core/conformance/",
     "emloc_core/data/",
     "emloc_core/emulator/",

@@ -1,4 +1,4 @@
-"""The ``emloc`` command. One file a command; a command's heavy imports happen when it runs."""
+"""The ``emloc`` command. One file per command; a command does its heavy imports when it runs."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ class PluggableGroup(click.RichGroup):
         return sorted({*COMMANDS, *super().list_commands(ctx), *_plugin_commands()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the command ``cmd_name``; None where there is none of that name."""
+        """Return the command ``cmd_name``, or None if there is no such command."""
         if cmd_name in COMMANDS:
             module = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
             return import_module(f"emloc_core.cli.{module}").command
@@ -49,12 +49,12 @@ def cli() -> None:
     """
     from emloc_core.plugins.manager import is_on
 
-    if is_on("EMLOC_STRICT_PLUGINS"):  # a broken plugin ends every command, also one that needs none
+    if is_on("EMLOC_STRICT_PLUGINS"):  # a broken plugin ends every command, even one that needs no plugin
         _plugin_commands()
 
 
 def main() -> None:
-    """Run the command line: a user's error is one line on stderr and exit code 1."""
+    """Run the command line: errors that users can fix are one line on stderr and exit code 1."""
     # OpenMP threads that spin while they wait for work starve the second core (design: 20 s against 5 s under load).
     # A short spin first: without it an eigendecomposition took twice as long on two idle cores (0.61 s, not 0.30 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -73,13 +73,13 @@ def main() -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Interrupt what runs at SIGINT and at SIGTERM alike; yields the numbers of those that have come.
+    """Raise ``KeyboardInterrupt`` on SIGINT and SIGTERM; yields the list of signals received.
 
-    A library that is interrupted may raise something else in the place of ``KeyboardInterrupt``.
+    An interrupted library may raise something else instead.
     """
     received: list[int] = []
 
-    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - what a handler is given
+    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a handler
         received.append(number)
         raise KeyboardInterrupt
 
@@ -93,7 +93,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _fail(error: BaseException) -> None:
-    """Say what is wrong in one line, and exit; with ``--debug``, or for what is no error, raise it."""
+    """Print an error in one line and exit; with ``--debug``, or if it is not an ``Exception``, raise it."""
     if isinstance(error, click.ClickException):
         error.show()
         sys.exit(error.exit_code)
@@ -102,7 +102,7 @@ def _fail(error: BaseException) -> None:
     if isinstance(error, EmlocError):
         click.echo(f"emloc: error: {printable(error)}", err=True)
         sys.exit(1)
-    if isinstance(error, OSError) and error.filename is not None:  # a fault of the machine, or of its files
+    if isinstance(error, OSError) and error.filename is not None:  # a fault of the machine or its files
         fault = printable(f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}).")
         click.echo(f"emloc: error: {fault} Check it, and run the same command again.", err=True)
         sys.exit(1)

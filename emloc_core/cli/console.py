@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs, and what a machine reads when it is done."""
+"""Progress while a stage runs, and its result as text or JSON."""
 
 import json
 import sys
@@ -15,13 +15,13 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the result
 dry_run = click.option(
     "--dry-run",
     is_flag=True,
-    help="Say what would be done, with sizes, and stop. Hashes of large files are kept for the real run.",
+    help="Print what would be done, with sizes, and stop. Hashes of large files are kept for the real run.",
 )
 
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar on stderr; yields a function of (what was done, how many are done, how many there are)."""
+    """Show a progress bar on stderr; yields a function of (what was done, number done, total)."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -45,12 +45,12 @@ def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def announce(result: Result, lines: Iterable[str], *, to_json: bool) -> None:
-    """Print what a stage made.
+    """Print the result of a stage.
 
     Args:
-        result: its finished output.
-        lines: for a person.
-        to_json: print the manifest and the timing as one JSON object instead.
+        result: the finished output.
+        lines: text for people.
+        to_json: print the manifest and timing as one JSON object instead.
     """
     timing = result.timing
     if to_json:

@@ -13,17 +13,17 @@ from emloc_core.settings import CorrectSettings
 
 
 @click.command("correct")
-@adapter_on_base("The model that the emulator was made from", "Directory of the result.")
+@adapter_on_base("Model that the emulator was made from", "Directory for the corrected LoRA.")
 @options(CorrectSettings)
-@click.option("--emulator", type=click.Path(path_type=Path), help="Where the emulator is, if it was moved.")
-@click.option("--selection", type=click.Path(path_type=Path), help="Other rows for --clamp auto to compare on.")
+@click.option("--emulator", type=click.Path(path_type=Path), help="Directory of the emulator, if it has moved.")
+@click.option("--selection", type=click.Path(path_type=Path), help="Other rows for --clamp auto to choose on.")
 @device
 @dry_run
 @as_json
 def command(dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Correct the LoRA in ADAPTER, which was trained on an emulator, for the base model.
+    """Correct the LoRA in ADAPTER, trained on an emulator, for use on the base model.
 
-    ADAPTER is left as it was; the result is a plain PEFT LoRA for the base.
+    ADAPTER is not changed; the result is an ordinary PEFT LoRA for the base.
     """
     settings, content = given(CorrectSettings, options)
     run(make_request("correct", settings, **content), dry_run=dry_run, to_json=as_json)

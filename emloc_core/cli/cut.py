@@ -14,16 +14,17 @@ from emloc_core.settings import CutSettings
 
 @click.command("cut")
 @click.argument("spectra", type=click.Path(path_type=Path))
-@click.option("--base", help="The model that the spectra were made from: directory or hub id.  "
-              "[default: the one that they name]")  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the emulator.")
+@click.option("--base", help="Model that the spectra were made from: directory or hub id.  "
+              "[default: the model that they name]")  # fmt: skip
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the emulator.")
 @options(CutSettings)
 @dry_run
 @as_json
 def command(dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Cut an emulator of any ratio from SPECTRA, which compress --keep-spectra made, without calibrating again.
+    """Cut an emulator of any ratio from SPECTRA, made by compress --keep-spectra, without calibrating again.
 
-    Up to rounding it is the emulator that compress makes at that ratio. An interrupted cut resumes where it stopped.
+    Up to rounding, the result is the emulator that compress makes at that ratio. An interrupted cut resumes where it
+    stopped.
     """
     settings, content = given(CutSettings, options)
     run(make_request("cut", settings, **content), dry_run=dry_run, to_json=as_json)

@@ -18,21 +18,25 @@ _SYSTEMS = ("base", "emulator", "adapter", "corrected", "merged", "full_lora")
 @click.command("eval")
 @click.argument("tasks", nargs=-1, metavar="TASK...")
 @click.option("--base", help="The base model: directory or hub id.")
-@click.option("--emulator", help="What compress made.")
-@click.option("--adapter", type=_DIRECTORY, help="What train made: goes on the emulator and, uncorrected, on the base.")
-@click.option("--corrected", type=_DIRECTORY, help="What correct made: goes on the base.")
-@click.option("--merged", help="What merge made.")
+@click.option("--emulator", help="The emulator, from compress.")
+@click.option("--adapter", type=_DIRECTORY, help="The LoRA, from train: used on the emulator and, uncorrected, on the "
+              "base.")  # fmt: skip
+@click.option("--corrected", type=_DIRECTORY, help="The corrected LoRA, from correct: used on the base.")
+@click.option("--merged", help="The merged model, from merge.")
 @click.option("--full-lora", type=_DIRECTORY, help="A LoRA trained on the base itself, the upper bound.")
-@click.option("--system", "others", multiple=True, metavar="NAME=MODEL[+ADAPTER]", help="Any other; repeatable.")
-@click.option("-o", "--output", type=_DIRECTORY, required=True, help="Directory of the results; --new-task: the file.")
-@click.option("--limit", type=click.IntRange(min=1), help="Use that many rows of every task.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows at a time.")
-@click.option("--chat/--no-chat", default=None, help="Use the chat template; default: where rows are chats.")
+@click.option("--system", "others", multiple=True, metavar="NAME=MODEL[+ADAPTER]",
+              help="Another system to compare; repeatable.")  # fmt: skip
+@click.option("-o", "--output", type=_DIRECTORY, required=True,
+              help="Directory for the results; with --new-task, the file to write.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), help="Use only this many rows of each task.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows per batch.")
+@click.option("--chat/--no-chat", default=None,
+              help="Use the chat template.  [default: if a task's rows are conversations]")  # fmt: skip
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for sampling and for few-shot rows."
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for sampling and few-shot examples."
 )
 @click.option("--new-task", type=click.Choice(KINDS), help="Write a task file for --data to -o, and evaluate nothing.")
-@click.option("--data", type=_DIRECTORY, help="With --new-task: rows of yours that nothing was tuned on.")
+@click.option("--data", type=_DIRECTORY, help="With --new-task: held-out rows, which nothing was tuned on.")
 @dry_run
 @as_json
 def command(
@@ -40,9 +44,9 @@ def command(
 ) -> None:
     """Compare base, emulator and adapters on each TASK, in one table.
 
-    A TASK is a task file of lm-eval's (--new-task writes one for your rows) or the name of a task that lm-eval brings
-    along, whose data come from the hub. Each system runs in a process of its own. When the same command is given again
-    after an interruption, the systems that are done are kept.
+    A TASK is an lm-eval task file (--new-task writes one for your rows) or the name of a task bundled with lm-eval,
+    whose data come from the hub. Each system runs in its own process. Run the same command again after an interruption:
+    finished systems are kept.
     """
     if new_task is not None:
         _write_task(new_task, data, options["output"])
@@ -58,14 +62,14 @@ def _write_task(kind: str, data: Path | None, output: Path) -> None:
     from emloc_core.evaluation.new_task import write_task
 
     if data is None:
-        raise EmlocError("--new-task needs rows to ask about.", "Add --data FILE.")
+        raise EmlocError("--new-task needs rows.", "Add --data FILE.")
     click.echo(f"{write_task(kind, data, output)}  (read it, then: emloc eval {output} --base MODEL -o DIRECTORY)")
 
 
 def _system(text: str) -> System:
     name, equals, place = text.partition("=")
     if not name or not equals or not place:
-        raise EmlocError(f"--system {text!r} is not NAME=MODEL or NAME=MODEL+ADAPTER.", "Write it like that.")
+        raise EmlocError(f"--system {text!r} is not NAME=MODEL or NAME=MODEL+ADAPTER.", "Correct it.")
     if Path(place).exists():  # a directory may have a + in its name
         return System(name=name, model=place)
     model, _, adapter = place.partition("+")

@@ -12,13 +12,13 @@ from emloc_core.requests import make_request
 
 @click.command("import")
 @click.argument("source")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the checkpoint.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the checkpoint.")
 @dry_run
 @as_json
 def command(dry_run: bool, as_json: bool, **content: Any) -> None:
-    """Rewrite SOURCE, a directory or hub id, as transformers' own classes have it, for the other commands.
+    """Convert SOURCE, a directory or hub id, to the layout of transformers' own classes, for the other commands.
 
-    For checkpoints that came with code of their own, in a layout that an installed plugin reads. That code is never
-    run. Written shard by shard; an interrupted import resumes where it stopped.
+    For checkpoints published with their own code, in a layout that an installed plugin reads; that code is never run.
+    Shards are written one by one; an interrupted import resumes where it stopped.
     """
     run(make_request("import", **content), dry_run=dry_run, to_json=as_json)

@@ -11,13 +11,14 @@ from emloc_core.requests import make_request
 
 
 @click.command("merge")
-@adapter_on_base("The model that the adapter is for", "Directory of the checkpoint.")
-@click.option("--allow-uncorrected", is_flag=True, help="Merge an adapter as it was trained on an emulator.")
+@adapter_on_base("Model that the adapter is for", "Directory for the checkpoint.")
+@click.option("--allow-uncorrected", is_flag=True,
+              help="Merge an adapter that was trained on an emulator without correcting it.")  # fmt: skip
 @dry_run
 @as_json
 def command(dry_run: bool, as_json: bool, **content: Any) -> None:
-    """Merge ADAPTER into its base: an ordinary checkpoint of the original architecture.
+    """Merge ADAPTER into its base, as an ordinary checkpoint of the original architecture.
 
-    Written shard by shard; tensors without a LoRA keep their bytes, and every tensor keeps its name.
+    Shards are written one by one; tensors without a LoRA keep their bytes, and all tensors keep their names.
     """
     run(make_request("merge", **content), dry_run=dry_run, to_json=as_json)

@@ -1,4 +1,4 @@
-"""Command line options from a model of settings: one option per field, with its default and its description."""
+"""Command line options from a settings class: one per field, with the field's default and description."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from emloc_core.errors import EmlocError
 from emloc_core.settings import explain
 
-#: Options of training that are not just the setting's name.
+#: Training options whose names are not just the setting's.
 TRAIN_FLAGS = {
     "learning_rate": "--lr",
     "lora_rank": "--rank",
@@ -29,37 +29,37 @@ device = click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="Where the work is done: cpu, cuda, cuda:1, or auto, the GPU where there is one.",
+    help="Device to run on: cpu, cuda, cuda:1, or auto (the GPU if there is one).",
 )
 
 
 def rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which rows are trained on, and any other field of SFTConfig."""
+    """Add the options for the rows to train on, and ``--set`` for any other field of SFTConfig."""
     for option in (
         click.option("--set", "extra", multiple=True, metavar="KEY=VALUE",
                      help="Any other field of SFTConfig; repeatable."),
         click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-                     help="Rows that are not tuned on, such as test rows; repeatable."),
-        click.option("--split", default="train", show_default=True, help="Split of a hub data set."),
+                     help="File with rows not to train on, such as test rows; repeatable."),
+        click.option("--split", default="train", show_default=True, help="Split of a hub dataset."),
         click.option("--data", required=True,
-                     help="JSONL, JSON or Parquet file, or a hub data set, of your own task."),
+                     help="Rows of your task: a JSONL, JSON or Parquet file, or a hub dataset."),
     ):  # fmt: skip
         function = option(function)
     return function
 
 
 def adapter_on_base(base: str, output: str) -> Callable[..., Any]:
-    """Return a decorator that adds the ADAPTER, the ``--base`` that it is used on, and where the ``--output`` goes.
+    """Return a decorator that adds ADAPTER, ``--base`` and ``--output``.
 
     Args:
-        base: what the base is, for the help.
-        output: what the output is, for the help.
+        base: help text for ``--base``.
+        output: help text for ``--output``.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         path = click.Path(path_type=Path)
         function = click.option("-o", "--output", type=path, required=True, help=output)(function)
-        named = f"{base}: directory or hub id.  [default: the one that is named by what it was made from]"
+        named = f"{base}: directory or hub id.  [default: found from ADAPTER]"
         function = click.option("--base", help=named)(function)
         return click.argument("adapter", type=path)(function)
 
@@ -72,7 +72,7 @@ def options(
     """Return a decorator that adds an option for every field of ``model``.
 
     Args:
-        model: the settings.
+        model: the settings class.
         short: other option names by field: ``{"learning_rate": "--lr"}``.
         skip: fields without an option.
     """
@@ -102,14 +102,14 @@ def options(
 
 
 def given(model: type[BaseModel], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide a command's values into the settings that the user gave, and the rest.
+    """Split a command's values into the settings that the user gave, and the rest.
 
     Args:
-        model: the settings.
-        values: by parameter name.
+        model: the settings class.
+        values: values by parameter name.
 
     Returns:
-        Settings by name, and the rest.
+        The settings given, by name, and all other values.
     """
     context = click.get_current_context()
     assert context is not None
@@ -126,10 +126,10 @@ def given(model: type[BaseModel], values: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def validated(model: type[BaseModel], values: Mapping[str, Any]) -> Any:
-    """Return settings of a command's values.
+    """Return settings made from a command's values.
 
     Raises:
-        EmlocError: a value is out of range; names all of them.
+        EmlocError: values are out of range; names all of them.
     """
     try:
         return model(**given(model, values)[0])
@@ -138,7 +138,7 @@ def validated(model: type[BaseModel], values: Mapping[str, Any]) -> Any:
 
 
 def _kind(annotation: Any) -> Any:
-    """Return the type of an option's value; text where several are possible, for the model to sort out."""
+    """Return the type of an option's value: str if several are possible, for the settings class to parse."""
     if _is_list(annotation):
         return str
     if get_origin(annotation) in (Union, UnionType):
@@ -152,12 +152,12 @@ def _is_list(annotation: Any) -> bool:
 
 
 def pairs(texts: Iterable[str]) -> dict[str, Any]:
-    """Read ``KEY=VALUE``; a value that is JSON is that value, any other is text."""
+    """Parse ``KEY=VALUE`` texts; values are parsed as JSON if possible, else kept as text."""
     found: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not key or not equals:
-            raise EmlocError(f"--set {text}: not KEY=VALUE.", "Write --set warmup_steps=10, say.")
+            raise EmlocError(f"--set {text}: not KEY=VALUE.", "Write, for example, --set warmup_steps=10.")
         try:
             found[key] = json.loads(value)
         except json.JSONDecodeError:

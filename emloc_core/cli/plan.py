@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.argument("model")
-@click.option("--memory", metavar="SIZE", help="What tuning may use, such as 24GiB or 24GB; by default, what inference "
-              "on the base needs with the same batch and length.")  # fmt: skip
+@click.option("--memory", metavar="SIZE", help="Memory for tuning, such as 24GiB or 24GB.  [default: what inference on "
+              "the base needs at the same batch size and length]")  # fmt: skip
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True),
-              help="Plan this emulator, instead of the largest that fits.")  # fmt: skip
-@click.option("--data", help="Rows, as of emloc train: the longest says how many tokens a row has.")
-@click.option("--split", default="train", show_default=True, help="Split of a hub data set.")
+              help="Plan an emulator of this ratio instead of the largest that fits.")  # fmt: skip
+@click.option("--data", help="Rows, as for emloc train: the longest sets the number of tokens per row.")
+@click.option("--split", default="train", show_default=True, help="Split of a hub dataset.")
 @click.option("--length", "--max-length", "--sequence-length", type=click.IntRange(1),
-              help="Tokens a row, those of images included; with --data, where rows are cut.  "
+              help="Tokens per row, including those of images; with --data, the length to which rows are cut.  "
               "[default: 1024]")  # fmt: skip
-@click.option("--images", type=click.IntRange(0), help="Images a row; where the vision tower takes one size, a photo "
-              "that is cut into tiles is as many.  [default: those of the rows, or 1 for an image-text model]"
+@click.option("--images", type=click.IntRange(0), help="Images per row; if the vision tower takes one size only, every "
+              "tile of a photo counts.  [default: those of the rows, or 1 for an image-text model]"
               )  # fmt: skip
-@click.option("--image-size", metavar="WIDTHxHEIGHT", help="Of every image in pixels, for a model that takes any.  "
-              "[default: that of the rows, or 448x448]")  # fmt: skip
+@click.option("--image-size", metavar="WIDTHxHEIGHT", help="Size of the images in pixels, for models that take any "
+              "size.  [default: that of the rows, or 448x448]")  # fmt: skip
 @options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS))
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
-              help="Whose memory: a GPU's, or this process's.")  # fmt: skip
+              help="Which memory to plan: a GPU's, or the process's.")  # fmt: skip
 @click.option("--figure", type=click.Path(path_type=Path), metavar="FILE", help="Draw the table: png, svg or pdf.")
 @as_json
 def command(
@@ -49,10 +49,10 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Say what every stage needs for MODEL, from its config alone, and how large an emulator fits.
+    """Show the memory that each stage needs for MODEL, from its config alone, and the largest emulator that fits.
 
-    MODEL is a directory, a config.json, an entry of the registry (its id, or its file), or a hub id, of which nothing
-    but the config is fetched, and with --data the tokenizer. Nothing is loaded and nothing is trained.
+    MODEL is a directory, a config.json, a registry entry (its id or file), or a hub id. From the hub only the config is
+    downloaded and, with --data, the tokenizer. Nothing is loaded and nothing is trained.
     """
     from emloc_core.api import plan
 
@@ -83,7 +83,7 @@ def _show(planned: "MemoryPlan") -> None:
     images = ""
     if image := work["image"]:
         size = f"{image['width']}x{image['height']} pixels and {image['tokens']} tokens"
-        images = f", {work['images']} image(s) of {size} a row among them"
+        images = f", including {work['images']} image(s) of {size} per row"
     checkpointing = "with" if work["gradient_checkpointing"] else "without"
     click.echo(f"workload: {work['batch_size']} rows x {work['length']} tokens{images}; {checkpointing} gradient "
                f"checkpointing; {'bf16 autocast' if work['bf16'] else 'no autocast'}; LoRA of rank "
@@ -126,9 +126,9 @@ def _show_ways(planned: "MemoryPlan") -> None:
         )
     best = planned.best
     if best is None:
-        click.echo("best: none of them fits")
+        click.echo("best: none fits")
     elif best.name == ORDINARY:
-        click.echo("best: an ordinary LoRA on the base fits, so that no emulator is needed (emloc train MODEL)")
+        click.echo("best: an ordinary LoRA on the base fits; no emulator is needed (emloc train MODEL)")
     else:
         click.echo(f"best: {best.name}")
     if planned.warning:

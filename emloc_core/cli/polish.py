@@ -13,22 +13,21 @@ from emloc_core.settings import ExactSettings, PolishSettings
 
 
 @click.command("polish")
-@adapter_on_base("The model that the adapter is used on", "Directory of the result.")
+@adapter_on_base("Model that the adapter is for", "Directory for the polished adapter.")
 @rows
 @options(PolishSettings, TRAIN_FLAGS, skip=["extra"])
 @options(ExactSettings)
 @dry_run
 @as_json
 def command(dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any) -> None:
-    """Take a few exact LoRA steps on the base itself, from ADAPTER, in the memory of a few blocks.
+    """Train ADAPTER for a few exact steps on the base itself, in the memory of a few blocks.
 
-    ADAPTER comes from correct, from train, or from PEFT; it is left as it was. The base is read block by block, twice
-    per step however many rows a step has. When the same command is given again, an interrupted run resumes at its last
-    checkpoint.
+    ADAPTER comes from correct, train or PEFT, and is not changed. The base is read block by block, twice per step, no
+    matter how many rows a step has. Run the same command again to resume an interrupted run at its last checkpoint.
     """
     settings, content = given(PolishSettings, options)
     limits, content = given(ExactSettings, content)
     request = make_request("polish", {**settings, "extra": pairs(extra)}, limits=limits, **content)
-    # PEFT asks transformers by an old name; nothing that a user could fix.
+    # PEFT uses an old name in transformers; users cannot fix that.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     run(request, dry_run=dry_run, to_json=as_json)

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 @click.command("run")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
-              help="Use another value than the recipe's; repeatable.")  # fmt: skip
+              help="Override a value of the recipe; repeatable.")  # fmt: skip
 @dry_run
 @as_json
 def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Run all stages of RECIPE, a TOML file: compress, train, correct, merge, eval.
 
-    A stage is skipped when its output is there and was made from the same inputs; an interrupted one resumes.
+    A stage is skipped if its output exists and was made from the same inputs; an interrupted one resumes.
     """
     from emloc_core.recipe.recipe import load_recipe
     from emloc_core.recipe.run import run_recipe
@@ -39,12 +39,12 @@ def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bo
 
 
 def announce_stage(index: int, total: int, stage: "Stage") -> None:
-    """Say on stderr which stage starts."""
+    """Print on stderr which stage starts."""
     click.secho(f"[{index + 1}/{total}] {stage.purpose}: {stage.request.stage}", bold=True, err=True)
 
 
 def show(results: dict, directory: Path) -> None:
-    """Print the table and what it says."""
+    """Print the table of results and its conclusion."""
     from emloc_core.report import table as report
 
     if "systems" in results:

@@ -1,4 +1,4 @@
-"""What commands have in common: how a stage runs before a person, and what is said of its result."""
+"""Code shared by the commands: running a stage with progress, and printing its result."""
 
 import sys
 from collections import defaultdict
@@ -29,7 +29,7 @@ _DOING = {
 
 
 def run(request: Request, *, dry_run: bool, to_json: bool) -> None:
-    """Run a stage, or say what it would do, and print the result on stdout."""
+    """Run a stage, or print what it would do, with the result on stdout."""
     from emloc_core.stages import finish, prepare
 
     job = prepare(request)
@@ -51,27 +51,27 @@ def run(request: Request, *, dry_run: bool, to_json: bool) -> None:
 
 
 def perform(request: str) -> str:
-    """Run a stage in a process of its own: ``request`` is its JSON, and what a person sees goes to stderr."""
+    """Run a stage in its own process: ``request`` is JSON, and progress goes to stderr."""
     run(request_from_json(request), dry_run=False, to_json=False)
     return "done"
 
 
 def describe(request: str) -> dict[str, Any]:
-    """Return what a stage would do: ``request`` is its JSON."""
+    """Return what a stage would do: ``request`` is JSON."""
     from emloc_core.stages import prepare
 
     return prepare(request_from_json(request)).describe()
 
 
 def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
-    """Say what a stage would do."""
+    """Return lines that say what a stage would do."""
     if stage in ("compress", "cut"):
         yield f"{content['base']}: family {content['family']}, {human_bytes(content['base_bytes'])}"
         ranks = sum(linear["rank"] is not None for linear in content["linears"])
         yield f"emulator: {human_bytes(content['emulator_bytes'])}; {ranks} Linears at these ranks:"
         yield from (f"  {line}" for line in content["summary"])
         if content.get("ranks_by_spectra"):
-            yield "  (uniform ranks; calibration decides how the same number of parameters is shared out)"
+            yield "  (uniform ranks; calibration will distribute the same number of parameters)"
         if "calibration_rows" in content:
             yield (
                 f"rows: {content['calibration_rows']} calibration ({content['calibration_tokens']:,} tokens), "
@@ -94,7 +94,7 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
 
 
 def summary(request: Request, result: Result) -> list[str]:
-    """Say what a person wants to know of a finished stage."""
+    """Return the lines to print for a finished stage."""
     found = result.result
     if request.stage in ("compress", "cut"):
         return [*_errors(found), *_spectra(getattr(request, "keep_spectra", None))]
@@ -104,7 +104,7 @@ def summary(request: Request, result: Result) -> list[str]:
             f"mean loss {found['train_loss']:.4f}, {found['trainable_parameters']:,} trainable parameters"
         ]
         if found["dropped_rows"]:
-            lines.append(f"{found['dropped_rows']} rows dropped: the maximum length leaves nothing of their completion")
+            lines.append(f"{found['dropped_rows']} rows dropped: the maximum length leaves no completion")
         if read := result.timing.get("read_bytes"):
             waited = human_seconds(result.timing["waited_seconds"])
             lines.append(f"{human_bytes(read)} of weights read; the steps waited {waited} for them")
@@ -137,7 +137,7 @@ def _print_scores(request: EvaluateRequest, result: Result) -> None:
 
 
 def _errors(found: Mapping[str, Any]) -> list[str]:
-    """Return the relative errors of a finished emulator, by kind of Linear."""
+    """Return lines with the relative errors of a finished emulator, per kind of Linear."""
     errors: dict[tuple[str, str], list[float]] = defaultdict(list)
     for linear in found["linears"]:
         if linear["relative_error"] is not None:
@@ -157,4 +157,4 @@ def _spectra(directory: Path | None) -> list[str]:
         return []
     timing = read_json(directory / TIMING)
     took = f"{human_seconds(timing['seconds'])}, peak memory {human_bytes(timing['peak_rss_bytes'])}"
-    return [f"spectra, to cut other ratios from: {directory}  ({took})"]
+    return [f"spectra for cutting other ratios: {directory}  ({took})"]

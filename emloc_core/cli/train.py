@@ -16,22 +16,22 @@ from emloc_core.settings import ExactSettings, TrainSettings
 @click.command("train")
 @click.argument("model")
 @rows
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the adapter.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the adapter.")
 @options(TrainSettings, TRAIN_FLAGS, skip=["extra"])
-@click.option("--exact", is_flag=True, help="Read MODEL, an ordinary one, block by block: it need not fit in memory.")
+@click.option("--exact", is_flag=True, help="Read MODEL, an ordinary model, block by block: it need not fit in memory.")
 @options(ExactSettings)
 @dry_run
 @as_json
 def command(dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any) -> None:
-    """Train a LoRA on MODEL, an emulator (or an ordinary model, as the upper bound), with TRL.
+    """Train a LoRA with TRL on MODEL, an emulator (or an ordinary model, as the upper bound).
 
-    Rows that an emulator keeps for calibration and selection are left out by their content. When the same command is
-    given again, an interrupted run resumes at its last checkpoint. For several GPUs:
+    Rows that the emulator was calibrated or selected on are left out, recognised by their content. Run the same command
+    again to resume an interrupted run at its last checkpoint. For several GPUs:
     accelerate launch -m emloc_core train ...
     """
     settings, content = given(TrainSettings, options)
     limits, content = given(ExactSettings, content)
     request = make_request("train", {**settings, "extra": pairs(extra)}, limits=limits, **content)
-    # PEFT asks transformers by an old name; nothing that a user could fix.
+    # PEFT uses an old name in transformers; users cannot fix that.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     run(request, dry_run=dry_run, to_json=as_json)

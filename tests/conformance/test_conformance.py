@@ -332,8 +332,8 @@ def test_the_command_lists_what_fails_and_exits_with_1(emloc):
     assert "FAILED linears: model.layers.0.mlp.down_proj is a Linear that is neither" in out
     assert "or to keep_dense with the reason" in out
     blocked = [check.name for check in checks.EACH[2:]]  # all that need it, in one line
-    assert f"  Could not run, since what they need failed: {', '.join(blocked)}.\n" in out
-    assert out.count("Could not run") == out.count("FAILED") == 1
+    assert f"  Not run, since checks that they depend on failed: {', '.join(blocked)}.\n" in out
+    assert out.count("Not run") == out.count("FAILED") == 1
     assert "12 of 15 checks failed" in err
 
 

@@ -176,7 +176,7 @@ def test_the_time_of_the_spectra_is_shown_beside_that_of_the_cut(tiny_model, row
     (copy / "timing.json").write_text('{"seconds": 5025, "peak_rss_bytes": 7000000}')
     argv = ("compress", tiny_model, "--data", rows_file, "--samples", 12, "--selection", 6, "--keep-spectra", copy)
     result = CliRunner().invoke(cli, [*map(str, argv), "-o", str(tmp_path / "small")], catch_exceptions=False)
-    assert f"other ratios from: {copy}  ({human_seconds(5025)}, peak memory 7 MB)" in result.stdout
+    assert f"spectra for cutting other ratios: {copy}  ({human_seconds(5025)}, peak memory 7 MB)" in result.stdout
 
 
 def test_kept_spectra_serve_the_next_ratio_without_factorising(tiny_model, rows_file, copy, tmp_path, counted):

@@ -1,4 +1,4 @@
-"""``emloc families``: what is installed; its subcommands, one file each, are for authors of plugins."""
+"""``emloc families``: what is installed; its subcommands, one file each, are for plugin authors."""
 
 import rich_click as click
 
@@ -10,7 +10,7 @@ from emloc_core.cli.families import check, new, scaffold
 @as_json
 @click.pass_context
 def command(context: click.Context, as_json: bool) -> None:
-    """List the model families, and the plugins that bring them, broken ones with their error."""
+    """List the model families and the plugins that provide them; broken plugins with their error."""
     if context.invoked_subcommand is not None:
         return
 

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 @click.option("--all", "every", is_flag=True, help="Check every installed family.")
 @as_json
 def command(names: tuple[str, ...], every: bool, as_json: bool) -> None:
-    """Check what families declare, on tiny models of their own.
+    """Check the declarations of families on tiny models.
 
     Paths, input groups, taps, streamed statistics, emulator, LoRA, correction, merge, memory plan and tied weights,
-    with a tiny model for every entry of the family's tiny_configs. Whatever does not hold is listed with what is wrong
-    and how to fix it, and the exit code is 1.
+    with a tiny model for every entry of the family's tiny_configs. Each failure says what is wrong and how to fix it;
+    the exit code is then 1.
     """
     if bool(names) == every:
         raise click.UsageError("Give the NAME of a family, or --all.")
@@ -41,7 +41,7 @@ def command(names: tuple[str, ...], every: bool, as_json: bool) -> None:
     else:
         _show(results)
     if failed:
-        raise EmlocError(f"{len(failed)} of {len(results)} checks failed.", "What each found says how to fix it.")
+        raise EmlocError(f"{len(failed)} of {len(results)} checks failed.", "Each says how to fix it.")
 
 
 def _families(names: tuple[str, ...]) -> "list[Family]":
@@ -69,4 +69,4 @@ def _show(results: "list[CheckResult]") -> None:
             elif result.passed and result.message:
                 click.echo(f"  {result.check}: {result.message}")
         if blocked := [result.check for result in checks if result.blocked]:
-            click.echo(f"  Could not run, since what they need failed: {', '.join(blocked)}.")
+            click.echo(f"  Not run, since checks that they depend on failed: {', '.join(blocked)}.")

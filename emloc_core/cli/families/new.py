@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     "model_types",
     multiple=True,
     metavar="TYPE",
-    help="model_type in the config.json of such models; repeatable; default: that of --from, or NAME.",
+    help="model_type in config.json; repeatable; default: that of --from, or NAME.",
 )
 @click.option(
     "--from",
     "model",
     metavar="CONFIG_OR_MODEL",
-    help="Declare what `emloc families scaffold` finds out about this model; default: the commonest layout.",
+    help="Declare what `emloc families scaffold` finds in this model; default: the most common layout.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to make; default: emloc-NAME.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to create; default: emloc-NAME.")
 @as_json
 def command(name: str, model_types: tuple[str, ...], model: str | None, output: Path | None, as_json: bool) -> None:
     """Write a plugin package that declares the model family NAME.
 
-    It holds the declaration, tests, pyproject.toml and a README. A decoder needs no edit if its blocks are model.layers
-    and hold self_attn.{q,k,v,o}_proj and mlp.{gate,up,down}_proj.
+    The package has the declaration, tests, pyproject.toml and a README. A decoder needs no edits if its blocks are
+    model.layers, with self_attn.{q,k,v,o}_proj and mlp.{gate,up,down}_proj.
     """
     from emloc_core.scaffold.package import write_plugin
 
@@ -50,7 +50,7 @@ def command(name: str, model_types: tuple[str, ...], model: str | None, output: 
         return
     for path in written:
         click.echo(directory / path)
-    click.echo(f"\nRead {directory / f'emloc_{name}' / '__init__.py'}, and change what is laid out otherwise.")
+    click.echo(f"\nRead {directory / f'emloc_{name}' / '__init__.py'}, and change what differs in your model.")
     for note in notes:
         click.echo(f"  {note}")
     click.echo("Then:")

@@ -11,18 +11,18 @@ from emloc_core.errors import EmlocError
 
 @click.command("scaffold")
 @click.argument("model", metavar="CONFIG_OR_MODEL")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the module there.")
-@click.option("--check", is_flag=True, help="Run the conformance kit on the draft, and add what it finds wrong.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="File to write the module to.")
+@click.option("--check", is_flag=True, help="Run the conformance kit on the draft, and add its findings.")
 @as_json
 def command(model: str, output: Path | None, check: bool, as_json: bool) -> None:
-    """Draft the declaration of an architecture that no family declares yet.
+    """Draft a declaration for an architecture that no family declares yet.
 
-    CONFIG_OR_MODEL is a config.json, a directory, or a hub id, of which nothing but the config is fetched. Blocks and
-    Linears are found in the model without weights; which Linears read the same input is observed in a forward of a tiny
-    model of the same architecture. Comments above the declaration name what a person has to check or edit.
+    CONFIG_OR_MODEL is a config.json, a directory, or a hub id, from which only the config is downloaded. Blocks and
+    Linears are found in the model without weights; which Linears read the same input is observed in the forward pass of
+    a tiny model of the same architecture. Comments above the declaration list what to check or edit.
     """
     if output is not None and output.exists():
-        raise EmlocError(f"{output} exists already.", "Choose another file, or remove this one.")
+        raise EmlocError(f"{output} already exists.", "Choose another file, or remove this one.", code="exists")
 
     from emloc_core.files.checkpoint import find_config
 
@@ -54,6 +54,6 @@ def _write(file: Path, source: str) -> None:
         part.write_text(source, encoding="utf-8")
         part.replace(file)
     except OSError as error:
-        with suppress(OSError):  # there may be no such directory
+        with suppress(OSError):  # the directory may not exist
             part.unlink()
         raise EmlocError(f"{file} cannot be written: {error.strerror}.", "Choose another file.") from error

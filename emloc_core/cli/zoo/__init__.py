@@ -1,4 +1,4 @@
-"""``emloc zoo``: many models in one go; its subcommands are one file each."""
+"""``emloc zoo``: many models at once; its subcommands are one file each."""
 
 import rich_click as click
 
@@ -7,10 +7,10 @@ from emloc_core.cli.zoo import convert, list, plan, report, show, status
 
 @click.group("zoo")
 def command() -> None:
-    """Convert many models, on this machine or a cluster, and lose nothing.
+    """Convert many models, on this machine or a cluster, without losing work.
 
-    list, show and plan say what the registry knows; convert makes the emulators, and more where there are rows to tune
-    on; status says how far it is, and report what came of it.
+    list, show and plan show what the registry knows; convert makes the emulators and, given rows, tunes and evaluates;
+    status shows progress, and report the results.
     """
 
 

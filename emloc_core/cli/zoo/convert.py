@@ -28,25 +28,26 @@ _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 @click.command("convert")
 @click.argument("sources", nargs=-1, required=True)
-@click.option("-o", "--output", "zoo", type=click.Path(path_type=Path), required=True, help="Directory of the zoo.")
-@click.option("--data", help="Rows to calibrate on, for every job without rows of its own: a file, or a hub data set.")
-@click.option("--split", default="train", show_default=True, help="Of a hub data set.")
-@click.option("--preset", help="Of entries of the registry.  [default: default]")
+@click.option("-o", "--output", "zoo", type=click.Path(path_type=Path), required=True, help="Directory for the zoo.")
+@click.option("--data", help="Rows to calibrate on, for jobs without their own: a file, or a hub dataset.")
+@click.option("--split", default="train", show_default=True, help="Split of a hub dataset.")
+@click.option("--preset", help="Preset of registry entries.  [default: default]")
 @click.option("--registry", multiple=True, type=click.Path(path_type=Path), help="More entries: a file or a directory.")
-@click.option("--merge", is_flag=True, help="Fold the LoRA of every trained job into its base.")
+@click.option("--merge", is_flag=True, help="Merge the LoRA of every trained job into its base.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
-              help="Where jobs run: side by side here, or on a Ray cluster.")  # fmt: skip
-@click.option("--address", metavar="HOST:PORT", help="Of a Ray cluster; also ray://HOST:PORT, or auto for the one that "
-              "this machine is in.  [default: start one here]")  # fmt: skip
-@click.option("--storage", metavar="URL", help="Where the nodes of a cluster share inputs and outputs, if not in the "
-              "zoo on a disk of all of them: s3://bucket/zoo, say.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(1), help="At most so many jobs at a time.  [default: the processors]")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each job.")
-@click.option("--memory", metavar="SIZE", help="For all jobs that run at a time.  [default: the machine's]")
-@click.option("--disk", metavar="SIZE", help="For all outputs together.  [default: what is free]")
-@click.option("--time-limit", metavar="TIME", help="For an attempt at a job: 90, 30min, 2h.")
-@click.option("--retries", type=click.IntRange(0), default=2, show_default=True, help="Tries after a job's first.")
-@click.option("--offline", is_flag=True, help="Never fetch anything from the hub.")
+              help="Where jobs run: in parallel on this machine, or on a Ray cluster.")  # fmt: skip
+@click.option("--address", metavar="HOST:PORT", help="Address of a Ray cluster; also ray://HOST:PORT, or auto for this "
+              "machine's cluster.  [default: start one here]")  # fmt: skip
+@click.option("--storage", metavar="URL", help="Where the nodes of a cluster share inputs and outputs, such as "
+              "s3://bucket/zoo, unless the zoo is on a shared disk.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1), help="Most jobs at a time.  [default: number of processors]")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per job.")
+@click.option("--memory", metavar="SIZE", help="Memory for all running jobs together.  [default: the machine's]")
+@click.option("--disk", metavar="SIZE", help="Disk space for all outputs together.  [default: what is free]")
+@click.option("--time-limit", metavar="TIME", help="Time limit per attempt at a job: 90, 30min, 2h.")
+@click.option("--retries", type=click.IntRange(0), default=2, show_default=True,
+              help="More attempts at a job that fails.")  # fmt: skip
+@click.option("--offline", is_flag=True, help="Never download anything from the hub.")
 @options(CompressSettings)
 @dry_run
 @as_json
@@ -63,13 +64,13 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Make the emulators of many models; SOURCES are ids or globs of the registry, directories, or files of jobs.
+    """Make emulators of many models; SOURCES are registry ids or globs, directories, or files of jobs.
 
-    A directory is a model, or holds models. A file of jobs is TOML, a [[job]] each: model, data, ratio, and the
-    sections of a recipe. A job with rows of its own goes on with training, correction and evaluation.
+    A directory is a model, or contains models. A file of jobs is TOML with one [[job]] per model: model, data, ratio,
+    and the sections of a recipe. A job with its own rows continues with training, correction and evaluation.
 
-    One job's failure never stops the others. Whatever stops the command, the same command goes on where it was; what
-    has failed is tried again, and what is done is never done twice. The exit code is 1 if a job failed.
+    A failed job never stops the others. Run the same command again to resume after an interruption: failed jobs are
+    retried, and finished ones are not repeated. The exit code is 1 if a job failed.
     """
     from emloc_core.zoo.jobs.sources import Defaults, resolve
     from emloc_core.zoo.retry import Limits
@@ -101,7 +102,7 @@ def command(
 
 
 def _said(given: dict[str, Any]) -> dict[str, Any]:
-    """Take the settings of stage 1 out of all options; return those that the user gave."""
+    """Remove the settings of stage 1 from the options; return those that the user gave."""
     settings = {name: given.pop(name) for name in CompressSettings.model_fields}
     validated(CompressSettings, settings)
     context = click.get_current_context()
@@ -128,13 +129,13 @@ def _convert(jobs: "list[Job]", zoo: Path, make_engine: "Callable[[int], Engine]
         more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
         raise EmlocError(
             f"{len(failed)} of {len(records)} jobs failed. {names}{more}",
-            f"`emloc zoo status {zoo}` shows all; the same command tries them again.",
+            f"`emloc zoo status {zoo}` shows all; the same command retries them.",
         )
 
 
 @contextmanager
 def _told() -> Iterator[Callable[[str, str, str], None]]:
-    """Show on stderr what becomes of jobs: a line for each that runs on a terminal, a line an event elsewhere."""
+    """Show progress on stderr: one line per running job on a terminal, one line per event elsewhere."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -162,7 +163,7 @@ def _describe(jobs: "list[Job]", zoo: Path, disk: int | None, memory: int | None
 
     with progress("Planning") as advance:
         previews = preview(jobs, zoo, advance)
-    # What another job or an earlier run answers for is not tried.
+    # Duplicates and finished jobs are not tried.
     refused = {each.name: _refused(job, each.needs, memory)
                for job, each in zip(jobs, previews, strict=True) if each.state == "to do"}  # fmt: skip
     refused = {name: reason for name, reason in refused.items() if reason}
@@ -184,7 +185,7 @@ def _describe(jobs: "list[Job]", zoo: Path, disk: int | None, memory: int | None
             reasons = "; ".join(filter(None, (needs.reason, refused.get(each.name))))
             reason = f" ({reasons})" if reasons else ""
             click.echo(f"{number:>3}. {each.name:<{width}}  {each.state:<6}  {', '.join(sizes)}{reason}")
-        click.echo(f"time of all, one after the other: {'unknown' if total is None else human_seconds(total)}")
+        click.echo(f"time for all, one after another: {'unknown' if total is None else human_seconds(total)}")
     needed, room = require_room(previews, zoo, disk)
     if not as_json:
         click.echo(f"disk: {human_bytes(needed)} of {human_bytes(room)}")
@@ -193,26 +194,26 @@ def _describe(jobs: "list[Job]", zoo: Path, disk: int | None, memory: int | None
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise EmlocError(
             f"{len(refused)} of {len(previews)} jobs would fail. {named}{more}.",
-            "Give --data for those without rows, --memory where there is more, or leave them out.",
+            "Give --data for those without rows, more --memory if there is more, or leave them out.",
         )
 
 
 def _refused(job: "Job", needs: "Needs", memory: int | None) -> str:
-    """Say why a job cannot be done; nothing where it can."""
+    """Return why a job cannot run, or an empty string if it can."""
     if job.data is None:
         return "no rows to calibrate on"
     if memory is not None and needs.memory is not None and needs.memory > memory:
-        return f"it needs more memory than the {human_bytes(memory)} there are"
+        return f"it needs more than the {human_bytes(memory)} of memory"
     return ""
 
 
 def parse_seconds(text: str) -> float:
-    """Return a time in seconds: ``90``, ``90s``, ``30min``, ``2h``, ``1.5d``.
+    """Parse a time, such as ``90``, ``90s``, ``30min``, ``2h`` or ``1.5d``; return seconds.
 
     Raises:
-        EmlocError: it is no time, or none at all.
+        EmlocError: it is not a time, or is zero.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS or float(match[1]) == 0:
-        raise EmlocError(f"{text!r} is no time.", "Write 90, 30min or 2h.")
+        raise EmlocError(f"{text!r} is not a time.", "Write 90, 30min or 2h.")
     return float(match[1]) * _UNITS[match[2]]

@@ -1,4 +1,4 @@
-"""What the commands over the registry share: where more entries are, and tables."""
+"""Shared by the registry's commands: the option for more entries, and tables."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,12 +8,12 @@ import rich_click as click
 
 more_entries = click.option(
     "--registry", type=click.Path(path_type=Path), multiple=True, metavar="PATH",
-    help="An entry of your own, or a directory of entries, besides the registry's; more than once for more.",
+    help="An entry of your own, or a directory of entries, besides the registry's; repeatable.",
 )  # fmt: skip
 
 
 def print_table(columns: Mapping[str, Literal["left", "right"]], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout: headings with the side on which their column stands, and the cells as they are."""
+    """Print a table on stdout: headings with the alignment of their column, and cells as they are."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -23,7 +23,7 @@ def print_table(columns: Mapping[str, Literal["left", "right"]], rows: Sequence[
     for name, side in columns.items():
         shown.add_column(name, justify=side, overflow="fold")
     for row in rows:
-        shown.add_row(*map(Text, row))  # an id in brackets is no markup
+        shown.add_row(*map(Text, row))  # an id in brackets is not markup
     console = Console()
     # rich would fold the table to 80 columns in a file or a pipe
     (console if console.is_terminal else Console(width=200)).print(shown)

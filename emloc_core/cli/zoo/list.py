@@ -13,9 +13,9 @@ from emloc_core.cli.zoo.entries import more_entries, print_table
 @more_entries
 @as_json
 def command(pattern: str, registry: tuple[Path, ...], as_json: bool) -> None:
-    """List the models of the registry, those that plugins bring included.
+    """List the models of the registry, including those from plugins.
 
-    PATTERN is an id, its part behind the organisation, or a glob of either, in quotes: 'model-*'.
+    PATTERN is an id with or without its organisation, or a quoted glob: 'model-*'.
     """
     from emloc_core.registry.registry import find, load_entries
 

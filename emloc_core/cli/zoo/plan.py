@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.argument("pattern", default="*")
-@click.option("--memory", metavar="SIZE", help="What tuning may use, such as 24GiB or 24GB; by default, what inference "
-              "on each model needs.")  # fmt: skip
-@click.option("--preset", default="default", show_default=True, help="Of every entry: its LoRA, batch and length.")
-@click.option("--batch-size", type=click.IntRange(1), help="Rows.  [default: the preset's]")
-@click.option("--length", type=click.IntRange(1), help="Tokens a row, those of images included.  "
+@click.option("--memory", metavar="SIZE", help="Memory for tuning, such as 24GiB or 24GB.  [default: what inference on "
+              "each model needs]")  # fmt: skip
+@click.option("--preset", default="default", show_default=True,
+              help="Preset of the entries: LoRA, batch size and length.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), help="Rows per step.  [default: the preset's]")
+@click.option("--length", type=click.IntRange(1), help="Tokens per row, including those of images.  "
               "[default: the preset's]")  # fmt: skip
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
-              help="Whose memory: a GPU's, or a process's.")  # fmt: skip
+              help="Which memory to plan: a GPU's, or the process's.")  # fmt: skip
 @more_entries
 @as_json
 def command(
@@ -35,10 +36,10 @@ def command(
     registry: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Say what models of the registry need, and the largest ratio at which tuning the emulator fits.
+    """Show the memory that registry models need, and the largest ratio at which tuning the emulator fits.
 
-    For each: inference on the base, a LoRA on the base, and a LoRA on its emulator (EMLoC). Seconds a model, without
-    network and weights; `emloc plan ID` says more about one. PATTERN is as of `emloc zoo list`.
+    For each model: inference on the base, a LoRA on the base, and a LoRA on its emulator (EMLoC). Takes seconds per
+    model, without network or weights; `emloc plan ID` shows more about one. PATTERN is as for `emloc zoo list`.
     """
     budget = parse_bytes(memory) if memory is not None else None
 
@@ -53,7 +54,7 @@ def command(
             advance(entry.id, number, len(entries))
             try:
                 found = fit(entry, budget, preset=preset, batch_size=batch_size, length=length, device=device)
-            except EmlocError as error:  # the others are planned all the same
+            except EmlocError as error:  # the others are still planned
                 found = EntryFit(entry.id, entry.family, error=str(error))
             planned.append(found)
         advance("", len(entries), len(entries))
@@ -78,7 +79,7 @@ def _show(planned: "list[EntryFit]", memory: str | None) -> None:
     if any(each.ratio is None and not each.error for each in planned):
         click.echo("-: no emulator's tuning fits; `emloc plan ID --memory SIZE` says what would.")
     if any(_fits_itself(each) for each in planned):
-        click.echo("*: a LoRA on the model itself fits too, and no emulator is needed.")
+        click.echo("*: a LoRA on the model itself fits too; no emulator is needed.")
 
 
 def _row(planned: "EntryFit") -> list[str]:

@@ -1,4 +1,4 @@
-"""What the commands of the zoo say of jobs."""
+"""How the zoo's commands print jobs."""
 
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def line(record: "JobRecord") -> str:
-    """Return what there is to say of a job behind its state."""
+    """Return the details to print after a job's state."""
     if record.state == "duplicate":
         return f"the same as {record.duplicate_of}"
     if not record.attempts:
@@ -25,7 +25,7 @@ def line(record: "JobRecord") -> str:
 
 
 def totals(records: "list[JobRecord]") -> str:
-    """Return how many jobs there are in each state."""
+    """Return the number of jobs in each state."""
     if not records:
         return "no jobs yet"  # they are planned first
     counts = Counter(record.state for record in records)

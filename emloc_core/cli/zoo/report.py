@@ -10,13 +10,14 @@ from emloc_core.cli.console import as_json, print_json
 @click.command("report")
 @click.argument("zoo", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIRECTORY",
-              help="Where the three files go.  [default: the zoo]")  # fmt: skip
+              help="Directory for the three files.  [default: the zoo]")  # fmt: skip
 @as_json
 def command(zoo: Path, output: Path | None, as_json: bool) -> None:
     """Write a report on ZOO: report.html, report.json and report.md.
 
-    Every model with its sizes, the error of every layer, memory, time and scores; what failed, why, and the end of its
-    log. The page is one file that asks for no other. It can be written at any time, also while jobs run.
+    It lists every model with its sizes, the error of every layer, memory, time and scores, and every failure with its
+    cause and the end of its log. The page is a single self-contained file. A report can be written at any time, even
+    while jobs run.
     """
     from emloc_core.zoo.report.page import DATA, PAGE, TEXT, write_report
 

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 @more_entries
 @as_json
 def command(model: str, registry: tuple[Path, ...], as_json: bool) -> None:
-    """Show all that the registry says of one model, and where each figure was published."""
+    """Show everything the registry knows about one model, and where each figure was published."""
     from emloc_core.errors import EmlocError
     from emloc_core.registry.registry import find, load_entries
 
     entry, *others = find(model, load_entries(registry))
     if others:
         known = ", ".join(each.id for each in (entry, *others))
-        raise EmlocError(f"{model!r} is more than one model: {known}.", "Name one; `emloc zoo list` lists several.")
+        raise EmlocError(f"{model!r} matches several models: {known}.", "Name one; `emloc zoo list` lists several.")
     if as_json:
         print_json({**entry.model_dump(), "file": str(entry.file), "fingerprint": entry.fingerprint})
         return
@@ -56,7 +56,7 @@ def _facts(entry: "Entry") -> list[tuple[str, Any]]:
 
 
 def _config(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return the config in lines, one for its own fields and one for each part of it."""
+    """Return the config as lines: one for its own fields and one for each nested config."""
     own = {key: value for key, value in config.items() if not isinstance(value, dict)}
     facts = [(prefix or "config", ", ".join(f"{key} {_shown(value)}" for key, value in own.items()))]
     for key, value in config.items():
