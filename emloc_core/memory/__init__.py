@@ -1,1 +1,1 @@
-"""What every stage needs, from the config alone."""
+"""Memory of each stage, computed from the config alone."""

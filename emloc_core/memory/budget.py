@@ -1,4 +1,4 @@
-"""How large an emulator may be: the largest ratio whose tuning fits a budget of memory, or what would fit instead."""
+"""Finds the largest ratio whose tuning fits a memory budget, or what would fit instead."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 #: Ratios are searched in hundredths.
 LARGEST = 0.99
-#: Bytes of a parameter in 4 bits with a scale in fp32 for every 64 (NF4; Dettmers et al., 2023, without double
+#: Bytes per parameter in 4 bits with one fp32 scale per 64 parameters (NF4; Dettmers et al., 2023, without double
 #: quantisation).
 _NF4 = (4 + 32 / 64) / 8
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The emulator that was chosen.
+    """The chosen emulator.
 
     Attributes:
-        ratio: the largest that fits, in hundredths.
-        need: what tuning it needs.
+        ratio: the largest that fits, a multiple of 0.01.
+        need: the memory for tuning it.
     """
 
     ratio: float
@@ -34,13 +34,13 @@ class Fit:
 
 
 def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
-    """Return the largest ratio of hundredths whose tuning fits ``budget`` bytes; None where not even 0.01 does.
+    """Return the largest multiple of 0.01 whose tuning fits ``budget`` bytes, or None if not even 0.01 fits.
 
-    What tuning needs grows with the ratio, mostly by the weights, which are counted at once. So the first guess is
-    near, and few steps are traced.
+    The memory for tuning grows with the ratio, mostly by the weights, which are counted without tracing. So the first
+    guess is close, and few steps are traced.
 
     Args:
-        model: whose emulator it is.
+        model: the base model's memory.
         budget: bytes.
     """
 
@@ -64,10 +64,10 @@ def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
 
 
 def require_fit(model: "MemoryModel", budget: int) -> Fit:
-    """Return what :func:`largest_ratio` finds.
+    """Return the result of :func:`largest_ratio`.
 
     Raises:
-        EmlocError: nothing fits; the message says what would.
+        EmlocError: nothing fits; the message says what would fit.
     """
     fit = largest_ratio(model, budget)
     if fit is None:
@@ -76,10 +76,10 @@ def require_fit(model: "MemoryModel", budget: int) -> Fit:
 
 
 def fitted(request: CompressRequest) -> CompressRequest:
-    """Return the request with the ratio that its memory asks for, for the longest of its rows on a GPU.
+    """Return the request with the ratio that fits its memory, for its longest row on a GPU.
 
     Raises:
-        EmlocError: no emulator's tuning fits, and what would; or the model cannot be planned.
+        EmlocError: no emulator's tuning fits (the message says what would fit), or the model cannot be planned.
     """
     if request.memory is None:
         return request
@@ -102,18 +102,18 @@ def fitted(request: CompressRequest) -> CompressRequest:
 
 
 def no_fit(budget: int, advised: Iterable[str]) -> EmlocError:
-    """Return the error of a budget that no emulator's tuning fits."""
-    return EmlocError(f"No emulator's tuning fits {human_bytes(budget)}: {'; '.join(advised)}.")
+    """Return the error for a budget that no emulator's tuning fits."""
+    return EmlocError(f"No emulator's tuning fits {human_bytes(budget)}: {'; '.join(advised)}.", code="memory")
 
 
 def nf4_saving(model: "MemoryModel") -> int:
-    """Return the bytes that the base's Linears save in 4 bits (NF4)."""
+    """Return the bytes saved by quantising the base's Linears to 4 bits (NF4)."""
     linears = model.plan(LARGEST).parameters()[0]
     return int(linears * (model.dtype.itemsize - _NF4))
 
 
 def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
-    """Say what would fit where no emulator does: each line has been computed, not guessed."""
+    """Yield lines that say what would fit when no emulator does; each is computed, not guessed."""
     workload = model.workload
     smallest = model.tuning(model.plan(0.01)).total
     yield f"tuning the smallest emulator (ratio 0.01) needs {human_bytes(smallest)}"
@@ -127,7 +127,7 @@ def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
             found = True
             yield f"{batch} x {length} tokens fits with ratio {fit.ratio:g} ({human_bytes(fit.need.total)})"
     if not found:
-        yield f"no batch and no length fits: even 1 x {length} tokens needs more"
+        yield f"no batch size or length fits: even 1 x {length} tokens needs more"
     base = model.with_workload(replace(workload, batch_size=1, length=length)).tuning()
     needed = base.total - nf4_saving(model)
     verdict = "fits" if needed <= budget else "does not fit"

@@ -1,7 +1,7 @@
-"""Tensors that have shapes and no contents, and what models of transformers need to run on them.
+"""Fake tensors, which have shapes but no contents, and what transformers' models need to run on them.
 
-torch's ``FakeTensorMode`` runs every operation for its shapes alone. Where a model asks for a value (how many patches
-an image has, where its tokens are in a row), or a kernel refuses such tensors, this module knows a way.
+torch's ``FakeTensorMode`` runs operations for their shapes only. This module handles models that need a value (the
+number of an image's patches, the positions of its tokens in a row), and kernels that refuse fake tensors.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,22 +25,22 @@ from emloc_core.model.image_shape import ImageShape
 def fake_inputs(
     rows: int, length: int, padded: bool, images: int = 0, image: ImageShape | None = None, image_token: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Return what a collator would give: token ids, a mask where rows are padded, pixels where there are images.
+    """Return a collator's output: token ids, a mask if rows are padded, and pixels if there are images.
 
     Args:
-        rows: of the batch.
-        length: tokens a row.
-        padded: whether rows are of unlike length, so that attention needs a mask.
-        images: images a row.
-        image: the shape of each.
-        image_token: the id of the tokens that images become.
+        rows: rows per batch.
+        length: tokens per row.
+        padded: whether rows differ in length, so that attention needs a mask.
+        images: images per row.
+        image: the shape of each image.
+        image_token: the id of image tokens.
     """
     ids = torch.zeros(rows, length, dtype=torch.int64)
     inputs = {"attention_mask": torch.ones_like(ids)} if padded else {}
     if image is not None:
         first, *rest = image.pixels
         inputs["pixel_values"] = torch.zeros(rows * images * first, *rest)
-        if image.grid:  # such models look up where the images are
+        if image.grid:  # such models look up the images' positions
             ids = ((torch.arange(length) < images * image.tokens).long() * image_token).repeat(rows, 1)
             inputs["image_grid_thw"] = torch.tensor([image.grid]).repeat(rows * images, 1)
             inputs["position_ids"] = torch.zeros(3, rows, length, dtype=torch.int64)  # in time, height and width
@@ -48,10 +48,10 @@ def fake_inputs(
 
 
 class _WholeNumbers(FakeTensorMode):
-    """Tensors without contents, but whole numbers that are counted, or computed from such, have theirs.
+    """Fake tensors, except that integers from ``arange``, or computed from known integers, have their contents.
 
-    For models that ask of an image's grid how many patches it has, or where its tokens are in a row. What needs much
-    memory, such as a mask of all pairs of tokens, has no contents either.
+    For models that read the number of patches from an image's grid, or the positions of its tokens in a row. Large
+    tensors, such as a mask of all pairs of tokens, are fake too.
     """
 
     _LARGEST = 1 << 22  # elements
@@ -79,7 +79,7 @@ def _is_known(tensor: torch.Tensor) -> bool:
 
 
 def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Return indices with the numbers of the elements that a known mask picks in its place."""
+    """Return indices with every known mask replaced by the indices of its elements."""
     found: list[torch.Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool and _is_known(index):
@@ -90,9 +90,9 @@ def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor 
 
 
 def _experts(tokens: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
-    """Stand for transformers' product of every expert with its own tokens: as large a result, as much kept of it.
+    """Replace transformers' product of each expert with its tokens: same result size, same tensors saved.
 
-    The kernel itself does not take fake tensors in fp32, though it takes real ones.
+    The kernel takes real tensors in fp32, but not fake ones.
     """
     with torch.autocast("cpu", enabled=False):
         return tokens.to(weight.dtype) @ weight[0]
@@ -100,8 +100,8 @@ def _experts(tokens: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> 
 
 @contextmanager
 def fake(inputs: Mapping[str, Any]) -> Iterator[FakeTensorMode]:
-    """Make tensors without contents of all that are made in the context; ``inputs`` as of :func:`fake_inputs`."""
-    # Models check that there are as many image tokens as image features: there is nothing to check in fake ones.
+    """Make all tensors created in the context fake; ``inputs`` as for :func:`fake_inputs`."""
+    # Models check that there are as many image tokens as image features, which fake tensors cannot tell.
     unchecked = mock.patch("torch._check_tensor_all_with", return_value=None)
     experts = mock.patch("transformers.integrations.moe._grouped_mm", _experts)
     image = inputs.get("image")
@@ -112,7 +112,7 @@ def fake(inputs: Mapping[str, Any]) -> Iterator[FakeTensorMode]:
 
 @contextmanager
 def fused_tiles(fused: bool) -> Iterator[None]:
-    """On a GPU a Triton kernel folds each tile of logits in place: there the tile itself is all that is allocated."""
+    """Allocate only the tile of logits itself: on a GPU, a Triton kernel reduces each tile in place."""
     if not fused:
         yield
         return
@@ -130,11 +130,11 @@ def fused_tiles(fused: bool) -> Iterator[None]:
 
 
 def without_contents(model: nn.Module, mode: FakeTensorMode) -> list[nn.Parameter]:
-    """Put fake tensors in the place of all parameters and buffers; return the parameters, each once."""
+    """Replace all parameters and buffers with fake tensors; return the parameters, each once."""
     made: dict[int, nn.Parameter] = {}
     modules: Iterable[Any] = model.modules()
     for module in modules:
-        if getattr(module, "rope_type", None) == "dynamic":  # asks whether a row is longer than the model's length
+        if getattr(module, "rope_type", None) == "dynamic":  # depends on the length of the row
             module.rope_type = "default"
         for name, parameter in module._parameters.items():
             if parameter is not None:

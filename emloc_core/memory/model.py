@@ -1,8 +1,8 @@
-"""What every stage needs, in bytes, from the config alone: no weights, no network. ``docs/memory.md`` has the terms.
+"""Memory of each stage, in bytes, from the config alone: no weights, no network. See ``docs/memory.md``.
 
-Weights, LoRA, gradients, optimiser states and the cache of keys and values are counted exactly. Activations and logits
-are those of the real step, followed storage by storage (:mod:`emloc_core.memory.tracing`). The blocks of a tower are
-alike, so few of them are traced, at two depths, and the peak of every phase is extended linearly to all of them.
+Weights, LoRA, gradients, optimiser states and the KV cache are counted exactly. Activations and logits are those of
+the real step, traced storage by storage (:mod:`emloc_core.memory.tracing`). The blocks of a tower are alike, so only a
+few are traced, at two depths, and the peak of each phase is extrapolated linearly.
 """
 
 import copy
@@ -34,31 +34,30 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning.trl import lora_config
 
-#: Python with torch, transformers, PEFT and TRL imported, in bytes: measured on Linux; on a GPU it is not the card's.
+#: Bytes of Python with torch, transformers, PEFT and TRL imported, measured on Linux; not on the GPU.
 IMPORTS = {"cuda": 0, "cpu": 500_000_000}
-#: What torch takes besides tensors, in bytes, in inference and in tuning. cuda: the driver's context, kernels, the
-#: workspace of cuBLAS: a usual figure, not measured here. cpu: pages of kernels' code, threads, the trainer: measured
-#: with a tiny model.
+#: Bytes that torch takes besides tensors, in inference and in tuning. cuda: the driver's context, kernels and cuBLAS
+#: workspace; a typical figure, not measured. cpu: kernel code, threads and the trainer, measured with a tiny model.
 RUNTIME = {"cuda": (600 << 20, 600 << 20), "cpu": (30_000_000, 90_000_000)}
-#: Terms in the order in which they are shown.
+#: Terms, in display order.
 TERMS = ("weights", "adapter", "gradients", "optimiser", "kv_cache", "activations", "logits", "statistics", "overhead")
-#: Fields without which transformers would assume another model's size.
+#: Fields for which transformers would assume another model's size if they were missing.
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-#: So many blocks have a first one, a last one and one between.
+#: Enough blocks for a first, a last and one between.
 _TRACED = 3
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is run: the batch, and how it is trained on.
+    """The batch, and how it is trained on.
 
     Attributes:
-        batch_size: rows.
-        length: tokens a row, image tokens included.
-        images: images a row; where the vision tower takes one size, tiles of that size.
-        image_size: height and width of an image in pixels; None: see :func:`emloc_core.model.image_shape.image_shape`.
-        train: the settings of stage 2; its batch size and maximum length do not count.
-        device: whose memory: ``cuda`` or ``cpu``. TRL's loss needs less on the former.
+        batch_size: rows per batch.
+        length: tokens per row, including image tokens.
+        images: images per row; if the vision tower takes one size only, tiles of that size.
+        image_size: height and width of images in pixels; None: see :func:`emloc_core.model.image_shape.image_shape`.
+        train: the settings of stage 2; its batch size and maximum length are ignored.
+        device: ``cuda`` or ``cpu``. TRL's loss needs less memory on ``cuda``.
     """
 
     batch_size: int
@@ -71,12 +70,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage needs.
+    """Memory of a stage.
 
     Attributes:
         stage: its name.
-        terms: bytes by term, at the moment when the sum is the largest.
-        phase: what is run at that moment.
+        terms: bytes by term, at the peak of the sum.
+        phase: what runs at the peak.
     """
 
     stage: str
@@ -85,7 +84,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """The sum of all terms, in bytes."""
+        """Sum of all terms, in bytes."""
         return sum(self.terms.values())
 
 
@@ -94,7 +93,7 @@ class MemoryModel:
 
     Args:
         config_file: the model's ``config.json``.
-        workload: what is run.
+        workload: the batch, and how it is trained on.
 
     Raises:
         EmlocError: the config lacks a field, or no family declares it.
@@ -104,7 +103,8 @@ class MemoryModel:
         self.config_file, self.workload = config_file, workload
         raw = read_config_json(config_file)
         if raw.get("quantization_config"):
-            raise EmlocError(f"The model of {config_file} is quantised or an emulator.", "Give the original model.")
+            raise EmlocError(f"The model of {config_file} is quantised or an emulator.", "Give the original model.",
+                             code="unsupported")  # fmt: skip
         self.family: Family = plugin_manager().family_for(raw)
         self.config = load_config(config_file)
         _require_sizes(config_file, raw, self.config)
@@ -122,34 +122,36 @@ class MemoryModel:
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype | None = self.config.dtype or self.config.get_text_config().dtype
         if dtype is None:
-            raise EmlocError(f"{self.config_file} has no dtype.", 'Say what the weights are: "dtype": "bfloat16".')
+            raise EmlocError(
+                f"{self.config_file} has no dtype.", 'Add the dtype of the weights, such as "dtype": "bfloat16".'
+            )
         return dtype
 
     def _build(self) -> PreTrainedModel:
         try:
             return build_model(self.config, self.family, self.dtype)
-        except Exception as error:  # whatever the model's own code raises on values that it was not made for
+        except Exception as error:  # the model's own code may raise anything on bad values
             raise EmlocError(
                 f"transformers cannot build the model of {self.config_file} ({typed_line(error)}).",
                 "Check the values in the file.",
             ) from error
 
     def plan(self, ratio: float) -> Plan:
-        """Return the ranks of the emulator at a ratio. Towers that no row reaches stay dense, as in stage 1."""
+        """Return the emulator's ranks at a ratio. Towers that no row reaches stay dense, as in stage 1."""
         plan = allocated(self.linears, ratio, uniform)
         idle = [linear.path for linear in plan.linears if linear.path.startswith(self._idle_towers)]
         return plan.dense(idle, UNREACHED) if idle else plan
 
     @cached_property
     def _idle_towers(self) -> tuple[str, ...]:
-        """Prefixes of the paths in towers that no row of the workload reaches: those for images, with text alone."""
+        """Path prefixes of towers that no row reaches: vision towers, if the workload is text only."""
         if len(self.towers) == 1 or self.workload.images:
             return ()
         phases = self._follow(self._trace_inference, dict.fromkeys(self.towers, 1))
         return tuple(f"{path}." for path, tower in self.towers.items() if f"{tower} forward" not in phases)
 
     def parameters(self, plan: Plan | None = None) -> int:
-        """Return how many parameters the base has, or the emulator of a plan; tied ones once."""
+        """Return the number of parameters of the base, or of a plan's emulator; tied ones count once."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         if plan is None:
             return total
@@ -161,7 +163,7 @@ class MemoryModel:
         return self.parameters(self.plan(ratio)) * self.dtype.itemsize
 
     def adapter_parameters(self) -> int:
-        """Return how many parameters the LoRA has: ``r (m + n)`` for each Linear that it is put on."""
+        """Return the number of LoRA parameters: ``r (m + n)`` for each Linear with a LoRA."""
         rank = self.workload.train.lora_rank
         return sum(
             rank * (module.in_features + module.out_features)
@@ -174,18 +176,18 @@ class MemoryModel:
         return MemoryModel(self.config_file, workload)
 
     def least_length(self) -> int:
-        """Return how many tokens a row has at least: those of its images, and one."""
+        """Return the fewest tokens that a row can have: those of its images, and one."""
         return self.workload.images * self.image.tokens + 1 if self.image else 1
 
     def inference(self) -> Need:
-        """Return what the base needs to read a prompt of the workload's size and write the first token."""
+        """Return what the base needs to read a prompt of the workload's size and generate the first token."""
         return self._need("inference on the base", self._extend(self._trace_inference, None))
 
     def _trace_inference(self, depths: Mapping[str, int]) -> Phases:
         return trace_inference(self._cut(depths), self.towers, self._inputs, self._apart)
 
     def tuning(self, plan: Plan | None = None) -> Need:
-        """Return what a LoRA on the base needs, or on the emulator of a plan. The same ranks are traced once."""
+        """Return what a LoRA needs on the base, or on a plan's emulator. Equal ranks are traced once."""
         ranks = None if plan is None else frozenset(plan.ranks.items())
         if ranks not in self._known:
             self._known[ranks] = self._trace_tuning(plan)
@@ -227,19 +229,19 @@ class MemoryModel:
 
     @cached_property
     def _apart(self) -> dict[str, int]:
-        """How many of the language model's first blocks are unlike the others: DeepStack adds to what they put out.
+        """How many of the language model's first blocks differ from the others, since DeepStack adds to their outputs.
 
-        The block behind the last of these counts too: while it runs, what was added to is still there.
+        The next block counts too: while it runs, the tensor that was added to is still alive.
         """
         added = max(len(self._deepstack(path)) for path in self.towers) if self.workload.images else 0
         return {list(self.towers)[-1]: added + 1} if added else {}
 
     def _deepstack(self, path: str) -> Sequence[int]:
-        """Return which blocks of a tower give what DeepStack adds."""
+        """Return the indices of a tower's blocks whose outputs DeepStack adds."""
         return getattr(self.model.get_submodule(path.rpartition(".")[0]), "deepstack_visual_indexes", ())
 
     def _cut(self, depths: Mapping[str, int]) -> nn.Module:
-        """Return a copy of the model with the first blocks of each tower alone."""
+        """Return a copy of the model with only the first blocks of each tower."""
         whole = {path: self.model.get_submodule(path) for path in depths}
         try:
             for path, depth in depths.items():
@@ -250,10 +252,9 @@ class MemoryModel:
                 self.model.set_submodule(path, blocks)
 
     def _extend(self, trace: Callable[[Mapping[str, int]], Phases], plan: Plan | None) -> Phases:
-        """Trace few blocks of each tower, then one more of each in turn, and add so many times what that one added.
+        """Trace a few blocks of each tower, then one more of each in turn, and extrapolate the difference to all.
 
-        The phases have been cut so that each one's peak grows linearly with depth. Towers of unlike blocks are traced
-        whole.
+        Phases are divided so that each peak grows linearly with depth. Towers whose blocks differ are traced in full.
         """
         whole = {path: len(list(self.model.get_submodule(path).children())) for path in self.towers}
         alike = {path: self._are_alike(path, plan) for path in self.towers}
@@ -273,12 +274,13 @@ class MemoryModel:
     def _follow(self, trace: Callable[[Mapping[str, int]], Phases], depths: Mapping[str, int]) -> Phases:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # libraries tell each other of names to come
+                warnings.simplefilter("ignore", FutureWarning)  # about names that libraries use
                 return trace(depths)
-        except Exception as error:  # whatever the model's own code raises on tensors without contents
+        except Exception as error:  # the model's own code may raise anything on fake tensors
             raise EmlocError(
-                f"A step of the model in {self.config_file} cannot be followed without weights ({first_line(error)}).",
+                f"A step of the model in {self.config_file} cannot be traced without weights ({first_line(error)}).",
                 "Its memory depends on what it computes; plan a dense model of about its size instead.",
+                code="unsupported",
             ) from error
 
     def _are_alike(self, path: str, plan: Plan | None) -> bool:
@@ -296,7 +298,7 @@ class MemoryModel:
 
     def _shape_inputs(self) -> dict[str, Any]:
         workload = self.workload
-        # Rows of a batch differ in length, so that attention needs a mask; a row alone needs none.
+        # Rows of a batch differ in length, so attention needs a mask; a single row needs none.
         inputs = {"rows": workload.batch_size, "length": workload.length, "padded": workload.batch_size > 1}
         if self.image is None:
             return inputs
@@ -311,12 +313,12 @@ class MemoryModel:
 
 
 def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> None:
-    """Refuse a config without its sizes: transformers would take its own defaults for them."""
+    """Refuse a config without its sizes, for which transformers would use its own defaults."""
     sections = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
     for name, section in sections.items():
         if section is not None:
             given = raw.get(name)
-            if name == "text_config" and given is None:  # published outside its section, where transformers finds it
+            if name == "text_config" and given is None:  # published at the top level, which transformers accepts
                 given = raw
             if not isinstance(given, dict):
                 raise EmlocError(f"{config_file} has no {name}.", "Download the file again.")
@@ -330,13 +332,13 @@ def _require_fields(config_file: Path, raw: Mapping[str, Any], config: Any, pref
     for name in _SIZES:
         if hasattr(config, name) and name not in raw and renamed.get(name) not in raw:
             raise EmlocError(f"{config_file} has no {prefix}{name}.", "Download the file again.")
-    # Where it is absent, some classes take it from the number of heads, and others assume a number.
+    # If it is missing, some classes use the number of heads, and others assume a number.
     if "num_key_value_heads" not in raw and isinstance(getattr(type(config), "num_key_value_heads", None), int):
         raise EmlocError(f"{config_file} has no {prefix}num_key_value_heads.", "Download the file again.")
     heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
         raise EmlocError(
-            f"{config_file}: {prefix}num_attention_heads is {heads}, no multiple of num_key_value_heads, {shared}.",
+            f"{config_file}: {prefix}num_attention_heads is {heads}, not a multiple of num_key_value_heads, {shared}.",
             "Check the values in the file.",
         )
 

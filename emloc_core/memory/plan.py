@@ -1,4 +1,4 @@
-"""The plan of a model: what every stage needs, the emulator that fits a memory, and the ways to tune, compared."""
+"""The plan for a model: memory of each stage, the emulator that fits, and a comparison of ways to tune."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from emloc_core.memory.ways import LOW_RATIO, Way, best, ways
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a model needs.
+    """The plan for a model.
 
     Attributes:
-        name: what the user calls the model.
-        model: its memory.
-        needs: of every stage, in order.
-        plan: the ranks of the emulator.
-        ratio: of the emulator.
+        name: the user's name for the model.
+        model: the model's memory.
+        needs: memory of each stage, in order.
+        plan: the emulator's ranks.
+        ratio: the emulator's ratio.
         budget: bytes that tuning may use.
-        given: whether the user gave that, or it is what inference on the base needs.
-        advice: where no emulator's tuning fits: what would.
-        ways: to tune the model within the budget, compared.
+        given: whether the user gave the budget; otherwise it is what inference on the base needs.
+        advice: what would fit, if no emulator's tuning does.
+        ways: comparison of the ways to tune within the budget.
     """
 
     name: str
@@ -39,17 +39,17 @@ class MemoryPlan:
 
     @property
     def best(self) -> Way | None:
-        """The way to prefer; None where none fits."""
+        """The recommended way, or None if none fits."""
         return best(self.ways)
 
     @property
     def warning(self) -> str | None:
-        """What speaks against the preferred way."""
+        """A drawback of the recommended way, or None."""
         way = self.best
         if way is None or way.ratio is None or way.ratio >= LOW_RATIO:
             return None
         return (
-            f"a LoRA tuned on an emulator of ratio {way.ratio:g} brings the base little by itself: polish it with "
+            f"a LoRA tuned on an emulator of ratio {way.ratio:g} helps the base little by itself: polish it with "
             "exact steps; shorter rows or more memory would allow a larger emulator"
         )
 
@@ -98,10 +98,10 @@ def make_plan(name: str, model: MemoryModel, budget: int | None = None, ratio: f
     """Plan a model.
 
     Args:
-        name: what the user calls it.
-        model: its memory.
+        name: the user's name for it.
+        model: the model's memory.
         budget: bytes that tuning may use; None: what inference on the base needs.
-        ratio: of the emulator; None: the largest whose tuning fits.
+        ratio: the emulator's ratio; None: the largest whose tuning fits.
     """
     inference = model.inference()
     allowed = inference.total if budget is None else budget

@@ -1,4 +1,4 @@
-"""What every stage needs, as a table for the terminal and as a figure."""
+"""Memory of each stage, as a table for the terminal and as a figure."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,12 @@ from emloc_core.units import human_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-_HATCHES = ("", "///", "", "\\\\\\", "", "...", "", "xxx", "")  # bars differ in more than colour, for print in grey
+_HATCHES = ("", "///", "", "\\\\\\", "", "...", "", "xxx", "")  # bars differ by more than colour, for greyscale prints
 _HEADINGS = {"kv_cache": "KV cache"}
 
 
 def memory_table(needs: Sequence[Need]) -> "Table":
-    """Return the table for a terminal: a row a stage, a column a term that any of them has, and the sum."""
+    """Return the table for a terminal: one row per stage, one column per term that any stage has, and the sum."""
     from rich.table import Table
 
     terms = _terms(needs)
@@ -44,7 +44,7 @@ def print_memory(needs: Sequence[Need]) -> None:
 
 
 def memory_figure(path: Path, needs: Sequence[Need], budget: int | None = None) -> None:
-    """Draw a stacked bar a stage, and a line at the budget.
+    """Draw one stacked bar per stage, and a line at the budget.
 
     Args:
         path: where to save; the suffix chooses the format (``.png``, ``.svg``, ``.pdf``).

@@ -1,25 +1,25 @@
-"""What the stages that never hold the model whole need: estimates by formula, from shapes (``docs/memory.md``)."""
+"""Memory of the stages that never hold a complete model, estimated by formula from shapes (``docs/memory.md``)."""
 
 from collections.abc import Iterable
 
 from emloc_core.emulator.ranks import LinearPlan, Plan, block_paths
 from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel, Need
 
-#: Rows that calibration parks at every block by default (``emloc compress --samples``).
+#: Rows whose hidden states calibration keeps between blocks by default (``emloc compress --samples``).
 SAMPLES = 64
 #: The stages' own imports, and pages of code that they touch.
 OVERHEAD = IMPORTS["cpu"] + RUNTIME["cpu"][0]
-_WIDENED = 16 << 20  # bytes of a weight that are corrected in fp32 at a time
-_MERGED = 2 << 20  # bytes of a weight that are merged at a time
+_WIDENED = 16 << 20  # bytes of a weight corrected in fp32 at a time
+_MERGED = 2 << 20  # bytes of a weight merged at a time
 
 
 def compress(model: MemoryModel, plan: Plan) -> Need:
-    """Return what stage 1 needs on the CPU: one block, its statistics, one factorisation, and the parked samples.
+    """Return what stage 1 needs on the CPU: one block, its statistics, one factorisation, and the samples.
 
-    - weights: the largest unit that is loaded at a time, in the model's dtype: a block, or all outside the blocks
-      that one module holds (the embedding, the output projection).
+    - weights: the largest unit loaded at a time, in the model's dtype: a block, or a module outside the blocks (the
+      embedding, the output projection).
     - statistics: the Grams of the block's input groups and outputs, fp32, ``4 s^2`` each, with s the side; and the
-      largest factorisation where it falls back to fp64: ``8 (4 s^2 + 3 m n)`` bytes for the Gram, the eigenvectors and
+      largest factorisation, in fp64: ``8 (4 s^2 + 3 m n)`` bytes for the Gram, the eigenvectors and
       LAPACK's workspace (``dsyevd``: ``2 s^2``), and for the weight, its image and the factors.
     - activations: the hidden states of 64 samples at the workload's length, in the model's dtype.
     """
@@ -53,9 +53,9 @@ def _statistics(linears: Iterable[LinearPlan]) -> int:
 def correct(model: MemoryModel, plan: Plan) -> Need:
     """Return what stage 3 needs with a fixed clamp: one weight with its factors, and all of the LoRA.
 
-    They are read in the model's dtype, ``d (m n + k (m + n))`` bytes, and multiplied in fp32 some rows at a time. The
-    LoRA is there twice, as it was trained and as corrected, in fp32. ``--clamp auto`` streams a forward pass besides
-    and needs about what ``compress`` needs without its statistics.
+    Weights are read in the model's dtype, ``d (m n + k (m + n))`` bytes, and multiplied in fp32 some rows at a time.
+    The LoRA is held twice, as trained and as corrected, in fp32. ``--clamp auto`` also streams a forward pass and needs
+    about as much as ``compress`` without its statistics.
     """
     sizes = [
         linear.out_features * linear.in_features + (linear.rank or 0) * (linear.out_features + linear.in_features)

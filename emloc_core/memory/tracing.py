@@ -1,8 +1,8 @@
-"""What a step of a model allocates, found by running the very step on tensors that have shapes and no contents.
+"""Traces what a step of a model allocates, by running that step on fake tensors.
 
-No formula per architecture: the model of transformers, PEFT's LoRA, TRL's loss and torch's own backward are run, and a
-ledger follows every storage from its birth to its death. It sees what torch allocates for tensors; scratch memory that
-a kernel takes and gives back within one operation it does not see (``docs/memory.md``).
+There are no formulas per architecture: transformers' model, PEFT's LoRA, TRL's loss and torch's backward are run, and
+a ledger follows each storage from allocation to release. It sees what torch allocates for tensors, but not the scratch
+memory that a kernel uses within one operation (``docs/memory.md``).
 """
 
 import weakref
@@ -20,19 +20,19 @@ from emloc_core.memory.fake import fake, fake_inputs, fused_tiles, without_conte
 
 #: Bytes by kind: weights, adapter, gradients, kv_cache, logits, activations (all else).
 Composition = Counter[str]
-#: A trace: the composition at the peak of every phase of a step, by the phase's name, in order.
+#: A trace: the composition at the peak of each phase of a step, by phase, in order.
 Phases = dict[str, Composition]
 
 
 class Ledger(TorchDispatchMode):
-    """Follows the storages of all tensors that are made while it is entered.
+    """Follows the storages of all tensors created while it is active.
 
     Args:
-        widths: last dimensions by which logits are told from other activations.
+        widths: last dimensions that distinguish logits from other activations.
 
     Attributes:
-        phase: the name of what is being run; whoever runs it sets it.
-        phases: the largest composition so far of every phase.
+        phase: name of the current phase, set by the caller.
+        phases: the largest composition of each phase so far.
     """
 
     def __init__(self, widths: Sequence[int] = ()) -> None:
@@ -44,7 +44,7 @@ class Ledger(TorchDispatchMode):
         self._now: Composition = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # two calls of three ask a fake tensor for its device
+        if func is torch.ops.prim.device.default:  # two thirds of all calls
             return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
@@ -54,7 +54,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def enter(self, tensor: torch.Tensor, kind: str) -> None:
-        """Enter a tensor of a given kind, or change the kind under which it is entered."""
+        """Add a tensor as of this kind, or change its kind."""
         key = tensor.untyped_storage()._cdata
         if key in self._alive:
             size, before, reference = self._alive[key]
@@ -89,28 +89,28 @@ def trace_training(
     fused_loss: bool,
     apart: Mapping[str, int] | None = None,
 ) -> Phases:
-    """Run forward, loss and backward of one training step, as stage 2 does it with TRL.
+    """Run forward, loss and backward of one training step, as in stage 2 with TRL.
 
     Args:
-        model: a PEFT model on the meta device, with its LoRAs as the only parameters that require a gradient.
+        model: a PEFT model on the meta device, in which only the LoRAs require gradients.
         towers: module path of the list of blocks -> name of the tower, in execution order.
         inputs: see :func:`fake_inputs`.
-        checkpointing: whether activations are computed again in the backward pass.
-        accumulating: whether the gradients of an earlier forward pass are there from the start.
+        checkpointing: whether activations are recomputed in the backward pass.
+        accumulating: whether gradients of an earlier forward pass exist from the start.
         bf16: whether the forward runs under autocast to bfloat16.
-        fused_loss: whether TRL's loss runs as one kernel a tile (a GPU with Triton), or as tensor operations.
-        apart: module path of a list of blocks -> how many of its first blocks are unlike the others, so that they are
-            phases of their own (DeepStack's additions to what they put out).
+        fused_loss: whether TRL's loss runs as one kernel per tile (a GPU with Triton), or as tensor operations.
+        apart: module path of a list of blocks -> number of its first blocks that differ from the others, and so form
+            their own phases (DeepStack adds to their outputs).
 
     Returns:
-        The peaks of the phases: the towers' forward passes, the loss, and the backward passes of each tower's last
-        block, of those between, and of the first.
+        Peaks of the phases: the towers' forward passes, the loss, and the backward passes of each tower's last block,
+        of the blocks between, and of the first.
     """
     from trl.trainer.utils import add_fused_lm_head
 
     base: Any = model.get_base_model()  # type: ignore[operator]
     model.train()
-    if checkpointing:  # as TRL and the trainer switch it on
+    if checkpointing:  # enabled as TRL and the trainer do
         model.enable_input_require_grads()  # type: ignore[operator]
         base.activation_checkpointing_enable()
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
@@ -139,9 +139,9 @@ def trace_training(
 def trace_inference(
     model: nn.Module, towers: Mapping[str, str], inputs: Mapping[str, Any], apart: Mapping[str, int] | None = None
 ) -> Phases:
-    """Run the first forward pass of ``generate``: all the prompt's keys and values are kept, logits of one token.
+    """Run the first forward pass of ``generate``: keys and values of the full prompt, logits of one token.
 
-    Arguments and result as of :func:`trace_training`; the model is an ordinary one on the meta device.
+    Arguments and result are as for :func:`trace_training`; the model is an ordinary one on the meta device.
     """
     model.eval()
     with fake(inputs) as mode, torch.no_grad():
@@ -152,13 +152,13 @@ def trace_inference(
             config: Any = model.config
             cache = _EnteredCache(ledger, config.get_text_config())
             given = fake_inputs(**inputs)
-            given.setdefault("position_ids", torch.zeros_like(given["input_ids"]))  # generate counts them for every row
+            given.setdefault("position_ids", torch.zeros_like(given["input_ids"]))  # generate passes them for every row
             model(**given, cache=cache, use_cache=True, logits_to_keep=1)
     return ledger.phases
 
 
 class _EnteredCache(DynamicCache):
-    """Keys and values, entered as such."""
+    """A KV cache that enters its tensors in the ledger."""
 
     def __init__(self, ledger: Ledger, config: Any) -> None:
         super().__init__(config=config)
@@ -172,7 +172,7 @@ class _EnteredCache(DynamicCache):
 
 
 def _widths(model: Any) -> list[int]:
-    """Return the widths of logits: of the vocabulary, and of TRL's tiles of it."""
+    """Return the possible widths of logits: the vocabulary's, and those of TRL's tiles."""
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as TILE
 
     vocabulary = model.config.get_text_config().vocab_size
@@ -185,11 +185,11 @@ def _enter_parameters(ledger: Ledger, parameters: Sequence[nn.Parameter]) -> Non
 
 
 def _follow_forward(ledger: Ledger, model: Any, towers: Mapping[str, str], apart: Mapping[str, int]) -> None:
-    """Name the phases of the forward pass: each tower's, and what follows the last block of the last one."""
+    """Set the phases of the forward pass: one per tower, and one after the last block of the last tower."""
 
     def reach(phase: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            if "backward" not in ledger.phase:  # blocks run again when they are checkpointed
+            if "backward" not in ledger.phase:  # checkpointed blocks run again
                 ledger.phase = phase
 
         return hook
@@ -204,7 +204,7 @@ def _follow_forward(ledger: Ledger, model: Any, towers: Mapping[str, str], apart
 
 
 def _backward_phase(name: str, towers: Mapping[str, str], blocks: Mapping[str, int], apart: Mapping[str, int]) -> str:
-    """Return the phase that begins when the gradient of the parameter ``name`` is there."""
+    """Return the phase that begins once the parameter ``name`` has its gradient."""
     for path, tower in towers.items():
         if name.startswith(f"{path}."):
             index, first = int(name.removeprefix(f"{path}.").partition(".")[0]), apart.get(path, 0)
@@ -215,7 +215,7 @@ def _backward_phase(name: str, towers: Mapping[str, str], blocks: Mapping[str, i
 
 
 def _follow_backward(ledger: Ledger, phase: str) -> Callable[[torch.Tensor], None]:
-    """Return a hook for a LoRA's gradient: it says which block the backward pass has reached."""
+    """Return a hook for a LoRA's gradient, which tells the block that the backward pass has reached."""
 
     def hook(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None

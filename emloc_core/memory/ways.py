@@ -1,7 +1,7 @@
-"""The ways to tune a model within a memory, compared: what each needs, reads and computes per optimiser step.
+"""Compares the ways to tune a model within a memory budget: what each needs, reads and computes per optimiser step.
 
-Every way takes the same rows per step. Where the batch does not fit, or leaves room for a small emulator only, one row
-at a time is accumulated instead: less memory goes to activations, and what is trained is the same.
+Every way takes the same rows per step. If the batch does not fit, or leaves room only for a small emulator, gradients
+are accumulated one row at a time instead: activations take less memory, and the result is the same.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from emloc_core.memory.budget import Fit, largest_ratio, nf4_saving
 from emloc_core.memory.model import MemoryModel
 from emloc_core.model.lockstep import units
 
-#: Below this ratio a LoRA that is tuned on a low-rank emulator brings the base less than half of what it could.
+#: Below this ratio, a LoRA tuned on a low-rank emulator gives the base less than half of the possible gain.
 LOW_RATIO = 0.4
 #: From this ratio on, more room for the emulator is worth less than a larger batch.
 _ENOUGH = 2 * LOW_RATIO
@@ -28,12 +28,12 @@ class Way:
 
     Attributes:
         name: the way.
-        bytes: its largest need; of ``emulator, then polish``: of tuning and polishing.
-        fits: whether that is within the memory.
+        bytes: its peak memory; for ``emulator, then polish``, the larger of tuning and polishing.
+        fits: whether that is within the budget.
         micro_batch: rows in memory at once.
         accumulation: micro-batches per optimiser step.
-        ratio: of the emulator.
-        read_bytes: weights that are read from disk or RAM per optimiser step.
+        ratio: the emulator's ratio, if there is one.
+        read_bytes: bytes of weights read from disk or RAM per optimiser step.
         flops: arithmetic per optimiser step; recomputation counts.
     """
 
@@ -55,12 +55,12 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None) -> list[Way]:
     """Compare the ways to tune a model.
 
     Args:
-        model: with a workload of as many rows per step as its batch and accumulation say.
+        model: its workload's batch size and accumulation set the rows per step.
         budget: bytes that may be used.
-        fit: the largest emulator whose tuning fits with that batch; None where none does.
+        fit: the largest emulator whose tuning fits with that batch, or None.
 
     Returns:
-        The ways, the one to prefer first where it fits: the base itself, in 4 bits, an emulator, exact steps.
+        The ways, in order of preference: the base itself, in 4 bits, an emulator, exact steps.
     """
     rows = model.workload.batch_size * model.workload.train.accumulation
     tokens = rows * model.workload.length
@@ -96,7 +96,7 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None) -> list[Way]:
 
 
 def best(found: Sequence[Way]) -> Way | None:
-    """Return the way to prefer: the first that fits of those that this toolkit takes; None where none fits."""
+    """Return the recommended way: the first that fits and that this toolkit provides, or None."""
     return next((way for way in found if way.fits and way.name != NF4), None)
 
 

@@ -1,4 +1,4 @@
-"""What is planned for when the user does not say: stage 2's own batch, TRL's own length, one image."""
+"""The workload to plan for; by default stage 2's batch size, TRL's maximum length and one image."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,7 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Rows
 from emloc_core.settings import TrainSettings
 
-#: Where TRL's ``SFTConfig`` cuts rows by default.
+#: Default maximum length of TRL's ``SFTConfig``.
 LENGTH = 1024
 
 
@@ -33,19 +33,20 @@ def make_workload(
     """Return the workload to plan for.
 
     Args:
-        config_file: the model's; with ``data`` its tokenizer, or its processor, lies beside it.
-        train: the settings of stage 2; the batch size is taken from them.
+        config_file: the model's config; with ``data``, its tokenizer or processor is in the same directory.
+        train: the settings of stage 2, including the batch size.
         device: ``cuda`` or ``cpu``.
-        length: tokens a row; with ``data``, where rows are cut. 1024 without either, or the model's limit.
-        images: images a row, or tiles of images; by default those of the rows, or 1 for an image-text model.
-        image_size: height and width of an image in pixels, where the model takes any; by default that of the rows.
-        data: rows, of which the longest says the length, and the one with most pixels the images.
-        split: of a data set of the hub.
+        length: tokens per row; with ``data``, the length to which rows are cut. Without either, 1024 or the model's
+            limit.
+        images: images or tiles per row; by default those of the rows, or 1 for an image-text model.
+        image_size: height and width of images in pixels, if the model takes any size; by default that of the rows.
+        data: rows; the longest sets the length, and the row with most pixels the images.
+        split: split of a hub dataset.
 
     Raises:
-        EmlocError: there is no tokenizer, or a row does not suit it.
+        EmlocError: there is no tokenizer, or it cannot handle a row.
     """
-    family = plugin_manager().family_for(read_config_json(config_file))  # first: it knows foreign layouts
+    family = plugin_manager().family_for(read_config_json(config_file))  # first, for its message about foreign layouts
     config = load_config(config_file)
     limit = model_limit(config)
     counted = int(family.modality == "image-text")
@@ -63,10 +64,10 @@ def make_workload(
 
 
 def _measure(samples: Iterable[Sample], config: Any) -> tuple[int, int, tuple[int, int] | None]:
-    """Return the longest row's tokens; and of the row with most pixels, the number of images and their size.
+    """Return the tokens of the longest row, and the number and size of the images in the row with most pixels.
 
-    Images that are cut into tiles of one size count as their tiles, and None is their size. Of images of any size, so
-    many of the largest one are counted as hold all of the row's pixels; its height and width are in pixels.
+    Images that are cut into tiles count as their tiles, with None as size. For images of any size, the size is that of
+    the largest (height and width in pixels), and the number is how many of it hold all of the row's pixels.
     """
     length, most = 0, None
     for sample in samples:

@@ -1,8 +1,8 @@
-"""The trainer's own checkpoints: which of them are whole.
+"""The trainer's own checkpoints, and which of them are complete.
 
 Transformers writes a checkpoint's files in place: adapter, optimizer, scheduler and random states first,
-``trainer_state.json`` last, except that other processes may still be writing their random states then. A killed run
-can leave any part of that.
+``trainer_state.json`` last, while other processes may still be writing their random states. A killed run can leave
+any part of that.
 """
 
 import json
@@ -17,7 +17,7 @@ STATE = "trainer_state.json"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the ``checkpoint-STEP`` directory of the most steps, or None where there is none."""
+    """Return the ``checkpoint-STEP`` directory with the most steps, or None if there is none."""
     found = _checkpoints(folder)
     return found[max(found)] if found else None
 
@@ -26,8 +26,8 @@ def remove_incomplete(folder: Path, processes: int) -> None:
     """Remove the checkpoints that a killed run left half written or half deleted.
 
     Args:
-        folder: where the checkpoints are; need not exist.
-        processes: how many processes train, and write random states.
+        folder: directory of the checkpoints; need not exist.
+        processes: number of processes that train, each of which writes its random states.
     """
     for step, checkpoint in _checkpoints(folder).items():
         if not _is_complete(checkpoint, step, processes):
@@ -44,7 +44,7 @@ def _is_complete(checkpoint: Path, step: int, processes: int) -> bool:
     random_states = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
     if not all((checkpoint / name).is_file() for name in random_states):
         return False
-    # What torch.save writes is a zip archive, whose directory comes last: a file cut short has none.
+    # torch.save writes zip archives, whose directory comes last: a truncated file has none.
     if not all(zipfile.is_zipfile(path) for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Rows as the data set that TRL trains on: tokenized beforehand, or with images that are decoded as they are used."""
+"""Rows as the dataset that TRL trains on: tokenized in advance, or with images that are decoded when needed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,19 +16,19 @@ from emloc_core.errors import EmlocError
 def make_dataset(
     rows: Sequence[Row], processing: Processing, max_length: int | None, model_limit: int | None
 ) -> tuple[Dataset, list[int]]:
-    """Return the data set, and the tokens of each of its rows: those of which truncation leaves no answer are dropped.
+    """Return the dataset and the number of tokens per row. Rows whose answer is truncated entirely are dropped.
 
-    Every row is tokenized for it once, those with images too: what cannot be trained on is found before training
-    starts, and images are never cut (they stand in the prompt, of which no part is cut where a completion is left).
+    Every row is tokenized once, including those with images, so that rows that cannot be trained on are found before
+    training starts. Images are never cut: they are in the prompt, which is complete if any completion is left.
 
     Args:
-        rows: of one source.
+        rows: rows of one source.
         processing: see :func:`emloc_core.data.tokenize.load_processing`.
-        max_length: tokens after which a row is cut; None cuts nothing.
-        model_limit: the longest row, in tokens, that the model was made for; None for no limit.
+        max_length: truncate rows to this many tokens; None for no truncation.
+        model_limit: the model's longest row, in tokens; None for no limit.
 
     Raises:
-        EmlocError: a row cannot be tokenized or is longer than the model's limit, or nothing is left of any row.
+        EmlocError: a row cannot be tokenized or is longer than the model's limit, or no row has an answer left.
     """
     kept: list[Row] = []
     columns: dict[str, list[Any]] = {"input_ids": [], "completion_mask": []}
@@ -53,7 +53,7 @@ def make_dataset(
 
 
 def _with_images(rows: Sequence[Row]) -> Dataset:
-    """Return a data set for TRL's own collator. It stores the rows' numbers: Arrow would pad the parts of messages."""
+    """Return a dataset for TRL's own collator. It stores row numbers, since Arrow would pad the parts of messages."""
 
     def examples(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         found = [trl_example(rows[index]) for index in batch["row"]]

@@ -1,7 +1,7 @@
-"""Memory that the C library keeps after it was freed.
+"""Gives back memory that the C library keeps after it was freed.
 
-glibc puts blocks below 32 MB into a heap, and a heap shrinks only from its end. What the blocks of a model leave there
-would add to the loss's peak: 0.1 to 0.3 GB for SmolLM2-135M at 4 x 512 tokens.
+glibc allocates blocks below 32 MB on a heap, which shrinks only from its end. What a model's layers leave there would
+add to the peak of the loss: 0.1 to 0.3 GB for SmolLM2-135M at 4 x 512 tokens.
 """
 
 import ctypes
@@ -10,6 +10,6 @@ from typing import Any
 
 
 def give_back(*_: Any) -> None:
-    """Return the heap's free pages to the system; does nothing where the C library cannot. Takes any arguments."""
+    """Return the heap's free pages to the system, if the C library can. Takes any arguments."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

@@ -1,8 +1,8 @@
-"""Stage 2: an ordinary LoRA, trained with TRL on an emulator (or on a whole model, as the upper bound).
+"""Stage 2: an ordinary LoRA, trained with TRL on an emulator (or on an ordinary model, as the upper bound).
 
-The adapter directory is built in staging; the trainer's own checkpoints lie in there while it runs, so that the same
-command goes on from the last complete one. With several processes (``accelerate launch``) the main one alone makes
-and publishes the directory, and the others write their part of the checkpoints into it.
+The adapter directory is built in staging, where the trainer also keeps its own checkpoints, so that the same command
+resumes at the last complete one. With several processes (``accelerate launch``), only the main one creates and
+publishes the directory; the others write their part of the checkpoints into it.
 """
 
 import math
@@ -41,25 +41,25 @@ from emloc_core.tuning.trl import check_extra, lora_config, sft_config
 
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
-_PENDING = "loss_since"  # in the log of a checkpoint: summed since its last entry
+_PENDING = "loss_since"  # in a checkpoint's log: the loss summed since its last entry
 SETTINGS = "The training settings do not work"
 _DIVERGED = "Lower the learning rate, or train without bf16."
 
 
 class Train:
-    """Stage 2, checked as far as that is cheap; :meth:`run` trains.
+    """Stage 2. The constructor makes cheap checks; :meth:`run` trains.
 
     Args:
-        model: directory of an emulator or of an ordinary checkpoint.
+        model: directory of an emulator or ordinary checkpoint.
         data: see :func:`emloc_core.data.rows.load_rows`.
-        output: where the adapter goes.
+        output: directory for the adapter.
         settings: how to train.
-        exclude: files of rows that are not trained on, such as test rows. Those that an emulator keeps for
-            calibration and selection are left out always.
-        split: of a data set of the hub.
+        exclude: files with rows not to train on, such as test rows. The emulator's calibration and selection rows are
+            always left out.
+        split: split of a hub dataset.
 
     Raises:
-        EmlocError: from the model, its family, the data or the settings.
+        EmlocError: the model, its family, the data or the settings are wrong.
     """
 
     def __init__(
@@ -72,17 +72,17 @@ class Train:
         split: str = "train",
     ) -> None:
         self.model = Checkpoint(model)
-        _ = self.model.tensors  # a shard cut short is found before anything is trained
+        _ = self.model.tensors  # finds truncated shards before training
         self.family = plugin_manager().family_for(self.model.config)
         self.settings, self.path = settings, output
-        self.is_main_process = True  # as far as is known before the processes have found each other
+        self.is_main_process = True  # until the processes have found each other
         check_extra(settings)
         self.targets = self._targets()
         rows = load_rows(data, split)
         require_readable(rows, self.family)
         held_out = [self.model.directory / name for name in (CALIBRATION, SELECTION)]
         files = [path for path in held_out if path.is_file()] + list(exclude)
-        # An emulator may have been made without selection rows: the file is there, and empty.
+        # An emulator made without selection rows has an empty file.
         files = [path for path in files if not path.is_file() or path.stat().st_size]
         self.rows = without(rows, files)
         self.excluded = len(rows) - len(self.rows)
@@ -94,19 +94,19 @@ class Train:
             )
 
     def _targets(self) -> list[str]:
-        """Return the last parts of the paths of what gets a LoRA, sorted."""
+        """Return the ends of the paths of modules that get a LoRA, sorted."""
         assert isinstance(self.settings, TrainSettings)
         chosen = self.settings.target_modules
         targets = sorted(set(chosen or self.family.lora_targets()))
-        if chosen:  # those of a family have passed the conformance kit
+        if chosen:  # a family's own targets have passed the conformance kit
             require_linears(self.model.directory / "config.json", self.family, self.settings, targets)
         return targets
 
     def describe(self) -> dict[str, Any]:
-        """Return what would be trained, in one process: rows, steps, target modules.
+        """Return what would be trained in one process: rows, steps, target modules.
 
         Raises:
-            EmlocError: the settings contradict each other or the machine.
+            EmlocError: the settings conflict with each other or with the machine.
         """
         settings = self.settings
         self._config()
@@ -136,10 +136,10 @@ class Train:
             )
 
     def run(self, _progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Train, or resume what an interrupted run left. The trainer shows its own progress.
+        """Train, or resume an interrupted run. The trainer shows its own progress.
 
         Raises:
-            EmlocError: the settings contradict each other, the loss is not a number, or memory runs out.
+            EmlocError: the settings conflict, the loss is NaN or Inf, or memory runs out.
         """
         config = self._config()
         state = PartialState()
@@ -151,22 +151,22 @@ class Train:
         if finished:
             return self.path
         with output.build() if state.is_main_process else nullcontext():
-            state.wait_for_everyone()  # the staging directory is there
+            state.wait_for_everyone()  # for the staging directory
             output.result = self._train(config, output, state)
             if state.is_main_process:
                 output.result[CONTENT] = hash_files([output.staging / SAFETENSORS_WEIGHTS_NAME])
         return self.path
 
     def _inputs(self) -> dict[str, str]:
-        """Return where the inputs are, for the manifest."""
+        """Return the paths of the inputs, for the manifest."""
         return {"model": self.model.name}
 
     def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
         return {
             "model": self.model.fingerprint(files),
             "rows": digest(self.rows),
-            "settings": self.settings.model_dump(exclude={"report_to", "save_steps"}),  # they change no result
-            "processes": processes,  # so many times the batch
+            "settings": self.settings.model_dump(exclude={"report_to", "save_steps"}),  # they do not affect the result
+            "processes": processes,  # they multiply the batch
         }
 
     def _train(self, config: SFTConfig, output: Output, state: PartialState) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Train:
         limit = model_limit(load_config(self.model.directory / "config.json"))
         dataset, self.lengths = make_dataset(self.rows, processing, self.settings.max_length, limit)
         dropped = len(self.rows) - len(self.lengths)
-        if isinstance(processing, ProcessorMixin):  # the collator makes all that the model takes
+        if isinstance(processing, ProcessorMixin):  # the collator makes all inputs of the model
             config.remove_unused_columns = False
         trainer = self._trainer(config, dataset, processing)
         trainer.lora.peft_config["default"].base_model_name_or_path = str(self.model.directory.absolute())
@@ -194,8 +194,9 @@ class Train:
             except torch.OutOfMemoryError as error:
                 raise EmlocError(
                     f"The device ran out of memory at step {trainer.state.global_step + 1}.",
-                    "Free some, and the same command goes on at the last checkpoint. Or train anew with a "
+                    "Free some and run the same command again to resume at the last checkpoint, or train with a "
                     "smaller batch and more accumulation, a maximum length, or gradient checkpointing.",
+                    code="memory",
                     resumable=True,
                 ) from error
         state.wait_for_everyone()
@@ -231,7 +232,7 @@ class Train:
                 processing_class=processing,
                 peft_config=lora_config(self.settings, self.targets),
             )
-        if config.use_cpu:  # the loss comes next, and with it the peak
+        if config.use_cpu:  # the loss follows, with the peak
             backbone: Any = trainer.lora.get_base_model().base_model
             backbone.register_forward_hook(give_back)
         return trainer
@@ -239,20 +240,20 @@ class Train:
     def _write(self, trainer: "LoraTrainer", staging: Path, log: list[dict[str, float]]) -> None:
         for name, parameter in trainer.lora.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                raise EmlocError(f"After the last step {name} is not finite.", _DIVERGED)
+                raise EmlocError(f"After the last step {name} is not finite.", _DIVERGED, code="not-finite")
         trainer.lora.save_pretrained(str(staging), save_embedding_layers=False)
         config = read_json(staging / "adapter_config.json")
-        config["target_modules"] = self.targets  # PEFT writes a set, in another order every time
+        config["target_modules"] = self.targets  # PEFT writes a set, in random order
         write_json(staging / "adapter_config.json", config)
         write_json(staging / LOG, log)
         checkpoints = staging / CHECKPOINTS
-        if (checkpoints / "runs").is_dir():  # TensorBoard's
+        if (checkpoints / "runs").is_dir():  # TensorBoard
             shutil.copytree(checkpoints / "runs", staging / "runs", dirs_exist_ok=True)
         shutil.rmtree(checkpoints)
 
 
 class LoraTrainer(SFTTrainer):
-    """TRL's trainer of a LoRA; it stops at a loss that is not a number."""
+    """TRL's trainer, for a LoRA; stops at a loss that is NaN or Inf."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, **options: Any) -> None:
         super().__init__(model, callbacks=[_LogLastStep()], **options)
@@ -265,22 +266,23 @@ class LoraTrainer(SFTTrainer):
         return self.model
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Take the gradients of a step, and return its loss."""
+        """Compute the gradients of a step, and return its loss."""
         loss = self.take_gradients(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):  # the trainer itself would log an average in its place and go on
-            raise EmlocError(f"The loss at step {self.state.global_step + 1} is {loss.item()}.", _DIVERGED)
+        if not bool(torch.isfinite(loss)):  # the trainer itself would log an average and continue
+            step = self.state.global_step + 1
+            raise EmlocError(f"The loss at step {step} is {loss.item()}.", _DIVERGED, code="not-finite")
         return loss
 
     def take_gradients(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Take the gradients of a step by the ordinary forward and backward, and return its loss."""
+        """Compute the gradients of a step by ordinary forward and backward passes, and return its loss."""
         return super().training_step(*args, **kwargs)
 
     def cost(self) -> dict[str, Any]:
-        """Return what the steps cost besides seconds and memory, for ``timing.json``."""
+        """Return costs of the steps besides time and memory, for ``timing.json``."""
         return {}
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save the loss since the last entry of the log too, which the trainer would forget."""
+        """Also save the loss since the last log entry, which the trainer would forget."""
         sums = self.accelerator.gather(self._tr_loss)
         self.state.log_history.append({_PENDING: sums.mean().item(), "since": self._globalstep_last_logged})
         super()._save_checkpoint(*args, **kwargs)
@@ -288,7 +290,7 @@ class LoraTrainer(SFTTrainer):
 
 
 class _RestoreLoss(TrainerCallback):
-    """Continues the sum of a resumed interval of the log."""
+    """Restores the loss summed since the last log entry when a run resumes."""
 
     def __init__(self, trainer: LoraTrainer) -> None:
         self._trainer = trainer
@@ -301,7 +303,7 @@ class _RestoreLoss(TrainerCallback):
 
 
 class _LogLastStep(TrainerCallback):
-    """Logs the steps since the last entry too: the trainer would leave them out."""
+    """Logs the last steps too, which the trainer would leave out."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
         if state.global_step >= state.max_steps:
@@ -309,14 +311,14 @@ class _LogLastStep(TrainerCallback):
 
 
 def _mean_loss(log: list[dict[str, float]]) -> float | None:
-    """Return the mean loss of all steps; the trainer's own figure leaves out those before a resumption."""
+    """Return the mean loss of all steps; the trainer's own figure leaves out those before a resume."""
     ends = [0, *(entry["step"] for entry in log)]
     total = sum(entry["loss"] * (end - start) for entry, start, end in zip(log, ends, ends[1:], strict=False))
     return total / ends[-1] if log else None
 
 
 def balance_no_experts(config: PreTrainedConfig) -> None:
-    """Leave out TRL's loss for balanced experts: their routers are frozen."""
+    """Disable TRL's load-balancing loss for experts: their routers are frozen."""
     text_config = config.get_text_config()
     if hasattr(text_config, "router_aux_loss_coef"):
         text_config.router_aux_loss_coef = 0.0
@@ -324,7 +326,7 @@ def balance_no_experts(config: PreTrainedConfig) -> None:
 
 @contextmanager
 def refusing(what: str, *, resumable: bool = False) -> Iterator[None]:
-    """Turn the libraries' complaints about settings and files into the user's error."""
+    """Turn libraries' errors about settings and files into an :class:`EmlocError`."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError, ImportError, KeyError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What the settings of stage 2 become for TRL and PEFT."""
+"""Converts the settings of stage 2 to TRL's and PEFT's configs."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from trl import SFTConfig
 
-#: Fields of SFTConfig that settings stand for, by the setting's name.
+#: Fields of SFTConfig, by the name of the setting that stands for them.
 _NAMED = {
     "steps": "max_steps",
     "epochs": "num_train_epochs",
@@ -26,27 +26,27 @@ _NAMED = {
     "save_steps": "save_steps",
     "logging_steps": "logging_steps",
 }
-#: Fields of SFTConfig that this stage decides, each with its reason.
+#: Fields of SFTConfig that this stage sets itself, and why.
 _FIXED = {
-    **dict.fromkeys(("output_dir", "push_to_hub", "save_total_limit"), "the output is published whole"),
+    **dict.fromkeys(("output_dir", "push_to_hub", "save_total_limit"), "the output is published when it is complete"),
     **dict.fromkeys(
         ("save_strategy", "save_only_model", "resume_from_checkpoint", "load_best_model_at_end", "logging_strategy"),
-        "an interrupted run goes on by itself",
+        "an interrupted run resumes by itself",
     ),
     **dict.fromkeys(
         ("assistant_only_loss", "chat_template_path", "dataset_kwargs", "dataset_text_field", "eos_token", "pad_token",
          "truncation_mode"),
-        "rows are tokenized in one way, for calibration and for training",
+        "rows are tokenized the same way for calibration and training",
     ),
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "the model is loaded before the trainer is made"),
 }  # fmt: skip
 
 
 def check_extra(settings: StepSettings) -> None:
-    """Refuse ``extra`` fields that are unknown, or that are not the user's to set.
+    """Refuse ``extra`` fields that are unknown or cannot be set.
 
     Raises:
-        EmlocError: names the field and what to do instead.
+        EmlocError: a field is refused; names it and what to do instead.
     """
     from trl import SFTConfig
 
@@ -55,7 +55,7 @@ def check_extra(settings: StepSettings) -> None:
     known = [field.name for field in dataclasses.fields(SFTConfig)]
     for name in settings.extra:
         if name in named:
-            raise EmlocError(f"{name} has a setting of its own.", f"Set {named[name]} instead.")
+            raise EmlocError(f"{name} has its own setting.", f"Set {named[name]} instead.")
         if name in _FIXED:
             raise EmlocError(f"{name} cannot be set: {_FIXED[name]}.", "Leave it out.")
         if name not in known:
@@ -68,14 +68,14 @@ def sft_config(
     """Return TRL's config.
 
     Args:
-        settings: of the training.
-        checkpoints: directory of the trainer's own checkpoints.
-        completion_only: whether the loss falls on completions alone; ``extra`` may say otherwise.
-        use_cpu: whether there is no accelerator; ``extra`` may say otherwise.
-        **fixed: fields that the stage decides itself.
+        settings: how to train.
+        checkpoints: directory for the trainer's own checkpoints.
+        completion_only: whether only completions enter the loss; ``extra`` may override it.
+        use_cpu: whether there is no accelerator; ``extra`` may override it.
+        **fixed: fields that the stage sets itself.
 
     Raises:
-        ValueError: from TRL or transformers, where settings contradict each other or the machine.
+        ValueError: from TRL or transformers: settings conflict with each other or with the machine.
     """
     from trl import SFTConfig
 
@@ -95,10 +95,10 @@ def sft_config(
 
 
 def lora_config(settings: TrainSettings, target_modules: list[str]) -> "LoraConfig":
-    """Return PEFT's config, with these last parts of module paths as its targets."""
+    """Return PEFT's config, with these ends of module paths as its targets."""
     from peft import LoraConfig
 
-    alpha = settings.lora_alpha  # some readers of PEFT's config expect a whole number where it can be one
+    alpha = settings.lora_alpha  # some readers of PEFT's config expect an integer if it can be one
     return LoraConfig(
         r=settings.lora_rank,
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]  # PEFT only divides it

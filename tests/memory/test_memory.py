@@ -161,7 +161,7 @@ def test_advice_is_computed(tiny_model: Path) -> None:
     shorter = model.with_workload(replace(model.workload, batch_size=1, length=64))
     assert list(advice(one, shorter.tuning(shorter.plan(0.5)).total))[1].startswith("1 x 64 tokens fits")
     hopeless = list(advice(one, 1000))
-    assert "no batch and no length fits" in hopeless[1]
+    assert "no batch size or length fits" in hopeless[1]
     assert "does not fit" in hopeless[2]
 
 
@@ -267,7 +267,7 @@ def test_a_model_that_computes_its_shapes_is_refused(tiny_model: Path, monkeypat
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x[x > 0].sum() + x)  # noqa: ARG005
-    with pytest.raises(EmlocError, match="cannot be followed without weights"):
+    with pytest.raises(EmlocError, match="cannot be traced without weights"):
         MemoryModel(tiny_model / "config.json", workload()).tuning()
 
 
