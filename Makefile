@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+QUICK := $(addprefix tests/,test_directions.py test_errors.py algorithms report adapters/test_adapter.py \
+	data/test_rows.py files/test_files.py files/test_header.py files/test_meter.py files/test_own.py \
+	files/test_patterns.py model/test_device.py plugins/test_plugins.py recipe/test_recipe.py)
 BENCHMARKS := startup factorize allocation stages scale memory zoo
 # Two OpenMP threads that spin while they wait for work starve each other on a small machine.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-vision demo-zoo test test-browser test-chaos test-slow lint bench bench-factorize-full docs docs-models site clean
+.PHONY: setup demo demo-vision demo-zoo test test-quick coverage test-browser test-chaos test-slow lint bench bench-factorize-full docs docs-models site clean
 
 setup: $(STAMP)
 
@@ -31,6 +34,13 @@ demo-zoo: $(STAMP)  ## small models of all families, converted here and on a Ray
 
 test: $(STAMP)  ## all fast tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-quick: $(STAMP)  ## under a minute: pure functions, files, settings, rows, plugins, directions of imports
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(QUICK)
+
+coverage: $(STAMP)  ## all fast tests, and which lines they run; build/coverage/index.html shows the others
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		--cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
 test-browser: $(STAMP)  ## the pages that the toolkit writes, looked at in Chromium, which has to be installed
 	$(BIN)/python -m pytest -m browser
