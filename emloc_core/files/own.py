@@ -18,8 +18,10 @@ def require_regular(path: Path) -> None:
         EmlocError: it is a directory, a pipe, a device or a socket.
         OSError: it does not exist, or its status cannot be read.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise EmlocError(f"{path} is not a regular file.", "Give a file.", code="refused")
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise EmlocError(f"{path} is {kind}.", "Give a file.", code="refused")
 
 
 def require_own_files(directory: Path, patterns: Iterable[str]) -> None:

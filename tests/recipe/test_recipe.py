@@ -83,7 +83,7 @@ def test_the_output_is_beside_the_recipe(write, tmp_path):
 
 
 def test_what_cannot_be_read_is_one_error(write, tmp_path):
-    with pytest.raises(EmlocError, match=r"recipes cannot be read \(Is a directory\)"):
+    with pytest.raises(EmlocError, match="recipes is a directory"):
         load_recipe(write().parent)
     with pytest.raises(EmlocError, match="There is no recipe at"):
         load_recipe(tmp_path / "nothing.toml")
