@@ -1,6 +1,8 @@
 """A PEFT LoRA directory: read, checked to be one that can be carried over, and written."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -165,7 +167,7 @@ class Adapter:
         return self.model_name
 
     def fingerprint(self, files: Inputs) -> str:
-        """Return the SHA-256 over config and weights, as a hexadecimal string."""
+        """Return the SHA-256 over config and weights, as :func:`fingerprint` does."""
         return fingerprint(self.directory, files)
 
     @cached_property
@@ -177,7 +179,7 @@ class Adapter:
         """
         read_header(self.directory / WEIGHTS)
         if self.manifest:
-            require_unchanged(self.manifest, self.directory, weights_hash(self.directory))
+            require_unchanged(self.manifest, self.directory, content_hash(self.directory))
         try:
             tensors = load_file(self.directory / WEIGHTS)
         except (SafetensorError, OSError) as error:
@@ -225,13 +227,24 @@ class Adapter:
         return pattern.get(get_pattern_key(list(pattern), path), default)
 
 
-def weights_hash(directory: Path) -> str:
-    """Return the SHA-256 over an adapter's weights, as a manifest's result has it."""
-    return hash_files([directory / WEIGHTS])
+def content_hash(directory: Path) -> str:
+    """Return the SHA-256 over an adapter, as a manifest's result has it.
+
+    Where its model is does not count: who moves a model may say so in the config.
+    """
+    config = {**read_object(directory / CONFIG), "base_model_name_or_path": None}
+    text = json.dumps(config, sort_keys=True)
+    return hashlib.sha256(f"{text}\n{hash_files([directory / WEIGHTS])}".encode()).hexdigest()
 
 
 def fingerprint(directory: Path, files: Inputs) -> str:
-    """Return the SHA-256 over an adapter's config and weights, as a hexadecimal string."""
+    """Return the SHA-256 over an adapter's config and weights, as a hexadecimal string.
+
+    Raises:
+        EmlocError: EMLoC has written the adapter, and it is not as it was made.
+    """
+    if manifest := read_manifest(directory):
+        require_unchanged(manifest, directory, content_hash(directory))
     return files.hash([directory / CONFIG, directory / WEIGHTS])
 
 

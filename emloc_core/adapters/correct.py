@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc_core.adapters.adapter import CORRECTED, Adapter, weights_hash, write_adapter
+from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
 from emloc_core.adapters.belonging import require_shapes
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
@@ -153,7 +153,7 @@ class Correct:
             config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
             loras = {path: found[chosen] for path, found in candidates.items()}
             write_adapter(staging, config, loras, {CORRECTED: str(clamps[chosen])})
-            self.output.result = {**self._result(clamps, chosen, losses), CONTENT: weights_hash(staging)}
+            self.output.result = {**self._result(clamps, chosen, losses), CONTENT: content_hash(staging)}
         return self.output.path
 
     @property

@@ -18,7 +18,7 @@ from emloc_core.data.hub import read_data_set
 from emloc_core.data.images import IMAGES, Picture
 from emloc_core.data.messages import Content, parse_content, parse_string, place_images
 from emloc_core.errors import EmlocError
-from emloc_core.files.limits import limited
+from emloc_core.files.limits import unpacking
 from emloc_core.files.output import MANIFEST
 from emloc_core.files.own import require_own_files
 
@@ -26,8 +26,6 @@ from emloc_core.files.own import require_own_files
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
 
 _FORMS = "Each row needs `text`, or `prompt` and `completion`, or `messages` that end in an assistant turn."
-#: Rows in Parquet may take so many times the bytes of the file, or so many bytes: one value repeated is small.
-_EXPANSION, _LEAST, _SECONDS = 100, 2 << 30, 3600.0
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -228,7 +226,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
     try:
-        with limited(f"Reading {path}", _SECONDS, max(_LEAST, _EXPANSION * path.stat().st_size)):
+        with unpacking([path]):
             rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise EmlocError(f"{path} cannot be read as Parquet ({error}).", "Make the file again.") from None

@@ -5,7 +5,6 @@ what calibration finds, or spectra are to be kept, the model is decomposed once 
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +27,7 @@ from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.files.shards import remove_damaged, tensor_bytes
+from emloc_core.files.workspace import remove_at_once
 from emloc_core.model.device import choose_device
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
@@ -154,7 +154,7 @@ class Compress:
             return self.output.path
         with self.output.build() as staging:
             if remove_damaged((staging / "spectra").glob("*.safetensors")):
-                shutil.rmtree(staging / "spectra")
+                remove_at_once(staging / "spectra")
             spectra = (
                 self._decompose(self._spectra_output(staging / "spectra"), progress) if self.ranks_by_spectra else None
             )
@@ -167,7 +167,7 @@ class Compress:
             else:
                 self._decomposition(plan, progress).run(files)
             if spectra:
-                shutil.rmtree(spectra.directory)
+                remove_at_once(spectra.directory)
             self._write_rows(staging)
             self.output.result = {"family": self.family.name, **files.finish(self._tokens)}
         return self.output.path

@@ -18,6 +18,7 @@ from emloc_core.emulator.ranks import Plan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, Checkpoint
 from emloc_core.files.header import read_header
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import write_json
 from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
@@ -65,7 +66,7 @@ class EmulatorFiles:
         return {path: (tensors[u], tensors[v]) for path, (u, v) in u_and_v.items()}
 
     def finish(self, tokens: int) -> dict[str, Any]:
-        """Write what is not factors, once all blocks are written; return the manifest's result.
+        """Write what is not factors, once all blocks and the rows are written; return the manifest's result.
 
         Args:
             tokens: number of calibration tokens, for the result.
@@ -94,7 +95,7 @@ class EmulatorFiles:
             "parameters": {"compressed_linears_before": before, "compressed_linears_after": after},
             "bytes": {"base": self.base.nbytes, "emulator": Checkpoint(self.staging).nbytes},
             "tokens": tokens,
-            CONTENT: Checkpoint(self.staging).hash(),
+            CONTENT: Checkpoint(self.staging).content_hash(Inputs()),
             "linears": [{**linear.describe(), "relative_error": errors.get(linear.path)} for linear in plan.linears],
         }
 

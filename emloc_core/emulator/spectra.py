@@ -69,7 +69,7 @@ class SpectraFiles:
         write_shard(_shard(self.staging, self.blocks, block), tensors)
 
     def finish(self, plan: Plan, tokens: int) -> dict[str, Any]:
-        """Return the manifest's result, once all blocks are written."""
+        """Return the manifest's result, once all blocks and the rows are written."""
         headers = [read_header(_shard(self.staging, self.blocks, block))[0] for block in self.blocks]
         reached = {key.removesuffix(".U") for header in headers for key in header if key.endswith(".U")}
         return {
@@ -77,7 +77,7 @@ class SpectraFiles:
             "blocks": list(self.blocks),
             "bytes": sum(tensor.nbytes for header in headers for tensor in header.values()),
             "tokens": tokens,
-            CONTENT: hash_files([_shard(self.staging, self.blocks, block) for block in self.blocks]),
+            CONTENT: hash_files(_files(self.staging, self.blocks)),
             "linears": {path: rank for path, rank in plan.ranks.items() if path in reached},
             "unreached": sorted(plan.ranks.keys() - reached),
         }
@@ -121,14 +121,14 @@ class Spectra:
                 raise EmlocError(error.args[0], _REMEDY) from None
 
     def fingerprint(self, inputs: Inputs) -> str:
-        """Return the SHA-256 over the manifest and every shard, in hex.
+        """Return the SHA-256 over the manifest, every shard and the kept rows, in hex.
 
         Raises:
-            EmlocError: a shard is not as it was made.
+            EmlocError: one of them is not as it was made.
         """
-        shards = [_shard(self.directory, self.blocks, block) for block in self.blocks]
-        require_unchanged(self._manifest, self.directory, inputs.hash(shards))
-        return inputs.hash([self.directory / MANIFEST, *shards])
+        files = _files(self.directory, self.blocks)
+        require_unchanged(self._manifest, self.directory, inputs.hash(files))
+        return inputs.hash([self.directory / MANIFEST, *files])
 
     def reached(self, plan: Plan) -> Plan:
         """Return the plan with those Linears kept dense that no calibration row passed through.
@@ -183,6 +183,11 @@ class Spectra:
     def _require_finite(self, linear: LinearPlan, *tensors: torch.Tensor) -> None:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise EmlocError(f"The spectra of {linear.path} in {self.directory} hold NaN or Inf.", _REMEDY)
+
+
+def _files(directory: Path, blocks: Sequence[str]) -> list[Path]:
+    rows = [directory / name for name in (CALIBRATION, SELECTION)]
+    return [_shard(directory, blocks, block) for block in blocks] + rows
 
 
 def _shard(directory: Path, blocks: Sequence[str], block: str) -> Path:

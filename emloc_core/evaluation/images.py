@@ -11,6 +11,8 @@ from typing import Any
 
 from emloc_core.data.images import Picture
 from emloc_core.errors import EmlocError, first_line
+from emloc_core.files.inputs import Inputs
+from emloc_core.files.limits import unpacking
 
 #: lm-eval's mark of a picture's place in a prompt.
 PLACEHOLDER = "<image>"
@@ -41,7 +43,8 @@ def read_table(path: Path) -> Any:
     kind = "parquet" if path.suffix == ".parquet" else "json"
     disable_progress_bars()  # it is done at once, and its line speaks of a train split
     try:
-        return load_dataset(kind, data_files=str(path), split="train")
+        with unpacking([path]):
+            return load_dataset(kind, data_files=str(path), split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
         reason = first_line(error.__cause__ or error)
         raise EmlocError(
@@ -52,28 +55,33 @@ def read_table(path: Path) -> Any:
         enable_progress_bars()
 
 
-def hash_pictures(data: Sequence[Path], declared: Any) -> str:
+def hash_pictures(data: Sequence[Path], declared: Any, inputs: Inputs) -> str:
     """Find all pictures of a task's rows, and return the SHA-256 over their bytes, in hex.
 
     Args:
         data: the task's files of rows.
         declared: ``doc_to_image`` of the task file: a column, or a list of columns. What a template or a function
             names is found when the task runs, and not part of the hash.
+        inputs: take the pictures' files.
 
     Raises:
         EmlocError: a file cannot be read, a picture is missing, or files stand in several directories.
     """
     picture_directory(data)
-    total = hashlib.sha256()
+    total, files = hashlib.sha256(), set()
     for path in data:
         table = read_table(path)
         columns = [name for name in _listed(declared) if name in table.column_names]
         for number, row in enumerate(table.select_columns(columns) if columns else [], start=1):
             for source in (source for name in columns for source in _listed(row[name])):
                 try:
-                    total.update(Picture.of(source, path.parent).sha256.encode())
+                    picture = Picture.of(source, path.parent)
                 except EmlocError as error:
                     raise EmlocError(f"{path}, row {number}: {error.args[0]}", error.fix) from None
+                total.update(picture.sha256.encode())
+                if picture.path:
+                    files.add(picture.path)
+    inputs.hash(sorted(files))
     return total.hexdigest()
 
 

@@ -17,6 +17,7 @@ import yaml
 from emloc_core.errors import EmlocError, did_you_mean, typed_line
 from emloc_core.evaluation.images import find_pictures, hash_pictures, picture_directory, shows_pictures
 from emloc_core.files.inputs import Inputs
+from emloc_core.files.limits import unpacking
 
 #: Loaders that ``datasets`` brings along; any other ``dataset_path`` is a data set of the hub, or a directory.
 LOCAL_FORMATS = {"json", "csv", "parquet", "text", "arrow"}
@@ -74,7 +75,10 @@ def load_task(spec: TaskSpec) -> list[Any]:
         else:
             content = with_absolute_data(load_yaml(spec.path), spec.path)
             directory = picture_directory([Path(file) for file in data_files(content)])
-            loaded = TaskManager(include_defaults=False).load([content])
+            with unpacking(map(Path, data_files(content))):
+                loaded = TaskManager(include_defaults=False).load([content])
+    except EmlocError:
+        raise
     except (ConnectionError, TimeoutError) as error:
         raise EmlocError(
             f"The data of {where} come from the hub, which cannot be reached ({error}).",
@@ -134,7 +138,7 @@ def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
     own = hashlib.sha256("".join(file.read_text("utf-8") for file in [*files, *functions]).encode()).hexdigest()
     digest, declared = f"{own}-{inputs.hash(sorted(data))}", content.get("doc_to_image")
     if declared is not None:
-        digest += f"-{hash_pictures(data, declared)}"
+        digest += f"-{hash_pictures(data, declared, inputs)}"
     return TaskSpec(name, path.resolve(), digest, declared is not None)
 
 

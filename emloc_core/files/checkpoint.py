@@ -22,6 +22,8 @@ SINGLE = "model.safetensors"
 FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 #: The files to read or copy from a model: also the rows that an emulator keeps.
 _READ = [*FILE_PATTERNS, "*.jsonl"]
+#: Suffixes of files that affect what is made of a model, besides its weights; the rest is for people.
+_SHAPING = {".json", ".model", ".txt", ".jinja"}
 #: Copies of the same weights in other layouts.
 OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
 #: A plain name: not hidden, not a path, nothing special to a terminal or a shell.
@@ -147,16 +149,23 @@ class Checkpoint:
             EmlocError: this is an emulator whose files have changed since it was made.
         """
         inputs.hash(self.side_files())
-        found = self.hash(inputs)
         manifest = read_manifest(self.directory)
         if manifest is not None and manifest.get("kind") == "emulator":
-            require_unchanged(manifest, self.directory, found)
-        return found
+            require_unchanged(manifest, self.directory, self.content_hash(inputs))
+        return inputs.hash(self._model_files)
 
-    def hash(self, inputs: Inputs | None = None) -> str:
-        """Return the hash of :meth:`fingerprint`, without comparing it with a manifest."""
+    def content_hash(self, inputs: Inputs) -> str:
+        """Return the SHA-256 over all that shapes what is made of the model, as an emulator's manifest has it.
+
+        Besides what :meth:`fingerprint` covers: the tokenizer, templates, and the rows that an emulator keeps.
+        """
+        shaping = [path for path in self.side_files() if path.suffix in _SHAPING]
+        return inputs.hash([*self._model_files, *shaping, *sorted(self.directory.glob("*.jsonl"))])
+
+    @property
+    def _model_files(self) -> list[Path]:
         names = ["config.json", *([INDEX] if (self.directory / INDEX).is_file() else [])]
-        return (inputs or Inputs()).hash([self.directory / name for name in names] + self.shards)
+        return [self.directory / name for name in names] + self.shards
 
     def side_files(self) -> list[Path]:
         """Return the files that belong to the model besides its weights and config: tokenizer, templates, licence."""

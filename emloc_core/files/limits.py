@@ -8,7 +8,7 @@ import contextlib
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,21 @@ def limited(what: str, seconds: float, nbytes: int) -> Iterator[None]:
         raise EmlocError(f"{what} takes more than {nbytes >> 20} MiB of memory.", _FIX, code="refused") from None
 
 
+@contextmanager
+def unpacking(paths: Iterable[Path]) -> Iterator[None]:
+    """Bound the time and memory of reading files that may be compressed: one value repeated many times is small.
+
+    Raises:
+        EmlocError: as :func:`limited`.
+    """
+    paths = list(paths)
+    size = sum(path.stat().st_size for path in paths)
+    with limited(f"Reading {', '.join(map(str, paths))}", _SECONDS, max(_LEAST, _EXPANSION * size)):
+        yield
+
+
+#: What is read may take so many times the bytes of its files, or so many bytes; and so many seconds.
+_EXPANSION, _LEAST, _SECONDS = 100, 2 << 30, 3600.0
 _FIX = "Do not use it: it is damaged or malicious."
 
 

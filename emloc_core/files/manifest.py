@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST
 
-#: Key in a manifest's result: the SHA-256 over the weights that were written, as their reader computes it.
+#: In the result of a manifest: the SHA-256 over what was written, as its reader computes it.
 CONTENT = "sha256"
 
 
@@ -40,7 +40,7 @@ def manifest_value(manifest: Mapping[str, Any], directory: Path, name: str, kind
 
 
 def require_unchanged(manifest: Mapping[str, Any], directory: Path, content: str) -> None:
-    """Refuse a directory whose weights are not those that its manifest was written for.
+    """Refuse a directory that is not as it was when its manifest was written.
 
     Args:
         manifest: the content of its ``emloc.json``.

@@ -14,6 +14,15 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.lock import locked
 
 
+def remove_at_once(directory: Path) -> None:
+    """Remove a directory: after a kill all of it is there, or nothing under its name."""
+    removed = directory.with_name(f".{directory.name}.removed")
+    if removed.exists():  # an earlier removal was killed
+        shutil.rmtree(removed)
+    directory.rename(removed)
+    shutil.rmtree(removed)
+
+
 class Workspace:
     """The directory in which ``output`` is built.
 

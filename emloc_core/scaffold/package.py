@@ -1,9 +1,7 @@
 """Writes the package of a plugin that declares a family, from the template in ``plugins/emloc_template``."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from emloc_core import __version__
 from emloc_core.errors import EmlocError
+from emloc_core.files.workspace import Workspace
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.draft import Draft
 
@@ -41,17 +40,24 @@ def write_plugin(name: str, directory: Path, model_types: Sequence[str] = (), dr
         tiny = [{**config, "model_type": each} for each in model_types for config in draft.family.tiny_configs]
         family = replace(draft.family, name=name, model_types=frozenset(model_types), tiny_configs=tiny)
         content[f"emloc_{name}/__init__.py"] = replace(draft, family=family).source
-    staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
-        for path, text in content.items():
-            (staging / path).parent.mkdir(parents=True, exist_ok=True)
-            (staging / path).write_text(text, encoding="utf-8")
-        staging.rename(directory)
+        _publish(content, directory)
     except OSError as error:
         raise EmlocError(f"{directory} cannot be written: {error.strerror}.", "Choose another directory.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return sorted(content)
+
+
+def _publish(content: Mapping[str, str], directory: Path) -> None:
+    workspace = Workspace(directory)
+    with workspace.held():
+        try:
+            workspace.clear()
+            for path, text in content.items():
+                (workspace.content / path).parent.mkdir(parents=True, exist_ok=True)
+                (workspace.content / path).write_text(text, encoding="utf-8")
+            workspace.content.rename(directory)
+        finally:
+            workspace.discard()
 
 
 def _check(name: str, model_types: Sequence[str]) -> None:

@@ -17,19 +17,20 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from trl import SFTConfig, SFTTrainer
 
+from emloc_core.adapters.adapter import content_hash
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.data.tokenize import Processing, load_processing, model_limit, require_readable
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.inputs import Inputs, hash_files
+from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output, read_json, write_json
 from emloc_core.files.pretrained import load_config, load_model
+from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Rows
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
@@ -74,6 +75,8 @@ class Train:
         self.model = Checkpoint(model)
         _ = self.model.tensors  # finds truncated shards before training
         self.family = plugin_manager().family_for(self.model.config)
+        if not self.model.config.get("quantization_config"):
+            Skeleton(self.model, self.family)  # refuses weights that are missing, or hold no floats
         self.settings, self.path = settings, output
         self.is_main_process = True  # until the processes have found each other
         check_extra(settings)
@@ -154,7 +157,7 @@ class Train:
             state.wait_for_everyone()  # for the staging directory
             output.result = self._train(config, output, state)
             if state.is_main_process:
-                output.result[CONTENT] = hash_files([output.staging / SAFETENSORS_WEIGHTS_NAME])
+                output.result[CONTENT] = content_hash(output.staging)
         return self.path
 
     def _inputs(self) -> dict[str, str]:

@@ -12,12 +12,13 @@ from support.adapters import TARGETS, make_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.adapters import merge as merging
-from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.adapter import Adapter, fingerprint
 from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.header import read_header
+from emloc_core.files.inputs import Inputs
 from emloc_core.settings import CorrectSettings
 
 
@@ -184,25 +185,47 @@ def test_a_weight_that_holds_no_floats_is_refused(tiny_model, tmp_path, dtype):
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_corrected_adapter_that_was_edited_is_refused(tiny_model, tiny_emulator, tmp_path):
+def double_weights(adapter):
+    weights = adapter / "adapter_model.safetensors"
+    save_file({key: 2 * half for key, half in load_file(weights).items()}, weights)
+
+
+def double_scale(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+
+
+@pytest.fixture
+def corrected(tiny_model, tiny_emulator, tmp_path):
     trained = make_adapter(tiny_emulator, tmp_path / "adapter")
     settings = CorrectSettings(clamp=1)
-    corrected = Correct(Adapter(trained), Checkpoint(tiny_model), tmp_path / "corrected", settings).run()
-    weights = corrected / "adapter_model.safetensors"
-    save_file({key: 2 * half for key, half in load_file(weights).items()}, weights)
+    return Correct(Adapter(trained), Checkpoint(tiny_model), tmp_path / "corrected", settings).run()
+
+
+@pytest.mark.parametrize("edit", [double_weights, double_scale])
+def test_a_corrected_adapter_that_was_edited_is_refused(corrected, tiny_model, tmp_path, edit):
+    edit(corrected)
+    with pytest.raises(EmlocError):
+        fingerprint(corrected, Inputs())
     with pytest.raises(EmlocError) as caught:
         merge(corrected, tiny_model, tmp_path / "merged")
     assert caught.value.code == "damaged"
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_emulator_that_was_edited_is_refused(tiny_model, tiny_emulator, tmp_path):
+def test_an_adapter_may_be_told_where_its_model_is_now(corrected, tiny_model, tmp_path):
+    config = json.loads((corrected / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "moved")
+    (corrected / "adapter_config.json").write_text(json.dumps(config))
+    assert merge(corrected, tiny_model, tmp_path / "merged").is_dir()
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00004.safetensors", "tokenizer_config.json", "calibration.jsonl"])
+def test_an_emulator_that_was_edited_is_refused(tiny_model, tiny_emulator, tmp_path, name):
     emulator = shutil.copytree(tiny_emulator, tmp_path / "emulator")
     adapter = make_adapter(emulator, tmp_path / "adapter")
-    shard = emulator / "model-00001-of-00004.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-9] ^= 1
-    shard.write_bytes(content)
+    content = (emulator / name).read_bytes()
+    (emulator / name).write_bytes(content.replace(b"a", b"b") if name[-1] != "s" else content[:-1] + b"\1")
     with pytest.raises(EmlocError) as caught:
         Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings(clamp=1)).run()
     assert caught.value.code == "damaged"

@@ -71,7 +71,7 @@ def test_an_image_is_upright_and_in_rgb():
     ("columns", "complaint"),
     [
         ({"images": ["gone.png"]}, r"The image .*gone\.png does not exist"),
-        ({"images": ["."]}, "not a regular file"),
+        ({"images": ["."]}, "is a directory"),
         ({"images": ["https://example.org/a.png"]}, "is not a path"),
         ({"images": ["data:image/png;base64,iVBORw0KGgo="]}, "is not a path"),
         ({"images": [{"path": None, "bytes": None}]}, "An image is dict"),

@@ -268,6 +268,27 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(
     assert len(counted) == factorised
 
 
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_kill_while_spectra_are_removed(tiny_model, rows_file, whole, tmp_path, monkeypatch, damage):
+    def remove(directory, *_, **__):
+        if "spectra" in directory.name:
+            (directory / SHARD).unlink()
+            raise Stop
+        whole_removal(directory)
+
+    whole_removal, content = shutil.rmtree, tmp_path / ".again.partial" / "content"
+    if damage:  # then they are removed to be made again
+        with pytest.raises(Stop):
+            compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run(stopping_after(5))
+        (content / "spectra" / SHARD).write_bytes(b"damaged")
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    with pytest.raises(Stop):
+        compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
+    monkeypatch.undo()
+    again = compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
+    assert contents(again) == contents(whole(allocator="global"))
+
+
 def test_global_spends_no_more_than_uniform_and_differs(tiny_model, kept, whole, tmp_path):
     emulator = cut(kept[1], tiny_model, tmp_path / "cut", ratio=0.6, allocator="global").run()
     even, shared = read_manifest(kept[0])["result"], read_manifest(emulator)["result"]

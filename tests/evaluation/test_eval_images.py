@@ -288,6 +288,16 @@ def test_another_picture_is_another_evaluation(rows_with_pictures, tmp_path):
     assert find_task(task, Inputs()).digest != before.digest
 
 
+def test_a_picture_that_changes_meanwhile_is_noticed(rows_with_pictures, tmp_path):
+    shutil.copytree(rows_with_pictures.parent / "pictures", tmp_path / "pictures")
+    data, inputs = Path(shutil.copy(rows_with_pictures, tmp_path)), Inputs()
+    find_task(str(write_task("image_nll", data, tmp_path / "task.yaml")), inputs)
+    inputs.verify()
+    shutil.copy(tmp_path / "pictures" / "blue.png", tmp_path / "pictures" / "red.png")
+    with pytest.raises(EmlocError, match=r"red\.png was changed while it was being read"):
+        inputs.verify()
+
+
 def test_a_missing_picture_is_found_before_anything_runs(internvl, rows_with_pictures, tmp_path):
     shutil.copytree(rows_with_pictures.parent / "pictures", tmp_path / "pictures")
     data = Path(shutil.copy(rows_with_pictures, tmp_path))

@@ -6,12 +6,16 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from support.models import tiny_tokenizer
 
+from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
-from emloc_core.files import pretrained, templates
+from emloc_core.evaluation.images import read_table
+from emloc_core.files import limits, pretrained, templates
 from emloc_core.files.limits import limited
 from emloc_core.files.output import read_json, write_json
 
@@ -118,3 +122,12 @@ def test_modules_are_counted(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) 
         pretrained.new_model("AutoModelForCausalLM", config, torch.float32)
     monkeypatch.setattr(pretrained, "_MODULES", 200)
     assert pretrained.new_model("AutoModelForCausalLM", config, torch.float32)
+
+
+@pytest.mark.parametrize("read", [load_rows, read_table])
+def test_what_parquet_unpacks_to_is_bounded(read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_LEAST", 128 << 20)
+    words = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 600, pyarrow.int32()), ["x" * (1 << 20)])
+    pyarrow.parquet.write_table(pyarrow.table({"text": words}), tmp_path / "rows.parquet", store_schema=False)
+    with pytest.raises(EmlocError, match=r"rows\.parquet"):
+        read(tmp_path / "rows.parquet")

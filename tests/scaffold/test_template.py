@@ -111,6 +111,15 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_what_a_killed_run_has_left_is_no_part_of_the_package(tmp_path):
+    left = tmp_path / ".plugin.partial" / "content"
+    left.mkdir(parents=True)
+    (left / "half.py").write_text("half")
+    files = write_plugin("mine", tmp_path / "plugin")
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert made == {f"plugin/{name}" for name in files}
+
+
 def test_nothing_is_overwritten(tmp_path):
     write_plugin("mine", tmp_path / "plugin")
     readme = tmp_path / "plugin" / "README.md"

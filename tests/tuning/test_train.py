@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.killed import kill, run_until_killed
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
@@ -102,6 +102,16 @@ def test_the_same_again_does_nothing_and_anything_else_is_refused(trained, tiny_
         finetune(tiny_model, str(rows_file), trained, settings(lora_rank=4), exclude=[test])
     with pytest.raises(EmlocError, match="rows was"):
         finetune(tiny_model, str(rows_file), trained, settings())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_a_weight_that_holds_no_floats_is_refused(tiny_model, rows_file, tmp_path, dtype):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, key: torch.ones(tensors[key].shape).to(dtype)}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EmlocError, match="is a weight, and holds no floats but"):
+        finetune(base, str(rows_file), tmp_path / "adapter", settings())
 
 
 def trained_rows(monkeypatch) -> list:

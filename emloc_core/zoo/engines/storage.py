@@ -3,10 +3,12 @@
 A directory there is whole when its marker is, the file that is written last: of a stage's output, ``emloc.json``.
 """
 
+import glob
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -125,7 +127,11 @@ class _Replacing:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.partial != self.target:
             if kind is None:
-                os.replace(self.partial, self.target)
+                with suppress(FileNotFoundError):  # another writer has swept it, whose own is at the target by now
+                    os.replace(self.partial, self.target)
+                target = Path(self.target)
+                for stray in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):  # of writers that were killed
+                    stray.unlink(missing_ok=True)
             else:
                 Path(self.partial).unlink(missing_ok=True)
 

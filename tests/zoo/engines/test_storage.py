@@ -102,6 +102,16 @@ def test_an_interrupted_copy_to_a_disk_leaves_no_file_that_looks_right(output, t
     assert not contents(tmp_path / "remote")
 
 
+def test_what_a_killed_writer_has_left_goes_with_the_next_write(tmp_path):
+    storage = Storage(str(tmp_path / "remote"))
+    storage.write("logs/a.log", b"one")
+    with storage._replacing(storage._path("logs/a.log")) as other:
+        (tmp_path / "remote/logs/a.log.0f.partial").write_bytes(b"half")
+        storage.files.pipe_file(other, b"slow")
+        storage.write("logs/a.log", b"two")
+    assert contents(tmp_path / "remote") == {"logs/a.log": b"two"}
+
+
 def test_nothing_is_fetched_out_of_its_directory(storage, output, tmp_path, monkeypatch):
     storage.publish(output, "emulator")
     path = storage._path("emulator", "..", "..", "escaped.txt")
