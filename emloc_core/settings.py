@@ -116,6 +116,21 @@ class CorrectSettings(Settings):
     method: str = Field("emloc", description="The correction. Plugins can add others.")
 
 
+#: Names that the command line or other tools have for settings.
+_SHORT = {
+    "lr": "learning_rate",
+    "rank": "lora_rank",
+    "r": "lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "rslora": "use_rslora",
+    "target": "target_modules",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "max_seq_length": "max_length",
+}
 #: Prefixes of pydantic's names for a union's members.
 _MEMBERS = ("literal[", "constrained-", "float", "function-", "bool")
 
@@ -129,7 +144,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         where = ".".join(steps) or "settings"
         if problem["type"] == "extra_forbidden":
             known = list(_section(model, steps[:-1]).model_fields)
-            text = f"there is no setting {where!r}.{did_you_mean(steps[-1], known)}".removesuffix(".")
+            short = _SHORT.get(steps[-1])
+            meant = f" Did you mean '{short}'?" if short in known else did_you_mean(steps[-1], known)
+            text = f"there is no setting {where!r}.{meant}".removesuffix(".")
         elif problem["type"] == "missing":
             text = f"{where} is missing"
         elif problem["type"] == "value_error":  # about several settings together: the input is all of them

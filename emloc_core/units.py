@@ -5,6 +5,7 @@ import re
 from emloc_core.errors import EmlocError
 
 _UNITS = {"": 1, "k": 1, "m": 2, "g": 3, "t": 4}
+_LEAST = 1 << 16  # bytes; a smaller number without a unit lacks it by mistake
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
 
@@ -19,6 +20,8 @@ def parse_bytes(text: str) -> int:
         raise EmlocError(f"{text!r} is not a memory size.", "Write it as 24GiB, 24GB or 800MB.")
     number, unit, binary = match.groups()
     size = int(float(number) * (1024 if binary else 1000) ** (_UNITS[unit.lower()] if unit else 0))
+    if not unit and size < _LEAST:
+        raise EmlocError(f"{text!r} would be {size} bytes of memory.", f"Write the unit: {number}GiB.")
     if (binary and not unit) or size < 1:
         raise EmlocError(f"{text!r} is not a memory size.", "Write it as 24GiB, 24GB or 800MB.")
     return size

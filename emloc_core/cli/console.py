@@ -44,13 +44,14 @@ def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
         yield advance
 
 
-def announce(result: Result, lines: Iterable[str], *, to_json: bool) -> None:
-    """Print the result of a stage.
+def announce(result: Result, lines: Iterable[str], *, to_json: bool, made_before: bool = False) -> None:
+    """Print what a stage made.
 
     Args:
-        result: the finished output.
-        lines: text for people.
-        to_json: print the manifest and timing as one JSON object instead.
+        result: its finished output.
+        lines: for a person.
+        to_json: print the manifest and the timing as one JSON object instead.
+        made_before: an earlier run finished it, and this one did nothing.
     """
     timing = result.timing
     if to_json:
@@ -59,7 +60,8 @@ def announce(result: Result, lines: Iterable[str], *, to_json: bool) -> None:
     for line in lines:
         click.echo(line)
     seconds, peak = timing.get("seconds", 0), timing.get("peak_rss_bytes", 0)
-    click.echo(f"{result}  ({human_seconds(seconds)}, peak memory {human_bytes(peak)})")
+    when = "finished before, in " if made_before else ""
+    click.echo(f"{result}  ({when}{human_seconds(seconds)}, peak memory {human_bytes(peak)})")
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import announce, print_json, progress
-from emloc_core.files.output import TIMING, read_json
+from emloc_core.files.output import MANIFEST, TIMING, read_json
 from emloc_core.report.towers import place, short_names
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
 from emloc_core.result import Result
@@ -41,13 +41,14 @@ def run(request: Request, *, dry_run: bool, to_json: bool) -> None:
             for line in _planned(request.stage, content):
                 click.echo(line)
         return
+    made_before = (request.output / MANIFEST).is_file()
     # Libraries print; stdout is for the result.
     with progress(_DOING[request.stage]) as advance, redirect_stdout(sys.stderr):
         result = finish(request.stage, job, advance)
     if result is not None:
         if isinstance(request, EvaluateRequest) and not to_json:
             _print_scores(request, result)
-        announce(result, summary(request, result), to_json=to_json)
+        announce(result, summary(request, result), to_json=to_json, made_before=made_before)
 
 
 def perform(request: str) -> str:

@@ -69,12 +69,23 @@ def load_processing(directory: Path, family: Family, rows: Sequence[Row]) -> Pro
     return load_processor(directory)
 
 
+#: Files that hold a tokenizer's vocabulary, whatever its kind.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
+
+
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer beside a model.
 
     Raises:
-        EmlocError: it cannot be loaded.
+        EmlocError: there is none, or it cannot be loaded.
     """
+    # Without a vocabulary transformers makes an empty tokenizer, for which every row is one unknown token.
+    if not any(path.match(pattern) for pattern in _VOCABULARIES for path in directory.iterdir()):
+        raise EmlocError(
+            f"{directory} has no tokenizer.",
+            "Copy the model's tokenizer.json and tokenizer_config.json there.",
+            code="missing",
+        )
     return _load("AutoTokenizer", directory, "tokenizer")
 
 

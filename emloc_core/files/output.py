@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import platform
+import re
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -366,12 +367,35 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+#: What the user gave, where a request only has hashes of it.
+_ROLES = {
+    "rows": "--data",
+    "calibration": "--data",
+    "selection": "the selection rows",
+    "tokenized_rows": "what the tokenizer makes of the rows",
+    "base": "the base",
+    "model": "the model",
+    "adapter": "the adapter",
+    "emulator": "the emulator",
+    "spectra": "the spectra",
+    "source": "the source",
+}
+
+
 def _differences(old: Any, new: Any, at: str = "") -> str:
     """Name the settings in which two requests differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = (_differences(old.get(key), new.get(key), f"{at}.{key}" if at else key) for key in sorted({*old, *new}))
         return "; ".join(text for text in found if text)
-    return "" if old == new else f"{at} was {_short(old)} and is now {_short(new)}"
+    if old == new:
+        return ""
+    if isinstance(new, list) or _is_hash(old) or _is_hash(new):  # of use to nobody
+        return f"{_ROLES.get(at.removeprefix('request.'), at)} differs"
+    return f"{at} was {_short(old)} and is now {_short(new)}"
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _short(value: Any) -> str:

@@ -50,11 +50,12 @@ def figure(
 
 
 def _draw_losses(axes: Any, histories: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    axes.set(title="Loss while tuning", xlabel="step", ylabel="loss (nats a token)")
+    axes.set(title="Loss while tuning", xlabel="step", ylabel="loss (nats per token)")
     for number, (name, history) in enumerate(histories.items()):
         if history:
             style = {"color": COLOURS[number % len(COLOURS)], "linestyle": _STYLES[number % len(_STYLES)]}
-            axes.plot(*zip(*history, strict=True), label=name, linewidth=1.8, **style)
+            marker = "o" if len(history) == 1 else None  # a line through one point cannot be seen
+            axes.plot(*zip(*history, strict=True), label=name, linewidth=1.8, marker=marker, **style)
 
 
 def _draw_errors(axes: Any, errors: Sequence[Mapping[str, Any]]) -> None:

@@ -28,7 +28,8 @@ _NAMED = {
 }
 #: Fields of SFTConfig that this stage sets itself, and why.
 _FIXED = {
-    **dict.fromkeys(("output_dir", "push_to_hub", "save_total_limit"), "the output is published when it is complete"),
+    **dict.fromkeys(("output_dir", "save_total_limit"), "-o names the output"),
+    "push_to_hub": "upload the finished directory, by `hf upload`, say",
     **dict.fromkeys(
         ("save_strategy", "save_only_model", "resume_from_checkpoint", "load_best_model_at_end", "logging_strategy"),
         "an interrupted run resumes by itself",
@@ -55,7 +56,10 @@ def check_extra(settings: StepSettings) -> None:
     known = [field.name for field in dataclasses.fields(SFTConfig)]
     for name in settings.extra:
         if name in named:
-            raise EmlocError(f"{name} has its own setting.", f"Set {named[name]} instead.")
+            raise EmlocError(
+                f"{name} is not an extra field: it is a setting of its own.",
+                f"Give {named[name]} directly; `emloc train --help` names its option.",
+            )
         if name in _FIXED:
             raise EmlocError(f"{name} cannot be set: {_FIXED[name]}.", "Leave it out.")
         if name not in known:

@@ -1,5 +1,6 @@
 """Samples hold exactly the tokens that TRL would train on, and rows that cannot be used are named."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import SFTConfig, SFTTrainer
 
 from emloc_core.data.rows import Row
-from emloc_core.data.tokenize import Sample, encode
+from emloc_core.data.tokenize import Sample, encode, load_tokenizer
 from emloc_core.errors import EmlocError
 
 STRINGS = [Row(number, **row) for number, row in enumerate(example_rows()[:5], start=1)]
@@ -120,3 +121,10 @@ def test_a_conversation_that_the_template_refuses_is_named(tiny_model: Path):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(EmlocError, match=r"Row 1: .*refuses it \(roles must alternate\)"):
         encode(CHATS, tokenizer)
+
+
+def test_a_model_without_a_tokenizer_is_refused(tiny_model, tmp_path):
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    with pytest.raises(EmlocError) as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.code == "missing"

@@ -239,7 +239,7 @@ def test_an_output_of_something_else_is_not_overwritten(source, tmp_path):
     with pytest.raises(EmlocError, match="made from something else: files"):
         Import(Checkpoint(source), out).run()
     edit(source, "config.json", max_dynamic_patch=6)
-    with pytest.raises(EmlocError, match=r"made from something else: .*source was"):
+    with pytest.raises(EmlocError, match=r"made from something else: .*the source differs"):
         Import(Checkpoint(source), out).run()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")

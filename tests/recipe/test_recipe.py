@@ -115,3 +115,8 @@ def test_calibration_rows_may_come_from_a_file_of_their_own(write, tmp_path):
     rows = {stage.name: stage.request.data for stage in given if hasattr(stage.request, "data")}
     assert rows == {"emulator": str(tmp_path / "recipes" / "others.jsonl"), "adapter": "rows"}
     assert given[1:] == one_file[1:]
+
+
+def test_the_option_of_a_setting_is_known_by_its_name(write):
+    with pytest.raises(EmlocError, match=r"'train\.lr'\. Did you mean 'learning_rate'"):
+        load_recipe(write(), ["train.lr=1e-3"])
