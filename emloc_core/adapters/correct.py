@@ -19,7 +19,7 @@ from emloc_core.adapters.belonging import require_shapes
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import SELECTION, Row, load_rows
-from emloc_core.data.tokenize import Sample, encode, load_processing, model_limit
+from emloc_core.data.tokenize import Limits, Sample, encode, load_processing
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
@@ -128,7 +128,7 @@ class Correct:
         if not rows:
             return []
         processing = load_processing(self.base.directory, self.family, rows)
-        return encode(rows, processing, max_length, model_limit(self.skeleton.model.config), self.skeleton.dtype)
+        return encode(rows, processing, max_length, Limits.of(self.skeleton.model.config), self.skeleton.dtype)
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
         """Write the corrected adapter.

@@ -131,7 +131,9 @@ def _load(auto_class: str, directory: Path, what: str) -> Any:
             "pip install 'emloc[vision]'",
             resumable=True,
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except EmlocError:
+        raise
+    except Exception as error:  # transformers and tokenizers check little, and raise exceptions of any type
         raise EmlocError(
             f"The {what} in {directory} cannot be loaded ({first_line(error)}).",
             f"Copy the files of the model's {what} there.",
@@ -139,17 +141,34 @@ def _load(auto_class: str, directory: Path, what: str) -> Any:
         ) from error
 
 
-def model_limit(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a model takes, where its config says so."""
-    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a model, each None where its config does not say.
+
+    Attributes:
+        tokens: the longest row.
+        vocabulary: the number of token ids.
+    """
+
+    tokens: int | None = None
+    vocabulary: int | None = None
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "Limits":
+        """Return the limits of the model of a config."""
+        text = config.get_text_config()
+        found = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
+        return cls(*(size if isinstance(size, int) else None for size in found))
+
+
+_NO_LIMITS = Limits()
 
 
 def encode(
     rows: Iterable[Row],
     processing: Processing,
     max_length: int | None = None,
-    model_limit: int | None = None,
+    limits: Limits = _NO_LIMITS,
     dtype: torch.dtype = torch.float32,
 ) -> list[Sample]:
     """Tokenize rows as TRL does, one sample a row.
@@ -158,7 +177,7 @@ def encode(
         rows: the rows.
         processing: the model's; see :func:`load_processing`.
         max_length: tokens after which a sequence is cut; None cuts nothing.
-        model_limit: the longest sequence, in tokens, that the model was made for; None for no limit.
+        limits: of the model that the rows are for.
         dtype: the model's, for those of its inputs that are floating.
 
     Raises:
@@ -167,7 +186,7 @@ def encode(
     """
     samples = []
     for row in rows:
-        sample = tokenize(row, processing, max_length, model_limit, dtype)
+        sample = tokenize(row, processing, max_length, limits, dtype)
         if not any(sample.completion_mask):
             prompt = "prompt with its images" if row.images else "prompt"
             raise EmlocError(
@@ -182,7 +201,7 @@ def tokenize(
     row: Row,
     processing: Processing,
     max_length: int | None = None,
-    model_limit: int | None = None,
+    limits: Limits = _NO_LIMITS,
     dtype: torch.dtype = torch.float32,
 ) -> Sample:
     """Tokenize one row, as :func:`encode` does; truncation may leave it without any token that counts.
@@ -198,10 +217,16 @@ def tokenize(
             raise EmlocError(f"Row {row.number}: the tokenizer leaves nothing of it to learn.", "Leave the row out.")
         mask = [0] * start + [1] * (len(ids) - start)
         sample = Sample(ids[:max_length], mask[:max_length], row.number)
-    if model_limit is not None and len(sample.input_ids) > model_limit:
+    if limits.tokens is not None and len(sample.input_ids) > limits.tokens:
         raise EmlocError(
-            f"Row {row.number}: {len(sample.input_ids)} tokens, and the model takes {model_limit}.",
-            f"Set a maximum length of {model_limit} or less to cut it, or leave the row out.",
+            f"Row {row.number}: {len(sample.input_ids)} tokens, and the model takes {limits.tokens}.",
+            f"Set a maximum length of {limits.tokens} or less to cut it, or leave the row out.",
+        )
+    largest = max(sample.input_ids, default=0)
+    if limits.vocabulary is not None and largest >= limits.vocabulary:
+        raise EmlocError(
+            f"Row {row.number}: the tokenizer makes the id {largest} of it; the model has {limits.vocabulary} ids.",
+            "Use the tokenizer that belongs to the model.",
         )
     return sample
 

@@ -14,7 +14,7 @@ import torch
 
 from emloc_core.algorithms.allocation import uniform, wants_spectra
 from emloc_core.data.rows import CALIBRATION, SELECTION, Row, draw, load_rows, without, write_rows
-from emloc_core.data.tokenize import Processing, Sample, encode, load_processing, model_limit
+from emloc_core.data.tokenize import Limits, Processing, Sample, encode, load_processing
 from emloc_core.emulator.cut import Cut, cut_blocks, describe_emulator
 from emloc_core.emulator.decompose import Decomposition, Progress
 from emloc_core.emulator.files import EmulatorFiles
@@ -115,8 +115,8 @@ class Compress:
         return Output(path, KIND, request, self.skeleton.device.type, {"base": self.base.name}, self._files)
 
     def _encode(self, rows: list[Row], processing: Processing) -> list[Sample]:
-        limit = model_limit(self.skeleton.model.config)
-        return encode(rows, processing, self.settings.max_length, limit, self.skeleton.dtype)
+        limits = Limits.of(self.skeleton.model.config)
+        return encode(rows, processing, self.settings.max_length, limits, self.skeleton.dtype)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be made: bytes, the rank of every Linear, rows."""

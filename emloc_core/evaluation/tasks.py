@@ -150,7 +150,7 @@ def read_task(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict
         content = yaml.load(path.read_text("utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise EmlocError(f"{seen[-1]} includes {path}, which does not exist.", "Correct the path.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise EmlocError(f"{path} is not valid YAML: {reason}", "Correct the file.") from None
     if not isinstance(content, dict):

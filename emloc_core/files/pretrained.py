@@ -91,11 +91,18 @@ def new_model(name: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
         dtype: dtype of the weights.
 
     Raises:
-        EmlocError: the sizes in the config are larger than any model's.
-        Exception: whatever transformers raises.
+        EmlocError: the sizes in the config are larger than any model's, or transformers cannot build it.
     """
-    with limited("Building the model of this config", _SECONDS, _MODEL_BYTES), _few_modules():
-        model: PreTrainedModel = auto_class(name).from_config(config, dtype=dtype, trust_remote_code=False)
+    try:
+        with limited("Building the model of this config", _SECONDS, _MODEL_BYTES), _few_modules():
+            model: PreTrainedModel = auto_class(name).from_config(config, dtype=dtype, trust_remote_code=False)
+    except EmlocError:
+        raise
+    except Exception as error:  # sizes that do not fit each other, negative ones, ...
+        raise EmlocError(
+            f"transformers cannot build {name} from the config ({first_line(error)}).",
+            "Check that the config.json belongs to the model.",
+        ) from error
     return model
 
 
@@ -144,10 +151,17 @@ def load_processing(name: str, directory: Path) -> Any:
         )
     what = name.removeprefix("Auto").lower()
     try:
-        return auto_class(name).from_pretrained(str(directory), **_NOTHING_FOREIGN)
+        processing = auto_class(name).from_pretrained(str(directory), **_NOTHING_FOREIGN)
     except ValueError as error:
         _refuse_own_code(error, directory, what)
         raise
+    length = getattr(getattr(processing, "tokenizer", processing), "model_max_length", None)
+    if length is not None and not isinstance(length, int | float):
+        raise EmlocError(
+            f"The {what} in {directory} has the model_max_length {length!r}, which is not a number.",
+            "Correct its tokenizer_config.json.",
+        )
+    return processing
 
 
 def load_gguf(name: str, file: Path, **settings: Any) -> Any:
@@ -223,6 +237,8 @@ def _check(content: Any, where: str) -> None:
             raise EmlocError(
                 f"{key} in {where} is {value:,}, more than any model has.", "Correct the config.", code="refused"
             )
+        if key in ("dtype", "torch_dtype") and not _is_dtype(value):
+            raise EmlocError(f"{key} in {where} is {value!r}, which is not a dtype.", "Correct the config.")
         name = key.strip("_").removesuffix("_internal")
         if name in _BUILT_IN and not set(_names(value)) <= _BUILT_IN[name] | (_FLASH if _has_flash() else set()):
             raise EmlocError(
@@ -241,6 +257,14 @@ def _fields(content: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(content, list):
         for value in content:
             yield from _fields(value)
+
+
+def _is_dtype(value: Any) -> bool:
+    """Return whether this is null, or a dtype of torch or its name."""
+    if isinstance(value, str):
+        value = getattr(torch, value.removeprefix("torch."), None)
+        return isinstance(value, torch.dtype)
+    return value is None or isinstance(value, torch.dtype)
 
 
 def _names(value: Any) -> list[str | None]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.data.rows import load_rows
-from emloc_core.data.tokenize import Sample, load_processing, model_limit, tokenize
+from emloc_core.data.tokenize import Limits, Sample, load_processing, tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.files.pretrained import load_config
@@ -48,12 +48,13 @@ def make_workload(
     """
     family = plugin_manager().family_for(read_config_json(config_file))  # first, for its message about foreign layouts
     config = load_config(config_file)
-    limit = model_limit(config)
+    limits = Limits.of(config)
+    limit = limits.tokens
     counted = int(family.modality == "image-text")
     if data is not None:
         rows = load_rows(data, split)
         processing = load_processing(config_file.parent, family, rows)
-        length, counted, largest = _measure((tokenize(row, processing, length, limit) for row in rows), config)
+        length, counted, largest = _measure((tokenize(row, processing, length, limits) for row in rows), config)
         if images is None and image_size is None and largest is not None:
             image_size = largest
             length = max(length, counted * image_shape(config_file, config, image_size).tokens + 1)

@@ -9,12 +9,12 @@ from transformers import ProcessorMixin
 from transformers.utils.logging import tqdm
 
 from emloc_core.data.rows import Row
-from emloc_core.data.tokenize import Processing, tokenize, trl_example
+from emloc_core.data.tokenize import Limits, Processing, tokenize, trl_example
 from emloc_core.errors import EmlocError
 
 
 def make_dataset(
-    rows: Sequence[Row], processing: Processing, max_length: int | None, model_limit: int | None
+    rows: Sequence[Row], processing: Processing, max_length: int | None, limits: Limits
 ) -> tuple[Dataset, list[int]]:
     """Return the dataset and the number of tokens per row. Rows whose answer is truncated entirely are dropped.
 
@@ -25,7 +25,7 @@ def make_dataset(
         rows: rows of one source.
         processing: see :func:`emloc_core.data.tokenize.load_processing`.
         max_length: truncate rows to this many tokens; None for no truncation.
-        model_limit: the model's longest row, in tokens; None for no limit.
+        limits: limits of the model.
 
     Raises:
         EmlocError: a row cannot be tokenized or is longer than the model's limit, or no row has an answer left.
@@ -33,7 +33,7 @@ def make_dataset(
     kept: list[Row] = []
     columns: dict[str, list[Any]] = {"input_ids": [], "completion_mask": []}
     for row in tqdm(rows, desc="Reading rows", unit=" rows", delay=1):  # with images it may take minutes
-        sample = tokenize(row, processing, max_length, model_limit)
+        sample = tokenize(row, processing, max_length, limits)
         if any(sample.completion_mask):
             kept.append(row)
             columns["input_ids"].append(numpy.asarray(sample.input_ids, dtype=numpy.int32))

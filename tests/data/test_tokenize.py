@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import SFTConfig, SFTTrainer
 
 from emloc_core.data.rows import Row
-from emloc_core.data.tokenize import Sample, encode, load_tokenizer
+from emloc_core.data.tokenize import Limits, Sample, encode, load_tokenizer
 from emloc_core.errors import EmlocError
 
 STRINGS = [Row(number, **row) for number, row in enumerate(example_rows()[:5], start=1)]
@@ -59,7 +59,7 @@ def of_trl(rows: list[Row], tiny_model: Path, tmp_path: Path, max_length: int | 
     ids=["strings", "texts", "chats", "cut strings", "cut texts", "cut chats"],
 )
 def test_samples_equal_what_trl_trains_on(rows, max_length, tokenizer, tiny_model: Path, tmp_path: Path):
-    samples = encode(rows, tokenizer, max_length, 256)
+    samples = encode(rows, tokenizer, max_length, Limits(256))
     expected = of_trl(rows, tiny_model, tmp_path, max_length)
     assert [(sample.input_ids, sample.completion_mask) for sample in samples] == expected
     assert [sample.row for sample in samples] == [row.number for row in rows]
@@ -87,10 +87,30 @@ def test_a_row_beyond_the_models_limit_is_named_unless_cut(tokenizer):
     rows = [Row(1, text="cat"), Row(17, text="cat " * 30)]
     (length,) = {len(sample.input_ids) for sample in encode(rows[1:], tokenizer)}
     with pytest.raises(EmlocError, match=f"Row 17: {length} tokens, and the model takes {length - 1}"):
-        encode(rows, tokenizer, model_limit=length - 1)
-    assert len(encode(rows, tokenizer, max_length=8, model_limit=length - 1)[1].input_ids) == 8
+        encode(rows, tokenizer, limits=Limits(length - 1))
+    assert len(encode(rows, tokenizer, max_length=8, limits=Limits(length - 1))[1].input_ids) == 8
     with pytest.raises(EmlocError, match="Row 17"):
-        encode(rows, tokenizer, max_length=length, model_limit=length - 1)
+        encode(rows, tokenizer, max_length=length, limits=Limits(length - 1))
+
+
+def test_a_tokenizer_that_knows_more_ids_than_the_model_is_refused(tokenizer):
+    (sample,) = encode([Row(1, text="cat")], tokenizer)
+    largest = max(sample.input_ids)
+    assert encode([Row(1, text="cat")], tokenizer, limits=Limits(vocabulary=largest + 1)) == [sample]
+    with pytest.raises(EmlocError, match=f"makes the id {largest} of it; the model has {largest} ids"):
+        encode([Row(1, text="cat")], tokenizer, limits=Limits(vocabulary=largest))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"a":' * 100_000 + "1" + "}" * 100_000, '{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": []}'],
+    ids=["deep", "no number"],
+)
+def test_a_tokenizer_that_transformers_stumbles_over_is_refused(tiny_model, tmp_path, content):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").write_text(content)
+    with pytest.raises(EmlocError, match="The tokenizer in "):
+        load_tokenizer(tmp_path / "model")
 
 
 def test_a_completion_that_truncation_cuts_away_is_an_error(tokenizer):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from emloc_llama import LLAMA
 from support.paths import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,6 +19,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.evaluation.system import load_system
 from emloc_core.files import pretrained
 from emloc_core.files.output import read_json, write_json
+from emloc_core.model.skeleton import build_model
 
 EVIL = "from pathlib import Path\nPath({ran!r}).touch()\nclass Evil:\n    pass\nEvilConfig = EvilT = Evil\n"
 
@@ -150,6 +153,13 @@ def test_flash_attention_is_refused_where_it_would_be_fetched(
     with pytest.raises(EmlocError) as caught:
         pretrained.load_config(tmp_path / "config.json")
     assert caught.value.code == "refused"
+
+
+@pytest.mark.parametrize("fields", [{"num_attention_heads": -1}, {"pad_token_id": 1 << 70}, {"dtype": 3.5}])
+def test_a_config_that_no_model_can_be_built_from_is_refused(evil: Evil, fields: dict[str, Any]) -> None:
+    evil.edit("config.json", **fields)
+    with pytest.raises(EmlocError, match="config"):
+        build_model(pretrained.load_config(evil.directory / "config.json"), LLAMA, torch.float32)
 
 
 def test_an_unknown_quantisation_is_not_loaded(evil: Evil) -> None:
