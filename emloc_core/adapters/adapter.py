@@ -215,8 +215,11 @@ class Adapter:
             )
         alpha = self._of_pattern("alpha_pattern", path, self.config["lora_alpha"])
         scale = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-        if scale == 0:  # too small for a float
-            raise EmlocError(f"The LoRA in {self.directory} on {path} has a scale of 0.", "Correct its lora_alpha.")
+        if not 0 < scale <= torch.finfo(torch.float32).max:
+            raise EmlocError(
+                f"The LoRA in {self.directory} on {path} has the scale {scale:g}, which fp32 does not hold.",
+                "Correct its lora_alpha.",
+            )
         return Lora(a, b, scale)
 
     def _of_pattern(self, name: str, path: str, default: Any) -> Any:

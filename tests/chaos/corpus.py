@@ -427,6 +427,7 @@ def adapters() -> Cases:
                 (1 << 70, "lora_alpha"),
                 (True, "use_rslora"),
                 ({"a": 1}, "alpha_pattern"),  # of no module
+                ({"a": 1}, "rank_pattern"),
             )
             yield Case(
                 "adapter",
