@@ -1,4 +1,4 @@
-"""Loss of the base with the LoRA tuned on each kind of emulator of one size: SmolLM2-135M on the demo's messages.
+"""Loss of the base with the LoRA tuned on each kind of emulator: SmolLM2-135M on the demo's messages.
 
 What is used in the end is the base with the LoRA, so that is what decides which calibration and which allocator are the
 defaults. Every seed is another draw of calibration rows, other initial values of the LoRA and another order of tuning
@@ -18,14 +18,22 @@ from emloc_demo.data import write_data
 from emloc_demo.model import write_base
 from harness import goal, in_process, markdown, write_results
 
-#: The kinds of emulator: calibration, allocator. The first is the default.
-KINDS = (("base", "uniform"), ("propagated", "uniform"), ("base", "global"))
+#: Kind, calibration and allocator of the emulators. The first are the defaults.
+KINDS = (
+    ("low-rank", "base", "uniform"),
+    ("low-rank", "propagated", "uniform"),
+    ("low-rank", "base", "global"),
+    ("low-rank-nf4", "propagated", "uniform"),
+    ("nf4", "", ""),
+)
 #: What is measured of each, by its name in the table.
 LOSSES = {"emulator": "emulator, untuned", "tuned": "emulator, tuned", "transferred": "base with that LoRA"}
 TUNING = {"steps": 40, "learning_rate": 5e-4, "gradient_checkpointing": False, "logging_steps": 1}
 
 
-def measure(directory: str, calibration: str, allocator: str, seed: int, ratio: float, rows: int) -> dict[str, Any]:
+def measure(
+    directory: str, kind: str, calibration: str, allocator: str, seed: int, ratio: float, rows: int
+) -> dict[str, Any]:
     """Make an emulator, tune a LoRA on it, carry it over, and measure the loss of each on held-out rows."""
     import torch
     from loss import nll
@@ -45,9 +53,10 @@ def measure(directory: str, calibration: str, allocator: str, seed: int, ratio: 
 
     root = Path(directory)
     base, train = Checkpoint(root / "base"), str(root / "data" / "train.jsonl")
-    place = root / f"{calibration}-{allocator}-{ratio:g}-{seed}"
+    place = root / f"{kind}-{calibration}-{allocator}-{ratio:g}-{seed}"
     place.mkdir(exist_ok=True)
-    settings = CompressSettings(ratio=ratio, allocator=allocator, calibration=calibration, seed=seed)
+    ranks = {"ratio": ratio, "allocator": allocator, "calibration": calibration} if calibration else {}
+    settings = CompressSettings(kind=kind, seed=seed, **ranks)
     emulator = Compress(base, load_rows(train), place / "emulator", settings).run()
     adapter = Train(emulator, train, place / "adapter", TrainSettings(seed=seed, **TUNING)).run()
     corrected = Correct(Adapter(adapter), base, place / "corrected", CorrectSettings()).run()
@@ -59,7 +68,10 @@ def measure(directory: str, calibration: str, allocator: str, seed: int, ratio: 
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
         return nll(PeftModel.from_pretrained(loaded, lora) if lora else loaded, held_out)
 
+    manifest = read_manifest(emulator) or {}
     return {
+        "kind": kind,
+        "bytes": manifest["result"]["bytes"],
         "calibration": calibration,
         "allocator": allocator,
         "seed": seed,
@@ -91,7 +103,9 @@ def main() -> None:
 
 def report(rows: list[dict[str, Any]], ratio: float, messages: int) -> None:
     """Write the results: a line for every kind, and how it does beside the default in every seed."""
-    found = {kind: [row for row in rows if (row["calibration"], row["allocator"]) == kind] for kind in KINDS}
+    found = {
+        kind: [row for row in rows if (row["kind"], row["calibration"], row["allocator"]) == kind] for kind in KINDS
+    }
     default = [row["transferred"] for row in found[KINDS[0]]]
     lines, goals = [], []
     for kind, of in found.items():
@@ -100,9 +114,9 @@ def report(rows: list[dict[str, Any]], ratio: float, messages: int) -> None:
         beside = "" if kind == KINDS[0] else spread(gains, signed=True)
         lines.append([*kind, *losses, beside, f"{mean(row['seconds'] for row in of):.0f}"])
         if kind != KINDS[0]:
-            goals.append(goal(f"base with its LoRA, {' and '.join(kind)} minus the default, mean", "at least 0",
+            goals.append(goal(f"base with its LoRA, {' '.join(kind).strip()} minus the default, mean", "at least 0",
                               round(mean(gains), 4), mean(gains) >= 0))  # fmt: skip
-    header = ["calibration", "allocator", *LOSSES.values(), "minus the default's", "seconds to make"]
+    header = ["kind", "calibration", "allocator", *LOSSES.values(), "minus the default's", "seconds to make"]
     text = (
         f"NLL per token on {messages} held-out messages at ratio {ratio:g}: mean and standard deviation of "
         f"{len(default)} seeds.\n\n{markdown(header, lines)}"

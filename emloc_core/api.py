@@ -290,6 +290,7 @@ def plan(
     *,
     memory: str | None = None,
     ratio: float | None = None,
+    kind: str = "low-rank",
     data: Rows | None = None,
     split: str = "train",
     length: int | None = None,
@@ -304,6 +305,7 @@ def plan(
         model: directory, ``config.json``, entry of the registry, or hub id.
         memory: what tuning may use: ``24GiB``; None: what inference on the base needs.
         ratio: plan this emulator, instead of the largest that fits.
+        kind: of emulator.
         data: rows, of which the longest says how many tokens a row has.
         split: of a hub data set.
         length: tokens per row; with ``data``, where rows are cut. Default: 1024.
@@ -328,7 +330,7 @@ def plan(
         workload = make_workload(
             file, train, device, length=length, images=images, image_size=size, data=data, split=split
         )
-        return make_plan(fspath(model), MemoryModel(file, workload), budget, ratio)
+        return make_plan(fspath(model), MemoryModel(file, workload, kind), budget, ratio)
 
 
 def run(recipe: Name, **overrides: Any) -> dict[str, Any]:

@@ -65,6 +65,16 @@ def emloc_factorizers() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
 
 
 @hookspec
+def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
+    """Offer kinds of emulator, which ``compress`` finds by ``--kind``. Asked when one is needed.
+
+    Returns:
+        By name, subclasses of ``emloc_core.kinds.Kind``: how what stands in for a weight is made, stored, read
+        back by transformers and by ``correct``, and how many bytes it takes.
+    """
+
+
+@hookspec
 def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
     """Provide corrections of a LoRA, selected by ``--method`` of ``correct``. Called when one is needed.
 

@@ -13,10 +13,12 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from emloc_core.algorithms import fourbit
 from emloc_core.errors import EmlocError
 
 METHOD = "emloc"
-FORMAT_VERSION = 1
+#: Of factors as they are, and of factors in four bits, which older readers refuse.
+FORMAT_VERSION, FOUR_BITS_VERSION = 1, 2
 
 
 class LowRankLinear(nn.Linear):
@@ -66,8 +68,74 @@ class LowRankLinear(nn.Linear):
         return linear
 
 
-def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
-    """Replace Linears with empty :class:`LowRankLinear` modules of the given ranks, on the same devices.
+class FourBitLowRankLinear(nn.Linear):
+    """``y = U (V x) + b`` with both factors in four bits; see :mod:`emloc_core.algorithms.fourbit`.
+
+    As in :class:`LowRankLinear`, ``weight`` is U and ``V`` is V, here packed, each beside its scales.
+    """
+
+    V: nn.Parameter
+    weight_scales: nn.Parameter
+    V_scales: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.dtype = dtype or torch.get_default_dtype()
+        for name, shape in (("weight", (out_features, rank)), ("V", (rank, in_features))):
+            codes, scales = fourbit.sizes(*shape)
+            packed = torch.empty(codes, 1, dtype=torch.uint8, device=device)
+            self.register_parameter(name, nn.Parameter(packed, requires_grad=False))
+            factors = torch.empty(scales, dtype=torch.float32, device=device)
+            self.register_parameter(f"{name}_scales", nn.Parameter(factors, requires_grad=False))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        inner = fourbit.product(input, self.V, self.V_scales, (self.rank, self.in_features), self.dtype)
+        found = fourbit.product(inner, self.weight, self.weight_scales, (self.out_features, self.rank), self.dtype)
+        return found if self.bias is None else found + self.bias
+
+    def extra_repr(self) -> str:
+        """Describe the layer in the model's printout."""
+        return f"{super().extra_repr()}, rank={self.rank}, four bits"
+
+    def dense(self) -> nn.Linear:
+        """Return the ordinary Linear with the weight ``U V``."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, self.weight.device, self.dtype)
+        u = fourbit.unpack(self.weight, self.weight_scales, (self.out_features, self.rank), self.dtype)
+        v = fourbit.unpack(self.V, self.V_scales, (self.rank, self.in_features), self.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(u @ v)
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+
+#: The class of a low-rank Linear by the format of its factors.
+LAYERS: dict[int, type[LowRankLinear] | type[FourBitLowRankLinear]] = {
+    FORMAT_VERSION: LowRankLinear,
+    FOUR_BITS_VERSION: FourBitLowRankLinear,
+}
+
+
+def replace_linears(model: nn.Module, ranks: dict[str, int], format_version: int = FORMAT_VERSION) -> None:
+    """Replace Linears with empty low-rank modules of the given ranks, on the same devices.
+
+    Args:
+        model: is changed.
+        ranks: by module path.
+        format_version: of the factors; see :data:`LAYERS`.
 
     Raises:
         EmlocError: the model has no Linear at one of the paths.
@@ -82,8 +150,11 @@ def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
                 f"The model has no Linear at {path}.", "The emulator belongs to another architecture.", code="mismatch"
             )
         device, dtype = linear.weight.device, linear.weight.dtype
-        layer = LowRankLinear(linear.in_features, linear.out_features, rank, linear.bias is not None, device, dtype)
-        layer.requires_grad_(linear.weight.requires_grad).train(linear.training)
+        kind = LAYERS[format_version]
+        layer = kind(linear.in_features, linear.out_features, rank, linear.bias is not None, device, dtype)
+        if isinstance(layer, LowRankLinear):  # packed factors are not trained
+            layer.requires_grad_(linear.weight.requires_grad)
+        layer.train(linear.training)
         model.set_submodule(path, layer)
 
 
@@ -92,16 +163,16 @@ class EmlocConfig(QuantizationConfigMixin):
 
     Args:
         ranks: rank of the factors by module path.
-        format_version: version of this format.
+        format_version: version of this format; see :data:`LAYERS`.
     """
 
     def __init__(self, ranks: dict[str, int] | None = None, format_version: int = FORMAT_VERSION, **_: Any) -> None:
         self.quant_method: Any = METHOD
         self.ranks = dict(ranks or {})
         self.format_version = format_version
-        if format_version > FORMAT_VERSION:
+        if format_version not in LAYERS:
             raise EmlocError(
-                f"The emulator has format {format_version}, newer than {FORMAT_VERSION}.",
+                f"The emulator has format {format_version}, newer than {max(LAYERS)}.",
                 "Update emloc.",
                 code="unsupported",
             )
@@ -114,18 +185,19 @@ class EmlocQuantizer(HfQuantizer):
     quantization_config: EmlocConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        replace_linears(model, self.quantization_config.ranks)
+        replace_linears(model, self.quantization_config.ranks, self.quantization_config.format_version)
         # Uninitialised memory would pass for a factor: remember the parameters, to find those that were not loaded.
         for path in self.quantization_config.ranks:
             layer = model.get_submodule(path)
-            layer.emloc_unloaded = [layer.weight, layer.V]  # type: ignore[assignment]
+            factors = {name: part for name, part in layer.named_parameters() if name != "bias"}
+            layer.emloc_unloaded = factors  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         for path in self.quantization_config.ranks:
             layer = model.get_submodule(path)
             unloaded: Any = layer.emloc_unloaded
             del layer.emloc_unloaded
-            for name, before in zip(("weight", "V"), unloaded, strict=True):
+            for name, before in unloaded.items():
                 if getattr(layer, name) is before or not getattr(getattr(layer, name), "_is_hf_initialized", False):
                     raise EmlocError(f"The emulator lacks {path}.{name}.", "Make the emulator again.", code="damaged")
 
@@ -141,7 +213,7 @@ class EmlocQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for path in self.quantization_config.ranks:
             layer = model.get_submodule(path)
-            assert isinstance(layer, LowRankLinear)
+            assert isinstance(layer, LowRankLinear | FourBitLowRankLinear)
             model.set_submodule(path, layer.dense().to(dtype))
         return model
 

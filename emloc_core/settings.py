@@ -30,14 +30,21 @@ class CutSettings(Settings):
 class CompressSettings(CutSettings):
     """How an emulator is made."""
 
+    kind: str = Field(
+        "low-rank",
+        description="Kind of emulator: 'low-rank', factors as in the paper; 'nf4', weights in four bits as in QLoRA, "
+        "which have no ratio; 'low-rank-nf4', factors in four bits, where even 'nf4' is too large. Plugins can add "
+        "others.",
+    )
     samples: int = Field(64, ge=1, description="Number of calibration rows.")
     selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp.")
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
     seed: int = Field(0, description="Seed for drawing rows.")
-    calibration: Literal["base", "propagated"] = Field(
-        "base",
-        description="Activations to calibrate on: 'base', those of the base, as in the paper; 'propagated', those of "
-        "the emulator built so far, which compensates for earlier errors.",
+    calibration: Literal["base", "propagated"] | None = Field(
+        None,
+        description="Activations to calibrate on: 'base', those of the base, as in the paper and by default; "
+        "'propagated', those of the emulator built so far, which compensates for earlier errors and is the default of "
+        "low-rank-nf4.",
     )
     factorizer: str = Field("activation-svd", description="How Linears are factorised. Plugins can add others.")
 

@@ -7,8 +7,9 @@ from support.paths import ROOT
 #: From what everything may import to what nothing may. Rooms on one floor do not import each other.
 FLOORS = [
     ["errors", "family", "lifetime"],
-    ["units", "settings", "layout", "lowrank", "algorithms", "process"],
-    ["requests", "files", "hookspecs"],
+    ["units", "settings", "layout", "algorithms", "process"],
+    ["lowrank"],
+    ["kinds", "requests", "files", "hookspecs"],
     ["data", "report"],
     ["plugins", "recipe.recipe"],
     ["model"],

@@ -25,6 +25,7 @@ from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT, manifest_value
 from emloc_core.files.output import Output, made_from, read_manifest
+from emloc_core.kinds import Kind, LowRank
 from emloc_core.model.device import choose_device
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.skeleton import Skeleton
@@ -70,6 +71,8 @@ class Correct:
         self.correct = plugin_manager().algorithm("corrections", settings.method)
         self.emulator = find_emulator(adapter, emulator)
         manifest = _require_emulator(adapter, self.emulator)
+        kind = manifest_value(manifest, self.emulator.directory, "request.settings.kind", str | None)
+        self.kind: Kind = plugin_manager().algorithm("emulators", kind or LowRank.name)()
         self._path, self._selection = output, selection
         self.family = plugin_manager().family_for(base.config)
         self.skeleton = Skeleton(base, self.family, device)
@@ -171,12 +174,12 @@ class Correct:
         return (None,) if clamp == "none" else (clamp,)
 
     def _correct(self, path: str, weight: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
-        keys = [f"{key.removesuffix('weight')}{part}" for key in self.skeleton.sources(f"{path}.weight")
-                for part in ("weight", "V")]  # fmt: skip
+        keys = self.kind.keys(self.skeleton.sources(f"{path}.weight")[0])
         if keys[1] not in self.emulator.tensors:  # dense on the emulator too: nothing to correct
             return [lora] * len(clamps)
         with self.emulator.slices(keys) as slices:
-            u, v = (slices[key][...].to(weight.device) for key in keys)
+            tensors = [slices[key][...].to(weight.device) for key in keys]
+            u, v = self.kind.unpack(tensors, (weight.shape[0], weight.shape[1]), weight.dtype)
             with named(f"The correction {self.settings.method!r}, on {path},"):
                 corrected: Any = self.correct(weight, u, v, lora.to(weight.device), clamps)
         if not isinstance(corrected, list) or [_shapes(each) for each in corrected] != [_shapes(lora)] * len(clamps):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
               "the base needs at the same batch size and length]")  # fmt: skip
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True),
               help="Plan an emulator of this ratio instead of the largest that fits.")  # fmt: skip
+@click.option("--kind", default="low-rank", show_default=True, help="Kind of emulator, as for emloc compress.")
 @click.option("--data", help="Rows, as for emloc train: the longest sets the number of tokens per row.")
 @click.option("--split", default="train", show_default=True, help="Split of a hub dataset.")
 @click.option("--length", "--max-length", "--sequence-length", type=click.IntRange(1),
@@ -58,7 +59,7 @@ def command(
 
     train, others = given(TrainSettings, settings)
     planned = plan(
-        model, memory=memory, ratio=ratio, data=data, split=split, length=length, images=images,
+        model, memory=memory, ratio=ratio, kind=others["kind"], data=data, split=split, length=length, images=images,
         image_size=others["image_size"], device=device, **train,
     )  # fmt: skip
     if figure:
@@ -89,7 +90,8 @@ def _show(planned: "MemoryPlan") -> None:
                f"checkpointing; {'bf16 autocast' if work['bf16'] else 'no autocast'}; LoRA of rank "
                f"{work['lora_rank']} on {', '.join(work['target_modules'])}; on {work['device']}")  # fmt: skip
     print_memory(planned.needs)
-    click.echo(f"emulator at ratio {planned.ratio:g}: {parameters['emulator'] / 1e9:.3g} billion parameters, "
+    kind, ratio = said["kind"], f" at ratio {planned.ratio:g}" if said["ratio"] else ""
+    click.echo(f"emulator of the kind {kind}{ratio}: {parameters['emulator'] / 1e9:.3g} billion parameters, "
                f"{human_bytes(weights['emulator'])}; {len(planned.plan.ranks)} Linears at these ranks:")  # fmt: skip
     for line in planned.plan.lines():
         click.echo(f"  {line}")

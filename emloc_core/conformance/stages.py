@@ -13,7 +13,7 @@ from emloc_core.conformance.activations import statistics
 from emloc_core.conformance.check import check, require
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.tuning import STEPS
-from emloc_core.files.output import read_object
+from emloc_core.files.output import MANIFEST, read_object
 from emloc_core.files.pretrained import load_lora
 from emloc_core.memory.model import MemoryModel, Workload
 
@@ -25,9 +25,10 @@ RELATIVE, ABSOLUTE = 1e-5, 1e-6
 def trains(subject: TinyModel) -> str:
     """The emulator is written, loads by plain from_pretrained, and a LoRA on it learns in every Linear it is put on."""
     tuned = subject.tuned
-    ranks = read_object(subject.emulator / "config.json")["quantization_config"]["ranks"]
+    rows = read_object(subject.emulator / MANIFEST)["result"]["linears"]
+    dense = {row["path"] for row in rows if row["rank"] is None}
     require(
-        [f"{linear.path} stayed dense" for linear in subject.plan.candidates if linear.path not in ranks],
+        [f"{linear.path} stayed dense" for linear in subject.plan.candidates if linear.path in dense],
         "Make the tiny config's layers larger, or, if factors can never be smaller than this weight, list it in "
         "keep_dense.",
     )
@@ -68,7 +69,7 @@ def _on_base(subject: TinyModel, adapter: Path) -> Any:
 @check(adapter_keys)
 def correction(subject: TinyModel) -> None:
     """Unclamped, the base with the corrected LoRA answers on the LoRA's input subspace as the tuned emulator did."""
-    emulator = load_lora(subject.load(subject.emulator), subject.adapter).eval()
+    emulator = load_lora(subject.load(subject.emulator), subject.adapter).train()  # what infers may round more
     base = _on_base(subject, subject.corrected)
     loras = Adapter(subject.adapter).loras
     problems = []

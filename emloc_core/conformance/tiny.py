@@ -24,6 +24,7 @@ from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.pretrained import load_model, new_model
+from emloc_core.kinds import Kind, LowRank
 from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings
@@ -58,11 +59,14 @@ class TinyModel(Subject):
         settings: keyword arguments of ``AutoConfig.for_model``.
         label: names the config.
         directory: where files go; it is made.
+        kind: of emulator.
     """
 
-    def __init__(self, declared: Family, settings: Mapping[str, Any], label: str, directory: Path) -> None:
+    def __init__(
+        self, declared: Family, settings: Mapping[str, Any], label: str, directory: Path, kind: str = LowRank.name
+    ) -> None:
         super().__init__(declared, label)
-        self.settings, self.directory = settings, directory
+        self.settings, self.directory, self.kind = settings, directory, kind
 
     @cached_property
     def config(self) -> Any:
@@ -140,7 +144,9 @@ class TinyModel(Subject):
     @cached_property
     def emulator(self) -> Path:
         """The emulator, from the samples with images too."""
-        settings = CompressSettings(samples=1, selection=0, ratio=RATIO)
+        kind: Kind = plugin_manager().algorithm("emulators", self.kind)()
+        size = {"ratio": RATIO} if kind.has_ranks else {}
+        settings = CompressSettings(kind=self.kind, samples=1, selection=0, **size)
         stage = Compress(self.base, text_rows(self.samples), self.directory / "emulator", settings)
         stage.samples = list(self.samples)
         return stage.run()

@@ -18,6 +18,7 @@ from emloc_core.data.tokenize import Limits, Processing, Sample, encode, load_pr
 from emloc_core.emulator.cut import Cut, cut_blocks, describe_emulator
 from emloc_core.emulator.decompose import Decomposition, Progress
 from emloc_core.emulator.files import EmulatorFiles
+from emloc_core.emulator.pack import pack_blocks
 from emloc_core.emulator.ranks import Plan, allocated, block_paths, find_linears
 from emloc_core.emulator.sensitivity import PROBES
 from emloc_core.emulator.spectra import KIND, Spectra, SpectraFiles, at_largest_ranks
@@ -28,6 +29,7 @@ from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.files.shards import remove_damaged, tensor_bytes
 from emloc_core.files.workspace import remove_at_once
+from emloc_core.kinds import Factorize, Kind
 from emloc_core.model.device import choose_device
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
@@ -66,9 +68,16 @@ class Compress:
         self.family: Family = plugin_manager().family_for(base.config)
         base.require_unquantised()
         self.skeleton = Skeleton(base, self.family, device)
+        self.kind: Kind = plugin_manager().algorithm("emulators", settings.kind)()
+        self.kind.check(settings)
+        self.calibration = settings.calibration or self.kind.calibration
         self.allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
         self.factorize = plugin_manager().algorithm("factorizers", settings.factorizer)
-        if spectra and settings.calibration == "propagated":
+        if spectra and not self.kind.can_be_cut:
+            raise EmlocError(
+                f"An emulator of the kind {settings.kind!r} cannot be cut from spectra.", "Leave out --keep-spectra."
+            )
+        if spectra and self.calibration == "propagated":
             raise EmlocError(
                 "Spectra can be kept for calibration on the base's own activations only: propagated factors depend on "
                 "the ranks of the layers before them, so that other ranks need another run.",
@@ -77,8 +86,14 @@ class Compress:
         found = find_linears(self.skeleton.model, self.family)
         self.blocks = block_paths(self.skeleton.model, self.family)
         allocate = uniform if self.ranks_by_spectra else self.allocate
-        self.plan: Plan = allocated(found, settings.ratio, allocate, name=settings.allocator)
-        self.rows = draw(rows, settings.seed, settings.samples, settings.selection)
+        self.plan: Plan = (
+            allocated(found, settings.ratio, allocate, name=settings.allocator)
+            if self.kind.has_ranks
+            else found.at_full_rank()
+        )
+        # Weights alone need no calibration: its rows are left for tuning.
+        samples = settings.samples if self.kind.has_ranks else 0
+        self.rows = draw(rows, settings.seed, samples, settings.selection)
         processing = load_processing(base.directory, self.family, rows)
         self.samples = self._encode(self.rows.calibration, processing)
         self._encode(self.rows.selection, processing)
@@ -105,7 +120,7 @@ class Compress:
     @property
     def ranks_by_spectra(self) -> bool:
         """Whether ranks are known only when the whole model is decomposed."""
-        return wants_spectra(self.allocate)
+        return self.kind.has_ranks and wants_spectra(self.allocate)
 
     def _spectra_output(self, path: Path) -> Output:
         settings = {
@@ -121,7 +136,7 @@ class Compress:
     def describe(self) -> dict[str, Any]:
         """Return what would be made: bytes, the rank of every Linear, rows."""
         return {
-            **describe_emulator(self.base, self.family, self.plan, self.skeleton, self._path),
+            **describe_emulator(self.base, self.family, self.plan, self.skeleton, self._path, self.kind),
             "calibration_rows": len(self.rows.calibration),
             "selection_rows": len(self.rows.selection),
             "tuning_rows": len(self.rows.tuning),
@@ -159,10 +174,12 @@ class Compress:
                 self._decompose(self._spectra_output(staging / "spectra"), progress) if self.ranks_by_spectra else None
             )
             plan = self._allocated(spectra) if spectra else self.plan
-            files = EmulatorFiles(self.skeleton, plan, self.blocks, staging)
-            if self.settings.calibration == "propagated":
+            files = EmulatorFiles(self.skeleton, plan, self.blocks, staging, self.kind)
+            if not self.kind.has_ranks:
+                pack_blocks(files, progress)
+            elif self.calibration == "propagated":
                 self._decomposition(plan, progress).propagate(files)
-            elif spectra:
+            elif spectra and self.kind.can_be_cut:
                 cut_blocks(spectra, files, progress)
             else:
                 self._decomposition(plan, progress).run(files)
@@ -181,14 +198,15 @@ class Compress:
             with output.build() as staging:
                 plan = at_largest_ranks(find_linears(self.skeleton.model, self.family))
                 files = SpectraFiles(self.skeleton, self.blocks, staging)
-                self._decomposition(plan, progress).run(files, PROBES)
+                self._decomposition(plan, progress, self.factorize).run(files, PROBES)
                 self._write_rows(staging)
                 output.result = {"family": self.family.name, **files.finish(plan, self._tokens)}
         return Spectra(output.path)
 
-    def _decomposition(self, plan: Plan, progress: Progress) -> Decomposition:
+    def _decomposition(self, plan: Plan, progress: Progress, factorize: Factorize | None = None) -> Decomposition:
+        factorize = factorize or self.kind.rounding(self.factorize)
         name = self.settings.factorizer
-        return Decomposition(self.skeleton, self.family, plan, self.samples, self.factorize, progress, name)
+        return Decomposition(self.skeleton, self.family, plan, self.samples, factorize, progress, name)
 
     def _write_rows(self, staging: Path) -> None:
         write_rows(staging / CALIBRATION, self.rows.calibration)

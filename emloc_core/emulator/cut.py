@@ -14,6 +14,7 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, made_from
+from emloc_core.kinds import Kind, LowRank
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import CutRequest
@@ -65,7 +66,7 @@ class Cut:
 
     def describe(self) -> dict[str, Any]:
         """Return what would be made: bytes, and the rank of every Linear."""
-        known = describe_emulator(self.base, self.family, self.plan, self.skeleton, self._path)
+        known = describe_emulator(self.base, self.family, self.plan, self.skeleton, self._path, LowRank())
         return {**known, "finished": self.output.is_finished()}
 
     def run(self, progress: Progress = lambda *_: None) -> Path:
@@ -95,15 +96,21 @@ def prepare(request: CutRequest) -> Cut:
     return Cut(spectra, base, request.output, request.settings)
 
 
-def describe_emulator(base: Checkpoint, family: Family, plan: Plan, skeleton: Skeleton, output: Path) -> dict[str, Any]:
+def describe_emulator(
+    base: Checkpoint, family: Family, plan: Plan, skeleton: Skeleton, output: Path, kind: Kind
+) -> dict[str, Any]:
     """Return what is known of an emulator before it is made, as JSON values."""
-    before, after = plan.parameters()
+    replaced = [linear for linear in plan.linears if linear.rank is not None]
+    before = sum(linear.out_features * linear.in_features for linear in replaced) * skeleton.dtype.itemsize
+    after = sum(
+        kind.nbytes((linear.out_features, linear.in_features), linear.rank or 0, skeleton.dtype) for linear in replaced
+    )
     return {
         "output": str(output),
         "family": family.name,
         "base": str(base.directory),
         "base_bytes": base.nbytes,
-        "emulator_bytes": base.nbytes - (before - after) * skeleton.dtype.itemsize,
+        "emulator_bytes": base.nbytes - before + after,
         "linears": [linear.describe() for linear in plan.linears],
         "kept_dense": [vars(kept) for kept in plan.kept],
         "summary": plan.lines(),

@@ -22,7 +22,7 @@ from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import write_json
 from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
-from emloc_core.lowrank import FORMAT_VERSION, METHOD
+from emloc_core.kinds import Kind, LowRank, Weight
 from emloc_core.model.skeleton import Skeleton
 
 UNREACHED = "no calibration row passes through it"
@@ -37,33 +37,44 @@ class EmulatorFiles:
         plan: which Linears become factors.
         blocks: paths of all blocks.
         staging: the directory.
+        kind: how what stands in for a weight is stored.
     """
 
-    def __init__(self, skeleton: Skeleton, plan: Plan, blocks: list[str], staging: Path) -> None:
+    def __init__(
+        self, skeleton: Skeleton, plan: Plan, blocks: list[str], staging: Path, kind: Kind | None = None
+    ) -> None:
+        self.kind = kind or LowRank()
         self.skeleton, self.base, self.plan = skeleton, skeleton.checkpoint, plan
         self.blocks, self.staging = blocks, staging
-        self.keys = factor_keys(skeleton, plan)
+        self.keys = weight_keys(skeleton, plan)
         remove_damaged(map(self._shard, blocks))  # of an interrupted run
 
     def is_written(self, block: str) -> bool:
         """Say whether a block's shard is there."""
         return self._shard(block).exists()
 
-    def write(self, block: str, factors: Mapping[str, Factors], _sensitivities: Mapping[str, float]) -> None:
-        """Write the factors of a block's Linears, by module path, in the base's dtype, and the error of each."""
+    def write(self, block: str, factors: Mapping[str, Factors | Weight], _sensitivities: Mapping[str, float]) -> None:
+        """Write what stands in for the weights of a block's Linears, by module path, and the error of each."""
         tensors: dict[str, torch.Tensor] = {}
         for path, found in factors.items():
-            dtype = self.skeleton.model.get_parameter(f"{path}.weight").dtype
-            for key, factor in zip(self.keys[path], (found.u, found.v), strict=True):
-                tensors[key] = factor.to("cpu", dtype)
+            tensors.update(self.kind.pack(self.keys[path], found, self._dtype(path)))
         errors = {path: found.relative_error() for path, found in factors.items()}
         write_shard(self._shard(block), dict(sorted(tensors.items())), {_ERRORS: json.dumps(errors)})
 
     def read(self, block: str) -> Pairs:
         """Return U and V of a block's Linears by module path, as written."""
         tensors = load_file(self._shard(block), str(self.skeleton.device))
-        u_and_v = {linear.path: self.keys[linear.path] for linear in self.plan.in_block(block)}
-        return {path: (tensors[u], tensors[v]) for path, (u, v) in u_and_v.items()}
+        return {
+            linear.path: self.kind.unpack(
+                [tensors[key] for key in self.kind.keys(self.keys[linear.path])],
+                (linear.out_features, linear.in_features),
+                self._dtype(linear.path),
+            )
+            for linear in self.plan.in_block(block)
+        }
+
+    def _dtype(self, path: str) -> torch.dtype:
+        return self.skeleton.model.get_parameter(f"{path}.weight").dtype
 
     def finish(self, tokens: int) -> dict[str, Any]:
         """Write what is not factors, once all blocks and the rows are written; return the manifest's result.
@@ -85,7 +96,7 @@ class EmulatorFiles:
             )
         self._write_rest(plan)
         self._write_index()
-        settings = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "ranks": plan.ranks}
+        settings = self.kind.config(plan.ranks, self.skeleton.model, self.skeleton.dtype)
         write_json(self.staging / "config.json", {**self.base.config, "quantization_config": settings})
         for path in self.base.side_files():
             (self.staging / path.name).write_bytes(path.read_bytes())
@@ -107,7 +118,7 @@ class EmulatorFiles:
         return self.staging / self._name(self.blocks.index(block))
 
     def _write_rest(self, plan: Plan) -> None:
-        replaced = {self.keys[path][0] for path in plan.ranks}
+        replaced = {self.keys[path] for path in plan.ranks}
         kept = {key: tensor for key, tensor in self.base.tensors.items() if key not in replaced}
         layout = {key: (tensor.dtype, tensor.shape) for key, tensor in kept.items()}
         with ShardWriter(self.staging / self._name(len(self.blocks)), layout) as writer:
@@ -123,8 +134,8 @@ class EmulatorFiles:
         write_json(self.staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def factor_keys(skeleton: Skeleton, plan: Plan) -> dict[str, tuple[str, str]]:
-    """Return the keys of U and V by module path: U stands in the place of the weight.
+def weight_keys(skeleton: Skeleton, plan: Plan) -> dict[str, str]:
+    """Return the key of every planned Linear's weight by module path.
 
     Raises:
         EmlocError: the checkpoint stores a planned Linear fused with other weights.
@@ -138,5 +149,5 @@ def factor_keys(skeleton: Skeleton, plan: Plan) -> dict[str, tuple[str, str]]:
                 f"The checkpoint stores {path} together with other weights ({', '.join(keys)}).",
                 "Save the model with transformers' save_pretrained first.",
             )
-        found[path] = (keys[0], f"{keys[0].removesuffix('weight')}V")
+        found[path] = keys[0]
     return found

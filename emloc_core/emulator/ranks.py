@@ -86,6 +86,14 @@ class Plan:
         """Return the plan with other ranks; a Linear without one, or with one that saves nothing, stays dense."""
         return replace(self, linears=tuple(_with_rank(linear, ranks.get(linear.path)) for linear in self.linears))
 
+    def at_full_rank(self) -> "Plan":
+        """Return the plan with every candidate at full rank, which stands for its weight as it is."""
+        linears = (
+            replace(each, rank=min(each.out_features, each.in_features) if each.reason is None else None)
+            for each in self.linears
+        )
+        return replace(self, linears=tuple(linears))
+
     def dense(self, paths: Collection[str], reason: str) -> "Plan":
         """Return the plan with the Linears at ``paths`` kept dense, for that reason."""
         linears = (replace(each, rank=None, reason=reason) if each.path in paths else each for each in self.linears)
@@ -113,8 +121,8 @@ class Plan:
         before = sum(linear.out_features * linear.in_features for linear in self.linears)
         after = sum(
             linear.out_features * linear.in_features
-            if linear.rank is None
-            else linear.rank * (linear.out_features + linear.in_features)
+            if linear.rank in (None, min(linear.out_features, linear.in_features))
+            else (linear.rank or 0) * (linear.out_features + linear.in_features)
             for linear in self.linears
         )
         return before, after

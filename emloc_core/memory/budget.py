@@ -91,13 +91,16 @@ def fitted(request: CompressRequest) -> CompressRequest:
     config = open_checkpoint(request.model).directory / "config.json"
     length = request.settings.max_length or request.tuning.max_length
     workload = make_workload(config, request.tuning, length=length, data=request.data, split=request.split)
-    fit = require_fit(MemoryModel(config, workload), budget)
+    model = MemoryModel(config, workload, request.settings.kind)
+    fit = require_fit(model, budget)
+    what = f"ratio {fit.ratio:g}" if model.kind.has_ranks else model.kind.name
     click.echo(
-        f"ratio {fit.ratio:g}: tuning with {workload.batch_size} rows x {workload.length} tokens needs "
+        f"{what}: tuning with {workload.batch_size} rows x {workload.length} tokens needs "
         f"{human_bytes(fit.need.total)} of {human_bytes(budget)}",
         err=True,
     )
-    settings = request.settings.model_copy(update={"ratio": fit.ratio})
+    ratio = {"ratio": fit.ratio} if model.kind.has_ranks else {}
+    settings = request.settings.model_copy(update=ratio)
     return request.model_copy(update={"memory": None, "settings": settings})
 
 

@@ -26,7 +26,7 @@ from emloc_core.errors import EmlocError, first_line, typed_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.files.pretrained import load_config
-from emloc_core.lowrank import replace_linears
+from emloc_core.kinds import Kind, LowRank
 from emloc_core.memory.tracing import Phases, trace_inference, trace_training
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.skeleton import build_model
@@ -94,13 +94,15 @@ class MemoryModel:
     Args:
         config_file: the model's ``config.json``.
         workload: the batch, and how it is trained on.
+        kind: of emulator.
 
     Raises:
         EmlocError: the config lacks a field, or no family declares it.
     """
 
-    def __init__(self, config_file: Path, workload: Workload) -> None:
+    def __init__(self, config_file: Path, workload: Workload, kind: str = LowRank.name) -> None:
         self.config_file, self.workload = config_file, workload
+        self.kind: Kind = plugin_manager().algorithm("emulators", kind)()
         raw = read_config_json(config_file)
         if raw.get("quantization_config"):
             raise EmlocError(f"The model of {config_file} is quantised or an emulator.", "Give the original model.",
@@ -137,7 +139,12 @@ class MemoryModel:
             ) from error
 
     def plan(self, ratio: float) -> Plan:
-        """Return the emulator's ranks at a ratio. Towers that no row reaches stay dense, as in stage 1."""
+        """Return the ranks of the emulator at a ratio, which a kind without ranks has none of.
+
+        Towers that no row reaches stay dense, as in stage 1: there is nothing to fit factors to.
+        """
+        if not self.kind.has_ranks:
+            return self.linears.at_full_rank()
         plan = allocated(self.linears, ratio, uniform)
         idle = [linear.path for linear in plan.linears if linear.path.startswith(self._idle_towers)]
         return plan.dense(idle, UNREACHED) if idle else plan
@@ -160,7 +167,16 @@ class MemoryModel:
 
     def weight_bytes(self, ratio: float) -> int:
         """Return the bytes of the emulator's weights at a ratio."""
-        return self.parameters(self.plan(ratio)) * self.dtype.itemsize
+        return self.emulator_bytes(self.plan(ratio))
+
+    def emulator_bytes(self, plan: Plan) -> int:
+        """Return the bytes of the emulator's weights; tied ones count once."""
+        kept = self.parameters() * self.dtype.itemsize
+        for linear in plan.linears:
+            if linear.rank is not None:
+                shape = (linear.out_features, linear.in_features)
+                kept += self.kind.nbytes(shape, linear.rank, self.dtype) - shape[0] * shape[1] * self.dtype.itemsize
+        return kept
 
     def adapter_parameters(self) -> int:
         """Return the number of LoRA parameters: ``r (m + n)`` for each Linear with a LoRA."""
@@ -173,7 +189,7 @@ class MemoryModel:
 
     def with_workload(self, workload: Workload) -> "MemoryModel":
         """Return the same model under another workload."""
-        return MemoryModel(self.config_file, workload)
+        return MemoryModel(self.config_file, workload, self.kind.name)
 
     def least_length(self) -> int:
         """Return the fewest tokens that a row can have: those of its images, and one."""
@@ -199,7 +215,7 @@ class MemoryModel:
         def trace(depths: Mapping[str, int]) -> Phases:
             model = self._cut(depths)
             if plan is not None:
-                replace_linears(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
+                self.kind.replace(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
             lora: Any = get_peft_model(
                 model,
                 lora_config(self.workload.train, self.targets),

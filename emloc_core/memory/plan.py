@@ -74,7 +74,8 @@ class MemoryPlan:
             },
             "budget_bytes": self.budget,
             "budget": "given" if self.given else "inference on the base",
-            "ratio": self.ratio,
+            "kind": model.kind.name,
+            "ratio": self.ratio if model.kind.has_ranks else None,
             "fits": tuning.total <= self.budget,
             "advice": list(self.advice),
             "ways": [way.describe() for way in self.ways],
@@ -83,7 +84,7 @@ class MemoryPlan:
             "parameters": {"base": model.parameters(), "emulator": model.parameters(self.plan)},
             "weight_bytes": {
                 "base": model.parameters() * model.dtype.itemsize,
-                "emulator": model.parameters(self.plan) * model.dtype.itemsize,
+                "emulator": model.emulator_bytes(self.plan),
             },
             "stages": [
                 {"stage": need.stage, "bytes": need.total, "at": need.phase, "terms": dict(need.terms)}

@@ -22,8 +22,13 @@ def compress(model: MemoryModel, plan: Plan) -> Need:
       largest factorisation, in fp64: ``8 (4 s^2 + 3 m n)`` bytes for the Gram, the eigenvectors and
       LAPACK's workspace (``dsyevd``: ``2 s^2``), and for the weight, its image and the factors.
     - activations: the hidden states of 64 samples at the workload's length, in the model's dtype.
+
+    A kind of emulator without ranks needs one Linear: as read, a copy of it, and twice in fp32 to find its error.
     """
     weight = model.dtype.itemsize
+    if not model.kind.has_ranks:
+        largest = max(linear.out_features * linear.in_features for linear in model.linears.linears)
+        return Need("compress", {"weights": largest * 2 * (weight + 4), "overhead": OVERHEAD}, "the largest Linear")
     blocks = block_paths(model.model, model.family)
     units = [sum(p.numel() for p in model.model.get_submodule(path).parameters()) for path in blocks]
     units += [p.numel() for name, p in model.model.named_parameters() if not name.startswith(tuple(blocks))]

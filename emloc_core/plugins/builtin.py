@@ -63,6 +63,14 @@ def emloc_factorizers() -> dict[str, Callable[..., Any]]:
 
 
 @hookimpl
+def emloc_emulators() -> dict[str, Callable[..., Any]]:
+    """Offer low-rank factors as in the paper, weights in four bits, and factors in four bits."""
+    from emloc_core.kinds import NF4, FourBitLowRank, LowRank
+
+    return {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank)}
+
+
+@hookimpl
 def emloc_corrections() -> dict[str, Callable[..., Any]]:
     """Offer the paper's correction."""
     from emloc_core.algorithms.correction import correct_lora

@@ -261,6 +261,9 @@ class LoraTrainer(SFTTrainer):
     def __init__(self, model: PreTrainedModel | PeftModel, **options: Any) -> None:
         super().__init__(model, callbacks=[_LogLastStep()], **options)
         self.add_callback(_RestoreLoss(self))
+        for parameter in self.lora.parameters():  # TRL rounds the LoRA to bf16 where the model is in four bits
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
     @property
     def lora(self) -> PeftModel:

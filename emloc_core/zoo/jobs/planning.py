@@ -77,10 +77,9 @@ def needs(job: Job) -> Needs:
     data = job.data if Path(job.model).is_dir() and not job.layout else None
     with _config(job) as file:
         workload = make_workload(file, train, "cpu", length=job.compress.max_length, data=data, split=job.split)
-        model = MemoryModel(file, workload)
+        model = MemoryModel(file, workload, job.compress.kind)
     plan = model.plan(job.compress.ratio)
-    size = model.dtype.itemsize
-    base, emulator = model.parameters() * size, model.parameters(plan) * size
+    base, emulator = model.parameters() * model.dtype.itemsize, model.emulator_bytes(plan)
     inference, tuning = model.inference().total, model.tuning(plan).total
     peaks, disk = [streamed.compress(model, plan).total], emulator + _SIDE_FILES + (base if job.layout else 0)
     disk += base if _is_fetched(job) else 0

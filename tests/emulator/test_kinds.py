@@ -1,0 +1,261 @@
+"""Every kind of emulator, from its files to the merged model; and what is particular to each."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+from emloc_core.adapters.adapter import WEIGHTS, Adapter
+from emloc_core.adapters.correct import Correct
+from emloc_core.adapters.merge import Merge
+from emloc_core.algorithms import fourbit
+from emloc_core.algorithms.factorize import factorize
+from emloc_core.algorithms.statistics import Gram
+from emloc_core.conformance.stages import adapter_keys, correction, merge, ties, trains
+from emloc_core.conformance.tiny import TinyModel
+from emloc_core.data.rows import load_rows
+from emloc_core.emulator.compress import Compress
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import read_manifest
+from emloc_core.files.pretrained import load_lora
+from emloc_core.hookspecs import hookimpl
+from emloc_core.kinds import NF4, FourBitLowRank, LowRank
+from emloc_core.memory.model import MemoryModel, Workload
+from emloc_core.plugins.manager import plugin_manager
+from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
+from emloc_core.tuning.train import LoraTrainer, Train
+
+KINDS = {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank)}
+SETTINGS = {
+    "low-rank": {"ratio": 0.6},
+    "nf4": {},
+    "low-rank-nf4": {"ratio": 0.6},
+}
+
+
+def compression(kind, model, rows, output):
+    chosen = CompressSettings(kind=kind, samples=12, selection=6, **SETTINGS[kind])
+    return Compress(Checkpoint(model), load_rows(str(rows)), output, chosen)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def made(request, tiny_model, rows_file, tmp_path_factory):
+    """A kind, its emulator, and a LoRA trained on it."""
+    place = tmp_path_factory.mktemp(request.param)
+    emulator = compression(request.param, tiny_model, rows_file, place / "emulator").run()
+    train = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, save_steps=4, logging_steps=4)
+    adapter = Train(emulator, str(rows_file), place / "adapter", train).run()
+    return KINDS[request.param](), emulator, adapter
+
+
+def test_it_trains_is_corrected_and_merges(made, tiny_model, tmp_path):
+    kind, emulator, adapter = made
+    log = json.loads((adapter / "log.json").read_text())
+    assert log[-1]["loss"] < log[0]["loss"]
+    base = Checkpoint(tiny_model)
+    corrected = Correct(Adapter(adapter), base, tmp_path / "corrected", CorrectSettings(clamp="none")).run()
+    # As in training: to infer on a CPU, bitsandbytes rounds what it multiplies.
+    tuned = load_lora(AutoModelForCausalLM.from_pretrained(emulator, dtype="auto"), adapter).train()
+    carried = load_lora(AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto"), corrected).eval()
+    with torch.no_grad():  # on the LoRA's inputs the base answers as the tuned emulator did
+        for path, lora in Adapter(adapter).loras.items():
+            name = f"base_model.model.{path}"
+            inputs = lora.a.float()
+            expected, actual = (model.get_submodule(name)(inputs).float() for model in (tuned, carried))
+            assert torch.allclose(actual, expected, atol=1e-5 * float(expected.abs().max())), (kind.name, path)
+    merged = Merge(Adapter(corrected), base, tmp_path / "merged").run()
+    whole = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.allclose(whole(ids).logits, carried(ids).logits, atol=1e-4)
+
+
+def test_the_clamp_is_chosen(made, tiny_model, tmp_path):
+    _, _, adapter = made
+    output = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings()).run()
+    assert [each["clamp"] for each in read_manifest(output)["result"]["candidates"]] == [0, 0.3, 1, 3]
+
+
+def test_what_is_planned_is_what_is_written(made, tiny_model, rows_file, tmp_path):
+    kind, emulator, _ = made
+    result = read_manifest(emulator)["result"]
+    before = compression(kind.name, tiny_model, rows_file, tmp_path / "again").describe()
+    shards = [load_file(shard) for shard in sorted(emulator.glob("model-*.safetensors"))]
+    sizes = {key: tensor.nbytes for shard in shards for key, tensor in shard.items()}
+    unknown = sum(size for key, size in sizes.items() if key.endswith("bitsandbytes__nf4"))  # a description in JSON
+    assert before["emulator_bytes"] == sum(sizes.values()) - unknown
+    assert result["bytes"]["emulator"] == sum(sizes.values())
+
+
+def test_it_is_the_same_after_an_interruption(made, tiny_model, rows_file, tmp_path):
+    kind, emulator, _ = made
+    job = compression(kind.name, tiny_model, rows_file, tmp_path / "emulator")
+
+    def interrupt(_path, done, _total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(interrupt)
+    again = compression(kind.name, tiny_model, rows_file, tmp_path / "emulator").run()
+    for shard in sorted(emulator.glob("*.safetensors")):
+        assert (again / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_reported_errors_are_those_of_what_the_model_holds(made, tiny_model):
+    kind, emulator, _ = made
+    base, small = Checkpoint(tiny_model), Checkpoint(emulator)
+    for linear in read_manifest(emulator)["result"]["linears"]:
+        key, shape = f"{linear['path']}.weight", (linear["out_features"], linear["in_features"])
+        with small.slices(kind.keys(key)) as slices, base.slices([key]) as whole:
+            u, v = kind.unpack([slices[name][...] for name in kind.keys(key)], shape, torch.float32)
+            weight = whole[key][...]
+        assert 0 < linear["relative_error"] < 1
+        if not kind.has_ranks:
+            assert linear["relative_error"] == pytest.approx(float((weight - u @ v).norm() / weight.norm()), rel=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(m=st.integers(1, 90), n=st.integers(1, 90), scale=st.floats(-6, 6), seed=st.integers(0, 2**16))
+def test_what_was_packed_is_packed_alike_again(m, n, scale, seed):
+    matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) * 10**scale
+    once = fourbit.rounded(matrix)
+    assert torch.equal(fourbit.rounded(once), once)
+    assert (once - matrix).norm() <= 0.3 * matrix.norm()
+    codes, scales = fourbit.pack(matrix)
+    assert (codes.numel(), scales.numel()) == fourbit.sizes(m, n)
+
+
+def test_a_packed_product_and_its_gradient_are_those_of_the_unpacked_matrix():
+    matrix = torch.randn(12, 40)
+    x = torch.randn(5, 40, requires_grad=True)
+    codes, scales = fourbit.pack(matrix)
+    found = fourbit.product(x, codes, scales, (12, 40), torch.float32)
+    exact = x @ fourbit.rounded(matrix).T
+    assert torch.allclose(found, exact, atol=1e-5)
+    weights = torch.randn(5, 12)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
+    assert torch.allclose(gradient, weights @ fourbit.rounded(matrix), atol=1e-5)
+
+
+def test_v_makes_up_for_the_rounding_of_u():
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(96, 128, generator=generator), torch.randn(400, 128, generator=generator)
+    gram = Gram("output", 96)
+    gram.add(inputs @ weight.T)
+    fitted = FourBitLowRank().rounding(factorize)(weight, gram, 40)
+    exact = factorize(weight, gram, 40)
+    apart = fourbit.rounded(exact.u) @ fourbit.rounded(exact.v)
+
+    def error(approximation):
+        return float(((weight - approximation) @ inputs.T).norm())
+
+    assert error(fitted.u @ fitted.v) < error(apart)
+    assert torch.equal(fourbit.rounded(fitted.u), fitted.u)
+    assert torch.equal(fourbit.rounded(fitted.v), fitted.v)
+
+
+def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
+    base, rows = Checkpoint(tiny_model), load_rows(str(rows_file))
+    chosen = CompressSettings(kind="nf4", ratio=0.3, calibration="base", samples=4, selection=2)
+    with pytest.raises(EmlocError, match="no ratio, calibration"):
+        Compress(base, rows, tmp_path / "emulator", chosen)
+    chosen = CompressSettings(kind="nf4", samples=4, selection=2)
+    with pytest.raises(EmlocError, match="cannot be cut"):
+        Compress(base, rows, tmp_path / "emulator", chosen, tmp_path / "spectra")
+
+
+def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path):
+    with pytest.raises(EmlocError, match="among the emulators: low-rank, low-rank-nf4, nf4"):
+        Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings(kind="nf5"))
+
+
+def test_plain_transformers_loads_four_bit_weights(tiny_model, rows_file, tmp_path):
+    from bitsandbytes.nn import Linear4bit
+
+    emulator = compression("nf4", tiny_model, rows_file, tmp_path / "emulator").run()
+    model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
+    replaced = {path for path, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert replaced == {row["path"] for row in read_manifest(emulator)["result"]["linears"]}
+    assert model.is_loaded_in_4bit
+
+
+@pytest.mark.parametrize("kind", ["nf4", "low-rank-nf4"])
+@pytest.mark.parametrize("family", ["llama", "qwen", "internvl"])
+def test_the_conformance_kit_holds_for_every_kind(kind, family, tmp_path):
+    declared = next(each for each in plugin_manager().families() if each.name == family)
+    subject = TinyModel(declared, declared.tiny_configs[0], family, tmp_path, kind)
+    for check in (trains, adapter_keys, correction, merge, ties):
+        result = check.on(subject)
+        assert result.passed, result
+
+
+def test_training_is_resumed(made, rows_file, monkeypatch):
+    _, emulator, adapter = made
+    train = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, save_steps=4, logging_steps=4)
+    job = Train(emulator, str(rows_file), adapter.parent / "resumed", train)
+    step = LoraTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoraTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job.run()
+    monkeypatch.undo()
+    assert (job.run() / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_planned_by_what_the_kind_needs(kind, tiny_model):
+    workload = Workload(batch_size=2, length=32)
+    planned = MemoryModel(tiny_model / "config.json", workload, kind)
+    plan = planned.plan(0.6)
+    need = planned.tuning(plan)
+    assert need.terms["weights"] == pytest.approx(planned.emulator_bytes(plan), abs=40_000)
+    assert need.terms["weights"] < planned.tuning().terms["weights"]
+
+
+def test_a_kind_comes_from_a_plugin(tiny_model, rows_file, tmp_path):
+    class Mine(LowRank):
+        name = "mine"
+
+    class Plugin:
+        @hookimpl
+        def emloc_emulators(self):
+            return {"mine": Mine}
+
+    plugin = Plugin()
+    plugin_manager().register(plugin, "of_a_test")
+    try:
+        chosen = CompressSettings(kind="mine", samples=4, selection=2)
+        job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen)
+        assert isinstance(job.kind, Mine)
+        assert read_manifest(job.run())["request"]["settings"]["kind"] == "mine"
+    finally:
+        plugin_manager().unregister(plugin)
+
+
+def test_commands_take_a_kind(emloc, tiny_model, rows_file, tmp_path):
+    sized = {}
+    for kind in KINDS:
+        code, out, err = emloc("plan", tiny_model, "--kind", kind, "--memory", "4GB", "--json")
+        assert code == 0, err
+        planned = json.loads(out)
+        assert planned["kind"] == kind
+        sized[kind] = planned["weight_bytes"]["emulator"]
+        arguments = ["--data", rows_file, "--samples", 4, "--selection", 2, "--kind", kind, "-o", tmp_path / kind]
+        code, out, err = emloc("compress", tiny_model, *arguments, "--json")
+        assert code == 0, err
+    assert sized["nf4"] < sized["low-rank"]
+    code, _, err = emloc("compress", tiny_model, *arguments[:-4], "--kind", "nf4", "--ratio", 0.3, "-o", tmp_path / "x")
+    assert code == 1
+    assert "no ratio" in err
