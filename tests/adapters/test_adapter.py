@@ -26,7 +26,7 @@ def write(directory, config=None, **tensors):
     "config",
     [
         {"lora_alpha": 0}, {"lora_alpha": -8}, {"lora_alpha": "8"}, {"lora_alpha": None}, {"lora_alpha": True},
-        {"lora_alpha": 10**400}, {"lora_alpha": 5e-324}, {"lora_alpha": 10**400, "r": 10**400},
+        {"lora_alpha": 10**400}, {"lora_alpha": 5e-324}, {"lora_alpha": 1e308}, {"lora_alpha": 10**400, "r": 10**400},
         {"r": 0}, {"r": -4}, {"r": 4.0}, {"r": None}, {"r": True}, {"r": 8}, {"r": [4]},
         {"use_rslora": "yes"}, {"use_rslora": None},
         {"alpha_pattern": {"q_proj": 0}}, {"alpha_pattern": {"q_proj": "8"}}, {"alpha_pattern": [8]},

@@ -532,7 +532,8 @@ def manifests() -> Cases:
     for name, text in _ODD_JSON.items():
 
         def spoil(place: Path, text: str | bytes = text) -> None:
-            (place / ".out.partial").mkdir()
+            (place / ".out.partial" / "content").mkdir(parents=True)
+            write(place / ".out.partial" / "content" / "model.safetensors", "half")
             write(place / ".out.partial" / "request.json", text)
 
         yield Case("manifest", f"of an interrupted run: {name}", spoil, "merge")

@@ -36,6 +36,8 @@ CREATE TABLE attempts (
     message TEXT NOT NULL DEFAULT '', log TEXT NOT NULL, host TEXT NOT NULL DEFAULT '', PRIMARY KEY (name, number)
 );
 """
+_JOBS = "SELECT job, fingerprint, state, duplicate_of, smaller, needs, result FROM jobs"
+_ATTEMPTS = "SELECT name, number, started, seconds, cause, message, log, host FROM attempts"
 
 
 @dataclass(frozen=True)
@@ -265,13 +267,9 @@ class Store:
 
     def _read(self) -> list[JobRecord]:
         with self._transaction("DEFERRED"):
-            jobs = self._database.execute(
-                "SELECT job, fingerprint, state, duplicate_of, smaller, needs, result FROM jobs ORDER BY position"
-            ).fetchall()
+            jobs = self._database.execute(f"{_JOBS} ORDER BY position").fetchall()
             attempts: dict[str, list[Attempt]] = {}
-            for name, *fields in self._database.execute(
-                "SELECT name, number, started, seconds, cause, message, log, host FROM attempts ORDER BY name, number"
-            ):
+            for name, *fields in self._database.execute(f"{_ATTEMPTS} ORDER BY name, number"):
                 attempts.setdefault(name, []).append(Attempt(*fields))
         records = []
         for job, fingerprint, state, duplicate_of, smaller, needs, result in jobs:
@@ -352,10 +350,11 @@ def _open(path: Path, *, create: bool) -> sqlite3.Connection:
     Raises:
         sqlite3.Error: it cannot be opened, or is none.
     """
-    query = "SELECT 1 FROM jobs LIMIT 1"
+    queries = [f"{select} LIMIT 1" for select in (_JOBS, _ATTEMPTS)]
     try:
         database = _connect(path)
-        database.execute(query)
+        for query in queries:
+            database.execute(query)
     except sqlite3.OperationalError:
         log = path.with_name(f"{path.name}-wal")
         if create or (log.exists() and log.stat().st_size):
@@ -363,7 +362,8 @@ def _open(path: Path, *, create: bool) -> sqlite3.Connection:
         # SQLite writes an index of that log beside the file even to read it, unless it is told that nobody writes.
         place = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
         database = sqlite3.connect(place, uri=True, isolation_level=None)
-        database.execute(query)
+        for query in queries:
+            database.execute(query)
     return database
 
 

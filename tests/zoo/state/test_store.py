@@ -1,8 +1,10 @@
 """The store is true at all times: what is kept, what is refused, and what a reader sees beside a driver."""
 
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 
 import pytest
 from click.testing import CliRunner
@@ -153,6 +155,11 @@ def test_what_is_no_zoo(tmp_path):
     for create in (True, False):
         with pytest.raises(EmlocError, match=r"cannot be opened .* Restore it"):
             Store(tmp_path, create=create)
+    (tmp_path / "zoo.db").unlink()
+    with closing(sqlite3.connect(tmp_path / "zoo.db")) as other:
+        other.execute("CREATE TABLE jobs (id)")
+    with pytest.raises(EmlocError, match=r"cannot be opened \(no such column: job\). Restore it"):
+        Store(tmp_path)
 
 
 _READ = """
