@@ -1,4 +1,4 @@
-"""Kinds of emulator: what stands in the place of a Linear's weight, in files and in a model.
+"""Kinds of emulator: what replaces a Linear's weight, in files and in a model.
 
 A kind decides how a Linear's stand-in is stored and read back, what transformers is told so that it loads it, and how
 many bytes it takes. Everything else (streaming, resuming, training, correction, merging) is the same for all kinds.
@@ -132,7 +132,7 @@ class LowRank(Kind):
     can_be_cut = True
 
     def keys(self, weight: str) -> list[str]:
-        """U stands in the place of the weight, V beside it."""
+        """U replaces the weight, V is beside it."""
         return [weight, f"{_stem(weight)}V"]
 
     def pack(self, weight: str, stand_in: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -179,7 +179,7 @@ class FourBitLowRank(Kind):
         return rounded
 
     def keys(self, weight: str) -> list[str]:
-        """U stands in the place of the weight."""
+        """U replaces the weight."""
         stem = _stem(weight)
         return [weight, f"{stem}V", f"{stem}weight_scales", f"{stem}V_scales"]
 
