@@ -227,11 +227,6 @@ def evaluate(
     *,
     systems: Mapping[str, Name | tuple[Name, Name]] | None = None,
     base: Name | None = None,
-    emulator: Name | None = None,
-    adapter: Name | None = None,
-    corrected: Name | None = None,
-    merged: Name | None = None,
-    full_lora: Name | None = None,
     progress: Progress = _no_progress,
     **options: Any,
 ) -> Result:
@@ -242,13 +237,11 @@ def evaluate(
         output: directory of the results.
         systems: further systems by name: a model, or a pair of a model and an adapter.
         base: the base model.
-        emulator: output of :func:`compress`.
-        adapter: output of :func:`train`; evaluated on the emulator and, uncorrected, on the base.
-        corrected: output of :func:`correct`; evaluated on the base.
-        merged: output of :func:`merge`.
-        full_lora: a LoRA that was trained on the base itself.
         progress: called with a system's name, the number done, and the total.
-        options: ``limit``, ``batch_size``, ``chat``, ``seed``; see :class:`~emloc_core.requests.EvaluateRequest`.
+        options: ``emulator``, ``adapter``, ``corrected``, ``polished``, ``merged``, ``full_lora``: outputs of
+            :func:`compress`, :func:`train`, :func:`correct`, :func:`polish`, :func:`merge`, and a LoRA that was trained
+            on the base itself; ``limit``, ``batch_size``, ``chat``, ``seed``: see
+            :class:`~emloc_core.requests.EvaluateRequest`.
 
     Raises:
         EmlocError: the systems, tasks, data or output directory cannot be used.
@@ -256,14 +249,9 @@ def evaluate(
     from emloc_core.evaluation.evaluate import canonical_systems
 
     names = [tasks] if isinstance(tasks, str | PathLike) else list(tasks)
-    known = canonical_systems(
-        base=_optional(base),
-        emulator=_optional(emulator),
-        adapter=_path(adapter),
-        corrected=_path(corrected),
-        merged=_optional(merged),
-        full_lora=_path(full_lora),
-    )
+    made: dict[str, Any] = {name: _optional(options.pop(name, None)) for name in ("emulator", "merged")}
+    made |= {name: _path(options.pop(name, None)) for name in ("adapter", "corrected", "polished", "full_lora")}
+    known = canonical_systems(_optional(base), **made)
     others = [_system(name, value) for name, value in (systems or {}).items()]
     request = make_request(
         "eval", tasks=tuple(fspath(task) for task in names), output=output, systems=(*known, *others), **options

@@ -12,7 +12,7 @@ from emloc_core.evaluation.new_task import KINDS
 from emloc_core.requests import System, make_request
 
 _DIRECTORY = click.Path(path_type=Path)
-_SYSTEMS = ("base", "emulator", "adapter", "corrected", "merged", "full_lora")
+_SYSTEMS = ("base", "emulator", "adapter", "corrected", "polished", "merged", "full_lora")
 
 
 @click.command("eval")
@@ -22,6 +22,7 @@ _SYSTEMS = ("base", "emulator", "adapter", "corrected", "merged", "full_lora")
 @click.option("--adapter", type=_DIRECTORY, help="The LoRA, from train: used on the emulator and, uncorrected, on the "
               "base.")  # fmt: skip
 @click.option("--corrected", type=_DIRECTORY, help="The corrected LoRA, from correct: used on the base.")
+@click.option("--polished", type=_DIRECTORY, help="The polished LoRA, from polish: used on the base.")
 @click.option("--merged", help="The merged model, from merge.")
 @click.option("--full-lora", type=_DIRECTORY, help="A LoRA trained on the base itself, the upper bound.")
 @click.option("--system", "others", multiple=True, metavar="NAME=MODEL[+ADAPTER]",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dry_run
 @as_json
 def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Run all stages of RECIPE, a TOML file: compress, train, correct, merge, eval.
+    """Run all stages of RECIPE, a TOML file: compress, train, correct, polish, merge, eval.
 
     A stage is skipped if its output exists and was made from the same inputs; an interrupted one resumes.
     """

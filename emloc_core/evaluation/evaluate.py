@@ -20,6 +20,8 @@ from emloc_core.process import ProcessDiedError, call
 from emloc_core.report.table import COSTS, ORDER
 from emloc_core.requests import EvaluateRequest, System
 
+#: Systems whose adapter was trained on the base itself, and is never corrected.
+_ON_THE_BASE = {"base+polished", "exact_alone", "full_lora"}
 RESULTS, TABLE, SAMPLES = "results.json", "table.md", "samples.jsonl"
 _NAME = re.compile(r"[A-Za-z0-9][\w+.-]*")
 
@@ -29,6 +31,7 @@ def canonical_systems(
     emulator: str | None = None,
     adapter: Path | None = None,
     corrected: Path | None = None,
+    polished: Path | None = None,
     merged: str | None = None,
     full_lora: Path | None = None,
 ) -> list[System]:
@@ -37,7 +40,7 @@ def canonical_systems(
     Raises:
         EmlocError: an adapter is given without the model that it goes on.
     """
-    for option, value in (("corrected", corrected), ("full-lora", full_lora)):
+    for option, value in (("corrected", corrected), ("polished", polished), ("full-lora", full_lora)):
         if value is not None and base is None:
             raise EmlocError(f"--{option} {value} goes on the base model, which is not given.", "Add --base.")
     if adapter is not None and base is None and emulator is None:
@@ -48,10 +51,11 @@ def canonical_systems(
         "emulator+lora": (emulator if adapter else None, adapter),
         "base+uncorrected": (base if adapter else None, adapter),
         "base+corrected": (base if corrected else None, corrected),
+        "base+polished": (base if polished else None, polished),
         "merged": (merged, None),
         "full_lora": (base if full_lora else None, full_lora),
     }
-    ordered = [(name, *found[name]) for name in ORDER]
+    ordered = [(name, *found[name]) for name in ORDER if name in found]
     return [System(name=name, model=model, adapter=lora) for name, model, lora in ordered if model is not None]
 
 
@@ -75,7 +79,7 @@ def _check_adapters(systems: Sequence[System], files: Inputs) -> None:
         if system.adapter is None or system.name not in ORDER:
             continue
         corrected = system.name == "base+corrected"
-        if system.name != "full_lora" and Adapter(system.adapter).is_corrected != corrected:
+        if system.name not in _ON_THE_BASE and Adapter(system.adapter).is_corrected != corrected:
             found, option = ("not corrected", "--corrected") if corrected else ("corrected", "--adapter")
             raise EmlocError(
                 f"{option} {system.adapter} is {found}.",

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_toml
-from emloc_core.settings import CompressSettings, CorrectSettings, Settings, TrainSettings, explain
+from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings, explain
 
 #: What is a file by its suffix: rows, and lm-eval's tasks.
 FILES = {".jsonl", ".json", ".parquet", ".yaml", ".yml"}
@@ -59,6 +59,7 @@ class Recipe(Settings):
     compress: CompressSettings = CompressSettings()
     train: TrainSettings = TrainSettings()
     correct: CorrectSettings = CorrectSettings()
+    polish: PolishSettings | None = Field(None, description="Exact steps on the base, after the correction; optional.")
     merge: bool = Field(True, description="Write the merged checkpoint.")
     eval: EvalSection | None = Field(None, description="Without it nothing is compared.")
 

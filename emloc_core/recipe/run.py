@@ -19,13 +19,23 @@ from emloc_core.requests import (
     CorrectRequest,
     EvaluateRequest,
     MergeRequest,
+    PolishRequest,
     Request,
     System,
     TrainRequest,
 )
+from emloc_core.settings import PolishSettings, TrainSettings
 
 #: What runs a stage, and what describes one, in a process of its own.
 PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.cli.stage:describe"
+
+
+#: Stages whose losses are drawn, and how they are called.
+_HISTORIES = {
+    "adapter": "on the emulator",
+    "polished": "polished on the base",
+    "full_lora": "on the base (full LoRA)",
+}
 
 
 @dataclass(frozen=True)
@@ -62,16 +72,16 @@ def stages(recipe: Recipe) -> list[Stage]:
     """Return the stages of a recipe, in order."""
     root = Path(recipe.output)
     base, data, memory = recipe.model.base, recipe.data, recipe.model.memory
-    emulator, adapter, corrected, merged, full = (
-        root / name for name in ("emulator", "adapter", "corrected", "merged", "full_lora")
+    emulator, adapter, corrected, polished, merged, full = (
+        root / name for name in ("emulator", "adapter", "corrected", "polished", "merged", "full_lora")
     )
     test = tuple(map(Path, data.test))
+    held_out = (*test, emulator / CALIBRATION, emulator / SELECTION)
     sizing = {"memory": memory, "tuning": recipe.train} if memory else {}
 
-    def train(model: str, output: Path, exclude: tuple[Path, ...] = test) -> TrainRequest:
-        return TrainRequest(
-            model=model, data=data.train, split=data.split, exclude=exclude, output=output, settings=recipe.train
-        )
+    def train(model: str, output: Path, exclude: tuple[Path, ...] = test, **more: Any) -> TrainRequest:
+        rows = {"data": data.train, "split": data.split, "exclude": exclude}
+        return TrainRequest(model=model, output=output, **{**rows, "settings": recipe.train, **more})
 
     compress = CompressRequest(
         model=base,
@@ -88,13 +98,29 @@ def stages(recipe: Recipe) -> list[Stage]:
         Stage("tune a LoRA on the emulator", train(str(emulator), adapter)),
         Stage("correct it for the base", correct),
     ]
+    final = corrected
+    if recipe.polish:
+        polish = PolishRequest(
+            adapter=corrected,
+            base=base,
+            data=data.train,
+            split=data.split,
+            exclude=held_out,
+            output=polished,
+            settings=recipe.polish,
+        )
+        found.append(Stage("polish it on the base", polish))
+        final = polished
     if recipe.merge:
-        found.append(Stage("merge it into the base", MergeRequest(adapter=corrected, base=base, output=merged)))
+        found.append(Stage("merge it into the base", MergeRequest(adapter=final, base=base, output=merged)))
     if recipe.eval is None:
         return found
     if recipe.eval.full_lora:
-        held_out = (*test, emulator / CALIBRATION, emulator / SELECTION)
         found.append(Stage("tune the base itself, the upper bound", train(base, full, held_out)))
+        found += [
+            Stage(purpose, train(base, root / name, held_out, **more))
+            for name, purpose, more in _controls(recipe.train, recipe.polish)
+        ]
     evaluate = EvaluateRequest(
         systems=_systems(recipe, {stage.name: stage.output for stage in found}),
         tasks=tuple(recipe.eval.tasks),
@@ -103,6 +129,19 @@ def stages(recipe: Recipe) -> list[Stage]:
         batch_size=recipe.eval.batch_size,
     )
     return [*found, Stage("compare all of them", evaluate)]
+
+
+def _controls(train: TrainSettings, polish: PolishSettings | None) -> Iterable[tuple[str, str, dict[str, Any]]]:
+    """Yield what polishing is compared with: name, purpose, and what differs from ordinary training of the base."""
+    if polish is None:
+        return
+    steps = polish.model_dump(exclude_unset=True) | {"steps": polish.steps, "epochs": None}
+    alone = TrainSettings(**{**train.model_dump(), **steps})
+    yield "exact_alone", "take the exact steps alone, as a control", {"settings": alone, "exact": True}
+    if train.steps:
+        together = train.steps + polish.steps
+        longer = train.model_copy(update={"steps": together})
+        yield f"full_lora_{together}", f"tune the base itself for {together} steps", {"settings": longer}
 
 
 def _systems(recipe: Recipe, outputs: dict[str, Path]) -> tuple[System, ...]:
@@ -115,10 +154,15 @@ def _systems(recipe: Recipe, outputs: dict[str, Path]) -> tuple[System, ...]:
         System(name="base+uncorrected", model=base, adapter=adapter),
         System(name="base+corrected", model=base, adapter=outputs["corrected"]),
     ]
-    if "merged" in outputs:
+    if "polished" in outputs:
+        found.append(System(name="base+polished", model=base, adapter=outputs["polished"]))
+    if "merged" in outputs and recipe.polish is None:  # after polishing it would be what base+polished is, once more
         found.append(System(name="merged", model=str(outputs["merged"])))
-    if "full_lora" in outputs:
-        found.append(System(name="full_lora", model=base, adapter=outputs["full_lora"]))
+    found += [
+        System(name=name, model=base, adapter=output)
+        for name, output in outputs.items()
+        if name == "exact_alone" or name.startswith("full_lora")
+    ]
     return tuple(found)
 
 
@@ -169,7 +213,7 @@ def summarise(recipe: Recipe, planned: list[Stage]) -> dict[str, Any]:
     }
     histories = {
         label: [(entry["step"], entry["loss"]) for entry in read_json(root / name / "log.json") if "loss" in entry]
-        for name, label in (("adapter", "on the emulator"), ("full_lora", "on the base (full LoRA)"))
+        for name, label in _HISTORIES.items()
         if name in manifests
     }
     figure(root / "figure.png", histories, manifests["emulator"]["result"]["linears"])

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 #: Systems in the order of the table; any other comes after these.
-ORDER = ("base", "emulator", "emulator+lora", "base+uncorrected", "base+corrected", "merged", "full_lora")
+ORDER = (
+    "base", "emulator", "emulator+lora", "base+uncorrected", "base+corrected", "base+polished", "merged", "exact_alone",
+    "full_lora",
+)  # fmt: skip
 #: Columns that are no metrics, with their headings.
 COSTS = {"seconds": "time", "peak_bytes": "peak memory"}
 #: Metrics of lm-eval of which less is better; a task's own word (``metrics``) goes before this.
@@ -103,7 +106,7 @@ def conclusion(results: Mapping[str, Any]) -> str:
         return ""
     base, full = values["base"], values.get("full_lora")
     told = []
-    for name in ("base+corrected", "base+uncorrected"):
+    for name in ("base+polished", "base+corrected", "base+uncorrected"):
         if name in values:
             share = f", {(base - values[name]) / (base - full):.0%} of it" if full not in (None, base) else ""
             told.append(f"{name} {_text(column, values[name])}{share}")

@@ -52,9 +52,12 @@ def explain(results: dict[str, Any]) -> str:
     """Return one paragraph that says what the table shows."""
     systems, stages = results["systems"], results["stages"]
     base, tuned, full = systems["base"], systems["base+corrected"], systems["full_lora"]
+    polished, alone, longer = (systems[name] for name in ("base+polished", "exact_alone", "full_lora_60"))
     rows = results["tasks"]["fields_json"]["rows"]
     share = results["compression"]["bytes"]["emulator"] / results["compression"]["bytes"]["base"]
-    gain = (base["nll"] - tuned["nll"]) / (base["nll"] - full["nll"])
+
+    def gain(system: dict[str, Any], whole: dict[str, Any]) -> str:
+        return f"{(base['nll'] - system['nll']) / (base['nll'] - whole['nll']):.0%}"
 
     def whole(system: dict[str, Any]) -> str:
         return f"{round(rows * system['exact_match'])} of {rows} messages entirely right"
@@ -65,9 +68,13 @@ def explain(results: dict[str, Any]) -> str:
     return (
         f"\nWhat you see: SmolLM2-135M as it comes has a loss of {base['nll']:.2f} a token on the right answers, with "
         f"{whole(base)}. A LoRA was tuned on an emulator of {share:.0%} of its bytes, never touching the model itself, "
-        f"and then carried over: {tuned['nll']:.2f}, {whole(tuned)}. That is {gain:.0%} of what the same LoRA gains "
-        f"in loss when it is tuned on the model itself ({full['nll']:.2f}, {whole(full)}). {chosen_clamp(results)} "
-        f"Tuning took {peak('adapter')} on the emulator and {peak('full_lora')} on the model: in a model this small, "
+        f"and then corrected: {tuned['nll']:.3f}, {whole(tuned)}. That is {gain(tuned, full)} of what the same LoRA "
+        f"gains in loss when it is tuned on the model itself ({full['nll']:.3f}, {whole(full)}). "
+        f"{chosen_clamp(results)} Then came 20 exact steps on the model, read block by block: "
+        f"{polished['nll']:.3f}, {whole(polished)}; {gain(polished, longer)} of the gain of 60 steps of ordinary "
+        f"LoRA ({longer['nll']:.3f}, {whole(longer)}). The exact steps alone give {alone['nll']:.3f}, {whole(alone)}. "
+        f"Tuning took {peak('adapter')} on the emulator, {peak('polished')} by exact steps and {peak('full_lora')} on "
+        "the model: in a model this small, "
         "activations and logits outweigh the weights, and it is the weights that the emulator saves."
     )
 

@@ -218,7 +218,7 @@ def test_an_adapter_in_the_place_of_another_is_refused(
         systems = canonical_systems(base=str(tiny_model), emulator=str(tiny_emulator), **adapters)
         return Evaluate(make_request("eval", systems=systems, tasks=tasks, output=tmp_path / "out")).describe()
 
-    assert compare(adapter=tuned, corrected=corrected, full_lora=full)
+    assert compare(adapter=tuned, corrected=corrected, polished=full, full_lora=full)
     assert compare(adapter=adapter, full_lora=adapter)  # not EMLoC's: unknown
     for refused, message in (
         ({"corrected": tuned}, f"--corrected {tuned} is not corrected"),
@@ -226,6 +226,7 @@ def test_an_adapter_in_the_place_of_another_is_refused(
         ({"adapter": corrected}, f"--adapter {corrected} is corrected"),
         ({"adapter": full}, f"{full} was made for another model than {tiny_emulator}"),
         ({"full_lora": tuned}, f"{tuned} was made for another model than {tiny_model}"),
+        ({"polished": tuned}, f"{tuned} was made for another model than {tiny_model}"),
         ({"full_lora": corrected}, f"{corrected} was made for another model than {tiny_model}"),
     ):
         with pytest.raises(EmlocError, match=message):

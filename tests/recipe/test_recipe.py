@@ -120,3 +120,28 @@ def test_calibration_rows_may_come_from_a_file_of_their_own(write, tmp_path):
 def test_the_option_of_a_setting_is_known_by_its_name(write):
     with pytest.raises(EmlocError, match=r"'train\.lr'\. Did you mean 'learning_rate'"):
         load_recipe(write(), ["train.lr=1e-3"])
+
+
+def test_polish_comes_before_merging_and_is_compared_at_equal_totals(write):
+    polished = "full_lora = true\n[train]\nsteps = 40\nlora_rank = 4\n[polish]\nlearning_rate = 1e-3\nsteps = 20\n"
+    planned = {stage.name: stage.request for stage in stages(load_recipe(write(polished)))}
+    assert list(planned) == [
+        "emulator", "adapter", "corrected", "polished", "merged", "full_lora", "exact_alone", "full_lora_60",
+        "evaluation",
+    ]  # fmt: skip
+    polish, alone, longer = (planned[name] for name in ("polished", "exact_alone", "full_lora_60"))
+    assert polish.adapter.name == "corrected"
+    assert planned["merged"].adapter.name == "polished"
+    assert polish.exclude == alone.exclude == longer.exclude
+    assert [path.name for path in polish.exclude[-2:]] == ["calibration.jsonl", "selection.jsonl"]
+    assert (alone.exact, longer.exact) == (True, False)
+    assert (alone.settings.steps, alone.settings.learning_rate, alone.settings.lora_rank) == (20, 1e-3, 4)
+    assert (longer.settings.steps, longer.settings.learning_rate) == (60, 2e-4)
+    compared = [system.name for system in planned["evaluation"].systems]
+    assert compared[-5:] == ["base+corrected", "base+polished", "full_lora", "exact_alone", "full_lora_60"]
+
+
+def test_polish_after_epochs_has_no_longer_control(write):
+    planned = [stage.name for stage in stages(load_recipe(write("full_lora = true\n[train]\nepochs = 2\n[polish]\n")))]
+    assert "exact_alone" in planned
+    assert not any(name.startswith("full_lora_") for name in planned)

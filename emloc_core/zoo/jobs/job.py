@@ -13,7 +13,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.recipe.recipe import DataSection, EvalSection, ModelSection, Recipe
 from emloc_core.recipe.run import Stage, stages
 from emloc_core.requests import ImportRequest
-from emloc_core.settings import CompressSettings, CorrectSettings, Settings, TrainSettings
+from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings
 
 #: Raised when a new version of the toolkit gives other bytes for the same inputs: then jobs are done anew.
 BYTES = 1
@@ -38,6 +38,7 @@ class Job(Settings):
     compress: CompressSettings = CompressSettings()
     train: TrainSettings | None = None
     correct: CorrectSettings = CorrectSettings()
+    polish: PolishSettings | None = None
     merge: bool = False
     eval: EvalSection | None = None
     threads: int = Field(1, ge=1, description="Threads of the worker: pinned, since they decide the last bits.")
@@ -58,6 +59,7 @@ class Job(Settings):
             # A job that ends with the emulator corrects nothing, so that it may hold out no selection rows.
             correct=self.correct if self.train else CorrectSettings(clamp="none"),
             **{"train": self.train} if self.train else {},
+            polish=self.polish if self.train else None,
             merge=self.merge,
             eval=self.eval,
         )
@@ -92,15 +94,16 @@ class Job(Settings):
     def smaller(self, stage: str) -> "Job | None":
         """Return the job with less memory for ``stage`` (an output's name), or None where it cannot be made smaller.
 
-        ``emulator``: half of the calibration rows. ``adapter``: half of the batch, and twice as many batches a step.
-        ``evaluation``: half of the batch. Correcting and merging have nothing to give.
+        ``emulator``: half of the calibration rows. ``adapter`` and ``polished``: half of the batch, and twice as many
+        batches per step. ``evaluation``: half of the batch. Correcting and merging have nothing to give.
         """
         if stage == "emulator" and self.compress.samples > 1:
             compress = self.compress.model_copy(update={"samples": self.compress.samples // 2})
             return self.model_copy(update={"compress": compress})
-        if stage == "adapter" and self.train and self.train.batch_size > 1:
-            halved = {"batch_size": self.train.batch_size // 2, "accumulation": self.train.accumulation * 2}
-            return self.model_copy(update={"train": self.train.model_copy(update=halved)})
+        for name, settings in (("train", self.train), ("polish", self.polish)):
+            if stage == {"train": "adapter", "polish": "polished"}[name] and settings and settings.batch_size > 1:
+                halved = {"batch_size": settings.batch_size // 2, "accumulation": settings.accumulation * 2}
+                return self.model_copy(update={name: settings.model_copy(update=halved)})
         if stage == "evaluation" and self.eval and self.eval.batch_size > 1:
             evaluation = self.eval.model_copy(update={"batch_size": self.eval.batch_size // 2})
             return self.model_copy(update={"eval": evaluation})

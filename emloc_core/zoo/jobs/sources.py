@@ -17,7 +17,7 @@ from emloc_core.files.output import read_toml
 from emloc_core.recipe.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
 from emloc_core.registry.registry import Entry, find, load_entries
 from emloc_core.registry.registry import resolve as resolve_preset
-from emloc_core.settings import CompressSettings, CorrectSettings, Settings, TrainSettings, explain
+from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings, explain
 from emloc_core.zoo.jobs.job import NAME, Job, slug, unique
 
 
@@ -34,6 +34,7 @@ class JobSection(Settings):
     compress: dict[str, Any] = Field({}, description="Settings of stage 1.")
     train: TrainSettings | bool = Field(True, description="Settings of stage 2; false ends with the emulator.")
     correct: CorrectSettings = CorrectSettings()
+    polish: PolishSettings | None = Field(None, description="Exact steps on the base, after the correction.")
     merge: bool = Field(False, description="Write the merged checkpoint.")
     eval: EvalSection | None = Field(None, description="Without it nothing is compared.")
     threads: int | None = Field(None, ge=1, description="Threads of the worker.")
@@ -46,7 +47,7 @@ class JobSection(Settings):
 
     @model_validator(mode="after")
     def _trains_what_it_can(self) -> "JobSection":
-        asked = [name for name in ("train", "correct", "merge", "eval") if name in self.model_fields_set]
+        asked = [name for name in ("train", "correct", "polish", "merge", "eval") if name in self.model_fields_set]
         asked = [name for name in asked if getattr(self, name)]
         if asked and (self.data is None or self.train is False):
             raise ValueError(f"{', '.join(asked)}: only a job with data of its own, and no train = false, is trained")
@@ -210,6 +211,7 @@ def _from_section(section: JobSection, file: Path, defaults: Defaults) -> Job:
         compress=CompressSettings(**{**defaults.compress, **ratio, **section.compress}),
         train=train if own else None,
         correct=section.correct,
+        polish=section.polish,
         merge=(section.merge or defaults.merge) and own is not None and train is not None,
         eval=evaluation if own and train else None,
         threads=section.threads or defaults.threads,

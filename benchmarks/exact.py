@@ -1,0 +1,170 @@
+"""Exact steps: their memory at the widths of Llama-3.1-8B, and their time beside TRL's step on a model that fits.
+
+Memory must not grow with the number of blocks but by the activations at their boundaries. On SmolLM2-135M, the same
+rows go through TRL's own trainer with accumulation and through exact steps, in turn, in processes of their own; the
+files are in the system's cache. The first step is left out: it reads nothing ahead.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from harness import goal, in_process, markdown, resident_bytes, write_results
+
+BLOCKS, TOKENS = (2, 4, 8), (2, 64)  # of the 8B shape; micro-batches, tokens of each
+MICRO_BATCHES, LENGTH, STEPS = (4, 16), 256, 4
+
+
+def wide_step(work: str, blocks: int) -> dict[str, Any]:
+    """Take one exact step on ``blocks`` blocks of the 8B shape."""
+    import torch
+    from checkpoints import LLAMA_8B, llama, write_checkpoint
+
+    from emloc_core.exact.lora import lora_on
+    from emloc_core.exact.steps import ExactSteps
+    from emloc_core.model.skeleton import Skeleton
+    from emloc_core.plugins.manager import plugin_manager
+    from emloc_core.settings import TrainSettings
+    from emloc_core.tuning.trl import lora_config
+
+    directory = Path(work) / f"8B-{blocks}"
+    if not directory.exists():
+        write_checkpoint(directory, llama(LLAMA_8B, blocks))
+        return {}
+    from emloc_core.files.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(directory)
+    family = plugin_manager().family_for(checkpoint.config)
+    skeleton = Skeleton(checkpoint, family)
+    imported = resident_bytes()
+    lora: Any = lora_on(skeleton, lora_config(TrainSettings(), family.lora_targets())).train()
+    steps = ExactSteps(lora.get_base_model(), skeleton, [tower.blocks for tower in family.towers])
+    ids = [torch.randint(128000, (1, TOKENS[1])) for _ in range(TOKENS[0])]
+    started = time.perf_counter()
+    steps.loss([{"input_ids": each, "labels": each} for each in ids])
+    seconds = time.perf_counter() - started
+    reads = steps.weights.reads
+    return {
+        "blocks": blocks,
+        "checkpoint_bytes": checkpoint.nbytes,
+        "imported_bytes": imported,
+        "lora_bytes": sum(8 * p.numel() for p in lora.parameters() if p.requires_grad),  # with gradients, fp32
+        "boundary_bytes": TOKENS[0] * TOKENS[1] * 4096 * 2 * (blocks + 2),
+        "seconds": seconds,
+        "reads_per_block": sum(count for unit, count in reads.items() if ".layers." in unit) / blocks,
+        "waited_seconds": steps.weights.waited,
+    }
+
+
+def tune(work: str, micro_batches: int, exact: bool) -> dict[str, Any]:
+    """Train SmolLM2 for some steps; return what each took."""
+    from transformers import TrainerCallback
+
+    from emloc_core.settings import TrainSettings
+    from emloc_core.tuning.exact import ExactTrain
+    from emloc_core.tuning.train import LoraTrainer, Train
+
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+    make = LoraTrainer.__init__
+
+    def clocked(self: Any, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        self.add_callback(Clock())
+
+    LoraTrainer.__init__ = clocked  # type: ignore[method-assign]
+    settings = TrainSettings(steps=STEPS, batch_size=1, accumulation=micro_batches, max_length=LENGTH, logging_steps=1)
+    place, name = Path(work), f"{micro_batches}-{'exact' if exact else 'ordinary'}"
+    kind = ExactTrain if exact else Train
+    adapter = kind(place / "smollm2", str(place / "rows.jsonl"), place / name, settings).run()
+    timing = json.loads((adapter / "timing.json").read_text())
+    seconds = [end - start for start, end in zip(marks[::2], marks[1::2], strict=True)]
+    losses = [entry["loss"] for entry in json.loads((adapter / "log.json").read_text())]
+    return {
+        "micro_batches": micro_batches,
+        "way": "exact" if exact else "ordinary",
+        "step_seconds": statistics.median(seconds[1:]),
+        "losses": losses,
+        "read_bytes": timing.get("read_bytes", 0),
+        "waited_seconds": timing.get("waited_seconds", 0.0),
+    }
+
+
+def prepare(work: str) -> dict[str, Any]:
+    """Write SmolLM2 in bf16, and rows of text of at least :data:`LENGTH` tokens."""
+    import torch
+    from emloc_demo.data import make_rows
+    from emloc_demo.model import write_base
+    from transformers import AutoModelForCausalLM
+
+    place = Path(work)
+    write_base(place / "smollm2")
+    model = AutoModelForCausalLM.from_pretrained(place / "smollm2", dtype=torch.bfloat16)
+    model.save_pretrained(place / "smollm2")
+    messages = [row["messages"][0]["content"] for row in make_rows()[0]]
+    rows = [{"text": " ".join(messages[start : start + 8])} for start in range(0, len(messages), 8)]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {}
+
+
+def main() -> None:
+    """Measure, and write the results."""
+    wide, narrow = [], []
+    with tempfile.TemporaryDirectory() as work:
+        for blocks in BLOCKS:
+            in_process(wide_step, work, blocks)  # writes the checkpoint
+            wide.append(in_process(wide_step, work, blocks))
+        in_process(prepare, work)
+        for count in MICRO_BATCHES:
+            narrow += [in_process(tune, work, count, exact) for exact in (False, True)]
+    most = max(row["peak_rss_bytes"] for row in wide)
+    growth = [
+        (b["peak_rss_bytes"] - a["peak_rss_bytes"])
+        - sum(b[term] - a[term] for term in ("lora_bytes", "boundary_bytes"))
+        for a, b in pairwise(wide)
+    ]
+    whole = wide[0]["checkpoint_bytes"] + 30 * (wide[1]["checkpoint_bytes"] - wide[0]["checkpoint_bytes"]) / 2
+    pairs = list(zip(narrow[::2], narrow[1::2], strict=True))
+    ratios = [exact["step_seconds"] / ordinary["step_seconds"] for ordinary, exact in pairs]
+    memory = [exact["peak_rss_bytes"] / ordinary["peak_rss_bytes"] for ordinary, exact in pairs]
+    goals = [
+        goal("growth per doubling besides boundaries and LoRA (GB)", 0.1, round(max(growth) / 1e9, 3),
+             max(growth) < 1e8),
+        goal("peak over the checkpoint of 32 blocks", 0.25, round(most / whole, 3), most / whole <= 0.25),
+        goal("reads per block and step", 2, wide[-1]["reads_per_block"], wide[-1]["reads_per_block"] == 2),
+        goal("step time over TRL's, 4 and 16 micro-batches", 1.1, [round(ratio, 3) for ratio in ratios],
+             max(ratios) <= 1.1),
+        goal("peak over TRL's, 4 and 16 micro-batches", 1, [round(ratio, 3) for ratio in memory], max(memory) < 1),
+    ]  # fmt: skip
+    table = markdown(
+        ["8B-shaped blocks", "checkpoint GB", "peak RSS GB", "step s", "reads per block", "waited s"],
+        [
+            [row["blocks"], *(round(row[key] / 1e9, 2) for key in ("checkpoint_bytes", "peak_rss_bytes")),
+             round(row["seconds"], 1), row["reads_per_block"], round(row["waited_seconds"], 2)]
+            for row in wide
+        ],
+    )  # fmt: skip
+    table += "\n\n" + markdown(
+        ["SmolLM2, micro-batches", "way", "step s", "peak RSS GB", "weights read GB", "waited s"],
+        [
+            [row["micro_batches"], row["way"], round(row["step_seconds"], 2), round(row["peak_rss_bytes"] / 1e9, 2),
+             round(row["read_bytes"] / 1e9, 2), round(row["waited_seconds"], 2)]
+            for row in narrow
+        ],
+    )  # fmt: skip
+    write_results("exact", "make bench-exact", [*wide, *narrow], goals, table)
+
+
+if __name__ == "__main__":
+    main()
