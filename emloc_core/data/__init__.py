@@ -1,1 +1,1 @@
-"""The user's rows, up to what a model takes."""
+"""The user's rows, from files to model inputs."""

@@ -1,4 +1,4 @@
-"""Rows of a data set of the hub; what is in the rows is for :mod:`emloc_core.data.rows`."""
+"""Rows of a hub dataset; :mod:`emloc_core.data.rows` parses them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,18 +6,18 @@ from typing import Any
 
 from emloc_core.errors import EmlocError
 
-_PATIENCE = 10.0  # seconds in which the hub has to answer
+_PATIENCE = 10.0  # seconds to wait for the hub
 
 
 def read_data_set(source: str, split: str) -> Iterator[Any]:
-    """Yield the rows of a split of a data set, fetched where it is not in the cache.
+    """Yield the rows of a split of a dataset, downloaded unless it is cached.
 
     Args:
-        source: its id, ``organisation/name``.
-        split: ``train``, say.
+        source: id of the dataset, ``organisation/name``.
+        split: name of the split, such as ``train``.
 
     Raises:
-        EmlocError: there is no such data set, or the hub cannot be reached; says that there is no such file either.
+        EmlocError: there is neither a file nor a dataset of this name, or the hub cannot be reached.
     """
     from datasets import load_dataset
 
@@ -26,20 +26,22 @@ def read_data_set(source: str, split: str) -> Iterator[Any]:
             found = load_dataset(source, split=split)
     except ConnectionError as error:
         raise EmlocError(
-            f"There is no file {source}, and the hub could not be reached to look for a data set of that name.",
+            f"There is no file {source}, and the hub could not be reached to look for a dataset of that name.",
             "Check the path, or the connection.",
+            code="unavailable",
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise EmlocError(
-            f"There is no file {source}, and no data set of that name could be loaded from the hub: {error}",
-            "Check the path, or the data set's id and --split.",
+            f"There is no file {source}, and no dataset of that name could be loaded from the hub: {error}",
+            "Check the path, or the dataset's id and --split.",
+            code="missing",
         ) from error
     yield from _undecoded(found)
 
 
 @contextmanager
 def _offline_if_unreachable(source: str) -> Iterator[None]:
-    """Ask the hub once; where it does not answer, what is cached is looked for, without half a minute of retries."""
+    """Ask the hub once; if it does not answer, use the cache only, without half a minute of retries."""
     import datasets.config
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -48,7 +50,7 @@ def _offline_if_unreachable(source: str) -> Iterator[None]:
     try:
         HfApi().dataset_info(source, timeout=_PATIENCE)
     except (HfHubHTTPError, HFValidationError):
-        pass  # load_dataset says what is wrong with the name
+        pass  # load_dataset reports what is wrong with the name
     except Exception:  # whatever the HTTP library of this version of huggingface_hub raises without a connection
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
@@ -58,7 +60,7 @@ def _offline_if_unreachable(source: str) -> Iterator[None]:
 
 
 def _undecoded(found: Any) -> Any:
-    """Return a data set whose images are bytes or paths, as they are stored: they are decoded when they are used."""
+    """Return a dataset whose images are stored bytes or paths, decoded only when they are used."""
     from datasets import Image, List
 
     for name in ("images", "image"):

@@ -1,4 +1,4 @@
-"""Pictures of the user's rows: read from files or bytes, never from the network, and told apart by their bytes."""
+"""Images of the user's rows: read from files or bytes, never from the network, and compared by their bytes."""
 
 import hashlib
 import warnings
@@ -14,22 +14,22 @@ from emloc_core.files.own import require_regular
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: Directory beside a file of rows that holds the pictures which were written with it.
+#: Directory beside a file of rows with the images that were written with it.
 IMAGES = "images"
-#: What is read. Pillow knows many more, some by running other programs.
+#: Supported formats. Pillow knows many more, some by running other programs.
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
 _FIX = "Give an image file that can be opened, or leave the row out."
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded picture (PNG, JPEG, ...). Equal where the bytes are, whatever file they are in.
+    """An encoded image (PNG, JPEG, ...). Pictures with equal bytes are equal, whatever file they are in.
 
     Attributes:
-        sha256: of the encoded bytes, in hex.
-        name: what messages call it.
-        path: its file; None where ``content`` holds the bytes.
-        content: the bytes; None where they are in a file.
+        sha256: SHA-256 of the encoded bytes, in hex.
+        name: its name in messages.
+        path: its file; None if ``content`` holds the bytes.
+        content: the bytes; None if they are in a file.
     """
 
     sha256: str
@@ -39,12 +39,12 @@ class Picture:
 
     @classmethod
     def of(cls, source: Any, directory: Path, *, confined: bool = False) -> "Picture":
-        """Find a picture; nothing is decoded yet.
+        """Find an image, without decoding it.
 
         Args:
-            source: a path, relative to ``directory``; the encoded bytes; ``{"bytes": ..., "path": ...}``, as Parquet
-                and data sets of the hub hold it; or a PIL image.
-            directory: of the file of rows.
+            source: a path, relative to ``directory``; the encoded bytes; ``{"bytes": ..., "path": ...}``, as in Parquet
+                files and hub datasets; or a PIL image.
+            directory: directory of the file of rows.
             confined: whether a path must stay within ``directory``, symbolic links resolved.
 
         Raises:
@@ -70,29 +70,32 @@ class Picture:
             raise EmlocError(f"The image {source[:80]} is not a path.", "Download it, and give the path of the file.")
         path = directory / source
         if confined and not path.resolve().is_relative_to(directory.resolve()):
-            raise EmlocError(f"The image {source} lies outside {directory}.", "Do not use these rows.")
+            raise EmlocError(f"The image {source} is outside {directory}.", "Do not use these rows.", code="refused")
         try:
             require_regular(path)
             content = path.read_bytes()
         except (OSError, ValueError) as error:
             reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-            raise EmlocError(f"The image {path} {reason}.", "Paths are relative to the file of rows.") from None
+            code = "missing" if isinstance(error, FileNotFoundError) else "unavailable"
+            raise EmlocError(
+                f"The image {path} {reason}.", "Paths are relative to the file of rows.", code=code
+            ) from None
         return cls(_hash(content), f"The image {path}", path=path)
 
     def read(self) -> "Image":
-        """Return the picture in RGB, upright as its EXIF data say.
+        """Return the image in RGB, rotated according to its EXIF data.
 
         Raises:
-            EmlocError: it is no image, or cut short; or Pillow is not installed.
+            EmlocError: it is not an image, or is truncated; or Pillow is not installed.
         """
         pil, content = pillow(), self._bytes()
         try:
             with self._opened(content) as image:
                 return _upright(image).convert("RGB")
         except pil.UnidentifiedImageError:  # its message names a buffer
-            raise EmlocError(f"{self.name} is no image ({', '.join(FORMATS)}).", _FIX) from None
+            raise EmlocError(f"{self.name} is not an image ({', '.join(FORMATS)}).", _FIX) from None
         except (OSError, SyntaxError, ValueError, EOFError, pil.DecompressionBombError) as error:
-            raise EmlocError(f"{self.name} is damaged: {error}.", _FIX) from None
+            raise EmlocError(f"{self.name} is damaged: {error}.", _FIX, code="damaged") from None
 
     def write(self, directory: Path) -> str:
         """Copy the encoded bytes into a directory, named by their hash; return the path relative to it.
@@ -101,7 +104,7 @@ class Picture:
             EmlocError: as :meth:`read`.
         """
         content = self._bytes()
-        self.read()  # what is kept will be needed
+        self.read()  # keep only images that can be read later
         with self._opened(content) as image:
             name = f"{IMAGES}/{self.sha256}.{str(image.format).lower()}"
         (directory / IMAGES).mkdir(exist_ok=True)
@@ -109,7 +112,7 @@ class Picture:
         return name
 
     def _opened(self, content: bytes) -> "Image":
-        """Open the picture, of which nothing but its head is decoded yet."""
+        """Open the image; only its header is decoded yet."""
         pil = pillow()
         with warnings.catch_warnings():
             warnings.simplefilter("error", pil.DecompressionBombWarning)
@@ -117,7 +120,9 @@ class Picture:
                 return pil.open(BytesIO(content), formats=FORMATS)
             except (pil.DecompressionBombWarning, pil.DecompressionBombError):
                 most = pil.MAX_IMAGE_PIXELS // 10**6
-                raise EmlocError(f"{self.name} has more than {most} megapixels.", "Scale it down.") from None
+                raise EmlocError(
+                    f"{self.name} has more than {most} megapixels.", "Scale it down.", code="refused"
+                ) from None
 
     def _bytes(self) -> bytes:
         if self.content is not None:
@@ -126,9 +131,11 @@ class Picture:
         try:
             content = self.path.read_bytes()
         except OSError as error:
-            raise EmlocError(f"{self.name} cannot be read any more ({error}).", _FIX) from None
+            raise EmlocError(f"{self.name} can no longer be read ({error}).", _FIX, code="changed") from None
         if _hash(content) != self.sha256:
-            raise EmlocError(f"{self.name} has changed since the rows were read.", "Run the command again.")
+            raise EmlocError(
+                f"{self.name} has changed since the rows were read.", "Run the command again.", code="changed"
+            )
         return content
 
 
@@ -151,5 +158,7 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise EmlocError("Images need Pillow, which is not installed.", "pip install 'emloc[vision]'") from None
+        raise EmlocError(
+            "Images need Pillow, which is not installed.", "pip install 'emloc[vision]'", code="unavailable"
+        ) from None
     return Image

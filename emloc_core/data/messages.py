@@ -1,7 +1,7 @@
-"""The messages of a conversation, in TRL's conventions, brought into one form.
+"""The messages of a conversation, normalised to one form of TRL's conventions.
 
-A message's content is a string; where it shows images, it is a list of parts, ``{"type": "text", "text": ...}`` and
-``{"type": "image"}``, in the images' order. So a conversation has one form, however it was written.
+A message's content is a string; if it has images, it is a list of parts, ``{"type": "text", "text": ...}`` and
+``{"type": "image"}``, in the images' order. So equal conversations are equal, however they were written.
 """
 
 from typing import Any
@@ -13,16 +13,16 @@ Message = dict[str, Any]
 Content = str | list[Message]
 
 IMAGE = {"type": "image"}
-#: What other formats of rows write into a question's text where an image stands.
+#: Placeholder for an image in the text of other row formats.
 _MARK = "<image>"
-_PARTS = 'A part is {"type": "text", "text": ...} or {"type": "image"}; the images themselves stand in `images`.'
+_PARTS = 'A part is {"type": "text", "text": ...} or {"type": "image"}; the images themselves go in `images`.'
 
 
 def parse_content(value: Any, where: str) -> Content:
-    """Return a string, or the messages of a list.
+    """Return a string, or a list of messages.
 
     Raises:
-        EmlocError: it is neither, or empty, or holds more than roles, text and places of images.
+        EmlocError: it is neither, or empty, or holds more than roles, text and image parts.
     """
     if not isinstance(value, list):
         return parse_string(value, where)
@@ -32,17 +32,17 @@ def parse_content(value: Any, where: str) -> Content:
 
 
 def place_images(prompt: list[Message], completion: list[Message], images: int, where: str) -> list[Message]:
-    """Return the prompt with a place for every image: where it has none, before the first user message, as TRL does.
+    """Return the prompt with a part per image: if it has none, before the first user message, as TRL does.
 
     Raises:
-        EmlocError: the places are not as many as the images, are in the completion, or are marked in a text.
+        EmlocError: the image parts do not match the number of images, are in the completion, or are marked in a text.
     """
     if any(isinstance(message["content"], list) for message in completion):
         raise EmlocError(f"{where}: there is an image in the answer.", "Images can be asked about, not answered with.")
     if images and any(_MARK in part.get("text", "") for part in _user_parts(prompt)):
         raise EmlocError(
-            f"{where}: a user's text holds {_MARK}, which would be read as text beside the image.",
-            'Write a part {"type": "image"} in its place, or leave it out.',
+            f"{where}: a user's text contains {_MARK}, which would be read as text, besides the image.",
+            'Replace it with a part {"type": "image"}, or remove it.',
         )
     parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
     places = parts.count(IMAGE)
@@ -53,14 +53,14 @@ def place_images(prompt: list[Message], completion: list[Message], images: int, 
         return [*prompt[:first], asked, *prompt[first + 1 :]]
     if places != images:
         raise EmlocError(
-            f"{where}: the messages have places for {places} images, and there are {images}.",
-            'Write one part {"type": "image"} for each image, or none: then they stand before the first user message.',
+            f"{where}: the messages have {places} image parts, but there are {images} images.",
+            'Write one part {"type": "image"} per image, or none: images then go before the first user message.',
         )
     return prompt
 
 
 def in_parts(messages: list[Message]) -> list[Message]:
-    """Return messages whose contents are lists of parts, all of them, as TRL hands them to a processor."""
+    """Return the messages with all contents as lists of parts, as TRL passes them to a processor."""
     return [
         message
         if isinstance(message["content"], list)
@@ -74,7 +74,7 @@ def _user_parts(messages: list[Message]) -> list[Message]:
 
 
 def parse_string(value: Any, where: str, *, may_be_blank: bool = False) -> str:
-    """Return a string that is valid Unicode and, unless it may be, not blank.
+    """Return a string that is valid Unicode and, unless ``may_be_blank``, not blank.
 
     Raises:
         EmlocError: it is not.

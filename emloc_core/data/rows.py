@@ -1,8 +1,8 @@
 """The user's rows, in TRL's conventions, and the disjoint sets that they are divided into.
 
 A row is ``text``, ``prompt`` + ``completion`` (two strings, or two lists of messages) or ``messages``. ``messages``
-become prompt and completion, so that the loss falls on the last answer alone: many chat templates have no marks for
-generation, and TRL's ``assistant_only_loss`` needs them. A conversation may come with ``images``.
+become prompt and completion, so that only the last answer counts in the loss: TRL's ``assistant_only_loss`` needs
+generation marks, which many chat templates lack. A conversation may have ``images``.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from emloc_core.files.limits import unpacking
 from emloc_core.files.output import MANIFEST
 from emloc_core.files.own import require_own_files
 
-#: Files of an emulator that hold the rows which may never be tuned on.
+#: Files of an emulator with rows that must never be tuned on.
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
 
 _FORMS = "Each row needs `text`, or `prompt` and `completion`, or `messages` that end in an assistant turn."
@@ -31,12 +31,12 @@ _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True)
 class Row:
-    """One example of the user's: either ``text``, or ``prompt`` and ``completion``, both strings or both messages.
+    """One example: either ``text``, or ``prompt`` and ``completion``, both strings or both messages.
 
     Attributes:
-        number: the row's place in its source, from 1; the line in a JSONL file.
-        images: those of a conversation, in the order of their places in the prompt. None where no row of the source
-            has any: such rows are tokenized as text, and the others by the model's processor, as TRL does it.
+        number: position of the row in its source, from 1; the line in a JSONL file.
+        images: images of a conversation, in the order of their parts in the prompt. None if no row of the source has
+            any: such rows are tokenized as text, and others by the model's processor, as in TRL.
     """
 
     number: int
@@ -54,7 +54,7 @@ class Row:
 
     @cached_property
     def key(self) -> str:
-        """Return the SHA-256 of the row's content, in hex: equal for equal content, wherever it stands."""
+        """Return the SHA-256 of the row's content, in hex, independent of its position."""
         columns = {name: column for name, column in self.to_dict().items() if column != []}
         canonical = json.dumps(columns, sort_keys=True, separators=(",", ":"), default=lambda picture: picture.sha256)
         return hashlib.sha256(canonical.encode()).hexdigest()
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Sets:
-    """Rows for three purposes; no content stands in more than one of them."""
+    """Rows for three purposes; no content is in more than one set."""
 
     calibration: list[Row]
     selection: list[Row]
@@ -77,24 +77,24 @@ class Sets:
 
 
 def load_rows(source: str | Path | Iterable[Any], split: str = "train") -> list[Row]:
-    """Read rows from a ``.jsonl``, ``.json`` (an array) or ``.parquet`` file, a data set of the hub, or from memory.
+    """Read rows from a ``.jsonl``, ``.json`` (an array) or ``.parquet`` file, a hub dataset, or memory.
 
-    Columns other than those of the row's form are ignored; where several forms are complete, prompt and completion
-    go before messages, and messages before text. All rows must be of one form.
+    Other columns than those of the row's form are ignored; if several forms are complete, prompt and completion take
+    precedence over messages, and messages over text. All rows must have the same form.
 
     Args:
-        source: path of the file, id of the data set, or the rows themselves: mappings, as a ``datasets.Dataset``
+        source: path of the file, id of the dataset, or the rows themselves: mappings, as a ``datasets.Dataset``
             yields them.
-        split: which split of a data set of the hub; files have none.
+        split: split of a hub dataset; files have none.
 
     Raises:
-        EmlocError: the source cannot be read, is empty, or a row is not of a known form; names file and row.
+        EmlocError: the source cannot be read, is empty, or a row has no known form; names file and row.
     """
     if not isinstance(source, str | Path):
         return _of_one_form("the rows", list(_parsed(enumerate(source, start=1), "the rows", Path(), confined=False)))
     source = str(source)
     directory = Path(source).parent if Path(source).is_file() else Path()
-    # What an emulator keeps may have been made by someone else: its images are those that came with it.
+    # An emulator may come from someone else: it may only refer to its own images.
     confined = Path(source).name in (CALIBRATION, SELECTION) and (directory / MANIFEST).is_file()
     return _of_one_form(source, list(_parsed(_contents(source, split), source, directory, confined=confined)))
 
@@ -110,8 +110,8 @@ def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
     for row in rows:
         if row.form != rows[0].form:
             raise EmlocError(
-                f"{source}, row {row.number}: a row of {row.form}, where row {rows[0].number} is of {rows[0].form}.",
-                "Keep one form a file.",
+                f"{source}, row {row.number}: a row of {row.form}, but row {rows[0].number} is of {rows[0].form}.",
+                "Use one form per file.",
             )
     if any(row.images is not None for row in rows):
         return [row if row.images is not None else replace(row, images=()) for row in rows]
@@ -121,8 +121,8 @@ def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
 def draw(rows: Sequence[Row], seed: int, calibration: int, selection: int) -> Sets:
     """Divide rows by content into calibration, selection and tuning rows.
 
-    What is drawn depends on the seed and the contents alone, not on the order of the rows. Calibration and selection
-    rows are distinct; further copies of them are dropped, and copies of a tuning row are kept.
+    The result depends on the seed and the contents only, not on the order of the rows. Calibration and selection rows
+    are distinct: further copies of them are dropped, while copies of tuning rows are kept.
 
     Raises:
         EmlocError: there are fewer distinct rows than ``calibration + selection``.
@@ -133,7 +133,7 @@ def draw(rows: Sequence[Row], seed: int, calibration: int, selection: int) -> Se
     needed = calibration + selection
     if len(copies) < needed:
         raise EmlocError(
-            f"There are {len(copies)} distinct rows, and {needed} are needed: "
+            f"There are {len(copies)} distinct rows, but {needed} are needed: "
             f"{calibration} for calibration and {selection} for selection.",
             "Give more rows, or ask for fewer.",
         )
@@ -146,7 +146,7 @@ def draw(rows: Sequence[Row], seed: int, calibration: int, selection: int) -> Se
 
 
 def without(rows: Iterable[Row], files: Iterable[Path]) -> list[Row]:
-    """Return the rows whose content stands in none of ``files``, in their order.
+    """Return the rows whose content is in none of ``files``, in their order.
 
     Raises:
         EmlocError: a file cannot be read.
@@ -161,7 +161,7 @@ def digest(rows: Iterable[Row]) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as JSONL that :func:`load_rows` reads back, and their images into a directory beside it.
+    """Write rows as JSONL that :func:`load_rows` can read, and their images into a directory beside it.
 
     Raises:
         EmlocError: an image cannot be read.
@@ -189,19 +189,23 @@ def _contents(source: str, split: str) -> Iterator[tuple[int, Any]]:
     if path.is_file():
         readers = dict(zip(_SUFFIXES, (_jsonl, _json, _parquet), strict=True))
         if path.suffix not in readers:
-            raise EmlocError(f"{source} is none of {', '.join(_SUFFIXES)}.", "Convert it to one of these.")
+            raise EmlocError(
+                f"{source} is none of {', '.join(_SUFFIXES)}.", "Convert it to one of these.", code="unsupported"
+            )
         return readers[path.suffix](path)
     if path.is_dir():
         raise EmlocError(f"{source} is a directory.", f"Give one file: {', '.join(_SUFFIXES)}.")
     if path.suffix in _SUFFIXES or path.is_absolute():
-        raise EmlocError(f"There is no file {source}.", "Check the path.")
+        raise EmlocError(f"There is no file {source}.", "Check the path.", code="missing")
     if source.count("/") != 1:
-        raise EmlocError(f"There is no file {source}.", "Check the path; a data set of the hub is organisation/name.")
+        raise EmlocError(
+            f"There is no file {source}.", "Check the path; a hub dataset is organisation/name.", code="missing"
+        )
     return enumerate(read_data_set(source, split), start=1)
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with open(path, "rb") as file:  # in bytes: str.splitlines would also break a line at U+2028 within a string
+    with open(path, "rb") as file:  # as bytes: str.splitlines would also split at U+2028 within a string
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, _decode(line, f"{path}, row {number}")
@@ -217,7 +221,7 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
 def _decode(text: bytes, where: str) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers of thousands of digits, or deep
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers of thousands of digits, or too deep
         raise EmlocError(f"{where}: not valid JSON ({error}).", "Correct it.") from None
 
 
@@ -229,13 +233,15 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
         with unpacking([path]):
             rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise EmlocError(f"{path} cannot be read as Parquet ({error}).", "Make the file again.") from None
+        raise EmlocError(
+            f"{path} cannot be read as Parquet ({error}).", "Make the file again.", code="damaged"
+        ) from None
     yield from enumerate(rows, start=1)
 
 
 def _parse(content: Any, where: str, number: int, directory: Path, *, confined: bool) -> Row:
     if not isinstance(content, dict):
-        raise EmlocError(f"{where}: not an object with columns but {type(content).__name__}.", _FORMS)
+        raise EmlocError(f"{where}: {type(content).__name__}, not an object with columns.", _FORMS)
     has = {name for name, value in content.items() if value is not None}  # Arrow fills absent columns with None
     if has >= {"prompt", "completion"}:
         prompt, completion = (parse_content(content[name], f"{where}: `{name}`") for name in ("prompt", "completion"))
@@ -247,9 +253,9 @@ def _parse(content: Any, where: str, number: int, directory: Path, *, confined: 
         if isinstance(turns, str):
             raise EmlocError(f"{where}: `messages` is a string, not a list of messages.", _FORMS)
         if turns[-1]["role"] != "assistant":
-            raise EmlocError(f"{where}: `messages` do not end in an assistant turn, so there is no answer.", _FORMS)
+            raise EmlocError(f"{where}: `messages` does not end with an assistant turn, so there is no answer.", _FORMS)
         if len(turns) == 1:
-            raise EmlocError(f"{where}: `messages` have nothing before the assistant turn.", _FORMS)
+            raise EmlocError(f"{where}: `messages` has nothing before the assistant turn.", _FORMS)
         row = Row(number, prompt=turns[:-1], completion=turns[-1:])
     elif "text" in has:
         row = Row(number, text=parse_string(content["text"], f"{where}: `text`"))
@@ -266,11 +272,11 @@ def _pictures(content: dict[str, Any], where: str, directory: Path, *, confined:
         raise EmlocError(f"{where}: has both `image` and `images`.", "Keep `images`, a list.")
     sources = [image] if images is None else images
     if not isinstance(sources, list):
-        raise EmlocError(f"{where}: `images` is not a list but {type(sources).__name__}.", "Name one image `image`.")
+        raise EmlocError(f"{where}: `images` is {type(sources).__name__}, not a list.", "Name a single image `image`.")
     try:
         return tuple(Picture.of(source, directory, confined=confined) for source in sources)
     except EmlocError as error:
-        raise EmlocError(f"{where}: {error.args[0]}", error.fix) from None
+        raise EmlocError(f"{where}: {error.args[0]}", error.fix, code=error.code) from None
 
 
 def _with_images(row: Row, images: tuple[Picture, ...] | None, where: str) -> Row:

@@ -1,8 +1,8 @@
-"""Rows become model inputs: the same token ids, and the same tokens in the loss, as TRL's ``SFTTrainer`` makes.
+"""Turns rows into model inputs: the same token ids, and the same tokens in the loss, as in TRL's ``SFTTrainer``.
 
-The emulator must be fitted to what will be trained on, so this follows TRL to the token: the end-of-sequence token
-that is added to plain text, the chat template, where the completion starts, truncation. A test compares the two.
-Rows that come with images go through the model's own processor, in TRL's own collator.
+The emulator must be fitted to what will be trained on, so this matches TRL token for token: the end-of-sequence token
+added to plain text, the chat template, the start of the completion, truncation. A test compares the two. Rows with
+images go through the model's own processor, in TRL's own collator.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files import pretrained
 
-#: What makes a model's inputs of rows: its tokenizer, or, of rows with images, its processor.
+#: Turns rows into a model's inputs: its tokenizer or, for rows with images, its processor.
 Processing = PreTrainedTokenizerBase | ProcessorMixin
 
 
@@ -32,9 +32,9 @@ class Sample:
     Attributes:
         input_ids: T token ids.
         completion_mask: T times 0 or 1: whether the token counts in the loss; all 1 for a row of text.
-        row: the number of the row that it was made from.
-        others: the model's other inputs, by name, of the shapes that its processor gives them: ``pixel_values``, and
-            whatever else it takes with images.
+        row: number of the row that it was made from.
+        others: the model's other inputs by name, in the shapes that its processor returns: ``pixel_values``, and
+            whatever else it takes for images.
     """
 
     input_ids: list[int]
@@ -53,15 +53,15 @@ class Sample:
 
 
 def load_processing(directory: Path, family: Family, rows: Sequence[Row]) -> Processing:
-    """Return what makes inputs of these rows: the tokenizer beside the model, or its processor if they have images.
+    """Return the model's tokenizer, or its processor if the rows have images.
 
     Args:
-        directory: of the model.
+        directory: directory of the model.
         family: its declaration.
-        rows: of one source.
+        rows: the rows of one source.
 
     Raises:
-        EmlocError: the model reads text alone and a row has images, or what is needed is not in the directory.
+        EmlocError: a row has images and the model reads only text, or the directory lacks the files needed.
     """
     require_readable(rows, family)
     if family.modality == "text" or all(row.images is None for row in rows):
@@ -90,17 +90,18 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def load_processor(directory: Path) -> ProcessorMixin:
-    """Return the processor beside a model of images and text, whose tokenizer can pad.
+    """Return the processor of an image-text model, with a tokenizer that can pad.
 
     Raises:
         EmlocError: there is none, or packages that it needs are missing.
     """
-    pillow()  # without it, transformers would complain of the file's contents
+    pillow()  # without it, transformers would complain about the file's contents
     processor = _load("AutoProcessor", directory, "processor")
     if not isinstance(processor, ProcessorMixin):
         raise EmlocError(
             f"{directory} has no processor, so images cannot be read.",
             "Copy the model's preprocessor_config.json and processor_config.json there.",
+            code="missing",
         )
     tokenizer: Any = processor.tokenizer
     if tokenizer.pad_token is None:
@@ -109,16 +110,17 @@ def load_processor(directory: Path) -> ProcessorMixin:
 
 
 def require_readable(rows: Iterable[Row], family: Family) -> None:
-    """Refuse rows with images for a model that reads text alone.
+    """Refuse rows with images for a model that reads only text.
 
     Raises:
-        EmlocError: names the first of them.
+        EmlocError: there is such a row; names the first.
     """
     pictured = next((row for row in rows if row.images), None)
     if pictured and family.modality == "text":
         raise EmlocError(
-            f"Row {pictured.number} has images, and models of the family {family.name} read text alone.",
+            f"Row {pictured.number} has images, but models of the family {family.name} read only text.",
             "Give a model for images and text, or rows without images.",
+            code="mismatch",
         )
 
 
@@ -129,6 +131,7 @@ def _load(auto_class: str, directory: Path, what: str) -> Any:
         raise EmlocError(
             f"The {what} in {directory} needs more packages: {first_line(error)}",
             "pip install 'emloc[vision]'",
+            code="unavailable",
             resumable=True,
         ) from error
     except EmlocError:
@@ -137,13 +140,14 @@ def _load(auto_class: str, directory: Path, what: str) -> Any:
         raise EmlocError(
             f"The {what} in {directory} cannot be loaded ({first_line(error)}).",
             f"Copy the files of the model's {what} there.",
+            code="missing",
             resumable=True,
         ) from error
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a model, each None where its config does not say.
+    """Limits of a model, each None if its config does not say.
 
     Attributes:
         tokens: the longest row.
@@ -171,18 +175,18 @@ def encode(
     limits: Limits = _NO_LIMITS,
     dtype: torch.dtype = torch.float32,
 ) -> list[Sample]:
-    """Tokenize rows as TRL does, one sample a row.
+    """Tokenize rows as TRL does, one sample per row.
 
     Args:
         rows: the rows.
-        processing: the model's; see :func:`load_processing`.
-        max_length: tokens after which a sequence is cut; None cuts nothing.
-        limits: of the model that the rows are for.
-        dtype: the model's, for those of its inputs that are floating.
+        processing: the model's tokenizer or processor; see :func:`load_processing`.
+        max_length: maximum tokens per sequence, which are truncated; None truncates nothing.
+        limits: limits of the model.
+        dtype: dtype of the model's floating-point inputs.
 
     Raises:
-        EmlocError: a row cannot be tokenized, is longer than the model's limit, or nothing of it is left in the loss;
-            the message names the row.
+        EmlocError: a row cannot be tokenized, is longer than the model's limit, or has no tokens left in the loss; the
+            message names the row.
     """
     samples = []
     for row in rows:
@@ -190,7 +194,7 @@ def encode(
         if not any(sample.completion_mask):
             prompt = "prompt with its images" if row.images else "prompt"
             raise EmlocError(
-                f"Row {row.number}: its {prompt} alone fills the {max_length} tokens of the maximum length.",
+                f"Row {row.number}: the {prompt} alone fills the maximum length of {max_length} tokens.",
                 "Raise the maximum length, shorten the prompt, or leave the row out.",
             )
         samples.append(sample)
@@ -214,25 +218,26 @@ def tokenize(
     else:
         ids, start = _conversation(row, processing) if row.form == "conversation" else _plain(row, processing)
         if start >= len(ids):
-            raise EmlocError(f"Row {row.number}: the tokenizer leaves nothing of it to learn.", "Leave the row out.")
+            raise EmlocError(f"Row {row.number}: the tokenizer leaves nothing to learn.", "Leave the row out.")
         mask = [0] * start + [1] * (len(ids) - start)
         sample = Sample(ids[:max_length], mask[:max_length], row.number)
     if limits.tokens is not None and len(sample.input_ids) > limits.tokens:
         raise EmlocError(
-            f"Row {row.number}: {len(sample.input_ids)} tokens, and the model takes {limits.tokens}.",
-            f"Set a maximum length of {limits.tokens} or less to cut it, or leave the row out.",
+            f"Row {row.number} has {len(sample.input_ids)} tokens, but the model takes {limits.tokens}.",
+            f"Set a maximum length of {limits.tokens} or less to truncate it, or leave the row out.",
         )
     largest = max(sample.input_ids, default=0)
     if limits.vocabulary is not None and largest >= limits.vocabulary:
         raise EmlocError(
-            f"Row {row.number}: the tokenizer makes the id {largest} of it; the model has {limits.vocabulary} ids.",
+            f"Row {row.number}: the tokenizer gives the id {largest}, but the model has {limits.vocabulary} ids.",
             "Use the tokenizer that belongs to the model.",
+            code="mismatch",
         )
     return sample
 
 
 def trl_example(row: Row) -> dict[str, Any]:
-    """Return a conversation as TRL's collator takes it: prompt and completion in parts, and its images, decoded.
+    """Return a conversation as TRL's collator takes it: prompt and completion in parts, and its decoded images.
 
     Raises:
         EmlocError: an image cannot be read.
@@ -242,12 +247,12 @@ def trl_example(row: Row) -> dict[str, Any]:
     try:
         images = [picture.read() for picture in row.images or ()]
     except EmlocError as error:
-        raise EmlocError(f"Row {row.number}: {error.args[0]}", error.fix) from None
+        raise EmlocError(f"Row {row.number}: {error.args[0]}", error.fix, code=error.code) from None
     return {"prompt": in_parts(row.prompt), "completion": in_parts(row.completion), "images": images}
 
 
 def _with_images(row: Row, processor: ProcessorMixin, max_length: int | None, dtype: torch.dtype) -> Sample:
-    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # heavy, and needed here alone
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # heavy, and needed only here
 
     collate = DataCollatorForVisionLanguageModeling(processor, max_length=max_length, completion_only_loss=True)
     _require_template(row, processor)
@@ -255,8 +260,8 @@ def _with_images(row: Row, processor: ProcessorMixin, max_length: int | None, dt
         batch = collate([trl_example(row)])
     except (TemplateError, ValueError, IndexError, StopIteration) as error:
         raise EmlocError(
-            f"Row {row.number}: the model's processor refuses it ({error}).",
-            "Correct the roles and their order, write no special tokens into the text, or leave the row out.",
+            f"Row {row.number}: the model's processor rejects it ({error}).",
+            "Correct the roles and their order, remove special tokens from the text, or leave the row out.",
         ) from error
     ids, labels, _ = (batch.pop(name)[0] for name in ("input_ids", "labels", "attention_mask"))
     others = {name: value.to(dtype) if value.is_floating_point() else value
@@ -272,19 +277,19 @@ def _plain(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int
     assert isinstance(text, str)
     if tokenizer.eos_token is None:
         raise EmlocError(
-            "The tokenizer has no end-of-sequence token, so a model could not learn where an answer ends.",
+            "The tokenizer has no end-of-sequence token, so a model cannot learn where an answer ends.",
             "Set eos_token in the model's tokenizer_config.json.",
         )
     if not text.endswith(tokenizer.eos_token):
         text += tokenizer.eos_token
     ids = tokenizer(text=prompt + text)["input_ids"]
-    # By comparing ids, not by the prompt's length alone: its last token may have merged with the completion's first.
+    # Compare ids instead of using the prompt's length: its last token may merge with the completion's first.
     start = 0 if row.text is not None else _common_prefix(tokenizer(text=prompt)["input_ids"], ids)
     return ids, start
 
 
 def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """Return the ids of the conversation by the tokenizer's chat template, and where the completion starts."""
+    """Return the ids of the conversation in the tokenizer's chat template, and where the completion starts."""
     assert isinstance(row.prompt, list)
     assert isinstance(row.completion, list)
     _require_template(row, tokenizer)
@@ -298,7 +303,7 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[in
         return ids, _common_prefix(render(row.prompt, add_generation_prompt=True), ids)
     except (TemplateError, ValueError) as error:
         raise EmlocError(
-            f"Row {row.number}: the model's chat template refuses it ({error}).",
+            f"Row {row.number}: the model's chat template rejects it ({error}).",
             "Correct the roles and their order, or leave the row out.",
         ) from error
 
@@ -307,7 +312,7 @@ def _require_template(row: Row, processing: Any) -> None:
     if not processing.chat_template:
         what = "processor" if isinstance(processing, ProcessorMixin) else "tokenizer"
         raise EmlocError(
-            f"Row {row.number} is a conversation, and the model's {what} has no chat template.",
+            f"Row {row.number} is a conversation, but the model's {what} has no chat template.",
             "Use a model tuned for chat, add a chat_template, or give prompt and completion as strings.",
         )
 

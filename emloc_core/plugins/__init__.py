@@ -1,1 +1,1 @@
-"""Loading plugins, keeping a broken one apart, and tracing what they are asked."""
+"""Loading plugins, isolating broken ones, and tracing hook calls."""

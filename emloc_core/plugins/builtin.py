@@ -1,6 +1,6 @@
-"""What comes without a plugin: the names of commands, and the algorithms, through the hooks that plugins use.
+"""Built-in commands and algorithms, provided through the same hooks as those of plugins.
 
-Each function imports its algorithm when it is called: algorithms need torch, and the command line's help does not.
+Each function imports its algorithm when it is called: algorithms need torch, but the command line's help does not.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,10 +29,10 @@ COMMANDS = (
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """Name the algorithm that raises within the context, which may be a plugin's.
+    """Name the algorithm, perhaps a plugin's, that raises within the context.
 
     Raises:
-        EmlocError: in place of anything else. An unfinished output is kept: memory may have run out.
+        EmlocError: replaces any other exception. An unfinished output is kept: memory may have run out.
     """
     try:
         yield
@@ -41,14 +41,15 @@ def named(what: str) -> Iterator[None]:
     except Exception as error:
         raise EmlocError(
             f"{what} failed ({typed_line(error)}).",
-            "Where memory ran out, free some, and the same command goes on; else choose another, or update its plugin.",
+            "If memory ran out, free some, and the same command resumes; otherwise choose another or update its plugin.",
+            code="plugin",
             resumable=True,
         ) from error
 
 
 @hookimpl
 def emloc_rank_allocators() -> dict[str, Callable[..., Any]]:
-    """Offer the paper's allocation, the same ratio everywhere, and one budget over all Linears."""
+    """Provide the paper's allocation, the same ratio everywhere, and one budget over all Linears."""
     from emloc_core.algorithms.allocation import global_budget, uniform
 
     return {"uniform": uniform, "global": global_budget}
@@ -56,7 +57,7 @@ def emloc_rank_allocators() -> dict[str, Callable[..., Any]]:
 
 @hookimpl
 def emloc_factorizers() -> dict[str, Callable[..., Any]]:
-    """Offer activation-aware SVD without inverses."""
+    """Provide activation-aware SVD without inverses."""
     from emloc_core.algorithms.factorize import factorize
 
     return {"activation-svd": factorize}
@@ -72,7 +73,7 @@ def emloc_emulators() -> dict[str, Callable[..., Any]]:
 
 @hookimpl
 def emloc_corrections() -> dict[str, Callable[..., Any]]:
-    """Offer the paper's correction."""
+    """Provide the paper's correction."""
     from emloc_core.algorithms.correction import correct_lora
 
     return {"emloc": correct_lora}

@@ -1,8 +1,8 @@
-"""Loads plugins, keeps a broken one from breaking anything else, and reports it.
+"""Loads plugins, isolates broken ones, and reports them.
 
-pluggy's own loader lets one plugin's ImportError end the program, and its hook calls end with the first plugin that
+With pluggy's own loader, one plugin's ImportError ends the program, and its hook calls end at the first plugin that
 raises, so entry points are loaded and plugins are called one by one here. ``EMLOC_STRICT_PLUGINS=1`` raises instead
-of isolating; ``EMLOC_TRACE_PLUGINS=1`` prints every call of a hook. Empty or ``0`` is as if unset.
+of isolating; ``EMLOC_TRACE_PLUGINS=1`` prints every hook call. Empty or ``0`` counts as unset.
 """
 
 import os
@@ -31,7 +31,7 @@ Declared = TypeVar("Declared", Family, Layout)
 
 @dataclass(frozen=True)
 class PluginReport:
-    """A plugin that was found: where it comes from and, if it is broken, why."""
+    """An installed plugin: its distribution and, if it is broken, why."""
 
     name: str
     distribution: str
@@ -54,7 +54,7 @@ class PluginManager(pluggy.PluginManager):
             trace_hooks(self)
 
     def load(self, entries: Sequence[EntryPoint]) -> None:
-        """Load and register the entry points, each on its own: what one does wrong is its own report's error.
+        """Load and register the entry points one by one: errors of a plugin are recorded in its report.
 
         Raises:
             EmlocError: a plugin is broken and ``EMLOC_STRICT_PLUGINS`` is set.
@@ -70,8 +70,8 @@ class PluginManager(pluggy.PluginManager):
 
     def _load_one(self, entry: EntryPoint) -> list[Family]:
         plugin = entry.load()
-        if self.has_plugin(entry.name) or self.is_registered(plugin):  # pluggy's own message shows all that it holds
-            raise ValueError(f"a plugin {self.get_name(plugin) or entry.name!r} is loaded already")
+        if self.has_plugin(entry.name) or self.is_registered(plugin):  # pluggy's message would list all its attributes
+            raise ValueError(f"a plugin {self.get_name(plugin) or entry.name!r} is already loaded")
         self.register(plugin, name=entry.name)
         try:
             self._check_hook_names(plugin)
@@ -88,7 +88,7 @@ class PluginManager(pluggy.PluginManager):
         return families
 
     def _call(self, plugin: Any, hook: str, **arguments: Any) -> list[Any]:
-        """Call a hook of one plugin alone; return what it gave: nothing, where it does not implement the hook."""
+        """Call a hook of a single plugin and return its results: none if it does not implement the hook."""
         others = [other for other in self.get_plugins() if other is not plugin]
         return self.subset_hook_caller(hook, others)(**arguments)
 
@@ -99,7 +99,7 @@ class PluginManager(pluggy.PluginManager):
                 raise TypeError(f"there is no hook {caller.name!r}.{did_you_mean(caller.name, known)}")
 
     def _declared(self, plugin: Any, hook: str, kind: type[Declared], taken: list[Family | Layout]) -> list[Declared]:
-        """Return what a plugin declares, and add it to what is ``taken``: model types, and names of the same kind."""
+        """Return a plugin's declarations and add them to ``taken``, whose model types and names must not recur."""
         declared = [item for found in self._call(plugin, hook) for item in found]
         for item in declared:
             if not isinstance(item, kind):
@@ -107,9 +107,9 @@ class PluginManager(pluggy.PluginManager):
             require_types(item)
             for other in taken:
                 if isinstance(other, kind) and item.name == other.name:
-                    raise ValueError(f"the {kind.__name__.lower()} {item.name!r} is declared already")
+                    raise ValueError(f"the {kind.__name__.lower()} {item.name!r} is already declared")
                 if shared := item.model_types & other.model_types:
-                    raise ValueError(f"{other.name!r} declares the model types {sorted(shared)} already")
+                    raise ValueError(f"{other.name!r} already declares the model types {sorted(shared)}")
             taken.append(item)
         return declared
 
@@ -119,7 +119,7 @@ class PluginManager(pluggy.PluginManager):
             if not isinstance(command, click.Command) or not command.name:
                 raise TypeError(f"emloc_commands returned {command!r}, not a command with a name")
             if command.name in {*COMMANDS, *self._commands, *commands}:
-                raise ValueError(f"there is a command {command.name!r} already")
+                raise ValueError(f"there is already a command {command.name!r}")
             commands[command.name] = command
         return commands
 
@@ -129,7 +129,7 @@ class PluginManager(pluggy.PluginManager):
 
     @contextmanager
     def declaring(self, family: Family) -> Iterator[None]:
-        """Let a family, installed or not, stand for its model types in this process, for the time of the context."""
+        """Use a family, installed or not, for its model types in this process while the context is active."""
         installed = self._families
         others = {name: other for name, other in installed.items() if name != family.name}
         self._families = {family.name: family, **others}
@@ -139,7 +139,7 @@ class PluginManager(pluggy.PluginManager):
             self._families = installed
 
     def family_for(self, config: Mapping[str, Any]) -> Family:
-        """Return the family that declares the ``model_type`` of a config, with those of the models nested in it.
+        """Return the family that declares the ``model_type`` of a config, including the models nested in it.
 
         Args:
             config: the content of a ``config.json``.
@@ -155,30 +155,32 @@ class PluginManager(pluggy.PluginManager):
             inner = config.get(part)
             if not isinstance(inner, Mapping):
                 raise EmlocError(
-                    f"The config of this {config['model_type']!r} has no {part}, which says what model is inside it.",
-                    "Save the model again with transformers, which writes the part in full.",
+                    f"The config of this {config['model_type']!r} has no {part}, which describes the model inside it.",
+                    "Save the model again with transformers, which writes that part in full.",
                 )
             family = family.with_nested(self._resolve(inner, f", the {part} of this {config['model_type']!r}"), path)
         return family
 
     def _declaring(self, model_type: Any, where: str) -> Family:
         if not isinstance(model_type, str):
-            raise EmlocError(f"The model type is {model_type!r}{where}, which is no name.", "Correct the config.json.")
+            raise EmlocError(f"The model type{where} is {model_type!r}, not a name.", "Correct the config.json.")
         for family in self._families.values():
             if model_type in family.model_types:
                 return family
         for layout in self._layouts.values():
             if model_type in layout.model_types:
                 raise EmlocError(
-                    f"A checkpoint of model type {model_type!r} is in the layout {layout.name!r}, not in that of "
+                    f"A checkpoint of model type {model_type!r} has the layout {layout.name!r}, not that of "
                     "transformers' own classes.",
                     "Run `emloc import MODEL -o DIRECTORY` first, and give that directory.",
+                    code="unsupported",
                 )
         known = "; ".join(f"{family.name} ({', '.join(sorted(family.model_types))})" for family in self.families())
         raise EmlocError(
             f"No installed family declares the model type {model_type!r}{where}. Known: {known or 'none'}.",
             "Install a plugin that declares it, or write one: `emloc families scaffold MODEL` drafts the declaration, "
             "`emloc families new NAME` writes the package around it (docs/plugins.md).",
+            code="unsupported",
         )
 
     def layout_for(self, config: Mapping[str, Any]) -> Layout:
@@ -196,13 +198,14 @@ class PluginManager(pluggy.PluginManager):
                 return layout
         if any(model_type in family.model_types for family in self._families.values()):
             raise EmlocError(
-                f"A checkpoint of model type {model_type!r} needs no import: a family declares it as it is.",
-                "Give it to the other commands.",
+                f"A checkpoint of model type {model_type!r} needs no import: a family already declares it.",
+                "Use it with the other commands directly.",
             )
         known = "; ".join(f"{name} ({', '.join(sorted(at.model_types))})" for name, at in sorted(self._layouts.items()))
         raise EmlocError(
             f"No installed plugin imports checkpoints of model type {model_type!r}. Known layouts: {known or 'none'}.",
             "Install a plugin that declares the layout (the hook emloc_layouts).",
+            code="unsupported",
         )
 
     def commands(self) -> dict[str, click.Command]:
@@ -212,10 +215,10 @@ class PluginManager(pluggy.PluginManager):
     def algorithm(self, hook: str, name: str) -> Any:
         """Return the algorithm ``name`` from the hook ``emloc_{hook}``: factorizers, corrections, rank_allocators.
 
-        Plugins are asked now, not when they are loaded, since algorithms need torch.
+        Plugins are called now, not when they are loaded, since algorithms need torch.
 
         Raises:
-            EmlocError: no plugin offers one of that name.
+            EmlocError: no plugin provides one of that name.
         """
         offered: dict[str, Any] = {}
         for owner, plugin in self.list_name_plugin():
@@ -238,14 +241,14 @@ class PluginManager(pluggy.PluginManager):
                 if not callable(algorithm):
                     raise TypeError(f"emloc_{hook} returned {algorithm!r} as {name!r}, which cannot be called")
                 if name in taken:
-                    raise ValueError(f"another plugin offers {name!r} among the {hook} already")
+                    raise ValueError(f"another plugin already provides {name!r} among the {hook}")
                 found[name] = algorithm
         return found
 
     def notify(self, hook: str, **arguments: Any) -> None:
-        """Call the observers of ``hook``, such as ``emloc_block_done``; one that raises disturbs nothing.
+        """Call the observers of ``hook``, such as ``emloc_block_done``; one that raises does not affect the others.
 
-        Each is given copies of the arguments, to do with as it likes.
+        Each receives copies of the arguments, which it may modify.
 
         Raises:
             EmlocError: an observer raises and ``EMLOC_STRICT_PLUGINS`` is set.
@@ -257,7 +260,7 @@ class PluginManager(pluggy.PluginManager):
                 self.set_aside(owner, error)
 
     def registries(self) -> Iterator[tuple[str, list[Path]]]:
-        """Yield every plugin that brings entries of the registry by name, with the paths of its entries."""
+        """Yield the name of every plugin that provides registry entries, with their paths."""
         for owner, plugin in self.list_name_plugin():
             try:
                 paths = [Path(path) for found in self._call(plugin, "emloc_registry") for path in found]
@@ -268,7 +271,7 @@ class PluginManager(pluggy.PluginManager):
                 yield owner, paths
 
     def set_aside(self, name: str, error: BaseException) -> None:
-        """Put what a loaded plugin does wrong into its report, and say so on stderr, once a plugin."""
+        """Record an error of a loaded plugin in its report, and print it on stderr, once per plugin."""
         reports = {report.name: report for report in self.reports}
         broken = _broken(reports.get(name, PluginReport(name, "unknown")), error)
         if name in self._told:
@@ -279,12 +282,12 @@ class PluginManager(pluggy.PluginManager):
 
 
 def is_on(variable: str) -> bool:
-    """Say whether an environment variable is set, to something else than 0."""
+    """Return whether an environment variable is set to something other than 0."""
     return os.environ.get(variable, "") not in ("", "0")
 
 
 def _order(entry: EntryPoint) -> tuple[bool, str]:
-    """Sort emloc's own plugins first: of two that declare the same, the later one is broken, and it is never ours."""
+    """Sort emloc's own plugins first: if two declare the same, the later one is broken, which is then never ours."""
     return (entry.dist is None or entry.dist.name != PROJECT, entry.name)
 
 
@@ -297,7 +300,8 @@ def _broken(report: PluginReport, error: BaseException) -> PluginReport:
     if is_on("EMLOC_STRICT_PLUGINS"):
         raise EmlocError(
             f"The plugin {report.name!r} of {report.distribution} is broken: {error!r}.",
-            "Mend or uninstall it, or unset EMLOC_STRICT_PLUGINS to go on without it.",
+            "Fix or uninstall it, or unset EMLOC_STRICT_PLUGINS to continue without it.",
+            code="plugin",
         ) from error
     return replace(report, error=f"{type(error).__name__}: {error}")
 

@@ -1,4 +1,4 @@
-"""Prints every call of a hook on stderr, for authors of plugins: set ``EMLOC_TRACE_PLUGINS=1``."""
+"""Prints every hook call on stderr, for plugin authors: set ``EMLOC_TRACE_PLUGINS=1``."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +14,9 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 4  # values of a collection
 
 
 def trace_hooks(manager: pluggy.PluginManager) -> Callable[[], None]:
-    """Print a line for every hook that a plugin of ``manager`` answers: plugin, hook, arguments, result and time.
+    """Print a line per hook call of a plugin of ``manager``: plugin, hook, arguments, result and time.
 
-    A hook that raises is printed with its error. Values are abbreviated.
+    For a hook that raises, the error is printed. Values are abbreviated.
 
     Returns:
         A function that ends the tracing.

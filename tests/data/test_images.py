@@ -76,26 +76,26 @@ def test_an_image_is_upright_and_in_rgb():
         ({"images": ["data:image/png;base64,iVBORw0KGgo="]}, "is not a path"),
         ({"images": [{"path": None, "bytes": None}]}, "An image is dict"),
         ({"images": [7]}, "An image is int"),
-        ({"images": "good.png"}, "`images` is not a list but str"),
+        ({"images": "good.png"}, "`images` is str, not a list"),
         ({"images": ["good.png"], "image": "good.png"}, "has both `image` and `images`"),
         ({"messages": None, "text": "cat", "images": ["good.png"]}, "a row of text has images"),
         ({"prompt": "a", "completion": "b", "image": "good.png"}, "a row of prompt and completion has images"),
-        ({"messages": ask([{"type": "image"}], "a")["messages"]}, "places for 1 images, and there are 0"),
+        ({"messages": ask([{"type": "image"}], "a")["messages"]}, "1 image parts, but there are 0 images"),
         (
             {"messages": ask([{"type": "image"}] * 2, "a")["messages"], "images": ["good.png"]},
-            "places for 2 images, and there are 1",
+            "2 image parts, but there are 1 images",
         ),
         (
             {"messages": ask([{"type": "image"}], "a")["messages"], "images": ["good.png"] * 2},
-            "places for 1 images, and there are 2",
+            "1 image parts, but there are 2 images",
         ),
-        ({"messages": ask("<image>\na", "b")["messages"], "images": ["good.png"]}, "a user's text holds <image>"),
+        ({"messages": ask("<image>\na", "b")["messages"], "images": ["good.png"]}, "a user's text contains <image>"),
         (
             {
                 "messages": ask([{"type": "image"}, {"type": "text", "text": "<image> a"}], "b")["messages"],
                 "images": ["good.png"],
             },
-            "a user's text holds <image>",
+            "a user's text contains <image>",
         ),
         ({"messages": ask("a", [{"type": "image"}])["messages"], "images": ["good.png"]}, "an image in the answer"),
         ({"messages": ask([{"type": "image", "image": "good.png"}], "a")["messages"]}, r"\['image', 'type'\]"),
@@ -104,7 +104,7 @@ def test_an_image_is_upright_and_in_rgb():
         ({"messages": ask([], "a")["messages"]}, "content is empty"),
         (
             {"messages": [{"role": "system", "content": "a"}, ROW["messages"][1]], "images": ["good.png"]},
-            "places for 0 images, and there are 1",
+            "0 image parts, but there are 1 images",
         ),
     ],
 )
@@ -118,10 +118,10 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, columns: dict, compl
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", "is no image"),
-        (b"not an image", "is no image"),
+        (b"", "is not an image"),
+        (b"not an image", "is not an image"),
         (PICTURE[: len(PICTURE) // 2], "is damaged: image file is truncated"),
-        (PICTURE.replace(b"IDAT", b"IDAX"), "is no image"),
+        (PICTURE.replace(b"IDAT", b"IDAX"), "is not an image"),
     ],
     ids=["empty", "text", "cut short", "broken"],
 )
@@ -144,7 +144,7 @@ def test_a_picture_that_cannot_be_decoded_stops_every_stage_before_it_starts(mod
 
 def test_images_for_a_text_model_are_refused(tiny_model: Path, tmp_path: Path):
     file = write_row(tmp_path, images=[])
-    complaint = "Row 1 has images, and models of the family llama read text alone"
+    complaint = "Row 1 has images, but models of the family llama read only text"
     rows, settings = load_rows(file), CompressSettings(samples=1, selection=1)
     with pytest.raises(EmlocError, match=complaint):
         Compress(Checkpoint(tiny_model), rows, tmp_path / "output", settings)
@@ -165,7 +165,7 @@ def test_a_model_without_a_processor_is_refused(model: Path, tmp_path: Path):
 
 def test_a_special_token_in_the_text_is_refused(model: Path, tmp_path: Path):
     rows = load_rows(write_row(tmp_path, messages=ask("a <context>", "b")["messages"], images=["good.png"]))
-    with pytest.raises(EmlocError, match="Row 2: the model's processor refuses it"):
+    with pytest.raises(EmlocError, match="Row 2: the model's processor rejects it"):
         encode(rows, load_processing(model, INTERNVL, rows))
 
 
@@ -281,7 +281,7 @@ def test_kept_rows_with_an_image_outside_the_directory_are_refused(model: Path, 
         lambda: load_rows(str(emulator / "selection.jsonl")),
         lambda: Train(emulator, str(file), tmp_path / "adapter", TrainSettings(steps=1)),
     ):
-        with pytest.raises(EmlocError, match=rf"The image {image} lies outside {emulator}"):
+        with pytest.raises(EmlocError, match=rf"The image {image} is outside {emulator}"):
             read()
 
 
@@ -296,5 +296,5 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
 def test_other_formats_are_not_read(tmp_path, name):
     """Pillow draws EPS by running Ghostscript."""
     picture(["red"]).save(tmp_path / name)
-    with pytest.raises(EmlocError, match=r"is no image \(PNG, JPEG"):
+    with pytest.raises(EmlocError, match=r"is not an image \(PNG, JPEG"):
         Picture.of(name, tmp_path).read()

@@ -79,7 +79,7 @@ def test_jsonl_keeps_line_numbers_and_unicode_line_separators(tmp_path: Path):
         ('{"text": "\\ud800"}', "not valid Unicode"),
         ('{"messages": "hello"}', "not a list of messages"),
         ('{"messages": ["hello"]}', "not an object"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "do not end in an assistant turn"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "does not end with an assistant turn"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing before"),
         ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "content is not a string"),
         (
@@ -155,7 +155,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", ["rows", "some/where/rows"])
 def test_a_name_that_no_data_set_can_have_is_not_looked_for(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("emloc_core.data.rows.read_data_set", lambda *_: pytest.fail("the hub was asked"))
-    with pytest.raises(EmlocError, match=f"There is no file {name}. Check the path; a data set of the hub is"):
+    with pytest.raises(EmlocError, match=f"There is no file {name}. Check the path; a hub dataset is"):
         load_rows(name)
 
 
@@ -178,7 +178,7 @@ contents = st.lists(st.text("abc", min_size=1, max_size=2), min_size=1, max_size
 def test_sets_are_disjoint_reproducible_and_independent_of_order(texts, seed, calibration, selection, random):
     rows = [Row(number, text=text) for number, text in enumerate(texts, start=1)]
     if len(set(texts)) < calibration + selection:
-        with pytest.raises(EmlocError, match=rf"{len(set(texts))} distinct rows, and {calibration + selection} are"):
+        with pytest.raises(EmlocError, match=rf"{len(set(texts))} distinct rows, but {calibration + selection} are"):
             draw(rows, seed, calibration, selection)
         return
     sets = draw(rows, seed, calibration, selection)

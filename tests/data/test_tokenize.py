@@ -86,7 +86,7 @@ def test_inputs_are_one_sequence_of_int64():
 def test_a_row_beyond_the_models_limit_is_named_unless_cut(tokenizer):
     rows = [Row(1, text="cat"), Row(17, text="cat " * 30)]
     (length,) = {len(sample.input_ids) for sample in encode(rows[1:], tokenizer)}
-    with pytest.raises(EmlocError, match=f"Row 17: {length} tokens, and the model takes {length - 1}"):
+    with pytest.raises(EmlocError, match=f"Row 17 has {length} tokens, but the model takes {length - 1}"):
         encode(rows, tokenizer, limits=Limits(length - 1))
     assert len(encode(rows, tokenizer, max_length=8, limits=Limits(length - 1))[1].input_ids) == 8
     with pytest.raises(EmlocError, match="Row 17"):
@@ -97,7 +97,7 @@ def test_a_tokenizer_that_knows_more_ids_than_the_model_is_refused(tokenizer):
     (sample,) = encode([Row(1, text="cat")], tokenizer)
     largest = max(sample.input_ids)
     assert encode([Row(1, text="cat")], tokenizer, limits=Limits(vocabulary=largest + 1)) == [sample]
-    with pytest.raises(EmlocError, match=f"makes the id {largest} of it; the model has {largest} ids"):
+    with pytest.raises(EmlocError, match=f"gives the id {largest}, but the model has {largest} ids"):
         encode([Row(1, text="cat")], tokenizer, limits=Limits(vocabulary=largest))
 
 
@@ -139,7 +139,7 @@ def test_a_tokenizer_without_end_or_template_is_an_error(tiny_model: Path):
 def test_a_conversation_that_the_template_refuses_is_named(tiny_model: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(EmlocError, match=r"Row 1: .*refuses it \(roles must alternate\)"):
+    with pytest.raises(EmlocError, match=r"Row 1: .*rejects it \(roles must alternate\)"):
         encode(CHATS, tokenizer)
 
 

@@ -210,7 +210,7 @@ def layout(name="a", model_type="a_chat"):
     ("broken", "named"),
     [
         ("text", "not Layout"),
-        (layout("a", "b_chat"), "'a' is declared already"),
+        (layout("a", "b_chat"), "'a' is already declared"),
         (layout("b", "a_chat"), "a_chat"),
         (layout("b", "known"), "'other' declares the model types"),
         (Layout("b", "b_chat", dict, []), "the layout 'b' has model_types"),

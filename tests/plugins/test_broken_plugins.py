@@ -25,8 +25,8 @@ ERRORS = {
     "no list of towers": "TypeError: the family 'better' has towers = None. Input should be an instance of Sequence",
     "unknown hook": "TypeError: there is no hook 'emloc_familys'. Did you mean 'emloc_families'?",
     "raising hook": "RuntimeError: out of order",
-    "duplicate name": "ValueError: the family 'llama' is declared already",
-    "duplicate model type": "ValueError: 'llama' declares the model types ['llama'] already",
+    "duplicate name": "ValueError: the family 'llama' is already declared",
+    "duplicate model type": "ValueError: 'llama' already declares the model types ['llama']",
 }
 SMALL = ("--samples", "8", "--selection", "4")
 

@@ -111,7 +111,7 @@ def test_a_name_of_a_plugin_that_is_taken_is_told_in_a_line(entry):
     manager = PluginManager()
     first, other = entry(GOOD), entry(COMMAND)
     manager.load([first, EntryPoint(first.name, other.value, "emloc"), EntryPoint("zzz", first.value, "emloc")])
-    taken = f"ValueError: a plugin {first.name!r} is loaded already"
+    taken = f"ValueError: a plugin {first.name!r} is already loaded"
     assert [report.error for report in manager.reports] == [None, taken, taken]
     assert [family.name for family in manager.families()] == ["good"]
 
