@@ -25,7 +25,6 @@ NOT_YET = (
     "emloc_core/emulator/",
     "emloc_core/evaluation/",
     "emloc_core/exact/",
-    "emloc_core/model/",
     "emloc_core/recipe/",
     "emloc_core/registry/",
     "emloc_core/report/",

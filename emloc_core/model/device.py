@@ -6,10 +6,10 @@ from emloc_core.errors import EmlocError, first_line
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return a device by torch's name of it; ``auto`` is the GPU where there is one, and the CPU otherwise.
+    """Return a device by its torch name; ``auto`` is the GPU if there is one, and the CPU otherwise.
 
     Raises:
-        EmlocError: there is no such device here.
+        EmlocError: the device does not exist or cannot be used.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -18,7 +18,9 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
         reason = first_line(error).rstrip(".")
-        raise EmlocError(f"The device {name!r} cannot be used: {reason}.", "Try --device auto.") from None
+        raise EmlocError(
+            f"The device {name!r} cannot be used: {reason}.", "Try --device auto.", code="unavailable"
+        ) from None
     if device.type not in ("cpu", "cuda"):  # Apple's has no fp64, which some Linears need
-        raise EmlocError(f"Weights are not factorised on {name!r}.", "Try --device cpu.")
+        raise EmlocError(f"Weights cannot be factorised on {name!r}.", "Try --device cpu.", code="unsupported")
     return device

@@ -1,4 +1,4 @@
-"""Forward hooks on Linears, for the time of a context."""
+"""Forward hooks on Linears, as context managers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +13,7 @@ Sink = Callable[[str, torch.Tensor], None]
 
 @contextmanager
 def tapped(linears: Mapping[str, nn.Module], taps: Mapping[str, Any], sink: Sink) -> Iterator[None]:
-    """Hook Linears so that their activations reach ``sink`` at every forward.
+    """Hook Linears so that every forward passes their activations to ``sink``.
 
     Args:
         linears: the modules by path.
@@ -42,7 +42,7 @@ def tapped(linears: Mapping[str, nn.Module], taps: Mapping[str, Any], sink: Sink
 
 @contextmanager
 def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Register forward hooks for the time of the context; what a hook returns, if not None, replaces the output."""
+    """Register forward hooks while the context is active; a hook's result, unless None, replaces the output."""
     with ExitStack() as stack:
         for module, hook in hooks:
             stack.callback(module.register_forward_hook(hook).remove)

@@ -1,7 +1,7 @@
-"""What an image is to a model, by its config: how many tokens of the language model, and tensors of which shape.
+"""The size of an image to a model, according to its config: number of tokens, and shapes of the input tensors.
 
-Some vision towers take images of one size, and a processor resizes every image, or cuts it into tiles of that size.
-Others take images of any size, as a list of patches with the grid that they come from: there the size must be said.
+Some vision towers take images of a fixed size; their processor resizes every image, or cuts it into tiles of that size.
+Others take images of any size, as a list of patches with the grid that they come from; there the size must be given.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 from emloc_core.errors import EmlocError
 
-#: Height and width in pixels that are planned for where a tower takes any size: a usual tile.
+#: Default height and width in pixels for towers that take any size: a common tile.
 IMAGE_SIZE = (448, 448)
 
 
@@ -20,10 +20,10 @@ class ImageShape:
     """One image of a given size.
 
     Attributes:
-        size: height and width in pixels, as the tower gets it.
-        tokens: how many tokens of the language model it becomes.
-        pixels: shape of ``pixel_values``; that of several images is as many times as long in the first dimension.
-        grid: its patches in time, height and width, a row of ``image_grid_thw``; empty where the size is fixed.
+        size: height and width in pixels, as the tower receives it.
+        tokens: number of the language model's tokens that it becomes.
+        pixels: shape of ``pixel_values``; several images are concatenated along the first dimension.
+        grid: its patches in time, height and width, a row of ``image_grid_thw``; empty if the size is fixed.
     """
 
     size: tuple[int, int]
@@ -40,12 +40,12 @@ def image_shape(config_file: Path, config: Any, size: tuple[int, int] | None = N
     """Return the shape of an image to a model.
 
     Args:
-        config_file: of the model, for messages.
-        config: transformers' config of it.
-        size: height and width in pixels; None: :data:`IMAGE_SIZE`, or the one size that the tower takes.
+        config_file: the model's config file, for messages.
+        config: transformers' config of the model.
+        size: height and width in pixels; by default the tower's fixed size, or :data:`IMAGE_SIZE`.
 
     Raises:
-        EmlocError: the config does not say, or the tower takes another size.
+        EmlocError: the config lacks a field, or the tower takes another size.
     """
     vision = getattr(config, "vision_config", None)
     if hasattr(vision, "spatial_merge_size"):
@@ -55,8 +55,9 @@ def image_shape(config_file: Path, config: Any, size: tuple[int, int] | None = N
     height, width = _pair(_field(config_file, vision, "vision_config.image_size"))
     if size is not None and size != (height, width):
         raise EmlocError(
-            f"The vision tower of {config_file} takes images of {width} x {height} pixels alone.",
-            "Leave out --image-size; a larger image is as many --images as its processor cuts tiles from it.",
+            f"The vision tower of {config_file} only takes images of {width} x {height} pixels.",
+            "Leave out --image-size; count a larger image as the number of tiles that the processor cuts it into.",
+            code="unsupported",
         )
     return ImageShape((height, width), tokens, (1, channels, height, width))
 
@@ -65,20 +66,20 @@ def parse_size(text: str) -> tuple[int, int]:
     """Return height and width of ``"WIDTHxHEIGHT"``.
 
     Raises:
-        EmlocError: it is no such text.
+        EmlocError: it has another form.
     """
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip())
     if found is None or not all(sides := tuple(int(side) for side in found.groups())):
-        raise EmlocError(f"{text!r} is no size of an image.", "Give its width and height in pixels: 448x448, say.")
+        raise EmlocError(f"{text!r} is not an image size.", "Give width and height in pixels, such as 448x448.")
     width, height = sides
     return height, width
 
 
 def _patches(config_file: Path, vision: Any, size: tuple[int, int]) -> ImageShape:
-    """Return the shape of an image that is cut into patches, of which a square becomes one token.
+    """Return the shape of an image that is cut into patches, where each square of patches becomes one token.
 
-    Sides are rounded to whole tokens and an image is repeated to fill the patches' length in time, as
-    transformers' processors with a ``smart_resize`` do it.
+    Sides are rounded to a number of tokens, and an image is repeated to fill the patches' length in time, as in
+    transformers' processors with a ``smart_resize``.
     """
     patch, merge = _field(config_file, vision, "patch_size"), vision.spatial_merge_size
     height, width = (max(1, round(side / (patch * merge))) * merge for side in size)
@@ -92,7 +93,9 @@ def _patches(config_file: Path, vision: Any, size: tuple[int, int]) -> ImageShap
 def _field(config_file: Path, config: Any, name: str) -> Any:
     value = getattr(config, name.rpartition(".")[2], None)
     if value is None:
-        raise EmlocError(f"{config_file} has no {name}, so images cannot be planned.", "Plan with --images 0.")
+        raise EmlocError(
+            f"{config_file} has no {name}, so images cannot be planned.", "Plan with --images 0.", code="unsupported"
+        )
     return value
 
 

@@ -1,7 +1,7 @@
-"""Rewrites a checkpoint of another layout as the native one, shard by shard: tensors are renamed, fused ones split.
+"""Converts a checkpoint with another layout to the native one, shard by shard: renames tensors and splits fused ones.
 
-Whether everything fits is settled from the headers alone. Renamed tensors go from file to file in the kernel; of those
-that are split, one is in memory at a time.
+Everything is checked from the headers before writing. Renamed tensors are copied by the kernel; fused tensors are
+split one at a time in memory.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,26 +37,26 @@ class _Place:
 
 
 class Import:
-    """An import, checked as far as that is cheap; :meth:`run` writes the native checkpoint.
+    """An import that has passed the cheap checks; :meth:`run` writes the native checkpoint.
 
     Args:
         source: a checkpoint in a layout that an installed plugin reads.
-        output: where the native checkpoint goes.
+        output: directory of the native checkpoint.
 
     Attributes:
-        layout: the source's.
+        layout: the source's layout.
         config: the native ``config.json``.
 
     Raises:
-        EmlocError: no layout reads the source; its config has a value that the native model cannot have; a tensor is
-            unknown, missing, or of another shape than the config says; or the output would be within the source.
+        EmlocError: no layout reads the source; its config has a value that the native model does not allow; a tensor is
+            unknown, missing, or has another shape than the config says; or the output would be inside the source.
     """
 
     def __init__(self, source: Checkpoint, output: Path) -> None:
         self.source = source
         source.require_unquantised()
         if output.resolve().is_relative_to(source.directory.resolve()):
-            raise EmlocError(f"{output} is within the source, {source.directory}.", "Choose another directory with -o.")
+            raise EmlocError(f"{output} is inside the source, {source.directory}.", "Choose another directory with -o.")
         self.layout = plugin_manager().layout_for(source.config)
         self.config = self.layout.config(source.config, source.directory)
         self._files = self.layout.files(source.config, source.directory)
@@ -66,7 +66,7 @@ class Import:
 
     @cached_property
     def output(self) -> Output:
-        """The checkpoint's directory. The source's files are hashed when it is first asked for."""
+        """The checkpoint's directory. The source's files are hashed on first access."""
         source, files = self.source, Inputs(self._path.resolve().parent)
         request = {
             "source": source.fingerprint(files),
@@ -90,7 +90,7 @@ class Import:
 
     @property
     def splits(self) -> int:
-        """How many tensors are split."""
+        """Number of tensors that are split."""
         return sum(place.split is not None for place in self._places.values())
 
     def _place(self, tensor: TensorInfo) -> _Place:
@@ -98,7 +98,8 @@ class Import:
         if found is None:
             raise EmlocError(
                 f"{tensor.shard} holds {tensor.key}, which the layout {self.layout.name!r} does not know.",
-                "Nothing is dropped: give the checkpoint as it was published, without tensors of other software.",
+                "Nothing is dropped: give the checkpoint as published, without tensors added by other software.",
+                code="unsupported",
             )
         targets, split = found
         if split is None:
@@ -110,11 +111,12 @@ class Import:
             raise EmlocError(
                 f"{tensor.key} in {tensor.shard} has shape {tensor.shape}, which cannot be split as the config says.",
                 "Check that the config.json belongs to this checkpoint.",
+                code="mismatch",
             ) from None
         return _Place(dict(zip(targets, shapes, strict=True)), split)
 
     def _require_model(self) -> None:
-        """Refuse tensors that are not the native model's, all of them and in their shapes."""
+        """Require exactly the native model's tensors, in their shapes."""
         remedy = "Check that the checkpoint is complete and that its config.json belongs to it."
         shapes, tied = native_tensors(self.config)
         taken: dict[str, str] = {}
@@ -122,24 +124,30 @@ class Import:
             where = f"{key} in {self.source.tensors[key].shard}"
             for target, shape in place.shapes.items():
                 if target not in shapes:
-                    raise EmlocError(f"{where} would be {target}, which the native model does not have.", remedy)
+                    raise EmlocError(
+                        f"{where} would be {target}, which the native model does not have.", remedy, code="mismatch"
+                    )
                 if shape != shapes[target]:
                     raise EmlocError(
-                        f"{where} would be {target} of shape {shape}; the config says {shapes[target]}.", remedy
+                        f"{where} would be {target} of shape {shape}; the config says {shapes[target]}.",
+                        remedy,
+                        code="mismatch",
                     )
                 if target in taken:
-                    raise EmlocError(f"{where} and {taken[target]} would both be {target}.", remedy)
+                    raise EmlocError(f"{where} and {taken[target]} would both be {target}.", remedy, code="mismatch")
                 taken[target] = key
         missing = [name for name in shapes if name not in taken and tied.get(name, name) not in taken]
         if missing:
             named = ", ".join(missing[:3])
-            raise EmlocError(f"{self.source.directory} lacks what {len(missing)} tensors come from: {named}.", remedy)
+            raise EmlocError(
+                f"{self.source.directory} lacks the source of {len(missing)} tensors: {named}.", remedy, code="damaged"
+            )
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
         """Write the native checkpoint, or resume what an interrupted run left.
 
         Args:
-            progress: called with a shard's name, how many shards are done, and how many there are.
+            progress: called with a shard's name, the number of shards done, and the total.
         """
         if self.output.is_finished():
             return self.output.path
@@ -202,20 +210,20 @@ class Import:
 
 
 def native_tensors(config: Mapping[str, Any]) -> tuple[dict[str, Shape], dict[str, str]]:
-    """Return the shape of every tensor of a config's model by name, and which of them are tied to which.
+    """Return the shapes of all tensors of a config's model by name, and which are tied to which.
 
     Args:
         config: the content of a ``config.json``.
 
     Raises:
-        EmlocError: no family declares the model type, or transformers refuses the config.
+        EmlocError: no family declares the model type, or transformers rejects the config.
     """
     family = plugin_manager().family_for(config)
     try:
         model = build_model(make_config(deepcopy(dict(config))), family, torch.float32)  # it edits them
-    except Exception as error:  # whatever transformers' own checks of a config raise
+    except Exception as error:  # transformers' checks of a config raise exceptions of any type
         raise EmlocError(
-            f"transformers refuses the config that the checkpoint would get: {first_line(error)}",
+            f"transformers rejects the config that the checkpoint would get: {first_line(error)}",
             "Check the checkpoint's config.json.",
         ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -226,6 +234,6 @@ def prepare(request: ImportRequest) -> Import:
     """Return the job of a request.
 
     Raises:
-        EmlocError: from the source or its layout.
+        EmlocError: the source or its layout cannot be used.
     """
     return Import(open_checkpoint(request.source), request.output)

@@ -1,9 +1,9 @@
-"""Many forwards of one model, advanced together: all of them pass one unit before any reaches the next.
+"""Advances many forwards of one model in lockstep: all of them pass one unit before any reaches the next.
 
-Each forward runs in a greenlet of its own, and a forward pre-hook on every unit pauses it there. The driver resumes
-every sample that waits at the earliest unit, and goes on to the next. The model's own code decides what flows from
-block to block, so nothing here knows any architecture. (Catching the first block's inputs and replaying the blocks is
-silently wrong wherever blocks differ in masks, embeddings or side inputs.)
+Each forward runs in its own greenlet, and a forward pre-hook on every unit pauses it there. The driver resumes
+every sample that waits at the earliest unit, then moves to the next. The model's own code decides what flows from
+block to block, so nothing here depends on the architecture. (Capturing the first block's inputs and replaying the
+blocks is silently wrong wherever blocks differ in masks, embeddings or side inputs.)
 """
 
 import contextvars
@@ -24,9 +24,9 @@ Forward = Callable[[], Any]
 def units(model: nn.Module, block_lists: Sequence[str]) -> list[str]:
     """Return the paths of the units: every block, and every maximal submodule that is called and holds no block list.
 
-    Modules without parameters are no units, nor are containers without a forward (a ModuleList of DeepStack's
-    mergers), whose hook would never fire: their children are. The order is that of the module tree; the driver visits a
-    unit when the samples reach it.
+    Modules without parameters are not units. Nor are containers without a forward (a ModuleList of DeepStack's
+    mergers), whose hook would never fire; their children are units instead. The order is that of the module tree; the
+    driver visits a unit when the samples reach it.
     """
     found: list[str] = []
 
@@ -49,16 +49,16 @@ class Lockstep:
     """Advances samples through the units of a model together.
 
     Args:
-        model: whose forwards run.
+        model: the model.
         units: paths of the modules at which samples pause; see :func:`units`.
         last_blocks: path of the list of blocks that every sample passes through last.
-        parking: where waiting samples keep their tensors.
+        parking: storage for the tensors of waiting samples.
 
     Attributes:
-        sample: index of the sample that is running; hooks on the model's modules read it.
-        waiting: index of every sample that waits at a unit -> the arguments that it called the unit with; use
-            :meth:`arguments`, since they may be parked.
-        here: indices of the samples that wait at the unit that is being visited.
+        sample: index of the running sample, for hooks on the model's modules.
+        waiting: index of every sample that waits at a unit -> the arguments that it called the unit with. They may be
+            parked: use :meth:`arguments`.
+        here: indices of the samples that wait at the unit being visited.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[str], last_blocks: str, parking: Parking) -> None:
@@ -67,7 +67,7 @@ class Lockstep:
         self.waiting: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.here: list[int] = []
         self._driver: greenlet | None = None
-        # Every sample passes through the last list's blocks, whatever it has passed through before.
+        # All samples pass through the last list's blocks, whatever they passed through before.
         self._shared = {unit for unit in self.units if unit.rpartition(".")[0] == last_blocks}
 
     def advance(
@@ -80,7 +80,7 @@ class Lockstep:
         """Run the samples to their end, or up to and including the unit ``last``.
 
         Args:
-            forwards: one callable a sample. Its forward must pass ``use_cache=False``.
+            forwards: one callable per sample. Its forward must pass ``use_cache=False``.
             at: called with a unit's path; the samples pass through the unit within its context.
             last: path of the unit after which samples are stopped.
             around: called with a sample's index; each stretch of the sample runs within its context.
@@ -89,7 +89,7 @@ class Lockstep:
             What each forward returned (None for samples that were stopped).
 
         Raises:
-            EmlocError: a sample came back to a unit that was finished with, or the forward failed.
+            EmlocError: a sample returned to a finished unit, or a forward failed.
         """
         self._driver = getcurrent()
         runners = [_start(forward) for forward in forwards]
@@ -105,14 +105,14 @@ class Lockstep:
                 self._driver = None
 
     def pause(self, unit: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
-        """Have the running sample wait until the driver visits ``unit``; outside a sample, do nothing."""
+        """Pause the running sample until the driver visits ``unit``; outside a sample, do nothing."""
         if self._driver is not None and getcurrent() is not self._driver:
             self.waiting[self.sample] = (args, kwargs or {})
             self._driver.switch(unit)
 
     @contextmanager
     def arguments(self, sample: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Lend the arguments that a waiting sample called its unit with, and be that sample for the time."""
+        """Yield the arguments that a waiting sample called its unit with; it is the current sample in the context."""
         self.sample = sample
         self.parking.leave(sample)
         try:
@@ -145,6 +145,7 @@ class Lockstep:
                     raise EmlocError(
                         f"The model ran {state} a second time in one forward.",
                         "Streaming needs each block to run once; declare the module that repeats as one block.",
+                        code="unsupported",
                     )
                 else:
                     parked.setdefault(state, []).append(index)
@@ -152,8 +153,8 @@ class Lockstep:
 
         resume(range(len(runners)))
         while parked:
-            # The earliest unit first, so that samples that lag behind (no image, say) catch up with the others; what
-            # all pass through last of all, since the module tree may have behind it what an image comes through first.
+            # Earliest unit first, so that samples that lag behind (without an image, say) catch up. Shared blocks come
+            # last, since modules that images pass through first may follow them in the module tree.
             unit = min(parked, key=lambda name: (name in self._shared, order.get(name, len(order))))
             self.here = waiting = sorted(parked.pop(unit))
             with at(unit):

@@ -1,8 +1,8 @@
-"""Where waiting samples keep their hidden states: on the device while there is room, in the CPU's memory otherwise.
+"""Storage for the hidden states of waiting samples: on the device while there is room, in CPU memory otherwise.
 
-A sample that waits is a forward in the midst of a model's own code, which holds its tensors by its own names. So not
-the tensors are moved but what is under them: the storage's bytes are copied away and the storage emptied, and filled
-again before the sample goes on.
+A waiting sample is a forward paused inside the model's own code, whose variables refer to its tensors. So instead of
+moving the tensors, the bytes of their storages are copied away, the storages emptied, and filled again before the
+sample resumes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-#: Share of the device's free memory that waiting samples may fill; the rest is for weights and statistics.
+#: Fraction of the device's free memory that waiting samples may fill; the rest is for weights and statistics.
 SHARE = 0.5
 
 
@@ -19,7 +19,7 @@ class Parking:
 
     Args:
         limit: bytes that may stay on the device.
-        shared: the model's own buffers; they stay whoever holds them.
+        shared: the model's own buffers, which always stay.
     """
 
     def __init__(self, limit: float, shared: Iterable[torch.Tensor] = ()) -> None:
@@ -30,7 +30,7 @@ class Parking:
 
     @classmethod
     def on(cls, device: torch.device, shared: Iterable[torch.Tensor] = ()) -> "Parking":
-        """Return a parking for a device: all stays on the CPU, and a share of what is free on a GPU."""
+        """Return a parking for a device: without limit on the CPU, with a fraction of the free memory on a GPU."""
         limit = SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
         return cls(limit, shared)
 
@@ -56,7 +56,7 @@ class Parking:
             storage.copy_(content)
 
     def clear(self) -> None:
-        """Forget all samples: they will not go on."""
+        """Forget all samples, which will not resume."""
         self._held.clear()
         self._moved.clear()
 

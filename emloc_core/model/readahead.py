@@ -1,7 +1,7 @@
-"""Brings tensors that will be wanted next into the system's page cache, while the processor is busy with others.
+"""Reads tensors that are needed next into the system's page cache, while the processor is busy with others.
 
-Reading in a thread, since the kernel bounds what ``posix_fadvise`` reads ahead to about a megabyte. Nothing is kept:
-the pages are the system's, to give away when memory is short, and no part of this process's resident set.
+A thread reads them, since the kernel limits the read-ahead of ``posix_fadvise`` to about a megabyte. Nothing is kept:
+the pages belong to the system, which can drop them, and do not count in this process's resident set.
 """
 
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ _CHUNK = 4 << 20  # bytes read at a time
 
 
 class ReadAhead:
-    """A thread that reads what it is asked for, and forgets it."""
+    """A thread that reads tensors and discards them."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def want(self, tensors: Iterable[TensorInfo]) -> Future[int]:
-        """Read tensors in the background; the result is the number of bytes that were read."""
+        """Read tensors in the background; the result is the number of bytes read."""
         return self._pool.submit(_read, sorted(tensors, key=lambda tensor: (tensor.shard, tensor.start)))
 
 
@@ -32,7 +32,7 @@ def _read(tensors: list[TensorInfo]) -> int:
             left = tensor.nbytes
             while left > 0:
                 read = file.readinto(buffer[: min(left, _CHUNK)])
-                if not read:  # truncated meanwhile; whoever wants the tensor will say so
+                if not read:  # truncated meanwhile; loading the tensor will report it
                     break
                 left -= read
                 total += read

@@ -1,6 +1,6 @@
-"""A model whose parameters are not there until they are asked for.
+"""A model whose parameters are loaded on demand.
 
-The skeleton is an ordinary transformers model on the meta device with its buffers (rotary tables) really computed.
+The skeleton is an ordinary transformers model on the meta device, with its buffers (rotary tables) computed.
 Checkpoint keys are not module names (legacy prefixes, fused tensors), so tensors are mapped and converted by
 transformers' own machinery. That API is semi-public; this is the only module that touches it.
 """
@@ -38,8 +38,8 @@ class Skeleton:
 
     Args:
         checkpoint: the weights.
-        family: says which class of transformers builds the model.
-        device: where loaded weights go.
+        family: the declaration, which names the transformers class.
+        device: device of loaded weights.
 
     Attributes:
         model: the model in eval mode; every parameter on the meta device, requiring no gradient.
@@ -64,11 +64,11 @@ class Skeleton:
         self._reader = ReadAhead()
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         self._sources = self._map_keys()
-        # Buffers that the checkpoint holds (a router's bias, say) are small, and there from the start.
+        # Buffers in the checkpoint (a router's bias, say) are small, and loaded from the start.
         self._read([name for name, _ in self.model.named_buffers() if name in self._sources])
 
     def _map_keys(self) -> dict[str, list[str]]:
-        """Map every parameter and buffer to the checkpoint's keys of the tensors that it is made from."""
+        """Map every parameter and buffer to the checkpoint keys of the tensors that it is made from."""
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -88,18 +88,20 @@ class Skeleton:
             raise EmlocError(
                 f"{self.checkpoint.directory} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])}).",
                 "Check that the checkpoint is complete and that its config.json belongs to it.",
+                code="damaged",
             )
         for name, _ in self.model.named_parameters():
             for key in found.get(name, ()):
                 if not (tensor := self.checkpoint.tensors[key]).is_floating_point:
                     raise EmlocError(
-                        f"{key} in {tensor.shard} is a weight, and holds no floats but {tensor.dtype}.",
+                        f"{key} in {tensor.shard} is a weight of dtype {tensor.dtype}, which is not floating-point.",
                         "Give the original, unquantised model.",
+                        code="unsupported",
                     )
         return dict(found)
 
     def sources(self, parameter: str) -> list[str]:
-        """Return the checkpoint's keys of the tensors that ``parameter`` is made from, or is tied to."""
+        """Return the checkpoint keys of the tensors that ``parameter`` is made from, or is tied to."""
         return self._sources.get(self.tied.get(parameter, parameter), [])
 
     def stored(self, parameter: str) -> list[str]:
@@ -111,7 +113,7 @@ class Skeleton:
         return [f"{module}.{name}" if module else name for name, _ in self._submodule(module).named_parameters()]
 
     def outside(self, modules: Iterable[str]) -> list[str]:
-        """Return the names of the parameters that lie in none of these submodules."""
+        """Return the names of the parameters that are in none of these submodules."""
         prefixes = tuple(f"{module}." for module in modules)
         return [name for name, _ in self.model.named_parameters() if not name.startswith(prefixes)]
 
@@ -133,6 +135,7 @@ class Skeleton:
                 raise EmlocError(
                     f"{self.checkpoint.directory} lacks the tensor for {source}.",
                     "Check that the checkpoint is complete.",
+                    code="damaged",
                 )
             loaded.requires_grad_(False)
             if name != source:
@@ -154,10 +157,11 @@ class Skeleton:
             raise EmlocError(
                 f"{name} in {self.checkpoint.directory} has shape {tuple(shape)}; the config says {tuple(expected)}.",
                 "Check that the config.json belongs to this checkpoint.",
+                code="mismatch",
             )
 
     def read_ahead(self, module: str) -> None:
-        """Have the tensors of a submodule read from the disk, in the background, so that :meth:`load` finds them."""
+        """Read the tensors of a submodule from disk in the background, so that :meth:`load` finds them cached."""
         keys = [key for name in self.names(module) for key in self.sources(name)]
         self._reader.want([self.checkpoint.tensors[key] for key in keys])
 
@@ -180,7 +184,7 @@ class Skeleton:
 
     @contextlib.contextmanager
     def parameters(self, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield parameters by name, loaded for the time of the ``with`` block."""
+        """Yield parameters by name, loaded during the ``with`` block."""
         names = list(names)
         self.load_parameters(names)
         try:
@@ -191,15 +195,16 @@ class Skeleton:
 
 
 def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model of a config in eval mode: parameters on the meta device, frozen; buffers really computed.
+    """Return the model of a config in eval mode: frozen parameters on the meta device, computed buffers.
 
     Raises:
-        EmlocError: transformers has no class of the name that the family declares.
+        EmlocError: transformers does not have the class that the family declares.
     """
     if auto_class(family.auto_class) is None:
         raise EmlocError(
             f"The family {family.name!r} declares the class {family.auto_class}, which transformers does not have.",
             "Correct auto_class in its plugin, or uninstall the plugin.",
+            code="plugin",
         )
     with init_empty_weights(include_buffers=False):
         model = new_model(family.auto_class, config, dtype)
@@ -218,7 +223,7 @@ def _most_common_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 @contextlib.contextmanager
 def _quiet_and_sequential() -> Iterator[None]:
-    """Load without a progress bar a part, and without a pool of threads that would read ahead of the memory limit."""
+    """Load without a progress bar per part, and without a thread pool that would read beyond the memory limit."""
     variable = "HF_DEACTIVATE_ASYNC_LOAD"
     saved = os.environ.get(variable)
     os.environ[variable] = "1"

@@ -1,6 +1,6 @@
-"""Runs a model that does not fit in memory: every sample's ordinary forward, one unit of weights at a time.
+"""Runs a model that does not fit in memory: ordinary forwards of all samples, one unit of weights at a time.
 
-The driver loads a unit, advances every sample that waits at it, frees the unit, and goes on
+The driver loads a unit, advances every sample that waits at it, frees the unit, and continues with the next
 (:mod:`emloc_core.model.lockstep`).
 """
 
@@ -21,7 +21,7 @@ class Stream(Lockstep):
     Args:
         skeleton: the model.
         block_lists: module paths of the lists of blocks, in execution order.
-        parking: where waiting samples keep their tensors; None: on the skeleton's device while there is room.
+        parking: storage for the tensors of waiting samples; by default the skeleton's device while there is room.
     """
 
     def __init__(self, skeleton: Skeleton, block_lists: Sequence[str], parking: Parking | None = None) -> None:
@@ -35,7 +35,7 @@ class Stream(Lockstep):
         """Run the samples to their end, or up to and including the unit ``last``, without gradients.
 
         Args:
-            forwards: one callable a sample. Its forward must pass ``use_cache=False``.
+            forwards: one callable per sample. Its forward must pass ``use_cache=False``.
             visit: called with a unit's path when its weights are loaded; returns a context manager that is entered
                 while the samples pass through the unit, or None.
             last: path of the unit after which samples are stopped.
@@ -44,7 +44,7 @@ class Stream(Lockstep):
             What each forward returned (None for samples that were stopped).
 
         Raises:
-            EmlocError: a sample came back to a unit that was finished with, or the forward failed.
+            EmlocError: a sample returned to a finished unit, or a forward failed.
         """
         following = dict(zip(self.units, self.units[1:], strict=False))
 

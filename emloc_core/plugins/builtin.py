@@ -41,7 +41,7 @@ def named(what: str) -> Iterator[None]:
     except Exception as error:
         raise EmlocError(
             f"{what} failed ({typed_line(error)}).",
-            "If memory ran out, free some, and the same command resumes; otherwise choose another or update its plugin.",
+            "If memory ran out, free some and the same command resumes; otherwise choose another or update its plugin.",
             code="plugin",
             resumable=True,
         ) from error

@@ -73,7 +73,7 @@ def test_images_of_any_size(tmp_path: Path) -> None:
     found = plan(tmp_path, *options, "--image-size", "24x16")
     assert found["workload"]["image"] == {"height": 16, "width": 24, "tokens": 24}
     assert {kept["pattern"] for kept in found["kept_dense"]} == QWEN_VL.keep_dense.keys()
-    assert "is no size of an image" in refused("plan", tmp_path, *options, "--image-size", "24")
+    assert "is not an image size" in refused("plan", tmp_path, *options, "--image-size", "24")
     assert "leave no text" in refused("plan", tmp_path, *options)  # 448 x 448 pixels are more tokens than a row has
 
 

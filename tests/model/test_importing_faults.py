@@ -110,7 +110,7 @@ def test_what_cannot_be_imported_is_named_and_nothing_is_written(source, tmp_pat
 @pytest.mark.parametrize("place", [".", "native", "a/native"])
 def test_an_output_within_the_source_is_refused(source, place):
     before = sorted(source.rglob("*"))
-    with pytest.raises(EmlocError, match="is within the source"):
+    with pytest.raises(EmlocError, match="is inside the source"):
         Import(Checkpoint(source), source / place)
     assert sorted(source.rglob("*")) == before
 
