@@ -22,7 +22,6 @@ NOT_YET = (
     "docs/architecture.md",
     "emloc_core/algorithms/",
     "emloc_core/conformance/",
-    "emloc_core/emulator/",
     "emloc_core/evaluation/",
     "emloc_core/exact/",
     "emloc_core/recipe/",

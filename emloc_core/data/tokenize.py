@@ -194,7 +194,7 @@ def encode(
         if not any(sample.completion_mask):
             prompt = "prompt with its images" if row.images else "prompt"
             raise EmlocError(
-                f"Row {row.number}: the {prompt} alone fills the maximum length of {max_length} tokens.",
+                f"Row {row.number}: its {prompt} alone fills the {max_length} tokens of the maximum length.",
                 "Raise the maximum length, shorten the prompt, or leave the row out.",
             )
         samples.append(sample)

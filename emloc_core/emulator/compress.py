@@ -1,7 +1,7 @@
-"""Stage 1: the emulator, made from the base block by block and written as an ordinary checkpoint.
+"""Stage 1: makes the emulator from the base, block by block, and writes it as an ordinary checkpoint.
 
-Where every rank is known beforehand, a block's factors are written as soon as it is factorised. Where ranks depend on
-what calibration finds, or spectra are to be kept, the model is decomposed once at the largest ranks and then cut.
+If all ranks are known beforehand, a block's factors are written as soon as it is factorised. If ranks depend on
+calibration, or spectra are kept, the model is decomposed once at the largest ranks and then cut.
 """
 
 import hashlib
@@ -38,21 +38,21 @@ from emloc_core.settings import CompressSettings, CutSettings
 
 
 class Compress:
-    """Stage 1, checked as far as that is cheap; :meth:`run` makes the emulator.
+    """Stage 1, after the cheap checks; :meth:`run` makes the emulator.
 
     Args:
         base: the model.
         rows: the user's rows.
-        output: where the emulator goes.
+        output: directory of the emulator.
         settings: how it is made.
-        spectra: where spectra are kept, for other ratios; None keeps none.
-        device: where weights, activations and statistics are.
+        spectra: directory to keep spectra in, for other ratios; None keeps none.
+        device: device of weights, activations and statistics.
 
     Attributes:
-        plan: the ranks. Where the allocator wants spectra they are those of ``uniform``, which has the same budget.
+        plan: the ranks; those of ``uniform``, which has the same budget, if the allocator needs spectra.
 
     Raises:
-        EmlocError: from the checkpoint, the family, the data or the settings, before anything is written.
+        EmlocError: the checkpoint, family, data or settings cannot be used; nothing has been written.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Compress:
             )
         if spectra and self.calibration == "propagated":
             raise EmlocError(
-                "Spectra can be kept for calibration on the base's own activations only: propagated factors depend on "
-                "the ranks of the layers before them, so that other ranks need another run.",
+                "Spectra can only be kept when calibrating on the base's activations: propagated factors depend on the "
+                "ranks of earlier layers, so other ranks need another run.",
                 "Use --calibration base, or leave out --keep-spectra.",
             )
         found = find_linears(self.skeleton.model, self.family)
@@ -102,24 +102,24 @@ class Compress:
 
     @cached_property
     def output(self) -> Output:
-        """The emulator's directory. The base's files are hashed when it is first asked for."""
+        """The emulator's directory. The base's files are hashed on first access."""
         request = {
             "base": self.base.fingerprint(self._files),
             "settings": self.settings.model_dump(),
             "calibration": [row.key for row in self.rows.calibration],
-            "tokenized_rows": _digest(self.samples),  # a tokenizer or a chat template may change, and the rows may not
+            "tokenized_rows": _digest(self.samples),  # the tokenizer or chat template may change while the rows do not
             "selection": [row.key for row in self.rows.selection],
         }
         return Output(self._path, "emulator", request, self.skeleton.device.type, {"base": self.base.name}, self._files)
 
     @cached_property
     def spectra(self) -> Output | None:
-        """The directory in which spectra are kept; None keeps none."""
+        """The directory to keep spectra in; None keeps none."""
         return self._spectra_output(self._spectra_path) if self._spectra_path else None
 
     @property
     def ranks_by_spectra(self) -> bool:
-        """Whether ranks are known only when the whole model is decomposed."""
+        """Whether ranks are known only after all Linears are decomposed."""
         return self.kind.has_ranks and wants_spectra(self.allocate)
 
     def _spectra_output(self, path: Path) -> Output:
@@ -146,7 +146,7 @@ class Compress:
         }
 
     def is_finished(self) -> bool:
-        """Say whether the emulator is there already; see ``Output.is_finished``."""
+        """Return whether the emulator is already finished; see ``Output.is_finished``."""
         if self.spectra is None:
             return self.output.is_finished()
         return self.spectra.is_finished() and self._cut_kept().output.is_finished()
@@ -157,10 +157,10 @@ class Compress:
         return Cut(Spectra(self.spectra.path), self.base, self.output.path, settings)
 
     def run(self, progress: Progress = lambda *_: None) -> Path:
-        """Make the emulator, or go on with what an interrupted run left.
+        """Make the emulator, or resume an interrupted run.
 
         Args:
-            progress: called with a block's path, how many blocks are done, and how many there are.
+            progress: called with a block's path, the number of blocks done, and the total.
         """
         if self.spectra:
             self._decompose(self.spectra, progress)
@@ -218,10 +218,10 @@ class Compress:
 
 
 def prepare(request: CompressRequest) -> Compress:
-    """Return the job of a request whose ratio is settled.
+    """Return the job of a request whose ratio is fixed.
 
     Raises:
-        EmlocError: from the model, the rows or the settings.
+        EmlocError: the model, the rows or the settings cannot be used.
     """
     base = open_checkpoint(request.model)
     rows = without(load_rows(request.data, request.split), request.exclude)
@@ -230,7 +230,7 @@ def prepare(request: CompressRequest) -> Compress:
 
 
 def _digest(samples: Iterable[Sample]) -> str:
-    """Return the SHA-256 over all that the model is given of samples, in hex."""
+    """Return the SHA-256 over all model inputs of the samples, in hex."""
     total = hashlib.sha256()
     for sample in samples:
         for name, tensor in sorted(sample.inputs("cpu").items()):

@@ -1,4 +1,4 @@
-"""Cuts an emulator of any size from spectra: slices of factors, and everything else as the base has it."""
+"""Cuts an emulator of any size from spectra: slices of the factors, and all other tensors copied from the base."""
 
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +22,16 @@ from emloc_core.settings import CutSettings
 
 
 class Cut:
-    """A cut, checked as far as that is cheap; :meth:`run` writes the emulator.
+    """A cut, after the cheap checks; :meth:`run` writes the emulator.
 
     Args:
-        spectra: of ``base``.
+        spectra: spectra of ``base``.
         base: the model.
-        output: where the emulator goes.
+        output: directory of the emulator.
         settings: ratio and allocator.
 
     Raises:
-        EmlocError: the spectra are of another base, or the settings ask for what cannot be cut.
+        EmlocError: the spectra are of another base, or cannot be cut with these settings.
     """
 
     def __init__(self, spectra: Spectra, base: Checkpoint, output: Path, settings: CutSettings) -> None:
@@ -44,7 +44,7 @@ class Cut:
 
     @cached_property
     def output(self) -> Output:
-        """The emulator's directory. The files of base and spectra are hashed when it is first asked for.
+        """The emulator's directory. The files of base and spectra are hashed on first access.
 
         Raises:
             EmlocError: the spectra are of another base.
@@ -55,8 +55,9 @@ class Cut:
                 f"The spectra {spectra.directory} were made from another base than {base.directory}: the fingerprints "
                 "differ.",
                 "Give the base that they were made from, unchanged, or make spectra of this one.",
+                code="mismatch",
             )
-        # As of an emulator that compress makes, and which spectra it was cut from.
+        # The request of an emulator made by compress, and the spectra that it was cut from.
         request = {
             **spectra.request,
             "settings": {**spectra.settings, **self.settings.model_dump()},
@@ -70,10 +71,10 @@ class Cut:
         return {**known, "finished": self.output.is_finished()}
 
     def run(self, progress: Progress = lambda *_: None) -> Path:
-        """Write the emulator, or go on with what an interrupted run left.
+        """Write the emulator, or resume an interrupted run.
 
         Args:
-            progress: called with a block's path, how many blocks are done, and how many there are.
+            progress: called with a block's path, the number of blocks done, and the total.
         """
         if self.output.is_finished():
             return self.output.path
@@ -89,7 +90,7 @@ def prepare(request: CutRequest) -> Cut:
     """Return the job of a request.
 
     Raises:
-        EmlocError: from the spectra, the base or the settings.
+        EmlocError: the spectra, the base or the settings cannot be used.
     """
     spectra = Spectra(request.spectra)
     base = open_checkpoint(request.base or made_from(request.spectra, "base"))
@@ -99,7 +100,7 @@ def prepare(request: CutRequest) -> Cut:
 def describe_emulator(
     base: Checkpoint, family: Family, plan: Plan, skeleton: Skeleton, output: Path, kind: Kind
 ) -> dict[str, Any]:
-    """Return what is known of an emulator before it is made, as JSON values."""
+    """Return what is known about an emulator before it is made, as JSON values."""
     replaced = [linear for linear in plan.linears if linear.rank is not None]
     before = sum(linear.out_features * linear.in_features for linear in replaced) * skeleton.dtype.itemsize
     after = sum(
@@ -118,7 +119,7 @@ def describe_emulator(
 
 
 def cut_blocks(spectra: Spectra, files: EmulatorFiles, progress: Progress) -> None:
-    """Write every block's factors at the ranks of the emulator's plan; blocks that are there are left."""
+    """Write every block's factors at the ranks of the emulator's plan; skip blocks that are already written."""
     for index, block in enumerate(files.blocks):
         if not files.is_written(block):
             files.write(block, {linear.path: spectra.cut(linear) for linear in files.plan.in_block(block)}, {})

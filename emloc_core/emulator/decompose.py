@@ -1,7 +1,7 @@
-"""One streamed pass of the calibration rows through the base; every block is factorised while they pass through it.
+"""One streamed pass of the calibration rows through the base; each block is factorised while they pass through it.
 
-What becomes of a block's factors is the caller's business (a :class:`Store`): an emulator's shard, or spectra. A block
-that the store holds already is only passed through, for the sake of the blocks behind it.
+The factors go to the caller's :class:`Store`: an emulator's shards, or spectra. Rows also pass through blocks that the
+store already holds, since later blocks need their outputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,25 +26,25 @@ from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
 
-#: Called with a block's path, how many blocks are done, and how many there are.
+#: Called with a block's path, the number of blocks done, and the total.
 Progress = Callable[[str, int, int], None]
 
 
 class Store(Protocol):
-    """Where factors go, block by block. Half a block must never look like a whole one."""
+    """Receives factors, block by block. An incomplete block must never look complete."""
 
     def is_written(self, block: str) -> bool:
-        """Say whether a block's factors are there."""
+        """Return whether a block's factors have been written."""
 
     def write(self, block: str, factors: Mapping[str, Factors], sensitivities: Mapping[str, float]) -> None:
-        """Keep the factors of a block's Linears, by module path; none for a block that no row passes through.
+        """Store the factors of a block's Linears, by module path; empty for a block that no row passes through.
 
-        The sensitivities are there if they were asked for; see :mod:`emloc_core.emulator.sensitivity`.
+        Sensitivities are given if they were requested; see :mod:`emloc_core.emulator.sensitivity`.
         """
 
 
 class ReadableStore(Store, Protocol):
-    """A store that gives back what was written, for rows to pass through."""
+    """A store whose factors can be read back, for rows to pass through."""
 
     def read(self, block: str) -> Pairs:
         """Return U and V of a block's Linears by module path, in the dtype that they were written in."""
@@ -59,10 +59,10 @@ class Decomposition:
         plan: the ranks.
         samples: the calibration rows.
         factorize: see :mod:`emloc_core.algorithms.factorize`.
-        progress: told of every block.
+        progress: called after every block.
         factorizer: name of ``factorize``, for messages.
 
-    Linears that no token reached get no factors: there is nothing to fit them to.
+    Linears that no token reaches get no factors, since there is nothing to fit them to.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Decomposition:
         self._pass([self._forward(sample) for sample in self.samples], store, partial(self._gather, probes))
 
     def propagate(self, store: ReadableStore) -> None:
-        """Factorise on what the emulator so far gives each Linear; see :mod:`emloc_core.emulator.propagation`.
+        """Factorise on the inputs from the emulator built so far; see :mod:`emloc_core.emulator.propagation`.
 
         Raises:
             EmlocError: as :meth:`run`.
@@ -108,7 +108,7 @@ class Decomposition:
 
         self.stream.run(forwards, visit, self.blocks[-1])
         for block in self.blocks:
-            if not store.is_written(block):  # no row passed through it: a tower for images, and rows of text
+            if not store.is_written(block):  # no row passed through it: a vision tower and text rows, say
                 store.write(block, {}, {})
 
     def _forward(self, sample: Sample) -> Forward:
@@ -148,7 +148,7 @@ class Decomposition:
 
     @contextmanager
     def _propagate(self, store: ReadableStore, block: str) -> Iterator[None]:
-        """Fit a block on what the emulator so far gives it, then let half of the samples pass through its factors."""
+        """Fit a block to its inputs from the emulator so far, then pass half of the samples through its factors."""
         rows = len(self.samples)
         modules = {linear.path: self.skeleton.model.get_submodule(linear.path) for linear in self.plan.in_block(block)}
         if not store.is_written(block):
@@ -160,7 +160,7 @@ class Decomposition:
         self._report(block)
 
     def _factors(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Factors:
-        """Factorise one Linear; refuse what a factorizer, of a plugin perhaps, must not give."""
+        """Factorise one Linear, and check the result, since the factorizer may be a plugin's."""
         m, n, k = linear.out_features, linear.in_features, linear.rank or 0
         with named(f"The factorizer {self.factorizer!r}, on {linear.path},"):
             found = self.factorize(weight, gram, k)
@@ -170,6 +170,7 @@ class Decomposition:
                 f"The factorizer {self.factorizer!r} gave {linear.path} no finite factors of shapes {(m, k)} and "
                 f"{(k, n)}.",
                 "Choose another --factorizer, or update the plugin.",
+                code="plugin",
             )
         return found
 
@@ -178,7 +179,7 @@ class Decomposition:
             return copied(arguments)
 
     def _answering(self, path: str, pair: tuple[torch.Tensor, torch.Tensor]) -> AbstractContextManager[None]:
-        """Let one Linear answer by its factors, whatever passes through it."""
+        """Compute one Linear's outputs with its factors, for all samples."""
         u, v = (factor.to(self._weight(path)) for factor in pair)
         return emulating(self.stream, {path: self.skeleton.model.get_submodule(path)}, {path: (u, v)}, 0)
 
@@ -190,15 +191,17 @@ class Decomposition:
         return EmlocError(
             f"{error} of {path}, in row {row} of the data.",
             "Check the weights up to this layer; a half-precision model may overflow on this row.",
+            code=error.code,
         )
 
     def _require_finite(self, unit: str) -> None:
         for name, parameter in self.skeleton.model.get_submodule(unit).named_parameters():
-            # The extremes, since a mask of all of an embedding would be what most memory is needed for.
+            # Check the extremes: a mask over a large embedding would dominate peak memory.
             if parameter.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(parameter))).all()):
                 raise EmlocError(
-                    f"{unit}.{name} in {self.skeleton.checkpoint.directory} holds NaN or Inf.",
+                    f"{unit}.{name} in {self.skeleton.checkpoint.directory} contains NaN or Inf.",
                     "Download or copy the model again.",
+                    code="not-finite",
                 )
 
     def _report(self, block: str) -> None:
@@ -208,13 +211,13 @@ class Decomposition:
 
 
 def _receives(linear: LinearPlan, planned: list[LinearPlan]) -> bool:
-    """Say whether a Linear's own tap is gathered: outputs always, a shared input once a group."""
+    """Return whether to gather at a Linear's own tap: outputs always, a shared input once per group."""
     peers = [other.path for other in planned if other.group == linear.group and other.tap != "output"]
     return linear.tap == "output" or linear.path == peers[0]
 
 
 def _grams(planned: list[LinearPlan], device: torch.device) -> dict[str, Gram]:
-    """Return a Gram a Linear; Linears of an input group that tap their input share one."""
+    """Return one Gram per Linear; Linears of an input group that tap their input share one."""
     grams: dict[str, Gram] = {}
     shared: dict[tuple[str, ...], Gram] = {}
     for linear in planned:

@@ -1,7 +1,7 @@
-"""The files of an emulator's directory: the factors, a shard a block, and everything else as the base has it.
+"""The files of an emulator's directory: one shard of factors per block, and all other files copied from the base.
 
-A finished block is on disk whole, and damage since shows by the hash in its shard, so resuming needs no bookkeeping
-beyond the shards. The last shard holds every tensor of the base that is no factor, byte for byte.
+A block's shard appears when it is complete, and its hash reveals later damage, so resuming needs no bookkeeping beyond
+the shards. The last shard holds all tensors of the base that are not factorised, byte for byte.
 """
 
 import json
@@ -50,7 +50,7 @@ class EmulatorFiles:
         remove_damaged(map(self._shard, blocks))  # of an interrupted run
 
     def is_written(self, block: str) -> bool:
-        """Say whether a block's shard is there."""
+        """Return whether a block's shard exists."""
         return self._shard(block).exists()
 
     def write(self, block: str, factors: Mapping[str, Factors | Weight], _sensitivities: Mapping[str, float]) -> None:
@@ -77,7 +77,7 @@ class EmulatorFiles:
         return self.skeleton.model.get_parameter(f"{path}.weight").dtype
 
     def finish(self, tokens: int) -> dict[str, Any]:
-        """Write what is not factors, once all blocks and the rows are written; return the manifest's result.
+        """Write everything but the factors, once all blocks and the rows are written; return the manifest's result.
 
         Args:
             tokens: number of calibration tokens, for the result.
@@ -111,7 +111,7 @@ class EmulatorFiles:
         }
 
     def _name(self, index: int) -> str:
-        """Return the name of shard ``index``, counted from 0: one a block, and one for the rest."""
+        """Return the name of shard ``index``, counted from 0: one per block, and one for the rest."""
         return f"model-{index + 1:05d}-of-{len(self.blocks) + 1:05d}.safetensors"
 
     def _shard(self, block: str) -> Path:
@@ -148,6 +148,7 @@ def weight_keys(skeleton: Skeleton, plan: Plan) -> dict[str, str]:
             raise EmlocError(
                 f"The checkpoint stores {path} together with other weights ({', '.join(keys)}).",
                 "Save the model with transformers' save_pretrained first.",
+                code="unsupported",
             )
         found[path] = keys[0]
     return found

@@ -1,9 +1,9 @@
-"""Error-propagating calibration: every Linear learns to make up for the ones compressed before it.
+"""Error-propagating calibration: every Linear compensates for the ones compressed before it.
 
 Two streams of the calibration rows pass through the model side by side, one through the base and one through the
-emulator so far. A Linear's factors are fitted to answer as the base does (``W x``) when given what the emulator
-gives it (``xc``): ``W2 = W R`` with the ridge regression ``R = (sum x xc^T + a I)(sum xc xc^T + a I)^-1``, and then the
-usual factorisation of W2 on the Gram of xc. Within a block the input groups are treated in order, each seeing the
+emulator so far. A Linear's factors are fitted to give the base's output (``W x``) on the emulator's input (``xc``):
+``W2 = W R`` with the ridge regression ``R = (sum x xc^T + a I)(sum xc xc^T + a I)^-1``, followed by the usual
+factorisation of W2 on the Gram of xc. Within a block the input groups are fitted in order, each on inputs from the
 compressed ones before it.
 """
 
@@ -22,7 +22,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.streaming import Stream
 
-#: a: the ridge, as a share of the mean diagonal of the emulator's Gram. Pulls R towards the identity.
+#: a: the ridge, as a fraction of the mean diagonal of the emulator's Gram. Pulls R towards the identity.
 RIDGE = 0.02
 
 #: U (m, k) and V (k, n) by module path, in the dtype that is written.
@@ -30,7 +30,7 @@ Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class _ReachedError(Exception):
-    """The block's forward came to the tapped Linear: the rest of it is not needed."""
+    """The block's forward reached the tapped Linear: the rest is not needed."""
 
 
 class PairedMoments:
@@ -38,8 +38,8 @@ class PairedMoments:
 
     Args:
         size: n.
-        dtype: of the sums.
-        device: where they are kept.
+        dtype: dtype of the sums.
+        device: device of the sums.
     """
 
     def __init__(self, size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
@@ -81,7 +81,7 @@ class PairedMoments:
         if len(heavy):
             gram = gram.addmm(heavy.T.to(gram), heavy.to(gram))
         if not bool(torch.isfinite(gram.sum() + self.cross.sum())):
-            raise EmlocError("The activations are too large to be summed")
+            raise EmlocError("The activations are too large to be summed", code="not-finite")
         diagonal = gram.diagonal().clone()
         ridge = RIDGE * diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
         self.cross.diagonal().add_(ridge)
@@ -111,9 +111,9 @@ def fit_block(
         stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1`` through the emulator.
         block: with the base's weights.
         planned: its Linears, in execution order.
-        rows: number of calibration rows; those that do not pass through the block take no part.
-        factorize: of a Linear, its weight and a Gram; see :mod:`emloc_core.algorithms.factorize`.
-        blame: makes of an error, a Linear's path and a row's index the error that the user sees.
+        rows: number of calibration rows; those that do not pass through the block are ignored.
+        factorize: takes a Linear, its weight and a Gram; see :mod:`emloc_core.algorithms.factorize`.
+        blame: takes an error, a Linear's path and a row's index, and returns the error for the user.
 
     Returns:
         The factors by module path.
@@ -136,7 +136,9 @@ def fit_block(
         try:
             targets = moments.fit(weights)
         except EmlocError as error:
-            raise EmlocError(f"{error}: the inputs of {members[0].path}.", "Check the weights up to it.") from None
+            raise EmlocError(
+                f"{error}: the inputs of {members[0].path}.", "Check the weights up to this layer.", code=error.code
+            ) from None
         for linear, weight, fitted in zip(members, weights, targets, strict=True):
             factors = factorize(linear, fitted, moments.gram_for(fitted))
             found[linear.path] = factors
@@ -147,7 +149,7 @@ def fit_block(
 def _input(
     stream: Stream, block: nn.Module, linear: LinearPlan, modules: Mapping[str, nn.Module], sample: int
 ) -> torch.Tensor:
-    """Run a block on what a sample brought to it, up to a Linear; return that Linear's input."""
+    """Run a block on a waiting sample's arguments, up to a Linear; return that Linear's input."""
     seen: list[torch.Tensor] = []
 
     def sink(_path: str, activations: torch.Tensor) -> None:
@@ -160,14 +162,16 @@ def _input(
         block(*args, **kwargs)
     if not seen:
         raise EmlocError(
-            f"{linear.path} did not run when its block did.", "List it in keep_dense of the family's declaration."
+            f"{linear.path} did not run when its block did.",
+            "List it in keep_dense of the family's declaration.",
+            code="plugin",
         )
     return seen[0]
 
 
 @contextmanager
 def emulating(stream: Stream, modules: Mapping[str, nn.Module], pairs: Pairs, rows: int) -> Iterator[None]:
-    """Let Linears answer by their factors to the samples that pass through the emulator, from index ``rows`` on."""
+    """Compute Linears' outputs with their factors for samples that pass through the emulator: from index ``rows``."""
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor | None]:
         u, v = pairs[path]

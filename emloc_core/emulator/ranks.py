@@ -1,4 +1,4 @@
-"""Which Linears are compressed, to which rank, and why."""
+"""The plan of compression: which Linears, to which ranks, and why."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,8 +27,8 @@ class LinearPlan:
         block: path of the block that holds it.
         group: its input group: paths that read the same input.
         out_features, in_features: shape of the weight.
-        rank: of the factors; None keeps the Linear dense.
-        tap: how its activations are hooked: ``input``, ``output``, or the family's own function.
+        rank: rank of the factors; None keeps the Linear dense.
+        tap: how its activations are captured: ``input``, ``output``, or the family's own function.
         reason: why it is dense.
     """
 
@@ -52,7 +52,7 @@ class Kept:
 
     Attributes:
         pattern: glob pattern of module paths.
-        parameters: how many are in the modules that it matches; tied ones count here too.
+        parameters: number of parameters in the modules that it matches, tied ones included.
         reason: why.
     """
 
@@ -79,11 +79,11 @@ class Plan:
 
     @property
     def candidates(self) -> list[LinearPlan]:
-        """The Linears that nothing speaks against compressing yet."""
+        """The Linears without a reason to stay dense."""
         return [linear for linear in self.linears if linear.reason is None]
 
     def with_ranks(self, ranks: Mapping[str, int]) -> "Plan":
-        """Return the plan with other ranks; a Linear without one, or with one that saves nothing, stays dense."""
+        """Return the plan with other ranks; Linears without one, or whose rank saves nothing, stay dense."""
         return replace(self, linears=tuple(_with_rank(linear, ranks.get(linear.path)) for linear in self.linears))
 
     def at_full_rank(self) -> "Plan":
@@ -100,7 +100,7 @@ class Plan:
         return replace(self, linears=tuple(linears))
 
     def lines(self) -> list[str]:
-        """Return a line for every kind of Linear: how many, their shape, their ranks; then what is dense, and why."""
+        """Return a line per kind of Linear with number, shape and ranks, then lines for what stays dense, and why."""
         kinds: dict[tuple[str, int, int, str | None], list[int]] = defaultdict(list)
         for linear in self.linears:
             name = linear.path.rpartition(".")[2]
@@ -117,7 +117,7 @@ class Plan:
         return found
 
     def parameters(self) -> tuple[int, int]:
-        """Return how many parameters the named Linears have before and after."""
+        """Return the number of parameters of the named Linears before and after."""
         before = sum(linear.out_features * linear.in_features for linear in self.linears)
         after = sum(
             linear.out_features * linear.in_features
@@ -143,13 +143,14 @@ def block_paths(model: nn.Module, family: Family) -> list[str]:
                 f"The model has no {tower.blocks!r}, which the family {family.name!r} declares as its "
                 f"{tower.name} tower.",
                 "The declaration does not fit this model: update the plugin, or declare another family.",
+                code="plugin",
             ) from None
         found += [f"{tower.blocks}.{index}" for index in range(len(list(blocks.children())))]
     return found
 
 
 def find_linears(model: nn.Module, family: Family) -> Plan:
-    """Resolve a family's declaration on a model: every Linear that it names, still without a rank.
+    """Resolve a family's declaration on a model: every Linear that it names, without ranks.
 
     Args:
         model: the model; meta tensors suffice.
@@ -168,7 +169,9 @@ def find_linears(model: nn.Module, family: Family) -> Plan:
                 found += _plan_group(model, family, block, group)
     plan = Plan(tuple(found), tuple(_kept(model, family, {linear.path for linear in found})))
     if not plan.candidates:
-        raise EmlocError(f"The family {family.name!r} names no Linear of this model.", "Update the plugin.")
+        raise EmlocError(
+            f"The family {family.name!r} names no Linear of this model.", "Update the plugin.", code="plugin"
+        )
     return plan
 
 
@@ -178,8 +181,8 @@ def make_plan(model: nn.Module, family: Family, ratio: float, allocate: Callable
     Args:
         model: the model; meta tensors suffice.
         family: its declaration.
-        ratio: share of each compressed Linear's parameters that is kept, in (0, 1).
-        allocate: rank allocator, of shapes and ratio; see :mod:`emloc_core.algorithms.allocation`.
+        ratio: fraction of each compressed Linear's parameters to keep, in (0, 1).
+        allocate: rank allocator that takes shapes and ratio; see :mod:`emloc_core.algorithms.allocation`.
 
     Raises:
         EmlocError: the ratio is out of range, or the declaration does not fit the model.
@@ -198,13 +201,13 @@ def allocated(
 
     Args:
         plan: its candidates get ranks.
-        ratio: share of their parameters that is kept, in (0, 1).
+        ratio: fraction of their parameters to keep, in (0, 1).
         allocate: rank allocator; see :mod:`emloc_core.algorithms.allocation`.
-        spectrum: what is known of a Linear, for an allocator that wants it.
-        name: of the allocator, for messages.
+        spectrum: returns a Linear's spectrum, for an allocator that needs it.
+        name: name of the allocator, for messages.
 
     Raises:
-        EmlocError: the ratio is out of range, the allocator gives no rank of at least 1 a Linear, or saves nothing.
+        EmlocError: the ratio is out of range, or the allocator's ranks are invalid or save nothing.
     """
     require_ratio(ratio)
     linears = plan.candidates
@@ -223,13 +226,14 @@ def allocated(
         whole = []
     if len(whole) != len(linears) or min(whole) < 1:
         raise EmlocError(
-            f"The rank allocator {name!r} gave {ranks!r:.60}, not a whole number of at least 1 for each of "
-            f"{len(linears)} Linears.",
+            f"The rank allocator {name!r} gave {ranks!r:.60}, not an integer of at least 1 for each of {len(linears)} "
+            "Linears.",
             remedy,
+            code="plugin",
         )
     found = plan.with_ranks(dict(zip((linear.path for linear in linears), whole, strict=True)))
     if not found.ranks:
-        raise EmlocError(f"At the ranks of the rank allocator {name!r} nothing gets smaller.", remedy)
+        raise EmlocError(f"The ranks of the rank allocator {name!r} make nothing smaller.", remedy)
     return found
 
 
@@ -241,7 +245,8 @@ def require_ratio(ratio: float) -> None:
     """
     if not 0 < ratio < 1:
         raise EmlocError(
-            f"The ratio is {ratio:g}; it is the share of parameters kept, above 0 and below 1.", "Try --ratio 0.6."
+            f"The ratio is {ratio:g}; it is the fraction of parameters to keep, above 0 and below 1.",
+            "Try --ratio 0.6.",
         )
 
 
@@ -255,6 +260,7 @@ def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[st
             raise EmlocError(
                 f"{path} is a {type(module).__name__}, not a Linear, though the family {family.name!r} names it.",
                 "The declaration does not fit this model: update the plugin.",
+                code="plugin",
             )
         m, n = module.out_features, module.in_features
         tap = next((tap for pattern, tap in family.taps.items() if fnmatchcase(path, pattern)), cheaper_side(m, n))
@@ -264,7 +270,7 @@ def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[st
 
 
 def _kept(model: nn.Module, family: Family, planned: Collection[str]) -> list[Kept]:
-    """Count the parameters, planned Linears aside, of modules at or below a path that a pattern matches."""
+    """Count the parameters, except planned Linears, of modules at or below paths that a pattern matches."""
     sizes: dict[str, int] = defaultdict(int)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         path = name.rpartition(".")[0]

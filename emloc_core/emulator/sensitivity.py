@@ -1,9 +1,9 @@
-"""How much a Linear's error disturbs its block: measured, by letting it alone answer by its factors.
+"""How much a Linear's error disturbs its block, measured by replacing only that Linear with its factors.
 
-Output errors of different Linears cannot be compared: that of a v_proj reaches the hidden states almost whole, that of
-a q_proj hides behind a softmax, and that of an o_proj is small beside what it is added to. What counts is the hidden
-state behind the block. Next comes a norm that scales every token to the same length, so the change is taken relative
-to the token's own length: else the few tokens with massive activations would decide alone.
+Output errors of different Linears are not comparable: that of a v_proj reaches the hidden states almost undamped, that
+of a q_proj is attenuated by a softmax, and that of an o_proj is small relative to the residual stream. What counts is
+the hidden state after the block. The norm that follows scales every token to the same length, so the change is taken
+relative to the token's own length: otherwise the few tokens with massive activations would dominate.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,29 +18,29 @@ from torch.utils._pytree import tree_map
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.factorize import Factors
 
-#: Calibration rows that are sent through a block once more for every Linear.
+#: Calibration rows that are passed through a block again for every Linear.
 PROBES = 8
-#: The ratio at which a Linear is tried, and the least relative output error that says something.
+#: The ratio at which a Linear is measured, and the smallest relative output error that is meaningful.
 _RATIO, _LEAST = 0.5, 1e-3
 
-#: What a block was called with.
+#: The arguments of a call of a block.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-#: Lets the Linear at a path answer by U and V instead of its weight, for the time of the context.
+#: Replaces the weight of the Linear at a path by U and V while the context is active.
 Answering = Callable[[str, tuple[torch.Tensor, torch.Tensor]], AbstractContextManager[None]]
 
 
 def sensitivities(
     block: nn.Module, calls: Sequence[Arguments], factors: Mapping[str, Factors], answering: Answering
 ) -> dict[str, float]:
-    """Return the disturbance of the block's output for every unit of a Linear's own squared relative error, by path.
+    """Return the disturbance of the block's output per unit of a Linear's own squared relative error, by path.
 
     The disturbance is ``mean |change|^2 / |output|^2`` over the tokens, with one Linear at a time at half of its
-    parameters. Both are squares of what is small, so their quotient holds for other ranks too.
+    parameters. Both are quadratic in small errors, so their ratio holds for other ranks too.
 
     Args:
-        block: with the base's weights.
-        calls: what it was called with; see :func:`copied`.
-        factors: by module path, at least at half of the Linear's parameters.
+        block: the block, with the base's weights.
+        calls: arguments that it was called with; see :func:`copied`.
+        factors: factors by module path, with at least half of the Linear's parameters.
         answering: see :data:`Answering`.
     """
     references = [_hidden(block(*args, **kwargs)) for args, kwargs in calls]
@@ -68,11 +68,11 @@ def _at_a_telling_rank(factors: Factors) -> Factors:
 
 
 def _hidden(output: Any) -> torch.Tensor:
-    """Return what a block gives to the next one, (..., features), in fp32."""
+    """Return the hidden states that a block passes on, (..., features), in fp32."""
     hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden.float()
 
 
 def copied(arguments: Arguments) -> Arguments:
-    """Copy what a block is called with: the model may change or free its own."""
+    """Copy the arguments of a call of a block: the model may modify or free the originals."""
     return tree_map(lambda each: each.clone() if isinstance(each, torch.Tensor) else each, arguments)

@@ -1,8 +1,8 @@
 """Spectra: every Linear's factors at the largest useful rank, and its energies, from which any ratio can be cut.
 
 The columns of U are ordered by energy, so the best factors of rank k are the first k columns of U and the first k rows
-of V, and the energies give the error at every rank. That holds for calibration on the base's own activations alone:
-propagated factors depend on the ranks of the Linears before them.
+of V, and the energies give the error at every rank. That only holds for calibration on the base's own activations:
+propagated factors depend on the ranks of earlier Linears.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ def at_largest_ranks(plan: Plan) -> Plan:
 
 
 class SpectraFiles:
-    """Spectra in their staging directory, a shard a block.
+    """Spectra in their staging directory, one shard per block.
 
     Args:
         skeleton: the base.
@@ -51,7 +51,7 @@ class SpectraFiles:
         remove_damaged(_shard(staging, blocks, block) for block in blocks)  # of an interrupted run
 
     def is_written(self, block: str) -> bool:
-        """Say whether a block's shard is there."""
+        """Return whether a block's shard exists."""
         return _shard(self.staging, self.blocks, block).exists()
 
     def write(self, block: str, factors: Mapping[str, Factors], sensitivities: Mapping[str, float]) -> None:
@@ -89,23 +89,25 @@ class Spectra:
     Attributes:
         request: what it was made from: ``base``, ``settings``, ``calibration``, ``selection``.
         base: the fingerprint of the model.
-        settings: of the decomposition.
+        settings: settings of the decomposition.
         blocks: paths of all blocks.
         unreached: Linears that no calibration row passed through.
-        tokens: of the calibration rows.
+        tokens: number of calibration tokens.
 
     Raises:
-        EmlocError: the directory holds none, or a shard is missing or damaged.
+        EmlocError: the directory holds no spectra, or a shard is missing or damaged.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         manifest = read_manifest(directory) if directory.is_dir() else None
         if manifest is None or manifest.get("kind") != KIND:
-            raise EmlocError(f"{directory} holds no spectra.", "Make them with emloc compress --keep-spectra.")
+            raise EmlocError(
+                f"{directory} holds no spectra.", "Make them with emloc compress --keep-spectra.", code="missing"
+            )
         for name in (CALIBRATION, SELECTION):
             if not (directory / name).is_file():
-                raise EmlocError(f"{directory} lacks {name}.", _REMEDY)
+                raise EmlocError(f"{directory} lacks {name}.", _REMEDY, code="missing")
         self._manifest = manifest
         self.base: str = manifest_value(manifest, directory, "request.base", str)
         self.settings: dict[str, Any] = manifest_value(manifest, directory, "request.settings", dict[str, Any])
@@ -118,20 +120,20 @@ class Spectra:
             try:
                 self._tensors.update(read_header(_shard(directory, self.blocks, block))[0])
             except EmlocError as error:
-                raise EmlocError(error.args[0], _REMEDY) from None
+                raise EmlocError(error.args[0], _REMEDY, code=error.code) from None
 
     def fingerprint(self, inputs: Inputs) -> str:
         """Return the SHA-256 over the manifest, every shard and the kept rows, in hex.
 
         Raises:
-            EmlocError: one of them is not as it was made.
+            EmlocError: one of them has changed since it was made.
         """
         files = _files(self.directory, self.blocks)
         require_unchanged(self._manifest, self.directory, inputs.hash(files))
         return inputs.hash([self.directory / MANIFEST, *files])
 
     def reached(self, plan: Plan) -> Plan:
-        """Return the plan with those Linears kept dense that no calibration row passed through.
+        """Return the plan with the Linears kept dense that no calibration row passed through.
 
         Raises:
             EmlocError: the plan has Linears, or shapes, that the spectra do not have.
@@ -144,21 +146,22 @@ class Spectra:
     def _require(self, linear: LinearPlan) -> None:
         m, n, k = linear.out_features, linear.in_features, linear.rank or 0
         if linear.block not in self.blocks:
-            raise EmlocError(f"{self.directory} lacks the block {linear.block}.", _REMEDY)
+            raise EmlocError(f"{self.directory} lacks the block {linear.block}.", _REMEDY, code="mismatch")
         for name, shape in zip(_PARTS, ((m, k), (k, n), (min(m, n),), (1,)), strict=True):
             found = self._tensors.get(f"{linear.path}.{name}")
             if found is None or found.shape != shape or found.shard != self._shard_of(linear):
                 raise EmlocError(
-                    f"{self.directory} lacks {name} of {linear.path}, of shape {shape}: it was made by another "
+                    f"{self.directory} lacks {name} of {linear.path}, of shape {shape}: it was made with another "
                     "declaration of the model's family, or is damaged.",
                     _REMEDY,
+                    code="mismatch",
                 )
 
     def spectrum(self, linear: LinearPlan) -> Spectrum:
-        """Return what an allocator may know of a Linear.
+        """Return a Linear's spectrum, for an allocator.
 
         Raises:
-            EmlocError: something of it is NaN or Inf.
+            EmlocError: it contains NaN or Inf.
         """
         with safe_open(str(self._shard_of(linear)), framework="pt") as file:
             energies, sensitivity = (file.get_tensor(f"{linear.path}.{part}") for part in _PARTS[2:])
@@ -169,7 +172,7 @@ class Spectra:
         """Return the factors of a Linear at its planned rank, at most the largest useful one.
 
         Raises:
-            EmlocError: a factor holds NaN or Inf.
+            EmlocError: a factor contains NaN or Inf.
         """
         with safe_open(str(self._shard_of(linear)), framework="pt") as file:
             u = file.get_slice(f"{linear.path}.U")[:, : linear.rank]
@@ -182,7 +185,9 @@ class Spectra:
 
     def _require_finite(self, linear: LinearPlan, *tensors: torch.Tensor) -> None:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            raise EmlocError(f"The spectra of {linear.path} in {self.directory} hold NaN or Inf.", _REMEDY)
+            raise EmlocError(
+                f"The spectra of {linear.path} in {self.directory} contain NaN or Inf.", _REMEDY, code="not-finite"
+            )
 
 
 def _files(directory: Path, blocks: Sequence[str]) -> list[Path]:

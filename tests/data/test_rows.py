@@ -86,7 +86,7 @@ def test_jsonl_keeps_line_numbers_and_unicode_line_separators(tmp_path: Path):
             '{"messages": [{"role": "user", "content": "a"},{"role": "assistant", "content": "b", "tool_calls": [1]}]}',
             "tool_calls",
         ),
-        ('{"text": "of another form"}', "a row of text, where row 1 is of prompt and completion"),
+        ('{"text": "of another form"}', "a row of text, but row 1 is of prompt and completion"),
     ],
 )
 def test_a_bad_row_is_named_with_its_file(tmp_path: Path, row: str, complaint: str):
