@@ -82,7 +82,7 @@ def test_wrong_settings_are_one_error(tiny_model, tmp_path, settings, message):
 
 def test_an_adapter_that_does_not_belong_is_refused(made, tmp_path):
     _, adapter, corrected, _ = made
-    with pytest.raises(emloc.EmlocError, match="corrected already"):
+    with pytest.raises(emloc.EmlocError, match="already corrected"):
         emloc.correct(corrected, tmp_path / "again")
     with pytest.raises(emloc.EmlocError, match="uncorrected"):
         emloc.merge(adapter, tmp_path / "merged")

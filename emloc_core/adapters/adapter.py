@@ -1,4 +1,4 @@
-"""A PEFT LoRA directory: read, checked to be one that can be carried over, and written."""
+"""A PEFT LoRA directory: reading, checking that it can be transferred to the base, and writing."""
 
 import dataclasses
 import hashlib
@@ -26,44 +26,44 @@ from emloc_core.files.shards import write_shard
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-CORRECTED = "emloc.corrected"  # in the metadata of the weights: it stays with them when the manifest is lost
+CORRECTED = "emloc.corrected"  # key in the weights' metadata, which remains if the manifest is lost
 _PREFIX = "base_model.model."
-#: Kinds of directory that hold an adapter -> what a manifest's request calls the model that it is for.
+#: Kinds of directory that hold an adapter -> key of its model in the manifest's request.
 _MADE_FOR = {"adapter": "model", "corrected-adapter": "base"}
 
-#: Fields of LoraConfig that may have any value: they do not change what a LoRA computes once it is trained.
+#: Fields of LoraConfig that may have any value: they do not change what a trained LoRA computes.
 _FREE = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
     "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "target_modules", "task_type", "peft_type",
 }  # fmt: skip
-#: Fields that enter the scale of a LoRA, which :func:`scale` computes.
+#: Fields that determine the scale of a LoRA.
 _SCALE = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
-#: Fields with more safe values than the default.
+#: Fields with other safe values than the default.
 _SAFE_VALUES: dict[str, tuple[Any, ...]] = {"init_lora_weights": (True, False, "gaussian", "orthogonal")}
-#: Why a field's other values are refused, where there is more to say than that they are not known to be safe.
+#: Why a field's other values are refused, if there is a better reason than that they are not known to be safe.
 _WHY = {
-    "use_dora": "DoRA rescales the whole weight, which on the emulator is another one",
-    "modules_to_save": "a trained copy of a whole module belongs to the emulator, not to the base",
-    "init_lora_weights": "this initialisation reads or splits the weight, which on the emulator is a factor",
+    "use_dora": "DoRA rescales the weight, which differs on the emulator",
+    "modules_to_save": "a trained copy of a module belongs to the emulator, not to the base",
+    "init_lora_weights": "this initialisation reads or splits the weight, which is a factor on the emulator",
     "bias": "trained biases belong to the emulator",
     "lora_bias": "a trained bias belongs to the emulator",
     "fan_in_fan_out": "the weight is stored transposed",
     "trainable_token_indices": "trained embeddings belong to the emulator",
-    "kasa_config": "KaSA changes the weight by its singular values, which on the emulator are other ones",
+    "kasa_config": "KaSA changes the weight by its singular values, which differ on the emulator",
 }
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
-    """Say why a LoRA with this PEFT config cannot be carried over to the base; an empty list says that it can.
+    """Return the reasons why a LoRA with this PEFT config cannot be transferred to the base; empty if it can.
 
-    A whitelist: a field or value that is not known to be safe is a problem.
+    An allowlist: a field or value that is not known to be safe is a problem.
     """
     from peft import LoraConfig
 
     kind = config.get("peft_type")
     if kind != "LORA":
-        return [f"it is a {kind}, and only LoRA can be carried over"]
+        return [f"it is a {kind}, and only a LoRA can be transferred"]
     defaults = {field.name: _default(field) for field in dataclasses.fields(LoraConfig)}
     problems = [*_scale_problems(config), *pattern_problems(config)]
     for name, value in config.items():
@@ -71,23 +71,23 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
             continue
         if name not in defaults or value != defaults[name]:
             why = _WHY.get(name, "it is not known to be safe")
-            problems.append(f"{name}={value!r} cannot be carried over ({why})")
+            problems.append(f"{name}={value!r} cannot be transferred ({why})")
     return problems
 
 
 def _scale_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Say which numbers that a LoRA's scale is computed from are none, or make no sense."""
-    alpha, rank = config.get("lora_alpha"), config.get("r", 8)  # as PEFT has it, where a config does not say
+    """Yield what is wrong with the numbers that a LoRA's scale is computed from."""
+    alpha, rank = config.get("lora_alpha"), config.get("r", 8)  # PEFT's default
     if not _is_positive(alpha):
-        yield f"its lora_alpha is {alpha!r}, and the scale of the LoRA depends on it"
+        yield f"its lora_alpha is {alpha!r}, but the LoRA's scale depends on it"
     if not (_is_positive(rank) and isinstance(rank, int)):
-        yield f"its r is {rank!r}, which is no rank"
+        yield f"its r is {rank!r}, which is not a rank"
     if not isinstance(config.get("use_rslora", False), bool):
         yield f"its use_rslora is {config['use_rslora']!r}, neither true nor false"
     for name, kinds in (("alpha_pattern", (int, float)), ("rank_pattern", (int,))):
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict):
-            yield f"its {name} is no object of numbers by module"
+            yield f"its {name} is not an object of numbers by module"
             continue
         for module, value in pattern.items():
             if not (_is_positive(value) and isinstance(value, kinds)):
@@ -95,7 +95,7 @@ def _scale_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_positive(number: Any) -> bool:
-    """Say whether this is a finite number above 0. True is an int in Python, not in JSON."""
+    """Return whether this is a finite number above 0. True is an int in Python, not in JSON."""
     return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < sys.float_info.max
 
 
@@ -109,15 +109,16 @@ class Adapter:
     """A LoRA that PEFT saved.
 
     Raises:
-        EmlocError: the directory is no PEFT adapter, or one that cannot be carried over; every reason is named.
+        EmlocError: the directory is not a PEFT adapter, or cannot be transferred; the message lists the reasons.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         if not (self.directory / CONFIG).is_file() or not (self.directory / WEIGHTS).is_file():
             raise EmlocError(
-                f"{self.directory} is no LoRA directory: it needs {CONFIG} and {WEIGHTS}.",
+                f"{self.directory} is not a LoRA directory: it needs {CONFIG} and {WEIGHTS}.",
                 "Give the directory that training wrote.",
+                code="missing",
             )
         require_own_files(self.directory, [CONFIG, WEIGHTS, "*.json"])
         self.config: dict[str, Any] = read_object(self.directory / CONFIG)
@@ -125,6 +126,7 @@ class Adapter:
             raise EmlocError(
                 f"The adapter {self.directory} cannot be used: {'; '.join(problems)}.",
                 "Train an ordinary LoRA, without these settings.",
+                code="unsupported",
             )
         self.manifest = read_manifest(self.directory) or {}
         if self.manifest:
@@ -145,21 +147,21 @@ class Adapter:
 
     @property
     def trained_on(self) -> Path | None:
-        """The directory of the model that its config names, if it is there. A corrected one names its base."""
+        """The directory of the model that its config names, if it exists. A corrected adapter names its base."""
         directory = Path(self.model_name)
         return directory if (directory / "config.json").is_file() else None
 
     @property
     def model_name(self) -> str:
-        """The model that its config names, by path or hub id: what it was trained on, or was corrected for."""
+        """Path or hub id of the model that its config names: the one it was trained on, or corrected for."""
         return str(self.config.get("base_model_name_or_path"))
 
     @property
     def base_name(self) -> str:
-        """The base that it is for, by path or hub id.
+        """Path or hub id of the base that it is for.
 
         Raises:
-            EmlocError: it was trained on an emulator that does not say.
+            EmlocError: it was trained on an emulator that does not name its base.
         """
         directory = self.trained_on
         if directory and (read_manifest(directory) or {}).get("kind") == "emulator":
@@ -172,10 +174,10 @@ class Adapter:
 
     @cached_property
     def loras(self) -> dict[str, Lora]:
-        """The LoRA of every Linear, by module path of the model, sorted.
+        """The LoRA of every Linear, by module path, sorted.
 
         Raises:
-            EmlocError: there are tensors that are no part of an ordinary LoRA, or NaN.
+            EmlocError: there are tensors that do not belong to an ordinary LoRA, or NaN.
         """
         read_header(self.directory / WEIGHTS)
         if self.manifest:
@@ -184,7 +186,9 @@ class Adapter:
             tensors = load_file(self.directory / WEIGHTS)
         except (SafetensorError, OSError) as error:
             raise EmlocError(
-                f"{self.directory / WEIGHTS} cannot be read ({error}).", "Copy the file again, or train again."
+                f"{self.directory / WEIGHTS} cannot be read ({error}).",
+                "Copy the file again, or train again.",
+                code="damaged",
             ) from None
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
@@ -193,16 +197,25 @@ class Adapter:
             path, _, rest = key.removeprefix(_PREFIX).partition(".lora_")
             if not key.startswith(_PREFIX) or rest not in ("A.weight", "B.weight") or tensor.ndim != 2:
                 raise EmlocError(
-                    f"{self.directory / WEIGHTS} holds {key}, which is no part of a LoRA on a Linear.",
+                    f"{self.directory / WEIGHTS} holds {key}, which is not part of a LoRA on a Linear.",
                     "Train an ordinary LoRA on Linears only.",
+                    code="unsupported",
                 )
             if not tensor.is_floating_point():
-                raise EmlocError(f"{key} in {self.directory} is of {tensor.dtype}, no floats.", "Train again.")
+                raise EmlocError(
+                    f"{key} in {self.directory} has dtype {tensor.dtype}, which is not floating-point.", "Train again."
+                )
             if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):  # NaN and Inf survive a sum
-                raise EmlocError(f"{key} in {self.directory} holds NaN or Inf.", "Train again, with a lower rate.")
+                raise EmlocError(
+                    f"{key} in {self.directory} holds NaN or Inf.",
+                    "Train again, with a lower learning rate.",
+                    code="not-finite",
+                )
             parts.setdefault(path, {})[rest[0]] = tensor
         if incomplete := [path for path, pair in parts.items() if len(pair) != 2]:
-            raise EmlocError(f"The LoRA in {self.directory} on {incomplete[0]} lacks a half.", "Train again.")
+            raise EmlocError(
+                f"The LoRA in {self.directory} on {incomplete[0]} lacks a half.", "Train again.", code="damaged"
+            )
         return {path: self._lora(path, pair["A"], pair["B"]) for path, pair in sorted(parts.items())}
 
     def _lora(self, path: str, a: torch.Tensor, b: torch.Tensor) -> Lora:
@@ -212,6 +225,7 @@ class Adapter:
                 f"The LoRA in {self.directory} on {path} has the shapes {tuple(a.shape)} and {tuple(b.shape)}; "
                 f"{CONFIG} says rank {rank}.",
                 "Copy both files again, or train again.",
+                code="mismatch",
             )
         alpha = self._of_pattern("alpha_pattern", path, self.config["lora_alpha"])
         scale = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
@@ -223,7 +237,7 @@ class Adapter:
         return Lora(a, b, scale)
 
     def _of_pattern(self, name: str, path: str, default: Any) -> Any:
-        """Return the number of the Linear at ``path``; patterns match as PEFT matches them."""
+        """Return the number for the Linear at ``path``; patterns match as in PEFT."""
         from peft.utils.other import get_pattern_key
 
         pattern = self.config.get(name) or {}
@@ -231,9 +245,9 @@ class Adapter:
 
 
 def content_hash(directory: Path) -> str:
-    """Return the SHA-256 over an adapter, as a manifest's result has it.
+    """Return the SHA-256 over an adapter, as in a manifest's result.
 
-    Where its model is does not count: who moves a model may say so in the config.
+    The path of its model does not count: the config may be edited when the model has moved.
     """
     config = {**read_object(directory / CONFIG), "base_model_name_or_path": None}
     text = json.dumps(config, sort_keys=True)

@@ -1,4 +1,4 @@
-"""Whether an adapter belongs to a base: by its shapes, and by what the manifests say that it was made for."""
+"""Checks that an adapter belongs to a base, by its shapes and by the manifests."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from emloc_core.files.output import read_manifest
 
 
 def require_shapes(adapter: Adapter, model: nn.Module) -> None:
-    """Refuse an adapter with a LoRA on anything but the Linears of a model, which may be on the meta device.
+    """Refuse an adapter with a LoRA that fits no Linear of the model, which may be on the meta device.
 
     Raises:
-        EmlocError: names the first LoRA that does not fit.
+        EmlocError: a LoRA does not fit; names the first.
     """
     for path, lora in adapter.loras.items():
         expected = (lora.b.shape[0], lora.a.shape[1])
@@ -23,20 +23,21 @@ def require_shapes(adapter: Adapter, model: nn.Module) -> None:
             actual = tuple(model.get_parameter(f"{path}.weight").shape)
         except AttributeError:
             raise EmlocError(
-                f"The base has no Linear at {path}.", "The adapter belongs to another architecture."
+                f"The base has no Linear at {path}.", "The adapter belongs to another architecture.", code="mismatch"
             ) from None
         if actual != expected:
             raise EmlocError(
                 f"The LoRA on {path} is for a weight of shape {expected}; the base has {actual}.",
                 "The adapter belongs to another model.",
+                code="mismatch",
             )
 
 
 def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_uncorrected: bool = False) -> None:
-    """Refuse an adapter that was not made for this base, or that may be as it was trained on an emulator.
+    """Refuse an adapter that was not made for this base, or may have been trained on an emulator and not corrected.
 
     Raises:
-        EmlocError: manifests name another base; the adapter is not corrected; or nobody can tell.
+        EmlocError: manifests name another base; the adapter is not corrected; or it is unknown whether it is.
     """
     request = adapter.manifest.get("request", {})
     made_for = request.get("base") or request.get("model")
@@ -48,17 +49,20 @@ def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_
             if not allow_uncorrected:
                 raise EmlocError(
                     f"{adapter.directory} was trained on an emulator and is not corrected.",
-                    "Run `emloc correct` first, or merge it as it is with --allow-uncorrected.",
+                    "Run `emloc correct` first, or merge it uncorrected with --allow-uncorrected.",
+                    code="mismatch",
                 )
         named = adapter.config.get("base_model_name_or_path")
         if not model and not made_for and named != base.name and not allow_uncorrected:
             raise EmlocError(
-                f"{adapter.directory} was trained on {named}, which is not here, so nobody can tell whether that is an "
+                f"{adapter.directory} was trained on {named}, which is not here, so it is unknown whether that is an "
                 "emulator.",
                 "If it was trained on the base itself, merge it with --allow-uncorrected.",
+                code="missing",
             )
     if made_for and made_for != fingerprint:
         raise EmlocError(
             f"{adapter.directory} was made for another base than {base.directory}: the fingerprints differ.",
             "Give the base that the adapter was made for, unchanged.",
+            code="mismatch",
         )

@@ -1,8 +1,8 @@
-"""Stage 3: carries a LoRA from the emulator over to the base.
+"""Stage 3: transfers a LoRA from the emulator to the base.
 
-With a fixed clamp one weight of the base is in memory at a time. With ``auto`` the candidates are compared by the loss
-of the base with the adapter, on rows that were held out for it: forward passes only, all candidates in one streamed
-pass over the base, so that the memory of inference is never exceeded.
+With a fixed clamp, one weight of the base is in memory at a time. With ``auto``, the candidates are compared by the
+loss of the base with the adapter on held-out rows: forward passes only, all candidates in one streamed pass over the
+base, so that memory never exceeds that of inference.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,24 +35,24 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import CorrectRequest
 from emloc_core.settings import CorrectSettings
 
-#: What ``auto`` compares; 0 is the adapter as it was trained.
+#: Clamps that ``auto`` compares; 0 leaves the adapter uncorrected.
 AUTO_CLAMPS: tuple[Clamp, ...] = (0, 0.3, 1, 3)
 
 
 class Correct:
-    """Stage 3, checked as far as that is cheap; :meth:`run` writes the corrected adapter.
+    """Stage 3, after the cheap checks; :meth:`run` writes the corrected adapter.
 
     Args:
         adapter: a LoRA that was trained on an emulator.
         base: the model that the emulator was made from.
-        output: where the corrected adapter goes.
+        output: directory of the corrected adapter.
         settings: ``clamp`` and ``method``.
-        emulator: the emulator's directory; None: the one that the adapter's config names.
-        selection: rows to choose the clamp on; None: those that the emulator keeps for it.
-        device: where weights and activations are.
+        emulator: the emulator's directory; by default the one that the adapter's config names.
+        selection: file with rows to choose the clamp on; by default those that the emulator keeps.
+        device: device of weights and activations.
 
     Raises:
-        EmlocError: adapter, emulator and base do not belong together, or the adapter is corrected already.
+        EmlocError: adapter, emulator and base do not belong together, or the adapter is already corrected.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Correct:
 
     @cached_property
     def output(self) -> Output:
-        """The corrected adapter's directory. The files of all inputs are hashed when it is first asked for.
+        """The corrected adapter's directory. The files of all inputs are hashed on first access.
 
         Raises:
             EmlocError: adapter, emulator and base do not belong together.
@@ -122,8 +122,9 @@ class Correct:
         path = selection or self.emulator.directory / SELECTION
         if not path.is_file() or not path.stat().st_size:
             raise EmlocError(
-                f"--clamp auto needs rows to compare on, and {path} holds none.",
+                f"--clamp auto needs rows to compare on, but {path} holds none.",
                 "Give a file of held-out rows with --selection, or a fixed --clamp.",
+                code="missing",
             )
         return load_rows(str(path))
 
@@ -137,7 +138,7 @@ class Correct:
         """Write the corrected adapter.
 
         Args:
-            progress: called with a module's path, how many are done, and how many there are.
+            progress: called with a module's path, the number done, and the total.
         """
         if self.output.is_finished():
             return self.output.path
@@ -145,7 +146,7 @@ class Correct:
             clamps = self._clamps()
             candidates, losses = self._compare(clamps, progress) if self.samples else ({}, None)
             done = len(candidates)
-            # The LoRAs that no row passed through (a tower of another modality), and all of them at a fixed clamp.
+            # LoRAs that no row passed through (a tower of another modality), and all LoRAs at a fixed clamp.
             for path, lora in self.adapter.loras.items():
                 if path not in candidates:
                     with self.skeleton.parameters([f"{path}.weight"]) as weights:
@@ -161,7 +162,7 @@ class Correct:
 
     @property
     def bytes_to_read(self) -> int:
-        """How much of the base is read: all of it to compare clamps, the corrected weights at a fixed one."""
+        """Bytes of the base to read: all to compare clamps, only the corrected weights at a fixed clamp."""
         if self.samples:
             return self.base.nbytes
         keys = {key for path in self.adapter.loras for key in self.skeleton.sources(f"{path}.weight")}
@@ -175,7 +176,7 @@ class Correct:
 
     def _correct(self, path: str, weight: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
         keys = self.kind.keys(self.skeleton.sources(f"{path}.weight")[0])
-        if keys[1] not in self.emulator.tensors:  # dense on the emulator too: nothing to correct
+        if keys[1] not in self.emulator.tensors:  # also dense on the emulator: nothing to correct
             return [lora] * len(clamps)
         with self.emulator.slices(keys) as slices:
             tensors = [slices[key][...].to(weight.device) for key in keys]
@@ -184,15 +185,17 @@ class Correct:
                 corrected: Any = self.correct(weight, u, v, lora.to(weight.device), clamps)
         if not isinstance(corrected, list) or [_shapes(each) for each in corrected] != [_shapes(lora)] * len(clamps):
             raise EmlocError(
-                f"The correction {self.settings.method!r} gave no LoRA of the given one's shapes for every clamp, on "
-                f"{path}.",
+                f"The correction {self.settings.method!r} did not give one LoRA per clamp, in the shapes of the given "
+                f"one, on {path}.",
                 "Choose another --method, or update the plugin.",
+                code="plugin",
             )
         for candidate in corrected:
             if not bool(torch.isfinite(candidate.a).all() and torch.isfinite(candidate.b).all()):
                 raise EmlocError(
                     f"The correction {self.settings.method!r} gave a LoRA with NaN or Inf, on {path}.",
                     "Check base and emulator.",
+                    code="not-finite",
                 )
         return [candidate.to(torch.device("cpu")) for candidate in corrected]
 
@@ -202,7 +205,7 @@ class Correct:
         """Correct for every clamp, and measure each on the held-out rows, in one pass over the base.
 
         Returns:
-            The corrected LoRAs by path, one a clamp; and the loss, summed over each row's tokens, with the number of
+            The corrected LoRAs by path, one per clamp; and the loss, summed over each row's tokens, with the number of
             tokens: (clamps, rows, 2), fp64.
         """
         stream = Stream(self.skeleton, [tower.blocks for tower in self.family.towers])
@@ -266,12 +269,12 @@ def _shapes(lora: Any) -> tuple[torch.Size, torch.Size] | None:
 
 
 def choose(losses: torch.Tensor) -> int:
-    """Return the candidate to keep: the best one, if it beats the first, uncorrected one by more than chance.
+    """Return the index of the candidate to keep: the best, if it beats the first, uncorrected one by more than chance.
 
     Args:
         losses: (candidates, rows, 2): summed loss and number of tokens.
 
-    A difference below one standard error of the paired differences is no reason to change what was trained.
+    A gain below one standard error of the paired differences does not justify changing the trained adapter.
     """
     sums = losses[..., 0]
     best = int(sums.sum(1).argmin())
@@ -284,7 +287,7 @@ def prepare(request: CorrectRequest) -> Correct:
     """Return the job of a request.
 
     Raises:
-        EmlocError: from the adapter, the emulator, the base or the settings.
+        EmlocError: the adapter, the emulator, the base or the settings cannot be used.
     """
     adapter = Adapter(request.adapter)
     base = request.base
@@ -307,33 +310,36 @@ def prepare(request: CorrectRequest) -> Correct:
 def _require_uncorrected(adapter: Adapter) -> None:
     if adapter.is_corrected:
         raise EmlocError(
-            f"{adapter.directory} is corrected already; correcting twice would spoil it.",
-            "Use it on the base as it is, or give the adapter as it was trained.",
+            f"{adapter.directory} is already corrected; correcting it twice would spoil it.",
+            "Use it on the base directly, or give the adapter that training wrote.",
+            code="mismatch",
         )
 
 
 def find_emulator(adapter: Adapter, emulator: Path | None) -> Checkpoint:
-    """Return the emulator at a directory; None: the one that the adapter's config names.
+    """Return the emulator at a directory, by default the one that the adapter's config names.
 
     Raises:
-        EmlocError: it is not there.
+        EmlocError: the directory does not exist.
     """
     directory = emulator or Path(adapter.model_name)
     if not directory.is_dir():
         raise EmlocError(
             f"The emulator that {adapter.directory} was trained on is not at {directory}.",
-            "Say where it is with --emulator.",
+            "Give its directory with --emulator.",
+            code="missing",
         )
     return Checkpoint(directory)
 
 
 def _require_emulator(adapter: Adapter, emulator: Checkpoint) -> dict[str, Any]:
-    """Refuse what is no emulator; return its manifest."""
+    """Return an emulator's manifest; refuse any other checkpoint."""
     manifest = read_manifest(emulator.directory)
     if manifest is None or manifest.get("kind") != "emulator":
         raise EmlocError(
-            f"{adapter.directory} was trained on {emulator.directory}, which is no emulator.",
+            f"{adapter.directory} was trained on {emulator.directory}, which is not an emulator.",
             "An adapter trained on the base itself needs no correction; otherwise give --emulator.",
+            code="mismatch",
         )
     return manifest
 
@@ -341,17 +347,19 @@ def _require_emulator(adapter: Adapter, emulator: Checkpoint) -> dict[str, Any]:
 def _require_match(
     adapter: Adapter, emulator: Checkpoint, emulator_fingerprint: str, base: Checkpoint, base_fingerprint: str
 ) -> None:
-    """Refuse what does not belong together."""
+    """Refuse an adapter, emulator and base that do not belong together."""
     manifest = _require_emulator(adapter, emulator)
     trained_on = adapter.manifest.get("request", {}).get("model")
     if trained_on is not None and trained_on != emulator_fingerprint:
         raise EmlocError(
             f"{adapter.directory} was trained on another emulator than {emulator.directory}: the fingerprints differ.",
             "Give the emulator that it was trained on, unchanged, with --emulator.",
+            code="mismatch",
         )
     if manifest_value(manifest, emulator.directory, "request.base", str) != base_fingerprint:
         raise EmlocError(
             f"The emulator {emulator.directory} was made from another base than {base.directory}: the fingerprints "
             "differ.",
             "Give the base that the emulator was made from, unchanged.",
+            code="mismatch",
         )

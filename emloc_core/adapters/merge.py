@@ -1,6 +1,6 @@
-"""Folds an adapter into its base: ``W + s B A``, shard by shard, into an ordinary checkpoint.
+"""Merges an adapter into its base: ``W + s B A``, shard by shard, into an ordinary checkpoint.
 
-Every tensor keeps the key and the place that it has in the base, and those without a LoRA keep their bytes.
+Every tensor keeps its key and its place in the base, and tensors without a LoRA keep their bytes.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,17 +25,17 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import MergeRequest
 
 _AT_ONCE = 3  # shards
-_ROWS_BYTES = 2 << 20  # of a weight that are merged at a time: few enough to stay in the processor's cache
+_ROWS_BYTES = 2 << 20  # bytes of a weight merged at a time: few enough to stay in the processor's cache
 
 
 class Merge:
-    """A merge, checked as far as that is cheap; :meth:`run` writes the merged checkpoint.
+    """A merge, after the cheap checks; :meth:`run` writes the merged checkpoint.
 
     Args:
         adapter: a corrected adapter, or one trained on the base itself.
         base: the model that it belongs to.
-        output: where the merged checkpoint goes.
-        allow_uncorrected: merge an adapter as it was trained on the emulator.
+        output: directory of the merged checkpoint.
+        allow_uncorrected: merge an adapter that was trained on an emulator without correcting it.
 
     Raises:
         EmlocError: the adapter does not belong to the base, or cannot be merged into it.
@@ -60,7 +60,7 @@ class Merge:
 
     @cached_property
     def output(self) -> Output:
-        """The checkpoint's directory. The files of adapter and base are hashed when it is first asked for.
+        """The checkpoint's directory. The files of adapter and base are hashed on first access.
 
         Raises:
             EmlocError: the adapter does not belong to the base.
@@ -89,16 +89,21 @@ class Merge:
             keys = skeleton.sources(name)
             expected = (lora.b.shape[0], lora.a.shape[1])
             if not keys:
-                raise EmlocError(f"The base has no Linear at {path}.", "The adapter belongs to another architecture.")
+                raise EmlocError(
+                    f"The base has no Linear at {path}.",
+                    "The adapter belongs to another architecture.",
+                    code="mismatch",
+                )
             if len(keys) != 1 or self.base.tensors[keys[0]].shape != expected:
                 shapes = [self.base.tensors[key].shape for key in keys]
                 raise EmlocError(
                     f"The LoRA on {path} is for a weight of shape {expected}; the base has {shapes} in {keys}.",
                     "The adapter belongs to another model, or save the base with save_pretrained first.",
+                    code="mismatch",
                 )
             if name not in skeleton.tied:
                 found[keys[0]] = lora
-            elif stored := skeleton.stored(name):  # tied by the config, and in the file all the same
+            elif stored := skeleton.stored(name):  # tied in the config, but stored in the file too
                 found[stored[0]] = lora
                 self.unties = True
             else:
@@ -110,7 +115,7 @@ class Merge:
         """Write the merged checkpoint, or resume what an interrupted run left.
 
         Args:
-            progress: called with a shard's name, how many shards are done, and how many there are.
+            progress: called with a shard's name, the number of shards done, and the total.
         """
         if self.output.is_finished():
             return self.output.path
@@ -125,7 +130,7 @@ class Merge:
         return self.output.path
 
     def _write_shards(self, staging: Path, progress: Callable[[str, int, int], None]) -> None:
-        """Write a few shards side by side: one waits for the disk while another is computed or copied."""
+        """Write a few shards at a time: one waits for the disk while another is computed or copied."""
         shards = self.base.shards
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             missing = [shard for shard in shards if not (staging / shard.name).exists()]
@@ -135,7 +140,7 @@ class Merge:
                     future.result()
                     progress(writing[future].name, done, len(shards))
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # those that are being written are finished first
+                pool.shutdown(cancel_futures=True)  # shards that are being written are finished first
                 raise
 
     def _write_shard(self, source: Path, target: Path) -> None:
@@ -161,9 +166,11 @@ class Merge:
         for weight in row_chunks(tensor, _ROWS_BYTES):
             rows = b[done : done + len(weight)]
             merged = weight.float().addmm_(rows, a, alpha=lora.scale).to(DTYPES[tensor.dtype])
-            # NaN and Inf survive a sum, so that one pass finds them; what overflows in the cast is found too.
+            # NaN and Inf survive a sum, so one pass finds them, including overflows in the cast.
             if not bool(torch.isfinite(merged.sum(dtype=torch.float32))):
-                raise EmlocError(f"The merged {tensor.key} holds NaN or Inf.", "Check base and adapter.")
+                raise EmlocError(
+                    f"The merged {tensor.key} holds NaN or Inf.", "Check base and adapter.", code="not-finite"
+                )
             yield tensor_bytes(merged)
             done += len(weight)
 
@@ -175,7 +182,7 @@ class Merge:
                 (staging / name).write_bytes((self.base.directory / name).read_bytes())
         if not self.unties:
             return
-        # A LoRA on a tied output projection changes it alone: the merged model has two tensors where there was one.
+        # A LoRA on a tied output projection changes only that: the merged model has two tensors instead of one.
         write_json(staging / "config.json", _untie(self.base.config))
         last = self.base.shards[-1].name
         weight_map = {key: tensor.shard.name for key, tensor in self.base.tensors.items()}
@@ -185,7 +192,7 @@ class Merge:
 
 
 def _untie(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config with tied embeddings off, in its text part too where it has one."""
+    """Return the config with tied embeddings off, also in its text part if it has one."""
     text = config.get("text_config")
     parts = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
     return {**config, **parts, "tie_word_embeddings": False}
@@ -195,7 +202,7 @@ def prepare(request: MergeRequest) -> Merge:
     """Return the job of a request.
 
     Raises:
-        EmlocError: from the adapter or the base.
+        EmlocError: the adapter or the base cannot be used.
     """
     adapter = Adapter(request.adapter)
     base = open_checkpoint(request.base or adapter.base_name)

@@ -1,7 +1,7 @@
-"""How many ranks every Linear gets.
+"""Rank allocation: the rank of every Linear.
 
-An allocator is a function ``f(shapes, ratio) -> ranks``, or, if it decides by what calibration found,
-``f(shapes, ratio, spectra) -> ranks``: a third parameter of that name is given a :class:`Spectrum` a Linear.
+An allocator is a function ``f(shapes, ratio) -> ranks``, or, if it uses the results of calibration,
+``f(shapes, ratio, spectra) -> ranks``: a third parameter of that name receives a :class:`Spectrum` per Linear.
 """
 
 import inspect
@@ -23,14 +23,14 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What calibration found out about a Linear.
+    """Results of calibration for a Linear.
 
     Attributes:
         path: module path.
         block: path of the block that holds it.
         energies: energy of the outputs on the calibration rows along every direction, descending: (min(m, n),), fp64.
         sensitivity: how much its error disturbs its block: the mean squared change of the block's output, relative to
-            each token's own length, for every unit of ``err(k)^2``; see :mod:`emloc_core.emulator.sensitivity`.
+            each token's own length, per unit of ``err(k)^2``; see :mod:`emloc_core.emulator.sensitivity`.
     """
 
     path: str
@@ -45,12 +45,12 @@ def largest_rank(out_features: int, in_features: int) -> int:
 
 
 def wants_spectra(allocate: Callable[..., Any]) -> bool:
-    """Say whether an allocator has a parameter ``spectra``: then the whole model is decomposed before it is asked."""
+    """Return whether an allocator has a parameter ``spectra``: all Linears are then decomposed before it is called."""
     return "spectra" in inspect.signature(allocate).parameters
 
 
 def uniform(shapes: Sequence[Shape], ratio: float) -> list[int]:
-    """Return the ranks that keep the share ``ratio`` of every Linear's parameters (the paper's allocation).
+    """Return the ranks that keep the fraction ``ratio`` of every Linear's parameters (the paper's allocation).
 
     ``rank = floor(ratio * m * n / (m + n))``, at least 1.
     """

@@ -1,4 +1,4 @@
-"""Second moments of activations: which are gathered, and how they are hooked."""
+"""Second moments of activations."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from emloc_core.errors import EmlocError
 
 Side = Literal["input", "output"]
 
-#: Tokens that are added to a sum at a time.
+#: Tokens added to a sum at a time.
 ROWS = 1024
 _BLOCK = 512  # columns of a symmetric product at a time
 
@@ -16,12 +16,12 @@ _BLOCK = 512  # columns of a symmetric product at a time
 _HEAVY = 32
 #: Rows of which a sample shows whether few directions dominate all of them.
 _SAMPLE = 64
-#: Mean squares outside this range are summed in fp64, lest sums overflow, or what is small beside them vanishes.
+#: Mean squares outside this range are summed in fp64, so that sums do not overflow and small values do not vanish.
 _RANGE = 1e-12, 1e24
 
 
 def cheaper_side(out_features: int, in_features: int) -> Side:
-    """Say which Gram of a Linear is the smaller one: that of its outputs, unless it widens."""
+    """Return which Gram of a Linear is smaller: that of its outputs, unless it has more outputs than inputs."""
     return "output" if out_features <= in_features else "input"
 
 
@@ -84,7 +84,7 @@ class Gram:
         norms = torch.linalg.vector_norm(rows, dim=1)
         # NaN and Inf survive a norm, which may overflow before they are there.
         if not bool(torch.isfinite(norms.sum())) and not bool(torch.isfinite(rows).all()):
-            raise EmlocError("NaN or Inf among the activations")
+            raise EmlocError("NaN or Inf among the activations", code="not-finite")
         self._rows.append(rows)
         self._norms.append(norms)
         self._pending += rows.shape[0]

@@ -57,9 +57,9 @@ def test_a_scale_has_to_be_finite(tmp_path, field, number):
     [
         (torch.full((4, 16), float("nan")), "NaN"),
         (torch.full((4, 16), float("inf")), "NaN or Inf"),
-        (torch.ones(4, 16, dtype=torch.int32), "no floats"),
-        (torch.ones(4, 16, dtype=torch.bool), "no floats"),
-        (torch.ones(4, 16, 1), "no part of a LoRA on a Linear"),
+        (torch.ones(4, 16, dtype=torch.int32), "not floating-point"),
+        (torch.ones(4, 16, dtype=torch.bool), "not floating-point"),
+        (torch.ones(4, 16, 1), "not part of a LoRA on a Linear"),
         (torch.ones(3, 16), "rank 4"),
         (torch.ones(0, 16), "rank 4"),
     ],

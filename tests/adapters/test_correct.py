@@ -78,10 +78,10 @@ def test_keys_are_those_of_a_lora_trained_on_the_base(tiny_model, adapter, tmp_p
 
 def test_correcting_twice_is_refused_even_without_the_manifest(tiny_model, emulator, adapter, tmp_path):
     corrected = correct(adapter, tiny_model, tmp_path / "corrected")
-    with pytest.raises(EmlocError, match="corrected already"):
+    with pytest.raises(EmlocError, match="already corrected"):
         correct(corrected, tiny_model, tmp_path / "twice", emulator=emulator)
     (corrected / "emloc.json").unlink()
-    with pytest.raises(EmlocError, match="corrected already"):
+    with pytest.raises(EmlocError, match="already corrected"):
         correct(corrected, tiny_model, tmp_path / "twice", emulator=emulator)
     assert not (tmp_path / "twice").exists()
 
@@ -127,7 +127,9 @@ def test_auto_reports_the_true_losses_and_keeps_the_best(tiny_model, emulator, a
 def test_a_correction_that_gives_no_loras_is_named(tiny_model, adapter, tmp_path, answer):
     job = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(clamp=1.0))
     job.correct = lambda *_: answer
-    with pytest.raises(EmlocError, match=r"correction 'emloc' gave no LoRA .* on model\.layers\.0\.mlp\."):
+    with pytest.raises(
+        EmlocError, match=r"correction 'emloc' did not give one LoRA per clamp.* on model\.layers\.0\.mlp\."
+    ):
         job.run()
     assert not (tmp_path / "out").exists()
 
@@ -177,7 +179,7 @@ def test_another_emulator_is_refused(tiny_model, adapter, tmp_path):
 
 def test_an_adapter_of_the_base_itself_needs_no_correction(tiny_model, tmp_path):
     on_base = make_adapter(tiny_model, tmp_path / "on_base")
-    with pytest.raises(EmlocError, match="no emulator"):
+    with pytest.raises(EmlocError, match="not an emulator"):
         correct(on_base, tiny_model, tmp_path / "out")
 
 
