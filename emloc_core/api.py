@@ -287,20 +287,20 @@ def plan(
     device: str = "cuda",
     **settings: Any,
 ) -> "MemoryPlan":
-    """Say what every stage needs, from the config alone, and compare the ways to tune. Loads no weights.
+    """Plan the memory of every stage from the config alone, and compare the ways to tune. Loads no weights.
 
     Args:
-        model: directory, ``config.json``, entry of the registry, or hub id.
-        memory: what tuning may use: ``24GiB``; None: what inference on the base needs.
-        ratio: plan this emulator, instead of the largest that fits.
-        kind: of emulator.
-        data: rows, of which the longest says how many tokens a row has.
-        split: of a hub data set.
-        length: tokens per row; with ``data``, where rows are cut. Default: 1024.
-        images: per row. Default: those of the rows, or 1 for an image-text model.
-        image_size: ``WIDTHxHEIGHT`` of every image, in pixels, for a model that takes any.
-        device: whose memory: ``cuda`` or ``cpu``.
-        settings: of :class:`~emloc_core.settings.TrainSettings`: those of ``emloc_core.settings.MEMORY_SETTINGS``.
+        model: directory, ``config.json``, registry entry, or hub id.
+        memory: memory to tune in, such as ``24GiB``; by default what inference on the base needs.
+        ratio: plan this ratio, instead of the largest that fits.
+        kind: kind of emulator.
+        data: rows; the longest sets the number of tokens per row.
+        split: split of a hub dataset.
+        length: tokens per row; with ``data``, the maximum. Default: 1024.
+        images: images per row. Default: those of the rows, or 1 for an image-text model.
+        image_size: ``WIDTHxHEIGHT`` of every image in pixels, for a model that takes any size.
+        device: device whose memory is planned: ``cuda`` or ``cpu``.
+        settings: those of :class:`~emloc_core.settings.TrainSettings` in ``emloc_core.settings.MEMORY_SETTINGS``.
 
     Raises:
         EmlocError: the model cannot be planned, or a setting is wrong.

@@ -258,7 +258,7 @@ def fingerprint(directory: Path, files: Inputs) -> str:
     """Return the SHA-256 over an adapter's config and weights, as a hexadecimal string.
 
     Raises:
-        EmlocError: EMLoC has written the adapter, and it is not as it was made.
+        EmlocError: the adapter was written by EMLoC and has changed since.
     """
     if manifest := read_manifest(directory):
         require_unchanged(manifest, directory, content_hash(directory))

@@ -62,7 +62,7 @@ def global_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
 
     Minimises the sum over the Linears of ``sensitivity * err(k)^2``, where ``err(k)^2`` is the share of a Linear's
     output energy that is lost at rank k, subject to ``sum k (m + n) <= budget``. Energies descend, so that taking
-    single ranks in the order of what they save a parameter is the Lagrangian optimum, short of less than one rank.
+    single ranks in the order of their gain per parameter is the Lagrangian optimum, short of less than one rank.
     Every Linear stays within :data:`BOUNDS` of its uniform rank, and below dense.
 
     The energies alone (sensitivity 1) gain less, and lose at a ratio of 0.4; see ``docs/decisions.md``.
@@ -89,11 +89,11 @@ def spend(
     """Return ranks between floors and caps that gain the most for ``budget`` parameters.
 
     Args:
-        shapes: of the Linears; a rank costs m + n parameters.
-        gains: (>= cap,) of each Linear: what each further rank gains, never ascending.
-        floors: ranks that are given before anything is compared.
-        caps: ranks that are never exceeded.
-        budget: number of parameters, not less than the floors cost.
+        shapes: shapes of the Linears; a rank costs m + n parameters.
+        gains: gain of each further rank of a Linear, (>= cap,), non-increasing.
+        floors: minimum ranks.
+        caps: maximum ranks.
+        budget: number of parameters, at least the cost of the floors.
     """
     costs = torch.tensor([sum(shape) for shape in shapes])
     steps = [cap - floor for floor, cap in zip(floors, caps, strict=True)]

@@ -1,8 +1,8 @@
-"""The correction of a LoRA that was trained on an emulator. Pure functions of tensors; knows no files.
+"""The correction of a LoRA that was trained on an emulator, as pure functions of tensors.
 
-On the input subspace of the LoRA the emulator answered ``What q`` where the base answers ``W q``. The correction
-subtracts the difference from the LoRA's answer, so that the base with the corrected LoRA behaves there as the tuned
-emulator did (arXiv 2506.12015, section 3.3; the division by the LoRA's scale is missing in the reference code).
+On the LoRA's input subspace, the emulator computes ``What q`` where the base computes ``W q``. The correction subtracts
+the difference from the LoRA's output, so that there the base with the corrected LoRA behaves like the tuned emulator
+(arXiv 2506.12015, section 3.3; the division by the LoRA's scale is missing in the reference code).
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from emloc_core.algorithms.lora import Lora
 #: Limits the correction of each direction to this many times the LoRA's own weight there. 0: not corrected;
 #: None: not limited.
 Clamp = float | None
-_WIDENED = 4 << 20  # numbers of a weight that are in fp32 at a time
+_WIDENED = 4 << 20  # elements of a weight that are in fp32 at a time
 
 
 def correct_lora(
     weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor, lora: Lora, clamps: Sequence[Clamp]
 ) -> list[Lora]:
-    """Correct a LoRA for the misalignment ``W - U V``, once for every clamp.
+    """Correct a LoRA for the misalignment ``W - U V``, once per clamp.
 
     With ``A^T = Q D Z^T`` (thin SVD), ``B A = B0 Q^T`` for ``B0 = B Z D``. The misalignment on that subspace is
     ``E = (W - U V) Q / scale``; column j of E is scaled by ``min(1, clamp * mean|B0[:, j]| / mean|E[:, j]|)``.
@@ -29,11 +29,11 @@ def correct_lora(
         weight: the base's weight W, (m, n).
         u: (m, k).
         v: (k, n).
-        lora: as trained on the emulator.
+        lora: the LoRA trained on the emulator.
         clamps: the paper's code uses 3.
 
     Returns:
-        One LoRA a clamp: ``A' = Q^T``, ``B' = B0 - E`` (scaled), in the dtypes of the given one. Clamp 0 returns the
+        One LoRA per clamp: ``A' = Q^T``, ``B' = B0 - E`` (scaled), in the dtypes of the given one. Clamp 0 returns the
         given LoRA itself.
     """
     dtype = torch.promote_types(lora.a.dtype, torch.float32)

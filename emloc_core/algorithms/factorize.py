@@ -1,4 +1,4 @@
-"""Optimal low-rank factors of a Linear on given activations. Pure functions of tensors; knows no files.
+"""Optimal low-rank factors of a Linear on given activations, as pure functions of tensors.
 
 For W (m x n) and inputs X, the rank-k matrix that minimises the output error is ``U_k U_k^T W``, where U_k holds the
 top eigenvectors of the outputs' Gram ``W G W^T`` (m x m), ``G = sum x x^T`` (n x n). It is the paper's whitened SVD
@@ -6,8 +6,8 @@ top eigenvectors of the outputs' Gram ``W G W^T`` (m x m), ``G = sum x x^T`` (n 
 tokens than features. Where m > n the same eigenvectors come from the n x n side, by ``W = Q R``: ``W G W^T`` is
 ``Q (R G R^T) Q^T``.
 
-In fp32, after the few eigenvalues that dominate have been split off: everything is rounded in proportion to the largest
-one. Where what is cut off is still no more than that rounding, in fp64.
+Computed in fp32 after splitting off the few dominant eigenvalues, since rounding errors are proportional to the largest
+eigenvalue; in fp64 where the truncated energy is still below that rounding.
 """
 
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ import torch
 
 from emloc_core.algorithms.statistics import Gram, symmetric_product
 
-#: fp32 is enough while the energy that is cut off is above this many times ``sqrt(size) * eps * largest eigenvalue``.
+#: fp32 suffices while the truncated energy is above this many times ``sqrt(size) * eps * largest eigenvalue``.
 #: With 270 the error was 1.0003 to 1.0006 times the optimum at sizes 576, 1152 and 2048 with one dominant direction.
 RESOLUTION = 400
 
-#: Columns of a block, and products with the matrix, of the Krylov space in which dominant eigenvectors are looked for.
+#: Columns of a block, and products with the matrix, of the Krylov space that dominant eigenvectors are sought in.
 _BLOCK, _DEPTH = 16, 6
 
-#: An eigenvector has converged where ``||M q - e q||`` is below this many times e.
+#: An eigenvector has converged if ``||M q - e q||`` is below this many times e.
 _CONVERGED = 1e-6
 
-#: Mean diagonals outside this range are worked on in fp64.
+#: Matrices with a mean diagonal outside this range are decomposed in fp64.
 _RANGE = 1e-18, 1e30
 
-#: How far from orthonormal the columns of ``W R^-1`` may be. The loss is of second order in it.
+#: Limit on the deviation of ``W R^-1`` from orthonormal columns. The loss is of second order in it.
 _ORTHONORMAL = 1e-3
 
 
@@ -59,12 +59,12 @@ def factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
 
     Args:
         weight: (m, n), any floating dtype.
-        gram: of the inputs (without the bias's part) or of the outputs. The work is done in its dtype, and once more
-            in fp64 where fp32 cannot resolve what is cut off.
+        gram: Gram of the inputs, or of the outputs without the bias. Computed in its dtype, and again in fp64 if fp32
+            cannot resolve the truncated energy.
         rank: k, at most min(m, n).
 
     Returns:
-        Factors in the dtype that was needed, on the Gram's device.
+        Factors in the dtype of the computation, on the Gram's device.
     """
     solve = _on_outputs if gram.side == "output" else _on_inputs
     rest, heavy = gram.parts()
@@ -77,7 +77,7 @@ def factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
 
 
 def _on_outputs(weight: torch.Tensor, rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> Factors | None:
-    """Work on the m x m side; None where fp32 cannot resolve what is cut off."""
+    """Decompose the m x m side; None if fp32 cannot resolve the truncated energy."""
     top = _top(rest, heavy, rank)
     return top and Factors(top[1], top[1].T @ weight, top[0])
 
@@ -117,7 +117,7 @@ def _top(rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> tuple[torch.Tens
         All eigenvalues (fp64 on the CPU, none below 0) and the top eigenvectors (size, rank), descending. None where
         fp32 cannot hold the matrix, or resolve what is cut off.
 
-    The whole decomposition by divide and conquer takes no longer than LAPACK's routine for some of the eigenvectors.
+    The full decomposition by divide and conquer takes no longer than LAPACK's routine for some of the eigenvectors.
     """
     if rest.dtype == torch.float64:
         energies, vectors = torch.linalg.eigh(rest)

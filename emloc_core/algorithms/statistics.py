@@ -14,7 +14,7 @@ _BLOCK = 512  # columns of a symmetric product at a time
 
 #: A row is heavy if its norm is above this many times the median.
 _HEAVY = 32
-#: Rows of which a sample shows whether few directions dominate all of them.
+#: Rows in a sample that shows whether few directions dominate.
 _SAMPLE = 64
 #: Mean squares outside this range are summed in fp64, so that sums do not overflow and small values do not vanish.
 _RANGE = 1e-12, 1e24
@@ -168,7 +168,7 @@ def _congruent(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _dominated(rows: torch.Tensor) -> bool:
-    """Say whether few directions hold so much of the energy that a sum in fp32 rounds away the others."""
+    """Return whether few directions hold so much of the energy that a sum in fp32 rounds away the others."""
     count = min(_SAMPLE, len(rows), rows.shape[1] // 2)
     if count < 2:
         return False

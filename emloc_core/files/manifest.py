@@ -40,7 +40,7 @@ def manifest_value(manifest: Mapping[str, Any], directory: Path, name: str, kind
 
 
 def require_unchanged(manifest: Mapping[str, Any], directory: Path, content: str) -> None:
-    """Refuse a directory that is not as it was when its manifest was written.
+    """Refuse a directory that has changed since its manifest was written.
 
     Args:
         manifest: the content of its ``emloc.json``.

@@ -389,7 +389,7 @@ def _differences(old: Any, new: Any, at: str = "") -> str:
         return "; ".join(text for text in found if text)
     if old == new:
         return ""
-    if isinstance(new, list) or _is_hash(old) or _is_hash(new):  # of use to nobody
+    if isinstance(new, list) or _is_hash(old) or _is_hash(new):  # their values help nobody
         return f"{_ROLES.get(at.removeprefix('request.'), at)} differs"
     return f"{at} was {_short(old)} and is now {_short(new)}"
 
