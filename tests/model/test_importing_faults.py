@@ -143,7 +143,7 @@ def rewrite(directory, key, change):
 WO = "language_model.model.layers.1.attention.wo.weight"
 EXTRA = "language_model.model.layers.1.attention.lora_A.weight"
 FAULTS = {
-    "missing": (lambda tensors: tensors.pop(WO), "lacks .*layers.1.self_attn.o_proj.weight"),
+    "missing": (lambda tensors: tensors.pop(WO), "lacks .*layers.1.(self_attn.o_proj|attention.wo).weight"),
     "unknown": (lambda tensors: tensors.update({"mlp2.0.weight": torch.ones(2)}), "mlp2.0.weight, which the layout"),
     "not the model's": (lambda tensors: tensors.update({EXTRA: torch.ones(2)}), "layers.1.attention.lora_A.weight"),
     "twice": (
@@ -212,7 +212,7 @@ def layout(name="a", model_type="a_chat"):
         ("text", "not Layout"),
         (layout("a", "b_chat"), "'a' is already declared"),
         (layout("b", "a_chat"), "a_chat"),
-        (layout("b", "known"), "'other' declares the model types"),
+        (layout("b", "known"), "'other' already declares the model types"),
         (Layout("b", "b_chat", dict, []), "the layout 'b' has model_types"),
         (Layout("b", frozenset({"b_chat"}), dict, [("(.+)",)]), "the layout 'b' has renames.0"),
     ],
