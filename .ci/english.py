@@ -27,14 +27,12 @@ NOT_YET = (
     "emloc_core/registry/",
     "emloc_core/report/",
     "emloc_core/scaffold/",
-    "emloc_core/zoo/",
     "tests/chaos/",
     "tests/cli/",
     "tests/conformance/",
     "tests/files/",
     "tests/recipe/",
     "tests/scaffold/",
-    "tests/zoo/",
 )
 
 UNIT = (

@@ -15,7 +15,8 @@ from emloc_core.zoo.convert import convert
 from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.jobs.job import Job
 from emloc_core.zoo.jobs.task import Needs
-from emloc_core.zoo.state.store import JobRecord, Store
+from emloc_core.zoo.state.record import JobRecord
+from emloc_core.zoo.state.store import Store
 
 #: A model whose emulator takes one thread some seconds, beside the imports that every worker needs.
 CONFIG = {

@@ -17,7 +17,8 @@ from emloc_core.zoo.jobs.planning import Advance, plan
 from emloc_core.zoo.jobs.task import JOBS, Needs
 from emloc_core.zoo.retry import Limits
 from emloc_core.zoo.state.lock import driving
-from emloc_core.zoo.state.store import DATABASE, JobRecord, Store
+from emloc_core.zoo.state.record import JobRecord
+from emloc_core.zoo.state.store import DATABASE, Store
 from emloc_core.zoo.state.timing import estimate
 
 

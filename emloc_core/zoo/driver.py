@@ -1,7 +1,7 @@
-"""The loop: starts what fits, records how it ended, and tries again what another try may mend.
+"""The loop: starts what fits, records how it ended, and retries what another attempt may fix.
 
-One job's failure never stops another. What is in the store is what has happened: a driver that is killed at any moment
-leaves nothing that the next one does not find.
+One job's failure never stops another. The store always holds what has happened, so a driver may be killed at any moment
+and the next one resumes.
 """
 
 import shutil
@@ -23,7 +23,8 @@ from emloc_core.zoo.jobs.job import Job
 from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import JOBS, Needs, Task
 from emloc_core.zoo.retry import Limits, Retry, after
-from emloc_core.zoo.state.store import JobRecord, Store
+from emloc_core.zoo.state.record import JobRecord
+from emloc_core.zoo.state.store import Store
 
 #: Free space that is left on the disk, for the store, the logs, and whoever else writes there.
 RESERVE = 64 << 20
@@ -140,7 +141,7 @@ class Driver:
         return found
 
     def _end(self, name: str, progress: _Progress, outcome: Outcome, seconds: float, *, final: bool = False) -> None:
-        """Record how an attempt ended, and let the job wait again where another try may mend it."""
+        """Record how an attempt ended, and queue the job again where another attempt may fix it."""
         if outcome.cause is None:
             self._written += written(self.store.directory, name, progress.needs)
             self.store.finish(name, progress.attempts, seconds, outcome)
@@ -150,10 +151,10 @@ class Driver:
         outcome = replace(outcome, message=f"{outcome.message} {retry.note}".strip())
         task = Task(progress.job, progress.attempts, progress.needs)
         if retry.smaller:
-            # What the larger one has left cannot be gone on with.
+            # The smaller job cannot resume what the larger one left.
             with suppress(OSError):
                 Workspace(task.directory(self.store.directory) / outcome.stage).discard()
-            # The plan was wrong, or others took too much: this time it runs alone.
+            # The plan was wrong, or other jobs took too much: this time it runs alone.
             progress.job, progress.needs = retry.smaller, replace(progress.needs, memory=None)
         log = self.store.directory / task.log
         if not log.exists():  # no worker was started

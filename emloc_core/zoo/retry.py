@@ -1,4 +1,4 @@
-"""What another try may mend, by the cause of the failure."""
+"""Which failures another attempt may fix, by their cause."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ class Limits:
     """What a driver keeps to.
 
     Attributes:
-        retries: tries after the first one.
-        time: seconds an attempt; None for no limit.
+        retries: attempts after the first.
+        time: seconds per attempt; None for no limit.
         disk: bytes that all outputs together may take; None for what is free.
         backoff: seconds before the second try after an error of input or output; twice as many before each next.
     """
@@ -43,8 +43,8 @@ class Retry:
 def after(outcome: Outcome, job: Job, failures: int, limits: Limits) -> Retry:
     """Return what to do after a failure.
 
-    Out of memory: again smaller, where that is possible. Input and output: after a while. A lost worker: at once. The
-    time limit: once, since a job goes on where it was stopped. Bad input, a full disk, and a crash: not at all.
+    Out of memory: again, smaller, if that is possible. Input and output: again after a while. A lost worker: again at
+    once. The time limit: once more, since a job resumes where it stopped. Bad input, a full disk, a crash: not again.
 
     Args:
         outcome: of the attempt.

@@ -236,7 +236,7 @@ def _engines(local: Engine, *, ray: bool) -> Iterator[list[Engine]]:
     if not ray:
         yield [local]
         return
-    from emloc_core.zoo.engines.cluster import confine
+    from emloc_core.zoo.engines.connect import confine
 
     confine()
     from ray.cluster_utils import Cluster

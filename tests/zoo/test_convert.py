@@ -97,7 +97,7 @@ def killed(place, arguments):
 
 
 @pytest.fixture(scope="module")
-def converted(killed, arguments):  # noqa: ARG001 - it goes on where that one was
+def converted(killed, arguments):  # noqa: ARG001 - it resumes what that one left
     """The same command again, to its end; it fails because two of the jobs do."""
     return run_command(*arguments, "--workers", "2")
 
@@ -142,7 +142,7 @@ def test_one_failure_stops_nothing_and_is_said(converted, place):
     }  # fmt: skip
     assert jobs["first"]["duplicate_of"] == "copy"
     for name, said in {"cut": "model.safetensors", "absent": "organisation/not-here"}.items():
-        (attempt,) = jobs[name]["attempts"]  # another try would not mend it
+        (attempt,) = jobs[name]["attempts"]  # another attempt would not fix it
         assert said in attempt["message"]
         assert attempt["message"] in (place / "zoo" / attempt["log"]).read_text()
 
@@ -184,7 +184,7 @@ def test_again_nothing_is_done_twice_and_what_was_mended_or_is_gone_is_done(plac
     assert len(before) == 3
     emulator = zoo / "jobs/copy/emulator"
     gone = contents(emulator)
-    # What was mended had been begun with other settings.
+    # What was repaired had been begun with other settings.
     shutil.move(emulator, zoo / "jobs/cut/emulator")
     shutil.copytree(zoo / "jobs/whole-way/adapter", zoo / "jobs/cut/.adapter.partial")
     shutil.copytree(place / "models" / "first", place / "models" / "cut", dirs_exist_ok=True)

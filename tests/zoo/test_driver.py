@@ -65,7 +65,7 @@ def test_a_killed_driver_takes_its_workers_along_and_the_next_goes_on(tmp_path, 
 
 
 def _finish(zoo):
-    """Go on with a zoo as it is."""
+    """Resume a zoo as it is."""
     return convert([], zoo, lambda lock: WaitingEngine(1, None, [lock]), Limits())
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from emloc_core.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
-    from emloc_core.zoo.state.store import JobRecord
+    from emloc_core.zoo.state.record import JobRecord
 
 
 def line(record: "JobRecord") -> str:

@@ -3,11 +3,7 @@
 Ray decides where tasks run. It tries nothing again by itself: attempts are the driver's, and are in the zoo's store.
 """
 
-import ipaddress
 import math
-import os
-import secrets
-import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -15,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST
 from emloc_core.units import human_bytes
+from emloc_core.zoo.engines.connect import connect
 from emloc_core.zoo.engines.engine import NoRoomError
 from emloc_core.zoo.engines.node import Order, output_names, perform
 from emloc_core.zoo.engines.storage import Storage, input_name, share
@@ -25,9 +21,6 @@ from emloc_core.zoo.jobs.faults import classify, describe
 from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import JOBS, Task
 
-#: Objects are outcomes, a few kilobytes each; Ray would take a third of the memory for them.
-_OBJECTS = 80 << 20
-_ANSWER = 10.0  # seconds in which a cluster answers
 _FRESH = 1.0  # seconds in which its nodes are not asked for again: every waiting job wants to know, at every look
 _CPU, _GPU, _MEMORY = "CPU", "GPU", "memory"
 Resources = dict[str, float]
@@ -79,7 +72,7 @@ class RayEngine:
         self._known: list[Resources] = []
         self._unused: Resources = {}
         self._asked_at = -math.inf
-        self._ray = _connect(address, memory)
+        self._ray = connect(address, memory)
         self._perform = self._ray.remote(perform)
         # One at a time: what is shared by two jobs is copied once.
         self._uploads = ThreadPoolExecutor(1)
@@ -229,61 +222,6 @@ class RayEngine:
                 said = f"{outcome.host} made {output}, which is not at {self.url or handle.directory} from here."
                 return Outcome("input/output", said, stage, host=outcome.host)
         return outcome
-
-
-def confine() -> None:
-    """Have a Ray that this process or its children start listen on loopback alone, and answer no one without a token.
-
-    Ray takes all of this from the environment, when it is imported. What joins such a cluster inherits it, and with it
-    the token; other users of the machine can read neither.
-    """
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Loopback is Ray's own address of a node where it makes no clusters of machines, and this is its name for that.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-
-
-def _connect(address: str | None, memory: int | None) -> Any:
-    """Return Ray, connected to a cluster or to one that it starts."""
-    if address is None:
-        confine()
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
-    try:
-        import ray
-    except ImportError:
-        raise EmlocError("--engine ray needs the package ray.", "pip install 'emloc[cluster]'") from None
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address is None:
-        _start(ray, {"include_dashboard": False, "object_store_memory": _OBJECTS, "_memory": memory, **quiet})
-        return ray
-    try:
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        if host:  # Ray itself asks for minutes before it gives up
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
-        ray.init(address=address, **quiet)
-    except Exception as error:  # of many kinds, by how it was not to be reached
-        raise EmlocError(
-            f"There is no Ray cluster at {address} ({describe(error).rstrip('.')}).",
-            "Check --address, the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN) if the cluster asks for one, and that this "
-            "machine has the same versions of Ray and Python.",
-        ) from error
-    return ray
-
-
-def _start(ray: Any, options: dict[str, Any]) -> None:
-    """Start Ray on this machine, for this machine alone."""
-    try:
-        ray.init(address="local", **options)
-    except Exception as error:  # of many kinds
-        raise EmlocError(f"Ray did not start ({describe(error).rstrip('.')}).", "Use --engine local.") from error
-    node = ray.util.get_node_ip_address()
-    if not ipaddress.ip_address(node).is_loopback:  # it had been imported before it was confined
-        ray.shutdown()
-        raise EmlocError(
-            f"Ray would listen on {node}, where other machines reach it.",
-            "Do not import ray before emloc starts it, or start a cluster yourself and give its --address.",
-        )
 
 
 def _times(has: Resources, asked: Resources) -> int:

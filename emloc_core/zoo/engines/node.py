@@ -1,7 +1,7 @@
 """What a node of a cluster does with a job: runs its worker, in the zoo itself or in a directory that it shares later.
 
-On a disk that all nodes share there is nothing to copy: the stages publish whole directories by renaming them, and
-another node goes on with what a lost one has left. Other storage gets each output when it is finished.
+On a disk that all nodes share there is nothing to copy: stages publish complete directories by renaming them, and
+another node resumes what a lost one left. Other storage gets each output when it is finished.
 """
 
 import hashlib
@@ -95,7 +95,7 @@ def _on_shared_disk(order: Order, job: Job) -> Outcome:
 def _by_storage(order: Order, job: Job) -> Outcome:
     assert order.storage is not None
     storage = Storage(order.storage)
-    # Another attempt on this node goes on with what is there, unless the job is another one.
+    # Another attempt at the same job on this node resumes what is there.
     key = hashlib.sha256(f"{order.storage}\0{order.job}".encode()).hexdigest()[:24]
     place = Path(tempfile.gettempdir()) / f"emloc-zoo-{os.getuid()}" / key
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -131,8 +131,8 @@ def _by_storage(order: Order, job: Job) -> Outcome:
 def output_names(job: Job, inputs: Mapping[str, str]) -> dict[str, str]:
     """Return the names in the storage of a job's outputs, by stage, in order: ``jobs/NAME/STAGE-HASH``.
 
-    The hash is of all that is done up to there, and to what: another job of the same name has outputs of its own, and
-    one that was made smaller for a later stage goes on with those of the stages before.
+    The hash covers everything that led to the output: another job of the same name has outputs of its own, and a job
+    that was made smaller for a later stage keeps the outputs of the stages before.
     """
     seen = hashlib.sha256(repr((BYTES, job.threads, sorted(inputs.items()))).encode())
     found = {}

@@ -1,7 +1,7 @@
 """Does one job: ``python -m emloc_core.zoo.engines.worker JOB.json``. Outputs and outcome appear beside the file.
 
 Each stage is a process of its own, forked before anything heavy is imported: its memory is given back, its peak is its
-own, and whatever ends it does not end the worker, which says how it ended.
+own, and whatever kills it leaves the worker, which reports how it ended.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def _run_stage(stage: Stage, place: Path, *, offline: bool) -> Outcome:
     kills, worker = memory_kills(), os.getpid()
     child = os.fork()
     if child == 0:
-        # Whatever happens, this process must not go on as the worker.
+        # Whatever happens, this process must not return into the worker's loop.
         try:
             die_with(worker, signal.SIGKILL)
             code = _in_process(stage, place, offline=offline)

@@ -1,4 +1,4 @@
-"""A job: one model and everything that is done to it. The same as a recipe, with a name and a fingerprint."""
+"""A job: one model and everything that is done to it. A recipe with a name and a fingerprint."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from emloc_core.recipe.run import Stage, stages
 from emloc_core.requests import ImportRequest
 from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings
 
-#: Raised when a new version of the toolkit gives other bytes for the same inputs: then jobs are done anew.
+#: Raised when a new version of the toolkit gives other bytes for the same inputs: then all jobs are done again.
 BYTES = 1
 _NATIVE = "native"  # the output with the model that was rewritten
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
@@ -25,14 +25,14 @@ class Job(Settings):
     """What is done to one model; frozen, and JSON both ways (``model_dump_json``, ``model_validate_json``).
 
     Where there is a ``layout``, the model is rewritten before anything else. Without ``train`` the job ends with the
-    emulator. Otherwise it goes on with training, correction and, where they are given, ``merge`` and ``eval``.
+    emulator; otherwise training, correction and, where they are given, ``merge`` and ``eval`` follow.
     """
 
-    name: str = Field(pattern=f"^{NAME}$", description="Of its directory in the zoo.")
+    name: str = Field(pattern=f"^{NAME}$", description="Name of the job and of its directory in the zoo.")
     model: str = Field(description="Absolute path of a directory, or a hub id, with @revision where that is known.")
-    layout: str | None = Field(None, description="Of the model, where it has to be rewritten first.")
-    data: str | None = Field(None, description="Absolute path of a file of rows, or a data set of the hub.")
-    split: str = Field("train", description="Of a data set of the hub.")
+    layout: str | None = Field(None, description="Layout of the model, where it has to be rewritten first.")
+    data: str | None = Field(None, description="Absolute path of a file of rows, or a hub data set.")
+    split: str = Field("train", description="Split of a hub data set.")
     calibration: str | None = Field(None, description="Other rows for calibration and selection.")
     test: list[str] = Field([], description="Files of rows that are never tuned on.")
     compress: CompressSettings = CompressSettings()
@@ -41,7 +41,7 @@ class Job(Settings):
     polish: PolishSettings | None = None
     merge: bool = False
     eval: EvalSection | None = None
-    threads: int = Field(1, ge=1, description="Threads of the worker: pinned, since they decide the last bits.")
+    threads: int = Field(1, ge=1, description="Threads of the worker; pinned, since the last bits depend on them.")
     offline: bool = Field(False, description="Never fetch anything from the hub.")
 
     @model_validator(mode="after")

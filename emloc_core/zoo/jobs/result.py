@@ -1,4 +1,4 @@
-"""What a finished job comes to, read from its directory: sizes, errors, seconds, memory, scores."""
+"""The result of a finished job, read from its directory: sizes, errors, seconds, memory, scores."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from emloc_core.files.output import MANIFEST, TIMING, read_json
 from emloc_core.zoo.jobs.job import Job
 
-#: Of every Linear of an emulator.
+#: What the result keeps of each Linear of an emulator.
 _LINEAR = ("path", "rank", "in_features", "out_features", "relative_error", "reason")
 
 

@@ -24,10 +24,10 @@ from emloc_core.zoo.jobs.job import NAME, Job, slug, unique
 class JobSection(Settings):
     """One ``[[job]]`` of a file of jobs. Paths are relative to the file."""
 
-    name: str | None = Field(None, pattern=f"^{NAME}$", description="By default that of the model.")
-    model: str = Field(description="Directory, or an id of the hub, with @revision where one is wanted.")
-    data: str | None = Field(None, description="Rows: a file, or a data set of the hub.")
-    split: str = Field("train", description="Of a data set of the hub.")
+    name: str | None = Field(None, pattern=f"^{NAME}$", description="Name of the job; by default the model's.")
+    model: str = Field(description="Directory, or hub id with an optional @revision.")
+    data: str | None = Field(None, description="Rows: a file, or a hub data set.")
+    split: str = Field("train", description="Split of a hub data set.")
     calibration: str | None = Field(None, description="File of other rows for calibration and selection.")
     test: list[str] = Field([], description="Files of rows that are never tuned on.")
     ratio: float | None = Field(None, gt=0, lt=1, description="Short for compress.ratio.")
@@ -66,7 +66,7 @@ class Defaults:
 
     Attributes:
         data: rows to calibrate on, for jobs without any of their own.
-        split: of a data set of the hub.
+        split: split of a hub data set.
         compress: settings of stage 1 that were given: they go before an entry's preset, and behind a file of jobs.
         preset: of entries; ``default`` where none is named.
         merge: whether trained jobs are merged too.
@@ -190,7 +190,7 @@ def _read_jobs(path: Path, defaults: Defaults) -> Iterator[Job]:
             yield _from_section(section, path, defaults).model_copy(update={"layout": layout})
     except ValidationError as error:
         model = next((kind for kind in (JobsFile, CompressSettings) if kind.__name__ == error.title), Job)
-        raise EmlocError(f"{path}: {explain(error, model)}", "Mend these settings.") from None
+        raise EmlocError(f"{path}: {explain(error, model)}", "Fix these settings.") from None
 
 
 def _from_section(section: JobSection, file: Path, defaults: Defaults) -> Job:

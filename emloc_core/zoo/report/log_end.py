@@ -1,4 +1,4 @@
-"""The end of a log, as text that can be shown: a log holds whatever a process wrote, colours and bytes included."""
+"""The end of a log as text that is safe to show: a log holds whatever a process wrote, colours and bytes included."""
 
 import os
 import re
@@ -20,8 +20,8 @@ def log_end(directory: Path, log: str, lines: int = 40) -> str | None:
         lines: at most.
 
     Returns:
-        Text without control characters. Of a line that was written over again and again, what stood last. None where
-        the file cannot be read, or is not in the zoo.
+        Text without control characters; where a line was overwritten (a progress bar), its last state. None if the
+        file cannot be read or is not in the zoo.
     """
     path = (directory / log).resolve()
     if not path.is_relative_to(directory.resolve()) or not path.is_file():

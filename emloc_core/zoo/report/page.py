@@ -79,7 +79,7 @@ def finite(value: Any) -> Any:
 
 def _render(template: str, head: Mapping[str, str], summary: Summary, views: list[JobView]) -> str:
     environment = Environment(
-        loader=PackageLoader("emloc_core.zoo.report.page"),
+        loader=PackageLoader("emloc_core.zoo.report"),
         autoescape=select_autoescape(disabled_extensions=("md.j2",), default=True),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -13,12 +13,12 @@ from emloc_core.units import human_bytes, human_seconds
 from emloc_core.zoo.jobs.task import Needs
 from emloc_core.zoo.report.error_plot import Strip, finite, strips
 from emloc_core.zoo.report.log_end import log_end
-from emloc_core.zoo.state.store import Attempt, JobRecord
+from emloc_core.zoo.state.record import Attempt, JobRecord
 
 #: States in the order in which a person wants to know of them, with what they mean.
 STATES = {
     "failed": "failed; see cause and log",
-    "interrupted": "was running when its driver ended; the same command goes on",
+    "interrupted": "was running when its driver ended; the same command resumes it",
     "running": "running now",
     "waiting": "not begun, or to be tried again",
     "done": "done",

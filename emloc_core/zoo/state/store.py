@@ -11,19 +11,19 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.zoo.jobs.job import Job
 from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import JOBS, Needs
 from emloc_core.zoo.state.lock import is_driven
+from emloc_core.zoo.state.record import Attempt, JobRecord, State
 
-State = Literal["waiting", "running", "done", "failed", "duplicate", "interrupted"]
 DATABASE = "zoo.db"
-_PATIENCE = 60.0  # seconds for which a full disk may go on
+_PATIENCE = 60.0  # seconds to wait for room on a full disk
 _DISK_FAULTS = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
 _SCHEMA = """
 CREATE TABLE jobs (
@@ -40,67 +40,8 @@ _JOBS = "SELECT job, fingerprint, state, duplicate_of, smaller, needs, result FR
 _ATTEMPTS = "SELECT name, number, started, seconds, cause, message, log, host FROM attempts"
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One try at a job.
-
-    Attributes:
-        number: from 1.
-        started: seconds since the epoch.
-        seconds: how long it took; None while it runs.
-        cause: of a failure; None is success, or that it runs.
-        message: what happened, and what follows from it.
-        log: the log's path in the zoo.
-        host: where it ran; empty where not known.
-    """
-
-    number: int
-    started: float
-    seconds: float | None
-    cause: str | None
-    message: str
-    log: str
-    host: str
-
-
-@dataclass(frozen=True)
-class JobRecord:
-    """What the zoo knows of a job.
-
-    Attributes:
-        state: ``interrupted`` is running in the store while there is no driver; the next one goes on with it.
-        duplicate_of: the job of the same fingerprint that is done instead.
-        smaller: the job as it is tried now where memory ran out before; None is as it was asked for.
-        needs: by the plan; None before there is one.
-        result: of a finished job; see :func:`emloc_core.zoo.jobs.result.collect`.
-    """
-
-    job: Job
-    fingerprint: str
-    state: State
-    duplicate_of: str | None = None
-    smaller: Job | None = None
-    needs: Needs | None = None
-    result: dict[str, Any] = field(default_factory=dict)
-    attempts: list[Attempt] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return {
-            "name": self.job.name,
-            "job": self.job.model_dump(),
-            "fingerprint": self.fingerprint,
-            "state": self.state,
-            "duplicate_of": self.duplicate_of,
-            "smaller": self.smaller and self.smaller.model_dump(),
-            "needs": self.needs and asdict(self.needs),
-            "result": self.result,
-            "attempts": [asdict(attempt) for attempt in self.attempts],
-        }
-
-
 class Store:
-    """The jobs of the zoo in ``directory``. One object a thread.
+    """The jobs of the zoo in ``directory``. Not for use by several threads at once.
 
     Args:
         directory: of the zoo.
@@ -130,8 +71,8 @@ class Store:
     def add(self, jobs: Sequence[Job], fingerprints: Sequence[str]) -> None:
         """Add jobs that are not there yet, in order; one whose fingerprint another job has becomes its duplicate.
 
-        A job that is not done and whose model, data or settings have changed since is taken anew, and what it has made
-        is removed; a failed one waits again. What was a duplicate of a job that has changed waits in its place.
+        A job that is not done and whose model, data or settings have changed is replaced, and what it made is removed;
+        a failed one waits again. A duplicate of a job that has changed waits in its place.
 
         Raises:
             EmlocError: a job of that name is done, and was something else; nothing is added then.

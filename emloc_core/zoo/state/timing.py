@@ -6,7 +6,7 @@ from statistics import median
 
 from emloc_core.zoo.jobs.job import Job
 from emloc_core.zoo.jobs.task import Needs
-from emloc_core.zoo.state.store import JobRecord
+from emloc_core.zoo.state.record import JobRecord
 
 
 def estimate(job: Job, needs: Needs, records: Sequence[JobRecord]) -> float | None:

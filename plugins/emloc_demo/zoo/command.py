@@ -79,7 +79,7 @@ def two_nodes() -> Iterator[str]:
     Raises:
         EmlocError: Ray is missing.
     """
-    from emloc_core.zoo.engines.cluster import confine
+    from emloc_core.zoo.engines.connect import confine
     from emloc_core.zoo.engines.local import machine_memory
 
     confine()

@@ -20,6 +20,7 @@ from emloc_core.files.output import TIMING, write_json
 from emloc_core.settings import CompressSettings
 from emloc_core.zoo.convert import convert
 from emloc_core.zoo.engines.cluster import RayEngine
+from emloc_core.zoo.engines.connect import confine
 from emloc_core.zoo.engines.engine import NoRoomError
 from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.engines.node import Order, output_names, perform
@@ -35,7 +36,7 @@ SMALL = CompressSettings(samples=8, selection=0, ratio=0.5)
 @pytest.fixture(scope="module")
 def cluster():
     """A cluster of two nodes with a processor each, confined as one that emloc starts itself."""
-    emloc_core.zoo.engines.cluster.confine()
+    confine()
     from ray.cluster_utils import Cluster
 
     started = Cluster(initialize_head=True, head_node_args=NODE)
@@ -251,7 +252,7 @@ def engine(monkeypatch):
             def remote(self, function):
                 return function
 
-        monkeypatch.setattr(emloc_core.zoo.engines.cluster, "_connect", lambda *_: Ray())
+        monkeypatch.setattr(emloc_core.zoo.engines.cluster, "connect", lambda *_: Ray())
         return RayEngine(**options)
 
     return make

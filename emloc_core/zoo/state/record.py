@@ -1,0 +1,68 @@
+"""What the zoo knows of its jobs, as the store returns it."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.task import Needs
+
+State = Literal["waiting", "running", "done", "failed", "duplicate", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a job.
+
+    Attributes:
+        number: from 1.
+        started: seconds since the epoch.
+        seconds: how long it took; None while it runs.
+        cause: of a failure; None is success, or that it runs.
+        message: what happened, and what follows from it.
+        log: the log's path in the zoo.
+        host: where it ran; empty where not known.
+    """
+
+    number: int
+    started: float
+    seconds: float | None
+    cause: str | None
+    message: str
+    log: str
+    host: str
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What the zoo knows of a job.
+
+    Attributes:
+        state: ``interrupted`` is running in the store while there is no driver; the next driver resumes it.
+        duplicate_of: the job of the same fingerprint that is done instead.
+        smaller: the job as it is tried now where memory ran out before; None is as it was asked for.
+        needs: by the plan; None before there is one.
+        result: of a finished job; see :func:`emloc_core.zoo.jobs.result.collect`.
+    """
+
+    job: Job
+    fingerprint: str
+    state: State
+    duplicate_of: str | None = None
+    smaller: Job | None = None
+    needs: Needs | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+    attempts: list[Attempt] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "name": self.job.name,
+            "job": self.job.model_dump(),
+            "fingerprint": self.fingerprint,
+            "state": self.state,
+            "duplicate_of": self.duplicate_of,
+            "smaller": self.smaller and self.smaller.model_dump(),
+            "needs": self.needs and asdict(self.needs),
+            "result": self.result,
+            "attempts": [asdict(attempt) for attempt in self.attempts],
+        }
