@@ -36,7 +36,11 @@ def limited(what: str, seconds: float, nbytes: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch's
             raise
-        raise EmlocError(f"{what} takes more than {nbytes >> 20} MiB of memory.", _FIX, code="refused") from None
+        raise EmlocError(
+            f"{what} takes more than {nbytes >> 20} MiB of memory, or than there is.",
+            "Free some memory; if there is enough, do not use it: it is damaged, or made to ask for so much.",
+            code="refused",
+        ) from error  # the zoo tries again smaller where memory ran out
 
 
 @contextmanager
