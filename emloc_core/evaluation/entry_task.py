@@ -1,7 +1,7 @@
-"""What a task file that an entry of the registry brings may say: lm-eval would run a stranger's code for much else.
+"""Checks that a task file from a registry entry is data only: lm-eval would run code from many other keys.
 
-Functions, metrics of the hub and prompts in other files are code, or become code; they are refused, with every key
-that is not known to be data. Templates are rendered in a sandbox, see :func:`emloc_core.evaluation.tasks.load_task`.
+Functions, metrics from the hub and prompts in other files are or become code; they are refused, as is every key that is
+not known to be data. Templates are rendered in a sandbox, see :func:`emloc_core.evaluation.tasks.load_task`.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _KEYS = {
     "doc_to_choice", "doc_to_image", "target_delimiter", "fewshot_delimiter", "gen_prefix", "num_fewshot",
     "generation_kwargs", "filter_list", "metric_list", "repeats", "metadata",
 }  # fmt: skip
-#: Those that lm-eval has of its own: it looks any other name up on the hub, and runs what it finds.
+#: lm-eval's own metrics: it looks up any other name on the hub, and runs what it finds.
 _METRICS = {
     "acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm", "bits_per_byte", "bleu", "brier_score", "bypass",
     "byte_perplexity", "chrf", "chrf++", "exact_match", "f1", "likelihood", "mcc", "perplexity", "ter",
@@ -26,13 +26,13 @@ _METRICS = {
 
 
 def require_data_alone(path: Path, directory: Path) -> None:
-    """Refuse a task file that would have code run, or that names files outside ``directory``, by a link too.
+    """Refuse a task file that would run code, or that names files outside ``directory`` (links are followed).
 
     Raises:
-        EmlocError: it does, and what; or it cannot be read.
+        EmlocError: the file is refused, or cannot be read.
     """
     if not path.is_file():
-        raise EmlocError(f"There is no task file {path}.", "Mend the entry that names it.")
+        raise EmlocError(f"There is no task file {path}.", "Correct the entry that names it.", code="missing")
     files, content = read_task(path)
     data = [Path(file) for file in data_files(with_absolute_data(content, path))]
     root = directory.resolve()
@@ -40,12 +40,13 @@ def require_data_alone(path: Path, directory: Path) -> None:
     for reason in (*_code(content), *(f"names {file}, outside its directory" for file in outside)):
         raise EmlocError(
             f"The task file {path} of an entry {reason}.",
-            "Nothing that an entry brings is executed, and it stays in its directory. `emloc eval` runs your own.",
+            "Entries may not run code or leave their directory; `emloc eval` runs your own task files.",
+            code="refused",
         )
 
 
 def _code(content: dict[str, Any]) -> Iterator[str]:
-    """Yield what could have code run."""
+    """Yield everything that could run code."""
     for name in named_functions(content):
         yield f"calls the function {name}"
     for key in content:
@@ -54,8 +55,8 @@ def _code(content: dict[str, Any]) -> Iterator[str]:
     settings = content.get("dataset_kwargs")
     named = settings.get("data_files") if isinstance(settings, dict) else None
     if content.get("dataset_path") not in LOCAL_FORMATS or set(settings or {}) != {"data_files"} or "://" in str(named):
-        yield "asks about something else than files of rows beside it"
+        yield "has data other than files of rows beside it"
     for metric in content.get("metric_list") or []:
         known = isinstance(metric, dict) and metric.get("metric") in _METRICS and "hf_evaluate" not in metric
         if not known:
-            yield f"has the metric {metric!r}, which lm-eval would fetch and run"
+            yield f"has the metric {metric!r}, which lm-eval would download and run"

@@ -1,6 +1,6 @@
-"""Compares systems (base, emulator, base with an adapter, ...) on the same tasks with lm-eval, one table for all.
+"""Compares systems (base, emulator, base with an adapter, ...) on the same tasks with lm-eval, in one table.
 
-Each system runs in a process of its own, so that the peak memory shown is its own and all of it is given back.
+Each system runs in its own process, so that its peak memory is measured separately and all of it is released.
 """
 
 import json
@@ -35,16 +35,16 @@ def canonical_systems(
     merged: str | None = None,
     full_lora: Path | None = None,
 ) -> list[System]:
-    """Return the systems that can be made of what there is, in the order of the table.
+    """Return the systems that can be made from what is given, in the order of the table.
 
     Raises:
-        EmlocError: an adapter is given without the model that it goes on.
+        EmlocError: an adapter is given without its model.
     """
     for option, value in (("corrected", corrected), ("polished", polished), ("full-lora", full_lora)):
         if value is not None and base is None:
-            raise EmlocError(f"--{option} {value} goes on the base model, which is not given.", "Add --base.")
+            raise EmlocError(f"--{option} {value} needs the base model.", "Add --base.")
     if adapter is not None and base is None and emulator is None:
-        raise EmlocError(f"--adapter {adapter} needs a model to go on.", "Add --emulator, --base or both.")
+        raise EmlocError(f"--adapter {adapter} needs a model.", "Add --emulator, --base or both.")
     found: dict[str, tuple[str | None, Path | None]] = {
         "base": (base, None),
         "emulator": (emulator, None),
@@ -60,17 +60,17 @@ def canonical_systems(
 
 
 def _check_adapters(systems: Sequence[System], files: Inputs) -> None:
-    """Refuse adapters that do not belong where :func:`canonical_systems` puts them.
+    """Refuse adapters that do not belong to the models that :func:`canonical_systems` puts them on.
 
-    An adapter that EMLoC wrote knows the fingerprint of its model; another is only looked at for its correction.
+    Adapters from EMLoC record the fingerprint of their model; of others, only whether they are corrected is checked.
 
     Args:
-        systems: of any names; those of :func:`canonical_systems` are checked.
-        files: take the models' files.
+        systems: systems with any names; only those of :func:`canonical_systems` are checked.
+        files: receives the models' files.
 
     Raises:
-        EmlocError: a corrected adapter stands for an uncorrected one or the reverse, one of them cannot be carried
-            over, or an adapter was made for another model.
+        EmlocError: a corrected adapter is given as an uncorrected one or vice versa, an adapter cannot be corrected,
+            or an adapter was made for another model.
     """
     from emloc_core.adapters.adapter import Adapter
     from emloc_core.files.checkpoint import Checkpoint
@@ -83,34 +83,36 @@ def _check_adapters(systems: Sequence[System], files: Inputs) -> None:
             found, option = ("not corrected", "--corrected") if corrected else ("corrected", "--adapter")
             raise EmlocError(
                 f"{option} {system.adapter} is {found}.",
-                "Give what `emloc train` made as --adapter, and what `emloc correct` made of it as --corrected.",
+                "Give the adapter from `emloc train` as --adapter, and the one from `emloc correct` as --corrected.",
+                code="mismatch",
             )
         manifest = read_manifest(system.adapter)
-        if manifest is None or system.name == "base+uncorrected":  # which was made for the emulator
+        if manifest is None or system.name == "base+uncorrected":  # made for the emulator
             continue
         known = manifest.get("request", {}).get("base" if corrected else "model")
         if known != Checkpoint(system.model).fingerprint(files):
             raise EmlocError(
                 f"The adapter {system.adapter} was made for another model than {system.model} ({system.name}).",
-                "Give the model that it was made for, or --system NAME=MODEL+ADAPTER to try them all the same.",
+                "Give the model that it was made for, or --system NAME=MODEL+ADAPTER to try them anyway.",
+                code="mismatch",
             )
 
 
 class Evaluate:
-    """A comparison, checked as far as that is cheap; :meth:`run` publishes it.
+    """A comparison. The constructor makes cheap checks; :meth:`run` publishes the results.
 
-    What is published: ``results.json`` with
+    They are ``results.json`` with
 
     - ``systems``: name -> metrics by name, ``seconds`` and ``peak_bytes``. ``nll`` is the mean loss per token in nats,
-      of tasks of a log-likelihood; a metric that two tasks have is ``TASK.METRIC``;
+      for log-likelihood tasks; a metric that two tasks have is ``TASK.METRIC``;
     - ``stderr``: name -> metric -> standard error over the rows;
     - ``metrics``: name -> ``task``, ``higher_is_better``;
     - ``tasks``: name -> ``output_type``, ``rows``;
 
-    ``table.md``, and ``samples.jsonl``, a few rows of what each system wrote.
+    ``table.md``, and ``samples.jsonl``, a few rows that each system generated.
 
     Raises:
-        EmlocError: systems, tasks, data or the output directory are not as they must be; names which.
+        EmlocError: systems, tasks, data or the output directory are wrong; names which.
     """
 
     def __init__(self, request: EvaluateRequest) -> None:
@@ -121,7 +123,7 @@ class Evaluate:
 
     @cached_property
     def output(self) -> Output:
-        """The comparison's directory. The files of all systems are hashed when it is first asked for."""
+        """The comparison's output. Computed once: it hashes the files of all systems."""
         request, files = self.request, Inputs(self.request.output.resolve().parent)
         _check_adapters(self.systems, files)
         content = _content(self.systems, _specs(request.tasks, files), files)
@@ -132,7 +134,7 @@ class Evaluate:
         return self.request.model_dump(include={"limit", "batch_size", "chat", "seed"})
 
     def describe(self) -> dict[str, Any]:
-        """Return what would be compared, on what."""
+        """Return which systems would be compared on which tasks."""
         _check_adapters(self.systems, Inputs())
         return {
             "systems": {
@@ -143,10 +145,10 @@ class Evaluate:
         }
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Evaluate the systems, each in a process of its own. Those that an interrupted run has finished are kept.
+        """Evaluate the systems, each in its own process. Systems that an interrupted run has finished are kept.
 
         Args:
-            progress: called with a system's name, how many are done, and how many there are.
+            progress: called with a system's name, the number done, and the total.
         """
         if self.output.is_finished():
             return self.output.path
@@ -184,15 +186,18 @@ class Evaluate:
         except ProcessDiedError as error:
             lines = log.read_text("utf-8", errors="replace").strip().splitlines()
             died = f"it was killed by signal {-error.exit_code}, as when memory runs out"
-            reason = died if error.exit_code < 0 else (lines or ["no word of why"])[-1]
+            reason = died if error.exit_code < 0 else (lines or ["no output"])[-1]
             raise EmlocError(
-                f"Evaluating the system {system.name} failed: {reason} (all that it said: {log}).",
-                "Run the same command again: the systems that are done are kept.",
+                f"Evaluating the system {system.name} failed: {reason} (log: {log}).",
+                "Run the same command again: finished systems are kept.",
+                code="died",
                 resumable=True,
             ) from None
         except EmlocError as error:
-            done = any(staging.glob(".*.json"))  # other systems' results are not lost for this one's fault
-            raise EmlocError(f"The system {system.name} cannot be evaluated: {error}", resumable=done) from None
+            done = any(staging.glob(".*.json"))  # keep the other systems' results
+            raise EmlocError(
+                f"The system {system.name} cannot be evaluated: {error}", code=error.code, resumable=done
+            ) from None
         log.unlink(missing_ok=True)
         found: dict[str, Any] = result
         return found
@@ -229,7 +234,7 @@ def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
     names = [system.name for system in systems]
     for system in systems:
         if not _NAME.fullmatch(system.name):
-            raise EmlocError(f"{system.name!r} is no name of a system.", "Use letters, digits and + . _ - in it.")
+            raise EmlocError(f"{system.name!r} is not a name for a system.", "Use letters, digits and + . _ - in it.")
         if names.count(system.name) > 1:
             raise EmlocError(f"Two systems are called {system.name!r}.", "Give each its own name.")
         family = plugin_manager().family_for(Checkpoint(system.model).config)
@@ -237,11 +242,13 @@ def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
         if shown and family.modality == "text":
             raise EmlocError(
                 f"The task {shown} shows images, and {system.model} ({system.name}) is of the family {family.name},"
-                " which reads text alone.",
+                " which reads text only.",
                 "Give a model for images and text, or another task.",
+                code="mismatch",
             )
         if system.adapter and not (system.adapter / CONFIG).is_file():
-            raise EmlocError(f"{system.adapter} has no {CONFIG}.", "Give the directory of a PEFT adapter.")
+            raise EmlocError(f"{system.adapter} has no {CONFIG}.", "Give the directory of a PEFT adapter.",
+                             code="missing")  # fmt: skip
 
 
 def _content(systems: Sequence[System], specs: Sequence[TaskSpec], files: Inputs) -> dict[str, Any]:
@@ -259,7 +266,7 @@ def _content(systems: Sequence[System], specs: Sequence[TaskSpec], files: Inputs
 
 
 def _combine(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Lay the systems' results side by side, each metric under one name."""
+    """Combine the systems' results, with one name per metric."""
     first = next(iter(parts.values()))["tasks"]
     owners: dict[str, list[str]] = {}
     for task, found in first.items():
@@ -294,7 +301,7 @@ def _publish(staging: Path, results: dict[str, Any], parts: Mapping[str, Mapping
 
 
 def read_results(output: Path, order: Sequence[str] = ORDER) -> dict[str, Any]:
-    """Return a comparison's ``results.json``, with the systems in an order, which the file does not keep."""
+    """Return a comparison's ``results.json``, with the systems in this order, which the file does not keep."""
     results = read_json(output / RESULTS)
     names = [*(name for name in order if name in results["systems"]), *sorted(set(results["systems"]) - set(order))]
     return {**results, "systems": {name: results["systems"][name] for name in names}}

@@ -1,7 +1,7 @@
-"""Pictures of an evaluation's rows: found before anything is loaded, decoded when their batch is due.
+"""Pictures of an evaluation's rows: found before anything is loaded, and decoded with their batch.
 
-A task file of lm-eval's says where a row's pictures are (``doc_to_image: images``, a column), and marks their places in
-the prompt by ``<image>``. Paths are relative to the data file. The model is given them as the argument ``visual``.
+An lm-eval task file names the column of a row's pictures (``doc_to_image: images``), and marks their places in the
+prompt with ``<image>``. Paths are relative to the data file. The model receives them as the argument ``visual``.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ PLACEHOLDER = "<image>"
 
 
 class Pictures:
-    """The pictures of one row, decoded whenever they are iterated over: only those of a batch take memory."""
+    """The pictures of one row, decoded on iteration, so that only those of a batch take memory."""
 
     def __init__(self, pictures: Sequence[Picture]) -> None:
         self._pictures = pictures
@@ -41,7 +41,7 @@ def read_table(path: Path) -> Any:
     from datasets.exceptions import DatasetGenerationError
 
     kind = "parquet" if path.suffix == ".parquet" else "json"
-    disable_progress_bars()  # it is done at once, and its line speaks of a train split
+    disable_progress_bars()  # it is fast, and its progress line mentions a train split
     try:
         with unpacking([path]):
             return load_dataset(kind, data_files=str(path), split="train")
@@ -49,23 +49,23 @@ def read_table(path: Path) -> Any:
         reason = first_line(error.__cause__ or error)
         raise EmlocError(
             f"{path} cannot be read as rows in {kind} ({reason}).",
-            "Correct it; a column must hold values of one kind, text or parts, say.",
+            "Correct it; all values of a column must be of one kind, such as text or parts.",
         ) from error
     finally:
         enable_progress_bars()
 
 
 def hash_pictures(data: Sequence[Path], declared: Any, inputs: Inputs) -> str:
-    """Find all pictures of a task's rows, and return the SHA-256 over their bytes, in hex.
+    """Find all pictures of a task's rows, and return the SHA-256 of their bytes, in hex.
 
     Args:
         data: the task's files of rows.
-        declared: ``doc_to_image`` of the task file: a column, or a list of columns. What a template or a function
-            names is found when the task runs, and not part of the hash.
-        inputs: take the pictures' files.
+        declared: ``doc_to_image`` of the task file: a column, or a list of columns. Pictures named by a template or
+            function are found when the task runs, and are not hashed.
+        inputs: receives the pictures' files.
 
     Raises:
-        EmlocError: a file cannot be read, a picture is missing, or files stand in several directories.
+        EmlocError: a file cannot be read, a picture is missing, or the files are in several directories.
     """
     picture_directory(data)
     total, files = hashlib.sha256(), set()
@@ -77,7 +77,7 @@ def hash_pictures(data: Sequence[Path], declared: Any, inputs: Inputs) -> str:
                 try:
                     picture = Picture.of(source, path.parent)
                 except EmlocError as error:
-                    raise EmlocError(f"{path}, row {number}: {error.args[0]}", error.fix) from None
+                    raise EmlocError(f"{path}, row {number}: {error.args[0]}", error.fix, code=error.code) from None
                 total.update(picture.sha256.encode())
                 if picture.path:
                     files.add(picture.path)
@@ -86,7 +86,7 @@ def hash_pictures(data: Sequence[Path], declared: Any, inputs: Inputs) -> str:
 
 
 def picture_directory(data: Sequence[Path]) -> Path:
-    """Return the directory that paths of pictures are relative to: that of the files of rows.
+    """Return the directory that pictures' paths are relative to: that of the files of rows.
 
     Raises:
         EmlocError: there are several.
@@ -101,19 +101,19 @@ def picture_directory(data: Sequence[Path]) -> Path:
 
 
 def shows_pictures(task: Any) -> bool:
-    """Say whether a task object of lm-eval's has pictures in its prompts."""
+    """Return whether an lm-eval task has pictures in its prompts."""
     return getattr(task.config, "doc_to_image", None) is not None
 
 
 def find_pictures(task: Any, directory: Path) -> None:
-    """Make a task object of lm-eval's give its pictures as :class:`Pictures`.
+    """Make an lm-eval task return its pictures as :class:`Pictures`.
 
-    When its requests are built, it will raise an EmlocError where a picture is missing, or where a prompt has more or
-    fewer placeholders than pictures.
+    When its requests are built, it raises an EmlocError if a picture is missing, or if a prompt does not have as many
+    placeholders as pictures.
 
     Args:
-        task: with ``doc_to_image``.
-        directory: that paths are relative to.
+        task: a task with ``doc_to_image``.
+        directory: the directory that paths are relative to.
     """
     declared = task.config.doc_to_image
 
@@ -126,7 +126,7 @@ def find_pictures(task: Any, directory: Path) -> None:
             raise EmlocError(
                 f"A prompt of the task {task.task_name} has {places} times {PLACEHOLDER}, and its row {len(sources)}"
                 f" image(s): {start!r}.",
-                f"Let doc_to_text write {PLACEHOLDER} once for each image, where the model is to see it.",
+                f"Let doc_to_text write {PLACEHOLDER} once per image, where the model should see it.",
             )
         return Pictures([Picture.of(source, directory) for source in sources])
 

@@ -1,8 +1,8 @@
-"""lm-eval's model of images and text, completed: it scores answers to prompts with images too.
+"""lm-eval's model for images and text, extended to score answers to prompts with images.
 
-lm-eval 0.4.13 generates from images, and raises NotImplementedError for likelihoods. All use of its internals that a
-new version may move is here. What the model is given is what TRL's collator gives it in tuning: prompt and images go
-through the model's processor, answers through its tokenizer by themselves, both without further special tokens.
+lm-eval 0.4.13 generates from images, but raises NotImplementedError for likelihoods. All use of its internals is here.
+The model's inputs are those of TRL's collator in tuning: prompt and images go through the processor, answers
+separately through the tokenizer, both without further special tokens.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,27 +16,27 @@ from torch.nn import functional
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.images import PLACEHOLDER
 
-#: Token ids that the model is fed after a prompt, and the answers that its logits score: place in the requests, ids.
+#: Token ids that follow a prompt, and the answers that the logits score: index of the request, token ids.
 _Scored = tuple[tuple[int, ...], list[tuple[int, list[int]]]]
 
 
 class ImageTextLM(HFMultimodalLM):
-    """A model object of images and text with its processor, for tasks with ``doc_to_image``.
+    """An image-text model with its processor, for tasks with ``doc_to_image``.
 
     Args:
         pretrained: a transformers or PEFT model.
         tokenizer: its processor (lm-eval's name for the argument).
-        settings: what ``lm_eval.models.huggingface.HFLM`` takes.
+        settings: arguments of ``lm_eval.models.huggingface.HFLM``.
     """
 
     def _create_tokenizer(self, _pretrained: Any, tokenizer: Any, **_: Any) -> None:
         self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer  # lm-eval drops a processor that it is given
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render messages, each ``<image>`` in them as the model marks an image.
+        """Render messages, with each ``<image>`` replaced by the model's own mark.
 
         Raises:
-            EmlocError: the template refuses them.
+            EmlocError: the template refuses the messages.
         """
         try:
             return super().apply_chat_template(chat_history, add_generation_prompt)
@@ -47,7 +47,7 @@ class ImageTextLM(HFMultimodalLM):
             ) from error
 
     def answer_ids(self, answer: str) -> list[int]:
-        """Return the token ids of an answer, as they follow a prompt."""
+        """Return an answer's token ids, as they follow a prompt."""
         return self.tokenizer.encode(answer, add_special_tokens=False)
 
     def tok_batch_multimodal_encode(
@@ -65,7 +65,7 @@ class ImageTextLM(HFMultimodalLM):
         Raises:
             EmlocError: a prompt has more than ``left_truncate_len`` tokens, or the processor refuses it.
         """
-        if not self.chat_applied:  # a chat template has put its own marks
+        if not self.chat_applied:  # a chat template inserts its own marks
             strings = [string.replace(PLACEHOLDER, self.image_token) for string in strings]
         shown = [list(pictures) for pictures in images]
         try:
@@ -91,12 +91,12 @@ class ImageTextLM(HFMultimodalLM):
         return encoded.to(self.device, self.model.dtype)
 
     def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Return, for each request, the log-likelihood of its answer in nats, and whether every token is the likeliest.
+        """Return each answer's log-likelihood in nats, and whether greedy decoding would give it.
 
         Args:
             requests: lm-eval's instances with the arguments prompt, answer, and ``{"visual": images}``.
         """
-        # Answers that differ in their last token alone, as choices of one token do, share a pass through the model.
+        # Answers that differ only in their last token, such as one-token choices, share a forward pass.
         passes: dict[Any, _Scored] = {}
         for place, request in enumerate(requests):
             ids = self.answer_ids(request.args[1])
@@ -119,7 +119,7 @@ class ImageTextLM(HFMultimodalLM):
         )
         ends = inputs["attention_mask"].sum(1).tolist()
         shape = inputs["input_ids"].shape
-        for name, value in inputs.items():  # ids, masks and kinds of tokens, but no pixels
+        for name, value in inputs.items():  # token ids, masks and types, but not pixels
             if value.shape == shape:
                 filler = self.tokenizer.pad_token_id if name == "input_ids" else 0
                 inputs[name] = functional.pad(value, (0, longest), value=filler)

@@ -1,4 +1,4 @@
-"""Writes a task file for the user's own rows, from a template of each kind."""
+"""Writes a task file for the user's own rows, from one template per kind."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from emloc_core.data.rows import Row, load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.images import PLACEHOLDER, read_table
 
-#: The kinds of task for rows with images: each has the template of a kind for rows of text.
+#: Kinds of task for rows with images; each uses the template of a kind for text.
 IMAGE_KINDS = {"image_choice": "choice", "image_nll": "completion_nll", "image_question": "generation"}
 #: All kinds of task.
 KINDS = ("choice", "completion_nll", "generation", *IMAGE_KINDS, "rolling_perplexity")
-#: More different answers than these are no choice.
+#: Most different answers of a choice task.
 MOST_CHOICES = 20
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -26,13 +26,13 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
         kind: one of :data:`KINDS`.
         data: rows in TRL's conventions (text, prompt and completion, or messages, which may come with images),
             ``.jsonl``, ``.json``, ``.parquet``.
-        output: the YAML file to write; the data are named relative to it.
+        output: the YAML file to write; the path of the data is relative to it.
 
     Raises:
-        EmlocError: the rows are not of a form that the kind can use, or ``output`` exists.
+        EmlocError: the kind cannot use rows of this form, or ``output`` exists.
     """
     if output.exists():
-        raise EmlocError(f"{output} exists already.", "Choose another file, or remove this one.")
+        raise EmlocError(f"{output} already exists.", "Choose another file, or remove this one.", code="exists")
     rows = load_rows(str(data))
     _check_images(kind, rows, data)
     text, prompt, answer, system = _expressions(rows, data)
@@ -74,7 +74,7 @@ def _jinja(expression: str) -> str:
 
 
 def _expressions(rows: list[Row], data: Path) -> tuple[str, str, str, str]:
-    """Return Jinja expressions of the text, the prompt, the answer and the system prompt; "" where there is none."""
+    """Return Jinja expressions for the text, the prompt, the answer and the system prompt; "" if there is none."""
     first = rows[0]
     if first.form == "text":
         return "text", "", "", ""
@@ -85,7 +85,7 @@ def _expressions(rows: list[Row], data: Path) -> tuple[str, str, str, str]:
         if [role for role in turns if role != "system"] != ["user", "assistant"] or "system" in turns[1:]:
             raise EmlocError(
                 f"{data}, row {row.number}: the turns are {', '.join(turns)}.",
-                "lm-eval asks one question a row: keep one user turn and one answer; a system prompt may stand first.",
+                "lm-eval asks one question per row: keep one user turn and one answer, after an optional system turn.",
             )
     columns = _columns(data)
     prompt, answer = ("prompt[-1]", "completion[-1]") if "completion" in columns else ("messages[-2]", "messages[-1]")
@@ -104,7 +104,7 @@ def _check_images(kind: str, rows: list[Row], data: Path) -> None:
 
 
 def _with_images(data: Path, prompt: str, answer: str, system: str) -> tuple[str, str, str, str]:
-    """Return the column of the images, and the expressions with the images in their places in the prompt."""
+    """Return the images' column, and the expressions with placeholders for the images in the prompt."""
     from datasets import Value
 
     table = read_table(data)
@@ -122,7 +122,7 @@ def _with_images(data: Path, prompt: str, answer: str, system: str) -> tuple[str
 
 
 def _columns(data: Path) -> set[str]:
-    """Return the columns of the first row of a file that :func:`load_rows` has read."""
+    """Return the columns of the first row of a file that :func:`load_rows` can read."""
     if data.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -136,7 +136,7 @@ def _choices(rows: list[Row], data: Path) -> list[str]:
     answers = {row.completion if isinstance(row.completion, str) else row.completion[-1]["content"] for row in rows}  # type: ignore[index]
     if not 2 <= len(answers) <= MOST_CHOICES:
         raise EmlocError(
-            f"{data} holds {len(answers)} different answers, and a choice is among 2 to {MOST_CHOICES}.",
+            f"{data} holds {len(answers)} different answers; a choice task takes 2 to {MOST_CHOICES}.",
             f"Choose {'generation or completion_nll' if rows[0].images is None else 'image_question or image_nll'}.",
         )
     return sorted(answers)

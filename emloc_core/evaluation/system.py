@@ -11,21 +11,21 @@ from emloc_core.evaluation.images import shows_pictures
 from emloc_core.evaluation.tasks import TaskSpec, is_conversational, load_task
 from emloc_core.files.meter import Meter
 
-#: How many rows of each task of generation are kept for a person to read.
+#: Number of generated rows to keep per task, for people to read.
 SAMPLES = 6
 
 
 def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> tuple[Any, Any]:
-    """Load a model, with its adapter if it has one, and its tokenizer; on the GPU where there is one.
+    """Load a model, its adapter if there is one, and its tokenizer; on the GPU if there is one.
 
     Args:
-        model: its directory.
+        model: directory of the model.
         adapter: directory of a PEFT adapter.
-        images: whether images will be shown: then the model's processor is returned, which has the tokenizer.
+        images: whether there are images: then the model's processor is returned, which contains the tokenizer.
 
     Raises:
-        EmlocError: the model cannot be loaded, is to be shown images and reads text alone or has no processor, or the
-            adapter does not fit it.
+        EmlocError: the model cannot be loaded, does not read images or has no processor though there are images, or
+            the adapter does not fit it.
     """
     import torch
 
@@ -36,7 +36,8 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
 
     family = plugin_manager().family_for(Checkpoint(model).config)
     if images and family.modality == "text":
-        raise EmlocError(f"A task shows images, and models of the family {family.name} read text alone.")
+        raise EmlocError(f"A task shows images, and models of the family {family.name} read text only.",
+                         code="mismatch")  # fmt: skip
     processing = load_processor(model) if images else load_tokenizer(model)
     try:
         loaded = load_model(family.auto_class, model)
@@ -55,7 +56,7 @@ def _add_adapter(model: Any, adapter: Path) -> Any:
     from emloc_core.files.pretrained import load_lora
 
     try:
-        # An object, never HFLM(peft=...): that is ignored without a word where the model is an object too.
+        # Not HFLM(peft=...), which is silently ignored if the model is an object.
         combined = load_lora(model, adapter)
         with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as file:
             given = set(file.keys())
@@ -63,11 +64,12 @@ def _add_adapter(model: Any, adapter: Path) -> Any:
         reason = first_line(error)
         raise EmlocError(f"The adapter {adapter} cannot be put on the model ({reason}).", "Check both.") from error
     differing = sorted(given ^ set(get_peft_model_state_dict(combined)))
-    if differing:  # PEFT only warns, and leaves these layers as they are
+    if differing:  # PEFT only warns, and leaves these layers unchanged
         raise EmlocError(
             f"The adapter {adapter} does not fit the model: {len(differing)} of its tensors have no place or are"
             f" missing, {differing[0]} for one.",
             "Use it on the model that it was trained for.",
+            code="mismatch",
         )
     return combined
 
@@ -86,19 +88,19 @@ def run_tasks(
 
     Args:
         model: a transformers or PEFT model.
-        processing: its tokenizer, or its processor where a task shows images.
-        tasks: what :func:`load_task` returned.
-        limit: take the first so many rows of every task.
-        batch_size: rows a batch.
-        chat: whether prompts go through the chat template; None: where the rows are conversations.
-        seed: of Python, numpy, torch and the choice of few-shot examples.
+        processing: its tokenizer, or its processor if a task shows images.
+        tasks: from :func:`load_task`.
+        limit: use only this many rows of each task.
+        batch_size: rows per batch.
+        chat: whether to use the chat template; None: if the rows are conversations.
+        seed: seed for Python, NumPy, torch and the choice of few-shot examples.
 
     Returns:
-        ``tasks``: task name -> ``output_type``, ``rows``, and ``metrics``: name -> ``value``, ``stderr`` (None where
-        there is none), ``higher_is_better``; ``samples``: a few rows of what was generated.
+        ``tasks``: task name -> ``output_type``, ``rows``, and ``metrics``: name -> ``value``, ``stderr`` (or None),
+        ``higher_is_better``; ``samples``: a few generated rows.
 
     Raises:
-        EmlocError: a chat template is needed and missing, or a picture or its place in the prompt.
+        EmlocError: a chat template, a picture or its place in the prompt is missing.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -113,11 +115,12 @@ def run_tasks(
             raise EmlocError(
                 f"The task {members[0].task_name} needs a chat template, and the model has none.",
                 "Use --no-chat, or rows of prompt and completion as strings.",
+                code="missing",
             )
         found = simple_evaluate(
             model=lm,
             tasks=members,
-            task_manager=TaskManager(include_defaults=False),  # else it reads thousands of files, for nothing
+            task_manager=TaskManager(include_defaults=False),  # else it reads thousands of files
             limit=limit,
             bootstrap_iters=0,
             apply_chat_template=with_template,
@@ -139,7 +142,7 @@ def run_tasks(
 
 
 def _lm(model: Any, processing: Any, images: bool, batch_size: int) -> Any:
-    """Return lm-eval's model for tasks that all show images, or that all show none."""
+    """Return lm-eval's model for tasks that either all show images, or all show none."""
     from lm_eval.models.huggingface import HFLM
 
     from emloc_core.evaluation.multimodal_lm import ImageTextLM
@@ -151,11 +154,11 @@ def _lm(model: Any, processing: Any, images: bool, batch_size: int) -> Any:
 
 
 def token_nll(lm: Any, rows: Iterable[dict[str, Any]]) -> tuple[float, float, int]:
-    """Return the mean negative log-likelihood a token in nats, its standard error, and the number of tokens.
+    """Return the mean negative log-likelihood per token in nats, its standard error, and the number of tokens.
 
     Tokens are counted as lm-eval scores them. (Whitespace at the end of a prompt belongs to the continuation, so a
-    chat template that ends in a line break adds one token, nearly certain, to every answer; after images the answer
-    alone is scored.) lm-eval's own ``perplexity`` is of whole sequences, which grows with their length.
+    chat template that ends in a line break adds one nearly certain token to every answer; after images only the answer
+    is scored.) lm-eval's own ``perplexity`` is per sequence, and grows with length.
 
     Args:
         lm: lm-eval's model, whose tokenizer counts.
@@ -174,9 +177,9 @@ def token_nll(lm: Any, rows: Iterable[dict[str, Any]]) -> tuple[float, float, in
 
 
 def _tokens(lm: Any, context: str, continuation: str | None = None, shown: Any = None) -> int:
-    if shown is not None:  # images: lm is of our own class
+    if shown is not None:  # images: lm is an ImageTextLM
         return len(lm.answer_ids(continuation))
-    if continuation is None:  # rolling: the whole text, after a token of lm-eval's own
+    if continuation is None:  # rolling: all of the text, after lm-eval's prefix token
         return len(lm.tok_encode(context))
     if context:
         return len(lm._encode_pair(context, continuation)[1])
@@ -191,7 +194,9 @@ def _metrics(lm: Any, task: Any, found: dict[str, Any], rows: list[dict[str, Any
         mean, stderr, _ = token_nll(lm, rows)
         if math.isnan(mean):
             raise EmlocError(
-                f"The loss on the task {task.task_name} is not a number.", "Check the weights: training diverged, say."
+                f"The loss on the task {task.task_name} is not a number.",
+                "Check the weights; training may have diverged.",
+                code="not-finite",
             )
         metrics["nll"] = {"value": mean, "stderr": None if math.isnan(stderr) else stderr, "higher_is_better": False}
     several = len({key.partition(",")[2] for key in found["results"][task.task_name] if "," in key}) > 1
@@ -207,7 +212,7 @@ def _metrics(lm: Any, task: Any, found: dict[str, Any], rows: list[dict[str, Any
 
 
 def _stderr(values: list[Any], mean: float) -> float | None:
-    """Return the standard error of a metric that is the mean of its rows' values; None for any other."""
+    """Return the standard error of a metric that is a mean over rows; None for others."""
     n = len(values)
     if n < 2 or not all(isinstance(value, int | float) for value in values) or not math.isclose(sum(values) / n, mean):
         return None
@@ -215,7 +220,7 @@ def _stderr(values: list[Any], mean: float) -> float | None:
 
 
 def _first_filter(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one logged sample a row of data; lm-eval logs a row once for every filter."""
+    """Return one logged sample per row; lm-eval logs a row once per filter."""
     return [row for row in rows if row["filter"] == rows[0]["filter"]]
 
 
@@ -227,19 +232,19 @@ def _sample(task: str, row: dict[str, Any]) -> dict[str, Any]:
 def evaluate_system(
     model: str, adapter: str | None, tasks: list[dict[str, str | None]], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Evaluate one system; called in a process of its own, so that its peak memory is its own.
+    """Evaluate one system; called in its own process, so that its peak memory is measured separately.
 
     Args:
-        model: directory.
+        model: directory of the model.
         adapter: directory of a PEFT adapter, if there is one.
         tasks: ``name`` and ``path`` of each; no path for a bundled task.
-        settings: of :func:`run_tasks`.
+        settings: settings of :func:`run_tasks`.
 
     Returns:
-        What :func:`run_tasks` found, ``seconds`` and ``peak_bytes``.
+        The result of :func:`run_tasks`, with ``seconds`` and ``peak_bytes``.
 
     Raises:
-        EmlocError: model, adapter or tasks are not as they must be.
+        EmlocError: model, adapter or tasks are wrong.
     """
     import logging
 

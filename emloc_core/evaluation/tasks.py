@@ -1,7 +1,7 @@
 """The tasks of an evaluation: the user's YAML files, checked before anything is loaded, and lm-eval's bundled ones.
 
-lm-eval resolves ``data_files`` against the working directory and looks tasks up by name; here a task is a file, its
-data stand relative to it, and its digest covers all that determines a result: the YAML, what it includes, the
+lm-eval resolves ``data_files`` against the working directory and looks up tasks by name. Here a task is a file,
+paths of data are relative to it, and its digest covers everything that determines a result: the YAML, its includes, the
 functions that it names, the data and their pictures.
 """
 
@@ -19,19 +19,19 @@ from emloc_core.evaluation.images import find_pictures, hash_pictures, picture_d
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.limits import unpacking
 
-#: Loaders that ``datasets`` brings along; any other ``dataset_path`` is a data set of the hub, or a directory.
+#: Loaders bundled with ``datasets``; any other ``dataset_path`` is a hub dataset, or a directory.
 LOCAL_FORMATS = {"json", "csv", "parquet", "text", "arrow"}
 _OUTPUT_TYPES = ["loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"]
-#: Keys of a task file that lm-eval reads besides those of its TaskConfig.
+#: Keys of a task file that lm-eval reads in addition to those of its TaskConfig.
 _STRUCTURE = {"include", "tag", "class"}
 _FUNCTION = "!function "
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task: ``path`` is the user's YAML file, or None for a task that lm-eval brings along.
+    """One task: ``path`` is the user's YAML file, or None for a task bundled with lm-eval.
 
-    ``shows_images`` says that the file has ``doc_to_image``; what a bundled task has is seen when it is loaded.
+    ``shows_images`` is whether the file has ``doc_to_image``; for a bundled task that is known once it is loaded.
     """
 
     name: str
@@ -41,11 +41,11 @@ class TaskSpec:
 
 
 def find_task(task: str, inputs: Inputs) -> TaskSpec:
-    """Find and check the task that the user means: the path of a YAML file, or the name of a bundled task.
+    """Find and check a task: the path of a YAML file, or the name of a bundled task.
 
     Args:
         task: path or name.
-        inputs: take the task's files.
+        inputs: receives the task's files.
 
     Raises:
         EmlocError: there is no such task, its file is not valid, or its data are missing.
@@ -60,8 +60,8 @@ def load_task(spec: TaskSpec) -> list[Any]:
     """Return lm-eval's task objects for ``spec``: one for a file, several for a bundled group of tasks.
 
     Raises:
-        EmlocError: lm-eval refuses the file, or the data cannot be fetched. When requests of a task with images are
-            built, as :func:`emloc_core.evaluation.images.find_pictures` says.
+        EmlocError: lm-eval refuses the file, or the data cannot be downloaded; for a task with images also when its
+            requests are built (see :func:`emloc_core.evaluation.images.find_pictures`).
     """
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml  # no public loader resolves `!function` and lets data_files be set
@@ -83,8 +83,9 @@ def load_task(spec: TaskSpec) -> list[Any]:
         raise EmlocError(
             f"The data of {where} come from the hub, which cannot be reached ({error}).",
             "Check the connection, or write a task on a local file: emloc eval --new-task.",
+            code="unavailable",
         ) from error
-    except Exception as error:  # whatever the user's templates and functions, and lm-eval itself, make of it
+    except Exception as error:  # templates, functions and lm-eval itself may raise anything
         reason = typed_line(error)
         raise EmlocError(f"lm-eval cannot build {where} ({reason}).", "Correct the task file or its data.") from error
     tasks = list(loaded["tasks"].values())
@@ -94,7 +95,7 @@ def load_task(spec: TaskSpec) -> list[Any]:
 
 
 def _sandbox_templates() -> None:
-    """Have lm-eval render templates as chat templates are: one that comes with data may not reach Python through it."""
+    """Make lm-eval render templates in a sandbox, so that a template cannot run Python code."""
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
 
@@ -107,7 +108,7 @@ def _sandbox_templates() -> None:
 
 
 def is_conversational(task: Any) -> bool:
-    """Say whether the rows of an lm-eval task are chats, in TRL's convention, so that a chat template is due."""
+    """Return whether the rows of an lm-eval task are conversations in TRL's convention, which need a chat template."""
     row = task.eval_docs[0]
     columns = [row.get(name) for name in ("messages", "prompt")] if isinstance(row, dict) else []
     turns = [column[0] for column in columns if isinstance(column, list) and column]
@@ -117,7 +118,8 @@ def is_conversational(task: Any) -> bool:
 def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")])
-        raise EmlocError(f"There is no task file {path}.{near}", "`emloc eval --new-task` writes one for your data.")
+        raise EmlocError(f"There is no task file {path}.{near}", "`emloc eval --new-task` writes one for your data.",
+                         code="missing")  # fmt: skip
     files, content = read_task(path)
     name = content.get("task")
     if not isinstance(name, str):
@@ -131,7 +133,8 @@ def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
     if missing:
         raise EmlocError(
             f"{path} names the data file {missing[0]}, which does not exist.",
-            "data_files are looked up relative to the task file; correct the path.",
+            "data_files are relative to the task file; correct the path.",
+            code="missing",
         )
     functions = sorted({file for value in named_functions(content) if (file := _function_file(value, path)).is_file()})
     inputs.hash([*files, *functions])
@@ -143,7 +146,7 @@ def _find_file(path: Path, inputs: Inputs) -> TaskSpec:
 
 
 def read_task(path: Path, seen: tuple[Path, ...] = ()) -> tuple[list[Path], dict[str, Any]]:
-    """Read a task file without importing what it names; return all files read, and the merged content."""
+    """Read a task file without importing anything; return all files read, and the merged content."""
     if path in seen:
         raise EmlocError(f"{path} includes itself.", "Break the circle of includes.")
     try:
@@ -236,6 +239,7 @@ def _check_bundled(name: str) -> str:
     if name not in known:
         raise EmlocError(
             f"There is no task file {name}, and lm-eval has no task of that name.{did_you_mean(name, known)}",
-            "Give the path of a task file, or one of the names that `lm-eval ls tasks` prints.",
+            "Give the path of a task file, or a name that `lm-eval ls tasks` prints.",
+            code="missing",
         )
     return name

@@ -1,1 +1,1 @@
-"""All stages from one file."""
+"""Runs all stages from one file."""

@@ -1,4 +1,4 @@
-"""A recipe: the whole way from a base model to a table, in one TOML file."""
+"""A recipe: all stages from a base model to a table of results, in one TOML file."""
 
 import re
 import tomllib
@@ -12,42 +12,44 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_toml
 from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings, explain
 
-#: What is a file by its suffix: rows, and lm-eval's tasks.
+#: Suffixes of files: rows, and lm-eval's tasks.
 FILES = {".jsonl", ".json", ".parquet", ".yaml", ".yml"}
-#: What may be a name and no path: of a model or data set of the hub, or of a task that lm-eval brings along.
+#: What may be a name instead of a path: a hub model or dataset, or a task bundled with lm-eval.
 MODEL_ID = re.compile(r"[^/]+/[^/]+")
 DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
 TASK_NAME = re.compile(r"[^/]+")
 
 
 class ModelSection(Settings):
-    """Which model."""
+    """The model."""
 
     base: str = Field(description="Local directory or hub id.")
     memory: str | None = Field(
         None,
-        description="What tuning may use on a GPU (24GiB, say): instead of compress.ratio, the largest that fits.",
+        description="GPU memory for tuning, such as 24GiB: the largest ratio that fits, instead of compress.ratio.",
     )
 
 
 class DataSection(Settings):
-    """Whose data."""
+    """The data."""
 
-    train: str = Field(description="JSONL, JSON or Parquet file, or hub data set: calibration, selection and tuning.")
-    split: str = Field("train", description="Of a hub data set.")
-    calibration: str | None = Field(
-        None, description="File of other rows for calibration and selection; without it they are drawn from ``train``."
+    train: str = Field(
+        description="Rows for calibration, selection and tuning: a JSONL, JSON or Parquet file, or a hub dataset."
     )
-    test: list[str] = Field([], description="Files of rows that are never tuned on.")
+    split: str = Field("train", description="Split of a hub dataset.")
+    calibration: str | None = Field(
+        None, description="File with other rows for calibration and selection; by default they come from ``train``."
+    )
+    test: list[str] = Field([], description="Files with rows that are never tuned on.")
 
 
 class EvalSection(Settings):
     """How the systems are compared."""
 
     tasks: list[str] = Field(min_length=1, description="lm-eval task files, or names of bundled tasks.")
-    limit: int | None = Field(None, ge=1, description="Use that many rows of every task.")
-    batch_size: int = Field(8, ge=1, description="Rows at a time.")
-    full_lora: bool = Field(False, description="Tune the base itself too, as the upper bound, where it fits.")
+    limit: int | None = Field(None, ge=1, description="Use only this many rows of each task.")
+    batch_size: int = Field(8, ge=1, description="Rows per batch.")
+    full_lora: bool = Field(False, description="Tune the base itself too, as the upper bound, if it fits.")
 
 
 class Recipe(Settings):
@@ -61,12 +63,12 @@ class Recipe(Settings):
     correct: CorrectSettings = CorrectSettings()
     polish: PolishSettings | None = Field(None, description="Exact steps on the base, after the correction; optional.")
     merge: bool = Field(True, description="Write the merged checkpoint.")
-    eval: EvalSection | None = Field(None, description="Without it nothing is compared.")
+    eval: EvalSection | None = Field(None, description="Evaluation; without it nothing is compared.")
 
     @model_validator(mode="after")
     def _one_size(self) -> "Recipe":
         if self.model.memory is not None and "ratio" in self.compress.model_fields_set:
-            raise ValueError("model.memory and compress.ratio both say how large the emulator is; give one of them")
+            raise ValueError("model.memory and compress.ratio both set the emulator's size; give one of them")
         return self
 
     @model_validator(mode="after")
@@ -87,7 +89,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         overrides: ``section.key=value``, the value in TOML or plain text.
 
     Raises:
-        EmlocError: the file cannot be read, or settings are wrong: all of them are named.
+        EmlocError: the file cannot be read, or settings are wrong; names all of them.
     """
     content = read_toml(path, "recipe")
     for override in overrides:
@@ -95,14 +97,14 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         recipe = Recipe(**content)
     except ValidationError as error:
-        raise EmlocError(f"{path}: {explain(error, Recipe)}", "Mend these settings.") from None
+        raise EmlocError(f"{path}: {explain(error, Recipe)}", "Correct these settings.") from None
     return _absolute(recipe, path.resolve().parent)
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise EmlocError(f"{override!r} is no setting.", "Write it as section.key=value.")
+        raise EmlocError(f"{override!r} is not a setting.", "Write it as section.key=value.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -111,19 +113,22 @@ def _apply(content: dict[str, Any], override: str) -> None:
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise EmlocError(f"{override!r} sets a part of {section!r}, which is a value.", "Name a section's key.")
+            raise EmlocError(
+                f"{override!r} sets a key of {section!r}, which is not a section.", "Name a section's key."
+            )
     content[key] = value
 
 
 def _absolute(recipe: Recipe, root: Path) -> Recipe:
-    """Return the recipe with all paths made absolute, whether there is something at them or not.
+    """Return the recipe with all paths absolute, whether they exist or not.
 
-    A text stays as it is only where it may be a name, does not look like a path, and nothing beside the recipe has it.
+    A text is left as it is only if it may be a name, does not look like a path, and nothing beside the recipe has that
+    name.
     """
 
     def place(text: str, names: re.Pattern[str]) -> str:
         if "\0" in text:
-            raise EmlocError(f"The recipe names {text!r}, which no file can be called.", "Correct it.")
+            raise EmlocError(f"The recipe names {text!r}, which cannot be a file's name.", "Correct it.")
         path = root / Path(text).expanduser()
         is_path = text.startswith((".", "~")) or Path(text).suffix in FILES or path.exists()
         return text if names.fullmatch(text) and not is_path else str(path)

@@ -1,6 +1,6 @@
-"""Runs a recipe: every stage in a process of its own, so that its memory is given back and its peak is its own.
+"""Runs a recipe: each stage in its own process, so that its memory is released and its peak measured separately.
 
-A stage whose output is there already, made from the same inputs, says so and ends; an interrupted one resumes.
+A stage whose output already exists, made from the same inputs, is skipped; an interrupted one resumes.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ from emloc_core.requests import (
 )
 from emloc_core.settings import PolishSettings, TrainSettings
 
-#: What runs a stage, and what describes one, in a process of its own.
+#: Functions that run and describe a stage in its own process.
 PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.cli.stage:describe"
 
 
@@ -43,8 +43,8 @@ class Stage:
     """One stage of a recipe.
 
     Attributes:
-        purpose: one line for a person.
-        request: what is asked of it.
+        purpose: one line for people.
+        request: what it should do.
     """
 
     purpose: str
@@ -52,7 +52,7 @@ class Stage:
 
     @property
     def output(self) -> Path:
-        """The directory that it makes."""
+        """Its output directory."""
         return self.request.output
 
     @property
@@ -62,7 +62,7 @@ class Stage:
 
     @property
     def state(self) -> str:
-        """``there``, ``interrupted`` or ``to do``. Whether what is there matches is the stage's own check."""
+        """``there``, ``interrupted`` or ``to do``. The stage itself checks whether an existing output matches."""
         if (self.output / MANIFEST).is_file():
             return "there"
         return "interrupted" if Workspace(self.output).is_started else "to do"
@@ -145,7 +145,7 @@ def _controls(train: TrainSettings, polish: PolishSettings | None) -> Iterable[t
 
 
 def _systems(recipe: Recipe, outputs: dict[str, Path]) -> tuple[System, ...]:
-    """Return what is compared: the models and adapters that the recipe makes, in the table's order."""
+    """Return the systems to compare: the models and adapters that the recipe makes, in the table's order."""
     base, emulator, adapter = recipe.model.base, str(outputs["emulator"]), outputs["adapter"]
     found = [
         System(name="base", model=base),
@@ -169,10 +169,10 @@ def _systems(recipe: Recipe, outputs: dict[str, Path]) -> tuple[System, ...]:
 def run_recipe(
     path: Path, overrides: Iterable[str] = (), announce: Callable[[int, int, Stage], None] = lambda *_: None
 ) -> dict[str, Any]:
-    """Run all stages of the recipe at ``path``; return what :func:`summarise` wrote.
+    """Run all stages of the recipe at ``path``; return the results of :func:`summarise`.
 
     Raises:
-        EmlocError: from the recipe, or from a stage, which is named; the stages before it are kept.
+        EmlocError: the recipe is wrong, or a stage failed; names it. Earlier stages are kept.
     """
     recipe = load_recipe(path, overrides)
     planned = stages(recipe)
@@ -183,16 +183,16 @@ def run_recipe(
             list(call(PERFORM, {"request": stage.request.to_json()}))
         except EmlocError as error:
             raise EmlocError(
-                f"The stage '{stage.name}' failed: {error}", "The stages before it are kept.", code=error.code
+                f"The stage '{stage.name}' failed: {error}", "Earlier stages are kept.", code=error.code
             ) from None
     return summarise(recipe, planned)
 
 
 def sizes(recipe: Recipe) -> dict[str, Any]:
-    """Return what ``emloc compress --dry-run --json`` says of the recipe's first stage: rows, ranks, bytes.
+    """Return the output of ``emloc compress --dry-run --json`` for the recipe's first stage: rows, ranks, bytes.
 
     Raises:
-        EmlocError: the first stage could not run as the recipe says.
+        EmlocError: the first stage could not run.
     """
     (content,) = call(DESCRIBE, {"request": stages(recipe)[0].request.to_json()})
     found: dict[str, Any] = content

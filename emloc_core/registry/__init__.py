@@ -1,1 +1,1 @@
-"""Known models, their published numbers, and what fits."""
+"""Known models, their published sizes, and what fits."""

@@ -1,6 +1,6 @@
-"""An entry of the registry: what is known of one published model, in a TOML file. Imports no torch.
+"""A registry entry: what is known about one published model, as a TOML file. Does not import torch.
 
-An entry is data: nothing in one is executed, and a path in one stays in the directory of its file.
+An entry is data: nothing in it is executed, and its paths may not leave the directory of its file.
 """
 
 import hashlib
@@ -19,47 +19,47 @@ from emloc_core.files.output import read_toml, write_json
 from emloc_core.settings import CompressSettings, Settings, TrainSettings, explain
 from emloc_core.units import parse_bytes
 
-#: A memory target that depends on the model: what inference on it needs, as in the paper.
+#: The memory target that is the model's own inference memory, as in the paper.
 INFERENCE = "inference"
-#: Fields of a config by which transformers would fetch code and run it. Those with a leading underscore are its own.
+#: Config fields that make transformers download and run code. Fields with a leading underscore are internal.
 _CODE = {"auto_map", "attn_implementation", "experts_implementation", "custom_generate"}
 _PUBLISHED = re.compile(r"(\d+(?:\.\d+)?)([MB]|GB)?")
 _UNITS = {None: 1, "M": 10**6, "B": 10**9, "GB": 10**9}
 
 
 class Parameters(Settings):
-    """How many parameters a model has, as it was published."""
+    """The published number of parameters of a model."""
 
-    published: str = Field(description="As it was written: 7.62B, 494M, all digits; or 15.9GB of checkpoint.")
-    source: str = Field(description="Where it was written.")
-    tied_twice: bool = Field(False, description="It counts a tied output projection too, which the checkpoint stores.")
-    note: str | None = Field(None, description="What else was published.")
+    published: str = Field(description="As published: 7.62B, 494M, all digits; or 15.9GB for the checkpoint's bytes.")
+    source: str = Field(description="Where it was published.")
+    tied_twice: bool = Field(False, description="Counts a tied output projection too, which the checkpoint stores.")
+    note: str | None = Field(None, description="Anything else that was published.")
 
     @field_validator("published")
     @classmethod
     def _is_number(cls, text: str) -> str:
         if not _PUBLISHED.fullmatch(text):
-            raise ValueError(f"{text!r} is no number of parameters: write 7615616512, 7.62B, 494M, or 15.9GB of bytes")
+            raise ValueError(f"{text!r} is not a number of parameters: write 7615616512, 7.62B, 494M, or 15.9GB")
         return text
 
     @property
     def digits(self) -> int:
-        """How many significant digits were published."""
+        """Number of significant digits published."""
         return len(self._parts()[0].replace(".", "").lstrip("0"))
 
     @property
     def count(self) -> int:
-        """The published number: of parameters, or of bytes where it is in GB."""
+        """The published number of parameters, or of bytes if it is in GB."""
         number, unit = self._parts()
         return round(float(number) * _UNITS[unit]) if unit else int(number)
 
     def agree(self, parameters: int, tied: int = 0, itemsize: int = 2) -> bool:
-        """Say whether a model with so many parameters is what was published, rounded to the digits that were.
+        """Return whether this number of parameters, rounded to the published digits, is the published one.
 
         Args:
-            parameters: tied ones counted once.
-            tied: how many of them are those of a tied output projection.
-            itemsize: bytes of one.
+            parameters: number of parameters; tied ones count once.
+            tied: how many of them belong to a tied output projection.
+            itemsize: bytes per parameter.
         """
         stored = parameters + (tied if self.tied_twice else 0)
         stored *= itemsize if self._parts()[1] == "GB" else 1
@@ -72,15 +72,15 @@ class Parameters(Settings):
 
 
 class Preset(Settings):
-    """How large an emulator is made, and what is tuned on it: a ratio, or the memory that tuning may use."""
+    """Settings for a model: the emulator's ratio or the memory for tuning, and the LoRA to tune."""
 
     ratio: float | None = Field(None, gt=0, lt=1, description="Share of the compressed Linears' parameters.")
-    memory: str | None = Field(None, description="What tuning may use: 24GB, say, or 'inference'.")
+    memory: str | None = Field(None, description="Memory for tuning, such as 24GB, or 'inference'.")
     samples: int = Field(64, ge=1, description="Calibration rows.")
     lora_targets: list[str] | None = Field(None, description="Ends of module paths; by default the family's.")
     lora_rank: int = Field(8, ge=1, description="Rank of the LoRA.")
-    batch_size: int = Field(1, ge=1, description="Rows a forward pass of tuning.")
-    length: int = Field(1024, ge=1, description="Tokens a row, which a memory target is meant for.")
+    batch_size: int = Field(1, ge=1, description="Rows per forward pass of tuning.")
+    length: int = Field(1024, ge=1, description="Tokens per row, for a memory target.")
 
     @model_validator(mode="after")
     def _one_size(self) -> "Preset":
@@ -95,38 +95,38 @@ class Preset(Settings):
             try:
                 parse_bytes(text)
             except EmlocError as error:
-                raise ValueError(f"{error} Or 'inference': what inference on the base needs.") from None
+                raise ValueError(f"{error} Or write 'inference', for what inference on the base needs.") from None
         return text
 
     def settings(self, ratio: float) -> tuple[CompressSettings, TrainSettings]:
-        """Return the settings of stages 1 and 2 at a ratio: the preset's, or the one found for its memory target."""
+        """Return the settings of stages 1 and 2 at a ratio: the preset's, or one found for its memory target."""
         return CompressSettings(ratio=ratio, samples=self.samples), TrainSettings(
             lora_rank=self.lora_rank, target_modules=self.lora_targets, batch_size=self.batch_size
         )
 
 
 class Data(Settings):
-    """An entry's own rows: files, by paths relative to the entry's, within its directory."""
+    """An entry's own rows: files within its directory, with paths relative to the entry's file."""
 
     train: str = Field(description="Rows for calibration, selection and tuning.")
     calibration: str | None = Field(None, description="Other rows for calibration and selection.")
     test: list[str] = Field([], description="Rows that are never tuned on.")
-    tasks: list[str] = Field([], description="Task files of lm-eval, to compare on.")
+    tasks: list[str] = Field([], description="lm-eval task files to compare on.")
 
 
 class Entry(Settings):
     """One model."""
 
-    id: str = Field(min_length=1, description="Hub id, or any unique name where `checkpoint` says where the model is.")
+    id: str = Field(min_length=1, description="Hub id, or any unique name if `checkpoint` says where the model is.")
     family: str = Field(description="Name of the family that declares it.")
-    licence: str | None = Field(None, description="As its card names it.")
-    revision: str | None = Field(None, description="Commit of the hub's repository.")
-    layout: str | None = Field(None, description="Of the published checkpoint, where `emloc import` has to rewrite it.")
+    licence: str | None = Field(None, description="Licence, as on the model card.")
+    revision: str | None = Field(None, description="Commit of the hub repository.")
+    layout: str | None = Field(None, description="Layout of the published checkpoint, if it needs `emloc import`.")
     sources: dict[str, str] = Field({}, description="Where licence and config were published.")
     parameters: Parameters | None = None
     checkpoint: str | None = Field(None, description="Directory of the model, relative to the entry's file.")
     data: Data | None = None
-    presets: dict[str, Preset] = Field(min_length=1, description="By name; `default` is taken where none is named.")
+    presets: dict[str, Preset] = Field(min_length=1, description="Presets by name; `default` is the default.")
     config: dict[str, Any] = Field(description="The architecture, as in the config.json of the native layout.")
     _file: Path = PrivateAttr(default=Path())
 
@@ -147,24 +147,25 @@ class Entry(Settings):
 
     @property
     def model(self) -> str:
-        """What commands are given as MODEL: the directory of the checkpoint, or the hub id."""
+        """The MODEL argument of commands: the directory of the checkpoint, or the hub id."""
         return str(self.path(self.checkpoint)) if self.checkpoint else self.id
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that the entry says, as hexadecimal digits; of its values, not of how they are written."""
+        """SHA-256 of the entry's values (not their formatting), in hex."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
     def path(self, relative: str) -> Path:
         """Return the absolute path of a file or directory that the entry names.
 
         Raises:
-            EmlocError: it is outside the directory of the entry's file, by a link too.
+            EmlocError: it is outside the directory of the entry's file (links are followed).
         """
         directory = self._file.parent.resolve()
         path = (directory / relative).resolve()
         if Path(relative).is_absolute() or not path.is_relative_to(directory):
-            raise EmlocError(f"{self.file} names {relative!r}, outside its directory.", "Put it beside the entry.")
+            raise EmlocError(f"{self.file} names {relative!r}, outside its directory.", "Put it beside the entry.",
+                             code="refused")  # fmt: skip
         return path
 
     def paths(self) -> list[str]:
@@ -176,7 +177,7 @@ class Entry(Settings):
         """Return a preset by name.
 
         Raises:
-            EmlocError: there is none of that name.
+            EmlocError: there is no such preset.
         """
         if name not in self.presets:
             known = list(self.presets)
@@ -188,26 +189,26 @@ class Entry(Settings):
 
     @contextmanager
     def config_file(self) -> Iterator[Path]:
-        """Write the architecture into a temporary ``config.json``; errors about that file name the entry's."""
+        """Write the architecture to a temporary ``config.json``; errors about it name the entry's file instead."""
         with tempfile.TemporaryDirectory(prefix="emloc-entry-") as directory:
             file = Path(directory) / "config.json"
             write_json(file, self.config)
             try:
                 yield file
             except EmlocError as error:
-                raise EmlocError(str(error).replace(str(file), str(self.file))) from error
+                raise EmlocError(str(error).replace(str(file), str(self.file)), code=error.code) from error
 
 
 def read_entry(file: Path) -> Entry:
     """Read one entry.
 
     Raises:
-        EmlocError: the file is no entry: all that is wrong is named, with its line where it is no TOML.
+        EmlocError: the file is not a valid entry; names everything that is wrong, with the line if it is not TOML.
     """
     try:
         entry = Entry(**read_toml(file, "entry"))
     except ValidationError as error:
-        raise EmlocError(f"{file}: {explain(error, Entry)}", "Mend the entry.") from None
+        raise EmlocError(f"{file}: {explain(error, Entry)}", "Correct the entry.") from None
     entry._file = file.absolute()
     for path in entry.paths():
         entry.path(path)
@@ -215,7 +216,7 @@ def read_entry(file: Path) -> Entry:
 
 
 def _names(value: Any) -> Iterator[str]:
-    """Yield the names of all fields of a config, those of its parts too."""
+    """Yield the names of all fields of a config, including nested ones."""
     if isinstance(value, Mapping):
         yield from value
         value = list(value.values())

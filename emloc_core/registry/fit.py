@@ -1,4 +1,4 @@
-"""What a model of the registry needs, and the largest emulator whose tuning fits. Imports torch when it is called."""
+"""Memory of a registry model, and the largest emulator whose tuning fits. Imports torch when called."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,19 +8,19 @@ from emloc_core.registry.entry import Entry
 
 @dataclass(frozen=True)
 class EntryFit:
-    """One entry's plan; bytes are None where ``error`` says why there is none.
+    """One entry's plan; all memory is in bytes, and None if ``error`` is set.
 
     Attributes:
-        parameters: of the base.
-        length: tokens a row that are planned for, those of images included.
-        images: images a row.
-        budget: what tuning may use.
-        inference: what the base needs to read a prompt and write a token.
+        parameters: number of the base's parameters.
+        length: tokens per row, including those of images.
+        images: images per row.
+        budget: memory for tuning.
+        inference: what the base needs to read a prompt and generate a token.
         lora: what a LoRA on the base needs.
-        ratio: the largest, in hundredths, whose tuning fits; None where none does.
+        ratio: the largest multiple of 0.01 whose tuning fits, or None.
         tuning: what a LoRA on the emulator of that ratio needs.
         emulator: that emulator's weights.
-        error: why it cannot be planned; empty where it was.
+        error: why it cannot be planned, or empty.
     """
 
     id: str
@@ -55,14 +55,14 @@ def fit(
 
     Args:
         entry: the model.
-        budget: bytes that tuning may use; None is what inference on the base needs, as in the paper.
-        preset: says the LoRA, and batch and length where these are None.
-        batch_size: rows.
-        length: tokens a row.
+        budget: bytes that tuning may use; None: what inference on the base needs, as in the paper.
+        preset: sets the LoRA, and the defaults of batch size and length.
+        batch_size: rows per step.
+        length: tokens per row.
         device: ``cuda`` or ``cpu``.
 
     Raises:
-        EmlocError: there is no such preset, or the model does not suit the workload.
+        EmlocError: there is no such preset, or the model cannot run the workload.
     """
     from emloc_core.memory.budget import largest_ratio
     from emloc_core.memory.model import MemoryModel

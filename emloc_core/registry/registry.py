@@ -1,6 +1,6 @@
-"""The registry: models that are planned and converted by name, from entries (:mod:`emloc_core.registry.entry`).
+"""The registry: models that can be planned and converted by name (:mod:`emloc_core.registry.entry`).
 
-They come from the package itself, from plugins, and from files of the user. Imports no torch.
+Entries come from the package itself, from plugins, and from the user's files. Does not import torch.
 """
 
 import re
@@ -17,18 +17,18 @@ from emloc_core.settings import CompressSettings, TrainSettings
 __all__ = ["Entry", "config_of", "find", "load_entries", "read_entry", "resolve"]
 
 _HERE = Path(__file__).parent
-#: Where the package's entries lie: in a wheel, and in a checkout.
+#: Directory of the package's entries, in a wheel and in a checkout.
 _PACKAGED = (_HERE / "entries", _HERE.parents[1] / "registry")
 _GLOB = re.compile(r"[*?\[]")
 
 
 def load_entries(extra: Iterable[str | Path] = ()) -> list[Entry]:
-    """Return all entries by id: the package's, the plugins', and those of the user's files and directories.
+    """Return all entries sorted by id: the package's, the plugins', and those of the user's files and directories.
 
-    A plugin whose entries cannot be used is set aside with its error, as a broken one is.
+    A plugin with invalid entries is treated as broken.
 
     Raises:
-        EmlocError: a file of the user is no entry, or two files have the same id.
+        EmlocError: a file of the user is not an entry, or two files have the same id.
     """
     entries: dict[str, Entry] = {}
     _add(entries, _read_all([next(place for place in _PACKAGED if place.is_dir())]))
@@ -43,14 +43,14 @@ def load_entries(extra: Iterable[str | Path] = ()) -> list[Entry]:
 
 
 def find(pattern: str, entries: Sequence[Entry] | None = None) -> list[Entry]:
-    """Return the entries whose id, or what follows the organisation in it, matches a glob. Case does not count.
+    """Return the entries whose id, with or without its organisation, matches a glob. Case is ignored.
 
     Args:
         pattern: an id, a name, or a glob of either: ``organisation/model-7B``, ``model-*``.
-        entries: among these; by default :func:`load_entries`.
+        entries: entries to search; by default :func:`load_entries`.
 
     Raises:
-        EmlocError: none does.
+        EmlocError: no entry matches.
     """
     among = load_entries() if entries is None else entries
     names = [(name, entry) for entry in among for name in (entry.id, entry.id.rpartition("/")[2])]
@@ -60,17 +60,18 @@ def find(pattern: str, entries: Sequence[Entry] | None = None) -> list[Entry]:
         raise EmlocError(
             f"No entry of the registry {verb} {pattern!r}.{did_you_mean(pattern, [name for name, _ in names])}",
             "`emloc zoo list` shows them all.",
+            code="missing",
         )
     return list(found.values())
 
 
 def resolve(entry: Entry, name: str = "default", device: str = "cuda") -> tuple[CompressSettings, TrainSettings]:
-    """Return what a preset comes to: the settings of stages 1 and 2. For a memory target, that is planned (with torch).
+    """Return a preset's settings of stages 1 and 2. A memory target is planned, with torch.
 
     Args:
         entry: the model.
-        name: of its preset.
-        device: whose memory a memory target is.
+        name: name of the preset.
+        device: the device of a memory target.
 
     Raises:
         EmlocError: there is no such preset, or no emulator's tuning fits its memory target.
@@ -83,7 +84,7 @@ def resolve(entry: Entry, name: str = "default", device: str = "cuda") -> tuple[
     from emloc_core.memory.workload import make_workload
     from emloc_core.units import parse_bytes
 
-    assert preset.memory is not None  # a preset has the one or the other
+    assert preset.memory is not None  # a preset has a ratio or a memory target
     with entry.config_file() as file:
         _, train = preset.settings(0.5)
         model = MemoryModel(file, make_workload(file, train, device, length=preset.length))
@@ -93,14 +94,14 @@ def resolve(entry: Entry, name: str = "default", device: str = "cuda") -> tuple[
 
 @contextmanager
 def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
-    """Give the ``config.json`` of a directory, a file, an entry (by id, or its file), or a hub id, in that order.
+    """Yield the ``config.json`` of a directory, a file, an entry (by id or file), or a hub id, in that order.
 
     Args:
-        model: names it.
-        with_tokenizer: there is to be a tokenizer beside it, which an entry does not have.
+        model: the model's name.
+        with_tokenizer: require a tokenizer beside it, which an entry does not have.
 
     Raises:
-        EmlocError: there is none.
+        EmlocError: there is no such config.
     """
     from emloc_core.files.checkpoint import find_config
 
@@ -115,7 +116,7 @@ def config_of(model: str, *, with_tokenizer: bool = False) -> Iterator[Path]:
 
 
 def entry_of(model: str) -> Entry | None:
-    """Return the entry that a model is named by: its id, or the path of its file; None for any other model."""
+    """Return the entry with this id or file, or None for other models."""
     path = Path(model)
     if path.suffix == ".toml" and path.is_file():
         return read_entry(path)
@@ -133,7 +134,7 @@ def _read_all(paths: Iterable[Path]) -> Iterator[Entry]:
 
 
 def _add(entries: dict[str, Entry], more: Iterable[Entry]) -> None:
-    """Add entries, all or none of them. The same file twice is one entry."""
+    """Add all entries, or none. The same file twice is one entry."""
     added: dict[str, Entry] = {}
     for entry in more:
         other = entries.get(entry.id) or added.get(entry.id)

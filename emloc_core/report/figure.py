@@ -6,9 +6,9 @@ from typing import Any
 
 from emloc_core.report.towers import place, short_names
 
-#: Okabe and Ito's colours, which people with any colour vision can tell apart.
+#: Okabe and Ito's colours, which can be distinguished with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-#: Lines differ in more than colour, for print in grey.
+#: Lines differ by more than colour, for greyscale prints.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLES = ("-", "--", "-.", ":")
 
@@ -23,9 +23,9 @@ def figure(
     Args:
         path: where to save; the suffix chooses the format (``.png``, ``.svg``, ``.pdf``).
         loss_histories: for each tuning (``emulator``, ``full LoRA``), its steps and losses.
-        layer_errors: for every Linear, in execution order, its module ``path`` and its ``relative_error``
-            ``||(W - What) X|| / ||W X||``; None, for one that stayed dense, is left out. One line is drawn for each
-            tower and last part of the paths.
+        layer_errors: module ``path`` and ``relative_error`` ``||(W - What) X|| / ||W X||`` of each Linear, in execution
+            order; None, for Linears that stayed dense, is left out. One line is drawn per tower and last part of the
+            paths.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -43,7 +43,7 @@ def figure(
         axes.xaxis.get_major_locator().set_params(integer=True)
     if left.lines:
         left.legend(frameon=False, fontsize="small")
-    if right.lines:  # beside the plot: lines of a real model leave no room within it
+    if right.lines:  # beside the plot, which is full for a real model
         right.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=150)
@@ -60,7 +60,7 @@ def _draw_losses(axes: Any, histories: Mapping[str, Sequence[tuple[int, float]]]
 
 def _draw_errors(axes: Any, errors: Sequence[Mapping[str, Any]]) -> None:
     axes.set(title="Output error of the emulator's layers", xlabel="layer", ylabel="relative error")
-    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}  # of each tower and last part of the paths
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}  # per tower and last part of the paths
     for error in errors:
         if error.get("relative_error") is not None:
             tower, block, name = place(str(error["path"]))

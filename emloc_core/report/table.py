@@ -1,4 +1,4 @@
-"""The one table that compares systems, for the terminal, Markdown and JSON, and what it says in a sentence."""
+"""The table that compares systems, for the terminal, Markdown and JSON, and its conclusion in a sentence."""
 
 import math
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from emloc_core.units import human_bytes, human_seconds
 if TYPE_CHECKING:
     from rich.table import Table
 
-#: Systems in the order of the table; any other comes after these.
+#: Systems in the order of the table; others come after these.
 ORDER = (
     "base", "emulator", "emulator+lora", "base+uncorrected", "base+corrected", "base+polished", "merged", "exact_alone",
     "full_lora",
 )  # fmt: skip
-#: Columns that are no metrics, with their headings.
+#: Columns that are not metrics, with their headings.
 COSTS = {"seconds": "time", "peak_bytes": "peak memory"}
-#: Metrics of lm-eval of which less is better; a task's own word (``metrics``) goes before this.
+#: lm-eval's metrics for which lower is better, unless the task (``metrics``) says otherwise.
 LOWER = {"nll", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"}
 
 Systems = Mapping[str, Mapping[str, Any]]
@@ -28,11 +28,11 @@ def rows(systems: Systems, metrics: Metrics | None = None) -> list[dict[str, Any
 
     Args:
         systems: name -> metrics by name, ``seconds`` and ``peak_bytes``, as in ``results.json``.
-        metrics: name -> ``higher_is_better`` (True, False, or None where nobody knows), as in ``results.json``.
+        metrics: name -> ``higher_is_better`` (True, False, or None if unknown), as in ``results.json``.
 
     Returns:
-        Rows with ``system``, every metric (None where a system has no value), ``seconds``, ``peak_bytes``, and
-        ``best``: the columns in which the row has the best value of all.
+        Rows with ``system``, every metric (None if a system has no value), ``seconds``, ``peak_bytes``, and ``best``:
+        the columns in which the row has the best value.
     """
     columns = _columns(systems)
     names = sorted(systems, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
@@ -48,7 +48,7 @@ def rows(systems: Systems, metrics: Metrics | None = None) -> list[dict[str, Any
 
 
 def markdown(systems: Systems, metrics: Metrics | None = None) -> str:
-    """Return the table in Markdown, the best value of each column in bold. Arguments as of :func:`rows`."""
+    """Return the table in Markdown, with the best value of each column in bold. Arguments as for :func:`rows`."""
     columns = _columns(systems)
     lines = [
         "| system | " + " | ".join(_heading(column, metrics) for column in columns) + " |",
@@ -61,7 +61,7 @@ def markdown(systems: Systems, metrics: Metrics | None = None) -> str:
 
 
 def table(systems: Systems, metrics: Metrics | None = None) -> "Table":
-    """Return the table for a terminal; the best values are bold and starred. Arguments as of :func:`rows`."""
+    """Return the table for a terminal; the best values are bold and starred. Arguments as for :func:`rows`."""
     from rich.table import Table
 
     columns = _columns(systems)
@@ -76,7 +76,7 @@ def table(systems: Systems, metrics: Metrics | None = None) -> "Table":
 
 
 def print_table(systems: Systems, metrics: Metrics | None = None) -> None:
-    """Print the table on stdout. Arguments as of :func:`rows`."""
+    """Print the table on stdout. Arguments as for :func:`rows`."""
     from rich.console import Console
 
     console = Console()
@@ -87,17 +87,17 @@ def print_table(systems: Systems, metrics: Metrics | None = None) -> None:
 
 
 def note(results: Mapping[str, Any]) -> str:
-    """Return one line that says what was measured: tasks, rows, what the arrows and nll mean."""
+    """Return one line on what was measured: tasks, rows, the meaning of arrows and nll."""
     tasks = ", ".join(f"{name} ({task['rows']} rows)" for name, task in sorted(results["tasks"].items()))
-    loss = " nll: mean loss a token, in nats." if any(_is_nll(name) for name in results["metrics"]) else ""
+    loss = " nll: mean loss per token, in nats." if any(_is_nll(name) for name in results["metrics"]) else ""
     return f"Tasks: {tasks}.{loss} ↓ lower is better, ↑ higher is better."
 
 
 def conclusion(results: Mapping[str, Any]) -> str:
-    """Say what the table shows of the adapter on the base; an empty string where it shows nothing of that.
+    """Return what the table shows about the adapter on the base, or an empty string.
 
-    Of the first column: what the corrected and the uncorrected adapter gain over the base, and how much of the gain
-    of an ordinary LoRA that is, where one was evaluated; and whether the adapter was left uncorrected.
+    For the first column: what the corrected and uncorrected adapters gain over the base, as a share of an ordinary
+    LoRA's gain if one was evaluated; and whether the clamp chosen is 0.
     """
     systems, metrics = results["systems"], results.get("metrics")
     column = next((column for column in _columns(systems) if column not in COSTS), None)
@@ -118,7 +118,7 @@ def conclusion(results: Mapping[str, Any]) -> str:
 
 
 def _columns(systems: Systems) -> list[str]:
-    """Return the metrics, every ``nll`` first, then what they cost."""
+    """Return the metrics, with every ``nll`` first, then the costs."""
     metrics = {column for row in systems.values() for column in row} - COSTS.keys()
     return [*sorted(metrics, key=lambda name: (not _is_nll(name), name)), *COSTS]
 
@@ -128,7 +128,7 @@ def _is_nll(column: str) -> bool:
 
 
 def _direction(column: str, metrics: Metrics | None) -> bool | None:
-    """Say whether a higher value is better; None where nobody knows."""
+    """Return whether higher is better, or None if unknown."""
     if column in COSTS:
         return False
     if metrics and column in metrics:
@@ -138,7 +138,7 @@ def _direction(column: str, metrics: Metrics | None) -> bool | None:
 
 
 def _best(systems: Systems, column: str, higher: bool | None) -> float | None:
-    """Return the best value of a column; None where there is none, or nothing to compare."""
+    """Return the best value of a column, or None if there is nothing to compare."""
     values = [row[column] for row in systems.values() if row.get(column) is not None]
     values = [value for value in values if not math.isnan(value)]
     if higher is None or len(values) < 2 or min(values) == max(values):

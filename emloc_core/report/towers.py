@@ -1,12 +1,12 @@
-"""In which tower a Linear stands, read off its module path, and what to call the towers of a model."""
+"""Finds a Linear's tower from its module path, and short names for a model's towers."""
 
 from collections.abc import Sequence
 
 
 def place(path: str) -> tuple[str, int | None, str]:
-    """Return the path of the list of blocks that a Linear is in, its block's number, and the last part of its path.
+    """Return the path of a Linear's list of blocks, the number of its block, and the last part of its path.
 
-    Outside of blocks: an empty path, and None.
+    Outside blocks these are an empty path and None.
     """
     parts = path.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
@@ -16,7 +16,7 @@ def place(path: str) -> tuple[str, int | None, str]:
 
 
 def short_names(towers: Sequence[str]) -> dict[str, str]:
-    """Return what tells paths of towers apart: the first part in which they differ; nothing where there is one."""
+    """Return the first part in which the towers' paths differ; empty strings if there is only one tower."""
     parts = [tower.split(".") for tower in towers]
     common = next((index for index, same in enumerate(zip(*parts, strict=False)) if len(set(same)) > 1), None)
     if len(towers) < 2 or common is None:

@@ -311,7 +311,7 @@ def test_a_model_of_text_is_shown_no_images(tiny_model, rows_with_pictures, tmp_
     task = str(write_task("image_nll", rows_with_pictures, tmp_path / "task.yaml"))
     with pytest.raises(EmlocError, match=r"shows images, and .* \(base\) is of the family llama, which reads text"):
         evaluate([system("base", tiny_model)], [task], tmp_path / "out")
-    with pytest.raises(EmlocError, match="family llama read text alone"):
+    with pytest.raises(EmlocError, match="family llama read text only"):
         load_system(tiny_model, None, images=True)
 
 

@@ -134,7 +134,7 @@ FAILURES = {
         "Traceback ...\nRuntimeError: no space",
         r"mine failed: RuntimeError: no space .*\.mine\.log",
     ),
-    "silence": (ProcessDiedError("f", 0), "", "mine failed: no word of why"),
+    "silence": (ProcessDiedError("f", 0), "", "mine failed: no output"),
 }
 
 
@@ -271,7 +271,7 @@ def test_the_command_writes_a_task_file(rows_file, tmp_path):
     argv = ["--new-task", "completion_nll", "--data", str(rows_file), "-o", str(tmp_path / "loss.yaml")]
     CliRunner().invoke(command, argv, catch_exceptions=False)
     assert find_task(str(tmp_path / "loss.yaml"), Inputs()).name == "loss"
-    with pytest.raises(EmlocError, match="exists already"):
+    with pytest.raises(EmlocError, match="already exists"):
         CliRunner().invoke(command, argv, catch_exceptions=False)
 
 
@@ -280,5 +280,5 @@ def test_systems_and_tasks_of_one_name_are_refused(tiny_model, tasks, tmp_path):
         evaluate([system("a", tiny_model)] * 2, tasks, tmp_path / "out")
     with pytest.raises(EmlocError, match="Two tasks are called 'generation'"):
         evaluate([system("a", tiny_model)], [tasks[1]] * 2, tmp_path / "out")
-    with pytest.raises(EmlocError, match="is no name of a system"):
+    with pytest.raises(EmlocError, match="is not a name for a system"):
         evaluate([system("../a", tiny_model)], tasks, tmp_path / "out")

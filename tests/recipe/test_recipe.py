@@ -105,7 +105,7 @@ def test_comparing_clamps_needs_selection_rows(write):
 def test_a_budget_and_a_ratio_contradict_each_other(write):
     budget = write("[compress]\nsamples = 8\n")
     assert load_recipe(budget, ["model.memory=24GiB"]).model.memory == "24GiB"
-    with pytest.raises(EmlocError, match="both say how large the emulator is; give one of them"):
+    with pytest.raises(EmlocError, match="both set the emulator's size; give one of them"):
         load_recipe(budget, ["model.memory=24GiB", "compress.ratio=0.5"])
 
 

@@ -206,7 +206,7 @@ def test_what_is_no_entry(write: Callable[..., Path], fault: str) -> None:
 
 def test_a_wrong_number_of_parameters(write: Callable[..., Path]) -> None:
     file = write(more='[parameters]\npublished = "about 7B"\nsource = "x"\n')
-    assert "parameters.published: 'about 7B' is no number of parameters" in refused(read_entry, file)
+    assert "parameters.published: 'about 7B' is not a number of parameters" in refused(read_entry, file)
 
 
 @pytest.mark.parametrize("path", ["../rows.jsonl", "/etc/passwd", "link/rows.jsonl", "a/../../rows.jsonl"])
