@@ -95,7 +95,7 @@ def test_comparing_clamps_needs_selection_rows(write):
         load_recipe(path)
     assert str(refused.value) == (
         f"{path}: correct.clamp = 'auto' compares on held-out rows, and compress.selection = 0 holds out none; "
-        "hold some out, or set correct.clamp to a number or 'none'. Mend these settings."
+        "hold some out, or set correct.clamp to a number or 'none'. Correct these settings."
     )
     assert load_recipe(path, ["correct.clamp=3"]).correct.clamp == 3
     assert load_recipe(path, ["correct.clamp=none"]).correct.clamp == "none"

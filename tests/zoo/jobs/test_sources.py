@@ -219,7 +219,7 @@ def test_a_task_of_an_entry_that_is_data_is_asked(entry_with_a_task):
     [
         ("process_docs: !function evil.run", "calls the function evil.run"),
         ("metric_list: [{metric: !function evil.run}]", "calls the function evil.run"),
-        ("metric_list: [{metric: ./evil}]", "the metric {'metric': './evil'}, which lm-eval would fetch and run"),
+        ("metric_list: [{metric: ./evil}]", "the metric {'metric': './evil'}, which lm-eval would download and run"),
         ("metric_list: [{metric: acc, hf_evaluate: true}]", "the metric {'metric': 'acc'"),
         ("use_prompt: evil.yaml:*", "the key 'use_prompt', which is not known to be data"),
         ("class: evil", "the key 'class'"),
