@@ -12,15 +12,15 @@ from support.rows import write_jsonl
 from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
-from emloc_core.adapters.adapter import WEIGHTS, Adapter, config_problems
+from emloc_core.adapters.adapter import WEIGHTS, Adapter, config_problems, content_hash
 from emloc_core.adapters.correct import Correct, choose
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows
+from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.inputs import hash_files
 from emloc_core.files.output import read_manifest
-from emloc_core.settings import CorrectSettings
+from emloc_core.settings import CompressSettings, CorrectSettings
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_another_emulator_is_refused(tiny_model, adapter, tmp_path):
     manifest = {
         "kind": "adapter",
         "request": {"model": "0" * 64},
-        "result": {"sha256": hash_files([trained / WEIGHTS])},
+        "result": {"sha256": content_hash(trained)},
     }
     (trained / "emloc.json").write_text(json.dumps(manifest))
     with pytest.raises(EmlocError, match="another emulator"):
@@ -183,9 +183,10 @@ def test_an_adapter_of_the_base_itself_needs_no_correction(tiny_model, tmp_path)
         correct(on_base, tiny_model, tmp_path / "out")
 
 
-def test_auto_without_held_out_rows_says_what_to_do(tiny_model, emulator, adapter, tmp_path):
-    bare = shutil.copytree(emulator, tmp_path / "emulator")
-    (bare / "selection.jsonl").unlink()
+def test_auto_without_held_out_rows_says_what_to_do(tiny_model, rows_file, tmp_path):
+    settings = CompressSettings(samples=12, selection=0, ratio=0.6)
+    bare = Compress(Checkpoint(tiny_model), load_rows(rows_file), tmp_path / "emulator", settings).run()
+    adapter = make_adapter(bare, tmp_path / "adapter")
     with pytest.raises(EmlocError, match="--selection"):
         correct(adapter, tiny_model, tmp_path / "out", clamp="auto", emulator=bare)
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "animal: cat.", "completion": " a red cat runs."}])

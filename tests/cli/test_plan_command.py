@@ -68,7 +68,7 @@ def test_images_of_any_size(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     options = ("--length", 64, "--batch-size", 2, "--memory", "4GiB", "--ratio", 0.5)
     shown = run("plan", tmp_path, *options, "--image-size", "24x16").stdout
-    assert "1 image(s) of 24x16 pixels and 24 tokens a row among them" in shown
+    assert "1 image(s) of 24x16 pixels and 24 tokens per row" in shown
     assert "parameters of model.visual.deepstack_merger_list.* stay dense: small" in shown
     found = plan(tmp_path, *options, "--image-size", "24x16")
     assert found["workload"]["image"] == {"height": 16, "width": 24, "tokens": 24}
@@ -134,7 +134,7 @@ def test_what_is_refused(tiny_model: Path, rows_file: Path, tmp_path: Path) -> N
     assert "has no config.json" in refused("plan", tmp_path)
     assert "takes 256 tokens, not 257" in refused("plan", tiny_model, "--length", "257")
     (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
-    assert "The tokenizer in" in refused("plan", tmp_path, "--data", rows_file)
+    assert "has no tokenizer" in refused("plan", tmp_path, "--data", rows_file)
     message = refused("plan", tiny_model, "--memory", "1MB", "--batch-size", 1, "--length", 64)
     assert "No emulator's tuning fits 1 MB" in message
     assert "4 bits (NF4)" in message
