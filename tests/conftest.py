@@ -2,9 +2,11 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,11 @@ from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.process import call_here
 from emloc_core.settings import CompressSettings
+
+if threading.current_thread() is threading.main_thread():
+    # What is started in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 # The workers of pytest share the cores already, and threads that wait for each other in tiny models take many times as
 # long. The processes that tests start take it from the environment.
