@@ -138,8 +138,9 @@ def _run(line: str, file_size: int | None, place: Path, writer: Any) -> None:
 
 
 def _judge(case: Case, code: int, output: str, place: Path) -> tuple[Verdict, str]:
-    lines = output.strip().splitlines() or [""]
-    said = next((line for line in reversed(lines) if line.startswith("emloc: ")), lines[-1])  # a bar may follow
+    # A progress bar may follow, or stand before it in the same line.
+    lines = re.split(r"[\r\n]+|(?=emloc: )", output.strip())
+    said = next((line for line in reversed(lines) if line.startswith("emloc: ")), lines[-1])
     if (place / "evil").exists():
         return Verdict.WRONG, f"what a stranger wrote was run: {said}"
     if code == 0:

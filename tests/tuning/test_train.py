@@ -309,7 +309,7 @@ def test_settings_that_cannot_work_are_one_error(changes, complaint, tiny_model,
 
 def test_a_row_beyond_the_models_limit_is_named(tiny_model, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "cat"}, {"text": "cat " * 300}])
-    with pytest.raises(EmlocError, match=r"Row 2: .* the model takes 256"):
+    with pytest.raises(EmlocError, match=r"Row 2 .* the model takes 256"):
         finetune(tiny_model, str(path), tmp_path / "a", settings())
 
 
