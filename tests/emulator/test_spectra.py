@@ -18,7 +18,7 @@ from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.correct import Correct
 from emloc_core.algorithms.allocation import largest_rank, uniform
 from emloc_core.cli import cli
-from emloc_core.data.rows import load_rows
+from emloc_core.data.rows import CALIBRATION, SELECTION, load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.cut import Cut
 from emloc_core.emulator.files import EmulatorFiles
@@ -361,9 +361,10 @@ def spoil(part):
 
 
 def sign(spectra):
-    """Make the manifest say that the shards are as they were made."""
+    """Make the manifest say that shards and rows are as they were made."""
     manifest = read_manifest(spectra)
-    manifest["result"]["sha256"] = hash_files(sorted(spectra.glob("*.safetensors")))
+    rows = [spectra / name for name in (CALIBRATION, SELECTION)]
+    manifest["result"]["sha256"] = hash_files([*sorted(spectra.glob("*.safetensors")), *rows])
     (spectra / "emloc.json").write_text(json.dumps(manifest))
 
 

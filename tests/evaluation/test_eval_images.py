@@ -355,7 +355,7 @@ def test_a_prompt_that_does_not_fit_is_refused(lm):
 def test_a_choice_among_too_many_answers_names_other_kinds_for_images(rows_with_pictures, tmp_path):
     shutil.copytree(rows_with_pictures.parent / "pictures", tmp_path / "pictures")
     rows = [ask("which?", f"answer {n}") | {"images": ["pictures/red.png"]} for n in range(21)]
-    with pytest.raises(EmlocError, match=r"21 different answers, .* Choose image_question or image_nll\."):
+    with pytest.raises(EmlocError, match=r"21 different answers; .* Choose image_question or image_nll\."):
         write_task("image_choice", write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "task.yaml")
 
 
