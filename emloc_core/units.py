@@ -20,7 +20,7 @@ def parse_bytes(text: str) -> int:
         raise EmlocError(f"{text!r} is not a memory size.", "Write it as 24GiB, 24GB or 800MB.")
     number, unit, binary = match.groups()
     size = int(float(number) * (1024 if binary else 1000) ** (_UNITS[unit.lower()] if unit else 0))
-    if not unit and size < _LEAST:
+    if not unit and not binary and 0 < size < _LEAST:
         raise EmlocError(f"{text!r} would be {size} bytes of memory.", f"Write the unit: {number}GiB.")
     if (binary and not unit) or size < 1:
         raise EmlocError(f"{text!r} is not a memory size.", "Write it as 24GiB, 24GB or 800MB.")

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import example_rows, write_jsonl
 
-from emloc_core.data import rows as rows_module
 from emloc_core.data.rows import Row, digest, draw, load_rows, without, write_rows
 from emloc_core.errors import EmlocError
 
@@ -239,6 +238,6 @@ def test_a_parquet_file_that_unpacks_to_very_much_is_refused(tmp_path: Path, mon
         pyarrow.array([0] * 500, pyarrow.int32()), pyarrow.array(["x" * 2**20])
     )
     pyarrow.parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "rows.parquet")
-    monkeypatch.setattr(rows_module, "_LEAST", 256 << 20)
+    monkeypatch.setattr("emloc_core.files.limits._LEAST", 256 << 20)
     with pytest.raises(EmlocError, match=r"more than 256 MiB|malloc"):
         load_rows(str(tmp_path / "rows.parquet"))

@@ -176,7 +176,7 @@ def test_samples_equal_what_trl_trains_on(base, tmp_path, form, cut):
             image.save(tmp_path / f"{number}-{index}.png")
         row["images"] = [f"{number}-{index}.png" for index in range(len(row["images"]))]
     rows = load_rows(str(write_jsonl(tmp_path / "rows.jsonl", raw)))
-    samples = encode(rows, load_processing(base, MODELS[base.name][0], rows), max_length, 256)
+    samples = encode(rows, load_processing(base, MODELS[base.name][0], rows), max_length)
     for sample, batch in zip(samples, expected, strict=True):
         labels = batch.pop("labels")[0]
         assert sample.completion_mask == [int(label != -100) for label in labels]

@@ -33,7 +33,7 @@ def test_sizes_are_parsed() -> None:
     assert parse_bytes("24GB") == parse_bytes("24g") == 24 * 10**9
     assert parse_bytes("800MB") == 8 * 10**8
     assert parse_bytes(" 1.5 TiB ") == 3 * 2**39
-    assert parse_bytes("1000") == 1000
+    assert parse_bytes("1000000") == 10**6
 
 
 @pytest.mark.parametrize("text", ["", "lots", "24GiBs", "-3GB", "0GB", "12i", "1e9", "24 GiB free", "GB"])
