@@ -1,6 +1,6 @@
-"""The conformance kit: does a family's declaration hold on tiny models of its own?
+"""The conformance kit: checks a family's declaration on its own tiny models.
 
-Everything is judged through the stages that users run, on files in a temporary directory. From a test, use
+Checks go through the stages that users run, on files in a temporary directory. From a test, use
 :mod:`emloc_core.testing`; from the command line, ``emloc families check NAME``.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from emloc_core.conformance.check import Check, CheckResult
 from emloc_core.family import Family
 
-#: Called with what was checked, how many checks are done, and how many there are.
+#: Called with the last check, the number of checks done, and the total.
 Progress = Callable[[str, int, int], None]
 
 
@@ -22,10 +22,10 @@ def check_family(family: Family, progress: Progress = lambda *_: None) -> list[C
 
     Args:
         family: as a plugin declares it; it need not be installed. Families nested in it must be.
-        progress: told of every check that is done.
+        progress: called after every check.
 
     Returns:
-        One result a check and model, those of the declaration as a whole first. Nothing is raised for what is wrong.
+        One result per check and model, starting with those of the declaration. Failed checks raise nothing.
     """
     from emloc_core.conformance.checks import cases, make_subject
 

@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 
 @check(linears)
 def blocks(subject: TinyModel) -> None:
-    """Every block runs, once a row, in the declared order."""
+    """Every block runs once per row, in the declared order."""
     seen = subject.forward
     if not all(bool(torch.isfinite(row).all()) for row in seen.logits):
         raise EmlocError("The tiny model's logits are not all finite.", "Correct the sizes of the tiny config.")
@@ -33,7 +33,7 @@ def blocks(subject: TinyModel) -> None:
         "Take its tower out of towers; if images alone pass through it, set modality to image-text.",
     )
     require(
-        [f"{path} runs more than once a row" for row in seen.blocks for path in row if row.count(path) > 1],
+        [f"{path} runs more than once per row" for row in seen.blocks for path in row if row.count(path) > 1],
         "Declare the module that repeats as one block: streaming needs each block to run once.",
     )
     order = {path: place for place, path in enumerate(declared)}
@@ -170,7 +170,7 @@ def full_rank(subject: TinyModel) -> str:
         actual = [logits(model, sample) for sample in subject.samples]
     except (RuntimeError, AttributeError) as error:
         raise EmlocError(
-            f"The model does not run with factors in the place of its Linears ({first_line(error)}).",
+            f"The model does not run with factors instead of its Linears ({first_line(error)}).",
             "Some module uses the weight of a Linear without calling it: find it, and list that Linear in keep_dense.",
         ) from error
     apart = [deviation(one, other) for one, other in zip(actual, subject.forward.logits, strict=True)]

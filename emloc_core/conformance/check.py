@@ -1,4 +1,4 @@
-"""A check, what it found, and how one is judged. Light to import."""
+"""Checks and their results. Light to import."""
 
 import re
 import traceback
@@ -16,17 +16,17 @@ _MOST = 4  # problems in a message
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one check found out about a family, or about one of its tiny models.
+    """Result of one check on a family, or on one of its tiny models.
 
     Attributes:
         family: the family's name.
-        config: which of its tiny configs; ``all`` for a check of the declaration as a whole.
+        config: which of its tiny configs; ``all`` for a check of the declaration.
         check: the check's name.
-        passed: whether it holds. A check that could not run has not passed.
-        message: what is wrong; of a passed check, a note.
-        remedy: how to mend it.
-        traceback: where the check broke off, if it did so unexpectedly.
-        blocked: whether it could not run because a check that it needs failed.
+        passed: whether the check passed. A check that could not run has not passed.
+        message: what is wrong; for a passed check, a note.
+        remedy: how to fix it.
+        traceback: traceback of an unexpected error.
+        blocked: whether it was not run because a check that it needs failed.
     """
 
     family: str
@@ -47,7 +47,7 @@ class Subject:
 
     Args:
         declared: the family, as the plugin declares it.
-        label: names what is checked.
+        label: name of what is checked.
     """
 
     def __init__(self, declared: Family, label: str) -> None:
@@ -57,12 +57,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Check:
-    """One property that a declaration promises.
+    """One property that a declaration must have.
 
     Attributes:
         name: such as ``input-groups``.
-        run: is given the subject; returns a note or None, and raises ``EmlocError(what is wrong, how to mend it)``.
-        needs: checks that must hold for this one to mean anything.
+        run: takes the subject; returns a note or None, and raises ``EmlocError(what is wrong, how to fix it)``.
+        needs: checks that must pass for this one to be meaningful.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Check:
     needs: tuple["Check", ...] = ()
 
     def on(self, subject: Subject) -> CheckResult:
-        """Judge the subject, once: what it needs is judged first."""
+        """Check the subject, once, after the checks that this one needs."""
         if self.name not in subject.results:
             subject.results[self.name] = self._judged(subject)
         return subject.results[self.name]
@@ -80,7 +80,7 @@ class Check:
         failed = [need.name for need in self.needs if not need.on(subject).passed]
         if failed:
             reason = f"Could not run: it needs {', '.join(failed)}, which failed."
-            return result(False, reason, "Mend that first.", blocked=True)
+            return result(False, reason, "Fix that first.", blocked=True)
         try:
             with under_test(subject.declared):
                 return result(True, self.run(subject) or "")
@@ -96,7 +96,7 @@ class Check:
 
 
 def check(*needs: Check) -> Callable[[Callable[[Any], str | None]], Check]:
-    """Return a decorator that makes a function a check of that name."""
+    """Return a decorator that turns a function into a check of the same name."""
 
     def decorate(function: Callable[[Any], str | None]) -> Check:
         return Check(function.__name__.replace("_", "-"), function, needs)
@@ -105,10 +105,10 @@ def check(*needs: Check) -> Callable[[Callable[[Any], str | None]], Check]:
 
 
 def require(problems: Iterable[str], remedy: str) -> None:
-    """Fail where there are problems.
+    """Fail if there are problems.
 
     Raises:
-        EmlocError: names them, those that differ in the number of a block once, and the remedy.
+        EmlocError: names the problems, once for those that differ only in the number of a block, and the remedy.
     """
     alike: dict[str, list[str]] = {}
     for problem in problems:

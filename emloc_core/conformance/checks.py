@@ -1,4 +1,4 @@
-"""Which checks there are, and what they are run on."""
+"""The list of checks, and their subjects."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from emloc_core.conformance.declaration import Declaration
 from emloc_core.conformance.tiny import TinyModel, labels
 from emloc_core.family import Family
 
-#: Of the declaration as a whole.
+#: Checks of the declaration.
 WHOLE = (declaration.model_types, declaration.names)
-#: Of each tiny model, in the order in which faults are best mended.
+#: Checks of each tiny model, in the order in which problems are best fixed.
 EACH = (
     declaration.builds,
     declaration.linears,
@@ -29,13 +29,13 @@ EACH = (
 
 
 def cases(family: Family) -> list[tuple[int, str, Check]]:
-    """Return everything that is to be checked: index of the tiny config (-1: the whole), its label, the check."""
+    """Return all cases: index of the tiny config (-1: the declaration), its label, and the check."""
     whole = [(-1, "all", check) for check in WHOLE]
     return whole + [(index, label, check) for index, label in enumerate(labels(family)) for check in EACH]
 
 
 def make_subject(family: Family, index: int, directory: Path) -> Subject:
-    """Return what the checks of a case are run on; it works in a new directory within ``directory``."""
+    """Return the subject of a case's checks; it works in a new directory within ``directory``."""
     if index < 0:
         return Declaration(family)
     label = labels(family)[index]

@@ -10,9 +10,9 @@ from emloc_core.plugins.manager import plugin_manager
 
 @contextmanager
 def under_test(family: Family) -> Iterator[None]:
-    """Let the stages work by a declaration, installed or not: quietly, and on one thread.
+    """Make the stages use a declaration, installed or not, without output and on one thread.
 
-    In tiny tensors there is nothing to share out: with two threads the kit takes six times the processor's time.
+    Tiny tensors gain nothing from threads: with two, the kit takes six times as much processor time.
     """
     import torch
     from transformers import logging

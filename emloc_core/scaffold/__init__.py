@@ -1,1 +1,1 @@
-"""Drafting the declaration of a new family."""
+"""Drafts the declaration of a new family."""

@@ -1,4 +1,4 @@
-"""From what one forward of a model showed to what a family declares: towers, what stays dense, LoRA's targets."""
+"""Deduces a family's declaration from one observed forward pass: towers, dense Linears, LoRA targets."""
 
 import copy
 import warnings
@@ -38,7 +38,8 @@ def towers(seen: Observation, notes: list[str]) -> list[Tower]:
         told = "; ".join(f"{path}: {reason}" for reason, path in reasons.items())
         raise EmlocError(
             f"No block of this {seen.model.config.model_type!r} holds a Linear that can be compressed ({told}).",
-            "EMLoC factors nn.Linear alone: use another model.",
+            "EMLoC factors only nn.Linear: use another model.",
+            code="unsupported",
         )
     paths = {path for stack in stacks for group in stack.groups for path in group}
     compressed = {name for stack in stacks for name in seen.calls if name.startswith(f"{stack.path}.")
@@ -51,9 +52,7 @@ def towers(seen: Observation, notes: list[str]) -> list[Tower]:
         left_out = [path for path, target in targets.items() if target is None]
         if left_out:
             shared = ", ".join(left_out)
-            notes.append(
-                f"Check: no LoRA goes on {shared} of {stack.path} by default: PEFT would put it elsewhere too."
-            )
+            notes.append(f"Check: {shared} of {stack.path} gets no LoRA by default: PEFT would put it elsewhere too.")
         ends = list(dict.fromkeys(target for target in targets.values() if target))
         plain = not left_out and all("." not in end for end in ends)
         found.append(Tower(name, stack.path, stack.groups, [] if plain else ends))

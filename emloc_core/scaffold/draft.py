@@ -109,7 +109,7 @@ def _without_defaults(tower: Tower) -> dict[str, Any]:
 
 
 def _render(value: Any, before: int, indent: int = 0) -> str:
-    """Return ``value`` as source: in one line where it fits, an entry a line where not.
+    """Return ``value`` as source: on one line if it fits, otherwise one entry per line.
 
     Args:
         value: a literal, or a call.

@@ -1,4 +1,4 @@
-"""What one forward of a model shows: its stacks of blocks, and which of their Linears read the same input."""
+"""Observes one forward pass of a model: its stacks of blocks, and which Linears read the same input."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from emloc_core.errors import EmlocError, typed_line
 
 ROUTED = "each expert sees only the tokens that are routed to it"
-ROUTER = "decides which tokens an expert sees"
+ROUTER = "routes tokens to experts"
 GATE = "a gate of a single output"
 CONV1D = "a Conv1D, which keeps its weight transposed: no nn.Linear"
 UNCALLED = "its weight is used without calling it, or this forward did not reach it"

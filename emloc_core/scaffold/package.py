@@ -34,7 +34,9 @@ def write_plugin(name: str, directory: Path, model_types: Sequence[str] = (), dr
     model_types = list(dict.fromkeys(model_types)) or (sorted(draft.family.model_types) if draft else [name])
     _check(name, model_types)
     if directory.exists():
-        raise EmlocError(f"{directory} exists already.", "Choose another directory with -o, or remove this one.")
+        raise EmlocError(
+            f"{directory} already exists.", "Choose another directory with -o, or remove this one.", code="exists"
+        )
     content = _render(name, model_types)
     if draft:
         tiny = [{**config, "model_type": each} for each in model_types for config in draft.family.tiny_configs]
@@ -68,9 +70,13 @@ def _check(name: str, model_types: Sequence[str]) -> None:
         )
     manager = plugin_manager()
     if name in {family.name for family in manager.families()} | {report.name for report in manager.reports}:
-        raise EmlocError(f"A plugin or family {name!r} is installed already.", "Choose another name.")
+        raise EmlocError(f"A plugin or family {name!r} is already installed.", "Choose another name.", code="exists")
     if find_spec(f"emloc_{name}"):
-        raise EmlocError(f"There is a package emloc_{name} already, which this one would hide.", "Choose another name.")
+        raise EmlocError(
+            f"There is already a package emloc_{name}, which this one would hide.",
+            "Choose another name.",
+            code="exists",
+        )
     for family in manager.families():
         if taken := family.model_types.intersection(model_types):
             raise EmlocError(

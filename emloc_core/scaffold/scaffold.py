@@ -64,6 +64,7 @@ class _Scaffold:
             raise EmlocError(
                 f"The model of this {self.type!r} has no list of blocks (nn.ModuleList) that hold Linears.",
                 "EMLoC compresses the Linears of repeated blocks, one block at a time: there is nothing to declare.",
+                code="unsupported",
             )
         self.tiny = plain(config) if self.model.num_parameters() <= TINY_PARAMETERS else shrink(config)
         self.given, self.probe, self.seen = self._observe(self._tiny_model())
@@ -164,6 +165,7 @@ def _empty_family(config: Any) -> Family:
         raise EmlocError(
             f"{model_type!r} is an encoder-decoder; EMLoC tunes models that read and write one sequence.",
             "Choose a decoder, such as a causal language model.",
+            code="unsupported",
         )
     has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and getattr(config, "vision_config", None)
     if has_images:
@@ -172,5 +174,6 @@ def _empty_family(config: Any) -> Family:
         return Family(name, frozenset({model_type}), ())
     raise EmlocError(
         f"transformers has neither a causal language model nor an image-text model of the type {model_type!r}.",
-        "EMLoC tunes models that write text.",
+        "EMLoC tunes models that generate text.",
+        code="unsupported",
     )

@@ -1,7 +1,7 @@
 """A tiny config of the same architecture: few blocks, one of each kind, and small sizes that still divide.
 
-Sizes are known by the names that the configs of transformers give them. A config with sizes of other names stays too
-large, which is an error that lists them; a person then gives a small config by hand.
+Sizes are recognised by their names in transformers' configs. A config with other names for its sizes stays too large;
+the error lists them, and the user then writes a small config.
 """
 
 import re
@@ -50,8 +50,8 @@ _TOKEN_ID = re.compile(r".*_token_(id|ids|index)")
 def shrink(config: Any) -> dict[str, Any]:
     """Return keyword arguments of ``AutoConfig.for_model`` for a tiny model of the architecture of ``config``.
 
-    Heads still divide widths and key-value heads divide heads. Lists of one entry a block keep one block of each kind.
-    What equals the default of the config class is left out.
+    Heads still divide widths and key-value heads divide heads. Lists with one entry per block keep one block of each
+    kind. Values that equal the config class's default are left out.
 
     Raises:
         EmlocError: transformers refuses the smaller config.

@@ -125,7 +125,7 @@ def mlp(self, x):
 def test_blocks_that_run_twice_are_found(tmp_path, monkeypatch):
     once = llama.LlamaModel.forward
     monkeypatch.setattr(llama.LlamaModel, "forward", lambda *args, **kw: [once(*args, **kw), once(*args, **kw)][1])
-    assert fails(CHECKS["blocks"].on(subject_of(ONE, tmp_path)), "model.layers.0 runs more than once a row")
+    assert fails(CHECKS["blocks"].on(subject_of(ONE, tmp_path)), "model.layers.0 runs more than once per row")
 
 
 def test_logits_that_are_no_numbers_are_found(tmp_path, monkeypatch):

@@ -81,10 +81,10 @@ def test_a_declaration_can_come_from_a_model(tmp_path):
     [
         ("my-model", [], "'my-model' cannot be part of a Python package's name"),
         ("modèle", [], "cannot be part"),
-        ("llama", ["phi3"], "A plugin or family 'llama' is installed already"),
-        ("demo", ["phi3"], "A plugin or family 'demo' is installed already"),
-        ("core", ["phi3"], "There is a package emloc_core already"),
-        ("template", ["phi3"], "There is a package emloc_template already"),
+        ("llama", ["phi3"], "A plugin or family 'llama' is already installed"),
+        ("demo", ["phi3"], "A plugin or family 'demo' is already installed"),
+        ("core", ["phi3"], "There is already a package emloc_core"),
+        ("template", ["phi3"], "There is already a package emloc_template"),
         ("mine", ["phi3", "qwen2"], "'qwen' declares qwen2 already"),
     ],
 )
@@ -124,7 +124,7 @@ def test_nothing_is_overwritten(tmp_path):
     write_plugin("mine", tmp_path / "plugin")
     readme = tmp_path / "plugin" / "README.md"
     readme.write_text("mine")
-    with pytest.raises(EmlocError, match="exists already"):
+    with pytest.raises(EmlocError, match="already exists"):
         write_plugin("mine", tmp_path / "plugin")
     assert readme.read_text() == "mine"
 
