@@ -20,7 +20,7 @@ def lora_on(skeleton: Skeleton, lora: LoraConfig | Path, device: torch.device | 
     Args:
         skeleton: of the base.
         lora: a new LoRA of this config, drawn from the global generator as on a model in memory, or the directory of
-            one to go on with.
+            one to start from.
         device: where the LoRA and the model's buffers are.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Forks in the place of new processes, which would import everything again for each of thousands of cases."""
+"""Forks instead of new processes, which would import everything again for each of thousands of cases."""
 
 import os
 import subprocess

@@ -1,7 +1,7 @@
 """What a process does to files, told by the kernel just before it does it.
 
 A seccomp filter with a listener (seccomp_unotify(2), Linux 5.9) holds a thread at each system call that changes a file
-until the supervisor has said: go on, or fail with this error. All threads and children are under it, in any language.
+until the supervisor has said: continue, or fail with this error. All threads and children are under it, in any language.
 """
 
 import ctypes
@@ -159,7 +159,7 @@ class Listener:
         return Call(name, path, process, identity, tuple(arguments), source)
 
     def answer(self, call: Call, error: int | None = None) -> None:
-        """Let a call go on, or make it fail with an ``errno``; 0: say that it has succeeded, and do not make it."""
+        """Let a call continue, or make it fail with an ``errno``; 0: say that it has succeeded, and do not make it."""
         failed = error is not None
         message = struct.pack("QqiI", call.identity, 0, -(error or 0), 0 if failed else _CONTINUE)
         with suppress(FileNotFoundError):  # its thread has ended, or a signal has interrupted it: it asks again

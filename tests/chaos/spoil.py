@@ -64,7 +64,7 @@ def gone(name: str) -> Callable[[Path], None]:
 
 
 def directory(name: str) -> Callable[[Path], None]:
-    """Put a directory in the place of a file."""
+    """Put a directory where there was a file."""
 
     def spoil(place: Path) -> None:
         (place / name).unlink()
@@ -74,7 +74,7 @@ def directory(name: str) -> Callable[[Path], None]:
 
 
 def link(name: str, target: str) -> Callable[[Path], None]:
-    """Put a link in the place of a file or directory."""
+    """Put a link where there was a file or directory."""
 
     def spoil(place: Path) -> None:
         write(place / name, b"")

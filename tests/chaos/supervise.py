@@ -16,7 +16,7 @@ from chaos.forks import become
 from chaos.kernel import ASKS_FOR_ROOM, Call, Listener, watch_this_process
 
 SECONDS = 120  # that a command may take
-#: What is done when a call is about to be made: None: it goes on; an errno: it fails with it.
+#: What is done when a call is about to be made: None: it continues; an errno: it fails with it.
 Act = Callable[["Run", Call], int | None]
 
 

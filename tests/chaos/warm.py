@@ -1,6 +1,6 @@
 """Imports what the commands import, so that a fork of this process starts at once. Nothing is computed here.
 
-A fork of a process in which torch has computed would wait for ever for threads that it does not have.
+A fork of a process in which torch has computed would wait forever for threads that it does not have.
 """
 
 import gc

@@ -47,7 +47,7 @@ def tied_qwen():
 
 
 def fails(result, message):
-    """A failed check says what is wrong, and how to mend it, as a fault that it was made to find."""
+    """A failed check says what is wrong, and how to fix it, as a fault that it was made to find."""
     assert not result.passed
     assert message in result.message
     assert result.remedy
