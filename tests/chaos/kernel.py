@@ -1,7 +1,7 @@
 """What a process does to files, told by the kernel just before it does it.
 
 A seccomp filter with a listener (seccomp_unotify(2), Linux 5.9) holds a thread at each system call that changes a file
-until the supervisor has said: continue, or fail with this error. All threads and children are under it, in any language.
+until the supervisor has said: continue, or fail with this error. It covers all threads and children, in any language.
 """
 
 import ctypes
