@@ -244,6 +244,7 @@ class Train:
         for name, parameter in trainer.lora.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise EmlocError(f"After the last step {name} is not finite.", _DIVERGED, code="not-finite")
+        (staging / "README.md").unlink(missing_ok=True)  # PEFT would add to the card that a killed run began
         trainer.lora.save_pretrained(str(staging), save_embedding_layers=False)
         config = read_json(staging / "adapter_config.json")
         config["target_modules"] = self.targets  # PEFT writes a set, in random order

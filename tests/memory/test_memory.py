@@ -245,7 +245,7 @@ def test_other_mistakes(tiny_model: Path, tiny_emulator: Path, tmp_path: Path) -
         model_of(model_type="nonesuch")
     with pytest.raises(EmlocError, match="has no dtype"):
         model_of(dtype=None)
-    with pytest.raises(EmlocError, match="num_attention_heads is 4, no multiple of num_key_value_heads, 3"):
+    with pytest.raises(EmlocError, match="num_attention_heads is 4, not a multiple of num_key_value_heads, 3"):
         model_of(num_key_value_heads=3)
     with pytest.raises(EmlocError, match="has no num_key_value_heads"):  # its class would assume 32
         model_of(model_type="qwen3", num_key_value_heads=None)

@@ -239,7 +239,7 @@ def test_rows_without_answers_and_rows_that_fill_memory_are_refused(
     ("changes", "complaint"),
     [
         ({"extra": {"loss_type": "dft"}}, "Exact steps do not know loss_type"),
-        ({"extra": {"max_steps": 3}}, "Set steps instead"),
+        ({"extra": {"max_steps": 3}}, "Give steps directly"),
         ({"learning_rate": 1e30}, r"The loss at step \d+ is nan"),
     ],
 )

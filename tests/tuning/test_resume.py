@@ -61,3 +61,18 @@ def test_every_process_must_have_written_its_random_state(checkpoint, tmp_path):
     assert newest_checkpoint(tmp_path) == copy
     remove_incomplete(tmp_path, 3)
     assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_card_that_a_killed_run_began_is_written_again(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    def interrupt(_self: Train, _trainer: object, staging: Path, _log: object) -> None:
+        (staging / "README.md").write_text("half of a card")
+        raise KeyboardInterrupt
+
+    def train() -> Path:
+        return Train(tiny_model, str(rows_file), tmp_path / "adapter", TrainSettings(steps=2, bf16=False)).run()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Train, "_write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    assert "half of a card" not in (train() / "README.md").read_text()
