@@ -24,7 +24,7 @@ from emloc_core.algorithms.allocation import Shape, Spectrum, global_budget, uni
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
 from emloc_core.emulator.compress import Compress
-from emloc_core.emulator.ranks import Plan, allocated, find_linears
+from emloc_core.emulator.ranks import RankPlan, allocated, find_linears
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.plugins.manager import plugin_manager
@@ -68,7 +68,7 @@ def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[s
     return {"results": results}
 
 
-def emulate(model: PreTrainedModel, spectra: Spectra, plan: Plan) -> None:
+def emulate(model: PreTrainedModel, spectra: Spectra, plan: RankPlan) -> None:
     """Give every planned Linear the product of its factors for a weight: it answers as in the emulator."""
     for linear in plan.linears:
         if linear.rank is not None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from emloc_core.adapters.adapter import write_adapter
 from emloc_core.algorithms.lora import Lora
-from emloc_core.emulator.ranks import make_plan
+from emloc_core.emulator.ranks import plan_ranks
 from emloc_core.files.checkpoint import INDEX, Checkpoint
 from emloc_core.files.header import TensorInfo
 from emloc_core.files.inputs import Inputs
@@ -85,7 +85,7 @@ def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoin
     """Write the factors that an emulator of ``base`` would have, with random values."""
     family = plugin_manager().family_for(base.config)
     allocate = plugin_manager().algorithm("rank_allocators", "uniform")
-    plan = make_plan(Skeleton(base, family).model, family, ratio, allocate)
+    plan = plan_ranks(Skeleton(base, family).model, family, ratio, allocate)
     tensors: dict[str, tuple[int, ...]] = {}
     for linear in plan.linears:
         if linear.path in plan.ranks:

@@ -67,13 +67,13 @@ def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from emloc_core.emulator.ranks import make_plan
+    from emloc_core.emulator.ranks import plan_ranks
     from emloc_core.files.output import read_json, write_json
     from emloc_core.lowrank import FORMAT_VERSION, METHOD, replace_linears
     from emloc_core.plugins.manager import plugin_manager
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    ranks = make_plan(model, plugin_manager().family_for({"model_type": "llama"}), ratio).ranks
+    ranks = plan_ranks(model, plugin_manager().family_for({"model_type": "llama"}), ratio).ranks
     replace_linears(model, ranks)
     for path in ranks:
         for parameter in (model.get_submodule(path).weight, model.get_submodule(path).V):

@@ -12,7 +12,7 @@ from emloc_core.algorithms.factorize import Factors, factorize
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.decompose import Decomposition
-from emloc_core.emulator.ranks import Plan
+from emloc_core.emulator.ranks import RankPlan
 from emloc_core.family import Family
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.skeleton import Skeleton
@@ -126,9 +126,11 @@ def _factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
     return _Traced(found.u, found.v, found.spectrum, gram, weight.clone())
 
 
-def decompose(skeleton: Skeleton, family: Family, plan: Plan, samples: Sequence[Sample]) -> Decomposed:
+def decompose(skeleton: Skeleton, family: Family, plan: RankPlan, samples: Sequence[Sample]) -> Decomposed:
     """Stream the samples through the base as stage 1 does, and factorise every compressed Linear at full rank."""
-    full = Plan(tuple(replace(linear, rank=min(linear.out_features, linear.in_features)) for linear in plan.candidates))
+    full = RankPlan(
+        tuple(replace(linear, rank=min(linear.out_features, linear.in_features)) for linear in plan.candidates)
+    )
     found = Decomposed()
     Decomposition(skeleton, family, full, samples, _factorize, lambda *_: None).run(found)
     return found

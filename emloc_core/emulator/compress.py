@@ -19,7 +19,7 @@ from emloc_core.emulator.cut import Cut, cut_blocks, describe_emulator
 from emloc_core.emulator.decompose import Decomposition, Progress
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.pack import pack_blocks
-from emloc_core.emulator.ranks import Plan, allocated, block_paths, find_linears
+from emloc_core.emulator.ranks import RankPlan, allocated, block_paths, find_linears
 from emloc_core.emulator.sensitivity import PROBES
 from emloc_core.emulator.spectra import KIND, Spectra, SpectraFiles, at_largest_ranks
 from emloc_core.errors import EmlocError
@@ -86,7 +86,7 @@ class Compress:
         found = find_linears(self.skeleton.model, self.family)
         self.blocks = block_paths(self.skeleton.model, self.family)
         allocate = uniform if self.ranks_by_spectra else self.allocate
-        self.plan: Plan = (
+        self.plan: RankPlan = (
             allocated(found, settings.ratio, allocate, name=settings.allocator)
             if self.kind.has_ranks
             else found.at_full_rank()
@@ -189,7 +189,7 @@ class Compress:
             self.output.result = {"family": self.family.name, **files.finish(self._tokens)}
         return self.output.path
 
-    def _allocated(self, spectra: Spectra) -> Plan:
+    def _allocated(self, spectra: Spectra) -> RankPlan:
         found = spectra.reached(find_linears(self.skeleton.model, self.family))
         return allocated(found, self.settings.ratio, self.allocate, spectra.spectrum, self.settings.allocator)
 
@@ -203,7 +203,7 @@ class Compress:
                 output.result = {"family": self.family.name, **files.finish(plan, self._tokens)}
         return Spectra(output.path)
 
-    def _decomposition(self, plan: Plan, progress: Progress, factorize: Factorize | None = None) -> Decomposition:
+    def _decomposition(self, plan: RankPlan, progress: Progress, factorize: Factorize | None = None) -> Decomposition:
         factorize = factorize or self.kind.rounding(self.factorize)
         name = self.settings.factorizer
         return Decomposition(self.skeleton, self.family, plan, self.samples, factorize, progress, name)

@@ -7,7 +7,7 @@ from typing import Any
 from emloc_core.data.rows import copy_kept_rows
 from emloc_core.emulator.decompose import Progress
 from emloc_core.emulator.files import EmulatorFiles
-from emloc_core.emulator.ranks import Plan, allocated, block_paths, find_linears
+from emloc_core.emulator.ranks import RankPlan, allocated, block_paths, find_linears
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
@@ -40,7 +40,7 @@ class Cut:
         self.skeleton = Skeleton(base, self.family)
         allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
         found = spectra.reached(find_linears(self.skeleton.model, self.family))
-        self.plan: Plan = allocated(found, settings.ratio, allocate, spectra.spectrum, settings.allocator)
+        self.plan: RankPlan = allocated(found, settings.ratio, allocate, spectra.spectrum, settings.allocator)
 
     @cached_property
     def output(self) -> Output:
@@ -98,7 +98,7 @@ def prepare(request: CutRequest) -> Cut:
 
 
 def describe_emulator(
-    base: Checkpoint, family: Family, plan: Plan, skeleton: Skeleton, output: Path, kind: Kind
+    base: Checkpoint, family: Family, plan: RankPlan, skeleton: Skeleton, output: Path, kind: Kind
 ) -> dict[str, Any]:
     """Return what is known about an emulator before it is made, as JSON values."""
     replaced = [linear for linear in plan.linears if linear.rank is not None]

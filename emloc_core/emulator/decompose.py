@@ -15,7 +15,7 @@ from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.propagation import Pairs, emulating, fit_block
-from emloc_core.emulator.ranks import LinearPlan, Plan, block_paths
+from emloc_core.emulator.ranks import LinearPlan, RankPlan, block_paths
 from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
@@ -69,7 +69,7 @@ class Decomposition:
         self,
         skeleton: Skeleton,
         family: Family,
-        plan: Plan,
+        plan: RankPlan,
         samples: Sequence[Sample],
         factorize: Callable[[torch.Tensor, Gram, int], Factors],
         progress: Progress,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.emulator.propagation import Pairs
-from emloc_core.emulator.ranks import Plan
+from emloc_core.emulator.ranks import RankPlan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, Checkpoint
 from emloc_core.files.header import read_header
@@ -41,7 +41,7 @@ class EmulatorFiles:
     """
 
     def __init__(
-        self, skeleton: Skeleton, plan: Plan, blocks: list[str], staging: Path, kind: Kind | None = None
+        self, skeleton: Skeleton, plan: RankPlan, blocks: list[str], staging: Path, kind: Kind | None = None
     ) -> None:
         self.kind = kind or LowRank()
         self.skeleton, self.base, self.plan = skeleton, skeleton.checkpoint, plan
@@ -117,7 +117,7 @@ class EmulatorFiles:
     def _shard(self, block: str) -> Path:
         return self.staging / self._name(self.blocks.index(block))
 
-    def _write_rest(self, plan: Plan) -> None:
+    def _write_rest(self, plan: RankPlan) -> None:
         replaced = {self.keys[path] for path in plan.ranks}
         kept = {key: tensor for key, tensor in self.base.tensors.items() if key not in replaced}
         layout = {key: (tensor.dtype, tensor.shape) for key, tensor in kept.items()}
@@ -134,7 +134,7 @@ class EmulatorFiles:
         write_json(self.staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def weight_keys(skeleton: Skeleton, plan: Plan) -> dict[str, str]:
+def weight_keys(skeleton: Skeleton, plan: RankPlan) -> dict[str, str]:
     """Return the key of every planned Linear's weight by module path.
 
     Raises:

@@ -62,7 +62,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RankPlan:
     """What happens to every Linear that the family names, in execution order, and what it keeps dense."""
 
     linears: tuple[LinearPlan, ...]
@@ -82,11 +82,11 @@ class Plan:
         """The Linears without a reason to stay dense."""
         return [linear for linear in self.linears if linear.reason is None]
 
-    def with_ranks(self, ranks: Mapping[str, int]) -> "Plan":
+    def with_ranks(self, ranks: Mapping[str, int]) -> "RankPlan":
         """Return the plan with other ranks; Linears without one, or whose rank saves nothing, stay dense."""
         return replace(self, linears=tuple(_with_rank(linear, ranks.get(linear.path)) for linear in self.linears))
 
-    def at_full_rank(self) -> "Plan":
+    def at_full_rank(self) -> "RankPlan":
         """Return the plan with every candidate at full rank, which stands for its weight as it is."""
         linears = (
             replace(each, rank=min(each.out_features, each.in_features) if each.reason is None else None)
@@ -94,7 +94,7 @@ class Plan:
         )
         return replace(self, linears=tuple(linears))
 
-    def dense(self, paths: Collection[str], reason: str) -> "Plan":
+    def dense(self, paths: Collection[str], reason: str) -> "RankPlan":
         """Return the plan with the Linears at ``paths`` kept dense, for that reason."""
         linears = (replace(each, rank=None, reason=reason) if each.path in paths else each for each in self.linears)
         return replace(self, linears=tuple(linears))
@@ -149,7 +149,7 @@ def block_paths(model: nn.Module, family: Family) -> list[str]:
     return found
 
 
-def find_linears(model: nn.Module, family: Family) -> Plan:
+def find_linears(model: nn.Module, family: Family) -> RankPlan:
     """Resolve a family's declaration on a model: every Linear that it names, without ranks.
 
     Args:
@@ -167,7 +167,7 @@ def find_linears(model: nn.Module, family: Family) -> Plan:
         for block in (path for path in blocks if path.startswith(f"{tower.blocks}.")):
             for group in tower.input_groups:
                 found += _plan_group(model, family, block, group)
-    plan = Plan(tuple(found), tuple(_kept(model, family, {linear.path for linear in found})))
+    plan = RankPlan(tuple(found), tuple(_kept(model, family, {linear.path for linear in found})))
     if not plan.candidates:
         raise EmlocError(
             f"The family {family.name!r} names no Linear of this model.", "Update the plugin.", code="plugin"
@@ -175,7 +175,9 @@ def find_linears(model: nn.Module, family: Family) -> Plan:
     return plan
 
 
-def make_plan(model: nn.Module, family: Family, ratio: float, allocate: Callable[..., Sequence[int]] = uniform) -> Plan:
+def plan_ranks(
+    model: nn.Module, family: Family, ratio: float, allocate: Callable[..., Sequence[int]] = uniform
+) -> RankPlan:
     """Resolve a family's declaration on a model, with ranks.
 
     Args:
@@ -191,12 +193,12 @@ def make_plan(model: nn.Module, family: Family, ratio: float, allocate: Callable
 
 
 def allocated(
-    plan: Plan,
+    plan: RankPlan,
     ratio: float,
     allocate: Callable[..., Sequence[int]],
     spectrum: Callable[[LinearPlan], Spectrum] | None = None,
     name: str = "uniform",
-) -> Plan:
+) -> RankPlan:
     """Return the plan with the ranks that an allocator gives.
 
     Args:

@@ -16,7 +16,7 @@ from emloc_core.algorithms.allocation import Spectrum, largest_rank
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.emulator.files import UNREACHED
-from emloc_core.emulator.ranks import LinearPlan, Plan
+from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.errors import EmlocError
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs, hash_files
@@ -30,7 +30,7 @@ _REMEDY = "Make the spectra again: emloc compress --keep-spectra."
 _PARTS = ("U", "V", "energies", "sensitivity")
 
 
-def at_largest_ranks(plan: Plan) -> Plan:
+def at_largest_ranks(plan: RankPlan) -> RankPlan:
     """Return the plan with every Linear at the largest rank that is smaller than dense."""
     return plan.with_ranks(
         {linear.path: max(1, largest_rank(linear.out_features, linear.in_features)) for linear in plan.candidates}
@@ -68,7 +68,7 @@ class SpectraFiles:
             tensors.update((f"{path}.{name}", part) for name, part in zip(_PARTS, parts, strict=True))
         write_shard(_shard(self.staging, self.blocks, block), tensors)
 
-    def finish(self, plan: Plan, tokens: int) -> dict[str, Any]:
+    def finish(self, plan: RankPlan, tokens: int) -> dict[str, Any]:
         """Return the manifest's result, once all blocks and the rows are written."""
         headers = [read_header(_shard(self.staging, self.blocks, block))[0] for block in self.blocks]
         reached = {key.removesuffix(".U") for header in headers for key in header if key.endswith(".U")}
@@ -132,7 +132,7 @@ class Spectra:
         require_unchanged(self._manifest, self.directory, inputs.hash(files))
         return inputs.hash([self.directory / MANIFEST, *files])
 
-    def reached(self, plan: Plan) -> Plan:
+    def reached(self, plan: RankPlan) -> RankPlan:
         """Return the plan with the Linears kept dense that no calibration row passed through.
 
         Raises:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.emulator.files import UNREACHED
-from emloc_core.emulator.ranks import Plan, allocated, find_linears
+from emloc_core.emulator.ranks import RankPlan, allocated, find_linears
 from emloc_core.errors import EmlocError, first_line, typed_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import read_config_json
@@ -138,7 +138,7 @@ class MemoryModel:
                 "Check the values in the file.",
             ) from error
 
-    def plan(self, ratio: float) -> Plan:
+    def plan(self, ratio: float) -> RankPlan:
         """Return the ranks of the emulator at a ratio, which a kind without ranks has none of.
 
         Towers that no row reaches stay dense, as in stage 1: there is nothing to fit factors to.
@@ -157,7 +157,7 @@ class MemoryModel:
         phases = self._follow(self._trace_inference, dict.fromkeys(self.towers, 1))
         return tuple(f"{path}." for path, tower in self.towers.items() if f"{tower} forward" not in phases)
 
-    def parameters(self, plan: Plan | None = None) -> int:
+    def parameters(self, plan: RankPlan | None = None) -> int:
         """Return the number of parameters of the base, or of a plan's emulator; tied ones count once."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         if plan is None:
@@ -169,7 +169,7 @@ class MemoryModel:
         """Return the bytes of the emulator's weights at a ratio."""
         return self.emulator_bytes(self.plan(ratio))
 
-    def emulator_bytes(self, plan: Plan) -> int:
+    def emulator_bytes(self, plan: RankPlan) -> int:
         """Return the bytes of the emulator's weights; tied ones count once."""
         kept = self.parameters() * self.dtype.itemsize
         for linear in plan.linears:
@@ -202,14 +202,14 @@ class MemoryModel:
     def _trace_inference(self, depths: Mapping[str, int]) -> Phases:
         return trace_inference(self._cut(depths), self.towers, self._inputs, self._apart)
 
-    def tuning(self, plan: Plan | None = None) -> Need:
+    def tuning(self, plan: RankPlan | None = None) -> Need:
         """Return what a LoRA needs on the base, or on a plan's emulator. Equal ranks are traced once."""
         ranks = None if plan is None else frozenset(plan.ranks.items())
         if ranks not in self._known:
             self._known[ranks] = self._trace_tuning(plan)
         return self._known[ranks]
 
-    def _trace_tuning(self, plan: Plan | None) -> Need:
+    def _trace_tuning(self, plan: RankPlan | None) -> Need:
         stage = "LoRA on the base" if plan is None else "LoRA on the emulator"
 
         def trace(depths: Mapping[str, int]) -> Phases:
@@ -267,7 +267,7 @@ class MemoryModel:
             for path, blocks in whole.items():
                 self.model.set_submodule(path, blocks)
 
-    def _extend(self, trace: Callable[[Mapping[str, int]], Phases], plan: Plan | None) -> Phases:
+    def _extend(self, trace: Callable[[Mapping[str, int]], Phases], plan: RankPlan | None) -> Phases:
         """Trace a few blocks of each tower, then one more of each in turn, and extrapolate the difference to all.
 
         Phases are divided so that each peak grows linearly with depth. Towers whose blocks differ are traced in full.
@@ -299,7 +299,7 @@ class MemoryModel:
                 code="unsupported",
             ) from error
 
-    def _are_alike(self, path: str, plan: Plan | None) -> bool:
+    def _are_alike(self, path: str, plan: RankPlan | None) -> bool:
         ranks = {} if plan is None else plan.ranks
         kinds = getattr(self.config.get_text_config(), "layer_types", None) or []
         blocks = dict(self.model.get_submodule(path).named_children())

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emloc_core.emulator.ranks import Plan
+from emloc_core.emulator.ranks import RankPlan
 from emloc_core.memory import stages
 from emloc_core.memory.budget import advice, largest_ratio
 from emloc_core.memory.model import MemoryModel, Need
@@ -30,7 +30,7 @@ class MemoryPlan:
     name: str
     model: MemoryModel
     needs: Sequence[Need]
-    plan: Plan
+    plan: RankPlan
     ratio: float
     budget: int
     given: bool

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from emloc_core.emulator.ranks import LinearPlan, Plan, block_paths
+from emloc_core.emulator.ranks import LinearPlan, RankPlan, block_paths
 from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel, Need
 
 #: Rows whose hidden states calibration keeps between blocks by default (``emloc compress --samples``).
@@ -13,7 +13,7 @@ _WIDENED = 16 << 20  # bytes of a weight corrected in fp32 at a time
 _MERGED = 2 << 20  # bytes of a weight merged at a time
 
 
-def compress(model: MemoryModel, plan: Plan) -> Need:
+def compress(model: MemoryModel, plan: RankPlan) -> Need:
     """Return what stage 1 needs on the CPU: one block, its statistics, one factorisation, and the samples.
 
     - weights: the largest unit loaded at a time, in the model's dtype: a block, or a module outside the blocks (the
@@ -55,7 +55,7 @@ def _statistics(linears: Iterable[LinearPlan]) -> int:
     return work + sum(4 * side**2 for side in sides.values())
 
 
-def correct(model: MemoryModel, plan: Plan) -> Need:
+def correct(model: MemoryModel, plan: RankPlan) -> Need:
     """Return what stage 3 needs with a fixed clamp: one weight with its factors, and all of the LoRA.
 
     Weights are read in the model's dtype, ``d (m n + k (m + n))`` bytes, and multiplied in fp32 some rows at a time.

@@ -16,7 +16,7 @@ from emloc_core.algorithms.allocation import (
     uniform,
     wants_spectra,
 )
-from emloc_core.emulator.ranks import LinearPlan, Plan, allocated
+from emloc_core.emulator.ranks import LinearPlan, RankPlan, allocated
 from emloc_core.errors import EmlocError
 
 SHAPES = st.lists(st.tuples(st.integers(4, 60), st.integers(4, 60)), min_size=1, max_size=12)
@@ -103,7 +103,7 @@ def test_scale_of_the_activations_does_not_matter():
 
 
 def plan_of(shapes):
-    return Plan(tuple(LinearPlan(f"l{i}", "b", (f"l{i}",), m, n, None, "input") for i, (m, n) in enumerate(shapes)))
+    return RankPlan(tuple(LinearPlan(f"l{i}", "b", (f"l{i}",), m, n, None, "input") for i, (m, n) in enumerate(shapes)))
 
 
 def test_an_allocator_gets_spectra_only_if_it_has_a_parameter_for_them():

@@ -16,7 +16,7 @@ from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
-from emloc_core.emulator.ranks import make_plan
+from emloc_core.emulator.ranks import plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
@@ -67,7 +67,7 @@ def test_reported_errors_are_the_true_ones(tiny_model, rows_file, emulator):
 def test_full_rank_in_memory_equals_the_base(tiny_model):
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
     full = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
-    plan = make_plan(base, LLAMA, 0.5)
+    plan = plan_ranks(base, LLAMA, 0.5)
     taps = {linear.path: linear.tap for linear in plan.linears}
     grams = {
         linear.path: Gram(linear.tap, linear.out_features if linear.tap == "output" else linear.in_features)

@@ -22,7 +22,7 @@ from emloc_core.conformance.activations import deviation
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
-from emloc_core.emulator.ranks import find_linears, make_plan
+from emloc_core.emulator.ranks import find_linears, plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.lowrank import LowRankLinear
@@ -116,7 +116,7 @@ def test_every_model_type_has_a_tiny_model():
 
 def test_every_linear_is_in_the_plan_or_kept_dense_with_a_reason(saved):
     skeleton, family, model = saved
-    plan = make_plan(skeleton.model, family, 0.5)
+    plan = plan_ranks(skeleton.model, family, 0.5)
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     planned = {linear.path for linear in plan.linears}
     assert planned < linears
@@ -165,7 +165,7 @@ def moe(tmp_path):
 
 def test_experts_stay_dense_and_the_rest_of_a_mixture_does_not(tmp_path):
     base, model = moe(tmp_path)
-    plan = make_plan(Skeleton(Checkpoint(base), QWEN_MOE).model, QWEN_MOE, 0.5)
+    plan = plan_ranks(Skeleton(Checkpoint(base), QWEN_MOE).model, QWEN_MOE, 0.5)
     compressed = {path.removeprefix("model.layers.") for path in plan.ranks}
     attention = {f"{index}.self_attn.{name}_proj" for index in range(3) for name in "qkvo"}
     assert compressed == attention | {f"0.mlp.{name}_proj" for name in ("gate", "up", "down")}  # the dense layer
@@ -260,7 +260,7 @@ def test_a_nested_model_may_begin_otherwise_than_with_model(tmp_path):
 def test_a_nested_mixture_keeps_its_experts_dense():
     settings = {**INTERNVL.tiny_configs[0], "text_config": QWEN_MOE.tiny_configs[0]}
     family, model = tiny_model(settings)
-    plan = make_plan(model, family, 0.5)
+    plan = plan_ranks(model, family, 0.5)
     assert not [path for path in plan.ranks if "experts" in path]
     assert "model.language_model.layers.*.mlp.experts" in {kept.pattern for kept in plan.kept}
 

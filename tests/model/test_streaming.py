@@ -8,7 +8,7 @@ from emloc_llama import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.emulator.ranks import block_paths, make_plan
+from emloc_core.emulator.ranks import block_paths, plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.files.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ def test_logits_equal_those_of_the_whole_model_bit_for_bit(tiny_model, skeleton,
 
 
 def test_statistics_equal_those_of_the_whole_model_bit_for_bit(tiny_model, skeleton, samples):
-    plan = make_plan(skeleton.model, LLAMA, 0.5)
+    plan = plan_ranks(skeleton.model, LLAMA, 0.5)
 
     def new_grams():
         return {
