@@ -99,7 +99,7 @@ def test_every_packaged_entry_can_be_shown():
 
 
 def test_one_is_shown_at_a_time(own):
-    with pytest.raises(EmlocError, match="is more than one model: zoo-test/one, zoo-test/short, zoo-test/two"):
+    with pytest.raises(EmlocError, match="matches several models: zoo-test/one, zoo-test/short, zoo-test/two"):
         run("show", "zoo-test/*", "--registry", own)
 
 
@@ -149,7 +149,7 @@ def test_a_model_that_cannot_be_planned_stops_no_other(own):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [([], "no rows to calibrate on"), (["--memory", "100MB"], "it needs more memory than the 100 MB there are")],
+    [([], "no rows to calibrate on"), (["--memory", "100MB"], "it needs more than the 100 MB of memory")],
 )
 def test_a_dry_run_says_what_would_fail(tiny_model, rows_file, tmp_path, options, said):
     argv = ["zoo", "convert", *[str(tiny_model)] * 2, "-o", str(tmp_path / "zoo"), *options, "--dry-run"]
