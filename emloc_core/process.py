@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import GeneratorType
@@ -90,13 +90,6 @@ def call(
             raise
     if last is None or "answer" in last:
         raise ProcessDiedError(function, process.returncode)
-
-
-def call_here(function: str, arguments: Mapping[str, Any], **_: Any) -> Iterator[Any]:
-    """Do what :func:`call` does in this process: for tests, where starting a new one takes too long."""
-    with redirect_stdout(sys.stderr):
-        for told in answers_to({"function": function, "arguments": arguments}):
-            yield from unpacked(json.loads(json.dumps(told)))
 
 
 def unpacked(told: Mapping[str, Any]) -> Iterator[Any]:

@@ -17,12 +17,12 @@ from emloc_llama import LLAMA
 from support.models import save_tiny_model
 from support.paths import ROOT
 from support.rows import example_rows, write_jsonl
+from support.run import call_here
 
 from emloc_core.cli import main
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.process import call_here
 from emloc_core.settings import CompressSettings
 
 if threading.current_thread() is threading.main_thread():

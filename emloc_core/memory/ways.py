@@ -14,7 +14,7 @@ from emloc_core.memory.budget import Fit, largest_ratio, nf4_saving
 from emloc_core.memory.model import MemoryModel
 from emloc_core.model.lockstep import units
 
-#: Below this ratio, a LoRA tuned on a low-rank emulator gives the base less than half of the possible gain.
+#: Below this ratio a plan warns. It comes from one trial on one small model, not from a benchmark.
 LOW_RATIO = 0.4
 #: From this ratio on, more room for the emulator is worth less than a larger batch.
 _ENOUGH = 2 * LOW_RATIO

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from support.evaluation import evaluate, metrics_of, system
 from support.rows import example_rows, write_jsonl
+from support.run import call_here
 from support.vision_models import ask, internvl_processor, picture, qwen_processor, save_model
 from tokenizers import processors
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -30,7 +31,6 @@ from emloc_core.evaluation.system import load_system, run_tasks
 from emloc_core.evaluation.tasks import find_task, load_task
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
-from emloc_core.process import call_here
 from emloc_core.settings import CompressSettings
 
 MODELS = {"internvl": (INTERNVL, internvl_processor), "qwen2_5_vl": (QWEN_VL, qwen_processor)}
