@@ -5,6 +5,7 @@ as in :mod:`emloc_core.settings`. Every stage returns a :class:`~emloc_core.resu
 output already exists and was made from the same inputs, the stage returns it; an interrupted stage resumes.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -352,9 +353,12 @@ def load_family(model: Name) -> "Family":
 
 
 def _perform(request: Request, progress: Progress) -> Result:
-    from emloc_core.stages import perform
+    from emloc_core.stages import finish, prepare, warnings_of
 
-    result = perform(request, progress)
+    job = prepare(request)
+    for text in warnings_of(job):
+        warnings.warn(text, stacklevel=3)
+    result = finish(request.stage, job, progress)
     return result if result is not None else Result(request.output)
 
 

@@ -28,7 +28,10 @@ class Progress(Protocol):
 
 
 class Job(Protocol):
-    """A stage whose request has passed the cheap checks."""
+    """A stage whose request has passed the cheap checks.
+
+    Some have ``warnings``, sentences for the user without a full stop, and ``is_main_process``.
+    """
 
     def describe(self) -> dict[str, Any]:
         """Return what the stage would do, as JSON values. Hashes large files; writes nothing but cached hashes."""
@@ -49,6 +52,11 @@ def prepare(request: Request) -> Job:
         request = fitted(request)
     job: Job = import_module(_MODULES[request.stage]).prepare(request)
     return job
+
+
+def warnings_of(job: Job) -> list[str]:
+    """Return what the user has to know before the job runs: sentences without a full stop."""
+    return list(getattr(job, "warnings", ()))
 
 
 def finish(stage: str, job: Job, progress: Progress = lambda *_: None) -> Result | None:

@@ -133,5 +133,5 @@ def _show_ways(planned: "MemoryPlan") -> None:
         click.echo("best: an ordinary LoRA on the base fits; no emulator is needed (emloc train MODEL)")
     else:
         click.echo(f"best: {best.name}")
-    if planned.warning:
-        click.echo(f"warning: {planned.warning}")
+    for warning in planned.warnings:
+        click.echo(f"warning: {warning}")

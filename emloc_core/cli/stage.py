@@ -30,9 +30,11 @@ _DOING = {
 
 def run(request: Request, *, dry_run: bool, to_json: bool) -> None:
     """Run a stage, or print what it would do, with the result on stdout."""
-    from emloc_core.stages import finish, prepare
+    from emloc_core.stages import finish, prepare, warnings_of
 
     job = prepare(request)
+    for warning in warnings_of(job):
+        click.echo(f"warning: {warning}.", err=True)
     if dry_run:
         content = job.describe()
         if to_json:

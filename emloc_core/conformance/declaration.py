@@ -1,6 +1,6 @@
 """Checks of what is declared, on models without weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -8,7 +8,8 @@ from torch import nn
 
 from emloc_core.conformance.check import Subject, check, require
 from emloc_core.conformance.tiny import TinyModel, on_meta, tiny_config
-from emloc_core.emulator.ranks import block_paths
+from emloc_core.emulator.coverage import undeclared
+from emloc_core.emulator.ranks import LinearPlan, RankPlan, block_paths
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.files.pretrained import auto_class
@@ -86,29 +87,57 @@ def builds(subject: TinyModel) -> None:
 
 @check(builds)
 def linears(subject: TinyModel) -> None:
-    """Every path is a Linear, and every Linear of the blocks stands in one group or is kept dense."""
+    """Every path is a Linear, and every Linear of the model stands in one group or is kept dense."""
     family = subject.family
     try:
         blocks = block_paths(subject.meta, family)
-        planned = [linear.path for linear in subject.plan.linears]
+        left = undeclared(subject.meta, family, subject.plan.linears)
     except EmlocError as error:
         raise EmlocError(
             str(error.args[0]),
             "Correct blocks and input_groups of the tower: print(model) shows the paths. Linears alone belong there.",
         ) from error
-    problems = [f"{path} stands in several input groups" for path in dict.fromkeys(planned) if planned.count(path) > 1]
-    known = set(planned)
-    problems += [
-        f"{name} is a Linear that is neither in an input group nor kept dense"
-        for block in blocks
-        for name, module in subject.meta.get_submodule(block).named_modules(prefix=block)
-        if isinstance(module, nn.Linear) and name not in known and not _is_kept(name, family)
-    ]
+    inside = [path for path in left if path.startswith(tuple(f"{block}." for block in blocks))]
+    problems = [f"{_named(subject.meta, path)} that is neither in an input group nor kept dense" for path in inside]
     require(problems, "Add it to an input group of its tower, or to keep_dense with the reason; each Linear once.")
+    outside = {path: _list_around(subject.meta, path) for path in left if path not in inside}
+    problems = [
+        f"{blocks} is a list of blocks that no tower declares" for blocks in dict.fromkeys(outside.values()) if blocks
+    ]
+    problems += [
+        f"{_named(subject.meta, path)} outside the blocks that is not kept dense"
+        for path, blocks in outside.items()
+        if not blocks
+    ]
+    require(
+        problems,
+        "Declare repeated blocks as a tower; list what stays dense in keep_dense with the reason, which users see.",
+    )
+    require(
+        [
+            f"{path} of {blocks} is in an input group, and kept dense"
+            for blocks, path in _never_compressed(subject.plan)
+        ],
+        "Take it out of one of them.",
+    )
 
 
-def _is_kept(name: str, family: Family) -> bool:
-    """Say whether a module, or one that it is part of, is kept dense."""
-    parts = name.split(".")
-    above = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-    return any(fnmatchcase(path, pattern) for path in above for pattern in family.keep_dense)
+def _named(model: nn.Module, path: str) -> str:
+    """Return a module's path and what it is."""
+    module = model.get_submodule(path)
+    return f"{path} is a {'Linear' if isinstance(module, nn.Linear) else type(module).__name__}"
+
+
+def _list_around(model: nn.Module, path: str) -> str | None:
+    """Return the path of the outermost list of modules around a module."""
+    ends = [end for end, letter in enumerate(path) if letter == "."]
+    return next((path[:end] for end in ends if isinstance(model.get_submodule(path[:end]), nn.ModuleList)), None)
+
+
+def _never_compressed(plan: RankPlan) -> list[tuple[str, str]]:
+    """Return the list of blocks and the path within them of declared Linears that are kept dense in every block."""
+
+    def places(linears: Iterable[LinearPlan]) -> set[tuple[str, str]]:
+        return {(each.block.rpartition(".")[0], each.path.removeprefix(f"{each.block}.")) for each in linears}
+
+    return sorted(places(plan.linears) - places(plan.candidates))

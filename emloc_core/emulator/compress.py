@@ -15,6 +15,7 @@ import torch
 from emloc_core.algorithms.allocation import uniform, wants_spectra
 from emloc_core.data.rows import CALIBRATION, SELECTION, Row, draw, load_rows, without, write_rows
 from emloc_core.data.tokenize import Limits, Processing, Sample, encode, load_processing
+from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.cut import Cut, cut_blocks, describe_emulator
 from emloc_core.emulator.decompose import Decomposition, Progress
 from emloc_core.emulator.files import EmulatorFiles
@@ -84,6 +85,7 @@ class Compress:
                 "Use --calibration base, or leave out --keep-spectra.",
             )
         found = find_linears(self.skeleton.model, self.family)
+        self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
         self.blocks = block_paths(self.skeleton.model, self.family)
         allocate = uniform if self.ranks_by_spectra else self.allocate
         self.plan: RankPlan = (
@@ -142,6 +144,7 @@ class Compress:
             "tuning_rows": len(self.rows.tuning),
             "calibration_tokens": self._tokens,
             "ranks_by_spectra": self.ranks_by_spectra,
+            "coverage": self.coverage.describe(),
             "finished": self.is_finished(),
         }
 
@@ -155,6 +158,11 @@ class Compress:
         assert self.spectra is not None
         settings = CutSettings(ratio=self.settings.ratio, allocator=self.settings.allocator)
         return Cut(Spectra(self.spectra.path), self.base, self.output.path, settings)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user has to know before the emulator is made: what stays dense, and how much of the model it is."""
+        return self.coverage.warnings
 
     def run(self, progress: Progress = lambda *_: None) -> Path:
         """Make the emulator, or resume an interrupted run.
@@ -186,7 +194,8 @@ class Compress:
             if spectra:
                 remove_at_once(spectra.directory)
             self._write_rows(staging)
-            self.output.result = {"family": self.family.name, **files.finish(self._tokens)}
+            known = {"family": self.family.name, "coverage": self.coverage.describe()}
+            self.output.result = {**known, **files.finish(self._tokens)}
         return self.output.path
 
     def _allocated(self, spectra: Spectra) -> RankPlan:

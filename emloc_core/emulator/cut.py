@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.data.rows import copy_kept_rows
+from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.decompose import Progress
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.ranks import RankPlan, allocated, block_paths, find_linears
@@ -40,6 +41,7 @@ class Cut:
         self.skeleton = Skeleton(base, self.family)
         allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
         found = spectra.reached(find_linears(self.skeleton.model, self.family))
+        self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
         self.plan: RankPlan = allocated(found, settings.ratio, allocate, spectra.spectrum, settings.allocator)
 
     @cached_property
@@ -68,7 +70,12 @@ class Cut:
     def describe(self) -> dict[str, Any]:
         """Return what would be made: bytes, and the rank of every Linear."""
         known = describe_emulator(self.base, self.family, self.plan, self.skeleton, self._path, LowRank())
-        return {**known, "finished": self.output.is_finished()}
+        return {**known, "coverage": self.coverage.describe(), "finished": self.output.is_finished()}
+
+    @property
+    def warnings(self) -> list[str]:
+        """See :class:`emloc_core.emulator.coverage.Coverage`."""
+        return self.coverage.warnings
 
     def run(self, progress: Progress = lambda *_: None) -> Path:
         """Write the emulator, or resume an interrupted run.
@@ -82,7 +89,8 @@ class Cut:
             files = EmulatorFiles(self.skeleton, self.plan, block_paths(self.skeleton.model, self.family), staging)
             cut_blocks(self.spectra, files, progress)
             copy_kept_rows(self.spectra.directory, staging)
-            self.output.result = {"family": self.family.name, **files.finish(self.spectra.tokens)}
+            known = {"family": self.family.name, "coverage": self.coverage.describe()}
+            self.output.result = {**known, **files.finish(self.spectra.tokens)}
         return self.output.path
 
 

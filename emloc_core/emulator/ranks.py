@@ -1,6 +1,6 @@
 """The plan of compression: which Linears, to which ranks, and why."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -167,6 +167,7 @@ def find_linears(model: nn.Module, family: Family) -> RankPlan:
         for block in (path for path in blocks if path.startswith(f"{tower.blocks}.")):
             for group in tower.input_groups:
                 found += _plan_group(model, family, block, group)
+    _require_one_group(found)
     plan = RankPlan(tuple(found), tuple(_kept(model, family, {linear.path for linear in found})))
     if not plan.candidates:
         raise EmlocError(
@@ -269,6 +270,17 @@ def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[st
         reason = next((reason for pattern, reason in family.keep_dense.items() if fnmatchcase(path, pattern)), None)
         planned.append(LinearPlan(path, block, present, m, n, None, tap, reason))
     return planned
+
+
+def _require_one_group(linears: Sequence[LinearPlan]) -> None:
+    counts = Counter(linear.path for linear in linears)
+    if several := [path for path, count in counts.items() if count > 1]:
+        more = f" ({len(several) - 1} more like it)" if len(several) > 1 else ""
+        raise EmlocError(
+            f"{several[0]} stands in several input groups{more}.",
+            "The plugin has to name every Linear once.",
+            code="plugin",
+        )
 
 
 def _kept(model: nn.Module, family: Family, planned: Collection[str]) -> list[Kept]:

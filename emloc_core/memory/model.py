@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from emloc_core.algorithms.allocation import uniform
+from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.files import UNREACHED
 from emloc_core.emulator.ranks import RankPlan, allocated, find_linears
 from emloc_core.errors import EmlocError, first_line, typed_line
@@ -113,6 +114,7 @@ class MemoryModel:
         self.dtype = self._dtype()
         self.model: PreTrainedModel = self._build()
         self.linears = find_linears(self.model, self.family)
+        self.coverage: Coverage = coverage(self.model, self.family, self.linears)
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         self.targets = sorted(set(workload.train.target_modules or self.family.lora_targets()))
         self.image: ImageShape | None = None

@@ -43,8 +43,12 @@ class MemoryPlan:
         return best(self.ways)
 
     @property
-    def warning(self) -> str | None:
-        """A drawback of the recommended way, or None."""
+    def warnings(self) -> list[str]:
+        """Drawbacks of the recommended way, and of what the family of the model declares."""
+        return [*filter(None, [self._low_ratio]), *self.model.coverage.warnings]
+
+    @property
+    def _low_ratio(self) -> str | None:
         way = self.best
         if way is None or way.ratio is None or way.ratio >= LOW_RATIO:
             return None
@@ -80,7 +84,7 @@ class MemoryPlan:
             "advice": list(self.advice),
             "ways": [way.describe() for way in self.ways],
             "best": self.best.name if self.best else None,
-            "warning": self.warning,
+            "warnings": self.warnings,
             "parameters": {"base": model.parameters(), "emulator": model.parameters(self.plan)},
             "weight_bytes": {
                 "base": model.parameters() * model.dtype.itemsize,
@@ -92,6 +96,7 @@ class MemoryPlan:
             ],
             "linears": [linear.describe() for linear in self.plan.linears],
             "kept_dense": [vars(kept) for kept in self.plan.kept],
+            "coverage": model.coverage.describe(),
         }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from emloc_internvl import INTERNVL
 from emloc_llama import LLAMA, TINY
-from emloc_qwen import QWEN
+from emloc_qwen import QWEN, QWEN_MOE
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear
@@ -75,6 +75,12 @@ DECLARATIONS = [
     ("linears", with_groups(*GROUPS[:3]), "mlp.down_proj is a Linear that is neither in an input group nor kept"),
     ("linears", with_groups(*GROUPS, ["mlp.up_proj"]), "model.layers.0.mlp.up_proj stands in several input groups"),
     ("linears", replace(ONE, keep_dense={"*": "no reason"}), "names no Linear"),
+    ("linears", replace(ONE, keep_dense={}), "lm_head is a Linear outside the blocks that is not kept dense"),
+    ("linears", replace(ONE, keep_dense={**LLAMA.keep_dense, "*.up_proj": "no reason"}),
+     "mlp.up_proj of model.layers is in an input group, and kept dense"),
+    ("linears", replace(INTERNVL, towers=()), "model.vision_tower.encoder.layer is a list of blocks that no tower"),
+    ("linears", replace(QWEN_MOE, keep_dense={**LLAMA.keep_dense, "*.mlp.gate": "small"}),
+     "model.layers.1.mlp.experts is a Qwen3MoeExperts that is neither"),
     ("blocks", replace(INTERNVL, modality="text"), "no row reaches model.vision_tower.encoder.layer.0"),
     ("blocks", replace(ONE, modality="image-text"), "does not say how an image becomes tokens"),
     ("blocks", replace(ONE, modality="image-text", tiny_inputs=lambda _: {"input_ids": torch.tensor([[999]])}),
@@ -100,7 +106,8 @@ def test_towers_in_the_wrong_order_are_found(tmp_path):
     config = {"model_type": "internvl", **INTERNVL.tiny_configs[-1]}
     language = replace(LLAMA.towers[0], blocks="model.language_model.layers")
     towers = [language, *INTERNVL.towers]
-    family = replace(INTERNVL, towers=towers, nested={}, tiny_configs=[config])
+    kept = {**INTERNVL.keep_dense, **LLAMA.keep_dense}
+    family = replace(INTERNVL, towers=towers, nested={}, keep_dense=kept, tiny_configs=[config])
     result = CHECKS["blocks"].on(subject_of(family, tmp_path))
     assert fails(result, "runs before model.language_model.layers.0, which is declared before it")
 

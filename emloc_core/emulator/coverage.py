@@ -1,0 +1,135 @@
+"""How much of a model an emulator can make smaller, and what no declaration speaks of.
+
+A Linear is in an input group, or kept dense with a reason, or undeclared: it then stays dense because nobody thought of
+it, which the user has to know.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from emloc_core.emulator.ranks import LinearPlan, RankPlan
+from emloc_core.family import Family
+
+#: Below this compressible share of the parameters, an emulator of any ratio is more than half of the model.
+SMALL = 0.5
+_SHOWN = 3  # patterns in a warning
+
+
+@dataclass(frozen=True)
+class Part:
+    """Modules whose paths differ only in the numbers of blocks.
+
+    Attributes:
+        pattern: glob pattern of their paths.
+        modules: how many they are.
+        parameters: number of parameters; those that are tied to a module before them count there.
+        share: of the model's parameters.
+    """
+
+    pattern: str
+    modules: int
+    parameters: int
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.pattern} ({self.share:.1%} of the parameters)"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What an emulator replaces of a model.
+
+    Attributes:
+        family: name of the family.
+        compressible: share of the parameters that are weights of Linears without a reason to stay dense.
+        undeclared: Linears and fused experts that are neither in an input group nor kept dense, the largest first.
+        dense: everything that is not compressible, the largest first.
+    """
+
+    family: str
+    compressible: float
+    undeclared: tuple[Part, ...]
+    dense: tuple[Part, ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences that the user of an emulator has to read."""
+        found = []
+        if self.undeclared:
+            found.append(
+                f"the family {self.family!r} does not speak of {_listed(self.undeclared)}, which stay dense: add them "
+                "to its input_groups, or to keep_dense with the reason (docs/plugins.md)"
+            )
+        if self.compressible < SMALL:
+            found.append(
+                f"only {self.compressible:.1%} of the parameters are in Linears that can be compressed, so an emulator "
+                f"of any ratio keeps at least {1 - self.compressible:.1%}; what stays dense: {_listed(self.dense)}. If "
+                "tuning that does not fit, `emloc train MODEL --exact` tunes the base, a few blocks in memory at a time"
+            )
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Return the coverage as JSON values."""
+        return {"compressible": self.compressible, "undeclared": [vars(part) for part in self.undeclared]}
+
+
+def coverage(model: nn.Module, family: Family, plan: RankPlan) -> Coverage:
+    """Return what an emulator replaces of a model.
+
+    Args:
+        model: the model; meta tensors suffice.
+        family: its declaration, with what it takes from nested families.
+        plan: the declaration, resolved on the model.
+    """
+    sizes: dict[str, int] = defaultdict(int)
+    total = 0
+    for name, parameter in model.named_parameters():
+        sizes[name.rpartition(".")[0]] += parameter.numel()
+        total += parameter.numel()
+    compressed = {linear.path for linear in plan.candidates}
+    held = sum(linear.out_features * linear.in_features for linear in plan.candidates)
+    rest = {path: size for path, size in sizes.items() if path not in compressed}
+    open_ = {path: sizes.get(path, 0) for path in undeclared(model, family, plan.linears)}
+    return Coverage(family.name, held / total if total else 0.0, _parts(open_, total), _parts(rest, total))
+
+
+def undeclared(model: nn.Module, family: Family, planned: Sequence[LinearPlan]) -> list[str]:
+    """Return the paths of Linears and of fused experts that are in no input group and kept dense by no pattern."""
+    known = {linear.path for linear in planned}
+    return [path for path in _weights(model) if path not in known and not is_kept(path, family)]
+
+
+def is_kept(path: str, family: Family) -> bool:
+    """Return whether a module, or one that it is part of, is kept dense."""
+    ends = [end for end, letter in enumerate(path) if letter == "."]
+    above = [*(path[:end] for end in ends), path]
+    return any(fnmatchcase(name, pattern) for name in above for pattern in family.keep_dense)
+
+
+def _weights(model: nn.Module) -> Iterator[str]:
+    """Yield the paths of modules that multiply by a matrix of their own: Linears, and experts fused into one tensor."""
+    for path, module in model.named_modules():
+        own = module.parameters(recurse=False)
+        fused = any(weight.ndim == 3 and min(weight.shape) > 1 for weight in own)
+        if isinstance(module, nn.Linear | Conv1D) or (fused and not isinstance(module, nn.modules.conv._ConvNd)):
+            yield path
+
+
+def _parts(sizes: dict[str, int], total: int) -> tuple[Part, ...]:
+    parts: dict[str, list[int]] = defaultdict(list)
+    for path, size in sizes.items():
+        parts[re.sub(r"\.\d+(?=\.|$)", ".*", path)].append(size)
+    found = [Part(pattern, len(of), sum(of), sum(of) / total if total else 0.0) for pattern, of in parts.items()]
+    return tuple(sorted(found, key=lambda part: -part.parameters))
+
+
+def _listed(parts: Sequence[Part]) -> str:
+    more = len(parts) - _SHOWN
+    return ", ".join(map(str, parts[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
