@@ -17,6 +17,7 @@ from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.propagation import Pairs, emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan, block_paths
 from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
+from emloc_core.emulator.shared_inputs import require_shared_inputs
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.model.hooks import tapped
@@ -75,7 +76,7 @@ class Decomposition:
         progress: Progress,
         factorizer: str = "activation-svd",
     ) -> None:
-        self.skeleton, self.plan, self.samples = skeleton, plan, samples
+        self.skeleton, self.family, self.plan, self.samples = skeleton, family, plan, samples
         self.factorize, self.progress, self.factorizer = factorize, progress, factorizer
         self.blocks = block_paths(skeleton.model, family)
         self.stream = Stream(skeleton, [tower.blocks for tower in family.towers])
@@ -88,7 +89,8 @@ class Decomposition:
             probes: rows to measure sensitivities with; 0 measures none.
 
         Raises:
-            EmlocError: a weight or an activation is NaN or Inf; the message names the layer, and the row.
+            EmlocError: a weight or an activation is NaN or Inf, or the Linears of an input group read different inputs;
+                the message names the layer, and the row.
         """
         self._pass([self._forward(sample) for sample in self.samples], store, partial(self._gather, probes))
 
@@ -124,6 +126,7 @@ class Decomposition:
             yield
         else:
             planned = self.plan.in_block(block)
+            require_shared_inputs(self.stream, block, planned, self.family)
             grams = _grams(planned, self.skeleton.device)
             tapping = {linear.path: linear.tap for linear in planned if _receives(linear, planned)}
 
@@ -154,6 +157,7 @@ class Decomposition:
         if not store.is_written(block):
             unit = self.skeleton.model.get_submodule(block)
             planned = self.plan.in_block(block)
+            require_shared_inputs(self.stream, block, planned, self.family)
             store.write(block, fit_block(self.stream, unit, planned, rows, self._factors, self._blame), {})
         with emulating(self.stream, modules, store.read(block), rows):
             yield

@@ -24,13 +24,14 @@ from trl import SFTConfig, SFTTrainer
 from emloc_core.adapters.adapter import content_hash
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.data.tokenize import Limits, Processing, load_processing, require_readable
+from emloc_core.emulator.ranks import find_linears
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output, read_json, write_json
 from emloc_core.files.pretrained import load_config, load_model
-from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Rows
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
@@ -75,8 +76,7 @@ class Train:
         self.model = Checkpoint(model)
         _ = self.model.tensors  # finds truncated shards before training
         self.family = plugin_manager().family_for(self.model.config)
-        if not self.model.config.get("quantization_config"):
-            Skeleton(self.model, self.family)  # refuses weights that are missing, or hold no floats
+        find_linears(self._without_weights(), self.family)  # refuses a declaration that does not fit this model
         self.settings, self.path = settings, output
         self.is_main_process = True  # until the processes have found each other
         check_extra(settings)
@@ -95,6 +95,11 @@ class Train:
                 f"No row of {source} is left to train on: all {len(rows)} are calibration, selection or excluded rows.",
                 "Give more rows.",
             )
+
+    def _without_weights(self) -> PreTrainedModel:
+        if self.model.config.get("quantization_config"):
+            return build_model(load_config(self.model.directory / "config.json"), self.family, torch.float32)
+        return Skeleton(self.model, self.family).model  # refuses weights that are missing, or hold no floats
 
     def _targets(self) -> list[str]:
         """Return the ends of the paths of modules that get a LoRA, sorted."""
