@@ -9,6 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from emloc_core.errors import did_you_mean
 
+#: Which answers of a conversation count in the loss.
+Loss = Literal["last", "all"]
+_LOSS: Any = Field("last", description="Answers of a conversation that count in the loss: the 'last' one, or 'all' "
+                   "turns of the assistant.")  # fmt: skip
+
 
 class Settings(BaseModel):
     """Frozen settings. An unknown name is an error."""
@@ -39,6 +44,7 @@ class CompressSettings(CutSettings):
     samples: int = Field(64, ge=1, description="Number of calibration rows.")
     selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp.")
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
+    loss: Loss = _LOSS
     seed: int = Field(0, description="Seed for drawing rows.")
     calibration: Literal["base", "propagated"] | None = Field(
         None,
@@ -63,6 +69,7 @@ class StepSettings(Settings):
     batch_size: int = Field(8, ge=1, description="Rows per device in one forward pass.")
     accumulation: int = Field(1, ge=1, description="Gradient accumulation: forward passes per optimiser step.")
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
+    loss: Loss = _LOSS
     bf16: bool = Field(True, description="Compute in bfloat16 where that is safe (automatic mixed precision).")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed for the LoRA's initial values and the order of rows.")
     report_to: str = Field("none", description="Tracker to report to besides log.json, such as tensorboard.")

@@ -33,7 +33,7 @@ from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import CorrectRequest
-from emloc_core.settings import CorrectSettings
+from emloc_core.settings import CorrectSettings, Loss
 
 #: Clamps that ``auto`` compares; 0 leaves the adapter uncorrected.
 AUTO_CLAMPS: tuple[Clamp, ...] = (0, 0.3, 1, 3)
@@ -77,7 +77,8 @@ class Correct:
         self.family = plugin_manager().family_for(base.config)
         self.skeleton = Skeleton(base, self.family, device)
         require_shapes(adapter, self.skeleton.model)
-        self.rows = self._rows(selection)
+        loss: Loss = manifest_value(manifest, self.emulator.directory, "request.settings.loss", Loss)
+        self.rows = self._rows(selection, loss)
         max_length = manifest_value(manifest, self.emulator.directory, "request.settings.max_length", int | None)
         self.samples = self._encode(self.rows, max_length)
 
@@ -116,7 +117,7 @@ class Correct:
             "finished": self.output.is_finished(),
         }
 
-    def _rows(self, selection: Path | None) -> list[Row]:
+    def _rows(self, selection: Path | None, loss: Loss) -> list[Row]:
         if self.settings.clamp != "auto":
             return []
         path = selection or self.emulator.directory / SELECTION
@@ -126,7 +127,7 @@ class Correct:
                 "Give a file of held-out rows with --selection, or a fixed --clamp.",
                 code="missing",
             )
-        return load_rows(str(path))
+        return load_rows(str(path), loss=loss)
 
     def _encode(self, rows: list[Row], max_length: int | None) -> list[Sample]:
         if not rows:

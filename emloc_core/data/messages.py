@@ -1,20 +1,24 @@
 """The messages of a conversation, normalised to one form of TRL's conventions.
 
 A message's content is a string; if it has images, it is a list of parts, ``{"type": "text", "text": ...}`` and
-``{"type": "image"}``, in the images' order. So equal conversations are equal, however they were written.
+``{"type": "image"}``, in the images' order. So equal conversations are equal, however they were written. Tools are in
+:mod:`emloc_core.data.tools`.
 """
 
 from typing import Any
 
+from emloc_core.data.tools import parse_calls
 from emloc_core.errors import EmlocError
 
-#: One turn: ``role``, and ``content``.
+#: One turn: ``role`` and ``content``; an assistant's may have ``tool_calls``, a tool's ``name`` and ``tool_call_id``.
 Message = dict[str, Any]
 Content = str | list[Message]
 
 IMAGE = {"type": "image"}
 #: Placeholder for an image in the text of other row formats.
 _MARK = "<image>"
+#: What a message of a tool may have besides its content.
+_OF_TOOLS = ("name", "tool_call_id")
 _PARTS = 'A part is {"type": "text", "text": ...} or {"type": "image"}; the images themselves go in `images`.'
 
 
@@ -93,17 +97,27 @@ def parse_string(value: Any, where: str, *, may_be_blank: bool = False) -> str:
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise EmlocError(f"{where} has a message that is not an object.", "A message is a role and a content.")
-    more = sorted(name for name, part in value.items() if part is not None and name not in ("role", "content"))
-    if more:  # dropping tool calls, say, would silently train on another conversation
-        raise EmlocError(f"{where} has a message with {more}.", "Only role and content are supported.")
-    role = parse_string(value.get("role"), f"{where}: a message's role")
-    content, of = value.get("content"), f"{where}: a message's content"
+    given = {name: part for name, part in value.items() if part is not None}
+    role = parse_string(given.pop("role", None), f"{where}: a message's role")
+    content, of = given.pop("content", None), f"{where}: a message's content"
+    more: Message = {}
+    if role == "assistant" and given.get("tool_calls"):
+        more["tool_calls"] = parse_calls(given.pop("tool_calls"), where)
+    if role == "tool":
+        more = {name: parse_string(given.pop(name), f"{where}: `{name}`") for name in _OF_TOOLS if name in given}
+    if unknown := sorted(name for name, part in given.items() if part != []):  # without, it is another conversation
+        raise EmlocError(
+            f"{where} has a message of the {role} with {unknown}.",
+            "A message has role and content; an assistant's also tool_calls, a tool's also name and tool_call_id.",
+        )
     if isinstance(content, list):
         parts = [_part(part, of) for part in content]
         if IMAGE in parts:
-            return {"role": role, "content": parts}
+            return {"role": role, "content": parts, **more}
         content = "".join(part["text"] for part in parts)
-    return {"role": role, "content": parse_string(content, of)}
+    may_be_blank = role == "tool" or "tool_calls" in more
+    content = "" if content is None and may_be_blank else content
+    return {"role": role, "content": parse_string(content, of, may_be_blank=may_be_blank), **more}
 
 
 def _part(value: Any, where: str) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """The user's rows, in TRL's conventions, and the disjoint sets that they are divided into.
 
 A row is ``text``, ``prompt`` + ``completion`` (two strings, or two lists of messages) or ``messages``. ``messages``
-become prompt and completion, so that only the last answer counts in the loss: TRL's ``assistant_only_loss`` needs
-generation marks, which many chat templates lack. A conversation may have ``images``.
+become prompt and completion: the last answer. Whether the answers before it count in the loss too is the row's
+``loss``, which is no part of its content. A conversation may have ``images`` and ``tools``.
 """
 
 import hashlib
@@ -17,16 +17,19 @@ from typing import Any
 from emloc_core.data.hub import read_data_set
 from emloc_core.data.images import IMAGES, Picture
 from emloc_core.data.messages import Content, parse_content, parse_string, place_images
+from emloc_core.data.tools import parse_tools
 from emloc_core.errors import EmlocError
 from emloc_core.files.limits import unpacking
 from emloc_core.files.output import MANIFEST
 from emloc_core.files.own import require_own_files
+from emloc_core.settings import Loss
 
 #: Files of an emulator with rows that must never be tuned on.
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
 
 _FORMS = "Each row needs `text`, or `prompt` and `completion`, or `messages` that end in an assistant turn."
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+_HERE = Path()
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Row:
         number: position of the row in its source, from 1; the line in a JSONL file.
         images: images of a conversation, in the order of their parts in the prompt. None if no row of the source has
             any: such rows are tokenized as text, and others by the model's processor, as in TRL.
+        tools: the tools that a conversation may call, as functions in JSON schema.
+        loss: which of a conversation's answers count: the last one, or all.
     """
 
     number: int
@@ -44,6 +49,8 @@ class Row:
     prompt: Content | None = None
     completion: Content | None = None
     images: tuple[Picture, ...] | None = None
+    tools: list[dict[str, Any]] | None = None
+    loss: Loss = "last"
 
     @property
     def form(self) -> str:
@@ -64,7 +71,8 @@ class Row:
         if self.text is not None:
             return {"text": self.text}
         images = {} if self.images is None else {"images": list(self.images)}
-        return {"prompt": self.prompt, "completion": self.completion, **images}
+        tools = {} if self.tools is None else {"tools": self.tools}
+        return {"prompt": self.prompt, "completion": self.completion, **tools, **images}
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Sets:
     tuning: list[Row]
 
 
-def load_rows(source: str | Path | Iterable[Any], split: str = "train") -> list[Row]:
+def load_rows(source: str | Path | Iterable[Any], split: str = "train", loss: Loss = "last") -> list[Row]:
     """Read rows from a ``.jsonl``, ``.json`` (an array) or ``.parquet`` file, a hub dataset, or memory.
 
     Other columns than those of the row's form are ignored; if several forms are complete, prompt and completion take
@@ -86,10 +94,16 @@ def load_rows(source: str | Path | Iterable[Any], split: str = "train") -> list[
         source: path of the file, id of the dataset, or the rows themselves: mappings, as a ``datasets.Dataset``
             yields them.
         split: split of a hub dataset; files have none.
+        loss: which answers of a conversation count.
 
     Raises:
         EmlocError: the source cannot be read, is empty, or a row has no known form; names file and row.
     """
+    rows = _load(source, split)
+    return [replace(row, loss=loss) for row in rows] if loss != "last" else rows
+
+
+def _load(source: str | Path | Iterable[Any], split: str) -> list[Row]:
     if not isinstance(source, str | Path):
         return _of_one_form("the rows", list(_parsed(enumerate(source, start=1), "the rows", Path(), confined=False)))
     source = str(source)
@@ -101,7 +115,7 @@ def load_rows(source: str | Path | Iterable[Any], split: str = "train") -> list[
 
 def _parsed(contents: Iterable[tuple[int, Any]], source: str, directory: Path, *, confined: bool) -> Iterator[Row]:
     for number, content in contents:
-        yield _parse(content, f"{source}, row {number}", number, directory, confined=confined)
+        yield parse_row(content, f"{source}, row {number}", number, directory, confined=confined)
 
 
 def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
@@ -239,7 +253,19 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(rows, start=1)
 
 
-def _parse(content: Any, where: str, number: int, directory: Path, *, confined: bool) -> Row:
+def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *, confined: bool = False) -> Row:
+    """Return one row.
+
+    Args:
+        content: its columns.
+        where: its name in messages.
+        number: its position in its source.
+        directory: what paths of images are relative to.
+        confined: whether images must lie within that directory.
+
+    Raises:
+        EmlocError: it has no known form.
+    """
     if not isinstance(content, dict):
         raise EmlocError(f"{where}: {type(content).__name__}, not an object with columns.", _FORMS)
     has = {name for name, value in content.items() if value is not None}  # Arrow fills absent columns with None
@@ -261,7 +287,17 @@ def _parse(content: Any, where: str, number: int, directory: Path, *, confined: 
         row = Row(number, text=parse_string(content["text"], f"{where}: `text`"))
     else:
         raise EmlocError(f"{where}: has the columns {sorted(has)}.", _FORMS)
-    return _with_images(row, _pictures(content, where, directory, confined=confined), where)
+    row = _with_images(row, _pictures(content, where, directory, confined=confined), where)
+    return replace(row, tools=_tools(content["tools"], row, where)) if "tools" in has else row
+
+
+def _tools(value: Any, row: Row, where: str) -> list[dict[str, Any]] | None:
+    tools = parse_tools(value, where)
+    if tools and row.form != "conversation":
+        raise EmlocError(f"{where}: a row of {row.form} has tools.", "Write rows with tools as `messages`.")
+    if tools and row.images:
+        raise EmlocError(f"{where}: a row has both tools and images.", "Leave one of them out.", code="unsupported")
+    return tools or None
 
 
 def _pictures(content: dict[str, Any], where: str, directory: Path, *, confined: bool) -> tuple[Picture, ...] | None:

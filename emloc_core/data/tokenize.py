@@ -1,8 +1,8 @@
 """Turns rows into model inputs: the same token ids, and the same tokens in the loss, as in TRL's ``SFTTrainer``.
 
 The emulator must be fitted to what will be trained on, so this matches TRL token for token: the end-of-sequence token
-added to plain text, the chat template, the start of the completion, truncation. A test compares the two. Rows with
-images go through the model's own processor, in TRL's own collator.
+added to plain text, the chat template (:mod:`emloc_core.data.conversation`), the start of the completion, truncation. A
+test compares the two. Rows with images go through the model's own processor, in TRL's own collator.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +14,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
+from emloc_core.data.conversation import common_prefix, encode_conversation, require_template
 from emloc_core.data.images import pillow
 from emloc_core.data.messages import in_parts
 from emloc_core.data.rows import Row
@@ -216,10 +217,10 @@ def tokenize(
     if isinstance(processing, ProcessorMixin):
         sample = _with_images(row, processing, max_length, dtype)
     else:
-        ids, start = _conversation(row, processing) if row.form == "conversation" else _plain(row, processing)
-        if start >= len(ids):
+        encoded = encode_conversation if row.form == "conversation" else _plain
+        ids, mask = encoded(row, processing)
+        if not any(mask):
             raise EmlocError(f"Row {row.number}: the tokenizer leaves nothing to learn.", "Leave the row out.")
-        mask = [0] * start + [1] * (len(ids) - start)
         sample = Sample(ids[:max_length], mask[:max_length], row.number)
     if limits.tokens is not None and len(sample.input_ids) > limits.tokens:
         raise EmlocError(
@@ -254,8 +255,14 @@ def trl_example(row: Row) -> dict[str, Any]:
 def _with_images(row: Row, processor: ProcessorMixin, max_length: int | None, dtype: torch.dtype) -> Sample:
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # heavy, and needed only here
 
+    if row.loss == "all":
+        raise EmlocError(
+            f"Row {row.number}: the loss on all answers is not known for rows with images.",
+            "Use --loss last.",
+            code="unsupported",
+        )
     collate = DataCollatorForVisionLanguageModeling(processor, max_length=max_length, completion_only_loss=True)
-    _require_template(row, processor)
+    require_template(row, processor)
     try:
         batch = collate([trl_example(row)])
     except (TemplateError, ValueError, IndexError, StopIteration) as error:
@@ -269,8 +276,8 @@ def _with_images(row: Row, processor: ProcessorMixin, max_length: int | None, dt
     return Sample(ids.tolist(), (labels != -100).int().tolist(), row.number, others)
 
 
-def _plain(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """Return the ids of text, or of prompt and completion in one string, and where the completion starts."""
+def _plain(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids of text, or of prompt and completion in one string, and the mask of the completion."""
     prompt = "" if row.text is not None else row.prompt
     text = row.text if row.text is not None else row.completion
     assert isinstance(prompt, str)
@@ -284,41 +291,5 @@ def _plain(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int
         text += tokenizer.eos_token
     ids = tokenizer(text=prompt + text)["input_ids"]
     # Compare ids instead of using the prompt's length: its last token may merge with the completion's first.
-    start = 0 if row.text is not None else _common_prefix(tokenizer(text=prompt)["input_ids"], ids)
-    return ids, start
-
-
-def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """Return the ids of the conversation in the tokenizer's chat template, and where the completion starts."""
-    assert isinstance(row.prompt, list)
-    assert isinstance(row.completion, list)
-    _require_template(row, tokenizer)
-
-    def render(messages: list[dict[str, str]], **settings: Any) -> list[int]:
-        encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **settings)
-        return encoded["input_ids"]
-
-    try:
-        ids = render(row.prompt + row.completion)
-        return ids, _common_prefix(render(row.prompt, add_generation_prompt=True), ids)
-    except (TemplateError, ValueError) as error:
-        raise EmlocError(
-            f"Row {row.number}: the model's chat template rejects it ({error}).",
-            "Correct the roles and their order, or leave the row out.",
-        ) from error
-
-
-def _require_template(row: Row, processing: Any) -> None:
-    if not processing.chat_template:
-        what = "processor" if isinstance(processing, ProcessorMixin) else "tokenizer"
-        raise EmlocError(
-            f"Row {row.number} is a conversation, but the model's {what} has no chat template.",
-            "Use a model tuned for chat, add a chat_template, or give prompt and completion as strings.",
-        )
-
-
-def _common_prefix(some: list[int], others: list[int]) -> int:
-    for length, (one, other) in enumerate(zip(some, others, strict=False)):
-        if one != other:
-            return length
-    return min(len(some), len(others))
+    start = 0 if row.text is not None else common_prefix(tokenizer(text=prompt)["input_ids"], ids)
+    return ids, [0] * start + [1] * (len(ids) - start)

@@ -233,7 +233,7 @@ def prepare(request: CompressRequest) -> Compress:
         EmlocError: the model, the rows or the settings cannot be used.
     """
     base = open_checkpoint(request.model)
-    rows = without(load_rows(request.data, request.split), request.exclude)
+    rows = without(load_rows(request.data, request.split, request.settings.loss), request.exclude)
     device = choose_device(request.device)
     return Compress(base, rows, request.output, request.settings, request.keep_spectra, device)
 

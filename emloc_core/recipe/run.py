@@ -89,7 +89,7 @@ def stages(recipe: Recipe) -> list[Stage]:
         split=data.split,
         exclude=test,
         output=emulator,
-        settings=recipe.compress,
+        settings=_of_one_loss(recipe.compress, recipe.train),
         **sizing,
     )
     correct = CorrectRequest(adapter=adapter, base=base, emulator=emulator, output=corrected, settings=recipe.correct)
@@ -107,7 +107,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             split=data.split,
             exclude=held_out,
             output=polished,
-            settings=recipe.polish,
+            settings=_of_one_loss(recipe.polish, recipe.train),
         )
         found.append(Stage("polish it on the base", polish))
         final = polished
@@ -129,6 +129,13 @@ def stages(recipe: Recipe) -> list[Stage]:
         batch_size=recipe.eval.batch_size,
     )
     return [*found, Stage("compare all of them", evaluate)]
+
+
+def _of_one_loss(settings: Any, train: TrainSettings) -> Any:
+    """Return settings whose loss is that of tuning, unless they say another one."""
+    if train.loss == "last" or "loss" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"loss": train.loss})
 
 
 def _controls(train: TrainSettings, polish: PolishSettings | None) -> Iterable[tuple[str, str, dict[str, Any]]]:

@@ -81,7 +81,7 @@ class Train:
         self.is_main_process = True  # until the processes have found each other
         check_extra(settings)
         self.targets = self._targets()
-        rows = load_rows(data, split)
+        rows = load_rows(data, split, settings.loss)
         require_readable(rows, self.family)
         held_out = [self.model.directory / name for name in (CALIBRATION, SELECTION)]
         files = [path for path in held_out if path.is_file()] + list(exclude)

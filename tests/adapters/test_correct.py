@@ -1,5 +1,6 @@
 """Stage 3 on a real directory: adapters in, adapters out."""
 
+import itertools
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.adapters import TARGETS, make_adapter
-from support.rows import write_jsonl
+from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
@@ -181,6 +182,18 @@ def test_an_adapter_of_the_base_itself_needs_no_correction(tiny_model, tmp_path)
     on_base = make_adapter(tiny_model, tmp_path / "on_base")
     with pytest.raises(EmlocError, match="not an emulator"):
         correct(on_base, tiny_model, tmp_path / "out")
+
+
+def test_clamps_are_compared_on_the_answers_that_count_in_training(tiny_model, tmp_path):
+    sentences = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+                 for row in example_rows()[:9]]  # fmt: skip
+    rows = load_rows([{"messages": one + other} for one, other in itertools.pairwise(sentences)], loss="all")
+    settings = CompressSettings(samples=4, selection=3, loss="all")
+    emulator = Compress(Checkpoint(tiny_model), rows, tmp_path / "emulator", settings).run()
+    trained = make_adapter(emulator, tmp_path / "adapter")
+    job = Correct(Adapter(trained), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings())
+    assert [row.loss for row in job.rows] == ["all"] * 3
+    assert all("".join(map(str, sample.completion_mask)).count("01") == 2 for sample in job.samples)
 
 
 def test_auto_without_held_out_rows_says_what_to_do(tiny_model, rows_file, tmp_path):

@@ -54,6 +54,43 @@ def test_other_columns_and_nulls_are_ignored(tmp_path: Path):
     assert rows[0].key == rows[1].key
 
 
+def test_tools_and_their_calls_are_one_conversation_however_written(tmp_path: Path):
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    arguments = {"place": "Oslo", "days": [1, None]}
+    plain = {
+        "tools": [tool],
+        "messages": [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": arguments}]},
+            {"role": "tool", "content": "wet", "name": "weather"},
+            ASSISTANT,
+        ],
+    }
+    call = {"type": "function", "function": {"name": "weather", "arguments": json.dumps(arguments)}}
+    asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+    as_text = {"tools": json.dumps([tool]), "messages": [USER, asked, *plain["messages"][2:]]}
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([as_text, plain | {"tools": None}]), tmp_path / "rows.parquet"
+    )
+    write_jsonl(tmp_path / "rows.jsonl", [plain, as_text])
+    one, other = load_rows(tmp_path / "rows.jsonl")
+    parquet, without_tools = load_rows(tmp_path / "rows.parquet")
+    assert one.key == other.key == parquet.key != without_tools.key
+    assert one.tools == [tool]
+    assert one.prompt[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    ]
+    write_rows(tmp_path / "again.jsonl", [one])
+    assert load_rows(tmp_path / "again.jsonl")[0].key == one.key
+
+
+def test_which_answers_count_is_no_part_of_the_content():
+    row = {"messages": [USER, ASSISTANT, USER, ASSISTANT]}
+    (last,), (every,) = load_rows([row]), load_rows([row], loss="all")
+    assert (last.loss, every.loss) == ("last", "all")
+    assert last.key == every.key
+
+
 def test_jsonl_keeps_line_numbers_and_unicode_line_separators(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('\ufeff{"text": "one\u2028line"}\n\n{"text": "three"}\n', encoding="utf-8")
@@ -83,7 +120,21 @@ def test_jsonl_keeps_line_numbers_and_unicode_line_separators(tmp_path: Path):
         ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "content is not a string"),
         (
             '{"messages": [{"role": "user", "content": "a"},{"role": "assistant", "content": "b", "tool_calls": [1]}]}',
-            "tool_calls",
+            "a tool call without the name",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a", "audio": "b"},{"role": "assistant", "content": "b"}]}',
+            r"a message of the user with \['audio'\]",
+        ),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}', "content is not a string"),
+        ('{"prompt": "a", "completion": "b", "tools": [{}]}', "a row of prompt and completion has tools"),
+        (
+            '{"tools": [1], "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "`tools` is not a list of objects",
+        ),
+        (
+            '{"tools": "[", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "`tools`: not valid JSON",
         ),
         ('{"text": "of another form"}', "a row of text, but row 1 is of prompt and completion"),
     ],

@@ -1,6 +1,7 @@
 """Samples hold exactly the tokens that TRL would train on, and rows that cannot be used are named."""
 
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from emloc_core.data.rows import Row
+from emloc_core.data.rows import Row, load_rows
 from emloc_core.data.tokenize import Limits, Sample, encode, load_tokenizer
 from emloc_core.errors import EmlocError
 
@@ -148,3 +149,139 @@ def test_a_model_without_a_tokenizer_is_refused(tiny_model, tmp_path):
     with pytest.raises(EmlocError) as caught:
         load_tokenizer(tmp_path)
     assert caught.value.code == "missing"
+
+
+# Conversations of several turns, and tools
+
+TURNS = [
+    {"role": "user", "content": "which cat?"},
+    {"role": "assistant", "content": "a red cat."},
+    {"role": "user", "content": "and which dog?"},
+    {"role": "assistant", "content": "the grey dog."},
+]
+#: As the tiny template; with what the assistant says marked for transformers.
+MARKED = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{% else %}{{ message['content'] }}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+#: A last answer is rendered with a thought before it, as Qwen3 does.
+THINKING = (
+    "{% for message in messages %}<{{ message['role'] }}>{% if loop.last and message['role'] == 'assistant' %}"
+    "well, {% endif %}{{ message['content'] }}{{ END }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TOOLS = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for message in messages %}<{{ message['role'] }}>"
+    "{{ message['content'] }}{% for call in message['tool_calls'] or [] %}{{ call | tojson }}{% endfor %}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "oslo"}}}
+WITH_TOOLS = {
+    "tools": [WEATHER],
+    "messages": [
+        {"role": "user", "content": "rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "name": "weather", "content": "wet"},
+        {"role": "assistant", "content": "it rains."},
+    ],
+}
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
+    changed = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    changed.chat_template = template
+    return changed
+
+
+def counted(tokenizer: PreTrainedTokenizerBase, row: dict, loss="all") -> list[str]:
+    """The texts that count in the loss, one for every stretch of tokens."""
+    (sample,) = encode(load_rows([row], loss=loss), tokenizer)
+    stretches = [[]]
+    for token, mask in zip(sample.input_ids, sample.completion_mask, strict=True):
+        stretches[-1].append(token) if mask else stretches.append([])
+    return [tokenizer.decode(stretch) for stretch in stretches if stretch]
+
+
+@pytest.mark.parametrize("template", [None, MARKED, THINKING.replace("END", "eos_token")])
+def test_all_answers_count_where_asked(template, tokenizer):
+    tokenizer = with_template(tokenizer, template or tokenizer.chat_template)
+    last = "well, the grey dog.</s>" if template and "well" in template else "the grey dog.</s>"
+    assert counted(tokenizer, {"messages": TURNS}) == ["a red cat.</s>", last]
+    assert counted(tokenizer, {"messages": TURNS}, "last") == [last]
+    assert counted(tokenizer, {"messages": TURNS[:2]}) == counted(tokenizer, {"messages": TURNS[:2]}, "last")
+    assert counted(tokenizer, {"prompt": "cat", "completion": "dog"}) == counted(
+        tokenizer, {"prompt": "cat", "completion": "dog"}, "last"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [("qwen2_5", "<|im_end|>"), ("qwen3", "<|im_end|>"), ("llama3_2", "<|eot_id|>"), ("phi3", "<|end|>"),
+     ("gemma3", "<end_of_turn>"), ("gptoss", "<|return|>"), ("qwen3_5_think", "<|im_end|>")],
+)  # fmt: skip
+def test_answers_are_found_in_templates_of_real_models(name, end, tokenizer):
+    template = files("trl") / "chat_templates" / f"{name}.jinja"
+    tokenizer = with_template(tokenizer, template.read_text("utf-8"))
+    tokenizer.add_special_tokens({"eos_token": end})
+    if name in ("gptoss", "qwen3_5_think"):
+        with pytest.raises(EmlocError, match="renders message 2 differently"):
+            counted(tokenizer, {"messages": TURNS})
+        return
+    first, last = counted(tokenizer, {"messages": TURNS})
+    assert first.replace(end, "", 1).replace("<unk>", "").strip() == "a red cat."
+    assert last.partition(end)[0].endswith("the grey dog.")
+
+
+def test_a_greeting_is_no_answer(tokenizer):
+    greeting = {"role": "assistant", "content": "hello."}
+    assert counted(tokenizer, {"messages": [greeting, *TURNS]}) == ["a red cat.</s>", "the grey dog.</s>"]
+
+
+def test_all_answers_equal_what_trl_trains_on(tiny_model: Path, tmp_path: Path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    with_template(AutoTokenizer.from_pretrained(tiny_model), MARKED).save_pretrained(tmp_path / "model")
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        args=SFTConfig(str(tmp_path / "out"), assistant_only_loss=True, use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list([{"messages": TURNS}, {"messages": TURNS[:2]}]),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "model"),
+    )
+    expected = [(row["input_ids"], [int(label != -100) for label in row["labels"]]) for row in trainer.train_dataset]
+    rows = load_rows([{"messages": TURNS}, {"messages": TURNS[:2]}], loss="all")
+    for directory in (tmp_path / "model", tiny_model):  # by the template's marks, and without
+        samples = encode(rows, AutoTokenizer.from_pretrained(directory))
+        assert [(sample.input_ids, sample.completion_mask) for sample in samples] == expected
+
+
+def test_a_template_that_does_not_show_where_answers_end_is_refused(tokenizer):
+    only_last = "(eos_token if loop.last or message['role'] == 'user' else '.')"
+    for end in ("'.'", only_last):
+        with pytest.raises(EmlocError, match=r"Row 1: .*renders message 2 differently.*--loss last"):
+            counted(with_template(tokenizer, THINKING.replace("END", end)), {"messages": TURNS})
+
+
+def test_tools_go_through_the_models_template(tokenizer):
+    tokenizer = with_template(tokenizer, TOOLS)
+    (sample,) = encode(load_rows([WITH_TOOLS]), tokenizer)
+    messages, tools = WITH_TOOLS["messages"], WITH_TOOLS["tools"]
+    assert sample.input_ids == tokenizer.apply_chat_template(messages, tools=tools)["input_ids"]
+    assert counted(tokenizer, WITH_TOOLS, "last") == ["it rains.</s>"]
+    first, last = counted(tokenizer, WITH_TOOLS)
+    assert "weather" in first
+    assert "oslo" in first
+    assert last == "it rains.</s>"
+
+
+@pytest.mark.parametrize(
+    ("left_out", "template"),
+    [
+        ("tools", TOOLS.replace("for tool in tools or []", "for tool in []")),
+        ("tool calls", TOOLS.replace("message['tool_calls'] or []", "[]")),
+        ("what tools answer", TOOLS.replace("['content'] }}", "['content'] if message['role'] != 'tool' }}")),
+    ],
+)
+def test_a_template_that_leaves_out_tools_is_refused(left_out, template, tokenizer):
+    with pytest.raises(EmlocError, match=f"Row 1: the model's chat template leaves out {left_out}"):
+        encode(load_rows([WITH_TOOLS]), with_template(tokenizer, template))

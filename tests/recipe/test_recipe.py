@@ -117,6 +117,16 @@ def test_calibration_rows_may_come_from_a_file_of_their_own(write, tmp_path):
     assert given[1:] == one_file[1:]
 
 
+def test_all_stages_count_the_same_answers_unless_they_say_otherwise(write):
+    def losses(text):
+        found = stages(load_recipe(write(text)))
+        return {stage.name: stage.request.settings.loss for stage in found if hasattr(stage.request, "data")}
+
+    assert losses('[train]\nloss = "all"\n[polish]\n') == dict.fromkeys(("emulator", "adapter", "polished"), "all")
+    assert losses('[train]\nloss = "all"\n[polish]\nloss = "last"\n')["polished"] == "last"
+    assert losses("[polish]\n") == dict.fromkeys(("emulator", "adapter", "polished"), "last")
+
+
 def test_the_option_of_a_setting_is_known_by_its_name(write):
     with pytest.raises(EmlocError, match=r"'train\.lr'\. Did you mean 'learning_rate'"):
         load_recipe(write(), ["train.lr=1e-3"])

@@ -1,5 +1,6 @@
 """Tuning learns, leaves held-out rows alone, resumes after a kill to the same adapter, and names what is wrong."""
 
+import itertools
 import json
 import os
 import shutil
@@ -141,7 +142,7 @@ def test_an_emulator_is_tuned_and_its_held_out_rows_never(tiny_emulator, tiny_mo
     assert len(Adapter(adapter).loras) == 21
 
 
-@pytest.mark.parametrize("form", ["prompt and completion", "text", "conversation"])
+@pytest.mark.parametrize("form", ["prompt and completion", "text", "conversation", "all answers"])
 def test_the_loss_falls_on_the_same_tokens_as_in_calibration(form, tiny_model, tmp_path, monkeypatch):
     seen = trained_rows(monkeypatch)
     rows = example_rows()[:8]
@@ -150,12 +151,19 @@ def test_the_loss_falls_on_the_same_tokens_as_in_calibration(form, tiny_model, t
     elif form == "conversation":
         roles = {"prompt": "user", "completion": "assistant"}
         rows = [{"messages": [{"role": roles[key], "content": row[key]} for key in roles]} for row in rows]
+    elif form == "all answers":
+        roles = {"prompt": "user", "completion": "assistant"}
+        turns = [[{"role": roles[key], "content": row[key]} for key in roles] for row in rows]
+        rows = [{"messages": one + other} for one, other in itertools.pairwise(turns)]
+    loss = "all" if form == "all answers" else "last"
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    finetune(tiny_model, str(path), tmp_path / "a", settings(steps=1))
-    samples = encode(load_rows(str(path)), AutoTokenizer.from_pretrained(tiny_model))
+    finetune(tiny_model, str(path), tmp_path / "a", settings(steps=1, loss=loss))
+    samples = encode(load_rows(str(path), loss=loss), AutoTokenizer.from_pretrained(tiny_model))
     for row, sample in zip(seen[0], samples, strict=True):
         assert row["input_ids"] == sample.input_ids
         assert [int(label != -100) for label in row["labels"]] == sample.completion_mask
+    if form == "all answers":
+        assert {"".join(map(str, sample.completion_mask)).strip("0").count("01") for sample in samples} == {1}
 
 
 def test_rows_are_cut_only_where_asked_and_counted_where_nothing_is_left(tiny_model, tmp_path, monkeypatch):

@@ -1,0 +1,141 @@
+"""A conversation in the model's own chat template: its token ids, and which of them count in the loss.
+
+Few templates mark what the assistant says (``{% generation %}``), which TRL's ``assistant_only_loss`` needs. Where one
+does, its marks are used. Otherwise an answer starts where the template, asked for an answer to the messages before it,
+ends; and ends where the conversation up to it ends or, if the template renders a last answer in another way than an
+earlier one, with the end-of-sequence token.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from emloc_core.data.messages import Message
+from emloc_core.data.rows import Row
+from emloc_core.errors import EmlocError
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+#: Renders messages, as text or as token ids.
+_Render = Callable[..., Any]
+
+
+def encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids of a conversation, and for each whether it counts in the loss: 0 or 1.
+
+    Args:
+        row: a conversation; its ``loss`` says which answers count.
+        tokenizer: with a chat template.
+
+    Raises:
+        EmlocError: there is no chat template, it rejects the conversation, it leaves out tools or calls, or it does not
+            show where answers start and end.
+    """
+    assert isinstance(row.prompt, list)
+    assert isinstance(row.completion, list)
+    require_template(row, tokenizer)
+
+    given: Any = row.tools
+
+    def render(messages: list[Message], *, text: bool = False, tools: Any = given, **settings: Any) -> Any:
+        form: dict[str, Any] = {"tokenize": False} if text else {"tokenize": True, "return_dict": True}
+        found: Any = tokenizer.apply_chat_template(messages, tools=tools, **form, **settings)
+        return found if text else found["input_ids"]
+
+    messages = [*row.prompt, *row.completion]
+    try:
+        ids = render(messages)
+        _require_tools_shown(row, messages, ids, render)
+        if row.loss == "last":
+            start = common_prefix(render(row.prompt, add_generation_prompt=True), ids)
+            return ids, [0] * start + [1] * (len(ids) - start)
+        if _MARKS.search(tokenizer.get_chat_template(tools=given)):
+            marked: Any = tokenizer.apply_chat_template(
+                messages, tools=given, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            return ids, list(marked["assistant_masks"])
+        return ids, _all_answers(row, messages, ids, render, tokenizer.eos_token_id)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise EmlocError(
+            f"Row {row.number}: the model's chat template rejects it ({error}).",
+            "Correct the roles and their order, or leave the row out.",
+        ) from error
+
+
+def _all_answers(row: Row, messages: list[Message], ids: list[int], render: _Render, end_token: Any) -> list[int]:
+    """Return the mask of all answers. What the assistant says first of all answers nothing, and does not count."""
+    mask, text = [0] * len(ids), render(messages, text=True)
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index == 0:
+            continue
+        before, up_to = messages[:index], messages[: index + 1]
+        start = common_prefix(render(before, add_generation_prompt=True), ids)
+        whole = render(up_to)
+        if not text.startswith(render(before, text=True, add_generation_prompt=True)):
+            end = None
+        elif len(up_to) == len(messages):
+            end = len(ids)
+        elif text.startswith(render(up_to, text=True)):
+            end = common_prefix(whole, ids)
+        else:
+            next_one = start + common_prefix(render(_rewritten(messages, index + 1))[start:], ids[start:])
+            closed = end_token in whole[start:] and end_token in ids[start:next_one]
+            end = ids.index(end_token, start) + 1 if closed else None
+        if end is None:
+            raise EmlocError(
+                f"Row {row.number}: the model's chat template renders message {index + 1} differently with what "
+                "follows, so its part of the loss cannot be found.",
+                "Mark answers by {% generation %} in the template, use --loss last, or leave the row out.",
+                code="unsupported",
+            )
+        mask[start:end] = [1] * (end - start)
+    return mask
+
+
+def _rewritten(messages: list[Message], index: int) -> list[Message]:
+    """Return the messages with another content, from its start on, from ``index`` on."""
+    others = [message | {"content": "?" if message["content"][:1] != "?" else "!"} for message in messages[index:]]
+    return [*messages[:index], *others]
+
+
+def _require_tools_shown(row: Row, messages: list[Message], ids: list[int], render: _Render) -> None:
+    """Refuse a template that leaves out tools, their calls or their answers: training would be on another text."""
+    calls = [{name: part for name, part in message.items() if name != "tool_calls"} for message in messages]
+    answers = [message | {"content": ""} if message["role"] == "tool" else message for message in messages]
+    missing = None
+    if row.tools and render(messages, tools=None) == ids:
+        missing = "tools"
+    elif calls != messages and render(calls) == ids:
+        missing = "tool calls"
+    elif answers != messages and render(answers) == ids:
+        missing = "what tools answer"
+    if missing:
+        raise EmlocError(
+            f"Row {row.number}: the model's chat template leaves out {missing}.",
+            "Use a model whose template shows them, or leave the row out.",
+            code="unsupported",
+        )
+
+
+def require_template(row: Row, processing: Any) -> None:
+    """Refuse a conversation if there is no chat template.
+
+    Raises:
+        EmlocError: the tokenizer or processor has none.
+    """
+    if not processing.chat_template:
+        what = "processor" if isinstance(processing, ProcessorMixin) else "tokenizer"
+        raise EmlocError(
+            f"Row {row.number} is a conversation, but the model's {what} has no chat template.",
+            "Use a model tuned for chat, add a chat_template, or give prompt and completion as strings.",
+        )
+
+
+def common_prefix(some: list[int], others: list[int]) -> int:
+    """Return the number of equal items at the start of two lists."""
+    for length, (one, other) in enumerate(zip(some, others, strict=False)):
+        if one != other:
+            return length
+    return min(len(some), len(others))
