@@ -36,6 +36,7 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
     rows = load_rows(str(data))
     _check_images(kind, rows, data)
     text, prompt, answer, system = _expressions(rows, data)
+    asked = _asked_column(rows, answer, data)
     template, column = IMAGE_KINDS.get(kind, kind), ""
     if kind in IMAGE_KINDS:
         column, prompt, answer, system = _with_images(data, prompt, answer, system)
@@ -43,8 +44,8 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
         "NAME": re.sub(r"\W+", "_", output.stem) or kind,
         "FORMAT": _FORMATS[data.suffix],
         "DATA": json.dumps(os.path.relpath(data.resolve(), output.resolve().parent)),
-        "SYSTEM": _jinja(system),
-        "PROMPT": _jinja(prompt),
+        "SYSTEM": _jinja("" if asked else system),
+        "PROMPT": json.dumps(asked) if asked else _jinja(prompt),
         "ANSWER": _jinja(answer),
         "TEXT": _jinja(text),
         "IMAGES": column,
@@ -80,17 +81,37 @@ def _expressions(rows: list[Row], data: Path) -> tuple[str, str, str, str]:
         return "text", "", "", ""
     if first.form == "prompt and completion":
         return "prompt ~ completion", "prompt", "completion", ""
-    for row in rows:
-        turns = [turn["role"] for turn in [*(row.prompt or []), *(row.completion or [])] if isinstance(turn, dict)]
-        if [role for role in turns if role != "system"] != ["user", "assistant"] or "system" in turns[1:]:
-            raise EmlocError(
-                f"{data}, row {row.number}: the turns are {', '.join(turns)}.",
-                "lm-eval asks one question per row: keep one user turn and one answer, after an optional system turn.",
-            )
     columns = _columns(data)
     prompt, answer = ("prompt[-1]", "completion[-1]") if "completion" in columns else ("messages[-2]", "messages[-1]")
     start = prompt.replace("[-1]", "[0]").replace("[-2]", "[0]")
     return "", f"{prompt}.content", f"{answer}.content", f"{start}.content if {start}.role == 'system' else ''"
+
+
+def _roles(row: Row) -> list[str]:
+    """Return the roles of a conversation's messages, without that of a system message at its start."""
+    roles = [turn["role"] for turn in [*(row.prompt or []), *(row.completion or [])] if isinstance(turn, dict)]
+    return roles[1:] if roles[:1] == ["system"] else roles
+
+
+def _asked_column(rows: list[Row], answer: str, data: Path) -> str:
+    """Return the column of messages that a task asks as it is, if some rows have several turns or tools; else ""."""
+    if rows[0].form != "conversation":
+        return ""
+    for row in rows:
+        if isinstance(row.completion, list) and "tool_calls" in row.completion[-1]:
+            raise EmlocError(
+                f"{data}, row {row.number}: the answer is a tool call, and lm-eval compares text.", "Leave the row out."
+            )
+    several = next((row for row in rows if row.tools or _roles(row) != ["user", "assistant"]), None)
+    if several is None:
+        return ""
+    if several.images is not None:
+        raise EmlocError(
+            f"{data}, row {several.number}: the turns are {', '.join(_roles(several))}.",
+            "A task with images asks one question per row: keep one user turn and one answer, after an optional system "
+            "turn.",
+        )
+    return "messages" if answer.startswith("messages") else "prompt"
 
 
 def _check_images(kind: str, rows: list[Row], data: Path) -> None:

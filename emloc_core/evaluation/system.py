@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError, first_line
+from emloc_core.evaluation.conversations import ask_conversations, asks_conversations
 from emloc_core.evaluation.images import shows_pictures
 from emloc_core.evaluation.tasks import TaskSpec, is_conversational, load_task
 from emloc_core.files.meter import Meter
@@ -117,6 +118,13 @@ def run_tasks(
                 "Use --no-chat, or rows of prompt and completion as strings.",
                 code="missing",
             )
+        for task in filter(asks_conversations, members):
+            if not with_template:
+                raise EmlocError(
+                    f"The task {task.task_name} asks conversations of several turns.",
+                    "Leave out --no-chat: they need the chat template.",
+                )
+            ask_conversations(task, lm.tokenizer)
         found = simple_evaluate(
             model=lm,
             tasks=members,

@@ -1,6 +1,7 @@
 """Tasks that are files: what they measure, against torch; and what is refused of them."""
 
 import functools
+import itertools
 import shutil
 from pathlib import Path
 
@@ -62,6 +63,49 @@ def test_conversations_go_through_the_chat_template(tiny_model, tmp_path):
     assert "<user>" not in samples[0]["prompt"]
 
 
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+def test_conversations_of_several_turns_are_asked_for_their_last_answer(tiny_model, tmp_path, form):
+    turns = [one["messages"] + other["messages"][1:] for one, other in itertools.pairwise(chat_rows(5))]
+    turns[1] = chat_rows(1)[0]["messages"]  # of one turn, among others
+    rows = [{"messages": row} if form == "messages" else {"prompt": row[:-1], "completion": row[-1:]} for row in turns]
+    task = write_task("completion_nll", write_jsonl(tmp_path / "turns.jsonl", rows), tmp_path / "turns.yaml")
+    found, _ = metrics_of(tiny_model, task)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    pairs = []
+    for row in turns:
+        text = tokenizer.apply_chat_template(row[:-1], tokenize=False, add_generation_prompt=True)
+        context = tokenizer.encode(text)
+        pairs.append((context, tokenizer.encode(text + row[-1]["content"])[len(context) :]))
+    expected = direct_nll(AutoModelForCausalLM.from_pretrained(tiny_model), pairs)
+    assert found["metrics"]["nll"]["value"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(EmlocError, match=r"asks conversations of several turns\. Leave out --no-chat"):
+        metrics_of(tiny_model, task, chat=False)
+
+
+def test_tools_are_shown_in_an_evaluation(tiny_model, tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": {"at": "cat"}}]}
+    messages = [
+        {"role": "user", "content": "which?"},
+        call,
+        {"role": "tool", "content": "red"},
+        {"role": "assistant", "content": "a red cat."},
+    ]
+    data = write_jsonl(tmp_path / "tools.jsonl", [{"tools": [{"name": "look"}], "messages": messages}] * 2)
+    spec = find_task(str(write_task("generation", data, tmp_path / "tools.yaml")), Inputs())
+    model, tokenizer = load_system(tiny_model, None)
+    with pytest.raises(EmlocError, match="Row 1: the model's chat template leaves out tools"):
+        run_tasks(model, tokenizer, load_task(spec))
+    tokenizer.chat_template = (
+        "{{ tools | tojson }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
+        "{{ message['tool_calls'] | default([]) | tojson }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (sample, _) = run_tasks(model, tokenizer, load_task(spec))["samples"]
+    assert sample["prompt"].startswith('[{"name": "look"}]<user>which?')
+    assert '"arguments": {"at": "cat"}' in sample["prompt"]
+    assert sample["prompt"].endswith("<tool>red[]<assistant>")
+
+
 def test_nll_of_a_conversation_is_of_the_answer_after_the_template(tiny_model, tmp_path):
     data = write_jsonl(tmp_path / "chats.jsonl", chat_rows(6))
     found, _ = metrics_of(tiny_model, write_task("completion_nll", data, tmp_path / "answers.yaml"))
@@ -106,9 +150,10 @@ def test_a_task_of_a_form_that_its_kind_cannot_use_is_refused(rows_file, tmp_pat
         write_task("generation", texts, tmp_path / "a.yaml")
     with pytest.raises(EmlocError, match="120 different answers"):
         write_task("choice", rows_file, tmp_path / "a.yaml")
-    several = [{"messages": chat_rows(1)[0]["messages"][1:] * 2}]
-    with pytest.raises(EmlocError, match="row 1: the turns are user, assistant, user, assistant"):
-        write_task("generation", write_jsonl(tmp_path / "turns.jsonl", several), tmp_path / "a.yaml")
+    call = {"role": "assistant", "tool_calls": [{"name": "look", "arguments": {}}]}
+    calls = write_jsonl(tmp_path / "calls.jsonl", [{"messages": [{"role": "user", "content": "a"}, call]}])
+    with pytest.raises(EmlocError, match="row 1: the answer is a tool call"):
+        write_task("generation", calls, tmp_path / "a.yaml")
     assert not (tmp_path / "a.yaml").exists()
 
 
