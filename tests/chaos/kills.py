@@ -100,7 +100,8 @@ def _told(stage: Stage, how: dict[str, Callable[..., None]], bench: Bench) -> Ve
     place, reference = bench.place(), bench.reference(stage.command)
     run = bench.run(stage.command, place, **how)
     require_nothing_half(place, stage.outputs, reference)
-    if run.code != -signal.SIGKILL and succeeded(run):
+    killed = run.code == -signal.SIGKILL or (run.code < 0 and not run.calls)  # the latter before it had begun
+    if not killed and succeeded(run):
         require_same(place, reference)
         return Verdict.WHOLE
     finish(bench, stage.command, place, reference)

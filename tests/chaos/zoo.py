@@ -37,7 +37,7 @@ merge = true
 """
 _HOST = {"num_cpus": 1, "memory": 4 << 30, "object_store_memory": 80 << 20, "include_dashboard": False}
 _LOOK = 0.01  # seconds between looks at what runs and what is there
-_HANGS = 300.0  # seconds after which a driver that is left alone has to have ended
+_HANGS = 300.0  # seconds in which a driver that is left alone has to finish a stage
 
 
 class Driver(Protocol):
@@ -124,8 +124,9 @@ class _Zoo:
         next_kill, calm_since = time.monotonic() + draw.uniform(*self.engine.pauses), time.monotonic()
         while (code := driver.poll()) is None:
             time.sleep(_LOOK)
-            self._watch()
             now = time.monotonic()
+            if self._watch():
+                calm_since = now
             if len(self.lost) < most and now > next_kill:
                 if self._lose(draw) == "driver":
                     driver.kill()
@@ -167,8 +168,9 @@ class _Zoo:
                 found[name] = path.read_bytes()
         return found
 
-    def _watch(self) -> None:
-        """Notice an output that is made again."""
+    def _watch(self) -> bool:
+        """Return whether there is a new output, and notice one that is made again."""
+        before = len(self._seen)
         for manifest in (self.directory / "jobs").glob(f"*/*/{MANIFEST}"):
             if manifest.parent.name.startswith("."):  # not published yet
                 continue
@@ -177,6 +179,7 @@ class _Zoo:
             if self._seen.setdefault(manifest, made) != made:
                 self.problems.append(f"{manifest.parent.parent.name}/{manifest.parent.name} was made twice")
                 self._seen[manifest] = made
+        return len(self._seen) > before
 
     def _lose(self, draw: random.Random) -> str:
         """Kill something that is at work; return what, empty where there is nothing yet."""
