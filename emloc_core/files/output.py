@@ -251,13 +251,26 @@ class Output:
         meter = Meter()
         with _refuse_full_disk(self.path), self._entered():
             try:
-                yield self.staging
+                with self._naming_changed_inputs():
+                    yield self.staging
                 self.timing.update(meter.read())
                 self._publish()
             except EmlocError as error:
                 if not (error.resumable and self._workspace.is_started):
                     self._workspace.discard()
                 raise
+
+    @contextmanager
+    def _naming_changed_inputs(self) -> Iterator[None]:
+        """Name an input that was changed or removed meanwhile: libraries fail at one in ways of their own."""
+        try:
+            yield
+        except EmlocError:
+            raise
+        except Exception:
+            if self._files:
+                self._files.verify()
+            raise
 
     @contextmanager
     def _entered(self) -> Iterator[None]:

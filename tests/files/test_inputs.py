@@ -62,6 +62,22 @@ def test_a_change_is_named_before_anything_is_published(file, tmp_path, change):
     assert {path.name for path in tmp_path.iterdir()} <= {"weights", ".emloc-hashes.json"}
 
 
+def test_a_change_explains_the_error_of_a_library_that_met_it(file, tmp_path):
+    inputs = Inputs(tmp_path)
+    output = Output(tmp_path / "out", "adapter", {"weights": inputs.hash([file])}, files=inputs)
+
+    def attempt(spoil):
+        with output.build():
+            spoil(file)
+            raise FileNotFoundError("No such file or directory: weights")
+
+    with pytest.raises(FileNotFoundError):  # of something else
+        attempt(lambda path: path.read_bytes())
+    with pytest.raises(EmlocError, match="weights was changed while it was being read"):
+        attempt(CHANGES["removed"])
+    assert {path.name for path in tmp_path.iterdir()} == {".emloc-hashes.json"}
+
+
 def test_a_new_link_other_rights_and_a_look_are_no_change(file, tmp_path):
     inputs = Inputs()
     inputs.hash([file])
