@@ -277,6 +277,16 @@ class LoraTrainer(SFTTrainer):
         assert isinstance(self.model, PeftModel)
         return self.model
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train. If it fails, its progress bar is ended, so that the message starts a line of its own."""
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            for callback in self.callback_handler.callbacks:
+                if (bar := getattr(callback, "training_bar", None)) is not None:
+                    bar.close()
+            raise
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the gradients of a step, and return its loss."""
         loss = self.take_gradients(*args, **kwargs)

@@ -128,6 +128,18 @@ def trained_rows(monkeypatch) -> list:
     return seen
 
 
+def test_what_fails_starts_a_line_of_its_own(tiny_model, rows_file, tmp_path, monkeypatch, capfd):
+    def fail(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr(stage.LoraTrainer, "_save_checkpoint", fail)
+    with pytest.raises(OSError, match="no room") as failed:  # its traceback keeps the trainer and its bar alive
+        finetune(tiny_model, str(rows_file), tmp_path / "adapter", settings(steps=2))
+    said = capfd.readouterr().err
+    assert "2/2" in said
+    assert said.endswith("\n"), failed
+
+
 def test_an_emulator_is_tuned_and_its_held_out_rows_never(tiny_emulator, tiny_model, rows_file, tmp_path, monkeypatch):
     seen = trained_rows(monkeypatch)
     test = write_jsonl(tmp_path / "test.jsonl", example_rows()[:10])
