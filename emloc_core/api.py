@@ -274,7 +274,7 @@ def convert_layout(source: Name, output: Name, *, progress: Progress = _no_progr
     return _perform(make_request("import", source=source, output=output), progress)
 
 
-def plan(
+def plan(  # noqa: PLR0913 - all by keyword
     model: Name,
     *,
     memory: str | None = None,
@@ -286,6 +286,7 @@ def plan(
     images: int | None = None,
     image_size: str | None = None,
     device: str = "cuda",
+    measure: bool = False,
     **settings: Any,
 ) -> "MemoryPlan":
     """Plan the memory of every stage from the config alone, and compare the ways to tune. Loads no weights.
@@ -301,6 +302,8 @@ def plan(
         images: images per row. Default: those of the rows, or 1 for an image-text model.
         image_size: ``WIDTHxHEIGHT`` of every image in pixels, for a model that takes any size.
         device: device whose memory is planned: ``cuda`` or ``cpu``.
+        measure: measure this machine for about a second, to estimate the time of a step; has no effect without such a
+            device. Reading is measured on the model's files, if they are on this machine.
         settings: those of :class:`~emloc_core.settings.TrainSettings` in ``emloc_core.settings.MEMORY_SETTINGS``.
 
     Raises:
@@ -308,6 +311,7 @@ def plan(
     """
     from emloc_core.memory.model import MemoryModel
     from emloc_core.memory.plan import make_plan
+    from emloc_core.memory.speed import measure as measure_speed
     from emloc_core.memory.workload import make_workload
     from emloc_core.model.image_shape import parse_size
     from emloc_core.registry.registry import config_of
@@ -319,7 +323,8 @@ def plan(
         workload = make_workload(
             file, train, device, length=length, images=images, image_size=size, data=data, split=split
         )
-        return make_plan(fspath(model), MemoryModel(file, workload, kind), budget, ratio)
+        speed = measure_speed(device, sorted(file.parent.glob("*.safetensors"))) if measure else None
+        return make_plan(fspath(model), MemoryModel(file, workload, kind), budget, ratio, speed)
 
 
 def run(recipe: Name, **overrides: Any) -> dict[str, Any]:

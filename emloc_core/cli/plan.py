@@ -9,7 +9,7 @@ from emloc_core.cli.console import as_json, print_json
 from emloc_core.cli.options import given, options
 from emloc_core.memory.budget import no_fit
 from emloc_core.settings import MEMORY_SETTINGS, TrainSettings
-from emloc_core.units import human_bytes
+from emloc_core.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from emloc_core.memory.plan import MemoryPlan
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 @options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS))
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
               help="Which memory to plan: a GPU's, or the process's.")  # fmt: skip
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure this machine for about a "
+              "second, and show how long a step takes at least.")  # fmt: skip
 @click.option("--figure", type=click.Path(path_type=Path), metavar="FILE", help="Draw the table: png, svg or pdf.")
 @as_json
 def command(
@@ -60,7 +62,7 @@ def command(
     train, others = given(TrainSettings, settings)
     planned = plan(
         model, memory=memory, ratio=ratio, kind=others["kind"], data=data, split=split, length=length, images=images,
-        image_size=others["image_size"], device=device, **train,
+        image_size=others["image_size"], device=device, measure=others["measure"], **train,
     )  # fmt: skip
     if figure:
         from emloc_core.memory.show import memory_figure
@@ -122,9 +124,10 @@ def _show_ways(planned: "MemoryPlan") -> None:
     for way in planned.ways:
         ratio = f" at ratio {way.ratio:g}" if way.ratio is not None else ""
         reads = f", reads {human_bytes(way.read_bytes)} of weights per step" if way.read_bytes else ""
+        time = f", at least {human_seconds(way.seconds)}" if way.seconds is not None else ""
         click.echo(
             f"  {way.name + ratio:<36} {human_bytes(way.bytes):>8}  {'fits' if way.fits else 'does not fit':<13} "
-            f"{way.micro_batch} x {way.accumulation} rows per step, {way.flops:.2g} operations{reads}"
+            f"{way.micro_batch} x {way.accumulation} rows per step, {way.flops:.2g} operations{reads}{time}"
         )
     best = planned.best
     if best is None:

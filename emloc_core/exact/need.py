@@ -1,47 +1,71 @@
 """What an exact step needs, by formula, from shapes alone (``docs/memory.md``)."""
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from emloc_core.exact.head import PIECE
+from emloc_core.family import Family
+from emloc_core.model.lockstep import units
 
 #: Every Linear's input and output are there while a block is recomputed and gone back through: the tensor, and its
 #: gradient or what a norm or an activation function makes of it.
 _COPIES = 2
 
 
+@dataclass(frozen=True)
+class Positions:
+    """How many positions pass through a tower in a step: tokens, or patches of images.
+
+    Attributes:
+        step: of all micro-batches.
+        at_once: of the largest micro-batch.
+    """
+
+    step: int
+    at_once: int
+
+
 def step_need(
-    model: PreTrainedModel, units: Sequence[str], blocks: Sequence[str], tokens: int, at_once: int, dtype: torch.dtype
+    model: PreTrainedModel, family: Family, tokens: Positions, patches: Positions, dtype: torch.dtype
 ) -> dict[str, int]:
     """Return the bytes of an exact step by term, without the LoRA and its optimiser.
 
     Args:
         model: on the meta device.
-        units: paths of all units.
-        blocks: paths of the blocks that every token passes through: the language model's.
-        tokens: of all micro-batches.
-        at_once: of the largest micro-batch.
+        family: its declaration; its last tower is the language model's.
+        tokens: what passes through the language model.
+        patches: what passes through every other tower.
         dtype: of the hidden states.
 
     Returns:
         - weights: the unit in use and the next one, in the largest pair of neighbours.
-        - boundaries: the hidden states before every block and behind the last, of all tokens, and their gradient.
-        - activations: those of one block, of one micro-batch.
+        - boundaries: the hidden states before every block and behind the last, of all that passes through a tower, and
+          their gradient.
+        - activations: those of one block, of one micro-batch, in the tower where they are largest.
         - logits: one piece of them, in fp32, with its gradient.
     """
-    config: Any = model.config.get_text_config()
-    sizes = [sum(p.numel() * p.itemsize for p in model.get_submodule(unit).parameters()) for unit in units]
-    widths = [
-        sum(m.in_features + m.out_features for m in model.get_submodule(block).modules() if isinstance(m, nn.Linear))
-        for block in blocks
-    ]
+    lists = [tower.blocks for tower in family.towers]
+    found = units(model, lists)
+    sizes = [sum(p.numel() * p.itemsize for p in model.get_submodule(unit).parameters()) for unit in found]
+    boundaries, activations = 0, 0
+    for blocks in lists:
+        positions = tokens if blocks == lists[-1] else patches
+        linears = [_linears(block) for block in model.get_submodule(blocks).children()]
+        boundaries += positions.step * (len(linears) + 2) * linears[0][0].in_features
+        widest = max(sum(linear.in_features + linear.out_features for linear in block) for block in linears)
+        activations = max(activations, positions.at_once * widest)
+    vocabulary = model.config.get_text_config().vocab_size
     return {
         "weights": max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True)),
-        "boundaries": tokens * (len(blocks) + 2) * config.hidden_size * dtype.itemsize,
-        "activations": _COPIES * at_once * max(widths) * dtype.itemsize,
-        "logits": 8 * min(PIECE, at_once * config.vocab_size),
+        "boundaries": boundaries * dtype.itemsize,
+        "activations": _COPIES * activations * dtype.itemsize,
+        "logits": 8 * min(PIECE, tokens.at_once * vocabulary),
     }
+
+
+def _linears(block: nn.Module) -> list[nn.Linear]:
+    """Return a block's Linears; the first reads the hidden states."""
+    return [module for module in block.modules() if isinstance(module, nn.Linear)]

@@ -8,6 +8,7 @@ from emloc_core.emulator.ranks import RankPlan
 from emloc_core.memory import stages
 from emloc_core.memory.budget import advice, largest_ratio
 from emloc_core.memory.model import MemoryModel, Need
+from emloc_core.memory.speed import Speed
 from emloc_core.memory.ways import LOW_RATIO, Way, best, ways
 
 
@@ -100,7 +101,13 @@ class MemoryPlan:
         }
 
 
-def make_plan(name: str, model: MemoryModel, budget: int | None = None, ratio: float | None = None) -> MemoryPlan:
+def make_plan(
+    name: str,
+    model: MemoryModel,
+    budget: int | None = None,
+    ratio: float | None = None,
+    speed: Speed | None = None,
+) -> MemoryPlan:
     """Plan a model.
 
     Args:
@@ -108,6 +115,7 @@ def make_plan(name: str, model: MemoryModel, budget: int | None = None, ratio: f
         model: the model's memory.
         budget: bytes that tuning may use; None: what inference on the base needs.
         ratio: the emulator's ratio; None: the largest whose tuning fits.
+        speed: that of the machine, for the time of a step; None: not measured.
     """
     inference = model.inference()
     allowed = inference.total if budget is None else budget
@@ -124,5 +132,5 @@ def make_plan(name: str, model: MemoryModel, budget: int | None = None, ratio: f
         stages.merge(model),
     ]
     advised = list(advice(model, allowed)) if ratio is None and fit is None else []
-    compared = ways(model, allowed, fit)
+    compared = ways(model, allowed, fit, speed)
     return MemoryPlan(name, model, needs, plan, chosen, allowed, budget is not None, advised, compared)

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from emloc_core.emulator.ranks import block_paths
-from emloc_core.exact.need import step_need
+from emloc_core.exact.need import Positions, step_need
 from emloc_core.memory.budget import Fit, largest_ratio, nf4_saving
 from emloc_core.memory.model import MemoryModel
-from emloc_core.model.lockstep import units
+from emloc_core.memory.speed import Speed
 
 #: Below this ratio a plan warns. It comes from one trial on one small model, not from a benchmark.
 LOW_RATIO = 0.4
@@ -35,6 +34,7 @@ class Way:
         ratio: the emulator's ratio, if there is one.
         read_bytes: bytes of weights read from disk or RAM per optimiser step.
         flops: arithmetic per optimiser step; recomputation counts.
+        seconds: how long an optimiser step takes at least on this machine; None if that was not measured.
     """
 
     name: str
@@ -45,19 +45,21 @@ class Way:
     ratio: float | None
     read_bytes: int
     flops: float
+    seconds: float | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return asdict(self)
 
 
-def ways(model: MemoryModel, budget: int, fit: Fit | None) -> list[Way]:
+def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None = None) -> list[Way]:
     """Compare the ways to tune a model.
 
     Args:
         model: its workload's batch size and accumulation set the rows per step.
         budget: bytes that may be used.
         fit: the largest emulator whose tuning fits with that batch, or None.
+        speed: that of the machine, if it was measured.
 
     Returns:
         The ways, in order of preference: the base itself, in 4 bits, an emulator, exact steps.
@@ -69,7 +71,8 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None) -> list[Way]:
 
     def way(name: str, need: int, micro_batch: int, **other: Any) -> Way:
         known = {"ratio": None, "read_bytes": 0, "flops": float(passes * parameters * tokens), **other}
-        return Way(name, need, need <= budget, micro_batch, rows // micro_batch, **known)
+        seconds = speed.seconds(known["flops"], known["read_bytes"]) if speed else None
+        return Way(name, need, need <= budget, micro_batch, rows // micro_batch, seconds=seconds, **known)
 
     single = model.with_workload(replace(model.workload, batch_size=1))
     batch = model.workload.batch_size
@@ -102,8 +105,9 @@ def best(found: Sequence[Way]) -> Way | None:
 
 def _exact_need(model: MemoryModel, rows: int) -> int:
     """Return what exact steps need, one row at a time: see ``step_need``, and the LoRA with its optimiser."""
-    length, lists = model.workload.length, [tower.blocks for tower in model.family.towers]
-    last = [path for path in block_paths(model.model, model.family) if path.startswith(f"{lists[-1]}.")]
-    need = step_need(model.model, units(model.model, lists), last, rows * length, length, model.dtype)
+    tokens, patches = model.workload.length, model.workload.images * model.image.patches if model.image else 0
+    need = step_need(
+        model.model, model.family, Positions(rows * tokens, tokens), Positions(rows * patches, patches), model.dtype
+    )
     lora = 4 * 4 * model.adapter_parameters()  # fp32: values, gradients, and the optimiser's two moments
     return sum(need.values()) + lora

@@ -4,7 +4,9 @@ Some vision towers take images of a fixed size; their processor resizes every im
 Others take images of any size, as a list of patches with the grid that they come from; there the size must be given.
 """
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,14 @@ class ImageShape:
     Attributes:
         size: height and width in pixels, as the tower receives it.
         tokens: number of the language model's tokens that it becomes.
+        patches: number of positions in the vision tower's blocks.
         pixels: shape of ``pixel_values``; several images are concatenated along the first dimension.
         grid: its patches in time, height and width, a row of ``image_grid_thw``; empty if the size is fixed.
     """
 
     size: tuple[int, int]
     tokens: int
+    patches: int
     pixels: tuple[int, ...]
     grid: tuple[int, ...] = ()
 
@@ -59,7 +63,26 @@ def image_shape(config_file: Path, config: Any, size: tuple[int, int] | None = N
             "Leave out --image-size; count a larger image as the number of tiles that the processor cuts it into.",
             code="unsupported",
         )
-    return ImageShape((height, width), tokens, (1, channels, height, width))
+    pixels = (1, channels, height, width)
+    return ImageShape((height, width), tokens, count_patches(pixels, config), pixels)
+
+
+def count_patches(pixels: Sequence[int], config: Any) -> int:
+    """Return how many positions of the vision tower's blocks images become; 0 if the config has no patch size.
+
+    Args:
+        pixels: shape of ``pixel_values``: (patches, values) for a tower that takes images of any size, else
+            (..., channels, height, width).
+        config: transformers' config of the model.
+    """
+    vision = getattr(config, "vision_config", None)
+    if hasattr(vision, "spatial_merge_size"):
+        return pixels[0]
+    if getattr(vision, "patch_size", None) is None:
+        return 0
+    down, across = _pair(vision.patch_size)  # type: ignore[union-attr]
+    *images, _, height, width = pixels
+    return math.prod(images) * ((height // down) * (width // across) + 1)  # and a class token
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -86,7 +109,11 @@ def _patches(config_file: Path, vision: Any, size: tuple[int, int]) -> ImageShap
     channels = getattr(vision, "in_channels", None) or _field(config_file, vision, "vision_config.in_chans")
     values = channels * _field(config_file, vision, "vision_config.temporal_patch_size") * patch**2
     return ImageShape(
-        (height * patch, width * patch), height * width // merge**2, (height * width, values), (1, height, width)
+        (height * patch, width * patch),
+        height * width // merge**2,
+        height * width,
+        (height * width, values),
+        (1, height, width),
     )
 
 

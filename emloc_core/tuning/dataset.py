@@ -1,22 +1,32 @@
 """Rows as the dataset that TRL trains on: tokenized in advance, or with images that are decoded when needed."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 from datasets import Dataset
-from transformers import ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.utils.logging import tqdm
 
 from emloc_core.data.rows import Row
 from emloc_core.data.tokenize import Limits, Processing, tokenize, trl_example
 from emloc_core.errors import EmlocError
+from emloc_core.model.image_shape import count_patches
+
+
+@dataclass(frozen=True)
+class RowSize:
+    """The size of one row: its tokens, and the patches that its images are to the vision tower."""
+
+    tokens: int
+    patches: int = 0
 
 
 def make_dataset(
-    rows: Sequence[Row], processing: Processing, max_length: int | None, limits: Limits
-) -> tuple[Dataset, list[int]]:
-    """Return the dataset and the number of tokens per row. Rows whose answer is truncated entirely are dropped.
+    rows: Sequence[Row], processing: Processing, max_length: int | None, config: PreTrainedConfig
+) -> tuple[Dataset, list[RowSize]]:
+    """Return the dataset and the size of each row. Rows whose answer is truncated entirely are dropped.
 
     Every row is tokenized once, including those with images, so that rows that cannot be trained on are found before
     training starts. Images are never cut: they are in the prompt, which is complete if any completion is left.
@@ -25,17 +35,22 @@ def make_dataset(
         rows: rows of one source.
         processing: see :func:`emloc_core.data.tokenize.load_processing`.
         max_length: truncate rows to this many tokens; None for no truncation.
-        limits: limits of the model.
+        config: of the model.
 
     Raises:
         EmlocError: a row cannot be tokenized or is longer than the model's limit, or no row has an answer left.
     """
     kept: list[Row] = []
+    sizes: list[RowSize] = []
+    limits = Limits.of(config)
     columns: dict[str, list[Any]] = {"input_ids": [], "completion_mask": []}
     for row in tqdm(rows, desc="Reading rows", unit=" rows", delay=1):  # with images it may take minutes
         sample = tokenize(row, processing, max_length, limits)
         if any(sample.completion_mask):
             kept.append(row)
+            pixels = sample.others.get("pixel_values")
+            patches = 0 if pixels is None else count_patches(pixels.shape, config)
+            sizes.append(RowSize(len(sample.input_ids), patches))
             columns["input_ids"].append(numpy.asarray(sample.input_ids, dtype=numpy.int32))
             columns["completion_mask"].append(numpy.asarray(sample.completion_mask, dtype=numpy.int8))
     if not kept:
@@ -44,12 +59,11 @@ def make_dataset(
             f"Every row's {prompt} alone fills the {max_length} tokens of the maximum length.",
             "Raise the maximum length.",
         )
-    lengths = [len(ids) for ids in columns["input_ids"]]
     if isinstance(processing, ProcessorMixin):
-        return _with_images(kept), lengths
+        return _with_images(kept), sizes
     if kept[0].form == "text":
         del columns["completion_mask"]
-    return Dataset.from_dict(columns), lengths
+    return Dataset.from_dict(columns), sizes
 
 
 def _with_images(rows: Sequence[Row]) -> Dataset:

@@ -22,11 +22,10 @@ from emloc_core.emulator.ranks import block_paths
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on
-from emloc_core.exact.need import step_need
+from emloc_core.exact.need import Positions, step_need
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
-from emloc_core.model.lockstep import units
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import PolishRequest, Rows, TrainRequest
 from emloc_core.settings import ExactSettings, PolishSettings, StepSettings, TrainSettings
@@ -113,12 +112,13 @@ class ExactTrain(Train):
 
     def _need(self, config: SFTConfig) -> dict[str, int]:
         """Return what the longest step needs; see :func:`step_need`."""
-        model, blocks = self.skeleton.model, [tower.blocks for tower in self.family.towers]
-        longest = sorted(self.lengths, reverse=True)
-        tokens = sum(longest[: config.per_device_train_batch_size])
-        at_once = longest[0] * self.settings.batch_size
-        last = [f"{blocks[-1]}.{index}" for index, _ in enumerate(model.get_submodule(blocks[-1]).children())]
-        return step_need(model, units(model, blocks), last, tokens, at_once, self.skeleton.dtype)
+
+        def most(sizes: Sequence[int]) -> Positions:
+            largest = sorted(sizes, reverse=True)[: config.per_device_train_batch_size]
+            return Positions(sum(largest), largest[0] * self.settings.batch_size)
+
+        tokens, patches = most([row.tokens for row in self.sizes]), most([row.patches for row in self.sizes])
+        return step_need(self.skeleton.model, self.family, tokens, patches, self.skeleton.dtype)
 
     def _boundaries(self, config: SFTConfig, needed: int) -> Boundaries:
         """Say where activations at block boundaries wait.

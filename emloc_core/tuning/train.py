@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from emloc_core.adapters.adapter import content_hash
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
-from emloc_core.data.tokenize import Limits, Processing, load_processing, require_readable
+from emloc_core.data.tokenize import Processing, load_processing, require_readable
 from emloc_core.emulator.ranks import find_linears
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
@@ -185,9 +185,9 @@ class Train:
         state.wait_for_everyone()
         resume = newest_checkpoint(checkpoints)
         processing = load_processing(self.model.directory, self.family, self.rows)
-        limits = Limits.of(load_config(self.model.directory / "config.json"))
-        dataset, self.lengths = make_dataset(self.rows, processing, self.settings.max_length, limits)
-        dropped = len(self.rows) - len(self.lengths)
+        model_config = load_config(self.model.directory / "config.json")
+        dataset, self.sizes = make_dataset(self.rows, processing, self.settings.max_length, model_config)
+        dropped = len(self.rows) - len(self.sizes)
         if isinstance(processing, ProcessorMixin):  # the collator makes all inputs of the model
             config.remove_unused_columns = False
         trainer = self._trainer(config, dataset, processing)

@@ -14,6 +14,7 @@ from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_json
+from emloc_core.memory import speed
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.show import memory_figure
 from emloc_core.memory.workload import make_workload
@@ -50,6 +51,17 @@ def test_the_largest_ratio_within_a_budget(tiny_model: Path) -> None:
     assert 0.4 <= found["ratio"] < 0.45
     assert found["budget_bytes"] == int(tuning)
     assert {linear["rank"] for linear in found["linears"]} >= {int(found["ratio"] * 32 * 64 / 96)}
+
+
+def test_the_time_of_a_step(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "measure", lambda _, shards: speed.Speed(1e6, 1e3 if shards else None))
+    options = ("--length", 64, "--memory", "4GiB", "--device", "cpu")
+    ways = plan(tiny_model, *options)["ways"]
+    assert [way["seconds"] for way in ways] == [max(way["flops"] / 1e6, way["read_bytes"] / 1e3) for way in ways]
+    assert ways[-1]["seconds"] == ways[-1]["read_bytes"] / 1e3
+    assert "of weights per step, at least" in run("plan", tiny_model, *options).stdout
+    assert all(way["seconds"] is None for way in plan(tiny_model, *options, "--no-measure")["ways"])
+    assert plan(tiny_model / "config.json", *options)["ways"][-1]["seconds"] is not None
 
 
 def test_without_a_budget_it_is_inference(tiny_model: Path) -> None:

@@ -19,6 +19,7 @@ from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.errors import EmlocError
+from emloc_core.exact import boundaries
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
@@ -122,7 +123,7 @@ def test_the_same_again_does_nothing_and_limits_change_no_result(
         polish(adapter, tiny_model, rows_file, polished, learning_rate=0.1)
 
 
-def run_until(step, adapter, base, rows, output):
+def run_until(step, park, adapter, base, rows, output):
     """Polish until the process kills itself in a step."""
     take, taken = ExactSteps.loss, []
 
@@ -131,17 +132,20 @@ def run_until(step, adapter, base, rows, output):
         return kill() if len(taken) == step else take(self, *args, **options)
 
     ExactSteps.loss = loss
-    polish(adapter, base, rows, output)
+    boundaries._SMALL = 0
+    polish(adapter, base, rows, output, limits=ExactSettings(park=park))
 
 
-@pytest.mark.parametrize(("step", "left"), [(1, 6), (4, 4), (6, 2)])
-def test_killed_at_any_step_it_resumes_bit_for_bit(step, left, polished, tiny_model, rows_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("step", "left", "park"), [(1, 6, "memory"), (4, 4, "disk"), (6, 2, "disk")])
+def test_killed_at_any_step_it_resumes_bit_for_bit(
+    step, left, park, polished, tiny_model, rows_file, tmp_path, monkeypatch
+):
     adapter, output = polished.with_name("adapter"), tmp_path / "polished"
-    run_until_killed(run_until, step, adapter, tiny_model, rows_file, output)
+    run_until_killed(run_until, step, park, adapter, tiny_model, rows_file, output)
     assert not output.exists()
     taken, take = [], ExactSteps.loss
     monkeypatch.setattr(ExactSteps, "loss", lambda *args, **options: (taken.append(1), take(*args, **options))[1])
-    polish(adapter, tiny_model, rows_file, output)
+    polish(adapter, tiny_model, rows_file, output, limits=ExactSettings(park=park))
     assert len(taken) == left
     expected = contents(polished)
     assert contents(output) == expected

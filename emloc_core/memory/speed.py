@@ -1,0 +1,108 @@
+"""How fast this machine multiplies and reads weights, measured in about a second to estimate the time of a step."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+_SECONDS = 0.3  # of each measurement
+_SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices, large enough for full speed
+_CHUNK = 4 << 20  # bytes read at a time
+_MOST = 512 << 20  # bytes read in all
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a machine does in a second.
+
+    Attributes:
+        flops: operations of matrix products in bfloat16 on the device that computes.
+        read: bytes of weights that reach that device; None if the weights are not on this machine.
+    """
+
+    flops: float
+    read: float | None
+
+    def seconds(self, flops: float, read_bytes: int) -> float | None:
+        """Return how long a step takes at least: reading overlaps with arithmetic. None if reading is not known."""
+        arithmetic = flops / self.flops
+        if not read_bytes:
+            return arithmetic
+        return None if self.read is None else max(arithmetic, read_bytes / self.read)
+
+
+def measure(device: str, shards: Sequence[Path]) -> Speed | None:
+    """Measure this machine.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        shards: files of the weights, if they are here. They are read from the disk itself if they are larger than the
+            free memory, which would not keep them from one step to the next.
+
+    Returns:
+        The speed, or None if the machine has no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        return None
+    read = _reading(shards) if shards else None
+    if read is not None and device == "cuda":
+        read = min(read, _transfer())
+    return Speed(_product(device), read)
+
+
+def _product(device: str) -> float:
+    side = _SIDES[device]
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def multiply() -> int:
+        torch.mm(left, right)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return 2 * side**3
+
+    multiply()  # the first one also sets up the library
+    return _rate(multiply)
+
+
+def _transfer() -> float:
+    pinned = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
+
+    def copy() -> int:
+        pinned.to("cuda", non_blocking=True)
+        torch.cuda.synchronize()
+        return pinned.nbytes
+
+    copy()
+    return _rate(copy)
+
+
+def _reading(shards: Sequence[Path]) -> float:
+    stays = sum(shard.stat().st_size for shard in shards) < psutil.virtual_memory().available
+    buffer = memoryview(bytearray(_CHUNK))
+    with max(shards, key=lambda shard: shard.stat().st_size).open("rb", buffering=0) as file:
+        size = min(os.fstat(file.fileno()).st_size, _MOST)
+        if stays:
+            while file.tell() < size and file.readinto(buffer):
+                pass
+        else:
+            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+
+        def read() -> int:
+            if stays and file.tell() >= size:
+                file.seek(0)
+            return file.readinto(buffer) or 0
+
+        return _rate(read, most=float("inf") if stays else size)
+
+
+def _rate(act: Callable[[], int], most: float = float("inf")) -> float:
+    """Return the amount per second of what ``act`` does, for a while or until it has done ``most``."""
+    done, started = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - started) < _SECONDS and done < most:
+        done += act()
+    return done / max(seconds, 1e-9)

@@ -1,0 +1,39 @@
+"""What an exact step is said to need: as many hidden states as really pass through every tower."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.planned import TINY, label
+
+from emloc_core.conformance.tiny import TinyModel, random_model
+from emloc_core.emulator.ranks import block_paths
+from emloc_core.exact.need import Positions, step_need
+from emloc_core.family import Family
+from emloc_core.model.image_shape import count_patches
+
+
+@pytest.mark.parametrize(("family", "settings"), TINY, ids=label)
+def test_boundaries_are_the_hidden_states_that_pass(family: Family, settings: dict, tmp_path: Path) -> None:
+    tiny = TinyModel(family, settings, "tiny", tmp_path)
+    family, model = tiny.family, random_model(tiny.family, tiny.config)
+    inputs = tiny.samples[-1].inputs("cpu")
+    seen = dict.fromkeys(block_paths(model, family), torch.empty(0))
+    for path in seen:
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, kwargs, path=path: seen.update({path: args[0] if args else kwargs["hidden_states"]}),
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        model(**inputs)
+    by_tower = [[seen[path] for path in seen if path.startswith(f"{tower.blocks}.")] for tower in family.towers]
+    passing = sum(states[0].nbytes * (len(states) + 2) for states in by_tower)
+
+    pixels = inputs.get("pixel_values")
+    patches = 0 if pixels is None else count_patches(pixels.shape, model.config)
+    tokens = inputs["input_ids"].numel()
+    need = step_need(model, family, Positions(tokens, tokens), Positions(patches, patches), torch.float32)
+    assert need["boundaries"] == passing
+    twice = step_need(model, family, Positions(2 * tokens, tokens), Positions(2 * patches, patches), torch.float32)
+    assert twice["boundaries"] == 2 * passing
+    assert {**twice, "boundaries": passing} == need

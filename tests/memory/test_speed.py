@@ -1,0 +1,41 @@
+"""The estimate of a step's time: what overlaps, and what is not known."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from emloc_core.memory import speed
+from emloc_core.memory.speed import Speed, measure
+
+
+def test_reading_and_arithmetic_overlap() -> None:
+    machine = Speed(flops=100.0, read=10.0)
+    assert machine.seconds(500.0, 0) == 5
+    assert machine.seconds(500.0, 20) == 5
+    assert machine.seconds(500.0, 200) == 20
+    assert Speed(100.0, None).seconds(500.0, 0) == 5
+    assert Speed(100.0, None).seconds(500.0, 1) is None
+
+
+def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_SECONDS", 0.01)
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(bytes(10_000_000))
+    found, without = measure("cpu", [shard]), measure("cpu", [])
+    assert found is not None
+    assert without is not None
+    assert found.read is not None
+    assert found.read > 0
+    assert without.read is None
+    assert min(found.flops, without.flops) > 0
+    monkeypatch.setattr(speed.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1}))
+    beyond_memory = measure("cpu", [shard])
+    assert beyond_memory is not None
+    assert beyond_memory.read is not None
+    assert beyond_memory.read > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there_is_not_measured() -> None:
+    assert measure("cuda", []) is None
