@@ -30,6 +30,7 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.header import DTYPES
 from emloc_core.files.pretrained import auto_class, load_config, new_model
+from emloc_core.model.absent import Absent
 from emloc_core.model.readahead import ReadAhead
 
 
@@ -42,7 +43,8 @@ class Skeleton:
         device: device of loaded weights.
 
     Attributes:
-        model: the model in eval mode; every parameter on the meta device, requiring no gradient.
+        model: the model in eval mode; every parameter on the meta device, requiring no gradient, though it says that it
+            is on ``device``.
         dtype: the dtype that weights are loaded in: the checkpoint's own.
     """
 
@@ -58,9 +60,14 @@ class Skeleton:
         self.dtype = config.dtype or _most_common_dtype(checkpoint)
         self.model = build_model(config, family, self.dtype)
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        absents: dict[nn.Parameter, Absent] = {}
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                absent = absents.setdefault(parameter, Absent.like(parameter, self.device))  # tied ones stay tied
+                setattr(module, name, absent)
         self._reader = ReadAhead()
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         self._sources = self._map_keys()
@@ -173,7 +180,7 @@ class Skeleton:
     def _free_parameter(self, name: str) -> None:
         parameter = self.model.get_parameter(name)
         if not parameter.is_meta:
-            self._set(name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+            self._set(name, Absent.like(parameter, self.device))
 
     def _set(self, name: str, parameter: nn.Parameter) -> None:
         owner, _, attribute = name.rpartition(".")

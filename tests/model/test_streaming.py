@@ -38,6 +38,15 @@ def test_units_are_blocks_and_the_largest_modules_without_blocks(skeleton):
     ]  # fmt: skip
 
 
+def test_what_is_not_loaded_says_where_it_will_be(skeleton):
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    assert {parameter.device for parameter in skeleton.model.parameters()} == {torch.device("cpu")}
+    skeleton.load("model.layers.1")
+    skeleton.free("model.layers.1")
+    assert skeleton.model.model.layers[1].mlp.down_proj.weight.is_meta
+    assert skeleton.model.model.layers[1].mlp.down_proj.weight.device == skeleton.model.device == torch.device("cpu")
+
+
 def test_logits_equal_those_of_the_whole_model_bit_for_bit(tiny_model, skeleton, samples):
     whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
     stream = Stream(skeleton, BLOCKS)
