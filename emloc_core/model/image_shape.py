@@ -15,6 +15,8 @@ from emloc_core.errors import EmlocError
 
 #: Default height and width in pixels for towers that take any size: a common tile.
 IMAGE_SIZE = (448, 448)
+#: What configs call the number of tokens of an image of the only size that the tower takes.
+_TOKENS = ("image_seq_length", "mm_tokens_per_image")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def image_shape(config_file: Path, config: Any, size: tuple[int, int] | None = N
     vision = getattr(config, "vision_config", None)
     if hasattr(vision, "spatial_merge_size"):
         return _patches(config_file, vision, size or IMAGE_SIZE)
-    tokens = _field(config_file, config, "image_seq_length")
+    tokens = _field(config_file, config, next((name for name in _TOKENS if hasattr(config, name)), _TOKENS[0]))
     channels = _field(config_file, vision, "vision_config.num_channels")
     height, width = _pair(_field(config_file, vision, "vision_config.image_size"))
     if size is not None and size != (height, width):

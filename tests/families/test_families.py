@@ -6,8 +6,11 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 import transformers
+from emloc_gemma import GEMMA, GEMMA_VL
+from emloc_glm import GLM
 from emloc_internvl import INTERNVL
 from emloc_llama import LLAMA
+from emloc_phi import PHI
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -19,7 +22,7 @@ from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.merge import Merge
 from emloc_core.conformance import check_family
 from emloc_core.conformance.activations import deviation
-from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
+from emloc_core.conformance.inputs import image_inputs, number_tokenizer, text_rows, tiny_samples
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.ranks import find_linears, plan_ranks
@@ -34,7 +37,7 @@ from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trl import lora_config
 
-TREE = (LLAMA, QWEN, QWEN_MOE, QWEN_VL, INTERNVL)
+TREE = (LLAMA, QWEN, QWEN_MOE, QWEN_VL, GEMMA, GEMMA_VL, PHI, GLM, INTERNVL)
 TINY = [config for family in TREE for config in family.tiny_configs]
 
 
@@ -80,6 +83,8 @@ def text(length: int) -> torch.Tensor:
 
 def with_images(config) -> dict[str, torch.Tensor]:
     """Return a row with two pictures, of unlike sizes where the model takes any, and text around them."""
+    if config.model_type == "gemma3":
+        return image_inputs(config)
     ids, generator = text(40), torch.Generator().manual_seed(0)
     vision = config.vision_config
     if config.model_type == "internvl":

@@ -19,6 +19,7 @@ from emloc_core.model.image_shape import image_shape, parse_size
         ("qwen3_vl", (448, 448), 196, (784, 3 * 2 * 16 * 16), (1, 28, 28)),
         ("internvl", None, 256, (1, 3, 448, 448), ()),
         ("internvl", (448, 448), 256, (1, 3, 448, 448), ()),
+        ("gemma3", None, 256, (1, 3, 224, 224), ()),
     ],
 )
 def test_an_image_is_as_many_tokens_as_the_processor_makes_of_it(

@@ -144,7 +144,7 @@ def test_a_weight_that_is_used_without_a_call_stays_dense(save):
 
 
 def test_what_the_kit_finds_wrong_is_named(save):
-    draft = scaffold(save("phi3"))
+    draft = scaffold(save("starcoder2"))
     assert check_draft(draft).notes == []
     tower = draft.family.towers[0]
     broken = Draft(Family(**{**vars(draft.family), "towers": [tower], "keep_dense": {"head": "none is there"}}), "")
@@ -344,11 +344,11 @@ def test_the_command_prints_a_module_or_writes_it(save, tmp_path):
 
 
 def test_the_command_speaks_json(save):
-    done = run(save("phi3"), "--json", "--check")
+    done = run(save("starcoder2"), "--json", "--check")
     assert done.exception is None, done.exception
     content = json.loads(done.stdout)
-    assert content["towers"][0]["input_groups"][0] == ["self_attn.qkv_proj"]
-    assert content["model_types"] == ["phi3"]
+    assert ["mlp.c_fc"] in content["towers"][0]["input_groups"]
+    assert content["model_types"] == ["starcoder2"]
     assert content["notes"] == []
     assert content["checked"] is True
     compile(content["source"], "draft", "exec")

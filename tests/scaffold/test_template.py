@@ -17,11 +17,8 @@ from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.scaffold.package import write_plugin
 
-#: How Phi3 differs from the template: Linears that Llama has apart are fused, and groups are of one Linear each.
-PHI3_GROUPS = {
-    '["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]': '["self_attn.qkv_proj"]',
-    '["mlp.gate_proj", "mlp.up_proj"]': '["mlp.gate_up_proj"]',
-}
+#: How StarCoder2 differs from the template: its MLP has no gate.
+STARCODER2_GROUPS = {'["mlp.gate_proj", "mlp.up_proj"]': '["mlp.c_fc"]', '["mlp.down_proj"]': '["mlp.c_proj"]'}
 FILES = ["README.md", "emloc_{0}/__init__.py", "pyproject.toml", "tests/test_family.py"]
 
 
@@ -63,17 +60,17 @@ def test_the_next_steps_are_told(tmp_path, monkeypatch):
 
 
 def test_a_declaration_can_come_from_a_model(tmp_path):
-    AutoConfig.for_model("phi3").save_pretrained(tmp_path)
-    new("my_phi", "--from", tmp_path, "-o", tmp_path / "plugin")
+    AutoConfig.for_model("starcoder2").save_pretrained(tmp_path)
+    new("my_coder", "--from", tmp_path, "-o", tmp_path / "plugin")
     lint(tmp_path / "plugin")
-    source = (tmp_path / "plugin" / "emloc_my_phi" / "__init__.py").read_text()
-    module = ModuleType("emloc_my_phi")
+    source = (tmp_path / "plugin" / "emloc_my_coder" / "__init__.py").read_text()
+    module = ModuleType("emloc_my_coder")
     exec(source, module.__dict__)
     (family,) = module.emloc_families()
-    assert family is module.MY_PHI
-    assert (family.name, family.model_types) == ("my_phi", {"phi3"})
-    assert ["self_attn.qkv_proj"] in family.towers[0].input_groups
-    assert "from emloc_my_phi import MY_PHI\n" in (tmp_path / "plugin" / "tests" / "test_family.py").read_text()
+    assert family is module.MY_CODER
+    assert (family.name, family.model_types) == ("my_coder", {"starcoder2"})
+    assert ["mlp.c_fc"] in family.towers[0].input_groups
+    assert "from emloc_my_coder import MY_CODER\n" in (tmp_path / "plugin" / "tests" / "test_family.py").read_text()
 
 
 @pytest.mark.parametrize(
@@ -81,11 +78,11 @@ def test_a_declaration_can_come_from_a_model(tmp_path):
     [
         ("my-model", [], "'my-model' cannot be part of a Python package's name"),
         ("modèle", [], "cannot be part"),
-        ("llama", ["phi3"], "A plugin or family 'llama' is already installed"),
-        ("demo", ["phi3"], "A plugin or family 'demo' is already installed"),
-        ("core", ["phi3"], "There is already a package emloc_core"),
-        ("template", ["phi3"], "There is already a package emloc_template"),
-        ("mine", ["phi3", "qwen2"], "'qwen' declares qwen2 already"),
+        ("llama", ["starcoder2"], "A plugin or family 'llama' is already installed"),
+        ("demo", ["starcoder2"], "A plugin or family 'demo' is already installed"),
+        ("core", ["starcoder2"], "There is already a package emloc_core"),
+        ("template", ["starcoder2"], "There is already a package emloc_template"),
+        ("mine", ["starcoder2", "qwen2"], "'qwen' declares qwen2 already"),
     ],
 )
 def test_a_name_that_cannot_be_used_is_refused(tmp_path, name, types, message):
@@ -95,13 +92,13 @@ def test_a_name_that_cannot_be_used_is_refused(tmp_path, name, types, message):
 
 
 def test_other_model_types_than_the_model_s_get_tiny_configs_of_their_own(tmp_path):
-    AutoConfig.for_model("phi3").save_pretrained(tmp_path)
-    types = ("--model-type", "mine", "--model-type", "phi3")
-    new("my_phi", "--from", tmp_path, *types, "-o", tmp_path / "plugin")
-    module = ModuleType("emloc_my_phi")
-    exec((tmp_path / "plugin" / "emloc_my_phi" / "__init__.py").read_text(), module.__dict__)
-    assert module.MY_PHI.model_types == {"mine", "phi3"}
-    assert [config["model_type"] for config in module.MY_PHI.tiny_configs] == ["mine", "phi3"]
+    AutoConfig.for_model("starcoder2").save_pretrained(tmp_path)
+    types = ("--model-type", "mine", "--model-type", "starcoder2")
+    new("my_coder", "--from", tmp_path, *types, "-o", tmp_path / "plugin")
+    module = ModuleType("emloc_my_coder")
+    exec((tmp_path / "plugin" / "emloc_my_coder" / "__init__.py").read_text(), module.__dict__)
+    assert module.MY_CODER.model_types == {"mine", "starcoder2"}
+    assert [config["model_type"] for config in module.MY_CODER.tiny_configs] == ["mine", "starcoder2"]
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
@@ -136,7 +133,7 @@ def environment(new_environment):
 
 
 def test_the_tests_of_a_new_package_pass_where_the_model_is_laid_out_as_llama(environment, tmp_path):
-    environment.run("emloc", "families", "new", "gemma3", "--model-type", "gemma3_text", "-o", "plugin", cwd=tmp_path)
+    environment.run("emloc", "families", "new", "olmo", "--model-type", "olmo2", "-o", "plugin", cwd=tmp_path)
     lint(tmp_path / "plugin")
     told = environment.run("python", "-m", "pytest", "-p", "no:cacheprovider", cwd=tmp_path / "plugin")
     assert "passed" in told
@@ -144,51 +141,56 @@ def test_the_tests_of_a_new_package_pass_where_the_model_is_laid_out_as_llama(en
 
 
 @pytest.fixture(scope="module")
-def phi3(environment, tmp_path_factory):
+def starcoder2(environment, tmp_path_factory):
     """The package of a family that is not in the tree, from the template; its wheel is installed."""
-    directory = tmp_path_factory.mktemp("phi3") / "emloc-phi3"
-    environment.run("emloc", "families", "new", "phi3", "-o", directory, cwd=directory.parent)
-    module = directory / "emloc_phi3" / "__init__.py"
+    directory = tmp_path_factory.mktemp("starcoder2") / "emloc-starcoder2"
+    environment.run("emloc", "families", "new", "starcoder2", "-o", directory, cwd=directory.parent)
+    module = directory / "emloc_starcoder2" / "__init__.py"
     source = module.read_text()
-    for llama, phi3 in PHI3_GROUPS.items():
+    for llama, starcoder2 in STARCODER2_GROUPS.items():
         assert source.count(llama) == 1
-        source = source.replace(llama, phi3)
+        source = source.replace(llama, starcoder2)
     module.write_text(source)
     lint(directory)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", str(directory / "dist"), str(directory)], check=True)
-    (wheel,) = (directory / "dist").glob("emloc_phi3-*.whl")
+    (wheel,) = (directory / "dist").glob("emloc_starcoder2-*.whl")
     environment.install(wheel)
     return module
 
 
 @pytest.fixture(scope="module")
-def phi3_model(environment, phi3, tmp_path_factory) -> Path:
-    """A saved tiny Phi3, of the family's own tiny config, with a tokenizer."""
-    script = "import json, emloc_phi3; print(json.dumps(emloc_phi3.PHI3.tiny_configs[0]))"
-    settings = json.loads(environment.run("python", "-c", script, cwd=phi3.parent.parent.parent))
-    return save_tiny_model(settings, tmp_path_factory.mktemp("models") / "tiny-phi3")
+def starcoder2_model(environment, starcoder2, tmp_path_factory) -> Path:
+    """A saved tiny StarCoder2, of the family's own tiny config, with a tokenizer."""
+    script = "import json, emloc_starcoder2; print(json.dumps(emloc_starcoder2.STARCODER2.tiny_configs[0]))"
+    settings = json.loads(environment.run("python", "-c", script, cwd=starcoder2.parent.parent.parent))
+    return save_tiny_model(settings, tmp_path_factory.mktemp("models") / "tiny-starcoder2")
 
 
-def test_a_declaration_is_short(phi3):
-    assert len([line for line in phi3.read_text().splitlines() if line.strip()]) <= 40
+def test_a_declaration_is_short(starcoder2):
+    assert len([line for line in starcoder2.read_text().splitlines() if line.strip()]) <= 40
 
 
-@pytest.mark.usefixtures("phi3")
+@pytest.mark.usefixtures("starcoder2")
 def test_a_strangers_family_passes_the_conformance_kit(environment, tmp_path):
     listed = json.loads(environment.run("emloc", "families", "--json", cwd=tmp_path))
-    assert {"name": "phi3", "distribution": "emloc-phi3", "families": ["phi3"], "error": None} in listed["plugins"]
-    checked = json.loads(environment.run("emloc", "families", "check", "phi3", "--json", cwd=tmp_path))
+    assert {
+        "name": "starcoder2",
+        "distribution": "emloc-starcoder2",
+        "families": ["starcoder2"],
+        "error": None,
+    } in listed["plugins"]
+    checked = json.loads(environment.run("emloc", "families", "check", "starcoder2", "--json", cwd=tmp_path))
     assert checked["passed"]
-    assert {check["config"] for check in checked["checks"]} == {"all", "phi3"}
+    assert {check["config"] for check in checked["checks"]} == {"all", "starcoder2"}
 
 
-def test_a_strangers_family_goes_all_the_way(environment, phi3_model, rows_file, tmp_path):
+def test_a_strangers_family_goes_all_the_way(environment, starcoder2_model, rows_file, tmp_path):
     """All stages, in one process of the environment: each would take seconds to import the same libraries again."""
-    base, rows = ("--base", phi3_model), ("--data", rows_file)
+    base, rows = ("--base", starcoder2_model), ("--data", rows_file)
     tuning = ("--steps", 3, "--batch-size", 2, "--lr", 1e-3, "--no-bf16")
     commands = [
-        ("compress", phi3_model, *rows, "--samples", 12, "--selection", 6, "-o", "emulator"),
+        ("compress", starcoder2_model, *rows, "--samples", 12, "--selection", 6, "-o", "emulator"),
         ("train", "emulator", *rows, *tuning, "-o", "adapter"),
         ("correct", "adapter", *base, "--clamp", 3, "-o", "corrected"),
         ("merge", "corrected", *base, "-o", "merged"),
@@ -202,8 +204,8 @@ def test_a_strangers_family_goes_all_the_way(environment, phi3_model, rows_file,
 
     linears = json.loads((tmp_path / "emulator" / "emloc.json").read_text())["result"]["linears"]
     kinds = {linear["path"].rpartition(".")[2] for linear in linears if linear["rank"]}
-    assert kinds == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
-    original = AutoModelForCausalLM.from_pretrained(phi3_model, dtype=torch.float32)
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"}
+    original = AutoModelForCausalLM.from_pretrained(starcoder2_model, dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
