@@ -80,6 +80,13 @@ STAGES = {
             "correct {good}/adapter --base {good}/base --clamp none -o {place}/out",
         ),
         Stage(
+            "polish",
+            "polish {good}/corrected --base {good}/base --data {good}/rows.jsonl --steps 2 --save-steps 1"
+            " --logging-steps 2 --batch-size 2 --no-bf16 --park disk -o {place}/out",
+            "polish {good}/uncorrected --base {good}/base --data {good}/rows.jsonl --steps 2 --save-steps 1"
+            " --logging-steps 2 --batch-size 2 --no-bf16 --park disk -o {place}/out",
+        ),
+        Stage(
             "merge",
             "merge {good}/corrected --base {good}/base -o {place}/out",
             "merge {good}/uncorrected --base {good}/base -o {place}/out",
