@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-vision demo-zoo test test-quick coverage test-browser test-chaos test-slow lint bench bench-factorize-full docs docs-models site clean
+.PHONY: setup demo demo-vision demo-zoo test test-quick coverage test-browser test-chaos test-slow lint bench bench-factorize-full bench-quality docs docs-models site clean
 
 setup: $(STAMP)
 
@@ -62,6 +62,9 @@ bench: $(patsubst %,bench-%,$(BENCHMARKS))  ## all benchmarks; each alone: make 
 
 bench-%: $(STAMP)
 	$(BIN)/python benchmarks/$*.py
+
+bench-quality: $(STAMP)  ## hours: what each kind of emulator gives the base, on three tasks; goes on where it stopped
+	$(BIN)/python benchmarks/quality.py
 
 bench-factorize-full: $(STAMP)  ## the factorisation at the full widths of Llama-3.1-8B: some ten minutes more
 	$(BIN)/python benchmarks/factorize.py --full --spectra middle

@@ -1,0 +1,67 @@
+"""The rows of ``benchmarks/quality.py``: what is measured was never seen, and never chosen on."""
+
+import importlib.util
+import io
+import tarfile
+from itertools import combinations
+
+import pytest
+from support.paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def quality_rows():
+    path = ROOT / "benchmarks" / "quality_rows.py"
+    specification = importlib.util.spec_from_file_location("quality_rows", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """A source archive as the package's, with few sentences, each rated twice: once with another number."""
+
+    def packed(files):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return buffer.getvalue()
+
+    lines = [f"{n}\t{rating}\tThis is {'not ' * (n % 2)}sentence number {n} of all.\r\n"
+             for n in range(400) for rating in ((-2.0, 0.1, 2.5)[n % 3],) for _ in range(2)]  # fmt: skip
+    sources = ("amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets", "tweets")
+    inner = packed({f"h/{name}_GroundTruth.txt": "".join(lines).replace("This", name).encode() for name in sources})
+    (tmp_path / "vadersentiment-3.3.2.tar.gz").write_bytes(packed({"p/hutto_ICWSM_2014.tar.gz": inner}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("task", ["extraction", "classification", "arithmetic"])
+def test_no_question_is_in_two_sets_and_test_rows_are_the_same_for_all_seeds(quality_rows, archives, task):
+    first, second = (quality_rows.make_sets(task, seed, archives) for seed in (0, 1))
+    assert {name: len(rows) for name, rows in first.items()} == {**quality_rows.SIZES, "test": quality_rows.TEST}
+    for sets in (first, second):
+        asked = {name: {quality_rows.question(row) for row in rows} for name, rows in sets.items()}
+        assert all(len(asked[name]) == len(rows) for name, rows in sets.items())
+        assert all(asked[one].isdisjoint(asked[other]) for one, other in combinations(asked, 2))
+    assert first["test"] == second["test"]
+    assert first["tuning"] != second["tuning"]
+
+
+def test_sources_and_feelings_are_as_frequent(quality_rows, archives):
+    rows = [row for part in quality_rows.classification(archives) for row in part]
+    answers = [row["messages"][-1]["content"] for row in rows]
+    counts = {answer: answers.count(answer) for answer in answers}
+    assert len(counts) == 12
+    assert len(set(counts.values())) == 1
+
+
+def test_the_answers_of_arithmetic_are_right(quality_rows):
+    for part in quality_rows.arithmetic(None):
+        for row in part:
+            for step in row["messages"][-1]["content"].rstrip(".").split(". "):
+                left, right = step.replace(" x ", " * ").replace(" / ", " // ").split(" = ")
+                assert eval(left) == int(right), step
