@@ -25,7 +25,7 @@ from emloc_core.adapters.adapter import content_hash
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.data.tokenize import Processing, load_processing, require_readable
 from emloc_core.emulator.ranks import find_linears
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
@@ -38,6 +38,7 @@ from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.tuning.dataset import make_dataset
 from emloc_core.tuning.heap import give_back
+from emloc_core.tuning.launcher import require_processes
 from emloc_core.tuning.targets import require_linears
 from emloc_core.tuning.trl import check_extra, lora_config, sft_config
 
@@ -151,6 +152,7 @@ class Train:
         """
         config = self._config()
         state = PartialState()
+        require_processes(state.num_processes)
         self.is_main_process = state.is_main_process
         files = Inputs(self.path.resolve().parent)
         request = self._request(files, state.num_processes) if state.is_main_process else {}
@@ -206,6 +208,10 @@ class Train:
                     "smaller batch and more accumulation, a maximum length, or gradient checkpointing.",
                     code="memory",
                     resumable=True,
+                ) from error
+            except ImportError as error:  # an optimiser's package
+                raise EmlocError(
+                    f"{SETTINGS}: {first_line(error)}", "Install it, or choose another.", code="unavailable"
                 ) from error
         state.wait_for_everyone()
         log = [

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -25,6 +27,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_manifest
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning import train as stage
+from emloc_core.tuning.launcher import require_processes
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trl import sft_config
 
@@ -267,6 +270,21 @@ def test_two_processes_make_one_adapter(tiny_model, rows_file, tmp_path):
     assert len(Adapter(tmp_path / "a").loras) == 21
 
 
+def test_fewer_processes_than_accelerate_was_asked_for_are_refused(monkeypatch):
+    def launched(*command):
+        parent = SimpleNamespace(cmdline=lambda: list(command))
+        monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+
+    launched("python", "bin/accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "emloc_core", "train")
+    require_processes(2)
+    with pytest.raises(EmlocError, match=r"started one process, not 2.*torchrun --nproc_per_node 2"):
+        require_processes(1)
+    launched("bin/accelerate", "launch", "--num_processes=1", "-m", "emloc_core", "train", "--num_processes=3")
+    require_processes(1)
+    launched("bash")
+    require_processes(1)
+
+
 # The command line
 
 
@@ -317,6 +335,7 @@ def test_bad_options_are_one_error(given, complaint, tiny_model, rows_file, tmp_
         ({"report_to": "nowhere"}, "training settings do not work: nowhere"),
         ({"learning_rate": 1e30}, r"The loss at step \d+ is nan.*Lower the learning rate"),
         ({"learning_rate": 1e38, "steps": 1, "extra": {"weight_decay": 1e10}}, "After the last step .* is not finite"),
+        ({"extra": {"optim": "galore_adamw"}}, r"do not work: You need to install `galore_torch`.*choose another"),
         ({"max_length": 3}, "Every row's prompt alone fills the 3 tokens"),
     ],
 )

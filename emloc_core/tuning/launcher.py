@@ -1,0 +1,32 @@
+"""How many processes a launcher was asked for: on a CPU, ``accelerate launch`` starts one, whatever it is told."""
+
+import re
+
+import psutil
+
+from emloc_core.errors import EmlocError
+
+_ASKED = re.compile(r"--num[_-]processes[= ](\d+)")
+
+
+def require_processes(started: int) -> None:
+    """Refuse to train in fewer processes than were asked for: the batch would be smaller than meant.
+
+    Args:
+        started: processes that train.
+
+    Raises:
+        EmlocError: ``accelerate launch`` was told to start more than one, and this one is alone.
+    """
+    try:
+        parent = psutil.Process().parent()
+        command = " ".join(parent.cmdline()) if parent else ""
+    except psutil.Error:
+        return
+    asked = _ASKED.search(command.partition("emloc_core")[0])
+    if "accelerate" in command and asked and started == 1 < int(asked[1]):
+        raise EmlocError(
+            f"accelerate launch started one process, not {asked[1]}: on a CPU it needs mpirun for more.",
+            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked[1]} -m emloc_core train ... starts them all.",
+            code="unavailable",
+        )
