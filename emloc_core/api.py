@@ -1,8 +1,9 @@
 """The Python API: one function per stage, with the same checks as the command line.
 
-Models are directories or hub ids; data are files, hub datasets or rows in memory; settings are keyword arguments, named
-as in :mod:`emloc_core.settings`. Every stage returns a :class:`~emloc_core.result.Result`, a path-like object. If the
-output already exists and was made from the same inputs, the stage returns it; an interrupted stage resumes.
+Models are directories or hub ids. Data are files, saved or hub datasets, a list of them or a mapping to their weights,
+or rows in memory. Settings are keyword arguments, named as in :mod:`emloc_core.settings`. Every stage returns a
+:class:`~emloc_core.result.Result`, a path-like object. If the output already exists and was made from the same inputs,
+the stage returns it; an interrupted stage resumes.
 """
 
 import warnings
@@ -54,7 +55,7 @@ def compress(
         memory: memory to tune in, such as ``24GiB``; chooses the largest ``ratio`` that fits.
         tuning: with ``memory``, the settings of :func:`train` that the emulator will be tuned with.
         exclude: files with rows to leave out, such as test rows.
-        split: split of a hub dataset.
+        split: split of a saved or hub dataset.
         keep_spectra: directory to keep spectra in, from which :func:`cut` makes other ratios.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         progress: called with a block's path, the number done, and the total.
@@ -106,7 +107,7 @@ def train(
         data: rows of the task. Those that an emulator keeps for calibration and selection are left out.
         output: directory of the adapter.
         exclude: files with rows not to train on.
-        split: split of a hub dataset.
+        split: split of a saved or hub dataset.
         exact: read an ordinary model block by block, so that it need not fit in memory; see :func:`polish`.
         limits: with ``exact``, see :func:`polish`.
         progress: not called: the trainer shows its own progress.
@@ -177,7 +178,7 @@ def polish(
         output: directory of the polished adapter; by default ``ADAPTER-polished``, beside the adapter.
         base: the model; by default the one that the adapter is for.
         exclude: files with rows not to train on.
-        split: split of a hub dataset.
+        split: split of a saved or hub dataset.
         limits: see :class:`~emloc_core.settings.ExactSettings`: ``memory``, ``park``.
         progress: not called: the trainer shows its own progress.
         settings: see :class:`~emloc_core.settings.PolishSettings`: ``steps``, ``learning_rate``, ``batch_size``, ...
@@ -297,7 +298,7 @@ def plan(  # noqa: PLR0913 - all by keyword
         ratio: plan this ratio, instead of the largest that fits.
         kind: kind of emulator.
         data: rows; the longest sets the number of tokens per row.
-        split: split of a hub dataset.
+        split: split of a saved or hub dataset.
         length: tokens per row; with ``data``, the maximum. Default: 1024.
         images: images per row. Default: those of the rows, or 1 for an image-text model.
         image_size: ``WIDTHxHEIGHT`` of every image in pixels, for a model that takes any size.

@@ -24,7 +24,8 @@ from emloc_core.settings import (
     explain,
 )
 
-#: A file or hub dataset by name, or rows in memory: an iterable of mappings, such as a ``datasets.Dataset``.
+#: A file, saved or hub dataset by name; several by a list or with weights; or rows in memory: an iterable of mappings,
+#: such as a ``datasets.Dataset``.
 Rows = Any
 
 
@@ -59,7 +60,7 @@ class CompressRequest(Request):
     model: str = Field(description="Base model: directory or hub id.")
     data: Rows = Field(description="Rows of the task.")
     exclude: tuple[Path, ...] = Field((), description="Files with rows to leave out, such as test rows.")
-    split: str = Field("train", description="Split of a hub dataset.")
+    split: str = Field("train", description="Split of a saved or hub dataset.")
     memory: str | None = Field(None, description="Choose the largest ratio whose tuning fits in this, such as 24GiB.")
     tuning: TrainSettings = Field(TrainSettings(), description="With `memory`: how the emulator will be tuned.")
     keep_spectra: Path | None = Field(None, description="Directory to keep spectra in, for `cut`.")
@@ -89,7 +90,7 @@ class TrainRequest(Request):
     model: str = Field(description="Directory or hub id.")
     data: Rows = Field(description="Rows of the task.")
     exclude: tuple[Path, ...] = Field((), description="Files with rows not to train on.")
-    split: str = Field("train", description="Split of a hub dataset.")
+    split: str = Field("train", description="Split of a saved or hub dataset.")
     exact: bool = Field(False, description="Read an ordinary model block by block: it need not fit in memory.")
     limits: ExactSettings = Field(ExactSettings(), description="With `exact`: what the steps may use.")
     settings: TrainSettings = TrainSettings()
@@ -115,7 +116,7 @@ class PolishRequest(Request):
     base: str | None = Field(None, description="Directory or hub id; by default the model that the adapter is for.")
     data: Rows = Field(description="Rows of the task.")
     exclude: tuple[Path, ...] = Field((), description="Files with rows not to train on.")
-    split: str = Field("train", description="Split of a hub dataset.")
+    split: str = Field("train", description="Split of a saved or hub dataset.")
     limits: ExactSettings = Field(ExactSettings(), description="What the steps may use.")
     settings: PolishSettings = PolishSettings()
 

@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run
-from emloc_core.cli.options import device, given, options
+from emloc_core.cli.options import data, device, given, options
 from emloc_core.cli.stage import run
 from emloc_core.errors import EmlocError
 from emloc_core.requests import make_request
@@ -15,11 +15,11 @@ from emloc_core.settings import CompressSettings, TrainSettings
 
 @click.command("compress")
 @click.argument("model")
-@click.option("--data", required=True, help="Rows of your task: a JSONL, JSON or Parquet file, or a hub dataset.")
+@data(required=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the emulator.")
 @click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="File with rows to leave out, such as test rows; repeatable.")  # fmt: skip
-@click.option("--split", default="train", show_default=True, help="Split of a hub dataset.")
+@click.option("--split", default="train", show_default=True, help="Split of a saved or hub dataset.")
 @click.option("--keep-spectra", type=click.Path(path_type=Path), metavar="DIRECTORY",
               help="Keep spectra here, from which emloc cut makes emulators of other ratios in seconds; about as large "
               "as the compressed Linears. Existing spectra are reused.")  # fmt: skip

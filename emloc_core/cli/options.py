@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
+from emloc_core.data.mixture import parse_sources
 from emloc_core.errors import EmlocError
 from emloc_core.settings import explain
 
@@ -25,12 +26,29 @@ TRAIN_FLAGS = {
     "extra": "--set",
 }
 
+_ROWS = (
+    "Rows of your task: a JSONL, JSON, CSV or Parquet file, a directory that save_to_disk of datasets wrote, or a hub "
+    "dataset. Repeatable; rows of a source with weight 2 are taken twice, with weight 0.5 half of them."
+)
+
 device = click.option(
     "--device",
     default="auto",
     show_default=True,
     help="Device to run on: cpu, cuda, cuda:1, or auto (the GPU if there is one).",
 )
+
+
+def data(*, required: bool = False, help: str = _ROWS) -> Callable[..., Any]:
+    """Return the option for the rows: one source by name, or several with their weights."""
+    return click.option(
+        "--data",
+        required=required,
+        multiple=True,
+        metavar="SOURCE[:WEIGHT]",
+        callback=lambda _context, _option, texts: parse_sources(texts) if texts else None,
+        help=help,
+    )
 
 
 def rows(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,9 +58,8 @@ def rows(function: Callable[..., Any]) -> Callable[..., Any]:
                      help="Any other field of SFTConfig; repeatable."),
         click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
                      help="File with rows not to train on, such as test rows; repeatable."),
-        click.option("--split", default="train", show_default=True, help="Split of a hub dataset."),
-        click.option("--data", required=True,
-                     help="Rows of your task: a JSONL, JSON or Parquet file, or a hub dataset."),
+        click.option("--split", default="train", show_default=True, help="Split of a saved or hub dataset."),
+        data(required=True),
     ):  # fmt: skip
         function = option(function)
     return function

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
+from emloc_core.cli.options import data as data_option
 from emloc_core.cli.options import given, options
 from emloc_core.memory.budget import no_fit
 from emloc_core.settings import MEMORY_SETTINGS, TrainSettings
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True),
               help="Plan an emulator of this ratio instead of the largest that fits.")  # fmt: skip
 @click.option("--kind", default="low-rank", show_default=True, help="Kind of emulator, as for emloc compress.")
-@click.option("--data", help="Rows, as for emloc train: the longest sets the number of tokens per row.")
-@click.option("--split", default="train", show_default=True, help="Split of a hub dataset.")
+@data_option(help="Rows, as for emloc train: the longest sets the number of tokens per row.")
+@click.option("--split", default="train", show_default=True, help="Split of a saved or hub dataset.")
 @click.option("--length", "--max-length", "--sequence-length", type=click.IntRange(1),
               help="Tokens per row, including those of images; with --data, the length to which rows are cut.  "
               "[default: 1024]")  # fmt: skip
@@ -43,7 +44,7 @@ def command(
     model: str,
     memory: str | None,
     ratio: float | None,
-    data: str | None,
+    data: Any,
     split: str,
     length: int | None,
     images: int | None,

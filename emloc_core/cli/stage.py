@@ -83,6 +83,7 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
     elif stage in ("train", "polish"):
         yield f"{content['model']}: family {content['family']}, {human_bytes(content['model_bytes'])}"
         yield f"rows: {content['rows']} to train on, {content['excluded_rows']} left out"
+        yield from _lengths(content)
         yield f"{content['steps']} steps; LoRA on {', '.join(content['target_modules'])}"
         if read := content.get("step_read_bytes"):
             yield f"weights read per step, every block twice: {human_bytes(read)}"
@@ -94,6 +95,14 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
     else:
         for key, value in content.items():
             yield f"{key.replace('_', ' ')}: {human_bytes(value) if 'bytes' in key else value}"
+
+
+def _lengths(content: Mapping[str, Any]) -> Iterable[str]:
+    yield f"longest row: {content['longest_tokens']:,} tokens (row {content['longest_row']})"
+    if cut := content["cut_rows"]:
+        yield f"cut by the maximum length: {cut} rows, {content['dropped_rows']} of them dropped: no answer is left"
+    if copies := content["duplicate_rows"]:
+        yield f"duplicates: {copies} rows occur before, with the same content"
 
 
 def summary(request: Request, result: Result) -> list[str]:

@@ -59,7 +59,7 @@ def encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[l
         return ids, _all_answers(row, messages, ids, render, tokenizer.eos_token_id)
     except (TemplateError, ValueError, TypeError) as error:
         raise EmlocError(
-            f"Row {row.number}: the model's chat template rejects it ({error}).",
+            f"{row.name}: the model's chat template rejects it ({error}).",
             "Correct the roles and their order, or leave the row out.",
         ) from error
 
@@ -85,7 +85,7 @@ def _all_answers(row: Row, messages: list[Message], ids: list[int], render: _Ren
             end = ids.index(end_token, start) + 1 if closed else None
         if end is None:
             raise EmlocError(
-                f"Row {row.number}: the model's chat template renders message {index + 1} differently with what "
+                f"{row.name}: the model's chat template renders message {index + 1} differently with what "
                 "follows, so its part of the loss cannot be found.",
                 "Mark answers by {% generation %} in the template, use --loss last, or leave the row out.",
                 code="unsupported",
@@ -113,7 +113,7 @@ def _require_tools_shown(row: Row, messages: list[Message], ids: list[int], rend
         missing = "what tools answer"
     if missing:
         raise EmlocError(
-            f"Row {row.number}: the model's chat template leaves out {missing}.",
+            f"{row.name}: the model's chat template leaves out {missing}.",
             "Use a model whose template shows them, or leave the row out.",
             code="unsupported",
         )
@@ -128,7 +128,7 @@ def require_template(row: Row, processing: Any) -> None:
     if not processing.chat_template:
         what = "processor" if isinstance(processing, ProcessorMixin) else "tokenizer"
         raise EmlocError(
-            f"Row {row.number} is a conversation, but the model's {what} has no chat template.",
+            f"{row.name} is a conversation, but the model's {what} has no chat template.",
             "Use a model tuned for chat, add a chat_template, or give prompt and completion as strings.",
         )
 

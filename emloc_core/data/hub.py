@@ -36,7 +36,7 @@ def read_data_set(source: str, split: str) -> Iterator[Any]:
             "Check the path, or the dataset's id and --split.",
             code="missing",
         ) from error
-    yield from _undecoded(found)
+    yield from undecoded(found)
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def _offline_if_unreachable(source: str) -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = saved
 
 
-def _undecoded(found: Any) -> Any:
+def undecoded(found: Any) -> Any:
     """Return a dataset whose images are stored bytes or paths, decoded only when they are used."""
     from datasets import Image, List
 

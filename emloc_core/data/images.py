@@ -1,5 +1,6 @@
 """Images of the user's rows: read from files or bytes, never from the network, and compared by their bytes."""
 
+import base64
 import hashlib
 import warnings
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 IMAGES = "images"
 #: Supported formats. Pillow knows many more, some by running other programs.
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
+#: How PNG, JPEG, WEBP, GIF, BMP and TIFF start in base64, and the least length of an image: no path looks like that.
+_LEAST = 64
+_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "Qk0", "SUkqA", "TU0AK")
 _FIX = "Give an image file that can be opened, or leave the row out."
 
 
@@ -42,8 +46,8 @@ class Picture:
         """Find an image, without decoding it.
 
         Args:
-            source: a path, relative to ``directory``; the encoded bytes; ``{"bytes": ..., "path": ...}``, as in Parquet
-                files and hub datasets; or a PIL image.
+            source: a path, relative to ``directory``; the encoded bytes; these in base64, alone or as ``data:`` URI;
+                ``{"bytes": ..., "path": ...}``, as in Parquet files and hub datasets; or a PIL image.
             directory: directory of the file of rows.
             confined: whether a path must stay within ``directory``, symbolic links resolved.
 
@@ -54,6 +58,8 @@ class Picture:
             source = source["path"] if source.get("bytes") is None else source["bytes"]
         if isinstance(source, bytes):
             return cls(_hash(source), f"An image of {len(source)} bytes", content=source)
+        if isinstance(source, str) and (decoded := _from_base64(source)) is not None:
+            return cls.of(decoded, directory)
         if isinstance(source, str | Path):
             return cls._at(str(source), directory, confined=confined)
         if hasattr(source, "save") and hasattr(source, "convert"):  # PIL's, which may not be installed
@@ -66,7 +72,7 @@ class Picture:
 
     @classmethod
     def _at(cls, source: str, directory: Path, *, confined: bool) -> "Picture":
-        if "://" in source or source.startswith("data:"):
+        if "://" in source:
             raise EmlocError(f"The image {source[:80]} is not a path.", "Download it, and give the path of the file.")
         path = directory / source
         if confined and not path.resolve().is_relative_to(directory.resolve()):
@@ -137,6 +143,23 @@ class Picture:
                 f"{self.name} has changed since the rows were read.", "Run the command again.", code="changed"
             )
         return content
+
+
+def _from_base64(text: str) -> bytes | None:
+    """Return the image that a text holds in base64; None if the text is something else, such as a path.
+
+    Raises:
+        EmlocError: a ``data:`` URI is not valid base64.
+    """
+    is_uri = text.startswith("data:")
+    if not is_uri and not (text.startswith(_STARTS) and len(text) >= _LEAST):
+        return None
+    try:
+        return base64.b64decode(text.partition(",")[2] if is_uri else text, validate=True)
+    except ValueError:
+        if is_uri:
+            raise EmlocError(f"The image {text[:40]} ... is not valid base64.", "Correct it.", code="damaged") from None
+        return None
 
 
 def _hash(content: bytes) -> str:

@@ -1,4 +1,4 @@
-"""The user's rows, in TRL's conventions, and the disjoint sets that they are divided into.
+"""The user's rows, in TRL's conventions.
 
 A row is ``text``, ``prompt`` + ``completion`` (two strings, or two lists of messages) or ``messages``. ``messages``
 become prompt and completion: the last answer. Whether the answers before it count in the loss too is the row's
@@ -8,18 +8,22 @@ become prompt and completion: the last answer. Whether the answers before it cou
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import click
+
+from emloc_core.data.columns import as_trl, known_columns
+from emloc_core.data.files import READERS, is_saved, read_file, read_saved
 from emloc_core.data.hub import read_data_set
 from emloc_core.data.images import IMAGES, Picture
 from emloc_core.data.messages import Content, parse_content, parse_string, place_images
+from emloc_core.data.mixture import weighted, weights
 from emloc_core.data.tools import parse_tools
 from emloc_core.errors import EmlocError
-from emloc_core.files.limits import unpacking
 from emloc_core.files.output import MANIFEST
 from emloc_core.files.own import require_own_files
 from emloc_core.settings import Loss
@@ -28,7 +32,7 @@ from emloc_core.settings import Loss
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
 
 _FORMS = "Each row needs `text`, or `prompt` and `completion`, or `messages` that end in an assistant turn."
-_SUFFIXES = (".jsonl", ".json", ".parquet")
+_CONVERSION = {"Alpaca": "instruction, input and output", "ShareGPT": "conversations"}
 _HERE = Path()
 
 
@@ -42,6 +46,7 @@ class Row:
             any: such rows are tokenized as text, and others by the model's processor, as in TRL.
         tools: the tools that a conversation may call, as functions in JSON schema.
         loss: which of a conversation's answers count: the last one, or all.
+        source: file or dataset that it is from, if there are several.
     """
 
     number: int
@@ -51,6 +56,12 @@ class Row:
     images: tuple[Picture, ...] | None = None
     tools: list[dict[str, Any]] | None = None
     loss: Loss = "last"
+    source: str = field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        """Return how messages call the row."""
+        return f"Row {self.number} of {self.source}" if self.source else f"Row {self.number}"
 
     @property
     def form(self) -> str:
@@ -75,25 +86,19 @@ class Row:
         return {"prompt": self.prompt, "completion": self.completion, **tools, **images}
 
 
-@dataclass(frozen=True)
-class Sets:
-    """Rows for three purposes; no content is in more than one set."""
+def load_rows(source: Any, split: str = "train", loss: Loss = "last") -> list[Row]:
+    """Read rows from files, saved or hub datasets, or memory.
 
-    calibration: list[Row]
-    selection: list[Row]
-    tuning: list[Row]
-
-
-def load_rows(source: str | Path | Iterable[Any], split: str = "train", loss: Loss = "last") -> list[Row]:
-    """Read rows from a ``.jsonl``, ``.json`` (an array) or ``.parquet`` file, a hub dataset, or memory.
-
-    Other columns than those of the row's form are ignored; if several forms are complete, prompt and completion take
-    precedence over messages, and messages over text. All rows must have the same form.
+    Files are ``.jsonl``, ``.json`` (an array), ``.csv``, ``.tsv`` and ``.parquet``; saved datasets are directories that
+    ``save_to_disk`` wrote. Other columns than those of the row's form are ignored; if several forms are complete,
+    prompt and completion take precedence over messages, these over ShareGPT's and Alpaca's columns, which become
+    messages, and all over text. All rows must have the same form.
 
     Args:
-        source: path of the file, id of the dataset, or the rows themselves: mappings, as a ``datasets.Dataset``
-            yields them.
-        split: split of a hub dataset; files have none.
+        source: path of the file or directory, id of the dataset, or the rows themselves: mappings, as a
+            ``datasets.Dataset`` yields them. Several sources: a list of them, or a mapping to their weights; see
+            :func:`emloc_core.data.mixture.weighted`.
+        split: split of a saved or hub dataset; files have none.
         loss: which answers of a conversation count.
 
     Raises:
@@ -103,7 +108,12 @@ def load_rows(source: str | Path | Iterable[Any], split: str = "train", loss: Lo
     return [replace(row, loss=loss) for row in rows] if loss != "last" else rows
 
 
-def _load(source: str | Path | Iterable[Any], split: str) -> list[Row]:
+def _load(source: Any, split: str) -> list[Row]:
+    if isinstance(source, Mapping) and split in source and not isinstance(source[split], int | float):
+        source = source[split]  # a DatasetDict
+    if (mixture := weights(source)) is not None:
+        parts = {name: [replace(row, source=name) for row in _load(name, split)] for name in mixture}
+        return _of_one_form("", [row for name, rows in parts.items() for row in weighted(rows, mixture[name])])
     if not isinstance(source, str | Path):
         return _of_one_form("the rows", list(_parsed(enumerate(source, start=1), "the rows", Path(), confined=False)))
     source = str(source)
@@ -114,49 +124,25 @@ def _load(source: str | Path | Iterable[Any], split: str) -> list[Row]:
 
 
 def _parsed(contents: Iterable[tuple[int, Any]], source: str, directory: Path, *, confined: bool) -> Iterator[Row]:
+    told = False
     for number, content in contents:
+        if isinstance(content, dict) and not told and (columns := known_columns(content)) in _CONVERSION:
+            click.echo(f"emloc: {source}: {columns}'s {_CONVERSION[columns]} become messages", err=True)
+            told = True
         yield parse_row(content, f"{source}, row {number}", number, directory, confined=confined)
 
 
 def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
     if not rows:
-        raise EmlocError(f"{source} holds no rows.", _FORMS)
+        raise EmlocError(f"{source or 'The mixture'} holds no rows.", _FORMS)
     for row in rows:
         if row.form != rows[0].form:
-            raise EmlocError(
-                f"{source}, row {row.number}: a row of {row.form}, but row {rows[0].number} is of {rows[0].form}.",
-                "Use one form per file.",
-            )
+            first = rows[0]
+            where, other = (f"{source}, row {row.number}", f"row {first.number}") if source else (row.name, first.name)
+            raise EmlocError(f"{where}: a row of {row.form}, but {other} is of {first.form}.", "Use one form for all.")
     if any(row.images is not None for row in rows):
         return [row if row.images is not None else replace(row, images=()) for row in rows]
     return rows
-
-
-def draw(rows: Sequence[Row], seed: int, calibration: int, selection: int) -> Sets:
-    """Divide rows by content into calibration, selection and tuning rows.
-
-    The result depends on the seed and the contents only, not on the order of the rows. Calibration and selection rows
-    are distinct: further copies of them are dropped, while copies of tuning rows are kept.
-
-    Raises:
-        EmlocError: there are fewer distinct rows than ``calibration + selection``.
-    """
-    copies: dict[str, list[Row]] = {}
-    for row in rows:
-        copies.setdefault(row.key, []).append(row)
-    needed = calibration + selection
-    if len(copies) < needed:
-        raise EmlocError(
-            f"There are {len(copies)} distinct rows, but {needed} are needed: "
-            f"{calibration} for calibration and {selection} for selection.",
-            "Give more rows, or ask for fewer.",
-        )
-    order = sorted(copies, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
-    return Sets(
-        calibration=[copies[key][0] for key in order[:calibration]],
-        selection=[copies[key][0] for key in order[calibration:needed]],
-        tuning=[row for key in order[needed:] for row in copies[key]],
-    )
 
 
 def without(rows: Iterable[Row], files: Iterable[Path]) -> list[Row]:
@@ -201,56 +187,21 @@ def copy_kept_rows(source: Path, target: Path) -> None:
 def _contents(source: str, split: str) -> Iterator[tuple[int, Any]]:
     path = Path(source)
     if path.is_file():
-        readers = dict(zip(_SUFFIXES, (_jsonl, _json, _parquet), strict=True))
-        if path.suffix not in readers:
-            raise EmlocError(
-                f"{source} is none of {', '.join(_SUFFIXES)}.", "Convert it to one of these.", code="unsupported"
-            )
-        return readers[path.suffix](path)
+        return read_file(path)
+    if is_saved(path):
+        return read_saved(path, split)
     if path.is_dir():
-        raise EmlocError(f"{source} is a directory.", f"Give one file: {', '.join(_SUFFIXES)}.")
-    if path.suffix in _SUFFIXES or path.is_absolute():
+        raise EmlocError(
+            f"{source} is a directory.",
+            f"Give a file ({', '.join(READERS)}), or what `save_to_disk` of datasets wrote.",
+        )
+    if path.suffix in READERS or path.is_absolute():
         raise EmlocError(f"There is no file {source}.", "Check the path.", code="missing")
     if source.count("/") != 1:
         raise EmlocError(
             f"There is no file {source}.", "Check the path; a hub dataset is organisation/name.", code="missing"
         )
     return enumerate(read_data_set(source, split), start=1)
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with open(path, "rb") as file:  # as bytes: str.splitlines would also split at U+2028 within a string
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _decode(line, f"{path}, row {number}")
-
-
-def _json(path: Path) -> Iterator[tuple[int, Any]]:
-    content = _decode(path.read_bytes(), str(path))
-    if not isinstance(content, list):
-        raise EmlocError(f"{path} is not an array of rows.", "Wrap the rows in [ ], or name the file .jsonl.")
-    yield from enumerate(content, start=1)
-
-
-def _decode(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers of thousands of digits, or too deep
-        raise EmlocError(f"{where}: not valid JSON ({error}).", "Correct it.") from None
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with unpacking([path]):
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise EmlocError(
-            f"{path} cannot be read as Parquet ({error}).", "Make the file again.", code="damaged"
-        ) from None
-    yield from enumerate(rows, start=1)
 
 
 def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *, confined: bool = False) -> Row:
@@ -268,6 +219,7 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
     """
     if not isinstance(content, dict):
         raise EmlocError(f"{where}: {type(content).__name__}, not an object with columns.", _FORMS)
+    content = as_trl(content, where)
     has = {name for name, value in content.items() if value is not None}  # Arrow fills absent columns with None
     if has >= {"prompt", "completion"}:
         prompt, completion = (parse_content(content[name], f"{where}: `{name}`") for name in ("prompt", "completion"))

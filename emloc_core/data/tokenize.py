@@ -119,7 +119,7 @@ def require_readable(rows: Iterable[Row], family: Family) -> None:
     pictured = next((row for row in rows if row.images), None)
     if pictured and family.modality == "text":
         raise EmlocError(
-            f"Row {pictured.number} has images, but models of the family {family.name} read only text.",
+            f"{pictured.name} has images, but models of the family {family.name} read only text.",
             "Give a model for images and text, or rows without images.",
             code="mismatch",
         )
@@ -195,7 +195,7 @@ def encode(
         if not any(sample.completion_mask):
             prompt = "prompt with its images" if row.images else "prompt"
             raise EmlocError(
-                f"Row {row.number}: its {prompt} alone fills the {max_length} tokens of the maximum length.",
+                f"{row.name}: its {prompt} alone fills the {max_length} tokens of the maximum length.",
                 "Raise the maximum length, shorten the prompt, or leave the row out.",
             )
         samples.append(sample)
@@ -220,17 +220,17 @@ def tokenize(
         encoded = encode_conversation if row.form == "conversation" else _plain
         ids, mask = encoded(row, processing)
         if not any(mask):
-            raise EmlocError(f"Row {row.number}: the tokenizer leaves nothing to learn.", "Leave the row out.")
+            raise EmlocError(f"{row.name}: the tokenizer leaves nothing to learn.", "Leave the row out.")
         sample = Sample(ids[:max_length], mask[:max_length], row.number)
     if limits.tokens is not None and len(sample.input_ids) > limits.tokens:
         raise EmlocError(
-            f"Row {row.number} has {len(sample.input_ids)} tokens, but the model takes {limits.tokens}.",
+            f"{row.name} has {len(sample.input_ids)} tokens, but the model takes {limits.tokens}.",
             f"Set a maximum length of {limits.tokens} or less to truncate it, or leave the row out.",
         )
     largest = max(sample.input_ids, default=0)
     if limits.vocabulary is not None and largest >= limits.vocabulary:
         raise EmlocError(
-            f"Row {row.number}: the tokenizer gives the id {largest}, but the model has {limits.vocabulary} ids.",
+            f"{row.name}: the tokenizer gives the id {largest}, but the model has {limits.vocabulary} ids.",
             "Use the tokenizer that belongs to the model.",
             code="mismatch",
         )
@@ -248,7 +248,7 @@ def trl_example(row: Row) -> dict[str, Any]:
     try:
         images = [picture.read() for picture in row.images or ()]
     except EmlocError as error:
-        raise EmlocError(f"Row {row.number}: {error.args[0]}", error.fix, code=error.code) from None
+        raise EmlocError(f"{row.name}: {error.args[0]}", error.fix, code=error.code) from None
     return {"prompt": in_parts(row.prompt), "completion": in_parts(row.completion), "images": images}
 
 
@@ -257,7 +257,7 @@ def _with_images(row: Row, processor: ProcessorMixin, max_length: int | None, dt
 
     if row.loss == "all":
         raise EmlocError(
-            f"Row {row.number}: the loss on all answers is not known for rows with images.",
+            f"{row.name}: the loss on all answers is not known for rows with images.",
             "Use --loss last.",
             code="unsupported",
         )
@@ -267,7 +267,7 @@ def _with_images(row: Row, processor: ProcessorMixin, max_length: int | None, dt
         batch = collate([trl_example(row)])
     except (TemplateError, ValueError, IndexError, StopIteration) as error:
         raise EmlocError(
-            f"Row {row.number}: the model's processor rejects it ({error}).",
+            f"{row.name}: the model's processor rejects it ({error}).",
             "Correct the roles and their order, remove special tokens from the text, or leave the row out.",
         ) from error
     ids, labels, _ = (batch.pop(name)[0] for name in ("input_ids", "labels", "attention_mask"))

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from emloc_core.algorithms.allocation import uniform, wants_spectra
-from emloc_core.data.rows import CALIBRATION, SELECTION, Row, draw, load_rows, without, write_rows
+from emloc_core.data.rows import CALIBRATION, SELECTION, Row, load_rows, without, write_rows
+from emloc_core.data.sets import draw
 from emloc_core.data.tokenize import Limits, Processing, Sample, encode, load_processing
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.cut import Cut, cut_blocks, describe_emulator

@@ -5,8 +5,11 @@ import os
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from emloc_core.data.rows import Row, load_rows
+from emloc_core.data.columns import known_columns
+from emloc_core.data.files import read_file
+from emloc_core.data.rows import Row, load_rows, write_rows
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.images import PLACEHOLDER, read_table
 
@@ -24,8 +27,8 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
 
     Args:
         kind: one of :data:`KINDS`.
-        data: rows in TRL's conventions (text, prompt and completion, or messages, which may come with images),
-            ``.jsonl``, ``.json``, ``.parquet``.
+        data: rows that :func:`load_rows` reads. Those that lm-eval reads otherwise (CSV, saved datasets, columns of
+            other tools than TRL) are copied beside ``output``, as JSONL.
         output: the YAML file to write; the path of the data is relative to it.
 
     Raises:
@@ -34,6 +37,13 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
     if output.exists():
         raise EmlocError(f"{output} already exists.", "Choose another file, or remove this one.", code="exists")
     rows = load_rows(str(data))
+    if data.suffix not in _FORMATS or known_columns(_first(data)) != "TRL":
+        data = output.with_suffix(".jsonl")
+        if data.exists():
+            raise EmlocError(f"{data} already exists, and the rows would be copied there.", "Choose another output.",
+                             code="exists")  # fmt: skip
+        data.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(data, rows)
     _check_images(kind, rows, data)
     text, prompt, answer, system = _expressions(rows, data)
     asked = _asked_column(rows, answer, data)
@@ -81,7 +91,7 @@ def _expressions(rows: list[Row], data: Path) -> tuple[str, str, str, str]:
         return "text", "", "", ""
     if first.form == "prompt and completion":
         return "prompt ~ completion", "prompt", "completion", ""
-    columns = _columns(data)
+    columns = {name for name, value in _first(data).items() if value is not None}
     prompt, answer = ("prompt[-1]", "completion[-1]") if "completion" in columns else ("messages[-2]", "messages[-1]")
     start = prompt.replace("[-1]", "[0]").replace("[-2]", "[0]")
     return "", f"{prompt}.content", f"{answer}.content", f"{start}.content if {start}.role == 'system' else ''"
@@ -142,15 +152,10 @@ def _with_images(data: Path, prompt: str, answer: str, system: str) -> tuple[str
     return column, prompt, f"({answer} if {parts.format(answer, '')})", system
 
 
-def _columns(data: Path) -> set[str]:
-    """Return the columns of the first row of a file that :func:`load_rows` can read."""
-    if data.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return set(pyarrow.parquet.read_schema(data).names)
-    text = data.read_text("utf-8-sig").lstrip()
-    first, _ = json.JSONDecoder().raw_decode(text)
-    return set(first[0] if isinstance(first, list) else first)
+def _first(data: Path) -> dict[str, Any]:
+    """Return the first row of a file that :func:`load_rows` can read, as it is in the file."""
+    first: dict[str, Any] = next(read_file(data))[1]
+    return first
 
 
 def _choices(rows: list[Row], data: Path) -> list[str]:

@@ -41,7 +41,7 @@ def make_workload(
         images: images or tiles per row; by default those of the rows, or 1 for an image-text model.
         image_size: height and width of images in pixels, if the model takes any size; by default that of the rows.
         data: rows; the longest sets the length, and the row with most pixels the images.
-        split: split of a hub dataset.
+        split: split of a saved or hub dataset.
 
     Raises:
         EmlocError: there is no tokenizer, or it cannot handle a row.

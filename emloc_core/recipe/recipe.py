@@ -4,7 +4,7 @@ import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -13,7 +13,7 @@ from emloc_core.files.output import read_toml
 from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings, explain
 
 #: Suffixes of files: rows, and lm-eval's tasks.
-FILES = {".jsonl", ".json", ".parquet", ".yaml", ".yml"}
+FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml"}
 #: What may be a name instead of a path: a hub model or dataset, or a task bundled with lm-eval.
 MODEL_ID = re.compile(r"[^/]+/[^/]+")
 DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
@@ -33,10 +33,11 @@ class ModelSection(Settings):
 class DataSection(Settings):
     """The data."""
 
-    train: str = Field(
-        description="Rows for calibration, selection and tuning: a JSONL, JSON or Parquet file, or a hub dataset."
+    train: str | list[str] | dict[str, Annotated[float, Field(gt=0)]] = Field(
+        description="Rows for calibration, selection and tuning: a JSONL, JSON, CSV or Parquet file, a saved or hub "
+        "dataset; a list of several, or a table of them with their weights."
     )
-    split: str = Field("train", description="Split of a hub dataset.")
+    split: str = Field("train", description="Split of a saved or hub dataset.")
     calibration: str | None = Field(
         None, description="File with other rows for calibration and selection; by default they come from ``train``."
     )
@@ -133,8 +134,15 @@ def _absolute(recipe: Recipe, root: Path) -> Recipe:
         is_path = text.startswith((".", "~")) or Path(text).suffix in FILES or path.exists()
         return text if names.fullmatch(text) and not is_path else str(path)
 
+    def sources(named: str | list[str] | dict[str, float]) -> str | list[str] | dict[str, float]:
+        if isinstance(named, str):
+            return place(named, DATA_ID)
+        if isinstance(named, list):
+            return [place(name, DATA_ID) for name in named]
+        return {place(name, DATA_ID): weight for name, weight in named.items()}
+
     data = {
-        "train": place(recipe.data.train, DATA_ID),
+        "train": sources(recipe.data.train),
         "test": [place(test, DATA_ID) for test in recipe.data.test],
         "calibration": recipe.data.calibration and place(recipe.data.calibration, DATA_ID),
     }

@@ -66,6 +66,35 @@ def make_dataset(
     return Dataset.from_dict(columns), sizes
 
 
+def measure(
+    rows: Sequence[Row], processing: Processing, max_length: int | None, config: PreTrainedConfig
+) -> dict[str, int]:
+    """Return how long rows are, and what a maximum length does to them.
+
+    Args:
+        rows, processing, max_length, config: see :func:`make_dataset`.
+
+    Returns:
+        ``longest_tokens`` and ``longest_row``, before anything is cut; ``cut_rows``, how many are longer than
+        ``max_length``; ``dropped_rows``, of which no answer is left; ``duplicate_rows``, which occur before.
+
+    Raises:
+        EmlocError: as :func:`make_dataset`, but that no row has an answer left.
+    """
+    limits = Limits.of(config)
+    whole = limits if max_length is None else Limits(None, limits.vocabulary)
+    samples = [tokenize(row, processing, None, whole) for row in tqdm(rows, desc="Reading rows", unit=" rows", delay=1)]
+    lengths = [len(sample.input_ids) for sample in samples]
+    longest = max(range(len(rows)), key=lengths.__getitem__)
+    return {
+        "longest_tokens": lengths[longest],
+        "longest_row": rows[longest].number,
+        "cut_rows": sum(length > max_length for length in lengths) if max_length else 0,
+        "dropped_rows": sum(not any(sample.completion_mask[:max_length]) for sample in samples),
+        "duplicate_rows": len(rows) - len({row.key for row in rows}),
+    }
+
+
 def _with_images(rows: Sequence[Row]) -> Dataset:
     """Return a dataset for TRL's own collator. It stores row numbers, since Arrow would pad the parts of messages."""
 

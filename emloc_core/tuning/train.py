@@ -36,7 +36,7 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Rows
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
-from emloc_core.tuning.dataset import make_dataset
+from emloc_core.tuning.dataset import make_dataset, measure
 from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.launcher import require_processes
 from emloc_core.tuning.targets import require_linears
@@ -59,7 +59,7 @@ class Train:
         settings: how to train.
         exclude: files with rows not to train on, such as test rows. The emulator's calibration and selection rows are
             always left out.
-        split: split of a hub dataset.
+        split: split of a saved or hub dataset.
 
     Raises:
         EmlocError: the model, its family, the data or the settings are wrong.
@@ -112,7 +112,7 @@ class Train:
         return targets
 
     def describe(self) -> dict[str, Any]:
-        """Return what would be trained in one process: rows, steps, target modules.
+        """Return what would be trained in one process: rows and their lengths, steps, target modules.
 
         Raises:
             EmlocError: the settings conflict with each other or with the machine.
@@ -128,10 +128,16 @@ class Train:
             "family": self.family.name,
             "rows": len(self.rows),
             "excluded_rows": self.excluded,
+            **measure(self.rows, *self._processing()),
             "steps": settings.steps or steps,
             "target_modules": self.targets,
             "model_bytes": self.model.nbytes,
         }
+
+    def _processing(self) -> tuple[Processing, int | None, PreTrainedConfig]:
+        """Return what turns rows into inputs, their maximum length, and the model's config."""
+        processing = load_processing(self.model.directory, self.family, self.rows)
+        return processing, self.settings.max_length, load_config(self.model.directory / "config.json")
 
     def _config(self, **fixed: Any) -> SFTConfig:
         checkpoints = Output(self.path, "adapter", {}).staging / CHECKPOINTS
@@ -186,13 +192,12 @@ class Train:
             remove_incomplete(checkpoints, state.num_processes)
         state.wait_for_everyone()
         resume = newest_checkpoint(checkpoints)
-        processing = load_processing(self.model.directory, self.family, self.rows)
-        model_config = load_config(self.model.directory / "config.json")
-        dataset, self.sizes = make_dataset(self.rows, processing, self.settings.max_length, model_config)
+        processing = self._processing()
+        dataset, self.sizes = make_dataset(self.rows, *processing)
         dropped = len(self.rows) - len(self.sizes)
-        if isinstance(processing, ProcessorMixin):  # the collator makes all inputs of the model
+        if isinstance(processing[0], ProcessorMixin):  # the collator makes all inputs of the model
             config.remove_unused_columns = False
-        trainer = self._trainer(config, dataset, processing)
+        trainer = self._trainer(config, dataset, processing[0])
         trainer.lora.peft_config["default"].base_model_name_or_path = str(self.model.directory.absolute())
         saved = TrainerState.load_from_json(str(resume / STATE)) if resume else None
         if saved and saved.global_step >= saved.max_steps:  # interrupted after the last step: train() might add one

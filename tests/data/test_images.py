@@ -1,5 +1,6 @@
 """Pictures of rows are found wherever they are, and every one that cannot be used is named before anything starts."""
 
+import base64
 import json
 import sys
 from io import BytesIO
@@ -51,7 +52,9 @@ def test_an_image_is_a_path_bytes_both_or_pils(tmp_path: Path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "a.png").write_bytes(PICTURE)
     absolute, pil = str(tmp_path / "here" / "a.png"), picture(["red", "blue"])
-    sources = ["here/a.png", absolute, Path("here/a.png"), PICTURE, {"bytes": PICTURE, "path": "gone.png"},
+    encoded = base64.b64encode(PICTURE).decode()
+    sources = [encoded, f"data:image/png;base64,{encoded}"]
+    sources += ["here/a.png", absolute, Path("here/a.png"), PICTURE, {"bytes": PICTURE, "path": "gone.png"},
                {"bytes": None, "path": "here/a.png"}, pil]  # fmt: skip
     for source in sources:
         read = Picture.of(source, tmp_path).read()
@@ -73,7 +76,7 @@ def test_an_image_is_upright_and_in_rgb():
         ({"images": ["gone.png"]}, r"The image .*gone\.png does not exist"),
         ({"images": ["."]}, "is a directory"),
         ({"images": ["https://example.org/a.png"]}, "is not a path"),
-        ({"images": ["data:image/png;base64,iVBORw0KGgo="]}, "is not a path"),
+        ({"images": ["data:image/png;base64,iVBORw0KGgo"]}, "is not valid base64"),
         ({"images": [{"path": None, "bytes": None}]}, "An image is dict"),
         ({"images": [7]}, "An image is int"),
         ({"images": "good.png"}, "`images` is str, not a list"),

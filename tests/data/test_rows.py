@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import example_rows, write_jsonl
 
-from emloc_core.data.rows import Row, digest, draw, load_rows, without, write_rows
+from emloc_core.data.rows import Row, digest, load_rows, without, write_rows
+from emloc_core.data.sets import draw
 from emloc_core.errors import EmlocError
 
 USER = {"role": "user", "content": "Which way?"}
@@ -156,7 +157,10 @@ def test_a_bad_row_is_named_with_its_file(tmp_path: Path, row: str, complaint: s
         ("rows.json", '{"text": "a"}', "not an array"),
         ("rows.json", "[1", "not valid JSON"),
         ("rows.parquet", "PAR1 not really", "cannot be read as Parquet"),
-        ("rows.csv", "text\na\n", r"none of \.jsonl"),
+        ("rows.xlsx", "text\na\n", r"none of \.jsonl"),
+        ("rows.csv", "text\na,b\n", "row 1: more cells than columns"),
+        ("rows.csv", 'text\n"a"b\n', "row 1: not valid CSV"),
+        ("rows.csv", "text\n", "holds no rows"),
     ],
 )
 def test_a_bad_file_is_an_error(tmp_path: Path, name: str, content: str, complaint: str):

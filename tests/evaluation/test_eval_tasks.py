@@ -11,6 +11,7 @@ from support.evaluation import completions, direct_nll, metrics_of
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.new_task import write_task
 from emloc_core.evaluation.system import load_system, run_tasks
@@ -155,6 +156,20 @@ def test_a_task_of_a_form_that_its_kind_cannot_use_is_refused(rows_file, tmp_pat
     with pytest.raises(EmlocError, match="row 1: the answer is a tool call"):
         write_task("generation", calls, tmp_path / "a.yaml")
     assert not (tmp_path / "a.yaml").exists()
+
+
+def test_rows_that_lm_eval_reads_otherwise_are_copied(tiny_model, tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\ncat,1\ndog,02\n")
+    task = write_task("completion_nll", tmp_path / "rows.csv", tmp_path / "tasks" / "loss.yaml")
+    assert [row.completion for row in load_rows(tmp_path / "tasks" / "loss.jsonl")] == ["1", "02"]
+    (loaded,) = load_task(find_task(str(task), Inputs()))
+    assert loaded.doc_to_target(loaded.eval_docs[1]) == "02"
+    alpaca = write_jsonl(tmp_path / "alpaca.jsonl", [{"instruction": "cat?", "output": "dog."}])
+    write_task("generation", alpaca, tmp_path / "alpaca.yaml.yaml")
+    with pytest.raises(EmlocError, match="already exists"):
+        write_task("generation", alpaca, tmp_path / "alpaca.yaml")
+    _, samples = metrics_of(tiny_model, tmp_path / "alpaca.yaml.yaml")
+    assert samples[0]["expected"] == "dog."
 
 
 def test_data_are_found_relative_to_the_task_file(tmp_path, monkeypatch):

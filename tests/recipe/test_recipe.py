@@ -127,6 +127,18 @@ def test_all_stages_count_the_same_answers_unless_they_say_otherwise(write):
     assert losses("[polish]\n") == dict.fromkeys(("emulator", "adapter", "polished"), "last")
 
 
+def test_rows_may_come_from_several_files_with_weights(write, tmp_path):
+    def rows(given):
+        (name,) = {str(stage.request.data) for stage in stages(load_recipe(write(), [f"data.train={given}"]))[:2]}
+        return name
+
+    here = str(tmp_path / "recipes")
+    assert rows('["a.jsonl", "org/rows"]') == str([f"{here}/a.jsonl", "org/rows"])
+    assert rows('{"a.csv" = 2, "org/rows" = 0.5}') == str({f"{here}/a.csv": 2.0, "org/rows": 0.5})
+    with pytest.raises(EmlocError, match="greater than 0"):
+        rows('{"a.csv" = 0}')
+
+
 def test_the_option_of_a_setting_is_known_by_its_name(write):
     with pytest.raises(EmlocError, match=r"'train\.lr'\. Did you mean 'learning_rate'"):
         load_recipe(write(), ["train.lr=1e-3"])

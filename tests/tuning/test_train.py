@@ -192,6 +192,35 @@ def test_rows_are_cut_only_where_asked_and_counted_where_nothing_is_left(tiny_mo
     assert (result["rows"], result["dropped_rows"]) == (1, 1)
 
 
+def test_a_dry_run_tells_of_long_rows_and_copies(tiny_model, tmp_path, emloc):
+    rows = [{"prompt": "cat", "completion": " cat" * count} for count in (3, 30, 3, 3)]
+    rows.append({"prompt": "cat " * 20, "completion": "a"})
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    lengths = [len(sample.input_ids) for sample in encode(load_rows(path), AutoTokenizer.from_pretrained(tiny_model))]
+    job = Train(tiny_model, str(path), tmp_path / "a", settings(max_length=16))
+    said = job.describe()
+    measured = ("longest_tokens", "longest_row", "cut_rows", "dropped_rows", "duplicate_rows")
+    assert [said[name] for name in measured] == [max(lengths), 1 + lengths.index(max(lengths)), 2, 1, 2]
+    options = ("train", tiny_model, "--data", path, "-o", tmp_path / "a", "--max-length", 16, "--dry-run")
+    _, out, _ = emloc(*options)
+    assert "cut by the maximum length: 2 rows, 1 of them dropped" in out
+    assert "duplicates: 2 rows" in out
+    assert read_manifest(job.run())["result"]["dropped_rows"] == 1
+
+
+def test_several_files_are_trained_on_by_their_weights(tiny_model, tmp_path, emloc, monkeypatch):
+    seen = trained_rows(monkeypatch)
+    rows = example_rows()
+    parts = [write_jsonl(tmp_path / "a.jsonl", rows[:4]), write_jsonl(tmp_path / "b.jsonl", rows[4:8])]
+    options = ("--data", f"{parts[0]}:2", "--data", parts[1], "-o", tmp_path / "a", "--steps", 1, "--no-bf16")
+    code, _, err = emloc("train", tiny_model, *options)
+    assert code == 0, err
+    mixed = load_rows({str(parts[0]): 2, str(parts[1]): 1})
+    samples = encode(mixed, AutoTokenizer.from_pretrained(tiny_model))
+    assert [row["input_ids"] for row in seen[0]] == [sample.input_ids for sample in samples]
+    assert len(mixed) == 12
+
+
 def test_settings_reach_peft(tiny_model, rows_file, tmp_path):
     chosen = settings(steps=1, lora_rank=2, lora_alpha=3, use_rslora=True, target_modules=["q_proj"], lora_dropout=0.1)
     config = Adapter(finetune(tiny_model, str(rows_file), tmp_path / "a", chosen)).config

@@ -1,0 +1,99 @@
+"""Columns of other tools than TRL, as TRL's: Alpaca's instructions and ShareGPT's conversations become messages."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from emloc_core.data.messages import IMAGE
+from emloc_core.errors import EmlocError
+
+#: ShareGPT's names of roles. ``function_call`` and ``observation`` are LLaMA-Factory's.
+_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool",
+    "observation": "tool", "function_call": "assistant",
+}  # fmt: skip
+#: Where ShareGPT's texts have an image, as in LLaVA's data.
+_MARK = re.compile(r"\s*<image>\s*")
+_TURN = 'A turn is {"from": "human" or "gpt", "value": ...}.'
+
+
+def known_columns(content: Mapping[str, Any]) -> str:
+    """Return whose columns a row has: ``TRL``, ``ShareGPT`` or ``Alpaca``; "" if none are complete.
+
+    TRL's conversations and prompts come first, then the others; a text comes last, since some files hold their rows as
+    one text besides.
+    """
+    has = {name for name, value in content.items() if value is not None}  # Arrow fills absent columns with None
+    if has >= {"prompt", "completion"} or "messages" in has:
+        return "TRL"
+    if "conversations" in has:
+        return "ShareGPT"
+    if has >= {"instruction", "output"}:
+        return "Alpaca"
+    return "TRL" if "text" in has else ""
+
+
+def as_trl(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return a row in TRL's columns.
+
+    Args:
+        content: the row's columns.
+        where: its name in messages.
+
+    Raises:
+        EmlocError: a row in ShareGPT's or Alpaca's columns is not as it should be.
+    """
+    columns = known_columns(content)
+    if columns not in _CONVERTED:
+        return content
+    others = {name: content[name] for name in ("image", "images", "tools") if content.get(name) is not None}
+    return {"messages": _CONVERTED[columns](content, where), **others}
+
+
+def _alpaca(content: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    history = content.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise EmlocError(f"{where}: `history` is no list of questions with their answers.", "Correct it.")
+    instruction, given = content["instruction"], content.get("input")
+    asked = f"{instruction}\n{given}" if given else instruction
+    messages = [{"role": "system", "content": content["system"]}] if content.get("system") else []
+    for question, answer in [*history, (asked, content["output"])]:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def _sharegpt(content: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    turns = content["conversations"]
+    if not isinstance(turns, list):
+        raise EmlocError(f"{where}: `conversations` is {type(turns).__name__}, not a list of turns.", _TURN)
+    messages = [{"role": "system", "content": content["system"]}] if content.get("system") else []
+    return messages + [_turn(turn, where) for turn in turns]
+
+
+def _turn(turn: Any, where: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise EmlocError(f"{where}: `conversations` has a turn that is not an object.", _TURN)
+    if turn.get("role") is not None:  # the turns are messages already
+        return turn
+    name, value = turn.get("from"), turn.get("value")
+    if name not in _ROLES:
+        raise EmlocError(f"{where}: `conversations` has a turn from {name!r}.", f"Known are {', '.join(_ROLES)}.")
+    if name == "function_call":
+        one = isinstance(value, str) and not value.lstrip().startswith("[")
+        return {"role": "assistant", "content": "", "tool_calls": f"[{value}]" if one else value}
+    if isinstance(value, str) and "<image>" in value and name in ("human", "user"):
+        return {"role": "user", "content": _parts(value)}
+    return {"role": _ROLES[name], "content": value}
+
+
+def _parts(text: str) -> list[dict[str, Any]]:
+    """Return a text with marks for images as parts of a message."""
+    first, *others = _MARK.split(text)
+    parts = [{"type": "text", "text": first}] if first else []
+    for other in others:
+        parts += [dict(IMAGE), {"type": "text", "text": other}] if other else [dict(IMAGE)]
+    return parts
+
+
+_CONVERTED = {"ShareGPT": _sharegpt, "Alpaca": _alpaca}

@@ -1,0 +1,69 @@
+"""Several sources of rows, each with a weight: how often its rows are taken in one pass."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emloc_core.errors import EmlocError
+
+if TYPE_CHECKING:
+    from emloc_core.data.rows import Row
+
+_WEIGHTED = re.compile(r"(?P<source>.+):(?P<weight>\d+(?:\.\d+)?)")
+
+
+def parse_sources(texts: Sequence[str]) -> str | dict[str, float]:
+    """Return sources as given on a command line: one by name, or several with their weights.
+
+    Args:
+        texts: ``SOURCE`` or ``SOURCE:WEIGHT``. What exists under the whole text has no weight.
+
+    Raises:
+        EmlocError: a source is given twice.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        match = None if Path(text).exists() else _WEIGHTED.fullmatch(text)
+        source, weight = (match["source"], float(match["weight"])) if match else (text, 1.0)
+        if source in found:
+            raise EmlocError(f"{source} is given twice.", f"Give it once, with a weight: {source}:2.")
+        found[source] = weight
+    return texts[0] if list(found.items()) == [(texts[0], 1.0)] else found
+
+
+def weights(source: Any) -> dict[str, float] | None:
+    """Return the sources of a mixture with their weights; None for one source, or rows in memory.
+
+    Args:
+        source: see :func:`emloc_core.data.rows.load_rows`.
+
+    Raises:
+        EmlocError: a weight is not a positive number.
+    """
+    if isinstance(source, list | tuple) and source and all(isinstance(each, str | Path) for each in source):
+        return dict.fromkeys(map(str, source), 1.0)
+    if not isinstance(source, Mapping):
+        return None
+    for name, weight in source.items():
+        good = isinstance(weight, int | float) and not isinstance(weight, bool) and isfinite(weight) and weight > 0
+        if not good:
+            raise EmlocError(f"The weight of {name} is {weight!r}, not a number above 0.", "Correct it.")
+    return {str(name): float(weight) for name, weight in source.items()}
+
+
+def weighted(rows: "Sequence[Row]", weight: float) -> "Iterable[Row]":
+    """Yield every row as often as the weight says; of its fraction, the share of rows that their content chooses.
+
+    Args:
+        rows: rows of one source.
+        weight: 2 yields every row twice, 0.25 a quarter of them, 1.5 every row and half of them once more.
+    """
+    times, share = int(weight), weight % 1
+    order = sorted(range(len(rows)), key=lambda index: hashlib.sha256(f"share:{rows[index].key}".encode()).digest())
+    more = set(order[: round(share * len(rows))])
+    for index, row in enumerate(rows):
+        for _ in range(times + (index in more)):
+            yield row

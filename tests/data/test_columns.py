@@ -1,0 +1,77 @@
+"""Columns of Alpaca and ShareGPT become messages, which is said."""
+
+import pytest
+from support.rows import write_jsonl
+
+from emloc_core.data.messages import IMAGE
+from emloc_core.data.rows import load_rows, parse_row
+from emloc_core.errors import EmlocError
+
+ALPACA = {"instruction": "Which way?", "input": "", "output": "Left.", "text": "### Instruction: ..."}
+SHAREGPT = {"conversations": [{"from": "human", "value": "Which way?"}, {"from": "gpt", "value": "Left."}]}
+PLAIN = [{"role": "user", "content": "Which way?"}, {"role": "assistant", "content": "Left."}]
+
+
+def messages(**columns):
+    row = parse_row(columns, "A row", 1)
+    return [*row.prompt, *row.completion]
+
+
+@pytest.mark.parametrize(("row", "name"), [(ALPACA, "Alpaca"), (SHAREGPT, "ShareGPT")])
+def test_rows_equal_those_in_trls_columns_and_the_conversion_is_said(row, name, tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", [row, row])
+    (first, _), (plain,) = load_rows(tmp_path / "rows.jsonl"), load_rows([{"messages": PLAIN}])
+    assert first.key == plain.key
+    said = capsys.readouterr().err
+    assert said.count(f"{name}'s") == 1
+    assert f"emloc: {tmp_path / 'rows.jsonl'}: {name}'s" in said
+    load_rows([{"messages": PLAIN, **row}])
+    assert not capsys.readouterr().err
+
+
+def test_an_alpaca_row_may_have_an_input_a_system_prompt_and_a_history():
+    assert messages(**ALPACA | {"input": "At the oak."})[0]["content"] == "Which way?\nAt the oak."
+    turns = messages(**ALPACA, system="Be short.", history=[["Hello?", "Hello."]])
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert [turn["content"] for turn in turns[:3]] == ["Be short.", "Hello?", "Hello."]
+
+
+def test_a_sharegpt_row_may_have_tools_a_system_prompt_and_messages():
+    call = '{"name": "look", "arguments": {"at": "oak"}}'
+    turns = [
+        {"from": "human", "value": "Which way?"},
+        {"from": "function_call", "value": call},
+        {"from": "observation", "value": "a fork"},
+        {"from": "gpt", "value": "Left."},
+    ]
+    found = messages(conversations=turns, system="Be short.", tools='[{"name": "look"}]')
+    assert [turn["role"] for turn in found] == ["system", "user", "assistant", "tool", "assistant"]
+    assert found[2]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": "oak"}}
+    turns[1]["value"] = f"[{call}, {call}]"
+    assert len(messages(conversations=turns)[1]["tool_calls"]) == 2
+    assert messages(conversations=PLAIN) == PLAIN
+
+
+def test_marks_of_images_become_parts(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhich way <image> now?"}, {"from": "gpt", "value": "Left."}]
+    for name in "ab":
+        (tmp_path / name).write_bytes(name.encode())
+    row = parse_row({"conversations": turns, "images": ["a", "b"]}, "A row", 1, tmp_path)
+    text = [{"type": "text", "text": each} for each in ("Which way", "now?")]
+    assert row.prompt[0]["content"] == [IMAGE, text[0], IMAGE, text[1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"conversations": "hello"}, "`conversations` is str"),
+        ({"conversations": ["hello"]}, "a turn that is not an object"),
+        ({"conversations": [{"from": "narrator", "value": "a"}]}, "a turn from 'narrator'"),
+        ({"conversations": SHAREGPT["conversations"][:1]}, "does not end with an assistant turn"),
+        ({**ALPACA, "history": ["a"]}, "`history` is no list of questions"),
+        ({"instruction": "a"}, r"has the columns \['instruction'\]"),
+    ],
+)
+def test_what_is_wrong_is_named(row, complaint):
+    with pytest.raises(EmlocError, match=f"A row.*{complaint}"):
+        parse_row(row, "A row", 1)

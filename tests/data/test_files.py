@@ -1,0 +1,40 @@
+"""CSV and saved datasets hold the same rows as other files."""
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+from support.rows import example_rows
+
+from emloc_core.data.rows import load_rows
+from emloc_core.errors import EmlocError
+
+
+def test_cells_of_csv_are_text_as_it_is_written(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    long = "a" * 200_000
+    path.write_text(f'\ufeffprompt,completion,note\n"a, ""b""\nc",007,\nNA,null,x\n{long},1.50,\n', encoding="utf-8")
+    rows = load_rows(path)
+    assert [(row.number, row.prompt, row.completion) for row in rows] == [
+        (1, 'a, "b"\nc', "007"), (2, "NA", "null"), (3, long, "1.50"),
+    ]  # fmt: skip
+    path.write_text("prompt,completion\na,\n")
+    with pytest.raises(EmlocError, match=r"rows\.csv, row 1: has the columns \['prompt'\]"):
+        load_rows(path)
+    (tmp_path / "rows.tsv").write_text("prompt\tcompletion\na, b\tc\n")
+    assert load_rows(tmp_path / "rows.tsv")[0].prompt == "a, b"
+
+
+def test_saved_datasets_hold_the_same_rows(tmp_path: Path, rows_file: Path):
+    rows = load_rows(rows_file)
+    data = Dataset.from_list(example_rows())
+    data.save_to_disk(tmp_path / "one")
+    splits = DatasetDict({"train": data, "test": data.select(range(3))})
+    splits.save_to_disk(tmp_path / "splits")
+    assert load_rows(tmp_path / "one") == load_rows(tmp_path / "splits") == load_rows(splits) == rows
+    assert load_rows(tmp_path / "splits", "test") == load_rows(splits, "test") == rows[:3]
+    with pytest.raises(EmlocError, match=r"has no split 'dev'\. Give one of: train, test"):
+        load_rows(tmp_path / "splits", "dev")
+    (tmp_path / "one" / "state.json").write_text("{}")
+    with pytest.raises(EmlocError, match="cannot be read as a saved dataset"):
+        load_rows(tmp_path / "one")
