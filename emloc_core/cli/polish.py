@@ -1,6 +1,5 @@
 """``emloc polish``."""
 
-import warnings
 from typing import Any
 
 import rich_click as click
@@ -28,6 +27,4 @@ def command(dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any
     settings, content = given(PolishSettings, options)
     limits, content = given(ExactSettings, content)
     request = make_request("polish", {**settings, "extra": pairs(extra)}, limits=limits, **content)
-    # PEFT uses an old name in transformers; users cannot fix that.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     run(request, dry_run=dry_run, to_json=as_json)

@@ -1,6 +1,8 @@
 """Code shared by the commands: running a stage with progress, and printing its result."""
 
+import logging
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
@@ -32,6 +34,7 @@ def run(request: Request, *, dry_run: bool, to_json: bool) -> None:
     """Run a stage, or print what it would do, with the result on stdout."""
     from emloc_core.stages import finish, prepare, warnings_of
 
+    _hush()
     job = prepare(request)
     for warning in warnings_of(job):
         click.echo(f"warning: {warning}.", err=True)
@@ -51,6 +54,14 @@ def run(request: Request, *, dry_run: bool, to_json: bool) -> None:
         if isinstance(request, EvaluateRequest) and not to_json:
             _print_scores(request, result)
         announce(result, summary(request, result), to_json=to_json, made_before=made_before)
+
+
+def _hush() -> None:
+    """Silence what libraries say that users cannot act on."""
+    # PEFT uses an old name in transformers.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    # On some processors it asks for a package that fetches compiled code.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def perform(request: str) -> str:

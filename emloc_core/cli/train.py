@@ -1,6 +1,5 @@
 """``emloc train``."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,4 @@ def command(dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any
     settings, content = given(TrainSettings, options)
     limits, content = given(ExactSettings, content)
     request = make_request("train", {**settings, "extra": pairs(extra)}, limits=limits, **content)
-    # PEFT uses an old name in transformers; users cannot fix that.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     run(request, dry_run=dry_run, to_json=as_json)
