@@ -40,7 +40,7 @@ from emloc_core.tuning.dataset import make_dataset, measure
 from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.launcher import require_processes
 from emloc_core.tuning.targets import require_linears
-from emloc_core.tuning.trl import check_extra, lora_config, sft_config
+from emloc_core.tuning.trl import check_extra, counted_tokens_alone, lora_config, sft_config
 
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
@@ -308,7 +308,8 @@ class LoraTrainer(SFTTrainer):
 
     def take_gradients(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the gradients of a step by ordinary forward and backward passes, and return its loss."""
-        return super().training_step(*args, **kwargs)
+        with counted_tokens_alone():
+            return super().training_step(*args, **kwargs)
 
     def cost(self) -> dict[str, Any]:
         """Return costs of the steps besides time and memory, for ``timing.json``."""

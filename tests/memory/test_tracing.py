@@ -10,6 +10,7 @@ import torch
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from support.planned import PICTURED, label, workload, write_config
+from support.rows import write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import emloc_core.memory.model
@@ -66,10 +67,10 @@ def test_logits_are_told_from_activations(tiny_model: Path) -> None:
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("bf16", [True, False])
 def test_a_trace_equals_what_the_trainer_allocates(
-    checkpointing: bool, bf16: bool, tiny_emulator: Path, tiny_model: Path, rows_file: Path, tmp_path: Path,
+    checkpointing: bool, bf16: bool, tiny_emulator: Path, tiny_model: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The trainer's own step, on real tensors, under the same ledger."""
+    """The trainer's own step, on real tensors, under the same ledger; every token counts, as plans assume."""
     seen: list[tuple[tuple[int, ...], int]] = []
     step = LoraTrainer.training_step
 
@@ -85,7 +86,8 @@ def test_a_trace_equals_what_the_trainer_allocates(
 
     monkeypatch.setattr(LoraTrainer, "training_step", followed)
     settings = TrainSettings(steps=2, batch_size=6, gradient_checkpointing=checkpointing, bf16=bf16)
-    Train(tiny_emulator, str(rows_file), tmp_path / "adapter", settings).run()
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "animal: cat, colour: red. " * 8}] * 12)
+    Train(tiny_emulator, str(rows), tmp_path / "adapter", settings).run()
     for (batch, length), real in seen:
         model = MemoryModel(tiny_model / "config.json", Workload(batch, length, 0, settings, "cpu"))
         terms = model.tuning(model.plan(0.6)).terms

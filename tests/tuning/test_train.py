@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from support.killed import kill, run_until_killed
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+from trl.trainer import utils
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.cli.train import command
@@ -129,6 +131,25 @@ def trained_rows(monkeypatch) -> list:
 
     monkeypatch.setattr(stage.LoraTrainer, "train", spy)
     return seen
+
+
+def test_only_tokens_that_count_are_projected_on_the_vocabulary(tiny_model, tmp_path, monkeypatch):
+    projected, apply = [], utils._ChunkedLogProbFunction.apply
+
+    def spy(hidden, *rest):
+        projected.append(len(hidden))
+        return apply(hidden, *rest)
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", spy)
+    rows = write_jsonl(tmp_path / "rows.jsonl", example_rows())
+    one = finetune(tiny_model, str(rows), tmp_path / "one", settings(steps=2))
+    monkeypatch.setattr(stage, "counted_tokens_alone", nullcontext)  # as TRL does without Triton
+    other = finetune(tiny_model, str(rows), tmp_path / "other", settings(steps=2))
+    few, all_tokens = projected[:2], projected[2:]
+    assert max(few) < min(all_tokens)
+    found, expected = (load_file(path / "adapter_model.safetensors") for path in (one, other))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_what_fails_starts_a_line_of_its_own(tiny_model, rows_file, tmp_path, monkeypatch, capfd):
