@@ -9,7 +9,7 @@ from emloc_core.conformance.tiny import TinyModel, labels
 from emloc_core.family import Family
 
 #: Checks of the declaration.
-WHOLE = (declaration.model_types, declaration.names)
+WHOLE = (declaration.model_types, declaration.names, declaration.branches)
 #: Checks of each tiny model, in the order in which problems are best fixed.
 EACH = (
     declaration.builds,

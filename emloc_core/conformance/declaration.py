@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch import nn
 
+from emloc_core.conformance.branches import layouts, other_branches
 from emloc_core.conformance.check import Subject, check, require
+from emloc_core.conformance.inputs import tiny_samples
 from emloc_core.conformance.tiny import TinyModel, on_meta, tiny_config
 from emloc_core.emulator.coverage import undeclared
 from emloc_core.emulator.ranks import LinearPlan, RankPlan, block_paths
@@ -71,6 +73,26 @@ def names(subject: Declaration) -> None:
             if not any(f".{name}".endswith(f".{target}") for name in within)
         ]
     require(problems, "Correct the name, or add a tiny config of a model that has it.")
+
+
+@check(names)
+def branches(subject: Declaration) -> None:
+    """Every switch of a config that changes which Linears share an input has a tiny config for each of its values."""
+    family = subject.declared
+    for model_type in sorted(family.model_types):
+        found = [settings for settings in family.tiny_configs if settings["model_type"] == model_type]
+        make = partial(tiny_samples, family)
+        known = frozenset().union(*(layouts(family, settings, make) for settings in found))
+        for settings in found if known else ():
+            require(
+                [
+                    f"with {switch}, the Linears of a {model_type!r} run in another order, or read other inputs, than "
+                    "in every tiny config"
+                    for switch, _, _ in other_branches(family, settings, make, known)
+                ],
+                "Add a tiny config with that value for every one, and group only Linears that read one input in all of "
+                "them: `emloc families scaffold` drafts both.",
+            )
 
 
 def _within_blocks(model: nn.Module, tower: Tower) -> set[str]:

@@ -29,14 +29,15 @@ def tiny_samples(family: Family, config: Any) -> list[Sample]:
         EmlocError: the config does not say how an image becomes tokens.
     """
     rows = [_text(config, length, seed) for seed, length in enumerate(LENGTHS)]
-    samples = [_sample({"input_ids": ids}, row) for row, ids in enumerate(rows)]
+    samples = [as_sample({"input_ids": ids}, row) for row, ids in enumerate(rows)]
     if family.modality == "text":
         return samples
     make = family.tiny_inputs or image_inputs
-    return [*samples, _sample(make(config), len(samples))]
+    return [*samples, as_sample(make(config), len(samples))]
 
 
-def _sample(inputs: Mapping[str, torch.Tensor], row: int) -> Sample:
+def as_sample(inputs: Mapping[str, torch.Tensor], row: int) -> Sample:
+    """Return the arguments of a forward of one row as a sample."""
     ids = inputs["input_ids"][0].tolist()
     others = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
     return Sample(ids, [1] * len(ids), row + 1, others)

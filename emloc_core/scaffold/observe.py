@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from emloc_core.errors import EmlocError, typed_line
+from emloc_core.scaffold.merge import Block, is_within, merged
 
 ROUTED = "each expert sees only the tokens that are routed to it"
 ROUTER = "routes tokens to experts"
@@ -23,21 +24,6 @@ LISTED = "in a list inside the block, as experts are"
 OTHER = "computes something else than W x + b"
 #: Reasons that a person should look at.
 DOUBTFUL = (UNCALLED, LISTED, OTHER)
-
-
-@dataclass
-class Stack:
-    """One list of blocks, as observed.
-
-    Attributes:
-        path: of the list.
-        groups: paths of Linears within a block; those of one group read the same input. In order of execution.
-        dense: paths within a block of what cannot be compressed, each with the reason.
-    """
-
-    path: str
-    groups: list[list[str]] = field(default_factory=list)
-    dense: dict[str, str] = field(default_factory=dict)
 
 
 def block_lists(model: nn.Module) -> list[str]:
@@ -74,7 +60,7 @@ class Observation:
     Attributes:
         model, lists: as given.
         calls: how often each module was called, by path.
-        stacks: the lists that are stacks of blocks, in order of execution.
+        stacks: the lists that are stacks of blocks, in order of execution, with what holds in all of their blocks.
         interleaved: lists that run in between the blocks of a larger one -> path of that one.
         unreached: the lists that the forward did not reach.
 
@@ -101,14 +87,22 @@ class Observation:
             (path for path, blocks in reached.items() if blocks and path not in self.interleaved),
             key=lambda path: self._order.index(reached[path][0]),
         )
-        self.stacks = [self._stack(path) for path in towers]
+        self.stacks = [merged(path, self.blocks(path)) for path in towers]
 
-    def _blocks(self, path: str) -> list[nn.Module]:
+    def _modules(self, path: str) -> list[nn.Module]:
         return list(self.model.get_submodule(path).children())
 
     @staticmethod
     def _is_block(name: str, path: str) -> bool:
         return name.rpartition(".")[0] == path
+
+    def with_branches(self, others: Sequence["Observation"]) -> None:
+        """Take into the stacks what was observed of the same lists in other branches of the architecture."""
+        seen = [self, *others]
+        self.stacks = [
+            merged(path, [block for one in seen for block in one.blocks(path)])
+            for path in (stack.path for stack in self.stacks)
+        ]
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -152,31 +146,16 @@ class Observation:
                 found[path] = max(around, key=lambda other: sizes[other])
         return found
 
-    def _stack(self, path: str) -> Stack:
-        stack = Stack(path)
-        shared: dict[frozenset[str], list[bool]] = {}
-        order: dict[str, None] = {}
-        for index, block in enumerate(self._blocks(path)):
-            dense = self._dense(f"{path}.{index}", block)
-            stack.dense |= dense
-            linears = self._called_in(f"{path}.{index}")
-            linears = [name for name in linears if not _is_within(name, dense)]
-            order |= dict.fromkeys(linears)
-            inputs = {name: self._inputs[f"{path}.{index}.{name}"] for name in linears}
-            for position, name in enumerate(linears):
-                for other in linears[:position]:
-                    same = inputs[name].shape == inputs[other].shape and torch.equal(inputs[name], inputs[other])
-                    shared.setdefault(frozenset((name, other)), []).append(same)
-        for name in order:
-            if _is_within(name, stack.dense):
-                continue
-            for group in stack.groups:
-                if all(all(shared.get(frozenset((name, other)), [False])) for other in group):
-                    group.append(name)
-                    break
-            else:
-                stack.groups.append([name])
-        return stack
+    def blocks(self, path: str) -> list[Block]:
+        """Return what was observed of every block of a list."""
+        return [self._block(f"{path}.{index}", block) for index, block in enumerate(self._modules(path))]
+
+    def _block(self, at: str, block: nn.Module) -> Block:
+        dense = self._dense(at, block)
+        order = [name for name in self._called_in(at) if not is_within(name, dense)]
+        inputs = {name: self._inputs[f"{at}.{name}"] for name in order}
+        alike = (frozenset(pair) for pair in combinations(order, 2) if _equal(*(inputs[name] for name in pair)))
+        return Block(order, frozenset(alike), dense)
 
     def _called_in(self, block: str) -> list[str]:
         """Return the Linears of a block in order of execution, as paths within it."""
@@ -189,7 +168,7 @@ class Observation:
         experts = dict(_experts(block))
         for name, module in block.named_modules():
             path = f"{at}.{name}"
-            if _is_within(name, dense):
+            if is_within(name, dense):
                 continue
             if name in experts:
                 dense[name] = LISTED if isinstance(module, nn.ModuleList) else ROUTED
@@ -214,8 +193,8 @@ class Observation:
         return OTHER if path in self._odd else None
 
 
-def _is_within(name: str, paths: Mapping[str, str]) -> bool:
-    return any(name == path or name.startswith(f"{path}.") for path in paths)
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _experts(block: nn.Module) -> Iterator[tuple[str, int]]:

@@ -3,6 +3,7 @@
 import copy
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from emloc_core.conformance import check_family
+from emloc_core.conformance.branches import layouts, other_branches
 from emloc_core.conformance.conditions import under_test
+from emloc_core.conformance.inputs import as_sample, tiny_samples
 from emloc_core.conformance.tiny import random_model
+from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.ranks import find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.pretrained import load_config, new_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import deduce
-from emloc_core.scaffold.config_arguments import large_sizes, make_config, not_tiny, plain
+from emloc_core.scaffold.config_arguments import large_sizes, make_config, needed, not_tiny, plain
 from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import Observation, block_lists
 from emloc_core.scaffold.probe import Probe, probes
@@ -68,6 +72,8 @@ class _Scaffold:
             )
         self.tiny = plain(config) if self.model.num_parameters() <= TINY_PARAMETERS else shrink(config)
         self.given, self.probe, self.seen = self._observe(self._tiny_model())
+        self.tinies = [self.tiny]
+        self.seen.with_branches(list(self._branches()))
 
     def _on_meta(self, config: Any) -> PreTrainedModel:
         """Return a model on the meta device, with its buffers: only its modules are looked at."""
@@ -118,6 +124,21 @@ class _Scaffold:
             return name, probe, seen
         raise not_tiny(self.type, "; ".join(failures))
 
+    def _branches(self) -> Iterator[Observation]:
+        """Observe the tiny model with every switch of its config flipped that lays its blocks out otherwise."""
+
+        def samples(config: Any) -> list[Sample]:
+            image = [self.probe.make(config)] if self.probe.make else []
+            family = replace(self.family, modality="text") if self.probe.make or self.given == "text" else self.family
+            return [*tiny_samples(family, config), *(as_sample(inputs, 0) for inputs in image)]
+
+        known = layouts(self.family, self.tiny, samples)
+        for switch, tiny, model in other_branches(self.family, self.tiny, samples, known) if known else ():
+            with suppress(EmlocError):  # it ran on these inputs a moment ago
+                yield Observation(model, self.lists, self.probe.inputs)
+                self.tinies.append(needed(tiny))
+                self.notes.append(f"Note: with {switch} the blocks are laid out otherwise: it has a tiny config.")
+
     def draft(self) -> Draft:
         """Return the declaration."""
         notes = [*self._registered(), *self.notes]
@@ -125,7 +146,7 @@ class _Scaffold:
             self.family,
             towers=deduce.towers(self.seen, notes),
             keep_dense=deduce.dense(self.seen),
-            tiny_configs=[self.tiny],
+            tiny_configs=self.tinies,
             tiny_inputs=self.probe.make,
         )
         family = deduce.with_nested(family, self.config)

@@ -17,6 +17,7 @@ from emloc_core.adapters.adapter import WEIGHTS
 from emloc_core.conformance import check_family, checks
 from emloc_core.conformance.check import check
 from emloc_core.conformance.tuning import Tuned
+from emloc_core.family import Tower
 from emloc_core.memory.model import MemoryModel
 from emloc_core.plugins import manager as plugins
 from emloc_core.plugins.manager import plugin_manager
@@ -55,6 +56,21 @@ def fails(result, message):
     return True
 
 
+_FALCON_GROUPS = [
+    ["self_attention.query_key_value"],
+    ["self_attention.dense"],
+    ["mlp.dense_h_to_4h"],
+    ["mlp.dense_4h_to_h"],
+]
+_FALCON_SIZES = {name: TINY[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+#: Attention and MLP are parallel in one branch, and one after the other in the other.
+FALCON = replace(
+    LLAMA,
+    name="falcon",
+    model_types=frozenset({"falcon"}),
+    towers=[Tower("language", "transformer.h", _FALCON_GROUPS)],
+    tiny_configs=[{"model_type": "falcon", **_FALCON_SIZES, "parallel_attn": True}],
+)
 #: Check -> declarations that it refuses, with what it says.
 DECLARATIONS = [
     ("model-types", replace(ONE, auto_class="AutoModelForCausalLlama"), "no class 'AutoModelForCausalLlama'"),
@@ -67,6 +83,7 @@ DECLARATIONS = [
     ("names", replace(ONE, taps={"model.layers.*.mpl": "input"}), "taps names 'model.layers.*.mpl'"),
     ("names", with_groups(*GROUPS, lora_targets=["q_porj"]), "the LoRA target 'q_porj'"),
     ("names", with_groups(*GROUPS, blocks="model.layer"), "the blocks 'model.layer' of the tower 'language'"),
+    ("branches", FALCON, "with new_decoder_architecture=True, the Linears of a 'falcon' run in another"),
     ("builds", replace(ONE, tiny_configs=[{**TINY, "model_type": "llama", "hidden_size": "wide"}]), "refuses"),
     ("builds", replace(ONE, tiny_configs=[{**TINY, "model_type": "llama", "hidden_act": "sulu"}]), "cannot build"),
     ("builds", replace(INTERNVL, nested={"words_config": "model.language_model"}), "has no words_config"),
@@ -100,6 +117,13 @@ DECLARATIONS = [
 @pytest.mark.parametrize(("name", "family", "message"), DECLARATIONS, ids=lambda value: str(value)[:40])
 def test_a_wrong_declaration_is_found(name, family, message, tmp_path):
     assert fails(CHECKS[name].on(subject_of(family, tmp_path, name)), message)
+
+
+def test_a_tiny_config_for_every_branch_is_enough(tmp_path):
+    serial = {**FALCON.tiny_configs[0], "parallel_attn": False}
+    family = replace(FALCON, tiny_configs=[*FALCON.tiny_configs, serial])
+    result = CHECKS["branches"].on(subject_of(family, tmp_path, "branches"))
+    assert result.passed, str(result)
 
 
 def test_towers_in_the_wrong_order_are_found(tmp_path):
@@ -334,14 +358,14 @@ def test_the_command_lists_what_fails_and_exits_with_1(emloc):
     with plugin_manager().declaring(replace(with_groups(*GROUPS[:3]), name="halved")):
         code, out, err = emloc("families", "check", "halved")
     assert code == 1
-    assert "halved, all: 1 of 2 checks passed" not in out
+    assert "halved, all: 3 of 3 checks passed" in out
     assert "halved, llama: 1 of 13 checks passed" in out
     assert "FAILED linears: model.layers.0.mlp.down_proj is a Linear that is neither" in out
     assert "or to keep_dense with the reason" in out
     blocked = [check.name for check in checks.EACH[2:]]  # all that need it, in one line
     assert f"  Not run, since checks that they depend on failed: {', '.join(blocked)}.\n" in out
     assert out.count("Not run") == out.count("FAILED") == 1
-    assert "12 of 15 checks failed" in err
+    assert "12 of 16 checks failed" in err
 
 
 def test_the_command_speaks_json(emloc):
@@ -359,7 +383,7 @@ def test_a_family_without_tiny_configs_fails(emloc):
         code, out, err = emloc("families", "check", "bare")
     assert code == 1
     assert "no tiny config is of the model type 'llama'" in out
-    assert "2 of 2 checks failed" in err
+    assert "3 of 3 checks failed" in err
 
 
 def test_an_unknown_family_or_none_is_refused(emloc):
@@ -377,8 +401,8 @@ def test_all_means_every_installed_family(emloc, monkeypatch):
     code, out, _ = emloc("families", "check", "--all")
     assert code == 1
     assert [line for line in out.splitlines() if "checks passed" in line] == [
-        "one, all: 0 of 2 checks passed",
-        "two, all: 0 of 2 checks passed",
+        "one, all: 0 of 3 checks passed",
+        "two, all: 0 of 3 checks passed",
     ]
 
 
@@ -395,7 +419,7 @@ def test_a_plugins_tests_are_one_a_check_and_say_how_to_mend(pytester):
         """
     )
     result = pytester.runpytest_inprocess("-v", "-p", "no:cacheprovider", "-k", "mistral-builds or mistral-linears")
-    result.assert_outcomes(passed=1, failed=1, deselected=39)
+    result.assert_outcomes(passed=1, failed=1, deselected=40)
     result.stdout.fnmatch_lines(
         [
             "*test_mine?mistral-builds? PASSED*",

@@ -18,6 +18,7 @@ from emloc_core.conformance import check_family
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.scaffold import merge
 from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import GATE, LISTED, OTHER, ROUTED, ROUTER, UNCALLED, Observation, block_lists
 from emloc_core.scaffold.scaffold import _empty_family, check_draft, scaffold
@@ -69,6 +70,40 @@ def test_the_kit_accepts_the_draft_without_an_edit(save, model_type):
     assert len(results) > 10
     assert [f"{result.check}: {result}" for result in results if not result.passed] == []
     assert not [note for note in draft.notes if note.startswith("Edit")]
+
+
+SWITCHES = [
+    ("falcon", "parallel_attn", True),
+    ("falcon", "parallel_attn", False),
+    ("stablelm", "use_parallel_residual", True),
+]
+
+
+@pytest.mark.parametrize(("model_type", "switch", "value"), SWITCHES)
+def test_every_branch_of_an_architecture_is_observed_and_has_a_tiny_config(save, model_type, switch, value):
+    draft = scaffold(save(model_type, **{switch: value}))
+    family = declared(draft)
+    (tower,) = family.towers
+    first, following = tower.input_groups[0], list(tower.input_groups[1:])
+    assert not [path for path in first if path.startswith("mlp.")]  # it reads another input in one of the branches
+    assert [group[0].partition(".")[0] for group in following] == [first[0].partition(".")[0], "mlp", "mlp"]
+    assert len(family.tiny_configs) == 2
+    assert any(note.startswith("Note: with ") for note in draft.notes)
+    assert [f"{result.check}: {result}" for result in check_family(family) if not result.passed] == []
+
+
+def test_groups_of_all_kinds_of_block_stand_as_they_run():
+    """Attention and convolution never run in one block; the feed-forward Linears run behind either."""
+    alike = frozenset({frozenset(("w1", "w3")), frozenset(("q", "k"))})
+    convolution = merge.Block(["in_proj", "w1", "w3", "w2"], alike, {})
+    attention = merge.Block(["q", "k", "o", "w1", "w3", "w2"], alike, {})
+    stack = merge.merged("layers", [convolution, attention])
+    assert stack.groups == [["in_proj"], ["q", "k"], ["o"], ["w1", "w3"], ["w2"]]
+    parallel = merge.Block(["q", "k", "w1"], alike | {frozenset(pair) for pair in (("q", "w1"), ("k", "w1"))}, {})
+    serial = merge.Block(["q", "k", "w1"], alike, {"o": "dense in this one"})
+    stack = merge.merged("layers", [parallel, serial, attention])
+    assert stack.groups == [["q", "k"], ["w1", "w3"], ["w2"]]
+    assert stack.dense == {"o": "dense in this one"}
 
 
 @pytest.mark.parametrize("model_type", TEXT)

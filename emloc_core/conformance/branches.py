@@ -1,0 +1,158 @@
+"""Branches of an architecture: switches of its config that change which Linears run, in what order, on what input.
+
+Attention and MLP that run in parallel read one input; one after the other, they read two. Input groups that were
+observed in one branch are wrong in the other, so every branch needs a tiny config.
+"""
+
+import ast
+import copy
+import inspect
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_core.conformance.tiny import random_model, tiny_config
+from emloc_core.data.tokenize import Sample
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+from emloc_core.model.hooks import forward_hooks
+
+#: Of every distinct block: the path of its list, and its Linears by the input that they read, in order of execution.
+Layout = frozenset[tuple[str, tuple[frozenset[str], ...]]]
+
+_BLOCK = re.compile(r"(.*?)\.(\d+)\.(.+)")
+#: Switches that change no module and no order.
+_IGNORED = re.compile(r"_.*|use_cache|output_\w+|return_\w+|tie_\w+|is_\w+|add_cross_attention|\w*deprecated\w*")
+
+
+def layout(model: nn.Module, samples: Sequence[Sample]) -> Layout:
+    """Return how the blocks of a model are laid out, as forwards of the samples show it.
+
+    Args:
+        model: in eval mode, with weights.
+        samples: what it is run on, one after the other.
+
+    Raises:
+        Exception: whatever the model's own code raises.
+    """
+    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def watching(path: str) -> Callable[..., None]:
+        return lambda _module, args, _output: seen[path].extend(tensor.clone() for tensor in args[:1])
+
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    with forward_hooks((module, watching(path)) for path, module in linears.items()), torch.no_grad():
+        for sample in samples:
+            model(**sample.inputs("cpu"), use_cache=False)
+    blocks: dict[tuple[str, str], list[list[str]]] = defaultdict(list)
+    for path, inputs in seen.items():
+        match = _BLOCK.fullmatch(path)
+        if match is None or re.search(r"\.\d+\.", match[3]):  # experts in a list run as tokens are routed
+            continue
+        groups = blocks[match[1], match[2]]
+        block = path.removesuffix(match[3])
+        group = next((group for group in groups if _alike(inputs, seen[block + group[0]])), None)
+        if group is None:
+            groups.append([match[3]])
+        else:
+            group.append(match[3])
+    return frozenset((name, tuple(map(frozenset, groups))) for (name, _), groups in blocks.items())
+
+
+def _alike(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+def other_branches(
+    family: Family, settings: Mapping[str, Any], make_samples: Callable[[Any], Sequence[Sample]], known: Layout
+) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Flip every switch of a tiny config that the model's code reads, and yield those that make another layout.
+
+    Args:
+        family: says how models are built.
+        settings: the tiny config, as keyword arguments of ``AutoConfig.for_model``.
+        make_samples: returns what a model of a config is run on.
+        known: the layouts that have a tiny config; a branch that is like one before it is left out.
+
+    Yields:
+        The switch as ``section.name=value``, the tiny config with it, and its model. Switches with which transformers
+        refuses the config, or the model does not run, are left out.
+    """
+    config = tiny_config(settings)
+    model = random_model(family, config)
+    for path, value in _switches(config.to_dict(), model):
+        with suppress(Exception):  # an unknown model's code, on a value that nobody vouches for
+            flipped = _with(settings, path, value)
+            other = tiny_config(flipped)
+            changed = random_model(family, other)
+            found = layout(changed, make_samples(other))
+            if not found <= known:
+                known |= found
+                yield f"{'.'.join(path)}={value!r}", flipped, changed
+
+
+def _switches(content: Mapping[str, Any], model: nn.Module) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the path and another value of every boolean, and every name, that the model's code decides by."""
+    modules = {type(module).__module__ for module in model.modules()} - {"torch"}
+    reads: dict[str, set[str]] = defaultdict(set)
+    for module in sorted(modules):
+        if module.startswith("transformers.models."):
+            for name, values in _reads(module).items():
+                reads[name] |= values
+    for path, value in _leaves(content):
+        if path[-1] not in reads or _IGNORED.fullmatch(path[-1]):
+            continue
+        if isinstance(value, bool):
+            yield path, not value
+        elif isinstance(value, str):
+            yield from ((path, other) for other in sorted(reads[path[-1]] - {value}))
+
+
+def _leaves(content: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in content.items():
+        if isinstance(value, Mapping) and "model_type" in value:
+            yield from _leaves(value, (*at, str(name)))
+        else:
+            yield (*at, str(name)), value
+
+
+@cache
+def _reads(module: str) -> dict[str, set[str]]:
+    """Return the fields of a config that a module's code reads, each with the names that it compares the field with."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
+        if isinstance(node, ast.Attribute) and _is_config(node.value):
+            found[node.attr] |= set()
+        elif isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and _is_config(node.left.value):
+            literals = (part for each in node.comparators for part in ast.walk(each) if isinstance(part, ast.Constant))
+            found[node.left.attr] |= {part.value for part in literals if isinstance(part.value, str)}
+    return dict(found)
+
+
+def _is_config(node: ast.expr) -> bool:
+    """Say whether an expression is ``config``, or an attribute of that name."""
+    return getattr(node, "id", getattr(node, "attr", "")) == "config"
+
+
+def _with(settings: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(dict(settings))
+    section = changed
+    for name in path[:-1]:
+        section = section.setdefault(name, {})
+    section[path[-1]] = value
+    return changed
+
+
+def layouts(family: Family, settings: Mapping[str, Any], make_samples: Callable[[Any], Sequence[Sample]]) -> Layout:
+    """Return the layout of a tiny config's model; empty where it does not run, which other checks tell."""
+    with suppress(EmlocError, ValueError, TypeError, IndexError, KeyError, RuntimeError):
+        config = tiny_config(settings)
+        return layout(random_model(family, config), make_samples(config))
+    return frozenset()
