@@ -24,7 +24,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.model.hooks import forward_hooks
 
-#: Of every distinct block: the path of its list, and its Linears by the input that they read, in order of execution.
+#: The path of each distinct block's list, and its Linears by the input that they read, in order of execution.
 Layout = frozenset[tuple[str, tuple[frozenset[str], ...]]]
 
 _BLOCK = re.compile(r"(.*?)\.(\d+)\.(.+)")

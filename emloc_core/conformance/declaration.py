@@ -15,6 +15,7 @@ from emloc_core.emulator.ranks import LinearPlan, RankPlan, block_paths
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.files.pretrained import auto_class
+from emloc_core.model.weight_reads import read_without_call
 
 
 class Declaration(Subject):
@@ -141,6 +142,15 @@ def linears(subject: TinyModel) -> None:
             for blocks, path in _never_compressed(subject.plan)
         ],
         "Take it out of one of them.",
+    )
+    read = read_without_call(subject.meta)
+    require(
+        [
+            f"{read[linear.path]} reads the weight of {linear.path} without calling it, and would get a factor instead"
+            for linear in subject.plan.candidates
+            if linear.path in read
+        ],
+        "List it in keep_dense: a kernel that takes the weight may run on a GPU alone, or in training alone.",
     )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from emloc_core.errors import EmlocError, typed_line
+from emloc_core.model.weight_reads import read_without_call
 from emloc_core.scaffold.merge import Block, is_within, merged
 
 ROUTED = "each expert sees only the tokens that are routed to it"
@@ -20,6 +21,7 @@ ROUTER = "routes tokens to experts"
 GATE = "a gate of a single output"
 CONV1D = "a Conv1D, which keeps its weight transposed: no nn.Linear"
 UNCALLED = "its weight is used without calling it, or this forward did not reach it"
+READ = "its weight is read without calling it, as for a fused kernel, which would get a factor instead"
 LISTED = "in a list inside the block, as experts are"
 OTHER = "computes something else than W x + b"
 #: Reasons that a person should look at.
@@ -75,6 +77,7 @@ class Observation:
         self._order: list[str] = []
         self._inputs: dict[str, torch.Tensor] = {}
         self._odd: set[str] = set()
+        self._read = read_without_call(model)
         with self._watching(), torch.no_grad():
             try:
                 model(**inputs, use_cache=False)
@@ -188,6 +191,8 @@ class Observation:
             return GATE
         if self.calls[path] == 0:
             return UNCALLED
+        if path in self._read:
+            return READ
         if self.calls[path] > 1:
             return f"runs {self.calls[path]} times a forward"
         return OTHER if path in self._odd else None

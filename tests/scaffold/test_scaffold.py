@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from emloc_core.family import Family
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import merge
 from emloc_core.scaffold.draft import Draft
-from emloc_core.scaffold.observe import GATE, LISTED, OTHER, ROUTED, ROUTER, UNCALLED, Observation, block_lists
+from emloc_core.scaffold.observe import GATE, LISTED, OTHER, READ, ROUTED, ROUTER, UNCALLED, Observation, block_lists
 from emloc_core.scaffold.scaffold import _empty_family, check_draft, scaffold
 from emloc_core.scaffold.shrink import shrink
 
@@ -176,6 +177,23 @@ def test_a_weight_that_is_used_without_a_call_stays_dense(save):
     draft = scaffold(save("mamba"))
     assert draft.family.keep_dense["backbone.layers.*.mixer.dt_proj"] == UNCALLED
     assert any(note.startswith("Check") and "dt_proj" in note for note in draft.notes)
+
+
+def test_a_weight_that_a_kernel_takes_stays_dense(save):
+    """In training on a GPU alone, which no forward here shows."""
+    settings = {"time_step_limit": [0.0, 100.0], "attn_layer_indices": [1]}
+    draft = scaffold(save("bamba", **settings))
+    assert draft.family.keep_dense["model.layers.*.mamba.out_proj"] == READ
+    (tower,) = draft.family.towers
+    assert [group[0] for group in tower.input_groups] == [
+        "mamba.in_proj", "self_attn.q_proj", "self_attn.o_proj", "feed_forward.gate_proj", "feed_forward.down_proj",
+    ]  # fmt: skip
+    grouped = replace(tower, input_groups=[tower.input_groups[0], ["mamba.out_proj"], *tower.input_groups[1:]])
+    kept = {name: why for name, why in draft.family.keep_dense.items() if why != READ}
+    (failed,) = [result for result in check_family(replace(draft.family, towers=[grouped], keep_dense=kept))
+                 if not (result.passed or result.blocked)]  # fmt: skip
+    assert failed.check == "linears"
+    assert "BambaMixer reads the weight of model.layers.0.mamba.out_proj without calling it" in failed.message
 
 
 def test_what_the_kit_finds_wrong_is_named(save):

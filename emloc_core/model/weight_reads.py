@@ -1,0 +1,73 @@
+"""Finds Linears whose weight some module's code reads without calling them, as it does to hand it to a fused kernel.
+
+On an emulator such code would read a factor in place of the weight. A forward on a CPU need not show it: the kernel may
+be for a GPU, or for training alone. So the source is read, not run.
+"""
+
+import ast
+import inspect
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+
+from torch import nn
+
+#: Attributes of a weight that do not depend on what it holds.
+_HARMLESS = {"dtype", "device", "shape", "size", "ndim", "requires_grad", "is_meta"}
+#: Methods that run before the weights are there.
+_BEFORE = re.compile(r"__init__|_?init_weights|_?initialize_weights|reset_parameters|tie_weights|from_config")
+
+
+def read_without_call(model: nn.Module) -> dict[str, str]:
+    """Return the paths of Linears whose weight a module around them reads, each with the name of that module's class.
+
+    Args:
+        model: meta tensors suffice.
+    """
+    found: dict[str, str] = {}
+    linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for path, module in model.named_modules():
+        for kind in type(module).__mro__:
+            for inner in _reads(kind) if kind not in (nn.Module, nn.Linear, object) else ():
+                name = f"{path}.{inner}" if path else inner
+                if name in linears:
+                    found[name] = type(module).__name__
+    return found
+
+
+def _reads(kind: type) -> frozenset[str]:
+    """Return the paths of the modules within one of this class whose ``weight`` the class reads."""
+    return _module_reads(kind.__module__).get(kind.__qualname__, frozenset())
+
+
+@cache
+def _module_reads(module: str) -> dict[str, frozenset[str]]:
+    """Return for every class of a module what it reads; see :func:`_reads`. Nothing where there is no source."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, KeyError):
+        return {}
+    found: dict[str, set[str]] = defaultdict(set)
+    for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for method in kind.body:
+            if isinstance(method, ast.FunctionDef) and not _BEFORE.fullmatch(method.name):
+                found[kind.name].update(_weights(method))
+    return {name: frozenset(paths) for name, paths in found.items()}
+
+
+def _weights(method: ast.FunctionDef) -> Iterator[str]:
+    """Yield ``a.b`` for every ``self.a.b.weight`` of a method, except where only its dtype or the like is asked for."""
+    harmless: set[ast.AST] = set()
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and node.attr in _HARMLESS:
+            harmless.add(node.value)
+        elif (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr")
+        ):
+            harmless.update(node.args)
+        elif isinstance(node, ast.Attribute) and node.attr == "weight" and node not in harmless:
+            first, _, path = ast.unparse(node.value).partition(".")
+            if first == "self" and re.fullmatch(r"[\w.]+", path):
+                yield path
