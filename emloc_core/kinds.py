@@ -51,12 +51,14 @@ class Kind(ABC):
         name: of the kind.
         has_ranks: whether a Linear becomes factors of some rank, fitted to calibration rows. If not, its weight alone
             says what becomes of it, and the settings of ranks mean nothing.
+        has_experts: whether fused experts become factors too; otherwise they stay dense.
         can_be_cut: whether emulators of any ratio can be cut from spectra.
         calibration: what factors are fitted to where the user does not say.
     """
 
     name: str
     has_ranks: bool = True
+    has_experts: bool = False
     can_be_cut: bool = False
     calibration: Literal["base", "propagated"] = "base"
 
@@ -129,7 +131,7 @@ class LowRank(Kind):
     """Factors in the dtype of the base."""
 
     name = "low-rank"
-    can_be_cut = True
+    has_experts = can_be_cut = True
 
     def keys(self, weight: str) -> list[str]:
         """U replaces the weight, V is beside it."""

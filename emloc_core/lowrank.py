@@ -1,9 +1,10 @@
-"""The low-rank Linear, and its integration into transformers.
+"""The low-rank Linear, and the integration of low-rank modules into transformers.
 
 After ``import emloc_core.lowrank``, ``AutoModel...from_pretrained`` loads an emulator like any other checkpoint:
-its config has a ``quantization_config`` of method ``emloc`` with the rank of every factorised Linear.
+its config has a ``quantization_config`` of method ``emloc`` with the rank of everything that is factorised.
 """
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emloc_core.algorithms import fourbit
 from emloc_core.errors import EmlocError
+from emloc_core.experts import LowRankExperts, is_stack
 
 METHOD = "emloc"
 #: Of factors as they are, and of factors in four bits, which older readers refuse.
@@ -130,17 +132,22 @@ LAYERS: dict[int, type[LowRankLinear] | type[FourBitLowRankLinear]] = {
 
 
 def replace_linears(model: nn.Module, ranks: dict[str, int], format_version: int = FORMAT_VERSION) -> None:
-    """Replace Linears with empty low-rank modules of the given ranks, on the same devices.
+    """Replace Linears, and stacks of experts, with empty low-rank modules of the given ranks, on the same devices.
 
     Args:
         model: is changed.
-        ranks: by module path.
+        ranks: by path of the Linear, or of the stack.
         format_version: of the factors; see :data:`LAYERS`.
 
     Raises:
         EmlocError: the model has no Linear at one of the paths.
     """
+    experts: dict[str, dict[str, int]] = defaultdict(dict)
     for path, rank in ranks.items():
+        if is_stack(model, path):
+            owner, _, name = path.rpartition(".")
+            experts[owner][name] = rank
+            continue
         try:
             linear = model.get_submodule(path)
         except AttributeError:
@@ -156,13 +163,19 @@ def replace_linears(model: nn.Module, ranks: dict[str, int], format_version: int
             layer.requires_grad_(linear.weight.requires_grad)
         layer.train(linear.training)
         model.set_submodule(path, layer)
+    for path, of in experts.items():
+        model.set_submodule(path, LowRankExperts(model.get_submodule(path), of))
+
+
+#: First parts of the names of factors in their modules.
+_FACTORS = ("weight", "weight_scales", "U", "V", "V_scales")
 
 
 class EmlocConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of an emulator.
 
     Args:
-        ranks: rank of the factors by module path.
+        ranks: rank of the factors by path of the Linear, or of the stack of experts.
         format_version: version of this format; see :data:`LAYERS`.
     """
 
@@ -187,18 +200,17 @@ class EmlocQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         replace_linears(model, self.quantization_config.ranks, self.quantization_config.format_version)
         # Uninitialised memory would pass for a factor: remember the parameters, to find those that were not loaded.
-        for path in self.quantization_config.ranks:
-            layer = model.get_submodule(path)
-            factors = {name: part for name, part in layer.named_parameters() if name != "bias"}
-            layer.emloc_unloaded = factors  # type: ignore[assignment]
+        for _path, layer in _factored(model):
+            parts = {name: part for name, part in layer.named_parameters() if name.partition(".")[0] in _FACTORS}
+            layer.emloc_unloaded = parts  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        for path in self.quantization_config.ranks:
-            layer = model.get_submodule(path)
+        for path, layer in _factored(model):
             unloaded: Any = layer.emloc_unloaded
             del layer.emloc_unloaded
             for name, before in unloaded.items():
-                if getattr(layer, name) is before or not getattr(getattr(layer, name), "_is_hf_initialized", False):
+                now = layer.get_parameter(name)
+                if now is before or not getattr(now, "_is_hf_initialized", False):
                     raise EmlocError(f"The emulator lacks {path}.{name}.", "Make the emulator again.", code="damaged")
 
     def is_serializable(self) -> bool:
@@ -211,11 +223,15 @@ class EmlocQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        for path in self.quantization_config.ranks:
-            layer = model.get_submodule(path)
-            assert isinstance(layer, LowRankLinear | FourBitLowRankLinear)
+        for path, layer in _factored(model):
             model.set_submodule(path, layer.dense().to(dtype))
         return model
+
+
+def _factored(model: nn.Module) -> list[tuple[str, LowRankLinear | FourBitLowRankLinear | LowRankExperts]]:
+    """Return the modules of a model that hold factors, with their paths."""
+    kinds = (LowRankLinear, FourBitLowRankLinear, LowRankExperts)
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be imported again under another name

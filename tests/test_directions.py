@@ -8,6 +8,7 @@ from support.paths import ROOT
 FLOORS = [
     ["errors", "family", "lifetime"],
     ["units", "settings", "layout", "algorithms", "process"],
+    ["experts"],
     ["lowrank"],
     ["kinds", "requests", "files", "hookspecs"],
     ["data", "report"],

@@ -114,7 +114,7 @@ def linears(subject: TinyModel) -> None:
     family = subject.family
     try:
         blocks = block_paths(subject.meta, family)
-        left = undeclared(subject.meta, family, subject.plan.linears)
+        left = undeclared(subject.meta, family, subject.plan.planned)
     except EmlocError as error:
         raise EmlocError(
             str(error.args[0]),

@@ -23,7 +23,7 @@ from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.pack import pack_blocks
 from emloc_core.emulator.ranks import RankPlan, allocated, block_paths, find_linears
 from emloc_core.emulator.sensitivity import PROBES
-from emloc_core.emulator.spectra import KIND, Spectra, SpectraFiles, at_largest_ranks
+from emloc_core.emulator.spectra import KIND, NO_EXPERTS, Spectra, SpectraFiles, at_largest_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
@@ -86,6 +86,8 @@ class Compress:
                 "Use --calibration base, or leave out --keep-spectra.",
             )
         found = find_linears(self.skeleton.model, self.family)
+        if why := self._why_no_experts(spectra is not None):
+            found = found.without_experts(why)
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
         self.blocks = block_paths(self.skeleton.model, self.family)
         allocate = uniform if self.ranks_by_spectra else self.allocate
@@ -102,6 +104,14 @@ class Compress:
         self._encode(self.rows.selection, processing)
         self._path, self._spectra_path = output, spectra
         self._files = Inputs(output.resolve().parent)
+
+    def _why_no_experts(self, keeps_spectra: bool) -> str | None:
+        """Return why fused experts stay dense, or None."""
+        if not self.kind.has_experts:
+            return f"the kind {self.settings.kind!r} is for Linears alone"
+        if self.calibration == "propagated":
+            return "error-propagating calibration is for Linears alone"
+        return NO_EXPERTS if keeps_spectra or self.ranks_by_spectra else None
 
     @cached_property
     def output(self) -> Output:

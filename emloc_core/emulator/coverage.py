@@ -48,7 +48,7 @@ class Coverage:
 
     Attributes:
         family: name of the family.
-        compressible: share of the parameters that are weights of Linears without a reason to stay dense.
+        compressible: share of the parameters that are weights of Linears and experts without a reason to stay dense.
         undeclared: Linears and fused experts that are neither in an input group nor kept dense, the largest first.
         dense: everything that is not compressible, the largest first.
     """
@@ -93,16 +93,17 @@ def coverage(model: nn.Module, family: Family, plan: RankPlan) -> Coverage:
     for name, parameter in model.named_parameters():
         sizes[name.rpartition(".")[0]] += parameter.numel()
         total += parameter.numel()
-    compressed = {linear.path for linear in plan.candidates}
-    held = sum(linear.out_features * linear.in_features for linear in plan.candidates)
+    experts = [each for each in plan.experts if each.reason is None]
+    compressed = {linear.path for linear in plan.candidates} | {each.group[0] for each in experts}
+    held = sum(each.numbers for each in (*plan.candidates, *experts))
     rest = {path: size for path, size in sizes.items() if path not in compressed}
-    open_ = {path: sizes.get(path, 0) for path in undeclared(model, family, plan.linears)}
+    open_ = {path: sizes.get(path, 0) for path in undeclared(model, family, plan.planned)}
     return Coverage(family.name, held / total if total else 0.0, _parts(open_, total), _parts(rest, total))
 
 
 def undeclared(model: nn.Module, family: Family, planned: Sequence[LinearPlan]) -> list[str]:
     """Return the paths of Linears and of fused experts that are in no input group and kept dense by no pattern."""
-    known = {linear.path for linear in planned}
+    known = {path for each in planned for path in (each.path, *each.group)}
     return [path for path in _weights(model) if path not in known and not is_kept(path, family)]
 
 

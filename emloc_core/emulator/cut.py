@@ -8,7 +8,7 @@ from emloc_core.data.rows import copy_kept_rows
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.decompose import Progress
 from emloc_core.emulator.files import EmulatorFiles
-from emloc_core.emulator.ranks import RankPlan, allocated, block_paths, find_linears
+from emloc_core.emulator.ranks import RankPlan, allocated, block_paths, find_linears, planned_bytes
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
@@ -109,18 +109,16 @@ def describe_emulator(
     base: Checkpoint, family: Family, plan: RankPlan, skeleton: Skeleton, output: Path, kind: Kind
 ) -> dict[str, Any]:
     """Return what is known about an emulator before it is made, as JSON values."""
-    replaced = [linear for linear in plan.linears if linear.rank is not None]
-    before = sum(linear.out_features * linear.in_features for linear in replaced) * skeleton.dtype.itemsize
-    after = sum(
-        kind.nbytes((linear.out_features, linear.in_features), linear.rank or 0, skeleton.dtype) for linear in replaced
-    )
+    replaced = [each for each in plan.planned if each.rank is not None]
+    before = sum(each.numbers for each in replaced) * skeleton.dtype.itemsize
+    after = sum(planned_bytes(each, kind, skeleton.dtype) for each in replaced)
     return {
         "output": str(output),
         "family": family.name,
         "base": str(base.directory),
         "base_bytes": base.nbytes,
         "emulator_bytes": base.nbytes - before + after,
-        "linears": [linear.describe() for linear in plan.linears],
+        "linears": [each.describe() for each in plan.planned],
         "kept_dense": [vars(kept) for kept in plan.kept],
         "summary": plan.lines(),
     }

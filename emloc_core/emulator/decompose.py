@@ -14,13 +14,14 @@ import torch
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.tokenize import Sample
+from emloc_core.emulator.experts import ExpertStatistics
 from emloc_core.emulator.propagation import Pairs, emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan, block_paths
 from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.emulator.shared_inputs import require_shared_inputs
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.model.hooks import tapped
+from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.lockstep import Forward
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream
@@ -37,8 +38,9 @@ class Store(Protocol):
     def is_written(self, block: str) -> bool:
         """Return whether a block's factors have been written."""
 
-    def write(self, block: str, factors: Mapping[str, Factors], sensitivities: Mapping[str, float]) -> None:
-        """Store the factors of a block's Linears, by module path; empty for a block that no row passes through.
+    def write(self, block: str, factors: Mapping[str, Any], sensitivities: Mapping[str, float]) -> None:
+        """Store the factors of a block's Linears, by module path, and of its stacks of experts, by path
+        (:class:`~emloc_core.emulator.experts.StackedFactors`); empty for a block that no row passes through.
 
         Sensitivities are given if they were requested; see :mod:`emloc_core.emulator.sensitivity`.
         """
@@ -139,14 +141,17 @@ class Decomposition:
             unit = self.skeleton.model.get_submodule(block)
             modules = {path: self.skeleton.model.get_submodule(path) for path in tapping}
             calls = [self._call(sample) for sample in self.stream.here[:probes]]
-            with tapped(modules, tapping, sink):
+            experts = self._experts(block)
+            with tapped(modules, tapping, sink), forward_hooks((each.experts, each.hook) for each in experts):
                 yield
             factors = {
                 linear.path: self._factors(linear, self._weight(linear.path), grams[linear.path])
                 for linear in planned
                 if grams[linear.path].tokens
             }
-            store.write(block, factors, sensitivities(unit, calls, factors, self._answering) if calls else {})
+            disturbances = sensitivities(unit, calls, factors, self._answering) if calls else {}
+            stacked = {path: of for each in experts for path, of in each.factors(self._factors).items()}
+            store.write(block, {**factors, **stacked}, disturbances)
         self._report(block)
 
     @contextmanager
@@ -177,6 +182,14 @@ class Decomposition:
                 code="plugin",
             )
         return found
+
+    def _experts(self, block: str) -> list[ExpertStatistics]:
+        def blame(error: EmlocError, path: str) -> EmlocError:
+            return self._blame(error, path, self.stream.sample)
+
+        model, rows, device = self.skeleton.model, len(self.stream.here), self.skeleton.device
+        planned = self.plan.experts_in_block(block)
+        return [ExpertStatistics(model.get_submodule(path), of, rows, device, blame) for path, of in planned.items()]
 
     def _call(self, sample: int) -> Arguments:
         with self.stream.arguments(sample) as arguments:

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from emloc_core.algorithms.factorize import Factors
+from emloc_core.emulator.experts import StackedFactors
 from emloc_core.emulator.propagation import Pairs
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.errors import EmlocError
+from emloc_core.experts import factor_names
 from emloc_core.files.checkpoint import INDEX, Checkpoint
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
@@ -53,11 +55,19 @@ class EmulatorFiles:
         """Return whether a block's shard exists."""
         return self._shard(block).exists()
 
-    def write(self, block: str, factors: Mapping[str, Factors | Weight], _sensitivities: Mapping[str, float]) -> None:
-        """Write what stands in for the weights of a block's Linears, by module path, and the error of each."""
+    def write(
+        self,
+        block: str,
+        factors: Mapping[str, Factors | Weight | StackedFactors],
+        _sensitivities: Mapping[str, float],
+    ) -> None:
+        """Write what stands in for the weights of a block's Linears and experts, by path, and the error of each."""
         tensors: dict[str, torch.Tensor] = {}
         for path, found in factors.items():
-            tensors.update(self.kind.pack(self.keys[path], found, self._dtype(path)))
+            if isinstance(found, StackedFactors):
+                tensors.update(zip(factor_names(path), (found.u, found.v), strict=True))
+            else:
+                tensors.update(self.kind.pack(self.keys[path], found, self._dtype(path)))
         errors = {path: found.relative_error() for path, found in factors.items()}
         write_shard(self._shard(block), dict(sorted(tensors.items())), {_ERRORS: json.dumps(errors)})
 
@@ -107,7 +117,7 @@ class EmulatorFiles:
             "bytes": {"base": self.base.nbytes, "emulator": Checkpoint(self.staging).nbytes},
             "tokens": tokens,
             CONTENT: Checkpoint(self.staging).content_hash(Inputs()),
-            "linears": [{**linear.describe(), "relative_error": errors.get(linear.path)} for linear in plan.linears],
+            "linears": [{**each.describe(), "relative_error": errors.get(each.path)} for each in plan.planned],
         }
 
     def _name(self, index: int) -> str:
@@ -118,7 +128,10 @@ class EmulatorFiles:
         return self.staging / self._name(self.blocks.index(block))
 
     def _write_rest(self, plan: RankPlan) -> None:
-        replaced = {self.keys[path] for path in plan.ranks}
+        replaced = {self.keys[path] for path in plan.ranks if path in self.keys}
+        for each in plan.experts:
+            if each.rank is not None:
+                replaced.update(self.skeleton.sources(each.path))
         kept = {key: tensor for key, tensor in self.base.tensors.items() if key not in replaced}
         layout = {key: (tensor.dtype, tensor.shape) for key, tensor in kept.items()}
         with ShardWriter(self.staging / self._name(len(self.blocks)), layout) as writer:
@@ -141,7 +154,7 @@ def weight_keys(skeleton: Skeleton, plan: RankPlan) -> dict[str, str]:
         EmlocError: the checkpoint stores a planned Linear fused with other weights.
     """
     found = {}
-    for path in plan.ranks:
+    for path in plan.ranks.keys() - {each.path for each in plan.experts}:
         keys = skeleton.sources(f"{path}.weight")
         shape = tuple(skeleton.model.get_parameter(f"{path}.weight").shape)
         if len(keys) != 1 or skeleton.checkpoint.tensors[keys[0]].shape != shape:

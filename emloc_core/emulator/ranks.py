@@ -7,14 +7,19 @@ from fnmatch import fnmatchcase
 from operator import index
 from typing import Any
 
+import torch
 from torch import nn
 
 from emloc_core.algorithms.allocation import Spectrum, largest_rank, uniform, wants_spectra
 from emloc_core.algorithms.statistics import cheaper_side
 from emloc_core.errors import EmlocError
+from emloc_core.experts import stacks
 from emloc_core.family import Family
+from emloc_core.kinds import Kind
 from emloc_core.plugins.builtin import named
 
+#: Ranks of experts are multiples of it: torch multiplies groups whose rows have a multiple of 16 bytes, 8 of bf16.
+_ALIGNED = 8
 NO_SMALLER = "factors of that rank would be no smaller than the weight"
 
 
@@ -45,6 +50,36 @@ class LinearPlan:
         """Return the plan as JSON values."""
         return {**asdict(self), "group": list(self.group), "tap": self.tap if isinstance(self.tap, str) else "function"}
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers it is, dense."""
+        return self.out_features * self.in_features
+
+    def stored(self, rank: int) -> int:
+        """Return how many numbers its factors are."""
+        return rank * (self.out_features + self.in_features)
+
+
+@dataclass(frozen=True)
+class ExpertsPlan(LinearPlan):
+    """What happens to a stack of experts: as to so many Linears, all of one rank.
+
+    Attributes:
+        path: path of the parameter.
+        experts: how many there are.
+    """
+
+    experts: int = 1
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it is, dense."""
+        return self.experts * super().numbers
+
+    def stored(self, rank: int) -> int:
+        """Return how many numbers its factors are."""
+        return self.experts * super().stored(rank)
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -63,19 +98,33 @@ class Kept:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What happens to every Linear that the family names, in execution order, and what it keeps dense."""
+    """What happens to the Linears and experts that a family names, in execution order, and what it keeps dense."""
 
     linears: tuple[LinearPlan, ...]
     kept: tuple[Kept, ...] = ()
+    experts: tuple[ExpertsPlan, ...] = ()
+
+    @property
+    def planned(self) -> tuple[LinearPlan, ...]:
+        """The Linears, and the stacks of experts."""
+        return (*self.linears, *self.experts)
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank by module path, for the Linears that are compressed."""
-        return {linear.path: linear.rank for linear in self.linears if linear.rank is not None}
+        """Rank by path, for the Linears and stacks of experts that are compressed."""
+        return {each.path: each.rank for each in self.planned if each.rank is not None}
 
     def in_block(self, block: str) -> list[LinearPlan]:
         """Return the compressed Linears of one block."""
         return [linear for linear in self.linears if linear.block == block and linear.rank is not None]
+
+    def experts_in_block(self, block: str) -> dict[str, list[ExpertsPlan]]:
+        """Return the compressed stacks of a block by path of their module."""
+        found: dict[str, list[ExpertsPlan]] = defaultdict(list)
+        for each in self.experts:
+            if each.block == block and each.rank is not None:
+                found[each.path.rpartition(".")[0]].append(each)
+        return dict(found)
 
     @property
     def candidates(self) -> list[LinearPlan]:
@@ -84,48 +133,65 @@ class RankPlan:
 
     def with_ranks(self, ranks: Mapping[str, int]) -> "RankPlan":
         """Return the plan with other ranks; Linears without one, or whose rank saves nothing, stay dense."""
-        return replace(self, linears=tuple(_with_rank(linear, ranks.get(linear.path)) for linear in self.linears))
+        return self._each(lambda each: _with_rank(each, ranks.get(each.path)))
 
     def at_full_rank(self) -> "RankPlan":
         """Return the plan with every candidate at full rank, which stands for its weight as it is."""
-        linears = (
-            replace(each, rank=min(each.out_features, each.in_features) if each.reason is None else None)
-            for each in self.linears
+        return self._each(
+            lambda each: replace(each, rank=min(each.out_features, each.in_features) if each.reason is None else None)
         )
-        return replace(self, linears=tuple(linears))
 
     def dense(self, paths: Collection[str], reason: str) -> "RankPlan":
-        """Return the plan with the Linears at ``paths`` kept dense, for that reason."""
-        linears = (replace(each, rank=None, reason=reason) if each.path in paths else each for each in self.linears)
-        return replace(self, linears=tuple(linears))
+        """Return the plan with the Linears and stacks of experts at ``paths`` kept dense, for that reason."""
+        return self._each(lambda each: replace(each, rank=None, reason=reason) if each.path in paths else each)
+
+    def without_experts(self, reason: str) -> "RankPlan":
+        """Return the plan with all experts kept dense, for that reason unless there is another one."""
+        return self.dense([each.path for each in self.experts if each.reason is None], reason)
+
+    def _each(self, change: Callable[[Any], Any]) -> "RankPlan":
+        return replace(self, linears=tuple(map(change, self.linears)), experts=tuple(map(change, self.experts)))
 
     def lines(self) -> list[str]:
         """Return a line per kind of Linear with number, shape and ranks, then lines for what stays dense, and why."""
-        kinds: dict[tuple[str, int, int, str | None], list[int]] = defaultdict(list)
-        for linear in self.linears:
-            name = linear.path.rpartition(".")[2]
-            why = linear.reason if linear.rank is None else None
-            kinds[name, linear.out_features, linear.in_features, why].append(linear.rank or 0)
+        kinds: dict[tuple[str, str, str | None], list[int]] = defaultdict(list)
+        for linear in self.planned:
+            name, shape = linear.path.rpartition(".")[2], f"{linear.out_features} x {linear.in_features}"
+            if isinstance(linear, ExpertsPlan):
+                shape = f"{linear.experts} experts of {shape}"
+            kinds[name, shape, linear.reason if linear.rank is None else None].append(linear.rank or 0)
         width = max((len(name) for name, *_ in kinds), default=0)
         found = []
-        for (name, m, n, why), ranks in kinds.items():
+        for (name, shape, why), ranks in kinds.items():
             least, most = min(ranks), max(ranks)
             rank = f"rank {least}" if least == most else f"rank {least} to {most}"
             dense = f"dense: {why}" if why else "dense"
-            found.append(f"{len(ranks):4d} x {name:<{width}} {m} x {n} -> {rank if least else dense}")
+            found.append(f"{len(ranks):4d} x {name:<{width}} {shape} -> {rank if least else dense}")
         found += [f"{kept.parameters:,} parameters of {kept.pattern} stay dense: {kept.reason}" for kept in self.kept]
         return found
 
     def parameters(self) -> tuple[int, int]:
-        """Return the number of parameters of the named Linears before and after."""
-        before = sum(linear.out_features * linear.in_features for linear in self.linears)
+        """Return the number of parameters of the named Linears and experts before and after."""
+        before = sum(linear.numbers for linear in self.planned)
         after = sum(
-            linear.out_features * linear.in_features
+            linear.numbers
             if linear.rank in (None, min(linear.out_features, linear.in_features))
-            else (linear.rank or 0) * (linear.out_features + linear.in_features)
-            for linear in self.linears
+            else linear.stored(linear.rank)
+            for linear in self.planned
         )
         return before, after
+
+
+def planned_bytes(planned: LinearPlan, kind: Kind, dtype: torch.dtype) -> int:
+    """Return the bytes of what stands in for a Linear, or for a stack of experts, at its rank.
+
+    Args:
+        planned: has a rank.
+        kind: of emulator.
+        dtype: of the base.
+    """
+    count = planned.experts if isinstance(planned, ExpertsPlan) else 1
+    return count * kind.nbytes((planned.out_features, planned.in_features), planned.rank or 0, dtype)
 
 
 def block_paths(model: nn.Module, family: Family) -> list[str]:
@@ -160,6 +226,7 @@ def find_linears(model: nn.Module, family: Family) -> RankPlan:
         EmlocError: the declaration does not fit the model.
     """
     found: list[LinearPlan] = []
+    experts: list[ExpertsPlan] = []
     blocks = block_paths(model, family)
     if not blocks:
         raise EmlocError("The model has no blocks.", "Check the number of layers in its config.json.")
@@ -167,8 +234,11 @@ def find_linears(model: nn.Module, family: Family) -> RankPlan:
         for block in (path for path in blocks if path.startswith(f"{tower.blocks}.")):
             for group in tower.input_groups:
                 found += _plan_group(model, family, block, group)
+            for path in tower.experts:
+                experts += _plan_experts(model, family, block, path)
     _require_one_group(found)
-    plan = RankPlan(tuple(found), tuple(_kept(model, family, {linear.path for linear in found})))
+    named = {linear.path for linear in found} | {each.group[0] for each in experts}
+    plan = RankPlan(tuple(found), tuple(_kept(model, family, named)), tuple(experts))
     if not plan.candidates:
         raise EmlocError(
             f"The family {family.name!r} names no Linear of this model.", "Update the plugin.", code="plugin"
@@ -234,7 +304,10 @@ def allocated(
             remedy,
             code="plugin",
         )
-    found = plan.with_ranks(dict(zip((linear.path for linear in linears), whole, strict=True)))
+    chosen = dict(zip((linear.path for linear in linears), whole, strict=True))
+    # The experts of a stack share a rank, whatever the allocator: they are multiplied by together.
+    chosen |= {each.path: _expert_rank(each, ratio) for each in plan.experts if each.reason is None}
+    found = plan.with_ranks(chosen)
     if not found.ranks:
         raise EmlocError(f"The ranks of the rank allocator {name!r} make nothing smaller.", remedy)
     return found
@@ -272,6 +345,26 @@ def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[st
     return planned
 
 
+def _plan_experts(model: nn.Module, family: Family, block: str, path: str) -> list[ExpertsPlan]:
+    owner = f"{block}.{path}"
+    if path not in dict(model.get_submodule(block).named_modules()):
+        return []
+    experts = model.get_submodule(owner)
+    reason = next((reason for pattern, reason in family.keep_dense.items() if fnmatchcase(owner, pattern)), None)
+    found = []
+    for name in stacks(experts):
+        count, m, n = experts.get_parameter(name).shape
+        found.append(
+            ExpertsPlan(f"{owner}.{name}", block, (owner,), m, n, None, cheaper_side(m, n), reason, experts=count)
+        )
+    return found
+
+
+def _expert_rank(planned: ExpertsPlan, ratio: float) -> int:
+    (rank,) = uniform([(planned.out_features, planned.in_features)], ratio)
+    return max(_ALIGNED, rank - rank % _ALIGNED)
+
+
 def _require_one_group(linears: Sequence[LinearPlan]) -> None:
     counts = Counter(linear.path for linear in linears)
     if several := [path for path, count in counts.items() if count > 1]:
@@ -295,7 +388,7 @@ def _kept(model: nn.Module, family: Family, planned: Collection[str]) -> list[Ke
     return [Kept(pattern, size, family.keep_dense[pattern]) for pattern, size in sizes.items()]
 
 
-def _with_rank(linear: LinearPlan, rank: int | None) -> LinearPlan:
+def _with_rank(linear: LinearPlan, rank: int | None) -> Any:
     if rank is not None and rank > largest_rank(linear.out_features, linear.in_features):
         return replace(linear, rank=None, reason=NO_SMALLER)
     return replace(linear, rank=rank)

@@ -26,6 +26,7 @@ from emloc_core.files.shards import remove_damaged, write_shard
 from emloc_core.model.skeleton import Skeleton
 
 KIND = "spectra"
+NO_EXPERTS = "spectra are of Linears alone; the allocator uniform, without spectra, makes experts smaller too"
 _REMEDY = "Make the spectra again: emloc compress --keep-spectra."
 _PARTS = ("U", "V", "energies", "sensitivity")
 
@@ -141,7 +142,7 @@ class Spectra:
         for linear in at_largest_ranks(plan).linears:
             if linear.rank is not None and linear.path not in self.unreached:
                 self._require(linear)
-        return plan.dense(self.unreached, UNREACHED)
+        return plan.dense(self.unreached, UNREACHED).without_experts(NO_EXPERTS)
 
     def _require(self, linear: LinearPlan) -> None:
         m, n, k = linear.out_features, linear.in_features, linear.rank or 0

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.files import UNREACHED
-from emloc_core.emulator.ranks import RankPlan, allocated, find_linears
+from emloc_core.emulator.ranks import RankPlan, allocated, find_linears, planned_bytes
 from emloc_core.errors import EmlocError, first_line, typed_line
+from emloc_core.experts import is_stack
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.files.pretrained import load_config
@@ -114,6 +115,8 @@ class MemoryModel:
         self.dtype = self._dtype()
         self.model: PreTrainedModel = self._build()
         self.linears = find_linears(self.model, self.family)
+        if not self.kind.has_experts:
+            self.linears = self.linears.without_experts(f"the kind {kind!r} is for Linears alone")
         self.coverage: Coverage = coverage(self.model, self.family, self.linears)
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         self.targets = sorted(set(workload.train.target_modules or self.family.lora_targets()))
@@ -148,7 +151,7 @@ class MemoryModel:
         if not self.kind.has_ranks:
             return self.linears.at_full_rank()
         plan = allocated(self.linears, ratio, uniform)
-        idle = [linear.path for linear in plan.linears if linear.path.startswith(self._idle_towers)]
+        idle = [each.path for each in plan.planned if each.path.startswith(self._idle_towers)]
         return plan.dense(idle, UNREACHED) if idle else plan
 
     @cached_property
@@ -174,10 +177,9 @@ class MemoryModel:
     def emulator_bytes(self, plan: RankPlan) -> int:
         """Return the bytes of the emulator's weights; tied ones count once."""
         kept = self.parameters() * self.dtype.itemsize
-        for linear in plan.linears:
-            if linear.rank is not None:
-                shape = (linear.out_features, linear.in_features)
-                kept += self.kind.nbytes(shape, linear.rank, self.dtype) - shape[0] * shape[1] * self.dtype.itemsize
+        for each in plan.planned:
+            if each.rank is not None:
+                kept += planned_bytes(each, self.kind, self.dtype) - each.numbers * self.dtype.itemsize
         return kept
 
     def adapter_parameters(self) -> int:
@@ -365,5 +367,5 @@ def _has(model: nn.Module, path: str) -> bool:
     try:
         model.get_submodule(path)
     except AttributeError:
-        return False
+        return is_stack(model, path)
     return True

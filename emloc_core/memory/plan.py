@@ -95,7 +95,7 @@ class MemoryPlan:
                 {"stage": need.stage, "bytes": need.total, "at": need.phase, "terms": dict(need.terms)}
                 for need in self.needs
             ],
-            "linears": [linear.describe() for linear in self.plan.linears],
+            "linears": [each.describe() for each in self.plan.planned],
             "kept_dense": [vars(kept) for kept in self.plan.kept],
             "coverage": model.coverage.describe(),
         }

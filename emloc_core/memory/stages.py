@@ -1,8 +1,8 @@
 """Memory of the stages that never hold a complete model, estimated by formula from shapes (``docs/memory.md``)."""
 
-from collections.abc import Iterable
+from typing import Any
 
-from emloc_core.emulator.ranks import LinearPlan, RankPlan, block_paths
+from emloc_core.emulator.ranks import ExpertsPlan, RankPlan, block_paths
 from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel, Need
 
 #: Rows whose hidden states calibration keeps between blocks by default (``emloc compress --samples``).
@@ -32,7 +32,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     blocks = block_paths(model.model, model.family)
     units = [sum(p.numel() for p in model.model.get_submodule(path).parameters()) for path in blocks]
     units += [p.numel() for name, p in model.model.named_parameters() if not name.startswith(tuple(blocks))]
-    statistics = max(_statistics(plan.in_block(block)) for block in blocks)
+    statistics = max(_statistics(plan, block, weight) for block in blocks)
     hidden = model.config.get_text_config().hidden_size
     terms = {
         "weights": max(units) * weight,
@@ -43,16 +43,19 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     return Need("compress", terms, "the largest block")
 
 
-def _statistics(linears: Iterable[LinearPlan]) -> int:
-    linears = list(linears)
-    sides = {}
+def _statistics(plan: RankPlan, block: str, itemsize: int) -> int:
+    experts = [each for stacks in plan.experts_in_block(block).values() for each in stacks]
+    grams: dict[Any, int] = {}
     work = 0
-    for linear in linears:
-        m, n = linear.out_features, linear.in_features
-        side = m if linear.tap == "output" else n
-        sides[linear.path if linear.tap == "output" else linear.group] = side
+    for each in (*plan.in_block(block), *experts):
+        m, n = each.out_features, each.in_features
+        side = m if each.tap == "output" else n
+        count = each.experts if isinstance(each, ExpertsPlan) else 1
+        grams[each.group if count == 1 and each.tap != "output" else each.path] = 4 * count * side**2
         work = max(work, 8 * (4 * side**2 + 3 * m * n))
-    return work + sum(4 * side**2 for side in sides.values())
+    # The factors of a block's experts are held until all are there, and written together.
+    held = sum(each.stored(each.rank or 0) for each in experts) * itemsize
+    return work + held + sum(grams.values())
 
 
 def correct(model: MemoryModel, plan: RankPlan) -> Need:

@@ -29,11 +29,9 @@ QWEN_MOE: Family = replace(
     name="qwen-moe",
     model_types=frozenset({"qwen3_moe"}),
     # PEFT takes the names of MLPs for those of experts, in this model type, and would put the LoRA on these.
-    towers=[replace(LLAMA.towers[0], lora_targets=["q_proj", "k_proj", "v_proj", "o_proj"])],
+    towers=[replace(LLAMA.towers[0], experts=["mlp.experts"], lora_targets=["q_proj", "k_proj", "v_proj", "o_proj"])],
     keep_dense={
         **LLAMA.keep_dense,
-        "model.layers.*.mlp.experts": "all experts of a layer are one tensor, and calibration rows reach some of them "
-        "too seldom to fit factors to",
         "model.layers.*.mlp.gate": "small, and an error in it sends tokens to other experts",
     },
     tiny_configs=[

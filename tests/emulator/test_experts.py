@@ -1,0 +1,260 @@
+"""Fused experts as factors, on a tiny Qwen3-MoE: from their statistics to the merged model."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from emloc_qwen import QWEN_MOE
+from safetensors.torch import load_file, save_file
+from support.models import save_tiny_model
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM
+
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.correct import Correct
+from emloc_core.adapters.merge import Merge
+from emloc_core.algorithms.factorize import factorize
+from emloc_core.algorithms.statistics import Gram
+from emloc_core.data.rows import load_rows
+from emloc_core.emulator.compress import Compress
+from emloc_core.emulator.experts import ExpertStatistics
+from emloc_core.emulator.ranks import find_linears, plan_ranks
+from emloc_core.errors import EmlocError
+from emloc_core.experts import LowRankExperts, activate, stacks
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import read_manifest
+from emloc_core.files.pretrained import load_lora
+from emloc_core.lowrank import replace_linears
+from emloc_core.memory.model import MemoryModel, Workload
+from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
+from emloc_core.tuning.train import Train
+
+SETTINGS = {**QWEN_MOE.tiny_configs[0], "num_experts": 6}
+STACKS = [f"model.layers.{index}.mlp.experts.{name}_proj" for index in (1, 2) for name in ("gate_up", "down")]
+IDS = torch.arange(5, 40)[None]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_model(SETTINGS, tmp_path_factory.mktemp("models") / "moe")
+
+
+def loaded(directory):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+
+
+def compression(base, rows, output, **settings):
+    chosen = CompressSettings(**{"ratio": 0.6, "samples": 12, "selection": 6, **settings})
+    return Compress(Checkpoint(base), load_rows(str(rows)), output, chosen)
+
+
+@pytest.fixture(scope="module")
+def emulator(base, rows_file, tmp_path_factory):
+    return compression(base, rows_file, tmp_path_factory.mktemp("emulator") / "emulator").run()
+
+
+def planned(model):
+    """Return the plan of the stacks of the model's second layer."""
+    plan = plan_ranks(model, QWEN_MOE, 0.6)
+    return plan.experts_in_block("model.layers.1")["model.layers.1.mlp.experts"]
+
+
+def test_factors_of_full_rank_are_the_experts(base):
+    model = loaded(base)
+    full = copy.deepcopy(model)
+    replace_linears(full, {path: min(model.get_parameter(path).shape[1:]) for path in STACKS})
+    for path in STACKS:
+        owner, _, name = path.rpartition(".")
+        experts = full.get_submodule(owner)
+        u, s, v = torch.linalg.svd(model.get_parameter(path), full_matrices=False)
+        experts.U[name].copy_(u * s[:, None])
+        experts.V[name].copy_(v)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        assert torch.allclose(full(IDS).logits, expected, atol=1e-5 * float(expected.abs().max()))
+        dense = full.model.layers[1].mlp.experts.dense()
+    assert type(dense) is type(model.model.layers[1].mlp.experts)
+    assert torch.allclose(dense.down_proj, model.model.layers[1].mlp.experts.down_proj, atol=1e-5)
+
+
+def test_an_expert_is_fitted_to_its_own_tokens_where_they_are_many(base):
+    experts = loaded(base).model.layers[1].mlp.experts
+    up, down = plan = planned(loaded(base))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(400, 32, generator=generator)
+    index = torch.randint(6, (400, 2), generator=generator)
+    with torch.no_grad():
+        found = ExpertStatistics(experts, plan, 2, torch.device("cpu"), lambda error, _: error)
+        for half in (slice(0, 200), slice(200, 400)):
+            found.hook(experts, (hidden[half], index[half], None), None)
+        stacked = found.factors(lambda each, weight, gram: factorize(weight, gram, each.rank))
+        assert (up.tap, down.tap) == ("output", "input")
+        for expert in range(6):
+            x = hidden[(index == expert).any(dim=-1)]
+            assert len(x) > 64
+            inner = activate(experts, linear(x, experts.gate_up_proj[expert]))
+            for each, weight, inputs in (
+                (up, experts.gate_up_proj[expert], x),
+                (down, experts.down_proj[expert], inner),
+            ):
+                gram = Gram(each.tap, each.out_features if each.tap == "output" else each.in_features)
+                gram.add(linear(inputs, weight) if each.tap == "output" else inputs)
+                alone = factorize(weight, gram, each.rank)
+                product = stacked[each.path].u[expert] @ stacked[each.path].v[expert]
+                assert torch.allclose(product, alone.u @ alone.v, atol=1e-5)
+    energy = sum(linear(hidden[(index == e).any(-1)], experts.gate_up_proj[e]).square().sum() for e in range(6))
+    assert stacked[up.path].energy == pytest.approx(float(energy), rel=1e-4)
+
+
+def test_an_expert_without_tokens_is_fitted_to_those_of_the_layer(base):
+    experts = loaded(base).model.layers[1].mlp.experts
+    up, _ = plan = planned(loaded(base))
+    direction = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(300, 4, generator=torch.Generator().manual_seed(2)) @ direction.T  # 4 of 32 directions
+    index = torch.zeros(300, 1, dtype=torch.int64)  # the first expert gets all
+    with torch.no_grad():
+        found = ExpertStatistics(experts, plan, 1, torch.device("cpu"), lambda error, _: error)
+        found.hook(experts, (hidden, index, None), None)
+        stacked = found.factors(lambda each, weight, gram: factorize(weight, gram, each.rank))
+        for expert in range(6):
+            weight = experts.gate_up_proj[expert]
+            product = stacked[up.path].u[expert] @ stacked[up.path].v[expert]
+            assert up.rank < 32
+            assert torch.allclose(linear(hidden, product), linear(hidden, weight), atol=1e-4)
+            assert not torch.allclose(product, weight, atol=1e-2)
+        empty = ExpertStatistics(experts, plan, 1, torch.device("cpu"), lambda error, _: error)
+        assert empty.factors(lambda *_: None) == {}
+
+
+def test_streamed_factors_equal_those_of_a_whole_forward(base, emulator, rows_file):
+    job = compression(base, rows_file, emulator)
+    model = loaded(base)
+    found = {}
+    for block, stacks_of in ((block, job.plan.experts_in_block(block)) for block in job.blocks):
+        for path, plan in stacks_of.items():
+            module = model.get_submodule(path)
+            statistics = ExpertStatistics(module, plan, len(job.samples), torch.device("cpu"), lambda error, _: error)
+            module.register_forward_hook(statistics.hook)
+            found[block] = statistics
+    with torch.no_grad():
+        for sample in job.samples:
+            model(**sample.inputs("cpu"), use_cache=False)
+        whole = {}
+        for statistics in found.values():
+            whole |= statistics.factors(lambda each, weight, gram: factorize(weight, gram, each.rank))
+    small = loaded(emulator)
+    assert whole.keys() == set(STACKS)
+    for path, of in whole.items():
+        owner, _, name = path.rpartition(".")
+        experts = small.get_submodule(owner)
+        assert torch.equal(experts.U[name], of.u)
+        assert torch.equal(experts.V[name], of.v)
+
+
+def test_the_plan_s_bytes_are_the_written_ones(base, emulator, rows_file):
+    job = compression(base, rows_file, emulator)
+    told = job.describe()
+    written = Checkpoint(emulator)
+    assert told["emulator_bytes"] == written.nbytes < Checkpoint(base).nbytes
+    assert not [key for key in written.tensors if ".experts.0." in key]
+    result = read_manifest(emulator)["result"]
+    assert result["bytes"]["emulator"] == written.nbytes
+    errors = {row["path"]: row["relative_error"] for row in result["linears"] if row["path"] in STACKS}
+    assert errors.keys() == set(STACKS)
+    assert all(0 < error < 1 for error in errors.values())
+    assert any("6 experts of 32 x 32" in line for line in told["summary"])
+    model = MemoryModel(base / "config.json", Workload(batch_size=1, length=32))
+    plan = model.plan(0.6)
+    assert model.emulator_bytes(plan) == written.nbytes
+    small = loaded(emulator)
+    assert model.parameters(plan) == sum(parameter.numel() for parameter in small.parameters())
+    assert 0 < model.tuning(plan).total < model.tuning().total
+
+
+def test_an_interrupted_run_resumes(base, emulator, rows_file, tmp_path):
+    class KilledError(Exception):
+        pass
+
+    def kill(_block, done, _total):
+        if done == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        compression(base, rows_file, tmp_path / "emulator").run(kill)
+    again = compression(base, rows_file, tmp_path / "emulator").run()
+    for file in emulator.glob("*.safetensors"):
+        assert file.read_bytes() == (again / file.name).read_bytes()
+    assert (emulator / "config.json").read_bytes() == (again / "config.json").read_bytes()
+
+
+def test_a_lora_is_tuned_corrected_and_merged(base, emulator, rows_file, tmp_path):
+    train = TrainSettings(steps=6, batch_size=4, learning_rate=1e-2, bf16=False, logging_steps=3)
+    adapter = Train(emulator, str(rows_file), tmp_path / "adapter", train).run()
+    log = json.loads((adapter / "log.json").read_text())
+    assert log[-1]["loss"] < log[0]["loss"]
+    corrected = Correct(Adapter(adapter), Checkpoint(base), tmp_path / "corrected", CorrectSettings(clamp="none")).run()
+    tuned = load_lora(loaded(emulator), adapter).eval()
+    carried = load_lora(loaded(base), corrected).eval()
+    with torch.no_grad():  # on the LoRA's inputs the base answers as the tuned emulator did
+        for path, lora in Adapter(adapter).loras.items():
+            assert "experts" not in path
+            name = f"base_model.model.{path}"
+            expected, actual = (model.get_submodule(name)(lora.a.float()) for model in (tuned, carried))
+            assert torch.allclose(actual, expected, atol=1e-5 * float(expected.abs().max()))
+    merged = Merge(Adapter(corrected), Checkpoint(base), tmp_path / "merged").run()
+    whole, before = loaded(merged), loaded(base)
+    with torch.no_grad():
+        assert torch.allclose(whole(IDS).logits, carried(IDS).logits, atol=1e-4)
+    for path in STACKS:
+        assert torch.equal(whole.get_parameter(path), before.get_parameter(path))
+
+
+def test_the_emulator_is_saved_and_loaded_again(emulator, tmp_path):
+    small = loaded(emulator)
+    small.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(loaded(tmp_path / "again")(IDS).logits, small(IDS).logits)
+        dense = loaded(emulator).dequantize()
+        assert not any(isinstance(module, LowRankExperts) for module in dense.modules())
+        assert torch.allclose(dense(IDS).logits, loaded(emulator)(IDS).logits, atol=1e-5)
+
+
+def test_missing_factors_are_found(emulator, tmp_path):
+    shutil.copytree(emulator, tmp_path / "emulator")
+    index = json.loads((tmp_path / "emulator" / "model.safetensors.index.json").read_text())
+    shard = tmp_path / "emulator" / index["weight_map"].pop("model.layers.1.mlp.experts.V.down_proj")
+    tensors = load_file(shard)
+    del tensors["model.layers.1.mlp.experts.V.down_proj"]
+    save_file(tensors, shard, {"format": "pt"})
+    (tmp_path / "emulator" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(EmlocError, match=r"lacks model.layers.1.mlp.experts.V.down_proj"):
+        loaded(tmp_path / "emulator")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"kind": "low-rank-nf4"}, "the kind 'low-rank-nf4' is for Linears alone"),
+        ({"calibration": "propagated"}, "error-propagating calibration is for Linears alone"),
+        ({"allocator": "global"}, "spectra are of Linears alone"),
+    ],
+)
+def test_experts_stay_dense_where_there_are_no_factors_for_them(base, rows_file, tmp_path, settings, reason):
+    job = compression(base, rows_file, tmp_path / "emulator", **settings)
+    assert not set(STACKS) & job.plan.ranks.keys()
+    lines = "\n".join(job.plan.lines())
+    assert f"2 x gate_up_proj 6 experts of 32 x 32 -> dense: {reason}" in lines
+
+
+def test_experts_of_another_layout_are_refused(base):
+    model = loaded(base)
+    experts = model.model.layers[1].mlp.experts
+    experts.has_bias = True
+    with pytest.raises(EmlocError, match="Qwen3MoeExperts is not laid out"):
+        stacks(experts)
+    kept = replace(QWEN_MOE, keep_dense={**QWEN_MOE.keep_dense, "model.layers.*.mlp.experts": "for this test"})
+    experts.has_bias = False
+    assert {each.reason for each in find_linears(model, kept).experts} == {"for this test"}
