@@ -29,7 +29,7 @@ WEIGHTS = "adapter_model.safetensors"
 CORRECTED = "emloc.corrected"  # key in the weights' metadata, which remains if the manifest is lost
 _PREFIX = "base_model.model."
 #: Kinds of directory that hold an adapter -> key of its model in the manifest's request.
-_MADE_FOR = {"adapter": "model", "corrected-adapter": "base"}
+_MADE_FOR = {"adapter": "model", "corrected-adapter": "base", "served-adapter": "base"}
 
 #: Fields of LoraConfig that may have any value: they do not change what a trained LoRA computes.
 _FREE = {
@@ -140,8 +140,8 @@ class Adapter:
 
     @property
     def is_corrected(self) -> bool:
-        """Whether the correction has been applied."""
-        if self.manifest.get("kind") == "corrected-adapter":
+        """Whether it is for a base, and not for an emulator: corrected, or exported as it was."""
+        if self.manifest.get("kind") in ("corrected-adapter", "served-adapter"):
             return True
         return CORRECTED in read_header(self.directory / WEIGHTS)[1]
 

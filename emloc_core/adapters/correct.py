@@ -104,7 +104,8 @@ class Correct:
             "base": self.base.name,
             "emulator": self.emulator.name,
         }
-        return Output(self._path, "corrected-adapter", request, self.skeleton.device.type, inputs, files)
+        device, loader = self.skeleton.device.type, self.family.auto_class
+        return Output(self._path, "corrected-adapter", request, device, inputs, files, loader)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be done."""
@@ -158,6 +159,7 @@ class Correct:
             config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
             loras = {path: found[chosen] for path, found in candidates.items()}
             write_adapter(staging, config, loras, {CORRECTED: str(clamps[chosen])})
+            self.base.copy_processing(staging)
             self.output.result = {**self._result(clamps, chosen, losses), CONTENT: content_hash(staging)}
         return self.output.path
 

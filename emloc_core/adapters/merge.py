@@ -52,8 +52,8 @@ class Merge:
         self.adapter, self.base = adapter, base
         base.require_unquantised()
         self._path, self._allow_uncorrected = output, allow_uncorrected
-        family = plugin_manager().family_for(base.config)
-        skeleton = Skeleton(base, family)
+        self.family = plugin_manager().family_for(base.config)
+        skeleton = Skeleton(base, self.family)
         self.untied: dict[str, tuple[str, Lora]] = {}  # new key -> key that it was tied to, LoRA
         self.unties = False
         self.loras = self._by_key(skeleton)
@@ -70,7 +70,8 @@ class Merge:
         require_base(self.adapter, self.base, fingerprint, allow_uncorrected=self._allow_uncorrected)
         request = {"adapter": self.adapter.fingerprint(files), "base": fingerprint}
         inputs = {"adapter": str(self.adapter.directory.absolute()), "base": self.base.name}
-        return Output(self._path, "checkpoint", request, inputs=inputs, files=files)
+        loader = self.family.auto_class
+        return Output(self._path, "checkpoint", request, inputs=inputs, files=files, loader=loader)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be written."""
@@ -175,8 +176,7 @@ class Merge:
             done += len(weight)
 
     def _write_side_files(self, staging: Path) -> None:
-        for path in self.base.side_files():
-            (staging / path.name).write_bytes(path.read_bytes())
+        self.base.copy_side_files(staging)
         for name in ("config.json", INDEX):
             if (self.base.directory / name).is_file():
                 (staging / name).write_bytes((self.base.directory / name).read_bytes())

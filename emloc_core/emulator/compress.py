@@ -26,6 +26,7 @@ from emloc_core.emulator.sensitivity import PROBES
 from emloc_core.emulator.spectra import KIND, NO_EXPERTS, Spectra, SpectraFiles, at_largest_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
+from emloc_core.files.card import data_name
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
@@ -49,6 +50,7 @@ class Compress:
         settings: how it is made.
         spectra: directory to keep spectra in, for other ratios; None keeps none.
         device: device of weights, activations and statistics.
+        data: name of the rows' source, for the card.
 
     Attributes:
         plan: the ranks; those of ``uniform``, which has the same budget, if the allocator needs spectra.
@@ -65,8 +67,9 @@ class Compress:
         settings: CompressSettings,
         spectra: Path | None = None,
         device: torch.device | str = "cpu",
+        data: str | None = None,
     ) -> None:
-        self.base, self.settings = base, settings
+        self.base, self.settings, self._data = base, settings, data
         self.family: Family = plugin_manager().family_for(base.config)
         base.require_unquantised()
         self.skeleton = Skeleton(base, self.family, device)
@@ -123,7 +126,7 @@ class Compress:
             "tokenized_rows": _digest(self.samples),  # the tokenizer or chat template may change while the rows do not
             "selection": [row.key for row in self.rows.selection],
         }
-        return Output(self._path, "emulator", request, self.skeleton.device.type, {"base": self.base.name}, self._files)
+        return self._output(self._path, "emulator", request)
 
     @cached_property
     def spectra(self) -> Output | None:
@@ -140,7 +143,11 @@ class Compress:
             name: value for name, value in self.settings.model_dump().items() if name not in CutSettings.model_fields
         }
         request = {**self.output.request, "settings": settings}
-        return Output(path, KIND, request, self.skeleton.device.type, {"base": self.base.name}, self._files)
+        return self._output(path, KIND, request)
+
+    def _output(self, path: Path, kind: str, request: dict[str, Any]) -> Output:
+        inputs = {"base": self.base.name, **({"data": self._data} if self._data else {})}
+        return Output(path, kind, request, self.skeleton.device.type, inputs, self._files, self.family.auto_class)
 
     def _encode(self, rows: list[Row], processing: Processing) -> list[Sample]:
         limits = Limits.of(self.skeleton.model.config)
@@ -246,7 +253,8 @@ def prepare(request: CompressRequest) -> Compress:
     base = open_checkpoint(request.model)
     rows = without(load_rows(request.data, request.split, request.settings.loss), request.exclude)
     device = choose_device(request.device)
-    return Compress(base, rows, request.output, request.settings, request.keep_spectra, device)
+    name = data_name(request.data)
+    return Compress(base, rows, request.output, request.settings, request.keep_spectra, device, name)
 
 
 def _digest(samples: Iterable[Sample]) -> str:

@@ -65,7 +65,8 @@ class Cut:
             "settings": {**spectra.settings, **self.settings.model_dump()},
             "spectra": spectra.fingerprint(files),
         }
-        return Output(self._path, "emulator", request, inputs={"base": base.name}, files=files)
+        loader = self.family.auto_class
+        return Output(self._path, "emulator", request, inputs={"base": base.name}, files=files, loader=loader)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be made: bytes, and the rank of every Linear."""

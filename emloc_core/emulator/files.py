@@ -108,8 +108,7 @@ class EmulatorFiles:
         self._write_index()
         settings = self.kind.config(plan.ranks, self.skeleton.model, self.skeleton.dtype)
         write_json(self.staging / "config.json", {**self.base.config, "quantization_config": settings})
-        for path in self.base.side_files():
-            (self.staging / path.name).write_bytes(path.read_bytes())
+        self.base.copy_side_files(self.staging)
         before, after = plan.parameters()
         return {
             "base": self.base.name,

@@ -1,7 +1,7 @@
 """A model directory, read lazily: config, index, shards, fingerprint. Nothing here knows what the tensors mean."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import safe_open
 
 from emloc_core.errors import EmlocError, first_line
+from emloc_core.files.card import BASE_CARD, CARD
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import require_unchanged
@@ -20,10 +21,15 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 #: The files to fetch and copy: neither pickled weights nor other formats.
 FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+#: The rows that an emulator keeps, and their images: without them it is not what its manifest says.
+_ROWS = ["calibration.jsonl", "selection.jsonl", "images/*"]
 #: The files to read or copy from a model: also the rows that an emulator keeps.
 _READ = [*FILE_PATTERNS, "*.jsonl"]
 #: Suffixes of files that affect what is made of a model, besides its weights; the rest is for people.
 _SHAPING = {".json", ".model", ".txt", ".jinja"}
+#: The files of a tokenizer or a processor, without which text and images cannot be turned into a model's inputs.
+_PROCESSING = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+               "*.jinja", "chat_template.json", "*processor_config.json")  # fmt: skip
 #: Copies of the same weights in other layouts.
 OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
 #: A plain name: not hidden, not a path, nothing special to a terminal or a shell.
@@ -180,6 +186,19 @@ class Checkpoint:
             and path.suffix != ".safetensors"
         )
 
+    def copy_side_files(self, target: Path, skip: Container[str] = ()) -> None:
+        """Copy the side files into a directory, whose own card takes the name of the model's."""
+        for path in self.side_files():
+            if path.name not in skip:
+                name = BASE_CARD if path.name == CARD else path.name
+                (target / name).write_bytes(path.read_bytes())
+
+    def copy_processing(self, target: Path) -> None:
+        """Copy the files of the tokenizer and the processor into a directory."""
+        for path in self.side_files():
+            if any(path.match(pattern) for pattern in _PROCESSING):
+                (target / path.name).write_bytes(path.read_bytes())
+
 
 def read_config_json(path: Path) -> dict[str, Any]:
     """Return the content of a model's ``config.json``.
@@ -208,7 +227,7 @@ def open_checkpoint(model: str) -> Checkpoint:
 
         name, revision = _at_revision(model)
         directory = snapshot_download(
-            name, revision=revision, allow_patterns=FILE_PATTERNS, ignore_patterns=OTHER_LAYOUTS
+            name, revision=revision, allow_patterns=[*FILE_PATTERNS, *_ROWS], ignore_patterns=OTHER_LAYOUTS
         )
         return Checkpoint(directory, name)
 

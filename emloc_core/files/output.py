@@ -14,12 +14,13 @@ import re
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_core.errors import DiskFullError, EmlocError
+from emloc_core.files.card import CARD, card
 from emloc_core.files.lock import is_at, locked
 from emloc_core.files.meter import Meter
 from emloc_core.files.own import require_regular
@@ -164,6 +165,19 @@ def made_from(directory: Path, role: str) -> str:
     return name
 
 
+def _parents(inputs: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the manifests of the outputs among the inputs, and of those among theirs, the oldest first."""
+    found: list[dict[str, Any]] = []
+    for role in ("emulator", "model", "adapter"):
+        directory = Path(inputs.get(role, ""))
+        if role not in inputs or not directory.is_dir():
+            continue
+        with suppress(EmlocError, OSError, AttributeError, TypeError):  # a damaged one is left out of the card
+            if manifest := read_manifest(directory):
+                found += [each for each in (*_parents(manifest["inputs"]), manifest) if each not in found]
+    return found
+
+
 class Output:
     """A directory that one stage makes.
 
@@ -175,6 +189,7 @@ class Output:
         inputs: role, such as ``base`` -> path or hub id of that input. Not part of the request: an input that has moved
             is the same input.
         files: the files that are read to make it, as they were when hashed for the request.
+        loader: the transformers class that loads the base, for the card.
 
     Use :meth:`is_finished` first, then :meth:`build`.
     """
@@ -187,6 +202,7 @@ class Output:
         device: str = "cpu",
         inputs: Mapping[str, str] | None = None,
         files: "Inputs | None" = None,
+        loader: str = "AutoModelForCausalLM",
     ) -> None:
         self.path = Path(path)
         if not self.path.name or self.path.name == "..":
@@ -194,7 +210,7 @@ class Output:
         self.kind = kind
         self.request = json.loads(json.dumps(request))
         self._inputs = dict(inputs or {})
-        self._files = files
+        self._files, self._loader = files, loader
         self._versions = {**versions(), "device": device}
         self._workspace = Workspace(self.path)
         self.staging = self._workspace.content
@@ -326,6 +342,7 @@ class Output:
             "result": self.result,
             "versions": self._versions,
         }
+        self._write_card(manifest)
         write_json(self.staging / MANIFEST, manifest)
         write_json(self.staging / TIMING, self.timing)
         for path in list(self.staging.rglob(".*")):
@@ -346,6 +363,12 @@ class Output:
             ) from None
         _fsync(self.path.parent)
         self._workspace.discard()
+
+    def _write_card(self, manifest: dict[str, Any]) -> None:
+        table = self.staging / "table.md"
+        scores = table.read_text(encoding="utf-8") if table.is_file() else None
+        text = card(manifest, _parents(self._inputs), self._loader, scores)
+        (self.staging / CARD).write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -73,7 +73,8 @@ class Import:
             "files": files.hash(source.side_files()),
             "layout": self.layout.name,
         }
-        return Output(self._path, "checkpoint", request, inputs={"source": source.name}, files=files)
+        loader = plugin_manager().family_for(self.config).auto_class
+        return Output(self._path, "checkpoint", request, inputs={"source": source.name}, files=files, loader=loader)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be written."""
@@ -199,9 +200,7 @@ class Import:
             write_json(staging / INDEX, {"metadata": {"total_size": self.source.nbytes}, "weight_map": weight_map})
 
     def _write_side_files(self, staging: Path) -> None:
-        for path in self.source.side_files():
-            if path.name not in self._files:
-                (staging / path.name).write_bytes(path.read_bytes())
+        self.source.copy_side_files(staging, skip=self._files)
         for name, content in {**self._files, "config.json": self.config}.items():
             if isinstance(content, str):
                 (staging / name).write_text(content, encoding="utf-8")

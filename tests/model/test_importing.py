@@ -110,7 +110,7 @@ def test_nothing_is_lost_and_no_code_travels(models):
         for at in (source, native)
     )
     assert torch.equal(old.sort().values, new.sort().values)  # the same numbers, in other places
-    assert (native / "README.md").read_text() == "# A model\n"
+    assert (native / "BASE_README.md").read_text() == "# A model\n"
     assert not list(native.glob("*.py"))
     assert not (native / "preprocessor_config.json").exists()
     assert "auto_map" not in "".join(path.read_text() for path in native.glob("*.json"))

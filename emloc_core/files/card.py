@@ -1,0 +1,205 @@
+"""The card of an output: a README that says what it was made from, how, with which scores, and how to load it.
+
+It is a function of the manifest and of those of the inputs, so that a resumed run writes the same bytes. Of paths it
+has only their last parts, since cards are made to be published.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from emloc_core.errors import printable
+
+CARD = "README.md"
+#: The card of the model that a checkpoint was made from, in that checkpoint.
+BASE_CARD = "BASE_README.md"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+Manifest = Mapping[str, Any]
+
+#: Kind -> heading, library, relation to the base, and tags, in the hub's terms.
+_KINDS = {
+    "emulator": ("Emulator of {}", "transformers", None, ["low-rank"]),
+    "spectra": ("Spectra of {}", None, None, []),
+    "adapter": ("LoRA for {}", "peft", "adapter", ["lora"]),
+    "corrected-adapter": ("LoRA for {}", "peft", "adapter", ["lora"]),
+    "served-adapter": ("LoRA for {}", "peft", "adapter", ["lora"]),
+    "gguf": ("{} for llama.cpp", "gguf", "quantized", ["gguf"]),
+    "checkpoint": ("{}, tuned", "transformers", "finetune", []),
+    "evaluation": ("Evaluation", None, None, []),
+}
+
+
+def data_name(source: Any) -> str:
+    """Return a name for the source of rows: a hub id, the last part of a path, or that they were in memory.
+
+    Several sources, a list of names or a mapping of their weights, are joined by commas.
+    """
+    weighted = isinstance(source, Mapping) and all(isinstance(weight, int | float) for weight in source.values())
+    if (weighted or isinstance(source, list | tuple)) and source and all(isinstance(each, str) for each in source):
+        return ", ".join(map(data_name, source))
+    if not isinstance(source, str | Path):
+        return "rows in memory"
+    return str(source) if not Path(source).exists() and _HUB_ID.fullmatch(str(source)) else Path(source).name
+
+
+def card(manifest: Manifest, parents: Iterable[Manifest], loader: str, table: str | None = None) -> str:
+    """Return the card of an output in Markdown.
+
+    Args:
+        manifest: of the output.
+        parents: of the outputs that it was made from, the oldest first.
+        loader: the transformers class that loads the base.
+        table: a table of scores, in Markdown.
+    """
+    line = [*parents, manifest]
+    base = next((name for each in line if (name := _base(each))), None)
+    heading, library, relation, tags = _KINDS.get(manifest["kind"], ("{}", None, None, []))
+    title = heading.format(_shown(base.rpartition("/")[2]) if base else "a model")
+    if "source" in manifest["request"]:
+        title = title.replace(", tuned", " in the layout of transformers")
+    parts = [
+        _front_matter(base, library, relation, tags),
+        f"# {title}\n",
+        "Made by EMLoC, which tunes a LoRA on a low-rank emulator of a model and carries it over to the model "
+        "(arXiv 2506.12015).\n",
+        f"## How it was made\n\n{made}" if (made := "".join(_made(line, base))) else "",
+        *_scores(line, table),
+        *_use(manifest, line, base, loader),
+        f"`emloc.json` has every setting, the versions, and fingerprints of all inputs.{_licence(manifest)}\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _base(manifest: Manifest) -> str | None:
+    """Return what a stage calls its base: a hub id, or a path."""
+    inputs = manifest.get("inputs") or {}
+    name = inputs.get("base") or inputs.get("source") or inputs.get("model")
+    return name if isinstance(name, str) else None
+
+
+def _shown(name: str) -> str:
+    """Return a hub id, or the last part of a path, safe to put into Markdown."""
+    text = name if _HUB_ID.fullmatch(name) else Path(name).name
+    return printable(text).replace("`", "'")
+
+
+def _front_matter(base: str | None, library: str | None, relation: str | None, tags: list[str]) -> str:
+    lines = []
+    if base and _HUB_ID.fullmatch(base):
+        lines.append(f"base_model: {base}")
+        lines += [f"base_model_relation: {relation}"] if relation else []
+    lines += [f"library_name: {library}"] if library else []
+    return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in ["emloc", *tags]), "---", ""])
+
+
+def _made(line: list[Manifest], base: str | None) -> Iterator[str]:
+    """Yield a line of Markdown per stage."""
+    if base:
+        yield f"- Base: `{_shown(base)}`.\n"
+    for manifest in line:
+        request, result = manifest.get("request") or {}, manifest.get("result") or {}
+        settings = request.get("settings") or {}
+        text = _DESCRIPTIONS.get(manifest.get("kind", ""), lambda *_: "")(request, settings, result)
+        if text:
+            rows = (manifest.get("inputs") or {}).get("data")
+            yield f"- {text}{f' Rows from `{_shown(rows)}`.' if isinstance(rows, str) else ''}\n"
+
+
+def _emulator(_request: Manifest, settings: Manifest, result: Manifest) -> str:
+    errors = [each["relative_error"] for each in result.get("linears", []) if each.get("relative_error") is not None]
+    kind = settings.get("kind", "low-rank")
+    ratio = f", ratio {settings.get('ratio')}, ranks by `{settings.get('allocator')}`" if errors else ""
+    told = f"Emulator: {kind}{ratio}; {result['bytes']['emulator']:,} of the base's {result['bytes']['base']:,} bytes"
+    if errors:
+        rows = settings.get("samples")
+        mean, worst = sum(errors) / len(errors), max(errors)
+        told += f"; relative output error on {rows} calibration rows {mean:.3f} (mean), {worst:.3f} (worst)"
+    return f"{told}."
+
+
+def _tuned(request: Manifest, settings: Manifest, result: Manifest) -> str:
+    where = "exact steps on the base" if request.get("exact") else "steps"
+    rows = settings.get("batch_size", 0) * settings.get("accumulation", 1) * request.get("processes", 1)
+    told = f"{result.get('steps')} {where} of {rows} rows at a learning rate of {settings.get('learning_rate')}"
+    loss = result.get("train_loss")
+    if settings.get("method", "sft") != "sft":
+        told += f", by {settings['method'].upper()} with beta {settings.get('beta')}"
+    told += f", on {result.get('rows')} rows" + (f", mean loss {loss:.4f}" if isinstance(loss, float) else "")
+    if "adapter" in request:
+        return f"Polish: {told}."
+    targets = ", ".join(f"`{_shown(target)}`" for target in result.get("target_modules", []))
+    return (
+        f"LoRA: rank {settings.get('lora_rank')}, alpha {settings.get('lora_alpha')}, on {targets}; {told}, with TRL."
+    )
+
+
+def _corrected(request: Manifest, _settings: Manifest, result: Manifest) -> str:
+    clamp = result.get("clamp")
+    kept = " (no correction did better on held-out rows)" if clamp == 0 else ""
+    return f"Correction: `{_shown(str(request.get('method')))}` with clamp {clamp}{kept}."
+
+
+def _checkpoint(request: Manifest, _settings: Manifest, result: Manifest) -> str:
+    if "source" in request:
+        return f"Rewritten from the layout `{_shown(str(request.get('layout')))}` for transformers' own classes."
+    return f"Merge: the LoRA is added to {result.get('merged_linears')} of the base's Linears."
+
+
+_DESCRIPTIONS = {
+    "emulator": _emulator,
+    "adapter": _tuned,
+    "corrected-adapter": _corrected,
+    "served-adapter": lambda _request, _settings, result: f"Export: one rank, {result.get('rank')}, and a scale of 1.",
+    "gguf": lambda request, _settings, _result: f"Export: GGUF, matrices in {request.get('dtype')}.",
+    "checkpoint": _checkpoint,
+}
+
+
+def _scores(line: list[Manifest], table: str | None) -> Iterator[str]:
+    if table:
+        yield f"## Scores\n\n{table}"
+    compared = next((found for each in line if (found := (each.get("result") or {}).get("candidates"))), None)
+    if compared:
+        yield (
+            "## Scores\n\nLoss per token, in nats, of the base with the corrected LoRA on "
+            f"{compared[0]['rows']} held-out rows; clamp 0 is the LoRA as it was tuned.\n\n| clamp | loss |\n"
+            "| --- | ---: |\n" + "".join(f"| {row['clamp']} | {row['nll']:.4f} |\n" for row in compared)
+        )
+
+
+def _use(manifest: Manifest, line: list[Manifest], base: str | None, loader: str) -> Iterator[str]:
+    kind = manifest["kind"]
+    load = f'{loader}.from_pretrained("{{}}", dtype="auto")'
+    if kind == "spectra":
+        yield "## Use it\n\n```sh\nemloc cut DIRECTORY --ratio 0.5 -o emulator\n```\n"
+    if kind == "gguf":
+        what = "--model BASE.gguf --lora adapter.gguf" if "adapter" in manifest["request"] else "--model model.gguf"
+        yield f"## Use it\n\n```sh\nllama-server {what}\n```\n"
+    if kind not in ("emulator", "checkpoint") and "adapter" not in kind:
+        return
+    if kind == "adapter" and "adapter" not in manifest["request"] and any(each["kind"] == "emulator" for each in line):
+        yield (
+            "It was tuned on the emulator. `emloc correct DIRECTORY -o corrected` carries it over to the base, which "
+            "is what it is for.\n"
+        )
+        return
+    imports = [f"from transformers import {loader}, AutoTokenizer\n"]
+    if kind == "emulator":
+        imports.insert(0, "import emloc_core.lowrank  # from_pretrained then loads emulators")
+    code = [f"model = {load.format('DIRECTORY')}"]
+    if "adapter" in kind:
+        imports.insert(0, "from peft import PeftModel")
+        code = [f"base = {load.format(_shown(base) if base else 'BASE')}"]
+        code.append('model = PeftModel.from_pretrained(base, "DIRECTORY")')
+    code.append('tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")')
+    shown = "\n".join([*imports, *code])
+    yield f"## Use it\n\nWith this directory, or its hub id, as `DIRECTORY`:\n\n```python\n{shown}\n```\n"
+    yield "`emloc chat DIRECTORY` talks to it.\n"
+
+
+def _licence(manifest: Manifest) -> str:
+    if manifest["kind"] not in ("emulator", "checkpoint"):
+        return ""
+    return f" The base's own card, if it has one, is `{BASE_CARD}`; its licence holds for this directory too."
