@@ -23,7 +23,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import emloc_core.lowrank  # noqa: F401 - teaches transformers to load emulators
 
@@ -74,13 +74,36 @@ def tune_with_trainer(
     return peft_model
 
 
+def shares_of_words(completions: list[str], expected: list[str], **_: object) -> list[float]:
+    """Reward each answer by how many of the words that were expected it has."""
+    wanted = [set(text.split()) for text in expected]
+    return [len(words & set(text.split())) / len(words) for text, words in zip(completions, wanted, strict=True)]
+
+
+def tune_with_grpo(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], settings: dict
+) -> PeftModel:
+    """Train with TRL's GRPO, which lets the emulator answer, and rewards the better of its answers."""
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=shares_of_words,
+        args=GRPOConfig(num_generations=4, max_completion_length=16, **settings),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"], "expected": row["completion"]} for row in rows]),
+        processing_class=tokenizer,
+        peft_config=LORA,
+    )
+    trainer.train()
+    assert isinstance(trainer.model, PeftModel)
+    return trainer.model
+
+
 def main() -> None:
     """Train, and save the adapter."""
     parser = argparse.ArgumentParser()
     parser.add_argument("emulator", type=Path)
     parser.add_argument("rows", type=Path)
     parser.add_argument("adapter", type=Path)
-    parser.add_argument("--trainer", choices=["sft", "plain"], default="sft")
+    parser.add_argument("--trainer", choices=["sft", "plain", "grpo"], default="sft")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     options = parser.parse_args()
@@ -97,7 +120,7 @@ def main() -> None:
     ]
     rows = [row for row in read(options.rows) if row not in held_out]
 
-    tune = tune_with_sft if options.trainer == "sft" else tune_with_trainer
+    tune = {"sft": tune_with_sft, "plain": tune_with_trainer, "grpo": tune_with_grpo}[options.trainer]
     settings = {
         "output_dir": str(options.adapter.with_name(f"{options.adapter.name}-checkpoints")),
         "max_steps": options.steps,

@@ -37,3 +37,11 @@ def test_the_registry_is_in_the_wheel(environment, tmp_path):
     assert directory.is_relative_to(environment.directory)
     entries = ROOT / "registry"
     assert {file.name for file in directory.glob("*.toml")} == {file.name for file in entries.glob("*.toml")}
+
+
+def test_transformers_alone_loads_an_emulator_where_emloc_is_installed(environment, tiny_emulator, tmp_path):
+    script = (
+        "from transformers import AutoModelForCausalLM; import sys; "
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(model.model.layers[0].mlp.up_proj))"
+    )
+    assert "LowRankLinear" in environment.run("python", "-c", script, tiny_emulator, cwd=tmp_path)

@@ -56,6 +56,30 @@ def test_it_trains_an_emulator_and_the_adapter_is_carried_over(
     assert after < before - 0.1
 
 
+def test_rewards_train_an_emulator_too(tiny_emulator, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_emulator.parent)
+    rows = write_jsonl(tmp_path / "rows.jsonl", example_rows()[:40])
+    argv = [
+        SCRIPT,
+        tiny_emulator.name,
+        rows,
+        tmp_path / "a",
+        "--trainer",
+        "grpo",
+        "--steps",
+        "2",
+        "--learning-rate",
+        "0.1",
+    ]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    rewards = runpy.run_path(str(SCRIPT))["shares_of_words"]
+    assert rewards([" a red cat", "no"], [" a red cat runs.", " a red cat runs."]) == [0.75, 0.0]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    loras = Adapter(tmp_path / "a").loras
+    assert len(loras) == 21
+    assert Correct(Adapter(tmp_path / "a"), Checkpoint(tiny_model), tmp_path / "c", CorrectSettings()).run()
+
+
 def nll(model, samples) -> float:
     """Mean over the rows of the completion's negative log-likelihood per token."""
     losses = []
