@@ -11,7 +11,7 @@
     model = emloc.merge(polished, "merged").load()
 
 Importing this package imports nothing heavy; a function imports what it needs when it is called. To load an emulator
-with plain ``transformers``, ``import emloc_core.lowrank`` first.
+with plain ``transformers`` needs no import where EMLoC is installed; see :mod:`emloc_core.autoload`.
 """
 
 from importlib import import_module
@@ -20,15 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from emloc_core.api import (
+        chat,
         compress,
         convert_layout,
         correct,
         cut,
         evaluate,
+        export,
         load_family,
         merge,
         plan,
         polish,
+        push,
         run,
         train,
     )
@@ -42,15 +45,18 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 #: Public names and their modules.
 _PUBLIC = {
+    "chat": "api",
     "compress": "api",
     "convert_layout": "api",
     "correct": "api",
     "cut": "api",
     "evaluate": "api",
+    "export": "api",
     "load_family": "api",
     "merge": "api",
     "plan": "api",
     "polish": "api",
+    "push": "api",
     "run": "api",
     "train": "api",
     "EmlocError": "errors",
@@ -60,15 +66,18 @@ _PUBLIC = {
 __all__ = [
     "EmlocError",
     "Result",
+    "chat",
     "compress",
     "convert_layout",
     "correct",
     "cut",
     "evaluate",
+    "export",
     "load_family",
     "merge",
     "plan",
     "polish",
+    "push",
     "run",
     "train",
 ]

@@ -22,6 +22,7 @@ from emloc_core.stages import Progress
 from emloc_core.units import parse_bytes
 
 if TYPE_CHECKING:
+    from emloc_core.conversation import Conversation
     from emloc_core.family import Family
     from emloc_core.memory.plan import MemoryPlan
 
@@ -97,7 +98,7 @@ def train(
     split: str = "train",
     exact: bool = False,
     limits: Mapping[str, Any] | None = None,
-    progress: Progress = _no_progress,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
     """Train a LoRA on an emulator, or on an ordinary model: stage 2.
@@ -110,7 +111,7 @@ def train(
         split: split of a saved or hub dataset.
         exact: read an ordinary model block by block, so that it need not fit in memory; see :func:`polish`.
         limits: with ``exact``, see :func:`polish`.
-        progress: not called: the trainer shows its own progress.
+        progress: called with the loss, the number of steps done, and the total; by default the trainer shows its bar.
         settings: see :class:`~emloc_core.settings.TrainSettings`: ``steps``, ``learning_rate``, ``lora_rank``, ...
 
     Raises:
@@ -167,7 +168,7 @@ def polish(
     exclude: Iterable[Name] = (),
     split: str = "train",
     limits: Mapping[str, Any] | None = None,
-    progress: Progress = _no_progress,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
     """Train an adapter for a few exact steps on the base itself, in the memory of a few blocks.
@@ -180,7 +181,7 @@ def polish(
         exclude: files with rows not to train on.
         split: split of a saved or hub dataset.
         limits: see :class:`~emloc_core.settings.ExactSettings`: ``memory``, ``park``.
-        progress: not called: the trainer shows its own progress.
+        progress: called with the loss, the number of steps done, and the total; by default the trainer shows its bar.
         settings: see :class:`~emloc_core.settings.PolishSettings`: ``steps``, ``learning_rate``, ``batch_size``, ...
 
     Raises:
@@ -223,6 +224,32 @@ def merge(
     return _perform(request, progress)
 
 
+def export(
+    source: Name,
+    output: Name,
+    *,
+    base: Name | None = None,
+    allow_uncorrected: bool = False,
+    progress: Progress = _no_progress,
+    **settings: Any,
+) -> Result:
+    """Write an adapter or a model as servers take it.
+
+    Args:
+        source: a corrected, polished or merged output, or any LoRA or model.
+        output: directory of the export.
+        base: of an adapter: the model that it is for; by default the one that it names.
+        allow_uncorrected: export an adapter that was trained on an emulator without correcting it.
+        progress: not called.
+        settings: see :class:`~emloc_core.settings.ExportSettings`: ``gguf``, ``dtype``.
+
+    Raises:
+        EmlocError: the adapter does not belong to the base, or this format does not express the model.
+    """
+    content = {"source": source, "output": output, "base": base, "allow_uncorrected": allow_uncorrected}
+    return _perform(make_request("export", settings, **content), progress)
+
+
 def evaluate(
     tasks: Name | Sequence[Name],
     output: Name,
@@ -259,6 +286,23 @@ def evaluate(
         "eval", tasks=tuple(fspath(task) for task in names), output=output, systems=(*known, *others), **options
     )
     return _perform(request, progress)
+
+
+def chat(model: Name, adapter: Name | None = None, **settings: Any) -> "Conversation":
+    """Load a model, with an adapter if one is given, to talk to: ``chat(merged).say("Hello")`` returns the answer.
+
+    Args:
+        model: a model or an emulator, or an adapter, which names its model.
+        adapter: a LoRA for the model.
+        settings: see :class:`~emloc_core.conversation.Conversation`: ``system``, ``max_new_tokens``, ``temperature``,
+            ``seed``.
+
+    Raises:
+        EmlocError: the model, its tokenizer or the adapter cannot be loaded, or they do not fit each other.
+    """
+    from emloc_core.conversation import open_conversation
+
+    return open_conversation(fspath(model), _path(adapter), **settings)
 
 
 def convert_layout(source: Name, output: Name, *, progress: Progress = _no_progress) -> Result:
@@ -328,6 +372,26 @@ def plan(  # noqa: PLR0913 - all by keyword
         return make_plan(fspath(model), MemoryModel(file, workload, kind), budget, ratio, speed)
 
 
+def push(
+    directory: Name, repository: str, *, private: bool = True, with_rows: bool = False, base: str | None = None
+) -> str:
+    """Upload a finished output to the Hugging Face hub, and return the address of the commit.
+
+    Args:
+        directory: output of a stage.
+        repository: ``organisation/name``; created if there is none.
+        private: whether a new repository is private.
+        with_rows: publish the rows of your data that an emulator or an evaluation holds.
+        base: hub id of the base, where the output names a path of this machine.
+
+    Raises:
+        EmlocError: it is not a finished output, it holds rows that are not to be published, or the hub refuses it.
+    """
+    from emloc_core.files.hub import push
+
+    return push(directory, repository, private=private, with_rows=with_rows, base=base)
+
+
 def run(recipe: Name, **overrides: Any) -> dict[str, Any]:
     """Run all stages of a recipe, each in its own process.
 
@@ -358,7 +422,7 @@ def load_family(model: Name) -> "Family":
     return plugin_manager().family_for(read_config_json(find_config(fspath(model))))
 
 
-def _perform(request: Request, progress: Progress) -> Result:
+def _perform(request: Request, progress: Progress | None) -> Result:
     from emloc_core.stages import finish, prepare, warnings_of
 
     job = prepare(request)

@@ -18,6 +18,7 @@ from emloc_core.settings import (
     CorrectSettings,
     CutSettings,
     ExactSettings,
+    ExportSettings,
     PolishSettings,
     Settings,
     TrainSettings,
@@ -130,6 +131,16 @@ class MergeRequest(Request):
     allow_uncorrected: bool = Field(False, description="Merge an adapter that was trained on an emulator uncorrected.")
 
 
+class ExportRequest(Request):
+    """Write an adapter or a checkpoint as servers take it."""
+
+    stage = "export"
+    source: str = Field(description="Directory of an adapter, or directory or hub id of a model.")
+    base: str | None = Field(None, description="Model that the adapter is for; by default the one that it names.")
+    allow_uncorrected: bool = Field(False, description="Export an adapter that was trained on an emulator uncorrected.")
+    settings: ExportSettings = ExportSettings()
+
+
 class System(Settings):
     """One system to evaluate: a model (base, emulator, merged), alone or with a PEFT adapter."""
 
@@ -160,6 +171,7 @@ REQUESTS: dict[str, type[Request]] = {
         CorrectRequest,
         PolishRequest,
         MergeRequest,
+        ExportRequest,
         EvaluateRequest,
     )
 }

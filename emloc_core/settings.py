@@ -5,7 +5,7 @@ Imports nothing heavy; the command line builds its options from these fields.
 
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from emloc_core.errors import did_you_mean
 
@@ -55,10 +55,14 @@ class CompressSettings(CutSettings):
     factorizer: str = Field("activation-svd", description="How Linears are factorised. Plugins can add others.")
 
 
+#: The target for every Linear but the output layer, as in PEFT.
+ALL_LINEAR = "all-linear"
 #: Epochs when neither steps nor epochs are given.
 DEFAULT_EPOCHS = 3.0
 #: Training settings that change how much memory training needs.
-MEMORY_SETTINGS = ("batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "target_modules")
+MEMORY_SETTINGS = (
+    "method", "batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "target_modules",
+)  # fmt: skip
 
 
 class StepSettings(Settings):
@@ -81,6 +85,12 @@ class StepSettings(Settings):
 class TrainSettings(StepSettings):
     """How the LoRA is trained."""
 
+    method: Literal["sft", "dpo"] = Field(
+        "sft",
+        description="What is learned: 'sft', the answers; 'dpo', to prefer each row's chosen answer to its rejected "
+        "one, by direct preference optimisation, compared with the model without the LoRA.",
+    )
+    beta: float = Field(0.1, gt=0, description="With dpo: how much deviating from the model without the LoRA costs.")
     epochs: float | None = Field(None, gt=0, description="Passes over the rows; 3 by default, unless steps are given.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations to save memory.")
     lora_rank: int = Field(8, ge=1, description="Rank of the LoRA.")
@@ -88,8 +98,21 @@ class TrainSettings(StepSettings):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the LoRA's input.")
     target_modules: list[str] | None = Field(
-        None, description="Modules to put the LoRA on, by the end of their paths; the family's choice by default."
+        None,
+        description="Modules to put the LoRA on, by the end of their paths: a list, or names with commas between them; "
+        "all-linear for every Linear but the output layer; the family's choice by default.",
     )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _between_commas(cls, value: Any) -> Any:
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
+            return value
+        names = [name.strip() for each in given for name in each.split(",") if name.strip()]
+        if ALL_LINEAR in names and len(set(names)) > 1:
+            raise ValueError(f"{ALL_LINEAR} stands alone")
+        return names
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSettings":
@@ -128,6 +151,15 @@ class CorrectSettings(Settings):
         "values and no correction by their loss on held-out rows.",
     )
     method: str = Field("emloc", description="The correction. Plugins can add others.")
+
+
+class ExportSettings(Settings):
+    """What a server gets."""
+
+    gguf: bool = Field(False, description="Write GGUF, which llama.cpp and what is built on it read.")
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] = Field(
+        "f16", description="With gguf: type of the matrices; vectors are always f32."
+    )
 
 
 #: Names that the command line or other tools have for settings.

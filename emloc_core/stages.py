@@ -16,6 +16,7 @@ _MODULES = {
     "correct": "emloc_core.adapters.correct",
     "polish": "emloc_core.tuning.exact",
     "merge": "emloc_core.adapters.merge",
+    "export": "emloc_core.serving.export",
     "eval": "emloc_core.evaluation.evaluate",
 }
 
@@ -36,8 +37,12 @@ class Job(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return what the stage would do, as JSON values. Hashes large files; writes nothing but cached hashes."""
 
-    def run(self, progress: Progress) -> Path:
-        """Make the output, or resume what an interrupted run left, and return its directory."""
+    def run(self, progress: Any) -> Path:
+        """Make the output, or resume what an interrupted run left, and return its directory.
+
+        Args:
+            progress: a :class:`Progress`; for training, None lets the trainer show its own bar.
+        """
 
 
 def prepare(request: Request) -> Job:
@@ -59,7 +64,7 @@ def warnings_of(job: Job) -> list[str]:
     return list(getattr(job, "warnings", ()))
 
 
-def finish(stage: str, job: Job, progress: Progress = lambda *_: None) -> Result | None:
+def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) -> Result | None:
     """Run a job and notify the plugins that observe stages.
 
     Returns:
@@ -78,6 +83,6 @@ def finish(stage: str, job: Job, progress: Progress = lambda *_: None) -> Result
     return result
 
 
-def perform(request: Request, progress: Progress = lambda *_: None) -> Result | None:
+def perform(request: Request, progress: Progress | None = lambda *_: None) -> Result | None:
     """Prepare and run a request; see :func:`prepare` and :func:`finish`."""
     return finish(request.stage, prepare(request), progress)

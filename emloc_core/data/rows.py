@@ -31,7 +31,10 @@ from emloc_core.settings import Loss
 #: Files of an emulator with rows that must never be tuned on.
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
 
-_FORMS = "Each row needs `text`, or `prompt` and `completion`, or `messages` that end in an assistant turn."
+_FORMS = (
+    "Each row needs `text`, or `prompt` and `completion` (or `chosen` and `rejected`), or `messages` that end in an "
+    "assistant turn."
+)
 _CONVERSION = {"Alpaca": "instruction, input and output", "ShareGPT": "conversations"}
 _HERE = Path()
 
@@ -47,6 +50,7 @@ class Row:
         tools: the tools that a conversation may call, as functions in JSON schema.
         loss: which of a conversation's answers count: the last one, or all.
         source: file or dataset that it is from, if there are several.
+        rejected: of a preference, the answer that ``completion`` is preferred to.
     """
 
     number: int
@@ -57,6 +61,7 @@ class Row:
     tools: list[dict[str, Any]] | None = None
     loss: Loss = "last"
     source: str = field(default="", compare=False)
+    rejected: Content | None = None
 
     @property
     def name(self) -> str:
@@ -83,7 +88,8 @@ class Row:
             return {"text": self.text}
         images = {} if self.images is None else {"images": list(self.images)}
         tools = {} if self.tools is None else {"tools": self.tools}
-        return {"prompt": self.prompt, "completion": self.completion, **tools, **images}
+        rejected = {} if self.rejected is None else {"rejected": self.rejected}
+        return {"prompt": self.prompt, "completion": self.completion, **rejected, **tools, **images}
 
 
 def load_rows(source: Any, split: str = "train", loss: Loss = "last") -> list[Row]:
@@ -221,11 +227,12 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
         raise EmlocError(f"{where}: {type(content).__name__}, not an object with columns.", _FORMS)
     content = as_trl(content, where)
     has = {name for name, value in content.items() if value is not None}  # Arrow fills absent columns with None
-    if has >= {"prompt", "completion"}:
-        prompt, completion = (parse_content(content[name], f"{where}: `{name}`") for name in ("prompt", "completion"))
+    answer = "completion" if "completion" in has else "chosen"  # of a preference
+    if has >= {"prompt", answer}:
+        prompt, completion = (parse_content(content[name], f"{where}: `{name}`") for name in ("prompt", answer))
         if isinstance(prompt, str) != isinstance(completion, str):
             raise EmlocError(f"{where}: one of prompt and completion is a string, the other messages.", _FORMS)
-        row = Row(number, prompt=prompt, completion=completion)
+        row = Row(number, prompt=prompt, completion=completion, rejected=_rejected(content, completion, where))
     elif "messages" in has:
         turns = parse_content(content["messages"], f"{where}: `messages`")
         if isinstance(turns, str):
@@ -241,6 +248,15 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
         raise EmlocError(f"{where}: has the columns {sorted(has)}.", _FORMS)
     row = _with_images(row, _pictures(content, where, directory, confined=confined), where)
     return replace(row, tools=_tools(content["tools"], row, where)) if "tools" in has else row
+
+
+def _rejected(content: dict[str, Any], chosen: Content, where: str) -> Content | None:
+    if content.get("rejected") is None:
+        return None
+    rejected = parse_content(content["rejected"], f"{where}: `rejected`")
+    if isinstance(rejected, str) != isinstance(chosen, str):
+        raise EmlocError(f"{where}: one of chosen and rejected is a string, the other messages.", _FORMS)
+    return rejected
 
 
 def _tools(value: Any, row: Row, where: str) -> list[dict[str, Any]] | None:

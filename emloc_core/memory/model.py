@@ -33,7 +33,8 @@ from emloc_core.memory.tracing import Phases, trace_inference, trace_training
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.settings import TrainSettings
+from emloc_core.settings import ALL_LINEAR, TrainSettings
+from emloc_core.tuning.targets import all_linears
 from emloc_core.tuning.trl import lora_config
 
 #: Bytes of Python with torch, transformers, PEFT and TRL imported, measured on Linux; not on the GPU.
@@ -119,7 +120,8 @@ class MemoryModel:
             self.linears = self.linears.without_experts(f"the kind {kind!r} is for Linears alone")
         self.coverage: Coverage = coverage(self.model, self.family, self.linears)
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
-        self.targets = sorted(set(workload.train.target_modules or self.family.lora_targets()))
+        chosen = workload.train.target_modules or self.family.lora_targets()
+        self.targets = all_linears(self.model) if chosen == [ALL_LINEAR] else sorted(set(chosen))
         self.image: ImageShape | None = None
         if workload.images:
             self.image = image_shape(config_file, self.config, workload.image_size)

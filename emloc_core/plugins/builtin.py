@@ -12,15 +12,18 @@ from emloc_core.hookspecs import hookimpl
 
 #: The built-in commands: modules of ``emloc_core.cli``, each with a ``command`` (``import_`` for import).
 COMMANDS = (
+    "chat",
     "compress",
     "correct",
     "cut",
     "eval",
+    "export",
     "families",
     "import",
     "merge",
     "plan",
     "polish",
+    "push",
     "run",
     "train",
     "zoo",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from emloc_core.errors import EmlocError
+from emloc_core.files.hub import check_repository
 from emloc_core.files.output import read_toml
 from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings, explain
 
@@ -65,11 +66,31 @@ class Recipe(Settings):
     polish: PolishSettings | None = Field(None, description="Exact steps on the base, after the correction; optional.")
     merge: bool = Field(True, description="Write the merged checkpoint.")
     eval: EvalSection | None = Field(None, description="Evaluation; without it nothing is compared.")
+    push: str | None = Field(
+        None,
+        description="Private repository on the hub, organisation/name, for the merged model or, with merge = false, "
+        "the last adapter.",
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> "Recipe":
         if self.model.memory is not None and "ratio" in self.compress.model_fields_set:
             raise ValueError("model.memory and compress.ratio both set the emulator's size; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _no_exact_preferences(self) -> "Recipe":
+        if self.polish is not None and self.train.method != "sft":
+            raise ValueError(f"polish knows the likelihood of answers alone, and train.method is {self.train.method!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _repository(self) -> "Recipe":
+        if self.push is not None:
+            try:
+                check_repository(self.push)
+            except EmlocError as error:
+                raise ValueError(str(error)) from None
         return self
 
     @model_validator(mode="after")

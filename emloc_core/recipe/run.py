@@ -10,6 +10,7 @@ from typing import Any
 
 from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.errors import EmlocError
+from emloc_core.files.hub import push
 from emloc_core.files.output import MANIFEST, TIMING, read_json, write_json
 from emloc_core.files.workspace import Workspace
 from emloc_core.process import call
@@ -192,7 +193,11 @@ def run_recipe(
             raise EmlocError(
                 f"The stage '{stage.name}' failed: {error}", "Earlier stages are kept.", code=error.code
             ) from None
-    return summarise(recipe, planned)
+    results = summarise(recipe, planned)
+    if recipe.push:
+        final = next(name for name in ("merged", "polished", "corrected") if name in results["stages"])
+        results["pushed"] = push(Path(recipe.output) / final, recipe.push)
+    return results
 
 
 def sizes(recipe: Recipe) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class ExactTrain(Train):
     """Trains a LoRA on a base that need not fit in memory, to the same result as :class:`Train`.
 
     Args:
-        model: directory of an ordinary checkpoint.
+        model: an ordinary checkpoint, or its directory.
         data, output, settings, exclude, split: see :class:`Train`. An optimiser step takes
             ``batch_size x accumulation`` rows, and reads every block twice.
         limits: what the steps may use.
@@ -59,7 +59,7 @@ class ExactTrain(Train):
 
     def __init__(
         self,
-        model: Path,
+        model: Path | Checkpoint,
         data: Rows,
         output: Path,
         settings: StepSettings,
@@ -69,6 +69,12 @@ class ExactTrain(Train):
     ) -> None:
         super().__init__(model, data, output, settings, exclude, split)
         self.model.require_unquantised()
+        if self._prefers:
+            raise EmlocError(
+                "Exact steps know the likelihood of answers alone, not preferences.",
+                "Train by DPO on an emulator or an ordinary model.",
+                code="unsupported",
+            )
         if others := [name for name in _ORDINARY if name in settings.extra]:
             raise EmlocError(f"Exact steps do not know {', '.join(others)}.", "Leave it out.")
         self.skeleton = Skeleton(self.model, self.family)
@@ -179,7 +185,7 @@ class Polish(ExactTrain):
         limits: ExactSettings = _LIMITS,
     ) -> None:
         self.start = adapter
-        super().__init__(base.directory, data, output, settings, exclude, split, limits)
+        super().__init__(base, data, output, settings, exclude, split, limits)
         require_shapes(adapter, self.skeleton.model)
 
     def describe(self) -> dict[str, Any]:
@@ -247,7 +253,7 @@ def prepare(request: TrainRequest | PolishRequest) -> Train:
         adapter = Adapter(request.adapter)
         base = open_checkpoint(request.base or adapter.base_name)
         return Polish(adapter, base, *rows, request.settings, *others, request.limits)
-    model = open_checkpoint(request.model).directory
+    model = open_checkpoint(request.model)
     if request.exact:
         return ExactTrain(model, *rows, request.settings, *others, request.limits)
     return Train(model, *rows, request.settings, *others)

@@ -8,13 +8,42 @@ import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family
 from emloc_core.files.pretrained import load_config
 from emloc_core.model.skeleton import build_model
-from emloc_core.settings import TrainSettings
+from emloc_core.settings import ALL_LINEAR, TrainSettings
 from emloc_core.tuning.trl import lora_config
+
+
+def all_linears(model: PreTrainedModel) -> list[str]:
+    """Return the last parts of the paths of all Linears but the output layer, as PEFT's ``all-linear`` means them."""
+    output = model.get_output_embeddings()
+    linears = (path for path, each in model.named_modules() if isinstance(each, nn.Linear) and each is not output)
+    return sorted({path.rpartition(".")[2] for path in linears})
+
+
+def choose_targets(config_file: Path, family: Family, settings: TrainSettings) -> list[str]:
+    """Return the ends of the paths of the modules that get a LoRA, sorted. Reads no weights.
+
+    Args:
+        config_file: the model's ``config.json``; an emulator has the same Linears as its base.
+        family: the model's family.
+        settings: settings of the LoRA.
+
+    Raises:
+        EmlocError: a target is refused; names the target and the module.
+    """
+    chosen = settings.target_modules
+    if not chosen:  # a family's own targets have passed the conformance kit
+        return sorted(set(family.lora_targets()))
+    if chosen == [ALL_LINEAR]:
+        chosen = all_linears(build_model(load_config(config_file), family, torch.float32))
+    targets = sorted(set(chosen))
+    require_linears(config_file, family, settings, targets)
+    return targets
 
 
 def require_linears(config_file: Path, family: Family, settings: TrainSettings, targets: Sequence[str]) -> None:

@@ -17,15 +17,16 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import TrainerState
-from trl import SFTConfig, SFTTrainer
+from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from emloc_core.adapters.adapter import content_hash
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.data.tokenize import Processing, load_processing, require_readable
 from emloc_core.emulator.ranks import find_linears
 from emloc_core.errors import EmlocError, first_line
+from emloc_core.files.card import data_name
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
@@ -39,8 +40,9 @@ from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incom
 from emloc_core.tuning.dataset import make_dataset, measure
 from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.launcher import require_processes
-from emloc_core.tuning.targets import require_linears
-from emloc_core.tuning.trl import check_extra, counted_tokens_alone, lora_config, sft_config
+from emloc_core.tuning.preferences import preference_dataset, require_preferences
+from emloc_core.tuning.targets import choose_targets
+from emloc_core.tuning.trl import check_extra, counted_tokens_alone, lora_config, trainer_config
 
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
@@ -53,7 +55,7 @@ class Train:
     """Stage 2. The constructor makes cheap checks; :meth:`run` trains.
 
     Args:
-        model: directory of an emulator or ordinary checkpoint.
+        model: an emulator or ordinary checkpoint, or its directory.
         data: see :func:`emloc_core.data.rows.load_rows`.
         output: directory for the adapter.
         settings: how to train.
@@ -67,14 +69,14 @@ class Train:
 
     def __init__(
         self,
-        model: Path,
+        model: Path | Checkpoint,
         data: Rows,
         output: Path,
         settings: StepSettings,
         exclude: Sequence[Path] = (),
         split: str = "train",
     ) -> None:
-        self.model = Checkpoint(model)
+        self.model = model if isinstance(model, Checkpoint) else Checkpoint(model)
         _ = self.model.tensors  # finds truncated shards before training
         self.family = plugin_manager().family_for(self.model.config)
         find_linears(self._without_weights(), self.family)  # refuses a declaration that does not fit this model
@@ -82,12 +84,15 @@ class Train:
         self.is_main_process = True  # until the processes have found each other
         check_extra(settings)
         self.targets = self._targets()
+        self._data = data_name(data)
         rows = load_rows(data, split, settings.loss)
         require_readable(rows, self.family)
         held_out = [self.model.directory / name for name in (CALIBRATION, SELECTION)]
         files = [path for path in held_out if path.is_file()] + list(exclude)
         # An emulator made without selection rows has an empty file.
         files = [path for path in files if not path.is_file() or path.stat().st_size]
+        if self._prefers:
+            require_preferences(rows)
         self.rows = without(rows, files)
         self.excluded = len(rows) - len(self.rows)
         if not self.rows:
@@ -105,11 +110,7 @@ class Train:
     def _targets(self) -> list[str]:
         """Return the ends of the paths of modules that get a LoRA, sorted."""
         assert isinstance(self.settings, TrainSettings)
-        chosen = self.settings.target_modules
-        targets = sorted(set(chosen or self.family.lora_targets()))
-        if chosen:  # a family's own targets have passed the conformance kit
-            require_linears(self.model.directory / "config.json", self.family, self.settings, targets)
-        return targets
+        return choose_targets(self.model.directory / "config.json", self.family, self.settings)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be trained in one process: rows and their lengths, steps, target modules.
@@ -142,7 +143,7 @@ class Train:
     def _config(self, **fixed: Any) -> SFTConfig:
         checkpoints = Output(self.path, "adapter", {}).staging / CHECKPOINTS
         with refusing(SETTINGS):
-            return sft_config(
+            return trainer_config(
                 self.settings,
                 checkpoints,
                 completion_only=self.rows[0].form != "text",
@@ -150,19 +151,25 @@ class Train:
                 **fixed,
             )
 
-    def run(self, _progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Train, or resume an interrupted run. The trainer shows its own progress.
+    def run(self, progress: Callable[[str, int, int], None] | None = None) -> Path:
+        """Train, or resume an interrupted run.
+
+        Args:
+            progress: called with the loss, the number of steps done, and the total; None: the trainer shows its bar.
 
         Raises:
             EmlocError: the settings conflict, the loss is NaN or Inf, or memory runs out.
         """
-        config = self._config()
+        config = self._config(disable_tqdm=progress is not None)
+        self._progress = progress
         state = PartialState()
         require_processes(state.num_processes)
         self.is_main_process = state.is_main_process
         files = Inputs(self.path.resolve().parent)
         request = self._request(files, state.num_processes) if state.is_main_process else {}
-        output = Output(self.path, "adapter", request, inputs=self._inputs(), files=files)
+        output = Output(
+            self.path, "adapter", request, inputs=self._inputs(), files=files, loader=self.family.auto_class
+        )
         (finished,) = broadcast_object_list([state.is_main_process and output.is_finished()])
         if finished:
             return self.path
@@ -173,9 +180,14 @@ class Train:
                 output.result[CONTENT] = content_hash(output.staging)
         return self.path
 
+    def _name(self) -> str:
+        """Return what the adapter calls its model: a hub id, or the path of an emulator, which `correct` reads."""
+        is_emulator = self.model.config.get("quantization_config") is not None
+        return str(self.model.directory.absolute()) if is_emulator else self.model.name
+
     def _inputs(self) -> dict[str, str]:
         """Return the paths of the inputs, for the manifest."""
-        return {"model": self.model.name}
+        return {"model": self._name(), "data": self._data}
 
     def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
         return {
@@ -193,11 +205,15 @@ class Train:
         state.wait_for_everyone()
         resume = newest_checkpoint(checkpoints)
         processing = self._processing()
-        dataset, self.sizes = make_dataset(self.rows, *processing)
+        make = preference_dataset if self._prefers else make_dataset
+        dataset, self.sizes = make(self.rows, *processing)
         dropped = len(self.rows) - len(self.sizes)
         if isinstance(processing[0], ProcessorMixin):  # the collator makes all inputs of the model
             config.remove_unused_columns = False
         trainer = self._trainer(config, dataset, processing[0])
+        if self._progress is not None:
+            trainer.remove_callback(PrinterCallback)  # it prints every entry of the log as a dict
+            trainer.add_callback(_Report(self._progress))
         trainer.lora.peft_config["default"].base_model_name_or_path = str(self.model.directory.absolute())
         saved = TrainerState.load_from_json(str(resume / STATE)) if resume else None
         if saved and saved.global_step >= saved.max_steps:  # interrupted after the last step: train() might add one
@@ -237,6 +253,11 @@ class Train:
             "target_modules": self.targets,
         }
 
+    @property
+    def _prefers(self) -> bool:
+        """Whether preferences are learned."""
+        return getattr(self.settings, "method", "sft") == "dpo"
+
     def _trainer(self, config: SFTConfig, dataset: Dataset, processing: Processing) -> "LoraTrainer":
         assert isinstance(self.settings, TrainSettings)
         directory = self.model.directory.absolute()
@@ -244,7 +265,7 @@ class Train:
             model = load_model(self.family.auto_class, directory)
         balance_no_experts(model.config)
         with refusing(SETTINGS):
-            trainer = LoraTrainer(
+            trainer = (PreferenceTrainer if self._prefers else LoraTrainer)(
                 model,
                 args=config,
                 train_dataset=dataset,
@@ -264,7 +285,9 @@ class Train:
         trainer.lora.save_pretrained(str(staging), save_embedding_layers=False)
         config = read_json(staging / "adapter_config.json")
         config["target_modules"] = self.targets  # PEFT writes a set, in random order
+        config["base_model_name_or_path"] = self._name()  # only now: PEFT would fetch from the hub what it names
         write_json(staging / "adapter_config.json", config)
+        self.model.copy_processing(staging)
         write_json(staging / LOG, log)
         checkpoints = staging / CHECKPOINTS
         if (checkpoints / "runs").is_dir():  # TensorBoard
@@ -272,8 +295,8 @@ class Train:
         shutil.rmtree(checkpoints)
 
 
-class LoraTrainer(SFTTrainer):
-    """TRL's trainer, for a LoRA; stops at a loss that is NaN or Inf."""
+class _LoraSteps:
+    """What TRL's trainers lack: they stop at a loss that is NaN or Inf, and save what a resumed log needs."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, **options: Any) -> None:
         super().__init__(model, callbacks=[_LogLastStep()], **options)
@@ -323,6 +346,14 @@ class LoraTrainer(SFTTrainer):
         self.state.log_history.pop()
 
 
+class LoraTrainer(_LoraSteps, SFTTrainer):
+    """TRL's trainer for answers, for a LoRA."""
+
+
+class PreferenceTrainer(_LoraSteps, DPOTrainer):
+    """TRL's trainer for preferences, for a LoRA; the reference is the model with the LoRA switched off."""
+
+
 class _RestoreLoss(TrainerCallback):
     """Restores the loss summed since the last log entry when a run resumes."""
 
@@ -334,6 +365,19 @@ class _RestoreLoss(TrainerCallback):
             saved = state.log_history.pop()
             self._trainer._tr_loss += saved[_PENDING]
             self._trainer._globalstep_last_logged = int(saved["since"])
+
+
+class _Report(TrainerCallback):
+    """Reports every step, with the last loss that was logged."""
+
+    def __init__(self, progress: Callable[[str, int, int], None]) -> None:
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.is_world_process_zero:
+            loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+            what = "first steps" if loss is None else f"loss {float(loss):.4f}"
+            self._progress(what, state.global_step, state.max_steps)
 
 
 class _LogLastStep(TrainerCallback):

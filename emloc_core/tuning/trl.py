@@ -12,7 +12,7 @@ from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
 #: Fields of SFTConfig, by the name of the setting that stands for them.
 _NAMED = {
@@ -52,11 +52,12 @@ def check_extra(settings: StepSettings) -> None:
     Raises:
         EmlocError: a field is refused; names it and what to do instead.
     """
-    from trl import SFTConfig
-
+    kind = _config_class(settings)
     named = {field: setting for setting, field in _NAMED.items()}
     named["gradient_checkpointing"] = "gradient_checkpointing"  # the old name of the field
-    known = [field.name for field in dataclasses.fields(SFTConfig)]
+    if getattr(settings, "method", "sft") == "dpo":
+        named["beta"] = "beta"
+    known = [field.name for field in dataclasses.fields(kind)]
     for name in settings.extra:
         if name in named:
             raise EmlocError(
@@ -66,35 +67,44 @@ def check_extra(settings: StepSettings) -> None:
         if name in _FIXED:
             raise EmlocError(f"{name} cannot be set: {_FIXED[name]}.", "Leave it out.")
         if name not in known:
-            raise EmlocError(f"SFTConfig has no field {name!r}.{did_you_mean(name, known)}", "See TRL's SFTConfig.")
+            told = f"{kind.__name__} has no field {name!r}.{did_you_mean(name, known)}"
+            raise EmlocError(told, f"See TRL's {kind.__name__}.")
 
 
-def sft_config(
+def _config_class(settings: StepSettings) -> Any:
+    """Return TRL's class of configs for a method."""
+    from trl import DPOConfig, SFTConfig
+
+    return DPOConfig if getattr(settings, "method", "sft") == "dpo" else SFTConfig
+
+
+def trainer_config(
     settings: StepSettings, checkpoints: Path, *, completion_only: bool, use_cpu: bool, **fixed: Any
-) -> "SFTConfig":
+) -> "SFTConfig | DPOConfig":
     """Return TRL's config.
 
     Args:
         settings: how to train.
         checkpoints: directory for the trainer's own checkpoints.
-        completion_only: whether only completions enter the loss; ``extra`` may override it.
+        completion_only: whether only completions enter the loss, unless it is one of preferences; ``extra`` may
+            override it.
         use_cpu: whether there is no accelerator; ``extra`` may override it.
         **fixed: fields that the stage sets itself.
 
     Raises:
         ValueError: from TRL or transformers: settings conflict with each other or with the machine.
     """
-    from trl import SFTConfig
-
     given = dict(settings)
     named = {field: given[setting] for setting, field in _NAMED.items() if setting in given}
     named["max_steps"] = settings.steps or -1
     named["num_train_epochs"] = given.get("epochs") or DEFAULT_EPOCHS
-    config = SFTConfig(
+    is_dpo = given.get("method") == "dpo"
+    own = {"beta": given["beta"]} if is_dpo else {"completion_only_loss": completion_only}
+    config = _config_class(settings)(
         output_dir=str(checkpoints),
         save_strategy="steps",
         save_total_limit=2,
-        **{"completion_only_loss": completion_only, "use_cpu": use_cpu, **named, **settings.extra, **fixed},
+        **{**own, "use_cpu": use_cpu, **named, **settings.extra, **fixed},
     )
     if config.n_gpu > 1:  # several GPUs are for `accelerate launch`: nn.DataParallel would change the batch
         config._n_gpu = 1

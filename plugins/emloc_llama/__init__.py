@@ -1,6 +1,6 @@
 """The Llama family: Llama 2 and 3.x, SmolLM and Mistral share one block layout."""
 
-from emloc_core.family import Family, Tower
+from emloc_core.family import Family, Gguf, Tower
 from emloc_core.hookspecs import hookimpl
 
 #: Sizes of a tiny model, which other families use too.
@@ -16,6 +16,12 @@ TINY = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+#: How Llama 3's tokenizer splits text, from its tokenizer.json.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 
 LLAMA = Family(
     name="llama",
@@ -38,6 +44,11 @@ LLAMA = Family(
         {"model_type": "llama", **TINY, "tie_word_embeddings": True},  # as in Llama 3.2 and SmolLM
         {"model_type": "mistral", **TINY},
     ],
+    gguf=Gguf(
+        architectures={"llama": "llama", "mistral": "llama"},
+        paired=["self_attn.q_proj", "self_attn.k_proj"],
+        splits={"words": "gpt-2", "digits+words": "smollm", LLAMA3_SPLIT: "llama-bpe"},
+    ),
 )
 
 

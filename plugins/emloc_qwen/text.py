@@ -7,9 +7,14 @@ from dataclasses import replace
 
 from emloc_llama import LLAMA, TINY
 
-from emloc_core.family import Family
+from emloc_core.family import Family, Gguf
 
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+
+#: How Qwen's tokenizers split text, from their tokenizer.json.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 QWEN: Family = replace(
     LLAMA,
@@ -20,6 +25,7 @@ QWEN: Family = replace(
         {"model_type": "qwen2", **TINY, "tie_word_embeddings": False},
         {"model_type": "qwen3", **TINY, "head_dim": 8, "tie_word_embeddings": True},
     ],
+    gguf=Gguf({"qwen2": "qwen2", "qwen3": "qwen3"}, splits={"words": "gpt-2", SPLIT: "qwen2"}),
 )
 
 #: Qwen3-MoE has experts instead of most MLPs; the MLPs of its dense layers (``mlp_only_layers``,
@@ -45,4 +51,5 @@ QWEN_MOE: Family = replace(
             "mlp_only_layers": [0],
         }
     ],
+    gguf=None,
 )

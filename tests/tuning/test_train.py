@@ -31,7 +31,7 @@ from emloc_core.settings import TrainSettings
 from emloc_core.tuning import train as stage
 from emloc_core.tuning.launcher import require_processes
 from emloc_core.tuning.train import Train
-from emloc_core.tuning.trl import sft_config
+from emloc_core.tuning.trl import trainer_config
 
 LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
@@ -77,7 +77,8 @@ def test_it_learns_what_generalises_to_rows_left_out(trained: Path, tiny_model: 
 
 def test_it_leaves_a_plain_adapter_and_says_what_was_done(trained: Path, tiny_model: Path):
     assert {path.name for path in trained.iterdir()} == {
-        *("README.md", "adapter_config.json", "adapter_model.safetensors", "emloc.json", "log.json", "timing.json")
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "emloc.json", "log.json", "timing.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     adapter = Adapter(trained)
     assert len(adapter.loras) == 3 * len(LINEARS)
@@ -203,7 +204,7 @@ def test_the_loss_falls_on_the_same_tokens_as_in_calibration(form, tiny_model, t
 
 
 def test_rows_are_cut_only_where_asked_and_counted_where_nothing_is_left(tiny_model, tmp_path, monkeypatch):
-    assert sft_config(settings(), tmp_path, completion_only=True, use_cpu=True).max_length is None
+    assert trainer_config(settings(), tmp_path, completion_only=True, use_cpu=True).max_length is None
     seen = trained_rows(monkeypatch)
     rows = [{"prompt": "cat " * 20, "completion": "a"}, {"prompt": "cat", "completion": " cat" * 30}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)

@@ -1,0 +1,159 @@
+"""A conversation with a model: text and images in, an answer that is streamed as it is written."""
+
+from collections.abc import Callable, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import ProcessorMixin, TextStreamer, set_seed
+
+from emloc_core.data.images import Picture
+from emloc_core.data.messages import IMAGE, Message, in_parts
+from emloc_core.data.tokenize import Limits
+from emloc_core.errors import EmlocError
+from emloc_core.evaluation.system import load_system
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.plugins.manager import plugin_manager
+
+
+class Conversation:
+    """A conversation that remembers its turns.
+
+    Args:
+        model: a transformers or PEFT model.
+        processing: its tokenizer, or its processor if there may be images.
+        system: text of a system message.
+        max_new_tokens: most tokens per answer.
+        temperature: 0 always takes the likeliest token; None leaves it to the model's own generation config.
+        seed: seed of an answer's sampling; None draws another answer each time.
+
+    A model without a chat template continues each message as plain text, and remembers nothing.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processing: Any,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.model, self.processing = model, processing
+        self.has_template = bool(processing.chat_template)
+        if system is not None and not self.has_template:
+            raise EmlocError("The model has no chat template, so it takes no system message.", "Leave it out.")
+        self.reads_images = isinstance(processing, ProcessorMixin)
+        self._tokenizer = processing.tokenizer if self.reads_images else processing
+        self._start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._most, self._seed = max_new_tokens, seed
+        self._sampling: dict[str, Any] = {}
+        if temperature is not None:
+            self._sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all turns but the system message."""
+        self.messages, self._pictures = list(self._start), list[Picture]()
+
+    def say(
+        self, text: str, images: Sequence[str | PathLike[str]] = (), write: Callable[[str], None] = lambda _: None
+    ) -> str:
+        """Say something and return the answer, without the space around it.
+
+        Args:
+            text: the message.
+            images: paths of images, which are put before the text.
+            write: is called with each piece of the answer as soon as it is known.
+
+        Raises:
+            EmlocError: an image cannot be read, the model reads no images, its chat template rejects the conversation,
+                or there is no room for it. The message is then forgotten.
+        """
+        if images and not self.reads_images:
+            raise EmlocError("The model reads no images.", "Ask without, or use an image-text model.", code="mismatch")
+        pictures = [Picture.of(fspath(image), Path()) for image in images]
+        content = [*(dict(IMAGE) for _ in pictures), {"type": "text", "text": text}] if pictures else text
+        messages = [*self.messages, {"role": "user", "content": content}]
+        shown = [*self._pictures, *pictures]
+        answer = self._answer(self._inputs(messages, shown) if self.has_template else self._plain(text), write)
+        if self.has_template:
+            self.messages, self._pictures = [*messages, {"role": "assistant", "content": answer}], shown
+        return answer
+
+    def _plain(self, text: str) -> Any:
+        return self._tokenizer(text, return_tensors="pt")
+
+    def _inputs(self, messages: list[Message], pictures: list[Picture]) -> Any:
+        try:
+            if self.reads_images:
+                text = self.processing.apply_chat_template(in_parts(messages), add_generation_prompt=True)
+                images = [picture.read() for picture in pictures] or None
+                # The template writes the special tokens itself.
+                return self.processing(text=[text], images=images, add_special_tokens=False, return_tensors="pt")
+            settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+            return self.processing.apply_chat_template(messages, **settings)
+        except (TemplateError, ValueError) as error:
+            raise EmlocError(
+                f"The model's chat template rejects the conversation ({error}).", "Leave out the system message."
+            ) from error
+
+    def _answer(self, inputs: Any, write: Callable[[str], None]) -> str:
+        length = inputs["input_ids"].shape[1]
+        longest = Limits.of(self.model.config).tokens
+        room = self._most if longest is None else min(self._most, longest - length)
+        if room < 1:
+            raise EmlocError(
+                f"The conversation has {length} tokens, and the model takes {longest}.", "Start a new one."
+            )
+        if self._seed is not None:
+            set_seed(self._seed)
+        inputs = inputs.to(self.model.device)
+        streamer = _Streamer(self._tokenizer, write)
+        pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
+        with torch.inference_mode():
+            self.model.generate(
+                **inputs, max_new_tokens=room, streamer=streamer, pad_token_id=pad, **self._sampling
+            )  # fmt: skip
+        return "".join(streamer.pieces).strip()
+
+
+class _Streamer(TextStreamer):
+    """Passes on the pieces of an answer."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+        self.pieces: list[str] = []
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
+        if text:
+            self.pieces.append(text)
+            self._write(text)
+
+
+def open_conversation(model: str, adapter: Path | None = None, **settings: Any) -> Conversation:
+    """Load a model, and an adapter if there is one, for a conversation; on the GPU if there is one.
+
+    Args:
+        model: directory or hub id of a model or an emulator, or directory of an adapter, which names its model.
+        adapter: directory of a PEFT adapter for the model.
+        settings: see :class:`Conversation`.
+
+    Raises:
+        EmlocError: the model, its tokenizer or the adapter cannot be loaded, or they do not fit each other.
+    """
+    if adapter is None and (Path(model) / "adapter_config.json").is_file():
+        from emloc_core.adapters.adapter import Adapter
+
+        adapter, model = Path(model), Adapter(model).model_name
+    checkpoint = open_checkpoint(model)
+    return Conversation(*load_system(checkpoint.directory, adapter, images=_reads_images(checkpoint)), **settings)
+
+
+def _reads_images(checkpoint: Checkpoint) -> bool:
+    family = plugin_manager().family_for(checkpoint.config)
+    return family.modality != "text" and any(checkpoint.directory.glob("*processor_config.json"))

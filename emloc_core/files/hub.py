@@ -1,0 +1,117 @@
+"""Publishes a finished output on the Hugging Face hub, in one commit, without paths of this machine."""
+
+import json
+import re
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from emloc_core.errors import EmlocError, first_line
+from emloc_core.files.card import CARD
+from emloc_core.files.output import MANIFEST, read_manifest, read_object
+from emloc_core.files.own import require_own_files
+
+_ADAPTER = "adapter_config.json"
+_NAMED = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def check_repository(repository: str) -> None:
+    """Refuse what cannot be the id of a repository, before a stage runs for hours.
+
+    Raises:
+        EmlocError: it is not ``organisation/name``.
+    """
+    if not _NAMED.fullmatch(repository) or Path(repository).exists():
+        raise EmlocError(f"{repository} is not the id of a repository.", "Give organisation/name.")
+
+
+def push(
+    directory: str | PathLike[str],
+    repository: str,
+    *,
+    private: bool = True,
+    with_rows: bool = False,
+    base: str | None = None,
+) -> str:
+    """Upload an output to a model repository, which is created if there is none.
+
+    Paths of this machine in its manifest and its adapter's config become their last parts.
+
+    Args:
+        directory: a finished output.
+        repository: ``organisation/name``.
+        private: whether a new repository is private.
+        with_rows: publish the rows in it too; an emulator is not complete without them.
+        base: hub id of the base, where the output names a local path.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        EmlocError: it is not a finished output, it holds rows and ``with_rows`` is not given, or the hub refuses it.
+    """
+    directory = Path(directory)
+    check_repository(repository)
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise EmlocError(
+            f"{directory} is not a finished output of emloc.", "Give the directory of one.", code="missing"
+        )
+    require_own_files(directory, ["*"])
+    rows = [path.name for path in sorted(directory.glob("*.jsonl")) if path.stat().st_size]
+    if rows and not with_rows:
+        raise EmlocError(
+            f"{directory} holds rows of your data ({', '.join(rows)}), which would be published.",
+            "Give --with-rows (in Python with_rows=True) if they may be; an adapter and a merged model hold none.",
+            code="refused",
+        )
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    changed = {name: text.encode() for name, text in _without_paths(directory, manifest, base)}
+    operations = [
+        CommitOperationAdd(name, changed.get(name, path))
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and not (name := path.relative_to(directory).as_posix()).startswith(".")
+    ]
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.create_commit(repository, operations, commit_message=f"Upload {manifest['kind']} made by EMLoC")
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        raise EmlocError(
+            f"{directory} cannot be pushed to {repository} ({first_line(error)}).",
+            "Log in with `hf auth login` and a token that may write there, and run `emloc push` again.",
+            code="unavailable",
+            resumable=True,
+        ) from error
+    return str(commit.commit_url)
+
+
+def _without_paths(directory: Path, manifest: dict[str, Any], base: str | None) -> Iterator[tuple[str, str]]:
+    """Yield the names and contents of files that name paths of this machine, with their last parts in place of them."""
+    inputs = manifest.get("inputs") or {}
+    names = {path: Path(path).name for path in inputs.values() if isinstance(path, str) and Path(path).is_absolute()}
+    local = next((inputs[role] for role in ("base", "model") if role in inputs), None)
+    if base is not None:
+        check_repository(base)
+        if local in names:
+            names[local] = base
+    result = manifest.get("result") or {}
+    if result.get("base") in names:  # an emulator's
+        manifest = {**manifest, "result": {**result, "base": names[result["base"]]}}
+    manifest = {**manifest, "inputs": {role: names.get(path, path) for role, path in inputs.items()}}
+    yield MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    if (directory / _ADAPTER).is_file():
+        config = read_object(directory / _ADAPTER)
+        named = str(config.get("base_model_name_or_path"))
+        if Path(named).is_absolute():
+            config["base_model_name_or_path"] = base or Path(named).name
+        yield _ADAPTER, json.dumps(config, indent=2, sort_keys=True) + "\n"
+    if base is not None and (directory / CARD).is_file():
+        text = (directory / CARD).read_text(encoding="utf-8")
+        for path, name in names.items():
+            if name == base:
+                text = text.replace(f'"{Path(path).name}"', f'"{base}"').replace(f"`{Path(path).name}`", f"`{base}`")
+        yield CARD, text.replace("---\n", f"---\nbase_model: {base}\n", 1)

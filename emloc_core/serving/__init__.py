@@ -1,0 +1,1 @@
+"""Adapters and models as servers take them."""

@@ -1,0 +1,224 @@
+"""GGUF files of a model and of a LoRA, written a tensor at a time."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+from emloc_core.algorithms.lora import Lora
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family, Gguf
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.pretrained import load_config
+from emloc_core.serving.vocabulary import add_vocabulary
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+#: Name of a tensor in the file, its shape, and a function that reads it.
+_Tensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
+_BLOCK = 32  # numbers that q8_0 scales together
+
+
+def require_gguf(family: Family, config: Mapping[str, Any]) -> Gguf:
+    """Return how a family's models are written as GGUF.
+
+    Raises:
+        EmlocError: the family does not declare it, or the package ``gguf`` is missing.
+    """
+    layout = family.gguf
+    if layout is None or config["model_type"] not in layout.architectures:
+        raise EmlocError(
+            f"Models of type {config['model_type']} cannot be written as GGUF here.",
+            "Convert the merged model with llama.cpp's own convert_hf_to_gguf.py.",
+            code="unsupported",
+        )
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise EmlocError("GGUF needs the package gguf.", "pip install 'emloc[gguf]'", code="unavailable") from None
+    return layout
+
+
+def write_model(model: Checkpoint, family: Family, target: Path, dtype: str) -> int:
+    """Write a model with its tokenizer as one GGUF file, and return the number of its tensors.
+
+    Args:
+        model: the model, unquantised.
+        family: its family.
+        target: path of the file.
+        dtype: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+
+    Raises:
+        EmlocError: the model or its tokenizer has something that the format does not express.
+    """
+    layout = require_gguf(family, model.config)
+    config = load_config(model.directory / "config.json").get_text_config()
+    writer = _writer(target, layout, config)
+    writer.add_type("model")
+    _add_sizes(writer, config)
+    add_vocabulary(writer, model.directory, config.vocab_size, layout)
+    tensors = list(_model_tensors(model, layout, config))
+    if factors := _rope_factors(config):
+        tensors.append(factors)
+    _write(writer, tensors, dtype)
+    return len(tensors)
+
+
+def write_lora(loras: Mapping[str, Lora], base: Checkpoint, family: Family, target: Path, dtype: str) -> int:
+    """Write a LoRA for a model as one GGUF file, and return the number of its tensors.
+
+    Args:
+        loras: by module path, as :func:`emloc_core.serving.plain.plain` returns them.
+        base: the model.
+        family: its family.
+        target: path of the file.
+        dtype: of the matrices.
+
+    Raises:
+        EmlocError: a LoRA is on a Linear that the format does not name.
+    """
+    layout = require_gguf(family, base.config)
+    config = load_config(base.directory / "config.json").get_text_config()
+    writer = _writer(target, layout, config)
+    rank = next(iter(loras.values())).a.shape[0]
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(rank))
+    tensors: list[_Tensor] = []
+    for path, lora in loras.items():
+        name = _named(f"{path}.weight", layout, config)
+        b = _paired(lora.b, path, layout, config)
+        tensors += [(f"{name}.lora_a", tuple(lora.a.shape), lambda a=lora.a: a)]  # type: ignore[misc]
+        tensors += [(f"{name}.lora_b", tuple(b.shape), lambda b=b: b)]  # type: ignore[misc]
+    _write(writer, tensors, "f32" if dtype == "q8_0" else dtype)
+    return len(tensors)
+
+
+def _writer(target: Path, layout: Gguf, config: Any) -> "GGUFWriter":
+    from gguf import GGUFWriter
+
+    target.unlink(missing_ok=True)  # of an interrupted run
+    return GGUFWriter(target, layout.architectures[config.model_type])
+
+
+def _add_sizes(writer: "GGUFWriter", config: Any) -> None:
+    """Add what the config says, in GGUF's terms.
+
+    Raises:
+        EmlocError: it says something that GGUF does not.
+    """
+    from gguf import LlamaFileType, RopeScalingType
+
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    if getattr(config, "sliding_window", None) or config.hidden_act != "silu":
+        raise EmlocError(
+            "The model has attention in a sliding window, or another activation than silu, which this export does not "
+            "write.",
+            "Convert the model with llama.cpp's own convert_hf_to_gguf.py.",
+            code="unsupported",
+        )
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(LlamaFileType.ALL_F32)
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        if kind == "yarn":
+            original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            writer.add_rope_scaling_orig_ctx_len(int(original))
+    elif kind not in ("default", "llama3"):
+        raise EmlocError(
+            f"The model scales positions by {kind!r}, which this export does not write.",
+            "Convert the model with llama.cpp's own convert_hf_to_gguf.py.",
+            code="unsupported",
+        )
+
+
+def _rope_factors(config: Any) -> _Tensor | None:
+    """Return llama.cpp's divisors of the rotary frequencies, (head_dim / 2,), if the model has them (``llama3``)."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    size = 2 * len(scaled)
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    factors = plain / scaled
+    return "rope_freqs.weight", tuple(factors.shape), lambda: factors
+
+
+def _model_tensors(model: Checkpoint, layout: Gguf, config: Any) -> Iterator[_Tensor]:
+    tied = config.tie_word_embeddings
+    for key, tensor in sorted(model.tensors.items()):
+        if (tied and key == "lm_head.weight") or re.search(r"rotary_emb\.inv_freq$", key):
+            continue
+
+        def read(key: str = key) -> torch.Tensor:
+            with model.slices([key]) as slices:
+                return _paired(slices[key][...], key.rpartition(".")[0], layout, config)
+
+        yield _named(key, layout, config), tensor.shape, read
+
+
+def _named(key: str, layout: Gguf, config: Any) -> str:
+    """Return what GGUF calls a tensor."""
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+    name = layout.architectures[config.model_type]
+    architecture = next(each for each in MODEL_ARCH if MODEL_ARCH_NAMES[each] == name)
+    found = get_tensor_name_map(architecture, config.num_hidden_layers).get_name(key, (".weight", ".bias"))
+    if found is None:
+        raise EmlocError(f"GGUF has no name for {key}.", "Leave it out, or convert another model.", code="unsupported")
+    return found
+
+
+def _paired(tensor: torch.Tensor, path: str, layout: Gguf, config: Any) -> torch.Tensor:
+    """Return a tensor of m rows with those of each head's halves interleaved, where llama.cpp rotates pairs of them."""
+    for end in layout.paired:
+        if path.endswith(f".{end}"):
+            heads = config.num_key_value_heads if end.endswith("k_proj") else config.num_attention_heads
+            halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+            return halves.swapaxes(1, 2).reshape(tensor.shape)
+    return tensor
+
+
+def _write(writer: "GGUFWriter", tensors: Iterable[_Tensor], dtype: str) -> None:
+    """Write the header, and then one tensor after the other."""
+    from gguf import GGMLQuantizationType, quantize
+    from gguf.quants import quant_shape_to_byte_shape
+
+    def kind(shape: tuple[int, ...]) -> "GGMLQuantizationType":
+        if len(shape) < 2:
+            return GGMLQuantizationType.F32
+        name = dtype if dtype != "q8_0" or shape[-1] % _BLOCK == 0 else "f16"
+        return GGMLQuantizationType[name.upper()]
+
+    with closing(writer):
+        for name, shape, _ in tensors:
+            stored = quant_shape_to_byte_shape(shape, kind(shape))
+            size = int(numpy.prod(stored))
+            writer.add_tensor_info(name, stored, numpy.dtype(numpy.uint8), size, raw_dtype=kind(shape))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, shape, read in tensors:
+            data = quantize(numpy.ascontiguousarray(read().float().numpy()), kind(shape))
+            writer.write_tensor_data(numpy.ascontiguousarray(data).view(numpy.uint8))

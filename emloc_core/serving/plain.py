@@ -1,0 +1,83 @@
+"""A LoRA in the plainest form: one rank, no patterns, and no scale, which servers read in different ways."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from emloc_core.algorithms.lora import Lora
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+
+#: vLLM's default of ``--max-lora-rank``, and the ranks that it takes.
+VLLM_RANK, VLLM_RANKS = 16, (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def plain(loras: Mapping[str, Lora]) -> dict[str, Lora]:
+    """Return LoRAs that add the same, all of the largest rank and with a scale of 1.
+
+    Halves of a lower rank get zeros; B takes the scale, in fp32 at least.
+    """
+    rank = max(lora.a.shape[0] for lora in loras.values())
+    return {path: _plain(lora, rank) for path, lora in loras.items()}
+
+
+def _plain(lora: Lora, rank: int) -> Lora:
+    missing = rank - lora.a.shape[0]
+    b = lora.b.to(torch.promote_types(lora.b.dtype, torch.float32)) * lora.scale
+    if not bool(torch.isfinite(b).all()):
+        raise EmlocError("The LoRA times its scale is not finite.", "Train again.", code="not-finite")
+    return Lora(functional.pad(lora.a, (0, 0, 0, missing)).to(b.dtype), functional.pad(b, (0, missing)), 1.0)
+
+
+def plain_config(loras: Mapping[str, Lora], base: str, modules: Iterable[str]) -> dict[str, Any]:
+    """Return PEFT's config for what :func:`plain` returns.
+
+    Args:
+        loras: by module path.
+        base: path or hub id of the model.
+        modules: paths of all modules of the model.
+    """
+    rank = next(iter(loras.values())).a.shape[0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "target_modules": _targets(loras, modules),
+    }
+
+
+def _targets(loras: Mapping[str, Lora], modules: Iterable[str]) -> list[str]:
+    """Return the last parts of the paths, or the paths where these would match other modules too."""
+    ends = {path.rpartition(".")[2] for path in loras}
+    matched = {path for path in modules if path.rpartition(".")[2] in ends}
+    return sorted(ends if matched == loras.keys() else loras)
+
+
+def warnings(loras: Mapping[str, Lora], family: Family) -> Iterator[str]:
+    """Yield what servers will not take as it is, each with what to do."""
+    rank = next(iter(loras.values())).a.shape[0]
+    if rank > VLLM_RANK:
+        enough = next((each for each in VLLM_RANKS if each >= rank), None)
+        yield f"Its rank is {rank}, above vLLM's default of {VLLM_RANK}: " + (
+            f"start it with --max-lora-rank {enough}." if enough else "vLLM takes no such rank; merge it instead."
+        )
+    if family.modality == "text":
+        return
+    language = [tower.blocks for tower in family.towers if tower.name == "language"]
+    if other := [path for path in loras if not any(path.startswith(f"{blocks}.") for blocks in language)]:
+        yield (
+            f"{len(other)} of its {len(loras)} Linears are outside the language model ({other[0]}, for one): servers "
+            "leave such LoRAs out, or refuse them. Merge the adapter, and serve the merged model."
+        )

@@ -1,0 +1,126 @@
+"""Outputs go to a hub and come back from it: a double of the hub, spoken to by huggingface_hub itself."""
+
+import json
+import shlex
+
+import pytest
+from peft import PeftModel
+from support.adapters import make_adapter
+from support.hub import local_hub
+from support.rows import example_rows
+from transformers import AutoModelForCausalLM
+
+import emloc_core
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.errors import EmlocError
+
+BASE, ADAPTER, EMULATOR = "people/base", "people/adapter", "people/emulator"
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with local_hub(tmp_path / "cache") as hub:
+        yield hub
+
+
+def corrected(model, directory):
+    """A corrected adapter, all from rows in memory."""
+    emulator = emloc_core.compress(model, example_rows(), directory / "emulator", samples=8, selection=4)
+    adapter = emloc_core.train(emulator, example_rows(), directory / "adapter", steps=1, batch_size=2)
+    return emloc_core.correct(adapter, directory / "corrected")
+
+
+def test_from_a_base_on_the_hub_to_an_adapter_on_the_hub(hub, tiny_model, tmp_path, emloc):
+    hub.add(BASE, tiny_model)
+    made = corrected(BASE, tmp_path)
+    assert Adapter(made.path).model_name == BASE
+    code, out, err = emloc("push", made, ADAPTER)
+    assert (code, ADAPTER in out) == (0, True), err
+    assert hub.private[ADAPTER]
+    published = hub.files[ADAPTER]
+    assert published.keys() == {path.name for path in made.path.iterdir()}
+    assert not any(str(tmp_path).encode() in content for content in published.values())
+    assert f"base_model: {BASE}\n".encode() in published["README.md"]
+    assert b"rows in memory" in published["README.md"]
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    for name, content in published.items():
+        (fetched / name).write_bytes(content)
+    assert len(Adapter(fetched).loras) == len(Adapter(made.path).loras)  # its manifest still fits it
+    full = emloc_core.train(BASE, example_rows(), tmp_path / "full", steps=1, batch_size=2)
+    assert Adapter(full.path).model_name == BASE
+    merged = emloc_core.merge(full, tmp_path / "merged")
+    assert emloc_core.push(merged, "people/merged", private=False).endswith("c" * 40)
+    assert not hub.private["people/merged"]
+
+
+def test_an_emulator_from_the_hub_is_tuned_and_corrected(hub, tiny_model, tmp_path):
+    hub.add(BASE, tiny_model)
+    emulator = emloc_core.compress(BASE, example_rows(), tmp_path / "emulator", samples=8, selection=4)
+    with pytest.raises(EmlocError, match=r"holds rows of your data \(calibration.jsonl, selection.jsonl\)"):
+        emloc_core.push(emulator, EMULATOR)
+    assert EMULATOR not in hub.files
+    emloc_core.push(emulator, EMULATOR, with_rows=True)
+    adapter = emloc_core.train(EMULATOR, example_rows(), tmp_path / "adapter", steps=1, batch_size=2)
+    assert adapter.result["excluded_rows"] == 12
+    assert emloc_core.correct(adapter).result["candidates"][0]["rows"] == 4
+
+
+def test_a_local_base_gets_its_name_on_the_hub(hub, tiny_model, tmp_path):
+    made = corrected(tiny_model, tmp_path)
+    emloc_core.push(made, ADAPTER, base=BASE)
+    published = hub.files[ADAPTER]
+    assert json.loads(published["adapter_config.json"])["base_model_name_or_path"] == BASE
+    assert json.loads(published["emloc.json"])["inputs"]["base"] == BASE
+    card = published["README.md"].decode()
+    assert f"base_model: {BASE}\n" in card
+    assert f'from_pretrained("{BASE}"' in card
+    assert not any(str(tmp_path).encode() in content for content in published.values())
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_a_stage_and_a_recipe_push_what_they_make(hub, tiny_model, rows_file, tmp_path, emloc):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    code, _, err = emloc("merge", adapter, "-o", tmp_path / "merged", "--push", "people/merged")
+    assert (code, f"{hub.address}/people/merged" in err) == (0, True), err
+    assert "model.safetensors" in hub.files["people/merged"]
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'push = "{ADAPTER}"\nmerge = false\n[model]\nbase = "{tiny_model}"\n[data]\ntrain = "{rows_file}"\n'
+        "[compress]\nsamples = 8\nselection = 4\n[train]\nsteps = 1\nbatch_size = 2\n"
+    )
+    assert emloc_core.run(recipe)["pushed"].startswith(f"{hub.address}/{ADAPTER}")
+    assert b"Correction" in hub.files[ADAPTER]["README.md"]
+
+
+def test_what_the_hub_refuses_is_said_in_a_sentence(hub, tiny_model, tmp_path, emloc):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    merged = emloc_core.merge(adapter, tmp_path / "merged")
+    hub.refuses = True
+    code, _, err = emloc("push", merged, "people/merged")
+    assert code == 1
+    assert "cannot be pushed to people/merged" in err
+    assert "hf auth login" in err
+    for wrong in ("people", "../people/x", str(tmp_path)):
+        with pytest.raises(EmlocError, match="not the id of a repository"):
+            emloc_core.push(merged, wrong)
+    with pytest.raises(EmlocError, match="not a finished output"):
+        emloc_core.push(adapter, ADAPTER)
+
+
+def test_the_card_shows_code_that_runs(tiny_model, tmp_path):
+    made = corrected(tiny_model, tmp_path)
+    card = (made.path / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    code = code.replace(f'"{tiny_model.name}"', repr(str(tiny_model))).replace('"DIRECTORY"', repr(str(made.path)))
+    found: dict = {}
+    exec(code, found)
+    assert isinstance(found["model"], PeftModel)
+    assert found["tokenizer"].chat_template
+    emulator = (tmp_path / "emulator" / "README.md").read_text()
+    assert "import emloc_core.lowrank" in emulator
+    assert "on 8 calibration rows" in emulator
+    for part in ("Emulator: low-rank, ratio 0.6", "LoRA: rank 8", "Correction: `emloc`", "| clamp | loss |"):
+        assert part in card
+    assert shlex.quote(str(tmp_path)) not in card
+    assert AutoModelForCausalLM.__name__ in card

@@ -1,0 +1,115 @@
+"""Talking to a model: by command, from Python, with an adapter, with images, and without a chat template."""
+
+import io
+import shutil
+
+import pytest
+from emloc_internvl import INTERNVL
+from emloc_qwen import QWEN_VL
+from support.adapters import make_adapter
+from support.vision_models import internvl_processor, picture, qwen_processor, save_model
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+import emloc_core
+from emloc_core.errors import EmlocError
+
+GREEDY = {"temperature": 0, "max_new_tokens": 8}
+
+
+def greedy(directory, messages):
+    """What transformers alone answers."""
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
+    settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = tokenizer.apply_chat_template(messages, **settings)
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_answers_are_those_of_transformers_and_turns_are_remembered(tiny_model):
+    conversation = emloc_core.chat(tiny_model, system="be short", **GREEDY)
+    pieces = []
+    first = conversation.say("animal: cat", write=pieces.append)
+    start = [{"role": "system", "content": "be short"}, {"role": "user", "content": "animal: cat"}]
+    assert first == greedy(tiny_model, start) != ""
+    assert "".join(pieces).strip() == first
+    second = conversation.say("colour: red")
+    turns = [*start, {"role": "assistant", "content": first}, {"role": "user", "content": "colour: red"}]
+    assert second == greedy(tiny_model, turns)
+    conversation.reset()
+    assert conversation.say("animal: cat") == first
+
+
+def test_the_command_writes_the_answers_to_the_lines_of_stdin(emloc, tiny_model, monkeypatch):
+    expected = [greedy(tiny_model, [{"role": "user", "content": text}]) for text in ("animal: cat", "animal: dog")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("animal: cat\n/reset\n\nanimal: dog\n/exit\nanimal: cow\n"))
+    code, out, _ = emloc("chat", tiny_model, "--temperature", "0", "--max-new-tokens", "8")
+    assert code == 0
+    assert [line.strip() for line in out.splitlines()] == expected
+
+
+def test_an_adapter_names_its_model(tiny_model, tmp_path):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", size=0.5)
+    alone = emloc_core.chat(adapter, **GREEDY).say("animal: cat")
+    assert alone == emloc_core.chat(tiny_model, adapter, **GREEDY).say("animal: cat")
+    assert alone != emloc_core.chat(tiny_model, **GREEDY).say("animal: cat")
+
+
+def test_without_a_chat_template_text_is_continued(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    conversation = emloc_core.chat(model, **GREEDY)
+    first = conversation.say("animal: cat, colour: red. sentence:")
+    assert conversation.say("animal: cat, colour: red. sentence:") == first  # nothing is remembered
+    with pytest.raises(EmlocError, match="no chat template"):
+        emloc_core.chat(model, system="be short")
+
+
+def test_what_a_terminal_acts_on_is_escaped(emloc, tiny_model, monkeypatch):
+    def say(*given):
+        given[-1]("a\x1b[2Jb\n")
+
+    monkeypatch.setattr("emloc_core.conversation.Conversation.say", say)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert emloc("chat", tiny_model)[1] == "a\\x1b[2Jb\n\n"
+
+
+def test_images_are_for_models_that_read_them(tiny_model, tmp_path):
+    with pytest.raises(EmlocError, match="reads no images"):
+        emloc_core.chat(tiny_model).say("what is it?", [tmp_path / "image.png"])
+
+
+def test_a_conversation_that_is_too_long_is_refused_and_forgotten(tiny_model):
+    conversation = emloc_core.chat(tiny_model, **GREEDY)
+    with pytest.raises(EmlocError, match=r"The conversation has \d+ tokens"):
+        conversation.say("cat " * 400)
+    assert conversation.messages == []
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "make"),
+    [(INTERNVL, "internvl", internvl_processor), (QWEN_VL, "qwen2_5_vl", qwen_processor)],
+    ids=["internvl", "qwen-vl"],
+)
+def test_pictures_are_shown_as_the_processor_shows_them(tmp_path, family, kind, make):
+    processor = make()
+    model = save_model(tmp_path / "model", family, kind, processor)
+    image = tmp_path / "image.png"
+    picture(["red", "blue"]).save(image)
+    first = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which colours?"}]}
+    conversation = emloc_core.chat(model, **GREEDY)
+    answer = conversation.say("which colours?", [image])
+    second = conversation.say("which is first?")
+
+    loaded = AutoModelForImageTextToText.from_pretrained(model)
+
+    def answer_to(messages):
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(text=[text], images=[picture(["red", "blue"])], return_tensors="pt")
+        output = loaded.generate(**inputs, max_new_tokens=8, do_sample=False)
+        return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def said(role, text):
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    assert answer == answer_to([first])
+    assert second == answer_to([first, said("assistant", answer), said("user", "which is first?")])

@@ -1,0 +1,107 @@
+"""DPO on an emulator: TRL's own loss, a reference without the LoRA, and an adapter that is corrected as any other."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from support.rows import ANIMALS, COLOURS, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import emloc_core
+from emloc_core.data.rows import load_rows
+from emloc_core.errors import EmlocError
+from emloc_core.recipe.recipe import load_recipe
+
+SETTINGS = {"method": "dpo", "steps": 12, "batch_size": 4, "learning_rate": 2e-3, "logging_steps": 4, "bf16": False}
+
+
+def preferences():
+    """120 rows: an animal runs rather than sleeps."""
+    return [
+        {"prompt": f"animal: {animal}, colour: {colour}. sentence:", "chosen": f" a {colour} {animal} runs.",
+         "rejected": f" a {colour} {animal} sleeps."}
+        for animal in ANIMALS for colour in COLOURS
+    ]  # fmt: skip
+
+
+def in_messages(row):
+    return {"prompt": [{"role": "user", "content": row["prompt"]}],
+            **{name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}}  # fmt: skip
+
+
+def margin(model, tokenizer, rows):
+    """Mean over the rows of log p(chosen) - log p(rejected), in nats."""
+
+    def likelihood(prompt, answer):
+        ids = tokenizer(prompt + answer + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        start = len(tokenizer(prompt)["input_ids"])
+        with torch.no_grad():
+            scores = model(ids).logits[0, :-1].log_softmax(-1)
+        return scores[torch.arange(start - 1, ids.shape[1] - 1), ids[0, start:]].sum().item()
+
+    return sum(likelihood(row["prompt"], row["chosen"]) - likelihood(row["prompt"], row["rejected"]) for row in rows)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model, tmp_path_factory):
+    """Emulator, adapter by DPO, and the corrected adapter."""
+    place = tmp_path_factory.mktemp("dpo")
+    data = write_jsonl(place / "rows.jsonl", preferences()[:100])
+    emulator = emloc_core.compress(tiny_model, str(data), place / "emulator", samples=12, selection=6)
+    adapter = emloc_core.train(emulator, str(data), place / "adapter", **SETTINGS)
+    return emulator, adapter, emloc_core.correct(adapter)
+
+
+def test_the_base_prefers_what_the_emulator_was_taught_to(made, tiny_model):
+    _, adapter, corrected = made
+    tokenizer, base = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    held_out = preferences()[100:]
+    before = margin(base, tokenizer, held_out)
+    assert margin(PeftModel.from_pretrained(base, corrected.path), tokenizer, held_out) > before + 1
+    assert adapter.result["rows"] == 100 - 12 - 6  # none of the emulator's rows
+    assert "by DPO with beta 0.1" in (corrected.path / "README.md").read_text()
+
+
+def test_the_loss_starts_where_the_policy_is_the_reference(made, rows_file):
+    log = json.loads((made[1].path / "log.json").read_text())
+    first = emloc_core.train(
+        made[0], preferences()[:100], made[1].path.with_name("one"), **{**SETTINGS, "steps": 1, "logging_steps": 1}
+    )
+    (start,) = json.loads((first.path / "log.json").read_text())
+    assert start["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-4)  # -log sigmoid(0)
+    assert log[-1]["loss"] < log[0]["loss"] < start["loss"]
+    with pytest.raises(EmlocError, match="Row 1 has no rejected answer"):
+        emloc_core.train(made[0], str(rows_file), made[1].path.with_name("two"), **SETTINGS)
+
+
+def test_rows_are_the_same_in_every_form_and_differ_by_what_is_rejected():
+    rows = preferences()[:2]
+    (one, other), (again, _) = load_rows(rows), load_rows([row | {"completion": row["chosen"]} for row in rows])
+    assert (one.completion, one.rejected) == (rows[0]["chosen"], rows[0]["rejected"])
+    assert one.key == again.key == load_rows([one.to_dict()])[0].key
+    assert one.key != load_rows([rows[0] | {"rejected": "other"}])[0].key != other.key
+    (row,) = load_rows([in_messages(rows[0])])
+    assert row.rejected == [{"role": "assistant", "content": rows[0]["rejected"]}]
+    with pytest.raises(EmlocError, match="one of chosen and rejected is a string"):
+        load_rows([rows[0] | {"rejected": row.rejected}])
+
+
+def test_conversations_are_trained_on_too(made):
+    rows = [in_messages(row) for row in preferences()[:20]]
+    settings = {**SETTINGS, "steps": 1, "exclude": ()}
+    assert emloc_core.train(made[0], rows, made[1].path.with_name("chat"), **settings).result["rows"] == 20
+
+
+def test_exact_steps_know_no_preferences(tiny_model, tmp_path):
+    with pytest.raises(EmlocError, match="likelihood of answers alone"):
+        emloc_core.train(tiny_model, preferences(), tmp_path / "a", exact=True, **SETTINGS)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[model]\nbase = "b"\n[data]\ntrain = "d.jsonl"\n[train]\nmethod = "dpo"\n[polish]\nsteps = 2\n')
+    with pytest.raises(EmlocError, match="polish knows the likelihood of answers alone"):
+        load_recipe(recipe)
+
+
+def test_fields_of_the_other_config_are_refused(made):
+    with pytest.raises(EmlocError, match="DPOConfig has no field 'packing'"):
+        emloc_core.train(made[0], preferences(), made[1].path.with_name("x"), extra={"packing": True}, **SETTINGS)
