@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+from pydantic import BaseModel
 
 from emloc_core import hookspecs, settings
 from emloc_core.cli import cli
+from emloc_core.recipe.recipe import Recipe
 from emloc_core.requests import EvaluateRequest
 
 HERE = Path(__file__).parent
@@ -98,6 +100,7 @@ def settings_page() -> str:
         "correct": settings.CorrectSettings,
         "polish": settings.PolishSettings,
         "polish, train --exact": settings.ExactSettings,
+        "export": settings.ExportSettings,
         "evaluate": EvaluateRequest,
     }
     parts = [
@@ -118,6 +121,25 @@ def settings_page() -> str:
             "",
         ]
     return "\n".join(parts)
+
+
+def recipes_page() -> str:
+    """Return the page about recipes with a table of every key."""
+    rows = [f"| `{name}` | `{default}` | {meaning} |" for name, default, meaning in _keys(Recipe, "")]
+    table = "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows])
+    return _between_marks(HERE / "recipes.md", table, "keys")
+
+
+def _keys(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Yield the dotted name, the default and the meaning of every key of a recipe."""
+    for name, field in section.model_fields.items():
+        inner = [each for each in (field.annotation, *get_args(field.annotation)) if isinstance(each, type)]
+        nested = next((each for each in inner if issubclass(each, BaseModel)), None)
+        if nested is not None:
+            yield from _keys(nested, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+            yield f"{prefix}{name}", default, field.description or ""
 
 
 def readme() -> str:
@@ -207,6 +229,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     HERE / "commands.md": commands_page,
     HERE / "hooks.md": hooks_page,
     HERE / "settings.md": settings_page,
+    HERE / "recipes.md": recipes_page,
     HERE / "architecture.md": architecture_page,
     ROOT / "README.md": readme,
     ROOT / "examples" / "first_model.ipynb": notebook,

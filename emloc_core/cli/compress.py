@@ -8,6 +8,7 @@ import rich_click as click
 from emloc_core.cli.console import as_json, dry_run
 from emloc_core.cli.options import data, device, given, options
 from emloc_core.cli.stage import run
+from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.errors import EmlocError
 from emloc_core.requests import make_request
 from emloc_core.settings import CompressSettings, TrainSettings
@@ -28,6 +29,7 @@ from emloc_core.settings import CompressSettings, TrainSettings
 @click.option("--batch-size", type=click.IntRange(1), help="With --memory: rows per step of tuning.  [default: 8]")
 @options(CompressSettings)
 @device
+@verbosity_options
 @dry_run
 @as_json
 def command(batch_size: int | None, memory: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:

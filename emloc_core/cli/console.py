@@ -2,12 +2,14 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import rich_click as click
 
+from emloc_core.cli.verbosity import Verbosity, verbosity
 from emloc_core.result import Result
 from emloc_core.units import human_bytes, human_seconds
 
@@ -18,10 +20,26 @@ dry_run = click.option(
     help="Print what would be done, with sizes, and stop. Hashes of large files are kept for the real run.",
 )
 
+push = click.option("--push", metavar="REPO", help="Then upload the output to this private repository on the hub.")
+
 
 @contextmanager
-def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar on stderr; yields a function of (what was done, number done, total)."""
+def progress(description: str, every: float = 10.0) -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress on stderr: a bar on a terminal, elsewhere a line at most ``every`` seconds.
+
+    Yields a function of (what was done, number done, total). Quiet shows nothing, verbose a line for every item.
+    """
+    if verbosity() is Verbosity.QUIET:
+        yield lambda *_: None
+    elif sys.stderr.isatty() and verbosity() is Verbosity.NORMAL:
+        with _bar(description) as advance:
+            yield advance
+    else:
+        yield _Lines(description, 0.0 if verbosity() is Verbosity.VERBOSE else every)
+
+
+@contextmanager
+def _bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -32,16 +50,35 @@ def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn(), TextColumn("{task.fields[what]}"))  # fmt: skip
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(description, total=None, what="")
 
         def advance(what: str, done: int, total: int) -> None:
             bar.update(task, completed=done, total=total, what=what)
 
         yield advance
+
+
+class _Lines:
+    """Progress as plain lines, for logs: what is done of how much, and about how long the rest will take."""
+
+    def __init__(self, description: str, every: float) -> None:
+        self._description, self._every = description, every
+        self._start = self._last = time.monotonic()
+        self._first: int | None = None  # done when this run began, which may have resumed
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done - 1
+        if now - self._last < self._every and done < total:
+            return
+        self._last = now
+        took, here = now - self._start, done - self._first
+        left = f", about {human_seconds(took / here * (total - done))} left" if done < total and here > 0 else ""
+        click.echo(f"{self._description}: {done} of {total} ({what}), {human_seconds(took)}{left}", err=True)
 
 
 def announce(result: Result, lines: Iterable[str], *, to_json: bool, made_before: bool = False) -> None:
@@ -56,6 +93,9 @@ def announce(result: Result, lines: Iterable[str], *, to_json: bool, made_before
     timing = result.timing
     if to_json:
         print_json({"output": str(result), **result.manifest, "timing": timing})
+        return
+    if verbosity() is Verbosity.QUIET:
+        click.echo(str(result))
         return
     for line in lines:
         click.echo(line)

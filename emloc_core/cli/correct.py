@@ -5,9 +5,10 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run
+from emloc_core.cli.console import as_json, dry_run, push
 from emloc_core.cli.options import adapter_on_base, device, given, options
 from emloc_core.cli.stage import run
+from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
 from emloc_core.settings import CorrectSettings
 
@@ -18,12 +19,14 @@ from emloc_core.settings import CorrectSettings
 @click.option("--emulator", type=click.Path(path_type=Path), help="Directory of the emulator, if it has moved.")
 @click.option("--selection", type=click.Path(path_type=Path), help="Other rows for --clamp auto to choose on.")
 @device
+@push
+@verbosity_options
 @dry_run
 @as_json
-def command(dry_run: bool, as_json: bool, **options: Any) -> None:
+def command(push: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Correct the LoRA in ADAPTER, trained on an emulator, for use on the base model.
 
     ADAPTER is not changed; the result is an ordinary PEFT LoRA for the base.
     """
     settings, content = given(CorrectSettings, options)
-    run(make_request("correct", settings, **content), dry_run=dry_run, to_json=as_json)
+    run(make_request("correct", settings, **content), dry_run=dry_run, to_json=as_json, push=push)

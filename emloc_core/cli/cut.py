@@ -8,6 +8,7 @@ import rich_click as click
 from emloc_core.cli.console import as_json, dry_run
 from emloc_core.cli.options import given, options
 from emloc_core.cli.stage import run
+from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
 from emloc_core.settings import CutSettings
 
@@ -18,6 +19,7 @@ from emloc_core.settings import CutSettings
               "[default: the model that they name]")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the emulator.")
 @options(CutSettings)
+@verbosity_options
 @dry_run
 @as_json
 def command(dry_run: bool, as_json: bool, **options: Any) -> None:

@@ -7,12 +7,14 @@ import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run
 from emloc_core.cli.stage import run
+from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
 
 
 @click.command("import")
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the checkpoint.")
+@verbosity_options
 @dry_run
 @as_json
 def command(dry_run: bool, as_json: bool, **content: Any) -> None:

@@ -4,9 +4,10 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run
+from emloc_core.cli.console import as_json, dry_run, push
 from emloc_core.cli.options import TRAIN_FLAGS, adapter_on_base, given, options, pairs, rows
 from emloc_core.cli.stage import run
+from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
 from emloc_core.settings import ExactSettings, PolishSettings
 
@@ -16,9 +17,11 @@ from emloc_core.settings import ExactSettings, PolishSettings
 @rows
 @options(PolishSettings, TRAIN_FLAGS, skip=["extra"])
 @options(ExactSettings)
+@push
+@verbosity_options
 @dry_run
 @as_json
-def command(dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any) -> None:
+def command(push: str | None, dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any) -> None:
     """Train ADAPTER for a few exact steps on the base itself, in the memory of a few blocks.
 
     ADAPTER comes from correct, train or PEFT, and is not changed. The base is read block by block, twice per step, no
@@ -27,4 +30,4 @@ def command(dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any
     settings, content = given(PolishSettings, options)
     limits, content = given(ExactSettings, content)
     request = make_request("polish", {**settings, "extra": pairs(extra)}, limits=limits, **content)
-    run(request, dry_run=dry_run, to_json=as_json)
+    run(request, dry_run=dry_run, to_json=as_json, push=push)

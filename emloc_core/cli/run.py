@@ -1,12 +1,14 @@
 """``emloc run``."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run, print_json
+from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.units import human_bytes
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
               help="Override a value of the recipe; repeatable.")  # fmt: skip
+@verbosity_options
 @dry_run
 @as_json
 def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
@@ -53,6 +56,8 @@ def show(results: dict, directory: Path) -> None:
     peaks = [f"{name} {human_bytes(timing['peak_rss_bytes'])}" for name, timing in results["stages"].items()]
     click.echo(f"peak memory of each stage: {', '.join(peaks)}")
     click.echo(f"{directory / 'results.json'}  {directory / 'figure.png'}")
+    if final := next((name for name in ("merged", "polished", "corrected") if name in results["stages"]), None):
+        click.echo(f"Next: {shlex.join(['emloc', 'chat', str(directory / final)])}")
 
 
 def _describe(recipe: "Recipe", as_json: bool) -> None:

@@ -12,6 +12,10 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import announce, print_json, progress
+from emloc_core.cli.following import following
+from emloc_core.cli.verbosity import Verbosity, set_up_libraries, verbosity
+from emloc_core.files.hub import check_repository
+from emloc_core.files.hub import push as upload
 from emloc_core.files.output import MANIFEST, TIMING, read_json
 from emloc_core.report.towers import place, short_names
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
@@ -26,15 +30,26 @@ _DOING = {
     "correct": "Correcting",
     "polish": "Polishing",
     "merge": "Merging",
+    "export": "Exporting",
     "eval": "Evaluating",
 }
 
 
-def run(request: Request, *, dry_run: bool, to_json: bool) -> None:
-    """Run a stage, or print what it would do, with the result on stdout."""
+def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, push: str | None = None) -> None:
+    """Run a stage, or print what it would do, with the result on stdout.
+
+    Args:
+        request: what is asked for.
+        dry_run: only print what would be done.
+        to_json: print JSON.
+        push: repository to upload the output to.
+        alone: print the commands that usually follow, which a recipe runs by itself.
+    """
     from emloc_core.stages import finish, prepare, warnings_of
 
     _hush()
+    if push is not None:
+        check_repository(push)
     job = prepare(request)
     for warning in warnings_of(job):
         click.echo(f"warning: {warning}.", err=True)
@@ -46,14 +61,19 @@ def run(request: Request, *, dry_run: bool, to_json: bool) -> None:
             for line in _planned(request.stage, content):
                 click.echo(line)
         return
+    set_up_libraries(on_terminal=sys.stderr.isatty())
     made_before = (request.output / MANIFEST).is_file()
     # Libraries print; stdout is for the result.
     with progress(_DOING[request.stage]) as advance, redirect_stdout(sys.stderr):
         result = finish(request.stage, job, advance)
     if result is not None:
-        if isinstance(request, EvaluateRequest) and not to_json:
+        if isinstance(request, EvaluateRequest) and not to_json and verbosity() is not Verbosity.QUIET:
             _print_scores(request, result)
         announce(result, summary(request, result), to_json=to_json, made_before=made_before)
+        if push is not None:
+            click.echo(f"Uploaded: {upload(result, push)}", err=True)
+        if alone and not to_json and verbosity() is not Verbosity.QUIET:
+            _print_following(following(request, result))
 
 
 def _hush() -> None:
@@ -66,7 +86,7 @@ def _hush() -> None:
 
 def perform(request: str) -> str:
     """Run a stage in its own process: ``request`` is JSON, and progress goes to stderr."""
-    run(request_from_json(request), dry_run=False, to_json=False)
+    run(request_from_json(request), dry_run=False, to_json=False, alone=False)
     return "done"
 
 
@@ -141,12 +161,25 @@ def summary(request: Request, result: Result) -> list[str]:
                 for row in found.get("candidates", [])
             ),
         ]
-    if request.stage == "merge":
+    return _written(request.stage, found)
+
+
+def _written(stage: str, found: Mapping[str, Any]) -> list[str]:
+    """Return the lines for a stage that rewrites what is there."""
+    if stage == "merge":
         return [f"{found['merged_linears']} Linears merged into {human_bytes(found['bytes'])}"]
-    if request.stage == "import":
-        size = human_bytes(found["bytes"])
-        return [f"{found['layout']} to {found['model_type']}: {size}, {found['split']} split"]
+    if stage == "export":
+        what = f"{found['linears']} LoRAs of rank {found['rank']}" if "linears" in found else "the model"
+        count = f" in {found['tensors']} tensors of GGUF" if "tensors" in found else ""
+        return [f"{what}{count}", *(f"warning: {text}" for text in found.get("warnings", []))]
+    if stage == "import":
+        return [f"{found['layout']} to {found['model_type']}: {human_bytes(found['bytes'])}, {found['split']} split"]
     return []
+
+
+def _print_following(commands: list[str]) -> None:
+    for index, command in enumerate(commands):
+        click.echo(f"{'Or' if index else 'Next'}: {command}")
 
 
 def _print_scores(request: EvaluateRequest, result: Result) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, dry_run
+from emloc_core.cli.console import as_json, dry_run, push
 from emloc_core.cli.options import TRAIN_FLAGS, given, options, pairs, rows
 from emloc_core.cli.stage import run
+from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
 from emloc_core.settings import ExactSettings, TrainSettings
 
@@ -19,9 +20,11 @@ from emloc_core.settings import ExactSettings, TrainSettings
 @options(TrainSettings, TRAIN_FLAGS, skip=["extra"])
 @click.option("--exact", is_flag=True, help="Read MODEL, an ordinary model, block by block: it need not fit in memory.")
 @options(ExactSettings)
+@push
+@verbosity_options
 @dry_run
 @as_json
-def command(dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any) -> None:
+def command(push: str | None, dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any) -> None:
     """Train a LoRA with TRL on MODEL, an emulator (or an ordinary model, as the upper bound).
 
     Rows that the emulator was calibrated or selected on are left out, recognised by their content. Run the same command
@@ -31,4 +34,4 @@ def command(dry_run: bool, as_json: bool, extra: tuple[str, ...], **options: Any
     settings, content = given(TrainSettings, options)
     limits, content = given(ExactSettings, content)
     request = make_request("train", {**settings, "extra": pairs(extra)}, limits=limits, **content)
-    run(request, dry_run=dry_run, to_json=as_json)
+    run(request, dry_run=dry_run, to_json=as_json, push=push)

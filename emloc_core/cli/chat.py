@@ -1,0 +1,105 @@
+"""``emloc chat``."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from emloc_core.errors import EmlocError, printable
+
+if TYPE_CHECKING:
+    from emloc_core.conversation import Conversation
+
+_HELP = "/image PATH shows an image with the next message, /reset starts again, /exit or Ctrl-D ends."
+
+
+@click.command("chat")
+@click.argument("model")
+@click.argument("adapter", type=click.Path(path_type=Path), required=False)
+@click.option("--system", help="System message.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Image to show with the first message; repeatable.",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Most tokens per answer."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    help="0 always takes the likeliest token.  [default: the model's own generation config]",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of each answer.  [default: another each time]")
+def command(
+    model: str,
+    adapter: Path | None,
+    system: str | None,
+    images: tuple[Path, ...],
+    max_new_tokens: int,
+    temperature: float | None,
+    seed: int | None,
+) -> None:  # fmt: skip
+    """Talk to MODEL, with ADAPTER if one is given; answers appear as they are written.
+
+    MODEL is a model, an emulator, or an adapter, which names its model. Ctrl-C stops an answer. Without a terminal,
+    every line of stdin is a message, and stdout has the answers alone.
+    """
+    from transformers.utils import logging
+
+    from emloc_core.conversation import open_conversation
+
+    logging.set_verbosity_error()
+    conversation = open_conversation(
+        model, adapter, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
+    if sys.stdin.isatty():
+        click.echo(_HELP, err=True)
+        if not conversation.has_template:
+            click.echo("The model has no chat template: it continues each message as plain text.", err=True)
+    _talk(conversation, list(images))
+
+
+def _talk(conversation: "Conversation", images: list[Path]) -> None:
+    for line in _lines():
+        name, _, rest = line.partition(" ")
+        if name == "/exit":
+            return
+        if name == "/reset":
+            conversation.reset()
+        elif name == "/image":
+            images.append(Path(rest.strip()).expanduser())
+        elif line.strip():
+            try:
+                conversation.say(line, images, lambda piece: click.echo(_shown(piece), nl=False))
+            except KeyboardInterrupt:  # stops this answer, which is not remembered
+                click.echo(" ...", nl=False)
+            except EmlocError as error:
+                if not sys.stdin.isatty():
+                    raise
+                click.echo(f"emloc: {printable(error)}", nl=False, err=True)
+            click.echo()
+            images = []
+
+
+def _lines() -> Iterator[str]:
+    """Yield what the user writes until the input ends."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            click.echo()
+            return
+
+
+def _shown(text: str) -> str:
+    """Return a model's text with everything escaped that a terminal would act on, apart from lines and tabs."""
+    return "".join(each if each in "\n\t" else printable(each) for each in text)

@@ -1,0 +1,74 @@
+"""How much a command says: ``--quiet``, ``--verbose``, or neither."""
+
+import os
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+import rich_click as click
+
+#: Carries it to the stages of a recipe, which run in processes of their own.
+VARIABLE = "EMLOC_VERBOSITY"
+
+
+class Verbosity(Enum):
+    """What is shown besides errors."""
+
+    QUIET = "quiet"
+    NORMAL = "normal"
+    VERBOSE = "verbose"
+
+
+def verbosity() -> Verbosity:
+    """Return what the running command was asked for, or the process that started this one."""
+    value = os.environ.get(VARIABLE, "")
+    return Verbosity(value) if value in {each.value for each in Verbosity} else Verbosity.NORMAL
+
+
+def verbosity_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--quiet`` and ``--verbose``."""
+    quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_chooses(Verbosity.QUIET),
+                         help="Show no progress, and print only the output's path.")  # fmt: skip
+    verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_chooses(Verbosity.VERBOSE),
+                           help="Show every step as a line, and what the libraries log.")  # fmt: skip
+    return quiet(verbose(function))
+
+
+def _chooses(level: Verbosity) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def choose(context: click.Context, _: click.Parameter, given: bool) -> None:
+        if given:
+            before = os.environ.get(VARIABLE)
+            os.environ[VARIABLE] = level.value
+            context.call_on_close(lambda: _restore(before))
+
+    return choose
+
+
+def _restore(before: str | None) -> None:
+    if before is None:
+        os.environ.pop(VARIABLE, None)
+    else:
+        os.environ[VARIABLE] = before
+
+
+def set_up_libraries(*, on_terminal: bool) -> None:
+    """Let transformers, datasets and the hub's library say as much: bars on terminals alone, logs when verbose."""
+    import logging
+
+    from datasets.utils import logging as datasets_logging
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    level = verbosity()
+    if level is Verbosity.NORMAL and on_terminal:
+        enable_progress_bars()
+        transformers_logging.enable_progress_bar()
+        datasets_logging.enable_progress_bar()
+    else:
+        disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+        datasets_logging.disable_progress_bar()
+    if level is not Verbosity.NORMAL:
+        chosen = logging.INFO if level is Verbosity.VERBOSE else logging.ERROR
+        for name in ("transformers", "datasets", "huggingface_hub", "trl", "peft", "accelerate"):
+            logging.getLogger(name).setLevel(chosen)

@@ -1,0 +1,57 @@
+"""Each stage ends with the command that usually follows, which works as it is printed."""
+
+import io
+import shlex
+
+import pytest
+from transformers import AutoTokenizer
+
+from emloc_core.cli.following import following
+from emloc_core.requests import make_request
+from emloc_core.result import Result
+
+
+def next_commands(out):
+    return [line.partition(": emloc ")[2] for line in out.splitlines() if line.startswith(("Next: ", "Or: "))]
+
+
+def test_the_printed_commands_lead_from_the_emulator_to_an_answer(emloc, tiny_model, rows_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("animal: cat\n"))
+    _, out, _ = emloc(
+        "compress", tiny_model, "--data", rows_file, "-o", "an emulator", "--samples", 8, "--selection", 4
+    )
+    (train,) = next_commands(out)
+    assert shlex.split(train) == ["train", "an emulator", "--data", str(rows_file), "-o", "adapter"]
+    _, out, _ = emloc(*shlex.split(train), "--steps", 1, "--batch-size", 2)
+    (correct,) = next_commands(out)
+    _, out, _ = emloc(*shlex.split(correct))
+    chat, _, merge = next_commands(out)
+    code, out, _ = emloc(*shlex.split(merge))
+    assert code == 0
+    assert shlex.split(next_commands(out)[0]) == ["chat", "merged"]
+    code, out, _ = emloc(*shlex.split(chat), "--max-new-tokens", 4)
+    assert (code, len(out.strip())) > (0, 0)
+    for made in ("adapter", "corrected"):  # an adapter brings what turns text into its inputs
+        tokenizer = AutoTokenizer.from_pretrained(made)
+        assert (
+            tokenizer("a red cat")["input_ids"] == AutoTokenizer.from_pretrained(tiny_model)("a red cat")["input_ids"]
+        )
+        assert tokenizer.chat_template
+    # A recipe runs what follows by itself, and JSON is for programs.
+    assert not next_commands(emloc(*shlex.split(merge), "--json")[1])
+
+
+@pytest.mark.parametrize(
+    ("stage", "content", "first"),
+    [
+        ("import", {"source": "x"}, "emloc plan out --memory 24GiB"),
+        ("cut", {"spectra": "x"}, "emloc train out --data train.jsonl -o adapter"),
+        ("train", {"model": "org/model", "data": "rows.jsonl"}, "emloc chat out"),
+        ("polish", {"adapter": "x", "data": "rows.jsonl"}, "emloc chat out"),
+        ("eval", {"systems": ({"name": "a", "model": "m", "adapter": "b"},), "tasks": ("t",)}, "emloc chat m b"),
+    ],
+)
+def test_every_stage_has_one(stage, content, first, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert following(make_request(stage, output="out", **content), Result("out"))[0] == first
