@@ -61,8 +61,8 @@ def make_workload(
     if length is not None and limit is not None and length > limit:
         raise EmlocError(f"The model takes {limit} tokens, not {length}.", f"Give a length of at most {limit}.")
     length = length or min(LENGTH, limit or LENGTH)
-    rows = train.batch_size * (2 if train.method == "dpo" else 1)  # a chosen and a rejected answer each
-    return Workload(rows, length, counted if images is None else images, train, device, image_size)  # type: ignore[arg-type]
+    sequences = train.batch_size * (2 if train.method == "dpo" else 1)  # a chosen and a rejected answer each
+    return Workload(sequences, length, counted if images is None else images, train, device, image_size)  # type: ignore[arg-type]
 
 
 def _measure(samples: Iterable[Sample], config: Any) -> tuple[int, int, tuple[int, int] | None]:

@@ -12,8 +12,7 @@ from typing import Any
 import psutil
 import torch
 from datasets import Dataset
-from transformers import set_seed
-from trl import SFTConfig
+from transformers import TrainingArguments, set_seed
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
@@ -81,7 +80,7 @@ class ExactTrain(Train):
         self.limits = limits
         self.memory = parse_bytes(limits.memory) if limits.memory else None
 
-    def _config(self, **fixed: Any) -> SFTConfig:
+    def _config(self, **fixed: Any) -> TrainingArguments:
         rows = self.settings.batch_size * self.settings.accumulation
         return super()._config(
             per_device_train_batch_size=rows,
@@ -100,7 +99,7 @@ class ExactTrain(Train):
         assert isinstance(self.settings, TrainSettings)
         return lora_config(self.settings, self.targets)
 
-    def _trainer(self, config: SFTConfig, dataset: Dataset, processing: Processing) -> LoraTrainer:
+    def _trainer(self, config: TrainingArguments, dataset: Dataset, processing: Processing) -> LoraTrainer:
         need = self._need(config)
         boundaries = self._boundaries(config, need["boundaries"])
         room = 0 if self.memory is None else self.memory - sum(need.values())
@@ -116,7 +115,7 @@ class ExactTrain(Train):
         trainer.attach(steps, self.settings.batch_size)
         return trainer
 
-    def _need(self, config: SFTConfig) -> dict[str, int]:
+    def _need(self, config: TrainingArguments) -> dict[str, int]:
         """Return what the longest step needs; see :func:`step_need`."""
 
         def most(sizes: Sequence[int]) -> Positions:
@@ -126,7 +125,7 @@ class ExactTrain(Train):
         tokens, patches = most([row.tokens for row in self.sizes]), most([row.patches for row in self.sizes])
         return step_need(self.skeleton.model, self.family, tokens, patches, self.skeleton.dtype)
 
-    def _boundaries(self, config: SFTConfig, needed: int) -> Boundaries:
+    def _boundaries(self, config: TrainingArguments, needed: int) -> Boundaries:
         """Say where activations at block boundaries wait.
 
         Args:

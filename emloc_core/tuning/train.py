@@ -17,9 +17,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import TrainerState
-from trl import DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from emloc_core.adapters.adapter import content_hash
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
@@ -140,7 +148,7 @@ class Train:
         processing = load_processing(self.model.directory, self.family, self.rows)
         return processing, self.settings.max_length, load_config(self.model.directory / "config.json")
 
-    def _config(self, **fixed: Any) -> SFTConfig:
+    def _config(self, **fixed: Any) -> TrainingArguments:
         checkpoints = Output(self.path, "adapter", {}).staging / CHECKPOINTS
         with refusing(SETTINGS):
             return trainer_config(
@@ -197,7 +205,7 @@ class Train:
             "processes": processes,  # they multiply the batch
         }
 
-    def _train(self, config: SFTConfig, output: Output, state: PartialState) -> dict[str, Any]:
+    def _train(self, config: TrainingArguments, output: Output, state: PartialState) -> dict[str, Any]:
         """Train and write the adapter; return the manifest's result."""
         checkpoints = output.staging / CHECKPOINTS
         if state.is_main_process:
@@ -258,7 +266,7 @@ class Train:
         """Whether preferences are learned."""
         return getattr(self.settings, "method", "sft") == "dpo"
 
-    def _trainer(self, config: SFTConfig, dataset: Dataset, processing: Processing) -> "LoraTrainer":
+    def _trainer(self, config: TrainingArguments, dataset: Dataset, processing: Processing) -> "_LoraSteps":
         assert isinstance(self.settings, TrainSettings)
         directory = self.model.directory.absolute()
         with refusing(f"{directory} cannot be loaded", resumable=True):
@@ -277,7 +285,7 @@ class Train:
             backbone.register_forward_hook(give_back)
         return trainer
 
-    def _write(self, trainer: "LoraTrainer", staging: Path, log: list[dict[str, float]]) -> None:
+    def _write(self, trainer: "_LoraSteps", staging: Path, log: list[dict[str, float]]) -> None:
         for name, parameter in trainer.lora.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise EmlocError(f"After the last step {name} is not finite.", _DIVERGED, code="not-finite")
@@ -295,7 +303,7 @@ class Train:
         shutil.rmtree(checkpoints)
 
 
-class _LoraSteps:
+class _LoraSteps(Trainer):
     """What TRL's trainers lack: they stop at a loss that is NaN or Inf, and save what a resumed log needs."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, **options: Any) -> None:
@@ -357,7 +365,7 @@ class PreferenceTrainer(_LoraSteps, DPOTrainer):
 class _RestoreLoss(TrainerCallback):
     """Restores the loss summed since the last log entry when a run resumes."""
 
-    def __init__(self, trainer: LoraTrainer) -> None:
+    def __init__(self, trainer: _LoraSteps) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002

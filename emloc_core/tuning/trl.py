@@ -12,7 +12,7 @@ from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from trl import DPOConfig, SFTConfig
+    from transformers import TrainingArguments
 
 #: Fields of SFTConfig, by the name of the setting that stands for them.
 _NAMED = {
@@ -80,7 +80,7 @@ def _config_class(settings: StepSettings) -> Any:
 
 def trainer_config(
     settings: StepSettings, checkpoints: Path, *, completion_only: bool, use_cpu: bool, **fixed: Any
-) -> "SFTConfig | DPOConfig":
+) -> "TrainingArguments":
     """Return TRL's config.
 
     Args:
@@ -100,7 +100,7 @@ def trainer_config(
     named["num_train_epochs"] = given.get("epochs") or DEFAULT_EPOCHS
     is_dpo = given.get("method") == "dpo"
     own = {"beta": given["beta"]} if is_dpo else {"completion_only_loss": completion_only}
-    config = _config_class(settings)(
+    config: TrainingArguments = _config_class(settings)(
         output_dir=str(checkpoints),
         save_strategy="steps",
         save_total_limit=2,
