@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-vision demo-zoo test test-quick coverage test-browser test-chaos test-slow lint bench bench-factorize-full bench-quality docs docs-models site clean
+.PHONY: setup demo demo-vision demo-zoo test test-quick coverage test-browser test-chaos test-slow lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
 
 setup: $(STAMP)
 
@@ -71,6 +71,9 @@ bench-factorize-full: $(STAMP)  ## the factorisation at the full widths of Llama
 
 docs: $(STAMP)  ## write the pages that are generated from the code
 	$(BIN)/python docs/generate.py
+
+families-survey: $(STAMP)  ## try every architecture of transformers by scaffold and kit; goes on where it stopped
+	$(BIN)/python docs/survey_families.py
 
 site: $(STAMP)  ## the documentation as a web site in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

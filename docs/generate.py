@@ -11,7 +11,7 @@ from typing import Any, get_args
 import click
 from pydantic import BaseModel
 
-from emloc_core import hookspecs, settings
+from emloc_core import algorithms, hookspecs, settings
 from emloc_core.cli import cli
 from emloc_core.recipe.recipe import Recipe
 from emloc_core.requests import EvaluateRequest
@@ -61,7 +61,30 @@ def hooks_page() -> str:
     for name, hook in vars(hookspecs).items():
         if name.startswith("emloc_"):
             parts += hook_section(name, hook)
+    parts.append("## What algorithms are given\n\nFrom `emloc_core.algorithms`; m, n and k are those of a Linear.\n")
+    for kind in (algorithms.Factors, algorithms.Gram, algorithms.Lora, algorithms.Spectrum):
+        parts += fields_section(kind)
     return "\n".join(parts)
+
+
+def fields_section(kind: type) -> list[str]:
+    """Return the paragraphs of a class that algorithms are given: its fields, and what it can be asked."""
+    description, *sections = re.split(r"\n\n(Args|Attributes):\n", inspect.getdoc(kind) or "")
+    attributes = dict(zip(sections[::2], map(inspect.cleandoc, sections[1::2]), strict=True)).get("Attributes", "")
+    rows = [f"| `{name}` | {' '.join(meaning.split())} |"
+            for name, meaning in re.findall(r"^(\w+): (.+(?:\n .+)*)", attributes, re.MULTILINE)]  # fmt: skip
+    for name, member in vars(kind).items():
+        if not name.startswith("_") and (text := inspect.getdoc(member)) and inspect.isroutine(member):
+            arguments = [each for each in inspect.signature(member).parameters if each != "self"]
+            rows.append(f"| `{name}({', '.join(arguments)})` | {text.splitlines()[0]} |")
+        elif isinstance(member, property) and not name.startswith("_"):
+            rows.append(f"| `{name}` | {(inspect.getdoc(member) or '').splitlines()[0]} |")
+    parts = [f"### `{kind.__name__}`\n", f"{description.splitlines()[0]}\n", "| field | meaning |", "| --- | --- |"]
+    parts = [
+        *parts[:2],
+        "\n".join([*parts[2:], *(row.replace("||", chr(92) + "|" + chr(92) + "|") for row in rows)]) + "\n",
+    ]
+    return [re.sub(r":\w+:`", "`", part.replace("``", "`")) for part in parts]
 
 
 def hook_section(name: str, hook: Callable[..., Any]) -> list[str]:
@@ -72,7 +95,7 @@ def hook_section(name: str, hook: Callable[..., Any]) -> list[str]:
     """
     signature = inspect.signature(hook)
     types = {each.name: _shown(each.annotation) for each in signature.parameters.values()}
-    description, *sections = re.split(r"\n\n(Args|Returns):\n", inspect.getdoc(hook) or "")
+    description, *sections = re.split(r"\n\n(Args|Returns|Example):\n", inspect.getdoc(hook) or "")
     found = dict(zip(sections[::2], map(inspect.cleandoc, sections[1::2]), strict=True))
     meanings = dict(re.findall(r"^(\w+): (.+(?:\n .+)*)", found.get("Args", ""), re.MULTILINE))
     returns = signature.return_annotation
@@ -84,7 +107,10 @@ def hook_section(name: str, hook: Callable[..., Any]) -> list[str]:
         parts.append("\n".join(["| argument | type | meaning |", "| --- | --- | --- |", *rows]) + "\n")
     if returns is not None:
         parts.append(f"Returns `{_shown(returns)}`:\n\n{found['Returns']}\n")
-    return [part.replace("``", "`") for part in parts]
+    parts = [part.replace("``", "`") for part in parts]
+    if "Example" in found:
+        parts.append(f"```python\n{found['Example']}\n```\n")
+    return parts
 
 
 def _shown(annotation: Any) -> str:

@@ -50,6 +50,25 @@ def emloc_rank_allocators() -> "dict[str, Callable[..., Any]]":  # type: ignore[
         ranks``, called after all Linears have been decomposed. ``shapes`` is the (out_features, in_features) of every
         Linear, ``ratio`` the fraction of parameters to keep, in (0, 1), ``spectra`` an
         ``emloc_core.algorithms.Spectrum`` per Linear, and ``ranks`` an int of at least 1 per Linear.
+
+    Example:
+        from emloc_core.hookspecs import hookimpl
+
+
+        # Share the budget out by how many directions hold 90 % of the energy of a Linear's outputs.
+        def by_energy(shapes, ratio, spectra):
+            wanted = []
+            for spectrum in spectra:
+                share = spectrum.energies.cumsum(0) / spectrum.energies.sum()
+                wanted.append(1 + int((share < 0.9).sum()))
+            budget = ratio * sum(m * n for m, n in shapes)
+            cost = sum(rank * (m + n) for rank, (m, n) in zip(wanted, shapes, strict=True))
+            return [max(1, int(rank * budget / cost)) for rank in wanted]
+
+
+        @hookimpl
+        def emloc_rank_allocators():
+            return {"by-energy": by_energy}  # emloc compress --allocator by-energy
     """
 
 
@@ -61,6 +80,27 @@ def emloc_factorizers() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
         By name, ``f(weight, gram, rank) -> Factors``, like ``emloc_core.algorithms.factorize.factorize``. ``weight``
         is (m, n), ``gram`` an ``emloc_core.algorithms.Gram`` of the inputs or the outputs, ``rank`` an int k; the
         factors are (m, k), with orthonormal columns, and (k, n).
+
+    Example:
+        from emloc_core.hookspecs import hookimpl
+
+
+        # Project the weight on the strongest directions of its outputs, eigenvectors of W X X^T W^T.
+        def on_the_outputs(weight, gram, rank):
+            import torch  # here, since plugins are imported whenever emloc starts
+
+            from emloc_core.algorithms import Factors
+
+            outputs = gram.matrix if gram.side == "output" else gram.through(weight).matrix
+            energies, directions = torch.linalg.eigh(outputs.double())  # in ascending order
+            u = directions[:, -rank:].flip(1)
+            spectrum = energies.flip(0).clamp(min=0)[: min(weight.shape)].cpu()
+            return Factors(u.to(weight), (u.T @ weight.double()).to(weight), spectrum)
+
+
+        @hookimpl
+        def emloc_factorizers():
+            return {"on-the-outputs": on_the_outputs}  # emloc compress --factorizer on-the-outputs
     """
 
 
@@ -71,6 +111,25 @@ def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-
     Returns:
         By name, subclasses of ``emloc_core.kinds.Kind``: how what stands in for a weight is made, stored, read
         back by transformers and by ``correct``, and how many bytes it takes.
+
+    Example:
+        from emloc_core.hookspecs import hookimpl
+
+
+        @hookimpl
+        def emloc_emulators():
+            from emloc_core.kinds import LowRank
+
+            # Factors rounded to multiples of 2^-8; stored and loaded as those of the kind low-rank.
+            class Coarse(LowRank):
+                name = "coarse"
+                can_be_cut = False
+
+                def pack(self, weight, stand_in, dtype):
+                    parts = super().pack(weight, stand_in, dtype)
+                    return {key: (part * 256).round() / 256 for key, part in parts.items()}
+
+            return {"coarse": Coarse}  # emloc compress --kind coarse
     """
 
 
@@ -82,6 +141,22 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
         By name, ``f(weight, u, v, lora, clamps) -> loras``, like ``emloc_core.algorithms.correction.correct_lora``.
         ``weight`` is the base's, (m, n), ``u`` (m, k) and ``v`` (k, n) are the emulator's factors, ``lora`` is an
         ``emloc_core.algorithms.Lora``, and ``loras`` a list with one Lora per clamp.
+
+    Example:
+        from emloc_core.hookspecs import hookimpl
+
+
+        # Make the LoRA smaller where the emulator is further from the base.
+        def shrinking(weight, u, v, lora, clamps):
+            from emloc_core.algorithms import Lora
+
+            apart = float((weight - u @ v).norm() / weight.norm())
+            return [Lora(lora.a, lora.b / (1 + clamp * apart), lora.scale) for clamp in clamps]
+
+
+        @hookimpl
+        def emloc_corrections():
+            return {"shrinking": shrinking}  # emloc correct --method shrinking
     """
 
 

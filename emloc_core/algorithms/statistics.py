@@ -39,6 +39,10 @@ class Gram:
         dtype: of the sum, to begin with. On all 210 Linears of SmolLM2-135M fp32 gave at most 1.00002 times the error
             that fp64 gives.
         device: where the sum is kept.
+
+    Attributes:
+        side: as given.
+        tokens: number of activations that were added.
     """
 
     def __init__(

@@ -10,8 +10,10 @@ from transformers import AutoConfig
 
 from emloc_core.errors import EmlocError
 
-#: What changes no module, as numbers with a fraction do not: the tiny config takes the class's own.
+#: What changes neither a module nor what it computes once it is tuned: the tiny config takes the class's own.
 _COSMETIC = re.compile(r"_.*|dtype|architectures|transformers_version|id2label|label2id|use_cache|problem_type")
+#: Numbers with a fraction that are of no account in a tiny model with random weights. Multipliers and scalings are.
+_COSMETIC_NUMBERS = re.compile(r"\w*(drop|init|eps|_loss|_prob|_std|jitter|_threshold)\w*|time_step_\w+")
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -78,9 +80,12 @@ def structure(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_cosmetic(name: str, value: Any) -> bool:
-    if name == "rope_parameters":
-        return not (value and value.get("mrope_section"))
-    return bool(_COSMETIC.fullmatch(name)) or isinstance(value, float)
+    if name == "rope_parameters":  # a list has an entry for every frequency, of which a tiny head has fewer
+        lists = any(isinstance(part, list | tuple) for part in (value or {}).values())
+        return not value or (lists and not value.get("mrope_section"))
+    if isinstance(value, float):
+        return bool(_COSMETIC_NUMBERS.fullmatch(name))
+    return bool(_COSMETIC.fullmatch(name))
 
 
 def _removable(content: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -22,7 +22,7 @@ _BLOCKS = r"num_hidden_layers|n_layers?|num_layers|depth"
 _SIZES: Mapping[str, int] = {
     r"((attention_|out_)?hidden_size|n_embd|d_model|(word_)?embed(_proj)?_dim|projection_dim)": WIDTH,
     r"moe_intermediate_size|shared_expert_intermediate_size": 48,
-    r"(\w+_)?intermediate_size(_\w+)?|ffn_dim|ffn_hidden_size|n_inner|d_ff|dim_ff|mlp_dim": 96,
+    r"(\w+_)?intermediate_size(_\w+)?|(block_)?ff_dim|ffn_dim|ffn_hidden_size|n_inner|d_ff|dim_ff|mlp_dim": 96,
     r"num_attention_heads|n_heads?|num_heads": HEADS,
     r"(qk_nope_|qk_rope_|v_)?head_dim": HEAD_DIM,
     r"qk_head_dim": 2 * HEAD_DIM,
@@ -78,7 +78,7 @@ class _Shrinking:
         return small
 
     def _value(self, name: str, value: Any, content: Mapping[str, Any]) -> Any:
-        if name == "rope_parameters":
+        if name == "rope_parameters" and "mrope_section" in value:
             return _sections(value)
         if isinstance(value, Mapping):
             return self.section(value)

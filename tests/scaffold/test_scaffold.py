@@ -268,6 +268,20 @@ def test_shrinking_keeps_heads_dividing_and_a_block_of_each_kind():
     assert hybrid["num_hidden_layers"] == 8  # a whole period
 
 
+def test_shrinking_keeps_what_makes_a_model_itself():
+    granite = {"attention_multiplier": 0.0078125, "embedding_multiplier": 12.0, "logits_scaling": 16.0}
+    small = shrink(AutoConfig.for_model("granite", **granite, attention_dropout=0.1, rms_norm_eps=1e-5))
+    assert granite.items() <= small.items()
+    assert not {"attention_dropout", "rms_norm_eps", "initializer_range"} & small.keys()
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    small = shrink(AutoConfig.for_model("llama", rope_parameters=rope, max_position_embeddings=131072))
+    assert small["rope_parameters"] == {**rope, "original_max_position_embeddings": 128}
+    assert shrink(AutoConfig.for_model("lfm2", block_ff_dim=12288))["intermediate_size"] <= 96
+    kinds = ["conv", "conv", "full_attention"]
+    assert shrink(AutoConfig.for_model("lfm2", num_hidden_layers=6, layer_types=kinds * 2))["layer_types"] == kinds[1:]
+
+
 class Scaled(nn.Linear):
     """A Linear that computes something else."""
 
