@@ -72,7 +72,7 @@ bench-factorize-full: $(STAMP)  ## the factorisation at the full widths of Llama
 docs: $(STAMP)  ## write the pages that are generated from the code
 	$(BIN)/python docs/generate.py
 
-families-survey: $(STAMP)  ## try every architecture of transformers by scaffold and kit; goes on where it stopped
+families-survey: $(STAMP)  ## try every architecture of transformers by scaffold and kit; resumes
 	$(BIN)/python docs/survey_families.py
 
 site: $(STAMP)  ## the documentation as a web site in build/site; a broken link is an error

@@ -2,7 +2,7 @@
 
 Run by `make families-survey`. Every model type with a causal or an image-text class is drafted from the default config
 of its class, and the draft is judged by the conformance kit as it is. Results are kept in `build/families-survey`, one
-file each, so that the same command goes on where it stopped.
+file each, so that the same command resumes.
 """
 
 import argparse
