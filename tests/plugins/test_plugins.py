@@ -304,6 +304,25 @@ def test_an_undocumented_argument_is_refused(generate):
             generate.hook_section(hook.__name__, hook)
 
 
+def test_a_plugin_with_a_broken_entry_is_listed_as_broken(entry, emloc, monkeypatch, tmp_path):
+    (tmp_path / "broken.toml").write_text('id = "me/model"\nno_such_field = 1\n')
+    source = f"""
+        from emloc_core.hookspecs import hookimpl
+
+        @hookimpl
+        def emloc_registry():
+            return [{str(tmp_path / "broken.toml")!r}]
+    """
+    manager = PluginManager()
+    manager.load([entry(source)])
+    for place in ("plugins.manager", "registry.registry"):
+        monkeypatch.setattr(f"emloc_core.{place}.plugin_manager", lambda: manager)
+    code, out, _ = emloc("families")
+    assert code == 0
+    assert f"plugin {manager.reports[0].name} (unknown): BROKEN: " in out
+    assert "broken.toml" in out
+
+
 DOCUMENTED = (DOCS / "plugins.md").read_text()
 
 

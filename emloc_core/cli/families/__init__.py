@@ -15,8 +15,10 @@ def command(context: click.Context, as_json: bool) -> None:
         return
 
     from emloc_core.plugins.manager import plugin_manager
+    from emloc_core.registry.registry import load_entries
 
     manager = plugin_manager()
+    load_entries()  # finds plugins with a broken entry
     families = [
         {
             "name": family.name,
