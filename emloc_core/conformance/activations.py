@@ -57,6 +57,10 @@ def input_groups(subject: TinyModel) -> str | None:
         [f"no row reaches {linear.path}" for linear in planned if linear.path not in inputs],
         "Take it out of input_groups and list it in keep_dense: its factors could not be fitted.",
     )
+    require(
+        [f"{path} runs more than once per row" for path, calls in inputs.items() if len(calls) > len(subject.samples)],
+        "Take it out of input_groups and list it in keep_dense: what it is given first and later are different inputs.",
+    )
     block_of = {linear.group: linear.block for linear in planned}  # every group, in declared order
     require(
         [

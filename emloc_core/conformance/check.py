@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from emloc_core.conformance.conditions import under_test
+from emloc_core.conformance.raw_errors import meaning
 from emloc_core.errors import EmlocError, typed_line
 from emloc_core.family import Family
 
@@ -87,12 +88,10 @@ class Check:
         except EmlocError as error:
             return result(False, str(error.args[0]), error.fix or "")
         except Exception as error:  # a declaration may break anything, and a check must say so
-            return result(
-                False,
-                f"Could not run: {typed_line(error)}",
-                "The traceback shows where: emloc families check --json, or the test's report.",
-                traceback.format_exc(),
-            )
+            known = meaning(error)
+            message = str(known.args[0]) if known else f"Could not run: {typed_line(error)}"
+            where = "The traceback shows where: emloc families check --json, or the test's report."
+            return result(False, message, (known.fix if known else None) or where, traceback.format_exc())
 
 
 def check(*needs: Check) -> Callable[[Callable[[Any], str | None]], Check]:

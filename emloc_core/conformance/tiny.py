@@ -185,8 +185,12 @@ def tiny_config(settings: Mapping[str, Any]) -> Any:
     Raises:
         EmlocError: transformers refuses it.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
+    if (name := settings.get("model_type")) not in CONFIG_MAPPING:
+        raise EmlocError(
+            f"transformers has no model type {name!r}.", "Declare the model_type that config.json has (model_types)."
+        )
     try:
         return AutoConfig.for_model(**copy.deepcopy(dict(settings)))
     except Exception as error:  # whatever transformers' own checks of a config raise

@@ -211,7 +211,15 @@ def block_paths(model: nn.Module, family: Family) -> list[str]:
                 "The declaration does not fit this model: update the plugin, or declare another family.",
                 code="plugin",
             ) from None
-        found += [f"{tower.blocks}.{index}" for index in range(len(list(blocks.children())))]
+        names = [name for name, _ in blocks.named_children()]
+        if names != [str(index) for index in range(len(names))]:
+            raise EmlocError(
+                f"{tower.blocks} is a {type(blocks).__name__}, not a list of blocks, though the family "
+                f"{family.name!r} declares it as its {tower.name} tower.",
+                "Name the ModuleList whose children are the blocks: print(model) shows the paths.",
+                code="plugin",
+            )
+        found += [f"{tower.blocks}.{name}" for name in names]
     return found
 
 

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from emloc_core.adapters.adapter import WEIGHTS
 from emloc_core.conformance import check_family, checks
-from emloc_core.conformance.check import check
+from emloc_core.conformance.check import Subject, check
 from emloc_core.conformance.tuning import Tuned
 from emloc_core.family import Tower
 from emloc_core.memory.model import MemoryModel
@@ -87,6 +87,9 @@ DECLARATIONS = [
     ("builds", replace(ONE, tiny_configs=[{**TINY, "model_type": "llama", "hidden_size": "wide"}]), "refuses"),
     ("builds", replace(ONE, tiny_configs=[{**TINY, "model_type": "llama", "hidden_act": "sulu"}]), "cannot build"),
     ("builds", replace(INTERNVL, nested={"words_config": "model.language_model"}), "has no words_config"),
+    ("builds", replace(ONE, model_types=frozenset({"lama"}), tiny_configs=[{**TINY, "model_type": "lama"}]),
+     "transformers has no model type 'lama'."),
+    ("linears", with_groups(*GROUPS, blocks="model"), "model is a LlamaModel, not a list of blocks"),
     ("linears", with_groups(["input_layernorm"]), "model.layers.0.input_layernorm is a LlamaRMSNorm, not a Linear"),
     ("linears", with_groups(*GROUPS, blocks="model.layer"), "The model has no 'model.layer'"),
     ("linears", with_groups(*GROUPS[:3]), "mlp.down_proj is a Linear that is neither in an input group nor kept"),
@@ -168,6 +171,35 @@ def test_a_linear_that_does_not_run_is_found(tmp_path, monkeypatch):
     spare(llama.LlamaMLP, monkeypatch, lambda: nn.Linear(32, 32))
     family = with_groups(*GROUPS, ["mlp.spare"])
     assert fails(CHECKS["input-groups"].on(subject_of(family, tmp_path)), "no row reaches model.layers.0.mlp.spare")
+
+
+def test_a_linear_that_runs_twice_is_found(tmp_path, monkeypatch):
+    forward = lambda self, x: mlp(self, x) + self.spare(self.spare(x))  # noqa: E731
+    spare(llama.LlamaMLP, monkeypatch, lambda: nn.Linear(32, 32), forward)
+    family = with_groups(*GROUPS, ["mlp.spare"])
+    result = CHECKS["input-groups"].on(subject_of(family, tmp_path))
+    assert fails(result, "model.layers.0.mlp.spare runs more than once per row")
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        ("'LlamaModel' object has no attribute '0'", "blocks names a module that is not a list of blocks"),
+        ("Tensor on device cpu is not on the expected device meta!", "a weight that is not loaded at that moment"),
+        ("Tensor.item() cannot be called on meta tensors", "a weight that is not loaded at that moment"),
+        ("mat1 and mat2 shapes cannot be multiplied (4x8 and 16x4)", "sizes do not fit each other"),
+    ],
+)
+def test_what_torch_says_is_told_in_words_of_the_declaration(raised, told):
+    @check()
+    def broken(_subject):
+        raise RuntimeError(raised)
+
+    result = broken.on(Subject(ONE, "llama"))
+    assert told in result.message
+    assert raised in result.message
+    assert "traceback" not in result.remedy
+    assert result.traceback
 
 
 def test_groups_that_could_be_one_are_noted(tmp_path):
