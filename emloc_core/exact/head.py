@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-#: Logits at a time; in fp32, with their gradient, eight bytes each.
-PIECE = 1 << 25
+#: Logits at a time, by the type of device; in fp32, with their gradient, eight bytes each. A GPU wants more tokens for
+#: each time that it reads the projection.
+PIECES = {"cpu": 1 << 24, "cuda": 1 << 25}
 _IGNORED = -100
 
 
@@ -56,7 +57,7 @@ class Head:
         counts = labels != _IGNORED
         hidden, targets = outputs.last_hidden_state[counts], labels[counts]
         total, gradients = torch.zeros((), device=hidden.device), [hidden.detach()[:0]]
-        size = max(1, PIECE // self._vocabulary)
+        size = max(1, PIECES.get(hidden.device.type, PIECES["cuda"]) // self._vocabulary)
         for piece, target in zip(hidden.detach().split(size), targets.split(size), strict=True):
             piece.requires_grad_()
             logits = self._logits(outputs, piece[None])[0]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from emloc_core.exact.head import PIECE
+from emloc_core.exact.head import PIECES
 from emloc_core.family import Family
 from emloc_core.model.lockstep import units
 
@@ -45,7 +45,7 @@ def step_need(
         - boundaries: the hidden states before every block and behind the last, of all that passes through a tower, and
           their gradient.
         - activations: those of one block, of one micro-batch, in the tower where they are largest.
-        - logits: one piece of them, in fp32, with its gradient.
+        - logits: one piece of them, as large as on a GPU, in fp32, with its gradient.
     """
     lists = [tower.blocks for tower in family.towers]
     found = units(model, lists)
@@ -62,7 +62,7 @@ def step_need(
         "weights": max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True)),
         "boundaries": boundaries * dtype.itemsize,
         "activations": _COPIES * activations * dtype.itemsize,
-        "logits": 8 * min(PIECE, tokens.at_once * vocabulary),
+        "logits": 8 * min(max(PIECES.values()), tokens.at_once * vocabulary),
     }
 
 

@@ -13,7 +13,7 @@ from emloc_core.conformance.tiny import TinyModel, labels, random_model
 from emloc_core.emulator.ranks import block_paths
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
-from emloc_core.exact.head import Head
+from emloc_core.exact.head import PIECES, Head
 from emloc_core.exact.lora import lora_on
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.plugins.manager import plugin_manager
@@ -206,7 +206,7 @@ def test_two_units_at_most_are_in_memory(case, monkeypatch):
 
 def test_the_loss_over_the_vocabulary_comes_in_pieces(case, monkeypatch):
     model, batches, expected, loss = case
-    monkeypatch.setattr("emloc_core.exact.head.PIECE", 3 * model.config.vocab_size)
+    monkeypatch.setitem(PIECES, "cpu", 3 * model.config.vocab_size)
     most, inner = [], Head._logits
     monkeypatch.setattr(Head, "_logits", lambda *args: (most.append(args[2].shape[1]), inner(*args))[1])
     lora, steps = exact(model, get_peft_model_state_dict(expected))
