@@ -148,7 +148,7 @@ class CorrectSettings(Settings):
     clamp: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto", "none"] = Field(
         "auto",
         description="Limit of the correction: a number (3 in the paper), 'none', or 'auto', which compares a few "
-        "values and no correction by their loss on held-out rows.",
+        "values, and the LoRA uncorrected and at a few scales, by their loss on held-out rows.",
     )
     method: str = Field("emloc", description="The correction. Plugins can add others.")
 

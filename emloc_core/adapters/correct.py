@@ -1,15 +1,15 @@
 """Stage 3: transfers a LoRA from the emulator to the base.
 
-With a fixed clamp, one weight of the base is in memory at a time. With ``auto``, the candidates are compared by the
-loss of the base with the adapter on held-out rows: forward passes only, all candidates in one streamed pass over the
-base, so that memory never exceeds that of inference.
+With a fixed clamp, one weight of the base is in memory at a time. With ``auto``, some clamps and some scales of the
+uncorrected LoRA are compared by the loss of the base with the adapter on held-out rows: forward passes only, all
+candidates in one streamed pass over the base, so that memory never exceeds that of inference.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,8 +35,24 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import CorrectRequest
 from emloc_core.settings import CorrectSettings, Loss
 
-#: Clamps that ``auto`` compares; 0 leaves the adapter uncorrected.
-AUTO_CLAMPS: tuple[Clamp, ...] = (0, 0.3, 1, 3)
+
+class Candidate(NamedTuple):
+    """One way to carry a LoRA over to the base.
+
+    Attributes:
+        clamp: of the correction; 0: none.
+        scale: what the LoRA's output is multiplied by.
+    """
+
+    clamp: Clamp
+    scale: float = 1.0
+
+
+#: What ``auto`` compares; the first leaves the adapter as it is.
+AUTO = (
+    *(Candidate(clamp) for clamp in (0, 0.3, 1, 3)),
+    *(Candidate(0, scale) for scale in (0.7, 0.85, 1.15)),
+)
 
 
 class Correct:
@@ -145,22 +161,22 @@ class Correct:
         if self.output.is_finished():
             return self.output.path
         with self.output.build() as staging:
-            clamps = self._clamps()
-            candidates, losses = self._compare(clamps, progress) if self.samples else ({}, None)
-            done = len(candidates)
+            compared = self._candidates()
+            found, losses = self._compare(compared, progress) if self.samples else ({}, None)
+            done = len(found)
             # LoRAs that no row passed through (a tower of another modality), and all LoRAs at a fixed clamp.
             for path, lora in self.adapter.loras.items():
-                if path not in candidates:
+                if path not in found:
                     with self.skeleton.parameters([f"{path}.weight"]) as weights:
-                        candidates[path] = self._correct(path, weights[f"{path}.weight"], lora, clamps)
+                        found[path] = self._correct(path, weights[f"{path}.weight"], lora, compared)
                     done += 1
                     progress(path, done, len(self.adapter.loras))
             chosen = 0 if losses is None else choose(losses)
             config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
-            loras = {path: found[chosen] for path, found in candidates.items()}
-            write_adapter(staging, config, loras, {CORRECTED: str(clamps[chosen])})
+            loras = {path: corrected[chosen] for path, corrected in found.items()}
+            write_adapter(staging, config, loras, {CORRECTED: str(compared[chosen].clamp)})
             self.base.copy_processing(staging)
-            self.output.result = {**self._result(clamps, chosen, losses), CONTENT: content_hash(staging)}
+            self.output.result = {**self._result(compared, chosen, losses), CONTENT: content_hash(staging)}
         return self.output.path
 
     @property
@@ -171,13 +187,19 @@ class Correct:
         keys = {key for path in self.adapter.loras for key in self.skeleton.sources(f"{path}.weight")}
         return sum(self.base.tensors[key].nbytes for key in keys)
 
-    def _clamps(self) -> tuple[Clamp, ...]:
+    def _candidates(self) -> tuple[Candidate, ...]:
         clamp = self.settings.clamp
         if clamp == "auto":
-            return AUTO_CLAMPS
-        return (None,) if clamp == "none" else (clamp,)
+            return AUTO
+        return (Candidate(None if clamp == "none" else clamp),)
 
-    def _correct(self, path: str, weight: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
+    def _correct(self, path: str, weight: torch.Tensor, lora: Lora, compared: tuple[Candidate, ...]) -> list[Lora]:
+        """Return the LoRA for every candidate. Every clamp is computed once."""
+        clamps = tuple(dict.fromkeys(candidate.clamp for candidate in compared))
+        corrected = dict(zip(clamps, self._clamped(path, weight, lora, clamps), strict=True))
+        return [corrected[candidate.clamp].scaled(candidate.scale) for candidate in compared]
+
+    def _clamped(self, path: str, weight: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
         keys = self.kind.keys(self.skeleton.sources(f"{path}.weight")[0])
         if keys[1] not in self.emulator.tensors:  # also dense on the emulator: nothing to correct
             return [lora] * len(clamps)
@@ -203,13 +225,13 @@ class Correct:
         return [candidate.to(torch.device("cpu")) for candidate in corrected]
 
     def _compare(
-        self, clamps: tuple[Clamp, ...], progress: Callable[[str, int, int], None]
+        self, compared: tuple[Candidate, ...], progress: Callable[[str, int, int], None]
     ) -> tuple[dict[str, list[Lora]], torch.Tensor]:
-        """Correct for every clamp, and measure each on the held-out rows, in one pass over the base.
+        """Correct for every candidate, and measure each on the held-out rows, in one pass over the base.
 
         Returns:
-            The corrected LoRAs by path, one per clamp; and the loss, summed over each row's tokens, with the number of
-            tokens: (clamps, rows, 2), fp64.
+            The LoRAs by path, one per candidate; and the loss, summed over each row's tokens, with the number of
+            tokens: (candidates, rows, 2), fp64.
         """
         stream = Stream(self.skeleton, [tower.blocks for tower in self.family.towers])
         rows = len(self.samples)
@@ -222,7 +244,7 @@ class Correct:
             for path in paths:
                 module = self.skeleton.model.get_submodule(path)
                 weight = self.skeleton.model.get_parameter(f"{path}.weight")
-                candidates[path] = self._correct(path, weight, loras[path], clamps)
+                candidates[path] = self._correct(path, weight, loras[path], compared)
                 on_device = [lora.to(weight.device) for lora in candidates[path]]
                 hooks.append((module, add_lora(on_device)))
                 progress(path, len(candidates), len(loras))
@@ -240,8 +262,8 @@ class Correct:
         def visit(unit: str) -> Any:
             return adapted([path for path in loras if path == unit or path.startswith(f"{unit}.")])
 
-        forwards = [self._loss(sample) for _ in clamps for sample in self.samples]
-        results = torch.stack(stream.run(forwards, visit)).reshape(len(clamps), rows, 2)
+        forwards = [self._loss(sample) for _ in compared for sample in self.samples]
+        results = torch.stack(stream.run(forwards, visit)).reshape(len(compared), rows, 2)
         return candidates, results
 
     def _loss(self, sample: Sample) -> Callable[[], torch.Tensor]:
@@ -255,14 +277,14 @@ class Correct:
 
         return forward
 
-    def _result(self, clamps: tuple[Clamp, ...], chosen: int, losses: torch.Tensor | None) -> dict[str, Any]:
-        named = ["none" if clamp is None else clamp for clamp in clamps]
-        result: dict[str, Any] = {"clamp": named[chosen], "linears": len(self.adapter.loras)}
+    def _result(self, compared: tuple[Candidate, ...], chosen: int, losses: torch.Tensor | None) -> dict[str, Any]:
+        told = [{"clamp": "none" if clamp is None else clamp, "scale": scale} for clamp, scale in compared]
+        result: dict[str, Any] = {**told[chosen], "linears": len(self.adapter.loras)}
         if losses is not None:
             means = losses[..., 0].sum(1) / losses[..., 1].sum(1)
             result["candidates"] = [
-                {"clamp": clamp, "nll": round(float(mean), 6), "rows": losses.shape[1]}
-                for clamp, mean in zip(named, means, strict=True)
+                {**each, "nll": round(float(mean), 6), "rows": losses.shape[1]}
+                for each, mean in zip(told, means, strict=True)
             ]
         return result
 

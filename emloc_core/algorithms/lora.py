@@ -23,6 +23,10 @@ class Lora:
         """Return it on a device."""
         return Lora(self.a.to(device), self.b.to(device), self.scale)
 
+    def scaled(self, factor: float) -> "Lora":
+        """Return it with its output multiplied; for a factor of 1, itself."""
+        return self if factor == 1 else Lora(self.a, self.b * factor, self.scale)
+
     def delta(self) -> torch.Tensor:
         """Return what it adds to the weight, (m, n), in fp32 at least."""
         dtype = torch.promote_types(self.a.dtype, torch.float32)

@@ -154,10 +154,10 @@ def summary(request: Request, result: Result) -> list[str]:
         return lines
     if request.stage == "correct":
         return [
-            f"{found['linears']} Linears corrected with clamp {found['clamp']}",
+            f"{found['linears']} Linears corrected with clamp {found['clamp']}, scaled by {found['scale']:g}",
             *(
-                f"  clamp {row['clamp']!s:<5} nll {row['nll']:.4f} on {row['rows']} held-out rows"
-                + (" (uncorrected)" if row["clamp"] == 0 else "")
+                f"  clamp {row['clamp']!s:<5} scale {row['scale']:<5g} nll {row['nll']:.4f} on {row['rows']} held-out "
+                "rows" + (" (uncorrected)" if (row["clamp"], row["scale"]) == (0, 1) else "")
                 for row in found.get("candidates", [])
             ),
         ]

@@ -112,8 +112,9 @@ def conclusion(results: Mapping[str, Any]) -> str:
             told.append(f"{name} {_text(column, values[name])}{share}")
     start = f"{_heading(column, metrics)}: base {_text(column, base)}"
     end = f", full LoRA {_text(column, full)} (the whole gain)" if full is not None else ""
-    chosen = results.get("correction", {}).get("clamp")
-    uncorrected = " The clamp chosen is 0: no correction did better on the held-out rows." if chosen == 0 else ""
+    correction = results.get("correction", {})
+    kept = correction.get("clamp") == 0 and correction.get("scale", 1) == 1
+    uncorrected = " The clamp chosen is 0: no correction did better on the held-out rows." if kept else ""
     return f"{start}{end}; {'; '.join(told)}.{uncorrected}"
 
 

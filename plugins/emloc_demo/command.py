@@ -81,7 +81,9 @@ def explain(results: dict[str, Any]) -> str:
 
 def chosen_clamp(results: dict[str, Any]) -> str:
     """Return one sentence that says how the LoRA was corrected."""
-    clamp = results["correction"]["clamp"]
+    clamp, scale = results["correction"]["clamp"], results["correction"].get("scale", 1)
+    if scale != 1:
+        return f"Held-out rows spoke for the LoRA as it was tuned, scaled by {scale:g}."
     if clamp == 0:
         return "Held-out rows spoke against any correction here, so the LoRA was kept as it was tuned."
     return f"Of the corrections compared on held-out rows, clamp {clamp} was the best."

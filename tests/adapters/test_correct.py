@@ -39,6 +39,14 @@ def correct(adapter, base, output, clamp="none", **options):
     return job.run()
 
 
+def scaled(adapter, factor, output):
+    """Copy an adapter, with all of its output multiplied."""
+    shutil.copytree(adapter, output)
+    weights = load_file(adapter / WEIGHTS)
+    save_file({key: part * factor if ".lora_B." in key else part for key, part in weights.items()}, output / WEIGHTS)
+    return output
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -96,16 +104,17 @@ def test_the_input_is_left_as_it_was(tiny_model, adapter, tmp_path):
 def test_auto_reports_the_true_losses_and_keeps_the_best(tiny_model, emulator, adapter, tmp_path):
     corrected = correct(adapter, tiny_model, tmp_path / "corrected", clamp="auto")
     result = read_manifest(corrected)["result"]
-    candidates = {row["clamp"]: row["nll"] for row in result["candidates"]}
-    assert list(candidates) == [0, 0.3, 1, 3]
+    candidates = {(row["clamp"], row["scale"]): row["nll"] for row in result["candidates"]}
+    assert list(candidates) == [(0, 1), (0.3, 1), (1, 1), (3, 1), (0, 0.7), (0, 0.85), (0, 1.15)]
     rows = load_rows(str(emulator / "selection.jsonl"))
     from transformers import AutoTokenizer
 
     from emloc_core.data.tokenize import encode
 
     samples = encode(rows, AutoTokenizer.from_pretrained(tiny_model))
-    for clamp, reported in candidates.items():
+    for (clamp, scale), reported in candidates.items():
         fixed = correct(adapter, tiny_model, tmp_path / f"fixed{clamp}", clamp=clamp)
+        fixed = scaled(fixed, scale, tmp_path / f"scaled{clamp}-{scale}")
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto"), fixed)
         total = tokens = 0.0
         with torch.no_grad():
@@ -116,9 +125,20 @@ def test_auto_reports_the_true_losses_and_keeps_the_best(tiny_model, emulator, a
                 mask = torch.tensor(sample.completion_mask[1:], dtype=torch.bool)
                 total -= float(picked[mask].sum())
                 tokens += int(mask.sum())
-        assert reported == pytest.approx(total / tokens, abs=1e-5), clamp
-    if result["clamp"] != 0:
-        assert candidates[result["clamp"]] == min(candidates.values())
+        assert reported == pytest.approx(total / tokens, abs=1e-5), (clamp, scale)
+    chosen = result["clamp"], result["scale"]
+    if chosen != (0, 1):
+        assert candidates[chosen] == min(candidates.values())
+
+
+def test_a_scale_that_wins_is_that_of_what_is_written(tiny_model, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc_core.adapters.correct.choose", lambda losses: len(losses) - 1)
+    corrected = correct(adapter, tiny_model, tmp_path / "corrected", clamp="auto")
+    assert (read_manifest(corrected)["result"]["clamp"], read_manifest(corrected)["result"]["scale"]) == (0, 1.15)
+    before, after = Adapter(adapter).loras, Adapter(corrected).loras
+    for path, lora in after.items():
+        assert torch.equal(lora.a, before[path].a)
+        assert torch.allclose(lora.delta(), 1.15 * before[path].delta())
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_it_trains_is_corrected_and_merges(made, tiny_model, tmp_path):
 def test_the_clamp_is_chosen(made, tiny_model, tmp_path):
     _, _, adapter = made
     output = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings()).run()
-    assert [each["clamp"] for each in read_manifest(output)["result"]["candidates"]] == [0, 0.3, 1, 3]
+    assert [each["clamp"] for each in read_manifest(output)["result"]["candidates"]] == [0, 0.3, 1, 3, 0, 0, 0]
 
 
 def test_what_is_planned_is_what_is_written(made, tiny_model, rows_file, tmp_path):
