@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from emloc_core.algorithms import fourbit
-from emloc_core.algorithms.factorize import Factors
-from emloc_core.algorithms.statistics import Gram
+from emloc_core.algorithms import feedback, fourbit
+from emloc_core.algorithms.factorize import Factors, output_error
+from emloc_core.algorithms.statistics import Gram, cheaper_side
 from emloc_core.errors import EmlocError
 from emloc_core.lowrank import FORMAT_VERSION, FOUR_BITS_VERSION, METHOD, replace_linears
 from emloc_core.settings import CompressSettings
@@ -49,6 +49,7 @@ class Kind(ABC):
 
     Attributes:
         name: of the kind.
+        taps_inputs: whether factors are fitted to the Gram of the inputs, even where that of the outputs is smaller.
         has_ranks: whether a Linear becomes factors of some rank, fitted to calibration rows. If not, its weight alone
             says what becomes of it, and the settings of ranks mean nothing.
         has_experts: whether fused experts become factors too; otherwise they stay dense.
@@ -57,6 +58,7 @@ class Kind(ABC):
     """
 
     name: str
+    taps_inputs: bool = False
     has_ranks: bool = True
     has_experts: bool = False
     can_be_cut: bool = False
@@ -165,18 +167,22 @@ class FourBitLowRank(Kind):
 
     name = "low-rank-nf4"
     calibration = "propagated"
+    taps_inputs = True
 
     def rounding(self, factorize: Factorize) -> Factorize:
-        """Round U, fit V to that by least squares, and round it.
+        """Round U with feedback, fit V to that by least squares, and round it with feedback.
 
-        The best V for a given U has ``U V x`` nearest to ``W x`` for every x: ``V = (U^T U)^-1 U^T W``.
+        The inputs of U are those of the exact V. The best V for a given U has ``U V x`` nearest to ``W x`` for every x:
+        ``V = (U^T U)^-1 U^T W``.
         """
 
         def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
-            exact = factorize(weight, gram, rank)
-            u = fourbit.rounded(exact.u).double()
-            v = torch.linalg.solve(u.T @ u, u.T @ weight.to(u))
-            return replace(exact, u=u.float(), v=fourbit.rounded(v))
+            m, n = weight.shape
+            exact = factorize(weight, gram if cheaper_side(m, n) == "input" else gram.through(weight), rank)
+            inputs = gram.matrix
+            u = feedback.rounded(exact.u, exact.v.to(inputs) @ inputs @ exact.v.to(inputs).T).double()
+            v = feedback.rounded(torch.linalg.solve(u.T @ u, u.T @ weight.to(u)), inputs)
+            return replace(exact, u=u.float(), v=v, error=output_error(weight, u.float() @ v, inputs))
 
         return rounded
 

@@ -10,7 +10,7 @@ Computed in fp32 after splitting off the few dominant eigenvalues, since roundin
 eigenvalue; in fp64 where the truncated energy is still below that rounding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -41,17 +41,39 @@ class Factors:
         u: (m, k), orthonormal columns.
         v: (k, n), so that ``u @ v`` approximates the weight.
         spectrum: energy of the outputs along every direction, descending, fp64 on the CPU. Its length is min(m, n).
+        error: of these factors, where it is more than what is cut off: they are rounded.
     """
 
     u: torch.Tensor
     v: torch.Tensor
     spectrum: torch.Tensor
+    error: float | None = field(default=None, kw_only=True)
 
     def relative_error(self, rank: int | None = None) -> float:
-        """Return ``||(W - What) X|| / ||W X||`` on the calibration inputs at any rank, from the spectrum alone."""
+        """Return ``||(W - What) X|| / ||W X||`` on the calibration inputs at any rank, from the spectrum alone.
+
+        Without a rank it is that of the factors as they are.
+        """
+        if rank is None and self.error is not None:
+            return self.error
         kept = self.u.shape[1] if rank is None else rank
         total = self.spectrum.sum()
         return float((self.spectrum[kept:].sum() / total).sqrt()) if total > 0 else 0.0
+
+
+def output_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor) -> float:
+    """Return ``||(W - What) X|| / ||W X||`` from the Gram of the inputs.
+
+    Args:
+        weight: W, (m, n).
+        approximation: What, (m, n).
+        gram: ``sum x x^T``, (n, n).
+    """
+    whole = weight.to(gram)
+    lost = whole - approximation.to(gram)
+    parts = (float(((part @ gram) * part).sum(dtype=torch.float64)) for part in (lost, whole))
+    cut, total = (max(part, 0.0) for part in parts)
+    return (cut / total) ** 0.5 if total else 0.0
 
 
 def factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:

@@ -66,6 +66,13 @@ def rounded(matrix: torch.Tensor) -> torch.Tensor:
     return unpack(*pack(matrix), (matrix.shape[0], matrix.shape[1]), torch.float32)
 
 
+def nearest(numbers: torch.Tensor) -> torch.Tensor:
+    """Return, for every number, the nearest of the 16 in [-1, 1] that codes stand for."""
+    levels = kernels().functional.get_4bit_type(_KIND, device=numbers.device).to(numbers)
+    found: torch.Tensor = levels[torch.bucketize(numbers.contiguous(), (levels[1:] + levels[:-1]) / 2)]
+    return found
+
+
 def product(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:

@@ -88,7 +88,7 @@ class Compress:
                 "ranks of earlier layers, so other ranks need another run.",
                 "Use --calibration base, or leave out --keep-spectra.",
             )
-        found = find_linears(self.skeleton.model, self.family)
+        found = self._find_linears()
         if why := self._why_no_experts(spectra is not None):
             found = found.without_experts(why)
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
@@ -216,8 +216,12 @@ class Compress:
             self.output.result = {**known, **files.finish(self._tokens)}
         return self.output.path
 
+    def _find_linears(self) -> RankPlan:
+        found = find_linears(self.skeleton.model, self.family)
+        return found.on_inputs() if self.kind.taps_inputs else found
+
     def _allocated(self, spectra: Spectra) -> RankPlan:
-        found = spectra.reached(find_linears(self.skeleton.model, self.family))
+        found = spectra.reached(self._find_linears())
         return allocated(found, self.settings.ratio, self.allocate, spectra.spectrum, self.settings.allocator)
 
     def _decompose(self, output: Output, progress: Progress) -> Spectra:

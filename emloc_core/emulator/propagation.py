@@ -92,9 +92,13 @@ class PairedMoments:
         gram.diagonal().copy_(diagonal)
         return [torch.cholesky_solve(target.T, factor).T for target in targets]
 
-    def gram_for(self, fitted: torch.Tensor) -> Gram:
-        """Return the cheaper Gram of a Linear with the weight ``fitted`` on the emulator's inputs."""
-        return self.emulator if cheaper_side(*fitted.shape) == "input" else self.emulator.through(fitted)
+    def gram_for(self, fitted: torch.Tensor, tap: Any = None) -> Gram:
+        """Return the Gram that a Linear with the weight ``fitted`` and this tap is fitted to, on the emulator's inputs.
+
+        Without a tap, or with the family's own, it is the cheaper one.
+        """
+        side = tap if isinstance(tap, str) else cheaper_side(*fitted.shape)
+        return self.emulator if side == "input" else self.emulator.through(fitted)
 
 
 def fit_block(
@@ -140,7 +144,7 @@ def fit_block(
                 f"{error}: the inputs of {members[0].path}.", "Check the weights up to this layer.", code=error.code
             ) from None
         for linear, weight, fitted in zip(members, weights, targets, strict=True):
-            factors = factorize(linear, fitted, moments.gram_for(fitted))
+            factors = factorize(linear, fitted, moments.gram_for(fitted, linear.tap))
             found[linear.path] = factors
             done[linear.path] = (factors.u.to(weight), factors.v.to(weight))
     return found

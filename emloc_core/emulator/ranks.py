@@ -152,6 +152,11 @@ class RankPlan:
     def _each(self, change: Callable[[Any], Any]) -> "RankPlan":
         return replace(self, linears=tuple(map(change, self.linears)), experts=tuple(map(change, self.experts)))
 
+    def on_inputs(self) -> "RankPlan":
+        """Return the plan with the inputs captured where it would be the outputs."""
+        linears = (replace(each, tap="input") if each.tap == "output" else each for each in self.linears)
+        return replace(self, linears=tuple(linears))
+
     def lines(self) -> list[str]:
         """Return a line per kind of Linear with number, shape and ranks, then lines for what stays dense, and why."""
         kinds: dict[tuple[str, str, str | None], list[int]] = defaultdict(list)

@@ -115,9 +115,7 @@ class MemoryModel:
         _require_sizes(config_file, raw, self.config)
         self.dtype = self._dtype()
         self.model: PreTrainedModel = self._build()
-        self.linears = find_linears(self.model, self.family)
-        if not self.kind.has_experts:
-            self.linears = self.linears.without_experts(f"the kind {kind!r} is for Linears alone")
+        self.linears = self._find_linears()
         self.coverage: Coverage = coverage(self.model, self.family, self.linears)
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         chosen = workload.train.target_modules or self.family.lora_targets()
@@ -127,6 +125,12 @@ class MemoryModel:
             self.image = image_shape(config_file, self.config, workload.image_size)
         self._inputs = self._shape_inputs()
         self._known: dict[frozenset[tuple[str, int]] | None, Need] = {}
+
+    def _find_linears(self) -> RankPlan:
+        found = find_linears(self.model, self.family)
+        if not self.kind.has_experts:
+            found = found.without_experts(f"the kind {self.kind.name!r} is for Linears alone")
+        return found.on_inputs() if self.kind.taps_inputs else found
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype | None = self.config.dtype or self.config.get_text_config().dtype

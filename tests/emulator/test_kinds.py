@@ -13,7 +13,7 @@ import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import WEIGHTS, Adapter
 from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
-from emloc_core.algorithms import fourbit
+from emloc_core.algorithms import feedback, fourbit
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.conformance.stages import adapter_keys, correction, merge, ties, trains
@@ -122,6 +122,27 @@ def test_reported_errors_are_those_of_what_the_model_holds(made, tiny_model):
 
 
 @settings(max_examples=30, deadline=None)
+@given(m=st.integers(1, 90), n=st.integers(1, 200), rows=st.integers(1, 60), seed=st.integers(0, 2**16))
+def test_what_was_rounded_with_feedback_is_packed_as_it_is(m, n, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrix, inputs = torch.randn(m, n, generator=generator), torch.randn(rows, n, generator=generator)
+    found = feedback.rounded(matrix, inputs.T @ inputs)
+    assert torch.equal(fourbit.rounded(found), found)
+    assert bool(torch.isfinite(found).all())
+
+
+@pytest.mark.parametrize("columns", [64, 100, 300])
+def test_feedback_lowers_the_error_of_the_outputs(columns):
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(columns, columns, generator=generator) * torch.logspace(0, -2, columns)[:, None]
+    inputs = torch.randn(1000, columns, generator=generator) @ mixing
+    matrix = torch.randn(40, columns, generator=generator)
+    lost = [float(((matrix - found) @ inputs.T).norm())
+            for found in (feedback.rounded(matrix, inputs.T @ inputs), fourbit.rounded(matrix))]  # fmt: skip
+    assert lost[0] < 0.7 * lost[1]
+
+
+@settings(max_examples=30, deadline=None)
 @given(m=st.integers(1, 90), n=st.integers(1, 90), scale=st.floats(-6, 6), seed=st.integers(0, 2**16))
 def test_what_was_packed_is_packed_alike_again(m, n, scale, seed):
     matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) * 10**scale
@@ -147,16 +168,22 @@ def test_a_packed_product_and_its_gradient_are_those_of_the_unpacked_matrix():
 def test_v_makes_up_for_the_rounding_of_u():
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(96, 128, generator=generator), torch.randn(400, 128, generator=generator)
-    gram = Gram("output", 96)
-    gram.add(inputs @ weight.T)
+    inputs *= torch.linspace(0.1, 3, 128)  # some of them matter more than others
+    gram, outputs = Gram("input", 128), Gram("output", 96)
+    gram.add(inputs)
+    outputs.add(inputs @ weight.T)
     fitted = FourBitLowRank().rounding(factorize)(weight, gram, 40)
-    exact = factorize(weight, gram, 40)
+    exact = factorize(weight, outputs, 40)
     apart = fourbit.rounded(exact.u) @ fourbit.rounded(exact.v)
 
     def error(approximation):
         return float(((weight - approximation) @ inputs.T).norm())
 
-    assert error(fitted.u @ fitted.v) < error(apart)
+    u = fourbit.rounded(exact.u)
+    one_after_the_other = u @ fourbit.rounded(torch.linalg.solve(u.T @ u, u.T @ weight))
+    assert error(fitted.u @ fitted.v) < error(one_after_the_other) < error(apart)
+    assert fitted.relative_error() == pytest.approx(error(fitted.u @ fitted.v) / float((inputs @ weight.T).norm()))
+    assert fitted.relative_error() > exact.relative_error()
     assert torch.equal(fourbit.rounded(fitted.u), fitted.u)
     assert torch.equal(fourbit.rounded(fitted.v), fitted.v)
 
