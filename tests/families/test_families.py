@@ -27,6 +27,7 @@ from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.ranks import find_linears, plan_ranks
 from emloc_core.errors import EmlocError
+from emloc_core.experts import LowRankExperts
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.model.skeleton import Skeleton, build_model
@@ -275,6 +276,20 @@ def test_the_experts_of_a_nested_mixture_become_smaller():
         for index in (1, 2)
         for name in ("gate_up", "down")
     ]
+
+
+def test_factors_of_experts_are_found_beside_legacy_names(tmp_path):
+    settings = {**INTERNVL.tiny_configs[0], "text_config": QWEN_MOE.tiny_configs[0]}
+    family, model = tiny_model(settings)
+    model.save_pretrained(tmp_path / "base")
+    number_tokenizer(model.config).save_pretrained(tmp_path / "base")
+    experts = "language_model.model.layers.1.mlp.experts.0.up_proj.weight"
+    assert experts in Checkpoint(tmp_path / "base").tensors
+    small = emulator_of(tmp_path / "base", family, model.config, tmp_path / "emulator")
+    assert sum(isinstance(module, LowRankExperts) for module in small.modules()) == 2
+    assert experts not in Checkpoint(tmp_path / "emulator").tensors
+    with torch.no_grad():
+        assert bool(small(**with_images(model.config)).logits.isfinite().all())
 
 
 def test_what_lies_below_a_pattern_stays_dense_with_it():
