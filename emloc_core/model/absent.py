@@ -21,6 +21,6 @@ class Absent(nn.Parameter):
         return absent
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         """The device that the parameter is loaded to."""
         return self._loaded_to
