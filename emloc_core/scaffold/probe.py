@@ -34,6 +34,8 @@ def probes(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Callab
         yield "an image as the config describes it", lambda: Probe(image_inputs(config))
         yield "an image of the vision tower's size", lambda: _measured(model, 1)
         yield "a list of one image of the vision tower's size", lambda: _measured(model, 1, 1)
+        # An image of any size is given whole, made smaller, and cut into such: here into one.
+        yield "a list of an image and its only piece", lambda: _measured(model, 1, 2)
     text = tiny_samples(replace(family, modality="text"), config)[-1]
     yield "text", lambda: Probe(text.inputs("cpu"))
 

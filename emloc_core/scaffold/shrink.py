@@ -70,6 +70,8 @@ class _Shrinking:
         if _is_by_index(content):
             return small
         small = _few_blocks(content, small)
+        if pinpoints := content.get("image_grid_pinpoints"):
+            small["image_grid_pinpoints"] = _pinpoints(pinpoints, content.get("vision_config") or {})
         if old := _patches(content.get("vision_config") or {}):
             for name in filter(re.compile(_IMAGE_TOKENS).fullmatch, small):
                 tokens = content[name] * _PATCHES**2 // old
@@ -132,6 +134,14 @@ def _patches(vision: Mapping[str, Any]) -> int:
         value = vision.get(name) or 0
         sides.append(list(value)[-1] if isinstance(value, Sequence) else value)
     return (sides[0] // sides[1]) ** 2 if all(sides) else 0
+
+
+def _pinpoints(sizes: Sequence[Sequence[int]], vision: Mapping[str, Any]) -> list[list[int]]:
+    """Return the sizes that images are brought to before they are cut: of one or two of the tower's images a side."""
+    side = vision.get("image_size") or max(max(size) for size in sizes)
+    tiny = _PIXELS["image_size"]
+    found = {tuple(min(2, max(1, length // side)) * tiny for length in size): None for size in sizes}
+    return [list(size) for size in found]
 
 
 def _few_blocks(content: Mapping[str, Any], small: dict[str, Any]) -> dict[str, Any]:

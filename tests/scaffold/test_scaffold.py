@@ -27,7 +27,7 @@ from emloc_core.scaffold.shrink import shrink
 
 #: Architectures whose draft has to be accepted without an edit.
 TEXT = ("gemma3_text", "phi3", "mistral", "gpt_neox", "olmo2")
-IMAGES = ("gemma3", "llava", "idefics3")  # the last asks a model without weights where it is
+IMAGES = ("gemma3", "llava", "llava_onevision", "idefics3")  # the last asks a model without weights where it is
 #: What a config.json of Qwen3-VL says beyond the defaults.
 QWEN3_VL = {
     "text_config": {
