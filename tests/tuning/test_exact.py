@@ -167,7 +167,7 @@ def test_the_commands(emloc, ordinary, tiny_model, rows_file, tmp_path):
     assert (code, answer["kind"], answer["result"]["steps"]) == (0, "adapter", 2)
     assert answer["request"]["adapter"] == Adapter(ordinary).fingerprint(Inputs())
     assert answer["timing"]["read_bytes"] > 0
-    assert "2/2" in err  # the trainer's progress, with the time left
+    assert "Polishing: 2 of 2" in err
     code, out, _ = emloc("train", tiny_model, "--data", rows_file, "-o", tmp_path / "t", "--steps", 1, "--exact",
                          "--memory", "2GiB")  # fmt: skip
     assert code == 0
