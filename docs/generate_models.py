@@ -47,8 +47,9 @@ this has been measured on a GPU yet.
 The tuned LoRA is used on the model itself: with less memory than `inference` says, that needs offloading or
 quantisation.
 
-InternVL3-9B has no entry: its language model is an InternLM3-8B, of which no source that was found says how many tokens
-it has in that checkpoint, and `emloc import` does not rewrite it.
+GLM-4-0414 and Phi-4-mini have no entries: no published count of the one was found, and no complete config of the other.
+InternVL3-9B has none either: its language model is an InternLM3-8B, of which no source that was found says how many
+tokens it has in that checkpoint, and `emloc import` does not rewrite it.
 """
 HEADINGS = ["model", "inference", "LoRA", "EMLoC", "compress", *(f"{card} GB" for card in CARDS)]
 

@@ -114,6 +114,10 @@ def test_the_series_are_complete() -> None:
         "InternVL2_5-": ["1B", "2B", "4B", "8B", "26B", "38B", "78B"],
         "InternVL3-": ["1B", "2B", "8B", "14B", "38B", "78B"],
         "SmolLM2-": ["135M", "360M", "1.7B"],
+        "Qwen3-VL-": ["4B-Instruct", "8B-Instruct"],
+        "gemma-3-": ["4b-it"],
+        "Phi-3-mini-": ["4k-instruct"],
+        "phi-": ["4"],
     }
     assert names == {series + size for series, ends in sizes.items() for size in ends}
     assert all(entry.layout == ("internvl_chat" if entry.family == "internvl" else None) for entry in ENTRIES)
@@ -151,10 +155,10 @@ def test_a_memory_target_becomes_a_ratio(name: str) -> None:
 def test_find() -> None:
     assert [entry.id for entry in find("Qwen/Qwen2.5-7B")] == ["Qwen/Qwen2.5-7B"]
     assert [entry.id for entry in find("qwen2.5-7b")] == ["Qwen/Qwen2.5-7B"]
-    assert len(find("Qwen3-*")) == 7
+    assert len(find("Qwen3-*")) == 9
     assert len(find("*/InternVL?*-38B")) == 2
     assert "Did you mean 'Qwen2.5-7B'?" in refused(find, "Qwen2.5-7")
-    assert "matches 'Gemma*'" in refused(find, "Gemma*")
+    assert "matches 'Falcon*'" in refused(find, "Falcon*")
 
 
 def test_entries_of_a_user(write: Callable[..., Path], tmp_path: Path) -> None:
