@@ -66,7 +66,8 @@ def tune(work: str, micro_batches: int, exact: bool) -> dict[str, Any]:
 
     from emloc_core.settings import TrainSettings
     from emloc_core.tuning.exact import ExactTrain
-    from emloc_core.tuning.train import LoraTrainer, Train
+    from emloc_core.tuning.train import Train
+    from emloc_core.tuning.trainer import LoraTrainer
 
     marks: list[float] = []
 

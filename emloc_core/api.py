@@ -98,6 +98,7 @@ def train(
     split: str = "train",
     exact: bool = False,
     limits: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -111,6 +112,8 @@ def train(
         split: split of a saved or hub dataset.
         exact: read an ordinary model block by block, so that it need not fit in memory; see :func:`polish`.
         limits: with ``exact``, see :func:`polish`.
+        evaluation: rows to evaluate while training, see :class:`~emloc_core.requests.EvalRows`: ``data``, ``split``,
+            ``on_base``, ``base``. The best checkpoint is kept.
         progress: called with the loss, the number of steps done, and the total; by default the trainer shows its bar.
         settings: see :class:`~emloc_core.settings.TrainSettings`: ``steps``, ``learning_rate``, ``lora_rank``, ...
 
@@ -118,7 +121,8 @@ def train(
         EmlocError: the model, the data or the settings cannot be used, or the loss is NaN or infinite.
     """
     content = {"model": model, "data": data, "output": output, "exclude": tuple(exclude), "split": split}
-    request = make_request("train", settings, exact=exact, limits=dict(limits or {}), **content)
+    more = {"exact": exact, "limits": dict(limits or {}), "evaluation": dict(evaluation or {})}
+    request = make_request("train", settings, **content, **more)
     return _perform(request, progress)
 
 
@@ -168,6 +172,7 @@ def polish(
     exclude: Iterable[Name] = (),
     split: str = "train",
     limits: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -181,6 +186,7 @@ def polish(
         exclude: files with rows not to train on.
         split: split of a saved or hub dataset.
         limits: see :class:`~emloc_core.settings.ExactSettings`: ``memory``, ``park``.
+        evaluation: rows to evaluate while training, see :func:`train`: ``data`` and ``split``.
         progress: called with the loss, the number of steps done, and the total; by default the trainer shows its bar.
         settings: see :class:`~emloc_core.settings.PolishSettings`: ``steps``, ``learning_rate``, ``batch_size``, ...
 
@@ -196,6 +202,7 @@ def polish(
         "exclude": tuple(exclude),
         "split": split,
         "limits": dict(limits or {}),
+        "evaluation": dict(evaluation or {}),
     }
     return _perform(make_request("polish", settings, **content), progress)
 

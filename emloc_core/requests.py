@@ -84,6 +84,23 @@ class CutRequest(Request):
     settings: CutSettings = CutSettings()
 
 
+class EvalRows(Settings):
+    """Rows to evaluate while tuning; by default none."""
+
+    data: Rows = Field(None, description="Rows; by default those of another split, or a share, of the data.")
+    split: str | None = Field(None, description="Their split; or a share of the data to hold out, such as 0.05.")
+    on_base: bool = Field(
+        False, description="Evaluate the base with the LoRA too, streamed, and keep what is best there."
+    )
+    base: str | None = Field(None, description="Directory or hub id; by default the model that the emulator names.")
+
+    @model_validator(mode="after")
+    def _base_is_evaluated(self) -> Self:
+        if self.base is not None and not self.on_base:
+            raise ValueError("the base is only needed where it is evaluated (--eval-base)")
+        return self
+
+
 class TrainRequest(Request):
     """Train a LoRA on an emulator, or on an ordinary model."""
 
@@ -94,6 +111,7 @@ class TrainRequest(Request):
     split: str = Field("train", description="Split of a saved or hub dataset.")
     exact: bool = Field(False, description="Read an ordinary model block by block: it need not fit in memory.")
     limits: ExactSettings = Field(ExactSettings(), description="With `exact`: what the steps may use.")
+    evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")
     settings: TrainSettings = TrainSettings()
 
 
@@ -119,6 +137,7 @@ class PolishRequest(Request):
     exclude: tuple[Path, ...] = Field((), description="Files with rows not to train on.")
     split: str = Field("train", description="Split of a saved or hub dataset.")
     limits: ExactSettings = Field(ExactSettings(), description="What the steps may use.")
+    evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")
     settings: PolishSettings = PolishSettings()
 
 

@@ -79,6 +79,10 @@ class StepSettings(Settings):
     report_to: str = Field("none", description="Tracker to report to besides log.json, such as tensorboard.")
     save_steps: int = Field(50, ge=1, description="Steps between checkpoints, from which an interrupted run resumes.")
     logging_steps: int = Field(10, ge=1, description="Steps between entries in log.json.")
+    eval_steps: int = Field(50, ge=1, description="With rows to evaluate: steps between evaluations, each with a "
+                            "checkpoint; the best one is kept.")  # fmt: skip
+    patience: int | None = Field(None, ge=1, description="With rows to evaluate: stop after this many evaluations "
+                                 "without a better loss; by default never.")  # fmt: skip
     extra: dict[str, Any] = Field(default_factory=dict, description="Any other fields of TRL's SFTConfig.")
 
 
@@ -127,6 +131,8 @@ class PolishSettings(StepSettings):
     steps: int = Field(20, ge=1, description="Optimiser steps.")
     save_steps: int = Field(5, ge=1, description="Steps between checkpoints, from which an interrupted run resumes.")
     logging_steps: int = Field(5, ge=1, description="Steps between entries in log.json.")
+    eval_steps: int = Field(5, ge=1, description="With rows to evaluate: steps between evaluations, each with a "
+                            "checkpoint; the best one is kept.")  # fmt: skip
 
 
 class ExactSettings(Settings):

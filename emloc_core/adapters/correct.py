@@ -16,6 +16,7 @@ from torch import nn
 
 from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
 from emloc_core.adapters.belonging import require_shapes
+from emloc_core.adapters.held_out import summed_loss, with_lora
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import SELECTION, Row, load_rows
@@ -253,29 +254,16 @@ class Correct:
 
         def add_lora(found: list[Lora]) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
             def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-                lora = found[stream.sample // rows]
-                change = (args[0].to(lora.a.dtype) @ lora.a.T) @ lora.b.T
-                return (output + lora.scale * change).to(output.dtype)
+                return with_lora(output, args[0], found[stream.sample // rows])
 
             return hook
 
         def visit(unit: str) -> Any:
             return adapted([path for path in loras if path == unit or path.startswith(f"{unit}.")])
 
-        forwards = [self._loss(sample) for _ in compared for sample in self.samples]
+        forwards = [summed_loss(self.skeleton, sample) for _ in compared for sample in self.samples]
         results = torch.stack(stream.run(forwards, visit)).reshape(len(compared), rows, 2)
         return candidates, results
-
-    def _loss(self, sample: Sample) -> Callable[[], torch.Tensor]:
-        def forward() -> torch.Tensor:
-            inputs = sample.inputs(self.skeleton.device)
-            logits = self.skeleton.model(**inputs, use_cache=False).logits[0, :-1]
-            mask = torch.tensor(sample.completion_mask[1:], dtype=torch.bool, device=logits.device)
-            targets = inputs["input_ids"][0, 1:]
-            loss = nn.functional.cross_entropy(logits[mask].float(), targets[mask], reduction="sum")
-            return torch.stack([loss.double(), mask.sum().double()]).cpu()
-
-        return forward
 
     def _result(self, compared: tuple[Candidate, ...], chosen: int, losses: torch.Tensor | None) -> dict[str, Any]:
         told = [{"clamp": "none" if clamp is None else clamp, "scale": scale} for clamp, scale in compared]

@@ -51,6 +51,41 @@ def data(*, required: bool = False, help: str = _ROWS) -> Callable[..., Any]:
     )
 
 
+def evaluation(*, of_emulator: bool) -> Callable[..., Any]:
+    """Return a decorator that adds the options for rows to evaluate; :func:`evaluated` takes their values.
+
+    Args:
+        of_emulator: whether the base may be evaluated besides.
+    """
+    found = [
+        click.option("--eval-data", metavar="SOURCE", help="Rows to evaluate every --eval-steps steps. They are not "
+                     "trained on; the best checkpoint is kept."),
+        click.option("--eval-split", metavar="SPLIT", help="Split of the rows to evaluate; or a share of --data to "
+                     "hold out, such as 0.05."),
+    ]  # fmt: skip
+    if of_emulator:
+        found += [
+            click.option("--eval-base", "eval_on_base", is_flag=True, help="Evaluate the base with the LoRA too, read "
+                         "block by block, and keep the checkpoint that is best there."),
+            click.option("--base", "eval_base", metavar="MODEL", help="With --eval-base: the base.  [default: the "
+                         "model that the emulator names]"),
+        ]  # fmt: skip
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(found):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def evaluated(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a command's values into those of :func:`evaluation`, by the names of a request's field, and the rest."""
+    names = [name for name in values if name.startswith("eval_")]
+    taken = {name.removeprefix("eval_"): values[name] for name in names if values[name] is not None}
+    return taken, {name: value for name, value in values.items() if name not in names}
+
+
 def rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for the rows to train on, and ``--set`` for any other field of SFTConfig."""
     for option in (

@@ -5,7 +5,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run, push
-from emloc_core.cli.options import TRAIN_FLAGS, adapter_on_base, given, options, pairs, rows
+from emloc_core.cli.options import TRAIN_FLAGS, adapter_on_base, evaluated, evaluation, given, options, pairs, rows
 from emloc_core.cli.stage import run
 from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
@@ -15,6 +15,7 @@ from emloc_core.settings import ExactSettings, PolishSettings
 @click.command("polish")
 @adapter_on_base("Model that the adapter is for", "Directory for the polished adapter.")
 @rows
+@evaluation(of_emulator=False)
 @options(PolishSettings, TRAIN_FLAGS, skip=["extra"])
 @options(ExactSettings)
 @push
@@ -29,5 +30,6 @@ def command(push: str | None, dry_run: bool, as_json: bool, extra: tuple[str, ..
     """
     settings, content = given(PolishSettings, options)
     limits, content = given(ExactSettings, content)
-    request = make_request("polish", {**settings, "extra": pairs(extra)}, limits=limits, **content)
+    asked, content = evaluated(content)
+    request = make_request("polish", {**settings, "extra": pairs(extra)}, limits=limits, evaluation=asked, **content)
     run(request, dry_run=dry_run, to_json=as_json, push=push)

@@ -114,6 +114,8 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
     elif stage in ("train", "polish"):
         yield f"{content['model']}: family {content['family']}, {human_bytes(content['model_bytes'])}"
         yield f"rows: {content['rows']} to train on, {content['excluded_rows']} left out"
+        if evaluated := content["eval_rows"]:
+            yield f"{evaluated} rows to evaluate"
         yield from _lengths(content)
         yield f"{content['steps']} steps; LoRA on {', '.join(content['target_modules'])}"
         if read := content.get("step_read_bytes"):
@@ -146,6 +148,10 @@ def summary(request: Request, result: Result) -> list[str]:
             f"{found['steps']} steps on {found['rows']} rows ({found['excluded_rows']} left out): "
             f"mean loss {found['train_loss']:.4f}, {found['trainable_parameters']:,} trainable parameters"
         ]
+        if best := found.get("best_step"):
+            on_base = f", {found['eval_base_loss']:.4f} on the base" if "eval_base_loss" in found else ""
+            lines.append(f"kept the best checkpoint, of step {best}: loss {found['eval_loss']:.4f} on "
+                         f"{found['eval_rows']} held-out rows{on_base}")  # fmt: skip
         if found["dropped_rows"]:
             lines.append(f"{found['dropped_rows']} rows dropped: the maximum length leaves no completion")
         if read := result.timing.get("read_bytes"):

@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run, push
-from emloc_core.cli.options import TRAIN_FLAGS, given, options, pairs, rows
+from emloc_core.cli.options import TRAIN_FLAGS, evaluated, evaluation, given, options, pairs, rows
 from emloc_core.cli.stage import run
 from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
@@ -17,6 +17,7 @@ from emloc_core.settings import ExactSettings, TrainSettings
 @click.argument("model")
 @rows
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the adapter.")
+@evaluation(of_emulator=True)
 @options(TrainSettings, TRAIN_FLAGS, skip=["extra"])
 @click.option("--exact", is_flag=True, help="Read MODEL, an ordinary model, block by block: it need not fit in memory.")
 @options(ExactSettings)
@@ -33,5 +34,6 @@ def command(push: str | None, dry_run: bool, as_json: bool, extra: tuple[str, ..
     """
     settings, content = given(TrainSettings, options)
     limits, content = given(ExactSettings, content)
-    request = make_request("train", {**settings, "extra": pairs(extra)}, limits=limits, **content)
+    asked, content = evaluated(content)
+    request = make_request("train", {**settings, "extra": pairs(extra)}, limits=limits, evaluation=asked, **content)
     run(request, dry_run=dry_run, to_json=as_json, push=push)

@@ -48,3 +48,10 @@ def draw(rows: Sequence[Row], seed: int, calibration: int, selection: int) -> Se
         selection=[copies[key][0] for key in order[calibration:needed]],
         tuning=[row for key in order[needed:] for row in copies[key]],
     )
+
+
+def share_of(rows: Sequence[Row], share: float) -> list[Row]:
+    """Return a share of the distinct rows, at least one, chosen by content; copies come along."""
+    keys = sorted({row.key for row in rows}, key=lambda key: hashlib.sha256(f"eval:{key}".encode()).digest())
+    chosen = set(keys[: max(1, round(share * len(keys)))])
+    return [row for row in rows if row.key in chosen]

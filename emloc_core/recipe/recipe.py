@@ -42,6 +42,13 @@ class DataSection(Settings):
     calibration: str | None = Field(
         None, description="File with other rows for calibration and selection; by default they come from ``train``."
     )
+    eval: str | None = Field(
+        None, description="Rows to evaluate while tuning; they are never tuned on, and the best checkpoint is kept."
+    )
+    eval_split: str | None = Field(
+        None, description="Their split; or, without ``eval``, a share of the rows to hold out, such as 0.05."
+    )
+    eval_base: bool = Field(False, description="Evaluate the base too, streamed, and keep what is best there.")
     test: list[str] = Field([], description="Files with rows that are never tuned on.")
 
 
@@ -165,6 +172,7 @@ def _absolute(recipe: Recipe, root: Path) -> Recipe:
     data = {
         "train": sources(recipe.data.train),
         "test": [place(test, DATA_ID) for test in recipe.data.test],
+        "eval": recipe.data.eval and place(recipe.data.eval, DATA_ID),
         "calibration": recipe.data.calibration and place(recipe.data.calibration, DATA_ID),
     }
     changes: dict[str, Any] = {

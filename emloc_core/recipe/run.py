@@ -18,6 +18,7 @@ from emloc_core.recipe.recipe import Recipe, load_recipe
 from emloc_core.requests import (
     CompressRequest,
     CorrectRequest,
+    EvalRows,
     EvaluateRequest,
     MergeRequest,
     PolishRequest,
@@ -37,6 +38,10 @@ _HISTORIES = {
     "polished": "polished on the base",
     "full_lora": "on the base (full LoRA)",
 }
+
+
+#: Losses in a log, and what they are of.
+_LOSSES = {"loss": "", "eval_loss": ", held-out rows", "eval_base_loss": ", held-out rows on the base"}
 
 
 @dataclass(frozen=True)
@@ -77,26 +82,28 @@ def stages(recipe: Recipe) -> list[Stage]:
         root / name for name in ("emulator", "adapter", "corrected", "polished", "merged", "full_lora")
     )
     test = tuple(map(Path, data.test))
+    evaluation = EvalRows(data=data.eval, split=data.eval_split)
     held_out = (*test, emulator / CALIBRATION, emulator / SELECTION)
     sizing = {"memory": memory, "tuning": recipe.train} if memory else {}
 
     def train(model: str, output: Path, exclude: tuple[Path, ...] = test, **more: Any) -> TrainRequest:
-        rows = {"data": data.train, "split": data.split, "exclude": exclude}
+        rows = {"data": data.train, "split": data.split, "exclude": exclude, "evaluation": evaluation}
         return TrainRequest(model=model, output=output, **{**rows, "settings": recipe.train, **more})
 
     compress = CompressRequest(
         model=base,
         data=data.calibration or data.train,
         split=data.split,
-        exclude=test,
+        exclude=(*test, *(Path(name) for name in [data.eval] if name and not data.eval_split)),
         output=emulator,
         settings=_of_one_loss(recipe.compress, recipe.train),
         **sizing,
     )
+    on_base = evaluation.model_copy(update={"on_base": True, "base": base}) if data.eval_base else evaluation
     correct = CorrectRequest(adapter=adapter, base=base, emulator=emulator, output=corrected, settings=recipe.correct)
     found = [
         Stage("make the emulator", compress),
-        Stage("tune a LoRA on the emulator", train(str(emulator), adapter)),
+        Stage("tune a LoRA on the emulator", train(str(emulator), adapter, evaluation=on_base)),
         Stage("correct it for the base", correct),
     ]
     final = corrected
@@ -107,6 +114,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             data=data.train,
             split=data.split,
             exclude=held_out,
+            evaluation=evaluation,
             output=polished,
             settings=_of_one_loss(recipe.polish, recipe.train),
         )
@@ -224,9 +232,11 @@ def summarise(recipe: Recipe, planned: list[Stage]) -> dict[str, Any]:
         "correction": manifests["corrected"]["result"],
     }
     histories = {
-        label: [(entry["step"], entry["loss"]) for entry in read_json(root / name / "log.json") if "loss" in entry]
+        label + of: [(entry["step"], entry[loss]) for entry in log if loss in entry]
         for name, label in _HISTORIES.items()
         if name in manifests
+        for log in [read_json(root / name / "log.json")]
+        for loss, of in _LOSSES.items()
     }
     figure(root / "figure.png", histories, manifests["emulator"]["result"]["linears"])
     if "evaluation" in manifests:

@@ -13,6 +13,7 @@ import psutil
 import torch
 from datasets import Dataset
 from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
@@ -26,13 +27,15 @@ from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.requests import PolishRequest, Rows, TrainRequest
+from emloc_core.requests import EvalRows, PolishRequest, Rows, TrainRequest
 from emloc_core.settings import ExactSettings, PolishSettings, StepSettings, TrainSettings
-from emloc_core.tuning.train import SETTINGS, LoraTrainer, Train, balance_no_experts, refusing
+from emloc_core.tuning.evaluation import MODEL_LOSS, BaseLoss
+from emloc_core.tuning.train import Train
+from emloc_core.tuning.trainer import SETTINGS, LoraTrainer, balance_no_experts, refusing
 from emloc_core.tuning.trl import lora_config
 from emloc_core.units import human_bytes, parse_bytes
 
-_LIMITS = ExactSettings()
+_LIMITS, _NONE = ExactSettings(), EvalRows()
 #: Share of a GPU's free memory that they may fill before they are moved to the CPU's.
 _SHARE = 0.25
 #: Fields of SFTConfig that ask for another way to take gradients, or for another loss.
@@ -48,7 +51,7 @@ class ExactTrain(Train):
 
     Args:
         model: an ordinary checkpoint, or its directory.
-        data, output, settings, exclude, split: see :class:`Train`. An optimiser step takes
+        data, output, settings, exclude, split, evaluation: see :class:`Train`. An optimiser step takes
             ``batch_size x accumulation`` rows, and reads every block twice.
         limits: what the steps may use.
 
@@ -65,8 +68,11 @@ class ExactTrain(Train):
         exclude: Sequence[Path] = (),
         split: str = "train",
         limits: ExactSettings = _LIMITS,
+        evaluation: EvalRows = _NONE,
     ) -> None:
-        super().__init__(model, data, output, settings, exclude, split)
+        if evaluation.on_base:
+            raise EmlocError("Exact steps train on the base, whose loss is evaluated anyway.", "Leave out --eval-base.")
+        super().__init__(model, data, output, settings, exclude, split, evaluation)
         self.model.require_unquantised()
         if self._prefers:
             raise EmlocError(
@@ -108,12 +114,22 @@ class ExactTrain(Train):
             lora = lora_on(self.skeleton, self._lora(), config.device)
         balance_no_experts(lora.config)
         with refusing(SETTINGS):
-            trainer = _ExactTrainer(lora, args=config, train_dataset=dataset, processing_class=processing)
+            trainer = _ExactTrainer(
+                lora,
+                args=config,
+                train_dataset=dataset,
+                eval_dataset=self.eval_dataset,
+                patience=self.settings.patience,
+                processing_class=processing,
+            )
         blocks = [tower.blocks for tower in self.family.towers]
         base: Any = lora.get_base_model()
         steps = ExactSteps(base, self.skeleton, blocks, config.device, room, boundaries)
         trainer.attach(steps, self.settings.batch_size)
         return trainer
+
+    def _held_out(self, config: TrainingArguments) -> BaseLoss:
+        return BaseLoss(self.model, self.family, self.eval_rows, self.settings.max_length, config.device)
 
     def _need(self, config: TrainingArguments) -> dict[str, int]:
         """Return what the longest step needs; see :func:`step_need`."""
@@ -166,7 +182,7 @@ class Polish(ExactTrain):
     Args:
         adapter: of the base: corrected, trained on it or on an emulator of it, or by PEFT alone.
         base: the model.
-        data, output, settings, exclude, split, limits: see :class:`ExactTrain`.
+        data, output, settings, exclude, split, limits, evaluation: see :class:`ExactTrain`.
 
     Raises:
         EmlocError: as :class:`ExactTrain`; or the adapter does not fit the base.
@@ -182,9 +198,10 @@ class Polish(ExactTrain):
         exclude: Sequence[Path] = (),
         split: str = "train",
         limits: ExactSettings = _LIMITS,
+        evaluation: EvalRows = _NONE,
     ) -> None:
         self.start = adapter
-        super().__init__(base, data, output, settings, exclude, split, limits)
+        super().__init__(base, data, output, settings, exclude, split, limits, evaluation)
         require_shapes(adapter, self.skeleton.model)
 
     def describe(self) -> dict[str, Any]:
@@ -234,6 +251,13 @@ class _ExactTrainer(LoraTrainer):
         batches = [self._collate(inputs[start : start + size]) for start in range(0, len(inputs), size)]
         return self._steps.loss(batches, autocast=self.args.bf16)
 
+    def evaluation_loop(self, *_args: Any, **_kwargs: Any) -> EvalLoopOutput:
+        """Evaluate the model, streamed."""
+        assert self.base_loss is not None
+        self.lora.eval()  # TRL logs by it
+        count = len(self.base_loss.samples)
+        return EvalLoopOutput(None, None, {MODEL_LOSS: self.base_loss(self.lora)}, count)  # type: ignore[arg-type]
+
     def cost(self) -> dict[str, Any]:
         """Return how much was read, and how long the steps waited for it."""
         weights = self._steps.weights
@@ -248,11 +272,12 @@ def prepare(request: TrainRequest | PolishRequest) -> Train:
     """
     rows = request.data, request.output
     others = request.exclude, request.split
+    evaluation = request.evaluation
     if isinstance(request, PolishRequest):
         adapter = Adapter(request.adapter)
         base = open_checkpoint(request.base or adapter.base_name)
-        return Polish(adapter, base, *rows, request.settings, *others, request.limits)
+        return Polish(adapter, base, *rows, request.settings, *others, request.limits, evaluation)
     model = open_checkpoint(request.model)
     if request.exact:
-        return ExactTrain(model, *rows, request.settings, *others, request.limits)
-    return Train(model, *rows, request.settings, *others)
+        return ExactTrain(model, *rows, request.settings, *others, request.limits, evaluation)
+    return Train(model, *rows, request.settings, *others, evaluation)

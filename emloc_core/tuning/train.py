@@ -7,8 +7,8 @@ publishes the directory; the others write their part of the checkpoints into it.
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    PrinterCallback,
-    ProcessorMixin,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from peft import load_peft_weights, set_peft_model_state_dict
+from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, ProcessorMixin, TrainingArguments
 from transformers.trainer_callback import TrainerState
-from trl import DPOTrainer, SFTTrainer
 
 from emloc_core.adapters.adapter import content_hash
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
@@ -35,28 +26,39 @@ from emloc_core.data.tokenize import Processing, load_processing, require_readab
 from emloc_core.emulator.ranks import find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.card import data_name
-from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.manifest import CONTENT
-from emloc_core.files.output import Output, read_json, write_json
+from emloc_core.files.manifest import CONTENT, manifest_value
+from emloc_core.files.output import Output, made_from, read_json, read_manifest, write_json
 from emloc_core.files.pretrained import load_config, load_model
 from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.requests import Rows
+from emloc_core.requests import EvalRows, Rows
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.tuning.dataset import make_dataset, measure
+from emloc_core.tuning.evaluation import BaseLoss, divide, is_over, logged, losses_at, trainer_settings
 from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.launcher import require_processes
 from emloc_core.tuning.preferences import preference_dataset, require_preferences
 from emloc_core.tuning.targets import choose_targets
-from emloc_core.tuning.trl import check_extra, counted_tokens_alone, lora_config, trainer_config
+from emloc_core.tuning.trainer import (
+    DIVERGED,
+    SETTINGS,
+    LoraSteps,
+    LoraTrainer,
+    PreferenceTrainer,
+    Report,
+    balance_no_experts,
+    refusing,
+)
+from emloc_core.tuning.trl import check_extra, lora_config, trainer_config
 
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
-_PENDING = "loss_since"  # in a checkpoint's log: the loss summed since its last entry
-SETTINGS = "The training settings do not work"
-_DIVERGED = "Lower the learning rate, or train without bf16."
+_NONE = EvalRows()
+#: Settings that do not affect the result: ever, and without rows to evaluate.
+_WITHOUT_EFFECT, _OF_EVALUATION = {"report_to", "save_steps"}, {"eval_steps", "patience"}
 
 
 class Train:
@@ -70,6 +72,7 @@ class Train:
         exclude: files with rows not to train on, such as test rows. The emulator's calibration and selection rows are
             always left out.
         split: split of a saved or hub dataset.
+        evaluation: rows to evaluate while training, which are not trained on.
 
     Raises:
         EmlocError: the model, its family, the data or the settings are wrong.
@@ -83,6 +86,7 @@ class Train:
         settings: StepSettings,
         exclude: Sequence[Path] = (),
         split: str = "train",
+        evaluation: EvalRows = _NONE,
     ) -> None:
         self.model = model if isinstance(model, Checkpoint) else Checkpoint(model)
         _ = self.model.tensors  # finds truncated shards before training
@@ -101,8 +105,14 @@ class Train:
         files = [path for path in files if not path.is_file() or path.stat().st_size]
         if self._prefers:
             require_preferences(rows)
-        self.rows = without(rows, files)
-        self.excluded = len(rows) - len(self.rows)
+            if evaluation != _NONE:
+                raise EmlocError("Preferences are not evaluated while tuning.", "Leave out the rows to evaluate.")
+        kept = without(rows, files)
+        self.excluded = len(rows) - len(kept)
+        known = [path for path in files if path in held_out]
+        self.rows, self.eval_rows = divide(kept, evaluation, data, split, settings, known)
+        require_readable(self.eval_rows, self.family)
+        self.base = self._base(evaluation)
         if not self.rows:
             source = data if isinstance(data, str) else "the data"
             raise EmlocError(
@@ -119,6 +129,16 @@ class Train:
         """Return the ends of the paths of modules that get a LoRA, sorted."""
         assert isinstance(self.settings, TrainSettings)
         return choose_targets(self.model.directory / "config.json", self.family, self.settings)
+
+    def _base(self, evaluation: EvalRows) -> Checkpoint | None:
+        """Return the base that is evaluated with the LoRA, if there is one."""
+        if not evaluation.on_base:
+            return None
+        if not self.eval_rows:
+            raise EmlocError(
+                "There are no rows to evaluate the base on.", "Give them with --eval-data or --eval-split."
+            )
+        return open_checkpoint(evaluation.base or made_from(self.model.directory, "base"))
 
     def describe(self) -> dict[str, Any]:
         """Return what would be trained in one process: rows and their lengths, steps, target modules.
@@ -137,6 +157,7 @@ class Train:
             "family": self.family.name,
             "rows": len(self.rows),
             "excluded_rows": self.excluded,
+            "eval_rows": len(self.eval_rows),
             **measure(self.rows, *self._processing()),
             "steps": settings.steps or steps,
             "target_modules": self.targets,
@@ -145,11 +166,13 @@ class Train:
 
     def _processing(self) -> tuple[Processing, int | None, PreTrainedConfig]:
         """Return what turns rows into inputs, their maximum length, and the model's config."""
-        processing = load_processing(self.model.directory, self.family, self.rows)
+        processing = load_processing(self.model.directory, self.family, [*self.rows, *self.eval_rows])
         return processing, self.settings.max_length, load_config(self.model.directory / "config.json")
 
     def _config(self, **fixed: Any) -> TrainingArguments:
         checkpoints = Output(self.path, "adapter", {}).staging / CHECKPOINTS
+        if self.eval_rows:
+            fixed = {**trainer_settings(self.settings, on_base=self.base is not None), **fixed}
         with refusing(SETTINGS):
             return trainer_config(
                 self.settings,
@@ -201,9 +224,26 @@ class Train:
         return {
             "model": self.model.fingerprint(files),
             "rows": digest(self.rows),
-            "settings": self.settings.model_dump(exclude={"report_to", "save_steps"}),  # they do not affect the result
+            "settings": self.settings.model_dump(
+                exclude=_WITHOUT_EFFECT | (set() if self.eval_rows else _OF_EVALUATION)
+            ),
             "processes": processes,  # they multiply the batch
+            **self._evaluated(files),
         }
+
+    def _evaluated(self, files: Inputs) -> dict[str, Any]:
+        """Return what the request says of the evaluation: it decides which checkpoint is kept."""
+        if self.base is None:
+            return {"eval": digest(self.eval_rows)} if self.eval_rows else {}
+        base = self.base.fingerprint(files)
+        manifest = read_manifest(self.model.directory) or {}
+        if manifest_value(manifest, self.model.directory, "request.base", str) != base:
+            raise EmlocError(
+                f"The emulator {self.model.directory} was made from another base than {self.base.directory}.",
+                "Give the base that it was made from with --base.",
+                code="mismatch",
+            )
+        return {"eval": digest(self.eval_rows), "eval_base": base}
 
     def _train(self, config: TrainingArguments, output: Output, state: PartialState) -> dict[str, Any]:
         """Train and write the adapter; return the manifest's result."""
@@ -216,15 +256,18 @@ class Train:
         make = preference_dataset if self._prefers else make_dataset
         dataset, self.sizes = make(self.rows, *processing)
         dropped = len(self.rows) - len(self.sizes)
+        self.eval_dataset = make_dataset(self.eval_rows, *processing)[0] if self.eval_rows else None
         if isinstance(processing[0], ProcessorMixin):  # the collator makes all inputs of the model
             config.remove_unused_columns = False
         trainer = self._trainer(config, dataset, processing[0])
         if self._progress is not None:
             trainer.remove_callback(PrinterCallback)  # it prints every entry of the log as a dict
-            trainer.add_callback(_Report(self._progress))
+            trainer.add_callback(Report(self._progress))
+        if self.eval_rows and (held_out := self._held_out(config)):
+            trainer.base_loss = held_out
         trainer.lora.peft_config["default"].base_model_name_or_path = str(self.model.directory.absolute())
         saved = TrainerState.load_from_json(str(resume / STATE)) if resume else None
-        if saved and saved.global_step >= saved.max_steps:  # interrupted after the last step: train() might add one
+        if saved and is_over(saved):  # interrupted after the last step: train() might add one
             set_peft_model_state_dict(trainer.lora, load_peft_weights(str(resume), device="cpu"))
             trainer.state = saved
         else:
@@ -243,11 +286,10 @@ class Train:
                     f"{SETTINGS}: {first_line(error)}", "Install it, or choose another.", code="unavailable"
                 ) from error
         state.wait_for_everyone()
-        log = [
-            {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry["learning_rate"]}
-            for entry in trainer.state.log_history
-            if "loss" in entry
-        ]
+        best = trainer.state.best_global_step
+        if best:
+            trainer.load_step(best)
+        log = logged(trainer.state.log_history)
         output.timing.update(trainer.cost())
         if state.is_main_process:
             self._write(trainer, output.staging, log)
@@ -259,6 +301,7 @@ class Train:
             "excluded_rows": self.excluded,
             "trainable_parameters": trainer.lora.get_nb_trainable_parameters()[0],
             "target_modules": self.targets,
+            **({"eval_rows": len(self.eval_rows), "best_step": best, **losses_at(best, log)} if best else {}),
         }
 
     @property
@@ -266,7 +309,13 @@ class Train:
         """Whether preferences are learned."""
         return getattr(self.settings, "method", "sft") == "dpo"
 
-    def _trainer(self, config: TrainingArguments, dataset: Dataset, processing: Processing) -> "_LoraSteps":
+    def _held_out(self, config: TrainingArguments) -> BaseLoss | None:
+        """Return what evaluates a base, streamed; None if only the model itself is evaluated."""
+        if self.base is None:
+            return None
+        return BaseLoss(self.base, self.family, self.eval_rows, self.settings.max_length, config.device)
+
+    def _trainer(self, config: TrainingArguments, dataset: Dataset, processing: Processing) -> LoraSteps:
         assert isinstance(self.settings, TrainSettings)
         directory = self.model.directory.absolute()
         with refusing(f"{directory} cannot be loaded", resumable=True):
@@ -277,6 +326,8 @@ class Train:
                 model,
                 args=config,
                 train_dataset=dataset,
+                eval_dataset=self.eval_dataset,
+                patience=self.settings.patience,
                 processing_class=processing,
                 peft_config=lora_config(self.settings, self.targets),
             )
@@ -285,10 +336,10 @@ class Train:
             backbone.register_forward_hook(give_back)
         return trainer
 
-    def _write(self, trainer: "_LoraSteps", staging: Path, log: list[dict[str, float]]) -> None:
+    def _write(self, trainer: LoraSteps, staging: Path, log: list[dict[str, float]]) -> None:
         for name, parameter in trainer.lora.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                raise EmlocError(f"After the last step {name} is not finite.", _DIVERGED, code="not-finite")
+                raise EmlocError(f"After the last step {name} is not finite.", DIVERGED, code="not-finite")
         (staging / "README.md").unlink(missing_ok=True)  # PEFT would add to the card that a killed run began
         trainer.lora.save_pretrained(str(staging), save_embedding_layers=False)
         config = read_json(staging / "adapter_config.json")
@@ -303,119 +354,9 @@ class Train:
         shutil.rmtree(checkpoints)
 
 
-class _LoraSteps(Trainer):
-    """What TRL's trainers lack: they stop at a loss that is NaN or Inf, and save what a resumed log needs."""
-
-    def __init__(self, model: PreTrainedModel | PeftModel, **options: Any) -> None:
-        super().__init__(model, callbacks=[_LogLastStep()], **options)
-        self.add_callback(_RestoreLoss(self))
-        for parameter in self.lora.parameters():  # TRL rounds the LoRA to bf16 where the model is in four bits
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-
-    @property
-    def lora(self) -> PeftModel:
-        """The model."""
-        assert isinstance(self.model, PeftModel)
-        return self.model
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train. If it fails, its progress bar is ended, so that the message starts a line of its own."""
-        try:
-            return super().train(*args, **kwargs)
-        except BaseException:
-            for callback in self.callback_handler.callbacks:
-                if (bar := getattr(callback, "training_bar", None)) is not None:
-                    bar.close()
-            raise
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the gradients of a step, and return its loss."""
-        loss = self.take_gradients(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):  # the trainer itself would log an average and continue
-            step = self.state.global_step + 1
-            raise EmlocError(f"The loss at step {step} is {loss.item()}.", _DIVERGED, code="not-finite")
-        return loss
-
-    def take_gradients(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the gradients of a step by ordinary forward and backward passes, and return its loss."""
-        with counted_tokens_alone():
-            return super().training_step(*args, **kwargs)
-
-    def cost(self) -> dict[str, Any]:
-        """Return costs of the steps besides time and memory, for ``timing.json``."""
-        return {}
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Also save the loss since the last log entry, which the trainer would forget."""
-        sums = self.accelerator.gather(self._tr_loss)
-        self.state.log_history.append({_PENDING: sums.mean().item(), "since": self._globalstep_last_logged})
-        super()._save_checkpoint(*args, **kwargs)
-        self.state.log_history.pop()
-
-
-class LoraTrainer(_LoraSteps, SFTTrainer):
-    """TRL's trainer for answers, for a LoRA."""
-
-
-class PreferenceTrainer(_LoraSteps, DPOTrainer):
-    """TRL's trainer for preferences, for a LoRA; the reference is the model with the LoRA switched off."""
-
-
-class _RestoreLoss(TrainerCallback):
-    """Restores the loss summed since the last log entry when a run resumes."""
-
-    def __init__(self, trainer: _LoraSteps) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if state.log_history and _PENDING in state.log_history[-1]:
-            saved = state.log_history.pop()
-            self._trainer._tr_loss += saved[_PENDING]
-            self._trainer._globalstep_last_logged = int(saved["since"])
-
-
-class _Report(TrainerCallback):
-    """Reports every step, with the last loss that was logged."""
-
-    def __init__(self, progress: Callable[[str, int, int], None]) -> None:
-        self._progress = progress
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if state.is_world_process_zero:
-            loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
-            what = "first steps" if loss is None else f"loss {float(loss):.4f}"
-            self._progress(what, state.global_step, state.max_steps)
-
-
-class _LogLastStep(TrainerCallback):
-    """Logs the last steps too, which the trainer would leave out."""
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-
-
 def _mean_loss(log: list[dict[str, float]]) -> float | None:
     """Return the mean loss of all steps; the trainer's own figure leaves out those before a resume."""
-    ends = [0, *(entry["step"] for entry in log)]
-    total = sum(entry["loss"] * (end - start) for entry, start, end in zip(log, ends, ends[1:], strict=False))
-    return total / ends[-1] if log else None
-
-
-def balance_no_experts(config: PreTrainedConfig) -> None:
-    """Disable TRL's load-balancing loss for experts: their routers are frozen."""
-    text_config = config.get_text_config()
-    if hasattr(text_config, "router_aux_loss_coef"):
-        text_config.router_aux_loss_coef = 0.0
-
-
-@contextmanager
-def refusing(what: str, *, resumable: bool = False) -> Iterator[None]:
-    """Turn libraries' errors about settings and files into an :class:`EmlocError`."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError, ImportError, KeyError, OSError) as error:
-        raise EmlocError(
-            f"{what}: {error}", "Correct that, and run the same command again.", resumable=resumable
-        ) from error
+    trained = [entry for entry in log if "loss" in entry]
+    ends = [0, *(entry["step"] for entry in trained)]
+    total = sum(entry["loss"] * (end - start) for entry, start, end in zip(trained, ends, ends[1:], strict=False))
+    return total / ends[-1] if trained else None

@@ -28,6 +28,7 @@ _NAMED = {
     "report_to": "report_to",
     "save_steps": "save_steps",
     "logging_steps": "logging_steps",
+    "eval_steps": "eval_steps",
 }
 #: Fields of SFTConfig that this stage sets itself, and why.
 _FIXED = {
@@ -41,6 +42,9 @@ _FIXED = {
         ("assistant_only_loss", "chat_template_path", "dataset_kwargs", "dataset_text_field", "eos_token", "pad_token",
          "truncation_mode"),
         "rows are tokenized the same way for calibration and training",
+    ),
+    **dict.fromkeys(
+        ("eval_strategy", "do_eval", "metric_for_best_model", "greater_is_better"), "--eval-data names rows to evaluate"
     ),
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "the model is loaded before the trainer is made"),
 }  # fmt: skip

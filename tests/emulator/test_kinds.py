@@ -29,7 +29,8 @@ from emloc_core.kinds import NF4, FourBitLowRank, LowRank
 from emloc_core.memory.model import MemoryModel, Workload
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
-from emloc_core.tuning.train import LoraTrainer, Train
+from emloc_core.tuning.train import Train
+from emloc_core.tuning.trainer import LoraTrainer
 
 KINDS = {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank)}
 SETTINGS = {

@@ -19,7 +19,8 @@ from emloc_core.memory.model import MemoryModel, Need, Workload
 from emloc_core.memory.tracing import Ledger, Phases
 from emloc_core.model.image_shape import image_shape
 from emloc_core.settings import TrainSettings
-from emloc_core.tuning.train import LoraTrainer, Train
+from emloc_core.tuning.train import Train
+from emloc_core.tuning.trainer import LoraTrainer
 
 
 def peak(phases: Phases) -> int:

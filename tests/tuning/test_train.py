@@ -29,6 +29,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_manifest
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning import train as stage
+from emloc_core.tuning import trainer
 from emloc_core.tuning.launcher import require_processes
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trl import trainer_config
@@ -144,7 +145,7 @@ def test_only_tokens_that_count_are_projected_on_the_vocabulary(tiny_model, tmp_
     monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", spy)
     rows = write_jsonl(tmp_path / "rows.jsonl", example_rows())
     one = finetune(tiny_model, str(rows), tmp_path / "one", settings(steps=2))
-    monkeypatch.setattr(stage, "counted_tokens_alone", nullcontext)  # as TRL does without Triton
+    monkeypatch.setattr(trainer, "counted_tokens_alone", nullcontext)  # as TRL does without Triton
     other = finetune(tiny_model, str(rows), tmp_path / "other", settings(steps=2))
     few, all_tokens = projected[:2], projected[2:]
     assert max(few) < min(all_tokens)

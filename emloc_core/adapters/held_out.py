@@ -1,0 +1,61 @@
+"""The loss of a base with a LoRA on held-out rows, streamed: in the memory of a block, and of activations."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_core.algorithms.lora import Lora
+from emloc_core.data.tokenize import Sample
+from emloc_core.family import Family
+from emloc_core.model.hooks import forward_hooks
+from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.streaming import Stream
+
+
+def summed_loss(skeleton: Skeleton, sample: Sample) -> Callable[[], torch.Tensor]:
+    """Return a forward of one sample: its loss, summed over the tokens that count, and their number, (2,), fp64."""
+
+    def forward() -> torch.Tensor:
+        inputs = sample.inputs(skeleton.device)
+        logits = skeleton.model(**inputs, use_cache=False).logits[0, :-1]
+        mask = torch.tensor(sample.completion_mask[1:], dtype=torch.bool, device=logits.device)
+        targets = inputs["input_ids"][0, 1:]
+        loss = nn.functional.cross_entropy(logits[mask].float(), targets[mask], reduction="sum")
+        return torch.stack([loss.double(), mask.sum().double()]).cpu()
+
+    return forward
+
+
+def with_lora(output: torch.Tensor, inputs: torch.Tensor, lora: Lora) -> torch.Tensor:
+    """Return a Linear's output, (..., m), with what a LoRA adds for its inputs, (..., n)."""
+    change = (inputs.to(lora.a.dtype) @ lora.a.T) @ lora.b.T
+    return (output + lora.scale * change).to(output.dtype)
+
+
+def mean_loss(skeleton: Skeleton, family: Family, samples: Sequence[Sample], loras: Mapping[str, Lora]) -> float:
+    """Return the mean loss per token of a base with a LoRA, in one streamed pass.
+
+    Args:
+        skeleton: of the base.
+        family: its declaration.
+        samples: the held-out rows.
+        loras: by module path of the base.
+    """
+    stream = Stream(skeleton, [tower.blocks for tower in family.towers])
+
+    @contextmanager
+    def adapted(unit: str) -> Iterator[None]:
+        paths = [path for path in loras if path == unit or path.startswith(f"{unit}.")]
+        with forward_hooks([(skeleton.model.get_submodule(path), added(path)) for path in paths]):
+            yield
+
+    def added(path: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+        lora = loras[path].to(skeleton.device)
+        return lambda _module, args, output: with_lora(output, args[0], lora)
+
+    results = torch.stack(stream.run([summed_loss(skeleton, sample) for sample in samples], adapted))
+    loss, tokens = results.sum(0).tolist()
+    return float(loss / tokens)

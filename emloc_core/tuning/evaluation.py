@@ -1,0 +1,140 @@
+"""Evaluation while tuning: held-out rows, their loss on the model and on the base, the best checkpoint, early stopping.
+
+Transformers' trainer evaluates, keeps the best checkpoint and stops early; here is what it is told. A checkpoint is
+written at every evaluation, so that the best one is there and an interrupted run resumes with the same patience.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers.trainer_callback import TrainerState
+
+from emloc_core.adapters.held_out import mean_loss
+from emloc_core.algorithms.lora import Lora
+from emloc_core.data.rows import Row, load_rows, without
+from emloc_core.data.sets import share_of
+from emloc_core.data.tokenize import Limits, load_processing, tokenize
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.model.skeleton import Skeleton
+from emloc_core.requests import EvalRows
+from emloc_core.settings import StepSettings
+
+#: Losses in the trainer's log.
+LOSSES = MODEL_LOSS, BASE_LOSS = ("eval_loss", "eval_base_loss")
+_SHARE = re.compile(r"0?\.\d+")
+
+
+def divide(
+    rows: list[Row], asked: EvalRows, data: Any, split: str, settings: StepSettings, held_out: Sequence[Path]
+) -> tuple[list[Row], list[Row]]:
+    """Return the rows to train on and those to evaluate; no content is in both.
+
+    Args:
+        rows: rows of the data.
+        asked: which rows to evaluate.
+        data, split: where the rows are from.
+        settings: with the ``loss``.
+        held_out: files with rows that the emulator was made or will be corrected with: they are not evaluated.
+
+    Raises:
+        EmlocError: there is no row to evaluate.
+    """
+    if asked.data is None and asked.split is None:
+        return rows, []
+    if asked.data is None and _SHARE.fullmatch(str(asked.split)):
+        found = share_of(rows, float(str(asked.split)))
+    else:
+        source = data if asked.data is None else asked.data
+        found = without(load_rows(source, asked.split or split, settings.loss), held_out)
+    if not found:
+        raise EmlocError("No row is left to evaluate.", "Give others with --eval-data, or a larger share.")
+    keys = {row.key for row in found}
+    return [row for row in rows if row.key not in keys], found
+
+
+def trainer_settings(settings: StepSettings, *, on_base: bool) -> dict[str, Any]:
+    """Return fields of SFTConfig for evaluation at every ``eval_steps``, and a checkpoint with each.
+
+    Args:
+        settings: how to train.
+        on_base: whether the loss of the base decides which checkpoint is the best.
+    """
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": settings.eval_steps,
+        "save_steps": settings.eval_steps,
+        "per_device_eval_batch_size": settings.batch_size,
+        "prediction_loss_only": True,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": LOSSES[on_base],
+        "greater_is_better": False,
+        "restore_callback_states_from_checkpoint": True,  # the patience that is left
+    }
+
+
+class BaseLoss:
+    """The loss of the base with the LoRA in training, streamed.
+
+    Args:
+        base: the model that the emulator was made from.
+        family: its declaration.
+        rows: the rows to evaluate. Those whose answer a maximum length cuts away are left out.
+        max_length: tokens per row.
+        device: device of weights and activations.
+    """
+
+    def __init__(
+        self, base: Checkpoint, family: Family, rows: Sequence[Row], max_length: int | None, device: torch.device
+    ) -> None:
+        self.family, self.skeleton = family, Skeleton(base, family, device)
+        processing = load_processing(base.directory, family, rows)
+        limits = Limits.of(self.skeleton.model.config)
+        found = (tokenize(row, processing, max_length, limits, self.skeleton.dtype) for row in rows)
+        self.samples = [sample for sample in found if any(sample.completion_mask)]
+
+    def __call__(self, model: PeftModel) -> float:
+        """Return the mean loss per token of the base with the LoRA of ``model``."""
+        return mean_loss(self.skeleton, self.family, self.samples, loras_of(model))
+
+
+def loras_of(model: PeftModel) -> dict[str, Lora]:
+    """Return a copy of the LoRAs of a model in training, by module path of the base."""
+    found = {}
+    adapted: Any = model.get_base_model()
+    for path, module in adapted.named_modules():
+        if isinstance(module, LoraLayer):
+            layers: Any = module
+            a, b = (part["default"].weight.detach().clone() for part in (layers.lora_A, layers.lora_B))
+            found[path] = Lora(a, b, float(layers.scaling["default"]))
+    return found
+
+
+def logged(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Return what ``log.json`` keeps of a trainer's log: steps with losses, in training and in evaluation."""
+    kept: list[dict[str, float]] = []
+    for entry in history:
+        if "loss" in entry:
+            kept.append({name: entry[name] for name in ("step", "loss", "learning_rate")})
+        elif MODEL_LOSS in entry:
+            kept.append({name: entry[name] for name in ("step", *LOSSES) if name in entry})
+    return kept
+
+
+def losses_at(step: int, log: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the losses of the evaluation after a step, from what :func:`logged` returned."""
+    found = next(entry for entry in log if entry["step"] == step and MODEL_LOSS in entry)
+    return {name: loss for name, loss in found.items() if name in LOSSES}
+
+
+def is_over(saved: TrainerState) -> bool:
+    """Return whether a checkpoint is of the last step, or of the one after which training stopped early."""
+    callbacks: Any = saved.stateful_callbacks or {}
+    control = callbacks.get("TrainerControl", {})
+    return saved.global_step >= saved.max_steps or bool(control.get("args", {}).get("should_training_stop"))

@@ -1,0 +1,162 @@
+"""TRL's trainer for a LoRA: resumes to the same log, evaluates the base too, and stops at a loss that is not finite."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerState
+from trl import DPOTrainer, SFTTrainer
+
+from emloc_core.errors import EmlocError
+from emloc_core.tuning.evaluation import BASE_LOSS, BaseLoss
+from emloc_core.tuning.trl import counted_tokens_alone
+
+SETTINGS = "The training settings do not work"
+DIVERGED = "Lower the learning rate, or train without bf16."
+_PENDING = "loss_since"  # in a checkpoint's log: the loss summed since its last entry
+
+
+class LoraSteps(Trainer):
+    """What TRL's trainers lack: they stop at a loss that is NaN or Inf, and save what a resumed log needs."""
+
+    base_loss: BaseLoss | None = None
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, patience: int | None = None, **options: Any) -> None:
+        stopping = [EarlyStoppingCallback(patience)] if patience and options.get("eval_dataset") is not None else []
+        super().__init__(model, callbacks=[_LastStep(), *stopping], **options)
+        self.add_callback(_RestoreLoss(self))
+        for parameter in self.lora.parameters():  # TRL rounds the LoRA to bf16 where the model is in four bits
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    @property
+    def lora(self) -> PeftModel:
+        """The model."""
+        assert isinstance(self.model, PeftModel)
+        return self.model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train. If it fails, its progress bar is ended, so that the message starts a line of its own."""
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            for callback in self.callback_handler.callbacks:
+                if (bar := getattr(callback, "training_bar", None)) is not None:
+                    bar.close()
+            raise
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the gradients of a step, and return its loss."""
+        loss = self.take_gradients(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):  # the trainer itself would log an average and continue
+            step = self.state.global_step + 1
+            raise EmlocError(f"The loss at step {step} is {loss.item()}.", DIVERGED, code="not-finite")
+        return loss
+
+    def take_gradients(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the gradients of a step by ordinary forward and backward passes, and return its loss."""
+        with counted_tokens_alone():
+            return super().training_step(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the model, and the base with its LoRA if that was asked for."""
+        with counted_tokens_alone():
+            output: Any = super().evaluation_loop(*args, **kwargs)
+        if self.base_loss is not None:
+            main = self.accelerator.is_main_process
+            (loss,) = broadcast_object_list([self.base_loss(self.lora) if main else None])
+            output.metrics[BASE_LOSS] = loss
+        return output
+
+    def load_step(self, step: int) -> None:
+        """Load the LoRA of the checkpoint of a step."""
+        checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        set_peft_model_state_dict(self.lora, load_peft_weights(str(checkpoint), device="cpu"))
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint; transformers would load it by a path, where the output may no longer be."""
+        assert self.state.best_global_step is not None
+        self.load_step(self.state.best_global_step)
+
+    def cost(self) -> dict[str, Any]:
+        """Return costs of the steps besides time and memory, for ``timing.json``."""
+        return {}
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Also save the loss since the last log entry, which the trainer would forget."""
+        sums = self.accelerator.gather(self._tr_loss)
+        self.state.log_history.append({_PENDING: sums.mean().item(), "since": self._globalstep_last_logged})
+        super()._save_checkpoint(*args, **kwargs)
+        self.state.log_history.pop()
+
+
+class LoraTrainer(LoraSteps, SFTTrainer):
+    """TRL's trainer for answers, for a LoRA."""
+
+
+class PreferenceTrainer(LoraSteps, DPOTrainer):
+    """TRL's trainer for preferences, for a LoRA; the reference is the model with the LoRA switched off."""
+
+
+class _RestoreLoss(TrainerCallback):
+    """Restores the loss summed since the last log entry when a run resumes."""
+
+    def __init__(self, trainer: LoraSteps) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.log_history and _PENDING in state.log_history[-1]:
+            saved = state.log_history.pop()
+            self._trainer._tr_loss += saved[_PENDING]
+            self._trainer._globalstep_last_logged = int(saved["since"])
+
+
+class Report(TrainerCallback):
+    """Reports every step, with the last loss that was logged.
+
+    Args:
+        progress: called with the loss, the number of steps done, and the total.
+    """
+
+    def __init__(self, progress: Callable[[str, int, int], None]) -> None:
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Report a step."""
+        if state.is_world_process_zero:
+            loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+            what = "first steps" if loss is None else f"loss {float(loss):.4f}"
+            self._progress(what, state.global_step, state.max_steps)
+
+
+class _LastStep(TrainerCallback):
+    """Logs and evaluates the last steps too, which the trainer would leave out."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            if args.eval_strategy != "no":
+                control.should_evaluate = control.should_save = True
+
+
+def balance_no_experts(config: PreTrainedConfig) -> None:
+    """Disable TRL's load-balancing loss for experts: their routers are frozen."""
+    text_config = config.get_text_config()
+    if hasattr(text_config, "router_aux_loss_coef"):
+        text_config.router_aux_loss_coef = 0.0
+
+
+@contextmanager
+def refusing(what: str, *, resumable: bool = False) -> Iterator[None]:
+    """Turn libraries' errors about settings and files into an :class:`EmlocError`."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, ImportError, KeyError, OSError) as error:
+        raise EmlocError(
+            f"{what}: {error}", "Correct that, and run the same command again.", resumable=resumable
+        ) from error

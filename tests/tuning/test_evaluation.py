@@ -1,0 +1,178 @@
+"""Held-out rows are evaluated while tuning, on the model and on the base; the best checkpoint is kept."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from support.killed import kill, run_until_killed
+from support.rows import example_rows, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import encode
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import read_manifest
+from emloc_core.recipe.recipe import load_recipe
+from emloc_core.recipe.run import stages
+from emloc_core.requests import EvalRows
+from emloc_core.settings import PolishSettings, TrainSettings
+from emloc_core.tuning.evaluation import BaseLoss, divide, loras_of
+from emloc_core.tuning.exact import ExactTrain, Polish
+from emloc_core.tuning.train import Train
+from emloc_core.tuning.trainer import LoraTrainer
+
+FAST = {"learning_rate": 0.02, "bf16": False, "eval_steps": 4, "logging_steps": 4}
+
+
+def train(model, rows, output, evaluated, **changes) -> Path:
+    settings = TrainSettings(**{**FAST, "steps": 12, **changes})
+    return Train(model, str(rows), output, settings, evaluation=evaluated).run()
+
+
+def nll(base, adapter, rows) -> float:
+    """Mean loss per token of a model in memory with an adapter."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    total = count = 0
+    for sample in encode(rows, AutoTokenizer.from_pretrained(base)):
+        ids = torch.tensor([sample.input_ids])
+        labels = torch.where(torch.tensor([sample.completion_mask]) == 1, ids, -100)
+        counted = sum(sample.completion_mask[1:])
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * counted
+        count += counted
+    return total / count
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("eval") / "eval.jsonl", example_rows()[100:110])
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_emulator, rows_file, held_out, tmp_path_factory) -> Path:
+    """12 steps on the emulator, evaluated after 4, 8 and 12 on ten rows, on the base too."""
+    asked = EvalRows(data=str(held_out), on_base=True)
+    return train(tiny_emulator, rows_file, tmp_path_factory.mktemp("evaluated") / "adapter", asked)
+
+
+def test_model_and_base_are_evaluated_on_rows_that_are_not_trained_on(trained, tiny_emulator, tiny_model, held_out):
+    log = json.loads((trained / "log.json").read_text())
+    entries = [entry for entry in log if "eval_loss" in entry]
+    assert [entry["step"] for entry in entries] == [4, 8, 12]
+    assert [entry["step"] for entry in log if "loss" in entry] == [4, 8, 12]
+    result = read_manifest(trained)["result"]
+    best = min(entries, key=lambda entry: entry["eval_base_loss"])
+    assert {name: result[f"best_{name}" if name == "step" else name] for name in best} == best
+    kept = [*load_rows(tiny_emulator / "calibration.jsonl"), *load_rows(tiny_emulator / "selection.jsonl")]
+    rows = [row for row in load_rows(held_out) if row.key not in {row.key for row in kept}]
+    assert result["eval_rows"] == len(rows)
+    assert result["rows"] == 120 - len(kept) - len(rows)
+    assert result["eval_base_loss"] == pytest.approx(nll(tiny_model, trained, rows), rel=1e-5)
+
+
+def test_the_best_checkpoint_is_kept_and_training_stops_when_nothing_gets_better(
+    tiny_emulator, rows_file, held_out, tmp_path, monkeypatch
+):
+    losses, loras = iter([3.0, 2.0, 2.5, 2.4, 1.0]), []
+    monkeypatch.setattr(BaseLoss, "__call__", lambda _, model: (loras.append(loras_of(model)), next(losses))[1])
+    asked = EvalRows(data=str(held_out), on_base=True)
+    adapter = train(tiny_emulator, rows_file, tmp_path / "a", asked, steps=40, patience=2, save_steps=7)
+    result = read_manifest(adapter)["result"]
+    assert (result["steps"], result["best_step"], result["eval_base_loss"]) == (16, 8, 2.0)
+    kept = Adapter(adapter).loras
+    assert kept.keys() == loras[1].keys()
+    for path, lora in kept.items():
+        assert torch.equal(lora.a, loras[1][path].a)
+        assert torch.equal(lora.b, loras[1][path].b)
+    assert any(not torch.equal(lora.b, loras[3][path].b) for path, lora in kept.items())
+
+
+def run_until(moment, model, rows, output, asked):
+    if moment == "in step 11":
+        step = LoraTrainer.training_step
+        LoraTrainer.training_step = lambda self, *args, **options: (
+            kill() if self.state.global_step == 10 else step(self, *args, **options)
+        )
+    else:
+        Train._write = lambda *_: kill()
+    train(model, rows, output, asked, patience=1)
+
+
+@pytest.mark.parametrize("moment", ["in step 11", "before it is written"])
+def test_killed_and_run_again_it_keeps_the_same_checkpoint(moment, tiny_emulator, rows_file, held_out, tmp_path, whole):
+    asked = EvalRows(data=str(held_out), on_base=True)
+    run_until_killed(run_until, moment, tiny_emulator, rows_file, tmp_path / "here" / "a", asked)
+    shutil.move(tmp_path / "here", tmp_path / "moved")  # the trainer keeps the best checkpoint's path
+    train(tiny_emulator, rows_file, tmp_path / "moved" / "a", asked, patience=1)
+    again, before = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "moved" / "a", whole))
+    assert all(torch.equal(again[key], before[key]) for key in before)
+    assert (tmp_path / "moved" / "a" / "log.json").read_bytes() == (whole / "log.json").read_bytes()
+    assert read_manifest(tmp_path / "moved" / "a")["result"] == read_manifest(whole)["result"]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_emulator, rows_file, held_out, tmp_path_factory) -> Path:
+    """The same as ``trained``, with a patience, uninterrupted."""
+    asked = EvalRows(data=str(held_out), on_base=True)
+    return train(tiny_emulator, rows_file, tmp_path_factory.mktemp("whole") / "a", asked, patience=1)
+
+
+def test_exact_steps_evaluate_the_base_streamed(trained, tiny_model, rows_file, held_out, tmp_path):
+    settings = PolishSettings(steps=4, **{**FAST, "eval_steps": 2})
+    asked = EvalRows(data=str(held_out))
+    job = Polish(Adapter(trained), Checkpoint(tiny_model), str(rows_file), tmp_path / "a", settings, evaluation=asked)
+    result = read_manifest(job.run())["result"]
+    assert result["eval_rows"] == 10
+    assert result["eval_loss"] == pytest.approx(nll(tiny_model, tmp_path / "a", load_rows(held_out)), rel=1e-5)
+    with pytest.raises(EmlocError, match="whose loss is evaluated anyway"):
+        ExactTrain(
+            tiny_model, str(rows_file), tmp_path / "b", TrainSettings(), evaluation=EvalRows(split="0.1", on_base=True)
+        )
+
+
+def test_a_share_of_the_rows_is_held_out_by_content():
+    rows = load_rows(example_rows())
+    kept, evaluated = divide(rows, EvalRows(split="0.1"), None, "train", TrainSettings(), [])
+    assert len(evaluated) == 12
+    assert {row.key for row in kept} == {row.key for row in rows} - {row.key for row in evaluated}
+    _, again = divide(rows[::-1], EvalRows(split=".1"), None, "train", TrainSettings(seed=1), [])
+    assert {row.key for row in again} == {row.key for row in evaluated}
+    assert divide(rows, EvalRows(), None, "train", TrainSettings(), []) == (rows, [])
+
+
+def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_file, held_out, tmp_path):
+    with pytest.raises(EmlocError, match="There are no rows to evaluate the base on"):
+        train(tiny_emulator, rows_file, tmp_path / "a", EvalRows(on_base=True))
+    with pytest.raises(EmlocError, match="does not say what its base is"):
+        train(tiny_model, rows_file, tmp_path / "a", EvalRows(data=str(held_out), on_base=True))
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    (other / "generation_config.json").write_text("{}")
+    weights = load_file(other / "model.safetensors")
+    torch.nn.init.ones_(weights["model.norm.weight"])
+    (other / "config.json").write_text((other / "config.json").read_text().replace("{", '{"extra_field": 1,', 1))
+    with pytest.raises(EmlocError, match="was made from another base than"):
+        train(tiny_emulator, rows_file, tmp_path / "a", EvalRows(data=str(held_out), on_base=True, base=str(other)))
+    with pytest.raises(EmlocError, match="No row is left to evaluate"):
+        divide(load_rows(held_out), EvalRows(data=str(held_out)), None, "train", TrainSettings(), [held_out])
+
+
+def test_the_command_line_and_recipes_ask_for_the_same(emloc, tiny_emulator, rows_file, held_out, tmp_path):
+    options = ("--eval-data", held_out, "--eval-base", "--eval-steps", 3, "--patience", 2, "--dry-run", "--json")
+    code, out, err = emloc("train", tiny_emulator, "--data", rows_file, "-o", tmp_path / "a", *options)
+    assert code == 0, err
+    assert json.loads(out)["eval_rows"] > 0
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[model]\nbase = "org/base"\n[data]\ntrain = "{rows_file}"\neval = "{held_out}"\neval_base = true\n'
+        "[train]\neval_steps = 3\n[polish]\n"
+    )
+    found = {stage.name: stage.request for stage in stages(load_recipe(recipe))}
+    assert found["adapter"].evaluation == EvalRows(data=str(held_out), on_base=True, base="org/base")
+    assert found["polished"].evaluation == EvalRows(data=str(held_out))
+    assert found["emulator"].exclude == (held_out,)
