@@ -109,7 +109,7 @@ class TrainRequest(Request):
     data: Rows = Field(description="Rows of the task.")
     exclude: tuple[Path, ...] = Field((), description="Files with rows not to train on.")
     split: str = Field("train", description="Split of a saved or hub dataset.")
-    exact: bool = Field(False, description="Read an ordinary model block by block: it need not fit in memory.")
+    exact: bool = Field(False, description="Read the model block by block: it need not fit in memory.")
     limits: ExactSettings = Field(ExactSettings(), description="With `exact`: what the steps may use.")
     evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")
     settings: TrainSettings = TrainSettings()

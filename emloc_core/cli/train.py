@@ -19,7 +19,11 @@ from emloc_core.settings import ExactSettings, TrainSettings
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the adapter.")
 @evaluation(of_emulator=True)
 @options(TrainSettings, TRAIN_FLAGS, skip=["extra"])
-@click.option("--exact", is_flag=True, help="Read MODEL, an ordinary model, block by block: it need not fit in memory.")
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Read MODEL, an ordinary model or an emulator with factors, block by block: it need not fit in memory.",
+)
 @options(ExactSettings)
 @push
 @verbosity_options

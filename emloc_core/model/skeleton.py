@@ -30,12 +30,13 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.header import DTYPES
 from emloc_core.files.pretrained import auto_class, load_config, new_model
+from emloc_core.lowrank import METHOD, EmlocConfig, replace_linears
 from emloc_core.model.absent import Absent
 from emloc_core.model.readahead import ReadAhead
 
 
 class Skeleton:
-    """An ordinary model over a checkpoint, loaded part by part.
+    """An ordinary model, or an emulator with factors, over a checkpoint, loaded part by part.
 
     Args:
         checkpoint: the weights.
@@ -59,6 +60,10 @@ class Skeleton:
         config = load_config(checkpoint.directory / "config.json")
         self.dtype = config.dtype or _most_common_dtype(checkpoint)
         self.model = build_model(config, family, self.dtype)
+        quantisation = checkpoint.config.get("quantization_config")
+        if quantisation and quantisation.get("quant_method") == METHOD:
+            emulator = EmlocConfig(**quantisation)
+            replace_linears(self.model, emulator.ranks, emulator.format_version)
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         absents: dict[nn.Parameter, Absent] = {}
         for module in self.model.modules():
@@ -97,9 +102,10 @@ class Skeleton:
                 "Check that the checkpoint is complete and that its config.json belongs to it.",
                 code="damaged",
             )
-        for name, _ in self.model.named_parameters():
+        for name, parameter in self.model.named_parameters():
             for key in found.get(name, ()):
-                if not (tensor := self.checkpoint.tensors[key]).is_floating_point:
+                tensor = self.checkpoint.tensors[key]
+                if parameter.is_floating_point() and not tensor.is_floating_point:
                     raise EmlocError(
                         f"{key} in {tensor.shard} is a weight of dtype {tensor.dtype}, which is not floating-point.",
                         "Give the original, unquantised model.",

@@ -26,6 +26,7 @@ from emloc_core.exact.need import Positions, step_need
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
+from emloc_core.lowrank import METHOD
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import EvalRows, PolishRequest, Rows, TrainRequest
 from emloc_core.settings import ExactSettings, PolishSettings, StepSettings, TrainSettings
@@ -47,16 +48,16 @@ _ORDINARY = (
 
 
 class ExactTrain(Train):
-    """Trains a LoRA on a base that need not fit in memory, to the same result as :class:`Train`.
+    """Trains a LoRA on a model that need not fit in memory, to the same result as :class:`Train`.
 
     Args:
-        model: an ordinary checkpoint, or its directory.
+        model: an ordinary checkpoint or an emulator with factors, or its directory.
         data, output, settings, exclude, split, evaluation: see :class:`Train`. An optimiser step takes
             ``batch_size x accumulation`` rows, and reads every block twice.
         limits: what the steps may use.
 
     Raises:
-        EmlocError: as :class:`Train`; or the model is quantised, or a setting asks for ordinary steps.
+        EmlocError: as :class:`Train`; or the model is quantised by another tool, or a setting asks for ordinary steps.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class ExactTrain(Train):
         if evaluation.on_base:
             raise EmlocError("Exact steps train on the base, whose loss is evaluated anyway.", "Leave out --eval-base.")
         super().__init__(model, data, output, settings, exclude, split, evaluation)
-        self.model.require_unquantised()
+        if (self.model.config.get("quantization_config") or {}).get("quant_method") != METHOD:
+            self.model.require_unquantised()
         if self._prefers:
             raise EmlocError(
                 "Exact steps know the likelihood of answers alone, not preferences.",
@@ -200,6 +202,7 @@ class Polish(ExactTrain):
         limits: ExactSettings = _LIMITS,
         evaluation: EvalRows = _NONE,
     ) -> None:
+        base.require_unquantised()
         self.start = adapter
         super().__init__(base, data, output, settings, exclude, split, limits, evaluation)
         require_shapes(adapter, self.skeleton.model)

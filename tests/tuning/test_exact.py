@@ -18,13 +18,15 @@ from support.vision_models import internvl_processor, picture_rows, save_model
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
+from emloc_core.data.rows import load_rows
+from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.exact import boundaries
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import read_json, read_manifest
-from emloc_core.settings import CorrectSettings, ExactSettings, PolishSettings, TrainSettings
+from emloc_core.settings import CompressSettings, CorrectSettings, ExactSettings, PolishSettings, TrainSettings
 from emloc_core.tuning.exact import ExactTrain, Polish
 from emloc_core.tuning.train import Train
 
@@ -76,6 +78,21 @@ def test_training_by_exact_steps_goes_as_ordinary_training(sizes, ordinary, tiny
     assert read_json(exact / "adapter_config.json") == read_json(ordinary / "adapter_config.json")
     assert {path.name for path in exact.iterdir()} == {path.name for path in ordinary.iterdir()}
     assert read_manifest(exact)["request"]["exact"] is True
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "low-rank-nf4"])
+def test_an_emulator_is_streamed_to_the_same_result(kind, tiny_model, rows_file, tmp_path):
+    chosen = CompressSettings(kind=kind, samples=8, selection=4)
+    emulator = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen).run()
+    ordinary = Train(emulator, str(rows_file), tmp_path / "ordinary", train_settings(steps=3)).run()
+    job = ExactTrain(
+        emulator, str(rows_file), tmp_path / "exact", train_settings(steps=3, batch_size=2, accumulation=4)
+    )
+    exact = job.run()
+    assert losses(exact) == pytest.approx(losses(ordinary), rel=1e-5)
+    require_close(exact, ordinary)
+    corrected = Correct(Adapter(exact), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings(clamp=3)).run()
+    assert Adapter(corrected).is_corrected
 
 
 def test_rows_with_pictures_are_trained_on_as_ordinarily(tmp_path):
