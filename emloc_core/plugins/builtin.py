@@ -24,6 +24,7 @@ COMMANDS = (
     "plan",
     "polish",
     "push",
+    "report",
     "run",
     "train",
     "zoo",

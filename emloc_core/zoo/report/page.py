@@ -15,12 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from emloc_core import __version__
 from emloc_core.errors import EmlocError
+from emloc_core.report.error_plot import band, sparkline
 from emloc_core.zoo.report import view
-from emloc_core.zoo.report.error_plot import band, sparkline
 from emloc_core.zoo.report.log_end import plain
 from emloc_core.zoo.report.view import STATES, JobView, Summary
 from emloc_core.zoo.state.store import Store
@@ -79,7 +79,7 @@ def finite(value: Any) -> Any:
 
 def _render(template: str, head: Mapping[str, str], summary: Summary, views: list[JobView]) -> str:
     environment = Environment(
-        loader=PackageLoader("emloc_core.zoo.report"),
+        loader=ChoiceLoader([PackageLoader("emloc_core.zoo.report"), PackageLoader("emloc_core.report")]),
         autoescape=select_autoescape(disabled_extensions=("md.j2",), default=True),
         undefined=StrictUndefined,
         trim_blocks=True,

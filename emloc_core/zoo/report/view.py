@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from emloc_core.report.error_plot import Strip, finite, strips
 from emloc_core.report.table import COSTS, rows
 from emloc_core.units import human_bytes, human_seconds
 from emloc_core.zoo.jobs.task import Needs
-from emloc_core.zoo.report.error_plot import Strip, finite, strips
 from emloc_core.zoo.report.log_end import log_end
 from emloc_core.zoo.state.record import Attempt, JobRecord
 

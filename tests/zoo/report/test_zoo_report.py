@@ -11,9 +11,9 @@ from support import zoos
 
 from emloc_core.cli.zoo import report as command
 from emloc_core.errors import EmlocError
+from emloc_core.report.error_plot import band, sparkline, strips
 from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.task import LOGS
-from emloc_core.zoo.report.error_plot import band, sparkline, strips
 from emloc_core.zoo.report.log_end import log_end, plain
 from emloc_core.zoo.report.page import DATA, PAGE, TEXT, write_report
 from emloc_core.zoo.state.lock import driving

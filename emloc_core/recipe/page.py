@@ -1,0 +1,263 @@
+"""The page of a run: what was done, memory planned and measured, losses, errors, corrections compared, scores.
+
+One file that asks for no other, in the look of a zoo's report: styles and plots are in it, it has no script, and its
+content security policy forbids everything else. All that comes from files is escaped.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+from emloc_core import __version__
+from emloc_core.errors import EmlocError, printable
+from emloc_core.files.output import MANIFEST, TIMING, read_json
+from emloc_core.report.error_plot import Strip, finite, sparkline, strips
+from emloc_core.report.table import rows as table_rows
+from emloc_core.units import human_bytes, human_seconds
+
+#: What the stages of a recipe do, by the directories that they write.
+PURPOSES = {
+    "emulator": "emulator made",
+    "adapter": "LoRA tuned on the emulator",
+    "corrected": "carried over to the base",
+    "polished": "exact steps on the base",
+    "merged": "merged into the base",
+    "full_lora": "control: LoRA tuned on the base",
+    "exact_alone": "control: exact steps alone",
+    "evaluation": "all compared",
+}
+#: Standard errors in half of a 95 % interval.
+_HALF = 1.96
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage that is finished.
+
+    Attributes:
+        name: of its directory.
+        manifest: the content of ``emloc.json``.
+        timing: that of ``timing.json``.
+        losses: of tuning, by step.
+        planned: bytes by the memory plan; None where there is none.
+    """
+
+    name: str
+    manifest: Mapping[str, Any]
+    timing: Mapping[str, Any]
+    losses: list[float]
+    planned: int | None = None
+
+    @property
+    def purpose(self) -> str:
+        """What it did."""
+        known = (text for name, text in PURPOSES.items() if self.name == name or self.name.startswith(f"{name}_"))
+        return next(known, self.name)
+
+    @property
+    def settings(self) -> list[tuple[str, Any]]:
+        """The settings that it had, by name."""
+        found = self.manifest.get("request", {}).get("settings", {})
+        return [(name, value) for name, value in found.items() if value not in (None, {}, [])]
+
+    @property
+    def peak(self) -> int | None:
+        """The memory that it took: of the GPU, or of the process."""
+        return self.timing.get("peak_cuda_bytes") or self.timing.get("peak_rss_bytes")
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A finished run, ready to be shown.
+
+    Attributes:
+        name: of its directory.
+        stages: those that are finished, in order.
+        results: the content of ``results.json``; empty without one.
+    """
+
+    name: str
+    stages: list[StageView]
+    results: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, run: Path) -> "RunView":
+        """Read the directory that ``emloc run`` wrote to.
+
+        Raises:
+            EmlocError: no stage is finished there.
+        """
+        made = sorted(run.iterdir(), key=_order) if run.is_dir() else []
+        found = {path.name: path for path in made if _order(path)[0] < len(PURPOSES) and (path / MANIFEST).is_file()}
+        if not found:
+            raise EmlocError(
+                f"{run} holds no finished stage of a run.", "Give the output directory of `emloc run`.", code="missing"
+            )
+        planned = _planned(found)
+        stages = [
+            StageView(name, read_json(path / MANIFEST), _read(path / TIMING), _losses(path), planned.get(name))
+            for name, path in found.items()
+        ]
+        return cls(run.resolve().name, stages, _read(run / "results.json"))
+
+    def stage(self, name: str) -> StageView | None:
+        """Return a stage by the name of its directory."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    @property
+    def seconds(self) -> float:
+        """How long all stages took."""
+        return sum(stage.timing.get("seconds", 0) for stage in self.stages)
+
+    @property
+    def bytes(self) -> tuple[int, int] | None:
+        """Bytes of the base and of the emulator."""
+        found = self._result("emulator").get("bytes")
+        return (found["base"], found["emulator"]) if found else None
+
+    @property
+    def errors(self) -> list[Strip]:
+        """The error of every Linear of the emulator."""
+        linears = self._result("emulator").get("linears", [])
+        return strips({linear["path"]: linear.get("relative_error") for linear in linears})
+
+    @property
+    def top_error(self) -> float:
+        """The largest of these."""
+        return max((value for strip in self.errors for value in finite(strip.values)), default=0)
+
+    @property
+    def top_loss(self) -> float:
+        """The largest loss of tuning."""
+        return max((loss for stage in self.stages for loss in finite(stage.losses)), default=0)
+
+    @property
+    def candidates(self) -> list[dict[str, Any]]:
+        """What the correction compared, each with whether it was chosen."""
+        result = self._result("corrected")
+        chosen = result.get("clamp"), result.get("scale", 1)
+        compared = [{"scale": 1, **each} for each in result.get("candidates", [])]
+        return [{**each, "chosen": (each["clamp"], each["scale"]) == chosen} for each in compared]
+
+    @property
+    def scores(self) -> list[dict[str, Any]]:
+        """A row for every system: its name, and by metric the value, half of its interval, and whether it is best."""
+        systems = self.results.get("systems", {})
+        spreads = self.results.get("stderr", {})
+        found = []
+        for row in table_rows(systems, self.results.get("metrics")) if systems else []:
+            cells = {}
+            for metric in self.metrics:
+                spread = spreads.get(row["system"], {}).get(metric)
+                half = _HALF * spread if isinstance(spread, int | float) else None
+                cells[metric] = row[metric], half, metric in row["best"]
+            found.append({"system": row["system"], "cells": cells})
+        return found
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics."""
+        return sorted(self.results.get("metrics", {}), key=lambda name: (not name.endswith("nll"), name))
+
+    def _result(self, name: str) -> Mapping[str, Any]:
+        stage = self.stage(name)
+        return stage.manifest.get("result", {}) if stage else {}
+
+
+def write_page(run: Path, output: Path) -> Path:
+    """Write the page of a run, whole or not at all.
+
+    Raises:
+        EmlocError: no stage is finished there, or the page cannot be written.
+    """
+    text = _render(RunView.read(run))
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, output)
+    except OSError as error:
+        raise EmlocError(
+            f"The page cannot be written to {output} ({error.strerror}).", "Choose another place with -o."
+        ) from error
+    return output
+
+
+def _render(view: RunView) -> str:
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader("emloc_core.recipe"), PackageLoader("emloc_core.report")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        size=lambda count: "-" if count is None else human_bytes(count),
+        duration=lambda seconds: "-" if seconds is None else human_seconds(seconds),
+        number=_number,
+        plain=lambda text: printable(str(text)),
+    )
+    written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    text = environment.get_template("run.html.j2").render(
+        run=view, written=written, version=__version__, sparkline=sparkline
+    )
+    return f"{text.strip()}\n"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return printable(str(value))
+    return f"{value:.4g}"
+
+
+def _order(path: Path) -> tuple[int, str]:
+    """Return the place of a stage's directory among the stages."""
+    for index, name in enumerate(PURPOSES):
+        if path.name == name or path.name.startswith(f"{name}_"):
+            return index, path.name
+    return len(PURPOSES), path.name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _losses(stage: Path) -> list[float]:
+    log = read_json(stage / "log.json") if (stage / "log.json").is_file() else []
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def _planned(made: Mapping[str, Path]) -> dict[str, int]:
+    """Return the bytes that the memory plan says for the stages, where the base's config is still there."""
+    from emloc_core.files.output import made_from
+    from emloc_core.memory import stages as streamed
+    from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.workload import make_workload
+    from emloc_core.settings import TrainSettings
+
+    if not made.keys() >= {"emulator", "adapter"}:
+        return {}
+    try:
+        compress, train = (read_json(made[name] / MANIFEST) for name in ("emulator", "adapter"))
+        config = Path(made_from(made["emulator"], "base")) / "config.json"
+        settings = TrainSettings(**train["request"]["settings"])
+        rows = str(made["emulator"] / "calibration.jsonl")
+        device = "cuda" if train.get("device") == "cuda" else "cpu"
+        workload = make_workload(config, settings, device, length=settings.max_length, data=rows)
+        model = MemoryModel(config, workload, compress["request"]["settings"].get("kind", "low-rank"))
+        ranks = {linear["path"]: linear["rank"] for linear in compress["result"]["linears"] if linear["rank"]}
+        plan = model.linears.with_ranks(ranks) if model.kind.has_ranks else model.linears.at_full_rank()
+        return {
+            "emulator": streamed.compress(model, plan).total,
+            "adapter": model.tuning(plan).total,
+            "corrected": streamed.correct(model, plan).total,
+            "merged": streamed.merge(model).total,
+            "full_lora": model.tuning().total,
+        }
+    except (EmlocError, KeyError, TypeError, ValueError, OSError):  # the page is of use without a plan
+        return {}

@@ -1,0 +1,82 @@
+"""The page of a run: what it says, and in a real browser (``make test-browser``) how it looks."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from support.chromium import Page
+from support.runs import HOSTILE, finished_run
+
+from emloc_core.cli import cli
+from emloc_core.errors import EmlocError
+from emloc_core.recipe.page import RunView, write_page
+
+
+def test_it_says_what_the_files_say(tmp_path):
+    view = RunView.read(finished_run(tmp_path / "run"))
+    assert [stage.name for stage in view.stages] == [
+        "emulator", "adapter", "corrected", "polished", "full_lora", "full_lora_60", "evaluation",
+    ]  # fmt: skip
+    assert [each["chosen"] for each in view.candidates] == [False, False, True]
+    assert view.seconds == 60 * sum(range(7))
+    assert {(strip.tower, strip.label) for strip in view.errors} == {
+        (tower, name) for tower in ("model.layers", "vision.blocks") for name in ("up_proj", "down_proj")
+    }
+    assert view.errors[1].values[1] is None
+    base = view.scores[0]["cells"]
+    assert base["nll"] == (1.5, pytest.approx(0.098), False)
+    assert base["accuracy"][1] is None
+    assert view.scores[1]["cells"]["accuracy"][2]
+
+
+def test_the_command_writes_one_page_with_nothing_unescaped(tmp_path):
+    run = finished_run(tmp_path / "run")
+    result = CliRunner().invoke(cli, ["report", str(run), "-o", str(tmp_path / "page.html")])
+    assert result.exception is None, result.exception
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert HOSTILE not in page
+    assert "&lt;script&gt;document.title" in page
+    assert "2 GB → 600 MB" in page
+    assert not re.search(r"(src|href)=.(?!#)", page)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    for place in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(EmlocError, match="holds no finished stage"):
+            write_page(place, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    page = Page(tmp_path_factory.mktemp("chromium") / "profile")
+    yield page
+    page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_is_in_order_in_a_browser(browser: Page, width: int, dark: bool, tmp_path: Path) -> None:
+    file = write_page(finished_run(tmp_path / "run"), tmp_path / "page.html")
+    browser.complaints.clear()
+    browser.requests.clear()
+    browser.open(file, width, dark=dark)
+    assert browser.value("document.title") == "run · run report"
+    assert browser.value("document.documentElement.scrollWidth") == width
+    assert browser.complaints == []
+    assert browser.requests == [file.resolve().as_uri()]
+    plots = browser.value("""[...document.querySelectorAll('svg.plot')].map(each => {
+      const box = each.getBoundingClientRect(), path = each.querySelector('path');
+      return [box.width, box.height, path ? path.getTotalLength() : 0];
+    })""")
+    assert len(plots) == 3 + 4
+    assert all(across > 100 and up > 50 and drawn > 10 for across, up, drawn in plots)
+    background = browser.value("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, background.removeprefix("rgb(").rstrip(")").split(","))) < 384) == dark
+    assert browser.value("document.querySelector('.candidates tr.chosen').innerText").split() == [
+        "0", "0.85", "1.3", "32", "chosen",
+    ]  # fmt: skip

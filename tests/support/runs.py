@@ -1,0 +1,49 @@
+"""A finished run as files, without a model: what the page of a run is made from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+HOSTILE = "<script>document.title = 'broken in'</script>&\"'"
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def finished_run(directory: Path) -> Path:
+    """Two towers, a Linear that stayed dense, all stages of a recipe, and a name that no page may run."""
+    linears = [
+        {"path": f"{tower}.{block}.mlp.{name}", "relative_error": None if (block, name) == (1, "down_proj") else error}
+        for tower in ("model.layers", "vision.blocks")
+        for block in range(4)
+        for name, error in (("up_proj", 0.1 + block / 10), ("down_proj", 0.2))
+    ]
+    compared = [{"clamp": 0, "scale": 1.0}, {"clamp": 3, "scale": 1.0}, {"clamp": 0, "scale": 0.85}]
+    results = {
+        "emulator": {"bytes": {"base": 2_000_000_000, "emulator": 600_000_000}, "linears": linears},
+        "adapter": {},
+        "corrected": {**compared[2], "candidates": [
+            {**each, "nll": 1.5 - index / 10, "rows": 32} for index, each in enumerate(compared)
+        ]},
+        "polished": {},
+        "full_lora": {},
+        "full_lora_60": {},
+        "evaluation": {},
+    }  # fmt: skip
+    for index, (name, result) in enumerate(results.items()):
+        settings = {"settings": {"learning_rate": 0.001, "extra": {}, "note": HOSTILE}}
+        write(directory / name / "emloc.json", {"request": settings, "result": result})
+        write(directory / name / "timing.json", {"seconds": 60.0 * index, "peak_rss_bytes": (index + 1) * 10**9})
+    for name in ("adapter", "polished", "full_lora"):
+        log = [{"step": step, "loss": 2.0 / step, "learning_rate": 0.001} for step in range(1, 21)]
+        write(directory / name / "log.json", log)
+    systems = {"base": {"nll": 1.5, "accuracy": 0.25}, HOSTILE: {"nll": 0.5, "accuracy": 0.75}}
+    write(directory / "results.json", {
+        "systems": systems,
+        "stderr": {"base": {"nll": 0.05, "accuracy": None}},
+        "metrics": {"nll": {"higher_is_better": False}, "accuracy": {"higher_is_better": True}},
+        "tasks": {},
+    })  # fmt: skip
+    return directory
