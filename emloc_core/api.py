@@ -348,7 +348,7 @@ def plan(  # noqa: PLR0913 - all by keyword
         model: directory, ``config.json``, registry entry, or hub id.
         memory: memory to tune in, such as ``24GiB``; by default what inference on the base needs.
         ratio: plan this ratio, instead of the largest that fits.
-        kind: kind of emulator.
+        kind: kind of emulator; ``auto``: the one that is recommended for the memory.
         data: rows; the longest sets the number of tokens per row.
         split: split of a saved or hub dataset.
         length: tokens per row; with ``data``, the maximum. Default: 1024.
@@ -362,7 +362,7 @@ def plan(  # noqa: PLR0913 - all by keyword
     Raises:
         EmlocError: the model cannot be planned, or a setting is wrong.
     """
-    from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.budget import of_kind
     from emloc_core.memory.plan import make_plan
     from emloc_core.memory.speed import measure as measure_speed
     from emloc_core.memory.workload import make_workload
@@ -377,7 +377,7 @@ def plan(  # noqa: PLR0913 - all by keyword
             file, train, device, length=length, images=images, image_size=size, data=data, split=split
         )
         speed = measure_speed(device, sorted(file.parent.glob("*.safetensors"))) if measure else None
-        return make_plan(fspath(model), MemoryModel(file, workload, kind), budget, ratio, speed)
+        return make_plan(fspath(model), of_kind(file, workload, kind, budget), budget, ratio, speed)
 
 
 def push(

@@ -23,6 +23,8 @@ from emloc_core.settings import CompressSettings
 #: U (m, k) and V (k, n) with U V the matrix that a Linear of the emulator multiplies by.
 Pair = tuple[torch.Tensor, torch.Tensor]
 Factorize = Callable[[torch.Tensor, Gram, int], Factors]
+#: Kinds in the order in which they are recommended: the first whose tuning fits. ``docs/evidence.md`` says why.
+RECOMMENDED = ("nf4", "low-rank-nf4")
 #: Settings that only kinds with ranks know.
 _OF_RANKS = ("ratio", "allocator", "calibration", "factorizer")
 

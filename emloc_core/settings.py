@@ -38,8 +38,8 @@ class CompressSettings(CutSettings):
     kind: str = Field(
         "low-rank",
         description="Kind of emulator: 'low-rank', factors as in the paper; 'nf4', weights in four bits as in QLoRA, "
-        "which have no ratio; 'low-rank-nf4', factors in four bits, where even 'nf4' is too large. Plugins can add "
-        "others.",
+        "which have no ratio; 'low-rank-nf4', factors in four bits, where even 'nf4' is too large; 'auto', by the "
+        "memory given, the kind that is best there. Plugins can add others.",
     )
     samples: int = Field(64, ge=1, description="Number of calibration rows.")
     selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp.")

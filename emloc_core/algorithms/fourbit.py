@@ -4,6 +4,7 @@ Every 64 numbers share a scale in fp32: a number takes 4.5 bits. Packing what wa
 again. A product unpacks the matrix, and once more in the backward pass, so that it is never kept.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from emloc_core.errors import EmlocError
 #: Numbers that share a scale.
 BLOCK = 64
 _KIND = "nf4"
+
+
+def is_installed() -> bool:
+    """Return whether bitsandbytes is there."""
+    return find_spec("bitsandbytes") is not None
 
 
 def kernels() -> Any:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
               "the base needs at the same batch size and length]")  # fmt: skip
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True),
               help="Plan an emulator of this ratio instead of the largest that fits.")  # fmt: skip
-@click.option("--kind", default="low-rank", show_default=True, help="Kind of emulator, as for emloc compress.")
+@click.option("--kind", default="low-rank", show_default=True,
+              help="Kind of emulator, as for emloc compress; with auto, the one that is best for the memory."
+              )  # fmt: skip
 @data_option(help="Rows, as for emloc train: the longest sets the number of tokens per row.")
 @click.option("--split", default="train", show_default=True, help="Split of a saved or hub dataset.")
 @click.option("--length", "--max-length", "--sequence-length", type=click.IntRange(1),
@@ -123,11 +125,12 @@ def _show_ways(planned: "MemoryPlan") -> None:
 
     click.echo(f"ways to tune within {human_bytes(planned.budget)}, with the same rows per step:")
     for way in planned.ways:
-        ratio = f" at ratio {way.ratio:g}" if way.ratio is not None else ""
+        kind = f" ({way.kind})" if way.kind else ""
+        name = f"{way.name}{kind} at ratio {way.ratio:g}" if way.ratio is not None else f"{way.name}{kind}"
         reads = f", reads {human_bytes(way.read_bytes)} of weights per step" if way.read_bytes else ""
         time = f", at least {human_seconds(way.seconds)}" if way.seconds is not None else ""
         click.echo(
-            f"  {way.name + ratio:<36} {human_bytes(way.bytes):>8}  {'fits' if way.fits else 'does not fit':<13} "
+            f"  {name:<50} {human_bytes(way.bytes):>8}  {'fits' if way.fits else 'does not fit':<13} "
             f"{way.micro_batch} x {way.accumulation} rows per step, {way.flops:.2g} operations{reads}{time}"
         )
     best = planned.best
@@ -136,6 +139,8 @@ def _show_ways(planned: "MemoryPlan") -> None:
     elif best.name == ORDINARY:
         click.echo("best: an ordinary LoRA on the base fits; no emulator is needed (emloc train MODEL)")
     else:
-        click.echo(f"best: {best.name}")
+        how = f": emloc compress MODEL --kind {best.kind}" if best.kind else ""
+        size = f" --ratio {best.ratio:g}" if best.ratio is not None else ""
+        click.echo(f"best: {best.name}{how}{size}")
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")

@@ -115,6 +115,7 @@ def describe_emulator(
     after = sum(planned_bytes(each, kind, skeleton.dtype) for each in replaced)
     return {
         "output": str(output),
+        "kind": kind.name,
         "family": family.name,
         "base": str(base.directory),
         "base_bytes": base.nbytes,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,8 +12,10 @@ from emloc_core.requests import CompressRequest
 from emloc_core.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from emloc_core.memory.model import MemoryModel, Need
+    from emloc_core.memory.model import MemoryModel, Need, Workload
 
+#: In place of a kind of emulator: the one that is recommended for the memory.
+AUTO = "auto"
 #: Ratios are searched in hundredths.
 LARGEST = 0.99
 #: Bytes per parameter in 4 bits with one fp32 scale per 64 parameters (NF4; Dettmers et al., 2023, without double
@@ -76,32 +79,61 @@ def require_fit(model: "MemoryModel", budget: int) -> Fit:
 
 
 def fitted(request: CompressRequest) -> CompressRequest:
-    """Return the request with the ratio that fits its memory, for its longest row on a GPU.
+    """Return the request with the kind and the ratio that fit its memory, for its longest row on a GPU.
 
     Raises:
-        EmlocError: no emulator's tuning fits (the message says what would fit), or the model cannot be planned.
+        EmlocError: no emulator's tuning fits (the message says what would fit), none is needed, the model cannot be
+            planned, or a kind is to be chosen for no memory.
     """
     if request.memory is None:
+        if request.settings.kind == AUTO:
+            raise EmlocError(
+                "The kind 'auto' is chosen by the memory for tuning, which is not given.",
+                "Give --memory, such as 24GiB, or another --kind.",
+            )
         return request
     from emloc_core.files.checkpoint import open_checkpoint
-    from emloc_core.memory.model import MemoryModel
     from emloc_core.memory.workload import make_workload
 
     budget = parse_bytes(request.memory)
     config = open_checkpoint(request.model).directory / "config.json"
     length = request.settings.max_length or request.tuning.max_length
     workload = make_workload(config, request.tuning, length=length, data=request.data, split=request.split)
-    model = MemoryModel(config, workload, request.settings.kind)
+    model = of_kind(config, workload, request.settings.kind, budget)
+    if request.settings.kind == AUTO and (need := model.tuning().total) <= budget:
+        raise EmlocError(
+            f"An ordinary LoRA on the base needs {human_bytes(need)} of {human_bytes(budget)}: no emulator is needed.",
+            "Run `emloc train MODEL`, or choose another --kind.",
+        )
     fit = require_fit(model, budget)
-    what = f"ratio {fit.ratio:g}" if model.kind.has_ranks else model.kind.name
+    ratio = {"ratio": fit.ratio} if model.kind.has_ranks else {}
+    what = model.kind.name + (f" at ratio {fit.ratio:g}" if ratio else "")
     click.echo(
         f"{what}: tuning with {workload.batch_size} rows x {workload.length} tokens needs "
         f"{human_bytes(fit.need.total)} of {human_bytes(budget)}",
         err=True,
     )
-    ratio = {"ratio": fit.ratio} if model.kind.has_ranks else {}
-    settings = request.settings.model_copy(update=ratio)
+    settings = request.settings.model_copy(update={"kind": model.kind.name, **ratio})
     return request.model_copy(update={"memory": None, "settings": settings})
+
+
+def of_kind(config: Path, workload: "Workload", kind: str, budget: int | None) -> "MemoryModel":
+    """Return the memory of a model with a kind of emulator; for ``auto``, the first recommended kind that fits.
+
+    Args:
+        config: the model's ``config.json``.
+        workload: the batch, and how it is trained on.
+        kind: of emulator, or ``auto``.
+        budget: bytes that tuning may use; None: what inference on the base needs.
+    """
+    from emloc_core.kinds import RECOMMENDED
+    from emloc_core.memory.model import MemoryModel
+
+    if kind != AUTO:
+        return MemoryModel(config, workload, kind)
+    models = [MemoryModel(config, workload, each) for each in RECOMMENDED]
+    allowed = models[0].inference().total if budget is None else budget
+    return next((model for model in models if largest_ratio(model, allowed)), models[-1])
 
 
 def no_fit(budget: int, advised: Iterable[str]) -> EmlocError:

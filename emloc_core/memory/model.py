@@ -201,6 +201,14 @@ class MemoryModel:
         """Return the same model under another workload."""
         return MemoryModel(self.config_file, workload, self.kind.name)
 
+    def with_kind(self, kind: str) -> "MemoryModel":
+        """Return the same model with another kind of emulator; what the base needs is not traced again."""
+        other = copy.copy(self)
+        other.kind = plugin_manager().algorithm("emulators", kind)()
+        other.linears = other._find_linears()
+        other._known = {ranks: need for ranks, need in self._known.items() if ranks is None}
+        return other
+
     def least_length(self) -> int:
         """Return the fewest tokens that a row can have: those of its images, and one."""
         return self.workload.images * self.image.tokens + 1 if self.image else 1

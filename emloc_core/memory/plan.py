@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from emloc_core.algorithms import fourbit
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.memory import stages
 from emloc_core.memory.budget import advice, largest_ratio
@@ -46,7 +47,13 @@ class MemoryPlan:
     @property
     def warnings(self) -> list[str]:
         """Drawbacks of the recommended way, and of what the family of the model declares."""
-        return [*filter(None, [self._low_ratio]), *self.model.coverage.warnings]
+        return [*filter(None, [self._low_ratio, self._four_bits]), *self.model.coverage.warnings]
+
+    @property
+    def _four_bits(self) -> str | None:
+        if fourbit.is_installed():
+            return None
+        return "emulators in four bits, which are recommended, are not compared: pip install 'emloc[quant]'"
 
     @property
     def _low_ratio(self) -> str | None:
@@ -55,7 +62,8 @@ class MemoryPlan:
             return None
         return (
             f"a LoRA tuned on an emulator of ratio {way.ratio:g} helps the base little by itself: polish it with "
-            "exact steps; shorter rows or more memory would allow a larger emulator"
+            "exact steps; shorter rows, one row at a time (--batch-size 1 --accumulation 8, say) or more memory would "
+            "allow a larger emulator"
         )
 
     def describe(self) -> dict[str, Any]:

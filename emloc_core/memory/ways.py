@@ -4,21 +4,23 @@ Every way takes the same rows per step. If the batch does not fit, or leaves roo
 are accumulated one row at a time instead: activations take less memory, and the result is the same.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from emloc_core.algorithms import fourbit
 from emloc_core.exact.need import Positions, step_need
-from emloc_core.memory.budget import Fit, largest_ratio, nf4_saving
+from emloc_core.kinds import RECOMMENDED, Kind
+from emloc_core.memory.budget import LARGEST, Fit, largest_ratio
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.speed import Speed
 
-#: Below this ratio a plan warns. It comes from one trial on one small model, not from a benchmark.
+#: Below this ratio of a kind with ranks a plan warns. It comes from one trial on one small model, not from a benchmark.
 LOW_RATIO = 0.4
 #: From this ratio on, more room for the emulator is worth less than a larger batch.
 _ENOUGH = 2 * LOW_RATIO
-ORDINARY, NF4 = "LoRA on the base", "LoRA on the base in 4 bits"
-EMULATOR, EXACT = "emulator, then polish", "exact steps"
+ORDINARY, EMULATOR, EXACT = "LoRA on the base", "emulator, then polish", "exact steps"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Way:
         fits: whether that is within the budget.
         micro_batch: rows in memory at once.
         accumulation: micro-batches per optimiser step.
-        ratio: the emulator's ratio, if there is one.
+        kind: the emulator's kind, if there is an emulator.
+        ratio: the emulator's ratio, if it has one.
         read_bytes: bytes of weights read from disk or RAM per optimiser step.
         flops: arithmetic per optimiser step; recomputation counts.
         seconds: how long an optimiser step takes at least on this machine; None if that was not measured.
@@ -42,6 +45,7 @@ class Way:
     fits: bool
     micro_batch: int
     accumulation: int
+    kind: str | None
     ratio: float | None
     read_bytes: int
     flops: float
@@ -62,45 +66,88 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
         speed: that of the machine, if it was measured.
 
     Returns:
-        The ways, in order of preference: the base itself, in 4 bits, an emulator, exact steps.
+        The ways, in order of preference: the base itself, emulators, exact steps. Emulators of the recommended kinds
+        come first, up to the first that fits, and then that of the planned kind.
     """
     rows = model.workload.batch_size * model.workload.train.accumulation
     tokens = rows * model.workload.length
     parameters, weights = model.parameters(), model.parameters() * model.dtype.itemsize
     passes = 6 if model.workload.train.gradient_checkpointing else 4  # per token and parameter: 2 each way, 2 again
+    exact = _exact_need(model, rows)
 
     def way(name: str, need: int, micro_batch: int, **other: Any) -> Way:
-        known = {"ratio": None, "read_bytes": 0, "flops": float(passes * parameters * tokens), **other}
+        flops = float(passes * parameters * tokens)
+        known = {"kind": None, "ratio": None, "read_bytes": 0, "flops": flops, **other}
         seconds = speed.seconds(known["flops"], known["read_bytes"]) if speed else None
         return Way(name, need, need <= budget, micro_batch, rows // micro_batch, seconds=seconds, **known)
 
-    single = model.with_workload(replace(model.workload, batch_size=1))
-    batch = model.workload.batch_size
+    sizes = [model] if model.workload.batch_size == 1 else [model, _one_row(model)]
 
-    def first_fit(name: str, saved: int) -> Way:
-        at_once = way(name, model.tuning().total - saved, batch)
-        return at_once if at_once.fits or batch == 1 else way(name, single.tuning().total - saved, 1)
+    def ordinary() -> Way:
+        found = (way(ORDINARY, of.tuning().total, of.workload.batch_size) for of in sizes)
+        return next((each for each in found if each.fits), None) or way(ORDINARY, *_least(sizes))
 
-    ratio, emulator, size = fit.ratio if fit else None, model, batch
-    if batch > 1 and (ratio is None or ratio < _ENOUGH):
-        smaller = largest_ratio(single, budget)
-        if smaller and (ratio is None or smaller.ratio > ratio):
-            ratio, emulator, size = smaller.ratio, single, 1
-    exact = _exact_need(model, rows)
+    def emulator(kind: Kind, ratio: float | None, of: MemoryModel, need: int) -> Way:
+        held = of.parameters(of.plan(ratio or 0.01)) if kind.has_ranks else parameters
+        sized = {"kind": kind.name, "ratio": ratio if kind.has_ranks else None}
+        flops = float(passes * held * tokens)
+        return way(EMULATOR, max(need, exact), of.workload.batch_size, flops=flops, **sized)
+
+    emulators: list[Way] = []
+    for name in RECOMMENDED if fourbit.is_installed() else ():
+        if not any(each.fits for each in emulators):
+            of_kind = [each.with_kind(name) for each in sizes]
+            emulators.append(emulator(of_kind[0].kind, *_by_weights(of_kind, budget)))
+    if model.kind.name not in [each.kind for each in emulators]:
+        emulators.append(emulator(model.kind, *_traced(sizes, budget, fit)))
     streamed = {"read_bytes": 2 * weights, "flops": float(6 * parameters * tokens)}
-    plan = emulator.plan(ratio or 0.01)
-    tuning = emulator.tuning(plan).total
-    return [
-        first_fit(ORDINARY, 0),
-        first_fit(NF4, nf4_saving(model)),
-        way(EMULATOR, max(tuning, exact), size, ratio=ratio, flops=float(passes * model.parameters(plan) * tokens)),
-        way(EXACT, exact, 1, **streamed),
-    ]
+    return [ordinary(), *emulators, way(EXACT, exact, 1, **streamed)]
 
 
 def best(found: Sequence[Way]) -> Way | None:
-    """Return the recommended way: the first that fits and that this toolkit provides, or None."""
-    return next((way for way in found if way.fits and way.name != NF4), None)
+    """Return the recommended way: the first that fits, or None."""
+    return next((way for way in found if way.fits), None)
+
+
+def _one_row(model: MemoryModel) -> MemoryModel:
+    return model.with_workload(replace(model.workload, batch_size=1))
+
+
+def _least(sizes: Sequence[MemoryModel]) -> tuple[int, int]:
+    """Return what tuning the base needs with the smallest batch, and that batch."""
+    return sizes[-1].tuning().total, sizes[-1].workload.batch_size
+
+
+def _traced(sizes: Sequence[MemoryModel], budget: int, fit: Fit | None) -> tuple[float | None, MemoryModel, int]:
+    """Return the largest ratio that fits, how it is tuned, and what that needs.
+
+    Args:
+        sizes: the batch at once, and one row at a time, which is taken where that leaves more room.
+        budget: bytes that may be used.
+        fit: the largest emulator whose tuning fits with the batch at once, or None.
+    """
+    model, ratio = sizes[0], fit.ratio if fit else None
+    if len(sizes) > 1 and (ratio is None or (model.kind.has_ranks and ratio < _ENOUGH)):
+        smaller = largest_ratio(sizes[1], budget)
+        if smaller and (ratio is None or smaller.ratio > ratio):
+            model, ratio = sizes[1], smaller.ratio
+    return ratio, model, model.tuning(model.plan(ratio or 0.01)).total
+
+
+def _by_weights(sizes: Sequence[MemoryModel], budget: int) -> tuple[float | None, MemoryModel, int]:
+    """Return what :func:`_traced` does, from the weights alone: all else needs what it needs on the base."""
+    found: list[tuple[float | None, MemoryModel, int]] = []
+    for model in sizes:
+        rest = model.tuning().total - model.parameters() * model.dtype.itemsize
+
+        def need(hundredths: int, model: MemoryModel = model, rest: int = rest) -> int:
+            return rest + model.weight_bytes(hundredths / 100)
+
+        largest = bisect_right(range(1, round(100 * LARGEST) + 1), budget, key=need)
+        found.append((largest / 100 or None, model, need(largest or 1)))
+        if largest >= 100 * _ENOUGH:
+            break
+    return max(found, key=lambda each: each[0] or 0)
 
 
 def _exact_need(model: MemoryModel, rows: int) -> int:

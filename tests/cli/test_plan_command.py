@@ -31,10 +31,13 @@ def plan(*arguments: str | Path) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def tuning_need(model: Path, ratio: float, length: int | None = None, data: Path | None = None, **train: Any) -> str:
+def tuning_need(
+    model: Path, ratio: float, length: int | None = None, data: Path | None = None, kind: str = "low-rank", **train: Any
+) -> str:
     """The bytes of tuning the emulator of a ratio, as ``--memory`` takes them."""
     config_file, rows = model / "config.json", None if data is None else str(data)
-    planned = MemoryModel(config_file, make_workload(config_file, TrainSettings(**train), length=length, data=rows))
+    workload = make_workload(config_file, TrainSettings(**train), length=length, data=rows)
+    planned = MemoryModel(config_file, workload, kind)
     return str(planned.tuning(planned.plan(ratio)).total)
 
 
@@ -106,6 +109,30 @@ def test_a_low_ratio_is_a_warning_and_one_row_at_a_time_makes_room(tiny_model: P
     emulator = next(way for way in found["ways"] if way["ratio"] is not None)
     assert (emulator["micro_batch"], emulator["accumulation"]) == (1, 8)
     assert emulator["ratio"] > found["ratio"]
+
+
+def test_the_recommended_kind_is_the_first_that_fits(tiny_model: Path) -> None:
+    config = tiny_model / "config.json"
+    model = MemoryModel(config, make_workload(config, TrainSettings(batch_size=1), length=16), "nf4")
+    traced = model.tuning(model.plan(0.5)).total
+    by_weights = model.tuning().total - model.parameters() * model.dtype.itemsize + model.weight_bytes(0.5)
+    budgets = {"nf4": max(traced, by_weights), "low-rank-nf4": min(traced, by_weights) - 1}
+    options = ("--length", 16, "--batch-size", 1, "--kind", "auto", "--memory")
+    for kind, budget in budgets.items():
+        found = plan(tiny_model, *options, budget)
+        best = next(way for way in found["ways"] if way["fits"])
+        assert (found["kind"], best["kind"], found["best"]) == (kind, kind, "emulator, then polish")
+        assert (best["ratio"] is None) == (kind == "nf4")
+        shown = run("plan", tiny_model, *options, budget).stdout
+        assert f"best: emulator, then polish: emloc compress MODEL --kind {kind}" in shown
+
+
+def test_compress_takes_the_recommended_kind(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    options = ("compress", tiny_model, "--data", rows_file, "-o", tmp_path / "emulator", "--kind", "auto", "--dry-run")
+    assert "Give --memory" in refused(*options)
+    assert "no emulator is needed" in refused(*options, "--memory", "4GiB")
+    least = tuning_need(tiny_model, 0.5, data=rows_file, kind="nf4")
+    assert json.loads(run(*options, "--json", "--memory", least).stdout)["kind"] == "nf4"
 
 
 def test_a_table_for_a_person(tiny_model: Path) -> None:
