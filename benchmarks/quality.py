@@ -313,8 +313,11 @@ class Table:
         return row and (row["systems"]["base"]["nll"], row["systems"][FULL]["nll"])
 
     def recovery(self, row: dict[str, Any], system: str) -> float | None:
-        """Return the recovery of a system of a cell; the LoRA on the base has as many steps in all."""
-        steps = STEPS + (EXACT[-1] if system.startswith("polish") else 0)
+        """Return the recovery of a system of a cell; the LoRA on the base has as many steps in all.
+
+        Exact steps from scratch are compared with what polishing is compared with, to stand beside it.
+        """
+        steps = STEPS + (EXACT[-1] if system.startswith("polish") or system == SCRATCH else 0)
         losses = self.losses(row["task"], row["seed"], steps)
         if losses is None or system not in row["systems"]:
             return None
@@ -353,6 +356,29 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
     return found
 
 
+def draw(recovery: Sequence[dict[str, Any]]) -> None:
+    """Draw ``results/quality.svg``: recovery over memory, a panel for every task."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(4 * len(TASKS), 3.6), layout="constrained")
+    FigureCanvasSVG(drawing)
+    shown = ("emloc", "emloc+polish20", "low-rank+auto", "low-rank+polish20")
+    for axes, task in zip(drawing.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
+        for system in shown:
+            rows = sorted(
+                (row for row in recovery if (row["task"], row["system"]) == (task, system)),
+                key=lambda row: row["memory"],
+            )
+            axes.errorbar([row["memory"] for row in rows], [row["mean"] for row in rows],
+                          [row["spread"] or 0 for row in rows], marker="o", capsize=3, label=system)  # fmt: skip
+        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        axes.set(title=task, xlabel="memory of the block Linears")
+    drawing.axes[0].set_ylabel("recovery")
+    drawing.axes[0].legend(frameon=False, fontsize="small")
+    drawing.savefig(RESULTS / "quality.svg")
+
+
 def report(rows: list[dict[str, Any]]) -> None:
     """Write the results that there are: recovery, goals, and a line for every cell."""
     table = Table(rows)
@@ -383,6 +409,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         )
     )
     write_results("quality", "make bench-quality", rows, goals, text)
+    draw(recovery)
     file = RESULTS / "quality.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({"recovery": recovery, **content}, indent=2) + "\n", encoding="utf-8")
