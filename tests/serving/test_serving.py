@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from urllib.request import Request, urlopen
 
 import pytest
+import torch
 from emloc_demo.model import write_base
 from support.adapters import make_adapter
 
@@ -33,7 +34,7 @@ def served(model, lora=None):
         asked = {"messages": [{"role": "user", "content": question}], "max_tokens": 16, "temperature": 0}
         request = Request(f"{address}/v1/chat/completions", json.dumps(asked).encode(),
                           {"Content-Type": "application/json"})  # fmt: skip
-        with urlopen(request, timeout=120) as answer:
+        with urlopen(request, timeout=1800) as answer:
             return json.load(answer)["choices"][0]["message"]["content"].strip()
 
     yield ask
@@ -42,6 +43,7 @@ def served(model, lora=None):
 @pytest.mark.slow
 def test_llama_cpp_answers_as_transformers_does(tmp_path):
     base = write_base(tmp_path / "base")
+    torch.manual_seed(0)  # for half A: a random LoRA may leave two tokens all but equally likely
     adapter = make_adapter(base, tmp_path / "adapter", size=0.02, r=24, use_rslora=True)
     merged = emloc_core.merge(adapter, tmp_path / "merged", base=base, allow_uncorrected=True)
     settings = {"gguf": True, "dtype": "f32"}
