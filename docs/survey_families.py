@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -168,9 +169,8 @@ def outcome(result: dict[str, Any]) -> str:
 
 
 def cell(text: str) -> str:
-    """Return a text as a cell of a table: on one line, cut at 200 characters."""
-    line = " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
-    return line if len(line) <= 200 else f"{line[:197]}..."
+    """Return a text as a cell of a table: on one line, cut behind a word at 200 characters."""
+    return textwrap.shorten(text.replace("|", "\\|").replace("<", "&lt;"), 200, placeholder=" ...")
 
 
 if __name__ == "__main__":
