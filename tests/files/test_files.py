@@ -178,7 +178,12 @@ def test_an_output_is_published_whole_with_its_manifest(tmp_path):
         output.result = {"steps": 3}
         assert not (tmp_path / "out").exists()
     assert output.is_finished()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["emloc.json", "timing.json", "weights"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "emloc.json",
+        "timing.json",
+        "weights",
+    ]
     assert read_manifest(tmp_path / "out")["result"] == {"steps": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

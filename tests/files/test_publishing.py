@@ -22,7 +22,7 @@ from emloc_core.files.output import Output, read_manifest, write_json
 from emloc_core.files.workspace import Workspace
 
 PUBLISHING = {module.__file__ for module in (lock, publishing, workspace)}
-WHOLE = ["emloc.json", "part", "parts", "parts/weights", "timing.json"]
+WHOLE = ["README.md", "emloc.json", "part", "parts", "parts/weights", "timing.json"]
 
 
 def build(place, name):

@@ -281,7 +281,7 @@ def test_each_fault_is_its_job_s_own(tmp_path, tiny_model, rows_file, alone, mon
         shutil.copytree(tiny_model, tmp_path / "models" / name)
     with (tmp_path / "models" / "full" / "config.json").open("a") as file:
         file.write(" ")  # else it is a duplicate
-    add_vocabulary(tmp_path / "models" / "hungry", 0.5)
+    add_vocabulary(tmp_path / "models" / "hungry", 1.0)
     limits = {"hungry": {resource.RLIMIT_AS: alone[1] + (300 << 20)}, "full": {resource.RLIMIT_FSIZE: 20_000}}
     monkeypatch.setattr(Hostile, "limits", limits)
     jobs = resolve([str(tmp_path / "models")], Defaults(data=str(rows_file), compress=SMALL))
