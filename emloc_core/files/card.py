@@ -136,9 +136,10 @@ def _tuned(request: Manifest, settings: Manifest, result: Manifest) -> str:
 
 
 def _corrected(request: Manifest, _settings: Manifest, result: Manifest) -> str:
-    clamp = result.get("clamp")
-    kept = " (no correction did better on held-out rows)" if clamp == 0 else ""
-    return f"Correction: `{_shown(str(request.get('method')))}` with clamp {clamp}{kept}."
+    clamp, scale = result.get("clamp"), result.get("scale", 1)
+    scaled = f", scaled by {scale:g}" if scale != 1 else ""
+    kept = " (no correction did better on held-out rows)" if (clamp, scale) == (0, 1) else ""
+    return f"Correction: `{_shown(str(request.get('method')))}` with clamp {clamp}{scaled}{kept}."
 
 
 def _checkpoint(request: Manifest, _settings: Manifest, result: Manifest) -> str:
@@ -164,8 +165,9 @@ def _scores(line: list[Manifest], table: str | None) -> Iterator[str]:
     if compared:
         yield (
             "## Scores\n\nLoss per token, in nats, of the base with the corrected LoRA on "
-            f"{compared[0]['rows']} held-out rows; clamp 0 is the LoRA as it was tuned.\n\n| clamp | loss |\n"
-            "| --- | ---: |\n" + "".join(f"| {row['clamp']} | {row['nll']:.4f} |\n" for row in compared)
+            f"{compared[0]['rows']} held-out rows; clamp 0 at scale 1 is the LoRA as it was tuned.\n\n"
+            "| clamp | scale | loss |\n| --- | ---: | ---: |\n"
+            + "".join(f"| {row['clamp']} | {row['scale']:g} | {row['nll']:.4f} |\n" for row in compared)
         )
 
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,17 +165,21 @@ def made_from(directory: Path, role: str) -> str:
     return name
 
 
-def _parents(inputs: Mapping[str, str]) -> list[dict[str, Any]]:
+def _parents(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the manifests of the outputs among the inputs, and of those among theirs, the oldest first."""
-    found: list[dict[str, Any]] = []
-    for role in ("emulator", "model", "adapter"):
-        directory = Path(inputs.get(role, ""))
-        if role not in inputs or not directory.is_dir():
-            continue
-        with suppress(EmlocError, OSError, AttributeError, TypeError):  # a damaged one is left out of the card
-            if manifest := read_manifest(directory):
-                found += [each for each in (*_parents(manifest["inputs"]), manifest) if each not in found]
-    return found
+    found: dict[Path, dict[str, Any]] = {}
+
+    def add(inputs: Any) -> None:
+        for role in ("emulator", "model", "adapter"):
+            directory = Path(inputs.get(role, "")).resolve()
+            if role not in inputs or directory in found or not (manifest := read_manifest(directory)):
+                continue
+            found[directory] = manifest  # now, in case that it names itself
+            add(manifest["inputs"])
+            found[directory] = found.pop(directory)  # its own parents come first
+
+    add(inputs)
+    return list(found.values())
 
 
 class Output:
@@ -367,7 +371,10 @@ class Output:
     def _write_card(self, manifest: dict[str, Any]) -> None:
         table = self.staging / "table.md"
         scores = table.read_text(encoding="utf-8") if table.is_file() else None
-        text = card(manifest, _parents(self._inputs), self._loader, scores)
+        try:
+            text = card(manifest, _parents(self._inputs), self._loader, scores)
+        except (EmlocError, OSError, LookupError, AttributeError, TypeError, ValueError):
+            text = card(manifest, [], self._loader, scores)  # what others made may say anything of how
         (self.staging / CARD).write_text(text, encoding="utf-8")
 
 

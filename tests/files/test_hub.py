@@ -120,7 +120,7 @@ def test_the_card_shows_code_that_runs(tiny_model, tmp_path):
     emulator = (tmp_path / "emulator" / "README.md").read_text()
     assert "import emloc_core.lowrank" in emulator
     assert "on 8 calibration rows" in emulator
-    for part in ("Emulator: low-rank, ratio 0.6", "LoRA: rank 8", "Correction: `emloc`", "| clamp | loss |"):
+    for part in ("Emulator: low-rank, ratio 0.6", "LoRA: rank 8", "Correction: `emloc`", "| clamp | scale | loss |"):
         assert part in card
     assert shlex.quote(str(tmp_path)) not in card
     assert AutoModelForCausalLM.__name__ in card

@@ -1,0 +1,54 @@
+"""Cards: what was compared is told apart, and no manifest of a stranger's breaks an output of one's own."""
+
+import json
+
+import pytest
+
+from emloc_core.files.card import CARD, card
+from emloc_core.files.output import MANIFEST, Output
+
+CORRECTED = {
+    "kind": "corrected-adapter",
+    "inputs": {"base": "organisation/model"},
+    "request": {"method": "paper"},
+    "result": {
+        "clamp": 0,
+        "scale": 0.85,
+        "candidates": [
+            {"clamp": 0, "scale": 1.0, "nll": 1.25, "rows": 8},
+            {"clamp": 0, "scale": 0.85, "nll": 1.125, "rows": 8},
+        ],
+    },
+}
+
+
+def test_a_scaled_lora_is_not_called_kept_as_it_was():
+    text = card(CORRECTED, [], "AutoModelForCausalLM")
+    assert "| 0 | 1 | 1.2500 |" in text
+    assert "| 0 | 0.85 | 1.1250 |" in text
+    assert "scaled by 0.85" in text
+    assert "no correction did better" not in text
+    kept = card({**CORRECTED, "result": {**CORRECTED["result"], "scale": 1.0}}, [], "AutoModelForCausalLM")
+    assert "no correction did better" in kept
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {"kind": "emulator", "inputs": {"model": "PARENT"}},
+        {"kind": "emulator"},
+        {"kind": "emulator", "inputs": [], "request": {}, "result": {}},
+        {"kind": "emulator", "inputs": {"model": 3}, "result": {"bytes": 1}},
+        {"kind": "emulator", "inputs": {}, "result": {"linears": [{"relative_error": "x"}], "bytes": {}}},
+        {"kind": "emulator", "inputs": {}, "request": {"settings": 5}, "result": {"linears": 7}},
+        {"kind": "adapter", "inputs": {}, "request": {"settings": {"method": 5}}, "result": {"target_modules": 1}},
+    ],
+)
+def test_a_strange_parent_is_left_out(manifest, tmp_path):
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    (parent / MANIFEST).write_text(json.dumps(manifest).replace("PARENT", str(parent)))
+    output = Output(tmp_path / "out", "adapter", {}, inputs={"model": str(parent)})
+    with output.build() as staging:
+        (staging / "weights").write_text("x")
+    assert "Made by EMLoC" in (tmp_path / "out" / CARD).read_text()
