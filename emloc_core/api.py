@@ -376,7 +376,7 @@ def plan(  # noqa: PLR0913 - all by keyword
         workload = make_workload(
             file, train, device, length=length, images=images, image_size=size, data=data, split=split
         )
-        speed = measure_speed(device, sorted(file.parent.glob("*.safetensors"))) if measure else None
+        speed = measure_speed(device, file.parent) if measure else None
         return make_plan(fspath(model), of_kind(file, workload, kind, budget), budget, ratio, speed)
 
 

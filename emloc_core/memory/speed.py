@@ -35,19 +35,20 @@ class Speed:
         return None if self.read is None else max(arithmetic, read_bytes / self.read)
 
 
-def measure(device: str, shards: Sequence[Path]) -> Speed | None:
+def measure(device: str, weights: Path) -> Speed | None:
     """Measure this machine.
 
     Args:
         device: ``cuda`` or ``cpu``.
-        shards: files of the weights, if they are here. They are read from the disk itself if they are larger than the
-            free memory, which would not keep them from one step to the next.
+        weights: directory with the model's shards, if they are here. They are read from the disk itself if they are
+            larger than the free memory, which would not keep them from one step to the next.
 
     Returns:
         The speed, or None if the machine has no such device.
     """
     if device == "cuda" and not torch.cuda.is_available():
         return None
+    shards = [path for path in weights.glob("*.safetensors") if path.is_file() and path.stat().st_size]
     read = _reading(shards) if shards else None
     if read is not None and device == "cuda":
         read = min(read, _transfer())
@@ -85,24 +86,23 @@ def _reading(shards: Sequence[Path]) -> float:
     buffer = memoryview(bytearray(_CHUNK))
     with max(shards, key=lambda shard: shard.stat().st_size).open("rb", buffering=0) as file:
         size = min(os.fstat(file.fileno()).st_size, _MOST)
+
+        def read() -> int:
+            return file.readinto(buffer) or 0
+
         if stays:
-            while file.tell() < size and file.readinto(buffer):
+            while file.tell() < size and read():
                 pass
         else:
             os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
         file.seek(0)
-
-        def read() -> int:
-            if stays and file.tell() >= size:
-                file.seek(0)
-            return file.readinto(buffer) or 0
-
-        return _rate(read, most=float("inf") if stays else size)
+        return _rate(read, most=size)
 
 
 def _rate(act: Callable[[], int], most: float = float("inf")) -> float:
     """Return the amount per second of what ``act`` does, for a while or until it has done ``most``."""
-    done, started = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - started) < _SECONDS and done < most:
+    done, started, seconds = 0, time.perf_counter(), 0.0
+    while seconds < _SECONDS and done < most:
         done += act()
-    return done / max(seconds, 1e-9)
+        seconds = time.perf_counter() - started
+    return done / seconds

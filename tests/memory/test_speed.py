@@ -1,5 +1,6 @@
 """The estimate of a step's time: what overlaps, and what is not known."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ def test_reading_and_arithmetic_overlap() -> None:
 
 def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_SECONDS", 0.01)
-    shard = tmp_path / "model.safetensors"
-    shard.write_bytes(bytes(10_000_000))
-    found, without = measure("cpu", [shard]), measure("cpu", [])
+    (tmp_path / "model.safetensors").write_bytes(bytes(10_000_000))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "nothing.safetensors").touch()
+    os.mkfifo(tmp_path / "empty" / "pipe.safetensors")  # nobody will ever write to it
+    found, without = measure("cpu", tmp_path), measure("cpu", tmp_path / "empty")
     assert found is not None
     assert without is not None
     assert found.read is not None
@@ -30,7 +33,7 @@ def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert without.read is None
     assert min(found.flops, without.flops) > 0
     monkeypatch.setattr(speed.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1}))
-    beyond_memory = measure("cpu", [shard])
+    beyond_memory = measure("cpu", tmp_path)
     assert beyond_memory is not None
     assert beyond_memory.read is not None
     assert beyond_memory.read > 0
@@ -38,4 +41,4 @@ def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_device_that_is_not_there_is_not_measured() -> None:
-    assert measure("cuda", []) is None
+    assert measure("cuda", Path()) is None
