@@ -4,19 +4,17 @@ One file that asks for no other, in the look of a zoo's report: styles and plots
 content security policy forbids everything else. All that comes from files is escaped.
 """
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-
 from emloc_core import __version__
 from emloc_core.errors import EmlocError, printable
 from emloc_core.files.output import MANIFEST, TIMING, read_json
 from emloc_core.report.error_plot import Strip, finite, sparkline, strips
+from emloc_core.report.pages import environment, publish_page
 from emloc_core.report.table import rows as table_rows
 from emloc_core.units import human_bytes, human_seconds
 
@@ -176,11 +174,8 @@ def write_page(run: Path, output: Path) -> Path:
         EmlocError: no stage is finished there, or the page cannot be written.
     """
     text = _render(RunView.read(run))
-    partial = output.with_name(f".{output.name}.partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, output)
+        publish_page(output, text)
     except OSError as error:
         raise EmlocError(
             f"The page cannot be written to {output} ({error.strerror}).", "Choose another place with -o."
@@ -189,23 +184,16 @@ def write_page(run: Path, output: Path) -> Path:
 
 
 def _render(view: RunView) -> str:
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader("emloc_core.recipe"), PackageLoader("emloc_core.report")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
+    templates = environment(
+        "emloc_core.recipe",
         size=lambda count: "-" if count is None else human_bytes(count),
         duration=lambda seconds: "-" if seconds is None else human_seconds(seconds),
         number=_number,
         plain=lambda text: printable(str(text)),
     )
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    text = environment.get_template("run.html.j2").render(
-        run=view, written=written, version=__version__, sparkline=sparkline
-    )
+    template = templates.get_template("run.html.j2")
+    text = template.render(run=view, written=written, version=__version__, sparkline=sparkline)
     return f"{text.strip()}\n"
 
 
@@ -247,7 +235,7 @@ def _planned(made: Mapping[str, Path]) -> dict[str, int]:
         config = Path(made_from(made["emulator"], "base")) / "config.json"
         settings = TrainSettings(**train["request"]["settings"])
         rows = str(made["emulator"] / "calibration.jsonl")
-        device = "cuda" if train.get("device") == "cuda" else "cpu"
+        device = "cuda" if "peak_cuda_bytes" in _read(made["adapter"] / TIMING) else "cpu"
         workload = make_workload(config, settings, device, length=settings.max_length, data=rows)
         model = MemoryModel(config, workload, compress["request"]["settings"].get("kind", "low-rank"))
         ranks = {linear["path"]: linear["rank"] for linear in compress["result"]["linears"] if linear["rank"]}

@@ -1,6 +1,8 @@
 """The page of a run: what it says, and in a real browser (``make test-browser``) how it looks."""
 
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,10 @@ from support.runs import HOSTILE, finished_run
 
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
+from emloc_core.files.output import TIMING
 from emloc_core.recipe.page import RunView, write_page
+from emloc_core.settings import TrainSettings
+from emloc_core.tuning.train import Train
 
 
 def test_it_says_what_the_files_say(tmp_path):
@@ -41,6 +46,21 @@ def test_the_command_writes_one_page_with_nothing_unescaped(tmp_path):
     assert "2 GB → 600 MB" in page
     assert not re.search(r"(src|href)=.(?!#)", page)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_memory_is_planned_for_the_device_that_tuned(tiny_emulator, rows_file, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_emulator, run / "emulator")
+    Train(run / "emulator", str(rows_file), run / "adapter", TrainSettings(steps=1, batch_size=1, bf16=False)).run()
+
+    def planned() -> dict[str, int | None]:
+        return {stage.name: stage.planned for stage in RunView.read(run).stages}
+
+    on_cpu = planned()
+    assert 0 < on_cpu["emulator"] < on_cpu["adapter"]
+    timing = run / "adapter" / TIMING
+    timing.write_text(json.dumps({**json.loads(timing.read_text()), "peak_cuda_bytes": 1}))
+    assert planned()["adapter"] != on_cpu["adapter"]  # by the context of CUDA, and without the imports
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):

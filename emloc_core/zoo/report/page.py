@@ -15,11 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
-
 from emloc_core import __version__
 from emloc_core.errors import EmlocError
 from emloc_core.report.error_plot import band, sparkline
+from emloc_core.report.pages import environment, publish_page
 from emloc_core.zoo.report import view
 from emloc_core.zoo.report.log_end import plain
 from emloc_core.zoo.report.view import STATES, JobView, Summary
@@ -56,9 +55,8 @@ def write_report(zoo: Path, directory: Path) -> dict[str, Any]:
         TEXT: _render("report.md.j2", head, summary, views),
     }
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            _publish(directory / name, text)
+            publish_page(directory / name, text)
     except OSError as error:
         raise EmlocError(
             f"The report cannot be written into {directory} ({error.strerror}).", "Choose another place with -o."
@@ -78,14 +76,8 @@ def finite(value: Any) -> Any:
 
 
 def _render(template: str, head: Mapping[str, str], summary: Summary, views: list[JobView]) -> str:
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader("emloc_core.zoo.report"), PackageLoader("emloc_core.report")]),
-        autoescape=select_autoescape(disabled_extensions=("md.j2",), default=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
+    templates = environment(
+        "emloc_core.zoo.report",
         size=view.size,
         duration=view.duration,
         number=view.number,
@@ -95,9 +87,9 @@ def _render(template: str, head: Mapping[str, str], summary: Summary, views: lis
         plain=plain,
         sha256=_sha256,
     )
-    environment.globals.update(sparkline=sparkline, band=band, share=view.share)
+    templates.globals.update(sparkline=sparkline, band=band, share=view.share)
     shown = sorted(views, key=lambda each: (list(STATES).index(each.state), each.number))
-    text = environment.get_template(template).render(head=head, summary=summary, jobs=shown, states=STATES)
+    text = templates.get_template(template).render(head=head, summary=summary, jobs=shown, states=STATES)
     return f"{text.strip()}\n"
 
 
@@ -115,9 +107,3 @@ def _fenced(text: str) -> str:
 def _sha256(text: str) -> str:
     """Return a hash as a content security policy wants it."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _publish(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    partial.replace(path)
