@@ -85,6 +85,11 @@ class StepSettings(Settings):
                                  "without a better loss; by default never.")  # fmt: skip
     extra: dict[str, Any] = Field(default_factory=dict, description="Any other fields of TRL's SFTConfig.")
 
+    @property
+    def learns_preferences(self) -> bool:
+        """Whether a chosen answer is learned to be preferred to a rejected one."""
+        return False
+
 
 class TrainSettings(StepSettings):
     """How the LoRA is trained."""
@@ -106,6 +111,11 @@ class TrainSettings(StepSettings):
         description="Modules to put the LoRA on, by the end of their paths: a list, or names with commas between them; "
         "all-linear for every Linear but the output layer; the family's choice by default.",
     )
+
+    @property
+    def learns_preferences(self) -> bool:
+        """Whether a chosen answer is learned to be preferred to a rejected one."""
+        return self.method == "dpo"
 
     @field_validator("target_modules", mode="before")
     @classmethod

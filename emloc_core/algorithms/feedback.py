@@ -53,4 +53,4 @@ def _blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = torch.zeros_like(padded, dtype=torch.bool).scatter_(1, at, value=True)
     tiny = torch.finfo(matrix.dtype).tiny
     spread = scales.clamp(min=tiny).expand_as(padded)
-    return (part.flatten()[:count].view(size) for part in (spread, largest))  # type: ignore[return-value]
+    return spread.flatten()[:count].view(size), largest.flatten()[:count].view(size)

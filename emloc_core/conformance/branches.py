@@ -20,6 +20,7 @@ from torch import nn
 
 from emloc_core.conformance.tiny import random_model, tiny_config
 from emloc_core.data.tokenize import Sample
+from emloc_core.emulator.shared_inputs import alike
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.model.hooks import forward_hooks
@@ -58,16 +59,12 @@ def layout(model: nn.Module, samples: Sequence[Sample]) -> Layout:
             continue
         groups = blocks[match[1], match[2]]
         block = path.removesuffix(match[3])
-        group = next((group for group in groups if _alike(inputs, seen[block + group[0]])), None)
+        group = next((group for group in groups if alike(inputs, seen[block + group[0]])), None)
         if group is None:
             groups.append([match[3]])
         else:
             group.append(match[3])
     return frozenset((name, tuple(map(frozenset, groups))) for (name, _), groups in blocks.items())
-
-
-def _alike(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
-    return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
 def other_branches(

@@ -14,7 +14,8 @@ from emloc_core.errors import printable
 CARD = "README.md"
 #: The card of the model that a checkpoint was made from, in that checkpoint.
 BASE_CARD = "BASE_README.md"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+#: Of a repository: ``organisation/name``.
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 Manifest = Mapping[str, Any]
 
@@ -41,7 +42,7 @@ def data_name(source: Any) -> str:
         return ", ".join(map(data_name, source))
     if not isinstance(source, str | Path):
         return "rows in memory"
-    return str(source) if not Path(source).exists() and _HUB_ID.fullmatch(str(source)) else Path(source).name
+    return str(source) if not Path(source).exists() and HUB_ID.fullmatch(str(source)) else Path(source).name
 
 
 def card(manifest: Manifest, parents: Iterable[Manifest], loader: str, table: str | None = None) -> str:
@@ -81,13 +82,13 @@ def _base(manifest: Manifest) -> str | None:
 
 def _shown(name: str) -> str:
     """Return a hub id, or the last part of a path, safe to put into Markdown."""
-    text = name if _HUB_ID.fullmatch(name) else Path(name).name
+    text = name if HUB_ID.fullmatch(name) else Path(name).name
     return printable(text).replace("`", "'")
 
 
 def _front_matter(base: str | None, library: str | None, relation: str | None, tags: list[str]) -> str:
     lines = []
-    if base and _HUB_ID.fullmatch(base):
+    if base and HUB_ID.fullmatch(base):
         lines.append(f"base_model: {base}")
         lines += [f"base_model_relation: {relation}"] if relation else []
     lines += [f"library_name: {library}"] if library else []

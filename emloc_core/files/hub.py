@@ -1,19 +1,17 @@
 """Publishes a finished output on the Hugging Face hub, in one commit, without paths of this machine."""
 
 import json
-import re
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError, first_line
-from emloc_core.files.card import CARD
+from emloc_core.files.card import CARD, HUB_ID
 from emloc_core.files.output import MANIFEST, read_manifest, read_object
 from emloc_core.files.own import require_own_files
 
 _ADAPTER = "adapter_config.json"
-_NAMED = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def check_repository(repository: str) -> None:
@@ -22,7 +20,7 @@ def check_repository(repository: str) -> None:
     Raises:
         EmlocError: it is not ``organisation/name``.
     """
-    if not _NAMED.fullmatch(repository) or Path(repository).exists():
+    if not HUB_ID.fullmatch(repository) or Path(repository).exists():
         raise EmlocError(f"{repository} is not the id of a repository.", "Give organisation/name.")
 
 

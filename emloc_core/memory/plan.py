@@ -10,7 +10,7 @@ from emloc_core.memory import stages
 from emloc_core.memory.budget import advice, largest_ratio
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.speed import Speed
-from emloc_core.memory.ways import LOW_RATIO, Way, best, ways
+from emloc_core.memory.ways import LOW_RATIO, ORDINARY, Way, best, ways
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MemoryPlan:
 
     @property
     def _four_bits(self) -> str | None:
-        if fourbit.is_installed():
+        if fourbit.is_installed() or (self.best and self.best.name == ORDINARY):
             return None
         return "emulators in four bits, which are recommended, are not compared: pip install 'emloc[quant]'"
 

@@ -81,11 +81,16 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
         seconds = speed.seconds(known["flops"], known["read_bytes"]) if speed else None
         return Way(name, need, need <= budget, micro_batch, rows // micro_batch, seconds=seconds, **known)
 
-    sizes = [model] if model.workload.batch_size == 1 else [model, _one_row(model)]
+    sizes = [model]  # the batch at once, and one row at a time
+    if model.workload.batch_size > 1:
+        sizes.append(model.with_workload(replace(model.workload, batch_size=1)))
 
     def ordinary() -> Way:
-        found = (way(ORDINARY, of.tuning().total, of.workload.batch_size) for of in sizes)
-        return next((each for each in found if each.fits), None) or way(ORDINARY, *_least(sizes))
+        for of in sizes:
+            found = way(ORDINARY, of.tuning().total, of.workload.batch_size)
+            if found.fits:
+                break
+        return found
 
     def emulator(kind: Kind, ratio: float | None, of: MemoryModel, need: int) -> Way:
         held = of.parameters(of.plan(ratio or 0.01)) if kind.has_ranks else parameters
@@ -107,15 +112,6 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
 def best(found: Sequence[Way]) -> Way | None:
     """Return the recommended way: the first that fits, or None."""
     return next((way for way in found if way.fits), None)
-
-
-def _one_row(model: MemoryModel) -> MemoryModel:
-    return model.with_workload(replace(model.workload, batch_size=1))
-
-
-def _least(sizes: Sequence[MemoryModel]) -> tuple[int, int]:
-    """Return what tuning the base needs with the smallest batch, and that batch."""
-    return sizes[-1].tuning().total, sizes[-1].workload.batch_size
 
 
 def _traced(sizes: Sequence[MemoryModel], budget: int, fit: Fit | None) -> tuple[float | None, MemoryModel, int]:

@@ -61,7 +61,7 @@ def make_workload(
     if length is not None and limit is not None and length > limit:
         raise EmlocError(f"The model takes {limit} tokens, not {length}.", f"Give a length of at most {limit}.")
     length = length or min(LENGTH, limit or LENGTH)
-    sequences = train.batch_size * (2 if train.method == "dpo" else 1)  # a chosen and a rejected answer each
+    sequences = train.batch_size * (2 if train.learns_preferences else 1)  # a chosen and a rejected answer each
     return Workload(sequences, length, counted if images is None else images, train, device, image_size)  # type: ignore[arg-type]
 
 

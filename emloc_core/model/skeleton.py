@@ -69,7 +69,6 @@ class Skeleton:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
-        for module in self.model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 absent = absents.setdefault(parameter, Absent.like(parameter, self.device))  # tied ones stay tied
                 setattr(module, name, absent)

@@ -87,7 +87,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _no_exact_preferences(self) -> "Recipe":
-        if self.polish is not None and self.train.method != "sft":
+        if self.polish is not None and self.train.learns_preferences:
             raise ValueError(f"polish knows the likelihood of answers alone, and train.method is {self.train.method!r}")
         return self
 

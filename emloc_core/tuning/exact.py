@@ -76,7 +76,7 @@ class ExactTrain(Train):
         super().__init__(model, data, output, settings, exclude, split, evaluation)
         if (self.model.config.get("quantization_config") or {}).get("quant_method") != METHOD:
             self.model.require_unquantised()
-        if self._prefers:
+        if self.settings.learns_preferences:
             raise EmlocError(
                 "Exact steps know the likelihood of answers alone, not preferences.",
                 "Train by DPO on an emulator or an ordinary model.",

@@ -103,7 +103,7 @@ class Train:
         files = [path for path in held_out if path.is_file()] + list(exclude)
         # An emulator made without selection rows has an empty file.
         files = [path for path in files if not path.is_file() or path.stat().st_size]
-        if self._prefers:
+        if self.settings.learns_preferences:
             require_preferences(rows)
             if evaluation != _NONE:
                 raise EmlocError("Preferences are not evaluated while tuning.", "Leave out the rows to evaluate.")
@@ -253,7 +253,7 @@ class Train:
         state.wait_for_everyone()
         resume = newest_checkpoint(checkpoints)
         processing = self._processing()
-        make = preference_dataset if self._prefers else make_dataset
+        make = preference_dataset if self.settings.learns_preferences else make_dataset
         dataset, self.sizes = make(self.rows, *processing)
         dropped = len(self.rows) - len(self.sizes)
         self.eval_dataset = make_dataset(self.eval_rows, *processing)[0] if self.eval_rows else None
@@ -304,11 +304,6 @@ class Train:
             **({"eval_rows": len(self.eval_rows), "best_step": best, **losses_at(best, log)} if best else {}),
         }
 
-    @property
-    def _prefers(self) -> bool:
-        """Whether preferences are learned."""
-        return getattr(self.settings, "method", "sft") == "dpo"
-
     def _held_out(self, config: TrainingArguments) -> BaseLoss | None:
         """Return what evaluates a base, streamed; None if only the model itself is evaluated."""
         if self.base is None:
@@ -322,7 +317,7 @@ class Train:
             model = load_model(self.family.auto_class, directory)
         balance_no_experts(model.config)
         with refusing(SETTINGS):
-            trainer = (PreferenceTrainer if self._prefers else LoraTrainer)(
+            trainer = (PreferenceTrainer if self.settings.learns_preferences else LoraTrainer)(
                 model,
                 args=config,
                 train_dataset=dataset,

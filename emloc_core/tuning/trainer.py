@@ -79,9 +79,7 @@ class LoraSteps(Trainer):
         set_peft_model_state_dict(self.lora, load_peft_weights(str(checkpoint), device="cpu"))
 
     def _load_best_model(self) -> None:
-        """Load the best checkpoint; transformers would load it by a path, where the output may no longer be."""
-        assert self.state.best_global_step is not None
-        self.load_step(self.state.best_global_step)
+        """Leave it to :meth:`load_step`: transformers' path of the best checkpoint is from before the output moved."""
 
     def cost(self) -> dict[str, Any]:
         """Return costs of the steps besides time and memory, for ``timing.json``."""

@@ -59,7 +59,7 @@ def check_extra(settings: StepSettings) -> None:
     kind = _config_class(settings)
     named = {field: setting for setting, field in _NAMED.items()}
     named["gradient_checkpointing"] = "gradient_checkpointing"  # the old name of the field
-    if getattr(settings, "method", "sft") == "dpo":
+    if settings.learns_preferences:
         named["beta"] = "beta"
     known = [field.name for field in dataclasses.fields(kind)]
     for name in settings.extra:
@@ -79,7 +79,7 @@ def _config_class(settings: StepSettings) -> Any:
     """Return TRL's class of configs for a method."""
     from trl import DPOConfig, SFTConfig
 
-    return DPOConfig if getattr(settings, "method", "sft") == "dpo" else SFTConfig
+    return DPOConfig if settings.learns_preferences else SFTConfig
 
 
 def trainer_config(
@@ -102,8 +102,7 @@ def trainer_config(
     named = {field: given[setting] for setting, field in _NAMED.items() if setting in given}
     named["max_steps"] = settings.steps or -1
     named["num_train_epochs"] = given.get("epochs") or DEFAULT_EPOCHS
-    is_dpo = given.get("method") == "dpo"
-    own = {"beta": given["beta"]} if is_dpo else {"completion_only_loss": completion_only}
+    own = {"beta": given["beta"]} if settings.learns_preferences else {"completion_only_loss": completion_only}
     config: TrainingArguments = _config_class(settings)(
         output_dir=str(checkpoints),
         save_strategy="steps",
