@@ -14,6 +14,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Gguf
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.pretrained import load_config
+from emloc_core.serving.unsupported import unsupported
 from emloc_core.serving.vocabulary import add_vocabulary
 
 if TYPE_CHECKING:
@@ -32,11 +33,7 @@ def require_gguf(family: Family, config: Mapping[str, Any]) -> Gguf:
     """
     layout = family.gguf
     if layout is None or config["model_type"] not in layout.architectures:
-        raise EmlocError(
-            f"Models of type {config['model_type']} cannot be written as GGUF here.",
-            "Convert the merged model with llama.cpp's own convert_hf_to_gguf.py.",
-            code="unsupported",
-        )
+        raise unsupported(f"Models of type {config['model_type']} cannot be written as GGUF here.")
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -89,9 +86,10 @@ def write_lora(loras: Mapping[str, Lora], base: Checkpoint, family: Family, targ
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(rank))
+    names = _Names(layout, config)
     tensors: list[_Tensor] = []
     for path, lora in loras.items():
-        name = _named(f"{path}.weight", layout, config)
+        name = names.of(f"{path}.weight")
         b = _paired(lora.b, path, layout, config)
         tensors += [(f"{name}.lora_a", tuple(lora.a.shape), lambda a=lora.a: a)]  # type: ignore[misc]
         tensors += [(f"{name}.lora_b", tuple(b.shape), lambda b=b: b)]  # type: ignore[misc]
@@ -114,15 +112,9 @@ def _add_sizes(writer: "GGUFWriter", config: Any) -> None:
     """
     from gguf import LlamaFileType, RopeScalingType
 
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = config.rope_parameters
+    head, rope = _head_size(config), config.rope_parameters
     if getattr(config, "sliding_window", None) or config.hidden_act != "silu":
-        raise EmlocError(
-            "The model has attention in a sliding window, or another activation than silu, which this export does not "
-            "write.",
-            "Convert the model with llama.cpp's own convert_hf_to_gguf.py.",
-            code="unsupported",
-        )
+        raise unsupported("Attention in a sliding window, or another activation than silu, cannot be written here.")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -144,11 +136,12 @@ def _add_sizes(writer: "GGUFWriter", config: Any) -> None:
             original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
             writer.add_rope_scaling_orig_ctx_len(int(original))
     elif kind not in ("default", "llama3"):
-        raise EmlocError(
-            f"The model scales positions by {kind!r}, which this export does not write.",
-            "Convert the model with llama.cpp's own convert_hf_to_gguf.py.",
-            code="unsupported",
-        )
+        raise unsupported(f"The model scales positions by {kind!r}, which cannot be written here.")
+
+
+def _head_size(config: Any) -> int:
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
 
 
 def _rope_factors(config: Any) -> _Tensor | None:
@@ -166,7 +159,7 @@ def _rope_factors(config: Any) -> _Tensor | None:
 
 
 def _model_tensors(model: Checkpoint, layout: Gguf, config: Any) -> Iterator[_Tensor]:
-    tied = config.tie_word_embeddings
+    tied, names = config.tie_word_embeddings, _Names(layout, config)
     for key, tensor in sorted(model.tensors.items()):
         if (tied and key == "lm_head.weight") or re.search(r"rotary_emb\.inv_freq$", key):
             continue
@@ -175,29 +168,33 @@ def _model_tensors(model: Checkpoint, layout: Gguf, config: Any) -> Iterator[_Te
             with model.slices([key]) as slices:
                 return _paired(slices[key][...], key.rpartition(".")[0], layout, config)
 
-        yield _named(key, layout, config), tensor.shape, read
+        yield names.of(key), tensor.shape, read
 
 
-def _named(key: str, layout: Gguf, config: Any) -> str:
-    """Return what GGUF calls a tensor."""
-    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+class _Names:
+    """What GGUF calls the tensors of a model."""
 
-    name = layout.architectures[config.model_type]
-    architecture = next(each for each in MODEL_ARCH if MODEL_ARCH_NAMES[each] == name)
-    found = get_tensor_name_map(architecture, config.num_hidden_layers).get_name(key, (".weight", ".bias"))
-    if found is None:
-        raise EmlocError(f"GGUF has no name for {key}.", "Leave it out, or convert another model.", code="unsupported")
-    return found
+    def __init__(self, layout: Gguf, config: Any) -> None:
+        from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+        name = layout.architectures[config.model_type]
+        architecture = next(each for each in MODEL_ARCH if MODEL_ARCH_NAMES[each] == name)
+        self._names = get_tensor_name_map(architecture, config.num_hidden_layers)
+
+    def of(self, key: str) -> str:
+        """Return the name of the tensor at a key of the checkpoint."""
+        found = self._names.get_name(key, (".weight", ".bias"))
+        if found is None:
+            raise unsupported(f"GGUF has no name for {key}.")
+        return found
 
 
 def _paired(tensor: torch.Tensor, path: str, layout: Gguf, config: Any) -> torch.Tensor:
     """Return a tensor of m rows with those of each head's halves interleaved, where llama.cpp rotates pairs of them."""
-    for end in layout.paired:
-        if path.endswith(f".{end}"):
-            heads = config.num_key_value_heads if end.endswith("k_proj") else config.num_attention_heads
-            halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-            return halves.swapaxes(1, 2).reshape(tensor.shape)
-    return tensor
+    if not path.endswith(tuple(f".{end}" for end in layout.paired)):
+        return tensor
+    halves = tensor.reshape(-1, 2, _head_size(config) // 2, *tensor.shape[1:])
+    return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
 def _write(writer: "GGUFWriter", tensors: Iterable[_Tensor], dtype: str) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.data.tokenize import load_tokenizer
-from emloc_core.errors import EmlocError
 from emloc_core.family import Gguf
 from emloc_core.files.output import read_object
+from emloc_core.serving.unsupported import unsupported
 
 _ONLY = "Only byte-level BPE, as in tokenizer.json of Llama 3, SmolLM and Qwen, is written."
 
@@ -31,18 +31,10 @@ def add_vocabulary(writer: Any, directory: Path, size: int, layout: Gguf) -> Non
     model = content.get("model") or {}
     parts = list(_parts(content.get("pre_tokenizer")))
     if model.get("type") != "BPE" or not any(part["type"] == "ByteLevel" for part in parts):
-        raise EmlocError(
-            f"The tokenizer in {directory} cannot be written as GGUF. {_ONLY}",
-            "Convert the model with llama.cpp's own convert_hf_to_gguf.py.",
-            code="unsupported",
-        )
+        raise unsupported(f"The tokenizer in {directory} cannot be written as GGUF. {_ONLY}")
     split = "+".join(filter(None, map(_key, parts)))
     if split not in layout.splits:
-        raise EmlocError(
-            f"The tokenizer in {directory} splits text by {split!r}, which the family does not declare.",
-            "Convert the model with llama.cpp's own convert_hf_to_gguf.py.",
-            code="unsupported",
-        )
+        raise unsupported(f"The tokenizer in {directory} splits text by {split!r}, which the family does not declare.")
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [int(TokenType.UNUSED)] * size
     for token, index in model["vocab"].items():
