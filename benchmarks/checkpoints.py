@@ -14,9 +14,10 @@ from emloc_core.adapters.adapter import write_adapter
 from emloc_core.algorithms.lora import Lora
 from emloc_core.emulator.ranks import plan_ranks
 from emloc_core.files.checkpoint import INDEX, Checkpoint
+from emloc_core.files.documents import write_json
 from emloc_core.files.header import TensorInfo
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.output import Output, write_json
+from emloc_core.files.output import Output
 from emloc_core.files.shards import ShardWriter
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager

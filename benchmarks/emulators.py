@@ -47,7 +47,8 @@ def measure(
     from emloc_core.data.tokenize import encode
     from emloc_core.emulator.compress import Compress
     from emloc_core.files.checkpoint import Checkpoint
-    from emloc_core.files.output import TIMING, read_json, read_manifest
+    from emloc_core.files.documents import read_json
+    from emloc_core.files.output import TIMING, read_manifest
     from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
     from emloc_core.tuning.train import Train
 

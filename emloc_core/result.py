@@ -5,7 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from emloc_core.files.output import MANIFEST, TIMING, read_json
+from emloc_core.files.documents import read_json
+from emloc_core.files.output import MANIFEST, TIMING
 
 
 class Result(os.PathLike[str]):

@@ -14,9 +14,10 @@ import rich_click as click
 from emloc_core.cli.console import announce, print_json, progress
 from emloc_core.cli.following import following
 from emloc_core.cli.verbosity import Verbosity, set_up_libraries, verbosity
+from emloc_core.files.documents import read_json
 from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
-from emloc_core.files.output import MANIFEST, TIMING, read_json
+from emloc_core.files.output import MANIFEST, TIMING
 from emloc_core.report.towers import place, short_names
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
 from emloc_core.result import Result

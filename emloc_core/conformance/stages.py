@@ -13,7 +13,8 @@ from emloc_core.conformance.activations import statistics
 from emloc_core.conformance.check import check, require
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.tuning import STEPS
-from emloc_core.files.output import MANIFEST, read_object
+from emloc_core.files.documents import read_object
+from emloc_core.files.output import MANIFEST
 from emloc_core.files.pretrained import load_lora
 from emloc_core.memory.model import MemoryModel, Workload
 

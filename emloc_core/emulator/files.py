@@ -19,10 +19,10 @@ from emloc_core.emulator.ranks import RankPlan
 from emloc_core.errors import EmlocError
 from emloc_core.experts import factor_names
 from emloc_core.files.checkpoint import INDEX, Checkpoint
+from emloc_core.files.documents import write_json
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
-from emloc_core.files.output import write_json
 from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
 from emloc_core.kinds import Kind, LowRank, Weight
 from emloc_core.model.skeleton import Skeleton

@@ -11,10 +11,11 @@ from safetensors import safe_open
 
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.card import BASE_CARD, CARD
+from emloc_core.files.documents import read_object
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import require_unchanged
-from emloc_core.files.output import read_manifest, read_object
+from emloc_core.files.output import read_manifest
 from emloc_core.files.own import require_own_files
 
 INDEX = "model.safetensors.index.json"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import HASHES, read_object, write_json
+from emloc_core.files.documents import read_object, write_json
+from emloc_core.files.output import HASHES
 from emloc_core.files.own import require_regular
 
 #: Size, mtime, inode and ctime, which, unlike mtime, cannot be set.

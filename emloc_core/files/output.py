@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -21,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.files.card import CARD, card
-from emloc_core.files.lock import is_at, locked
+from emloc_core.files.documents import read_object, write_json
 from emloc_core.files.meter import Meter
-from emloc_core.files.own import require_regular
 from emloc_core.files.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -47,88 +45,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as indented JSON, atomically: readers see the old file or the new one, even after a crash.
-
-    Several processes may write the same file: the last one wins.
-    """
-    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.tmp")
-    with locked(temporary, wait=True) as file:
-        try:
-            file.truncate(0)  # a killed writer may have left a partial file
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            if is_at(file, temporary):
-                temporary.unlink()
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        EmlocError: the file is missing or is not JSON.
-    """
-    try:
-        require_regular(path)
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise EmlocError(f"{path} does not exist.", "Check the path.", code="missing") from None
-    except OSError as error:
-        raise EmlocError(
-            f"{path} cannot be read ({error.strerror}).", "Restore the file.", code="unavailable"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise EmlocError(
-            f"{path} is not valid JSON ({error}).", "Restore the file, or make it again.", code="damaged"
-        ) from None
-
-
-def _refuse_constant(name: str) -> None:
-    """Refuse NaN and infinities, which Python reads but JSON does not have; they could not be written back."""
-    raise ValueError(f"{name} is not a number in JSON")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object, as configs, indexes and manifests do.
-
-    Raises:
-        EmlocError: the file is missing, is not JSON, or holds something else.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise EmlocError(
-            f"{path} holds a {type(content).__name__}, not an object.", "Restore the file.", code="damaged"
-        )
-    return content
-
-
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Args:
-        path: path of the file.
-        what: name for the file in messages: ``recipe``.
-
-    Raises:
-        EmlocError: the file is missing, cannot be read, or is not TOML.
-    """
-    try:
-        require_regular(path)
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EmlocError(f"There is no {what} at {path}.", "Check the path.", code="missing") from None
-    except OSError as error:
-        raise EmlocError(
-            f"{path} cannot be read ({error.strerror}).", "Give a TOML file.", code="unavailable"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise EmlocError(f"{path} is not valid TOML: {error}.", "Fix that line.") from None
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

@@ -17,8 +17,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PreTrainedModel, dynamic_module_utils
 
 from emloc_core.errors import EmlocError, first_line
+from emloc_core.files.documents import read_object
 from emloc_core.files.limits import limited
-from emloc_core.files.output import read_object
 from emloc_core.files.own import require_own_files
 from emloc_core.files.patterns import pattern_problems
 from emloc_core.files.templates import bound_templates

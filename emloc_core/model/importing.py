@@ -15,9 +15,10 @@ import torch
 
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
+from emloc_core.files.documents import write_json
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.output import Output, write_json
+from emloc_core.files.output import Output
 from emloc_core.files.pretrained import make_config
 from emloc_core.files.shards import ShardWriter
 from emloc_core.layout import Split

@@ -12,7 +12,8 @@ from typing import Any
 
 from emloc_core import __version__
 from emloc_core.errors import EmlocError, printable
-from emloc_core.files.output import MANIFEST, TIMING, read_json
+from emloc_core.files.documents import read_json
+from emloc_core.files.output import MANIFEST, TIMING
 from emloc_core.report.error_plot import Strip, finite, sparkline, strips
 from emloc_core.report.pages import environment, publish_page
 from emloc_core.report.table import rows as table_rows

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from emloc_core.errors import EmlocError
+from emloc_core.files.documents import read_toml
 from emloc_core.files.hub import check_repository
-from emloc_core.files.output import read_toml
 from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings, explain
 
 #: Suffixes of files: rows, and lm-eval's tasks.

@@ -10,8 +10,9 @@ from typing import Any
 
 from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.errors import EmlocError
+from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.hub import push
-from emloc_core.files.output import MANIFEST, TIMING, read_json, write_json
+from emloc_core.files.output import MANIFEST, TIMING
 from emloc_core.files.workspace import Workspace
 from emloc_core.process import call
 from emloc_core.recipe.recipe import Recipe, load_recipe

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from emloc_core.errors import EmlocError, did_you_mean
-from emloc_core.files.output import read_toml, write_json
+from emloc_core.files.documents import read_toml, write_json
 from emloc_core.settings import CompressSettings, Settings, TrainSettings, explain
 from emloc_core.units import parse_bytes
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from emloc_core.data.tokenize import load_tokenizer
 from emloc_core.family import Gguf
-from emloc_core.files.output import read_object
+from emloc_core.files.documents import read_object
 from emloc_core.serving.unsupported import unsupported
 
 _ONLY = "Only byte-level BPE, as in tokenizer.json of Llama 3, SmolLM and Qwen, is written."

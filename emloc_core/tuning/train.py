@@ -27,9 +27,10 @@ from emloc_core.emulator.ranks import find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.card import data_name
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT, manifest_value
-from emloc_core.files.output import Output, made_from, read_json, read_manifest, write_json
+from emloc_core.files.output import Output, made_from, read_manifest
 from emloc_core.files.pretrained import load_config, load_model
 from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.plugins.manager import plugin_manager

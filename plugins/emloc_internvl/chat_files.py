@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emloc_core.files.output import read_object
+from emloc_core.files.documents import read_object
 from emloc_internvl.internlm2 import tokenizer_files
 from emloc_internvl.tokens import require_token
 

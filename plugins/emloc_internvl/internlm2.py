@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import read_object
+from emloc_core.files.documents import read_object
 from emloc_core.layout import Layout, Split
 
 if TYPE_CHECKING:

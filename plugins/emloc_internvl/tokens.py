@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import read_object
+from emloc_core.files.documents import read_object
 
 
 def token_ids(directory: Path) -> dict[str, int]:

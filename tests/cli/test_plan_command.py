@@ -13,7 +13,7 @@ from emloc_core.cli import cli
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import tokenize
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import read_json
+from emloc_core.files.documents import read_json
 from emloc_core.memory import speed
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.show import memory_figure

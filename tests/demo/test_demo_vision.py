@@ -29,7 +29,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from emloc_core.data.rows import CALIBRATION, SELECTION, load_rows, without
-from emloc_core.files.output import MANIFEST, read_json
+from emloc_core.files.documents import read_json
+from emloc_core.files.output import MANIFEST
 from emloc_core.recipe.recipe import load_recipe
 from emloc_core.recipe.run import stages, summarise
 from emloc_core.stages import perform

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.documents import read_toml
 from emloc_core.files.header import DTYPES, read_header
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.output import Output, read_manifest, read_toml
+from emloc_core.files.output import Output, read_manifest
 from emloc_core.files.shards import ShardWriter, row_chunks, write_shard
 
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
@@ -247,7 +248,7 @@ def test_impossible_places_are_refused(tmp_path, monkeypatch, place):
 
 def test_many_processes_may_share_the_cache_of_hashes(tmp_path):
     code = (
-        "import sys, pathlib\nfrom emloc_core.files.output import write_json\n"
+        "import sys, pathlib\nfrom emloc_core.files.documents import write_json\n"
         "for i in range(100): write_json(pathlib.Path(sys.argv[1]), {'i': i})"
     )
     argv = [sys.executable, "-c", code, str(tmp_path / "shared.json")]

@@ -16,8 +16,8 @@ from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.images import read_table
 from emloc_core.files import limits, pretrained, templates
+from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.limits import limited
-from emloc_core.files.output import read_json, write_json
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 #: Never finish, or not within this machine's memory.

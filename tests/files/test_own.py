@@ -15,9 +15,9 @@ from emloc_core.data.rows import copy_kept_rows
 from emloc_core.data.tokenize import load_tokenizer
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.documents import read_json, read_toml
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import hash_files
-from emloc_core.files.output import read_json, read_toml
 
 
 @pytest.fixture

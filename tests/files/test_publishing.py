@@ -18,7 +18,8 @@ from emloc_core.errors import EmlocError
 from emloc_core.files import lock, workspace
 from emloc_core.files import output as publishing
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.output import Output, read_manifest, write_json
+from emloc_core.files.documents import write_json
+from emloc_core.files.output import Output, read_manifest
 from emloc_core.files.workspace import Workspace
 
 PUBLISHING = {module.__file__ for module in (lock, publishing, workspace)}

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.output import read_json
+from emloc_core.files.documents import read_json
 from emloc_core.memory import stages as streamed
 from emloc_core.memory.budget import LARGEST, advice, largest_ratio
 from emloc_core.memory.model import MemoryModel

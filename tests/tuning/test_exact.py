@@ -24,8 +24,9 @@ from emloc_core.errors import EmlocError
 from emloc_core.exact import boundaries
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.documents import read_json
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.output import read_json, read_manifest
+from emloc_core.files.output import read_manifest
 from emloc_core.settings import CompressSettings, CorrectSettings, ExactSettings, PolishSettings, TrainSettings
 from emloc_core.tuning.exact import ExactTrain, Polish
 from emloc_core.tuning.train import Train

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import write_json
+from emloc_core.files.documents import write_json
 from emloc_core.files.workspace import Workspace
 from emloc_core.lifetime import die_with, end_with_parent
 from emloc_core.recipe.run import Stage

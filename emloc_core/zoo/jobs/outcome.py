@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import read_object
+from emloc_core.files.documents import read_object
 
 Cause = Literal[
     "out of memory", "input/output", "bad input", "time limit", "disk", "crash", "lost worker", "interrupted"

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from emloc_core.files.output import MANIFEST, TIMING, read_json
+from emloc_core.files.documents import read_json
+from emloc_core.files.output import MANIFEST, TIMING
 from emloc_core.zoo.jobs.job import Job
 
 #: What the result keeps of each Linear of an emulator.

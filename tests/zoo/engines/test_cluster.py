@@ -16,7 +16,8 @@ from support.processes import planning_here
 import emloc_core.zoo.engines.cluster
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
-from emloc_core.files.output import TIMING, write_json
+from emloc_core.files.documents import write_json
+from emloc_core.files.output import TIMING
 from emloc_core.settings import CompressSettings
 from emloc_core.zoo.convert import convert
 from emloc_core.zoo.engines.cluster import RayEngine
