@@ -24,7 +24,8 @@ from emloc_core.algorithms.allocation import Shape, Spectrum, global_budget, uni
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
 from emloc_core.emulator.compress import Compress
-from emloc_core.emulator.ranks import RankPlan, allocated, find_linears
+from emloc_core.emulator.declared import find_linears
+from emloc_core.emulator.ranks import RankPlan, allocated
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.plugins.manager import plugin_manager

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from emloc_core.adapters.adapter import write_adapter
 from emloc_core.algorithms.lora import Lora
-from emloc_core.emulator.ranks import plan_ranks
+from emloc_core.emulator.declared import plan_ranks
 from emloc_core.files.checkpoint import INDEX, Checkpoint
 from emloc_core.files.documents import write_json
 from emloc_core.files.header import TensorInfo

@@ -67,7 +67,7 @@ def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from emloc_core.emulator.ranks import plan_ranks
+    from emloc_core.emulator.declared import plan_ranks
     from emloc_core.files.documents import read_json, write_json
     from emloc_core.lowrank import FORMAT_VERSION, METHOD, replace_linears
     from emloc_core.plugins.manager import plugin_manager

@@ -11,7 +11,7 @@ from emloc_core.conformance.check import check, require
 from emloc_core.conformance.declaration import linears
 from emloc_core.conformance.forward import logits, observe
 from emloc_core.conformance.tiny import TinyModel
-from emloc_core.emulator.ranks import block_paths
+from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.lowrank import LowRankLinear, replace_linears
 

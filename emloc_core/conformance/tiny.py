@@ -19,7 +19,8 @@ from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samp
 from emloc_core.conformance.tuning import Tuned, tune
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.compress import Compress
-from emloc_core.emulator.ranks import RankPlan, block_paths, find_linears
+from emloc_core.emulator.declared import block_paths, find_linears
+from emloc_core.emulator.ranks import RankPlan
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint

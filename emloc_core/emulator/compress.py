@@ -18,10 +18,11 @@ from emloc_core.data.sets import draw
 from emloc_core.data.tokenize import Limits, Processing, Sample, encode, load_processing
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.cut import Cut, cut_blocks, describe_emulator
+from emloc_core.emulator.declared import block_paths, find_linears
 from emloc_core.emulator.decompose import Decomposition, Progress
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.pack import pack_blocks
-from emloc_core.emulator.ranks import RankPlan, allocated, block_paths, find_linears
+from emloc_core.emulator.ranks import RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES
 from emloc_core.emulator.spectra import KIND, NO_EXPERTS, Spectra, SpectraFiles, at_largest_ranks
 from emloc_core.errors import EmlocError
@@ -88,7 +89,7 @@ class Compress:
                 "ranks of earlier layers, so other ranks need another run.",
                 "Use --calibration base, or leave out --keep-spectra.",
             )
-        found = self._find_linears()
+        found = find_linears(self.skeleton.model, self.family, self.kind)
         if why := self._why_no_experts(spectra is not None):
             found = found.without_experts(why)
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
@@ -109,9 +110,7 @@ class Compress:
         self._files = Inputs(output.resolve().parent)
 
     def _why_no_experts(self, keeps_spectra: bool) -> str | None:
-        """Return why fused experts stay dense, or None."""
-        if not self.kind.has_experts:
-            return f"the kind {self.settings.kind!r} is for Linears alone"
+        """Return why fused experts stay dense whatever the kind, or None."""
         if self.calibration == "propagated":
             return "error-propagating calibration is for Linears alone"
         return NO_EXPERTS if keeps_spectra or self.ranks_by_spectra else None
@@ -216,12 +215,8 @@ class Compress:
             self.output.result = {**known, **files.finish(self._tokens)}
         return self.output.path
 
-    def _find_linears(self) -> RankPlan:
-        found = find_linears(self.skeleton.model, self.family)
-        return found.on_inputs() if self.kind.taps_inputs else found
-
     def _allocated(self, spectra: Spectra) -> RankPlan:
-        found = spectra.reached(self._find_linears())
+        found = spectra.reached(find_linears(self.skeleton.model, self.family, self.kind))
         return allocated(found, self.settings.ratio, self.allocate, spectra.spectrum, self.settings.allocator)
 
     def _decompose(self, output: Output, progress: Progress) -> Spectra:

@@ -8,12 +8,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from emloc_core.emulator.declared import kept_by
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.family import Family
 
@@ -104,14 +104,7 @@ def coverage(model: nn.Module, family: Family, plan: RankPlan) -> Coverage:
 def undeclared(model: nn.Module, family: Family, planned: Sequence[LinearPlan]) -> list[str]:
     """Return the paths of Linears and of fused experts that are in no input group and kept dense by no pattern."""
     known = {path for each in planned for path in (each.path, *each.group)}
-    return [path for path in _weights(model) if path not in known and not is_kept(path, family)]
-
-
-def is_kept(path: str, family: Family) -> bool:
-    """Return whether a module, or one that it is part of, is kept dense."""
-    ends = [end for end, letter in enumerate(path) if letter == "."]
-    above = [*(path[:end] for end in ends), path]
-    return any(fnmatchcase(name, pattern) for name in above for pattern in family.keep_dense)
+    return [path for path in _weights(model) if path not in known and kept_by(path, family) is None]
 
 
 def _weights(model: nn.Module) -> Iterator[str]:

@@ -6,9 +6,10 @@ from typing import Any
 
 from emloc_core.data.rows import copy_kept_rows
 from emloc_core.emulator.coverage import Coverage, coverage
+from emloc_core.emulator.declared import block_paths, find_linears
 from emloc_core.emulator.decompose import Progress
 from emloc_core.emulator.files import EmulatorFiles
-from emloc_core.emulator.ranks import RankPlan, allocated, block_paths, find_linears, planned_bytes
+from emloc_core.emulator.ranks import RankPlan, allocated
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
@@ -112,7 +113,7 @@ def describe_emulator(
     """Return what is known about an emulator before it is made, as JSON values."""
     replaced = [each for each in plan.planned if each.rank is not None]
     before = sum(each.numbers for each in replaced) * skeleton.dtype.itemsize
-    after = sum(planned_bytes(each, kind, skeleton.dtype) for each in replaced)
+    after = sum(each.nbytes(kind, skeleton.dtype) for each in replaced)
     return {
         "output": str(output),
         "kind": kind.name,

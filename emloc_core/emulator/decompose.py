@@ -14,9 +14,10 @@ import torch
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.tokenize import Sample
+from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.experts import ExpertStatistics
 from emloc_core.emulator.propagation import Pairs, emulating, fit_block
-from emloc_core.emulator.ranks import LinearPlan, RankPlan, block_paths
+from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.emulator.shared_inputs import require_shared_inputs
 from emloc_core.errors import EmlocError

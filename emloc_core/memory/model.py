@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.emulator.coverage import Coverage, coverage
+from emloc_core.emulator.declared import find_linears
 from emloc_core.emulator.files import UNREACHED
-from emloc_core.emulator.ranks import RankPlan, allocated, find_linears, planned_bytes
+from emloc_core.emulator.ranks import RankPlan, allocated
 from emloc_core.errors import EmlocError, first_line, typed_line
 from emloc_core.experts import is_stack
 from emloc_core.family import Family
@@ -115,7 +116,7 @@ class MemoryModel:
         _require_sizes(config_file, raw, self.config)
         self.dtype = self._dtype()
         self.model: PreTrainedModel = self._build()
-        self.linears = self._find_linears()
+        self.linears = find_linears(self.model, self.family, self.kind)
         self.coverage: Coverage = coverage(self.model, self.family, self.linears)
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         chosen = workload.train.target_modules or self.family.lora_targets()
@@ -125,12 +126,6 @@ class MemoryModel:
             self.image = image_shape(config_file, self.config, workload.image_size)
         self._inputs = self._shape_inputs()
         self._known: dict[frozenset[tuple[str, int]] | None, Need] = {}
-
-    def _find_linears(self) -> RankPlan:
-        found = find_linears(self.model, self.family)
-        if not self.kind.has_experts:
-            found = found.without_experts(f"the kind {self.kind.name!r} is for Linears alone")
-        return found.on_inputs() if self.kind.taps_inputs else found
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype | None = self.config.dtype or self.config.get_text_config().dtype
@@ -185,7 +180,7 @@ class MemoryModel:
         kept = self.parameters() * self.dtype.itemsize
         for each in plan.planned:
             if each.rank is not None:
-                kept += planned_bytes(each, self.kind, self.dtype) - each.numbers * self.dtype.itemsize
+                kept += each.nbytes(self.kind, self.dtype) - each.numbers * self.dtype.itemsize
         return kept
 
     def adapter_parameters(self) -> int:
@@ -205,7 +200,7 @@ class MemoryModel:
         """Return the same model with another kind of emulator; what the base needs is not traced again."""
         other = copy.copy(self)
         other.kind = plugin_manager().algorithm("emulators", kind)()
-        other.linears = other._find_linears()
+        other.linears = find_linears(other.model, other.family, other.kind)
         other._known = {ranks: need for ranks, need in self._known.items() if ranks is None}
         return other
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from emloc_core.emulator.ranks import ExpertsPlan, RankPlan, block_paths
+from emloc_core.emulator.declared import block_paths
+from emloc_core.emulator.ranks import RankPlan
 from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel, Need
 
 #: Rows whose hidden states calibration keeps between blocks by default (``emloc compress --samples``).
@@ -50,11 +51,11 @@ def _statistics(plan: RankPlan, block: str, itemsize: int) -> int:
     for each in (*plan.in_block(block), *experts):
         m, n = each.out_features, each.in_features
         side = m if each.tap == "output" else n
-        count = each.experts if isinstance(each, ExpertsPlan) else 1
-        grams[each.group if count == 1 and each.tap != "output" else each.path] = 4 * count * side**2
+        shares = each.matrices == 1 and each.tap != "output"  # the Gram of its inputs, with its group
+        grams[each.group if shares else each.path] = 4 * each.matrices * side**2
         work = max(work, 8 * (4 * side**2 + 3 * m * n))
     # The factors of a block's experts are held until all are there, and written together.
-    held = sum(each.stored(each.rank or 0) for each in experts) * itemsize
+    held = sum(each.stored for each in experts) * itemsize
     return work + held + sum(grams.values())
 
 

@@ -18,7 +18,7 @@ from emloc_core.conformance.conditions import under_test
 from emloc_core.conformance.inputs import as_sample, tiny_samples
 from emloc_core.conformance.tiny import random_model
 from emloc_core.data.tokenize import Sample
-from emloc_core.emulator.ranks import find_linears
+from emloc_core.emulator.declared import find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.pretrained import load_config, new_model

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
 from emloc_core.data.tokenize import Processing
-from emloc_core.emulator.ranks import block_paths
+from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on

@@ -23,7 +23,7 @@ from transformers.trainer_callback import TrainerState
 from emloc_core.adapters.adapter import content_hash
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.data.tokenize import Processing, load_processing, require_readable
-from emloc_core.emulator.ranks import find_linears
+from emloc_core.emulator.declared import find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.card import data_name
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint

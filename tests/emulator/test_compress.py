@@ -16,7 +16,7 @@ from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
-from emloc_core.emulator.ranks import plan_ranks
+from emloc_core.emulator.declared import plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest

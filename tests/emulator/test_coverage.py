@@ -11,7 +11,7 @@ from support.models import save_tiny_model
 import emloc_core
 from emloc_core.conformance.tiny import on_meta, tiny_config
 from emloc_core.emulator.coverage import coverage
-from emloc_core.emulator.ranks import find_linears
+from emloc_core.emulator.declared import find_linears
 from emloc_core.files.output import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 

@@ -20,8 +20,8 @@ from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
+from emloc_core.emulator.declared import find_linears, plan_ranks
 from emloc_core.emulator.experts import ExpertStatistics
-from emloc_core.emulator.ranks import find_linears, plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.experts import LowRankExperts, activate, stacks
 from emloc_core.files.checkpoint import Checkpoint

@@ -7,7 +7,7 @@ import torch
 from support.planned import TINY, label
 
 from emloc_core.conformance.tiny import TinyModel, random_model
-from emloc_core.emulator.ranks import block_paths
+from emloc_core.emulator.declared import block_paths
 from emloc_core.exact.need import Positions, step_need
 from emloc_core.family import Family
 from emloc_core.model.image_shape import count_patches

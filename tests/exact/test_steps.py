@@ -10,7 +10,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch.nn.functional import cross_entropy
 
 from emloc_core.conformance.tiny import TinyModel, labels, random_model
-from emloc_core.emulator.ranks import block_paths
+from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.head import PIECES, Head

@@ -25,7 +25,7 @@ from emloc_core.conformance.activations import deviation
 from emloc_core.conformance.inputs import image_inputs, number_tokenizer, text_rows, tiny_samples
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
-from emloc_core.emulator.ranks import find_linears, plan_ranks
+from emloc_core.emulator.declared import find_linears, plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.experts import LowRankExperts
 from emloc_core.files.checkpoint import Checkpoint

@@ -8,7 +8,7 @@ from emloc_llama import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.emulator.ranks import block_paths, plan_ranks
+from emloc_core.emulator.declared import block_paths, plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.files.checkpoint import Checkpoint

@@ -1,0 +1,159 @@
+"""Resolves a family's declaration on a model: its blocks, and the Linears and experts in them."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from emloc_core.algorithms.allocation import uniform
+from emloc_core.algorithms.statistics import cheaper_side
+from emloc_core.emulator.ranks import ExpertsPlan, Kept, LinearPlan, RankPlan, allocated
+from emloc_core.errors import EmlocError
+from emloc_core.experts import stacks
+from emloc_core.family import Family
+from emloc_core.kinds import Kind
+
+
+def block_paths(model: nn.Module, family: Family) -> list[str]:
+    """Return the module paths of all blocks of all towers, in execution order.
+
+    Raises:
+        EmlocError: the model has no such list of blocks.
+    """
+    found = []
+    for tower in family.towers:
+        try:
+            blocks = model.get_submodule(tower.blocks)
+        except AttributeError:
+            raise EmlocError(
+                f"The model has no {tower.blocks!r}, which the family {family.name!r} declares as its "
+                f"{tower.name} tower.",
+                "The declaration does not fit this model: update the plugin, or declare another family.",
+                code="plugin",
+            ) from None
+        names = [name for name, _ in blocks.named_children()]
+        if names != [str(index) for index in range(len(names))]:
+            raise EmlocError(
+                f"{tower.blocks} is a {type(blocks).__name__}, not a list of blocks, though the family "
+                f"{family.name!r} declares it as its {tower.name} tower.",
+                "Name the ModuleList whose children are the blocks: print(model) shows the paths.",
+                code="plugin",
+            )
+        found += [f"{tower.blocks}.{name}" for name in names]
+    return found
+
+
+def find_linears(model: nn.Module, family: Family, kind: Kind | None = None) -> RankPlan:
+    """Resolve a family's declaration on a model: every Linear that it names, without ranks.
+
+    Args:
+        model: the model; meta tensors suffice.
+        family: its declaration.
+        kind: of emulator: what it leaves dense has that reason, and inputs are captured where it needs them.
+
+    Raises:
+        EmlocError: the declaration does not fit the model.
+    """
+    found: list[LinearPlan] = []
+    experts: list[ExpertsPlan] = []
+    blocks = block_paths(model, family)
+    if not blocks:
+        raise EmlocError("The model has no blocks.", "Check the number of layers in its config.json.")
+    for tower in family.towers:
+        for block in (path for path in blocks if path.startswith(f"{tower.blocks}.")):
+            for group in tower.input_groups:
+                found += _plan_group(model, family, block, group)
+            for path in tower.experts:
+                experts += _plan_experts(model, family, block, path)
+    _require_one_group(found)
+    named = {linear.path for linear in found} | {each.group[0] for each in experts}
+    plan = RankPlan(tuple(found), tuple(_kept(model, family, named)), tuple(experts))
+    if not plan.candidates:
+        raise EmlocError(
+            f"The family {family.name!r} names no Linear of this model.", "Update the plugin.", code="plugin"
+        )
+    if kind is None:
+        return plan
+    if not kind.has_experts:
+        plan = plan.without_experts(f"the kind {kind.name!r} is for Linears alone")
+    return plan.on_inputs() if kind.taps_inputs else plan
+
+
+def plan_ranks(
+    model: nn.Module, family: Family, ratio: float, allocate: Callable[..., Sequence[int]] = uniform
+) -> RankPlan:
+    """Resolve a family's declaration on a model, with ranks.
+
+    Args:
+        model: the model; meta tensors suffice.
+        family: its declaration.
+        ratio: fraction of each compressed Linear's parameters to keep, in (0, 1).
+        allocate: rank allocator that takes shapes and ratio; see :mod:`emloc_core.algorithms.allocation`.
+
+    Raises:
+        EmlocError: the ratio is out of range, or the declaration does not fit the model.
+    """
+    return allocated(find_linears(model, family), ratio, allocate)
+
+
+def kept_by(path: str, family: Family) -> str | None:
+    """Return the pattern of ``keep_dense`` that matches a module, or one that it is part of; None if none does."""
+    around = [path, *(path[:end] for end, letter in enumerate(path) if letter == ".")]
+    return next((pattern for pattern in family.keep_dense if any(fnmatchcase(name, pattern) for name in around)), None)
+
+
+def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[str]) -> list[LinearPlan]:
+    modules = dict(model.get_submodule(block).named_modules())
+    present = tuple(f"{block}.{path}" for path in group if path in modules)
+    planned = []
+    for path in present:
+        module = model.get_submodule(path)
+        if not isinstance(module, nn.Linear):
+            raise EmlocError(
+                f"{path} is a {type(module).__name__}, not a Linear, though the family {family.name!r} names it.",
+                "The declaration does not fit this model: update the plugin.",
+                code="plugin",
+            )
+        m, n = module.out_features, module.in_features
+        tap = next((tap for pattern, tap in family.taps.items() if fnmatchcase(path, pattern)), cheaper_side(m, n))
+        reason = next((reason for pattern, reason in family.keep_dense.items() if fnmatchcase(path, pattern)), None)
+        planned.append(LinearPlan(path, block, present, m, n, None, tap, reason))
+    return planned
+
+
+def _plan_experts(model: nn.Module, family: Family, block: str, path: str) -> list[ExpertsPlan]:
+    owner = f"{block}.{path}"
+    if path not in dict(model.get_submodule(block).named_modules()):
+        return []
+    experts = model.get_submodule(owner)
+    reason = next((reason for pattern, reason in family.keep_dense.items() if fnmatchcase(owner, pattern)), None)
+    found = []
+    for name in stacks(experts):
+        count, m, n = experts.get_parameter(name).shape
+        found.append(
+            ExpertsPlan(f"{owner}.{name}", block, (owner,), m, n, None, cheaper_side(m, n), reason, experts=count)
+        )
+    return found
+
+
+def _require_one_group(linears: Sequence[LinearPlan]) -> None:
+    counts = Counter(linear.path for linear in linears)
+    if several := [path for path, count in counts.items() if count > 1]:
+        more = f" ({len(several) - 1} more like it)" if len(several) > 1 else ""
+        raise EmlocError(
+            f"{several[0]} stands in several input groups{more}.",
+            "The plugin has to name every Linear once.",
+            code="plugin",
+        )
+
+
+def _kept(model: nn.Module, family: Family, planned: Collection[str]) -> list[Kept]:
+    """Count the parameters, except planned Linears, of modules at or below paths that a pattern matches."""
+    sizes: dict[str, int] = defaultdict(int)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path = name.rpartition(".")[0]
+        pattern = kept_by(path, family)
+        if pattern is not None and path not in planned:
+            sizes[pattern] += parameter.numel()
+    return [Kept(pattern, size, family.keep_dense[pattern]) for pattern, size in sizes.items()]
