@@ -15,60 +15,21 @@ the base gains over the base alone: ``(base - x) / (base - full)``.
 """
 
 import argparse
-import itertools
 import json
 import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from emloc_demo.model import write_base
-from harness import RESULTS, goal, in_process, markdown, write_results
+from harness import RESULTS, in_process
+from quality_cells import BYTES, EXACT, FULL, SCRATCH, Cell, cells
+from quality_report import report
 from quality_rows import TASKS, make_sets
-
-STEPS, EXACT = 60, (10, 20)
-LEARNING_RATE = 1e-3
-#: Those that a LoRA on the base may choose from.
-LEARNING_RATES = (1e-3, 5e-4, 2e-3)
-MEMORIES = (0.11, 0.17, 0.28, 0.6)
-#: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
-RECOMMENDED = {0.11: ("low-rank-nf4", 0.11), 0.17: ("low-rank-nf4", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
-#: Bytes of a number of the factors, scales included, where a kind has ranks.
-BYTES = {"low-rank": 2, "low-rank-nf4": 4.5 / 8}
-FULL, SCRATCH = "full", "exact"
-#: Recovery that is aimed at, by memory: without exact steps, and with 20.
-GOALS = {0.6: (0.95, 0.97), 0.28: (0.95, 0.97), 0.17: (0.85, 0.95), 0.11: (0.75, 0.92)}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One measurement.
-
-    Attributes:
-        task: see :data:`quality_rows.TASKS`.
-        kind: of emulator; or ``full``, a LoRA on the base, or ``exact``, exact steps from scratch.
-        memory: of the block Linears; 1 for controls.
-        seed: of the rows and of the tuning.
-        steps: of the tuning.
-        learning_rate: of the tuning.
-    """
-
-    task: str
-    kind: str
-    memory: float
-    seed: int
-    steps: int = STEPS
-    learning_rate: float = LEARNING_RATE
-
-    @property
-    def name(self) -> str:
-        """A name for its directory."""
-        return f"{self.task}-{self.kind}-{self.memory:g}-{self.seed}-{self.steps}-{self.learning_rate:g}"
 
 
 def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -216,33 +177,6 @@ class Scores:
         }
 
 
-def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
-    """Return all cells, the most telling first; learning rates of further seeds are those found best so far."""
-    tasks = list(TASKS)
-    recommended = list(dict.fromkeys(RECOMMENDED[memory] for memory in reversed(MEMORIES)))
-    yield from (Cell(task, FULL, 1, 0) for task in tasks)
-    yield from (Cell(task, *way, 0) for way in recommended for task in tasks)
-    yield from (Cell(task, FULL, 1, 0, STEPS + EXACT[-1]) for task in tasks)
-    rates = itertools.product(LEARNING_RATES[1:], (STEPS, STEPS + EXACT[-1]), tasks)
-    yield from (Cell(task, FULL, 1, 0, steps, rate) for rate, steps, task in rates)
-    yield from (Cell(task, SCRATCH, 1, 0, EXACT[-1]) for task in tasks)
-    others = [(kind, memory) for memory in MEMORIES[::-1] for kind in ("low-rank",)]
-    yield from (Cell(task, *way, 0) for way in others for task in tasks)
-    for seed in range(1, seeds):
-        for task in tasks:
-            yield from (
-                Cell(task, FULL, 1, seed, steps, best_rate(known, task, steps)) for steps in (STEPS, STEPS + EXACT[-1])
-            )
-        yield from (Cell(task, *way, seed) for way in recommended for task in tasks)
-        yield from (Cell(task, SCRATCH, 1, seed, EXACT[-1]) for task in tasks)
-
-
-def best_rate(rows: Sequence[dict[str, Any]], task: str, steps: int) -> float:
-    """Return the learning rate of a LoRA on the base with the least loss on the selection rows of the first seed."""
-    tried = [row for row in rows if (row["task"], row["kind"], row["seed"], row["steps"]) == (task, FULL, 0, steps)]
-    return min(tried, key=lambda row: row["selection"])["learning_rate"] if tried else LEARNING_RATE
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("build/quality"), help="for work in progress")
@@ -296,123 +230,6 @@ def write_bf16_base(root: Path) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(root / ".base")
     shutil.rmtree(source)
     (root / ".base").rename(root / "base")
-
-
-class Table:
-    """The measurements by what is asked of them."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows = rows
-
-    def losses(self, task: str, seed: int, steps: int) -> tuple[float, float] | None:
-        """Return the loss of the base alone and of the base with a LoRA of so many steps, or None."""
-        rate = best_rate(self.rows, task, steps)
-        wanted = (task, FULL, seed, steps, rate)
-        keys = ("task", "kind", "seed", "steps", "learning_rate")
-        row = next((row for row in self.rows if tuple(row[key] for key in keys) == wanted), None)
-        return row and (row["systems"]["base"]["nll"], row["systems"][FULL]["nll"])
-
-    def recovery(self, row: dict[str, Any], system: str) -> float | None:
-        """Return the recovery of a system of a cell; the LoRA on the base has as many steps in all.
-
-        Exact steps from scratch are compared with what polishing is compared with, to stand beside it.
-        """
-        steps = STEPS + (EXACT[-1] if system.startswith("polish") or system == SCRATCH else 0)
-        losses = self.losses(row["task"], row["seed"], steps)
-        if losses is None or system not in row["systems"]:
-            return None
-        base, full = losses
-        return (base - row["systems"][system]["nll"]) / (base - full)
-
-    def recoveries(self, task: str, kind: str, memory: float, system: str) -> list[float]:
-        """Return the recovery of every seed that was measured."""
-        matching = [row for row in self.rows if (row["task"], row["kind"], row["memory"]) == (task, kind, memory)]
-        found = [self.recovery(row, system) for row in matching]
-        return [each for each in found if each is not None]
-
-
-#: What is reported of every cell, by its name there.
-SYSTEMS = {"uncorrected": "uncorrected", "paper": "paper", "auto": "auto", "polish10": "polish10",
-           "polish20": "polish20"}  # fmt: skip
-
-
-def recovery_rows(table: Table) -> list[dict[str, Any]]:
-    """Return ``recovery``: mean and spread over seeds of every system, of the recommended way under its own names."""
-    found = []
-    kinds = list(dict.fromkeys((row["kind"], row["memory"]) for row in table.rows if row["memory"] < 1))
-    for task in TASKS:
-        ways = [(f"{kind}+{system}", kind, memory, memory, system) for kind, memory in kinds for system in SYSTEMS]
-        ways += [
-            (name, *RECOMMENDED[memory], memory, system)
-            for memory in MEMORIES
-            for name, system in (("emloc", "auto"), ("emloc+polish20", "polish20"))
-        ]
-        ways.append((f"{SCRATCH}{EXACT[-1]}", SCRATCH, 1, 1, SCRATCH))
-        for name, kind, key, memory, system in ways:
-            if values := table.recoveries(task, kind, key, system):
-                found.append({"task": task, "memory": memory, "system": name, "mean": round(mean(values), 4),
-                              "spread": round(stdev(values), 4) if len(values) > 1 else None,
-                              "seeds": len(values)})  # fmt: skip
-    return found
-
-
-def draw(recovery: Sequence[dict[str, Any]]) -> None:
-    """Draw ``results/quality.svg``: recovery over memory, a panel for every task."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(4 * len(TASKS), 3.6), layout="constrained")
-    FigureCanvasSVG(drawing)
-    shown = ("emloc", "emloc+polish20", "low-rank+auto", "low-rank+polish20")
-    for axes, task in zip(drawing.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
-        for system in shown:
-            rows = sorted(
-                (row for row in recovery if (row["task"], row["system"]) == (task, system)),
-                key=lambda row: row["memory"],
-            )
-            axes.errorbar([row["memory"] for row in rows], [row["mean"] for row in rows],
-                          [row["spread"] or 0 for row in rows], marker="o", capsize=3, label=system)  # fmt: skip
-        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-        axes.set(title=task, xlabel="memory of the block Linears")
-    drawing.axes[0].set_ylabel("recovery")
-    drawing.axes[0].legend(frameon=False, fontsize="small")
-    drawing.savefig(RESULTS / "quality.svg")
-
-
-def report(rows: list[dict[str, Any]]) -> None:
-    """Write the results that there are: recovery, goals, and a line for every cell."""
-    table = Table(rows)
-    recovery = recovery_rows(table)
-    goals = []
-    for memory, aims in GOALS.items():
-        for system, aim in zip(("emloc", "emloc+polish20"), aims, strict=True):
-            means = [row["mean"] for row in recovery if (row["memory"], row["system"]) == (memory, system)]
-            if len(means) == len(TASKS):
-                value = round(mean(means), 3)
-                goals.append(goal(f"recovery of {system} at {memory:g}, mean over tasks", aim, value, value >= aim))
-    lines = []
-    for row in sorted(rows, key=lambda row: (row["task"], row["memory"], row["kind"], row["seed"], row["steps"])):
-        systems = row["systems"]
-        shown = [systems[name]["nll"] if name in systems else "-" for name in ("emulator", "tuned", *SYSTEMS)]
-        alone, own = (systems[name]["nll"] if name in systems else "-" for name in ("base", row["kind"]))
-        lines.append([row["task"], row["kind"], row["memory"], row["seed"], row["steps"], row["learning_rate"],
-                      alone, own, *shown, str(row.get("chosen", {}).get("clamp", "-")),
-                      row["seconds"]])  # fmt: skip
-    header = ["task", "kind", "memory", "seed", "steps", "learning rate", "base", "tuned on it", "emulator", "tuned",
-              *SYSTEMS.values(), "clamp", "seconds"]  # fmt: skip
-    text = (
-        "NLL per token on 160 test rows; the last columns from *uncorrected* on are the base with that LoRA.\n\n"
-        f"{markdown(header, [[str(value) for value in line] for line in lines])}\n\nRecovery:\n\n"
-        + markdown(
-            ["task", "memory", "system", "mean", "spread", "seeds"],
-            [[str(row[key]) for key in ("task", "memory", "system", "mean", "spread", "seeds")] for row in recovery],
-        )
-    )
-    write_results("quality", "make bench-quality", rows, goals, text)
-    draw(recovery)
-    file = RESULTS / "quality.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({"recovery": recovery, **content}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Turns rows into model inputs: the same token ids, and the same tokens in the loss, as in TRL's ``SFTTrainer``.
 
 The emulator must be fitted to what will be trained on, so this matches TRL token for token: the end-of-sequence token
-added to plain text, the chat template (:mod:`emloc_core.data.conversation`), the start of the completion, truncation. A
-test compares the two. Rows with images go through the model's own processor, in TRL's own collator.
+added to plain text, the chat template (:mod:`emloc_core.data.chat_template`), the start of the completion, truncation.
+A test compares the two. Rows with images go through the model's own processor, in TRL's own collator.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from emloc_core.data.conversation import common_prefix, encode_conversation, require_template
+from emloc_core.data.chat_template import common_prefix, encode_conversation, require_template
 from emloc_core.data.images import pillow
 from emloc_core.data.messages import in_parts
 from emloc_core.data.rows import Row

@@ -7,7 +7,7 @@ of the conversation before the last answer, in the model's own chat template.
 from itertools import count
 from typing import Any
 
-from emloc_core.data.conversation import encode_conversation
+from emloc_core.data.chat_template import encode_conversation
 from emloc_core.data.rows import parse_row
 from emloc_core.errors import EmlocError
 

@@ -14,7 +14,7 @@ from emloc_core.errors import printable
 CARD = "README.md"
 #: The card of the model that a checkpoint was made from, in that checkpoint.
 BASE_CARD = "BASE_README.md"
-#: Of a repository: ``organisation/name``.
+#: A repository's id: ``organisation/name``.
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 Manifest = Mapping[str, Any]

@@ -1,0 +1,129 @@
+"""The results of ``quality.py``: recovery by task, memory and way, goals, a line for every cell, and a figure."""
+
+import json
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from harness import RESULTS, goal, markdown, write_results
+from quality_cells import EXACT, FULL, MEMORIES, RECOMMENDED, SCRATCH, STEPS, best_rate
+from quality_rows import TASKS
+
+#: Recovery that is aimed at, by memory: without exact steps, and with 20.
+GOALS = {0.6: (0.95, 0.97), 0.28: (0.95, 0.97), 0.17: (0.85, 0.95), 0.11: (0.75, 0.92)}
+
+
+class Table:
+    """The measurements by what is asked of them."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def losses(self, task: str, seed: int, steps: int) -> tuple[float, float] | None:
+        """Return the loss of the base alone and of the base with a LoRA of so many steps, or None."""
+        rate = best_rate(self.rows, task, steps)
+        wanted = (task, FULL, seed, steps, rate)
+        keys = ("task", "kind", "seed", "steps", "learning_rate")
+        row = next((row for row in self.rows if tuple(row[key] for key in keys) == wanted), None)
+        return row and (row["systems"]["base"]["nll"], row["systems"][FULL]["nll"])
+
+    def recovery(self, row: dict[str, Any], system: str) -> float | None:
+        """Return the recovery of a system of a cell; the LoRA on the base has as many steps in all.
+
+        Exact steps from scratch are compared with what polishing is compared with, to stand beside it.
+        """
+        steps = STEPS + (EXACT[-1] if system.startswith("polish") or system == SCRATCH else 0)
+        losses = self.losses(row["task"], row["seed"], steps)
+        if losses is None or system not in row["systems"]:
+            return None
+        base, full = losses
+        return (base - row["systems"][system]["nll"]) / (base - full)
+
+    def recoveries(self, task: str, kind: str, memory: float, system: str) -> list[float]:
+        """Return the recovery of every seed that was measured."""
+        matching = [row for row in self.rows if (row["task"], row["kind"], row["memory"]) == (task, kind, memory)]
+        found = [self.recovery(row, system) for row in matching]
+        return [each for each in found if each is not None]
+
+
+#: What is reported of every cell, by its name there.
+SYSTEMS = ("uncorrected", "paper", "auto", "polish10", "polish20")
+
+
+def recovery_rows(table: Table) -> list[dict[str, Any]]:
+    """Return ``recovery``: mean and spread over seeds of every system, of the recommended way under its own names."""
+    found = []
+    kinds = list(dict.fromkeys((row["kind"], row["memory"]) for row in table.rows if row["memory"] < 1))
+    for task in TASKS:
+        ways = [(f"{kind}+{system}", kind, memory, memory, system) for kind, memory in kinds for system in SYSTEMS]
+        ways += [
+            (name, *RECOMMENDED[memory], memory, system)
+            for memory in MEMORIES
+            for name, system in (("emloc", "auto"), ("emloc+polish20", "polish20"))
+        ]
+        ways.append((f"{SCRATCH}{EXACT[-1]}", SCRATCH, 1, 1, SCRATCH))
+        for name, kind, key, memory, system in ways:
+            if values := table.recoveries(task, kind, key, system):
+                found.append({"task": task, "memory": memory, "system": name, "mean": round(mean(values), 4),
+                              "spread": round(stdev(values), 4) if len(values) > 1 else None,
+                              "seeds": len(values)})  # fmt: skip
+    return found
+
+
+def draw(recovery: Sequence[dict[str, Any]]) -> None:
+    """Draw ``results/quality.svg``: recovery over memory, a panel for every task."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(4 * len(TASKS), 3.6), layout="constrained")
+    FigureCanvasSVG(drawing)
+    shown = ("emloc", "emloc+polish20", "low-rank+auto", "low-rank+polish20")
+    for axes, task in zip(drawing.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
+        for system in shown:
+            rows = sorted(
+                (row for row in recovery if (row["task"], row["system"]) == (task, system)),
+                key=lambda row: row["memory"],
+            )
+            axes.errorbar([row["memory"] for row in rows], [row["mean"] for row in rows],
+                          [row["spread"] or 0 for row in rows], marker="o", capsize=3, label=system)  # fmt: skip
+        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        axes.set(title=task, xlabel="memory of the block Linears")
+    drawing.axes[0].set_ylabel("recovery")
+    drawing.axes[0].legend(frameon=False, fontsize="small")
+    drawing.savefig(RESULTS / "quality.svg")
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Write the results that there are: recovery, goals, and a line for every cell."""
+    table = Table(rows)
+    recovery = recovery_rows(table)
+    goals = []
+    for memory, aims in GOALS.items():
+        for system, aim in zip(("emloc", "emloc+polish20"), aims, strict=True):
+            means = [row["mean"] for row in recovery if (row["memory"], row["system"]) == (memory, system)]
+            if len(means) == len(TASKS):
+                value = round(mean(means), 3)
+                goals.append(goal(f"recovery of {system} at {memory:g}, mean over tasks", aim, value, value >= aim))
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["task"], row["memory"], row["kind"], row["seed"], row["steps"])):
+        systems = row["systems"]
+        shown = [systems[name]["nll"] if name in systems else "-" for name in ("emulator", "tuned", *SYSTEMS)]
+        alone, own = (systems[name]["nll"] if name in systems else "-" for name in ("base", row["kind"]))
+        lines.append([row["task"], row["kind"], row["memory"], row["seed"], row["steps"], row["learning_rate"],
+                      alone, own, *shown, str(row.get("chosen", {}).get("clamp", "-")),
+                      row["seconds"]])  # fmt: skip
+    header = ["task", "kind", "memory", "seed", "steps", "learning rate", "base", "tuned on it", "emulator", "tuned",
+              *SYSTEMS, "clamp", "seconds"]  # fmt: skip
+    text = (
+        "NLL per token on 160 test rows; the last columns from *uncorrected* on are the base with that LoRA.\n\n"
+        f"{markdown(header, [[str(value) for value in line] for line in lines])}\n\nRecovery:\n\n"
+        + markdown(
+            ["task", "memory", "system", "mean", "spread", "seeds"],
+            [[str(row[key]) for key in ("task", "memory", "system", "mean", "spread", "seeds")] for row in recovery],
+        )
+    )
+    write_results("quality", "make bench-quality", rows, goals, text)
+    draw(recovery)
+    file = RESULTS / "quality.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({"recovery": recovery, **content}, indent=2) + "\n", encoding="utf-8")
