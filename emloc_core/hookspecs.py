@@ -79,7 +79,8 @@ def emloc_factorizers() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
     Returns:
         By name, ``f(weight, gram, rank) -> Factors``, like ``emloc_core.algorithms.factorize.factorize``. ``weight``
         is (m, n), ``gram`` an ``emloc_core.algorithms.Gram`` of the inputs or the outputs, ``rank`` an int k; the
-        factors are (m, k), with orthonormal columns, and (k, n).
+        factors are (m, k), with orthonormal columns, and (k, n). A factorizer whose second parameter is called
+        ``inputs`` always gets the Gram of the inputs, though that of the outputs may be smaller.
 
     Example:
         from emloc_core.hookspecs import hookimpl

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from emloc_core.algorithms import feedback, fourbit
-from emloc_core.algorithms.factorize import Factors, output_error
+from emloc_core.algorithms.factorize import Factors, output_error, wants_inputs
 from emloc_core.algorithms.statistics import Gram, cheaper_side
 from emloc_core.errors import EmlocError
 from emloc_core.lowrank import FORMAT_VERSION, FOUR_BITS_VERSION, METHOD, replace_linears
@@ -180,7 +180,8 @@ class FourBitLowRank(Kind):
 
         def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
             m, n = weight.shape
-            exact = factorize(weight, gram if cheaper_side(m, n) == "input" else gram.through(weight), rank)
+            on_inputs = wants_inputs(factorize) or cheaper_side(m, n) == "input"
+            exact = factorize(weight, gram if on_inputs else gram.through(weight), rank)
             inputs = gram.matrix
             u = feedback.rounded(exact.u, exact.v.to(inputs) @ inputs @ exact.v.to(inputs).T).double()
             v = feedback.rounded(torch.linalg.solve(u.T @ u, u.T @ weight.to(u)), inputs)

@@ -10,7 +10,10 @@ Computed in fp32 after splitting off the few dominant eigenvalues, since roundin
 eigenvalue; in fp64 where the truncated energy is still below that rounding.
 """
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -40,7 +43,8 @@ class Factors:
     Attributes:
         u: (m, k), orthonormal columns.
         v: (k, n), so that ``u @ v`` approximates the weight.
-        spectrum: energy of the outputs along every direction, descending, fp64 on the CPU. Its length is min(m, n).
+        spectrum: energy of the outputs along every direction, fp64 on the CPU. Its length is min(m, n). The first k are
+            the columns of u, so that what is cut off at any rank is known. Descending, if the factors are optimal.
         error: of these factors, where it is more than what is cut off: they are rounded.
     """
 
@@ -59,6 +63,11 @@ class Factors:
         kept = self.u.shape[1] if rank is None else rank
         total = self.spectrum.sum()
         return float((self.spectrum[kept:].sum() / total).sqrt()) if total > 0 else 0.0
+
+
+def wants_inputs(factorize: Callable[..., Any]) -> bool:
+    """Return whether a factorizer has a parameter ``inputs``: it is then always given the Gram of the inputs."""
+    return "inputs" in inspect.signature(factorize).parameters
 
 
 def output_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor) -> float:

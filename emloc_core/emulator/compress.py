@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from emloc_core.algorithms.allocation import uniform, wants_spectra
+from emloc_core.algorithms.factorize import wants_inputs
 from emloc_core.data.rows import CALIBRATION, SELECTION, Row, load_rows, without, write_rows
 from emloc_core.data.sets import draw
 from emloc_core.data.tokenize import Limits, Processing, Sample, encode, load_processing
@@ -89,7 +90,7 @@ class Compress:
                 "ranks of earlier layers, so other ranks need another run.",
                 "Use --calibration base, or leave out --keep-spectra.",
             )
-        found = find_linears(self.skeleton.model, self.family, self.kind)
+        found = self._linears(self.kind)
         if why := self._why_no_experts(spectra is not None):
             found = found.without_experts(why)
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
@@ -108,6 +109,10 @@ class Compress:
         self._encode(self.rows.selection, processing)
         self._path, self._spectra_path = output, spectra
         self._files = Inputs(output.resolve().parent)
+
+    def _linears(self, kind: Kind | None = None) -> RankPlan:
+        found = find_linears(self.skeleton.model, self.family, kind)
+        return found.on_inputs() if wants_inputs(self.factorize) else found
 
     def _why_no_experts(self, keeps_spectra: bool) -> str | None:
         """Return why fused experts stay dense whatever the kind, or None."""
@@ -216,13 +221,13 @@ class Compress:
         return self.output.path
 
     def _allocated(self, spectra: Spectra) -> RankPlan:
-        found = spectra.reached(find_linears(self.skeleton.model, self.family, self.kind))
+        found = spectra.reached(self._linears(self.kind))
         return allocated(found, self.settings.ratio, self.allocate, spectra.spectrum, self.settings.allocator)
 
     def _decompose(self, output: Output, progress: Progress) -> Spectra:
         if not output.is_finished():
             with output.build() as staging:
-                plan = at_largest_ranks(find_linears(self.skeleton.model, self.family))
+                plan = at_largest_ranks(self._linears())
                 files = SpectraFiles(self.skeleton, self.blocks, staging)
                 self._decomposition(plan, progress, self.factorize).run(files, PROBES)
                 self._write_rows(staging)

@@ -155,8 +155,7 @@ class RankPlan:
 
     def on_inputs(self) -> "RankPlan":
         """Return the plan with the inputs captured where it would be the outputs."""
-        linears = (replace(each, tap="input") if each.tap == "output" else each for each in self.linears)
-        return replace(self, linears=tuple(linears))
+        return self._each(lambda each: replace(each, tap="input") if each.tap == "output" else each)
 
     def lines(self) -> list[str]:
         """Return a line per kind of Linear with number, shape and ranks, then lines for what stays dense, and why."""

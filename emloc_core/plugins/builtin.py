@@ -61,10 +61,11 @@ def emloc_rank_allocators() -> dict[str, Callable[..., Any]]:
 
 @hookimpl
 def emloc_factorizers() -> dict[str, Callable[..., Any]]:
-    """Provide activation-aware SVD without inverses."""
+    """Provide activation-aware SVD without inverses, and two baselines from the literature."""
     from emloc_core.algorithms.factorize import factorize
+    from emloc_core.algorithms.svd import asvd, svd
 
-    return {"activation-svd": factorize}
+    return {"activation-svd": factorize, "svd": svd, "asvd": asvd}
 
 
 @hookimpl

@@ -7,28 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support.factors import gram_of, output_error
 from support.paths import FIXTURES
 
-from emloc_core.algorithms.factorize import Factors, factorize
+from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram, cheaper_side, symmetric_product
 from emloc_core.errors import EmlocError
 
 DATA = FIXTURES
 GOLDEN = load_file(DATA / "emloc_reference_vectors.safetensors")
 CASES = json.loads((DATA / "emloc_reference_vectors.json").read_text())
-
-
-def gram_of(weight: torch.Tensor, inputs: torch.Tensor, side: str, dtype: torch.dtype = torch.float64) -> Gram:
-    m, n = weight.shape
-    gram = Gram(side, m if side == "output" else n, dtype)
-    gram.add(inputs.double() @ weight.T.double() if side == "output" else inputs)
-    return gram
-
-
-def output_error(weight: torch.Tensor, factors: Factors, inputs: torch.Tensor) -> float:
-    inputs, weight = inputs.double(), weight.double()
-    exact = inputs @ weight.T
-    return float((exact - inputs @ factors.v.double().T @ factors.u.double().T).norm() / exact.norm())
 
 
 def textbook_error(weight: torch.Tensor, inputs: torch.Tensor, rank: int) -> float:

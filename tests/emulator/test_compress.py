@@ -228,6 +228,18 @@ def test_a_factorizer_that_raises_is_named(tiny_model, rows_file, tmp_path, cali
         job.run()
 
 
+@pytest.mark.parametrize("calibration", ["base", "propagated"])
+def test_baselines_do_worse_than_activation_aware_factors(tiny_model, rows_file, tmp_path, calibration):
+    errors = {}
+    for name in ("activation-svd", "svd", "asvd"):
+        changes = {"factorizer": name, "calibration": calibration, "samples": 4, "selection": 2}
+        output = compress(tiny_model, rows_file, tmp_path / name, SETTINGS.model_copy(update=changes))
+        linears = read_manifest(output)["result"]["linears"]
+        errors[name] = sum(linear["relative_error"] for linear in linears)
+        assert {linear["tap"] for linear in linears} == ({"input"} if name == "asvd" else {"input", "output"})
+    assert errors["activation-svd"] < min(errors["svd"], errors["asvd"])
+
+
 def test_overflow_in_activations_names_layer_and_row(tiny_model, rows_file, tmp_path):
     def spoil(directory):
         tensors = load_file(directory / "model.safetensors")
