@@ -75,7 +75,7 @@ def command(
         print_json(planned.describe())
     else:
         _show(planned)
-    if planned.advice:
+    if planned.advice and planned.best is None:
         raise no_fit(planned.budget, planned.advice)
 
 
@@ -115,6 +115,8 @@ def _judge(planned: "MemoryPlan", fits: bool) -> None:
     elif not planned.advice:
         click.echo(f"tuning the emulator needs {human_bytes(tuning)} and does NOT fit {whose} "
                    f"{human_bytes(planned.budget)}")  # fmt: skip
+    elif planned.best:
+        click.echo(str(no_fit(planned.budget, planned.advice)))
     if planned.given and inference > planned.budget:
         click.echo(f"inference on the base needs {human_bytes(inference)}: within this budget the tuned base runs "
                    "only with offloading (device_map='auto') or quantised")  # fmt: skip
