@@ -1,0 +1,14 @@
+"""Kinds of emulator: what replaces a Linear's weight, in files and in a model.
+
+A kind decides how a Linear's stand-in is stored and read back, what transformers is told so that it loads it, and how
+many bytes it takes. Everything else (streaming, resuming, training, correction, merging) is the same for all kinds.
+"""
+
+from emloc_core.kinds.factors import FourBitLowRank, LowRank
+from emloc_core.kinds.kind import Factorize, Kind, Pair, Weight
+from emloc_core.kinds.weights import NF4
+
+__all__ = ["NF4", "RECOMMENDED", "Factorize", "FourBitLowRank", "Kind", "LowRank", "Pair", "Weight"]
+
+#: Kinds in the order in which they are recommended: the first whose tuning fits. ``docs/evidence.md`` says why.
+RECOMMENDED = ("nf4", "low-rank-nf4")

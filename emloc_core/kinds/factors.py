@@ -1,0 +1,101 @@
+"""Kinds whose stand-in is two factors: in the dtype of the base, and in four bits."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_core.algorithms import feedback, fourbit
+from emloc_core.algorithms.factorize import Factors, output_error, wants_inputs
+from emloc_core.algorithms.statistics import Gram, cheaper_side
+from emloc_core.kinds.kind import Factorize, Kind, Pair, beside
+from emloc_core.lowrank import FORMAT_VERSION, FOUR_BITS_VERSION, METHOD, replace_linears
+
+
+class LowRank(Kind):
+    """Factors in the dtype of the base."""
+
+    name = "low-rank"
+    has_experts = can_be_cut = True
+
+    def keys(self, weight: str) -> list[str]:
+        """U replaces the weight, V is beside it."""
+        return beside(weight, "V")
+
+    def pack(self, weight: str, stand_in: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return both factors."""
+        parts = (stand_in.u.to("cpu", dtype), stand_in.v.to("cpu", dtype))
+        return dict(zip(self.keys(weight), parts, strict=True))
+
+    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:  # noqa: ARG002
+        """Return both factors."""
+        u, v = tensors
+        return u, v
+
+    def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
+        """Say which Linears are factors; :mod:`emloc_core.lowrank` loads them."""
+        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "ranks": ranks}
+
+    def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:
+        """``k (m + n)`` numbers."""
+        return rank * sum(shape) * dtype.itemsize
+
+    def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
+        """Replace by the layers that an emulator has."""
+        replace_linears(model, ranks)
+
+
+class FourBitLowRank(Kind):
+    """Factors in four bits, each fitted to the other as rounded, and seen as rounded by what is fitted after them."""
+
+    name = "low-rank-nf4"
+    calibration = "propagated"
+    taps_inputs = True
+
+    def rounding(self, factorize: Factorize) -> Factorize:
+        """Round U with feedback, fit V to that by least squares, and round it with feedback.
+
+        The inputs of U are those of the exact V. The best V for a given U has ``U V x`` nearest to ``W x`` for every x:
+        ``V = (U^T U)^-1 U^T W``.
+        """
+
+        def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
+            m, n = weight.shape
+            on_inputs = wants_inputs(factorize) or cheaper_side(m, n) == "input"
+            exact = factorize(weight, gram if on_inputs else gram.through(weight), rank)
+            inputs = gram.matrix
+            u = feedback.rounded(exact.u, exact.v.to(inputs) @ inputs @ exact.v.to(inputs).T).double()
+            v = feedback.rounded(torch.linalg.solve(u.T @ u, u.T @ weight.to(u)), inputs)
+            return replace(exact, u=u.float(), v=v, error=output_error(weight, u.float() @ v, inputs))
+
+        return rounded
+
+    def keys(self, weight: str) -> list[str]:
+        """U replaces the weight."""
+        return beside(weight, "V", "weight_scales", "V_scales")
+
+    def pack(self, weight: str, stand_in: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        """Return both factors' codes and scales."""
+        (u, u_scales), (v, v_scales) = fourbit.pack(stand_in.u), fourbit.pack(stand_in.v)
+        return dict(zip(self.keys(weight), (part.cpu() for part in (u, v, u_scales, v_scales)), strict=True))
+
+    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
+        """Return both factors, unpacked; there are so many ranks as fit the scales of both."""
+        u, v, u_scales, v_scales = tensors
+        m, n = shape
+        rank = (u.numel() + v.numel()) * 2 // (m + n)
+        return fourbit.unpack(u, u_scales, (m, rank), dtype), fourbit.unpack(v, v_scales, (rank, n), dtype)
+
+    def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
+        """Say which Linears are factors; :mod:`emloc_core.lowrank` loads them."""
+        return {"quant_method": METHOD, "format_version": FOUR_BITS_VERSION, "ranks": ranks}
+
+    def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
+        """Half a byte a number, and a scale for every 64."""
+        parts = (fourbit.sizes(shape[0], rank), fourbit.sizes(rank, shape[1]))
+        return sum(codes + 4 * scales for codes, scales in parts)
+
+    def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
+        """Replace by the layers that an emulator has."""
+        replace_linears(model, ranks, FOUR_BITS_VERSION)

@@ -1,0 +1,127 @@
+"""The contract that every kind of emulator fulfils."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from emloc_core.algorithms.factorize import Factors
+from emloc_core.algorithms.statistics import Gram
+from emloc_core.errors import EmlocError
+from emloc_core.settings import CompressSettings
+
+#: U (m, k) and V (k, n) with U V the matrix that a Linear of the emulator multiplies by.
+Pair = tuple[torch.Tensor, torch.Tensor]
+Factorize = Callable[[torch.Tensor, Gram, int], Factors]
+#: Settings that only kinds with ranks know.
+_OF_RANKS = ("ratio", "allocator", "calibration", "factorizer")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A stand-in made from a weight alone.
+
+    Attributes:
+        weight: (m, n), the base's.
+        error: ``||W - What|| / ||W||``: the relative output error on inputs that favour no direction.
+    """
+
+    weight: torch.Tensor
+    error: float
+
+    def relative_error(self) -> float:
+        """Return the error."""
+        return self.error
+
+
+class Kind(ABC):
+    """One kind of emulator.
+
+    Attributes:
+        name: of the kind.
+        taps_inputs: whether factors are fitted to the Gram of the inputs, even where that of the outputs is smaller.
+        has_ranks: whether a Linear becomes factors of some rank, fitted to calibration rows. If not, its weight alone
+            says what becomes of it, and the settings of ranks mean nothing.
+        has_experts: whether fused experts become factors too; otherwise they stay dense.
+        can_be_cut: whether emulators of any ratio can be cut from spectra.
+        calibration: what factors are fitted to where the user does not say.
+    """
+
+    name: str
+    taps_inputs: bool = False
+    has_ranks: bool = True
+    has_experts: bool = False
+    can_be_cut: bool = False
+    calibration: Literal["base", "propagated"] = "base"
+
+    def check(self, settings: CompressSettings) -> None:
+        """Refuse settings that mean nothing for this kind.
+
+        Raises:
+            EmlocError: names them.
+        """
+        if not self.has_ranks:
+            defaults = CompressSettings()
+            if given := [name for name in _OF_RANKS if getattr(settings, name) != getattr(defaults, name)]:
+                raise EmlocError(
+                    f"An emulator of the kind {self.name!r} has no ranks, and so no {', '.join(given)}.",
+                    "Leave that out, or choose another --kind.",
+                )
+
+    def rounding(self, factorize: Factorize) -> Factorize:
+        """Return a factorizer whose factors are as they will be when they have been stored and read."""
+        return factorize
+
+    def stand_in(self, weight: torch.Tensor) -> Weight:
+        """Return what stands in for a weight, (m, n); asked of kinds without ranks alone."""
+        raise NotImplementedError(self.name)
+
+    @abstractmethod
+    def keys(self, weight: str) -> list[str]:
+        """Return the keys of a stand-in's tensors in the checkpoint; the first is that of the weight."""
+
+    @abstractmethod
+    def pack(self, weight: str, stand_in: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return a stand-in's tensors by their keys.
+
+        Args:
+            weight: key of the weight in the checkpoint.
+            stand_in: :class:`~emloc_core.algorithms.factorize.Factors`, or without ranks a :class:`Weight`.
+            dtype: of the base.
+        """
+
+    @abstractmethod
+    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
+        """Return U and V of what the checkpoint holds for a Linear.
+
+        Args:
+            tensors: in the order of :meth:`keys`.
+            shape: of the weight.
+            dtype: of the base.
+        """
+
+    @abstractmethod
+    def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+        """Return the emulator's ``quantization_config``.
+
+        Args:
+            ranks: by module path of the Linears that are replaced.
+            model: the base; meta tensors suffice.
+            dtype: of the base.
+        """
+
+    @abstractmethod
+    def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:
+        """Return the bytes of what stands in for a weight of this shape."""
+
+    @abstractmethod
+    def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
+        """Replace Linears of a model without weights by layers that need as much memory as the emulator's."""
+
+
+def beside(weight: str, *names: str) -> list[str]:
+    """Return the key of a weight, and those of other tensors of its Linear."""
+    return [weight, *(f"{weight.removesuffix('weight')}{name}" for name in names)]

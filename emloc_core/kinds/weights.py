@@ -1,0 +1,104 @@
+"""The kind whose stand-in is the weight itself, in four bits."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from emloc_core.algorithms import fourbit
+from emloc_core.errors import EmlocError
+from emloc_core.kinds.kind import Kind, Pair, Weight
+
+
+class NF4(Kind):
+    """Weights in four bits as bitsandbytes has them (QLoRA): an ordinary checkpoint that plain transformers loads."""
+
+    name = "nf4"
+    has_ranks = False
+    _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+
+    def stand_in(self, weight: torch.Tensor) -> Weight:
+        """Return the weight, with the error of its four bits."""
+        packed = list(self.pack("weight", Weight(weight, 0.0), weight.dtype).values())
+        approximation = max(self.unpack(packed, (weight.shape[0], weight.shape[1]), torch.float32), key=torch.numel)
+        lost, whole = (
+            float(torch.linalg.vector_norm(part, dtype=torch.float64))
+            for part in (weight.cpu().float() - approximation, weight)
+        )
+        return Weight(weight, lost / whole if whole else 0.0)
+
+    def keys(self, weight: str) -> list[str]:
+        """The weight's codes, and the parts of bitsandbytes' ``QuantState``."""
+        return [weight, *(f"{weight}.{part}" for part in self._PARTS)]
+
+    def pack(self, weight: str, stand_in: Weight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return the weight in four bits, its scales in eight (double quantisation)."""
+        codes, state = fourbit.kernels().functional.quantize_4bit(
+            stand_in.weight.to("cpu", dtype).contiguous(), blocksize=fourbit.BLOCK, compress_statistics=True,
+            quant_type="nf4",
+        )  # fmt: skip
+        parts = {f"{weight}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
+        return {weight: codes, **parts}
+
+    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
+        """Return the weight and the identity, on the side where it is the smaller one."""
+        functions = fourbit.kernels().functional
+        codes, *parts = tensors
+        state = functions.QuantState.from_dict(dict(zip(self._PARTS, parts, strict=True)), device=codes.device)
+        weight = functions.dequantize_4bit(codes, state).to(dtype)
+        identity = torch.eye(min(shape), dtype=dtype, device=weight.device)
+        return (weight, identity) if shape[0] >= shape[1] else (identity, weight)
+
+    def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+        """Return what ``BitsAndBytesConfig`` writes, with every other Linear among those to be skipped.
+
+        Raises:
+            EmlocError: transformers would skip other Linears than these.
+        """
+        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        skipped = [path for path in linears if path not in ranks]
+        wrong = [path for path in linears if should_convert_module(path, skipped) != (path in ranks)]
+        if wrong:
+            raise EmlocError(f"transformers cannot be told which Linears of this model are in four bits ({wrong[0]}).")
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": skipped,
+        }
+
+    def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
+        """Half a byte a number, a byte for every 64, and a number for every 256 of these."""
+        codes, scales = fourbit.sizes(*shape)
+        return codes + scales + 4 * -(-scales // 256) + 4 * (16 + 256)
+
+    def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
+        """Replace by layers of as many bytes, whose weight is unpacked in every pass."""
+        for path in ranks:
+            linear: Any = model.get_submodule(path)
+            model.set_submodule(path, _FourBitLinear(linear))
+
+
+class _FourBitLinear(nn.Linear):
+    """As bitsandbytes' ``Linear4bit``, of which memory can be followed without contents."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._unpacked, device = linear.weight.dtype, linear.weight.device
+        codes, scales = (
+            torch.empty(size, dtype=torch.uint8, device=device)
+            for size in fourbit.sizes(self.out_features, self.in_features)
+        )
+        self.weight, self.scales = (nn.Parameter(part, requires_grad=False) for part in (codes[:, None], scales))
+        self.bias = linear.bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        shape = (self.out_features, self.in_features)
+        found = fourbit.product(input, self.weight, self.scales.float(), shape, self._unpacked)
+        return found if self.bias is None else found + self.bias
