@@ -4,6 +4,7 @@ How an image becomes tokens is read from the config; a family whose models do it
 ``tiny_inputs``.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from emloc_core.data.rows import Row
 from emloc_core.data.tokenize import Sample
@@ -72,9 +74,10 @@ def image_inputs(config: Any) -> dict[str, torch.Tensor]:
 
 
 def _token_types(config: Any, is_image: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return which tokens are an image's, for models that place them in height and width."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return {"mm_token_type_ids": is_image.long()} if "mrope_section" in rope else {}
+    """Return which tokens are an image's, for models that ask for it: they place such tokens in height and width."""
+    model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    asked = model is not None and "mm_token_type_ids" in inspect.signature(model.forward).parameters
+    return {"mm_token_type_ids": is_image.long()} if asked else {}
 
 
 def _unknown_images(config: Any) -> EmlocError:
@@ -107,14 +110,14 @@ def _special(config: Mapping[str, Any]) -> Iterator[int]:
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _special(value)
-        elif str(name).endswith("_token_id"):
+        elif str(name).endswith(("_token_id", "_token_index")):
             yield from (number for number in (value if isinstance(value, list) else [value]) if number is not None)
 
 
 def number_tokenizer(config: Any) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose tokens are numbers: ``"5 17"`` becomes the ids 5 and 17."""
     words = {str(number): number for number in range(vocabulary(config))}
-    end = config.get_text_config().eos_token_id
+    end = getattr(config.get_text_config(), "eos_token_id", None)
     end = end[0] if isinstance(end, list) else end
     unknown = "0"
     backend = Tokenizer(models.WordLevel(words, unk_token=unknown))
