@@ -359,7 +359,8 @@ def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> No
 def _require_fields(config_file: Path, raw: Mapping[str, Any], config: Any, prefix: str) -> None:
     renamed = getattr(config, "attribute_map", {})
     for name in _SIZES:
-        if hasattr(config, name) and name not in raw and renamed.get(name) not in raw:
+        derived = isinstance(getattr(type(config), name, None), property)  # from other fields
+        if hasattr(config, name) and not derived and name not in raw and renamed.get(name) not in raw:
             raise EmlocError(f"{config_file} has no {prefix}{name}.", "Download the file again.")
     # If it is missing, some classes use the number of heads, and others assume a number.
     if "num_key_value_heads" not in raw and isinstance(getattr(type(config), "num_key_value_heads", None), int):
