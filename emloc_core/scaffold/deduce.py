@@ -20,13 +20,16 @@ HEAD = "each of its outputs is a token's logit"
 OUTSIDE = "outside the blocks, and small"
 UNREACHED = "not reached by the forward that was observed"
 _MODALITIES = {"vision": ("vision", "visual", "image"), "audio": ("audio", "speech")}
+#: What rows of text and images never reach.
+_OTHER_ROWS = ("audio", "speech", "video")
 
 
-def towers(seen: Observation, notes: list[str]) -> list[Tower]:
+def towers(seen: Observation, idle: Collection[str], notes: list[str]) -> list[Tower]:
     """Return the stacks of blocks with Linears that can be compressed, in order of execution.
 
     Args:
         seen: the forward.
+        idle: paths of the Linears whose weights get no gradient: a LoRA there would learn nothing.
         notes: is told where LoRA is left out.
 
     Raises:
@@ -44,19 +47,26 @@ def towers(seen: Observation, notes: list[str]) -> list[Tower]:
     paths = {path for stack in stacks for group in stack.groups for path in group}
     compressed = {name for stack in stacks for name in seen.calls if name.startswith(f"{stack.path}.")
                   and name.removeprefix(f"{stack.path}.").partition(".")[2] in paths}  # fmt: skip
+    trained = compressed - set(idle)
     names = _tower_names([stack.path for stack in stacks])
     found = []
     for name, stack in zip(names, stacks, strict=True):
         linears = [path for group in stack.groups for path in group]
-        targets = {path: _target(seen.model, path, compressed) for path in linears}
+        constant = [path for path in linears if any(_is_in(each, path, stack.path) for each in idle)]
+        targets = {path: None if path in constant else _target(seen.model, path, trained) for path in linears}
         left_out = [path for path, target in targets.items() if target is None]
-        if left_out:
-            shared = ", ".join(left_out)
-            notes.append(f"Check: {shared} of {stack.path} gets no LoRA by default: PEFT would put it elsewhere too.")
+        for paths, why in ((constant, "no gradient reaches it"), (left_out, "PEFT would put it elsewhere too")):
+            if told := ", ".join(path for path in paths if path not in constant or paths is constant):
+                notes.append(f"Check: {told} of {stack.path} gets no LoRA by default: {why}.")
         ends = list(dict.fromkeys(target for target in targets.values() if target))
         plain = not left_out and all("." not in end for end in ends)
         found.append(Tower(name, stack.path, stack.groups, [] if plain else ends))
     return found
+
+
+def _is_in(linear: str, path: str, blocks: str) -> bool:
+    """Say whether a Linear is the one at a path within some block."""
+    return linear.startswith(f"{blocks}.") and linear.removeprefix(f"{blocks}.").partition(".")[2] == path
 
 
 def _tower_names(paths: Sequence[str]) -> list[str]:
@@ -144,6 +154,9 @@ def _stands_at(inner: Family, family: Family) -> str | None:
 def doubts(seen: Observation) -> Iterator[str]:
     """Yield what a person has to look at."""
     for path in seen.unreached:
+        if any(word in path for word in _OTHER_ROWS):
+            yield f"Check: {path} is kept dense: rows of text and images do not reach it."
+            continue
         yield f"Edit: the forward that was observed did not reach {path}: declare it as a tower to have it compressed."
     for unit in units(seen.model, [stack.path for stack in seen.stacks]):
         if seen.calls[unit] > 1:

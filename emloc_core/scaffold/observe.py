@@ -1,5 +1,6 @@
 """Observes one forward pass of a model: its stacks of blocks, and which Linears read the same input."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -196,6 +197,25 @@ class Observation:
         if self.calls[path] > 1:
             return f"runs {self.calls[path]} times a forward"
         return OTHER if path in self._odd else None
+
+
+def without_gradient(model: PreTrainedModel, inputs: Mapping[str, Any]) -> set[str]:
+    """Return the paths of the Linears whose weight does not move the logits by any gradient.
+
+    Such a Linear chooses, as that of an indexer which only ranks tokens, or its output is not used.
+
+    Args:
+        model: small enough to run, with weights.
+        inputs: keyword arguments of its forward.
+    """
+    model = copy.deepcopy(model)  # some keep a state, which would hold on to the graph
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    weights = [module.weight for module in linears.values() if module.weight.requires_grad]
+    names = [path for path, module in linears.items() if module.weight.requires_grad]
+    with torch.enable_grad():
+        loss = model(**inputs, use_cache=False).logits.float().square().mean()
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    return {name for name, each in zip(names, gradients, strict=True) if each is None or not bool(each.any())}
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from emloc_core.conformance.inputs import image_inputs, special_tokens, tiny_samples, vocabulary
 from emloc_core.family import Family
+from emloc_core.scaffold.image_layouts import Made, accepted, layouts
 
 
 @dataclass(frozen=True)
@@ -32,41 +33,52 @@ def probes(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Callab
     config = model.config
     if family.modality == "image-text":
         yield "an image as the config describes it", lambda: Probe(image_inputs(config))
-        yield "an image of the vision tower's size", lambda: _measured(model, 1)
-        yield "a list of one image of the vision tower's size", lambda: _measured(model, 1, 1)
-        # An image of any size is given whole, made smaller, and cut into such: here into one.
-        yield "a list of an image and its only piece", lambda: _measured(model, 1, 2)
+        for layout in layouts(config):
+            yield (
+                f"pixels of {list(layout['pixel_values'].tensor.shape)}",
+                lambda layout=layout: _laid_out(model, layout),
+            )
     text = tiny_samples(replace(family, modality="text"), config)[-1]
     yield "text", lambda: Probe(text.inputs("cpu"))
 
 
-def _measured(model: PreTrainedModel, *leading: int) -> Probe:
-    """Ask the model itself how many tokens an image becomes, whose ``pixel_values`` have these leading dimensions."""
+def _laid_out(model: PreTrainedModel, layout: Mapping[str, Made]) -> Probe:
+    """Return a row with an image of a layout, with as many marks as the model itself says that the image needs."""
     config: Any = model.config
-    vision = config.vision_config
-    size = vision.image_size
-    shape = (*leading, getattr(vision, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
-    extract: Any = model.get_image_features
-    sized = "image_sizes" in inspect.signature(extract).parameters
-    extra = {"image_sizes": torch.tensor([shape[-2:]])} if sized else {}
-    with torch.no_grad():
-        features: Any = extract(pixel_values=torch.ones(shape), **extra)
-    features = getattr(features, "pooler_output", features)
-    tensors = [features] if isinstance(features, torch.Tensor) else list(features)
-    tokens = sum(tensor.numel() for tensor in tensors) // config.get_text_config().hidden_size
+    names = set(inspect.signature(model.forward).parameters)
+    given = accepted(layout, names)
+    tokens = _tokens(model, layout)
+    typed = "mm_token_type_ids" in names
     a, b, c, d = [token for token in range(vocabulary(config)) if token not in special_tokens(config.to_dict())][4:8]
-    sizes = f', "image_sizes": torch.tensor([{list(shape[-2:])}])' if sized else ""
+    types = {"mm_token_type_ids": "(ids == config.image_token_id).long()"} if typed else {}
+    arguments = {"input_ids": "ids", **{name: made.source for name, made in given.items()}, **types}
     source = (
         "import torch",
         "",
         f"ids = torch.tensor([[{a}, {b}, *[config.image_token_id] * {tokens}, {c}, {d}]])",
-        f"pixels = torch.randn({', '.join(map(str, shape))}, generator=torch.Generator().manual_seed(0))",
-        f'return {{"input_ids": ids, "pixel_values": pixels{sizes}}}',
+        "return {",
+        *(f'    "{name}": {expression},' for name, expression in arguments.items()),
+        "}",
     )
 
     def tiny_inputs(config: Any) -> dict[str, Any]:
         ids = torch.tensor([[a, b, *[config.image_token_id] * tokens, c, d]])
-        pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return {"input_ids": ids, "pixel_values": pixels, **extra}
+        types = {"mm_token_type_ids": (ids == config.image_token_id).long()} if typed else {}
+        return {"input_ids": ids, **{name: made.tensor for name, made in given.items()}, **types}
 
     return Probe(tiny_inputs(config), tiny_inputs, source)
+
+
+def _tokens(model: PreTrainedModel, layout: Mapping[str, Made]) -> int:
+    """Ask the model itself how many tokens an image becomes."""
+    owner: Any = next(part for part in (model.base_model, model) if hasattr(part, "get_image_features"))
+    extract = owner.get_image_features
+    with torch.no_grad():
+        given = accepted(layout, set(inspect.signature(extract).parameters))
+        features: Any = extract(**{name: made.tensor for name, made in given.items()})
+    for name in ("pooler_output", "last_hidden_state"):
+        if getattr(features, name, None) is not None:
+            features = getattr(features, name)
+            break
+    tensors = [features] if isinstance(features, torch.Tensor) else list(features)
+    return sum(tensor.numel() // tensor.shape[-1] for tensor in tensors)

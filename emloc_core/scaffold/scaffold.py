@@ -26,9 +26,10 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import deduce
 from emloc_core.scaffold.config_arguments import large_sizes, make_config, needed, not_tiny, plain
 from emloc_core.scaffold.draft import Draft
-from emloc_core.scaffold.observe import Observation, block_lists
+from emloc_core.scaffold.observe import Observation, block_lists, without_gradient
 from emloc_core.scaffold.probe import Probe, probes
 from emloc_core.scaffold.shrink import TINY_PARAMETERS, shrink
+from emloc_core.scaffold.stored import TOGETHER, keep_dense, stored_together
 
 
 def scaffold(config_file: Path) -> Draft:
@@ -74,6 +75,7 @@ class _Scaffold:
         self.given, self.probe, self.seen = self._observe(self._tiny_model())
         self.tinies = [self.tiny]
         self.seen.with_branches(list(self._branches()))
+        keep_dense(self.seen.stacks, stored_together(self.seen.model, self.family, self.seen.stacks), TOGETHER)
 
     def _on_meta(self, config: Any) -> PreTrainedModel:
         """Return a model on the meta device, with its buffers: only its modules are looked at."""
@@ -144,7 +146,7 @@ class _Scaffold:
         notes = [*self._registered(), *self.notes]
         family = replace(
             self.family,
-            towers=deduce.towers(self.seen, notes),
+            towers=deduce.towers(self.seen, without_gradient(self.seen.model, self.probe.inputs), notes),
             keep_dense=deduce.dense(self.seen),
             tiny_configs=self.tinies,
             tiny_inputs=self.probe.make,

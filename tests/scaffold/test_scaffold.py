@@ -20,14 +20,17 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import merge
+from emloc_core.scaffold.deduce import UNREACHED
 from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import GATE, LISTED, OTHER, READ, ROUTED, ROUTER, UNCALLED, Observation, block_lists
 from emloc_core.scaffold.scaffold import _empty_family, check_draft, scaffold
 from emloc_core.scaffold.shrink import shrink
+from emloc_core.scaffold.stored import TOGETHER
 
 #: Architectures whose draft has to be accepted without an edit.
 TEXT = ("gemma3_text", "phi3", "mistral", "gpt_neox", "olmo2")
-IMAGES = ("gemma3", "llava", "llava_onevision", "idefics3")  # the last asks a model without weights where it is
+#: idefics3 asks a model without weights where it is; lfm2_vl takes a list of patches, with a mask and their grid.
+IMAGES = ("gemma3", "llava", "llava_onevision", "idefics3", "lfm2_vl")
 #: What a config.json of Qwen3-VL says beyond the defaults.
 QWEN3_VL = {
     "text_config": {
@@ -173,6 +176,28 @@ def test_experts_stay_dense_and_get_no_lora(save):
     assert any("gets no LoRA by default" in note for note in draft.notes)
 
 
+def test_what_no_gradient_reaches_gets_no_lora(save):
+    """An indexer ranks tokens; which ones come first has no derivative."""
+    draft = check_draft(scaffold(save("deepseek_v32")))
+    (tower,) = draft.family.towers
+    assert any("self_attn.indexer.wk" in group for group in tower.input_groups)
+    assert not [target for target in tower.lora_targets if "indexer" in target or target in ("wk", "wq_b")]
+    assert any("indexer.wk" in note and "no gradient reaches it" in note for note in draft.notes)
+    assert not [note for note in draft.notes if note.startswith("Edit")]
+
+
+def test_weights_that_are_stored_together_stay_dense(save):
+    draft = check_draft(scaffold(save("lara_mini")))
+    assert draft.family.keep_dense["model.layers.*.linear_attn.in_proj_a"] == TOGETHER
+    assert not [note for note in draft.notes if note.startswith("Edit")]
+
+
+def test_towers_that_text_and_images_do_not_reach_need_no_edit(save):
+    draft = scaffold(save("video_llava"))
+    assert draft.family.keep_dense["model.video_tower.*"] == UNREACHED
+    assert [note.partition(":")[0] for note in draft.notes if "video_tower" in note] == ["Check"]
+
+
 def test_a_weight_that_is_used_without_a_call_stays_dense(save):
     draft = scaffold(save("mamba"))
     assert draft.family.keep_dense["backbone.layers.*.mixer.dt_proj"] == UNCALLED
@@ -209,7 +234,7 @@ def test_a_family_has_a_name_that_a_package_can_have():
     assert (family.name, family.model_types) == ("bert_generation", {"bert-generation"})
 
 
-def test_what_is_no_family_is_refused(save, tmp_path):
+def test_what_is_no_family_is_refused(save, tmp_path, monkeypatch):
     def refused(file: Path) -> str:
         with pytest.raises(EmlocError) as caught:
             scaffold(file)
@@ -223,9 +248,10 @@ def test_what_is_no_family_is_refused(save, tmp_path):
     assert "transformers cannot read" in refused(unknown)
     unknown.write_text("{")
     assert "is not valid JSON" in refused(unknown)
-    large = refused(save("blt"))
+    monkeypatch.setattr("emloc_core.scaffold.scaffold.TINY_PARAMETERS", 10_000)
+    large = refused(save("phi3"))
     assert "cannot be shrunk" in large
-    assert "parameters are left; large: encoder_hash_byte_group_vocab=" in large
+    assert "parameters are left; large: no size by name" in large
     assert "cannot be shrunk" in refused(save("deepseek_v2"))  # its defaults lack what its forward needs
     assert "AutoModelForCausalLM cannot build" in refused(save("phi", hidden_act="none_of_that_name"))
 
@@ -266,6 +292,26 @@ def test_shrinking_keeps_heads_dividing_and_a_block_of_each_kind():
     assert single["num_hidden_layers"] == 2
     hybrid = shrink(AutoConfig.for_model("jamba", num_hidden_layers=32))
     assert hybrid["num_hidden_layers"] == 8  # a whole period
+
+
+def test_shrinking_keeps_what_is_equal_or_adds_up():
+    """Sizes under names of their own follow those that they were equal to."""
+    small = shrink(AutoConfig.for_model("inkling2"))
+    assert small["vision_config"]["text_hidden_size"] == small["text_config"]["hidden_size"]
+    assert shrink(AutoConfig.for_model("muse_glimmer"))["out_hidden_size"] == 4 * 64  # four patches side by side
+    small = shrink(AutoConfig.for_model("gemma3n_text", num_kv_shared_layers=15))
+    assert (small["num_kv_shared_layers"], small["num_hidden_layers"]) == (2, 6)  # a sliding one and a full one
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
+    small = shrink(AutoConfig.for_model("glm4v_text", rope_parameters=rope))
+    assert small["rope_parameters"]["mrope_section"] == [2, 1, 1]  # a quarter of 16, in the same order
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [22, 22, 20]}
+    small = shrink(AutoConfig.for_model("ernie4_5_vl_moe_text", rope_parameters=rope))
+    assert small["rope_parameters"]["mrope_section"] == [3, 3, 2]
+
+
+def test_shrinking_places_a_mark_that_the_config_leaves_open():
+    small = shrink(AutoConfig.for_model("blip-2"))
+    assert 0 < small["image_token_index"] < 128
 
 
 def test_shrinking_keeps_what_makes_a_model_itself():

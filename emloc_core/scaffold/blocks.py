@@ -1,0 +1,82 @@
+"""Which blocks a tiny config keeps: one of each kind, and what else counts blocks with them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+_MOST_KINDS = 8
+_COUNT = r"num_hidden_layers|n_layers?|num_layers|depth|(en|de)coder_layers"
+#: How many of the last blocks share what an earlier one has made.
+_SHARING = r"num_kv_shared_layers"
+#: How many blocks a part of the stack has, such as the recurrent one; together they are all.
+_PART = r"n(um)?_\w+_layers"
+
+
+def few_blocks(content: Mapping[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+    """Cut a section of a config to one block of each kind, and at least two.
+
+    Args:
+        content: the section.
+        small: the same with smaller sizes; it is changed, and returned.
+    """
+    counts = [name for name in content if re.fullmatch(_COUNT, name) and isinstance(content[name], int)]
+    if not counts:
+        return small
+    count = content[counts[0]]
+    lists = {name: value for name, value in content.items() if isinstance(value, list) and value}
+    indices = {name for name, value in lists.items() if _are_indices(value, count)}
+    lists_by_block = {name for name, value in lists.items() if len(value) == count and name not in indices}
+    # What some blocks alone have, by their number.
+    settings = {name: {int(key): key for key in value} for name, value in content.items() if is_by_index(value)}
+    parts = _parts(content, counts, count)
+    kinds = [
+        [part[index] for part in parts]
+        + [content[name][index] for name in lists_by_block]
+        + [index in lists[name] for name in indices]
+        + [content[name].get(keys.get(index)) for name, keys in settings.items()]
+        for index in range(count)
+    ]
+    periods = [value for name, value in content.items() if name.endswith("_period") and isinstance(value, int)]
+    kept = _one_of_each(kinds, max(periods, default=0))
+    if indices and kept[-1] + 1 < count:  # what is done behind the blocks of a list is done in between blocks
+        kept.append(kept[-1] + 1)
+    small.update(dict.fromkeys(counts, len(kept)))
+    for name in indices:
+        small[name] = [new for new, old in enumerate(kept) if old in lists[name]]
+    for name in lists_by_block:
+        small[name] = [small[name][index] for index in kept]
+    for part in parts:
+        small.update({name: sum(part[index] == name for index in kept) for name in set(part) - {""}})
+    for name, keys in settings.items():
+        small[name] = {str(new): small[name][keys[old]] for new, old in enumerate(kept) if old in keys}
+    return small
+
+
+def is_by_index(value: Any) -> bool:
+    """Say whether a section of a config has numbers for names, as those of blocks."""
+    return isinstance(value, Mapping) and len(value) > 0 and all(str(key).isdigit() for key in value)
+
+
+def _parts(content: Mapping[str, Any], counts: Sequence[str], count: int) -> list[list[str]]:
+    """Return divisions of the stack: the field that counts it, for every block; an empty name where none does."""
+    whole = {name: value for name, value in content.items() if isinstance(value, int) and name not in counts}
+    sharing = [[""] * (count - value) + [name] * value for name, value in whole.items()
+               if re.fullmatch(_SHARING, name) and value < count]  # fmt: skip
+    named = {name: value for name, value in whole.items() if re.fullmatch(_PART, name)}
+    divided = [[name for name, value in named.items() for _ in range(value)]]
+    return sharing + (divided if sum(named.values()) == count else [])
+
+
+def _one_of_each(kinds: Sequence[Any], period: int) -> list[int]:
+    """Return where each kind of block stands first; a whole period of blocks that alternate by one; two at least."""
+    if period > 1:
+        return list(range(min(period, len(kinds))))
+    first = [index for index, kind in enumerate(kinds) if kind not in kinds[:index]]
+    return first[:_MOST_KINDS] if len(first) > 1 else list(range(min(2, len(kinds))))
+
+
+def _are_indices(value: Sequence[Any], count: int) -> bool:
+    """Say whether a list names blocks: whole numbers that rise, below the number of blocks."""
+    whole = all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < count for item in value)
+    return whole and all(before < after for before, after in pairwise(value))
