@@ -74,7 +74,7 @@ class ExactSteps:
         self._keep(skeleton, skeleton.outside(found))
         inner = [unit for unit in found if unit not in self._head_units]
         parking = Parking.on(self.device, model.buffers())
-        self._lockstep = Lockstep(model, inner, block_lists[-1], parking)
+        self._lockstep = Lockstep(model, inner, block_lists, parking)
         for unit in inner:
             self._wrap(unit, checkpointed=True)
         for unit in self._head_units:

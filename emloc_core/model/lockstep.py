@@ -51,7 +51,7 @@ class Lockstep:
     Args:
         model: the model.
         units: paths of the modules at which samples pause; see :func:`units`.
-        last_blocks: path of the list of blocks that every sample passes through last.
+        block_lists: paths of the lists of blocks, in execution order; every sample passes through the last one's.
         parking: storage for the tensors of waiting samples.
 
     Attributes:
@@ -61,14 +61,16 @@ class Lockstep:
         here: indices of the samples that wait at the unit being visited.
     """
 
-    def __init__(self, model: nn.Module, units: Sequence[str], last_blocks: str, parking: Parking) -> None:
+    def __init__(self, model: nn.Module, units: Sequence[str], block_lists: Sequence[str], parking: Parking) -> None:
         self.model, self.units, self.parking = model, list(units), parking
         self.sample = -1
         self.waiting: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.here: list[int] = []
         self._driver: greenlet | None = None
         # All samples pass through the last list's blocks, whatever they passed through before.
-        self._shared = {unit for unit in self.units if unit.rpartition(".")[0] == last_blocks}
+        self._shared = {unit for unit in self.units if unit.rpartition(".")[0] == block_lists[-1]}
+        # What blocks hold is made out of all samples at once; any other module may run again, and is read again.
+        self._once = {unit for unit in self.units if unit.rpartition(".")[0] in block_lists}
 
     def advance(
         self,
@@ -89,7 +91,7 @@ class Lockstep:
             What each forward returned (None for samples that were stopped).
 
         Raises:
-            EmlocError: a sample returned to a finished unit, or a forward failed.
+            EmlocError: a sample returned to a finished block, or a forward failed.
         """
         self._driver = getcurrent()
         runners = [_start(forward) for forward in forwards]
@@ -141,7 +143,7 @@ class Lockstep:
                     state = runners[index].switch()
                 if runners[index].dead:
                     results[index] = state
-                elif state in finished:
+                elif state in finished and state in self._once:
                     raise EmlocError(
                         f"The model ran {state} a second time in one forward.",
                         "Streaming needs each block to run once; declare the module that repeats as one block.",

@@ -26,7 +26,7 @@ class Stream(Lockstep):
 
     def __init__(self, skeleton: Skeleton, block_lists: Sequence[str], parking: Parking | None = None) -> None:
         parking = parking or Parking.on(skeleton.device, skeleton.model.buffers())
-        super().__init__(skeleton.model, units(skeleton.model, block_lists), block_lists[-1], parking)
+        super().__init__(skeleton.model, units(skeleton.model, block_lists), block_lists, parking)
         self.skeleton = skeleton
 
     def run(
@@ -44,7 +44,7 @@ class Stream(Lockstep):
             What each forward returned (None for samples that were stopped).
 
         Raises:
-            EmlocError: a sample returned to a finished unit, or a forward failed.
+            EmlocError: a sample returned to a finished block, or a forward failed.
         """
         following = dict(zip(self.units, self.units[1:], strict=False))
 

@@ -158,8 +158,9 @@ def doubts(seen: Observation) -> Iterator[str]:
             yield f"Check: {path} is kept dense: rows of text and images do not reach it."
             continue
         yield f"Edit: the forward that was observed did not reach {path}: declare it as a tower to have it compressed."
-    for unit in units(seen.model, [stack.path for stack in seen.stacks]):
-        if seen.calls[unit] > 1:
+    lists = [stack.path for stack in seen.stacks]
+    for unit in units(seen.model, lists):
+        if seen.calls[unit] > 1 and unit.rpartition(".")[0] in lists:
             yield f"Edit: {unit} runs {seen.calls[unit]} times a forward, which streaming refuses."
     for stack in seen.stacks:
         for path, reason in stack.dense.items():

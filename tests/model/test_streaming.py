@@ -135,7 +135,22 @@ def test_blocks_wait_for_a_sample_that_comes_through_what_stands_behind_them_in_
     assert all(sorted(here) == [0, 1] for here in seen.values())
 
 
-def test_a_unit_that_runs_twice_is_refused(skeleton, samples):
+def test_a_module_outside_the_blocks_may_run_again(tiny_model, skeleton, samples):
+    """As the last norm of a vision tower, on all of its tokens and on one that stands for them."""
+
+    def forward(model):
+        once = model.get_input_embeddings()(samples[0]).sum()
+        return model(input_ids=samples[0], use_cache=False).logits + once
+
+    order = []
+    (found,) = Stream(skeleton, BLOCKS).run([lambda: forward(skeleton.model)], order.append)
+    assert order.count("model.embed_tokens") == 2
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
+    with torch.no_grad():
+        assert torch.equal(found, forward(whole))
+
+
+def test_a_block_that_runs_twice_is_refused(skeleton, samples):
     def twice():
         skeleton.model(input_ids=samples[0], use_cache=False)
         return skeleton.model(input_ids=samples[0], use_cache=False)

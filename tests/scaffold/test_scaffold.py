@@ -192,6 +192,13 @@ def test_weights_that_are_stored_together_stay_dense(save):
     assert not [note for note in draft.notes if note.startswith("Edit")]
 
 
+def test_a_module_outside_the_blocks_that_runs_twice_needs_no_edit(save):
+    """Streaming reads what is outside the blocks again."""
+    draft = check_draft(scaffold(save("ovis2")))
+    assert draft.family.modality == "image-text"
+    assert not [note for note in draft.notes if note.startswith("Edit")]
+
+
 def test_towers_that_text_and_images_do_not_reach_need_no_edit(save):
     draft = scaffold(save("video_llava"))
     assert draft.family.keep_dense["model.video_tower.*"] == UNREACHED
