@@ -14,9 +14,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from emloc_core.algorithms import fourbit
 from emloc_core.errors import EmlocError
 from emloc_core.experts import LowRankExperts, is_stack
+from emloc_core.quantised import FourBitLowRankLinear
 
 METHOD = "emloc"
 #: Of factors as they are, and of factors in four bits, which older readers refuse.
@@ -65,60 +65,6 @@ class LowRankLinear(nn.Linear):
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device, dtype)
         with torch.no_grad():
             linear.weight.copy_(self.weight @ self.V)
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-        return linear
-
-
-class FourBitLowRankLinear(nn.Linear):
-    """``y = U (V x) + b`` with both factors in four bits; see :mod:`emloc_core.algorithms.fourbit`.
-
-    As in :class:`LowRankLinear`, ``weight`` is U and ``V`` is V, here packed, each beside its scales.
-    """
-
-    V: nn.Parameter
-    weight_scales: nn.Parameter
-    V_scales: nn.Parameter
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.dtype = dtype or torch.get_default_dtype()
-        for name, shape in (("weight", (out_features, rank)), ("V", (rank, in_features))):
-            codes, scales = fourbit.sizes(*shape)
-            packed = torch.empty(codes, 1, dtype=torch.uint8, device=device)
-            self.register_parameter(name, nn.Parameter(packed, requires_grad=False))
-            factors = torch.empty(scales, dtype=torch.float32, device=device)
-            self.register_parameter(f"{name}_scales", nn.Parameter(factors, requires_grad=False))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map (..., in_features) to (..., out_features)."""
-        inner = fourbit.product(input, self.V, self.V_scales, (self.rank, self.in_features), self.dtype)
-        found = fourbit.product(inner, self.weight, self.weight_scales, (self.out_features, self.rank), self.dtype)
-        return found if self.bias is None else found + self.bias
-
-    def extra_repr(self) -> str:
-        """Describe the layer in the model's printout."""
-        return f"{super().extra_repr()}, rank={self.rank}, four bits"
-
-    def dense(self) -> nn.Linear:
-        """Return the ordinary Linear with the weight ``U V``."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, self.weight.device, self.dtype)
-        u = fourbit.unpack(self.weight, self.weight_scales, (self.out_features, self.rank), self.dtype)
-        v = fourbit.unpack(self.V, self.V_scales, (self.rank, self.in_features), self.dtype)
-        with torch.no_grad():
-            linear.weight.copy_(u @ v)
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear

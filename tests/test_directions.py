@@ -8,7 +8,7 @@ from support.paths import ROOT
 FLOORS = [
     ["errors", "family", "lifetime"],
     ["units", "settings", "layout", "algorithms", "process"],
-    ["experts"],
+    ["experts", "quantised"],
     ["lowrank"],
     ["autoload"],
     ["kinds", "requests", "files", "hookspecs"],
