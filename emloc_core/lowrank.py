@@ -16,11 +16,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emloc_core.errors import EmlocError
 from emloc_core.experts import LowRankExperts, is_stack
-from emloc_core.quantised import FourBitLowRankLinear
+from emloc_core.quantised import FourBitLowRankLinear, RepairedLinear
 
 METHOD = "emloc"
-#: Of factors as they are, and of factors in four bits, which older readers refuse.
-FORMAT_VERSION, FOUR_BITS_VERSION = 1, 2
+#: Of factors as they are, of factors in four bits, and of weights in four bits with a repair. Older readers refuse what
+#: they do not know.
+FORMAT_VERSION, FOUR_BITS_VERSION, REPAIRED_VERSION = 1, 2, 3
 
 
 class LowRankLinear(nn.Linear):
@@ -70,10 +71,12 @@ class LowRankLinear(nn.Linear):
         return linear
 
 
-#: The class of a low-rank Linear by the format of its factors.
-LAYERS: dict[int, type[LowRankLinear] | type[FourBitLowRankLinear]] = {
+Layer = LowRankLinear | FourBitLowRankLinear | RepairedLinear
+#: The class of a low-rank Linear by the format of what it holds.
+LAYERS: dict[int, type[Layer]] = {
     FORMAT_VERSION: LowRankLinear,
     FOUR_BITS_VERSION: FourBitLowRankLinear,
+    REPAIRED_VERSION: RepairedLinear,
 }
 
 
@@ -105,7 +108,7 @@ def replace_linears(model: nn.Module, ranks: dict[str, int], format_version: int
         device, dtype = linear.weight.device, linear.weight.dtype
         kind = LAYERS[format_version]
         layer = kind(linear.in_features, linear.out_features, rank, linear.bias is not None, device, dtype)
-        if isinstance(layer, LowRankLinear):  # packed factors are not trained
+        if isinstance(layer, LowRankLinear):  # what is packed is not trained, nor what repairs it
             layer.requires_grad_(linear.weight.requires_grad)
         layer.train(linear.training)
         model.set_submodule(path, layer)
@@ -114,7 +117,7 @@ def replace_linears(model: nn.Module, ranks: dict[str, int], format_version: int
 
 
 #: First parts of the names of factors in their modules.
-_FACTORS = ("weight", "weight_scales", "U", "V", "V_scales")
+_FACTORS = ("weight", "weight_scales", "weight_ranges", "U", "V", "V_scales")
 
 
 class EmlocConfig(QuantizationConfigMixin):
@@ -174,10 +177,9 @@ class EmlocQuantizer(HfQuantizer):
         return model
 
 
-def _factored(model: nn.Module) -> list[tuple[str, LowRankLinear | FourBitLowRankLinear | LowRankExperts]]:
+def _factored(model: nn.Module) -> list[tuple[str, Layer | LowRankExperts]]:
     """Return the modules of a model that hold factors, with their paths."""
-    kinds = (LowRankLinear, FourBitLowRankLinear, LowRankExperts)
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, Layer | LowRankExperts)]
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be imported again under another name

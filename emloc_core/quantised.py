@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from emloc_core.algorithms import fourbit
 
@@ -56,6 +57,70 @@ class FourBitLowRankLinear(nn.Linear):
         v = fourbit.unpack(self.V, self.V_scales, (self.rank, self.in_features), self.dtype)
         with torch.no_grad():
             linear.weight.copy_(u @ v)
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+
+class RepairedLinear(nn.Linear):
+    """``y = W x + U (V x) + b``: W in four bits, its scales in eight, beside a low-rank repair of what rounding lost.
+
+    ``weight`` is W, packed, so that PEFT puts a LoRA on it as on any Linear, with the same keys as on the base.
+    ``weight_scales`` and ``weight_ranges`` are those of :func:`emloc_core.algorithms.fourbit.pack_scales`; ``U``
+    (out_features, rank) and ``V`` (rank, in_features) have the dtype of the base.
+    """
+
+    weight_scales: nn.Parameter
+    weight_ranges: nn.Parameter
+    U: nn.Parameter
+    V: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        codes, scales = fourbit.sizes(out_features, in_features)
+        fourbit.scale_levels(torch.device("cpu"))  # there already where a pass is traced without contents
+        for name, shape, kept in (
+            ("weight", (codes, 1), torch.uint8),
+            ("weight_scales", (scales,), torch.uint8),
+            ("weight_ranges", (fourbit.ranges(scales),), torch.float32),
+            ("U", (out_features, rank), dtype),
+            ("V", (rank, in_features), dtype),
+        ):
+            part = torch.empty(*shape, dtype=kept, device=device)
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        dtype = self.U.dtype  # also where the model was cast after loading
+        found = fourbit.product(input, self.weight, self._scales(), (self.out_features, self.in_features), dtype)
+        return found + functional.linear(functional.linear(input.to(dtype), self.V), self.U, self.bias)
+
+    def _scales(self) -> torch.Tensor:
+        return fourbit.unpack_scales(self.weight_scales, self.weight_ranges.float())
+
+    def extra_repr(self) -> str:
+        """Describe the layer in the model's printout."""
+        return f"{super().extra_repr()}, rank={self.rank}, four bits and a repair"
+
+    def dense(self) -> nn.Linear:
+        """Return the ordinary Linear with the weight ``W + U V``."""
+        device, dtype = self.weight.device, self.U.dtype
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device, dtype)
+        weight = fourbit.unpack(self.weight, self._scales(), (self.out_features, self.in_features), dtype)
+        with torch.no_grad():
+            linear.weight.copy_(torch.addmm(weight, self.U, self.V))
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear

@@ -1,9 +1,11 @@
 """Matrices in four bits: NF4 (Dettmers et al., 2023, arXiv 2305.14314) by the kernels of bitsandbytes.
 
 Every 64 numbers share a scale in fp32: a number takes 4.5 bits. Packing what was unpacked in fp32 gives the same bytes
-again. A product unpacks the matrix, and once more in the backward pass, so that it is never kept.
+again. Scales may be packed too, in eight bits ("double quantisation" there): a number then takes 4.13 bits. A product
+unpacks the matrix, and once more in the backward pass, so that it is never kept.
 """
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,8 +14,8 @@ from torch.nn import functional
 
 from emloc_core.errors import EmlocError
 
-#: Numbers that share a scale.
-BLOCK = 64
+#: Numbers that share a scale, and scales that share a range.
+BLOCK, SCALES = 64, 256
 _KIND = "nf4"
 
 
@@ -43,6 +45,11 @@ def sizes(*shape: int) -> tuple[int, int]:
     return -(-count // 2), -(-count // BLOCK)
 
 
+def ranges(scales: int) -> int:
+    """Return the number of ranges of so many scales that are packed."""
+    return -(-scales // SCALES) + 1
+
+
 def pack(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a matrix in four bits.
 
@@ -65,6 +72,36 @@ def unpack(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dt
     row = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, _KIND, [2 * codes.numel()], dtype)
     found: torch.Tensor = row.flatten()[: shape[0] * shape[1]].view(shape)
     return found
+
+
+def pack_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales in eight bits, as bitsandbytes has them.
+
+    Args:
+        scales: (s,), fp32.
+
+    Returns:
+        Codes, (s,), uint8; and ranges, (ceil(s / 256) + 1,), fp32: the largest of every 256 scales, from which the mean
+        of all was taken before, and that mean.
+    """
+    mean = scales.mean()
+    codes, state = kernels().functional.quantize_blockwise(scales - mean, blocksize=SCALES)
+    return codes, torch.cat([state.absmax, mean[None]])
+
+
+def unpack_scales(codes: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
+    """Return the scales, (s,), fp32, that :func:`pack_scales` packed, as rounded."""
+    levels = scale_levels(codes.device)
+    found: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(codes, ranges[:-1], levels, SCALES, ranges.dtype)
+    return found + ranges[-1]
+
+
+@cache
+def scale_levels(device: torch.device) -> torch.Tensor:
+    """Return the 256 numbers in [-1, 1] that the codes of scales stand for."""
+    with torch.device("cpu"):  # whatever device a model is being built on
+        found: torch.Tensor = kernels().functional.create_dynamic_map()
+    return found.to(device)
 
 
 def rounded(matrix: torch.Tensor) -> torch.Tensor:

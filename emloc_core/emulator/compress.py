@@ -80,6 +80,12 @@ class Compress:
         self.calibration = settings.calibration or self.kind.calibration
         self.allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
         self.factorize = plugin_manager().algorithm("factorizers", settings.factorizer)
+        if self.ranks_by_spectra and not self.kind.allocates_by_spectra:
+            raise EmlocError(
+                f"The rank allocator {settings.allocator!r} knows the spectra of weights, not of what an emulator of "
+                f"the kind {settings.kind!r} repairs.",
+                "Use --allocator uniform.",
+            )
         if spectra and not self.kind.can_be_cut:
             raise EmlocError(
                 f"An emulator of the kind {settings.kind!r} cannot be cut from spectra.", "Leave out --keep-spectra."

@@ -109,7 +109,7 @@ class EmulatorFiles:
         settings = self.kind.config(plan.ranks, self.skeleton.model, self.skeleton.dtype)
         write_json(self.staging / "config.json", {**self.base.config, "quantization_config": settings})
         self.base.copy_side_files(self.staging)
-        before, after = plan.parameters()
+        before, after = plan.parameters(self.kind)
         return {
             "base": self.base.name,
             "parameters": {"compressed_linears_before": before, "compressed_linears_after": after},

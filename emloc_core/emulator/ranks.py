@@ -55,10 +55,10 @@ class LinearPlan:
         """How many numbers it is, dense."""
         return self.matrices * self.out_features * self.in_features
 
-    @property
-    def stored(self) -> int:
-        """How many numbers its factors are, at its rank."""
-        return self.matrices * (self.rank or 0) * (self.out_features + self.in_features)
+    def stored(self, kind: Kind | None = None) -> int:
+        """Return how many numbers stand in for it at its rank: its factors, and the weight where the kind keeps it."""
+        factors = (self.rank or 0) * (self.out_features + self.in_features) if kind is None or kind.has_ranks else 0
+        return self.matrices * factors + (self.numbers if kind and kind.keeps_weight else 0)
 
     def nbytes(self, kind: Kind, dtype: torch.dtype) -> int:
         """Return the bytes of what stands in for it at its rank, in an emulator of a base of this dtype."""
@@ -175,13 +175,14 @@ class RankPlan:
         found += [f"{kept.parameters:,} parameters of {kept.pattern} stay dense: {kept.reason}" for kept in self.kept]
         return found
 
-    def parameters(self) -> tuple[int, int]:
-        """Return the number of parameters of the named Linears and experts before and after."""
+    def parameters(self, kind: Kind | None = None) -> tuple[int, int]:
+        """Return the number of parameters of the named Linears and experts before and after.
+
+        Args:
+            kind: of emulator; None: factors alone.
+        """
         before = sum(linear.numbers for linear in self.planned)
-        after = sum(
-            linear.numbers if linear.rank in (None, min(linear.out_features, linear.in_features)) else linear.stored
-            for linear in self.planned
-        )
+        after = sum(linear.numbers if linear.rank is None else linear.stored(kind) for linear in self.planned)
         return before, after
 
 

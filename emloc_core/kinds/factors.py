@@ -61,9 +61,7 @@ class FourBitLowRank(Kind):
         """
 
         def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
-            m, n = weight.shape
-            on_inputs = wants_inputs(factorize) or cheaper_side(m, n) == "input"
-            exact = factorize(weight, gram if on_inputs else gram.through(weight), rank)
+            exact = on_its_gram(factorize, weight, gram, rank)
             inputs = gram.matrix
             u = feedback.rounded(exact.u, exact.v.to(inputs) @ inputs @ exact.v.to(inputs).T).double()
             v = feedback.rounded(torch.linalg.solve(u.T @ u, u.T @ weight.to(u)), inputs)
@@ -99,3 +97,9 @@ class FourBitLowRank(Kind):
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""
         replace_linears(model, ranks, FOUR_BITS_VERSION)
+
+
+def on_its_gram(factorize: Factorize, weight: torch.Tensor, inputs: Gram, rank: int) -> Factors:
+    """Factorise on the Gram that the factorizer asks for, or on the smaller one; there is that of the inputs."""
+    on_inputs = wants_inputs(factorize) or cheaper_side(weight.shape[0], weight.shape[1]) == "input"
+    return factorize(weight, inputs if on_inputs else inputs.through(weight), rank)

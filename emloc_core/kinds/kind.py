@@ -45,6 +45,9 @@ class Kind(ABC):
         taps_inputs: whether factors are fitted to the Gram of the inputs, even where that of the outputs is smaller.
         has_ranks: whether a Linear becomes factors of some rank, fitted to calibration rows. If not, its weight alone
             says what becomes of it, and the settings of ranks mean nothing.
+        keeps_weight: whether a Linear keeps its weight, rounded: alone, or beside its factors.
+        largest_ratio: the largest that is looked for, in hundredths; above it hardly anything is saved.
+        allocates_by_spectra: whether ranks may be shared out by the spectra of the weights.
         has_experts: whether fused experts become factors too; otherwise they stay dense.
         can_be_cut: whether emulators of any ratio can be cut from spectra.
         calibration: what factors are fitted to where the user does not say.
@@ -53,6 +56,9 @@ class Kind(ABC):
     name: str
     taps_inputs: bool = False
     has_ranks: bool = True
+    keeps_weight: bool = False
+    largest_ratio: float = 0.99
+    allocates_by_spectra: bool = True
     has_experts: bool = False
     can_be_cut: bool = False
     calibration: Literal["base", "propagated"] = "base"

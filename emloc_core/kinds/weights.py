@@ -15,7 +15,7 @@ class NF4(Kind):
     """Weights in four bits as bitsandbytes has them (QLoRA): an ordinary checkpoint that plain transformers loads."""
 
     name = "nf4"
-    has_ranks = False
+    has_ranks, keeps_weight = False, True
     _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 
     def stand_in(self, weight: torch.Tensor) -> Weight:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 #: In place of a kind of emulator: the one that is recommended for the memory.
 AUTO = "auto"
-#: Ratios are searched in hundredths.
-LARGEST = 0.99
 #: Bytes per parameter in 4 bits with one fp32 scale per 64 parameters (NF4; Dettmers et al., 2023, without double
 #: quantisation).
 _NF4 = (4 + 32 / 64) / 8
@@ -28,7 +26,7 @@ class Fit:
     """The chosen emulator.
 
     Attributes:
-        ratio: the largest that fits, a multiple of 0.01.
+        ratio: the largest that fits, a multiple of 0.01, and at most the kind's largest.
         need: the memory for tuning it.
     """
 
@@ -52,7 +50,7 @@ def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
 
     if need(1).total > budget:
         return None
-    fits, too_large = 1, round(LARGEST * 100) + 1
+    fits, too_large = 1, round(model.kind.largest_ratio * 100) + 1
     while too_large - fits > 1:
         room = budget - need(fits).total
         weights = model.weight_bytes(fits / 100)
@@ -143,7 +141,7 @@ def no_fit(budget: int, advised: Iterable[str]) -> EmlocError:
 
 def nf4_saving(model: "MemoryModel") -> int:
     """Return the bytes saved by quantising the base's Linears to 4 bits (NF4)."""
-    linears = model.plan(LARGEST).parameters()[0]
+    linears = model.linears.parameters()[0]
     return int(linears * (model.dtype.itemsize - _NF4))
 
 

@@ -168,7 +168,7 @@ class MemoryModel:
         total = sum(parameter.numel() for parameter in self.model.parameters())
         if plan is None:
             return total
-        before, after = plan.parameters()
+        before, after = plan.parameters(self.kind)
         return total - before + after
 
     def weight_bytes(self, ratio: float) -> int:

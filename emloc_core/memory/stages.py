@@ -55,21 +55,24 @@ def _statistics(plan: RankPlan, block: str, itemsize: int) -> int:
         grams[each.group if shares else each.path] = 4 * each.matrices * side**2
         work = max(work, 8 * (4 * side**2 + 3 * m * n))
     # The factors of a block's experts are held until all are there, and written together.
-    held = sum(each.stored for each in experts) * itemsize
+    held = sum(each.stored() for each in experts) * itemsize
     return work + held + sum(grams.values())
 
 
 def correct(model: MemoryModel, plan: RankPlan) -> Need:
     """Return what stage 3 needs with a fixed clamp: one weight with its factors, and all of the LoRA.
 
-    Weights are read in the model's dtype, ``d (m n + k (m + n))`` bytes, and multiplied in fp32 some rows at a time.
+    Weights are read in the model's dtype, ``d (m n + k (m + n))`` bytes, and multiplied in fp32 some rows at a time. A
+    weight that the emulator keeps, rounded, is factors too: itself and the identity.
     The LoRA is held twice, as trained and as corrected, in fp32. ``--clamp auto`` also streams a forward pass and needs
     about as much as ``compress`` without its statistics.
     """
-    sizes = [
-        linear.out_features * linear.in_features + (linear.rank or 0) * (linear.out_features + linear.in_features)
-        for linear in plan.linears
-    ]
+
+    def held(m: int, n: int, rank: int) -> int:
+        inner = (rank if model.kind.has_ranks else 0) + (min(m, n) if rank and model.kind.keeps_weight else 0)
+        return m * n + inner * (m + n)
+
+    sizes = [held(linear.out_features, linear.in_features, linear.rank or 0) for linear in plan.linears]
     terms = {
         "weights": max(sizes) * model.dtype.itemsize + _WIDENED,
         "adapter": 2 * 4 * model.adapter_parameters(),

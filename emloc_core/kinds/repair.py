@@ -1,0 +1,110 @@
+"""The kind whose stand-in is the weight in four bits, and low-rank factors of what rounding lost."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_core.algorithms import fourbit
+from emloc_core.algorithms.factorize import Factors, output_error
+from emloc_core.algorithms.statistics import Gram
+from emloc_core.errors import EmlocError
+from emloc_core.kinds.factors import on_its_gram
+from emloc_core.kinds.kind import Factorize, Kind, Pair, beside
+from emloc_core.lowrank import METHOD, REPAIRED_VERSION, replace_linears
+from emloc_core.settings import CompressSettings
+
+
+@dataclass(frozen=True)
+class Repaired(Factors):
+    """Factors of what rounding lost, in the dtype of the base, with the rounded weight.
+
+    Attributes:
+        packed: codes of the weight, codes of its scales, and ranges of these; see
+            :mod:`emloc_core.algorithms.fourbit`.
+    """
+
+    packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = field(kw_only=True)
+
+
+class RepairedNF4(Kind):
+    """Weights in four bits with a low-rank repair of their error (EoRA, Liu et al., 2024, arXiv 2410.21271).
+
+    The weight is rounded as in the kind ``nf4``. The repair minimises ``||(dW - U V) X||`` for ``dW = W - What``: it is
+    dW factorised on the Gram of the inputs. The ratio is that of the repair alone, which is kept beside the four bits.
+    """
+
+    name = "nf4+repair"
+    taps_inputs = keeps_weight = True
+    allocates_by_spectra = False
+    largest_ratio = 0.7
+
+    def check(self, settings: CompressSettings) -> None:
+        """Refuse factors fitted to the emulator's activations, and a repair about as large as what it saves.
+
+        Raises:
+            EmlocError: names the setting.
+        """
+        super().check(settings)
+        if settings.calibration == "propagated":
+            raise EmlocError(
+                f"An emulator of the kind {self.name!r} is calibrated on the base's activations alone.",
+                "Leave out --calibration.",
+            )
+        if settings.ratio > self.largest_ratio:
+            raise EmlocError(
+                f"A repair of ratio {settings.ratio:g} beside weights in four bits is hardly smaller than the base.",
+                f"Give a ratio of at most {self.largest_ratio:g}, such as 0.05.",
+            )
+
+    def rounding(self, factorize: Factorize) -> Factorize:
+        """Round the weight, and factorise what that lost."""
+
+        def repaired(weight: torch.Tensor, gram: Gram, rank: int) -> Repaired:
+            codes, exact = fourbit.pack(weight)
+            scales, ranges = fourbit.pack_scales(exact)
+            shape = (weight.shape[0], weight.shape[1])
+            rounded = _unpacked(codes, scales, ranges, shape, weight.dtype).float()
+            found = on_its_gram(factorize, weight.float() - rounded, gram, rank)
+            u, v = found.u.to(weight.dtype), found.v.to(weight.dtype)
+            error = output_error(weight, rounded.addmm(u.float(), v.float()), gram.matrix)
+            return Repaired(u, v, found.spectrum, error=error, packed=(codes, scales, ranges))
+
+        return repaired
+
+    def keys(self, weight: str) -> list[str]:
+        """The codes replace the weight."""
+        return beside(weight, "weight_scales", "weight_ranges", "U", "V")
+
+    def pack(self, weight: str, stand_in: Repaired, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return the weight in four bits, its scales in eight, and both factors."""
+        parts = (*stand_in.packed, stand_in.u.to(dtype), stand_in.v.to(dtype))
+        return dict(zip(self.keys(weight), (part.cpu() for part in parts), strict=True))
+
+    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
+        """Return ``[What U]`` and ``[I; V]``, or ``[I U]`` and ``[What; V]``, where the identity is smaller so."""
+        codes, scales, ranges, u, v = tensors
+        weight = _unpacked(codes, scales, ranges, shape, dtype)
+        identity = torch.eye(min(shape), dtype=dtype, device=weight.device)
+        left, right = (weight, identity) if shape[0] >= shape[1] else (identity, weight)
+        return torch.cat([left, u.to(dtype)], dim=1), torch.cat([right, v.to(dtype)])
+
+    def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
+        """Say which Linears are repaired; :mod:`emloc_core.lowrank` loads them."""
+        return {"quant_method": METHOD, "format_version": REPAIRED_VERSION, "ranks": ranks}
+
+    def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:
+        """Half a byte a number, a byte for every 64, and a number for every 256 of these; and the factors."""
+        codes, scales = fourbit.sizes(*shape)
+        return codes + scales + 4 * fourbit.ranges(scales) + rank * sum(shape) * dtype.itemsize
+
+    def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
+        """Replace by the layers that an emulator has."""
+        replace_linears(model, ranks, REPAIRED_VERSION)
+
+
+def _unpacked(
+    codes: torch.Tensor, scales: torch.Tensor, ranges: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    return fourbit.unpack(codes, fourbit.unpack_scales(scales, ranges), shape, dtype)
