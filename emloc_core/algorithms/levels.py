@@ -1,0 +1,146 @@
+"""Matrices on a few levels: fewer than four bits a number, rounded with feedback.
+
+The levels are those that normally distributed numbers are best rounded to (Max, 1960, "Quantizing for minimum
+distortion"; Lloyd, 1982), times a scale that :data:`GROUP` neighbours in a row share. Codes are the digits of a byte:
+five of three levels (1.6 bits), four of four (2), three of six (2.7).
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from emloc_core.algorithms.feedback import with_feedback
+
+#: The levels of a standard normal distribution, by how many there are.
+LEVELS = {
+    3: (-1.2240, 0.0, 1.2240),
+    4: (-1.5104, -0.4528, 0.4528, 1.5104),
+    6: (-1.8936, -1.0001, -0.3177, 0.3177, 1.0001, 1.8936),
+}
+#: Numbers of a row that share a scale, which is in bf16.
+GROUP = 256
+#: Scales that are tried, times the root mean square of a group: rounding with the best of them loses least.
+_SCALES = torch.linspace(0.5, 1.5, 21)
+
+
+def digits(levels: int) -> int:
+    """Return how many codes a byte holds."""
+    return max(count for count in range(1, 9) if levels**count <= 256)
+
+
+def sizes(levels: int, m: int, n: int) -> tuple[int, int]:
+    """Return the numbers of bytes of codes and of scales of a matrix of this shape."""
+    return -(-m * n // digits(levels)), m * -(-n // GROUP)
+
+
+def rounded(matrix: torch.Tensor, gram: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a matrix with feedback, and pack it.
+
+    Args:
+        matrix: M, (m, n), any floating dtype.
+        gram: ``sum x x^T`` of its inputs, (n, n).
+        levels: how many; a key of :data:`LEVELS`.
+
+    Returns:
+        Codes, (bytes, 1), uint8, and scales, (m, ceil(n / GROUP)), bf16; see :func:`unpack`.
+    """
+    matrix = matrix.float()
+    scales = _scales(matrix, levels)
+    spread = _spread(scales.float(), matrix.shape[1])
+    indices = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
+    values, middles = _levels(levels, matrix)
+
+    def nearest(numbers: torch.Tensor, column: int) -> torch.Tensor:
+        index = torch.bucketize(numbers / spread[:, column], middles)
+        indices[:, column] = index
+        return values[index] * spread[:, column]
+
+    with_feedback(matrix, gram, nearest)
+    return _pack(indices, levels), scales
+
+
+def unpack(
+    codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], levels: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the matrix of this shape and dtype that :func:`rounded` packed."""
+    m, n = shape
+    table = torch.tensor(_table(levels), dtype=dtype, device=codes.device)
+    found = table[codes.flatten().int()].flatten()[: m * n].view(m, n)
+    return found * _spread(scales.to(dtype), n)
+
+
+def product(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], levels: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return ``x M^T``, (..., m), for x (..., n) and a packed matrix M, (m, n), which gets no gradient.
+
+    M is unpacked here, and once more in the backward pass, so that it is never kept.
+
+    Args:
+        x: any floating dtype.
+        codes, scales: see :func:`rounded`.
+        shape: (m, n).
+        levels: how many.
+        dtype: that M is unpacked to, and the product computed in.
+    """
+    found: torch.Tensor = _Product.apply(x, codes, scales, shape, levels, dtype)
+    return found
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, *how: Any) -> torch.Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.how = how
+        matrix = unpack(codes, scales, *how)
+        return functional.linear(x.to(matrix.dtype), matrix)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+        matrix = unpack(*ctx.saved_tensors, *ctx.how)
+        return gradient.to(matrix.dtype) @ matrix, None, None, None, None, None
+
+
+def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
+    """Return the scale of every group of a row, (m, groups), bf16, that loses least without feedback."""
+    m, n = matrix.shape
+    values, middles = _levels(levels, matrix)
+    padded = functional.pad(matrix, (0, -n % GROUP)).view(m, -1, GROUP)
+    counts = functional.pad(torch.ones(n).to(matrix), (0, -n % GROUP)).view(1, -1, GROUP).sum(2)
+    typical = (padded.square().sum(2) / counts).sqrt().clamp(min=torch.finfo(torch.bfloat16).tiny)
+    best, least = typical.bfloat16(), torch.full_like(typical, torch.inf)
+    for share in _SCALES.tolist():
+        scale = (share * typical).bfloat16()
+        spread = scale.float()[..., None].clamp(min=torch.finfo(torch.bfloat16).tiny)
+        lost = (values[torch.bucketize(padded / spread, middles)] * spread - padded).square()
+        lost = (lost * (padded != 0)).sum(2)  # padding, and zeros, which no even number of levels has
+        best, least = torch.where(lost < least, scale, best), torch.minimum(lost, least)
+    return best
+
+
+def _spread(scales: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the scale of every number, (m, n)."""
+    return scales.repeat_interleave(GROUP, dim=1)[:, :n].clamp(min=torch.finfo(torch.bfloat16).tiny)
+
+
+def _levels(levels: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the levels, and the middles between them, on the device of ``like`` and in its dtype."""
+    values = torch.tensor(LEVELS[levels]).to(like)
+    return values, (values[1:] + values[:-1]) / 2
+
+
+def _pack(indices: torch.Tensor, levels: int) -> torch.Tensor:
+    count = digits(levels)
+    flat = indices.flatten().int()
+    flat = functional.pad(flat, (0, -len(flat) % count)).view(-1, count)
+    weights = levels ** torch.arange(count, dtype=torch.int32, device=flat.device)
+    return (flat * weights).sum(1, dtype=torch.int32).to(torch.uint8)[:, None]
+
+
+@lru_cache
+def _table(levels: int) -> tuple[tuple[float, ...], ...]:
+    """Return the levels that every byte stands for; not as a tensor, which might be one of a traced forward."""
+    values = LEVELS[levels]
+    return tuple(tuple(values[byte // levels**at % levels] for at in range(digits(levels))) for byte in range(256))

@@ -1,0 +1,92 @@
+"""Matrices on a few levels: what they are rounded to, how they are packed, and what feedback is worth."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from emloc_core.algorithms import levels
+from emloc_core.algorithms.levels import GROUP, LEVELS
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unpacked(matrix, gram, count):
+    return levels.unpack(*levels.rounded(matrix, gram, count), tuple(matrix.shape), count, torch.float32)
+
+
+@pytest.mark.parametrize("count", LEVELS)
+def test_every_level_is_the_mean_of_what_is_rounded_to_it(count):
+    values = LEVELS[count]
+    borders = [-math.inf, *((a + b) / 2 for a, b in pairwise(values)), math.inf]
+
+    def density(x):
+        return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+    def below(x):
+        return (1 + math.erf(x / math.sqrt(2))) / 2
+
+    for value, (low, high) in zip(values, pairwise(borders), strict=True):
+        assert value == pytest.approx((density(low) - density(high)) / (below(high) - below(low)), abs=2e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    m=st.integers(1, 20), n=st.integers(1, 2 * GROUP + 3), count=st.sampled_from(list(LEVELS)),
+    power=st.floats(-6, 6), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_without_feedback_every_number_is_rounded_to_the_nearest(m, n, count, power, seed):
+    matrix = draw(m, n, seed=seed) * 10**power
+    codes, scales = levels.rounded(matrix, torch.eye(n), count)
+    assert (codes.numel(), scales.numel()) == levels.sizes(count, m, n)
+    found = levels.unpack(codes, scales, (m, n), count, torch.float32)
+    choices = scales.float().repeat_interleave(GROUP, 1)[:, :n, None] * torch.tensor(LEVELS[count])
+    nearest = (choices - matrix[..., None]).abs().amin(-1)
+    assert torch.allclose((found - matrix).abs(), nearest, rtol=1e-4, atol=1e-5 * 10**power)
+
+
+def test_what_is_zero_stays_finite():
+    for count in LEVELS:
+        found = unpacked(torch.zeros(3, 300), torch.eye(300), count)
+        assert float(found.abs().max()) < 1e-30
+
+
+@pytest.mark.parametrize(("count", "lost"), [(3, 0.19), (4, 0.1175), (6, 0.058)])
+def test_normal_numbers_lose_what_theory_says(count, lost):
+    matrix = draw(64, 4 * GROUP)
+    error = (unpacked(matrix, torch.eye(4 * GROUP), count) - matrix).square().mean()
+    assert error == pytest.approx(lost, rel=0.05)  # Max (1960), table 1
+
+
+@pytest.mark.parametrize("count", LEVELS)
+def test_feedback_lowers_the_error_of_the_outputs(count):
+    inputs = draw(1000, 100) @ (draw(100, 100, seed=1) * torch.logspace(0, -2, 100)[:, None])
+    matrix = draw(40, 100, seed=2)
+    lost = [float(((matrix - unpacked(matrix, gram, count)) @ inputs.T).norm())
+            for gram in (inputs.T @ inputs, torch.eye(100))]  # fmt: skip
+    assert lost[0] < 0.8 * lost[1]
+
+
+@pytest.mark.parametrize("count", LEVELS)
+def test_a_packed_product_and_its_gradient_are_those_of_the_unpacked_matrix(count):
+    matrix, x = draw(12, 40), draw(5, 40, seed=1).requires_grad_()
+    codes, scales = levels.rounded(matrix, torch.eye(40), count)
+    whole = levels.unpack(codes, scales, (12, 40), count, torch.float32)
+    found = levels.product(x, codes, scales, (12, 40), count, torch.float32)
+    assert torch.allclose(found, x @ whole.T, atol=1e-5)
+    weights = draw(5, 12, seed=2)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
+    assert torch.allclose(gradient, weights @ whole, atol=1e-5)
+
+
+def test_what_is_traced_leaves_no_trace():
+    codes, scales = levels.rounded(draw(4, 6), torch.eye(6), 6)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        levels.unpack(codes, scales, (4, 6), 6, torch.float32)
+    assert not isinstance(levels.unpack(codes, scales, (4, 6), 6, torch.float32), FakeTensor)
