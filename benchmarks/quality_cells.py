@@ -13,7 +13,9 @@ LEARNING_RATE = 1e-3
 LEARNING_RATES = (1e-3, 5e-4, 2e-3)
 MEMORIES = (0.11, 0.17, 0.28, 0.6)
 #: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
-RECOMMENDED = {0.11: ("low-rank-nf4", 0.11), 0.17: ("low-rank-nf4", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
+RECOMMENDED = {0.11: ("1.6-bit", 0.11), 0.17: ("2.7-bit", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
+#: What else there is below four bits.
+RIVALS = (("low-rank-nf4", 0.17), ("low-rank-nf4", 0.11))
 #: Bytes of a number of the factors, scales included, where a kind has ranks.
 BYTES = {"low-rank": 2, "low-rank-nf4": 4.5 / 8}
 FULL, SCRATCH = "full", "exact"
@@ -52,6 +54,7 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     yield from (Cell(task, FULL, 1, 0) for task in tasks)
     yield from (Cell(task, *way, 0) for way in recommended for task in tasks)
     yield from (Cell(task, FULL, 1, 0, STEPS + EXACT[-1]) for task in tasks)
+    yield from (Cell(task, *way, 0) for way in RIVALS for task in tasks)
     rates = itertools.product(LEARNING_RATES[1:], (STEPS, STEPS + EXACT[-1]), tasks)
     yield from (Cell(task, FULL, 1, 0, steps, rate) for rate, steps, task in rates)
     yield from (Cell(task, SCRATCH, 1, 0, EXACT[-1]) for task in tasks)

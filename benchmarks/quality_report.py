@@ -1,5 +1,6 @@
 """The results of ``quality.py``: recovery by task, memory and way, goals, a line for every cell, and a figure."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from statistics import mean, stdev
@@ -70,27 +71,69 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
     return found
 
 
+def paired_rows(table: Table) -> list[dict[str, Any]]:
+    """Return ``paired``: how much more the recommended way loses on a test row than others within the same memory.
+
+    The mean over rows, in nats per answer, with its 95 % interval; above 0 the other way is better. The first seed.
+    """
+    first = {(row["task"], row["kind"], row["memory"]): row["systems"] for row in table.rows if row["seed"] == 0}
+    found = []
+    for task, memory in itertools.product(TASKS, MEMORIES):
+        own = first.get((task, *RECOMMENDED[memory]))
+        for (other_task, kind, other_memory), systems in first.items():
+            if own is None or other_task != task or other_memory > memory:
+                continue
+            others = ("uncorrected",) if (kind, other_memory) == RECOMMENDED[memory] else ("uncorrected", "auto")
+            for system in others:
+                ours, theirs = (
+                    [float(loss) for loss in each["losses"].split()] for each in (own["auto"], systems[system])
+                )
+                apart = [a - b for a, b in zip(ours, theirs, strict=True)]
+                middle, reach = mean(apart), 1.96 * stdev(apart) / len(apart) ** 0.5
+                found.append({"task": task, "memory": memory, "system": "emloc", "other": f"{kind}+{system}",
+                              "other_memory": other_memory, "mean": round(middle, 4),
+                              "low": round(middle - reach, 4), "high": round(middle + reach, 4)})  # fmt: skip
+    return found
+
+
 def draw(recovery: Sequence[dict[str, Any]]) -> None:
-    """Draw ``results/quality.svg``: recovery over memory, a panel for every task."""
+    """Draw ``results/quality.svg``: recovery over memory, and over exact steps; a column for every task."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(4 * len(TASKS), 3.6), layout="constrained")
+    drawing = Figure(figsize=(4 * len(TASKS), 6.4), layout="constrained")
     FigureCanvasSVG(drawing)
-    shown = ("emloc", "emloc+polish20", "low-rank+auto", "low-rank+polish20")
-    for axes, task in zip(drawing.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
-        for system in shown:
-            rows = sorted(
-                (row for row in recovery if (row["task"], row["system"]) == (task, system)),
-                key=lambda row: row["memory"],
-            )
-            axes.errorbar([row["memory"] for row in rows], [row["mean"] for row in rows],
-                          [row["spread"] or 0 for row in rows], marker="o", capsize=3, label=system)  # fmt: skip
-        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    over_memory, over_steps = drawing.subplots(2, len(TASKS), sharey=True)
+    for axes, task in zip(over_memory, TASKS, strict=True):
+        for system in ("emloc", "emloc+polish20", "low-rank+auto", "low-rank+polish20"):
+            points = [row for row in recovery if (row["task"], row["system"]) == (task, system)]
+            _line(axes, system, [(row["memory"], row) for row in points])
         axes.set(title=task, xlabel="memory of the block Linears")
-    drawing.axes[0].set_ylabel("recovery")
-    drawing.axes[0].legend(frameon=False, fontsize="small")
+    by_name = {(row["task"], row["system"], row["memory"]): row for row in recovery}
+    kinds = dict.fromkeys((row["system"].partition("+")[0], row["memory"]) for row in recovery if row["memory"] < 1)
+    for axes, task in zip(over_steps, TASKS, strict=True):
+        for kind, memory in kinds:
+            named = [(0, f"{kind}+auto"), *((steps, f"{kind}+polish{steps}") for steps in EXACT)]
+            found = [(steps, by_name.get((task, system, memory))) for steps, system in named]
+            if kind != "emloc":
+                _line(axes, f"{kind} at {memory:g}", [(steps, row) for steps, row in found if row])
+        axes.set(xlabel="exact steps", xticks=[0, *EXACT])
+    for row in (over_memory, over_steps):
+        for axes in row:
+            axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+            if axes.lines[:-1]:
+                axes.legend(frameon=False, fontsize="small")
+        row[0].set_ylabel("recovery")
     drawing.savefig(RESULTS / "quality.svg")
+
+
+def _line(axes: Any, label: str, points: Sequence[tuple[float, dict[str, Any]]]) -> None:
+    """Draw one system's means, with their spread over seeds."""
+    points = sorted(points, key=lambda point: point[0])
+    if points:
+        x = [at for at, _ in points]
+        y, spread = ([row[key] or 0 for _, row in points] for key in ("mean", "spread"))
+        axes.errorbar(x, y, spread, marker="o", capsize=3, label=label)
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -122,8 +165,15 @@ def report(rows: list[dict[str, Any]]) -> None:
             [[str(row[key]) for key in ("task", "memory", "system", "mean", "spread", "seeds")] for row in recovery],
         )
     )
+    paired = paired_rows(table)
+    columns = ["task", "memory", "system", "other", "other_memory", "mean", "low", "high"]
+    text += "\n\nNats per answer above another way within the same memory, with 95 % intervals:\n\n"
+    text += markdown(columns, [[str(row[key]) for key in columns] for row in paired])
+    worse = [f"{row['task']} {row['memory']:g} {row['other']}" for row in paired if row["low"] > 0]
+    if paired:
+        goals.append(goal("ways within the same memory that are better", "none", ", ".join(worse) or "none", not worse))
     write_results("quality", "make bench-quality", rows, goals, text)
     draw(recovery)
     file = RESULTS / "quality.json"
     content = json.loads(file.read_text())
-    file.write_text(json.dumps({"recovery": recovery, **content}, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps({"recovery": recovery, "paired": paired, **content}, indent=2) + "\n", encoding="utf-8")
