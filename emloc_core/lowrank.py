@@ -16,12 +16,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emloc_core.errors import EmlocError
 from emloc_core.experts import LowRankExperts, is_stack
-from emloc_core.quantised import FourBitLowRankLinear, RepairedLinear
+from emloc_core.quantised import FewLevelsLinear, FourBitLowRankLinear, RepairedLinear
 
 METHOD = "emloc"
-#: Of factors as they are, of factors in four bits, and of weights in four bits with a repair. Older readers refuse what
-#: they do not know.
-FORMAT_VERSION, FOUR_BITS_VERSION, REPAIRED_VERSION = 1, 2, 3
+#: Of factors as they are, of factors in four bits, of weights in four bits with a repair, and of weights on a few
+#: levels. Older readers refuse what they do not know.
+FORMAT_VERSION, FOUR_BITS_VERSION, REPAIRED_VERSION, LEVELS_VERSION = 1, 2, 3, 4
 
 
 class LowRankLinear(nn.Linear):
@@ -71,31 +71,32 @@ class LowRankLinear(nn.Linear):
         return linear
 
 
-Layer = LowRankLinear | FourBitLowRankLinear | RepairedLinear
-#: The class of a low-rank Linear by the format of what it holds.
+Layer = LowRankLinear | FourBitLowRankLinear | RepairedLinear | FewLevelsLinear
+#: The class of a Linear's stand-in by the format of what it holds.
 LAYERS: dict[int, type[Layer]] = {
     FORMAT_VERSION: LowRankLinear,
     FOUR_BITS_VERSION: FourBitLowRankLinear,
     REPAIRED_VERSION: RepairedLinear,
+    LEVELS_VERSION: FewLevelsLinear,
 }
 
 
-def replace_linears(model: nn.Module, ranks: dict[str, int], format_version: int = FORMAT_VERSION) -> None:
-    """Replace Linears, and stacks of experts, with empty low-rank modules of the given ranks, on the same devices.
+def replace_linears(model: nn.Module, sizes: dict[str, int], format_version: int = FORMAT_VERSION) -> None:
+    """Replace Linears, and stacks of experts, with their empty stand-ins, on the same devices.
 
     Args:
         model: is changed.
-        ranks: by path of the Linear, or of the stack.
-        format_version: of the factors; see :data:`LAYERS`.
+        sizes: rank, or number of levels, by path of the Linear, or of the stack.
+        format_version: see :data:`LAYERS`.
 
     Raises:
         EmlocError: the model has no Linear at one of the paths.
     """
     experts: dict[str, dict[str, int]] = defaultdict(dict)
-    for path, rank in ranks.items():
+    for path, size in sizes.items():
         if is_stack(model, path):
             owner, _, name = path.rpartition(".")
-            experts[owner][name] = rank
+            experts[owner][name] = size
             continue
         try:
             linear = model.get_submodule(path)
@@ -107,7 +108,7 @@ def replace_linears(model: nn.Module, ranks: dict[str, int], format_version: int
             )
         device, dtype = linear.weight.device, linear.weight.dtype
         kind = LAYERS[format_version]
-        layer = kind(linear.in_features, linear.out_features, rank, linear.bias is not None, device, dtype)
+        layer = kind(linear.in_features, linear.out_features, size, linear.bias is not None, device, dtype)
         if isinstance(layer, LowRankLinear):  # what is packed is not trained, nor what repairs it
             layer.requires_grad_(linear.weight.requires_grad)
         layer.train(linear.training)
@@ -116,7 +117,7 @@ def replace_linears(model: nn.Module, ranks: dict[str, int], format_version: int
         model.set_submodule(path, LowRankExperts(model.get_submodule(path), of))
 
 
-#: First parts of the names of factors in their modules.
+#: First parts of the names of a stand-in's own tensors.
 _FACTORS = ("weight", "weight_scales", "weight_ranges", "U", "V", "V_scales")
 
 
@@ -126,11 +127,21 @@ class EmlocConfig(QuantizationConfigMixin):
     Args:
         ranks: rank of the factors by path of the Linear, or of the stack of experts.
         format_version: version of this format; see :data:`LAYERS`.
+        levels: instead of ranks, number of the weight's levels by path of the Linear.
     """
 
-    def __init__(self, ranks: dict[str, int] | None = None, format_version: int = FORMAT_VERSION, **_: Any) -> None:
+    def __init__(
+        self,
+        ranks: dict[str, int] | None = None,
+        format_version: int = FORMAT_VERSION,
+        levels: dict[str, int] | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method: Any = METHOD
-        self.ranks = dict(ranks or {})
+        if format_version == LEVELS_VERSION:
+            self.levels = dict(levels or {})
+        else:
+            self.ranks = dict(ranks or {})
         self.format_version = format_version
         if format_version not in LAYERS:
             raise EmlocError(
@@ -138,6 +149,11 @@ class EmlocConfig(QuantizationConfigMixin):
                 "Update emloc.",
                 code="unsupported",
             )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Ranks, or numbers of levels, by path."""
+        return self.levels if self.format_version == LEVELS_VERSION else self.ranks
 
 
 class EmlocQuantizer(HfQuantizer):
@@ -147,14 +163,14 @@ class EmlocQuantizer(HfQuantizer):
     quantization_config: EmlocConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        replace_linears(model, self.quantization_config.ranks, self.quantization_config.format_version)
+        replace_linears(model, self.quantization_config.sizes, self.quantization_config.format_version)
         # Uninitialised memory would pass for a factor: remember the parameters, to find those that were not loaded.
-        for _path, layer in _factored(model):
+        for _path, layer in _stand_ins(model):
             parts = {name: part for name, part in layer.named_parameters() if name.partition(".")[0] in _FACTORS}
-            layer.emloc_unloaded = parts  # type: ignore[assignment]
+            layer.emloc_unloaded = parts
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        for path, layer in _factored(model):
+        for path, layer in _stand_ins(model):
             unloaded: Any = layer.emloc_unloaded
             del layer.emloc_unloaded
             for name, before in unloaded.items():
@@ -172,13 +188,13 @@ class EmlocQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        for path, layer in _factored(model):
+        for path, layer in _stand_ins(model):
             model.set_submodule(path, layer.dense().to(dtype))
         return model
 
 
-def _factored(model: nn.Module) -> list[tuple[str, Layer | LowRankExperts]]:
-    """Return the modules of a model that hold factors, with their paths."""
+def _stand_ins(model: nn.Module) -> list[tuple[str, Layer | LowRankExperts]]:
+    """Return the modules of a model that are not what they are in the base, with their paths."""
     return [(path, module) for path, module in model.named_modules() if isinstance(module, Layer | LowRankExperts)]
 
 

@@ -1,10 +1,10 @@
-"""Linears whose matrices are in four bits, unpacked in every pass."""
+"""Linears whose matrices are packed, in four bits or on a few levels, and unpacked in every pass."""
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from emloc_core.algorithms import fourbit
+from emloc_core.algorithms import fourbit, levels
 
 
 class FourBitLowRankLinear(nn.Linear):
@@ -121,6 +121,55 @@ class RepairedLinear(nn.Linear):
         weight = fourbit.unpack(self.weight, self._scales(), (self.out_features, self.in_features), dtype)
         with torch.no_grad():
             linear.weight.copy_(torch.addmm(weight, self.U, self.V))
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+
+class FewLevelsLinear(nn.Linear):
+    """``y = W x + b`` with the weight on a few levels; see :mod:`emloc_core.algorithms.levels`.
+
+    ``weight`` is its codes, beside the scales.
+    """
+
+    weight_scales: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        count: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.levels = in_features, out_features, count
+        self.dtype = dtype or torch.get_default_dtype()
+        codes, scales = levels.sizes(count, out_features, in_features)
+        packed = torch.empty(codes, 1, dtype=torch.uint8, device=device)
+        factors = torch.empty(out_features, scales // out_features, dtype=torch.bfloat16, device=device)
+        self.weight, self.weight_scales = (nn.Parameter(part, requires_grad=False) for part in (packed, factors))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        shape = (self.out_features, self.in_features)
+        found = levels.product(input, self.weight, self.weight_scales, shape, self.levels, self.dtype)
+        return found if self.bias is None else found + self.bias
+
+    def extra_repr(self) -> str:
+        """Describe the layer in the model's printout."""
+        return f"{super().extra_repr()}, {self.levels} levels"
+
+    def dense(self) -> nn.Linear:
+        """Return the ordinary Linear with the weight, unpacked."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, self.weight.device, self.dtype)
+        shape = (self.out_features, self.in_features)
+        with torch.no_grad():
+            linear.weight.copy_(levels.unpack(self.weight, self.weight_scales, shape, self.levels, self.dtype))
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear

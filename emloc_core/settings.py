@@ -39,9 +39,9 @@ class CompressSettings(CutSettings):
     kind: str = Field(
         "low-rank",
         description="Kind of emulator: 'low-rank', factors as in the paper; 'nf4', weights in four bits as in QLoRA, "
-        "which have no ratio; 'nf4+repair', these with factors of what rounding lost; 'low-rank-nf4', factors in four "
-        "bits, where even 'nf4' is too large; 'auto', by the memory given, the kind that is best there. Plugins can "
-        "add others.",
+        "which have no ratio; 'nf4+repair', these with factors of what rounding lost; '2.7-bit', '2-bit' and "
+        "'1.6-bit', weights on six, four and three levels, where even 'nf4' is too large; 'low-rank-nf4', factors in "
+        "four bits; 'auto', by the memory given, the kind that is best there. Plugins can add others.",
     )
     samples: int = Field(64, ge=1, description="Number of calibration rows.")
     selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp.")
@@ -52,7 +52,13 @@ class CompressSettings(CutSettings):
         None,
         description="Activations to calibrate on: 'base', those of the base, as in the paper and by default; "
         "'propagated', those of the emulator built so far, which compensates for earlier errors and is the default of "
-        "low-rank-nf4.",
+        "kinds below four bits.",
+    )
+    refine: int | None = Field(
+        None,
+        ge=0,
+        description="For weights on a few levels: passes over the calibration rows in which the scales of a block move "
+        "towards the base's outputs; 3 by default.",
     )
     factorizer: str = Field(
         "activation-svd",

@@ -108,7 +108,7 @@ class Compress:
             else found.at_full_rank()
         )
         # Weights alone need no calibration: its rows are left for tuning.
-        samples = settings.samples if self.kind.has_ranks else 0
+        samples = settings.samples if self.kind.is_fitted else 0
         self.rows = draw(rows, settings.seed, samples, settings.selection)
         processing = load_processing(base.directory, self.family, rows)
         self.samples = self._encode(self.rows.calibration, processing)
@@ -211,7 +211,7 @@ class Compress:
             )
             plan = self._allocated(spectra) if spectra else self.plan
             files = EmulatorFiles(self.skeleton, plan, self.blocks, staging, self.kind)
-            if not self.kind.has_ranks:
+            if not self.kind.is_fitted:
                 pack_blocks(files, progress)
             elif self.calibration == "propagated":
                 self._decomposition(plan, progress).propagate(files)
@@ -242,8 +242,10 @@ class Compress:
 
     def _decomposition(self, plan: RankPlan, progress: Progress, factorize: Factorize | None = None) -> Decomposition:
         factorize = factorize or self.kind.rounding(self.factorize)
-        name = self.settings.factorizer
-        return Decomposition(self.skeleton, self.family, plan, self.samples, factorize, progress, name)
+        name = self.settings.factorizer if self.kind.has_ranks else self.kind.name
+        refine = self.kind.refine if self.settings.refine is None else self.settings.refine
+        how = (progress, name, self.kind, refine)
+        return Decomposition(self.skeleton, self.family, plan, self.samples, factorize, *how)
 
     def _write_rows(self, staging: Path) -> None:
         write_rows(staging / CALIBRATION, self.rows.calibration)

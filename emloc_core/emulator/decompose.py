@@ -18,10 +18,12 @@ from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.experts import ExpertStatistics
 from emloc_core.emulator.propagation import Pairs, emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
+from emloc_core.emulator.refine import refined
 from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.emulator.shared_inputs import require_shared_inputs
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
+from emloc_core.kinds import Kind
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.lockstep import Forward
 from emloc_core.model.skeleton import Skeleton
@@ -65,6 +67,8 @@ class Decomposition:
         factorize: see :mod:`emloc_core.algorithms.factorize`.
         progress: called after every block.
         factorizer: name of ``factorize``, for messages.
+        kind: of the emulator.
+        refine: passes over the rows in which a block's stand-ins are refined; see :mod:`emloc_core.emulator.refine`.
 
     Linears that no token reaches get no factors, since there is nothing to fit them to.
     """
@@ -78,9 +82,12 @@ class Decomposition:
         factorize: Callable[[torch.Tensor, Gram, int], Factors],
         progress: Progress,
         factorizer: str = "activation-svd",
+        kind: Kind | None = None,
+        refine: int = 0,
     ) -> None:
         self.skeleton, self.family, self.plan, self.samples = skeleton, family, plan, samples
         self.factorize, self.progress, self.factorizer = factorize, progress, factorizer
+        self.kind, self.refine = kind, refine
         self.blocks = block_paths(skeleton.model, family)
         self.stream = Stream(skeleton, [tower.blocks for tower in family.towers])
 
@@ -164,7 +171,10 @@ class Decomposition:
             unit = self.skeleton.model.get_submodule(block)
             planned = self.plan.in_block(block)
             require_shared_inputs(self.stream, block, planned, self.family)
-            store.write(block, fit_block(self.stream, unit, planned, rows, self._factors, self._blame), {})
+            found = fit_block(self.stream, unit, planned, rows, self._factors, self._blame)
+            if self.kind and self.refine:
+                found = refined(self.stream, unit, rows, found, self.kind, self.refine)
+            store.write(block, found, {})
         with emulating(self.stream, modules, store.read(block), rows):
             yield
         self._report(block)

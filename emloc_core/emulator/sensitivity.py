@@ -43,14 +43,14 @@ def sensitivities(
         factors: factors by module path, with at least half of the Linear's parameters.
         answering: see :data:`Answering`.
     """
-    references = [_hidden(block(*args, **kwargs)) for args, kwargs in calls]
+    references = [hidden_states(block(*args, **kwargs)).float() for args, kwargs in calls]
     found = {}
     for path, whole in factors.items():
         tried = _at_a_telling_rank(whole)
         changes = []
         with answering(path, (tried.u, tried.v)):
             for (args, kwargs), reference in zip(calls, references, strict=True):
-                change = (_hidden(block(*args, **kwargs)) - reference).square().sum(-1)
+                change = (hidden_states(block(*args, **kwargs)).float() - reference).square().sum(-1)
                 changes.append(
                     (change / reference.square().sum(-1).clamp(min=torch.finfo(change.dtype).tiny)).flatten()
                 )
@@ -67,10 +67,10 @@ def _at_a_telling_rank(factors: Factors) -> Factors:
     return replace(factors, u=factors.u[:, :rank], v=factors.v[:rank])
 
 
-def _hidden(output: Any) -> torch.Tensor:
-    """Return the hidden states that a block passes on, (..., features), in fp32."""
+def hidden_states(output: Any) -> torch.Tensor:
+    """Return the hidden states that a block passes on, (..., features)."""
     hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
-    return hidden.float()
+    return hidden
 
 
 def copied(arguments: Arguments) -> Arguments:

@@ -5,11 +5,27 @@ many bytes it takes. Everything else (streaming, resuming, training, correction,
 """
 
 from emloc_core.kinds.factors import FourBitLowRank, LowRank
-from emloc_core.kinds.kind import Factorize, Kind, Pair, Weight
+from emloc_core.kinds.kind import Factorize, Kind, Movable, Pair, Weight
+from emloc_core.kinds.levels import FewLevels, FourLevels, SixLevels, ThreeLevels
 from emloc_core.kinds.repair import RepairedNF4
 from emloc_core.kinds.weights import NF4
 
-__all__ = ["NF4", "RECOMMENDED", "Factorize", "FourBitLowRank", "Kind", "LowRank", "Pair", "RepairedNF4", "Weight"]
+__all__ = [
+    "NF4",
+    "RECOMMENDED",
+    "Factorize",
+    "FewLevels",
+    "FourBitLowRank",
+    "FourLevels",
+    "Kind",
+    "LowRank",
+    "Movable",
+    "Pair",
+    "RepairedNF4",
+    "SixLevels",
+    "ThreeLevels",
+    "Weight",
+]
 
 #: Kinds in the order in which they are recommended: the first whose tuning fits. ``docs/evidence.md`` says why.
-RECOMMENDED = ("nf4", "low-rank-nf4")
+RECOMMENDED = ("nf4", "2.7-bit", "1.6-bit", "low-rank-nf4")

@@ -53,6 +53,10 @@ class FourBitLowRank(Kind):
     calibration = "propagated"
     taps_inputs = True
 
+    def is_usable(self) -> bool:
+        """Four bits need bitsandbytes."""
+        return fourbit.is_installed()
+
     def rounding(self, factorize: Factorize) -> Factorize:
         """Round U with feedback, fit V to that by least squares, and round it with feedback.
 

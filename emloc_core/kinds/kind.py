@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -16,8 +16,8 @@ from emloc_core.settings import CompressSettings
 #: U (m, k) and V (k, n) with U V the matrix that a Linear of the emulator multiplies by.
 Pair = tuple[torch.Tensor, torch.Tensor]
 Factorize = Callable[[torch.Tensor, Gram, int], Factors]
-#: Settings that only kinds with ranks know.
-_OF_RANKS = ("ratio", "allocator", "calibration", "factorizer")
+#: Settings that only kinds with ranks know, and only kinds that are fitted to rows.
+_OF_RANKS, _OF_ROWS = ("ratio", "allocator", "factorizer"), ("calibration",)
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,44 @@ class Weight:
         return self.error
 
 
+class Movable(Protocol):
+    """A stand-in of which some numbers may still move when those of the whole block are known.
+
+    Attributes:
+        numbers: of any shape, in fp32, of such a size that a step of a hundredth is small.
+    """
+
+    numbers: nn.Parameter
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return what the Linear multiplies by, (m, n), as it will be read, with a gradient for the numbers."""
+
+    def settled(self) -> Factors:
+        """Return the stand-in with the numbers as they are now."""
+
+
 class Kind(ABC):
     """One kind of emulator.
 
     Attributes:
         name: of the kind.
         taps_inputs: whether factors are fitted to the Gram of the inputs, even where that of the outputs is smaller.
-        has_ranks: whether a Linear becomes factors of some rank, fitted to calibration rows. If not, its weight alone
-            says what becomes of it, and the settings of ranks mean nothing.
+        is_fitted: whether what stands in for a weight is fitted to calibration rows. If not, the weight alone says
+            what becomes of it.
+        has_ranks: whether a Linear becomes factors of some rank. If not, the settings of ranks mean nothing.
         keeps_weight: whether a Linear keeps its weight, rounded: alone, or beside its factors.
         largest_ratio: the largest that is looked for, in hundredths; above it hardly anything is saved.
         allocates_by_spectra: whether ranks may be shared out by the spectra of the weights.
         has_experts: whether fused experts become factors too; otherwise they stay dense.
         can_be_cut: whether emulators of any ratio can be cut from spectra.
         calibration: what factors are fitted to where the user does not say.
+        refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; 0: they
+            cannot be.
     """
 
     name: str
     taps_inputs: bool = False
+    is_fitted: bool = True
     has_ranks: bool = True
     keeps_weight: bool = False
     largest_ratio: float = 0.99
@@ -62,6 +82,11 @@ class Kind(ABC):
     has_experts: bool = False
     can_be_cut: bool = False
     calibration: Literal["base", "propagated"] = "base"
+    refine: int = 0
+
+    def is_usable(self) -> bool:
+        """Return whether the packages that it needs are installed."""
+        return True
 
     def check(self, settings: CompressSettings) -> None:
         """Refuse settings that mean nothing for this kind.
@@ -69,20 +94,29 @@ class Kind(ABC):
         Raises:
             EmlocError: names them.
         """
-        if not self.has_ranks:
-            defaults = CompressSettings()
-            if given := [name for name in _OF_RANKS if getattr(settings, name) != getattr(defaults, name)]:
-                raise EmlocError(
-                    f"An emulator of the kind {self.name!r} has no ranks, and so no {', '.join(given)}.",
-                    "Leave that out, or choose another --kind.",
-                )
+        unknown = (() if self.has_ranks else _OF_RANKS) + (() if self.is_fitted else _OF_ROWS)
+        defaults = CompressSettings()
+        if given := [name for name in unknown if getattr(settings, name) != getattr(defaults, name)]:
+            raise EmlocError(
+                f"An emulator of the kind {self.name!r} has no {', '.join(given)}.",
+                "Leave that out, or choose another --kind.",
+            )
+        if settings.refine and (not self.refine or settings.calibration == "base"):
+            raise EmlocError(
+                "Only weights on a few levels are refined, and only with propagated calibration.",
+                "Leave out --refine, or give --kind 2.7-bit, say.",
+            )
 
     def rounding(self, factorize: Factorize) -> Factorize:
         """Return a factorizer whose factors are as they will be when they have been stored and read."""
         return factorize
 
     def stand_in(self, weight: torch.Tensor) -> Weight:
-        """Return what stands in for a weight, (m, n); asked of kinds without ranks alone."""
+        """Return what stands in for a weight, (m, n); asked of kinds that are not fitted."""
+        raise NotImplementedError(self.name)
+
+    def movable(self, stand_in: Any) -> Movable:
+        """Return a stand-in as it is refined; asked of kinds alone that can be."""
         raise NotImplementedError(self.name)
 
     @abstractmethod
@@ -95,7 +129,8 @@ class Kind(ABC):
 
         Args:
             weight: key of the weight in the checkpoint.
-            stand_in: :class:`~emloc_core.algorithms.factorize.Factors`, or without ranks a :class:`Weight`.
+            stand_in: :class:`~emloc_core.algorithms.factorize.Factors`, or a :class:`Weight` of a kind that is not
+                fitted.
             dtype: of the base.
         """
 
@@ -126,6 +161,13 @@ class Kind(ABC):
     @abstractmethod
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace Linears of a model without weights by layers that need as much memory as the emulator's."""
+
+
+def whole(weight: torch.Tensor) -> Pair:
+    """Return a weight and the identity, on the side where it is the smaller one."""
+    m, n = weight.shape
+    identity = torch.eye(min(m, n), dtype=weight.dtype, device=weight.device)
+    return (weight, identity) if m >= n else (identity, weight)
 
 
 def beside(weight: str, *names: str) -> list[str]:

@@ -8,15 +8,20 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from emloc_core.algorithms import fourbit
 from emloc_core.errors import EmlocError
-from emloc_core.kinds.kind import Kind, Pair, Weight
+from emloc_core.kinds.kind import Kind, Pair, Weight, whole
 
 
 class NF4(Kind):
     """Weights in four bits as bitsandbytes has them (QLoRA): an ordinary checkpoint that plain transformers loads."""
 
     name = "nf4"
-    has_ranks, keeps_weight = False, True
+    is_fitted = has_ranks = False
+    keeps_weight = True
     _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+
+    def is_usable(self) -> bool:
+        """Four bits need bitsandbytes."""
+        return fourbit.is_installed()
 
     def stand_in(self, weight: torch.Tensor) -> Weight:
         """Return the weight, with the error of its four bits."""
@@ -41,14 +46,12 @@ class NF4(Kind):
         parts = {f"{weight}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
         return {weight: codes, **parts}
 
-    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
-        """Return the weight and the identity, on the side where it is the smaller one."""
+    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:  # noqa: ARG002
+        """Return the weight and the identity."""
         functions = fourbit.kernels().functional
         codes, *parts = tensors
         state = functions.QuantState.from_dict(dict(zip(self._PARTS, parts, strict=True)), device=codes.device)
-        weight = functions.dequantize_4bit(codes, state).to(dtype)
-        identity = torch.eye(min(shape), dtype=dtype, device=weight.device)
-        return (weight, identity) if shape[0] >= shape[1] else (identity, weight)
+        return whole(functions.dequantize_4bit(codes, state).to(dtype))
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         """Return what ``BitsAndBytesConfig`` writes, with every other Linear among those to be skipped.

@@ -130,6 +130,7 @@ def of_kind(config: Path, workload: "Workload", kind: str, budget: int | None) -
     if kind != AUTO:
         return MemoryModel(config, workload, kind)
     models = [MemoryModel(config, workload, each) for each in RECOMMENDED]
+    models = [model for model in models if model.kind.is_usable()]
     allowed = models[0].inference().total if budget is None else budget
     return next((model for model in models if largest_ratio(model, allowed)), models[-1])
 

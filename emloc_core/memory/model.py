@@ -147,11 +147,11 @@ class MemoryModel:
     def plan(self, ratio: float) -> RankPlan:
         """Return the ranks of the emulator at a ratio, which a kind without ranks has none of.
 
-        Towers that no row reaches stay dense, as in stage 1: there is nothing to fit factors to.
+        Towers that no row reaches stay dense, as in stage 1: there is nothing to fit stand-ins to.
         """
-        if not self.kind.has_ranks:
+        if not self.kind.is_fitted:
             return self.linears.at_full_rank()
-        plan = allocated(self.linears, ratio, uniform)
+        plan = allocated(self.linears, ratio, uniform) if self.kind.has_ranks else self.linears.at_full_rank()
         idle = [each.path for each in plan.planned if each.path.startswith(self._idle_towers)]
         return plan.dense(idle, UNREACHED) if idle else plan
 

@@ -24,10 +24,13 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
       LAPACK's workspace (``dsyevd``: ``2 s^2``), and for the weight, its image and the factors.
     - activations: the hidden states of 64 samples at the workload's length, in the model's dtype.
 
-    A kind of emulator without ranks needs one Linear: as read, a copy of it, and twice in fp32 to find its error.
+    - stand-ins: where these are weights and not factors, the block's in fp32, beside an identity, and for refinement
+      three times in the model's dtype: as they are, and unpacked, with a gradient.
+
+    A kind of emulator that is not fitted needs one Linear: as read, a copy of it, and twice in fp32 to find its error.
     """
     weight = model.dtype.itemsize
-    if not model.kind.has_ranks:
+    if not model.kind.is_fitted:
         largest = max(linear.out_features * linear.in_features for linear in model.linears.linears)
         return Need("compress", {"weights": largest * 2 * (weight + 4), "overhead": OVERHEAD}, "the largest Linear")
     blocks = block_paths(model.model, model.family)
@@ -41,7 +44,14 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
         "activations": SAMPLES * model.workload.length * hidden * weight,
         "overhead": OVERHEAD,
     }
+    if not model.kind.has_ranks:
+        terms["stand-ins"] = max(_whole(plan, block, weight) for block in blocks)
     return Need("compress", terms, "the largest block")
+
+
+def _whole(plan: RankPlan, block: str, itemsize: int) -> int:
+    shapes = [(linear.out_features, linear.in_features) for linear in plan.in_block(block)]
+    return sum((4 + itemsize) * (m * n + min(m, n) ** 2) + 2 * itemsize * m * n for m, n in shapes)
 
 
 def _statistics(plan: RankPlan, block: str, itemsize: int) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from emloc_core.algorithms import fourbit
 from emloc_core.exact.need import Positions, step_need
 from emloc_core.kinds import RECOMMENDED, Kind
 from emloc_core.memory.budget import Fit, largest_ratio
@@ -99,9 +98,9 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
         return way(EMULATOR, max(need, exact), of.workload.batch_size, flops=flops, **sized)
 
     emulators: list[Way] = []
-    for name in RECOMMENDED if fourbit.is_installed() else ():
-        if not any(each.fits for each in emulators):
-            of_kind = [each.with_kind(name) for each in sizes]
+    for name in RECOMMENDED:
+        of_kind = [each.with_kind(name) for each in sizes]
+        if of_kind[0].kind.is_usable() and not any(each.fits for each in emulators):
             emulators.append(emulator(of_kind[0].kind, *_by_weights(of_kind, budget)))
     if model.kind.name not in [each.kind for each in emulators]:
         emulators.append(emulator(model.kind, *_traced(sizes, budget, fit)))

@@ -63,7 +63,7 @@ class Skeleton:
         quantisation = checkpoint.config.get("quantization_config")
         if quantisation and quantisation.get("quant_method") == METHOD:
             emulator = EmlocConfig(**quantisation)
-            replace_linears(self.model, emulator.ranks, emulator.format_version)
+            replace_linears(self.model, emulator.sizes, emulator.format_version)
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         absents: dict[nn.Parameter, Absent] = {}
         for module in self.model.modules():

@@ -70,10 +70,11 @@ def emloc_factorizers() -> dict[str, Callable[..., Any]]:
 
 @hookimpl
 def emloc_emulators() -> dict[str, Callable[..., Any]]:
-    """Offer low-rank factors as in the paper, weights in four bits, these with a repair, and factors in four bits."""
-    from emloc_core.kinds import NF4, FourBitLowRank, LowRank, RepairedNF4
+    """Offer factors as in the paper and in four bits, and weights in four bits, with a repair, and on a few levels."""
+    from emloc_core.kinds import NF4, FourBitLowRank, FourLevels, LowRank, RepairedNF4, SixLevels, ThreeLevels
 
-    return {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, RepairedNF4)}
+    kinds = (LowRank, NF4, FourBitLowRank, RepairedNF4, SixLevels, FourLevels, ThreeLevels)
+    return {kind.name: kind for kind in kinds}
 
 
 @hookimpl

@@ -27,19 +27,20 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.files.pretrained import load_lora
 from emloc_core.hookspecs import hookimpl
-from emloc_core.kinds import NF4, FourBitLowRank, LowRank, RepairedNF4
+from emloc_core.kinds import NF4, FourBitLowRank, LowRank, RepairedNF4, SixLevels
 from emloc_core.memory.model import MemoryModel, Workload
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import LoraTrainer
 
-KINDS = {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, RepairedNF4)}
+KINDS = {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, RepairedNF4, SixLevels)}
 SETTINGS = {
     "low-rank": {"ratio": 0.6},
     "nf4": {},
     "low-rank-nf4": {"ratio": 0.6},
     "nf4+repair": {"ratio": 0.1},
+    "2.7-bit": {},
 }
 
 
@@ -121,7 +122,7 @@ def test_reported_errors_are_those_of_what_the_model_holds(made, tiny_model):
             u, v = kind.unpack([slices[name][...] for name in kind.keys(key)], shape, torch.float32)
             weight = whole[key][...]
         assert 0 < linear["relative_error"] < 1
-        if not kind.has_ranks:
+        if not kind.is_fitted:
             assert linear["relative_error"] == pytest.approx(float((weight - u @ v).norm() / weight.norm()), rel=1e-4)
 
 
@@ -209,13 +210,17 @@ def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
     chosen = CompressSettings(kind="nf4", ratio=0.3, calibration="base", samples=4, selection=2)
     with pytest.raises(EmlocError, match="no ratio, calibration"):
         Compress(base, rows, tmp_path / "emulator", chosen)
+    chosen = CompressSettings(kind="2-bit", ratio=0.3, calibration="base", samples=4, selection=2)
+    with pytest.raises(EmlocError, match="no ratio\\."):  # it is fitted to rows
+        Compress(base, rows, tmp_path / "emulator", chosen)
     chosen = CompressSettings(kind="nf4", samples=4, selection=2)
     with pytest.raises(EmlocError, match="cannot be cut"):
         Compress(base, rows, tmp_path / "emulator", chosen, tmp_path / "spectra")
 
 
 def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path):
-    with pytest.raises(EmlocError, match=r"among the emulators: low-rank, low-rank-nf4, nf4, nf4\+repair"):
+    known = r"emulators: 1\.6-bit, 2-bit, 2\.7-bit, low-rank, low-rank-nf4, nf4, nf4\+repair"
+    with pytest.raises(EmlocError, match=known):
         Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings(kind="nf5"))
 
 
@@ -232,7 +237,7 @@ def test_plain_transformers_loads_four_bit_weights(tiny_model, rows_file, tmp_pa
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
-        *product(["llama", "qwen", "internvl"], ["nf4", "low-rank-nf4"]),
+        *product(["llama", "qwen", "internvl"], ["nf4", "low-rank-nf4", "1.6-bit"]),
         ("internvl", "nf4+repair"),
     ],
 )

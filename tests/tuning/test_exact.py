@@ -81,7 +81,7 @@ def test_training_by_exact_steps_goes_as_ordinary_training(sizes, ordinary, tiny
     assert read_manifest(exact)["request"]["exact"] is True
 
 
-@pytest.mark.parametrize("kind", ["low-rank", "low-rank-nf4", "nf4+repair"])
+@pytest.mark.parametrize("kind", ["low-rank", "low-rank-nf4", "nf4+repair", "2.7-bit"])
 def test_an_emulator_is_streamed_to_the_same_result(kind, tiny_model, rows_file, tmp_path):
     chosen = CompressSettings(kind=kind, samples=8, selection=4)
     emulator = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen).run()

@@ -1,0 +1,145 @@
+"""Refines what stands in for a block's weights, all of it together, while the block is in memory.
+
+Stand-ins that are fitted one by one know nothing of each other. Here the numbers of each that may still move take
+gradient steps that bring the block's outputs in the emulator towards those in the base: block-wise reconstruction, as
+in BRECQ (Li et al., 2021, arXiv 2102.05426) and AA-SVD (2026, arXiv 2604.02119). What counts is the change of a token
+relative to its own length, as in :mod:`emloc_core.emulator.sensitivity`.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from emloc_core.algorithms.factorize import Factors
+from emloc_core.emulator.sensitivity import hidden_states
+from emloc_core.kinds import Kind, Movable
+from emloc_core.model.hooks import forward_hooks
+from emloc_core.model.streaming import Stream
+
+#: Rows of a step.
+_ROWS = 4
+#: Of Adam, falling to 0; its second average is as short as these runs are.
+_RATE, _BETAS = 0.01, (0.9, 0.99)
+
+
+def refined(
+    stream: Stream, block: nn.Module, rows: int, found: Mapping[str, Factors], kind: Kind, epochs: int
+) -> dict[str, Factors]:
+    """Return the stand-ins of a block after passes over the rows, or as they are if those have not helped.
+
+    Args:
+        stream, block, rows: see :class:`Refinement`.
+        found: the stand-ins by module path.
+        kind: says which of their numbers may move.
+        epochs: number of passes.
+    """
+    movables = {path: kind.movable(of) for path, of in found.items()}
+    refinement = Refinement(stream, block, rows, movables)
+    if not movables or not refinement.run(epochs):
+        return dict(found)
+    errors = refinement.errors()
+    return {path: replace(of.settled(), error=errors[path]) for path, of in movables.items()}
+
+
+class Refinement:
+    """Refines the stand-ins of one block.
+
+    Args:
+        stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1`` through the emulator, and all of
+            them wait at the block.
+        block: with the base's weights.
+        rows: number of calibration rows; those that do not pass through the block are ignored.
+        movables: the stand-ins, by module path.
+        seed: of the order of the rows.
+    """
+
+    def __init__(
+        self, stream: Stream, block: nn.Module, rows: int, movables: Mapping[str, Movable], seed: int = 0
+    ) -> None:
+        self._stream, self._block, self._rows, self._movables = stream, block, rows, movables
+        self._linears: dict[str, Any] = {path: stream.skeleton.model.get_submodule(path) for path in movables}
+        self._order = random.Random(seed)
+        self._waiting = [sample for sample in stream.here if sample < rows]
+
+    def run(self, epochs: int) -> bool:
+        """Take steps for so many passes over the rows; return whether the block is nearer to the base's for them."""
+        targets = {row: self._outputs(row) for row in self._waiting}
+        steps = epochs * -(-len(self._waiting) // _ROWS)
+        optimiser = torch.optim.Adam([of.numbers for of in self._movables.values()], lr=_RATE, betas=_BETAS)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+        before = self._total(targets)
+        with torch.enable_grad():
+            for _ in range(epochs):
+                order = self._order.sample(self._waiting, len(self._waiting))
+                for start in range(0, len(order), _ROWS):
+                    self._step(targets, order[start : start + _ROWS])
+                    optimiser.step()
+                    optimiser.zero_grad()
+                    schedule.step()
+        return self._total(targets) < before
+
+    def errors(self) -> dict[str, float]:
+        """Return ``||(What - W) x|| / ||W x||`` over the inputs x that every Linear has in the emulator, by path."""
+        lost, whole = dict.fromkeys(self._movables, 0.0), dict.fromkeys(self._movables, 0.0)
+
+        def note(path: str, exact: torch.Tensor, found: torch.Tensor) -> None:
+            lost[path] += float((found.float() - exact.float()).square().sum(dtype=torch.float64))
+            whole[path] += float(exact.float().square().sum(dtype=torch.float64))
+
+        weights = self._weights()
+        for row in self._waiting:
+            with self._answering(weights, note):
+                self._outputs(row + self._rows)
+        return {path: (lost[path] / whole[path]) ** 0.5 if whole[path] else 0.0 for path in lost}
+
+    def _step(self, targets: Mapping[int, torch.Tensor], rows: list[int]) -> None:
+        """Add the gradient of some rows to the numbers: each row's to the weights, and theirs once to the numbers."""
+        weights = self._weights()
+        leaves = {path: weight.detach().requires_grad_() for path, weight in weights.items()}
+        for row in rows:
+            (self._loss(leaves, row, targets[row]) / len(rows)).backward()
+        used = [path for path in weights if leaves[path].grad is not None]
+        torch.autograd.backward([weights[path] for path in used], [leaves[path].grad for path in used])
+
+    def _total(self, targets: Mapping[int, torch.Tensor]) -> float:
+        weights = self._weights()
+        return sum(float(self._loss(weights, row, target)) for row, target in targets.items())
+
+    def _loss(self, weights: Mapping[str, torch.Tensor], row: int, target: torch.Tensor) -> torch.Tensor:
+        with self._answering(weights):
+            change = (self._outputs(row + self._rows).float() - target.float()).square().sum(-1)
+        return (change / target.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {path: of.weight(self._linears[path].weight.dtype) for path, of in self._movables.items()}
+
+    def _outputs(self, sample: int) -> torch.Tensor:
+        with self._stream.arguments(sample) as (args, kwargs):
+            return hidden_states(self._block(*args, **kwargs))
+
+    @contextmanager
+    def _answering(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        note: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> Iterator[None]:
+        """Compute the Linears' outputs with these weights, and pass the exact ones and these to ``note``."""
+
+        def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+            def answer(module: nn.Module, args: tuple[Any, ...], exact: torch.Tensor) -> torch.Tensor:
+                bias = getattr(module, "bias", None)
+                found = functional.linear(args[0], weights[path], bias)
+                if note:
+                    note(path, *(each if bias is None else each - bias for each in (exact, found)))
+                return found
+
+            return answer
+
+        with forward_hooks((linear, hook(path)) for path, linear in self._linears.items()):
+            yield

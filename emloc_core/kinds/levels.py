@@ -1,0 +1,128 @@
+"""Kinds whose stand-in is the weight itself, on a few levels: below four bits."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_core.algorithms import levels
+from emloc_core.algorithms.factorize import Factors, output_error
+from emloc_core.algorithms.statistics import Gram
+from emloc_core.kinds.kind import Factorize, Kind, Pair, beside, whole
+from emloc_core.lowrank import LEVELS_VERSION, METHOD, replace_linears
+
+
+@dataclass(frozen=True)
+class PackedWeight(Factors):
+    """A weight on a few levels: as U or V, beside the identity, and packed.
+
+    Attributes:
+        codes, scales: see :func:`emloc_core.algorithms.levels.rounded`.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+
+class MovableScales:
+    """A weight on a few levels whose scales may still move, by their logarithms.
+
+    Args:
+        packed: the weight.
+        count: how many levels.
+    """
+
+    def __init__(self, packed: PackedWeight, count: int) -> None:
+        self._packed, self._count = packed, count
+        self._shape = (packed.u.shape[0], packed.v.shape[1])
+        self.numbers = nn.Parameter(packed.scales.float().log())
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight with the scales as they are now."""
+        return levels.unpack(self._packed.codes, self.numbers.exp().bfloat16(), self._shape, self._count, dtype)
+
+    def settled(self) -> PackedWeight:
+        """Return it packed."""
+        scales = self.numbers.detach().exp().bfloat16()
+        u, v = whole(levels.unpack(self._packed.codes, scales, self._shape, self._count, torch.float32))
+        return replace(self._packed, u=u, v=v, scales=scales)
+
+
+class FewLevels(Kind):
+    """Weights on a few levels, rounded with feedback, and seen as rounded by what is fitted after them.
+
+    Attributes:
+        levels: how many; a key of :data:`emloc_core.algorithms.levels.LEVELS`.
+    """
+
+    has_ranks = False
+    keeps_weight = True
+    calibration = "propagated"
+    taps_inputs = True
+    refine = 3
+    levels: int
+
+    def rounding(self, factorize: Factorize) -> Factorize:  # noqa: ARG002
+        """Return what rounds a weight with feedback, whatever its rank."""
+
+        def rounded(weight: torch.Tensor, gram: Gram, _rank: int) -> PackedWeight:
+            m, n = weight.shape
+            codes, scales = levels.rounded(weight, gram.matrix, self.levels)
+            found = levels.unpack(codes, scales, (m, n), self.levels, torch.float32)
+            error = output_error(weight, found, gram.matrix)
+            nothing = torch.zeros(min(m, n), dtype=torch.float64)
+            return PackedWeight(*whole(found), nothing, codes, scales, error=error)
+
+        return rounded
+
+    def movable(self, stand_in: PackedWeight) -> MovableScales:
+        """Let the scales move."""
+        return MovableScales(stand_in, self.levels)
+
+    def keys(self, weight: str) -> list[str]:
+        """The codes replace the weight."""
+        return beside(weight, "weight_scales")
+
+    def pack(self, weight: str, stand_in: PackedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        """Return the codes and scales."""
+        return dict(zip(self.keys(weight), (stand_in.codes.cpu(), stand_in.scales.cpu()), strict=True))
+
+    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
+        """Return the weight and the identity."""
+        codes, scales = tensors
+        return whole(levels.unpack(codes, scales, shape, self.levels, dtype))
+
+    def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
+        """Say how many levels which Linears have; :mod:`emloc_core.lowrank` loads them."""
+        return {"quant_method": METHOD, "format_version": LEVELS_VERSION, "levels": dict.fromkeys(ranks, self.levels)}
+
+    def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
+        """Several codes a byte, and two bytes for the scale of every 256 numbers of a row."""
+        codes, scales = levels.sizes(self.levels, *shape)
+        return codes + 2 * scales
+
+    def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
+        """Replace by the layers that an emulator has."""
+        replace_linears(model, dict.fromkeys(ranks, self.levels), LEVELS_VERSION)
+
+
+class SixLevels(FewLevels):
+    """2.7 bits a number."""
+
+    name = "2.7-bit"
+    levels = 6
+
+
+class FourLevels(FewLevels):
+    """Two bits a number."""
+
+    name = "2-bit"
+    levels = 4
+
+
+class ThreeLevels(FewLevels):
+    """1.6 bits a number."""
+
+    name = "1.6-bit"
+    levels = 3

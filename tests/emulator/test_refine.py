@@ -1,0 +1,80 @@
+"""Refinement of a block's stand-ins: it brings the block nearer to the base's, and says how near."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+from emloc_core.data.rows import load_rows
+from emloc_core.emulator.compress import Compress
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import read_manifest
+from emloc_core.model.hooks import forward_hooks
+from emloc_core.settings import CompressSettings
+
+
+@pytest.fixture(scope="module", params=["1.6-bit", "2.7-bit"])
+def emulators(request, tiny_model, rows_file, tmp_path_factory):
+    """Emulators without refinement and with it, and their job."""
+    found = []
+    for refine in (0, None):
+        place = tmp_path_factory.mktemp("refine") / "emulator"
+        chosen = CompressSettings(kind=request.param, samples=12, selection=6, refine=refine)
+        job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), place, chosen)
+        found.append((job, job.run()))
+    return found
+
+
+def hidden(model, samples):
+    """What the blocks pass on, for every row and block."""
+    found = []
+
+    def keep(_module, _args, output):
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    with torch.no_grad(), forward_hooks((block, keep) for block in model.model.layers):
+        for sample in samples:
+            model(**sample.inputs("cpu"))
+    return found
+
+
+def test_hidden_states_come_nearer_to_those_of_the_base(emulators, tiny_model):
+    job, _ = emulators[0]
+    expected = hidden(AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto"), job.samples)
+    apart = []
+    for _, emulator in emulators:
+        actual = hidden(AutoModelForCausalLM.from_pretrained(emulator, dtype="auto"), job.samples)
+        parts = [((a - b).square().sum(-1) / b.square().sum(-1)).mean() for a, b in zip(actual, expected, strict=True)]
+        apart.append(float(torch.stack(parts).mean()))
+    assert apart[1] < 0.9 * apart[0]
+
+
+def test_reported_errors_are_those_on_the_inputs_in_the_emulator(emulators, tiny_model):
+    job, emulator = emulators[1]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
+    linears = {row["path"]: row["relative_error"] for row in read_manifest(emulator)["result"]["linears"]}
+    lost, whole = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0)
+
+    def compare(path):
+        weight = base.get_submodule(path).weight
+
+        def note(_module, args, output):
+            exact = args[0] @ weight.T
+            lost[path] += float((output - exact).square().sum())
+            whole[path] += float(exact.square().sum())
+
+        return note
+
+    with torch.no_grad(), forward_hooks((model.get_submodule(path), compare(path)) for path in linears):
+        for sample in job.samples:
+            model(**sample.inputs("cpu"))
+    for path, error in linears.items():
+        assert error == pytest.approx((lost[path] / whole[path]) ** 0.5, rel=1e-3), path
+
+
+def test_what_cannot_be_refined_is_refused(tiny_model, rows_file, tmp_path):
+    for chosen in ({"kind": "low-rank", "refine": 2}, {"kind": "2-bit", "refine": 2, "calibration": "base"}):
+        with pytest.raises(EmlocError, match="Only weights on a few levels are refined"):
+            Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "x", CompressSettings(**chosen))
