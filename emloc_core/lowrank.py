@@ -167,7 +167,7 @@ class EmlocQuantizer(HfQuantizer):
         # Uninitialised memory would pass for a factor: remember the parameters, to find those that were not loaded.
         for _path, layer in _stand_ins(model):
             parts = {name: part for name, part in layer.named_parameters() if name.partition(".")[0] in _FACTORS}
-            layer.emloc_unloaded = parts
+            layer.emloc_unloaded = parts  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         for path, layer in _stand_ins(model):

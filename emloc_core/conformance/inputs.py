@@ -75,7 +75,7 @@ def image_inputs(config: Any) -> dict[str, torch.Tensor]:
 
 def _token_types(config: Any, is_image: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return which tokens are an image's, for models that ask for it: they place such tokens in height and width."""
-    model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    model: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     asked = model is not None and "mm_token_type_ids" in inspect.signature(model.forward).parameters
     return {"mm_token_type_ids": is_image.long()} if asked else {}
 

@@ -55,8 +55,8 @@ def towers(seen: Observation, idle: Collection[str], notes: list[str]) -> list[T
         constant = [path for path in linears if any(_is_in(each, path, stack.path) for each in idle)]
         targets = {path: None if path in constant else _target(seen.model, path, trained) for path in linears}
         left_out = [path for path, target in targets.items() if target is None]
-        for paths, why in ((constant, "no gradient reaches it"), (left_out, "PEFT would put it elsewhere too")):
-            if told := ", ".join(path for path in paths if path not in constant or paths is constant):
+        for those, why in ((constant, "no gradient reaches it"), (left_out, "PEFT would put it elsewhere too")):
+            if told := ", ".join(path for path in those if path not in constant or those is constant):
                 notes.append(f"Check: {told} of {stack.path} gets no LoRA by default: {why}.")
         ends = list(dict.fromkeys(target for target in targets.values() if target))
         plain = not left_out and all("." not in end for end in ends)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,10 +35,7 @@ def probes(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Callab
     if family.modality == "image-text":
         yield "an image as the config describes it", lambda: Probe(image_inputs(config))
         for layout in layouts(config):
-            yield (
-                f"pixels of {list(layout['pixel_values'].tensor.shape)}",
-                lambda layout=layout: _laid_out(model, layout),
-            )
+            yield f"pixels of {list(layout['pixel_values'].tensor.shape)}", partial(_laid_out, model, layout)
     text = tiny_samples(replace(family, modality="text"), config)[-1]
     yield "text", lambda: Probe(text.inputs("cpu"))
 

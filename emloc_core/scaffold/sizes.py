@@ -105,7 +105,7 @@ def _rotated_and_not(content: Mapping[str, Any]) -> set[int]:
     """Return the features of a head that are rotated, plus those that are not: of the blocks, and of single ones."""
     single = [each for value in content.values() if is_by_index(value) for each in value.values()]
     names = ("qk_nope_head_dim", "qk_rope_head_dim")
-    sizes = [[{**content, **own}.get(name) for name in names] for own in ({}, *single) if isinstance(own, Mapping)]
+    sizes = [[{**content, **own}.get(name) or 0 for name in names] for own in ({}, *single) if isinstance(own, Mapping)]
     return {sum(parts) for parts in sizes if all(parts)}
 
 
