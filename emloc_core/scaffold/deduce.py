@@ -145,7 +145,8 @@ def _stands_at(inner: Family, family: Family) -> str | None:
         rest = f".{declared.blocks.partition('.')[2]}"
         known = [frozenset(group) for group in declared.input_groups]
         alike = all(any(set(group) <= other for other in known) for group in tower.input_groups)
-        if not (alike and tower.blocks.endswith(rest)):
+        told_apart = tower.lora_targets and list(tower.lora_targets) != list(declared.lora_targets)
+        if told_apart or not (alike and tower.blocks.endswith(rest)):
             return None
         paths.add(tower.blocks.removesuffix(rest))
     return paths.pop() if len(paths) == 1 else None

@@ -187,8 +187,10 @@ def test_what_no_gradient_reaches_gets_no_lora(save):
 
 
 def test_weights_that_are_stored_together_stay_dense(save):
-    draft = check_draft(scaffold(save("lara_mini")))
-    assert draft.family.keep_dense["model.layers.*.linear_attn.in_proj_a"] == TOGETHER
+    draft = check_draft(scaffold(save("qianfan_ocr")))
+    assert draft.family.keep_dense["model.vision_tower.layers.*.attention.q_proj"] == TOGETHER
+    (language,) = [tower for tower in draft.family.towers if tower.name == "language"]
+    assert "q_proj" not in language.lora_targets  # which would be the vision tower's too
     assert not [note for note in draft.notes if note.startswith("Edit")]
 
 
