@@ -104,10 +104,10 @@ def coverage(model: nn.Module, family: Family, plan: RankPlan) -> Coverage:
 def undeclared(model: nn.Module, family: Family, planned: Sequence[LinearPlan]) -> list[str]:
     """Return the paths of Linears and of fused experts that are in no input group and kept dense by no pattern."""
     known = {path for each in planned for path in (each.path, *each.group)}
-    return [path for path in _weights(model) if path not in known and kept_by(path, family) is None]
+    return [path for path in matrices(model) if path not in known and kept_by(path, family) is None]
 
 
-def _weights(model: nn.Module) -> Iterator[str]:
+def matrices(model: nn.Module) -> Iterator[str]:
     """Yield the paths of modules that multiply by a matrix of their own: Linears, and experts fused into one tensor."""
     for path, module in model.named_modules():
         own = module.parameters(recurse=False)

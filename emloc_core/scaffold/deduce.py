@@ -7,9 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
+from emloc_core.emulator.coverage import matrices
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.model.lockstep import units
@@ -105,10 +103,11 @@ def dense(seen: Observation) -> dict[str, str]:
     for unit in units(model, [stack.path for stack in seen.stacks]):
         module = model.get_submodule(unit)
         listed = any(unit.startswith(f"{path}.") for path in seen.lists)
-        if not listed and any(isinstance(part, nn.Linear | Conv1D) for part in module.modules()):
+        paths = set() if listed else set(matrices(module))
+        if paths:
             skipped = any(path.startswith(f"{unit}.") for path in seen.unreached)
             reason = UNREACHED if skipped else HEAD if module is head else OUTSIDE
-            found[unit if isinstance(module, nn.Linear) else f"{unit}.*"] = reason
+            found |= dict.fromkeys([unit] * ("" in paths) + [f"{unit}.*"] * bool(paths - {""}), reason)
     for stack in seen.stacks:
         found |= {f"{stack.path}.*.{path}": reason for path, reason in stack.dense.items()}
     return found
