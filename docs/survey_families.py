@@ -8,6 +8,7 @@ are kept in `build/families-survey`, one file each, so that the same command res
 import argparse
 import json
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -29,7 +30,9 @@ KEPT = Path(__file__).parents[1] / "build" / "families-survey"
 #: Limits of one model type: processor time in seconds, and bytes.
 SECONDS, MEMORY = 240, 12 << 30
 WORKS, EDIT, REFUSED, OTHER = "works as drafted", "needs an edit", "refused", "no decoder"
+MISSING = "package missing"
 #: What a refusal says of models that EMLoC is not for.
+_NO_PACKAGE = "was not found in your environment"
 _NO_DECODER = ("is an encoder-decoder", "neither a causal language model nor")
 INTRODUCTION = """# Survey of architectures
 
@@ -45,6 +48,7 @@ checks what its Linears receive.
 | needs an edit | the draft is there; the kit, or a note, says what is wrong with it |
 | refused | no draft, and why |
 | no decoder | a model that does not write one sequence behind another, such as an encoder-decoder |
+| package missing | transformers builds the model with a package that was not installed here |
 """
 
 
@@ -160,11 +164,11 @@ def write(kinds: dict[str, str]) -> None:
     results = {name: result for name in kinds if (result := kept(name))}
     lines = [INTRODUCTION.format(version=transformers.__version__)]
     lines.append(f"Tried: {len(results)} of {len(kinds)} model types.\n")
-    lines += ["| class | tried | works as drafted | needs an edit | refused | no decoder |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines += ["| class | tried | works as drafted | needs an edit | refused | no decoder | package missing |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for kind in ("text", "image-text"):
         counts = Counter(outcome(result) for name, result in results.items() if kinds[name] == kind)
-        cells = [str(counts[each]) for each in (WORKS, EDIT, REFUSED, OTHER)]
+        cells = [str(counts[each]) for each in (WORKS, EDIT, REFUSED, OTHER, MISSING)]
         lines.append(f"| {kind} | {counts.total()} | {' | '.join(cells)} |")
     lines += ["", "| model type | class | outcome | why |", "| --- | --- | --- | --- |"]
     for name, result in results.items():
@@ -175,13 +179,16 @@ def write(kinds: dict[str, str]) -> None:
 
 
 def outcome(result: dict[str, Any]) -> str:
-    """Return the outcome that the page names: what EMLoC is not for is not counted as refused."""
+    """Return the outcome that the page names: what EMLoC is not for, or was not here, is not counted as refused."""
+    if result["outcome"] == REFUSED and _NO_PACKAGE in result["why"]:
+        return MISSING
     other = result["outcome"] == REFUSED and any(text in result["why"] for text in _NO_DECODER)
     return OTHER if other else str(result["outcome"])
 
 
 def cell(text: str) -> str:
     """Return a text as a cell of a table: on one line, cut behind a word at 200 characters."""
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/[^/]+/", "", text)
     return textwrap.shorten(text.replace("|", "\\|").replace("<", "&lt;"), 200, placeholder=" ...")
 
 
