@@ -47,7 +47,7 @@ this has been measured on a GPU yet.
 The tuned LoRA is used on the model itself: with less memory than `inference` says, that needs offloading or
 quantisation.
 
-GLM-4-0414 and Phi-4-mini have no entries: no published count of the one was found, and no complete config of the other.
+GLM-4-0414 has no entry: no published count of it was found, and no source says whether its Linears have biases.
 InternVL3-9B has none either: its language model is an InternLM3-8B, of which no source that was found says how many
 tokens it has in that checkpoint, and `emloc import` does not rewrite it.
 """

@@ -114,9 +114,10 @@ def test_the_series_are_complete() -> None:
         "InternVL2_5-": ["1B", "2B", "4B", "8B", "26B", "38B", "78B"],
         "InternVL3-": ["1B", "2B", "8B", "14B", "38B", "78B"],
         "SmolLM2-": ["135M", "360M", "1.7B"],
-        "Qwen3-VL-": ["4B-Instruct", "8B-Instruct"],
-        "gemma-3-": ["4b-it"],
+        "Qwen3-VL-": ["2B-Instruct", "4B-Instruct", "8B-Instruct", "32B-Instruct"],
+        "gemma-3-": ["1b-it", "4b-it", "12b-it", "27b-it"],
         "Phi-3-mini-": ["4k-instruct"],
+        "Phi-4-mini-": ["instruct"],
         "phi-": ["4"],
     }
     assert names == {series + size for series, ends in sizes.items() for size in ends}
