@@ -108,7 +108,7 @@ def draw(recovery: Sequence[dict[str, Any]]) -> None:
         for system in ("emloc", "emloc+polish20", "low-rank+auto", "low-rank+polish20"):
             points = [row for row in recovery if (row["task"], row["system"]) == (task, system)]
             _line(axes, system, [(row["memory"], row) for row in points])
-        axes.set(title=task, xlabel="memory of the block Linears")
+        axes.set(title=task, xlabel="memory of the block Linears", xlim=(0, 0.65))
     by_name = {(row["task"], row["system"], row["memory"]): row for row in recovery}
     kinds = dict.fromkeys((row["system"].partition("+")[0], row["memory"]) for row in recovery if row["memory"] < 1)
     for axes, task in zip(over_steps, TASKS, strict=True):
