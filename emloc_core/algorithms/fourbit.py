@@ -5,13 +5,13 @@ again. Scales may be packed too, in eight bits ("double quantisation" there): a 
 unpacks the matrix, and once more in the backward pass, so that it is never kept.
 """
 
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch.nn import functional
 
+from emloc_core.algorithms import packed
 from emloc_core.errors import EmlocError
 
 #: Numbers that share a scale, and scales that share a range.
@@ -59,10 +59,10 @@ def pack(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Codes, two a byte, (ceil(m n / 2), 1), uint8; and scales, (ceil(m n / 64),), fp32.
     """
-    packed, state = kernels().functional.quantize_4bit(
+    codes, state = kernels().functional.quantize_4bit(
         matrix.float().contiguous(), blocksize=BLOCK, compress_statistics=False, quant_type=_KIND
     )
-    return packed, state.absmax
+    return codes, state.absmax
 
 
 def unpack(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -127,20 +127,4 @@ def product(
         shape: (m, n).
         dtype: that M is unpacked to, and the product computed in.
     """
-    found: torch.Tensor = _Product.apply(x, codes, scales, shape, dtype)
-    return found
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
-    ) -> torch.Tensor:
-        ctx.save_for_backward(codes, scales)
-        ctx.shape, ctx.dtype = shape, dtype
-        return functional.linear(x.to(dtype), unpack(codes, scales, shape, dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        codes, scales = ctx.saved_tensors
-        return gradient.to(ctx.dtype) @ unpack(codes, scales, ctx.shape, ctx.dtype), None, None, None, None
+    return packed.product(x, partial(unpack, shape=shape, dtype=dtype), codes, scales)

@@ -5,12 +5,12 @@ distortion"; Lloyd, 1982), times a scale that :data:`GROUP` neighbours in a row 
 five of three levels (1.6 bits), four of four (2), three of six (2.7).
 """
 
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
 
 import torch
 from torch.nn import functional
 
+from emloc_core.algorithms import packed
 from emloc_core.algorithms.feedback import with_feedback
 
 #: The levels of a standard normal distribution, by how many there are.
@@ -85,22 +85,8 @@ def product(
         levels: how many.
         dtype: that M is unpacked to, and the product computed in.
     """
-    found: torch.Tensor = _Product.apply(x, codes, scales, shape, levels, dtype)
-    return found
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, *how: Any) -> torch.Tensor:
-        ctx.save_for_backward(codes, scales)
-        ctx.how = how
-        matrix = unpack(codes, scales, *how)
-        return functional.linear(x.to(matrix.dtype), matrix)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
-        matrix = unpack(*ctx.saved_tensors, *ctx.how)
-        return gradient.to(matrix.dtype) @ matrix, None, None, None, None, None
+    how = partial(unpack, shape=shape, levels=levels, dtype=dtype)
+    return packed.product(x, how, codes, scales)
 
 
 def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:

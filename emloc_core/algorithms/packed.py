@@ -1,0 +1,34 @@
+"""Products with packed matrices, which are unpacked in the forward pass, and again in the backward, and never kept."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+def product(x: torch.Tensor, unpack: Callable[..., torch.Tensor], *parts: torch.Tensor) -> torch.Tensor:
+    """Return ``x M^T``, (..., m), in the dtype of M, (m, n), which gets no gradient.
+
+    Args:
+        x: (..., n), any floating dtype.
+        unpack: returns M from its parts.
+        parts: of M.
+    """
+    found: torch.Tensor = _Product.apply(x, unpack, *parts)
+    return found
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, unpack: Callable[..., torch.Tensor], *parts: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.unpack = unpack
+        matrix = unpack(*parts)
+        return functional.linear(x.to(matrix.dtype), matrix)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        parts = ctx.saved_tensors  # checkpointing gives them once
+        matrix = ctx.unpack(*parts)
+        return gradient.to(matrix.dtype) @ matrix, None, *(None for _ in parts)
