@@ -163,7 +163,7 @@ class Limits:
         """Return the limits of the model of a config."""
         text = config.get_text_config()
         found = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
-        return cls(*(size if isinstance(size, int) else None for size in found))
+        return cls(*(size if isinstance(size, int) and size > 0 else None for size in found))  # -1 is no limit
 
 
 _NO_LIMITS = Limits()

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from support.rows import example_rows
 from tokenizers import normalizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from emloc_core.data.rows import Row, load_rows
@@ -92,6 +92,11 @@ def test_a_row_beyond_the_models_limit_is_named_unless_cut(tokenizer):
     assert len(encode(rows, tokenizer, max_length=8, limits=Limits(length - 1))[1].input_ids) == 8
     with pytest.raises(EmlocError, match="Row 17"):
         encode(rows, tokenizer, max_length=length, limits=Limits(length - 1))
+
+
+def test_a_model_without_a_limit_takes_rows_of_any_length():
+    """A config says -1 where positions are relative."""
+    assert Limits.of(AutoConfig.for_model("xlnet")).tokens is None
 
 
 def test_a_tokenizer_that_knows_more_ids_than_the_model_is_refused(tokenizer):
