@@ -32,8 +32,9 @@ _BUILT_IN = {
 }
 #: Limits for a config: seconds, bytes to read it, bytes to build its model without weights, modules.
 _SECONDS, _CONFIG_BYTES, _MODEL_BYTES, _MODULES = 60.0, 512 << 20, 4 << 30, 200_000
-#: Fields that count parts of a model, which are built one by one, and a number that no model reaches.
-_COUNTS, _MOST = re.compile(r"(layers?|depths?|blocks?|experts)$"), 10_000
+#: Fields that count parts of a model, which may be built one by one, and a number that no model reaches. Experts that
+#: are rows of one matrix number more than ten thousand; experts that are modules are counted as they are built.
+_COUNTS = {re.compile(r"(layers?|depths?|blocks?)$"): 10_000, re.compile(r"experts$"): 100_000}
 _FLASH = {f"flash_attention_{version}" for version in (2, 3, 4)}
 #: Quantisation methods whose loaders read only the model's own files.
 _QUANTISED = {"emloc", "bitsandbytes"}
@@ -233,7 +234,8 @@ def _few_modules() -> Iterator[None]:
 def _check(content: Any, where: str) -> None:
     """Refuse a config that names an implementation to download, or has a count larger than any model's."""
     for key, value in _fields(content):
-        if _COUNTS.search(key) and isinstance(value, int) and value > _MOST:
+        most = next((most for name, most in _COUNTS.items() if name.search(key)), None)
+        if most is not None and isinstance(value, int) and value > most:
             raise EmlocError(
                 f"{key} in {where} is {value:,}, more than any model has.", "Correct the config.", code="refused"
             )

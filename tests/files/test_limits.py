@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from support.models import tiny_tokenizer
+from transformers import AutoConfig
 
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
@@ -18,6 +19,7 @@ from emloc_core.evaluation.images import read_table
 from emloc_core.files import limits, pretrained, templates
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.limits import limited
+from emloc_core.files.pretrained import load_config
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 #: Never finish, or not within this machine's memory.
@@ -70,6 +72,7 @@ def test_an_ordinary_template_says_the_same() -> None:
         ("llama", {"num_hidden_layers": 10**9}),
         ("llama", {"num_hidden_layers": 200_000}),
         ("qwen2", {"num_hidden_layers": 10**9}),
+        ("qwen3_moe", {"num_experts": 10**9}),
         ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 10**12}),
     ],
 )
@@ -81,6 +84,12 @@ def test_a_config_of_no_possible_model_is_refused(
     code, _, err = emloc("plan", tmp_path / "config.json", "--length", 16)
     assert code == 1, err
     assert "more than any model has" in err or "memory" in err
+
+
+def test_experts_that_are_rows_of_a_matrix_may_be_many(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("doge")
+    config.save_pretrained(tmp_path)
+    assert load_config(tmp_path / "config.json").num_experts == config.num_experts > 10_000
 
 
 def spin() -> None:
