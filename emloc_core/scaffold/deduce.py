@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -17,17 +17,20 @@ from emloc_core.scaffold.observe import DOUBTFUL, Observation
 HEAD = "each of its outputs is a token's logit"
 OUTSIDE = "outside the blocks, and small"
 UNREACHED = "not reached by the forward that was observed"
+CONSTANT = "no gradient reaches it"
+LOST = "PEFT renames it as it loads an adapter, and drops it"
+ELSEWHERE = "PEFT would put it elsewhere too"
 _MODALITIES = {"vision": ("vision", "visual", "image"), "audio": ("audio", "speech")}
 #: What rows of text and images never reach.
 _OTHER_ROWS = ("audio", "speech", "video")
 
 
-def towers(seen: Observation, idle: Collection[str], notes: list[str]) -> list[Tower]:
+def towers(seen: Observation, idle: Mapping[str, str], notes: list[str]) -> list[Tower]:
     """Return the stacks of blocks with Linears that can be compressed, in order of execution.
 
     Args:
         seen: the forward.
-        idle: paths of the Linears whose weights get no gradient: a LoRA there would learn nothing.
+        idle: paths of the Linears that get no LoRA -> why: it would learn nothing, say.
         notes: is told where LoRA is left out.
 
     Raises:
@@ -50,12 +53,12 @@ def towers(seen: Observation, idle: Collection[str], notes: list[str]) -> list[T
     found = []
     for name, stack in zip(names, stacks, strict=True):
         linears = [path for group in stack.groups for path in group]
-        constant = [path for path in linears if any(_is_in(each, path, stack.path) for each in idle)]
-        targets = {path: None if path in constant else _target(seen.model, path, trained) for path in linears}
-        left_out = [path for path, target in targets.items() if target is None]
-        for those, why in ((constant, "no gradient reaches it"), (left_out, "PEFT would put it elsewhere too")):
-            if told := ", ".join(path for path in those if path not in constant or those is constant):
-                notes.append(f"Check: {told} of {stack.path} gets no LoRA by default: {why}.")
+        left_out = {path: why for path in linears for each, why in idle.items() if _is_in(each, path, stack.path)}
+        targets = {path: _target(seen.model, path, trained) for path in linears if path not in left_out}
+        left_out |= {path: ELSEWHERE for path, target in targets.items() if target is None}
+        for why in dict.fromkeys(left_out.values()):
+            told = ", ".join(path for path, reason in left_out.items() if reason == why)
+            notes.append(f"Check: {told} of {stack.path} gets no LoRA by default: {why}.")
         ends = list(dict.fromkeys(target for target in targets.values() if target))
         plain = not left_out and all("." not in end for end in ends)
         found.append(Tower(name, stack.path, stack.groups, [] if plain else ends))

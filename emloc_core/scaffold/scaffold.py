@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -24,6 +25,7 @@ from emloc_core.family import Family
 from emloc_core.files.pretrained import load_config, new_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import deduce
+from emloc_core.scaffold.adapter_names import lost_by_peft
 from emloc_core.scaffold.config_arguments import large_sizes, make_config, needed, not_tiny, plain
 from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import Observation, block_lists, without_gradient
@@ -146,13 +148,23 @@ class _Scaffold:
         notes = [*self._registered(), *self.notes]
         family = replace(
             self.family,
-            towers=deduce.towers(self.seen, without_gradient(self.seen.model, self.probe.inputs), notes),
+            towers=deduce.towers(self.seen, self._without_lora(), notes),
             keep_dense=deduce.dense(self.seen),
             tiny_configs=self.tinies,
             tiny_inputs=self.probe.make,
         )
         family = deduce.with_nested(family, self.config)
         return Draft(family, self._summary(family), [*notes, *deduce.doubts(self.seen)], self.probe.source)
+
+    def _without_lora(self) -> dict[str, str]:
+        """Return the Linears that a LoRA would be for nothing on -> why."""
+        constant = without_gradient(self.seen.model, self.probe.inputs)
+        stacks = [f"{stack.path}." for stack in self.seen.stacks]
+        names = [name for name, module in self.seen.model.named_modules() if isinstance(module, nn.Linear)]
+        inside = [name for name in names if any(name.startswith(stack) for stack in stacks)]
+        return dict.fromkeys(constant, deduce.CONSTANT) | dict.fromkeys(
+            lost_by_peft(self.seen.model, inside), deduce.LOST
+        )
 
     def _registered(self) -> Iterator[str]:
         for other in plugin_manager().families():
