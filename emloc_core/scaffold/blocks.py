@@ -9,6 +9,8 @@ _MOST_KINDS = 8
 _COUNT = r"num_hidden_layers|n_layers?|num_layers|depth|(en|de)coder_layers"
 #: How many of the last blocks share what an earlier one has made.
 _SHARING = r"num_kv_shared_layers"
+#: A block at which something happens that happens nowhere else.
+_PLACE = r"\w+_layer_(id|idx|index)"
 #: How many blocks a part of the stack has, such as the recurrent one; together they are all.
 _PART = r"n(um)?_\w+_layers"
 
@@ -20,6 +22,10 @@ def few_blocks(content: Mapping[str, Any], small: dict[str, Any]) -> dict[str, A
         content: the section.
         small: the same with smaller sizes; it is changed, and returned.
     """
+    for section, inner in content.items():  # some sections repeat a place of the tower in them
+        if isinstance(inner, Mapping):
+            small.update({name: small[section][name] for name, value in inner.items()
+                          if re.fullmatch(_PLACE, str(name)) and content.get(name) == value})  # fmt: skip
     counts = [name for name in content if re.fullmatch(_COUNT, name) and isinstance(content[name], int)]
     if not counts:
         return small
@@ -27,6 +33,8 @@ def few_blocks(content: Mapping[str, Any], small: dict[str, Any]) -> dict[str, A
     lists = {name: value for name, value in content.items() if isinstance(value, list) and value}
     indices = {name for name, value in lists.items() if _are_indices(value, count)}
     lists_by_block = {name for name, value in lists.items() if len(value) == count and name not in indices}
+    places = [name for name, value in content.items()
+              if re.fullmatch(_PLACE, name) and type(value) is int and 0 <= value < count]  # fmt: skip
     # What some blocks alone have, by their number.
     settings = {name: {int(key): key for key in value} for name, value in content.items() if is_by_index(value)}
     parts = _parts(content, counts, count)
@@ -34,16 +42,18 @@ def few_blocks(content: Mapping[str, Any], small: dict[str, Any]) -> dict[str, A
         [part[index] for part in parts]
         + [content[name][index] for name in lists_by_block]
         + [index in lists[name] for name in indices]
+        + [index == content[name] for name in places]
         + [content[name].get(keys.get(index)) for name, keys in settings.items()]
         for index in range(count)
     ]
     periods = [value for name, value in content.items() if name.endswith("_period") and isinstance(value, int)]
     kept = _one_of_each(kinds, max(periods, default=0))
-    if indices and kept[-1] + 1 < count:  # what is done behind the blocks of a list is done in between blocks
+    if (indices or places) and kept[-1] + 1 < count:  # what is done behind those blocks is done in between blocks
         kept.append(kept[-1] + 1)
     small.update(dict.fromkeys(counts, len(kept)))
     for name in indices:
         small[name] = [new for new, old in enumerate(kept) if old in lists[name]]
+    small.update({name: kept.index(content[name]) for name in places if content[name] in kept})
     for name in lists_by_block:
         small[name] = [small[name][index] for index in kept]
     for part in parts:

@@ -34,8 +34,8 @@ _SIZES: Mapping[str, int] = {
     r"max_position_embeddings|n_positions|max_seq_len|max_sequence_length|context_length": 256,
     r"original_max_position_embeddings": 128,
     r"\w+_(input|output)_dim": 2 * WIDTH,
-    r"sliding_window(_size)?|attention_chunk_size|(attention_)?window_size|index_topk": 8,
-    r"index_kpool": 4,
+    r"sliding_window(_size)?|attention_chunk_size|(attention_)?window_size|index_topk|indexer_budget": 8,
+    r"index_kpool|indexer_compress_ratio": 4,
     r"(num|n)_(local_|routed_)?experts|moe_num_experts": 4,
     r"zero_expert_num": 2,
     r"num_res_blocks": 1,
@@ -46,7 +46,9 @@ _SIZES: Mapping[str, int] = {
     r"num_position_embeddings": PATCHES**2,
     r"max_(image|img)_size": 4 * PATCHES,
 }  # fmt: skip
-_KEY_VALUE_HEADS = r"num_key_value_heads|num_kv_heads|n_kv_heads"
+#: Some kinds of block have heads of their own, whose names share what stands in front.
+_KEY_VALUE_HEADS = re.compile(r"(\w+_)?(num_key_value_heads|num_kv_heads|n_kv_heads)")
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
 _WIDTHS = re.compile(r"hidden_size|n_embd|d_model")
 #: What may be as wide as another part of the model, under a name of its own.
 _AS_WIDE = re.compile(r"\w+_(dim|size|width|features)")
@@ -89,8 +91,8 @@ def _related(name: str, value: int, content: Mapping[str, Any], known: Collectio
         found = 2 * HEAD_DIM
     if name == "intermediate_size" and value == 4 * content.get("hidden_size", 0):
         found = 4 * WIDTH  # some models count on it
-    if re.fullmatch(_KEY_VALUE_HEADS, name):
-        heads = (content[other] for other in ("num_attention_heads", "n_head", "n_heads") if content.get(other))
+    if match := _KEY_VALUE_HEADS.fullmatch(name):
+        heads = (content[other] for each in _HEADS if content.get(other := (match[1] or "") + each))
         found = HEADS if value >= next(heads, value) else min(value, HEADS // 2)
     return found
 

@@ -20,7 +20,8 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import merge
-from emloc_core.scaffold.deduce import UNREACHED
+from emloc_core.scaffold.config_arguments import make_config
+from emloc_core.scaffold.deduce import LOST, UNREACHED
 from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import GATE, LISTED, OTHER, READ, ROUTED, ROUTER, UNCALLED, Observation, block_lists
 from emloc_core.scaffold.scaffold import _empty_family, check_draft, scaffold
@@ -31,6 +32,8 @@ from emloc_core.scaffold.stored import TOGETHER
 TEXT = ("gemma3_text", "phi3", "mistral", "gpt_neox", "olmo2")
 #: idefics3 asks a model without weights where it is; lfm2_vl takes a list of patches, with a mask and their grid.
 IMAGES = ("gemma3", "llava", "llava_onevision", "idefics3", "lfm2_vl")
+#: What a config of Qwen4-Exp needs besides, to have an indexer.
+QWEN4_EXP = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256}
 #: What a config.json of Qwen3-VL says beyond the defaults.
 QWEN3_VL = {
     "text_config": {
@@ -186,6 +189,17 @@ def test_what_no_gradient_reaches_gets_no_lora(save):
     assert not [note for note in draft.notes if note.startswith("Edit")]
 
 
+def test_what_peft_drops_as_it_loads_an_adapter_gets_no_lora(save):
+    """A renaming of old checkpoints matches the model's own names of its shared experts."""
+    draft = check_draft(scaffold(save("laguna")))
+    (tower,) = draft.family.towers
+    assert ["mlp.shared_experts.down_proj"] in tower.input_groups
+    assert "mlp.down_proj" in tower.lora_targets
+    assert "down_proj" not in tower.lora_targets
+    assert any("shared_experts.down_proj" in note and LOST in note for note in draft.notes)
+    assert not [note for note in draft.notes if note.startswith("Edit")]
+
+
 def test_weights_that_are_stored_together_stay_dense(save):
     draft = check_draft(scaffold(save("qianfan_ocr")))
     assert draft.family.keep_dense["model.vision_tower.layers.*.attention.q_proj"] == TOGETHER
@@ -316,6 +330,22 @@ def test_shrinking_keeps_what_is_equal_or_adds_up():
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [22, 22, 20]}
     small = shrink(AutoConfig.for_model("ernie4_5_vl_moe_text", rope_parameters=rope))
     assert small["rope_parameters"]["mrope_section"] == [3, 3, 2]
+
+
+def test_shrinking_keeps_a_block_at_which_something_happens():
+    """The section around a tower may repeat the place, and wins."""
+    vision = make_config(shrink(AutoConfig.for_model("minicpmv4_6"))).vision_config
+    assert (vision.insert_layer_id, vision.num_hidden_layers) == (1, 3)
+
+
+def test_shrinking_keeps_the_key_value_heads_of_some_blocks_dividing():
+    small = shrink(AutoConfig.for_model("inkling_text"))
+    assert (small["swa_num_attention_heads"], small["swa_num_key_value_heads"]) == (4, 2)
+
+
+def test_shrinking_keeps_an_indexer_choosing():
+    small = shrink(AutoConfig.for_model("qwen4_exp_text", indexer_budget=2048, indexer_compress_ratio=16, **QWEN4_EXP))
+    assert (small["indexer_budget"], small["indexer_compress_ratio"]) == (8, 4)  # fewer than a row has tokens
 
 
 def test_shrinking_places_a_mark_that_the_config_leaves_open():
