@@ -31,7 +31,7 @@ from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import Observation, block_lists, without_gradient
 from emloc_core.scaffold.probe import Probe, probes
 from emloc_core.scaffold.shrink import TINY_PARAMETERS, shrink
-from emloc_core.scaffold.stored import TOGETHER, keep_dense, stored_together
+from emloc_core.scaffold.stored import keep_dense, stored_otherwise
 
 
 def scaffold(config_file: Path) -> Draft:
@@ -77,7 +77,7 @@ class _Scaffold:
         self.given, self.probe, self.seen = self._observe(self._tiny_model())
         self.tinies = [self.tiny]
         self.seen.with_branches(list(self._branches()))
-        keep_dense(self.seen.stacks, stored_together(self.seen.model, self.family, self.seen.stacks), TOGETHER)
+        keep_dense(self.seen.stacks, stored_otherwise(self.seen.model, self.family, self.seen.stacks))
 
     def _on_meta(self, config: Any) -> PreTrainedModel:
         """Return a model on the meta device, with its buffers: only its modules are looked at."""

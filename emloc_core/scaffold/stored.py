@@ -1,6 +1,6 @@
-"""What a checkpoint stores together with other weights, and cannot be compressed by itself."""
+"""What a checkpoint stores in a way that leaves no place for factors: with other weights, or under another name."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,16 +13,18 @@ from emloc_core.model.skeleton import Skeleton
 from emloc_core.scaffold.merge import Stack
 
 TOGETHER = "the checkpoint stores it together with other weights"
+UNNAMED = "its name in the checkpoint does not end in .weight, which factors stand beside"
 
 
-def stored_together(model: PreTrainedModel, family: Family, stacks: Sequence[Stack]) -> list[str]:
-    """Return the paths of the Linears in groups whose weight is no tensor of a checkpoint as transformers saves it."""
+def stored_otherwise(model: PreTrainedModel, family: Family, stacks: Sequence[Stack]) -> dict[str, str]:
+    """Return the Linears in groups whose factors a checkpoint, as transformers saves it, has no place for -> why."""
     with TemporaryDirectory(prefix="emloc-scaffold-") as directory:
         model.save_pretrained(directory)
         skeleton = Skeleton(Checkpoint(Path(directory)), family)
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         grouped = {(stack.path, path) for stack in stacks for group in stack.groups for path in group}
-        return [name for name in linears if _place(name, stacks) in grouped and not _is_alone(skeleton, name)]
+        reasons = {name: _reason(skeleton, name) for name in linears if _place(name, stacks) in grouped}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _place(linear: str, stacks: Sequence[Stack]) -> tuple[str, str] | None:
@@ -33,18 +35,25 @@ def _place(linear: str, stacks: Sequence[Stack]) -> tuple[str, str] | None:
     return None
 
 
-def _is_alone(skeleton: Skeleton, path: str) -> bool:
+def _reason(skeleton: Skeleton, path: str) -> str | None:
     weight = f"{path}.weight"
     keys = skeleton.sources(weight)
     shape = tuple(skeleton.model.get_parameter(weight).shape)
-    return len(keys) == 1 and tuple(skeleton.checkpoint.tensors[keys[0]].shape) == shape
+    if len(keys) != 1 or tuple(skeleton.checkpoint.tensors[keys[0]].shape) != shape:
+        return TOGETHER
+    return None if keys[0].endswith(".weight") else UNNAMED
 
 
-def keep_dense(stacks: Sequence[Stack], linears: Collection[str], reason: str) -> None:
-    """Take Linears out of the groups of stacks, in all blocks, with a reason."""
-    places = {place for linear in linears if (place := _place(linear, stacks))}
+def keep_dense(stacks: Sequence[Stack], reasons: Mapping[str, str]) -> None:
+    """Take Linears out of the groups of stacks, in all blocks.
+
+    Args:
+        stacks: they are changed.
+        reasons: path of a Linear -> why it stays dense.
+    """
+    places = {place: reason for linear, reason in reasons.items() if (place := _place(linear, stacks))}
     for stack in stacks:
-        found = {path: reason for blocks, path in sorted(places) if blocks == stack.path}
+        found = {path: reason for (blocks, path), reason in sorted(places.items()) if blocks == stack.path}
         groups = ([path for path in group if path not in found] for group in stack.groups)
         stack.groups = [group for group in groups if group]
         stack.dense |= found

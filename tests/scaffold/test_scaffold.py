@@ -26,7 +26,7 @@ from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import GATE, LISTED, OTHER, READ, ROUTED, ROUTER, UNCALLED, Observation, block_lists
 from emloc_core.scaffold.scaffold import _empty_family, check_draft, scaffold
 from emloc_core.scaffold.shrink import shrink
-from emloc_core.scaffold.stored import TOGETHER
+from emloc_core.scaffold.stored import TOGETHER, UNNAMED
 
 #: Architectures whose draft has to be accepted without an edit.
 TEXT = ("gemma3_text", "phi3", "mistral", "gpt_neox", "olmo2")
@@ -205,6 +205,12 @@ def test_weights_that_are_stored_together_stay_dense(save):
     assert draft.family.keep_dense["model.vision_tower.layers.*.attention.q_proj"] == TOGETHER
     (language,) = [tower for tower in draft.family.towers if tower.name == "language"]
     assert "q_proj" not in language.lora_targets  # which would be the vision tower's too
+    assert not [note for note in draft.notes if note.startswith("Edit")]
+
+
+def test_a_weight_of_another_name_in_the_checkpoint_stays_dense(save):
+    draft = check_draft(scaffold(save("inkling2_text")))
+    assert draft.family.keep_dense["model.layers.*.self_attn.k_proj.sconv.weight_proj"] == UNNAMED
     assert not [note for note in draft.notes if note.startswith("Edit")]
 
 
