@@ -156,7 +156,7 @@ def test_a_memory_target_becomes_a_ratio(name: str) -> None:
 def test_find() -> None:
     assert [entry.id for entry in find("Qwen/Qwen2.5-7B")] == ["Qwen/Qwen2.5-7B"]
     assert [entry.id for entry in find("qwen2.5-7b")] == ["Qwen/Qwen2.5-7B"]
-    assert len(find("Qwen3-*")) == 9
+    assert len(find("Qwen3-*")) == 11
     assert len(find("*/InternVL?*-38B")) == 2
     assert "Did you mean 'Qwen2.5-7B'?" in refused(find, "Qwen2.5-7")
     assert "matches 'Falcon*'" in refused(find, "Falcon*")
