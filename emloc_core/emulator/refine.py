@@ -56,15 +56,11 @@ class Refinement:
         block: with the base's weights.
         rows: number of calibration rows; those that do not pass through the block are ignored.
         movables: the stand-ins, by module path.
-        seed: of the order of the rows.
     """
 
-    def __init__(
-        self, stream: Stream, block: nn.Module, rows: int, movables: Mapping[str, Movable], seed: int = 0
-    ) -> None:
+    def __init__(self, stream: Stream, block: nn.Module, rows: int, movables: Mapping[str, Movable]) -> None:
         self._stream, self._block, self._rows, self._movables = stream, block, rows, movables
         self._linears: dict[str, Any] = {path: stream.skeleton.model.get_submodule(path) for path in movables}
-        self._order = random.Random(seed)
         self._waiting = [sample for sample in stream.here if sample < rows]
 
     def run(self, epochs: int) -> bool:
@@ -73,10 +69,11 @@ class Refinement:
         steps = epochs * -(-len(self._waiting) // _ROWS)
         optimiser = torch.optim.Adam([of.numbers for of in self._movables.values()], lr=_RATE, betas=_BETAS)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+        draw = random.Random(0)
         before = self._total(targets)
         with torch.enable_grad():
             for _ in range(epochs):
-                order = self._order.sample(self._waiting, len(self._waiting))
+                order = draw.sample(self._waiting, len(self._waiting))
                 for start in range(0, len(order), _ROWS):
                     self._step(targets, order[start : start + _ROWS])
                     optimiser.step()

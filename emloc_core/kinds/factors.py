@@ -51,11 +51,7 @@ class FourBitLowRank(Kind):
 
     name = "low-rank-nf4"
     calibration = "propagated"
-    taps_inputs = True
-
-    def is_usable(self) -> bool:
-        """Four bits need bitsandbytes."""
-        return fourbit.is_installed()
+    taps_inputs = needs_bitsandbytes = True
 
     def rounding(self, factorize: Factorize) -> Factorize:
         """Round U with feedback, fit V to that by least squares, and round it with feedback.

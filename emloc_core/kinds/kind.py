@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from emloc_core.algorithms import fourbit
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
@@ -63,7 +64,8 @@ class Kind(ABC):
             what becomes of it.
         has_ranks: whether a Linear becomes factors of some rank. If not, the settings of ranks mean nothing.
         keeps_weight: whether a Linear keeps its weight, rounded: alone, or beside its factors.
-        largest_ratio: the largest that is looked for, in hundredths; above it hardly anything is saved.
+        needs_bitsandbytes: whether that package packs and unpacks it.
+        largest_ratio: the largest that is looked for; above it hardly anything is saved.
         allocates_by_spectra: whether ranks may be shared out by the spectra of the weights.
         has_experts: whether fused experts become factors too; otherwise they stay dense.
         can_be_cut: whether emulators of any ratio can be cut from spectra.
@@ -77,6 +79,7 @@ class Kind(ABC):
     is_fitted: bool = True
     has_ranks: bool = True
     keeps_weight: bool = False
+    needs_bitsandbytes: bool = False
     largest_ratio: float = 0.99
     allocates_by_spectra: bool = True
     has_experts: bool = False
@@ -86,7 +89,7 @@ class Kind(ABC):
 
     def is_usable(self) -> bool:
         """Return whether the packages that it needs are installed."""
-        return True
+        return not self.needs_bitsandbytes or fourbit.is_installed()
 
     def check(self, settings: CompressSettings) -> None:
         """Refuse settings that mean nothing for this kind.

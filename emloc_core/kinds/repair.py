@@ -11,7 +11,7 @@ from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
 from emloc_core.kinds.factors import on_its_gram
-from emloc_core.kinds.kind import Factorize, Kind, Pair, beside
+from emloc_core.kinds.kind import Factorize, Kind, Pair, beside, whole
 from emloc_core.lowrank import METHOD, REPAIRED_VERSION, replace_linears
 from emloc_core.settings import CompressSettings
 
@@ -36,7 +36,7 @@ class RepairedNF4(Kind):
     """
 
     name = "nf4+repair"
-    taps_inputs = keeps_weight = True
+    taps_inputs = keeps_weight = needs_bitsandbytes = True
     allocates_by_spectra = False
     largest_ratio = 0.7
 
@@ -85,9 +85,7 @@ class RepairedNF4(Kind):
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return ``[What U]`` and ``[I; V]``, or ``[I U]`` and ``[What; V]``, where the identity is smaller so."""
         codes, scales, ranges, u, v = tensors
-        weight = _unpacked(codes, scales, ranges, shape, dtype)
-        identity = torch.eye(min(shape), dtype=dtype, device=weight.device)
-        left, right = (weight, identity) if shape[0] >= shape[1] else (identity, weight)
+        left, right = whole(_unpacked(codes, scales, ranges, shape, dtype))
         return torch.cat([left, u.to(dtype)], dim=1), torch.cat([right, v.to(dtype)])
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002

@@ -16,12 +16,8 @@ class NF4(Kind):
 
     name = "nf4"
     is_fitted = has_ranks = False
-    keeps_weight = True
+    keeps_weight = needs_bitsandbytes = True
     _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
-
-    def is_usable(self) -> bool:
-        """Four bits need bitsandbytes."""
-        return fourbit.is_installed()
 
     def stand_in(self, weight: torch.Tensor) -> Weight:
         """Return the weight, with the error of its four bits."""

@@ -129,9 +129,9 @@ def of_kind(config: Path, workload: "Workload", kind: str, budget: int | None) -
 
     if kind != AUTO:
         return MemoryModel(config, workload, kind)
-    models = [MemoryModel(config, workload, each) for each in RECOMMENDED]
-    models = [model for model in models if model.kind.is_usable()]
-    allowed = models[0].inference().total if budget is None else budget
+    base = MemoryModel(config, workload, RECOMMENDED[0])
+    allowed = base.inference().total if budget is None else budget  # traced once, for all kinds
+    models = [model for model in map(base.with_kind, RECOMMENDED) if model.kind.is_usable()]
     return next((model for model in models if largest_ratio(model, allowed)), models[-1])
 
 

@@ -23,7 +23,6 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
       largest factorisation, in fp64: ``8 (4 s^2 + 3 m n)`` bytes for the Gram, the eigenvectors and
       LAPACK's workspace (``dsyevd``: ``2 s^2``), and for the weight, its image and the factors.
     - activations: the hidden states of 64 samples at the workload's length, in the model's dtype.
-
     - stand-ins: where these are weights and not factors, the block's in fp32, beside an identity, and for refinement
       three times in the model's dtype: as they are, and unpacked, with a gradient.
 

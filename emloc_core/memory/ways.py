@@ -100,8 +100,10 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
     emulators: list[Way] = []
     for name in RECOMMENDED:
         of_kind = [each.with_kind(name) for each in sizes]
-        if of_kind[0].kind.is_usable() and not any(each.fits for each in emulators):
+        if of_kind[0].kind.is_usable():
             emulators.append(emulator(of_kind[0].kind, *_by_weights(of_kind, budget)))
+            if emulators[-1].fits:
+                break
     if model.kind.name not in [each.kind for each in emulators]:
         emulators.append(emulator(model.kind, *_traced(sizes, budget, fit)))
     streamed = {"read_bytes": 2 * weights, "flops": float(6 * parameters * tokens)}
