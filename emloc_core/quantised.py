@@ -1,6 +1,6 @@
 """Linears whose matrices are packed, in four bits or on a few levels, and unpacked in every pass."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -9,35 +9,39 @@ from torch.nn import functional
 from emloc_core.algorithms import fourbit, levels
 
 #: Name, shape and dtype of a parameter.
-Part = tuple[str, tuple[int, ...], torch.dtype | None]
+Part = tuple[str, tuple[int, ...], torch.dtype]
 
 
 class PackedLinear(nn.Linear):
     """A Linear whose ``weight`` is packed, so that PEFT puts a LoRA on it as on any Linear, with the base's keys.
 
     Attributes:
+        size: rank of the factors, or number of levels.
         dtype: that it computes in.
     """
 
-    def _build(
+    def __init__(
         self,
         in_features: int,
         out_features: int,
-        parts: Iterable[Part],
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """Register the parts, which are not trained, and the bias; in place of ``nn.Linear.__init__``."""
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate the weight
+        self.in_features, self.out_features, self.size = in_features, out_features, size
         self.dtype = dtype or torch.get_default_dtype()
-        for name, shape, kept in parts:
+        for name, shape, kept in self.parts():
             part = torch.empty(*shape, dtype=kept, device=device)
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
+
+    def parts(self) -> Iterator[Part]:
+        """Yield what is kept of the weight; none of it is trained."""
+        raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,36 +74,27 @@ class FourBitLowRankLinear(PackedLinear):
     weight_scales: nn.Parameter
     V_scales: nn.Parameter
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        parts: list[Part] = []
-        for name, shape in (("weight", (out_features, rank)), ("V", (rank, in_features))):
+    def parts(self) -> Iterator[Part]:
+        """Yield codes and scales of both factors."""
+        for name, shape in (("weight", (self.out_features, self.size)), ("V", (self.size, self.in_features))):
             codes, scales = fourbit.sizes(*shape)
-            parts += [(name, (codes, 1), torch.uint8), (f"{name}_scales", (scales,), torch.float32)]
-        self._build(in_features, out_features, parts, bias, device, dtype)
-        self.rank = rank
+            yield name, (codes, 1), torch.uint8
+            yield f"{name}_scales", (scales,), torch.float32
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        inner = fourbit.product(input, self.V, self.V_scales, (self.rank, self.in_features), self.dtype)
-        found = fourbit.product(inner, self.weight, self.weight_scales, (self.out_features, self.rank), self.dtype)
+        inner = fourbit.product(input, self.V, self.V_scales, (self.size, self.in_features), self.dtype)
+        found = fourbit.product(inner, self.weight, self.weight_scales, (self.out_features, self.size), self.dtype)
         return found if self.bias is None else found + self.bias
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""
-        return f"{super().extra_repr()}, rank={self.rank}, four bits"
+        return f"{super().extra_repr()}, rank={self.size}, four bits"
 
     def unpacked(self) -> torch.Tensor:
         """Return ``U V``."""
-        u = fourbit.unpack(self.weight, self.weight_scales, (self.out_features, self.rank), self.dtype)
-        return u @ fourbit.unpack(self.V, self.V_scales, (self.rank, self.in_features), self.dtype)
+        u = fourbit.unpack(self.weight, self.weight_scales, (self.out_features, self.size), self.dtype)
+        return u @ fourbit.unpack(self.V, self.V_scales, (self.size, self.in_features), self.dtype)
 
 
 class RepairedLinear(PackedLinear):
@@ -115,26 +110,15 @@ class RepairedLinear(PackedLinear):
     U: nn.Parameter
     V: nn.Parameter
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        codes, scales = fourbit.sizes(out_features, in_features)
+    def parts(self) -> Iterator[Part]:
+        """Yield the packed weight, and both factors of its repair."""
         fourbit.scale_levels(torch.device("cpu"))  # there already where a pass is traced without contents
-        parts: list[Part] = [
-            ("weight", (codes, 1), torch.uint8),
-            ("weight_scales", (scales,), torch.uint8),
-            ("weight_ranges", (fourbit.ranges(scales),), torch.float32),
-            ("U", (out_features, rank), dtype),
-            ("V", (rank, in_features), dtype),
-        ]
-        self._build(in_features, out_features, parts, bias, device, dtype)
-        self.rank = rank
+        codes, scales = fourbit.sizes(*self.shape)
+        yield "weight", (codes, 1), torch.uint8
+        yield "weight_scales", (scales,), torch.uint8
+        yield "weight_ranges", (fourbit.ranges(scales),), torch.float32
+        yield "U", (self.out_features, self.size), self.dtype
+        yield "V", (self.size, self.in_features), self.dtype
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -147,7 +131,7 @@ class RepairedLinear(PackedLinear):
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""
-        return f"{super().extra_repr()}, rank={self.rank}, four bits and a repair"
+        return f"{super().extra_repr()}, rank={self.size}, four bits and a repair"
 
     def unpacked(self) -> torch.Tensor:
         """Return ``W + U V``."""
@@ -163,32 +147,21 @@ class FewLevelsLinear(PackedLinear):
 
     weight_scales: nn.Parameter
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        count: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        codes, scales = levels.sizes(count, out_features, in_features)
-        parts: list[Part] = [
-            ("weight", (codes, 1), torch.uint8),
-            ("weight_scales", (out_features, scales // out_features), torch.bfloat16),
-        ]
-        self._build(in_features, out_features, parts, bias, device, dtype)
-        self.levels = count
+    def parts(self) -> Iterator[Part]:
+        """Yield codes and scales."""
+        codes, scales = levels.sizes(self.size, *self.shape)
+        yield "weight", (codes, 1), torch.uint8
+        yield "weight_scales", (self.out_features, scales // self.out_features), torch.bfloat16
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        found = levels.product(input, self.weight, self.weight_scales, self.shape, self.levels, self.dtype)
+        found = levels.product(input, self.weight, self.weight_scales, self.shape, self.size, self.dtype)
         return found if self.bias is None else found + self.bias
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""
-        return f"{super().extra_repr()}, {self.levels} levels"
+        return f"{super().extra_repr()}, {self.size} levels"
 
     def unpacked(self) -> torch.Tensor:
         """Return the weight."""
-        return levels.unpack(self.weight, self.weight_scales, self.shape, self.levels, self.dtype)
+        return levels.unpack(self.weight, self.weight_scales, self.shape, self.size, self.dtype)

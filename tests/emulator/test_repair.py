@@ -126,7 +126,7 @@ def test_what_a_layer_computes(tiny_model, rows_file, tmp_path):
     layer = model.model.layers[0].mlp.down_proj
     assert isinstance(layer, RepairedLinear)
     assert sum(part.nbytes for part in layer.parameters()) == KIND.nbytes(
-        (layer.out_features, layer.in_features), layer.rank, torch.float32
+        (layer.out_features, layer.in_features), layer.size, torch.float32
     )
     x = torch.randn(5, layer.in_features, requires_grad=True)
     found, weights = layer(x), torch.randn(5, layer.out_features)
