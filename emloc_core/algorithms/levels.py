@@ -90,16 +90,16 @@ def product(
 
 
 def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
-    """Return the scale of every group of a row, (m, groups), bf16, that loses least without feedback."""
-    m, n = matrix.shape
+    """Return the scale of every group of a row, (m, groups), bf16 and above 0, that loses least without feedback."""
+    (m, n), tiny = matrix.shape, torch.finfo(torch.bfloat16).tiny
     values, middles = _levels(levels, matrix)
     padded = functional.pad(matrix, (0, -n % GROUP)).view(m, -1, GROUP)
     counts = functional.pad(torch.ones(n).to(matrix), (0, -n % GROUP)).view(1, -1, GROUP).sum(2)
-    typical = (padded.square().sum(2) / counts).sqrt().clamp(min=torch.finfo(torch.bfloat16).tiny)
+    typical = (padded.square().sum(2) / counts).sqrt()
     best, least = typical.bfloat16(), torch.full_like(typical, torch.inf)
     for share in _SCALES.tolist():
-        scale = (share * typical).bfloat16()
-        spread = scale.float()[..., None].clamp(min=torch.finfo(torch.bfloat16).tiny)
+        scale = (share * typical).clamp(min=tiny).bfloat16()
+        spread = scale.float()[..., None]
         lost = (values[torch.bucketize(padded / spread, middles)] * spread - padded).square()
         lost = (lost * (padded != 0)).sum(2)  # padding, and zeros, which no even number of levels has
         best, least = torch.where(lost < least, scale, best), torch.minimum(lost, least)
@@ -108,7 +108,7 @@ def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
 
 def _spread(scales: torch.Tensor, n: int) -> torch.Tensor:
     """Return the scale of every number, (m, n)."""
-    return scales.repeat_interleave(GROUP, dim=1)[:, :n].clamp(min=torch.finfo(torch.bfloat16).tiny)
+    return scales.repeat_interleave(GROUP, dim=1)[:, :n]
 
 
 def _levels(levels: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
