@@ -42,12 +42,13 @@ class NF4(Kind):
         parts = {f"{weight}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
         return {weight: codes, **parts}
 
-    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:  # noqa: ARG002
+    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return the weight and the identity."""
         functions = fourbit.kernels().functional
         codes, *parts = tensors
         state = functions.QuantState.from_dict(dict(zip(self._PARTS, parts, strict=True)), device=codes.device)
-        return whole(functions.dequantize_4bit(codes, state).to(dtype))
+        # bitsandbytes takes a single byte of codes for a transposed matrix.
+        return whole(functions.dequantize_4bit(codes, state).reshape(shape).to(dtype))
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         """Return what ``BitsAndBytesConfig`` writes, with every other Linear among those to be skipped.
