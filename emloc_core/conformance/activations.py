@@ -11,6 +11,7 @@ from emloc_core.conformance.check import check, require
 from emloc_core.conformance.declaration import linears
 from emloc_core.conformance.forward import logits, observe
 from emloc_core.conformance.tiny import TinyModel
+from emloc_core.conformance.unread import unread_features
 from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.lowrank import LowRankLinear, replace_linears
@@ -127,6 +128,20 @@ def deviation(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference, relative to the largest number that is expected."""
     scale = float(expected.detach().abs().max())
     return float((actual.detach() - expected.detach()).abs().max()) / scale if scale else float(actual.abs().max())
+
+
+@check(taps)
+def outputs(subject: TinyModel) -> None:
+    """The model reads every output feature of each Linear."""
+    found = unread_features(subject.whole, subject.samples, [linear.path for linear in subject.plan.linears])
+    require(
+        [
+            f"nothing reads {int(unread.sum())} of the {len(unread)} output features of {path}"
+            for path, unread in found.items()
+        ],
+        "Its factors would be fitted to features that are thrown away: list it in keep_dense. If another setting has "
+        "the model read them all, give the tiny config that setting.",
+    )
 
 
 @check(taps)

@@ -17,6 +17,7 @@ EACH = (
     activations.blocks,
     activations.input_groups,
     activations.taps,
+    activations.outputs,
     activations.statistics,
     activations.full_rank,
     stages.trains,

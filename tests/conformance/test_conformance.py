@@ -220,6 +220,24 @@ def test_a_linear_that_computes_something_else_is_found(tmp_path, monkeypatch):
     assert fails(CHECKS["taps"].on(subject_of(family, tmp_path)), "mlp.spare is not its weight times its input")
 
 
+def test_an_output_that_is_sliced_by_features_is_found(tmp_path, monkeypatch):
+    forward = lambda self, x: mlp(self, x) + self.spare(x)[..., :32]  # noqa: E731
+    spare(llama.LlamaMLP, monkeypatch, lambda: nn.Linear(32, 48), forward)
+    family = with_groups(*GROUPS[:2], [*GROUPS[2], "mlp.spare"], GROUPS[3])
+    result = CHECKS["outputs"].on(subject_of(family, tmp_path))
+    assert fails(result, "nothing reads 16 of the 48 output features of model.layers.0.mlp.spare (2 more like it)")
+
+
+@pytest.mark.parametrize(
+    "read", [lambda x: (x - 100).relu(), lambda x: x.argmax(-1, keepdim=True)], ids=["relu", "choice"]
+)
+def test_an_output_that_no_gradient_reaches_may_still_be_read(tmp_path, monkeypatch, read):
+    forward = lambda self, x: mlp(self, x) + read(self.spare(x))  # noqa: E731
+    spare(llama.LlamaMLP, monkeypatch, lambda: nn.Linear(32, 32), forward)
+    family = with_groups(*GROUPS[:2], [*GROUPS[2], "mlp.spare"], GROUPS[3])
+    assert CHECKS["outputs"].on(subject_of(family, tmp_path)).passed
+
+
 def test_a_model_that_keeps_state_is_found(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(llama.LlamaMLP, "forward", lambda self, x: calls.append(1) or mlp(self, x) * len(calls))
@@ -451,7 +469,7 @@ def test_a_plugins_tests_are_one_a_check_and_say_how_to_mend(pytester):
         """
     )
     result = pytester.runpytest_inprocess("-v", "-p", "no:cacheprovider", "-k", "mistral-builds or mistral-linears")
-    result.assert_outcomes(passed=1, failed=1, deselected=40)
+    result.assert_outcomes(passed=1, failed=1, deselected=43)
     result.stdout.fnmatch_lines(
         [
             "*test_mine?mistral-builds? PASSED*",

@@ -1,0 +1,63 @@
+"""Output features of Linears that nothing in the model reads."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_core.conformance.forward import logits
+from emloc_core.data.tokenize import Sample
+from emloc_core.model.hooks import forward_hooks
+
+_INSTEAD = (float("nan"), 1e3, -1e3)
+
+
+def unread_features(model: nn.Module, samples: Sequence[Sample], linears: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Find output features that no logit depends on.
+
+    Args:
+        model: in eval mode.
+        samples: what it is run on.
+        linears: paths of the Linears to look at.
+
+    Returns:
+        By path of a Linear that has such features: which of them are, (out_features,), bool.
+    """
+    silent = {path: ~reached for path, reached in _reached(model, samples, linears).items() if not reached.all()}
+    before = [logits(model, sample) for sample in samples] if silent else []
+
+    def matters(path: str, value: float) -> bool:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            return output.masked_fill(silent[path], value)
+
+        with forward_hooks([(model.get_submodule(path), hook)]):
+            return not all(torch.equal(logits(model, one), old) for one, old in zip(samples, before, strict=True))
+
+    # A gradient says nothing of a ReLU's negative side, or of scores that choose; other values do.
+    return {path: found for path, found in silent.items() if not any(matters(path, value) for value in _INSTEAD)}
+
+
+def _reached(model: nn.Module, samples: Sequence[Sample], linears: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Return which output features a gradient of the logits reaches, at any token: (out_features,), bool."""
+    modules: dict[str, Any] = {path: model.get_submodule(path) for path in linears}
+    found = {path: torch.zeros(module.out_features, dtype=torch.bool) for path, module in modules.items()}
+    probes: list[tuple[str, torch.Tensor]] = []
+
+    def probing(path: str) -> Callable[..., torch.Tensor]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            probe = torch.zeros_like(output, requires_grad=True)
+            probes.append((path, probe))
+            return output + probe
+
+        return hook
+
+    with torch.enable_grad(), forward_hooks((module, probing(path)) for path, module in modules.items()):
+        for sample in samples:
+            probes.clear()
+            outcome = model(**sample.inputs("cpu"), use_cache=False).logits.square().sum()
+            gradients = torch.autograd.grad(outcome, [probe for _, probe in probes], allow_unused=True)
+            for (path, _), gradient in zip(probes, gradients, strict=True):
+                if gradient is not None:
+                    found[path] |= gradient.flatten(0, -2).bool().any(0)
+    return found
