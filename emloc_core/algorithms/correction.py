@@ -37,7 +37,8 @@ def correct_lora(
         given LoRA itself.
     """
     dtype = torch.promote_types(lora.a.dtype, torch.float32)
-    q, d, zh = torch.linalg.svd(lora.a.T.to(dtype), full_matrices=False)
+    # In fp64: where two values of D are close, rounding mixes their directions, and the clamp is by direction.
+    q, d, zh = (part.to(dtype) for part in torch.linalg.svd(lora.a.T.double(), full_matrices=False))
     b0 = (lora.b.to(dtype) @ zh.T) * d
     error = (_times(weight, q) - _times(u, _times(v, q))) / lora.scale
     a = q.T.contiguous().to(lora.a.dtype)
