@@ -409,13 +409,13 @@ def test_the_command_lists_what_fails_and_exits_with_1(emloc):
         code, out, err = emloc("families", "check", "halved")
     assert code == 1
     assert "halved, all: 3 of 3 checks passed" in out
-    assert "halved, llama: 1 of 13 checks passed" in out
+    assert "halved, llama: 1 of 14 checks passed" in out
     assert "FAILED linears: model.layers.0.mlp.down_proj is a Linear that is neither" in out
     assert "or to keep_dense with the reason" in out
     blocked = [check.name for check in checks.EACH[2:]]  # all that need it, in one line
     assert f"  Not run, since checks that they depend on failed: {', '.join(blocked)}.\n" in out
     assert out.count("Not run") == out.count("FAILED") == 1
-    assert "12 of 16 checks failed" in err
+    assert "13 of 17 checks failed" in err
 
 
 def test_the_command_speaks_json(emloc):
