@@ -209,7 +209,7 @@ def test_an_adapter_is_carried_over_and_merged_in_both_towers(base, emulator, ad
     expected = logits(carried, base, rows)
     if clamp == "auto":
         result = read_manifest(corrected)["result"]
-        assert [entry["rows"] for entry in result["candidates"]] == [8] * 7  # four clamps, three scales
+        assert [entry["rows"] for entry in result["candidates"]] == [8] * 9  # four clamps, five scales
         # The loss of the uncorrected adapter, measured by streaming, is that of the base with it in memory.
         kept = load_rows(str(emulator / "selection.jsonl"))
         assert result["candidates"][0]["nll"] == pytest.approx(nll(load(base, adapter), base, kept), rel=1e-4)
