@@ -118,6 +118,7 @@ def test_the_series_are_complete() -> None:
         "gemma-3-": ["1b-it", "4b-it", "12b-it", "27b-it"],
         "Phi-3-mini-": ["4k-instruct"],
         "Phi-4-mini-": ["instruct"],
+        "glm-4-": ["9b-chat-hf"],
         "phi-": ["4"],
     }
     assert names == {series + size for series, ends in sizes.items() for size in ends}
