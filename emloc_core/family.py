@@ -29,7 +29,7 @@ class Tower:
         experts: paths within a block of modules that hold fused experts, as transformers does, in two stacks of
             matrices without biases: ``gate_up_proj`` (or ``up_proj``) and ``down_proj``. A LoRA is never put on them.
         lora_targets: modules that a LoRA is put on by default: ends of their paths, long enough to be unambiguous.
-            Empty means the last part of every path in ``input_groups``.
+            None means the last part of every path in ``input_groups``; an empty sequence, that the tower gets none.
     """
 
     __pydantic_config__ = CHECKED
@@ -37,7 +37,7 @@ class Tower:
     name: str
     blocks: str
     input_groups: Sequence[Sequence[str]]
-    lora_targets: Sequence[str] = ()
+    lora_targets: Sequence[str] | None = None
     experts: Sequence[str] = ()
 
 
@@ -121,8 +121,10 @@ class Family:
         """Return the default ``target_modules`` of a LoRA: ends of module paths."""
         targets: set[str] = set()
         for tower in self.towers:
-            paths = [path for group in tower.input_groups for path in group]
-            targets.update(tower.lora_targets or (path.rpartition(".")[2] for path in paths))
+            own = tower.lora_targets
+            if own is None:
+                own = [path.rpartition(".")[2] for group in tower.input_groups for path in group]
+            targets.update(own)
         return sorted(targets)
 
 

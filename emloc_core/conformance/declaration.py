@@ -71,7 +71,7 @@ def names(subject: Declaration) -> None:
         problems += [f"the path {path!r} is in no block of {tower.blocks!r}" for path in paths if path not in within]
         problems += [
             f"the LoRA target {target!r} ends no path in {tower.blocks!r}"
-            for target in tower.lora_targets
+            for target in tower.lora_targets or ()
             if not any(f".{name}".endswith(f".{target}") for name in within)
         ]
     require(problems, "Correct the name, or add a tiny config of a model that has it.")

@@ -46,8 +46,10 @@ def tune(model: nn.Module, targets: list[str], samples: Sequence[Sample]) -> Tun
         samples: all of them are one batch.
 
     Raises:
-        EmlocError: PEFT refuses the targets.
+        EmlocError: there are no targets, or PEFT refuses them.
     """
+    if not targets:
+        raise EmlocError("No tower gets a LoRA by default.", "Name lora_targets in at least one of the towers.")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:

@@ -61,7 +61,7 @@ def towers(seen: Observation, idle: Mapping[str, str], notes: list[str]) -> list
             notes.append(f"Check: {told} of {stack.path} gets no LoRA by default: {why}.")
         ends = list(dict.fromkeys(target for target in targets.values() if target))
         plain = not left_out and all("." not in end for end in ends)
-        found.append(Tower(name, stack.path, stack.groups, [] if plain else ends))
+        found.append(Tower(name, stack.path, stack.groups, None if plain else ends))
     return found
 
 
@@ -147,7 +147,7 @@ def _stands_at(inner: Family, family: Family) -> str | None:
         rest = f".{declared.blocks.partition('.')[2]}"
         known = [frozenset(group) for group in declared.input_groups]
         alike = all(any(set(group) <= other for other in known) for group in tower.input_groups)
-        told_apart = tower.lora_targets and list(tower.lora_targets) != list(declared.lora_targets)
+        told_apart = tower.lora_targets is not None and tower.lora_targets != declared.lora_targets
         if told_apart or not (alike and tower.blocks.endswith(rest)):
             return None
         paths.add(tower.blocks.removesuffix(rest))

@@ -105,7 +105,7 @@ def _call(family: Family, function: str | None) -> _Call:
 
 
 def _without_defaults(tower: Tower) -> dict[str, Any]:
-    return {f.name: value for f in fields(tower) if (value := getattr(tower, f.name))}
+    return {f.name: value for f in fields(tower) if (value := getattr(tower, f.name)) != f.default}
 
 
 def _render(value: Any, before: int, indent: int = 0) -> str:

@@ -112,6 +112,7 @@ DECLARATIONS = [
      "what the tap of model.layers.0.mlp.down_proj gives is not its input"),
     ("taps", replace(ONE, taps={"*.down_proj": lambda _module, _args, output: output}),
      "the tap of model.layers.0.mlp.down_proj does not give tensors of its 64 input features"),
+    ("trains", with_groups(*GROUPS, lora_targets=[]), "No tower gets a LoRA by default"),
     ("trains", with_groups(*GROUPS, lora_targets=["embed_tokens"]), "model.embed_tokens, a Embedding, got a LoRA"),
     ("trains", with_groups(*GROUPS, lora_targets=["q_porj"]), "PEFT cannot put a LoRA on q_porj"),
 ]  # fmt: skip
