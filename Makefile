@@ -63,7 +63,7 @@ bench: $(patsubst %,bench-%,$(BENCHMARKS))  ## all benchmarks; each alone: make 
 bench-%: $(STAMP)
 	$(BIN)/python benchmarks/$*.py
 
-bench-quality: $(STAMP)  ## hours: what each kind of emulator gives the base, on three tasks; goes on where it stopped
+bench-quality: $(STAMP)  ## hours: what each kind of emulator gives the base, on three tasks; resumes
 	$(BIN)/python benchmarks/quality.py
 
 bench-factorize-full: $(STAMP)  ## the factorisation at the full widths of Llama-3.1-8B: some ten minutes more
