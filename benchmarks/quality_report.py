@@ -10,6 +10,7 @@ from harness import RESULTS, goal, markdown, write_results
 from quality_cells import EXACT, FULL, MEMORIES, RECOMMENDED, SCRATCH, STEPS, best_rate
 from quality_rows import TASKS
 
+FIGURE = RESULTS.parents[1] / "docs" / "quality.svg"
 #: Recovery that is aimed at, by memory: without exact steps, and with 20.
 GOALS = {0.6: (0.95, 0.97), 0.28: (0.95, 0.97), 0.17: (0.85, 0.95), 0.11: (0.75, 0.92)}
 
@@ -97,7 +98,7 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
 
 
 def draw(recovery: Sequence[dict[str, Any]]) -> None:
-    """Draw ``results/quality.svg``: recovery over memory, and over exact steps; a column for every task."""
+    """Draw ``docs/quality.svg``: recovery over memory, and over exact steps; a column for every task."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -124,7 +125,7 @@ def draw(recovery: Sequence[dict[str, Any]]) -> None:
             if axes.lines[:-1]:
                 axes.legend(frameon=False, fontsize="small")
         row[0].set_ylabel("recovery")
-    drawing.savefig(RESULTS / "quality.svg")
+    drawing.savefig(FIGURE)
 
 
 def _line(axes: Any, label: str, points: Sequence[tuple[float, dict[str, Any]]]) -> None:
