@@ -144,5 +144,8 @@ def _show_ways(planned: "MemoryPlan") -> None:
         how = f": emloc compress MODEL --kind {best.kind}" if best.kind else ""
         size = f" --ratio {best.ratio:g}" if best.ratio is not None else ""
         click.echo(f"best: {best.name}{how}{size}")
+        if measured := best.recovery:
+            click.echo(f"  On three tasks of a small model that gave {measured.corrected:.2f} of what an ordinary LoRA "
+                       f"gains, and {measured.polished:.2f} with 20 exact steps (docs/evidence.md).")  # fmt: skip
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")

@@ -12,6 +12,7 @@ from typing import Any
 from emloc_core.exact.need import Positions, step_need
 from emloc_core.kinds import RECOMMENDED, Kind
 from emloc_core.memory.budget import Fit, largest_ratio
+from emloc_core.memory.evidence import RECOVERY, Recovery
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.speed import Speed
 
@@ -50,9 +51,14 @@ class Way:
     flops: float
     seconds: float | None = None
 
+    @property
+    def recovery(self) -> Recovery | None:
+        """What was measured of the emulator's kind, or None."""
+        return RECOVERY.get(self.kind) if self.kind else None
+
     def describe(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return asdict(self)
+        return {**asdict(self), "recovery": self.recovery._asdict() if self.recovery else None}
 
 
 def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None = None) -> list[Way]:

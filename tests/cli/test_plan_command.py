@@ -134,6 +134,8 @@ def test_the_recommended_kind_is_the_first_that_fits(tiny_model: Path) -> None:
         assert (best["ratio"] is None) == (kind != "low-rank-nf4")
         shown = run("plan", tiny_model, *options, budget).stdout
         assert f"best: emulator, then polish: emloc compress MODEL --kind {kind}" in shown
+        measured = kind != "low-rank-nf4"
+        assert (best["recovery"] is not None) == measured == ("of what an ordinary LoRA gains" in shown)
 
 
 def test_compress_takes_the_recommended_kind(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
