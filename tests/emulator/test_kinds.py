@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import WEIGHTS, Adapter
-from emloc_core.adapters.correct import Correct
+from emloc_core.adapters.correct import AUTO, Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.algorithms import feedback, fourbit
 from emloc_core.algorithms.factorize import factorize
@@ -84,7 +84,7 @@ def test_it_trains_is_corrected_and_merges(made, tiny_model, tmp_path):
 def test_the_clamp_is_chosen(made, tiny_model, tmp_path):
     _, _, adapter = made
     output = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings()).run()
-    assert [each["clamp"] for each in read_manifest(output)["result"]["candidates"]] == [0, 0.3, 1, 3, 0, 0, 0]
+    assert [(each["clamp"], each["scale"]) for each in read_manifest(output)["result"]["candidates"]] == list(AUTO)
 
 
 def test_what_is_planned_is_what_is_written(made, tiny_model, rows_file, tmp_path):
