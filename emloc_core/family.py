@@ -40,6 +40,12 @@ class Tower:
     lora_targets: Sequence[str] | None = None
     experts: Sequence[str] = ()
 
+    def targets(self) -> set[str]:
+        """Return what a LoRA is put on by default: ends of module paths."""
+        if self.lora_targets is not None:
+            return set(self.lora_targets)
+        return {path.rpartition(".")[2] for group in self.input_groups for path in group}
+
 
 @dataclass(frozen=True)
 class Gguf:
@@ -119,13 +125,7 @@ class Family:
 
     def lora_targets(self) -> list[str]:
         """Return the default ``target_modules`` of a LoRA: ends of module paths."""
-        targets: set[str] = set()
-        for tower in self.towers:
-            own = tower.lora_targets
-            if own is None:
-                own = [path.rpartition(".")[2] for group in tower.input_groups for path in group]
-            targets.update(own)
-        return sorted(targets)
+        return sorted(set().union(*(tower.targets() for tower in self.towers)))
 
 
 def require_types(declared: Any) -> None:

@@ -147,7 +147,7 @@ def _stands_at(inner: Family, family: Family) -> str | None:
         rest = f".{declared.blocks.partition('.')[2]}"
         known = [frozenset(group) for group in declared.input_groups]
         alike = all(any(set(group) <= other for other in known) for group in tower.input_groups)
-        told_apart = tower.lora_targets is not None and tower.lora_targets != declared.lora_targets
+        told_apart = tower.lora_targets is not None and tower.targets() != declared.targets()
         if told_apart or not (alike and tower.blocks.endswith(rest)):
             return None
         paths.add(tower.blocks.removesuffix(rest))
