@@ -58,12 +58,20 @@ def tune(model: nn.Module, targets: list[str], samples: Sequence[Sample]) -> Tun
             raise EmlocError(
                 f"PEFT cannot put a LoRA on {', '.join(targets)} ({error}).", "Correct lora_targets of the towers."
             ) from error
-    lora = tuned.model.train()
-    for path, module in lora.named_modules():
-        if isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), nn.Linear):
-            tuned.odd[path.removeprefix(_PREFIX)] = type(module.get_base_layer()).__name__
+        for path, module in tuned.model.named_modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), nn.Linear):
+                tuned.odd[path.removeprefix(_PREFIX)] = type(module.get_base_layer()).__name__
+        _train(tuned, samples)
+    tuned.model.eval()
+    return tuned
+
+
+def _train(tuned: Tuned, samples: Sequence[Sample]) -> None:
+    lora = tuned.model
     optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=_LEARNING_RATE)
     for step in range(STEPS):
+        # The first step is in eval mode: dropout and stochastic depth must not choose which Linears get a gradient.
+        lora.train(step > 0)
         loss = torch.stack([_loss(lora, sample) for sample in samples]).mean()
         loss.backward()
         tuned.losses.append(float(loss))
@@ -75,8 +83,6 @@ def tune(model: nn.Module, targets: list[str], samples: Sequence[Sample]) -> Tun
             ]
         optimizer.step()
         optimizer.zero_grad()
-    lora.eval()
-    return tuned
 
 
 def _loss(model: nn.Module, sample: Sample) -> torch.Tensor:

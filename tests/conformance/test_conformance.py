@@ -10,7 +10,7 @@ from emloc_llama import LLAMA, TINY
 from emloc_qwen import QWEN, QWEN_MOE
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 from transformers.models.llama import modeling_llama as llama
 
 from emloc_core.adapters.adapter import WEIGHTS
@@ -213,6 +213,13 @@ def test_groups_that_could_be_one_are_noted(tmp_path):
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+def test_a_lora_on_a_layer_that_training_drops_by_chance_learns(tmp_path, monkeypatch):
+    forward = lambda self, x: mlp(self, x) + dropout(self.spare(x), 1.0, self.training)  # noqa: E731
+    spare(llama.LlamaMLP, monkeypatch, lambda: nn.Linear(32, 32), forward)
+    family = with_groups(*GROUPS[:2], [*GROUPS[2], "mlp.spare"], GROUPS[3])
+    assert CHECKS["trains"].on(subject_of(family, tmp_path)).passed
 
 
 def test_a_linear_that_computes_something_else_is_found(tmp_path, monkeypatch):
