@@ -10,7 +10,7 @@ from quality_rows import TASKS
 STEPS, EXACT = 60, (10, 20)
 LEARNING_RATE = 1e-3
 #: Those that a LoRA on the base may choose from.
-LEARNING_RATES = (1e-3, 5e-4, 2e-3)
+LEARNING_RATES = (1e-3, 2e-3, 5e-4)
 MEMORIES = (0.11, 0.17, 0.28, 0.6)
 #: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
 RECOMMENDED = {0.11: ("1.6-bit", 0.11), 0.17: ("2.7-bit", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}

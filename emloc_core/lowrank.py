@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emloc_core.errors import EmlocError
 from emloc_core.experts import LowRankExperts, is_stack
-from emloc_core.quantised import FewLevelsLinear, FourBitLowRankLinear, RepairedLinear
+from emloc_core.quantised import FewLevelsLinear, FourBitLowRankLinear, PackedLinear, RepairedLinear
 
 METHOD = "emloc"
 #: Of factors as they are, of factors in four bits, of weights in four bits with a repair, and of weights on a few
@@ -98,23 +98,37 @@ def replace_linears(model: nn.Module, sizes: dict[str, int], format_version: int
             owner, _, name = path.rpartition(".")
             experts[owner][name] = size
             continue
-        try:
-            linear = model.get_submodule(path)
-        except AttributeError:
-            linear = None
-        if not isinstance(linear, nn.Linear):
-            raise EmlocError(
-                f"The model has no Linear at {path}.", "The emulator belongs to another architecture.", code="mismatch"
-            )
-        device, dtype = linear.weight.device, linear.weight.dtype
-        kind = LAYERS[format_version]
-        layer = kind(linear.in_features, linear.out_features, size, linear.bias is not None, device, dtype)
-        if isinstance(layer, LowRankLinear):  # what is packed is not trained, nor what repairs it
-            layer.requires_grad_(linear.weight.requires_grad)
-        layer.train(linear.training)
-        model.set_submodule(path, layer)
+        replace_linear(model, path, LAYERS[format_version], size)
     for path, of in experts.items():
         model.set_submodule(path, LowRankExperts(model.get_submodule(path), of))
+
+
+def replace_linear(model: nn.Module, path: str, kind: type[LowRankLinear | PackedLinear], size: int = 0) -> None:
+    """Replace one Linear with its empty stand-in, on the same device.
+
+    Args:
+        model: is changed.
+        path: of the Linear.
+        kind: class of the stand-in.
+        size: rank, or number of levels, where it has one.
+
+    Raises:
+        EmlocError: the model has no Linear there.
+    """
+    try:
+        linear = model.get_submodule(path)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise EmlocError(
+            f"The model has no Linear at {path}.", "The emulator belongs to another architecture.", code="mismatch"
+        )
+    device, dtype = linear.weight.device, linear.weight.dtype
+    layer = kind(linear.in_features, linear.out_features, size, linear.bias is not None, device, dtype)
+    if isinstance(layer, LowRankLinear):  # what is packed is not trained, nor what repairs it
+        layer.requires_grad_(linear.weight.requires_grad)
+    layer.train(linear.training)
+    model.set_submodule(path, layer)
 
 
 #: First parts of the names of a stand-in's own tensors.

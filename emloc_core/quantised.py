@@ -97,26 +97,53 @@ class FourBitLowRankLinear(PackedLinear):
         return u @ fourbit.unpack(self.V, self.V_scales, (self.size, self.in_features), self.dtype)
 
 
-class RepairedLinear(PackedLinear):
-    """``y = W x + U (V x) + b``: W in four bits, its scales in eight, beside a low-rank repair of what rounding lost.
+class FourBitLinear(PackedLinear):
+    """``y = W x + b`` with W in four bits and its scales in eight, as bitsandbytes has them.
 
     ``weight`` is W, packed. ``weight_scales`` and ``weight_ranges`` are those of
-    :func:`emloc_core.algorithms.fourbit.pack_scales`; ``U`` (out_features, rank) and ``V`` (rank, in_features) have the
-    dtype of the base.
+    :func:`emloc_core.algorithms.fourbit.pack_scales`.
     """
 
     weight_scales: nn.Parameter
     weight_ranges: nn.Parameter
-    U: nn.Parameter
-    V: nn.Parameter
 
     def parts(self) -> Iterator[Part]:
-        """Yield the packed weight, and both factors of its repair."""
+        """Yield the packed weight."""
         fourbit.scale_levels(torch.device("cpu"))  # there already where a pass is traced without contents
         codes, scales = fourbit.sizes(*self.shape)
         yield "weight", (codes, 1), torch.uint8
         yield "weight_scales", (scales,), torch.uint8
         yield "weight_ranges", (fourbit.ranges(scales),), torch.float32
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map (..., in_features) to (..., out_features), in the input's dtype."""
+        found = fourbit.product(input, self.weight, self._scales(), self.shape, self.dtype)
+        return (found if self.bias is None else found + self.bias).to(input.dtype)
+
+    def _scales(self) -> torch.Tensor:
+        return fourbit.unpack_scales(self.weight_scales, self.weight_ranges.float())
+
+    def extra_repr(self) -> str:
+        """Describe the layer in the model's printout."""
+        return f"{super().extra_repr()}, four bits"
+
+    def unpacked(self) -> torch.Tensor:
+        """Return W."""
+        return fourbit.unpack(self.weight, self._scales(), self.shape, self.dtype)
+
+
+class RepairedLinear(FourBitLinear):
+    """``y = W x + U (V x) + b``: W in four bits beside a low-rank repair of what rounding lost.
+
+    ``U`` (out_features, rank) and ``V`` (rank, in_features) have the dtype of the base.
+    """
+
+    U: nn.Parameter
+    V: nn.Parameter
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the packed weight, and both factors of its repair."""
+        yield from super().parts()
         yield "U", (self.out_features, self.size), self.dtype
         yield "V", (self.size, self.in_features), self.dtype
 
@@ -126,12 +153,9 @@ class RepairedLinear(PackedLinear):
         found = fourbit.product(input, self.weight, self._scales(), self.shape, dtype)
         return found + functional.linear(functional.linear(input.to(dtype), self.V), self.U, self.bias)
 
-    def _scales(self) -> torch.Tensor:
-        return fourbit.unpack_scales(self.weight_scales, self.weight_ranges.float())
-
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""
-        return f"{super().extra_repr()}, rank={self.size}, four bits and a repair"
+        return f"{super().extra_repr()} and a repair, rank={self.size}"
 
     def unpacked(self) -> torch.Tensor:
         """Return ``W + U V``."""

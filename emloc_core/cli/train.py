@@ -22,7 +22,7 @@ from emloc_core.settings import ExactSettings, TrainSettings
 @click.option(
     "--exact",
     is_flag=True,
-    help="Read MODEL, an ordinary model or an emulator with factors, block by block: it need not fit in memory.",
+    help="Read MODEL, an ordinary model or an emulator, block by block: it need not fit in memory.",
 )
 @options(ExactSettings)
 @push

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from emloc_core.exact.head import PIECES
 from emloc_core.family import Family
 from emloc_core.model.lockstep import units
+from emloc_core.quantised import PackedLinear
 
 #: Every Linear's input and output are there while a block is recomputed and gone back through: the tensor, and its
 #: gradient or what a norm or an activation function makes of it.
@@ -45,6 +46,7 @@ def step_need(
         - boundaries: the hidden states before every block and behind the last, of all that passes through a tower, and
           their gradient.
         - activations: those of one block, of one micro-batch, in the tower where they are largest.
+        - unpacked: the largest matrix of an emulator whose weights are packed, as it is computed with.
         - logits: one piece of them, as large as on a GPU, in fp32, with its gradient.
     """
     lists = [tower.blocks for tower in family.towers]
@@ -57,11 +59,13 @@ def step_need(
         boundaries += positions.step * (len(linears) + 2) * linears[0][0].in_features
         widest = max(sum(linear.in_features + linear.out_features for linear in block) for block in linears)
         activations = max(activations, positions.at_once * widest)
+    packed = [each.in_features * each.out_features for each in model.modules() if isinstance(each, PackedLinear)]
     vocabulary = model.config.get_text_config().vocab_size
     return {
         "weights": max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True)),
         "boundaries": boundaries * dtype.itemsize,
         "activations": _COPIES * activations * dtype.itemsize,
+        "unpacked": max(packed, default=0) * dtype.itemsize,
         "logits": 8 * min(max(PIECES.values()), tokens.at_once * vocabulary),
     }
 

@@ -9,6 +9,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from emloc_core.algorithms import fourbit
 from emloc_core.errors import EmlocError
 from emloc_core.kinds.kind import Kind, Pair, Weight, whole
+from emloc_core.lowrank import replace_linear
+from emloc_core.quantised import FourBitLinear
 
 
 class NF4(Kind):
@@ -80,25 +82,4 @@ class NF4(Kind):
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by layers of as many bytes, whose weight is unpacked in every pass."""
         for path in ranks:
-            linear: Any = model.get_submodule(path)
-            model.set_submodule(path, _FourBitLinear(linear))
-
-
-class _FourBitLinear(nn.Linear):
-    """As bitsandbytes' ``Linear4bit``, of which memory can be followed without contents."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._unpacked, device = linear.weight.dtype, linear.weight.device
-        codes, scales = (
-            torch.empty(size, dtype=torch.uint8, device=device)
-            for size in fourbit.sizes(self.out_features, self.in_features)
-        )
-        self.weight, self.scales = (nn.Parameter(part, requires_grad=False) for part in (codes[:, None], scales))
-        self.bias = linear.bias
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        shape = (self.out_features, self.in_features)
-        found = fourbit.product(input, self.weight, self.scales.float(), shape, self._unpacked)
-        return found if self.bias is None else found + self.bias
+            replace_linear(model, path, FourBitLinear)

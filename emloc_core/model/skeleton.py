@@ -2,7 +2,8 @@
 
 The skeleton is an ordinary transformers model on the meta device, with its buffers (rotary tables) computed.
 Checkpoint keys are not module names (legacy prefixes, fused tensors), so tensors are mapped and converted by
-transformers' own machinery. That API is semi-public; this is the only module that touches it.
+transformers' own machinery. That API is semi-public; besides :mod:`emloc_core.model.four_bits`, this is the only module
+that touches it.
 """
 
 import contextlib
@@ -31,12 +32,13 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.header import DTYPES
 from emloc_core.files.pretrained import auto_class, load_config, new_model
 from emloc_core.lowrank import METHOD, EmlocConfig, replace_linears
+from emloc_core.model import four_bits
 from emloc_core.model.absent import Absent
 from emloc_core.model.readahead import ReadAhead
 
 
 class Skeleton:
-    """An ordinary model, or an emulator with factors, over a checkpoint, loaded part by part.
+    """An ordinary model, or an emulator, over a checkpoint, loaded part by part.
 
     Args:
         checkpoint: the weights.
@@ -60,10 +62,14 @@ class Skeleton:
         config = load_config(checkpoint.directory / "config.json")
         self.dtype = config.dtype or _most_common_dtype(checkpoint)
         self.model = build_model(config, family, self.dtype)
-        quantisation = checkpoint.config.get("quantization_config")
-        if quantisation and quantisation.get("quant_method") == METHOD:
+        quantisation = checkpoint.config.get("quantization_config") or {}
+        method, conversions = quantisation.get("quant_method"), []
+        if method == METHOD:
             emulator = EmlocConfig(**quantisation)
             replace_linears(self.model, emulator.sizes, emulator.format_version)
+        elif method == four_bits.METHOD:
+            four_bits.replace_quantised(self.model, quantisation)
+            conversions = four_bits.conversions()
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         absents: dict[nn.Parameter, Absent] = {}
         for module in self.model.modules():
@@ -73,7 +79,7 @@ class Skeleton:
                 absent = absents.setdefault(parameter, Absent.like(parameter, self.device))  # tied ones stay tied
                 setattr(module, name, absent)
         self._reader = ReadAhead()
-        self._mapping: list[Any] = get_model_conversion_mapping(self.model)
+        self._mapping: list[Any] = [*get_model_conversion_mapping(self.model), *conversions]
         self._sources = self._map_keys()
         # Buffers in the checkpoint (a router's bias, say) are small, and loaded from the start.
         self._read([name for name, _ in self.model.named_buffers() if name in self._sources])
@@ -102,14 +108,14 @@ class Skeleton:
                 code="damaged",
             )
         for name, parameter in self.model.named_parameters():
-            for key in found.get(name, ()):
-                tensor = self.checkpoint.tensors[key]
-                if parameter.is_floating_point() and not tensor.is_floating_point:
-                    raise EmlocError(
-                        f"{key} in {tensor.shard} is a weight of dtype {tensor.dtype}, which is not floating-point.",
-                        "Give the original, unquantised model.",
-                        code="unsupported",
-                    )
+            tensors = [self.checkpoint.tensors[key] for key in found.get(name, ())]
+            if parameter.is_floating_point() and tensors and not any(tensor.is_floating_point for tensor in tensors):
+                raise EmlocError(
+                    f"{found[name][0]} in {tensors[0].shard} is a weight of dtype {tensors[0].dtype}, which is not "
+                    "floating-point.",
+                    "Give the original, unquantised model.",
+                    code="unsupported",
+                )
         return dict(found)
 
     def sources(self, parameter: str) -> list[str]:

@@ -26,7 +26,6 @@ from emloc_core.exact.need import Positions, step_need
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
-from emloc_core.lowrank import METHOD
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import EvalRows, PolishRequest, Rows, TrainRequest
 from emloc_core.settings import ExactSettings, PolishSettings, StepSettings, TrainSettings
@@ -51,13 +50,14 @@ class ExactTrain(Train):
     """Trains a LoRA on a model that need not fit in memory, to the same result as :class:`Train`.
 
     Args:
-        model: an ordinary checkpoint or an emulator with factors, or its directory.
+        model: an ordinary checkpoint or an emulator, or its directory.
         data, output, settings, exclude, split, evaluation: see :class:`Train`. An optimiser step takes
             ``batch_size x accumulation`` rows, and reads every block twice.
         limits: what the steps may use.
 
     Raises:
-        EmlocError: as :class:`Train`; or the model is quantised by another tool, or a setting asks for ordinary steps.
+        EmlocError: as :class:`Train`; or the model is quantised in another way than emulators are, or a setting asks
+            for ordinary steps.
     """
 
     def __init__(
@@ -74,8 +74,6 @@ class ExactTrain(Train):
         if evaluation.on_base:
             raise EmlocError("Exact steps train on the base, whose loss is evaluated anyway.", "Leave out --eval-base.")
         super().__init__(model, data, output, settings, exclude, split, evaluation)
-        if (self.model.config.get("quantization_config") or {}).get("quant_method") != METHOD:
-            self.model.require_unquantised()
         if self.settings.learns_preferences:
             raise EmlocError(
                 "Exact steps know the likelihood of answers alone, not preferences.",

@@ -6,10 +6,11 @@ import pytest
 import torch
 from support.planned import TINY, label
 
-from emloc_core.conformance.tiny import TinyModel, random_model
-from emloc_core.emulator.declared import block_paths
+from emloc_core.conformance.tiny import TinyModel, on_meta, random_model, tiny_config
+from emloc_core.emulator.declared import block_paths, find_linears
 from emloc_core.exact.need import Positions, step_need
 from emloc_core.family import Family
+from emloc_core.kinds import NF4
 from emloc_core.model.image_shape import count_patches
 
 
@@ -34,6 +35,18 @@ def test_boundaries_are_the_hidden_states_that_pass(family: Family, settings: di
     tokens = inputs["input_ids"].numel()
     need = step_need(model, family, Positions(tokens, tokens), Positions(patches, patches), torch.float32)
     assert need["boundaries"] == passing
+    assert not need["unpacked"]
     twice = step_need(model, family, Positions(2 * tokens, tokens), Positions(2 * patches, patches), torch.float32)
     assert twice["boundaries"] == 2 * passing
     assert {**twice, "boundaries": passing} == need
+
+
+def test_a_packed_matrix_is_unpacked_one_at_a_time() -> None:
+    family, settings = TINY[0]
+    model, positions = on_meta(family, tiny_config(settings)), Positions(8, 8)
+    dense = step_need(model, family, positions, positions, torch.float32)
+    linears = find_linears(model, family).linears
+    NF4().replace(model, {linear.path: 0 for linear in linears})
+    need = step_need(model, family, positions, positions, torch.float32)
+    assert need["unpacked"] == 4 * max(linear.numbers for linear in linears)
+    assert need["weights"] < dense["weights"] / 3

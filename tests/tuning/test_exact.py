@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 from emloc_internvl import INTERNVL
+from emloc_llama import LLAMA
 from safetensors.torch import load_file, save_file
 from support.adapters import contents, make_adapter
 from support.killed import kill, run_until_killed
@@ -81,10 +82,12 @@ def test_training_by_exact_steps_goes_as_ordinary_training(sizes, ordinary, tiny
     assert read_manifest(exact)["request"]["exact"] is True
 
 
-@pytest.mark.parametrize("kind", ["low-rank", "low-rank-nf4", "nf4+repair", "2.7-bit"])
-def test_an_emulator_is_streamed_to_the_same_result(kind, tiny_model, rows_file, tmp_path):
+@pytest.mark.parametrize("kind", ["low-rank", "nf4", "low-rank-nf4", "nf4+repair", "2.7-bit"])
+def test_an_emulator_is_streamed_to_the_same_result(kind, rows_file, tmp_path):
+    # Kernels of bitsandbytes on a CPU unpack rows wrongly that end in half a block of 64.
+    base = save_tiny_model({**LLAMA.tiny_configs[0], "hidden_size": 64, "head_dim": 16}, tmp_path / "base")
     chosen = CompressSettings(kind=kind, samples=8, selection=4)
-    emulator = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen).run()
+    emulator = Compress(Checkpoint(base), load_rows(str(rows_file)), tmp_path / "emulator", chosen).run()
     ordinary = Train(emulator, str(rows_file), tmp_path / "ordinary", train_settings(steps=3)).run()
     job = ExactTrain(
         emulator, str(rows_file), tmp_path / "exact", train_settings(steps=3, batch_size=2, accumulation=4)
@@ -92,8 +95,23 @@ def test_an_emulator_is_streamed_to_the_same_result(kind, tiny_model, rows_file,
     exact = job.run()
     assert losses(exact) == pytest.approx(losses(ordinary), rel=1e-5)
     require_close(exact, ordinary)
-    corrected = Correct(Adapter(exact), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings(clamp=3)).run()
+    corrected = Correct(Adapter(exact), Checkpoint(base), tmp_path / "corrected", CorrectSettings(clamp=3)).run()
     assert Adapter(corrected).is_corrected
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bnb_4bit_use_double_quant": False}, {"bnb_4bit_quant_type": "fp4"}, {"load_in_4bit": False}]
+)
+def test_other_four_bits_are_not_streamed(changes, tiny_model, rows_file, tmp_path):
+    emulator = Compress(
+        Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings(kind="nf4")
+    ).run()
+    config = read_json(emulator / "config.json")
+    config["quantization_config"] |= changes
+    (emulator / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EmlocError, match=next(iter(changes))) as caught:
+        ExactTrain(emulator, str(rows_file), tmp_path / "exact", train_settings())
+    assert caught.value.code == "unsupported"
 
 
 def test_rows_with_pictures_are_trained_on_as_ordinarily(tmp_path):

@@ -1,0 +1,62 @@
+"""Checkpoints in four bits as bitsandbytes writes them, for a model that is loaded part by part.
+
+Its own layers hold a weight and its scales in one object that is made on loading, whole. Here they are ordinary
+parameters (:class:`~emloc_core.quantised.FourBitLinear`), which transformers' loader fills like any others.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from emloc_core.errors import EmlocError
+from emloc_core.lowrank import replace_linear
+from emloc_core.quantised import FourBitLinear
+
+METHOD = "bitsandbytes"
+_READABLE = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+_STATE, _RANGES = "weight.quant_state.bitsandbytes__nf4", "weight.nested_absmax"
+
+
+def replace_quantised(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Replace the Linears that a checkpoint has in four bits, by empty layers.
+
+    Args:
+        model: is changed.
+        settings: its ``quantization_config``.
+
+    Raises:
+        EmlocError: they are packed in another way than ``--kind nf4`` does it.
+    """
+    if wrong := [name for name, value in _READABLE.items() if settings.get(name) != value]:
+        raise EmlocError(
+            f"Only NF4 with double quantisation is streamed; the model has {wrong[0]} {settings.get(wrong[0])!r}.",
+            "Give the original model, or an emulator of the kind nf4.",
+            code="unsupported",
+        )
+    skipped = settings.get("llm_int8_skip_modules") or ["lm_head"]
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and should_convert_module(path, skipped):
+            replace_linear(model, path, FourBitLinear)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # as transformers marks it: TRL asks for it
+
+
+def conversions() -> list[Any]:
+    """Return what makes the parameters of these layers from the tensors of the checkpoint, for transformers' loader."""
+    return [
+        WeightRenaming("weight.absmax", "weight_scales"),
+        WeightConverter([_RANGES, _STATE], "weight_ranges", operations=[_Ranges()]),
+    ]
+
+
+class _Ranges(ConversionOps):
+    """Puts the mean of all scales, which bitsandbytes writes as JSON, behind the ranges of the scales."""
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, list[torch.Tensor]]:
+        (ranges,), (state,) = input_dict[_RANGES], input_dict[_STATE]
+        mean = json.loads(bytes(state.to(torch.uint8).tolist()))["nested_offset"]
+        return {"weight_ranges": [torch.cat([ranges, ranges.new_tensor([mean])])]}
