@@ -64,6 +64,7 @@ bench-%: $(STAMP)
 	$(BIN)/python benchmarks/$*.py
 
 bench-quality: $(STAMP)  ## hours: what each kind of emulator gives the base, on three tasks; resumes
+	$(BIN)/python -m pip install --quiet '.[bench]'  # a baseline
 	$(BIN)/python benchmarks/quality.py
 
 bench-factorize-full: $(STAMP)  ## the factorisation at the full widths of Llama-3.1-8B: some ten minutes more

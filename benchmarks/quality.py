@@ -6,9 +6,9 @@ benchmark can be interrupted at any time and continued, on another machine too. 
 A measurement is one *cell*: a task, a kind of emulator, its memory and a seed. It makes the emulator, tunes a LoRA on
 it for 60 steps of 8 rows, carries it over to the base uncorrected, with the paper's clamp and with ``auto``, and takes
 10 and 20 exact steps from there. Controls are LoRAs of 60 and 80 steps on the base itself, at three learning rates of
-which the one with the least loss on the selection rows counts, and exact steps from scratch. The loss is the NLL per
-token of the answers of 160 test rows; that of the emulator itself, which is nobody's goal, of 64 of them. Everything is
-done by the toolkit's own stages.
+which the one with the least loss on the selection rows counts, and exact steps from scratch. Baselines from the
+literature (``quality_baselines.py``) are carried over as they are. The loss is the NLL per token of the answers of 160
+test rows; that of the emulator itself, which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
 the base gains over the base alone: ``(base - x) / (base - full)``.
@@ -20,6 +20,7 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -27,7 +28,7 @@ from typing import Any
 
 from emloc_demo.model import write_base
 from harness import RESULTS, in_process
-from quality_cells import BYTES, EXACT, FULL, SCRATCH, Cell, cells
+from quality_cells import BASELINES, BYTES, EXACT, FULL, SCRATCH, Cell, cells
 from quality_report import report
 from quality_rows import TASKS, make_sets
 
@@ -40,7 +41,8 @@ def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
     place.mkdir()
     started = time.perf_counter()
     rows = write_rows(place, cell, root)
-    work = control if cell.kind in (FULL, SCRATCH) else emulated
+    baselines = {kind for kind, _ in BASELINES}
+    work = control if cell.kind in (FULL, SCRATCH) else baseline if cell.kind in baselines else emulated
     found = work(root / "base", place, cell, rows)
     shutil.rmtree(place)
     return {**values, **found, "seconds": round(time.perf_counter() - started)}
@@ -80,37 +82,24 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     from emloc_core.emulator.compress import Compress
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.files.output import read_manifest
-    from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, TrainSettings
-    from emloc_core.tuning.exact import Polish
+    from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
     from emloc_core.tuning.train import Train
 
-    checkpoint, tuning = Checkpoint(base), str(rows["tuning"])
-    seconds = {}
-
-    def timed(stage: str, job: Any) -> Any:
-        started = time.perf_counter()
-        output = job.run()
-        seconds[stage] = round(time.perf_counter() - started, 1)
-        return output
-
+    checkpoint, tuning, timed = Checkpoint(base), str(rows["tuning"]), Timed()
     given: dict[str, Any] = {"kind": cell.kind, "seed": cell.seed, "selection": 0}
     if cell.kind in BYTES:
         given["ratio"] = round(cell.memory * 2 / BYTES[cell.kind], 4)
     compress = Compress(checkpoint, load_rows(str(rows["calibration"])), place / "emulator", CompressSettings(**given))
     share = taken(compress)
-    emulator = timed("compress", compress)
+    emulator = timed("compress", compress.run)
     tune = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **_HOW)
-    adapter = timed("train", Train(emulator, tuning, place / "adapter", tune))
+    adapter = timed("train", Train(emulator, tuning, place / "adapter", tune).run)
     corrected = {
         name: timed(name, Correct(Adapter(adapter), checkpoint, place / name, CorrectSettings(clamp=clamp),
-                                  selection=rows["selection"]))
+                                  selection=rows["selection"]).run)
         for name, clamp in (("paper", 3.0), ("auto", "auto"))
     }  # fmt: skip
-    polished = {}
-    for steps in EXACT if cell.seed == 0 else EXACT[-1:]:  # other rows first than in tuning
-        how = PolishSettings(steps=steps, learning_rate=cell.learning_rate, seed=cell.seed + 1000)
-        job = Polish(Adapter(corrected["auto"]), checkpoint, tuning, place / f"polish{steps}", how)
-        polished[f"polish{steps}"] = timed(f"polish{steps}", job)
+    polished = polish(cell, corrected["auto"], checkpoint, tuning, timed)
     on_emulator, on_base = Scores(emulator, rows["test"], 64), Scores(base, rows["test"])
     systems = {"emulator": on_emulator.of(None), "tuned": on_emulator.of(adapter), "uncorrected": on_base.of(adapter)}
     auto = (read_manifest(corrected["auto"]) or {})["result"]
@@ -125,8 +114,57 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
         "chosen": {name: auto[name] for name in auto if name in ("clamp", "scale")},
         "candidates": auto["candidates"],
         "systems": systems,
-        "stage_seconds": seconds,
+        "stage_seconds": timed.seconds,
     }
+
+
+def baseline(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
+    """Make a baseline's stand-in, tune a LoRA on it, carry it over as it is, take exact steps, and measure it all."""
+    from quality_baselines import make, on_the_base
+
+    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.settings import TrainSettings
+    from emloc_core.tuning.train import Train
+
+    tuning, timed = str(rows["tuning"]), Timed()
+    made = timed("compress", lambda: make(cell.kind, cell.memory, base, rows["calibration"], place / "emulator"))
+    tune = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **_HOW)
+    adapter = timed("train", Train(place / "emulator", tuning, place / "adapter", tune).run)
+    carried = on_the_base(adapter, made, base, place / "carried")
+    polished = polish(cell, carried, Checkpoint(base), tuning, timed)
+    on_emulator, on_base = Scores(place / "emulator", rows["test"], 64), Scores(base, rows["test"])
+    systems = {"emulator": on_emulator.of(None), "tuned": on_emulator.of(adapter)}
+    systems |= {name: on_base.of(path) for name, path in {"uncorrected": carried, **polished}.items()}
+    return {"share": round(made.share, 4), "systems": systems, "stage_seconds": timed.seconds}
+
+
+class Timed:
+    """Calls functions, and keeps how long each took, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, stage: str, function: Callable[[], Any]) -> Any:
+        """Call a function without arguments as a stage."""
+        started = time.perf_counter()
+        found = function()
+        self.seconds[stage] = round(time.perf_counter() - started, 1)
+        return found
+
+
+def polish(cell: Cell, adapter: Path, base: Any, tuning: str, timed: Timed) -> dict[str, Path]:
+    """Take exact steps from an adapter, and return the results by name."""
+    from emloc_core.adapters.adapter import Adapter
+    from emloc_core.settings import PolishSettings
+    from emloc_core.tuning.exact import Polish
+
+    found = {}
+    for steps in EXACT if cell.seed == 0 else EXACT[-1:]:  # other rows first than in tuning
+        how = PolishSettings(steps=steps, learning_rate=cell.learning_rate, seed=cell.seed + 1000)
+        name = f"polish{steps}"
+        job = Polish(Adapter(adapter), base, tuning, adapter.with_name(name), how)
+        found[name] = timed(name, job.run)
+    return found
 
 
 def taken(compress: Any) -> float:

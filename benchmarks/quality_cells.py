@@ -16,6 +16,15 @@ MEMORIES = (0.11, 0.17, 0.28, 0.6)
 RECOMMENDED = {0.11: ("1.6-bit", 0.11), 0.17: ("2.7-bit", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
 #: What else there is below four bits.
 RIVALS = (("low-rank-nf4", 0.17), ("low-rank-nf4", 0.11))
+#: From the literature; see ``quality_baselines.py``.
+BASELINES = (
+    ("pruned-nf4", 0.17),
+    ("hqq", 0.16),
+    ("pruned-nf4", 0.11),
+    ("hqq", 0.22),
+    ("pruned", 0.28),
+    ("depth", 0.28),
+)
 #: Bytes of a number of the factors, scales included, where a kind has ranks.
 BYTES = {"low-rank": 2, "low-rank-nf4": 4.5 / 8}
 FULL, SCRATCH = "full", "exact"
@@ -27,7 +36,7 @@ class Cell:
 
     Attributes:
         task: see :data:`quality_rows.TASKS`.
-        kind: of emulator; or ``full``, a LoRA on the base, or ``exact``, exact steps from scratch.
+        kind: of emulator; or a baseline; or ``full``, a LoRA on the base, or ``exact``, exact steps from scratch.
         memory: of the block Linears; 1 for controls.
         seed: of the rows and of the tuning.
         steps: of the tuning.
@@ -54,7 +63,7 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     yield from (Cell(task, FULL, 1, 0) for task in tasks)
     yield from (Cell(task, *way, 0) for way in recommended for task in tasks)
     yield from (Cell(task, FULL, 1, 0, STEPS + EXACT[-1]) for task in tasks)
-    yield from (Cell(task, *way, 0) for way in RIVALS for task in tasks)
+    yield from (Cell(task, *way, 0) for way in (*RIVALS, *BASELINES) for task in tasks)
     rates = itertools.product(LEARNING_RATES[1:], (STEPS, STEPS + EXACT[-1]), tasks)
     yield from (Cell(task, FULL, 1, 0, steps, rate) for rate, steps, task in rates)
     yield from (Cell(task, SCRATCH, 1, 0, EXACT[-1]) for task in tasks)

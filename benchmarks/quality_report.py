@@ -85,7 +85,7 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
             if own is None or other_task != task or other_memory > memory:
                 continue
             others = ("uncorrected",) if (kind, other_memory) == RECOMMENDED[memory] else ("uncorrected", "auto")
-            for system in others:
+            for system in (name for name in others if name in systems):
                 ours, theirs = (
                     [float(loss) for loss in each["losses"].split()] for each in (own["auto"], systems[system])
                 )

@@ -1,0 +1,218 @@
+"""Baselines from the literature: smaller or coarser stand-ins that a LoRA is tuned on, and what it becomes on the base.
+
+- ``depth``: blocks left out, evenly between the first and the last (Offsite-Tuning, arXiv 2302.04870).
+- ``pruned``: the least important heads and channels left out of every block, by first-order Taylor importance on the
+  calibration rows (LLM-Pruner, arXiv 2305.11627); the LoRA gets zeros where they were (LoRAM, arXiv 2502.13533).
+- ``pruned-nf4``: the same, with what is left in four bits (QLoRAM).
+- ``hqq``: weights of two or three bits (https://github.com/dropbox/hqq), 64 numbers to a scale and a zero.
+
+They are measured and not offered: a stand-in is an ordinary model, rounded where the method rounds, and its memory is
+that of its files by formula. LoRAM also trains the pruned model on general text before it is published; nothing is
+trained here that the user does not have.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+#: Bytes of a number in four bits, scales included, over those of bf16.
+_FOUR_BITS = (0.5 + 1 / 64 + 4 / (64 * 256)) / 2
+_GROUP, _ALIGNED = 64, 16
+Features = dict[str, list[torch.Tensor]]
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What a LoRA is tuned on instead of the base.
+
+    Attributes:
+        model: an ordinary model.
+        share: bytes of its block Linears over those of the base's.
+        blocks: which blocks of the base its own are.
+        outputs, inputs: for Linears with fewer features than the base's, by name: which ones each block has.
+    """
+
+    model: Any
+    share: float
+    blocks: Sequence[int]
+    outputs: Features
+    inputs: Features
+
+
+def depth(base: Any, memory: float, _rows: Sequence[Any]) -> StandIn:
+    """Leave out blocks until the others take ``memory`` of the bytes."""
+    total = base.config.num_hidden_layers
+    kept = torch.linspace(0, total - 1, max(2, round(memory * total))).round().int().tolist()
+    smaller = _build(base, num_hidden_layers=len(kept))
+    for index, block in enumerate(kept):
+        smaller.model.layers[index].load_state_dict(base.model.layers[block].state_dict())
+    return StandIn(smaller, len(kept) / total, kept, {}, {})
+
+
+def pruned(base: Any, memory: float, rows: Sequence[Any]) -> StandIn:
+    """Leave out heads, with the queries that share their keys, and channels, in about equal parts."""
+    config = base.config
+    groups, head = config.num_key_value_heads, config.head_dim
+    queries = config.num_attention_heads // groups
+    heads = max(1, round(memory * groups))
+    attention, channel = _numbers(base, ("q_proj", "k_proj", "v_proj", "o_proj")), 3 * config.hidden_size
+    whole = attention + channel * config.intermediate_size
+    channels = round((memory * whole - attention * heads / groups) / channel / _ALIGNED) * _ALIGNED
+    channels = min(max(channels, _ALIGNED), config.intermediate_size)
+    outputs: Features = defaultdict(list)
+    inputs: Features = defaultdict(list)
+    for of in _importance(base, rows):
+        by_group = of["o_proj"].sum(0).view(groups, -1).sum(1)
+        by_group = by_group + sum(of[name].sum(1).view(groups, -1).sum(1) for name in ("q_proj", "k_proj", "v_proj"))
+        best = by_group.topk(heads).indices.sort().values
+        by_channel = of["gate_proj"].sum(1) + of["up_proj"].sum(1) + of["down_proj"].sum(0)
+        kept = by_channel.topk(channels).indices.sort().values
+        keys, asking = (_features(best, count * head) for count in (1, queries))
+        of_block = {"q_proj": asking, "k_proj": keys, "v_proj": keys, "gate_proj": kept, "up_proj": kept}
+        for name, features in of_block.items():
+            outputs[name].append(features)
+        inputs["o_proj"].append(asking)
+        inputs["down_proj"].append(kept)
+    smaller = _build(
+        base, num_key_value_heads=heads, num_attention_heads=heads * queries, intermediate_size=channels, head_dim=head
+    )
+    weights = smaller.state_dict()
+    for key, weight in base.state_dict().items():
+        weights[key].copy_(_part(weight, key, outputs, inputs))
+    share = _numbers(smaller, _LINEARS) / _numbers(base, _LINEARS)
+    return StandIn(smaller, share, range(config.num_hidden_layers), outputs, inputs)
+
+
+def _part(weight: torch.Tensor, key: str, outputs: Features, inputs: Features) -> torch.Tensor:
+    """Return what is kept of a weight."""
+    name = key.split(".")[-2]
+    if name in outputs:
+        return weight[outputs[name][int(key.split(".")[2])]]
+    return weight[:, inputs[name][int(key.split(".")[2])]] if name in inputs else weight
+
+
+def pruned_nf4(base: Any, memory: float, rows: Sequence[Any]) -> StandIn:
+    """Leave out as many heads and channels as four bits do not save."""
+    from emloc_core.algorithms import fourbit
+
+    found = pruned(base, memory / _FOUR_BITS, rows)
+    for weight in _weights(found.model):
+        weight.copy_(fourbit.rounded(weight))
+    return StandIn(found.model, found.share * _FOUR_BITS, found.blocks, found.outputs, found.inputs)
+
+
+def hqq(base: Any, memory: float, _rows: Sequence[Any]) -> StandIn:
+    """Round all weights to as many bits as ``memory`` allows, two scales in 16 bits for every 64 numbers."""
+    from hqq.core.quantize import Quantizer
+
+    bits = int(16 * memory - 32 / _GROUP)
+    for weight in _weights(base):
+        rounded, meta = Quantizer.quantize(
+            weight, nbits=bits, group_size=_GROUP, axis=1, device="cpu", compute_dtype=torch.float32
+        )
+        weight.copy_(Quantizer.dequantize(rounded, meta))
+    return StandIn(base, (bits + 32 / _GROUP) / 16, range(base.config.num_hidden_layers), {}, {})
+
+
+BASELINES: dict[str, Callable[[Any, float, Sequence[Any]], StandIn]] = {
+    "depth": depth, "pruned": pruned, "pruned-nf4": pruned_nf4, "hqq": hqq,
+}  # fmt: skip
+
+
+def make(name: str, memory: float, base: Path, rows: Path, output: Path) -> StandIn:
+    """Write a stand-in for a base, a Llama, as an ordinary checkpoint beside its tokenizer.
+
+    Args:
+        name: a key of :data:`BASELINES`.
+        memory: share of the bytes of the base's block Linears that it may take.
+        base: directory of the model.
+        rows: the calibration rows.
+        output: directory to write.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from emloc_core.data.rows import load_rows
+    from emloc_core.data.tokenize import encode
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    samples = encode(load_rows(str(rows)), tokenizer)
+    with torch.no_grad():
+        found = BASELINES[name](model, memory, samples)
+    found.model.to(torch.bfloat16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return found
+
+
+def on_the_base(adapter: Path, found: StandIn, base: Path, output: Path) -> Path:
+    """Write what an adapter of a stand-in is on the base, which has more blocks and features: zeros there."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).state_dict()
+    tensors = {}
+    for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
+        parts = key.split(".")
+        name, at = parts[-3], parts.index("layers") + 1
+        index = int(parts[at])
+        parts[at] = str(found.blocks[index])
+        m, n = weights[".".join(parts[2:-2]) + ".weight"].shape
+        kept, axis = (found.inputs, 1) if parts[-2] == "lora_A" else (found.outputs, 0)
+        whole = tensor.new_zeros((tensor.shape[0], n) if axis else (m, tensor.shape[1]))
+        features = kept[name][index] if name in kept else torch.arange(tensor.shape[axis])
+        tensors[".".join(parts)] = whole.index_copy(axis, features, tensor)
+    output.mkdir()
+    save_file(tensors, output / "adapter_model.safetensors", {"format": "pt"})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base.absolute())
+    (output / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return output
+
+
+def _build(base: Any, **changes: Any) -> Any:
+    """Return a model like the base but for its sizes, with its weights outside the blocks."""
+    config = type(base.config).from_dict({**base.config.to_dict(), **changes})
+    smaller = type(base)(config).float().eval()
+    outside = {key: value for key, value in base.state_dict().items() if ".layers." not in key}
+    smaller.load_state_dict(outside, strict=False)
+    return smaller
+
+
+def _weights(model: Any) -> list[torch.Tensor]:
+    return [parameter.data for name, parameter in model.named_parameters() if name.split(".")[-2] in _LINEARS]
+
+
+def _numbers(model: Any, names: Sequence[str]) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if name.split(".")[-2] in names)
+
+
+def _features(groups: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the features of groups of so many each."""
+    return (groups[:, None] * size + torch.arange(size)).flatten()
+
+
+def _importance(model: Any, samples: Sequence[Any]) -> list[dict[str, torch.Tensor]]:
+    """Return ``|w dL/dw|`` of every block's weights, with L the loss of the rows' answers."""
+    with torch.enable_grad():
+        for sample in samples:
+            inputs = sample.inputs("cpu")
+            labels = inputs["input_ids"].clone()
+            labels[0, ~torch.tensor(sample.completion_mask, dtype=torch.bool)] = -100
+            (model(**inputs, labels=labels, use_cache=False).loss / len(samples)).backward()
+    found = [
+        {
+            name.split(".")[-2]: (parameter * parameter.grad).abs()
+            for name, parameter in block.named_parameters()
+            if name.split(".")[-2] in _LINEARS
+        }
+        for block in model.model.layers
+    ]
+    model.zero_grad(set_to_none=True)
+    return found

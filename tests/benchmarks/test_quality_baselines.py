@@ -1,0 +1,81 @@
+"""Baselines of ``benchmarks/quality.py``: a smaller stand-in with a LoRA is the base with zeros for what it lacks."""
+
+import sys
+
+import pytest
+import torch
+from emloc_llama import TINY
+from peft import PeftModel
+from support.adapters import make_adapter
+from support.models import save_tiny_model
+from support.paths import ROOT
+from support.rows import example_rows, write_jsonl
+from transformers import AutoModelForCausalLM
+
+IDS = torch.arange(24)[None] % 120
+SIZES = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def baselines():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import quality_baselines
+    finally:
+        sys.path.pop(0)
+    return quality_baselines
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    place = tmp_path_factory.mktemp("base") / "base"
+    return save_tiny_model({"model_type": "llama", **TINY, **SIZES, "num_hidden_layers": 4}, place)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", example_rows()[:8])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def loaded(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("name", ["depth", "pruned"])
+def test_with_all_of_the_memory_it_is_the_base(name, baselines, base, rows, tmp_path):
+    found = baselines.make(name, 1.0, base, rows, tmp_path / "whole")
+    assert found.share == 1
+    rounded = loaded(base).to(torch.bfloat16).float()  # as it is written
+    torch.testing.assert_close(logits(loaded(tmp_path / "whole")), logits(rounded))
+
+
+@pytest.mark.parametrize("name", ["depth", "pruned"])
+def test_a_lora_is_carried_to_where_its_weights_are_in_the_base(name, baselines, base, rows, tmp_path):
+    found = baselines.make(name, 0.5, base, rows, tmp_path / "half")
+    assert 0.4 < found.share <= 0.55
+    adapter = make_adapter(tmp_path / "half", tmp_path / "adapter")
+    carried = baselines.on_the_base(adapter, found, base, tmp_path / "carried")
+    model = loaded(base).to(torch.bfloat16).float()
+    for index, layer in enumerate(model.model.layers):
+        for module, of in ((layer.self_attn.o_proj, "o_proj"), (layer.mlp.down_proj, "down_proj")):
+            if index not in found.blocks:
+                module.weight.data.zero_()
+            elif of in found.inputs:
+                lacking = torch.ones(module.in_features, dtype=torch.bool)
+                lacking[found.inputs[of][index]] = False
+                assert lacking.any()
+                module.weight.data[:, lacking] = 0
+    expected = logits(PeftModel.from_pretrained(loaded(tmp_path / "half"), adapter))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(model, carried)), expected)
+    assert not torch.allclose(expected, logits(loaded(tmp_path / "half")))
+
+
+def test_in_four_bits_more_is_kept_in_the_same_memory(baselines, base, rows, tmp_path):
+    whole, packed = (baselines.make(name, 0.15, base, rows, tmp_path / name) for name in ("pruned", "pruned-nf4"))
+    assert len(packed.inputs["down_proj"][0]) > len(whole.inputs["down_proj"][0])
+    assert packed.share == pytest.approx(0.15, abs=0.02)
