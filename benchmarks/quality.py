@@ -1,4 +1,6 @@
-"""What each way to tune gives the base: SmolLM2-135M-Instruct on three tasks, at equal memory of the block Linears.
+"""What each way to tune gives the base, at equal memory of the block Linears.
+
+Three tasks are text, for SmolLM2-135M-Instruct; one has pictures, for the demo's small InternVL.
 
 For hours: every measurement is added to ``results/quality.json`` as soon as it is made and not repeated, so that the
 benchmark can be interrupted at any time and continued, on another machine too. The most telling come first.
@@ -28,9 +30,10 @@ from typing import Any
 
 from emloc_demo.model import write_base
 from harness import RESULTS, in_process
-from quality_cells import BASELINES, BYTES, EXACT, FULL, SCRATCH, Cell, cells
+from quality_cells import BASELINES, BYTES, EXACT, FULL, PICTURES, SCRATCH, TASKS, Cell, cells
+from quality_pictures import picture_sets, write_reading_base
 from quality_report import report
-from quality_rows import TASKS, make_sets
+from quality_rows import make_sets
 
 
 def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -43,14 +46,15 @@ def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
     rows = write_rows(place, cell, root)
     baselines = {kind for kind, _ in BASELINES}
     work = control if cell.kind in (FULL, SCRATCH) else baseline if cell.kind in baselines else emulated
-    found = work(root / "base", place, cell, rows)
+    base = write_reading_base(root / "reading-base") if cell.task == PICTURES else write_text_base(root / "base")
+    found = work(base, place, cell, rows)
     shutil.rmtree(place)
     return {**values, **found, "seconds": round(time.perf_counter() - started)}
 
 
 def write_rows(place: Path, cell: Cell, root: Path) -> dict[str, Path]:
     """Write the rows of a cell, and return their files."""
-    sets = make_sets(cell.task, cell.seed, root)
+    sets = picture_sets(cell.seed, root) if cell.task == PICTURES else make_sets(cell.task, cell.seed, root)
     files = {name: place / f"{name}.jsonl" for name in sets}
     for name, rows in sets.items():
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -180,23 +184,27 @@ class Scores:
 
     def __init__(self, model: Path, rows: Path, limit: int | None = None) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        import emloc_core.lowrank  # noqa: F401 - emulators load from here on
         from emloc_core.data.rows import load_rows
-        from emloc_core.data.tokenize import encode
+        from emloc_core.data.tokenize import encode, load_processing
+        from emloc_core.files.checkpoint import Checkpoint
+        from emloc_core.files.pretrained import load_model
+        from emloc_core.plugins.manager import plugin_manager
 
-        self.samples = encode(load_rows(str(rows))[:limit], AutoTokenizer.from_pretrained(model))
-        self.load = lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        family = plugin_manager().family_for(Checkpoint(model).config)
+        found = load_rows(str(rows))[:limit]
+        self.samples = encode(found, load_processing(model, family, found))
+        self.load = lambda: load_model(family.auto_class, model, dtype=torch.float32).eval()
 
     def of(self, adapter: Path | None) -> dict[str, Any]:
         """Return the loss per token, the share of rows that greedy decoding would write right, and each row's loss."""
         import torch
-        from peft import PeftModel
         from torch.nn import functional
 
+        from emloc_core.files.pretrained import load_lora
+
         model = self.load()
-        model = PeftModel.from_pretrained(model, adapter) if adapter else model
+        model = load_lora(model, adapter) if adapter else model
         losses, tokens, exact = [], 0, 0
         with torch.no_grad():
             for sample in self.samples:
@@ -218,7 +226,7 @@ class Scores:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("build/quality"), help="for work in progress")
-    parser.add_argument("--task", action="append", choices=list(TASKS), help="only this task; may be repeated")
+    parser.add_argument("--task", action="append", choices=TASKS, help="only this task; may be repeated")
     parser.add_argument("--kind", action="append", help="only this kind, or 'full' or 'exact'; may be repeated")
     parser.add_argument("--memory", action="append", type=float, help="only this memory; may be repeated")
     parser.add_argument("--seed", action="append", type=int, help="only this seed; may be repeated")
@@ -246,7 +254,6 @@ def main() -> None:
             continue
         if time.monotonic() > end:
             break
-        write_bf16_base(root)
         print(f"{time.strftime('%H:%M:%S')} {cell.name}", file=sys.stderr, flush=True)
         rows = [row for row in rows if row not in old] + [in_process(measure, root, asdict(cell))]
         report(rows)
@@ -254,20 +261,22 @@ def main() -> None:
         report(rows)
 
 
-def write_bf16_base(root: Path) -> None:
+def write_text_base(place: Path) -> Path:
     """Write the demo's base in bf16, the dtype of the published SmolLM2."""
-    if (root / "base").exists():
-        return
+    if place.exists():
+        return place
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    shutil.rmtree(root / "fp32", ignore_errors=True)
-    shutil.rmtree(root / ".base", ignore_errors=True)
-    source = write_base(root / "fp32")
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(root / ".base")
-    AutoTokenizer.from_pretrained(source).save_pretrained(root / ".base")
+    partial, whole = (place.with_name(f".{place.name}.{name}") for name in ("partial", "fp32"))
+    for each in (partial, whole):
+        shutil.rmtree(each, ignore_errors=True)
+    source = write_base(whole)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source).save_pretrained(partial)
     shutil.rmtree(source)
-    (root / ".base").rename(root / "base")
+    partial.rename(place)
+    return place
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quality_rows import TASKS
+from quality_rows import TEXTS
 
+PICTURES = "pictures"
+TASKS = (*TEXTS, PICTURES)
 STEPS, EXACT = 60, (10, 20)
 LEARNING_RATE = 1e-3
 #: Those that a LoRA on the base may choose from.
@@ -16,7 +18,7 @@ MEMORIES = (0.11, 0.17, 0.28, 0.6)
 RECOMMENDED = {0.11: ("1.6-bit", 0.11), 0.17: ("2.7-bit", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
 #: What else there is below four bits.
 RIVALS = (("low-rank-nf4", 0.17), ("low-rank-nf4", 0.11))
-#: From the literature; see ``quality_baselines.py``.
+#: From the literature, for text; see ``quality_baselines.py``.
 BASELINES = (
     ("pruned-nf4", 0.17),
     ("hqq", 0.16),
@@ -35,7 +37,7 @@ class Cell:
     """One measurement.
 
     Attributes:
-        task: see :data:`quality_rows.TASKS`.
+        task: of :data:`TASKS`.
         kind: of emulator; or a baseline; or ``full``, a LoRA on the base, or ``exact``, exact steps from scratch.
         memory: of the block Linears; 1 for controls.
         seed: of the rows and of the tuning.
@@ -58,12 +60,13 @@ class Cell:
 
 def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     """Return all cells, the most telling first; learning rates of further seeds are those found best so far."""
-    tasks = list(TASKS)
+    tasks = TASKS
     recommended = list(dict.fromkeys(RECOMMENDED[memory] for memory in reversed(MEMORIES)))
     yield from (Cell(task, FULL, 1, 0) for task in tasks)
     yield from (Cell(task, *way, 0) for way in recommended for task in tasks)
     yield from (Cell(task, FULL, 1, 0, STEPS + EXACT[-1]) for task in tasks)
-    yield from (Cell(task, *way, 0) for way in (*RIVALS, *BASELINES) for task in tasks)
+    yield from (Cell(task, *way, 0) for way in RIVALS for task in tasks)
+    yield from (Cell(task, *way, 0) for way in BASELINES for task in TEXTS)
     rates = itertools.product(LEARNING_RATES[1:], (STEPS, STEPS + EXACT[-1]), tasks)
     yield from (Cell(task, FULL, 1, 0, steps, rate) for rate, steps, task in rates)
     yield from (Cell(task, SCRATCH, 1, 0, EXACT[-1]) for task in tasks)

@@ -7,8 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from harness import RESULTS, goal, markdown, write_results
-from quality_cells import EXACT, FULL, MEMORIES, RECOMMENDED, SCRATCH, STEPS, best_rate
-from quality_rows import TASKS
+from quality_cells import EXACT, FULL, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, best_rate
 
 FIGURE = RESULTS.parents[1] / "docs" / "quality.svg"
 #: Recovery that is aimed at, by memory: without exact steps, and with 20.

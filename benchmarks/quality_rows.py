@@ -1,4 +1,4 @@
-"""The rows of three tasks of unlike kinds: extraction to JSON, classification of real text, and arithmetic in words.
+"""The rows of three tasks of unlike kinds: extraction to JSON, classification of real text, arithmetic in words.
 
 Each task gives four sets of rows, none of which is in another: calibration, tuning and selection, drawn again for every
 seed, and test rows, the same for all seeds. Rows have at most some 130 tokens of SmolLM2.
@@ -34,11 +34,11 @@ def make_sets(task: str, seed: int, directory: Path) -> dict[str, list[Row]]:
     """Return the rows of a task: ``calibration``, ``selection``, ``tuning`` and ``test``.
 
     Args:
-        task: a key of :data:`TASKS`.
+        task: a key of :data:`TEXTS`.
         seed: of the draw of all sets but ``test``.
         directory: where downloaded archives are kept.
     """
-    pool, test = TASKS[task](directory)
+    pool, test = TEXTS[task](directory)
     test = distinct(test)[:TEST]
     pool = without(distinct(pool), test)
     random.Random(f"{task}-{seed}").shuffle(pool)
@@ -181,7 +181,7 @@ def _problem(draw: random.Random) -> Row:
 
 
 #: What makes the rows of a task: those to draw from, and those for testing.
-TASKS: dict[str, Callable[[Path], tuple[list[Row], list[Row]]]] = {
+TEXTS: dict[str, Callable[[Path], tuple[list[Row], list[Row]]]] = {
     "extraction": extraction,
     "classification": classification,
     "arithmetic": arithmetic,

@@ -1,29 +1,17 @@
 """Baselines of ``benchmarks/quality.py``: a smaller stand-in with a LoRA is the base with zeros for what it lacks."""
 
-import sys
-
 import pytest
+import quality_baselines as baselines
 import torch
 from emloc_llama import TINY
 from peft import PeftModel
 from support.adapters import make_adapter
 from support.models import save_tiny_model
-from support.paths import ROOT
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 IDS = torch.arange(24)[None] % 120
 SIZES = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-@pytest.fixture(scope="module")
-def baselines():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import quality_baselines
-    finally:
-        sys.path.pop(0)
-    return quality_baselines
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +35,7 @@ def loaded(path):
 
 
 @pytest.mark.parametrize("name", ["depth", "pruned"])
-def test_with_all_of_the_memory_it_is_the_base(name, baselines, base, rows, tmp_path):
+def test_with_all_of_the_memory_it_is_the_base(name, base, rows, tmp_path):
     found = baselines.make(name, 1.0, base, rows, tmp_path / "whole")
     assert found.share == 1
     rounded = loaded(base).to(torch.bfloat16).float()  # as it is written
@@ -55,7 +43,7 @@ def test_with_all_of_the_memory_it_is_the_base(name, baselines, base, rows, tmp_
 
 
 @pytest.mark.parametrize("name", ["depth", "pruned"])
-def test_a_lora_is_carried_to_where_its_weights_are_in_the_base(name, baselines, base, rows, tmp_path):
+def test_a_lora_is_carried_to_where_its_weights_are_in_the_base(name, base, rows, tmp_path):
     found = baselines.make(name, 0.5, base, rows, tmp_path / "half")
     assert 0.4 < found.share <= 0.55
     adapter = make_adapter(tmp_path / "half", tmp_path / "adapter")
@@ -75,7 +63,7 @@ def test_a_lora_is_carried_to_where_its_weights_are_in_the_base(name, baselines,
     assert not torch.allclose(expected, logits(loaded(tmp_path / "half")))
 
 
-def test_in_four_bits_more_is_kept_in_the_same_memory(baselines, base, rows, tmp_path):
+def test_in_four_bits_more_is_kept_in_the_same_memory(base, rows, tmp_path):
     whole, packed = (baselines.make(name, 0.15, base, rows, tmp_path / name) for name in ("pruned", "pruned-nf4"))
     assert len(packed.inputs["down_proj"][0]) > len(whole.inputs["down_proj"][0])
     assert packed.share == pytest.approx(0.15, abs=0.02)

@@ -1,21 +1,13 @@
 """The rows of ``benchmarks/quality.py``: what is measured was never seen, and never chosen on."""
 
-import importlib.util
 import io
 import tarfile
 from itertools import combinations
+from pathlib import Path
 
 import pytest
-from support.paths import ROOT
-
-
-@pytest.fixture(scope="module")
-def quality_rows():
-    path = ROOT / "benchmarks" / "quality_rows.py"
-    specification = importlib.util.spec_from_file_location("quality_rows", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+import quality_pictures
+import quality_rows
 
 
 @pytest.fixture
@@ -40,7 +32,7 @@ def archives(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["extraction", "classification", "arithmetic"])
-def test_no_question_is_in_two_sets_and_test_rows_are_the_same_for_all_seeds(quality_rows, archives, task):
+def test_no_question_is_in_two_sets_and_test_rows_are_the_same_for_all_seeds(archives, task):
     first, second = (quality_rows.make_sets(task, seed, archives) for seed in (0, 1))
     assert {name: len(rows) for name, rows in first.items()} == {**quality_rows.SIZES, "test": quality_rows.TEST}
     for sets in (first, second):
@@ -51,7 +43,19 @@ def test_no_question_is_in_two_sets_and_test_rows_are_the_same_for_all_seeds(qua
     assert first["tuning"] != second["tuning"]
 
 
-def test_sources_and_feelings_are_as_frequent(quality_rows, archives):
+def test_no_picture_is_in_two_sets_and_those_for_testing_are_the_same_for_all_seeds(tmp_path):
+    first, second = (quality_pictures.picture_sets(seed, tmp_path) for seed in (0, 1))
+    sizes = {**quality_rows.SIZES, "selection": quality_pictures.SELECTION, "test": quality_rows.TEST}
+    assert {name: len(rows) for name, rows in first.items()} == sizes
+    for sets in (first, second):
+        shown = {name: {Path(row["images"][0]).read_bytes() for row in rows} for name, rows in sets.items()}
+        assert all(len(shown[name]) == len(rows) for name, rows in sets.items())
+        assert all(shown[one].isdisjoint(shown[other]) for one, other in combinations(shown, 2))
+    assert first["test"] == second["test"]
+    assert first["tuning"] != second["tuning"]
+
+
+def test_sources_and_feelings_are_as_frequent(archives):
     rows = [row for part in quality_rows.classification(archives) for row in part]
     answers = [row["messages"][-1]["content"] for row in rows]
     counts = {answer: answers.count(answer) for answer in answers}
@@ -59,7 +63,7 @@ def test_sources_and_feelings_are_as_frequent(quality_rows, archives):
     assert len(set(counts.values())) == 1
 
 
-def test_the_answers_of_arithmetic_are_right(quality_rows):
+def test_the_answers_of_arithmetic_are_right():
     for part in quality_rows.arithmetic(None):
         for row in part:
             for step in row["messages"][-1]["content"].rstrip(".").split(". "):

@@ -1,0 +1,65 @@
+"""The pictures of ``quality.py``: the demo's small InternVL, which reads handwritten digits, learns to order them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from quality_rows import SIZES, TEST, Row
+
+#: As many as the digits of the demo's calibration part allow.
+SELECTION = 32
+
+
+def picture_sets(seed: int, directory: Path) -> dict[str, list[Row]]:
+    """Return the rows: ``calibration``, ``tuning`` and ``selection``, drawn for every seed, and the same ``test`` rows.
+
+    No two sets share a digit.
+
+    Args:
+        seed: of the pictures.
+        directory: where they are kept, as files.
+    """
+    from emloc_demo.vision.pictures import load_digits
+    from emloc_demo.vision.rows import split, write_data
+
+    parts = split(load_digits())  # those of the base's training are never in another part
+
+    def written(seed: int) -> Path:
+        place = directory.absolute() / f"pictures-{seed}"
+        return place if place.exists() else write_data(place, parts, seed)
+
+    own, first = written(seed), written(0)
+    known = _rows(own, "calibration")
+    return {
+        "calibration": known[: SIZES["calibration"]],
+        "selection": known[SIZES["calibration"] :][:SELECTION],
+        "tuning": _rows(own, "train")[: SIZES["tuning"]],
+        "test": _rows(first, "test")[:TEST],
+    }
+
+
+def _rows(directory: Path, name: str) -> list[Row]:
+    rows: list[dict[str, Any]] = list(map(json.loads, (directory / f"{name}.jsonl").read_text().splitlines()))
+    return [{**row, "images": [str(directory / image) for image in row["images"]]} for row in rows]
+
+
+def write_reading_base(place: Path) -> Path:
+    """Train the demo's model, the same every time, and write it in bf16, as models are published."""
+    import torch
+    from emloc_demo.vision.pictures import TURNS, load_digits
+    from emloc_demo.vision.pretraining import pretrain
+    from emloc_demo.vision.rows import split
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if place.exists():
+        return place
+    partial, trained = (place.with_name(f".{place.name}.{name}") for name in ("partial", "trained"))
+    for each in (partial, trained):
+        shutil.rmtree(each, ignore_errors=True)
+    pretrain(trained, split(load_digits(TURNS))["pretraining"])
+    AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(partial)
+    AutoProcessor.from_pretrained(trained).save_pretrained(partial)
+    shutil.rmtree(trained)
+    partial.rename(place)
+    return place
