@@ -97,8 +97,8 @@ def _show(planned: "MemoryPlan") -> None:
     print_memory(planned.needs)
     kind, ratio = said["kind"], f" at ratio {planned.ratio:g}" if said["ratio"] else ""
     click.echo(f"emulator of the kind {kind}{ratio}: {parameters['emulator'] / 1e9:.3g} billion parameters, "
-               f"{human_bytes(weights['emulator'])}; {len(planned.plan.ranks)} Linears at these ranks:")  # fmt: skip
-    for line in planned.plan.lines():
+               f"{human_bytes(weights['emulator'])}; {len(planned.plan.ranks)} Linears become:")  # fmt: skip
+    for line in planned.plan.lines(planned.model.kind):
         click.echo(f"  {line}")
     _judge(planned, said["fits"])
     _show_ways(planned)

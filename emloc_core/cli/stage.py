@@ -103,7 +103,7 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
     if stage in ("compress", "cut"):
         yield f"{content['base']}: family {content['family']}, {human_bytes(content['base_bytes'])}"
         ranks = sum(linear["rank"] is not None for linear in content["linears"])
-        yield f"emulator: {human_bytes(content['emulator_bytes'])}; {ranks} Linears at these ranks:"
+        yield f"emulator: {human_bytes(content['emulator_bytes'])}; {ranks} Linears become:"
         yield from (f"  {line}" for line in content["summary"])
         if content.get("ranks_by_spectra"):
             yield "  (uniform ranks; calibration will distribute the same number of parameters)"

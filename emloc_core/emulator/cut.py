@@ -123,7 +123,7 @@ def describe_emulator(
         "emulator_bytes": base.nbytes - before + after,
         "linears": [each.describe() for each in plan.planned],
         "kept_dense": [vars(kept) for kept in plan.kept],
-        "summary": plan.lines(),
+        "summary": plan.lines(kind),
     }
 
 

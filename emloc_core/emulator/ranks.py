@@ -157,21 +157,21 @@ class RankPlan:
         """Return the plan with the inputs captured where it would be the outputs."""
         return self._each(lambda each: replace(each, tap="input") if each.tap == "output" else each)
 
-    def lines(self) -> list[str]:
-        """Return a line per kind of Linear with number, shape and ranks, then lines for what stays dense, and why."""
-        kinds: dict[tuple[str, str, str | None], list[int]] = defaultdict(list)
+    def lines(self, kind: Kind) -> list[str]:
+        """Return lines: number, shape and stand-in of every sort of Linear, then what stays dense, and why."""
+        sorts: dict[tuple[str, str, str | None], list[int]] = defaultdict(list)
         for linear in self.planned:
             name, shape = linear.path.rpartition(".")[2], f"{linear.out_features} x {linear.in_features}"
             if isinstance(linear, ExpertsPlan):
                 shape = f"{linear.experts} experts of {shape}"
-            kinds[name, shape, linear.reason if linear.rank is None else None].append(linear.rank or 0)
-        width = max((len(name) for name, *_ in kinds), default=0)
+            sorts[name, shape, linear.reason if linear.rank is None else None].append(linear.rank or 0)
+        width = max((len(name) for name, *_ in sorts), default=0)
         found = []
-        for (name, shape, why), ranks in kinds.items():
+        for (name, shape, why), ranks in sorts.items():
             least, most = min(ranks), max(ranks)
-            rank = f"rank {least}" if least == most else f"rank {least} to {most}"
+            become = kind.told(f"{least}" if least == most else f"{least} to {most}")
             dense = f"dense: {why}" if why else "dense"
-            found.append(f"{len(ranks):4d} x {name:<{width}} {shape} -> {rank if least else dense}")
+            found.append(f"{len(ranks):4d} x {name:<{width}} {shape} -> {become if least else dense}")
         found += [f"{kept.parameters:,} parameters of {kept.pattern} stay dense: {kept.reason}" for kept in self.kept]
         return found
 

@@ -69,6 +69,10 @@ class FourBitLowRank(Kind):
 
         return rounded
 
+    def told(self, rank: str) -> str:
+        """The rank of the factors, and their bits."""
+        return f"rank {rank} in four bits"
+
     def keys(self, weight: str) -> list[str]:
         """U replaces the weight."""
         return beside(weight, "V", "weight_scales", "V_scales")

@@ -122,6 +122,10 @@ class Kind(ABC):
         """Return a stand-in as it is refined; asked of kinds alone that can be."""
         raise NotImplementedError(self.name)
 
+    def told(self, rank: str) -> str:
+        """Return what stands in for a weight, in words, where ``rank`` is its rank, or those of several ("3 to 7")."""
+        return f"rank {rank}"
+
     @abstractmethod
     def keys(self, weight: str) -> list[str]:
         """Return the keys of a stand-in's tensors in the checkpoint; the first is that of the weight."""

@@ -80,6 +80,10 @@ class FewLevels(Kind):
         """Let the scales move."""
         return MovableScales(stand_in, self.levels)
 
+    def told(self, rank: str) -> str:  # noqa: ARG002
+        """The number of levels, whatever the rank."""
+        return f"{self.levels} levels"
+
     def keys(self, weight: str) -> list[str]:
         """The codes replace the weight."""
         return beside(weight, "weight_scales")

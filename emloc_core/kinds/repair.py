@@ -73,6 +73,10 @@ class RepairedNF4(Kind):
 
         return repaired
 
+    def told(self, rank: str) -> str:
+        """The bits of the weight, and the rank of its repair."""
+        return f"four bits and rank {rank}"
+
     def keys(self, weight: str) -> list[str]:
         """The codes replace the weight."""
         return beside(weight, "weight_scales", "weight_ranges", "U", "V")

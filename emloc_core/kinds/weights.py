@@ -31,6 +31,10 @@ class NF4(Kind):
         )
         return Weight(weight, lost / whole if whole else 0.0)
 
+    def told(self, rank: str) -> str:  # noqa: ARG002
+        """Four bits, whatever the rank."""
+        return "four bits"
+
     def keys(self, weight: str) -> list[str]:
         """The weight's codes, and the parts of bitsandbytes' ``QuantState``."""
         return [weight, *(f"{weight}.{part}" for part in self._PARTS)]

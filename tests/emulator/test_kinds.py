@@ -312,3 +312,23 @@ def test_commands_take_a_kind(emloc, tiny_model, rows_file, tmp_path):
     code, _, err = emloc("compress", tiny_model, *arguments[:-4], "--kind", "nf4", "--ratio", 0.3, "-o", tmp_path / "x")
     assert code == 1
     assert "no ratio" in err
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("low-rank", "rank 6"),
+        ("nf4", "four bits"),
+        ("low-rank-nf4", "rank 6 in four bits"),
+        ("nf4+repair", "four bits and rank 1"),
+        ("2.7-bit", "6 levels"),
+    ],
+)
+def test_a_dry_run_says_what_becomes_of_weights(kind, told, tiny_model, rows_file, tmp_path, emloc):
+    sized = [f"--ratio={value}" for value in SETTINGS[kind].values()] if kind != "low-rank" else []
+    code, out, _ = emloc(
+        "compress", tiny_model, "--data", rows_file, "--samples", 4, "--selection", 2, "--kind", kind, *sized,
+        "-o", tmp_path / "emulator", "--dry-run",
+    )  # fmt: skip
+    line = next(line for line in out.splitlines() if "k_proj" in line)
+    assert (code, line.partition(" -> ")[2]) == (0, told)

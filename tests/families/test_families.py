@@ -29,6 +29,7 @@ from emloc_core.emulator.declared import find_linears, plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.experts import LowRankExperts
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.kinds import LowRank
 from emloc_core.lowrank import LowRankLinear
 from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.model.streaming import Stream
@@ -128,7 +129,7 @@ def test_every_linear_is_in_the_plan_or_kept_dense_with_a_reason(saved):
     assert planned < linears
     for path in linears - planned:
         assert any(fnmatchcase(path, pattern) and reason for pattern, reason in family.keep_dense.items()), path
-    lines = "\n".join(plan.lines())
+    lines = "\n".join(plan.lines(LowRank()))
     for kept in plan.kept:
         assert f"{kept.parameters:,} parameters of {kept.pattern} stay dense: {kept.reason}" in lines
 
