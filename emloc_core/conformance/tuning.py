@@ -70,8 +70,11 @@ def _train(tuned: Tuned, samples: Sequence[Sample]) -> None:
     lora = tuned.model
     optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=_LEARNING_RATE)
     for step in range(STEPS):
-        # The first step is in eval mode: dropout and stochastic depth must not choose which Linears get a gradient.
+        # In the first step dropout and stochastic depth must not choose which Linears get a gradient. But to infer on a
+        # CPU, bitsandbytes packs its weights in another way: Linears train in every step.
         lora.train(step > 0)
+        for module in lora.modules():
+            module.training |= isinstance(module, nn.Linear)
         loss = torch.stack([_loss(lora, sample) for sample in samples]).mean()
         loss.backward()
         tuned.losses.append(float(loss))
