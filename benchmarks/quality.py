@@ -104,7 +104,9 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
         for name, clamp in (("paper", 3.0), ("auto", "auto"))
     }  # fmt: skip
     polished = polish(cell, corrected["auto"], checkpoint, tuning, timed)
-    on_emulator, on_base = Scores(emulator, rows["test"], 64), Scores(base, rows["test"])
+    # Asked for fp32, transformers leaves some weights of a vision tower in four bits as they are.
+    dtype = {"dtype": "auto"} if cell.task == PICTURES else {}
+    on_emulator, on_base = Scores(emulator, rows["test"], 64, **dtype), Scores(base, rows["test"])
     systems = {"emulator": on_emulator.of(None), "tuned": on_emulator.of(adapter), "uncorrected": on_base.of(adapter)}
     auto = (read_manifest(corrected["auto"]) or {})["result"]
     systems["paper"] = on_base.of(corrected["paper"])
@@ -182,9 +184,7 @@ def taken(compress: Any) -> float:
 class Scores:
     """Losses of a model with different LoRAs on the same rows."""
 
-    def __init__(self, model: Path, rows: Path, limit: int | None = None) -> None:
-        import torch
-
+    def __init__(self, model: Path, rows: Path, limit: int | None = None, dtype: str = "float32") -> None:
         from emloc_core.data.rows import load_rows
         from emloc_core.data.tokenize import encode, load_processing
         from emloc_core.files.checkpoint import Checkpoint
@@ -194,7 +194,7 @@ class Scores:
         family = plugin_manager().family_for(Checkpoint(model).config)
         found = load_rows(str(rows))[:limit]
         self.samples = encode(found, load_processing(model, family, found))
-        self.load = lambda: load_model(family.auto_class, model, dtype=torch.float32).eval()
+        self.load = lambda: load_model(family.auto_class, model, dtype=dtype).eval()
 
     def of(self, adapter: Path | None) -> dict[str, Any]:
         """Return the loss per token, the share of rows that greedy decoding would write right, and each row's loss."""

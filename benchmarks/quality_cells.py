@@ -17,7 +17,7 @@ MEMORIES = (0.11, 0.17, 0.28, 0.6)
 #: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
 RECOMMENDED = {0.11: ("1.6-bit", 0.11), 0.17: ("2.7-bit", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
 #: What else there is below four bits.
-RIVALS = (("low-rank-nf4", 0.17), ("low-rank-nf4", 0.11))
+RIVALS = (("mixed", 0.17), ("low-rank-nf4", 0.17), ("low-rank-nf4", 0.11))
 #: From the literature, for text; see ``quality_baselines.py``.
 BASELINES = (
     ("pruned-nf4", 0.17),
@@ -27,8 +27,8 @@ BASELINES = (
     ("pruned", 0.28),
     ("depth", 0.28),
 )
-#: Bytes of a number of the factors, scales included, where a kind has ranks.
-BYTES = {"low-rank": 2, "low-rank-nf4": 4.5 / 8}
+#: Bytes that a ratio counts in, where a kind has one: of a number of the factors, scales included.
+BYTES = {"low-rank": 2, "low-rank-nf4": 4.5 / 8, "mixed": 2}
 FULL, SCRATCH = "full", "exact"
 
 

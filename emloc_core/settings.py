@@ -24,8 +24,8 @@ class Settings(BaseModel):
 class CutSettings(Settings):
     """The size of an emulator, and how it is distributed."""
 
-    ratio: float = Field(0.6, gt=0, lt=1, description="Fraction of the compressed Linears' parameters to keep; with "
-                         "nf4+repair, that of the factors alone.")  # fmt: skip
+    ratio: float = Field(0.6, gt=0, lt=1, description="Fraction of the compressed Linears' parameters to keep; that of "
+                         "the factors alone with nf4+repair, of the bytes in 16 bits with mixed.")  # fmt: skip
     allocator: str = Field(
         "uniform",
         description="Rank allocator: 'uniform' uses the same ratio everywhere, as in the paper; 'global' gives more "
@@ -40,8 +40,9 @@ class CompressSettings(CutSettings):
         "low-rank",
         description="Kind of emulator: 'low-rank', factors as in the paper; 'nf4', weights in four bits as in QLoRA, "
         "which have no ratio; 'nf4+repair', these with factors of what rounding lost; '2.7-bit', '2-bit' and "
-        "'1.6-bit', weights on six, four and three levels, where even 'nf4' is too large; 'low-rank-nf4', factors in "
-        "four bits; 'auto', by the memory given, the kind that is best there. Plugins can add others.",
+        "'1.6-bit', weights on six, four and three levels, where even 'nf4' is too large; 'mixed', on three to sixteen "
+        "by need; 'low-rank-nf4', factors in four bits; 'auto', by the memory given, the kind that is best there. "
+        "Plugins can add others.",
     )
     samples: int = Field(64, ge=1, description="Number of calibration rows.")
     selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp.")

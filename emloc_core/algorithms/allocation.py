@@ -9,9 +9,12 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
+
+from emloc_core.algorithms.levels import LEVELS, level_bytes, lost
 
 #: Lowest and highest rank under ``global``, as multiples of the uniform one.
 BOUNDS = (0.5, 2.0)
@@ -77,6 +80,34 @@ def global_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
     )
     gains = [each.energies * (each.sensitivity / max(float(each.energies.sum()), TINY)) for each in spectra]
     return spend(shapes, gains, floors, caps, sum(rank * sum(shape) for rank, shape in zip(base, shapes, strict=True)))
+
+
+def levels_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spectrum] | None = None) -> list[int]:
+    """Return numbers of levels that share one budget of bytes by how much they disturb the blocks.
+
+    Minimises the sum over the Linears of ``sensitivity * lost(levels)`` subject to the bytes that ``ratio`` of 16 bits
+    a number are. What a byte gains falls from step to step, so that taking steps in that order is the Lagrangian
+    optimum, short of less than one step. Without spectra, all Linears count the same.
+    """
+    steps = sorted(LEVELS)
+    found = [steps[0]] * len(shapes)
+    left = int(ratio * sum(2 * m * n for m, n in shapes)) - sum(map(level_bytes, found, shapes))
+
+    def offer(index: int) -> tuple[float, int, int]:
+        """Return what a Linear's next step saves per byte, negative, whose it is, and its bytes."""
+        after = steps[steps.index(found[index]) + 1]
+        cost = level_bytes(after, shapes[index]) - level_bytes(found[index], shapes[index])
+        weight = spectra[index].sensitivity if spectra else math.prod(shapes[index])
+        return -weight * (lost(found[index]) - lost(after)) / max(cost, 1), index, cost
+
+    offers = [offer(index) for index in range(len(shapes))]
+    heapify(offers)
+    while offers and offers[0][2] <= left:
+        _, index, cost = heappop(offers)
+        found[index], left = steps[steps.index(found[index]) + 1], left - cost
+        if found[index] < steps[-1]:
+            heappush(offers, offer(index))
+    return found
 
 
 def spend(

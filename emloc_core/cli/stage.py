@@ -106,7 +106,7 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
         yield f"emulator: {human_bytes(content['emulator_bytes'])}; {ranks} Linears become:"
         yield from (f"  {line}" for line in content["summary"])
         if content.get("ranks_by_spectra"):
-            yield "  (uniform ranks; calibration will distribute the same number of parameters)"
+            yield "  (shared out evenly; calibration will share out the same size by need)"
         if "calibration_rows" in content:
             yield (
                 f"rows: {content['calibration_rows']} calibration ({content['calibration_tokens']:,} tokens), "

@@ -34,7 +34,7 @@ from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.files.shards import remove_damaged, tensor_bytes
 from emloc_core.files.workspace import remove_at_once
-from emloc_core.kinds import Factorize, Kind
+from emloc_core.kinds import Kind
 from emloc_core.model.device import choose_device
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
@@ -78,7 +78,7 @@ class Compress:
         self.kind: Kind = plugin_manager().algorithm("emulators", settings.kind)()
         self.kind.check(settings)
         self.calibration = settings.calibration or self.kind.calibration
-        self.allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
+        self.allocate = self.kind.allocate or plugin_manager().algorithm("rank_allocators", settings.allocator)
         self.factorize = plugin_manager().algorithm("factorizers", settings.factorizer)
         if self.ranks_by_spectra and not self.kind.allocates_by_spectra:
             raise EmlocError(
@@ -101,10 +101,10 @@ class Compress:
             found = found.without_experts(why)
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
         self.blocks = block_paths(self.skeleton.model, self.family)
-        allocate = uniform if self.ranks_by_spectra else self.allocate
+        allocate = uniform if self.ranks_by_spectra and self.kind.allocate is None else self.allocate
         self.plan: RankPlan = (
-            allocated(found, settings.ratio, allocate, name=settings.allocator)
-            if self.kind.has_ranks
+            allocated(found, settings.ratio, allocate, name=settings.allocator, kind=self.kind)
+            if self.kind.has_ratio
             else found.at_full_rank()
         )
         # Weights alone need no calibration: its rows are left for tuning.
@@ -146,7 +146,7 @@ class Compress:
     @property
     def ranks_by_spectra(self) -> bool:
         """Whether ranks are known only after all Linears are decomposed."""
-        return self.kind.has_ranks and wants_spectra(self.allocate)
+        return self.kind.has_ratio and wants_spectra(self.allocate)
 
     def _spectra_output(self, path: Path) -> Output:
         settings = {
@@ -228,24 +228,25 @@ class Compress:
 
     def _allocated(self, spectra: Spectra) -> RankPlan:
         found = spectra.reached(self._linears(self.kind))
-        return allocated(found, self.settings.ratio, self.allocate, spectra.spectrum, self.settings.allocator)
+        name = self.settings.allocator
+        return allocated(found, self.settings.ratio, self.allocate, spectra.spectrum, name, self.kind)
 
     def _decompose(self, output: Output, progress: Progress) -> Spectra:
         if not output.is_finished():
             with output.build() as staging:
                 plan = at_largest_ranks(self._linears())
                 files = SpectraFiles(self.skeleton, self.blocks, staging)
-                self._decomposition(plan, progress, self.factorize).run(files, PROBES)
+                how = (self.factorize, progress, self.settings.factorizer)
+                Decomposition(self.skeleton, self.family, plan, self.samples, *how).run(files, PROBES)
                 self._write_rows(staging)
                 output.result = {"family": self.family.name, **files.finish(plan, self._tokens)}
         return Spectra(output.path)
 
-    def _decomposition(self, plan: RankPlan, progress: Progress, factorize: Factorize | None = None) -> Decomposition:
-        factorize = factorize or self.kind.rounding(self.factorize)
-        name = self.settings.factorizer if self.kind.has_ranks else self.kind.name
+    def _decomposition(self, plan: RankPlan, progress: Progress) -> Decomposition:
+        name = self.settings.factorizer if self.kind.has_factors else self.kind.name
         refine = self.kind.refine if self.settings.refine is None else self.settings.refine
-        how = (progress, name, self.kind, refine)
-        return Decomposition(self.skeleton, self.family, plan, self.samples, factorize, *how)
+        how = (self.kind.rounding(self.factorize), progress, name, self.kind, refine)
+        return Decomposition(self.skeleton, self.family, plan, self.samples, *how)
 
     def _write_rows(self, staging: Path) -> None:
         write_rows(staging / CALIBRATION, self.rows.calibration)

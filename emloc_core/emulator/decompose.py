@@ -181,9 +181,10 @@ class Decomposition:
 
     def _factors(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Factors:
         """Factorise one Linear, and check the result, since the factorizer may be a plugin's."""
-        m, n, k = linear.out_features, linear.in_features, linear.rank or 0
+        m, n = linear.out_features, linear.in_features
+        k = linear.rank or 0 if self.kind is None or self.kind.has_factors else min(m, n)
         with named(f"The factorizer {self.factorizer!r}, on {linear.path},"):
-            found = self.factorize(weight, gram, k)
+            found = self.factorize(weight, gram, linear.rank or 0)
         fits = isinstance(found, Factors) and (found.u.shape, found.v.shape) == ((m, k), (k, n))
         if not fits or not all(bool(torch.isfinite(part).all()) for part in (found.u, found.v, found.spectrum)):
             raise EmlocError(

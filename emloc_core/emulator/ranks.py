@@ -27,7 +27,7 @@ class LinearPlan:
         block: path of the block that holds it.
         group: its input group: paths that read the same input.
         out_features, in_features: shape of the weight.
-        rank: rank of the factors; None keeps the Linear dense.
+        rank: rank of the factors, or number of levels in an emulator that mixes them; None keeps the Linear dense.
         tap: how its activations are captured: ``input``, ``output``, or the family's own function.
         reason: why it is dense.
     """
@@ -57,7 +57,7 @@ class LinearPlan:
 
     def stored(self, kind: Kind | None = None) -> int:
         """Return how many numbers stand in for it at its rank: its factors, and the weight where the kind keeps it."""
-        factors = (self.rank or 0) * (self.out_features + self.in_features) if kind is None or kind.has_ranks else 0
+        factors = (self.rank or 0) * (self.out_features + self.in_features) if kind is None or kind.has_factors else 0
         return self.matrices * factors + (self.numbers if kind and kind.keeps_weight else 0)
 
     def nbytes(self, kind: Kind, dtype: torch.dtype) -> int:
@@ -132,9 +132,9 @@ class RankPlan:
         """The Linears without a reason to stay dense."""
         return [linear for linear in self.linears if linear.reason is None]
 
-    def with_ranks(self, ranks: Mapping[str, int]) -> "RankPlan":
-        """Return the plan with other ranks; Linears without one, or whose rank saves nothing, stay dense."""
-        return self._each(lambda each: _with_rank(each, ranks.get(each.path)))
+    def with_ranks(self, ranks: Mapping[str, int], kind: Kind | None = None) -> "RankPlan":
+        """Return the plan with other ranks; Linears without one, or whose factors save nothing, stay dense."""
+        return self._each(lambda each: _with_rank(each, ranks.get(each.path), kind))
 
     def at_full_rank(self) -> "RankPlan":
         """Return the plan with every candidate at full rank, which stands for its weight as it is."""
@@ -192,6 +192,7 @@ def allocated(
     allocate: Callable[..., Sequence[int]],
     spectrum: Callable[[LinearPlan], Spectrum] | None = None,
     name: str = "uniform",
+    kind: Kind | None = None,
 ) -> RankPlan:
     """Return the plan with the ranks that an allocator gives.
 
@@ -201,6 +202,7 @@ def allocated(
         allocate: rank allocator; see :mod:`emloc_core.algorithms.allocation`.
         spectrum: returns a Linear's spectrum, for an allocator that needs it.
         name: name of the allocator, for messages.
+        kind: of emulator; None: factors alone.
 
     Raises:
         EmlocError: the ratio is out of range, or the allocator's ranks are invalid or save nothing.
@@ -230,7 +232,7 @@ def allocated(
     chosen = dict(zip((linear.path for linear in linears), whole, strict=True))
     # The experts of a stack share a rank, whatever the allocator: they are multiplied by together.
     chosen |= {each.path: _expert_rank(each, ratio) for each in plan.experts if each.reason is None}
-    found = plan.with_ranks(chosen)
+    found = plan.with_ranks(chosen, kind)
     if not found.ranks:
         raise EmlocError(f"The ranks of the rank allocator {name!r} make nothing smaller.", remedy)
     return found
@@ -254,7 +256,8 @@ def _expert_rank(planned: ExpertsPlan, ratio: float) -> int:
     return max(_ALIGNED, rank - rank % _ALIGNED)
 
 
-def _with_rank(linear: LinearPlan, rank: int | None) -> Any:
-    if rank is not None and rank > largest_rank(linear.out_features, linear.in_features):
+def _with_rank(linear: LinearPlan, rank: int | None, kind: Kind | None) -> Any:
+    has_factors = kind is None or kind.has_factors
+    if has_factors and rank is not None and rank > largest_rank(linear.out_features, linear.in_features):
         return replace(linear, rank=None, reason=NO_SMALLER)
     return replace(linear, rank=rank)

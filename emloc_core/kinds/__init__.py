@@ -6,7 +6,7 @@ many bytes it takes. Everything else (streaming, resuming, training, correction,
 
 from emloc_core.kinds.factors import FourBitLowRank, LowRank
 from emloc_core.kinds.kind import Factorize, Kind, Movable, Pair, Weight
-from emloc_core.kinds.levels import FewLevels, FourLevels, SixLevels, ThreeLevels
+from emloc_core.kinds.levels import FewLevels, FourLevels, MixedLevels, SixLevels, ThreeLevels
 from emloc_core.kinds.repair import RepairedNF4
 from emloc_core.kinds.weights import NF4
 
@@ -19,6 +19,7 @@ __all__ = [
     "FourLevels",
     "Kind",
     "LowRank",
+    "MixedLevels",
     "Movable",
     "Pair",
     "RepairedNF4",

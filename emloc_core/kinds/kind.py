@@ -1,7 +1,7 @@
 """The contract that every kind of emulator fulfils."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,8 +17,8 @@ from emloc_core.settings import CompressSettings
 #: U (m, k) and V (k, n) with U V the matrix that a Linear of the emulator multiplies by.
 Pair = tuple[torch.Tensor, torch.Tensor]
 Factorize = Callable[[torch.Tensor, Gram, int], Factors]
-#: Settings that only kinds with ranks know, and only kinds that are fitted to rows.
-_OF_RANKS, _OF_ROWS = ("ratio", "allocator", "factorizer"), ("calibration",)
+#: Settings that only kinds of more than one size know, and only kinds that are fitted to rows.
+_OF_RATIO, _OF_ROWS = ("ratio", "allocator", "factorizer"), ("calibration",)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class Kind(ABC):
         taps_inputs: whether factors are fitted to the Gram of the inputs, even where that of the outputs is smaller.
         is_fitted: whether what stands in for a weight is fitted to calibration rows. If not, the weight alone says
             what becomes of it.
-        has_ranks: whether a Linear becomes factors of some rank. If not, the settings of ranks mean nothing.
+        has_factors: whether a Linear becomes factors of some rank, alone or beside its weight.
+        has_ratio: whether its size can be chosen. If not, the settings of sizes mean nothing.
+        allocate: shares out what takes the place of ranks; None: the rank allocator that the user chooses.
         keeps_weight: whether a Linear keeps its weight, rounded: alone, or beside its factors.
         needs_bitsandbytes: whether that package packs and unpacks it.
         largest_ratio: the largest that is looked for; above it hardly anything is saved.
@@ -77,7 +79,9 @@ class Kind(ABC):
     name: str
     taps_inputs: bool = False
     is_fitted: bool = True
-    has_ranks: bool = True
+    has_factors: bool = True
+    has_ratio: bool = True
+    allocate: Callable[..., Sequence[int]] | None = None
     keeps_weight: bool = False
     needs_bitsandbytes: bool = False
     largest_ratio: float = 0.99
@@ -97,7 +101,7 @@ class Kind(ABC):
         Raises:
             EmlocError: names them.
         """
-        unknown = (() if self.has_ranks else _OF_RANKS) + (() if self.is_fitted else _OF_ROWS)
+        unknown = (() if self.has_ratio else _OF_RATIO) + (() if self.is_fitted else _OF_ROWS)
         defaults = CompressSettings()
         if given := [name for name in unknown if getattr(settings, name) != getattr(defaults, name)]:
             raise EmlocError(

@@ -1,4 +1,4 @@
-"""Kinds whose stand-in is the weight itself, on a few levels: below four bits."""
+"""Kinds whose stand-in is the weight itself, on a few levels: at most four bits."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from emloc_core.algorithms import levels
+from emloc_core.algorithms.allocation import levels_budget
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
+from emloc_core.errors import EmlocError
 from emloc_core.kinds.kind import Factorize, Kind, Pair, beside, whole
 from emloc_core.lowrank import LEVELS_VERSION, METHOD, replace_linears
+from emloc_core.settings import CompressSettings
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,11 @@ class MovableScales:
 
     Args:
         packed: the weight.
-        count: how many levels.
     """
 
-    def __init__(self, packed: PackedWeight, count: int) -> None:
-        self._packed, self._count = packed, count
-        self._shape = (packed.u.shape[0], packed.v.shape[1])
+    def __init__(self, packed: PackedWeight) -> None:
+        self._packed, self._shape = packed, (packed.u.shape[0], packed.v.shape[1])
+        self._count = levels.count(packed.codes, self._shape)
         self.numbers = nn.Parameter(packed.scales.float().log())
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -56,20 +58,24 @@ class FewLevels(Kind):
         levels: how many; a key of :data:`emloc_core.algorithms.levels.LEVELS`.
     """
 
-    has_ranks = False
+    has_factors = has_ratio = False
     keeps_weight = True
     calibration = "propagated"
     taps_inputs = True
     refine = 3
     levels: int
 
+    def count(self, rank: int) -> int:  # noqa: ARG002
+        """Return how many levels a Linear has that the plan gives a rank."""
+        return self.levels
+
     def rounding(self, factorize: Factorize) -> Factorize:  # noqa: ARG002
         """Return what rounds a weight with feedback, whatever its rank."""
 
-        def rounded(weight: torch.Tensor, gram: Gram, _rank: int) -> PackedWeight:
-            m, n = weight.shape
-            codes, scales = levels.rounded(weight, gram.matrix, self.levels)
-            found = levels.unpack(codes, scales, (m, n), self.levels, torch.float32)
+        def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> PackedWeight:
+            (m, n), count = weight.shape, self.count(rank)
+            codes, scales = levels.rounded(weight, gram.matrix, count)
+            found = levels.unpack(codes, scales, (m, n), count, torch.float32)
             error = output_error(weight, found, gram.matrix)
             nothing = torch.zeros(min(m, n), dtype=torch.float64)
             return PackedWeight(*whole(found), nothing, codes, scales, error=error)
@@ -78,7 +84,7 @@ class FewLevels(Kind):
 
     def movable(self, stand_in: PackedWeight) -> MovableScales:
         """Let the scales move."""
-        return MovableScales(stand_in, self.levels)
+        return MovableScales(stand_in)
 
     def told(self, rank: str) -> str:  # noqa: ARG002
         """The number of levels, whatever the rank."""
@@ -95,20 +101,22 @@ class FewLevels(Kind):
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return the weight and the identity."""
         codes, scales = tensors
-        return whole(levels.unpack(codes, scales, shape, self.levels, dtype))
+        return whole(levels.unpack(codes, scales, shape, levels.count(codes, shape), dtype))
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         """Say how many levels which Linears have; :mod:`emloc_core.lowrank` loads them."""
-        return {"quant_method": METHOD, "format_version": LEVELS_VERSION, "levels": dict.fromkeys(ranks, self.levels)}
+        return {"quant_method": METHOD, "format_version": LEVELS_VERSION, "levels": self._counts(ranks)}
 
     def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
         """Several codes a byte, and two bytes for the scale of every 256 numbers of a row."""
-        codes, scales = levels.sizes(self.levels, *shape)
-        return codes + 2 * scales
+        return levels.level_bytes(self.count(rank), shape)
 
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""
-        replace_linears(model, dict.fromkeys(ranks, self.levels), LEVELS_VERSION)
+        replace_linears(model, self._counts(ranks), LEVELS_VERSION)
+
+    def _counts(self, ranks: dict[str, int]) -> dict[str, int]:
+        return {path: self.count(rank) for path, rank in ranks.items()}
 
 
 class SixLevels(FewLevels):
@@ -130,3 +138,42 @@ class ThreeLevels(FewLevels):
 
     name = "1.6-bit"
     levels = 3
+
+
+class MixedLevels(FewLevels):
+    """Three to sixteen levels, each Linear as many as pay under one budget of bytes: 1.6 to 4 bits a number.
+
+    What the plan calls a Linear's rank is its number of levels.
+    """
+
+    name = "mixed"
+    has_ratio = True
+    largest_ratio = 0.26
+    allocate = staticmethod(levels_budget)
+    _SMALLEST = 0.11
+
+    def check(self, settings: CompressSettings) -> None:
+        """Refuse a size that no number of levels has, and another allocator.
+
+        Raises:
+            EmlocError: names the setting.
+        """
+        super().check(settings)
+        if not self._SMALLEST <= settings.ratio <= self.largest_ratio:
+            raise EmlocError(
+                f"The kind {self.name!r} takes {self._SMALLEST:g} to {self.largest_ratio:g} of what weights in 16 bits "
+                f"take, not {settings.ratio:g}.",
+                "Give --ratio 0.14, say.",
+            )
+        if settings.allocator != CompressSettings().allocator:
+            raise EmlocError(
+                f"An emulator of the kind {self.name!r} shares out levels, not ranks.", "Leave out --allocator."
+            )
+
+    def count(self, rank: int) -> int:
+        """Return the number that was shared out."""
+        return rank
+
+    def told(self, rank: str) -> str:
+        """The number of levels, or the numbers of several Linears."""
+        return f"{rank} levels"

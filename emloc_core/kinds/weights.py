@@ -17,7 +17,7 @@ class NF4(Kind):
     """Weights in four bits as bitsandbytes has them (QLoRA): an ordinary checkpoint that plain transformers loads."""
 
     name = "nf4"
-    is_fitted = has_ranks = False
+    is_fitted = has_factors = has_ratio = False
     keeps_weight = needs_bitsandbytes = True
     _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 

@@ -104,7 +104,7 @@ def fitted(request: CompressRequest) -> CompressRequest:
             "Run `emloc train MODEL`, or choose another --kind.",
         )
     fit = require_fit(model, budget)
-    ratio = {"ratio": fit.ratio} if model.kind.has_ranks else {}
+    ratio = {"ratio": fit.ratio} if model.kind.has_ratio else {}
     what = model.kind.name + (f" at ratio {fit.ratio:g}" if ratio else "")
     click.echo(
         f"{what}: tuning with {workload.batch_size} rows x {workload.length} tokens needs "

@@ -43,7 +43,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
         "activations": SAMPLES * model.workload.length * hidden * weight,
         "overhead": OVERHEAD,
     }
-    if not model.kind.has_ranks:
+    if not model.kind.has_factors:
         terms["stand-ins"] = max(_whole(plan, block, weight) for block in blocks)
     return Need("compress", terms, "the largest block")
 
@@ -78,7 +78,7 @@ def correct(model: MemoryModel, plan: RankPlan) -> Need:
     """
 
     def held(m: int, n: int, rank: int) -> int:
-        inner = (rank if model.kind.has_ranks else 0) + (min(m, n) if rank and model.kind.keeps_weight else 0)
+        inner = (rank if model.kind.has_factors else 0) + (min(m, n) if rank and model.kind.keeps_weight else 0)
         return m * n + inner * (m + n)
 
     sizes = [held(linear.out_features, linear.in_features, linear.rank or 0) for linear in plan.linears]

@@ -98,8 +98,8 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
         return found
 
     def emulator(kind: Kind, ratio: float | None, of: MemoryModel, need: int) -> Way:
-        held = of.parameters(of.plan(ratio or 0.01)) if kind.has_ranks else parameters
-        sized = {"kind": kind.name, "ratio": ratio if kind.has_ranks else None}
+        held = of.parameters(of.plan(ratio or 0.01)) if kind.has_factors else parameters
+        sized = {"kind": kind.name, "ratio": ratio if kind.has_ratio else None}
         flops = float(passes * held * tokens)
         return way(EMULATOR, max(need, exact), of.workload.batch_size, flops=flops, **sized)
 
@@ -130,7 +130,7 @@ def _traced(sizes: Sequence[MemoryModel], budget: int, fit: Fit | None) -> tuple
         fit: the largest emulator whose tuning fits with the batch at once, or None.
     """
     model, ratio = sizes[0], fit.ratio if fit else None
-    if len(sizes) > 1 and (ratio is None or (model.kind.has_ranks and ratio < _ENOUGH)):
+    if len(sizes) > 1 and (ratio is None or (model.kind.has_factors and ratio < _ENOUGH)):
         smaller = largest_ratio(sizes[1], budget)
         if smaller and (ratio is None or smaller.ratio > ratio):
             model, ratio = sizes[1], smaller.ratio

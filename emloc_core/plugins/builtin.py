@@ -71,10 +71,13 @@ def emloc_factorizers() -> dict[str, Callable[..., Any]]:
 @hookimpl
 def emloc_emulators() -> dict[str, Callable[..., Any]]:
     """Offer factors as in the paper and in four bits, and weights in four bits, with a repair, and on a few levels."""
-    from emloc_core.kinds import NF4, FourBitLowRank, FourLevels, LowRank, RepairedNF4, SixLevels, ThreeLevels
+    from emloc_core import kinds
 
-    kinds = (LowRank, NF4, FourBitLowRank, RepairedNF4, SixLevels, FourLevels, ThreeLevels)
-    return {kind.name: kind for kind in kinds}
+    found = (
+        kinds.LowRank, kinds.NF4, kinds.FourBitLowRank, kinds.RepairedNF4,
+        kinds.SixLevels, kinds.FourLevels, kinds.ThreeLevels, kinds.MixedLevels,
+    )  # fmt: skip
+    return {kind.name: kind for kind in found}
 
 
 @hookimpl

@@ -240,7 +240,7 @@ def _planned(made: Mapping[str, Path]) -> dict[str, int]:
         workload = make_workload(config, settings, device, length=settings.max_length, data=rows)
         model = MemoryModel(config, workload, compress["request"]["settings"].get("kind", "low-rank"))
         ranks = {linear["path"]: linear["rank"] for linear in compress["result"]["linears"] if linear["rank"]}
-        plan = model.linears.with_ranks(ranks) if model.kind.has_ranks else model.linears.at_full_rank()
+        plan = model.linears.with_ranks(ranks, model.kind) if model.kind.has_ratio else model.linears.at_full_rank()
         return {
             "emulator": streamed.compress(model, plan).total,
             "adapter": model.tuning(plan).total,
