@@ -15,7 +15,7 @@ from emloc_core.data.mixture import parse_sources
 from emloc_core.errors import EmlocError
 from emloc_core.settings import explain
 
-#: Training options whose names are not just the setting's.
+#: Training options that have another name than the setting's, too.
 TRAIN_FLAGS = {
     "learning_rate": "--lr",
     "lora_rank": "--rank",
@@ -125,7 +125,7 @@ def options(
 
     Args:
         model: the settings class.
-        short: other option names by field: ``{"learning_rate": "--lr"}``.
+        short: shorter option names by field, beside the field's own: ``{"learning_rate": "--lr"}``.
         skip: fields without an option.
     """
 
@@ -133,7 +133,9 @@ def options(
         for name, field in reversed(model.model_fields.items()):
             if name in skip:
                 continue
-            flag = (short or {}).get(name, f"--{name.replace('_', '-')}")
+            flags = [f"--{name.replace('_', '-')}"]
+            if short and name in short:
+                flags.insert(0, short[name])
             default = None if field.default is PydanticUndefined else field.default
             settings: dict[str, Any] = {
                 "default": default,
@@ -142,12 +144,12 @@ def options(
             }
             kind = _kind(field.annotation)
             if kind is bool:
-                flag = f"{flag}/--no-{flag.removeprefix('--')}"
+                flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]
             else:
                 settings.update(type=kind)
             if _is_list(field.annotation):
                 settings.update(multiple=True, default=None, show_default=False)
-            function = click.option(flag, name, **settings)(function)
+            function = click.option(*flags, name, **settings)(function)
         return function
 
     return decorate

@@ -360,6 +360,8 @@ def test_options_become_settings(tiny_model, rows_file, tmp_path):
         (["--set", "warmup_steps"], "not KEY=VALUE"),
         (["--set", "warmup_stps=1"], "Did you mean 'warmup_steps'"),
         (["--steps", "0"], "steps = 0"),
+        (["--learning-rate", "0"], "learning_rate = 0"),
+        (["--lora-rank", "0"], "lora_rank = 0"),
         (["--steps", "1", "--epochs", "1"], "steps or epochs, not both"),
     ],
 )
