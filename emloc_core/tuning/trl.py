@@ -33,7 +33,7 @@ _NAMED = {
 #: Fields of SFTConfig that this stage sets itself, and why.
 _FIXED = {
     **dict.fromkeys(("output_dir", "save_total_limit"), "-o names the output"),
-    "push_to_hub": "upload the finished directory, by `hf upload`, say",
+    "push_to_hub": "`emloc push` uploads the finished directory, and so does --push",
     **dict.fromkeys(
         ("save_strategy", "save_only_model", "resume_from_checkpoint", "load_best_model_at_end", "logging_strategy"),
         "an interrupted run resumes by itself",

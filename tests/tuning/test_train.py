@@ -381,6 +381,7 @@ def test_bad_options_are_one_error(given, complaint, tiny_model, rows_file, tmp_
         ({"extra": {"max_steps": 3}}, "Give steps directly"),
         ({"extra": {"gradient_checkpointing": False}}, "Give gradient_checkpointing directly"),
         ({"extra": {"output_dir": "x"}}, "output_dir cannot be set"),
+        ({"extra": {"push_to_hub": True}}, "push_to_hub cannot be set: `emloc push` uploads"),
         ({"extra": {"fp16": True}, "bf16": True}, "training settings do not work"),
         ({"extra": {"packing": True}}, "training settings do not work"),
         ({"target_modules": ["query"]}, r"The model has no module 'query'"),
