@@ -37,13 +37,22 @@ def write_task(kind: str, data: Path, output: Path) -> Path:
     if output.exists():
         raise EmlocError(f"{output} already exists.", "Choose another file, or remove this one.", code="exists")
     rows = load_rows(str(data))
-    if data.suffix not in _FORMATS or known_columns(_first(data)) != "TRL":
-        data = output.with_suffix(".jsonl")
-        if data.exists():
-            raise EmlocError(f"{data} already exists, and the rows would be copied there.", "Choose another output.",
-                             code="exists")  # fmt: skip
-        data.parent.mkdir(parents=True, exist_ok=True)
+    if data.suffix in _FORMATS and known_columns(_first(data)) == "TRL":
+        return _write(kind, rows, data, output)
+    data = output.with_suffix(".jsonl")
+    if data.exists():
+        raise EmlocError(f"{data} already exists, and the rows would be copied there.", "Choose another output.",
+                         code="exists")  # fmt: skip
+    data.parent.mkdir(parents=True, exist_ok=True)
+    try:
         write_rows(data, rows)
+        return _write(kind, rows, data, output)
+    except BaseException:
+        data.unlink(missing_ok=True)  # it would be in the way of the next try
+        raise
+
+
+def _write(kind: str, rows: list[Row], data: Path, output: Path) -> Path:
     _check_images(kind, rows, data)
     text, prompt, answer, system = _expressions(rows, data)
     asked = _asked_column(rows, answer, data)

@@ -172,6 +172,14 @@ def test_rows_that_lm_eval_reads_otherwise_are_copied(tiny_model, tmp_path):
     assert samples[0]["expected"] == "dog."
 
 
+def test_nothing_is_left_of_a_task_that_is_refused(tmp_path):
+    lines = "".join(f"a{number},b{number}\n" for number in range(30))
+    (tmp_path / "rows.csv").write_text(f"instruction,output\n{lines}")
+    with pytest.raises(EmlocError, match="30 different answers"):
+        write_task("choice", tmp_path / "rows.csv", tmp_path / "task.yaml")
+    write_task("completion_nll", tmp_path / "rows.csv", tmp_path / "task.yaml")  # as it said
+
+
 def test_data_are_found_relative_to_the_task_file(tmp_path, monkeypatch):
     (tmp_path / "tasks").mkdir()
     data = write_jsonl(tmp_path / "data.jsonl", example_rows()[:3])
