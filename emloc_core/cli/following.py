@@ -40,9 +40,9 @@ def following(request: Request, result: Result) -> list[str]:
             found = [_command("correct", output, "-o", _beside(output, "corrected"))]
         case TrainRequest() | PolishRequest():
             found = [chat, merge]
-        case CorrectRequest():
+        case CorrectRequest(adapter=adapter):
             polish = _command("polish", output, "--data", "train.jsonl", "-o", _beside(output, "polished"))
-            found = [chat, polish, merge]
+            found = [chat, *([] if _learned_preferences(adapter) else [polish]), merge]
         case MergeRequest():
             found = [chat]
         case EvaluateRequest(systems=systems):
@@ -63,3 +63,10 @@ def _beside(output: Path, name: str) -> Path:
 
 def _is_emulator(model: str) -> bool:
     return Path(model).is_dir() and (read_manifest(Path(model)) or {}).get("kind") == "emulator"
+
+
+def _learned_preferences(adapter: Path) -> bool:
+    """Return whether an adapter was trained by preferences, which the likelihood of answers would undo."""
+    request = (read_manifest(adapter) or {}).get("request", {})
+    settings = request.get("settings") if isinstance(request, dict) else None
+    return isinstance(settings, dict) and settings.get("method", "sft") != "sft"

@@ -1,6 +1,7 @@
 """Each stage ends with the command that usually follows, which works as it is printed."""
 
 import io
+import json
 import shlex
 
 import pytest
@@ -55,3 +56,11 @@ def test_the_printed_commands_lead_from_the_emulator_to_an_answer(emloc, tiny_mo
 def test_every_stage_has_one(stage, content, first, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert following(make_request(stage, output="out", **content), Result("out"))[0] == first
+
+
+@pytest.mark.parametrize(("method", "polishes"), [("sft", 1), ("dpo", 0)])
+def test_polish_does_not_follow_preferences(method, polishes, tmp_path):
+    (tmp_path / "emloc.json").write_text(json.dumps({"request": {"settings": {"method": method}}}))
+    request = make_request("correct", adapter=tmp_path, output=tmp_path / "out")
+    commands = following(request, Result(tmp_path / "out"))
+    assert sum(command.startswith("emloc polish") for command in commands) == polishes
