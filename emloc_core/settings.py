@@ -222,6 +222,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             short = _SHORT.get(steps[-1])
             meant = f" Did you mean '{short}'?" if short in known else did_you_mean(steps[-1], known)
             text = f"there is no setting {where!r}.{meant}".removesuffix(".")
+        elif problem["type"] == "model_type":
+            fields = ", ".join(_section(model, steps).model_fields)
+            text = f"{where} = {problem['input']!r}: this is a section, with {fields}"
         elif problem["type"] == "missing":
             text = f"{where} is missing"
         elif problem["type"] == "value_error":  # about several settings together: the input is all of them

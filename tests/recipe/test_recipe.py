@@ -144,6 +144,13 @@ def test_the_option_of_a_setting_is_known_by_its_name(write):
         load_recipe(write(), ["train.lr=1e-3"])
 
 
+def test_a_value_in_the_place_of_a_section_is_told_which_section(write):
+    path = write()
+    path.write_text('model = "organisation/model"\n[data]\ntrain = "rows"\n')
+    with pytest.raises(EmlocError, match=r"model = 'organisation/model': this is a section, with base, memory"):
+        load_recipe(path)
+
+
 def test_polish_comes_before_merging_and_is_compared_at_equal_totals(write):
     polished = "full_lora = true\n[train]\nsteps = 40\nlora_rank = 4\n[polish]\nlearning_rate = 1e-3\nsteps = 20\n"
     planned = {stage.name: stage.request for stage in stages(load_recipe(write(polished)))}
