@@ -21,6 +21,7 @@ from emloc_core.settings import (
     ExportSettings,
     PolishSettings,
     Settings,
+    SplitOrShare,
     TrainSettings,
     explain,
 )
@@ -88,7 +89,9 @@ class EvalRows(Settings):
     """Rows to evaluate while tuning; by default none."""
 
     data: Rows = Field(None, description="Rows; by default those of another split, or a share, of the data.")
-    split: str | None = Field(None, description="Their split; or a share of the data to hold out, such as 0.05.")
+    split: SplitOrShare | None = Field(
+        None, description="Their split; or a share of the data to hold out, such as 0.05."
+    )
     on_base: bool = Field(
         False, description="Evaluate the base with the LoRA too, streamed, and keep what is best there."
     )

@@ -5,7 +5,15 @@ Imports nothing heavy; the command line builds its options from these fields.
 
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from emloc_core.errors import did_you_mean
 
@@ -13,6 +21,10 @@ from emloc_core.errors import did_you_mean
 Loss = Literal["last", "all"]
 _LOSS: Any = Field("last", description="Answers of a conversation that count in the loss: the 'last' one, or 'all' "
                    "turns of the assistant.")  # fmt: skip
+
+
+#: A split of a dataset by name, or a share of it: a number, or a number as text.
+SplitOrShare = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, float) else value)]
 
 
 class Settings(BaseModel):

@@ -11,7 +11,15 @@ from pydantic import Field, ValidationError, model_validator
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_toml
 from emloc_core.files.hub import check_repository
-from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings, explain
+from emloc_core.settings import (
+    CompressSettings,
+    CorrectSettings,
+    PolishSettings,
+    Settings,
+    SplitOrShare,
+    TrainSettings,
+    explain,
+)
 
 #: Suffixes of files: rows, and lm-eval's tasks.
 FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml"}
@@ -45,7 +53,7 @@ class DataSection(Settings):
     eval: str | None = Field(
         None, description="Rows to evaluate while tuning; they are never tuned on, and the best checkpoint is kept."
     )
-    eval_split: str | None = Field(
+    eval_split: SplitOrShare | None = Field(
         None, description="Their split; or, without ``eval``, a share of the rows to hold out, such as 0.05."
     )
     eval_base: bool = Field(False, description="Evaluate the base too, streamed, and keep what is best there.")

@@ -151,6 +151,11 @@ def test_a_value_in_the_place_of_a_section_is_told_which_section(write):
         load_recipe(path)
 
 
+def test_a_share_to_hold_out_may_be_a_number(write):
+    recipe = load_recipe(write(), ["data.eval_split=0.05"])
+    assert stages(recipe)[1].request.evaluation.split == "0.05"
+
+
 def test_polish_comes_before_merging_and_is_compared_at_equal_totals(write):
     polished = "full_lora = true\n[train]\nsteps = 40\nlora_rank = 4\n[polish]\nlearning_rate = 1e-3\nsteps = 20\n"
     planned = {stage.name: stage.request for stage in stages(load_recipe(write(polished)))}

@@ -162,6 +162,10 @@ def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_f
         divide(load_rows(held_out), EvalRows(data=str(held_out)), None, "train", TrainSettings(), [held_out])
 
 
+def test_a_share_may_be_a_number():
+    assert EvalRows(split=0.1).split == "0.1"
+
+
 def test_the_command_line_and_recipes_ask_for_the_same(emloc, tiny_emulator, rows_file, held_out, tmp_path):
     options = ("--eval-data", held_out, "--eval-base", "--eval-steps", 3, "--patience", 2, "--dry-run", "--json")
     code, out, err = emloc("train", tiny_emulator, "--data", rows_file, "-o", tmp_path / "a", *options)
