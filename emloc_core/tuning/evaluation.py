@@ -26,9 +26,12 @@ from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import EvalRows
 from emloc_core.settings import StepSettings
 
+_OTHER_ROWS = (
+    "Give --eval-data alone for all its rows, or --eval-split alone, such as 0.05, to hold out some of --data."
+)
 #: Losses in the trainer's log.
 LOSSES = MODEL_LOSS, BASE_LOSS = ("eval_loss", "eval_base_loss")
-_SHARE = re.compile(r"0?\.\d+")
+_NUMBER = re.compile(r"\d*\.\d+")
 
 
 def divide(
@@ -48,15 +51,31 @@ def divide(
     """
     if asked.data is None and asked.split is None:
         return rows, []
-    if asked.data is None and _SHARE.fullmatch(str(asked.split)):
-        found = share_of(rows, float(str(asked.split)))
+    share = _share(asked)
+    if share is not None:
+        found = share_of(rows, share)
     else:
         source = data if asked.data is None else asked.data
+        if asked.split is not None and isinstance(source, str) and Path(source).is_file():
+            raise EmlocError(f"{source} is a file, which has no split {asked.split!r}.", _OTHER_ROWS)
         found = without(load_rows(source, asked.split or split, settings.loss), held_out)
     if not found:
         raise EmlocError("No row is left to evaluate.", "Give others with --eval-data, or a larger share.")
     keys = {row.key for row in found}
     return [row for row in rows if row.key not in keys], found
+
+
+def _share(asked: EvalRows) -> float | None:
+    """Return the share of the rows that are trained on to hold out; None if a split is named."""
+    if asked.split is None or not _NUMBER.fullmatch(asked.split):
+        return None
+    if not 0 < float(asked.split) < 1:
+        raise EmlocError(f"{asked.split} is no share of the rows to hold out.", "Give one between 0 and 1.")
+    if asked.data is not None:
+        raise EmlocError(
+            f"{asked.split} is a share of the rows that are trained on, and others are named.", _OTHER_ROWS
+        )
+    return float(asked.split)
 
 
 def trainer_settings(settings: StepSettings, *, on_base: bool) -> dict[str, Any]:

@@ -116,10 +116,9 @@ class Train:
         self.base = self._base(evaluation)
         if not self.rows:
             source = data if isinstance(data, str) else "the data"
-            raise EmlocError(
-                f"No row of {source} is left to train on: all {len(rows)} are calibration, selection or excluded rows.",
-                "Give more rows.",
-            )
+            why = f"all {len(rows)} are calibration, selection or excluded rows"
+            why = f"all {len(kept)} that are left are evaluated" if kept else why
+            raise EmlocError(f"No row of {source} is left to train on: {why}.", "Give more rows.")
 
     def _without_weights(self) -> PreTrainedModel:
         if self.model.config.get("quantization_config"):

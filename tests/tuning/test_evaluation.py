@@ -1,6 +1,7 @@
 """Held-out rows are evaluated while tuning, on the model and on the base; the best checkpoint is kept."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -160,6 +161,23 @@ def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_f
         train(tiny_emulator, rows_file, tmp_path / "a", EvalRows(data=str(held_out), on_base=True, base=str(other)))
     with pytest.raises(EmlocError, match="No row is left to evaluate"):
         divide(load_rows(held_out), EvalRows(data=str(held_out)), None, "train", TrainSettings(), [held_out])
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"split": "1.5"}, "1.5 is no share"),
+        ({"split": "0.0"}, "0.0 is no share"),
+        ({"data": "ROWS", "split": "0.1"}, "0.1 is a share of the rows that are trained on"),
+        ({"split": "dev"}, "ROWS is a file, which has no split 'dev'"),
+        ({"data": "ROWS"}, "all 5 that are left are evaluated"),
+    ],
+)
+def test_rows_to_evaluate_that_cannot_be_meant(asked, complaint, tiny_model, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", example_rows()[:5])
+    named = {name: str(rows) if value == "ROWS" else value for name, value in asked.items()}
+    with pytest.raises(EmlocError, match=re.escape(complaint.replace("ROWS", str(rows)))):
+        train(tiny_model, rows, tmp_path / "a", EvalRows(**named))
 
 
 def test_a_share_may_be_a_number():
