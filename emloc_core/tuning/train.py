@@ -114,6 +114,11 @@ class Train:
         self.rows, self.eval_rows = divide(kept, evaluation, data, split, settings, known)
         require_readable(self.eval_rows, self.family)
         self.base = self._base(evaluation)
+        if not self.eval_rows and settings.patience is not None:
+            raise EmlocError(
+                "There are no rows to evaluate, so patience would never end.",
+                "Give --eval-data or --eval-split, or leave it out.",
+            )
         if not self.rows:
             source = data if isinstance(data, str) else "the data"
             why = f"all {len(rows)} are calibration, selection or excluded rows"

@@ -184,6 +184,11 @@ def test_a_share_may_be_a_number():
     assert EvalRows(split=0.1).split == "0.1"
 
 
+def test_patience_without_rows_to_evaluate_is_refused(tiny_model, rows_file, tmp_path):
+    with pytest.raises(EmlocError, match="no rows to evaluate, so patience would never end"):
+        train(tiny_model, rows_file, tmp_path / "a", EvalRows(), patience=2)
+
+
 def test_the_command_line_and_recipes_ask_for_the_same(emloc, tiny_emulator, rows_file, held_out, tmp_path):
     options = ("--eval-data", held_out, "--eval-base", "--eval-steps", 3, "--patience", 2, "--dry-run", "--json")
     code, out, err = emloc("train", tiny_emulator, "--data", rows_file, "-o", tmp_path / "a", *options)
