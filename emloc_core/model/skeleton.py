@@ -70,6 +70,8 @@ class Skeleton:
         elif method == four_bits.METHOD:
             four_bits.replace_quantised(self.model, quantisation)
             conversions = four_bits.conversions()
+        else:
+            checkpoint.require_unquantised()
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         absents: dict[nn.Parameter, Absent] = {}
         for module in self.model.modules():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import psutil
@@ -111,6 +112,19 @@ def test_other_four_bits_are_not_streamed(changes, tiny_model, rows_file, tmp_pa
     (emulator / "config.json").write_text(json.dumps(config))
     with pytest.raises(EmlocError, match=next(iter(changes))) as caught:
         ExactTrain(emulator, str(rows_file), tmp_path / "exact", train_settings())
+    assert caught.value.code == "unsupported"
+
+
+def test_a_model_quantised_by_another_tool_is_refused(tiny_model, rows_file, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "fp8")
+    config = read_json(model / "config.json") | {"quantization_config": {"quant_method": "fp8"}}
+    (model / "config.json").write_text(json.dumps(config))
+    # Its weights are floating-point numbers, which without their scales make another model of the same shape.
+    weights = load_file(model / "model.safetensors")
+    small = {name: tensor.to(torch.float8_e4m3fn) if "proj" in name else tensor for name, tensor in weights.items()}
+    save_file(small, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EmlocError, match="quantised") as caught:
+        ExactTrain(model, str(rows_file), tmp_path / "exact", train_settings())
     assert caught.value.code == "unsupported"
 
 
