@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 #: Fields of PEFT's configs that hold patterns: as keys, as entries, or as the value itself.
-_FIELDS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
+_FIELDS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "llm_int8_skip_modules",
+)
 #: Limit on the ways to match all patterns of a config together.
 _MOST_WAYS = 300_000
 _PATH, _NUMBER = 100, 4  # characters of a module's path, and of a number in it

@@ -241,6 +241,11 @@ def _check(content: Any, where: str) -> None:
             )
         if key in ("dtype", "torch_dtype") and not _is_dtype(value):
             raise EmlocError(f"{key} in {where} is {value!r}, which is not a dtype.", "Correct the config.")
+        if key == "llm_int8_skip_modules" and value is not None:
+            if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+                raise EmlocError(f"{key} in {where} is {value!r}, which is not a list of names.", "Correct the config.")
+            if problems := pattern_problems({key: value}):
+                raise EmlocError(f"{where} cannot be used: {problems[0]}.", "Use full module names.", code="refused")
         name = key.strip("_").removesuffix("_internal")
         if name in _BUILT_IN and not set(_names(value)) <= _BUILT_IN[name] | (_FLASH if _has_flash() else set()):
             raise EmlocError(

@@ -13,12 +13,15 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from emloc_core.algorithms import fourbit
 from emloc_core.errors import EmlocError
 from emloc_core.lowrank import replace_linear
 from emloc_core.quantised import FourBitLinear
 
 METHOD = "bitsandbytes"
 _READABLE = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+#: What a packed weight says of itself.
+_PACKED = {"quant_type": "nf4", "blocksize": fourbit.BLOCK, "nested_blocksize": fourbit.SCALES}
 _STATE, _RANGES = "weight.quant_state.bitsandbytes__nf4", "weight.nested_absmax"
 
 
@@ -58,5 +61,10 @@ class _Ranges(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, list[torch.Tensor]]:
         (ranges,), (state,) = input_dict[_RANGES], input_dict[_STATE]
-        mean = json.loads(bytes(state.to(torch.uint8).tolist()))["nested_offset"]
-        return {"weight_ranges": [torch.cat([ranges, ranges.new_tensor([mean])])]}
+        said = json.loads(bytes(state.to(torch.uint8).tolist()))
+        if wrong := [name for name, value in _PACKED.items() if said[name] != value]:
+            raise ValueError(f"{wrong[0]} is {said[wrong[0]]!r}, not {_PACKED[wrong[0]]!r}")
+        found = torch.cat([ranges, ranges.new_tensor([said["nested_offset"]])])
+        if not bool(torch.isfinite(found).all()):
+            raise ValueError("scales are NaN or Inf")
+        return {"weight_ranges": [found]}

@@ -173,6 +173,13 @@ class Skeleton:
         )
         with self.checkpoint.slices(keys) as slices, _quiet_and_sequential():
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
+        for name, problem in info.conversion_errors.items():
+            reason = problem.partition("\nError:")[0].strip().splitlines()[-1]
+            raise EmlocError(
+                f"{name} cannot be made from the tensors in {self.checkpoint.directory} ({reason}).",
+                "Download or copy the model again.",
+                code="damaged",
+            )
         for name, shape, expected in info.mismatched_keys:
             raise EmlocError(
                 f"{name} in {self.checkpoint.directory} has shape {tuple(shape)}; the config says {tuple(expected)}.",

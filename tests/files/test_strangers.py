@@ -169,6 +169,14 @@ def test_an_unknown_quantisation_is_not_loaded(evil: Evil) -> None:
     assert caught.value.code == "unsupported"
 
 
+@pytest.mark.parametrize("skipped", [3, "lm_head", [3], ["(a"], ["(.|.)*x"], [".*.*.*.*x"]])
+def test_names_of_modules_that_are_not_packed_are_checked(evil: Evil, skipped: Any) -> None:
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": skipped}
+    evil.edit("config.json", quantization_config=packed)
+    with pytest.raises(EmlocError, match="llm_int8_skip_modules"):
+        pretrained.load_config(evil.directory / "config.json")
+
+
 def test_an_adapter_in_a_models_directory_is_not_put_on_it(evil: Evil) -> None:
     evil.edit("adapter_config.json", peft_type="LORA", base_model_name_or_path="somebody/else")
     with pytest.raises(EmlocError, match="holds a model and an adapter"):

@@ -128,6 +128,32 @@ def test_a_model_quantised_by_another_tool_is_refused(tiny_model, rows_file, tmp
     assert caught.value.code == "unsupported"
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"blocksize": 128}, "blocksize is 128, not 64"),
+        ({"quant_type": "fp4"}, "quant_type is 'fp4'"),
+        ({"nested_offset": 1e39}, "NaN or Inf"),
+        ({"nested_offset": "0.1"}, "weight_ranges cannot be made"),
+        (None, "weight_ranges cannot be made"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_four_bits_that_say_something_else_are_not_streamed(change, reason, tiny_model, rows_file, tmp_path):
+    emulator = Compress(
+        Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings(kind="nf4")
+    ).run()
+    shard = sorted(emulator.glob("model-*.safetensors"))[0]
+    tensors = load_file(shard)
+    key = next(key for key in tensors if "quant_state" in key)
+    said = json.dumps({**json.loads(bytes(tensors[key].tolist())), **change}) if change else "{"
+    save_file({**tensors, key: torch.tensor(list(said.encode()), dtype=torch.uint8)}, shard, {"format": "pt"})
+    (emulator / "emloc.json").unlink()  # as a stranger's
+    with pytest.raises(EmlocError, match=reason) as caught:
+        ExactTrain(emulator, str(rows_file), tmp_path / "exact", train_settings(steps=1)).run()
+    assert caught.value.code == "damaged"
+
+
 def test_rows_with_pictures_are_trained_on_as_ordinarily(tmp_path):
     base = save_model(tmp_path / "base", INTERNVL, "internvl", internvl_processor())
     rows = picture_rows(tmp_path / "rows")
