@@ -49,7 +49,7 @@ def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_
             if not allow_uncorrected:
                 raise EmlocError(
                     f"{adapter.directory} was trained on an emulator and is not corrected.",
-                    "Run `emloc correct` first, or merge it uncorrected with --allow-uncorrected.",
+                    "Run `emloc correct` first, or use it uncorrected with --allow-uncorrected.",
                     code="mismatch",
                 )
         named = adapter.config.get("base_model_name_or_path")
@@ -57,7 +57,7 @@ def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_
             raise EmlocError(
                 f"{adapter.directory} was trained on {named}, which is not here, so it is unknown whether that is an "
                 "emulator.",
-                "If it was trained on the base itself, merge it with --allow-uncorrected.",
+                "If it was trained on the base itself, give --allow-uncorrected.",
                 code="missing",
             )
     if made_for and made_for != fingerprint:

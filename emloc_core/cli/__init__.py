@@ -47,8 +47,10 @@ def cli() -> None:
     compress makes a low-rank emulator, train tunes a LoRA on it, correct carries the LoRA over to the base model,
     merge folds it in, eval compares them all. run does everything from one recipe.
     """
+    from emloc_core.cli.verbosity import hush_libraries
     from emloc_core.plugins.manager import is_on
 
+    hush_libraries()
     if is_on("EMLOC_STRICT_PLUGINS"):  # a broken plugin ends every command, even one that needs no plugin
         _plugin_commands()
 

@@ -1,8 +1,6 @@
 """Code shared by the commands: running a stage with progress, and printing its result."""
 
-import logging
 import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
@@ -13,7 +11,7 @@ import rich_click as click
 
 from emloc_core.cli.console import announce, print_json, progress
 from emloc_core.cli.following import following
-from emloc_core.cli.verbosity import Verbosity, set_up_libraries, verbosity
+from emloc_core.cli.verbosity import Verbosity, hush_libraries, set_up_libraries, verbosity
 from emloc_core.files.documents import read_json
 from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
@@ -48,7 +46,7 @@ def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, p
     """
     from emloc_core.stages import finish, prepare, warnings_of
 
-    _hush()
+    hush_libraries()
     if push is not None:
         check_repository(push)
     job = prepare(request)
@@ -75,14 +73,6 @@ def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, p
             click.echo(f"Uploaded: {upload(result, push)}", err=True)
         if alone and not to_json and verbosity() is not Verbosity.QUIET:
             _print_following(following(request, result))
-
-
-def _hush() -> None:
-    """Silence what libraries say that users cannot act on."""
-    # PEFT uses an old name in transformers.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-    # On some processors it asks for a package that fetches compiled code.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def perform(request: str) -> str:
@@ -136,7 +126,7 @@ def _lengths(content: Mapping[str, Any]) -> Iterable[str]:
     if cut := content["cut_rows"]:
         yield f"cut by the maximum length: {cut} rows, {content['dropped_rows']} of them dropped: no answer is left"
     if copies := content["duplicate_rows"]:
-        yield f"duplicates: {copies} rows occur before, with the same content"
+        yield f"duplicates: {copies} {'row occurs' if copies == 1 else 'rows occur'} before, with the same content"
 
 
 def summary(request: Request, result: Result) -> list[str]:
