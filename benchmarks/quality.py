@@ -7,10 +7,11 @@ benchmark can be interrupted at any time and continued, on another machine too. 
 
 A measurement is one *cell*: a task, a kind of emulator, its memory and a seed. It makes the emulator, tunes a LoRA on
 it for 60 steps of 8 rows, carries it over to the base uncorrected, with the paper's clamp and with ``auto``, and takes
-10 and 20 exact steps from there. Controls are LoRAs of 60 and 80 steps on the base itself, at three learning rates of
-which the one with the least loss on the selection rows counts, and exact steps from scratch. Baselines from the
-literature (``quality_baselines.py``) are carried over as they are. The loss is the NLL per token of the answers of 160
-test rows; that of the emulator itself, which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
+10 and 20 exact steps from there. Controls are LoRAs of 60 and 80 steps on the base itself, and exact steps from
+scratch. Of three learning rates the one with the least loss of the base on the selection rows counts. Baselines from
+the literature (``quality_baselines.py``) are carried over as they are. The loss is the NLL per token of the answers of
+160 test rows; that of the emulator itself, which is nobody's goal, of 64 of them. All else is done by the toolkit's
+stages.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
 the base gains over the base alone: ``(base - x) / (base - full)``.
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("--kind", action="append", help="only this kind, or 'full' or 'exact'; may be repeated")
     parser.add_argument("--memory", action="append", type=float, help="only this memory; may be repeated")
     parser.add_argument("--seed", action="append", type=int, help="only this seed; may be repeated")
+    parser.add_argument("--learning-rate", action="append", type=float, help="only this rate; may be repeated")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--minutes", type=float, help="begin no measurement after this time")
     parser.add_argument("--again", action="store_true", help="measure again what is chosen")
@@ -237,8 +239,11 @@ def main() -> None:
     options = parser.parse_args()
 
     def chosen(cell: Cell) -> bool:
-        asked = (options.task, cell.task), (options.kind, cell.kind), (options.memory, cell.memory)
-        return all(not names or value in names for names, value in (*asked, (options.seed, cell.seed)))
+        asked = (
+            (options.task, cell.task), (options.kind, cell.kind), (options.memory, cell.memory),
+            (options.seed, cell.seed), (options.learning_rate, cell.learning_rate),
+        )  # fmt: skip
+        return all(not names or value in names for names, value in asked)
 
     root: Path = options.directory
     root.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """What ``quality.py`` measures: its cells, the most telling first."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from quality_rows import TEXTS
@@ -11,7 +11,7 @@ PICTURES = "pictures"
 TASKS = (*TEXTS, PICTURES)
 STEPS, EXACT = 60, (10, 20)
 LEARNING_RATE = 1e-3
-#: Those that a LoRA on the base may choose from.
+#: Those that a LoRA on the base, or on an emulator, may choose from.
 LEARNING_RATES = (1e-3, 2e-3, 5e-4)
 MEMORIES = (0.11, 0.17, 0.28, 0.6)
 #: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
@@ -67,20 +67,30 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     yield from (Cell(task, FULL, 1, 0, STEPS + EXACT[-1]) for task in tasks)
     yield from (Cell(task, *way, 0) for way in RIVALS for task in tasks)
     yield from (Cell(task, *way, 0) for way in BASELINES for task in TEXTS)
-    rates = itertools.product(LEARNING_RATES[1:], (STEPS, STEPS + EXACT[-1]), tasks)
+    rates = product(LEARNING_RATES[1:], (STEPS, STEPS + EXACT[-1]), tasks)
     yield from (Cell(task, FULL, 1, 0, steps, rate) for rate, steps, task in rates)
     yield from (Cell(task, SCRATCH, 1, 0, EXACT[-1]) for task in tasks)
-    yield from (Cell(task, "low-rank", memory, 0) for memory in MEMORIES[::-1] for task in tasks)
-    for seed in range(1, seeds):
-        for task in tasks:
-            yield from (
-                Cell(task, FULL, 1, seed, steps, best_rate(known, task, steps)) for steps in (STEPS, STEPS + EXACT[-1])
-            )
-        yield from (Cell(task, *way, seed) for way in recommended for task in tasks)
-        yield from (Cell(task, SCRATCH, 1, seed, EXACT[-1]) for task in tasks)
+    plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
+    yield from (Cell(task, *way, 0) for way in plain for task in tasks)
+    ways = product(LEARNING_RATES[1:], (*recommended, *RIVALS, *plain), tasks)
+    yield from (Cell(task, *way, 0, STEPS, rate) for rate, way, task in ways)
+    for seed, task in product(range(1, seeds), tasks):
+        for steps in (STEPS, STEPS + EXACT[-1]):
+            yield Cell(task, FULL, 1, seed, steps, best_rate(known, task, FULL, 1, steps))
+        yield from (Cell(task, *way, seed, STEPS, best_rate(known, task, *way)) for way in recommended)
+        yield Cell(task, SCRATCH, 1, seed, EXACT[-1])
 
 
-def best_rate(rows: Sequence[dict[str, Any]], task: str, steps: int) -> float:
-    """Return the learning rate of a LoRA on the base with the least loss on the selection rows of the first seed."""
-    tried = [row for row in rows if (row["task"], row["kind"], row["seed"], row["steps"]) == (task, FULL, 0, steps)]
-    return min(tried, key=lambda row: row["selection"])["learning_rate"] if tried else LEARNING_RATE
+def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: float, steps: int = STEPS) -> float:
+    """Return the learning rate with the least loss of the base on the selection rows of the first seed."""
+    wanted = {"task": task, "kind": kind, "memory": memory, "seed": 0, "steps": steps}
+    tried = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return min(tried, key=_selection)["learning_rate"] if len(tried) > 1 else LEARNING_RATE
+
+
+def _selection(row: dict[str, Any]) -> float:
+    """Return the loss on the selection rows; of an emulator's LoRA, as it was corrected."""
+    if "selection" in row:
+        return float(row["selection"])
+    chosen = row["chosen"].items()
+    return next(float(each["nll"]) for each in row["candidates"] if chosen <= each.items())
