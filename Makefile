@@ -63,7 +63,7 @@ bench: $(patsubst %,bench-%,$(BENCHMARKS))  ## all benchmarks; each alone: make 
 bench-%: $(STAMP)
 	$(BIN)/python benchmarks/$*.py
 
-bench-quality: $(STAMP)  ## hours: what each kind of emulator gives the base, on three tasks; resumes
+bench-quality: $(STAMP)  ## hours: what each kind of emulator gives the base, on four tasks; resumes
 	$(BIN)/python -m pip install --quiet '.[bench]'  # a baseline
 	$(BIN)/python benchmarks/quality.py
 
