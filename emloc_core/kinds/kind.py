@@ -67,7 +67,7 @@ class Kind(ABC):
         allocate: shares out what takes the place of ranks; None: the rank allocator that the user chooses.
         keeps_weight: whether a Linear keeps its weight, rounded: alone, or beside its factors.
         needs_bitsandbytes: whether that package packs and unpacks it.
-        largest_ratio: the largest that is looked for; above it hardly anything is saved.
+        smallest_ratio, largest_ratio: those that are looked for; above the largest hardly anything is saved.
         allocates_by_spectra: whether ranks may be shared out by the spectra of the weights.
         has_experts: whether fused experts become factors too; otherwise they stay dense.
         can_be_cut: whether emulators of any ratio can be cut from spectra.
@@ -84,6 +84,7 @@ class Kind(ABC):
     allocate: Callable[..., Sequence[int]] | None = None
     keeps_weight: bool = False
     needs_bitsandbytes: bool = False
+    smallest_ratio: float = 0.01
     largest_ratio: float = 0.99
     allocates_by_spectra: bool = True
     has_experts: bool = False

@@ -148,9 +148,8 @@ class MixedLevels(FewLevels):
 
     name = "mixed"
     has_ratio = True
-    largest_ratio = 0.26
+    smallest_ratio, largest_ratio = 0.11, 0.26
     allocate = staticmethod(levels_budget)
-    _SMALLEST = 0.11
 
     def check(self, settings: CompressSettings) -> None:
         """Refuse a size that no number of levels has, and another allocator.
@@ -159,10 +158,10 @@ class MixedLevels(FewLevels):
             EmlocError: names the setting.
         """
         super().check(settings)
-        if not self._SMALLEST <= settings.ratio <= self.largest_ratio:
+        if not self.smallest_ratio <= settings.ratio <= self.largest_ratio:
             raise EmlocError(
-                f"The kind {self.name!r} takes {self._SMALLEST:g} to {self.largest_ratio:g} of what weights in 16 bits "
-                f"take, not {settings.ratio:g}.",
+                f"The kind {self.name!r} takes {self.smallest_ratio:g} to {self.largest_ratio:g} of what weights in 16 "
+                f"bits take, not {settings.ratio:g}.",
                 "Give --ratio 0.14, say.",
             )
         if settings.allocator != CompressSettings().allocator:

@@ -35,7 +35,7 @@ class Fit:
 
 
 def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
-    """Return the largest multiple of 0.01 whose tuning fits ``budget`` bytes, or None if not even 0.01 fits.
+    """Return the largest multiple of 0.01 whose tuning fits ``budget`` bytes, or None if not even the smallest fits.
 
     The memory for tuning grows with the ratio, mostly by the weights, which are counted without tracing. So the first
     guess is close, and few steps are traced.
@@ -48,9 +48,9 @@ def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
     def need(hundredths: int) -> "Need":
         return model.tuning(model.plan(hundredths / 100))
 
-    if need(1).total > budget:
+    fits, too_large = round(model.kind.smallest_ratio * 100), round(model.kind.largest_ratio * 100) + 1
+    if need(fits).total > budget:
         return None
-    fits, too_large = 1, round(model.kind.largest_ratio * 100) + 1
     while too_large - fits > 1:
         room = budget - need(fits).total
         weights = model.weight_bytes(fits / 100)
@@ -149,8 +149,9 @@ def nf4_saving(model: "MemoryModel") -> int:
 def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
     """Yield lines that say what would fit when no emulator does; each is computed, not guessed."""
     workload = model.workload
-    smallest = model.tuning(model.plan(0.01)).total
-    yield f"tuning the smallest emulator (ratio 0.01) needs {human_bytes(smallest)}"
+    ratio = model.kind.smallest_ratio
+    smallest = model.tuning(model.plan(ratio)).total
+    yield f"tuning the smallest emulator (ratio {ratio:g}) needs {human_bytes(smallest)}"
     batch, length = workload.batch_size, workload.length
     shortest = max(64, model.least_length())
     found = False

@@ -128,7 +128,7 @@ def make_plan(
     inference = model.inference()
     allowed = inference.total if budget is None else budget
     fit = largest_ratio(model, allowed) if ratio is None else None
-    chosen = fit.ratio if fit else ratio or 0.01
+    chosen = fit.ratio if fit else ratio or model.kind.smallest_ratio
     plan = model.plan(chosen)
     tuning = fit.need if fit else model.tuning(plan)
     needs = [

@@ -98,7 +98,7 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
         return found
 
     def emulator(kind: Kind, ratio: float | None, of: MemoryModel, need: int) -> Way:
-        held = of.parameters(of.plan(ratio or 0.01)) if kind.has_factors else parameters
+        held = of.parameters(of.plan(ratio or kind.smallest_ratio)) if kind.has_factors else parameters
         sized = {"kind": kind.name, "ratio": ratio if kind.has_ratio else None}
         flops = float(passes * held * tokens)
         return way(EMULATOR, max(need, exact), of.workload.batch_size, flops=flops, **sized)
@@ -134,7 +134,7 @@ def _traced(sizes: Sequence[MemoryModel], budget: int, fit: Fit | None) -> tuple
         smaller = largest_ratio(sizes[1], budget)
         if smaller and (ratio is None or smaller.ratio > ratio):
             model, ratio = sizes[1], smaller.ratio
-    return ratio, model, model.tuning(model.plan(ratio or 0.01)).total
+    return ratio, model, model.tuning(model.plan(ratio or model.kind.smallest_ratio)).total
 
 
 def _by_weights(sizes: Sequence[MemoryModel], budget: int) -> tuple[float | None, MemoryModel, int]:

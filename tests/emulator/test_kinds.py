@@ -281,6 +281,19 @@ def test_memory_is_planned_by_what_the_kind_needs(kind, tiny_model):
     assert need.terms["weights"] < planned.tuning().terms["weights"]
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
+def test_a_mixture_takes_no_less_and_no_more_than_its_levels(ratio, tiny_model, rows_file, tmp_path):
+    chosen = CompressSettings(kind="mixed", samples=4, selection=2, ratio=ratio)
+    with pytest.raises(EmlocError, match=f"takes 0.11 to 0.26 of what weights in 16 bits take, not {ratio}"):
+        Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen)
+
+
+def test_a_plan_looks_for_no_smaller_mixture(tiny_model, emloc):
+    code, out, _ = emloc("plan", tiny_model, "--kind", "mixed", "--memory", "1MB", "--length", 16, "--json")
+    planned = json.loads(out)
+    assert (code, planned["ratio"], planned["fits"]) == (0, 0.11, False)  # exact steps do
+
+
 def test_a_kind_comes_from_a_plugin(tiny_model, rows_file, tmp_path):
     class Mine(LowRank):
         name = "mine"
