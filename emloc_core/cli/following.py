@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from emloc_core.files.output import read_manifest
+from emloc_core.files.output import learned_preferences, read_manifest
 from emloc_core.requests import (
     CompressRequest,
     CorrectRequest,
@@ -42,7 +42,7 @@ def following(request: Request, result: Result) -> list[str]:
             found = [chat, merge]
         case CorrectRequest(adapter=adapter):
             polish = _command("polish", output, "--data", "train.jsonl", "-o", _beside(output, "polished"))
-            found = [chat, *([] if _learned_preferences(adapter) else [polish]), merge]
+            found = [chat, *([] if learned_preferences(adapter) else [polish]), merge]
         case MergeRequest():
             found = [chat]
         case EvaluateRequest(systems=systems):
@@ -63,10 +63,3 @@ def _beside(output: Path, name: str) -> Path:
 
 def _is_emulator(model: str) -> bool:
     return Path(model).is_dir() and (read_manifest(Path(model)) or {}).get("kind") == "emulator"
-
-
-def _learned_preferences(adapter: Path) -> bool:
-    """Return whether an adapter was trained by preferences, which the likelihood of answers would undo."""
-    request = (read_manifest(adapter) or {}).get("request", {})
-    settings = request.get("settings") if isinstance(request, dict) else None
-    return isinstance(settings, dict) and settings.get("method", "sft") != "sft"

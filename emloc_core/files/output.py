@@ -81,6 +81,23 @@ def made_from(directory: Path, role: str) -> str:
     return name
 
 
+#: Stages that an adapter has gone through, one after the other, that are followed back at most.
+_STAGES = 8
+
+
+def learned_preferences(adapter: Path) -> bool:
+    """Return whether a LoRA was trained by preferences, as its manifest tells, or those of what it was made from."""
+    for _ in range(_STAGES):
+        manifest = read_manifest(adapter) or {}
+        inputs, request = (manifest.get(name) for name in ("inputs", "request"))
+        before = inputs.get("adapter") if isinstance(inputs, dict) else None
+        if not isinstance(before, str):
+            settings = request.get("settings") if isinstance(request, dict) else None
+            return isinstance(settings, dict) and settings.get("method", "sft") != "sft"
+        adapter = Path(before)
+    return False
+
+
 def _parents(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the manifests of the outputs among the inputs, and of those among theirs, the oldest first."""
     found: dict[Path, dict[str, Any]] = {}

@@ -26,6 +26,7 @@ from emloc_core.exact.need import Positions, step_need
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
+from emloc_core.files.output import learned_preferences
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import EvalRows, PolishRequest, Rows, TrainRequest
 from emloc_core.settings import ExactSettings, PolishSettings, StepSettings, TrainSettings
@@ -209,6 +210,13 @@ class Polish(ExactTrain):
         """Return what :meth:`ExactTrain.describe` does; the adapter is made for the base, as far as manifests tell."""
         self._require_base(Inputs(self.path.resolve().parent))
         return super().describe()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user has to know before the steps are taken: that they undo what was learned from preferences."""
+        if not learned_preferences(self.start.directory):
+            return []
+        return [f"{self.start.directory} was trained by preferences, which the likelihood of answers makes it forget"]
 
     def _targets(self) -> list[str]:
         targets = self.start.config["target_modules"]

@@ -102,6 +102,26 @@ def test_exact_steps_know_no_preferences(tiny_model, tmp_path):
         load_recipe(recipe)
 
 
+def test_polishing_says_that_it_forgets_preferences(made, tiny_model, tmp_path, emloc):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " b"}])
+    for adapter in (made[1].path, made[2].path):  # as trained, and as corrected
+        job = (
+            "polish",
+            adapter,
+            "--base",
+            tiny_model,
+            "--data",
+            data,
+            "--steps",
+            1,
+            "-o",
+            tmp_path / "polished",
+            "--dry-run",
+        )
+        code, _, err = emloc(*job)
+        assert (code, f"warning: {adapter} was trained by preferences" in err) == (0, True)
+
+
 def test_fields_of_the_other_config_are_refused(made):
     with pytest.raises(EmlocError, match="DPOConfig has no field 'packing'"):
         emloc_core.train(made[0], preferences(), made[1].path.with_name("x"), extra={"packing": True}, **SETTINGS)
