@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from emloc_core.algorithms.levels import LEVELS, level_bytes, lost
+from emloc_core.algorithms.levels import LEVELS, level_bytes, lost, most_levels
 
 #: Lowest and highest rank under ``global``, as multiples of the uniform one.
 BOUNDS = (0.5, 2.0)
@@ -90,7 +90,7 @@ def levels_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
     optimum, short of less than one step. Without spectra, all Linears count the same.
     """
     steps = sorted(LEVELS)
-    found = [steps[0]] * len(shapes)
+    found = [most_levels(level_bytes(steps[0], shape), shape) for shape in shapes]
     left = int(ratio * sum(2 * m * n for m, n in shapes)) - sum(map(level_bytes, found, shapes))
 
     def offer(index: int) -> tuple[float, int, int]:
@@ -98,13 +98,14 @@ def levels_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
         after = steps[steps.index(found[index]) + 1]
         cost = level_bytes(after, shapes[index]) - level_bytes(found[index], shapes[index])
         weight = spectra[index].sensitivity if spectra else math.prod(shapes[index])
-        return -weight * (lost(found[index]) - lost(after)) / max(cost, 1), index, cost
+        return -weight * (lost(found[index]) - lost(after)) / cost, index, cost
 
-    offers = [offer(index) for index in range(len(shapes))]
+    offers = [offer(index) for index in range(len(shapes)) if found[index] < steps[-1]]
     heapify(offers)
     while offers and offers[0][2] <= left:
         _, index, cost = heappop(offers)
-        found[index], left = steps[steps.index(found[index]) + 1], left - cost
+        taken = level_bytes(found[index], shapes[index]) + cost
+        found[index], left = most_levels(taken, shapes[index]), left - cost
         if found[index] < steps[-1]:
             heappush(offers, offer(index))
     return found

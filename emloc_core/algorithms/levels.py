@@ -45,9 +45,13 @@ def level_bytes(levels: int, shape: tuple[int, int]) -> int:
     return codes + 2 * scales
 
 
-def count(codes: torch.Tensor, shape: tuple[int, int]) -> int:
-    """Return how many levels a packed matrix of this shape has."""
-    return next(levels for levels in LEVELS if sizes(levels, *shape)[0] == codes.numel())
+def most_levels(nbytes: int, shape: tuple[int, int]) -> int:
+    """Return how many levels a matrix of this shape can have in so many bytes; with few numbers, several have one size.
+
+    Raises:
+        StopIteration: none.
+    """
+    return next(levels for levels in sorted(LEVELS, reverse=True) if level_bytes(levels, shape) == nbytes)
 
 
 def lost(levels: int) -> float:

@@ -22,10 +22,12 @@ class PackedWeight(Factors):
 
     Attributes:
         codes, scales: see :func:`emloc_core.algorithms.levels.rounded`.
+        count: number of levels.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
+    count: int
 
 
 class MovableScales:
@@ -36,8 +38,8 @@ class MovableScales:
     """
 
     def __init__(self, packed: PackedWeight) -> None:
-        self._packed, self._shape = packed, (packed.u.shape[0], packed.v.shape[1])
-        self._count = levels.count(packed.codes, self._shape)
+        self._packed, self._count = packed, packed.count
+        self._shape = (packed.u.shape[0], packed.v.shape[1])
         self.numbers = nn.Parameter(packed.scales.float().log())
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -69,6 +71,10 @@ class FewLevels(Kind):
         """Return how many levels a Linear has that the plan gives a rank."""
         return self.levels
 
+    def count_in(self, nbytes: int, shape: tuple[int, int]) -> int:  # noqa: ARG002
+        """Return how many levels a weight of this shape has that takes so many bytes."""
+        return self.levels
+
     def rounding(self, factorize: Factorize) -> Factorize:  # noqa: ARG002
         """Return what rounds a weight with feedback, whatever its rank."""
 
@@ -78,7 +84,7 @@ class FewLevels(Kind):
             found = levels.unpack(codes, scales, (m, n), count, torch.float32)
             error = output_error(weight, found, gram.matrix)
             nothing = torch.zeros(min(m, n), dtype=torch.float64)
-            return PackedWeight(*whole(found), nothing, codes, scales, error=error)
+            return PackedWeight(*whole(found), nothing, codes, scales, count, error=error)
 
         return rounded
 
@@ -101,7 +107,9 @@ class FewLevels(Kind):
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return the weight and the identity."""
         codes, scales = tensors
-        return whole(levels.unpack(codes, scales, shape, levels.count(codes, shape), dtype))
+        return whole(
+            levels.unpack(codes, scales, shape, self.count_in(codes.numel() + 2 * scales.numel(), shape), dtype)
+        )
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         """Say how many levels which Linears have; :mod:`emloc_core.lowrank` loads them."""
@@ -172,6 +180,10 @@ class MixedLevels(FewLevels):
     def count(self, rank: int) -> int:
         """Return the number that was shared out."""
         return rank
+
+    def count_in(self, nbytes: int, shape: tuple[int, int]) -> int:
+        """Return the number that was shared out: the largest of that size."""
+        return levels.most_levels(nbytes, shape)
 
     def told(self, rank: str) -> str:
         """The number of levels, or the numbers of several Linears."""

@@ -17,7 +17,7 @@ from emloc_core.algorithms.allocation import (
     uniform,
     wants_spectra,
 )
-from emloc_core.algorithms.levels import LEVELS, level_bytes, lost
+from emloc_core.algorithms.levels import LEVELS, level_bytes, lost, most_levels
 from emloc_core.emulator.ranks import LinearPlan, RankPlan, allocated
 from emloc_core.errors import EmlocError
 
@@ -143,16 +143,22 @@ def test_a_rank_that_saves_nothing_leaves_the_linear_dense():
     assert "no smaller" in plan.linears[0].reason
 
 
-@given(SHAPES, st.floats(0.11, 0.3), st.integers(0, 5))
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=12),
+    st.floats(0.11, 0.3),
+    st.integers(0, 5),
+)
 def test_levels_keep_the_budget_and_leave_less_than_a_step(shapes, ratio, seed):
     found = levels_budget(shapes, ratio, spectra_of(shapes, seed))
     budget = ratio * sum(2 * m * n for m, n in shapes)
-    least = [min(LEVELS)] * len(shapes)
+    least = [most_levels(level_bytes(min(LEVELS), shape), shape) for shape in shapes]
     taken = sum(map(level_bytes, found, shapes))
     assert taken <= budget or found == least  # narrow rows have many scales
     steps = [level_bytes(min(n for n in LEVELS if n > levels), shape) - level_bytes(levels, shape)
              for levels, shape in zip(found, shapes, strict=True) if levels < max(LEVELS)]  # fmt: skip
     assert not steps or taken + max(steps) > budget
+    read = [most_levels(level_bytes(levels, shape), shape) for levels, shape in zip(found, shapes, strict=True)]
+    assert read == found  # files say no more than the bytes
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=3, max_size=4), st.floats(0.11, 0.25))
