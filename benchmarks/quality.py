@@ -32,7 +32,7 @@ from typing import Any
 from emloc_demo.model import write_base
 from harness import RESULTS, in_process
 from quality_cells import BASELINES, BYTES, EXACT, FULL, PICTURES, SCRATCH, TASKS, Cell, cells
-from quality_pictures import picture_sets, write_reading_base
+from quality_pictures import picture_sets, write_reader
 from quality_report import report
 from quality_rows import make_sets
 
@@ -45,12 +45,34 @@ def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
     place.mkdir()
     started = time.perf_counter()
     rows = write_rows(place, cell, root)
-    baselines = {kind for kind, _ in BASELINES}
-    work = control if cell.kind in (FULL, SCRATCH) else baseline if cell.kind in baselines else emulated
-    base = write_reading_base(root / "reading-base") if cell.task == PICTURES else write_text_base(root / "base")
-    found = work(base, place, cell, rows)
+    work = {FULL: control, SCRATCH: control} | dict.fromkeys(dict(BASELINES), baseline)
+    found = work.get(cell.kind, emulated)(base_of(cell.task, root), place, cell, rows)
     shutil.rmtree(place)
     return {**values, **found, "seconds": round(time.perf_counter() - started)}
+
+
+def base_of(task: str, root: Path) -> Path:
+    """Return a task's base in bf16, as models are published; it is made once."""
+    place = root / ("reading-base" if task == PICTURES else "base")
+    if place.exists():
+        return place
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    partial, whole = (place.with_name(f".{place.name}.{name}") for name in ("partial", "fp32"))
+    for each in (partial, whole):
+        shutil.rmtree(each, ignore_errors=True)
+    make: Callable[[Path], Path]
+    if task == PICTURES:
+        make, model, processing = write_reader, AutoModelForImageTextToText, AutoProcessor
+    else:
+        make, model, processing = write_base, AutoModelForCausalLM, AutoTokenizer
+    source = make(whole)
+    model.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(partial)
+    processing.from_pretrained(source).save_pretrained(partial)
+    shutil.rmtree(source)
+    partial.rename(place)
+    return place
 
 
 def write_rows(place: Path, cell: Cell, root: Path) -> dict[str, Path]:
@@ -106,8 +128,8 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     }  # fmt: skip
     polished = polish(cell, corrected["auto"], checkpoint, tuning, timed)
     # Asked for fp32, transformers leaves some weights of a vision tower in four bits as they are.
-    dtype = {"dtype": "auto"} if cell.task == PICTURES else {}
-    on_emulator, on_base = Scores(emulator, rows["test"], 64, **dtype), Scores(base, rows["test"])
+    dtype = "auto" if cell.task == PICTURES else "float32"
+    on_emulator, on_base = Scores(emulator, rows["test"], 64, dtype), Scores(base, rows["test"])
     systems = {"emulator": on_emulator.of(None), "tuned": on_emulator.of(adapter), "uncorrected": on_base.of(adapter)}
     auto = (read_manifest(corrected["auto"]) or {})["result"]
     systems["paper"] = on_base.of(corrected["paper"])
@@ -264,24 +286,6 @@ def main() -> None:
         report(rows)
     if rows and not options.list:
         report(rows)
-
-
-def write_text_base(place: Path) -> Path:
-    """Write the demo's base in bf16, the dtype of the published SmolLM2."""
-    if place.exists():
-        return place
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    partial, whole = (place.with_name(f".{place.name}.{name}") for name in ("partial", "fp32"))
-    for each in (partial, whole):
-        shutil.rmtree(each, ignore_errors=True)
-    source = write_base(whole)
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(partial)
-    AutoTokenizer.from_pretrained(source).save_pretrained(partial)
-    shutil.rmtree(source)
-    partial.rename(place)
-    return place
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The pictures of ``quality.py``: the demo's small InternVL, which reads handwritten digits, learns to order them."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +43,10 @@ def _rows(directory: Path, name: str) -> list[Row]:
     return [{**row, "images": [str(directory / image) for image in row["images"]]} for row in rows]
 
 
-def write_reading_base(place: Path) -> Path:
-    """Train the demo's model, the same every time, and write it in bf16, as models are published."""
-    import torch
+def write_reader(place: Path) -> Path:
+    """Train the demo's model, the same every time."""
     from emloc_demo.vision.pictures import TURNS, load_digits
     from emloc_demo.vision.pretraining import pretrain
     from emloc_demo.vision.rows import split
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if place.exists():
-        return place
-    partial, trained = (place.with_name(f".{place.name}.{name}") for name in ("partial", "trained"))
-    for each in (partial, trained):
-        shutil.rmtree(each, ignore_errors=True)
-    pretrain(trained, split(load_digits(TURNS))["pretraining"])
-    AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(partial)
-    AutoProcessor.from_pretrained(trained).save_pretrained(partial)
-    shutil.rmtree(trained)
-    partial.rename(place)
-    return place
+    return pretrain(place, split(load_digits(TURNS))["pretraining"])

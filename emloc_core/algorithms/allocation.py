@@ -87,7 +87,7 @@ def levels_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
 
     Minimises the sum over the Linears of ``sensitivity * lost(levels)`` subject to the bytes that ``ratio`` of 16 bits
     a number are. What a byte gains falls from step to step, so that taking steps in that order is the Lagrangian
-    optimum, short of less than one step. Without spectra, all Linears count the same.
+    optimum, short of less than one step. Without spectra, all numbers count the same.
     """
     steps = sorted(LEVELS)
     found = [most_levels(level_bytes(steps[0], shape), shape) for shape in shapes]

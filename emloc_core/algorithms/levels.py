@@ -54,6 +54,7 @@ def most_levels(nbytes: int, shape: tuple[int, int]) -> int:
     return next(levels for levels in sorted(LEVELS, reverse=True) if level_bytes(levels, shape) == nbytes)
 
 
+@lru_cache
 def lost(levels: int) -> float:
     """Return the share of their mean square that normally distributed numbers lose to rounding."""
     values = LEVELS[levels]

@@ -46,7 +46,6 @@ def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, p
     """
     from emloc_core.stages import finish, prepare, warnings_of
 
-    hush_libraries()
     if push is not None:
         check_repository(push)
     job = prepare(request)
@@ -77,6 +76,7 @@ def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, p
 
 def perform(request: str) -> str:
     """Run a stage in its own process: ``request`` is JSON, and progress goes to stderr."""
+    hush_libraries()
     run(request_from_json(request), dry_run=False, to_json=False, alone=False)
     return "done"
 

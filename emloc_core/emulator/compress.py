@@ -101,12 +101,8 @@ class Compress:
             found = found.without_experts(why)
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
         self.blocks = block_paths(self.skeleton.model, self.family)
-        allocate = uniform if self.ranks_by_spectra and self.kind.allocate is None else self.allocate
-        self.plan: RankPlan = (
-            allocated(found, settings.ratio, allocate, name=settings.allocator, kind=self.kind)
-            if self.kind.has_ratio
-            else found.at_full_rank()
-        )
+        allocate = uniform if self.ranks_by_spectra else self.allocate
+        self.plan: RankPlan = allocated(found, settings.ratio, allocate, name=settings.allocator, kind=self.kind)
         # Weights alone need no calibration: its rows are left for tuning.
         samples = settings.samples if self.kind.is_fitted else 0
         self.rows = draw(rows, settings.seed, samples, settings.selection)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-#: Fields of PEFT's configs that hold patterns: as keys, as entries, or as the value itself.
+#: Fields of configs, PEFT's and that of bitsandbytes, that hold patterns: as keys, as entries, or as the value itself.
 _FIELDS = (
     "target_modules",
     "exclude_modules",

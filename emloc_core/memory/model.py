@@ -151,12 +151,7 @@ class MemoryModel:
         """
         if not self.kind.is_fitted:
             return self.linears.at_full_rank()
-        allocate = self.kind.allocate or uniform
-        plan = (
-            allocated(self.linears, ratio, allocate, kind=self.kind)
-            if self.kind.has_ratio
-            else self.linears.at_full_rank()
-        )
+        plan = allocated(self.linears, ratio, uniform, kind=self.kind)
         idle = [each.path for each in plan.planned if each.path.startswith(self._idle_towers)]
         return plan.dense(idle, UNREACHED) if idle else plan
 

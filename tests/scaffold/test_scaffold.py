@@ -509,6 +509,7 @@ def test_the_command_speaks_json(save):
     assert content["model_types"] == ["starcoder2"]
     assert content["notes"] == []
     assert content["checked"] is True
+    assert "passes every check" in done.stderr
     compile(content["source"], "draft", "exec")
 
 
