@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from emloc_core.algorithms import packed
-from emloc_core.algorithms.feedback import with_feedback
+from emloc_core.algorithms.feedback import PASSES, damped, descended, with_feedback
 
 #: The levels of a standard normal distribution, by how many there are.
 LEVELS = {
@@ -66,6 +66,9 @@ def lost(levels: int) -> float:
 def rounded(matrix: torch.Tensor, gram: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a matrix with feedback, and pack it.
 
+    Scales are first those that lose least without feedback, and between passes those that are best for the levels that
+    were chosen.
+
     Args:
         matrix: M, (m, n), any floating dtype.
         gram: ``sum x x^T`` of its inputs, (n, n).
@@ -74,19 +77,14 @@ def rounded(matrix: torch.Tensor, gram: torch.Tensor, levels: int) -> tuple[torc
     Returns:
         Codes, (bytes, 1), uint8, and scales, (m, ceil(n / GROUP)), bf16; see :func:`unpack`.
     """
-    matrix = matrix.float()
-    scales = _scales(matrix, levels)
-    spread = _spread(scales.float(), matrix.shape[1])
-    indices = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
-    values, middles = _levels(levels, matrix)
-
-    def nearest(numbers: torch.Tensor, column: int) -> torch.Tensor:
-        index = torch.bucketize(numbers / spread[:, column], middles)
-        indices[:, column] = index
-        return values[index] * spread[:, column]
-
-    with_feedback(matrix, gram, nearest)
-    return _pack(indices, levels), scales
+    matrix, gram = matrix.float(), damped(gram)
+    grid = _Grid(levels, _scales(matrix, levels), matrix.shape[1])
+    found = with_feedback(matrix, gram, grid.nearest)
+    for _ in range(PASSES):
+        units = grid.values[grid.indices(found)]
+        grid = _Grid(levels, _fitted(matrix, units, gram, grid.scales), matrix.shape[1])
+        found = descended(matrix, units * grid.spread, gram, grid.nearest)
+    return _pack(grid.indices(found), levels), grid.scales
 
 
 def unpack(
@@ -117,6 +115,29 @@ def product(
     return packed.product(x, how, codes, scales)
 
 
+class _Grid:
+    """The levels that every number of a matrix may be rounded to: those times the scale of its group.
+
+    Args:
+        levels: how many.
+        scales: of the groups, (m, groups), bf16.
+        n: numbers of a row.
+    """
+
+    def __init__(self, levels: int, scales: torch.Tensor, n: int) -> None:
+        self.scales, self.spread = scales, _spread(scales.float(), n)
+        self.values, self.middles = _levels(levels, self.spread)
+
+    def indices(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return the index of the level that is nearest to every number, (m, n)."""
+        return torch.bucketize(matrix / self.spread, self.middles)
+
+    def nearest(self, numbers: torch.Tensor, column: int) -> torch.Tensor:
+        """Round numbers of a column, (m,)."""
+        spread = self.spread[:, column]
+        return self.values[torch.bucketize(numbers / spread, self.middles)] * spread
+
+
 def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
     """Return the scale of every group of a row, (m, groups), bf16 and above 0, that loses least without feedback."""
     (m, n), tiny = matrix.shape, torch.finfo(torch.bfloat16).tiny
@@ -132,6 +153,35 @@ def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
         lost = (lost * (padded != 0)).sum(2)  # padding, and zeros, which no even number of levels has
         best, least = torch.where(lost < least, scale, best), torch.minimum(lost, least)
     return best
+
+
+def _fitted(matrix: torch.Tensor, units: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return the scales, (m, groups), bf16, with which levels that are chosen lose least: least squares, row by row.
+
+    A row that would need a scale that is not above 0 keeps its own.
+
+    Args:
+        matrix: M, (m, n), in fp32.
+        units: the levels, (m, n), without their scales.
+        gram: G, (n, n), positive definite.
+        scales: as they are.
+    """
+    (m, n), groups = matrix.shape, scales.shape[1]
+    descent = units * ((matrix - units * _spread(scales.float(), n)) @ gram)
+    curvature = torch.empty(m, groups, groups).to(matrix)
+    for group, start in enumerate(range(0, n, GROUP)):
+        stop = min(start + GROUP, n)
+        curvature[:, group] = _by_group(units[:, start:stop] @ gram[start:stop] * units)
+    diagonal = curvature.diagonal(dim1=1, dim2=2)  # of a group whose levels are all 0, it is 0
+    diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(matrix.dtype).tiny
+    changed = (scales + torch.linalg.solve(curvature.double(), _by_group(descent).double())).bfloat16()
+    usable = (changed > 0) & changed.isfinite()
+    return torch.where(usable.all(1, keepdim=True), changed, scales)
+
+
+def _by_group(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the sum of every group of a row, (m, groups)."""
+    return functional.pad(numbers, (0, -numbers.shape[1] % GROUP)).view(len(numbers), -1, GROUP).sum(2)
 
 
 def _spread(scales: torch.Tensor, n: int) -> torch.Tensor:

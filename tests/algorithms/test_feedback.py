@@ -1,0 +1,116 @@
+"""Rounding with feedback: that every part of it lowers the loss of the outputs, and where it ends."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emloc_core.algorithms import levels
+from emloc_core.algorithms.feedback import damped, descended, with_feedback
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs_gram(n, seed=0, rows=50):
+    inputs = draw(rows, n, seed=seed) @ draw(n, n, seed=seed + 1)
+    return inputs.T @ inputs
+
+
+def loss(matrix, found, gram):
+    apart = (matrix - found).double()
+    return float((apart @ gram.double() * apart).sum())
+
+
+def to_integers(numbers, _column):
+    return numbers.round()
+
+
+cases = given(m=st.integers(1, 6), n=st.integers(1, 200), seed=st.integers(0, 2**16))
+
+
+@settings(max_examples=25, deadline=None)
+@cases
+def test_no_pass_of_descent_raises_the_loss(m, n, seed):
+    matrix, gram = 2 * draw(m, n, seed=seed), damped(inputs_gram(n, seed))
+    found = matrix.round()
+    for _ in range(3):
+        before = loss(matrix, found, gram)
+        found = descended(matrix, found, gram, to_integers)
+        assert loss(matrix, found, gram) <= before * (1 + 1e-5)
+        assert torch.equal(found, found.round())
+
+
+def test_descent_ends_where_no_number_alone_can_be_better():
+    matrix, gram = 2 * draw(4, 150), damped(inputs_gram(150))
+    found, before = with_feedback(matrix, gram, to_integers), None
+    while before is None or not torch.equal(found, before):
+        before, found = found, descended(matrix, found, gram, to_integers)
+    least = loss(matrix, found, gram)
+    for row in range(4):
+        for column in range(150):
+            for step in (-1, 1):
+                other = found.clone()
+                other[row, column] += step
+                assert loss(matrix, other, gram) > least
+
+
+def test_descent_finds_the_best_of_all_choices_where_there_are_few():
+    gram = damped(inputs_gram(3, rows=3))
+    matrix = 2 * draw(20, 3, seed=5)
+    near = matrix.floor()[:, None] + torch.cartesian_prod(*[torch.arange(-1.0, 3.0)] * 3)
+    apart = matrix[:, None] - near
+    best = (apart @ gram * apart).sum(-1).amin(1)
+    plain = matrix.round()
+    found = with_feedback(matrix, gram, to_integers)
+    for _ in range(5):
+        found = descended(matrix, found, gram, to_integers)
+    apart, plain = matrix - found, matrix - plain
+    reached, rounded = ((each @ gram * each).sum(1) for each in (apart, plain))
+    assert bool((reached >= best * (1 - 1e-5)).all())
+    assert float((reached - best).sum()) < 0.1 * float((rounded - best).sum())
+
+
+def test_columns_with_the_largest_inputs_come_first():
+    seen = []
+
+    def nearest(numbers, column):
+        seen.append(column)
+        return numbers.round()
+
+    with_feedback(draw(2, 5), torch.diag(torch.tensor([2.0, 9.0, 1.0, 5.0, 4.0])), nearest)
+    assert seen == [1, 3, 4, 0, 2]
+
+
+def test_the_order_of_the_inputs_does_not_matter():
+    matrix, gram = draw(16, 64, seed=2), damped(inputs_gram(64))
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    there = torch.empty_like(matrix)
+    there[:, order] = with_feedback(matrix[:, order], gram[order][:, order], to_integers)
+    assert torch.equal(with_feedback(matrix, gram, to_integers), there)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    m=st.integers(1, 5),
+    n=st.integers(1, 2 * levels.GROUP + 3),
+    count=st.sampled_from([3, 6]),
+    seed=st.integers(0, 2**16),
+)
+def test_scales_are_those_of_least_squares(m, n, count, seed):
+    matrix, gram = draw(m, n, seed=seed), damped(inputs_gram(n, seed))
+    scales = levels._scales(matrix, count)
+    grid = levels._Grid(count, scales, n)
+    units = grid.values[grid.indices(matrix)]
+    found = levels._fitted(matrix, units, gram, scales).float()
+    root = torch.linalg.cholesky(gram.double())
+    for row in range(m):
+        columns = torch.stack([
+            units[row, start : start + levels.GROUP].double() @ root[start : start + levels.GROUP]
+            for start in range(0, n, levels.GROUP)
+        ], dim=1)  # fmt: skip
+        best = torch.linalg.lstsq(columns, (matrix[row].double() @ root)[:, None], driver="gelsd").solution[:, 0]
+        if bool((best > 1e-3).all()):
+            assert torch.allclose(found[row].double(), best, rtol=2e-2)  # in bf16
+        elif bool((best < -1e-3).any()):
+            assert torch.equal(found[row], scales[row].float())
