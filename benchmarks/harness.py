@@ -29,7 +29,8 @@ def in_process(work: Callable[..., dict[str, Any]] | str, *args: Any, env: dict[
         env: environment variables beside those of this process.
 
     Returns:
-        The function's dictionary with ``peak_rss_bytes`` of its process; or what the script printed.
+        The function's dictionary with ``peak_rss_bytes`` of its process, unless it has its own; or what the script
+        printed.
     """
     if isinstance(work, str):
         command = ["-c", work, *map(str, args)]
@@ -110,7 +111,7 @@ def _serve(file: str, function: str, arguments: str) -> None:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     found = getattr(module, function)(*json.loads(arguments))
-    print(json.dumps({**found, "peak_rss_bytes": peak_rss_bytes()}))
+    print(json.dumps({"peak_rss_bytes": peak_rss_bytes(), **found}))
 
 
 if __name__ == "__main__":

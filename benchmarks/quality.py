@@ -36,6 +36,8 @@ from quality_pictures import picture_sets, write_reader
 from quality_report import report
 from quality_rows import make_sets
 
+from emloc_core.files.meter import Meter
+
 
 def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
     """Measure a cell; called in a process of its own."""
@@ -48,7 +50,8 @@ def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
     work = {FULL: control, SCRATCH: control} | dict.fromkeys(dict(BASELINES), baseline)
     found = work.get(cell.kind, emulated)(base_of(cell.task, root), place, cell, rows)
     shutil.rmtree(place)
-    return {**values, **found, "seconds": round(time.perf_counter() - started)}
+    peak = max(stage["peak_rss_bytes"] for stage in found["stages"].values())
+    return {**values, **found, "seconds": round(time.perf_counter() - started), "peak_rss_bytes": peak}
 
 
 def base_of(task: str, root: Path) -> Path:
@@ -92,10 +95,12 @@ def control(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[
 
     settings = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **_HOW)
     train: Any = ExactTrain if cell.kind == SCRATCH else Train
-    adapter = train(base, str(rows["tuning"]), place / "adapter", settings).run()
+    metered = Metered()
+    adapter = metered("train", train(base, str(rows["tuning"]), place / "adapter", settings).run)
     scored = Scores(base, rows["test"])
     selection = Scores(base, rows["selection"]).of(adapter)["nll"]
-    return {"systems": {"base": scored.of(None), cell.kind: scored.of(adapter)}, "selection": selection}
+    systems = {"base": scored.of(None), cell.kind: scored.of(adapter)}
+    return {"systems": systems, "selection": selection, "stages": metered.stages}
 
 
 _HOW = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": 8}
@@ -112,21 +117,21 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
     from emloc_core.tuning.train import Train
 
-    checkpoint, tuning, timed = Checkpoint(base), str(rows["tuning"]), Timed()
+    checkpoint, metered = Checkpoint(base), Metered()
     given: dict[str, Any] = {"kind": cell.kind, "seed": cell.seed, "selection": 0}
     if cell.kind in BYTES:
         given["ratio"] = round(cell.memory * 2 / BYTES[cell.kind], 4)
     compress = Compress(checkpoint, load_rows(str(rows["calibration"])), place / "emulator", CompressSettings(**given))
     share = taken(compress)
-    emulator = timed("compress", compress.run)
+    emulator = metered("compress", compress.run)
     tune = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **_HOW)
-    adapter = timed("train", Train(emulator, tuning, place / "adapter", tune).run)
+    adapter = metered("train", Train(emulator, str(rows["tuning"]), place / "adapter", tune).run)
     corrected = {
-        name: timed(name, Correct(Adapter(adapter), checkpoint, place / name, CorrectSettings(clamp=clamp),
+        name: metered(name, Correct(Adapter(adapter), checkpoint, place / name, CorrectSettings(clamp=clamp),
                                   selection=rows["selection"]).run)
         for name, clamp in (("paper", 3.0), ("auto", "auto"))
     }  # fmt: skip
-    polished = polish(cell, corrected["auto"], checkpoint, tuning, timed)
+    exact_rate, polished = polish(cell, corrected["auto"], base, rows, metered)
     # Asked for fp32, transformers leaves some weights of a vision tower in four bits as they are.
     dtype = "auto" if cell.task == PICTURES else "float32"
     on_emulator, on_base = Scores(emulator, rows["test"], 64, dtype), Scores(base, rows["test"])
@@ -142,8 +147,9 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
         "relative_error": round(mean(error for error in errors if error is not None), 4),
         "chosen": {name: auto[name] for name in auto if name in ("clamp", "scale")},
         "candidates": auto["candidates"],
+        "exact_rate": exact_rate,
         "systems": systems,
-        "stage_seconds": timed.seconds,
+        "stages": metered.stages,
     }
 
 
@@ -151,49 +157,66 @@ def baseline(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     """Make a baseline's stand-in, tune a LoRA on it, carry it over as it is, take exact steps, and measure it all."""
     from quality_baselines import make, on_the_base
 
-    from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.settings import TrainSettings
     from emloc_core.tuning.train import Train
 
-    tuning, timed = str(rows["tuning"]), Timed()
-    made = timed("compress", lambda: make(cell.kind, cell.memory, base, rows["calibration"], place / "emulator"))
+    metered = Metered()
+    made = metered("compress", lambda: make(cell.kind, cell.memory, base, rows["calibration"], place / "emulator"))
     tune = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **_HOW)
-    adapter = timed("train", Train(place / "emulator", tuning, place / "adapter", tune).run)
+    adapter = metered("train", Train(place / "emulator", str(rows["tuning"]), place / "adapter", tune).run)
     carried = on_the_base(adapter, made, base, place / "carried")
-    polished = polish(cell, carried, Checkpoint(base), tuning, timed)
+    exact_rate, polished = polish(cell, carried, base, rows, metered)
     on_emulator, on_base = Scores(place / "emulator", rows["test"], 64), Scores(base, rows["test"])
     systems = {"emulator": on_emulator.of(None), "tuned": on_emulator.of(adapter)}
     systems |= {name: on_base.of(path) for name, path in {"uncorrected": carried, **polished}.items()}
-    return {"share": round(made.share, 4), "systems": systems, "stage_seconds": timed.seconds}
+    return {
+        "share": round(made.share, 4),
+        "exact_rate": exact_rate,
+        "systems": systems,
+        "stages": metered.stages,
+    }
 
 
-class Timed:
-    """Calls functions, and keeps how long each took, in seconds."""
+class Metered:
+    """Calls functions, and keeps what each took: seconds, and the process's peak memory meanwhile."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.stages: dict[str, dict[str, float]] = {}
 
     def __call__(self, stage: str, function: Callable[[], Any]) -> Any:
         """Call a function without arguments as a stage."""
-        started = time.perf_counter()
+        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
+        meter = Meter()
         found = function()
-        self.seconds[stage] = round(time.perf_counter() - started, 1)
+        taken = meter.read()
+        self.stages[stage] = {name: taken[name] for name in ("seconds", "peak_rss_bytes")}
         return found
 
 
-def polish(cell: Cell, adapter: Path, base: Any, tuning: str, timed: Timed) -> dict[str, Path]:
-    """Take exact steps from an adapter, and return the results by name."""
+def polish(
+    cell: Cell, adapter: Path, base: Path, rows: dict[str, Path], metered: Metered
+) -> tuple[float, dict[str, Path]]:
+    """Take exact steps from an adapter; return their learning rate, and the results by name.
+
+    The rate is that of tuning, or half of it: the better of the two by the loss on the selection rows.
+    """
     from emloc_core.adapters.adapter import Adapter
+    from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.settings import PolishSettings
     from emloc_core.tuning.exact import Polish
 
-    found = {}
-    for steps in EXACT if cell.seed == 0 else EXACT[-1:]:  # other rows first than in tuning
-        how = PolishSettings(steps=steps, learning_rate=cell.learning_rate, seed=cell.seed + 1000)
-        name = f"polish{steps}"
-        job = Polish(Adapter(adapter), base, tuning, adapter.with_name(name), how)
-        found[name] = timed(name, job.run)
-    return found
+    checkpoint, selection = Checkpoint(base), Scores(base, rows["selection"])
+
+    def steps(count: int, rate: float) -> Path:
+        how = PolishSettings(steps=count, learning_rate=rate, seed=cell.seed + 1000)  # other rows first than in tuning
+        out = adapter.with_name(f"polish{count}-{rate:g}")
+        return metered(f"polish{count}", Polish(Adapter(adapter), checkpoint, str(rows["tuning"]), out, how).run)
+
+    *fewer, most = EXACT
+    tried = {rate: steps(most, rate) for rate in (cell.learning_rate, cell.learning_rate / 2)}
+    rate = min(tried, key=lambda rate: selection.of(tried[rate])["nll"])
+    found = {most: tried[rate]} | {count: steps(count, rate) for count in fewer if cell.seed == 0}
+    return rate, {f"polish{count}": path for count, path in sorted(found.items())}
 
 
 def taken(compress: Any) -> float:
