@@ -70,8 +70,8 @@ class CompressSettings(CutSettings):
     refine: int | None = Field(
         None,
         ge=0,
-        description="For weights on a few levels: passes over the calibration rows in which the scales of a block move "
-        "towards the base's outputs; 3 by default.",
+        description="Passes over the calibration rows in which a block's outputs are brought towards the base's: "
+        "for weights on a few levels by their scales, 3 by default; for low-rank by its factors, none by default.",
     )
     factorizer: str = Field(
         "activation-svd",

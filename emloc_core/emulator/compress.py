@@ -241,7 +241,7 @@ class Compress:
     def _decomposition(self, plan: RankPlan, progress: Progress) -> Decomposition:
         name = self.settings.factorizer if self.kind.has_factors else self.kind.name
         refine = self.kind.refine if self.settings.refine is None else self.settings.refine
-        how = (self.kind.rounding(self.factorize), progress, name, self.kind, refine)
+        how = (self.kind.rounding(self.factorize), progress, name, self.kind, refine or 0)
         return Decomposition(self.skeleton, self.family, plan, self.samples, *how)
 
     def _write_rows(self, staging: Path) -> None:

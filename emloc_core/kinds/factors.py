@@ -12,12 +12,51 @@ from emloc_core.algorithms.statistics import Gram, cheaper_side
 from emloc_core.kinds.kind import Factorize, Kind, Pair, beside
 from emloc_core.lowrank import FORMAT_VERSION, FOUR_BITS_VERSION, METHOD, replace_linears
 
+#: Of the root mean square of a factor: a refinement moves its numbers in this unit.
+_UNIT = 0.3
+
+
+class MovableFactors:
+    """Two factors whose numbers may all move, in units of a share of the size that they have at first.
+
+    Args:
+        factors: U and V.
+    """
+
+    def __init__(self, factors: Factors) -> None:
+        self._factors = factors
+        self._units = [_UNIT * float(part.square().mean().sqrt()) for part in (factors.u, factors.v)]
+        self.numbers = nn.Parameter(torch.zeros(factors.u.numel() + factors.v.numel(), device=factors.u.device))
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return U V with the numbers as they are now."""
+        u, v = self._moved()
+        return u.to(dtype) @ v.to(dtype)
+
+    def settled(self) -> Factors:
+        """Return U and V with the numbers as they are now."""
+        u, v = self._moved()
+        return replace(self._factors, u=u.detach(), v=v.detach())
+
+    def _moved(self) -> Pair:
+        parts = (self._factors.u, self._factors.v)
+        moves = self.numbers.split([part.numel() for part in parts])
+        u, v = (
+            part.float() + unit * move.view_as(part) for part, unit, move in zip(parts, self._units, moves, strict=True)
+        )
+        return u, v
+
 
 class LowRank(Kind):
     """Factors in the dtype of the base."""
 
     name = "low-rank"
     has_experts = can_be_cut = True
+    refine = 0
+
+    def movable(self, stand_in: Factors) -> MovableFactors:
+        """Let both factors move."""
+        return MovableFactors(stand_in)
 
     def keys(self, weight: str) -> list[str]:
         """U replaces the weight, V is beside it."""

@@ -72,7 +72,7 @@ class Kind(ABC):
         has_experts: whether fused experts become factors too; otherwise they stay dense.
         can_be_cut: whether emulators of any ratio can be cut from spectra.
         calibration: what factors are fitted to where the user does not say.
-        refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; 0: they
+        refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; None: they
             cannot be.
     """
 
@@ -90,7 +90,7 @@ class Kind(ABC):
     has_experts: bool = False
     can_be_cut: bool = False
     calibration: Literal["base", "propagated"] = "base"
-    refine: int = 0
+    refine: int | None = None
 
     def is_usable(self) -> bool:
         """Return whether the packages that it needs are installed."""
@@ -109,10 +109,15 @@ class Kind(ABC):
                 f"An emulator of the kind {self.name!r} has no {', '.join(given)}.",
                 "Leave that out, or choose another --kind.",
             )
-        if settings.refine and (not self.refine or settings.calibration == "base"):
+        if settings.refine and self.refine is None:
             raise EmlocError(
-                "Only weights on a few levels are refined, and only with propagated calibration.",
+                f"An emulator of the kind {self.name!r} cannot be refined.",
                 "Leave out --refine, or give --kind 2.7-bit, say.",
+            )
+        if settings.refine and (settings.calibration or self.calibration) == "base":
+            raise EmlocError(
+                "Refinement needs the inputs that a block has in the emulator.",
+                "Leave out --refine, or give --calibration propagated.",
             )
 
     def rounding(self, factorize: Factorize) -> Factorize:
