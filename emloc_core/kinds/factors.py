@@ -12,7 +12,7 @@ from emloc_core.algorithms.statistics import Gram, cheaper_side
 from emloc_core.kinds.kind import Factorize, Kind, Pair, beside
 from emloc_core.lowrank import FORMAT_VERSION, FOUR_BITS_VERSION, METHOD, replace_linears
 
-#: Of the root mean square of a factor: a refinement moves its numbers in this unit.
+#: Unit in which refinement moves the numbers of a factor: a share of their root mean square.
 _UNIT = 0.3
 
 
