@@ -105,7 +105,7 @@ def test_auto_reports_the_true_losses_and_keeps_the_best(tiny_model, emulator, a
     corrected = correct(adapter, tiny_model, tmp_path / "corrected", clamp="auto")
     result = read_manifest(corrected)["result"]
     candidates = {(row["clamp"], row["scale"]): row["nll"] for row in result["candidates"]}
-    assert list(candidates) == [(0, 1), (0.3, 1), (1, 1), (3, 1), (0, 0.85), (0, 1.15), (0, 1.3), (0, 1.5), (0, 2)]
+    assert list(candidates) == [(0, 1), (0.3, 1), (1, 1), (3, 1), (0, 0.85), (0, 1.15), (0, 1.3), (0, 1.5), (0, 2), (0, 3)]
     rows = load_rows(str(emulator / "selection.jsonl"))
     from transformers import AutoTokenizer
 
@@ -134,11 +134,11 @@ def test_auto_reports_the_true_losses_and_keeps_the_best(tiny_model, emulator, a
 def test_a_scale_that_wins_is_that_of_what_is_written(tiny_model, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("emloc_core.adapters.correct.choose", lambda losses: len(losses) - 1)
     corrected = correct(adapter, tiny_model, tmp_path / "corrected", clamp="auto")
-    assert (read_manifest(corrected)["result"]["clamp"], read_manifest(corrected)["result"]["scale"]) == (0, 2)
+    assert (read_manifest(corrected)["result"]["clamp"], read_manifest(corrected)["result"]["scale"]) == (0, 3)
     before, after = Adapter(adapter).loras, Adapter(corrected).loras
     for path, lora in after.items():
         assert torch.equal(lora.a, before[path].a)
-        assert torch.allclose(lora.delta(), 2 * before[path].delta())
+        assert torch.allclose(lora.delta(), 3 * before[path].delta())
 
 
 @pytest.mark.parametrize(
