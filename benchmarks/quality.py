@@ -31,7 +31,7 @@ from typing import Any
 
 from emloc_demo.model import write_base
 from harness import RESULTS, in_process
-from quality_cells import BASELINES, BYTES, EXACT, FULL, PICTURES, SCRATCH, TASKS, Cell, cells
+from quality_cells import BASELINES, BYTES, EXACT, FULL, PICTURES, SCRATCH, TASKS, VARIANTS, Cell, cells
 from quality_pictures import picture_sets, write_reader
 from quality_report import report
 from quality_rows import make_sets
@@ -118,7 +118,7 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     from emloc_core.tuning.train import Train
 
     checkpoint, metered = Checkpoint(base), Metered()
-    given: dict[str, Any] = {"kind": cell.kind, "seed": cell.seed, "selection": 0}
+    given = {"kind": cell.kind, "seed": cell.seed, "selection": 0} | VARIANTS.get(cell.kind, {})
     if cell.kind in BYTES:
         given["ratio"] = round(cell.memory * 2 / BYTES[cell.kind], 4)
     compress = Compress(checkpoint, load_rows(str(rows["calibration"])), place / "emulator", CompressSettings(**given))

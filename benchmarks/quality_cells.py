@@ -12,7 +12,7 @@ TASKS = (*TEXTS, PICTURES)
 STEPS, EXACT = 60, (10, 20)
 LEARNING_RATE = 1e-3
 #: Those that a LoRA on the base, or on an emulator, may choose from.
-LEARNING_RATES = (1e-3, 2e-3, 5e-4)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 5e-4)
 MEMORIES = (0.11, 0.17, 0.28, 0.6)
 #: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
 RECOMMENDED = {0.11: ("1.6-bit", 0.11), 0.17: ("2.7-bit", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
@@ -27,8 +27,16 @@ BASELINES = (
     ("pruned", 0.28),
     ("depth", 0.28),
 )
+#: Other ways to make emulators of a kind, one of which might be its default.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "low-rank-global": {"kind": "low-rank", "allocator": "global"},
+    "low-rank-propagated": {"kind": "low-rank", "calibration": "propagated"},
+    "low-rank-refined": {"kind": "low-rank", "calibration": "propagated", "refine": 3},
+}
 #: Bytes that a ratio counts in, where a kind has one: of a number of the factors, scales included.
-BYTES = {"low-rank": 2, "low-rank-nf4": 4.5 / 8, "mixed": 2}
+BYTES = {"low-rank": 2, "low-rank-nf4": 4.5 / 8, "mixed": 2} | dict.fromkeys(VARIANTS, 2)
+#: Kinds that multiply by fewer numbers than the base, with the bytes of a number.
+FEWER = {"low-rank-nf4": 4.5 / 8, "pruned-nf4": 4.5 / 8} | dict.fromkeys(("low-rank", *VARIANTS, "pruned", "depth"), 2)
 FULL, SCRATCH = "full", "exact"
 
 
@@ -38,7 +46,8 @@ class Cell:
 
     Attributes:
         task: of :data:`TASKS`.
-        kind: of emulator; or a baseline; or ``full``, a LoRA on the base, or ``exact``, exact steps from scratch.
+        kind: of emulator; or a variant of one; or a baseline; or ``full``, a LoRA on the base; or ``exact``, exact
+            steps from scratch.
         memory: of the block Linears; 1 for controls.
         seed: of the rows and of the tuning.
         steps: of the tuning.
@@ -51,6 +60,11 @@ class Cell:
     seed: int
     steps: int = STEPS
     learning_rate: float = LEARNING_RATE
+
+    @property
+    def arithmetic(self) -> float:
+        """The share of the base's multiplications, in its block Linears, that a forward pass needs."""
+        return round(self.memory * 2 / FEWER[self.kind], 2) if self.kind in FEWER else 1
 
     @property
     def name(self) -> str:
@@ -72,20 +86,26 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     yield from (Cell(task, SCRATCH, 1, 0, EXACT[-1]) for task in tasks)
     plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
     yield from (Cell(task, *way, 0) for way in plain for task in tasks)
+    variants = [(name, memory) for memory in (0.28, 0.11) for name in VARIANTS]
+    yield from (
+        Cell(task, *way, 0, STEPS, best_rate(known, task, "low-rank", way[1])) for way in variants for task in tasks
+    )
     ways = product(LEARNING_RATES[1:], (*recommended, *RIVALS, *plain), tasks)
     yield from (Cell(task, *way, 0, STEPS, rate) for rate, way, task in ways)
     for seed, task in product(range(1, seeds), tasks):
         for steps in (STEPS, STEPS + EXACT[-1]):
             yield Cell(task, FULL, 1, seed, steps, best_rate(known, task, FULL, 1, steps))
-        yield from (Cell(task, *way, seed, STEPS, best_rate(known, task, *way)) for way in recommended)
+        yield from (
+            Cell(task, *way, seed, STEPS, best_rate(known, task, *way)) for way in (*recommended, *plain, *variants)
+        )
         yield Cell(task, SCRATCH, 1, seed, EXACT[-1])
 
 
 def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: float, steps: int = STEPS) -> float:
     """Return the learning rate with the least loss of the base on the selection rows of the first seed."""
-    wanted = {"task": task, "kind": kind, "memory": memory, "seed": 0, "steps": steps}
+    wanted: dict[str, Any] = {"task": task, "kind": kind, "memory": memory, "seed": 0, "steps": steps}
     tried = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-    return min(tried, key=_selection)["learning_rate"] if len(tried) > 1 else LEARNING_RATE
+    return min(tried, key=_selection)["learning_rate"] if tried else LEARNING_RATE
 
 
 def _selection(row: dict[str, Any]) -> float:

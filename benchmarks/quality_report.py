@@ -1,16 +1,17 @@
-"""The results of ``quality.py``: recovery by task, memory and way, goals, a line for every cell, and a figure."""
+"""The results of ``quality.py``: recovery by task, memory and way, goals, and a line for every cell."""
 
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from statistics import mean, stdev
 from typing import Any
 
 from harness import RESULTS, goal, markdown, write_results
-from quality_cells import EXACT, FULL, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, best_rate
+from quality_cells import EXACT, FULL, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, Cell, best_rate
+from quality_figure import draw
 from quality_rows import TEXTS
 
-FIGURE = RESULTS.parents[1] / "docs" / "quality.svg"
 #: Recovery that is aimed at, by memory: without exact steps, and with 20.
 GOALS = {0.6: (0.95, 0.97), 0.28: (0.95, 0.97), 0.17: (0.85, 0.95), 0.11: (0.75, 0.92)}
 
@@ -107,44 +108,25 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
     return found
 
 
-def draw(recovery: Sequence[dict[str, Any]]) -> None:
-    """Draw ``docs/quality.svg``: recovery over memory, and over exact steps; a column for every task."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+def stage_table(table: Table) -> str:
+    """Return what the stages took of every way at its best rate, in Markdown."""
+    shown = ("compress", "train", "auto", "polish20")
 
-    drawing = Figure(figsize=(4 * len(TASKS), 6.4), layout="constrained")
-    FigureCanvasSVG(drawing)
-    over_memory, over_steps = drawing.subplots(2, len(TASKS), sharey=True)
-    for axes, task in zip(over_memory, TASKS, strict=True):
-        for system in ("emloc", "emloc+polish20", "low-rank+auto", "low-rank+polish20"):
-            points = [row for row in recovery if (row["task"], row["system"]) == (task, system)]
-            _line(axes, system, [(row["memory"], row) for row in points])
-        axes.set(title=task, xlabel="memory of the block Linears", xlim=(0, 0.65))
-    by_name = {(row["task"], row["system"], row["memory"]): row for row in recovery}
-    kinds = dict.fromkeys((row["system"].partition("+")[0], row["memory"]) for row in recovery if row["memory"] < 1)
-    for axes, task in zip(over_steps, TASKS, strict=True):
-        for kind, memory in kinds:
-            named = [(0, f"{kind}+auto"), *((steps, f"{kind}+polish{steps}") for steps in EXACT)]
-            found = [(steps, by_name.get((task, system, memory))) for steps, system in named]
-            if kind != "emloc":
-                _line(axes, f"{kind} at {memory:g}", [(steps, row) for steps, row in found if row])
-        axes.set(xlabel="exact steps", xticks=[0, *EXACT])
-    for row in (over_memory, over_steps):
-        for axes in row:
-            axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-            if axes.lines[:-1]:
-                axes.legend(frameon=False, fontsize="small")
-        row[0].set_ylabel("recovery")
-    drawing.savefig(FIGURE)
+    def told(stage: dict[str, float] | None) -> str:
+        return f"{stage['seconds']:.0f} s, {stage['peak_rss_bytes'] / 1e9:.1f} GB" if stage else "-"
 
-
-def _line(axes: Any, label: str, points: Sequence[tuple[float, dict[str, Any]]]) -> None:
-    """Draw one system's means, with their spread over seeds."""
-    points = sorted(points, key=lambda point: point[0])
-    if points:
-        x = [at for at, _ in points]
-        y, spread = ([row[key] or 0 for _, row in points] for key in ("mean", "spread"))
-        axes.errorbar(x, y, spread, marker="o", capsize=3, label=label)
+    lines = [
+        [
+            row["task"],
+            row["kind"],
+            str(row["memory"]),
+            str(row["steps"]),
+            *(told(row["stages"].get(name)) for name in shown),
+        ]
+        for row in table.at_best_rate()
+        if row["seed"] == 0 and "stages" in row
+    ]
+    return markdown(["task", "kind", "memory", "steps", *shown], lines)
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -165,11 +147,13 @@ def report(rows: list[dict[str, Any]]) -> None:
         systems = row["systems"]
         shown = [systems[name]["nll"] if name in systems else "-" for name in ("emulator", "tuned", *SYSTEMS)]
         alone, own = (systems[name]["nll"] if name in systems else "-" for name in ("base", row["kind"]))
-        lines.append([row["task"], row["kind"], row["memory"], row["seed"], row["steps"], row["learning_rate"],
+        cell = Cell(*(row[field.name] for field in fields(Cell)))
+        lines.append([row["task"], row["kind"], row["memory"], cell.arithmetic, row["seed"], row["steps"],
+                      row["learning_rate"],
                       alone, own, *shown, str(row.get("chosen", {}).get("clamp", "-")),
                       row["seconds"]])  # fmt: skip
-    header = ["task", "kind", "memory", "seed", "steps", "learning rate", "base", "tuned on it", "emulator", "tuned",
-              *SYSTEMS, "clamp", "seconds"]  # fmt: skip
+    header = ["task", "kind", "memory", "arithmetic", "seed", "steps", "learning rate", "base", "tuned on it",
+              "emulator", "tuned", *SYSTEMS, "clamp", "seconds"]  # fmt: skip
     text = (
         "NLL per token on 160 test rows; the last columns from *uncorrected* on are the base with that LoRA.\n\n"
         f"{markdown(header, [[str(value) for value in line] for line in lines])}\n\nRecovery:\n\n"
@@ -178,6 +162,7 @@ def report(rows: list[dict[str, Any]]) -> None:
             [[str(row[key]) for key in ("task", "memory", "system", "mean", "spread", "seeds")] for row in recovery],
         )
     )
+    text += "\n\nSeconds and peak memory of the stages:\n\n" + stage_table(table)
     paired = paired_rows(table)
     columns = ["task", "memory", "system", "other", "other_memory", "mean", "low", "high"]
     text += "\n\nNats per answer above another way within the same memory, with 95 % intervals:\n\n"
@@ -186,7 +171,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     if paired:
         goals.append(goal("ways within the same memory that are better", "none", ", ".join(worse) or "none", not worse))
     write_results("quality", "make bench-quality", rows, goals, text)
-    draw(recovery)
+    draw(recovery, table.at_best_rate())
     file = RESULTS / "quality.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({"recovery": recovery, "paired": paired, **content}, indent=2) + "\n", encoding="utf-8")
