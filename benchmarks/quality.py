@@ -171,6 +171,7 @@ def baseline(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     systems |= {name: on_base.of(path) for name, path in {"uncorrected": carried, **polished}.items()}
     return {
         "share": round(made.share, 4),
+        "selection": Scores(base, rows["selection"]).of(carried)["nll"],
         "exact_rate": exact_rate,
         "systems": systems,
         "stages": metered.stages,

@@ -105,7 +105,9 @@ def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: floa
     """Return the learning rate with the least loss of the base on the selection rows of the first seed."""
     wanted: dict[str, Any] = {"task": task, "kind": kind, "memory": memory, "seed": 0, "steps": steps}
     tried = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-    return min(tried, key=_selection)["learning_rate"] if tried else LEARNING_RATE
+    if len(tried) > 1:
+        return float(min(tried, key=_selection)["learning_rate"])
+    return float(tried[0]["learning_rate"]) if tried else LEARNING_RATE
 
 
 def _selection(row: dict[str, Any]) -> float:
