@@ -14,6 +14,7 @@ from emloc_core.algorithms import fourbit
 
 #: Added to the diagonal, as a fraction of its mean: directions that no calibration row has count a little.
 DAMPING = 0.01
+_LEAST = 1e-12  # where all inputs are 0: what it takes to invert the Gram in fp32
 #: Passes of coordinate descent; more gain next to nothing.
 PASSES = 2
 _COLUMNS = 128  # whose errors are passed on together
@@ -25,7 +26,7 @@ Nearest = Callable[[torch.Tensor, int], torch.Tensor]
 def damped(gram: torch.Tensor) -> torch.Tensor:
     """Return a Gram, (n, n), in fp32 and positive definite: with :data:`DAMPING` on its diagonal."""
     gram = gram.to(torch.float32, copy=True)
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny))
+    gram.diagonal().add_((DAMPING * gram.diagonal().mean()).clamp(min=_LEAST))
     return gram
 
 

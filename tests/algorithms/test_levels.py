@@ -51,6 +51,14 @@ def test_without_feedback_every_number_is_rounded_to_the_nearest(m, n, count, po
     assert torch.allclose((found - matrix).abs(), nearest, rtol=1e-4, atol=1e-5 * 10**power)
 
 
+@pytest.mark.parametrize("count", LEVELS)
+@pytest.mark.parametrize("size", [0, 1e-30, 1e12])
+def test_inputs_may_all_be_zero_or_of_any_size(count, size):
+    matrix = draw(3, 300)
+    found = unpacked(matrix, size * torch.eye(300), count)
+    assert float((found - matrix).norm() / matrix.norm()) < 0.5
+
+
 def test_what_is_zero_stays_finite():
     for count in LEVELS:
         found = unpacked(torch.zeros(3, 300), torch.eye(300), count)
