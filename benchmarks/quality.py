@@ -47,7 +47,7 @@ def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
     place.mkdir()
     started = time.perf_counter()
     rows = write_rows(place, cell, root)
-    work = {FULL: control, SCRATCH: control} | dict.fromkeys(dict(BASELINES), baseline)
+    work = {FULL: control, SCRATCH: control} | dict.fromkeys((kind for kind, _ in BASELINES), baseline)
     found = work.get(cell.kind, emulated)(base_of(cell.task, root), place, cell, rows)
     shutil.rmtree(place)
     peak = max(stage["peak_rss_bytes"] for stage in found["stages"].values())
@@ -214,6 +214,7 @@ def polish(
         return metered(f"polish{count}", Polish(Adapter(adapter), checkpoint, str(rows["tuning"]), out, how).run)
 
     *fewer, most = EXACT
+    # Of the stages that take as many steps, the last is kept: they take the same.
     tried = {rate: steps(most, rate) for rate in (cell.learning_rate, cell.learning_rate / 2)}
     rate = min(tried, key=lambda rate: selection.of(tried[rate])["nll"])
     found = {most: tried[rate]} | {count: steps(count, rate) for count in fewer if cell.seed == 0}

@@ -33,10 +33,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank-propagated": {"kind": "low-rank", "calibration": "propagated"},
     "low-rank-refined": {"kind": "low-rank", "calibration": "propagated", "refine": 3},
 }
-#: Bytes that a ratio counts in, where a kind has one: of a number of the factors, scales included.
-BYTES = {"low-rank": 2, "low-rank-nf4": 4.5 / 8, "mixed": 2} | dict.fromkeys(VARIANTS, 2)
-#: Kinds that multiply by fewer numbers than the base, with the bytes of a number.
-FEWER = {"low-rank-nf4": 4.5 / 8, "pruned-nf4": 4.5 / 8} | dict.fromkeys(("low-rank", *VARIANTS, "pruned", "depth"), 2)
+#: Bytes of a number, scales included, where a stand-in multiplies by fewer numbers than the base.
+FEWER = dict.fromkeys(("low-rank", *VARIANTS, "pruned", "depth"), 2.0) | dict.fromkeys(
+    ("low-rank-nf4", "pruned-nf4"), 4.5 / 8
+)
+#: Bytes that a ratio counts in, where a kind has one.
+BYTES = FEWER | {"mixed": 2.0}
 FULL, SCRATCH = "full", "exact"
 
 

@@ -16,6 +16,7 @@ def draw(recovery: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> 
         recovery: means over seeds, see ``quality_report.py``.
         rows: the measurements, each at the learning rate that is best for its way.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -35,7 +36,8 @@ def draw(recovery: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> 
             axes.legend(frameon=False, fontsize="x-small")
     for axes, label in zip(grid[:, 0], ("recovery", "recovery", "NLL of the base with the LoRA"), strict=True):
         axes.set_ylabel(label)
-    drawing.savefig(FIGURE)
+    with rc_context({"svg.hashsalt": FIGURE.name}):  # the same figure is the same file
+        drawing.savefig(FIGURE, metadata={"Date": None})
 
 
 def _draw_memory(axes: Any, recovery: Sequence[dict[str, Any]]) -> None:

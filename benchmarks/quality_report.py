@@ -42,6 +42,11 @@ class Table:
         base, full = losses
         return (base - row["systems"][system]["nll"]) / (base - full)
 
+    def told(self, row: dict[str, Any], system: str) -> str:
+        """Return the loss of a system of a cell, and its recovery in brackets; nothing where it was not measured."""
+        recovery = self.recovery(row, system)
+        return "" if recovery is None else f"{row['systems'][system]['nll']:.3f} ({recovery:.3f})"
+
     def at_best_rate(self) -> list[dict[str, Any]]:
         """Return the measurements at the learning rate that is best for their task and kind."""
         return [row for row in self.rows if row["learning_rate"] == self._rate(row)]
@@ -108,6 +113,33 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
     return found
 
 
+def best_table(table: Table) -> str:
+    """Return every way at its best rate, with its recovery in brackets, in Markdown: as in ``docs/evidence.md``."""
+    header = ["task", "stand-in", "memory", "learning rate", "as it is", "tuned", "base with that LoRA",
+              "`auto`, and what it chose", "and 20 exact steps"]  # fmt: skip
+    first = [row for row in table.at_best_rate() if row["seed"] == 0 and row["kind"] != SCRATCH]
+    first.sort(key=lambda row: (TASKS.index(row["task"]), row["memory"], row["kind"], row["steps"]))
+    lines = []
+    for row in first:
+        systems = row["systems"]
+        name = f"the base itself, {row['steps']} steps" if row["kind"] == FULL else f"`{row['kind']}`"
+        alone, tuned = ("base", FULL) if row["kind"] == FULL else ("emulator", "tuned")
+        uncorrected, auto, polished = (table.told(row, system) for system in ("uncorrected", "auto", "polish20"))
+        auto = ", ".join(filter(None, (auto, chosen(row))))
+        lines.append([row["task"], name, f"{row.get('share', 1):.3f}", f"{row['learning_rate']:g}",
+                      f"{systems[alone]['nll']:.3f}", f"{systems[tuned]['nll']:.3f}", uncorrected, auto,
+                      polished])  # fmt: skip
+    return markdown(header, lines)
+
+
+def chosen(row: dict[str, Any]) -> str:
+    """Return what ``auto`` chose in a cell, in words; nothing where it was not asked."""
+    if "chosen" not in row:
+        return ""
+    clamp, scale = row["chosen"]["clamp"], row["chosen"].get("scale", 1)
+    return f"scale {scale:g}" if scale != 1 else f"clamp {clamp:g}" if clamp else "none"
+
+
 def stage_table(table: Table) -> str:
     """Return what the stages took of every way at its best rate, in Markdown."""
     shown = ("compress", "train", "auto", "polish20")
@@ -150,12 +182,13 @@ def report(rows: list[dict[str, Any]]) -> None:
         cell = Cell(*(row[field.name] for field in fields(Cell)))
         lines.append([row["task"], row["kind"], row["memory"], cell.arithmetic, row["seed"], row["steps"],
                       row["learning_rate"],
-                      alone, own, *shown, str(row.get("chosen", {}).get("clamp", "-")),
+                      alone, own, *shown, chosen(row) or "-",
                       row["seconds"]])  # fmt: skip
     header = ["task", "kind", "memory", "arithmetic", "seed", "steps", "learning rate", "base", "tuned on it",
-              "emulator", "tuned", *SYSTEMS, "clamp", "seconds"]  # fmt: skip
+              "emulator", "tuned", *SYSTEMS, "chosen", "seconds"]  # fmt: skip
     text = (
-        "NLL per token on 160 test rows; the last columns from *uncorrected* on are the base with that LoRA.\n\n"
+        f"NLL per token on 160 test rows, every way at its best learning rate:\n\n{best_table(table)}\n\n"
+        "Every cell; the columns from *uncorrected* on are the base with that LoRA:\n\n"
         f"{markdown(header, [[str(value) for value in line] for line in lines])}\n\nRecovery:\n\n"
         + markdown(
             ["task", "memory", "system", "mean", "spread", "seeds"],

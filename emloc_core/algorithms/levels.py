@@ -49,7 +49,7 @@ def most_levels(nbytes: int, shape: tuple[int, int]) -> int:
     """Return how many levels a matrix of this shape can have in so many bytes; with few numbers, several have one size.
 
     Raises:
-        StopIteration: none.
+        StopIteration: no number of levels takes so many bytes.
     """
     return next(levels for levels in sorted(LEVELS, reverse=True) if level_bytes(levels, shape) == nbytes)
 
@@ -128,14 +128,13 @@ class _Grid:
         self.scales, self.spread = scales, _spread(scales.float(), n)
         self.values, self.middles = _levels(levels, self.spread)
 
-    def indices(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Return the index of the level that is nearest to every number, (m, n)."""
-        return torch.bucketize(matrix / self.spread, self.middles)
+    def indices(self, numbers: torch.Tensor, columns: int | slice = slice(None)) -> torch.Tensor:
+        """Return the index of the level that is nearest to every number of these columns."""
+        return torch.bucketize(numbers / self.spread[:, columns], self.middles)
 
     def nearest(self, numbers: torch.Tensor, column: int) -> torch.Tensor:
         """Round numbers of a column, (m,)."""
-        spread = self.spread[:, column]
-        return self.values[torch.bucketize(numbers / spread, self.middles)] * spread
+        return self.values[self.indices(numbers, column)] * self.spread[:, column]
 
 
 def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
@@ -143,8 +142,7 @@ def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
     (m, n), tiny = matrix.shape, torch.finfo(torch.bfloat16).tiny
     values, middles = _levels(levels, matrix)
     padded = functional.pad(matrix, (0, -n % GROUP)).view(m, -1, GROUP)
-    counts = functional.pad(torch.ones(n).to(matrix), (0, -n % GROUP)).view(1, -1, GROUP).sum(2)
-    typical = (padded.square().sum(2) / counts).sqrt()
+    typical = (_by_group(matrix.square()) / _by_group(torch.ones(1, n).to(matrix))).sqrt()
     best, least = typical.bfloat16(), torch.full_like(typical, torch.inf)
     for share in _SCALES.tolist():
         scale = (share * typical).clamp(min=tiny).bfloat16()

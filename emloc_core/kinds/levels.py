@@ -107,9 +107,8 @@ class FewLevels(Kind):
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return the weight and the identity."""
         codes, scales = tensors
-        return whole(
-            levels.unpack(codes, scales, shape, self.count_in(codes.numel() + 2 * scales.numel(), shape), dtype)
-        )
+        count = self.count_in(codes.numel() + 2 * scales.numel(), shape)
+        return whole(levels.unpack(codes, scales, shape, count, dtype))
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         """Say how many levels which Linears have; :mod:`emloc_core.lowrank` loads them."""

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+from emloc_core.algorithms import levels
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
@@ -14,17 +15,20 @@ from emloc_core.model.hooks import forward_hooks
 from emloc_core.settings import CompressSettings
 
 
-@pytest.fixture(scope="module", params=["1.6-bit", "low-rank"])
+@pytest.fixture(scope="module", params=["1.6-bit", "2.7-bit", "low-rank"])
 def emulators(request, tiny_model, rows_file, tmp_path_factory):
-    """Emulators without refinement and with it, and their job."""
-    found = []
-    for refine in (0, 3):
+    """Emulators without refinement and with it, and their job; scales are off at first, to leave something to gain."""
+    scales, found = levels._scales, []
+    size = {"ratio": 0.3} if request.param == "low-rank" else {}
+    for passes in (0, 20 if request.param == "low-rank" else 3):
         place = tmp_path_factory.mktemp("refine") / "emulator"
-        size = {"ratio": 0.3} if request.param == "low-rank" else {}
-        how = {"samples": 12, "selection": 6, "refine": refine, "calibration": "propagated"}
+        how = {"samples": 12, "selection": 6, "refine": passes, "calibration": "propagated"}
         chosen = CompressSettings(kind=request.param, **how, **size)
         job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), place, chosen)
-        found.append((job, job.run()))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(levels, "PASSES", 0)
+            patch.setattr(levels, "_scales", lambda *of: (1.3 * scales(*of)).bfloat16())
+            found.append((job, job.run()))
     return found
 
 
@@ -49,7 +53,7 @@ def test_hidden_states_come_nearer_to_those_of_the_base(emulators, tiny_model):
         actual = hidden(AutoModelForCausalLM.from_pretrained(emulator, dtype="auto"), job.samples)
         parts = [((a - b).square().sum(-1) / b.square().sum(-1)).mean() for a, b in zip(actual, expected, strict=True)]
         apart.append(float(torch.stack(parts).mean()))
-    assert apart[1] < 0.98 * apart[0]  # rounding every number once more has left it little to gain
+    assert apart[1] < 0.9 * apart[0]
 
 
 def test_reported_errors_are_those_on_the_inputs_in_the_emulator(emulators, tiny_model):
