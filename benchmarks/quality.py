@@ -214,7 +214,7 @@ def polish(
         return metered(f"polish{count}", Polish(Adapter(adapter), checkpoint, str(rows["tuning"]), out, how).run)
 
     *fewer, most = EXACT
-    # Of the stages that take as many steps, the last is kept: they take the same.
+    # Stages with as many steps share a name: what the last one took is kept.
     tried = {rate: steps(most, rate) for rate in (cell.learning_rate, cell.learning_rate / 2)}
     rate = min(tried, key=lambda rate: selection.of(tried[rate])["nll"])
     found = {most: tried[rate]} | {count: steps(count, rate) for count in fewer if cell.seed == 0}
