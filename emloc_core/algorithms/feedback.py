@@ -17,7 +17,7 @@ DAMPING = 0.01
 _LEAST = 1e-12  # where all inputs are 0: what it takes to invert the Gram in fp32
 #: Passes of coordinate descent; more gain next to nothing.
 PASSES = 2
-_COLUMNS = 128  # whose errors are passed on together
+_COLUMNS = 64  # whose errors are passed on together
 
 #: Takes numbers, (m,), and the index of their column, and returns them rounded.
 Nearest = Callable[[torch.Tensor, int], torch.Tensor]
@@ -42,20 +42,22 @@ def with_feedback(matrix: torch.Tensor, gram: torch.Tensor, nearest: Nearest) ->
         Q, (m, n), in fp32.
     """
     order = gram.diagonal().argsort(descending=True)
-    work, found = matrix[:, order], torch.empty_like(matrix)
+    # Transposed, so that a column is one stretch of memory.
+    work = matrix.T[order]
+    found = torch.empty_like(work)
     gram = gram[order][:, order]
     spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
     places = order.tolist()
-    for start in range(0, work.shape[1], _COLUMNS):
-        stop = min(start + _COLUMNS, work.shape[1])
-        errors = torch.empty_like(work[:, start:stop])
+    for start in range(0, len(work), _COLUMNS):
+        stop = min(start + _COLUMNS, len(work))
+        errors = torch.empty_like(work[start:stop])
         for column in range(start, stop):
-            values = nearest(work[:, column], places[column])
-            error = (work[:, column] - values) / spread[column, column]
-            work[:, column:stop] -= error[:, None] * spread[column, column:stop]
-            errors[:, column - start], found[:, places[column]] = error, values
-        work[:, stop:] -= errors @ spread[start:stop, stop:]
-    return found
+            values = nearest(work[column], places[column])
+            error = (work[column] - values) / spread[column, column]
+            work[column:stop].addr_(spread[column, column:stop], error, alpha=-1)
+            errors[column - start], found[places[column]] = error, values
+        work[stop:].addmm_(spread[start:stop, stop:].T, errors, alpha=-1)
+    return found.T
 
 
 def descended(matrix: torch.Tensor, rounded: torch.Tensor, gram: torch.Tensor, nearest: Nearest) -> torch.Tensor:
@@ -72,17 +74,17 @@ def descended(matrix: torch.Tensor, rounded: torch.Tensor, gram: torch.Tensor, n
     Returns:
         Q, (m, n), in fp32, whose loss is no higher.
     """
-    found = rounded.clone()
-    descent = (matrix - found) @ gram
-    for start in range(0, matrix.shape[1], _COLUMNS):
-        stop = min(start + _COLUMNS, matrix.shape[1])
-        before = found[:, start:stop].clone()
+    found = rounded.T.clone(memory_format=torch.contiguous_format)  # a column is one stretch of memory
+    descent = gram @ (matrix.T - found)
+    for start in range(0, len(found), _COLUMNS):
+        stop = min(start + _COLUMNS, len(found))
+        before = found[start:stop].clone()
         for column in range(start, stop):
-            values = nearest(found[:, column] + descent[:, column] / gram[column, column], column)
-            descent[:, column:stop] -= (values - found[:, column])[:, None] * gram[column, column:stop]
-            found[:, column] = values
-        descent[:, stop:] -= (found[:, start:stop] - before) @ gram[start:stop, stop:]
-    return found
+            values = nearest(found[column] + descent[column] / gram[column, column], column)
+            descent[column:stop].addr_(gram[column, column:stop], values - found[column], alpha=-1)
+            found[column] = values
+        descent[stop:].addmm_(gram[start:stop, stop:].T, found[start:stop] - before, alpha=-1)
+    return found.T
 
 
 def rounded(matrix: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -98,11 +100,11 @@ def rounded(matrix: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
         Q, (m, n), in fp32: :func:`emloc_core.algorithms.fourbit.rounded` gives it back unchanged.
     """
     matrix, gram = matrix.float(), damped(gram)
-    scales, largest = _blocks(matrix)
+    scales, largest, kept = (part.T.contiguous() for part in (*_blocks(matrix), matrix))
 
     def nearest(numbers: torch.Tensor, column: int) -> torch.Tensor:
-        scale = scales[:, column]
-        return torch.where(largest[:, column], matrix[:, column], fourbit.nearest(numbers / scale) * scale)
+        scale = scales[column]
+        return torch.where(largest[column], kept[column], fourbit.nearest(numbers / scale) * scale)
 
     found = with_feedback(matrix, gram, nearest)
     for _ in range(PASSES):

@@ -81,7 +81,7 @@ def rounded(matrix: torch.Tensor, gram: torch.Tensor, levels: int) -> tuple[torc
     grid = _Grid(levels, _scales(matrix, levels), matrix.shape[1])
     found = with_feedback(matrix, gram, grid.nearest)
     for _ in range(PASSES):
-        units = grid.values[grid.indices(found)]
+        units = _at(grid.values, grid.indices(found))
         grid = _Grid(levels, _fitted(matrix, units, gram, grid.scales), matrix.shape[1])
         found = descended(matrix, units * grid.spread, gram, grid.nearest)
     return _pack(grid.indices(found), levels), grid.scales
@@ -93,8 +93,11 @@ def unpack(
     """Return the matrix of this shape and dtype that :func:`rounded` packed."""
     m, n = shape
     table = torch.tensor(_table(levels), dtype=dtype, device=codes.device)
-    found = table[codes.flatten().int()].flatten()[: m * n].view(m, n)
-    return found * _spread(scales.to(dtype), n)
+    found = _at(table, codes.int()).flatten()[: m * n].view(m, n)
+    scales = scales.to(dtype)
+    if n % GROUP:
+        return found * _spread(scales, n)
+    return (found.view(m, -1, GROUP) * scales[..., None]).view(m, n)
 
 
 def product(
@@ -126,15 +129,33 @@ class _Grid:
 
     def __init__(self, levels: int, scales: torch.Tensor, n: int) -> None:
         self.scales, self.spread = scales, _spread(scales.float(), n)
-        self.values, self.middles = _levels(levels, self.spread)
+        self.values, self._middles = _levels(levels, self.spread)
+        self._group_scales = scales.float().T.contiguous()
 
-    def indices(self, numbers: torch.Tensor, columns: int | slice = slice(None)) -> torch.Tensor:
-        """Return the index of the level that is nearest to every number of these columns."""
-        return torch.bucketize(numbers / self.spread[:, columns], self.middles)
+    def indices(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the index of the level that is nearest to every number, (m, n)."""
+        return _indices(numbers / self.spread, self._middles)
 
     def nearest(self, numbers: torch.Tensor, column: int) -> torch.Tensor:
         """Round numbers of a column, (m,)."""
-        return self.values[self.indices(numbers, column)] * self.spread[:, column]
+        scale = self._group_scales[column // GROUP]
+        return self.values[torch.bucketize(numbers / scale, self._middles)] * scale
+
+
+def _indices(numbers: torch.Tensor, middles: torch.Tensor) -> torch.Tensor:
+    """Return how many of the middles between levels are below every number, int32.
+
+    For a whole matrix, this takes a fraction of the time of ``torch.bucketize``; for a column more.
+    """
+    found = torch.zeros_like(numbers, dtype=torch.int32)
+    for middle in middles:
+        found += numbers > middle
+    return found
+
+
+def _at(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return ``values[indices]``, which takes several times as long on a CPU."""
+    return values.index_select(0, indices.flatten()).view(*indices.shape, *values.shape[1:])
 
 
 def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
@@ -147,7 +168,7 @@ def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
     for share in _SCALES.tolist():
         scale = (share * typical).clamp(min=tiny).bfloat16()
         spread = scale.float()[..., None]
-        lost = (values[torch.bucketize(padded / spread, middles)] * spread - padded).square()
+        lost = (_at(values, _indices(padded / spread, middles)) * spread - padded).square()
         lost = (lost * (padded != 0)).sum(2)  # padding, and zeros, which no even number of levels has
         best, least = torch.where(lost < least, scale, best), torch.minimum(lost, least)
     return best
