@@ -10,9 +10,8 @@ from quality_rows import TEXTS
 PICTURES = "pictures"
 TASKS = (*TEXTS, PICTURES)
 STEPS, EXACT = 60, (10, 20)
-LEARNING_RATE = 1e-3
-#: Those that a LoRA on the base, or on an emulator, may choose from.
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 5e-4)
+#: Those that every way may choose from, by task: the likeliest first.
+LEARNING_RATES = dict.fromkeys(TEXTS, (2e-3, 1e-3, 4e-3)) | {PICTURES: (8e-3, 4e-3, 16e-3)}
 MEMORIES = (0.11, 0.17, 0.28, 0.6)
 #: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
 RECOMMENDED = {0.11: ("1.6-bit", 0.11), 0.17: ("2.7-bit", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
@@ -60,8 +59,8 @@ class Cell:
     kind: str
     memory: float
     seed: int
-    steps: int = STEPS
-    learning_rate: float = LEARNING_RATE
+    steps: int
+    learning_rate: float
 
     @property
     def arithmetic(self) -> float:
@@ -76,31 +75,33 @@ class Cell:
 
 def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     """Return all cells, the most telling first; learning rates of further seeds are those found best so far."""
-    tasks = TASKS
     recommended = list(dict.fromkeys(RECOMMENDED[memory] for memory in reversed(MEMORIES)))
-    yield from (Cell(task, FULL, 1, 0) for task in tasks)
-    yield from (Cell(task, *way, 0) for way in recommended for task in tasks)
-    yield from (Cell(task, FULL, 1, 0, STEPS + EXACT[-1]) for task in tasks)
-    yield from (Cell(task, *way, 0) for way in RIVALS for task in tasks)
-    yield from (Cell(task, *way, 0) for way in BASELINES for task in TEXTS)
-    rates = product(LEARNING_RATES[1:], (STEPS, STEPS + EXACT[-1]), tasks)
-    yield from (Cell(task, FULL, 1, 0, steps, rate) for rate, steps, task in rates)
-    yield from (Cell(task, SCRATCH, 1, 0, EXACT[-1]) for task in tasks)
     plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
-    yield from (Cell(task, *way, 0) for way in plain for task in tasks)
     variants = [(name, memory) for memory in (0.28, 0.11) for name in VARIANTS]
-    yield from (
-        Cell(task, *way, 0, STEPS, best_rate(known, task, "low-rank", way[1])) for way in variants for task in tasks
-    )
-    ways = product(LEARNING_RATES[1:], (*recommended, *RIVALS, *plain), tasks)
-    yield from (Cell(task, *way, 0, STEPS, rate) for rate, way, task in ways)
-    for seed, task in product(range(1, seeds), tasks):
-        for steps in (STEPS, STEPS + EXACT[-1]):
+    longer = STEPS + EXACT[-1]
+
+    def first(ways: Sequence[tuple[str, float]], steps: int = STEPS, rate: int = 0) -> Iterator[Cell]:
+        for (kind, memory), task in product(ways, TASKS):
+            if task in TEXTS or (kind, memory) not in BASELINES:
+                yield Cell(task, kind, memory, 0, steps, LEARNING_RATES[task][rate])
+
+    yield from first([(FULL, 1), *recommended])
+    yield from first([(FULL, 1)], longer)
+    yield from first([*RIVALS, *BASELINES])
+    for rate, steps in product((1, 2), (STEPS, longer)):
+        yield from first([(FULL, 1)], steps, rate)
+    yield from first([(SCRATCH, 1)], EXACT[-1])
+    yield from first(plain)
+    yield from (Cell(task, *way, 0, STEPS, best_rate(known, task, "low-rank", way[1])) for way in variants
+                for task in TASKS)  # fmt: skip
+    for rate in (1, 2):
+        yield from first([*recommended, *RIVALS, *plain, *BASELINES], rate=rate)
+    for seed, task in product(range(1, seeds), TASKS):
+        for steps in (STEPS, longer):
             yield Cell(task, FULL, 1, seed, steps, best_rate(known, task, FULL, 1, steps))
-        yield from (
-            Cell(task, *way, seed, STEPS, best_rate(known, task, *way)) for way in (*recommended, *plain, *variants)
-        )
-        yield Cell(task, SCRATCH, 1, seed, EXACT[-1])
+        for way in (*recommended, *RIVALS, *plain, *variants):
+            yield Cell(task, *way, seed, STEPS, best_rate(known, task, *way))
+        yield Cell(task, SCRATCH, 1, seed, EXACT[-1], LEARNING_RATES[task][0])
 
 
 def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: float, steps: int = STEPS) -> float:
@@ -109,7 +110,7 @@ def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: floa
     tried = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
     if len(tried) > 1:
         return float(min(tried, key=_selection)["learning_rate"])
-    return float(tried[0]["learning_rate"]) if tried else LEARNING_RATE
+    return float(tried[0]["learning_rate"]) if tried else LEARNING_RATES[task][0]
 
 
 def _selection(row: dict[str, Any]) -> float:

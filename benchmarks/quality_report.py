@@ -89,28 +89,36 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
 def paired_rows(table: Table) -> list[dict[str, Any]]:
     """Return ``paired``: how much more the recommended way loses on a test row than others within the same memory.
 
-    The mean over rows, in nats per answer, with its 95 % interval; above 0 the other way is better. The first seed.
+    A row's loss is its mean over the seeds that both ways have. What is given is the mean over rows, in nats per
+    answer, with its 95 % interval; above 0 the other way is better.
     """
-    first = {
-        (row["task"], row["kind"], row["memory"]): row["systems"] for row in table.at_best_rate() if row["seed"] == 0
-    }
+    ways: dict[tuple[str, str, float], dict[int, dict[str, Any]]] = {}
+    for row in table.at_best_rate():
+        ways.setdefault((row["task"], row["kind"], row["memory"]), {})[row["seed"]] = row["systems"]
     found = []
     for task, memory in itertools.product(TASKS, MEMORIES):
-        own = first.get((task, *RECOMMENDED[memory]))
-        for (other_task, kind, other_memory), systems in first.items():
-            if own is None or other_task != task or other_memory > memory:
+        own = ways.get((task, *RECOMMENDED[memory]), {})
+        for (other_task, kind, other_memory), other in ways.items():
+            if other_task != task or other_memory > memory:
                 continue
-            others = ("uncorrected",) if (kind, other_memory) == RECOMMENDED[memory] else ("uncorrected", "auto")
-            for system in (name for name in others if name in systems):
-                ours, theirs = (
-                    [float(loss) for loss in each["losses"].split()] for each in (own["auto"], systems[system])
-                )
-                apart = [a - b for a, b in zip(ours, theirs, strict=True)]
+            is_own = (kind, other_memory) == RECOMMENDED[memory]
+            for system in ("uncorrected",) if is_own else ("uncorrected", "auto"):
+                seeds = [seed for seed in own.keys() & other.keys() if system in other[seed]]
+                if not seeds:
+                    continue
+                apart = [mean(row) for row in zip(*(_apart(own[seed]["auto"], other[seed][system]) for seed in seeds),
+                                                  strict=True)]  # fmt: skip
                 middle, reach = mean(apart), 1.96 * stdev(apart) / len(apart) ** 0.5
                 found.append({"task": task, "memory": memory, "system": "emloc", "other": f"{kind}+{system}",
-                              "other_memory": other_memory, "mean": round(middle, 4),
+                              "other_memory": other_memory, "seeds": len(seeds), "mean": round(middle, 4),
                               "low": round(middle - reach, 4), "high": round(middle + reach, 4)})  # fmt: skip
     return found
+
+
+def _apart(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
+    """Return how much more every test row loses."""
+    losses = ([float(loss) for loss in each["losses"].split()] for each in (ours, theirs))
+    return [a - b for a, b in zip(*losses, strict=True)]
 
 
 def best_table(table: Table) -> str:
@@ -197,7 +205,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     )
     text += "\n\nSeconds and peak memory of the stages:\n\n" + stage_table(table)
     paired = paired_rows(table)
-    columns = ["task", "memory", "system", "other", "other_memory", "mean", "low", "high"]
+    columns = ["task", "memory", "system", "other", "other_memory", "seeds", "mean", "low", "high"]
     text += "\n\nNats per answer above another way within the same memory, with 95 % intervals:\n\n"
     text += markdown(columns, [[str(row[key]) for key in columns] for row in paired])
     worse = [f"{row['task']} {row['memory']:g} {row['other']}" for row in paired if row["low"] > 0]
