@@ -61,11 +61,11 @@ class CompressSettings(CutSettings):
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
     loss: Loss = _LOSS
     seed: int = Field(0, description="Seed for drawing rows.")
-    calibration: Literal["base", "propagated"] | None = Field(
+    calibration: Literal["none", "base", "propagated"] | None = Field(
         None,
         description="Activations to calibrate on: 'base', those of the base, as in the paper and by default; "
         "'propagated', those of the emulator built so far, which compensates for earlier errors and is the default of "
-        "kinds below four bits.",
+        "four bits and below; 'none', for nf4 alone: the weights are rounded as they are, in seconds.",
     )
     refine: int | None = Field(
         None,

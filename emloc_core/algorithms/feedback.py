@@ -99,17 +99,40 @@ def rounded(matrix: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     Returns:
         Q, (m, n), in fp32: :func:`emloc_core.algorithms.fourbit.rounded` gives it back unchanged.
     """
-    matrix, gram = matrix.float(), damped(gram)
-    scales, largest, kept = (part.T.contiguous() for part in (*_blocks(matrix), matrix))
+    matrix = matrix.float()
+    spread, largest = _blocks(matrix)
+    return fourbit.rounded(_to_scales(matrix, gram, spread, largest))
 
-    def nearest(numbers: torch.Tensor, column: int) -> torch.Tensor:
-        scale = scales[column]
-        return torch.where(largest[column], kept[column], fourbit.nearest(numbers / scale) * scale)
+
+def rounded_to_scales(matrix: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return a matrix in four bits, whose blocks have scales that are given.
+
+    Args:
+        matrix: M, (m, n), any floating dtype.
+        gram: ``sum x x^T`` of its inputs, (n, n).
+        scales: of the blocks, (ceil(m n / 64),), in fp32.
+
+    Returns:
+        Codes, two a byte, (ceil(m n / 2), 1), uint8: :func:`emloc_core.algorithms.fourbit.unpack` reads them.
+    """
+    spread = _spread(scales, matrix.shape)
+    nothing = torch.zeros_like(spread, dtype=torch.bool)
+    return fourbit.codes(_to_scales(matrix.float(), gram, spread, nothing) / spread)
+
+
+def _to_scales(matrix: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Round a matrix to four bits times the scale of every number, (m, n); ``kept`` says which stay as they are."""
+    gram = damped(gram)
+    scales, kept, numbers = (part.T.contiguous() for part in (scales, kept, matrix))
+
+    def nearest(values: torch.Tensor, column: int) -> torch.Tensor:
+        found = fourbit.nearest(values / scales[column]) * scales[column]
+        return torch.where(kept[column], numbers[column], found)
 
     found = with_feedback(matrix, gram, nearest)
     for _ in range(PASSES):
         found = descended(matrix, found, gram, nearest)
-    return fourbit.rounded(found)
+    return found
 
 
 def _blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,6 +141,10 @@ def _blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     padded = torch.nn.functional.pad(matrix.flatten(), (0, -count % fourbit.BLOCK)).view(-1, fourbit.BLOCK)
     scales, at = padded.abs().max(1, keepdim=True)
     largest = torch.zeros_like(padded, dtype=torch.bool).scatter_(1, at, value=True)
-    tiny = torch.finfo(matrix.dtype).tiny
-    spread = scales.clamp(min=tiny).expand_as(padded)
-    return spread.flatten()[:count].view(size), largest.flatten()[:count].view(size)
+    return _spread(scales.flatten(), size), largest.flatten()[:count].view(size)
+
+
+def _spread(scales: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Return the scale of every number, not 0, in the shape of the matrix."""
+    scales = scales.where(scales != 0, torch.finfo(scales.dtype).tiny)
+    return scales.repeat_interleave(fourbit.BLOCK)[: size.numel()].view(size)

@@ -104,7 +104,7 @@ class Compress:
         allocate = uniform if self.ranks_by_spectra else self.allocate
         self.plan: RankPlan = allocated(found, settings.ratio, allocate, name=settings.allocator, kind=self.kind)
         # Weights alone need no calibration: its rows are left for tuning.
-        samples = settings.samples if self.kind.is_fitted else 0
+        samples = 0 if self.calibration == "none" else settings.samples
         self.rows = draw(rows, settings.seed, samples, settings.selection)
         processing = load_processing(base.directory, self.family, rows)
         self.samples = self._encode(self.rows.calibration, processing)
@@ -207,7 +207,7 @@ class Compress:
             )
             plan = self._allocated(spectra) if spectra else self.plan
             files = EmulatorFiles(self.skeleton, plan, self.blocks, staging, self.kind)
-            if not self.kind.is_fitted:
+            if self.calibration == "none":
                 pack_blocks(files, progress)
             elif self.calibration == "propagated":
                 self._decomposition(plan, progress).propagate(files)

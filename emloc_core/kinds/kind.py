@@ -17,8 +17,8 @@ from emloc_core.settings import CompressSettings
 #: U (m, k) and V (k, n) with U V the matrix that a Linear of the emulator multiplies by.
 Pair = tuple[torch.Tensor, torch.Tensor]
 Factorize = Callable[[torch.Tensor, Gram, int], Factors]
-#: Settings that only kinds of more than one size know, and only kinds that are fitted to rows.
-_OF_RATIO, _OF_ROWS = ("ratio", "allocator", "factorizer"), ("calibration",)
+#: Settings that only kinds of more than one size know.
+_OF_RATIO = ("ratio", "allocator", "factorizer")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,6 @@ class Kind(ABC):
     Attributes:
         name: of the kind.
         taps_inputs: whether factors are fitted to the Gram of the inputs, even where that of the outputs is smaller.
-        is_fitted: whether what stands in for a weight is fitted to calibration rows. If not, the weight alone says
-            what becomes of it.
         has_factors: whether a Linear becomes factors of some rank, alone or beside its weight.
         has_ratio: whether its size can be chosen. If not, the settings of sizes mean nothing.
         allocate: shares out what takes the place of ranks; None: the rank allocator that the user chooses.
@@ -71,14 +69,14 @@ class Kind(ABC):
         allocates_by_spectra: whether ranks may be shared out by the spectra of the weights.
         has_experts: whether fused experts become factors too; otherwise they stay dense.
         can_be_cut: whether emulators of any ratio can be cut from spectra.
-        calibration: what factors are fitted to where the user does not say.
+        calibration: what stand-ins are fitted to where the user does not say; "none": to nothing.
+        needs_rows: whether stand-ins are always fitted to rows. If not, the weight alone can say what becomes of it.
         refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; None: they
             cannot be.
     """
 
     name: str
     taps_inputs: bool = False
-    is_fitted: bool = True
     has_factors: bool = True
     has_ratio: bool = True
     allocate: Callable[..., Sequence[int]] | None = None
@@ -89,7 +87,8 @@ class Kind(ABC):
     allocates_by_spectra: bool = True
     has_experts: bool = False
     can_be_cut: bool = False
-    calibration: Literal["base", "propagated"] = "base"
+    calibration: Literal["none", "base", "propagated"] = "base"
+    needs_rows: bool = True
     refine: int | None = None
 
     def is_usable(self) -> bool:
@@ -102,19 +101,24 @@ class Kind(ABC):
         Raises:
             EmlocError: names them.
         """
-        unknown = (() if self.has_ratio else _OF_RATIO) + (() if self.is_fitted else _OF_ROWS)
         defaults = CompressSettings()
+        unknown = () if self.has_ratio else _OF_RATIO
         if given := [name for name in unknown if getattr(settings, name) != getattr(defaults, name)]:
             raise EmlocError(
                 f"An emulator of the kind {self.name!r} has no {', '.join(given)}.",
                 "Leave that out, or choose another --kind.",
+            )
+        if settings.calibration == "none" and self.needs_rows:
+            raise EmlocError(
+                f"An emulator of the kind {self.name!r} is fitted to rows.",
+                "Leave out --calibration none, or give --kind nf4, say.",
             )
         if settings.refine and self.refine is None:
             raise EmlocError(
                 f"An emulator of the kind {self.name!r} cannot be refined.",
                 "Leave out --refine, or give --kind 2.7-bit, say.",
             )
-        if settings.refine and (settings.calibration or self.calibration) == "base":
+        if settings.refine and (settings.calibration or self.calibration) != "propagated":
             raise EmlocError(
                 "Refinement needs the inputs that a block has in the emulator.",
                 "Leave out --refine, or give --calibration propagated.",
@@ -125,7 +129,7 @@ class Kind(ABC):
         return factorize
 
     def stand_in(self, weight: torch.Tensor) -> Weight:
-        """Return what stands in for a weight, (m, n); asked of kinds that are not fitted."""
+        """Return what stands in for a weight, (m, n), by itself; asked of kinds alone that do not need rows."""
         raise NotImplementedError(self.name)
 
     def movable(self, stand_in: Any) -> Movable:
@@ -146,8 +150,8 @@ class Kind(ABC):
 
         Args:
             weight: key of the weight in the checkpoint.
-            stand_in: :class:`~emloc_core.algorithms.factorize.Factors`, or a :class:`Weight` of a kind that is not
-                fitted.
+            stand_in: :class:`~emloc_core.algorithms.factorize.Factors`, or a :class:`Weight` that is fitted to
+                nothing.
             dtype: of the base.
         """
 

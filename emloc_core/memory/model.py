@@ -149,7 +149,7 @@ class MemoryModel:
 
         Towers that no row reaches stay dense, as in stage 1: there is nothing to fit stand-ins to.
         """
-        if not self.kind.is_fitted:
+        if self.kind.calibration == "none":
             return self.linears.at_full_rank()
         plan = allocated(self.linears, ratio, uniform, kind=self.kind)
         idle = [each.path for each in plan.planned if each.path.startswith(self._idle_towers)]

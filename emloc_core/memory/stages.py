@@ -26,10 +26,11 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     - stand-ins: where these are weights and not factors, the block's in fp32, beside an identity, and for refinement
       three times in the model's dtype: as they are, and unpacked, with a gradient.
 
-    A kind of emulator that is not fitted needs one Linear: as read, a copy of it, and twice in fp32 to find its error.
+    A kind of emulator that is fitted to nothing needs one Linear: as read, a copy of it, and twice in fp32 to find its
+    error.
     """
     weight = model.dtype.itemsize
-    if not model.kind.is_fitted:
+    if model.kind.calibration == "none":
         largest = max(linear.out_features * linear.in_features for linear in model.linears.linears)
         return Need("compress", {"weights": largest * 2 * (weight + 4), "overhead": OVERHEAD}, "the largest Linear")
     blocks = block_paths(model.model, model.family)

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from bitsandbytes import functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -125,8 +126,44 @@ def test_reported_errors_are_those_of_what_the_model_holds(made, tiny_model):
             u, v = kind.unpack([slices[name][...] for name in kind.keys(key)], shape, torch.float32)
             weight = whole[key][...]
         assert 0 < linear["relative_error"] < 1
-        if not kind.is_fitted:
-            assert linear["relative_error"] == pytest.approx(float((weight - u @ v).norm() / weight.norm()), rel=1e-4)
+        assert (weight - u @ v).norm() < weight.norm()
+
+
+def test_without_calibration_weights_are_rounded_as_bitsandbytes_does(tiny_model, rows_file, tmp_path):
+    chosen = CompressSettings(kind="nf4", calibration="none", selection=6)
+    job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen)
+    assert not job.rows.calibration
+    base, small, kind = Checkpoint(tiny_model), Checkpoint(job.run()), NF4()
+    for linear in read_manifest(tmp_path / "emulator")["result"]["linears"]:
+        key, shape = f"{linear['path']}.weight", (linear["out_features"], linear["in_features"])
+        with small.slices(kind.keys(key)) as slices, base.slices([key]) as whole:
+            tensors, weight = [slices[name][...] for name in kind.keys(key)], whole[key][...]
+        codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+        assert torch.equal(tensors[0], codes)
+        assert torch.equal(tensors[1], state.absmax)
+        u, v = kind.unpack(tensors, shape, torch.float32)
+        assert linear["relative_error"] == pytest.approx(float((weight - u @ v).norm() / weight.norm()), rel=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(m=st.integers(2, 90), n=st.sampled_from([64, 128, 192]), zeros=st.booleans(), seed=st.integers(0, 2**16))
+def test_four_bits_fitted_to_rows_are_bitsandbytes_own(m, n, zeros, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight, inputs = torch.randn(m, n, generator=generator), torch.randn(3 * n, n, generator=generator)
+    inputs = inputs @ torch.randn(n, n, generator=generator)
+    if zeros:  # whole blocks, whose scale is next to 0, and may be rounded below it
+        weight[m // 2 :] = 0
+    gram = Gram("input", n)
+    gram.add(inputs)
+    fitted = NF4().rounding(factorize)(weight, gram, 0)
+    packed = list(NF4().pack("weight", fitted, torch.float32).values())
+    u, v = NF4().unpack(packed, (m, n), torch.float32)  # by bitsandbytes
+    assert torch.allclose(u @ v, fitted.u @ fitted.v, atol=1e-5)
+    plain = NF4().stand_in(weight)
+    alone = torch.mm(*NF4().unpack(list(NF4().pack("weight", plain, torch.float32).values()), (m, n), torch.float32))
+    lost = [float(((weight - each) @ inputs.T).norm()) for each in (u @ v, alone)]
+    assert lost[0] <= 1.01 * lost[1] + 1e-6
+    assert fitted.relative_error() == pytest.approx(lost[0] / float((weight @ inputs.T).norm()), rel=1e-2, abs=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -210,11 +247,11 @@ def test_factors_of_every_factorizer_are_rounded(factorizer):
 
 def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
     base, rows = Checkpoint(tiny_model), load_rows(str(rows_file))
-    chosen = CompressSettings(kind="nf4", ratio=0.3, calibration="base", samples=4, selection=2)
-    with pytest.raises(EmlocError, match="no ratio, calibration"):
+    chosen = CompressSettings(kind="nf4", ratio=0.3, allocator="global", samples=4, selection=2)
+    with pytest.raises(EmlocError, match="no ratio, allocator"):
         Compress(base, rows, tmp_path / "emulator", chosen)
-    chosen = CompressSettings(kind="2-bit", ratio=0.3, calibration="base", samples=4, selection=2)
-    with pytest.raises(EmlocError, match="no ratio\\."):  # it is fitted to rows
+    chosen = CompressSettings(kind="2-bit", calibration="none", selection=2)
+    with pytest.raises(EmlocError, match="kind '2-bit' is fitted to rows"):
         Compress(base, rows, tmp_path / "emulator", chosen)
     chosen = CompressSettings(kind="nf4", samples=4, selection=2)
     with pytest.raises(EmlocError, match="cannot be cut"):
