@@ -28,12 +28,14 @@ BASELINES = (
 )
 #: Other ways to make emulators of a kind, one of which might be its default.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "nf4-plain": {"kind": "nf4", "calibration": "none"},
     "low-rank-global": {"kind": "low-rank", "allocator": "global"},
     "low-rank-propagated": {"kind": "low-rank", "calibration": "propagated"},
     "low-rank-refined": {"kind": "low-rank", "calibration": "propagated", "refine": 3},
 }
+LOW_RANK = [name for name, how in VARIANTS.items() if how["kind"] == "low-rank"]
 #: Bytes of a number, scales included, where a stand-in multiplies by fewer numbers than the base.
-FEWER = dict.fromkeys(("low-rank", *VARIANTS, "pruned", "depth"), 2.0) | dict.fromkeys(
+FEWER = dict.fromkeys(("low-rank", *LOW_RANK, "pruned", "depth"), 2.0) | dict.fromkeys(
     ("low-rank-nf4", "pruned-nf4"), 4.5 / 8
 )
 #: Bytes that a ratio counts in, where a kind has one.
@@ -77,7 +79,7 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     """Return all cells, the most telling first; learning rates of further seeds are those found best so far."""
     recommended = list(dict.fromkeys(RECOMMENDED[memory] for memory in reversed(MEMORIES)))
     plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
-    variants = [(name, memory) for memory in (0.28, 0.11) for name in VARIANTS]
+    variants = [("nf4-plain", 0.28), *((name, memory) for memory in (0.28, 0.11) for name in LOW_RANK)]
     longer = STEPS + EXACT[-1]
 
     def first(ways: Sequence[tuple[str, float]], steps: int = STEPS, rate: int = 0) -> Iterator[Cell]:
@@ -92,8 +94,10 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
         yield from first([(FULL, 1)], steps, rate)
     yield from first([(SCRATCH, 1)], EXACT[-1])
     yield from first(plain)
-    yield from (Cell(task, *way, 0, STEPS, best_rate(known, task, "low-rank", way[1])) for way in variants
-                for task in TASKS)  # fmt: skip
+    yield from (
+        Cell(task, *way, 0, STEPS, best_rate(known, task, str(VARIANTS[way[0]]["kind"]), way[1]))
+        for way, task in product(variants, TASKS)
+    )
     for rate in (1, 2):
         yield from first([*recommended, *RIVALS, *plain, *BASELINES], rate=rate)
     for seed, task in product(range(1, seeds), TASKS):
