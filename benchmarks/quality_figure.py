@@ -23,14 +23,17 @@ def draw(recovery: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> 
     drawing = Figure(figsize=(4 * len(TASKS), 10), layout="constrained")
     FigureCanvasSVG(drawing)
     grid = drawing.subplots(3, len(TASKS))
+    ways = sorted({_way(row) for row in rows})  # of one colour in all columns
+    colours = {way: f"C{at}" for at, way in enumerate(ways)}
     for task, (over_memory, over_steps, over_time) in zip(TASKS, grid.T, strict=True):
         over_memory.set(title=task)
         _draw_memory(over_memory, [row for row in recovery if row["task"] == task])
-        _draw_steps(over_steps, [row for row in recovery if row["task"] == task])
-        _draw_time(over_time, [row for row in rows if row["task"] == task and row["seed"] == 0])
+        _draw_steps(over_steps, [row for row in recovery if row["task"] == task], colours)
+        _draw_time(over_time, [row for row in rows if row["task"] == task and row["seed"] == 0], colours)
+    lowest = min(axes.dataLim.ymin for axes in grid[:2].flat)
     for axes in grid[:2].flat:
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-        axes.sharey(grid[0, 0])
+        axes.set_ylim(lowest - 0.02, 1.04)
     for axes in grid.flat:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize="x-small")
@@ -40,31 +43,35 @@ def draw(recovery: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> 
         drawing.savefig(FIGURE, metadata={"Date": None})
 
 
+def _way(row: dict[str, Any]) -> str:
+    return row["kind"] if row["memory"] == 1 else f"{row['kind']} at {row['memory']:g}"
+
+
 def _draw_memory(axes: Any, recovery: Sequence[dict[str, Any]]) -> None:
     for system in ("emloc", "emloc+polish20", "low-rank+auto", "low-rank+polish20"):
         _line(axes, system, [(row["memory"], row) for row in recovery if row["system"] == system])
     axes.set(xlabel="memory of the block Linears", xlim=(0, 0.65))
 
 
-def _draw_steps(axes: Any, recovery: Sequence[dict[str, Any]]) -> None:
+def _draw_steps(axes: Any, recovery: Sequence[dict[str, Any]], colours: dict[str, str]) -> None:
     by_name = {(row["system"], row["memory"]): row for row in recovery}
     kinds = dict.fromkeys((row["system"].partition("+")[0], row["memory"]) for row in recovery if row["memory"] < 1)
     for kind, memory in kinds:
         named = [(0, f"{kind}+auto"), *((steps, f"{kind}+polish{steps}") for steps in EXACT)]
         if kind != "emloc":
             found = [(steps, by_name.get((system, memory))) for steps, system in named]
-            _line(axes, f"{kind} at {memory:g}", [(steps, row) for steps, row in found if row])
+            way = f"{kind} at {memory:g}"
+            _line(axes, way, [(steps, row) for steps, row in found if row], colours[way])
     axes.set(xlabel="exact steps", xticks=[0, *EXACT])
 
 
-def _draw_time(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+def _draw_time(axes: Any, rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> None:
     """Draw the loss of the base over the seconds until there is a LoRA that gives it."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in (row for row in rows if "stages" in row):
-        name = row["kind"] if row["memory"] == 1 else f"{row['kind']} at {row['memory']:g}"
-        points.setdefault(name, []).extend(_times(row))
-    for name, found in points.items():
-        axes.plot(*zip(*sorted(found), strict=True), marker="o", label=name)
+        points.setdefault(_way(row), []).extend(_times(row))
+    for way, found in points.items():
+        axes.plot(*zip(*sorted(found), strict=True), marker="o", label=way, color=colours[way])
     axes.set(xlabel="seconds", xscale="log", yscale="log")
 
 
@@ -78,10 +85,10 @@ def _times(row: dict[str, Any]) -> Iterator[tuple[float, float]]:
         yield sum(row["stages"][stage]["seconds"] for stage in ways[system]), row["systems"][system]["nll"]
 
 
-def _line(axes: Any, label: str, points: Sequence[tuple[float, dict[str, Any]]]) -> None:
+def _line(axes: Any, label: str, points: Sequence[tuple[float, dict[str, Any]]], colour: str | None = None) -> None:
     """Draw one system's means, with their spread over seeds."""
     points = sorted(points, key=lambda point: point[0])
     if points:
         x = [at for at, _ in points]
         y, spread = ([row[key] or 0 for _, row in points] for key in ("mean", "spread"))
-        axes.errorbar(x, y, spread, marker="o", capsize=3, label=label)
+        axes.errorbar(x, y, spread, marker="o", capsize=3, label=label, color=colour)
