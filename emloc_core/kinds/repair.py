@@ -31,8 +31,9 @@ class Repaired(Factors):
 class RepairedNF4(Kind):
     """Weights in four bits with a low-rank repair of their error (EoRA, Liu et al., 2024, arXiv 2410.21271).
 
-    The weight is rounded as in the kind ``nf4``. The repair minimises ``||(dW - U V) X||`` for ``dW = W - What``: it is
-    dW factorised on the Gram of the inputs. The ratio is that of the repair alone, which is kept beside the four bits.
+    The weight is rounded as in the kind ``nf4`` without calibration. The repair minimises ``||(dW - U V) X||`` for
+    ``dW = W - What``: it is dW factorised on the Gram of the inputs. The ratio is that of the repair alone, which is
+    kept beside the four bits.
     """
 
     name = "nf4+repair"
