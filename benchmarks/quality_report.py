@@ -96,23 +96,20 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
     for row in table.at_best_rate():
         ways.setdefault((row["task"], row["kind"], row["memory"]), {})[row["seed"]] = row["systems"]
     found = []
-    for task, memory in itertools.product(TASKS, MEMORIES):
-        own = ways.get((task, *RECOMMENDED[memory]), {})
-        for (other_task, kind, other_memory), other in ways.items():
-            if other_task != task or other_memory > memory:
-                continue
-            is_own = (kind, other_memory) == RECOMMENDED[memory]
-            for system in ("uncorrected",) if is_own else ("uncorrected", "auto"):
-                seeds = [seed for seed in own.keys() & other.keys() if system in other[seed]]
-                if not seeds:
-                    continue
-                apart = [mean(row) for row in zip(*(_apart(own[seed]["auto"], other[seed][system]) for seed in seeds),
-                                                  strict=True)]  # fmt: skip
-                middle, reach = mean(apart), 1.96 * stdev(apart) / len(apart) ** 0.5
+    for memory, (way, other) in itertools.product(MEMORIES, ways.items()):
+        task, kind, other_memory = way
+        recommended = (task, *RECOMMENDED[memory])
+        own = ways.get(recommended, {})
+        for system in ("uncorrected",) if way == recommended else ("uncorrected", "auto"):
+            seeds = [seed for seed in own.keys() & other.keys() if system in other[seed]]
+            if seeds and other_memory <= memory:
+                apart = [_apart(own[seed]["auto"], other[seed][system]) for seed in seeds]
+                by_row = [mean(row) for row in zip(*apart, strict=True)]
+                middle, reach = mean(by_row), 1.96 * stdev(by_row) / len(by_row) ** 0.5
                 found.append({"task": task, "memory": memory, "system": "emloc", "other": f"{kind}+{system}",
                               "other_memory": other_memory, "seeds": len(seeds), "mean": round(middle, 4),
                               "low": round(middle - reach, 4), "high": round(middle + reach, 4)})  # fmt: skip
-    return found
+    return sorted(found, key=lambda row: TASKS.index(row["task"]))
 
 
 def _apart(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:

@@ -94,10 +94,7 @@ def unpack(
     m, n = shape
     table = torch.tensor(_table(levels), dtype=dtype, device=codes.device)
     found = _at(table, codes.int()).flatten()[: m * n].view(m, n)
-    scales = scales.to(dtype)
-    if n % GROUP:
-        return found * _spread(scales, n)
-    return (found.view(m, -1, GROUP) * scales[..., None]).view(m, n)
+    return found * _spread(scales.to(dtype), n)
 
 
 def product(

@@ -24,7 +24,7 @@ from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
-from emloc_core.kinds import Kind, LowRank, Weight
+from emloc_core.kinds import Kind, LowRank
 from emloc_core.model.skeleton import Skeleton
 
 UNREACHED = "no calibration row passes through it"
@@ -58,7 +58,7 @@ class EmulatorFiles:
     def write(
         self,
         block: str,
-        factors: Mapping[str, Factors | Weight | StackedFactors],
+        factors: Mapping[str, Factors | StackedFactors],
         _sensitivities: Mapping[str, float],
     ) -> None:
         """Write what stands in for the weights of a block's Linears and experts, by path, and the error of each."""

@@ -1,11 +1,11 @@
-"""Emulators of kinds without ranks: made from the weights alone, one Linear in memory at a time."""
+"""Emulators without calibration: made from the weights alone, one Linear in memory at a time."""
 
 import torch
 
+from emloc_core.algorithms.factorize import Factors
 from emloc_core.emulator.decompose import Progress
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.errors import EmlocError
-from emloc_core.kinds import Weight
 from emloc_core.plugins.manager import plugin_manager
 
 
@@ -24,7 +24,7 @@ def pack_blocks(files: EmulatorFiles, progress: Progress) -> None:
         plugin_manager().notify("emloc_block_done", stage="compress", path=block, index=index, total=total)
 
 
-def _stand_in(files: EmulatorFiles, path: str) -> Weight:
+def _stand_in(files: EmulatorFiles, path: str) -> Factors:
     name = f"{path}.weight"
     with files.skeleton.parameters([name]) as loaded:
         weight = loaded[name].detach().clone()

@@ -5,7 +5,7 @@ many bytes it takes. Everything else (streaming, resuming, training, correction,
 """
 
 from emloc_core.kinds.factors import FourBitLowRank, LowRank
-from emloc_core.kinds.kind import Factorize, Kind, Movable, Pair, Weight
+from emloc_core.kinds.kind import Factorize, Kind, Movable, Pair
 from emloc_core.kinds.levels import FewLevels, FourLevels, MixedLevels, SixLevels, ThreeLevels
 from emloc_core.kinds.repair import RepairedNF4
 from emloc_core.kinds.weights import NF4
@@ -25,7 +25,6 @@ __all__ = [
     "RepairedNF4",
     "SixLevels",
     "ThreeLevels",
-    "Weight",
 ]
 
 #: Kinds in the order in which they are recommended: the first whose tuning fits. ``docs/evidence.md`` says why.

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,23 +18,6 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 Factorize = Callable[[torch.Tensor, Gram, int], Factors]
 #: Settings that only kinds of more than one size know.
 _OF_RATIO = ("ratio", "allocator", "factorizer")
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A stand-in made from a weight alone.
-
-    Attributes:
-        weight: (m, n), the base's.
-        error: ``||W - What|| / ||W||``: the relative output error on inputs that favour no direction.
-    """
-
-    weight: torch.Tensor
-    error: float
-
-    def relative_error(self) -> float:
-        """Return the error."""
-        return self.error
 
 
 class Movable(Protocol):
@@ -69,7 +51,7 @@ class Kind(ABC):
         allocates_by_spectra: whether ranks may be shared out by the spectra of the weights.
         has_experts: whether fused experts become factors too; otherwise they stay dense.
         can_be_cut: whether emulators of any ratio can be cut from spectra.
-        calibration: what stand-ins are fitted to where the user does not say; "none": to nothing.
+        calibration: what stand-ins are fitted to where the user does not say.
         needs_rows: whether stand-ins are always fitted to rows. If not, the weight alone can say what becomes of it.
         refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; None: they
             cannot be.
@@ -87,7 +69,7 @@ class Kind(ABC):
     allocates_by_spectra: bool = True
     has_experts: bool = False
     can_be_cut: bool = False
-    calibration: Literal["none", "base", "propagated"] = "base"
+    calibration: Literal["base", "propagated"] = "base"
     needs_rows: bool = True
     refine: int | None = None
 
@@ -128,7 +110,7 @@ class Kind(ABC):
         """Return a factorizer whose factors are as they will be when they have been stored and read."""
         return factorize
 
-    def stand_in(self, weight: torch.Tensor) -> Weight:
+    def stand_in(self, weight: torch.Tensor) -> Factors:
         """Return what stands in for a weight, (m, n), by itself; asked of kinds alone that do not need rows."""
         raise NotImplementedError(self.name)
 
@@ -150,8 +132,7 @@ class Kind(ABC):
 
         Args:
             weight: key of the weight in the checkpoint.
-            stand_in: :class:`~emloc_core.algorithms.factorize.Factors`, or a :class:`Weight` that is fitted to
-                nothing.
+            stand_in: :class:`~emloc_core.algorithms.factorize.Factors`, of the subclass that this kind makes.
             dtype: of the base.
         """
 

@@ -1,5 +1,6 @@
 """The kind whose stand-in is the weight itself, in four bits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from emloc_core.algorithms import feedback, fourbit
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
-from emloc_core.kinds.kind import Factorize, Kind, Pair, Weight, whole
+from emloc_core.kinds.kind import Factorize, Kind, Pair, whole
 from emloc_core.lowrank import replace_linear
 from emloc_core.quantised import FourBitLinear
 
@@ -47,26 +48,15 @@ class NF4(Kind):
         """Return what rounds a weight with feedback, whatever its rank."""
 
         def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> FourBitWeight:  # noqa: ARG001
-            (m, n), inputs = weight.shape, gram.matrix
             _, state = _quantized(weight.float())
-            functions = fourbit.kernels().functional
-            scales = functions.dequantize_blockwise(state.absmax, state.state2) + state.offset
-            codes = feedback.rounded_to_scales(weight, inputs, scales)
-            found = fourbit.unpack(codes, scales, (m, n), torch.float32)
-            nothing = torch.zeros(min(m, n), dtype=torch.float64)
-            return FourBitWeight(*whole(found), nothing, codes, state, error=output_error(weight, found, inputs))
+            codes = feedback.rounded_to_scales(weight, gram.matrix, _scales(state))
+            return _stand_in(codes, state, lambda found: output_error(weight, found, gram.matrix))
 
         return rounded
 
-    def stand_in(self, weight: torch.Tensor) -> Weight:
-        """Return the weight, with the error of its four bits."""
-        packed = list(self.pack("weight", Weight(weight, 0.0), weight.dtype).values())
-        approximation = max(self.unpack(packed, (weight.shape[0], weight.shape[1]), torch.float32), key=torch.numel)
-        lost, whole = (
-            float(torch.linalg.vector_norm(part, dtype=torch.float64))
-            for part in (weight.cpu().float() - approximation, weight)
-        )
-        return Weight(weight, lost / whole if whole else 0.0)
+    def stand_in(self, weight: torch.Tensor) -> FourBitWeight:
+        """Return the weight as bitsandbytes rounds it, with the error of the weight."""
+        return _stand_in(*_quantized(weight), lambda found: _relative(weight, found))
 
     def told(self, rank: str) -> str:  # noqa: ARG002
         """Four bits, whatever the rank."""
@@ -76,23 +66,19 @@ class NF4(Kind):
         """The weight's codes, and the parts of bitsandbytes' ``QuantState``."""
         return [weight, *(f"{weight}.{part}" for part in self._PARTS)]
 
-    def pack(self, weight: str, stand_in: FourBitWeight | Weight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def pack(self, weight: str, stand_in: FourBitWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return the weight in four bits, its scales in eight (double quantisation)."""
-        if isinstance(stand_in, Weight):
-            codes, state = _quantized(stand_in.weight.to("cpu", dtype))
-        else:
-            codes, state = stand_in.codes, stand_in.state
-        state.dtype = dtype
-        parts = {weight: codes} | {f"{weight}.{part}": each for part, each in state.as_dict(packed=True).items()}
-        return {key: part.cpu() for key, part in parts.items()}
+        state = stand_in.state
+        state.dtype = dtype  # that bitsandbytes unpacks to
+        parts = {f"{weight}.{part}": tensor.cpu() for part, tensor in state.as_dict(packed=True).items()}
+        return {weight: stand_in.codes.cpu(), **parts}
 
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return the weight and the identity."""
-        functions = fourbit.kernels().functional
         codes, *parts = tensors
-        state = functions.QuantState.from_dict(dict(zip(self._PARTS, parts, strict=True)), device=codes.device)
-        # bitsandbytes takes a single byte of codes for a transposed matrix.
-        return whole(functions.dequantize_4bit(codes, state).reshape(shape).to(dtype))
+        known = dict(zip(self._PARTS, parts, strict=True))
+        state = fourbit.kernels().functional.QuantState.from_dict(known, device=codes.device)
+        return whole(_read(codes, state, shape, dtype))
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         """Return what ``BitsAndBytesConfig`` writes, with every other Linear among those to be skipped.
@@ -134,3 +120,29 @@ def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
         weight.contiguous(), blocksize=fourbit.BLOCK, compress_statistics=True, quant_type="nf4"
     )
     return found
+
+
+def _scales(state: Any) -> torch.Tensor:
+    """Return the scale of every block, fp32, as it is read from eight bits."""
+    found: torch.Tensor = fourbit.kernels().functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return found
+
+
+def _read(codes: torch.Tensor, state: Any, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    # bitsandbytes takes a single byte of codes for a transposed matrix.
+    found: torch.Tensor = fourbit.kernels().functional.dequantize_4bit(codes, state).reshape(shape).to(dtype)
+    return found
+
+
+def _stand_in(codes: torch.Tensor, state: Any, error: Callable[[torch.Tensor], float]) -> FourBitWeight:
+    """Return a packed weight; ``error`` gives that of what is read of it."""
+    m, n = state.shape
+    found = _read(codes, state, (m, n), torch.float32)
+    nothing = torch.zeros(min(m, n), dtype=torch.float64)
+    return FourBitWeight(*whole(found), nothing, codes, state, error=error(found))
+
+
+def _relative(weight: torch.Tensor, found: torch.Tensor) -> float:
+    """Return ``||W - What|| / ||W||``: the relative output error on inputs that favour no direction."""
+    lost, kept = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (weight - found, weight))
+    return lost / kept if kept else 0.0

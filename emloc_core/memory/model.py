@@ -149,8 +149,6 @@ class MemoryModel:
 
         Towers that no row reaches stay dense, as in stage 1: there is nothing to fit stand-ins to.
         """
-        if self.kind.calibration == "none":
-            return self.linears.at_full_rank()
         plan = allocated(self.linears, ratio, uniform, kind=self.kind)
         idle = [each.path for each in plan.planned if each.path.startswith(self._idle_towers)]
         return plan.dense(idle, UNREACHED) if idle else plan

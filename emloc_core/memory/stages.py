@@ -26,13 +26,9 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     - stand-ins: where these are weights and not factors, the block's in fp32, beside an identity, and for refinement
       three times in the model's dtype: as they are, and unpacked, with a gradient.
 
-    A kind of emulator that is fitted to nothing needs one Linear: as read, a copy of it, and twice in fp32 to find its
-    error.
+    Without calibration it is far less: one Linear at a time.
     """
     weight = model.dtype.itemsize
-    if model.kind.calibration == "none":
-        largest = max(linear.out_features * linear.in_features for linear in model.linears.linears)
-        return Need("compress", {"weights": largest * 2 * (weight + 4), "overhead": OVERHEAD}, "the largest Linear")
     blocks = block_paths(model.model, model.family)
     units = [sum(p.numel() for p in model.model.get_submodule(path).parameters()) for path in blocks]
     units += [p.numel() for name, p in model.model.named_parameters() if not name.startswith(tuple(blocks))]

@@ -22,7 +22,7 @@ from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
-from emloc_core.kinds import NF4, RepairedNF4, Weight
+from emloc_core.kinds import NF4, RepairedNF4
 from emloc_core.memory.budget import largest_ratio
 from emloc_core.model.hooks import tapped
 from emloc_core.quantised import RepairedLinear
@@ -50,7 +50,7 @@ def product(kind, tensors, weight):
 
 
 def rounded_alone(weight):
-    return product(NF4(), NF4().pack("weight", Weight(weight, 0.0), weight.dtype), weight)
+    return product(NF4(), NF4().pack("weight", NF4().stand_in(weight), weight.dtype), weight)
 
 
 @settings(max_examples=8, deadline=None)
