@@ -110,9 +110,9 @@ def rounded(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def nearest(numbers: torch.Tensor) -> torch.Tensor:
-    """Return, for every number, the nearest of the 16 in [-1, 1] that codes stand for."""
-    levels = _levels(numbers)
-    found: torch.Tensor = levels[torch.bucketize(numbers.contiguous(), _middles(levels))]
+    """Return, for every number, the nearest of the 16 in [-1, 1] that codes stand for; fp32, as the numbers."""
+    levels, middles = _levels(numbers.device)
+    found: torch.Tensor = levels[torch.bucketize(numbers.contiguous(), middles)]
     return found
 
 
@@ -120,25 +120,22 @@ def codes(numbers: torch.Tensor) -> torch.Tensor:
     """Return numbers in [-1, 1] as the codes of the nearest, two a byte: the first in the upper half.
 
     Args:
-        numbers: (m, n).
+        numbers: (m, n), fp32.
 
     Returns:
         (ceil(m n / 2), 1), uint8.
     """
-    levels = _levels(numbers)
-    flat = torch.bucketize(numbers.flatten(), _middles(levels), out_int32=True).to(torch.uint8)
+    _, middles = _levels(numbers.device)
+    flat = torch.bucketize(numbers.flatten(), middles, out_int32=True).to(torch.uint8)
     pairs = torch.nn.functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)
     return (pairs[:, :1] << 4) | pairs[:, 1:]
 
 
-def _levels(like: torch.Tensor) -> torch.Tensor:
-    """Return the 16 numbers that codes stand for, on the device of ``like`` and in its dtype."""
-    found: torch.Tensor = kernels().functional.get_4bit_type(_KIND, device=like.device).to(like)
-    return found
-
-
-def _middles(levels: torch.Tensor) -> torch.Tensor:
-    return (levels[1:] + levels[:-1]) / 2
+@cache
+def _levels(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the 16 numbers that codes stand for, and the middles between them; fp32."""
+    levels: torch.Tensor = kernels().functional.get_4bit_type(_KIND, device=device)
+    return levels, (levels[1:] + levels[:-1]) / 2
 
 
 def product(
