@@ -15,7 +15,9 @@ for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[threads] = "1"  # a fork has one
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-from chaos import hostile, warm, zoo  # noqa: E402, F401 - before anything is computed
+from support import warm  # noqa: E402, F401 - before anything is computed
+
+from chaos import hostile, zoo  # noqa: E402
 from chaos.cases import Case  # noqa: E402
 from chaos.changes import changing_inputs  # noqa: E402
 from chaos.disks import full_disks  # noqa: E402

@@ -7,7 +7,6 @@ the case says so, in an output that is whole. Some of them by hand, with ``tests
 
 import contextlib
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from support.forkserver import warm_process
 
 from chaos.corpus import COMMANDS, Case, cases
 from chaos.results import FAILED, Result, Verdict, counts, markdown
@@ -33,7 +33,7 @@ _MEMORY = 24 << 30  # bytes of address space: a bomb ends as MemoryError, which 
 def make_good(directory: Path) -> Path:
     """Make the good things, by the commands themselves, in a process of its own: ``model``, ``emulator`` and so on."""
     directory.mkdir(parents=True)
-    process = _server().Process(target=_make_good, args=(directory,))
+    process = warm_process(_make_good, directory)
     process.start()
     process.join()
     assert process.exitcode == 0, (directory / "log").read_text()
@@ -94,7 +94,7 @@ def run(case: Case, good: Path, place: Path) -> Result:
     start = time.monotonic()
     reader, writer = os.pipe()  # a limit on the size of files is none on what is said
     line = COMMANDS.get(case.command, case.command)
-    child = _server().Process(target=_run, args=(line, case.file_size, place, DupFd(writer)))
+    child = warm_process(_run, line, case.file_size, place, DupFd(writer))
     child.start()
     os.close(writer)
     said = _read_until(reader, start + SECONDS)
@@ -173,13 +173,6 @@ def _fault(output: Path) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _server() -> Any:
-    """Return what forks a process that has imported the libraries and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["chaos.warm", "chaos.corpus"])
-    return context
 
 
 def campaign(directory: Path, limit: int | None = None) -> Iterator[Result]:

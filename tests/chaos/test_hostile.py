@@ -1,6 +1,9 @@
 """Hostile inputs end in a sentence, or in an output that is whole."""
 
+import sys
+
 import pytest
+from support.forkserver import warm_process
 
 from chaos.corpus import cases
 from chaos.hostile import campaign
@@ -14,6 +17,17 @@ def defects(results):
 def test_there_are_hundreds_of_different_ones():
     names = [(case.kind, case.name, case.command) for case in cases()]
     assert len(set(names)) == len(names) > 300
+
+
+def exit_as_warm():
+    sys.exit(0 if "support.warm" in sys.modules else 1)
+
+
+def test_a_fork_has_imported_what_the_commands_need():
+    process = warm_process(exit_as_warm)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_a_part_of_the_corpus(tmp_path):

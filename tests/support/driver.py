@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from support.killed import SERVER
+from support.forkserver import warm_process
 from support.processes import planning_here
 
 from emloc_core.zoo.convert import convert
@@ -22,7 +22,7 @@ class ForkingDriver:
     """Converts a file of jobs; a fork of a process that has imported everything, as are its workers."""
 
     def __init__(self, file: Path, zoo: Path) -> None:
-        self._process = SERVER.Process(target=_drive, args=(file, zoo))
+        self._process = warm_process(_drive, file, zoo)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

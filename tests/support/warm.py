@@ -6,22 +6,27 @@ A fork of a process in which torch has computed would wait forever for threads t
 import gc
 from importlib import import_module
 
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM  # noqa: F401 - transformers imports when asked
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from emloc_core.plugins.manager import plugin_manager
 
 plugin_manager().commands()
-for stage in (
-    "adapters.correct",
-    "adapters.merge",
-    "emulator.compress",
-    "emulator.cut",
-    "evaluation.evaluate",
-    "memory.show",
-    "model.importing",
-    "tuning.exact",
+for name in (
+    "emloc_core.adapters.correct",
+    "emloc_core.adapters.merge",
+    "emloc_core.emulator.compress",
+    "emloc_core.emulator.cut",
+    "emloc_core.evaluation.evaluate",
+    "emloc_core.memory.show",
+    "emloc_core.model.importing",
+    "emloc_core.tuning.exact",
+    "emloc_core.zoo.convert",
+    "peft",
+    "pytest",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "trl.trainer.sft_trainer",
 ):
-    import_module(f"emloc_core.{stage}")
+    import_module(name)
 get_checkpoint_conversion_mapping("llama")  # half of the time of a short stage
 gc.freeze()  # a collection in a fork would copy all these pages
