@@ -125,7 +125,8 @@ class MemoryModel:
         if workload.images:
             self.image = image_shape(config_file, self.config, workload.image_size)
         self._inputs = self._shape_inputs()
-        self._known: dict[frozenset[tuple[str, int]] | None, Need] = {}
+        #: What was traced: of emulators, by kind and ranks; of the base, the same for every kind.
+        self._known: dict[tuple[str, frozenset[tuple[str, int]]] | None, Need] = {}
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype | None = self.config.dtype or self.config.get_text_config().dtype
@@ -195,11 +196,10 @@ class MemoryModel:
         return MemoryModel(self.config_file, workload, self.kind.name)
 
     def with_kind(self, kind: str) -> "MemoryModel":
-        """Return the same model with another kind of emulator; what the base needs is not traced again."""
+        """Return the same model with another kind of emulator; what was traced of either is known to both."""
         other = copy.copy(self)
         other.kind = plugin_manager().algorithm("emulators", kind)()
         other.linears = find_linears(other.model, other.family, other.kind)
-        other._known = {ranks: need for ranks, need in self._known.items() if ranks is None}
         return other
 
     def least_length(self) -> int:
@@ -215,10 +215,10 @@ class MemoryModel:
 
     def tuning(self, plan: RankPlan | None = None) -> Need:
         """Return what a LoRA needs on the base, or on a plan's emulator. Equal ranks are traced once."""
-        ranks = None if plan is None else frozenset(plan.ranks.items())
-        if ranks not in self._known:
-            self._known[ranks] = self._trace_tuning(plan)
-        return self._known[ranks]
+        emulator = None if plan is None else (self.kind.name, frozenset(plan.ranks.items()))
+        if emulator not in self._known:
+            self._known[emulator] = self._trace_tuning(plan)
+        return self._known[emulator]
 
     def _trace_tuning(self, plan: RankPlan | None) -> Need:
         stage = "LoRA on the base" if plan is None else "LoRA on the emulator"

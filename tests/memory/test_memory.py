@@ -148,6 +148,20 @@ def test_the_ends_of_the_search(tiny_model: Path) -> None:
     assert fit.ratio == 0.99
 
 
+def test_what_the_base_needs_is_traced_once_for_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = MemoryModel(write_config(tmp_path, TINY[0][0]), workload(batch=1))
+    traced = []
+    real = MemoryModel._trace_tuning
+    monkeypatch.setattr(MemoryModel, "_trace_tuning", lambda self, plan: traced.append(plan) or real(self, plan))
+    kinds = [base.with_kind(name) for name in ("nf4", "2.7-bit", "low-rank")]
+    assert len({kind.tuning().total for kind in [*kinds, base]}) == 1
+    assert traced == [None]
+    needs = [kind.tuning(kind.plan(0.5)).total for kind in kinds]
+    assert len(set(needs)) == len(needs)  # what stands in for the base differs
+    assert base.tuning(base.plan(0.5)).total == needs[2]
+    assert len(traced) == 1 + len(kinds)
+
+
 def test_advice_is_computed(tiny_model: Path) -> None:
     model = MemoryModel(tiny_model / "config.json", workload(4, 128, target_modules=["q_proj"], bf16=False))
     smaller = model.with_workload(replace(model.workload, batch_size=2))
