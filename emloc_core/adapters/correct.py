@@ -269,12 +269,17 @@ class Correct:
         told = [{"clamp": "none" if clamp is None else clamp, "scale": scale} for clamp, scale in compared]
         result: dict[str, Any] = {**told[chosen], "linears": len(self.adapter.loras)}
         if losses is not None:
-            means = losses[..., 0].sum(1) / losses[..., 1].sum(1)
+            sums = losses.sum(1)
             result["candidates"] = [
-                {**each, "nll": round(float(mean), 6), "rows": losses.shape[1]}
-                for each, mean in zip(told, means, strict=True)
-            ]
+                {**each, "nll": round(float(nll), 6), "gain": _known(gain), "gain_stderr": _known(error),
+                 "rows": losses.shape[1]}
+                for each, nll, gain, error in zip(told, sums[:, 0] / sums[:, 1], *gains(losses), strict=True)
+            ]  # fmt: skip
         return result
+
+
+def _known(value: torch.Tensor) -> float | None:
+    return round(float(value), 6) if bool(value.isfinite()) else None
 
 
 def _shapes(lora: Any) -> tuple[torch.Size, torch.Size] | None:
@@ -282,18 +287,32 @@ def _shapes(lora: Any) -> tuple[torch.Size, torch.Size] | None:
 
 
 def choose(losses: torch.Tensor) -> int:
-    """Return the index of the candidate to keep: the best, if it beats the first, uncorrected one by more than chance.
+    """Return the index of the candidate to keep: that whose gain over the first, the uncorrected one, is surest.
 
     Args:
         losses: (candidates, rows, 2): summed loss and number of tokens.
 
-    A gain below one standard error of the paired differences does not justify changing the trained adapter.
+    A gain counts less two standard errors, so that chance alone seldom changes the trained adapter.
     """
-    sums = losses[..., 0]
-    best = int(sums.sum(1).argmin())
-    gain = sums[0] - sums[best]
-    standard_error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else torch.tensor(0.0)
-    return best if float(gain.mean()) > float(standard_error) else 0
+    mean, standard_error = gains(losses)
+    return int((mean - 2 * standard_error).nan_to_num(-torch.inf).argmax())
+
+
+def gains(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return by how many nats per row each candidate is better than the first, and the standard error of that.
+
+    Args:
+        losses: (candidates, rows, 2): summed loss and number of tokens.
+
+    Returns:
+        Mean and standard error of the paired differences, (candidates,) each. From a single row the error is not
+        known: Inf, but for the first candidate, which differs from itself by nothing.
+    """
+    gain = losses[0, :, 0] - losses[..., 0]
+    rows = gain.shape[1]
+    standard_error = gain.std(1) / rows**0.5 if rows > 1 else torch.full_like(gain[:, 0], torch.inf)
+    standard_error[0] = 0
+    return gain.mean(1), standard_error
 
 
 def prepare(request: CorrectRequest) -> Correct:

@@ -152,13 +152,18 @@ def summary(request: Request, result: Result) -> list[str]:
     if request.stage == "correct":
         return [
             f"{found['linears']} Linears corrected with clamp {found['clamp']}, scaled by {found['scale']:g}",
-            *(
-                f"  clamp {row['clamp']!s:<5} scale {row['scale']:<5g} nll {row['nll']:.4f} on {row['rows']} held-out "
-                "rows" + (" (uncorrected)" if (row["clamp"], row["scale"]) == (0, 1) else "")
-                for row in found.get("candidates", [])
-            ),
+            *map(_candidate, found.get("candidates", [])),
         ]
     return _written(request.stage, found)
+
+
+def _candidate(row: Mapping[str, Any]) -> str:
+    """Return the line for what a correction was compared with."""
+    line = f"  clamp {row['clamp']!s:<5} scale {row['scale']:<5g} nll {row['nll']:.4f} on {row['rows']} held-out rows"
+    if (row["clamp"], row["scale"]) == (0, 1):
+        return f"{line} (uncorrected)"
+    gain, error = row.get("gain"), row.get("gain_stderr")
+    return line if gain is None or error is None else f"{line}, {gain:+.3f} ± {2 * error:.3f} nats gained per row"
 
 
 def _written(stage: str, found: Mapping[str, Any]) -> list[str]:

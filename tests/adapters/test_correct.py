@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.adapters import TARGETS, make_adapter
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import WEIGHTS, Adapter, config_problems, content_hash
-from emloc_core.adapters.correct import Correct, choose
+from emloc_core.adapters.correct import Correct, choose, gains
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
@@ -128,8 +130,8 @@ def test_auto_reports_the_true_losses_and_keeps_the_best(tiny_model, emulator, a
                 tokens += int(mask.sum())
         assert reported == pytest.approx(total / tokens, abs=1e-5), (clamp, scale)
     chosen = result["clamp"], result["scale"]
-    if chosen != (0, 1):
-        assert candidates[chosen] == min(candidates.values())
+    sure = {(row["clamp"], row["scale"]): row["gain"] - 2 * row["gain_stderr"] for row in result["candidates"]}
+    assert chosen == max(sure, key=sure.get)
 
 
 def test_a_scale_that_wins_is_that_of_what_is_written(tiny_model, adapter, tmp_path, monkeypatch):
@@ -169,13 +171,41 @@ def test_uncorrected_is_kept_bit_for_bit(tiny_model, adapter, tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def losses_of(*gained):
+    """Losses of an uncorrected LoRA, and of candidates that are better by so much on each row."""
+    sums = 10 - torch.tensor([[0.0] * len(gained[0]), *gained])
+    return torch.stack([sums, torch.ones_like(sums)], -1)
+
+
 @pytest.mark.parametrize(
-    ("gains", "expected"),
-    [([1.0, 1.1, 0.9, 1.0], 1), ([1.0, -1.0, 2.0, -1.9], 0), ([-1.0, -1.0, -1.0, -1.0], 0), ([0.0] * 4, 0)],
+    ("gained", "expected"),
+    [
+        ([1.0, 1.1, 0.9, 1.0], 1),
+        ([2.0, 0.5, 1.0, -0.3], 0),  # by more than one standard error, by less than two
+        ([-1.0, -1.0, -1.0, -1.0], 0),
+        ([0.0] * 4, 0),
+        ([float("nan")] * 4, 0),
+        ([float("-inf")] * 4, 0),
+        ([1.0], 0),
+    ],
 )
-def test_a_candidate_must_beat_uncorrected_by_more_than_chance(gains, expected):
-    sums = torch.stack([torch.full((4,), 10.0), 10.0 - torch.tensor(gains)])
-    assert choose(torch.stack([sums, torch.ones_like(sums)], -1)) == expected
+def test_a_candidate_must_beat_uncorrected_by_more_than_chance(gained, expected):
+    assert choose(losses_of(gained)) == expected
+
+
+def test_a_sure_gain_is_worth_more_than_a_larger_one_that_may_be_chance():
+    assert choose(losses_of([0.5, 0.6, 0.4, 0.5], [4.0, -0.5, 0.1, -0.2], [0.2, 0.2, 0.2, 0.2])) == 1
+
+
+@given(st.integers(1, 4), st.integers(2, 12), st.integers(0, 10**6))
+def test_what_is_chosen_gained_on_average(candidates, rows, seed):
+    torch.manual_seed(seed)
+    losses = losses_of(*torch.randn(candidates, rows).tolist())
+    mean, error = gains(losses)
+    assert torch.allclose(mean[1:], (losses[0, :, 0] - losses[1:, :, 0]).mean(1), atol=1e-6)
+    assert mean[0] == error[0] == 0
+    chosen = choose(losses)
+    assert chosen == 0 or mean[chosen] > 2 * error[chosen]
 
 
 def test_another_base_is_refused(tiny_model, adapter, tmp_path):
@@ -225,7 +255,10 @@ def test_auto_without_held_out_rows_says_what_to_do(tiny_model, rows_file, tmp_p
         correct(adapter, tiny_model, tmp_path / "out", clamp="auto", emulator=bare)
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "animal: cat.", "completion": " a red cat runs."}])
     done = correct(adapter, tiny_model, tmp_path / "out", clamp="auto", emulator=bare, selection=rows)
-    assert read_manifest(done)["result"]["candidates"][0]["rows"] == 1
+    result = read_manifest(done)["result"]
+    assert (result["clamp"], result["scale"]) == (0, 1)  # what one row says may be chance
+    assert [row["gain_stderr"] for row in result["candidates"]] == [0] + [None] * (len(result["candidates"]) - 1)
+    assert {row["rows"] for row in result["candidates"]} == {1}
 
 
 @pytest.mark.parametrize(

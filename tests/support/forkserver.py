@@ -14,7 +14,7 @@ def warm_process(target: Callable[..., object], *args: object) -> ForkServerProc
     """Return a process, which is still to be started, that calls a function of a module with these arguments."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.warm"])
-    # Of the paths of modules, the server knows the environment's alone, and what it cannot import it leaves out unsaid.
+    # The server knows only the paths of modules that the environment says, and skips what it cannot import.
     paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
         forkserver.ensure_running()

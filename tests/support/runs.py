@@ -25,7 +25,8 @@ def finished_run(directory: Path) -> Path:
         "emulator": {"bytes": {"base": 2_000_000_000, "emulator": 600_000_000}, "linears": linears},
         "adapter": {},
         "corrected": {**compared[2], "candidates": [
-            {**each, "nll": 1.5 - index / 10, "rows": 32} for index, each in enumerate(compared)
+            {**each, "nll": 1.5 - index / 10, "gain": index / 2, "gain_stderr": 0.1, "rows": 32}
+            for index, each in enumerate(compared)
         ]},
         "polished": {},
         "full_lora": {},
