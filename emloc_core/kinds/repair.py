@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc_core.algorithms import fourbit
+from emloc_core.algorithms import feedback, fourbit
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
@@ -31,9 +31,9 @@ class Repaired(Factors):
 class RepairedNF4(Kind):
     """Weights in four bits with a low-rank repair of their error (EoRA, Liu et al., 2024, arXiv 2410.21271).
 
-    The weight is rounded as in the kind ``nf4`` without calibration. The repair minimises ``||(dW - U V) X||`` for
-    ``dW = W - What``: it is dW factorised on the Gram of the inputs. The ratio is that of the repair alone, which is
-    kept beside the four bits.
+    The weight is rounded as in the kind ``nf4``, on the base's activations. The repair minimises ``||(dW - U V) X||``
+    for ``dW = W - What``: it is dW factorised on the Gram of the inputs. The ratio is that of the repair alone, which
+    is kept beside the four bits.
     """
 
     name = "nf4+repair"
@@ -60,11 +60,11 @@ class RepairedNF4(Kind):
             )
 
     def rounding(self, factorize: Factorize) -> Factorize:
-        """Round the weight, and factorise what that lost."""
+        """Round the weight with feedback, and factorise what that lost."""
 
         def repaired(weight: torch.Tensor, gram: Gram, rank: int) -> Repaired:
-            codes, exact = fourbit.pack(weight)
-            scales, ranges = fourbit.pack_scales(exact)
+            scales, ranges = fourbit.pack_scales(fourbit.pack(weight)[1])
+            codes = feedback.rounded_to_scales(weight, gram.matrix, fourbit.unpack_scales(scales, ranges))
             shape = (weight.shape[0], weight.shape[1])
             rounded = _unpacked(codes, scales, ranges, shape, weight.dtype).float()
             found = on_its_gram(factorize, weight.float() - rounded, gram, rank)
