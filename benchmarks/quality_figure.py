@@ -58,9 +58,9 @@ def _draw_steps(axes: Any, recovery: Sequence[dict[str, Any]], colours: dict[str
     kinds = dict.fromkeys((row["system"].partition("+")[0], row["memory"]) for row in recovery if row["memory"] < 1)
     for kind, memory in kinds:
         named = [(0, f"{kind}+auto"), *((steps, f"{kind}+polish{steps}") for steps in EXACT)]
-        if kind != "emloc":
+        way = f"{kind} at {memory:g}"
+        if way in colours:
             found = [(steps, by_name.get((system, memory))) for steps, system in named]
-            way = f"{kind} at {memory:g}"
             _line(axes, way, [(steps, row) for steps, row in found if row], colours[way])
     axes.set(xlabel="exact steps", xticks=[0, *EXACT])
 

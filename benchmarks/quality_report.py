@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from harness import RESULTS, goal, markdown, write_results
-from quality_cells import EXACT, FULL, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, Cell, best_rate
+from quality_cells import EXACT, FULL, LOW_RANK, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, Cell, best_rate
 from quality_figure import draw
 from quality_rows import TEXTS
 
@@ -103,19 +103,40 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
         for system in ("uncorrected",) if way == recommended else ("uncorrected", "auto"):
             seeds = [seed for seed in own.keys() & other.keys() if system in other[seed]]
             if seeds and other_memory <= memory:
-                apart = [_apart(own[seed]["auto"], other[seed][system]) for seed in seeds]
-                by_row = [mean(row) for row in zip(*apart, strict=True)]
-                middle, reach = mean(by_row), 1.96 * stdev(by_row) / len(by_row) ** 0.5
+                apart = _apart([(own[seed]["auto"], other[seed][system]) for seed in seeds])
                 found.append({"task": task, "memory": memory, "system": "emloc", "other": f"{kind}+{system}",
-                              "other_memory": other_memory, "seeds": len(seeds), "mean": round(middle, 4),
-                              "low": round(middle - reach, 4), "high": round(middle + reach, 4)})  # fmt: skip
+                              "other_memory": other_memory, **apart})  # fmt: skip
     return sorted(found, key=lambda row: TASKS.index(row["task"]))
 
 
-def _apart(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
-    """Return how much more every test row loses."""
-    losses = ([float(loss) for loss in each["losses"].split()] for each in (ours, theirs))
-    return [a - b for a, b in zip(*losses, strict=True)]
+def variant_rows(table: Table) -> list[dict[str, Any]]:
+    """Return ``variants``: how much more a variant of ``low-rank`` loses than its default, as in :func:`paired_rows`.
+
+    Both are at the same memory and learning rate.
+    """
+    ways: dict[tuple[str, str, float, float], dict[int, dict[str, Any]]] = {}
+    for row in table.rows:
+        way = row["task"], row["kind"], row["memory"], row["learning_rate"]
+        ways.setdefault(way, {})[row["seed"]] = row["systems"]
+    found = []
+    for (task, kind, memory, rate), own in ways.items():
+        default = ways.get((task, "low-rank", memory, rate), {})
+        seeds = sorted(own.keys() & default.keys())
+        if kind in LOW_RANK and seeds:
+            losses = {name: round(mean(way[seed]["auto"]["nll"] for seed in seeds), 4)
+                      for name, way in (("nll", own), ("default_nll", default))}  # fmt: skip
+            apart = _apart([(own[seed]["auto"], default[seed]["auto"]) for seed in seeds])
+            found.append({"task": task, "memory": memory, "variant": kind, **losses, **apart})
+    return sorted(found, key=lambda row: (TASKS.index(row["task"]), row["memory"]))
+
+
+def _apart(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """Return how much more a test row loses in the first of each pair, on average over them, one per seed."""
+    by_seed = [[[float(loss) for loss in each["losses"].split()] for each in pair] for pair in pairs]
+    by_row = [mean(a - b for a, b in row) for row in zip(*(zip(*pair, strict=True) for pair in by_seed), strict=True)]
+    middle, reach = mean(by_row), 1.96 * stdev(by_row) / len(by_row) ** 0.5
+    return {"seeds": len(pairs), "mean": round(middle, 4), "low": round(middle - reach, 4),
+            "high": round(middle + reach, 4)}  # fmt: skip
 
 
 def best_table(table: Table) -> str:
@@ -131,9 +152,9 @@ def best_table(table: Table) -> str:
         alone, tuned = ("base", FULL) if row["kind"] == FULL else ("emulator", "tuned")
         uncorrected, auto, polished = (table.told(row, system) for system in ("uncorrected", "auto", "polish20"))
         auto = ", ".join(filter(None, (auto, chosen(row))))
-        lines.append([row["task"], name, f"{row.get('share', 1):.3f}", f"{row['learning_rate']:g}",
-                      f"{systems[alone]['nll']:.3f}", f"{systems[tuned]['nll']:.3f}", uncorrected, auto,
-                      polished])  # fmt: skip
+        own = (f"{systems[each]['nll']:.3f}" if each in systems else "" for each in (alone, tuned))
+        lines.append([row["task"], name, f"{row.get('share', 1):.3f}", f"{row['learning_rate']:g}", *own,
+                      uncorrected, auto, polished])  # fmt: skip
     return markdown(header, lines)
 
 
@@ -201,15 +222,16 @@ def report(rows: list[dict[str, Any]]) -> None:
         )
     )
     text += "\n\nSeconds and peak memory of the stages:\n\n" + stage_table(table)
-    paired = paired_rows(table)
-    columns = ["task", "memory", "system", "other", "other_memory", "seeds", "mean", "low", "high"]
-    text += "\n\nNats per answer above another way within the same memory, with 95 % intervals:\n\n"
-    text += markdown(columns, [[str(row[key]) for key in columns] for row in paired])
+    paired, variants = paired_rows(table), variant_rows(table)
+    for title, found in (("another way within the same memory", paired), ("the default of `low-rank`", variants)):
+        if found:
+            text += f"\n\nNats per answer above {title}, with 95 % intervals:\n\n"
+            text += markdown(list(found[0]), [[str(value) for value in row.values()] for row in found])
     worse = [f"{row['task']} {row['memory']:g} {row['other']}" for row in paired if row["low"] > 0]
     if paired:
         goals.append(goal("ways within the same memory that are better", "none", ", ".join(worse) or "none", not worse))
     write_results("quality", "make bench-quality", rows, goals, text)
-    draw(recovery, table.at_best_rate())
+    draw(recovery, [row for row in table.at_best_rate() if row["kind"] not in LOW_RANK])
     file = RESULTS / "quality.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({"recovery": recovery, "paired": paired, **content}, indent=2) + "\n", encoding="utf-8")
+    content = {"recovery": recovery, "paired": paired, "variants": variants, **json.loads(file.read_text())}
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
