@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from statistics import mean
 from typing import Any
 
 from quality_rows import TEXTS
@@ -76,7 +77,11 @@ class Cell:
 
 
 def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
-    """Return all cells, the most telling first; learning rates of further seeds are those found best so far."""
+    """Return all cells, the most telling first.
+
+    Further seeds of text are measured at the learning rate that is best so far; of pictures, where few selection rows
+    say little, at the two likeliest.
+    """
     recommended = list(dict.fromkeys(RECOMMENDED[memory] for memory in reversed(MEMORIES)))
     plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
     variants = [("nf4-plain", 0.28), *((name, memory) for memory in (0.28, 0.11) for name in LOW_RANK)]
@@ -86,6 +91,9 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
         for (kind, memory), task in product(ways, TASKS):
             if task in TEXTS or (kind, memory) not in BASELINES:
                 yield Cell(task, kind, memory, 0, steps, LEARNING_RATES[task][rate])
+
+    def likely(task: str, kind: str, memory: float, steps: int = STEPS) -> Sequence[float]:
+        return LEARNING_RATES[task][:2] if task == PICTURES else (best_rate(known, task, kind, memory, steps),)
 
     yield from first([(FULL, 1), *recommended])
     yield from first([(FULL, 1)], longer)
@@ -102,19 +110,26 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
         yield from first([*recommended, *RIVALS, *plain, *BASELINES], rate=rate)
     for seed, task in product(range(1, seeds), TASKS):
         for steps in (STEPS, longer):
-            yield Cell(task, FULL, 1, seed, steps, best_rate(known, task, FULL, 1, steps))
+            yield from (Cell(task, FULL, 1, seed, steps, rate) for rate in likely(task, FULL, 1, steps))
         for way in (*recommended, *RIVALS, *plain, *variants):
-            yield Cell(task, *way, seed, STEPS, best_rate(known, task, *way))
+            yield from (Cell(task, *way, seed, STEPS, rate) for rate in likely(task, *way))
         yield Cell(task, SCRATCH, 1, seed, EXACT[-1], LEARNING_RATES[task][0])
 
 
 def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: float, steps: int = STEPS) -> float:
-    """Return the learning rate with the least loss of the base on the selection rows of the first seed."""
-    wanted: dict[str, Any] = {"task": task, "kind": kind, "memory": memory, "seed": 0, "steps": steps}
-    tried = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-    if len(tried) > 1:
-        return float(min(tried, key=_selection)["learning_rate"])
-    return float(tried[0]["learning_rate"]) if tried else LEARNING_RATES[task][0]
+    """Return the learning rate with the least loss of the base on the selection rows, on average over seeds.
+
+    Rates that were measured with fewer seeds than others had been worse with the first of them.
+    """
+    wanted: dict[str, Any] = {"task": task, "kind": kind, "memory": memory, "steps": steps}
+    tried: dict[float, list[float]] = {}
+    for row in rows:
+        if all(row[name] == value for name, value in wanted.items()):
+            tried.setdefault(row["learning_rate"], []).append(_selection(row))
+    if not tried:
+        return LEARNING_RATES[task][0]
+    most = max(map(len, tried.values()))
+    return min((rate for rate in tried if len(tried[rate]) == most), key=lambda rate: mean(tried[rate]))
 
 
 def _selection(row: dict[str, Any]) -> float:
