@@ -32,8 +32,6 @@ demo-vision: $(STAMP)  ## the same with pictures: a small InternVL, trained here
 demo-zoo: $(STAMP)  ## small models of all families, converted here and on a Ray cluster of two nodes: the same bytes
 	$(BIN)/emloc demo-zoo -o build/demo-zoo
 
-# One thread for each of two processes: with two, they wait for each other.
-test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)  ## all fast tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
