@@ -14,10 +14,11 @@ learning rates the one with the least loss of the base on the selection rows cou
 that of the emulator itself, which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
-the base gains over the base alone: ``(base - x) / (base - full)``.
+the base gains over the base alone: ``(base - x) / (base - full)``; all three on the same base, with the same seed.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import shutil
@@ -46,12 +47,13 @@ def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     started = time.perf_counter()
-    rows = write_rows(place, cell, root)
+    rows, base = write_rows(place, cell, root), base_of(cell.task, root)
     work = {FULL: control, SCRATCH: control} | dict.fromkeys((kind for kind, _ in BASELINES), baseline)
-    found = work.get(cell.kind, emulated)(base_of(cell.task, root), place, cell, rows)
+    found = work.get(cell.kind, emulated)(base, place, cell, rows)
     shutil.rmtree(place)
     peak = max(stage["peak_rss_bytes"] for stage in found["stages"].values())
-    return {**values, **found, "seconds": round(time.perf_counter() - started), "peak_rss_bytes": peak}
+    seconds = round(time.perf_counter() - started)
+    return {**values, "base": digest(base), **found, "seconds": seconds, "peak_rss_bytes": peak}
 
 
 def base_of(task: str, root: Path) -> Path:
@@ -76,6 +78,12 @@ def base_of(task: str, root: Path) -> Path:
     shutil.rmtree(source)
     partial.rename(place)
     return place
+
+
+def digest(base: Path) -> str:
+    """Return the first digits of the hash of a base's weights: one that is trained differs from machine to machine."""
+    with (base / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
 
 
 def write_rows(place: Path, cell: Cell, root: Path) -> dict[str, Path]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from statistics import mean
 from typing import Any
 
 from quality_rows import TEXTS
@@ -117,19 +116,15 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
 
 
 def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: float, steps: int = STEPS) -> float:
-    """Return the learning rate with the least loss of the base on the selection rows, on average over seeds.
+    """Return the learning rate with the least loss of the base on the selection rows of the first seed."""
+    wanted: dict[str, Any] = {"task": task, "kind": kind, "memory": memory, "seed": 0, "steps": steps}
+    tried = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return float(best_of(tried)["learning_rate"]) if tried else LEARNING_RATES[task][0]
 
-    Rates that were measured with fewer seeds than others had been worse with the first of them.
-    """
-    wanted: dict[str, Any] = {"task": task, "kind": kind, "memory": memory, "steps": steps}
-    tried: dict[float, list[float]] = {}
-    for row in rows:
-        if all(row[name] == value for name, value in wanted.items()):
-            tried.setdefault(row["learning_rate"], []).append(_selection(row))
-    if not tried:
-        return LEARNING_RATES[task][0]
-    most = max(map(len, tried.values()))
-    return min((rate for rate in tried if len(tried[rate]) == most), key=lambda rate: mean(tried[rate]))
+
+def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return, of measurements at several learning rates, that with the least loss on the selection rows."""
+    return min(rows, key=_selection) if len(rows) > 1 else rows[0]
 
 
 def _selection(row: dict[str, Any]) -> float:

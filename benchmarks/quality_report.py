@@ -8,27 +8,37 @@ from statistics import mean, stdev
 from typing import Any
 
 from harness import RESULTS, goal, markdown, write_results
-from quality_cells import EXACT, FULL, LOW_RANK, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, Cell, best_rate
+from quality_cells import EXACT, FULL, LOW_RANK, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, Cell, best_of
 from quality_figure import draw
 from quality_rows import TEXTS
 
 #: Recovery that is aimed at, by memory: without exact steps, and with 20.
 GOALS = {0.6: (0.95, 0.97), 0.28: (0.95, 0.97), 0.17: (0.85, 0.95), 0.11: (0.75, 0.92)}
 
+#: Measurements that differ in nothing of this are of one way, at several learning rates.
+_WAY = ("task", "base", "kind", "memory", "steps", "seed")
+
 
 class Table:
-    """The measurements by what is asked of them."""
+    """The measurements by what is asked of them.
+
+    Attributes:
+        rows: all of them.
+        best: of those that differ in their learning rate alone, the best by their selection rows.
+    """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = rows
+        ways: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for row in rows:
+            ways.setdefault(tuple(row[key] for key in _WAY), []).append(row)
+        self.best = [best_of(found) for found in ways.values()]
 
-    def losses(self, task: str, seed: int, steps: int) -> tuple[float, float] | None:
-        """Return the loss of the base alone and of the base with a LoRA of so many steps, or None."""
-        rate = best_rate(self.rows, task, FULL, 1, steps)
-        wanted = (task, FULL, seed, steps, rate)
-        keys = ("task", "kind", "seed", "steps", "learning_rate")
-        row = next((row for row in self.rows if tuple(row[key] for key in keys) == wanted), None)
-        return row and (row["systems"]["base"]["nll"], row["systems"][FULL]["nll"])
+    def losses(self, row: dict[str, Any], steps: int) -> tuple[float, float] | None:
+        """Return the loss of a cell's base alone, and with a LoRA of so many steps with its seed, or None."""
+        wanted = {**row, "kind": FULL, "memory": 1, "steps": steps}
+        found = next((each["systems"] for each in self.best if all(each[key] == wanted[key] for key in _WAY)), None)
+        return found and (found["base"]["nll"], found[FULL]["nll"])
 
     def recovery(self, row: dict[str, Any], system: str) -> float | None:
         """Return the recovery of a system of a cell; the LoRA on the base has as many steps in all.
@@ -36,7 +46,7 @@ class Table:
         Exact steps from scratch are compared with what polishing is compared with, to stand beside it.
         """
         steps = STEPS + (EXACT[-1] if system.startswith("polish") or system == SCRATCH else 0)
-        losses = self.losses(row["task"], row["seed"], steps)
+        losses = self.losses(row, steps)
         if losses is None or system not in row["systems"]:
             return None
         base, full = losses
@@ -47,19 +57,17 @@ class Table:
         recovery = self.recovery(row, system)
         return "" if recovery is None else f"{row['systems'][system]['nll']:.3f} ({recovery:.3f})"
 
-    def at_best_rate(self) -> list[dict[str, Any]]:
-        """Return the measurements at the learning rate that is best for their task and kind."""
-        return [row for row in self.rows if row["learning_rate"] == self._rate(row)]
-
-    def _rate(self, row: dict[str, Any]) -> float:
-        return best_rate(self.rows, row["task"], row["kind"], row["memory"], row["steps"])
-
     def recoveries(self, task: str, kind: str, memory: float, system: str) -> list[float]:
-        """Return the recovery of every seed that was measured, at the learning rate that is best."""
+        """Return the recovery with every base and seed that was measured."""
         wanted = (task, kind, memory)
-        matching = [row for row in self.at_best_rate() if (row["task"], row["kind"], row["memory"]) == wanted]
+        matching = [row for row in self.best if (row["task"], row["kind"], row["memory"]) == wanted]
         found = [self.recovery(row, system) for row in matching]
         return [each for each in found if each is not None]
+
+    def drawn(self) -> list[dict[str, Any]]:
+        """Return the measurements for the figure: those on the base that was measured last."""
+        last = {row["task"]: row["base"] for row in self.rows}
+        return [row for row in self.best if row["base"] == last[row["task"]] and row["kind"] not in LOW_RANK]
 
 
 #: What is reported of every cell, by its name there.
@@ -67,7 +75,7 @@ SYSTEMS = ("uncorrected", "paper", "auto", "polish10", "polish20")
 
 
 def recovery_rows(table: Table) -> list[dict[str, Any]]:
-    """Return ``recovery``: mean and spread over seeds of every system, of the recommended way under its own names."""
+    """Return ``recovery``: mean and spread over bases and seeds of every system, and of the recommended way."""
     found = []
     kinds = list(dict.fromkeys((row["kind"], row["memory"]) for row in table.rows if row["memory"] < 1))
     for task in TASKS:
@@ -89,12 +97,12 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
 def paired_rows(table: Table) -> list[dict[str, Any]]:
     """Return ``paired``: how much more the recommended way loses on a test row than others within the same memory.
 
-    A row's loss is its mean over the seeds that both ways have. What is given is the mean over rows, in nats per
-    answer, with its 95 % interval; above 0 the other way is better.
+    A row's loss is its mean over the bases and seeds that both ways have. What is given is the mean over rows, in nats
+    per answer, with its 95 % interval; above 0 the other way is better.
     """
-    ways: dict[tuple[str, str, float], dict[int, dict[str, Any]]] = {}
-    for row in table.at_best_rate():
-        ways.setdefault((row["task"], row["kind"], row["memory"]), {})[row["seed"]] = row["systems"]
+    ways: dict[tuple[str, str, float], dict[tuple[str, int], dict[str, Any]]] = {}
+    for row in table.best:
+        ways.setdefault((row["task"], row["kind"], row["memory"]), {})[row["base"], row["seed"]] = row["systems"]
     found = []
     for memory, (way, other) in itertools.product(MEMORIES, ways.items()):
         task, kind, other_memory = way
@@ -114,10 +122,10 @@ def variant_rows(table: Table) -> list[dict[str, Any]]:
 
     Both are at the same memory and learning rate.
     """
-    ways: dict[tuple[str, str, float, float], dict[int, dict[str, Any]]] = {}
+    ways: dict[tuple[str, str, float, float], dict[tuple[str, int], dict[str, Any]]] = {}
     for row in table.rows:
         way = row["task"], row["kind"], row["memory"], row["learning_rate"]
-        ways.setdefault(way, {})[row["seed"]] = row["systems"]
+        ways.setdefault(way, {})[row["base"], row["seed"]] = row["systems"]
     found = []
     for (task, kind, memory, rate), own in ways.items():
         default = ways.get((task, "low-rank", memory, rate), {})
@@ -143,8 +151,13 @@ def best_table(table: Table) -> str:
     """Return every way at its best rate, with its recovery in brackets, in Markdown: as in ``docs/evidence.md``."""
     header = ["task", "stand-in", "memory", "learning rate", "as it is", "tuned", "base with that LoRA",
               "`auto`, and what it chose", "and 20 exact steps"]  # fmt: skip
-    first = [row for row in table.at_best_rate() if row["seed"] == 0 and row["kind"] != SCRATCH]
-    first.sort(key=lambda row: (TASKS.index(row["task"]), row["memory"], row["kind"], row["steps"]))
+    first = [row for row in table.best if row["seed"] == 0 and row["kind"] != SCRATCH]
+    bases: dict[str, list[str]] = {task: [] for task in TASKS}
+    for row in table.rows:
+        if row["base"] not in bases[row["task"]]:
+            bases[row["task"]].append(row["base"])
+    first.sort(key=lambda row: (TASKS.index(row["task"]), bases[row["task"]].index(row["base"]), row["memory"],
+                                row["kind"], row["steps"]))  # fmt: skip
     lines = []
     for row in first:
         systems = row["systems"]
@@ -153,7 +166,8 @@ def best_table(table: Table) -> str:
         uncorrected, auto, polished = (table.told(row, system) for system in ("uncorrected", "auto", "polish20"))
         auto = ", ".join(filter(None, (auto, chosen(row))))
         own = (f"{systems[each]['nll']:.3f}" if each in systems else "" for each in (alone, tuned))
-        lines.append([row["task"], name, f"{row.get('share', 1):.3f}", f"{row['learning_rate']:g}", *own,
+        task = row["task"] if len(bases[row["task"]]) == 1 else f"{row['task']}, base {row['base']}"
+        lines.append([task, name, f"{row.get('share', 1):.3f}", f"{row['learning_rate']:g}", *own,
                       uncorrected, auto, polished])  # fmt: skip
     return markdown(header, lines)
 
@@ -181,7 +195,7 @@ def stage_table(table: Table) -> str:
             str(row["steps"]),
             *(told(row["stages"].get(name)) for name in shown),
         ]
-        for row in table.at_best_rate()
+        for row in table.best
         if row["seed"] == 0 and "stages" in row
     ]
     return markdown(["task", "kind", "memory", "steps", *shown], lines)
@@ -206,11 +220,11 @@ def report(rows: list[dict[str, Any]]) -> None:
         shown = [systems[name]["nll"] if name in systems else "-" for name in ("emulator", "tuned", *SYSTEMS)]
         alone, own = (systems[name]["nll"] if name in systems else "-" for name in ("base", row["kind"]))
         cell = Cell(*(row[field.name] for field in fields(Cell)))
-        lines.append([row["task"], row["kind"], row["memory"], cell.arithmetic, row["seed"], row["steps"],
+        lines.append([row["task"], row["base"], row["kind"], row["memory"], cell.arithmetic, row["seed"], row["steps"],
                       row["learning_rate"],
                       alone, own, *shown, chosen(row) or "-",
                       row["seconds"]])  # fmt: skip
-    header = ["task", "kind", "memory", "arithmetic", "seed", "steps", "learning rate", "base", "tuned on it",
+    header = ["task", "base", "kind", "memory", "arithmetic", "seed", "steps", "learning rate", "base", "tuned on it",
               "emulator", "tuned", *SYSTEMS, "chosen", "seconds"]  # fmt: skip
     text = (
         f"NLL per token on 160 test rows, every way at its best learning rate:\n\n{best_table(table)}\n\n"
@@ -231,7 +245,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     if paired:
         goals.append(goal("ways within the same memory that are better", "none", ", ".join(worse) or "none", not worse))
     write_results("quality", "make bench-quality", rows, goals, text)
-    draw(recovery, [row for row in table.at_best_rate() if row["kind"] not in LOW_RANK])
+    draw(recovery, table.drawn())
     file = RESULTS / "quality.json"
     content = {"recovery": recovery, "paired": paired, "variants": variants, **json.loads(file.read_text())}
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
