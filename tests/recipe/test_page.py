@@ -98,5 +98,5 @@ def test_the_page_is_in_order_in_a_browser(browser: Page, width: int, dark: bool
     background = browser.value("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, background.removeprefix("rgb(").rstrip(")").split(","))) < 384) == dark
     assert browser.value("document.querySelector('.candidates tr.chosen').innerText").split() == [
-        "0", "0.85", "1.3", "32", "chosen",
+        "0", "0.85", "1.3", "1", "±", "0.2", "32", "chosen",
     ]  # fmt: skip
