@@ -123,7 +123,10 @@ def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: floa
 
 
 def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return, of measurements at several learning rates, that with the least loss on the selection rows."""
+    """Return, of measurements at several learning rates, that with the least loss on the selection rows.
+
+    A measurement at one rate alone need not have that loss.
+    """
     return min(rows, key=_selection) if len(rows) > 1 else rows[0]
 
 

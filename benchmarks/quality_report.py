@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from statistics import mean, stdev
@@ -90,7 +91,7 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
             if values := table.recoveries(task, kind, key, system):
                 found.append({"task": task, "memory": memory, "system": name, "mean": round(mean(values), 4),
                               "spread": round(stdev(values), 4) if len(values) > 1 else None,
-                              "seeds": len(values)})  # fmt: skip
+                              "runs": len(values)})  # fmt: skip
     return found
 
 
@@ -100,18 +101,16 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
     A row's loss is its mean over the bases and seeds that both ways have. What is given is the mean over rows, in nats
     per answer, with its 95 % interval; above 0 the other way is better.
     """
-    ways: dict[tuple[str, str, float], dict[tuple[str, int], dict[str, Any]]] = {}
-    for row in table.best:
-        ways.setdefault((row["task"], row["kind"], row["memory"]), {})[row["base"], row["seed"]] = row["systems"]
+    ways = _runs(table.best, "task", "kind", "memory")
     found = []
     for memory, (way, other) in itertools.product(MEMORIES, ways.items()):
         task, kind, other_memory = way
         recommended = (task, *RECOMMENDED[memory])
         own = ways.get(recommended, {})
         for system in ("uncorrected",) if way == recommended else ("uncorrected", "auto"):
-            seeds = [seed for seed in own.keys() & other.keys() if system in other[seed]]
-            if seeds and other_memory <= memory:
-                apart = _apart([(own[seed]["auto"], other[seed][system]) for seed in seeds])
+            runs = [run for run in own.keys() & other.keys() if system in other[run]]
+            if runs and other_memory <= memory:
+                apart = _apart([(own[run]["auto"], other[run][system]) for run in runs])
                 found.append({"task": task, "memory": memory, "system": "emloc", "other": f"{kind}+{system}",
                               "other_memory": other_memory, **apart})  # fmt: skip
     return sorted(found, key=lambda row: TASKS.index(row["task"]))
@@ -122,29 +121,39 @@ def variant_rows(table: Table) -> list[dict[str, Any]]:
 
     Both are at the same memory and learning rate.
     """
-    ways: dict[tuple[str, str, float, float], dict[tuple[str, int], dict[str, Any]]] = {}
-    for row in table.rows:
-        way = row["task"], row["kind"], row["memory"], row["learning_rate"]
-        ways.setdefault(way, {})[row["base"], row["seed"]] = row["systems"]
+    ways = _runs(table.rows, "task", "kind", "memory", "learning_rate")
     found = []
     for (task, kind, memory, rate), own in ways.items():
         default = ways.get((task, "low-rank", memory, rate), {})
-        seeds = sorted(own.keys() & default.keys())
-        if kind in LOW_RANK and seeds:
-            losses = {name: round(mean(way[seed]["auto"]["nll"] for seed in seeds), 4)
+        runs = own.keys() & default.keys()
+        if kind in LOW_RANK and runs:
+            losses = {name: round(mean(way[run]["auto"]["nll"] for run in runs), 4)
                       for name, way in (("nll", own), ("default_nll", default))}  # fmt: skip
-            apart = _apart([(own[seed]["auto"], default[seed]["auto"]) for seed in seeds])
+            apart = _apart([(own[run]["auto"], default[run]["auto"]) for run in runs])
             found.append({"task": task, "memory": memory, "variant": kind, **losses, **apart})
     return sorted(found, key=lambda row: (TASKS.index(row["task"]), row["memory"]))
 
 
+def _runs(rows: Sequence[dict[str, Any]], *keys: str) -> dict[Any, dict[tuple[str, int], dict[str, Any]]]:
+    """Return the systems of measurements by the values of these keys, and there by base and seed."""
+    found: dict[Any, dict[tuple[str, int], dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), {})[row["base"], row["seed"]] = row["systems"]
+    return found
+
+
 def _apart(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Return how much more a test row loses in the first of each pair, on average over them, one per seed."""
-    by_seed = [[[float(loss) for loss in each["losses"].split()] for each in pair] for pair in pairs]
-    by_row = [mean(a - b for a, b in row) for row in zip(*(zip(*pair, strict=True) for pair in by_seed), strict=True)]
+    """Return how much more a test row loses in the first of each pair, on average over them, one per run."""
+    by_row = [mean(row) for row in zip(*itertools.starmap(_differences, pairs), strict=True)]
     middle, reach = mean(by_row), 1.96 * stdev(by_row) / len(by_row) ** 0.5
-    return {"seeds": len(pairs), "mean": round(middle, 4), "low": round(middle - reach, 4),
+    return {"runs": len(pairs), "mean": round(middle, 4), "low": round(middle - reach, 4),
             "high": round(middle + reach, 4)}  # fmt: skip
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
+    """Return how much more every test row loses."""
+    losses = (map(float, each["losses"].split()) for each in (ours, theirs))
+    return [a - b for a, b in zip(*losses, strict=True)]
 
 
 def best_table(table: Table) -> str:
@@ -152,11 +161,9 @@ def best_table(table: Table) -> str:
     header = ["task", "stand-in", "memory", "learning rate", "as it is", "tuned", "base with that LoRA",
               "`auto`, and what it chose", "and 20 exact steps"]  # fmt: skip
     first = [row for row in table.best if row["seed"] == 0 and row["kind"] != SCRATCH]
-    bases: dict[str, list[str]] = {task: [] for task in TASKS}
-    for row in table.rows:
-        if row["base"] not in bases[row["task"]]:
-            bases[row["task"]].append(row["base"])
-    first.sort(key=lambda row: (TASKS.index(row["task"]), bases[row["task"]].index(row["base"]), row["memory"],
+    bases = list(dict.fromkeys((row["task"], row["base"]) for row in table.rows))
+    of_task = Counter(task for task, _ in bases)
+    first.sort(key=lambda row: (TASKS.index(row["task"]), bases.index((row["task"], row["base"])), row["memory"],
                                 row["kind"], row["steps"]))  # fmt: skip
     lines = []
     for row in first:
@@ -166,7 +173,7 @@ def best_table(table: Table) -> str:
         uncorrected, auto, polished = (table.told(row, system) for system in ("uncorrected", "auto", "polish20"))
         auto = ", ".join(filter(None, (auto, chosen(row))))
         own = (f"{systems[each]['nll']:.3f}" if each in systems else "" for each in (alone, tuned))
-        task = row["task"] if len(bases[row["task"]]) == 1 else f"{row['task']}, base {row['base']}"
+        task = row["task"] if of_task[row["task"]] == 1 else f"{row['task']}, base {row['base']}"
         lines.append([task, name, f"{row.get('share', 1):.3f}", f"{row['learning_rate']:g}", *own,
                       uncorrected, auto, polished])  # fmt: skip
     return markdown(header, lines)
@@ -231,8 +238,8 @@ def report(rows: list[dict[str, Any]]) -> None:
         "Every cell; the columns from *uncorrected* on are the base with that LoRA:\n\n"
         f"{markdown(header, [[str(value) for value in line] for line in lines])}\n\nRecovery:\n\n"
         + markdown(
-            ["task", "memory", "system", "mean", "spread", "seeds"],
-            [[str(row[key]) for key in ("task", "memory", "system", "mean", "spread", "seeds")] for row in recovery],
+            ["task", "memory", "system", "mean", "spread", "runs"],
+            [[str(row[key]) for key in ("task", "memory", "system", "mean", "spread", "runs")] for row in recovery],
         )
     )
     text += "\n\nSeconds and peak memory of the stages:\n\n" + stage_table(table)

@@ -162,8 +162,8 @@ def _candidate(row: Mapping[str, Any]) -> str:
     line = f"  clamp {row['clamp']!s:<5} scale {row['scale']:<5g} nll {row['nll']:.4f} on {row['rows']} held-out rows"
     if (row["clamp"], row["scale"]) == (0, 1):
         return f"{line} (uncorrected)"
-    gain, error = row.get("gain"), row.get("gain_stderr")
-    return line if gain is None or error is None else f"{line}, {gain:+.3f} ± {2 * error:.3f} nats gained per row"
+    error = row.get("gain_stderr")  # a single row tells none
+    return f"{line}, {row['gain']:+.3f} ± {2 * error:.3f} nats gained per row" if error else line
 
 
 def _written(stage: str, found: Mapping[str, Any]) -> list[str]:

@@ -63,7 +63,8 @@ class RepairedNF4(Kind):
         """Round the weight with feedback, and factorise what that lost."""
 
         def repaired(weight: torch.Tensor, gram: Gram, rank: int) -> Repaired:
-            scales, ranges = fourbit.pack_scales(fourbit.pack(weight)[1])
+            _, exact = fourbit.pack(weight)
+            scales, ranges = fourbit.pack_scales(exact)
             codes = feedback.rounded_to_scales(weight, gram.matrix, fourbit.unpack_scales(scales, ranges))
             shape = (weight.shape[0], weight.shape[1])
             rounded = _unpacked(codes, scales, ranges, shape, weight.dtype).float()

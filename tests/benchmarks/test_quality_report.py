@@ -35,7 +35,7 @@ def test_recovery_is_that_of_the_same_base_and_seed():
     rows = [control(), control("b", full=5.0), control(seed=1, full=3.0)]
     rows += [emulated("nf4", 0.28, 3.0), emulated("nf4", 0.28, 7.0, base="b"), emulated("nf4", 0.28, 6.0, seed=1)]
     (found,) = recovered(rows, "nf4+auto")
-    assert found["seeds"] == 3
+    assert found["runs"] == 3
     assert found["mean"] == pytest.approx((6 / 8 + 2 / 4 + 3 / 6) / 3, abs=1e-4)
 
 
@@ -54,7 +54,7 @@ def test_a_way_that_loses_less_on_every_row_is_told():
     found = {(row["memory"], row["other"]): row for row in paired_rows(Table(rows))}
     assert found[0.28, "nf4+uncorrected"]["mean"] == 0
     better = found[0.28, "low-rank+auto"]
-    assert (better["seeds"], better["mean"]) == (1, pytest.approx(3.5 / 3, abs=1e-4))
+    assert (better["runs"], better["mean"]) == (1, pytest.approx(3.5 / 3, abs=1e-4))
     assert 0 < better["low"] < better["mean"] < better["high"]
 
 
