@@ -34,17 +34,22 @@ class _ReachedError(Exception):
 
 
 class PairedMoments:
-    """Sums over tokens of an input group: ``xc xc^T`` and ``x xc^T``, (n, n) each.
+    """Sums over tokens of an input group: ``xc xc^T``, (n, n), and what the targets of its Linears need of ``x xc^T``.
+
+    That is ``W x xc^T``, which is summed itself where it is smaller, as in a Linear with more inputs than outputs.
 
     Args:
-        size: n.
+        weights: W, (m, n), of every Linear of the group.
         dtype: dtype of the sums.
-        device: device of the sums.
     """
 
-    def __init__(self, size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
+        size, device = weights[0].shape[1], weights[0].device
+        self._weights = weights
+        self._crosses_outputs = sum(len(weight) for weight in weights) < size
         self.emulator = Gram("input", size, dtype, device)
-        self.cross = torch.zeros(size, size, dtype=dtype, device=device)
+        rows = sum(len(weight) for weight in weights) if self._crosses_outputs else size
+        self._cross = torch.zeros(rows, size, dtype=dtype, device=device)
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, base: torch.Tensor, emulator: torch.Tensor) -> None:
@@ -54,24 +59,25 @@ class PairedMoments:
             EmlocError: they hold NaN or Inf.
         """
         self.emulator.add(emulator)
-        x, xc = (rows.reshape(-1, rows.shape[-1]).to(self.cross, copy=True) for rows in (base, emulator))
+        x, xc = (rows.reshape(-1, rows.shape[-1]).to(self._cross, copy=True) for rows in (base, emulator))
         self._pairs.append((x, xc))
         if sum(len(x) for x, _ in self._pairs) >= ROWS:
             self._flush()
 
     def _flush(self) -> None:
         if self._pairs:
-            self.cross = self.cross.to(self.emulator.dtype)
-            x, xc = (torch.cat(rows).to(self.cross) for rows in zip(*self._pairs, strict=True))
-            self.cross.addmm_(x.T, xc)
+            self._cross = self._cross.to(self.emulator.dtype)
+            x, xc = (torch.cat(rows).to(self._cross) for rows in zip(*self._pairs, strict=True))
+            if self._crosses_outputs:
+                x = torch.cat([x @ weight.to(x).T for weight in self._weights], dim=1)
+            self._cross.addmm_(x.T, xc)
             self._pairs = []
 
-    def fit(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def fit(self) -> list[torch.Tensor]:
         """Return W2, (m, n), for every weight: what answers best as the weight does on the base's inputs.
 
-        ``x xc^T`` is given up for it: at the width of an 8B model's down_proj it is 0.8 GB, and the Cholesky factor
-        takes its place. Heavy rows may join the Gram here: the ridge, a share of their energy too, is far above what
-        they round away.
+        What the targets need is given up for it. Heavy rows may join the Gram here: the ridge, a share of their energy
+        too, is far above what they round away.
 
         Raises:
             EmlocError: a sum is beyond the range of its dtype.
@@ -80,17 +86,21 @@ class PairedMoments:
         self._flush()
         if len(heavy):
             gram = gram.addmm(heavy.T.to(gram), heavy.to(gram))
-        if not bool(torch.isfinite(gram.sum() + self.cross.sum())):
+        if not bool(torch.isfinite(gram.sum() + self._cross.sum())):
             raise EmlocError("The activations are too large to be summed", code="not-finite")
         diagonal = gram.diagonal().clone()
         ridge = RIDGE * diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
-        self.cross.diagonal().add_(ridge)
-        targets = [weight.to(gram) @ self.cross for weight in weights]
-        del self.cross
+        weights = [weight.to(gram) for weight in self._weights]
+        if self._crosses_outputs:
+            products = list(self._cross.split([len(weight) for weight in weights]))
+        else:
+            products = [weight @ self._cross for weight in weights]
+        targets = [product.add_(weight * ridge) for product, weight in zip(products, weights, strict=True)]
+        del self._cross
         gram.diagonal().add_(ridge)
         factor = torch.linalg.cholesky(gram)
         gram.diagonal().copy_(diagonal)
-        return [torch.cholesky_solve(target.T, factor).T for target in targets]
+        return [_solved(target, factor) for target in targets]
 
     def gram_for(self, fitted: torch.Tensor, tap: Any = None) -> Gram:
         """Return the Gram that a Linear with the weight ``fitted`` and this tap is fitted to, on the emulator's inputs.
@@ -99,6 +109,12 @@ class PairedMoments:
         """
         side = tap if isinstance(tap, str) else cheaper_side(*fitted.shape)
         return self.emulator if side == "input" else self.emulator.through(fitted)
+
+
+def _solved(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return ``M (L L^T)^-1`` for M (m, n) and L (n, n); unlike ``cholesky_solve`` it makes no copy of L."""
+    half = torch.linalg.solve_triangular(factor.mT, matrix, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
 
 
 def fit_block(
@@ -127,7 +143,8 @@ def fit_block(
     modules = {linear.path: stream.skeleton.model.get_submodule(linear.path) for linear in planned}
     for group in dict.fromkeys(linear.group for linear in planned):
         members = [linear for linear in planned if linear.group == group]
-        moments = PairedMoments(members[0].in_features, device=stream.skeleton.device)
+        weights = [stream.skeleton.model.get_parameter(f"{linear.path}.weight").detach() for linear in members]
+        moments = PairedMoments(weights)
         for row in (sample for sample in stream.here if sample < rows):
             x = _input(stream, block, members[0], modules, row)
             with emulating(stream, {path: modules[path] for path in done}, done, rows):
@@ -136,9 +153,8 @@ def fit_block(
                 moments.add(x, xc)
             except EmlocError as error:
                 raise blame(error, members[0].path, row) from None
-        weights = [stream.skeleton.model.get_parameter(f"{linear.path}.weight").detach() for linear in members]
         try:
-            targets = moments.fit(weights)
+            targets = moments.fit()
         except EmlocError as error:
             raise EmlocError(
                 f"{error}: the inputs of {members[0].path}.", "Check the weights up to this layer.", code=error.code

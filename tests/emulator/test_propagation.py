@@ -17,27 +17,31 @@ from emloc_core.settings import CompressSettings
 SETTINGS = CompressSettings(samples=24, selection=6, ratio=0.6)
 
 
-def test_the_fit_is_the_ridge_regression_on_the_tokens_themselves():
+@pytest.mark.parametrize("outputs", [(4,), (2, 3), (8,), (3, 3), (4, 9)], ids=str)
+def test_the_fit_is_the_ridge_regression_on_the_tokens_themselves(outputs):
+    """However many outputs the group has, beside six inputs."""
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(50, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    xc, weight = x + 0.3 * noise, torch.randn(4, 6, generator=generator, dtype=torch.float64)
-    moments = PairedMoments(6, torch.float64)
+    xc = x + 0.3 * noise
+    weights = [torch.randn(m, 6, generator=generator, dtype=torch.float64) for m in outputs]
+    moments = PairedMoments(weights, torch.float64)
     moments.add(x[:20], xc[:20])
     moments.add(x[20:], xc[20:])
     ridge = RIDGE * float((xc.T @ xc).diagonal().mean())
     # The same as ordinary least squares on tokens with sqrt(ridge) I appended to both sides.
     extra = ridge**0.5 * torch.eye(6, dtype=torch.float64)
-    inputs, targets = torch.cat([xc, extra]), torch.cat([x, extra]) @ weight.T
-    expected = torch.linalg.lstsq(inputs, targets).solution.T
-    assert torch.allclose(moments.fit([weight])[0], expected, atol=1e-10)
+    inputs = torch.cat([xc, extra])
+    for weight, fitted in zip(weights, moments.fit(), strict=True):
+        expected = torch.linalg.lstsq(inputs, torch.cat([x, extra]) @ weight.T).solution.T
+        assert torch.allclose(fitted, expected, atol=1e-10)
 
 
 def test_without_an_error_to_make_up_for_the_weight_stays():
     x = torch.randn(40, 6, dtype=torch.float64)
-    moments = PairedMoments(6, torch.float64)
-    moments.add(x, x)
     weight = torch.randn(4, 6, dtype=torch.float64)
-    assert torch.allclose(moments.fit([weight])[0], weight, atol=1e-9)
+    moments = PairedMoments([weight], torch.float64)
+    moments.add(x, x)
+    assert torch.allclose(moments.fit()[0], weight, atol=1e-9)
 
 
 @pytest.mark.parametrize("m", [96, 384])
@@ -48,11 +52,11 @@ def test_massive_activations_do_not_spoil_the_fit(scale, m):
     x = torch.randn(2048, 256, generator=generator)
     x[::256] *= scale
     xc = x * (1 + 0.05 * torch.randn(2048, 256, generator=generator))
-    moments, exact = PairedMoments(256), PairedMoments(256, torch.float64)
+    moments, exact = PairedMoments([weight]), PairedMoments([weight], torch.float64)
     for rows in torch.arange(2048).split(128):
         moments.add(x[rows], xc[rows])
         exact.add(x[rows], xc[rows])
-    (target,), (fitted,) = exact.fit([weight.double()]), moments.fit([weight])
+    (target,), (fitted,) = exact.fit(), moments.fit()
     factors = factorize(fitted, moments.gram_for(fitted), 50)
     outputs = xc.double() @ target.T
     least = torch.linalg.svdvals(outputs)[50:].norm()
@@ -66,27 +70,27 @@ def test_the_fit_is_the_same_at_any_scale(scale):
     weight = torch.randn(4, 6, generator=generator)
     fitted = []
     for factor in (1, scale):
-        moments = PairedMoments(6)
+        moments = PairedMoments([weight])
         moments.add(factor * x, factor * (x + 0.3 * noise))
-        fitted.append(moments.fit([weight])[0].float())
+        fitted.append(moments.fit()[0].float())
     assert torch.allclose(*fitted, rtol=1e-4, atol=1e-5)
 
 
 def test_sums_beyond_the_range_are_refused():
     x = torch.randn(50, 6)
     x[3] *= 1e25  # one token: the others are summed in fp32
-    moments = PairedMoments(6)
+    moments = PairedMoments([torch.ones(4, 6)])
     moments.add(x, x)
     with pytest.raises(EmlocError, match="too large"):
-        moments.fit([torch.ones(4, 6)])
+        moments.fit()
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (9, 6)])
 def test_the_gram_is_that_of_the_cheaper_side(shape):
     x = torch.randn(40, 6, dtype=torch.float64)
-    moments = PairedMoments(6, torch.float64)
-    moments.add(x, x)
     weight = torch.randn(*shape, dtype=torch.float64)
+    moments = PairedMoments([weight], torch.float64)
+    moments.add(x, x)
     gram = moments.gram_for(weight)
     if shape[0] < 6:
         assert gram.side == "output"
