@@ -1,9 +1,11 @@
 """Memory of the stages that never hold a complete model, estimated by formula from shapes (``docs/memory.md``)."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from emloc_core.emulator.declared import block_paths
-from emloc_core.emulator.ranks import RankPlan
+from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel, Need
 
 #: Rows whose hidden states calibration keeps between blocks by default (``emloc compress --samples``).
@@ -23,6 +25,11 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
       largest factorisation, in fp64: ``8 (4 s^2 + 3 m n)`` bytes for the Gram, the eigenvectors and
       LAPACK's workspace (``dsyevd``: ``2 s^2``), and for the weight, its image and the factors.
     - activations: the hidden states of 64 samples at the workload's length, in the model's dtype.
+    - where errors are propagated: in place of the block's Grams one input group's, its Cholesky factor and what its
+      Linears' targets need, ``4 n (2 n + min(n, m))``, with m the outputs of all of them; and twice the hidden states,
+      those of the base and of the emulator.
+    - where a weight is rounded with feedback: its inputs' Gram and what is computed from it, ``6 * 4 n^2``, and the
+      weight, what is left of it, and what it becomes, ``4 * 4 m n``, in place of all that.
     - stand-ins: where these are weights and not factors, the block's in fp32, beside an identity, and for refinement
       three times in the model's dtype: as they are, and unpacked, with a gradient.
 
@@ -32,12 +39,16 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     blocks = block_paths(model.model, model.family)
     units = [sum(p.numel() for p in model.model.get_submodule(path).parameters()) for path in blocks]
     units += [p.numel() for name, p in model.model.named_parameters() if not name.startswith(tuple(blocks))]
-    statistics = max(_statistics(plan, block, weight) for block in blocks)
+    propagated = model.kind.calibration == "propagated"
+    if model.kind.has_factors:
+        statistics = max(_statistics(plan, block, weight, propagated) for block in blocks)
+    else:
+        statistics = max((_rounding(linear) for block in blocks for linear in plan.in_block(block)), default=0)
     hidden = model.config.get_text_config().hidden_size
     terms = {
         "weights": max(units) * weight,
         "statistics": statistics,
-        "activations": SAMPLES * model.workload.length * hidden * weight,
+        "activations": (2 if propagated else 1) * SAMPLES * model.workload.length * hidden * weight,
         "overhead": OVERHEAD,
     }
     if not model.kind.has_factors:
@@ -50,7 +61,12 @@ def _whole(plan: RankPlan, block: str, itemsize: int) -> int:
     return sum((4 + itemsize) * (m * n + min(m, n) ** 2) + 2 * itemsize * m * n for m, n in shapes)
 
 
-def _statistics(plan: RankPlan, block: str, itemsize: int) -> int:
+def _rounding(linear: LinearPlan) -> int:
+    m, n = linear.out_features, linear.in_features
+    return 4 * (6 * n**2 + 4 * m * n)
+
+
+def _statistics(plan: RankPlan, block: str, itemsize: int, propagated: bool) -> int:
     experts = [each for stacks in plan.experts_in_block(block).values() for each in stacks]
     grams: dict[Any, int] = {}
     work = 0
@@ -62,7 +78,14 @@ def _statistics(plan: RankPlan, block: str, itemsize: int) -> int:
         work = max(work, 8 * (4 * side**2 + 3 * m * n))
     # The factors of a block's experts are held until all are there, and written together.
     held = sum(each.stored() for each in experts) * itemsize
-    return work + held + sum(grams.values())
+    return work + held + (_largest_group(plan.in_block(block)) if propagated else sum(grams.values()))
+
+
+def _largest_group(linears: Sequence[LinearPlan]) -> int:
+    outputs: Counter[tuple[Any, int]] = Counter()
+    for linear in linears:
+        outputs[linear.group, linear.in_features] += linear.out_features
+    return max((4 * n * (2 * n + min(n, m)) for (_, n), m in outputs.items()), default=0)
 
 
 def correct(model: MemoryModel, plan: RankPlan) -> Need:

@@ -199,6 +199,28 @@ def test_stages_that_stream_are_below_the_whole(tmp_path: Path) -> None:
         assert need.terms["weights"] < model.parameters() * 4 / 8
 
 
+def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
+    """Where down_proj, 64 x 128, is the largest Linear."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    file = write_config(tmp_path / "small", QWEN, **{**sizes, "head_dim": 16})
+    m, n = 64, 128
+    inputs = 4 * (n**2 + 3 * m**2)  # of down_proj, and of what q, k and v, o, and gate and up read
+    factorising = 8 * (4 * n**2 + 3 * m * n)
+    expected = {
+        "nf4": 4 * (6 * n**2 + 4 * m * n),
+        "1.6-bit": 4 * (6 * n**2 + 4 * m * n),
+        "low-rank-nf4": factorising + 4 * n * (2 * n + m),
+        "nf4+repair": factorising + inputs,
+    }
+    rows = {}
+    for kind, statistics in expected.items():
+        model = MemoryModel(file, workload(), kind)
+        terms = streamed.compress(model, model.plan(0.5)).terms
+        assert terms["statistics"] == statistics, kind
+        rows[kind] = terms["activations"]
+    assert rows["nf4"] == rows["low-rank-nf4"] == 2 * rows["nf4+repair"]
+
+
 def test_a_config_with_the_fields_of_the_language_model_outside_its_section(tmp_path: Path) -> None:
     """As Qwen2.5-VL was published."""
     whole = read_json(write_config(tmp_path / "now", QWEN_VL, **QWEN_VL.tiny_configs[1]))
