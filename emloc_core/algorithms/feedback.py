@@ -45,8 +45,9 @@ def with_feedback(matrix: torch.Tensor, gram: torch.Tensor, nearest: Nearest) ->
     # Transposed, so that a column is one stretch of memory.
     work = matrix.T[order]
     found = torch.empty_like(work)
-    gram = gram[order][:, order]
-    spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
+    spread = torch.linalg.cholesky(gram[order][:, order])  # by one name, so that no more than two are held
+    spread = torch.cholesky_inverse(spread)
+    spread = torch.linalg.cholesky(spread, upper=True)
     places = order.tolist()
     for start in range(0, len(work), _COLUMNS):
         stop = min(start + _COLUMNS, len(work))
