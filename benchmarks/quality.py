@@ -7,11 +7,11 @@ benchmark can be interrupted at any time and continued, on another machine too. 
 
 A measurement is one *cell*: a task, a kind of emulator, its memory and a seed. It makes the emulator, tunes a LoRA on
 it for 60 steps of 8 rows, carries it over to the base uncorrected, with the paper's clamp and with ``auto``, and, with
-the first seed, takes 10 and 20 exact steps from there; not with variants of ``low-rank``, which are there to say which
-should be its default. Controls are LoRAs of 60 and 80 steps on the base itself, and exact steps from scratch. Of three
-learning rates the one with the least loss of the base on the selection rows counts. Baselines from the literature
-(``quality_baselines.py``) are carried over as they are. The loss is the NLL per token of the answers of 160 test rows;
-that of the emulator itself, which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
+the first seed, takes 10 and 20 exact steps from there; not with variants of kinds with factors, which are there to say
+which should be their default. Controls are LoRAs of 60 and 80 steps on the base itself, and exact steps from scratch.
+Of three learning rates the one with the least loss of the base on the selection rows counts. Baselines from the
+literature (``quality_baselines.py``) are carried over as they are. The loss is the NLL per token of the answers of 160
+test rows; that of the emulator itself, which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
 the base gains over the base alone: ``(base - x) / (base - full)``; all three on the same base, with the same seed.

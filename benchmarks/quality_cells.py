@@ -31,13 +31,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nf4-plain": {"kind": "nf4", "calibration": "none"},
     "low-rank-global": {"kind": "low-rank", "allocator": "global"},
     "low-rank-propagated": {"kind": "low-rank", "calibration": "propagated"},
+    "low-rank-global-propagated": {"kind": "low-rank", "allocator": "global", "calibration": "propagated"},
     "low-rank-refined": {"kind": "low-rank", "calibration": "propagated", "refine": 3},
+    "low-rank-nf4-global": {"kind": "low-rank-nf4", "allocator": "global"},
 }
-LOW_RANK = [name for name, how in VARIANTS.items() if how["kind"] == "low-rank"]
+#: Those with factors, which are measured without exact steps.
+LOW_RANK = [name for name in VARIANTS if name.startswith("low-rank")]
 #: Bytes of a number, scales included, where a stand-in multiplies by fewer numbers than the base.
-FEWER = dict.fromkeys(("low-rank", *LOW_RANK, "pruned", "depth"), 2.0) | dict.fromkeys(
-    ("low-rank-nf4", "pruned-nf4"), 4.5 / 8
-)
+FEWER = dict.fromkeys(("low-rank", "pruned", "depth"), 2.0) | dict.fromkeys(("low-rank-nf4", "pruned-nf4"), 4.5 / 8)
+FEWER |= {name: FEWER[VARIANTS[name]["kind"]] for name in LOW_RANK}
 #: Bytes that a ratio counts in, where a kind has one.
 BYTES = FEWER | {"mixed": 2.0}
 FULL, SCRATCH = "full", "exact"
@@ -83,7 +85,9 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     """
     recommended = list(dict.fromkeys(RECOMMENDED[memory] for memory in reversed(MEMORIES)))
     plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
-    variants = [("nf4-plain", 0.28), *((name, memory) for memory in (0.28, 0.11) for name in LOW_RANK)]
+    factors = [name for name in LOW_RANK if VARIANTS[name]["kind"] == "low-rank"]
+    low_rank = [(name, memory) for memory in (0.28, 0.6, 0.11) for name in factors]
+    variants = [("nf4-plain", 0.28), *low_rank, ("low-rank-nf4-global", 0.17)]
     longer = STEPS + EXACT[-1]
 
     def first(ways: Sequence[tuple[str, float]], steps: int = STEPS, rate: int = 0) -> Iterator[Cell]:

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from harness import RESULTS, goal, markdown, write_results
-from quality_cells import EXACT, FULL, LOW_RANK, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, Cell, best_of
+from quality_cells import EXACT, FULL, LOW_RANK, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, VARIANTS, Cell, best_of
 from quality_figure import draw
 from quality_rows import TEXTS
 
@@ -117,16 +117,17 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
 
 
 def variant_rows(table: Table) -> list[dict[str, Any]]:
-    """Return ``variants``: how much more a variant of ``low-rank`` loses than its default, as in :func:`paired_rows`.
+    """Return ``variants``: how much more a variant of a kind loses than its default, as in :func:`paired_rows`.
 
     Both are at the same memory and learning rate.
     """
     ways = _runs(table.rows, "task", "kind", "memory", "learning_rate")
     found = []
     for (task, kind, memory, rate), own in ways.items():
-        default = ways.get((task, "low-rank", memory, rate), {})
-        runs = own.keys() & default.keys()
-        if kind in LOW_RANK and runs:
+        if kind not in VARIANTS:
+            continue
+        default = ways.get((task, VARIANTS[kind]["kind"], memory, rate), {})
+        if runs := own.keys() & default.keys():
             losses = {name: round(mean(way[run]["auto"]["nll"] for run in runs), 4)
                       for name, way in (("nll", own), ("default_nll", default))}  # fmt: skip
             apart = _apart([(own[run]["auto"], default[run]["auto"]) for run in runs])
@@ -244,7 +245,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     )
     text += "\n\nSeconds and peak memory of the stages:\n\n" + stage_table(table)
     paired, variants = paired_rows(table), variant_rows(table)
-    for title, found in (("another way within the same memory", paired), ("the default of `low-rank`", variants)):
+    for title, found in (("another way within the same memory", paired), ("the default of its kind", variants)):
         if found:
             text += f"\n\nNats per answer above {title}, with 95 % intervals:\n\n"
             text += markdown(list(found[0]), [[str(value) for value in row.values()] for row in found])
