@@ -45,11 +45,11 @@ class PairedMoments:
 
     def __init__(self, weights: Sequence[torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
         size, device = weights[0].shape[1], weights[0].device
+        outputs = sum(len(weight) for weight in weights)
         self._weights = weights
-        self._crosses_outputs = sum(len(weight) for weight in weights) < size
+        self._crosses_outputs = outputs < size
         self.emulator = Gram("input", size, dtype, device)
-        rows = sum(len(weight) for weight in weights) if self._crosses_outputs else size
-        self._cross = torch.zeros(rows, size, dtype=dtype, device=device)
+        self._cross = torch.zeros(min(outputs, size), size, dtype=dtype, device=device)
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, base: torch.Tensor, emulator: torch.Tensor) -> None:
