@@ -1,10 +1,8 @@
-"""Processes that a launcher starts: how many it was asked for, and how they part."""
+"""How many processes a launcher was asked for: on a CPU, ``accelerate launch`` starts one, whatever it is told."""
 
-import atexit
 import re
 
 import psutil
-import torch
 
 from emloc_core.errors import EmlocError
 
@@ -13,8 +11,6 @@ _ASKED = re.compile(r"--num[_-]processes[= ](\d+)")
 
 def require_processes(started: int) -> None:
     """Refuse to train in fewer processes than were asked for: the batch would be smaller than meant.
-
-    On a CPU, ``accelerate launch`` starts one, whatever it is told.
 
     Args:
         started: processes that train.
@@ -34,13 +30,3 @@ def require_processes(started: int) -> None:
             f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked[1]} -m emloc_core train ... starts them all.",
             code="unavailable",
         )
-
-
-def leave_at_exit() -> None:
-    """Leave the group of processes when this one ends: threads of it that outlive the interpreter may abort it."""
-
-    def leave() -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-    atexit.register(leave)

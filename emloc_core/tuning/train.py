@@ -5,6 +5,7 @@ resumes at the last complete one. With several processes (``accelerate launch``)
 publishes the directory; the others write their part of the checkpoints into it.
 """
 
+import atexit
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incom
 from emloc_core.tuning.dataset import make_dataset, measure
 from emloc_core.tuning.evaluation import BaseLoss, divide, is_over, logged, losses_at, trainer_settings
 from emloc_core.tuning.heap import give_back
-from emloc_core.tuning.launcher import leave_at_exit, require_processes
+from emloc_core.tuning.launcher import require_processes
 from emloc_core.tuning.preferences import preference_dataset, require_preferences
 from emloc_core.tuning.targets import choose_targets
 from emloc_core.tuning.trainer import (
@@ -200,8 +201,8 @@ class Train:
         self._progress = progress
         state = PartialState()
         require_processes(state.num_processes)
-        if state.num_processes > 1:
-            leave_at_exit()
+        if state.num_processes > 1:  # threads of the group that outlive the interpreter may abort it
+            atexit.register(state.destroy_process_group)
         self.is_main_process = state.is_main_process
         files = Inputs(self.path.resolve().parent)
         request = self._request(files, state.num_processes) if state.is_main_process else {}
