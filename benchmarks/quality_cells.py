@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank-refined": {"kind": "low-rank", "calibration": "propagated", "refine": 3},
     "low-rank-nf4-global": {"kind": "low-rank-nf4", "allocator": "global"},
 }
+#: Memories that variants of a kind are measured at.
+VARIED = {"nf4": (0.28,), "low-rank": (0.28, 0.6, 0.11), "low-rank-nf4": (0.17,)}
 #: Those with factors, which are measured without exact steps.
 LOW_RANK = [name for name in VARIANTS if name.startswith("low-rank")]
 #: Bytes of a number, scales included, where a stand-in multiplies by fewer numbers than the base.
@@ -85,9 +87,7 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     """
     recommended = list(dict.fromkeys(RECOMMENDED[memory] for memory in reversed(MEMORIES)))
     plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
-    factors = [name for name in LOW_RANK if VARIANTS[name]["kind"] == "low-rank"]
-    low_rank = [(name, memory) for memory in (0.28, 0.6, 0.11) for name in factors]
-    variants = [("nf4-plain", 0.28), *low_rank, ("low-rank-nf4-global", 0.17)]
+    variants = [(name, memory) for name, how in VARIANTS.items() for memory in VARIED[how["kind"]]]
     longer = STEPS + EXACT[-1]
 
     def first(ways: Sequence[tuple[str, float]], steps: int = STEPS, rate: int = 0) -> Iterator[Cell]:
@@ -106,7 +106,7 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     yield from first([(SCRATCH, 1)], EXACT[-1])
     yield from first(plain)
     yield from (
-        Cell(task, *way, 0, STEPS, best_rate(known, task, str(VARIANTS[way[0]]["kind"]), way[1]))
+        Cell(task, *way, 0, STEPS, best_rate(known, task, VARIANTS[way[0]]["kind"], way[1]))
         for way, task in product(variants, TASKS)
     )
     for rate in (1, 2):

@@ -118,8 +118,8 @@ def test_it_is_the_same_after_an_interruption(made, tiny_model, rows_file, tmp_p
         assert (again / shard.name).read_bytes() == shard.read_bytes()
 
 
-def test_every_linear_answers_as_in_the_base_but_for_an_error(made, tiny_model, rows_file, tmp_path):
-    """On its inputs in the emulator. What is reported is the distance from targets that make up for earlier errors."""
+def test_reported_errors_are_those_of_what_the_model_holds(made, tiny_model, rows_file, tmp_path):
+    """Where no earlier error is to be made up for, which is what targets do; elsewhere the outputs are not far off."""
     kind, emulator, _ = made
     reported = {linear["path"]: linear["relative_error"] for linear in read_manifest(emulator)["result"]["linears"]}
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto")
@@ -138,9 +138,11 @@ def test_every_linear_answers_as_in_the_base_but_for_an_error(made, tiny_model, 
     with torch.no_grad(), forward_hooks((small.get_submodule(path), compare(path)) for path in reported):
         for sample in compression(kind.name, tiny_model, rows_file, tmp_path / "again").samples:
             small(**sample.inputs("cpu"))
-    for path, error in reported.items():
-        assert 0 < error < 1
-        assert (lost[path] / whole[path]) ** 0.5 < 0.7, path
+    actual = {path: (lost[path] / whole[path]) ** 0.5 for path in reported}
+    first = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    assert [actual[path] for path in first] == pytest.approx([reported[path] for path in first], rel=1e-3)
+    assert all(0 < error < 1 for error in reported.values())
+    assert all(error < 0.7 for error in actual.values())
 
 
 def test_without_calibration_weights_are_rounded_as_bitsandbytes_does(tiny_model, rows_file, tmp_path):
