@@ -28,8 +28,8 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     - where errors are propagated: in place of the block's Grams one input group's, its Cholesky factor and what its
       Linears' targets need, ``4 n (2 n + min(n, m))``, with m the outputs of all of them; and twice the hidden states,
       those of the base and of the emulator.
-    - where a weight is rounded with feedback: its inputs' Gram and what is computed from it, ``6 * 4 n^2``, and the
-      weight, what is left of it, and what it becomes, ``4 * 4 m n``, in place of all that.
+    - where a weight is rounded with feedback, in place of all that: its inputs' Gram, which massive tokens widen to fp64,
+      and what is computed from it, ``6 * 4 n^2``; and the weight, what is left of it, and what it becomes, ``4 * 4 m n``.
     - stand-ins: where these are weights and not factors, the block's in fp32, beside an identity, and for refinement
       three times in the model's dtype: as they are, and unpacked, with a gradient.
 
@@ -82,7 +82,7 @@ def _statistics(plan: RankPlan, block: str, itemsize: int, propagated: bool) -> 
 
 
 def _largest_group(linears: Sequence[LinearPlan]) -> int:
-    outputs: Counter[tuple[Any, int]] = Counter()
+    outputs: Counter[tuple[tuple[str, ...], int]] = Counter()
     for linear in linears:
         outputs[linear.group, linear.in_features] += linear.out_features
     return max((4 * n * (2 * n + min(n, m)) for (_, n), m in outputs.items()), default=0)
