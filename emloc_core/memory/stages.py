@@ -28,8 +28,9 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     - where errors are propagated: in place of the block's Grams one input group's, its Cholesky factor and what its
       Linears' targets need, ``4 n (2 n + min(n, m))``, with m the outputs of all of them; and twice the hidden states,
       those of the base and of the emulator.
-    - where a weight is rounded with feedback, in place of all that: its inputs' Gram, which massive tokens widen to fp64,
-      and what is computed from it, ``6 * 4 n^2``; and the weight, what is left of it, and what it becomes, ``4 * 4 m n``.
+    - where a weight is rounded with feedback, in place of all that: its inputs' Gram, which massive tokens widen to
+      fp64, and what is computed from it, ``6 * 4 n^2``; the weight, what is left of it, and what it becomes,
+      ``4 * 4 m n``.
     - stand-ins: where these are weights and not factors, the block's in fp32, beside an identity, and for refinement
       three times in the model's dtype: as they are, and unpacked, with a gradient.
 
