@@ -1,0 +1,82 @@
+"""Memory and time of ``compress`` for emulators of several kinds, and what ``emloc plan`` says of the memory.
+
+Two blocks at the widths of Llama-3.2-1B with random weights, calibrated on 64 rows of 128 tokens, as in ``scale.py``.
+What counts is the peak of a process of its own. The plan is a formula, not a trace: it should not promise less than is
+taken.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import goal, in_process, markdown, write_results
+from scale import LENGTH, prepare
+
+BLOCKS = 2
+#: Name -> settings of the emulator.
+WAYS: dict[str, dict[str, Any]] = {
+    "low-rank": {"kind": "low-rank"},
+    "low-rank, propagated": {"kind": "low-rank", "calibration": "propagated"},
+    "nf4": {"kind": "nf4"},
+    "2.7-bit": {"kind": "2.7-bit"},
+    "low-rank-nf4": {"kind": "low-rank-nf4"},
+}
+
+
+def compress(work: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Make an emulator of ``work``/base; return the seconds of its last block."""
+    from emloc_core.data.rows import load_rows
+    from emloc_core.emulator.compress import Compress
+    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.settings import CompressSettings
+
+    place = Path(work)
+    rows = load_rows(str(place / "rows.jsonl"))
+    with tempfile.TemporaryDirectory(dir=place) as output:
+        job = Compress(Checkpoint(place / "base"), rows, Path(output) / "emulator", CompressSettings(**settings))
+        ends: list[float] = []
+        job.run(lambda *_: ends.append(time.perf_counter()))
+    return {"block_seconds": ends[-1] - ends[-2]}
+
+
+def planned(work: str, kind: str) -> dict[str, Any]:
+    """Return what ``emloc plan`` says that this takes, with the kind's default calibration."""
+    from emloc_core.memory import stages
+    from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.workload import make_workload
+    from emloc_core.settings import CompressSettings, TrainSettings
+
+    config = Path(work) / "base" / "config.json"
+    model = MemoryModel(config, make_workload(config, TrainSettings(batch_size=1), length=LENGTH), kind)
+    return {"planned_bytes": stages.compress(model, model.plan(CompressSettings().ratio)).total}
+
+
+def main() -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        in_process(prepare, place, "1B", BLOCKS)
+        for name, settings in WAYS.items():
+            row = {"name": name, "settings": settings, **in_process(compress, place, settings)}
+            if "calibration" not in settings:
+                row["planned_bytes"] = in_process(planned, place, settings["kind"])["planned_bytes"]
+            rows.append(row)
+    least = min(row["planned_bytes"] / row["peak_rss_bytes"] for row in rows if "planned_bytes" in row)
+    goals = [goal("plan over peak, the least", "at least 0.95", round(least, 3), least >= 0.95)]
+    table = markdown(
+        ["kind", "peak RSS, GB", "planned, GB", "seconds per block"],
+        [
+            [
+                row["name"],
+                f"{row['peak_rss_bytes'] / 1e9:.2f}",
+                f"{row['planned_bytes'] / 1e9:.2f}" if "planned_bytes" in row else "",
+                f"{row['block_seconds']:.0f}",
+            ]
+            for row in rows
+        ],
+    )
+    write_results("kinds", "make bench-kinds", rows, goals, table)
+
+
+if __name__ == "__main__":
+    main()
