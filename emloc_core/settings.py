@@ -38,10 +38,11 @@ class CutSettings(Settings):
 
     ratio: float = Field(0.6, gt=0, lt=1, description="Fraction of the compressed Linears' parameters to keep; that of "
                          "the factors alone with nf4+repair, of the bytes in 16 bits with mixed.")  # fmt: skip
-    allocator: str = Field(
-        "uniform",
-        description="Rank allocator: 'uniform' uses the same ratio everywhere, as in the paper; 'global' gives more "
-        "rank where an error disturbs the block more, within the same parameter count. Plugins can add others.",
+    allocator: str | None = Field(
+        None,
+        description="Rank allocator: 'uniform', the default, uses the same ratio everywhere, as in the paper; 'global' "
+        "gives more rank where an error disturbs the block more, within the same parameter count. Plugins can add "
+        "others.",
     )
 
 

@@ -87,7 +87,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_emulator(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An emulator of ``tiny_model`` that holds out 12 calibration and 6 selection rows of ``rows_file``."""
-    settings = CompressSettings(samples=12, selection=6, ratio=0.6)
+    settings = CompressSettings(samples=12, selection=6, ratio=0.6, calibration="base", allocator="uniform")
     output = tmp_path_factory.mktemp("tiny-emulator") / "emulator"
     return Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), output, settings).run()
 

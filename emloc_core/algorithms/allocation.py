@@ -47,6 +47,11 @@ def largest_rank(out_features: int, in_features: int) -> int:
     return (out_features * in_features - 1) // (out_features + in_features)
 
 
+def highest_rank(rank: int, shape: Shape) -> int:
+    """Return the highest rank under ``global`` of a Linear whose uniform rank is ``rank``."""
+    return max(rank, min(math.floor(BOUNDS[1] * rank), largest_rank(*shape)))
+
+
 def wants_spectra(allocate: Callable[..., Any]) -> bool:
     """Return whether an allocator has a parameter ``spectra``: all Linears are then decomposed before it is called."""
     return "spectra" in inspect.signature(allocate).parameters
@@ -71,13 +76,8 @@ def global_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
     The energies alone (sensitivity 1) gain less, and lose at a ratio of 0.4; see ``docs/decisions.md``.
     """
     base = uniform(shapes, ratio)
-    floors, caps = zip(
-        *(
-            (math.ceil(BOUNDS[0] * rank), max(rank, min(math.floor(BOUNDS[1] * rank), largest_rank(*shape))))
-            for rank, shape in zip(base, shapes, strict=True)
-        ),
-        strict=True,
-    )
+    floors = [math.ceil(BOUNDS[0] * rank) for rank in base]
+    caps = [highest_rank(rank, shape) for rank, shape in zip(base, shapes, strict=True)]
     gains = [each.energies * (each.sensitivity / max(float(each.energies.sum()), TINY)) for each in spectra]
     return spend(shapes, gains, floors, caps, sum(rank * sum(shape) for rank, shape in zip(base, shapes, strict=True)))
 

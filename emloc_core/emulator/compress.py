@@ -21,6 +21,7 @@ from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.cut import Cut, cut_blocks, describe_emulator
 from emloc_core.emulator.declared import block_paths, find_linears
 from emloc_core.emulator.decompose import Decomposition, Progress
+from emloc_core.emulator.defaults import completed
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.pack import pack_blocks
 from emloc_core.emulator.ranks import RankPlan, allocated
@@ -71,15 +72,16 @@ class Compress:
         device: torch.device | str = "cpu",
         data: str | None = None,
     ) -> None:
-        self.base, self.settings, self._data = base, settings, data
+        self.base, self._data = base, data
         self.family: Family = plugin_manager().family_for(base.config)
         base.require_unquantised()
         self.skeleton = Skeleton(base, self.family, device)
         self.kind: Kind = plugin_manager().algorithm("emulators", settings.kind)()
         self.kind.check(settings)
-        self.calibration = settings.calibration or self.kind.calibration
-        self.allocate = self.kind.allocate or plugin_manager().algorithm("rank_allocators", settings.allocator)
         self.factorize = plugin_manager().algorithm("factorizers", settings.factorizer)
+        found = self._linears(self.kind)
+        self.settings = settings = completed(settings, self.kind, found, keeps_spectra=spectra is not None)
+        self.allocate = self.kind.allocate or plugin_manager().algorithm("rank_allocators", settings.allocator)
         if self.ranks_by_spectra and not self.kind.allocates_by_spectra:
             raise EmlocError(
                 f"The rank allocator {settings.allocator!r} knows the spectra of weights, not of what an emulator of "
@@ -90,13 +92,12 @@ class Compress:
             raise EmlocError(
                 f"An emulator of the kind {settings.kind!r} cannot be cut from spectra.", "Leave out --keep-spectra."
             )
-        if spectra and self.calibration == "propagated":
+        if spectra and settings.calibration == "propagated":
             raise EmlocError(
                 "Spectra can only be kept when calibrating on the base's activations: propagated factors depend on the "
                 "ranks of earlier layers, so other ranks need another run.",
                 "Use --calibration base, or leave out --keep-spectra.",
             )
-        found = self._linears(self.kind)
         if why := self._why_no_experts(spectra is not None):
             found = found.without_experts(why)
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
@@ -104,7 +105,7 @@ class Compress:
         allocate = uniform if self.ranks_by_spectra else self.allocate
         self.plan: RankPlan = allocated(found, settings.ratio, allocate, name=settings.allocator, kind=self.kind)
         # Weights alone need no calibration: its rows are left for tuning.
-        samples = 0 if self.calibration == "none" else settings.samples
+        samples = 0 if settings.calibration == "none" else settings.samples
         self.rows = draw(rows, settings.seed, samples, settings.selection)
         processing = load_processing(base.directory, self.family, rows)
         self.samples = self._encode(self.rows.calibration, processing)
@@ -118,7 +119,7 @@ class Compress:
 
     def _why_no_experts(self, keeps_spectra: bool) -> str | None:
         """Return why fused experts stay dense whatever the kind, or None."""
-        if self.calibration == "propagated":
+        if self.settings.calibration == "propagated":
             return "error-propagating calibration is for Linears alone"
         return NO_EXPERTS if keeps_spectra or self.ranks_by_spectra else None
 
@@ -195,23 +196,25 @@ class Compress:
             progress: called with a block's path, the number of blocks done, and the total.
         """
         if self.spectra:
-            self._decompose(self.spectra, progress)
+            self._decompose(self.spectra, progress, factors=True)
             return self._cut_kept().run(progress)
         if self.output.is_finished():
             return self.output.path
         with self.output.build() as staging:
             if remove_damaged((staging / "spectra").glob("*.safetensors")):
                 remove_at_once(staging / "spectra")
-            spectra = (
-                self._decompose(self._spectra_output(staging / "spectra"), progress) if self.ranks_by_spectra else None
-            )
-            plan = self._allocated(spectra) if spectra else self.plan
+            spectra, plan = None, self.plan
+            if self.ranks_by_spectra:
+                first, progress = _in_two_passes(progress)
+                passing = self._spectra_output(staging / "spectra")
+                spectra = self._decompose(passing, first, factors=self._cuts)
+                plan = self._allocated(spectra)
             files = EmulatorFiles(self.skeleton, plan, self.blocks, staging, self.kind)
-            if self.calibration == "none":
+            if self.settings.calibration == "none":
                 pack_blocks(files, progress)
-            elif self.calibration == "propagated":
+            elif self.settings.calibration == "propagated":
                 self._decomposition(plan, progress).propagate(files)
-            elif spectra and self.kind.can_be_cut:
+            elif spectra and self._cuts:
                 cut_blocks(spectra, files, progress)
             else:
                 self._decomposition(plan, progress).run(files)
@@ -227,21 +230,25 @@ class Compress:
         name = self.settings.allocator
         return allocated(found, self.settings.ratio, self.allocate, spectra.spectrum, name, self.kind)
 
-    def _decompose(self, output: Output, progress: Progress) -> Spectra:
+    @property
+    def _cuts(self) -> bool:
+        """Whether the emulator is cut from its spectra, and not made in another pass at the ranks that they give."""
+        return self.kind.can_be_cut and self.settings.calibration == "base"
+
+    def _decompose(self, output: Output, progress: Progress, *, factors: bool) -> Spectra:
         if not output.is_finished():
             with output.build() as staging:
                 plan = at_largest_ranks(self._linears())
-                files = SpectraFiles(self.skeleton, self.blocks, staging)
+                files = SpectraFiles(self.skeleton, self.blocks, staging, factors=factors)
                 how = (self.factorize, progress, self.settings.factorizer)
                 Decomposition(self.skeleton, self.family, plan, self.samples, *how).run(files, PROBES)
                 self._write_rows(staging)
                 output.result = {"family": self.family.name, **files.finish(plan, self._tokens)}
-        return Spectra(output.path)
+        return Spectra(output.path, factors=factors)
 
     def _decomposition(self, plan: RankPlan, progress: Progress) -> Decomposition:
         name = self.settings.factorizer if self.kind.has_factors else self.kind.name
-        refine = self.kind.refine if self.settings.refine is None else self.settings.refine
-        how = (self.kind.rounding(self.factorize), progress, name, self.kind, refine or 0)
+        how = (self.kind.rounding(self.factorize), progress, name, self.kind, self.settings.refine)
         return Decomposition(self.skeleton, self.family, plan, self.samples, *how)
 
     def _write_rows(self, staging: Path) -> None:
@@ -264,6 +271,18 @@ def prepare(request: CompressRequest) -> Compress:
     device = choose_device(request.device)
     name = data_name(request.data)
     return Compress(base, rows, request.output, request.settings, request.keep_spectra, device, name)
+
+
+def _in_two_passes(progress: Progress) -> tuple[Progress, Progress]:
+    """Return what reports the first and the second pass over the blocks as one."""
+
+    def first(block: str, done: int, total: int) -> None:
+        progress(block, done, 2 * total)
+
+    def second(block: str, done: int, total: int) -> None:
+        progress(block, total + done, 2 * total)
+
+    return first, second
 
 
 def _digest(samples: Iterable[Sample]) -> str:

@@ -8,6 +8,7 @@ from emloc_core.data.rows import copy_kept_rows
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import block_paths, find_linears
 from emloc_core.emulator.decompose import Progress
+from emloc_core.emulator.defaults import UNIFORM
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.ranks import RankPlan, allocated
 from emloc_core.emulator.spectra import Spectra
@@ -37,13 +38,15 @@ class Cut:
     """
 
     def __init__(self, spectra: Spectra, base: Checkpoint, output: Path, settings: CutSettings) -> None:
-        self.spectra, self.base, self.settings, self._path = spectra, base, settings, output
+        self.spectra, self.base, self._path = spectra, base, output
         self.family = plugin_manager().family_for(base.config)
         self.skeleton = Skeleton(base, self.family)
-        allocate = plugin_manager().algorithm("rank_allocators", settings.allocator)
+        name = settings.allocator or UNIFORM
+        self.settings = settings.model_copy(update={"allocator": name})
+        allocate = plugin_manager().algorithm("rank_allocators", name)
         found = spectra.reached(find_linears(self.skeleton.model, self.family))
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
-        self.plan: RankPlan = allocated(found, settings.ratio, allocate, spectra.spectrum, settings.allocator)
+        self.plan: RankPlan = allocated(found, settings.ratio, allocate, spectra.spectrum, name)
 
     @cached_property
     def output(self) -> Output:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from emloc_core.algorithms.allocation import Spectrum, largest_rank, uniform, wants_spectra
+from emloc_core.algorithms.allocation import Spectrum, highest_rank, largest_rank, uniform, wants_spectra
 from emloc_core.errors import EmlocError
 from emloc_core.kinds import Kind
 from emloc_core.plugins.builtin import named
@@ -128,6 +128,11 @@ class RankPlan:
         return dict(found)
 
     @property
+    def has_experts(self) -> bool:
+        """Whether a stack of experts may become smaller."""
+        return any(each.reason is None for each in self.experts)
+
+    @property
     def candidates(self) -> list[LinearPlan]:
         """The Linears without a reason to stay dense."""
         return [linear for linear in self.linears if linear.reason is None]
@@ -140,6 +145,14 @@ class RankPlan:
         """Return the plan with every candidate at full rank, which stands for its weight as it is."""
         return self._each(
             lambda each: replace(each, rank=min(each.out_features, each.in_features) if each.reason is None else None)
+        )
+
+    def at_highest_ranks(self) -> "RankPlan":
+        """Return the plan with every rank, a uniform one, the highest that it may be under the allocator ``global``."""
+        return self._each(
+            lambda each: replace(
+                each, rank=each.rank and highest_rank(each.rank, (each.out_features, each.in_features))
+            )
         )
 
     def dense(self, paths: Collection[str], reason: str) -> "RankPlan":

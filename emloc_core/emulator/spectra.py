@@ -2,7 +2,8 @@
 
 The columns of U are ordered by energy, so the best factors of rank k are the first k columns of U and the first k rows
 of V, and the energies give the error at every rank. That only holds for calibration on the base's own activations:
-propagated factors depend on the ranks of earlier Linears.
+propagated factors depend on the ranks of earlier Linears. Ranks can be shared out for these too, by the energies: then
+no factors are kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from emloc_core.model.skeleton import Skeleton
 KIND = "spectra"
 NO_EXPERTS = "spectra are of Linears alone; the allocator uniform, without spectra, makes experts smaller too"
 _REMEDY = "Make the spectra again: emloc compress --keep-spectra."
-_PARTS = ("U", "V", "energies", "sensitivity")
+_FACTORS, _SPECTRUM = ("U", "V"), ("energies", "sensitivity")
 
 
 def at_largest_ranks(plan: RankPlan) -> RankPlan:
@@ -45,10 +46,11 @@ class SpectraFiles:
         skeleton: the base.
         blocks: paths of all blocks.
         staging: the directory.
+        factors: whether factors are kept too, from which emulators can be cut.
     """
 
-    def __init__(self, skeleton: Skeleton, blocks: Sequence[str], staging: Path) -> None:
-        self.skeleton, self.blocks, self.staging = skeleton, blocks, staging
+    def __init__(self, skeleton: Skeleton, blocks: Sequence[str], staging: Path, *, factors: bool = True) -> None:
+        self.skeleton, self.blocks, self.staging, self._factors = skeleton, blocks, staging, factors
         remove_damaged(_shard(staging, blocks, block) for block in blocks)  # of an interrupted run
 
     def is_written(self, block: str) -> bool:
@@ -59,20 +61,19 @@ class SpectraFiles:
         """Write a block's factors, by module path, in the base's dtype; energies and sensitivities in fp64."""
         tensors: dict[str, torch.Tensor] = {}
         for path, found in sorted(factors.items()):
-            dtype = self.skeleton.model.get_parameter(f"{path}.weight").dtype
-            parts = (
-                found.u.to("cpu", dtype),
-                found.v.to("cpu", dtype),
-                found.spectrum.to("cpu", torch.float64),
-                torch.tensor([sensitivities[path]], dtype=torch.float64),
-            )
-            tensors.update((f"{path}.{name}", part) for name, part in zip(_PARTS, parts, strict=True))
+            known = (found.spectrum.to("cpu", torch.float64), torch.tensor([sensitivities[path]], dtype=torch.float64))
+            parts = dict(zip(_SPECTRUM, known, strict=True))
+            if self._factors:
+                dtype = self.skeleton.model.get_parameter(f"{path}.weight").dtype
+                parts |= dict(zip(_FACTORS, (found.u.to("cpu", dtype), found.v.to("cpu", dtype)), strict=True))
+            tensors.update((f"{path}.{name}", part) for name, part in parts.items())
         write_shard(_shard(self.staging, self.blocks, block), tensors)
 
     def finish(self, plan: RankPlan, tokens: int) -> dict[str, Any]:
         """Return the manifest's result, once all blocks and the rows are written."""
         headers = [read_header(_shard(self.staging, self.blocks, block))[0] for block in self.blocks]
-        reached = {key.removesuffix(".U") for header in headers for key in header if key.endswith(".U")}
+        last = f".{_SPECTRUM[0]}"
+        reached = {key.removesuffix(last) for header in headers for key in header if key.endswith(last)}
         return {
             "base": self.skeleton.checkpoint.name,
             "blocks": list(self.blocks),
@@ -87,6 +88,10 @@ class SpectraFiles:
 class Spectra:
     """A finished directory of spectra, read block by block.
 
+    Args:
+        directory: the directory.
+        factors: whether factors are expected, from which emulators can be cut.
+
     Attributes:
         request: what it was made from: ``base``, ``settings``, ``calibration``, ``selection``.
         base: the fingerprint of the model.
@@ -99,8 +104,8 @@ class Spectra:
         EmlocError: the directory holds no spectra, or a shard is missing or damaged.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, *, factors: bool = True) -> None:
+        self.directory, self._factors = directory, factors
         manifest = read_manifest(directory) if directory.is_dir() else None
         if manifest is None or manifest.get("kind") != KIND:
             raise EmlocError(
@@ -148,7 +153,10 @@ class Spectra:
         m, n, k = linear.out_features, linear.in_features, linear.rank or 0
         if linear.block not in self.blocks:
             raise EmlocError(f"{self.directory} lacks the block {linear.block}.", _REMEDY, code="mismatch")
-        for name, shape in zip(_PARTS, ((m, k), (k, n), (min(m, n),), (1,)), strict=True):
+        expected: dict[str, tuple[int, ...]] = dict(zip(_SPECTRUM, ((min(m, n),), (1,)), strict=True))
+        if self._factors:
+            expected.update(zip(_FACTORS, ((m, k), (k, n)), strict=True))
+        for name, shape in expected.items():
             found = self._tensors.get(f"{linear.path}.{name}")
             if found is None or found.shape != shape or found.shard != self._shard_of(linear):
                 raise EmlocError(
@@ -165,7 +173,7 @@ class Spectra:
             EmlocError: it contains NaN or Inf.
         """
         with safe_open(str(self._shard_of(linear)), framework="pt") as file:
-            energies, sensitivity = (file.get_tensor(f"{linear.path}.{part}") for part in _PARTS[2:])
+            energies, sensitivity = (file.get_tensor(f"{linear.path}.{part}") for part in _SPECTRUM)
         self._require_finite(linear, energies, sensitivity)
         return Spectrum(linear.path, linear.block, energies, float(sensitivity))
 

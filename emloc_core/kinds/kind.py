@@ -52,6 +52,8 @@ class Kind(ABC):
         has_experts: whether fused experts become factors too; otherwise they stay dense.
         can_be_cut: whether emulators of any ratio can be cut from spectra.
         calibration: what stand-ins are fitted to where the user does not say.
+        allocator: name of the rank allocator where the user does not say and errors are propagated; otherwise it is
+            ``uniform``.
         needs_rows: whether stand-ins are always fitted to rows. If not, the weight alone can say what becomes of it.
         refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; None: they
             cannot be.
@@ -70,6 +72,7 @@ class Kind(ABC):
     has_experts: bool = False
     can_be_cut: bool = False
     calibration: Literal["base", "propagated"] = "base"
+    allocator: str = "uniform"
     needs_rows: bool = True
     refine: int | None = None
 
@@ -99,11 +102,6 @@ class Kind(ABC):
             raise EmlocError(
                 f"An emulator of the kind {self.name!r} cannot be refined.",
                 "Leave out --refine, or give --kind 2.7-bit, say.",
-            )
-        if settings.refine and (settings.calibration or self.calibration) != "propagated":
-            raise EmlocError(
-                "Refinement needs the inputs that a block has in the emulator.",
-                "Leave out --refine, or give --calibration propagated.",
             )
 
     def rounding(self, factorize: Factorize) -> Factorize:

@@ -24,7 +24,7 @@ from emloc_core.lowrank import LowRankLinear
 from emloc_core.model.hooks import tapped
 from emloc_core.settings import CompressSettings
 
-SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, allocator="uniform")
+SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, calibration="base", allocator="uniform")
 
 
 def compress(model, rows_file, output, settings=SETTINGS):

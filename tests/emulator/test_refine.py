@@ -85,7 +85,7 @@ def test_reported_errors_are_those_on_the_inputs_in_the_emulator(emulators, tiny
     [
         ({"kind": "low-rank-nf4", "refine": 2}, "'low-rank-nf4' cannot be refined"),
         ({"kind": "2-bit", "refine": 2, "calibration": "base"}, "needs the inputs that a block has in the emulator"),
-        ({"kind": "low-rank", "refine": 2}, "needs the inputs that a block has in the emulator"),
+        ({"kind": "low-rank", "refine": 2, "calibration": "base"}, "needs the inputs that a block has in the emulator"),
     ],
 )
 def test_what_cannot_be_refined_is_refused(tiny_model, rows_file, tmp_path, chosen, message):

@@ -34,7 +34,7 @@ from emloc_core.requests import make_request
 from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings
 from emloc_core.units import human_seconds
 
-SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, allocator="uniform")
+SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, calibration="base", allocator="uniform")
 SHARD = "spectra-00002-of-00003.safetensors"
 
 
@@ -333,7 +333,17 @@ def test_ranks_by_spectra_serve_propagated_calibration(tiny_model, rows_file, ke
     assert (found[last][1] - expected[last][1]).norm() / expected[last][1].norm() > 1e-2
     with pytest.raises(Stop):
         compression(tiny_model, rows_file, tmp_path / "again", **changes).run(stopping_after(step))
+    shard = next(tmp_path.glob(".again.partial/**/spectra-00001-of-00003.safetensors"))
+    assert {key.rpartition(".")[2] for key in load_file(shard)} == {"energies", "sensitivity"}  # no factors on disk
     assert contents(compression(tiny_model, rows_file, tmp_path / "again", **changes).run()) == contents(emulator)
+
+
+@pytest.mark.parametrize("calibration", ["base", "propagated"])
+def test_two_passes_are_reported_as_one(tiny_model, rows_file, tmp_path, calibration):
+    seen = []
+    job = compression(tiny_model, rows_file, tmp_path / "out", allocator="global", calibration=calibration)
+    job.run(lambda _block, done, total: seen.append((done, total)))
+    assert seen == [(done, 6) for done in range(1, 7)]
 
 
 def test_spectra_of_another_base_are_refused(tiny_model, kept, tmp_path):

@@ -1,0 +1,67 @@
+"""How an emulator is made where the user does not say."""
+
+import pytest
+from emloc_llama import LLAMA
+from emloc_qwen import QWEN_MOE
+from support.models import save_tiny_model
+
+from emloc_core.data.rows import load_rows
+from emloc_core.emulator.compress import Compress
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.kinds import NF4, FourBitLowRank, LowRank, ThreeLevels
+from emloc_core.settings import CompressSettings
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Return a model of Linears alone, and one with experts."""
+    place = tmp_path_factory.mktemp("bases")
+    families = {"dense": LLAMA, "experts": QWEN_MOE}
+    return {name: save_tiny_model(family.tiny_configs[0], place / name) for name, family in families.items()}
+
+
+def made_with(base, rows_file, output, spectra=None, **chosen):
+    settings = CompressSettings(samples=4, selection=2, **chosen)
+    job = Compress(Checkpoint(base), load_rows(str(rows_file)), output, settings, spectra)
+    found = job.output.request["settings"]  # what is recorded, so that other defaults are another request
+    return found["calibration"], found["allocator"], found["refine"]
+
+
+USUAL = {
+    kind.name: (kind.calibration, kind.allocator, kind.refine or 0)
+    for kind in (LowRank, NF4, FourBitLowRank, ThreeLevels)
+}
+
+
+@pytest.mark.parametrize("kind", USUAL)
+def test_the_kind_decides(bases, rows_file, tmp_path, kind):
+    assert made_with(bases["dense"], rows_file, tmp_path / "out", kind=kind) == USUAL[kind]
+
+
+def test_experts_become_smaller_by_default(bases, rows_file, tmp_path):
+    assert made_with(bases["experts"], rows_file, tmp_path / "out") == ("base", "uniform", 0)
+    assert made_with(bases["experts"], rows_file, tmp_path / "four", kind="low-rank-nf4")[0] == "propagated"
+
+
+def test_spectra_are_of_the_base(bases, rows_file, tmp_path):
+    assert made_with(bases["dense"], rows_file, tmp_path / "out", tmp_path / "spectra") == ("base", "uniform", 0)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({"calibration": "base"}, ("base", "uniform", 0)),
+        ({"calibration": "base", "allocator": "global"}, ("base", "global", 0)),
+        ({"calibration": "propagated", "allocator": "uniform", "refine": 2}, ("propagated", "uniform", 2)),
+        ({"kind": "1.6-bit", "calibration": "base"}, ("base", "uniform", 0)),
+        ({"kind": "1.6-bit", "refine": 0}, ("propagated", "uniform", 0)),
+    ],
+)
+def test_what_the_user_says_holds(bases, rows_file, tmp_path, chosen, expected):
+    assert made_with(bases["dense"], rows_file, tmp_path / "out", **chosen) == expected
+
+
+def test_the_base_s_activations_say_nothing_of_a_block_to_refine(bases, rows_file, tmp_path):
+    with pytest.raises(EmlocError, match="needs the inputs that a block has in the emulator"):
+        made_with(bases["experts"], rows_file, tmp_path / "out", refine=2)
