@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,10 @@ from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from emloc_core.algorithms.allocation import uniform
+from emloc_core.algorithms.allocation import uniform, wants_spectra
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import find_linears
+from emloc_core.emulator.defaults import CompletedSettings, completed
 from emloc_core.emulator.files import UNREACHED
 from emloc_core.emulator.ranks import RankPlan, allocated
 from emloc_core.errors import EmlocError, first_line, typed_line
@@ -34,7 +35,7 @@ from emloc_core.memory.tracing import Phases, trace_inference, trace_training
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.settings import ALL_LINEAR, TrainSettings
+from emloc_core.settings import ALL_LINEAR, CompressSettings, TrainSettings
 from emloc_core.tuning.targets import all_linears
 from emloc_core.tuning.trl import lora_config
 
@@ -213,8 +214,22 @@ class MemoryModel:
     def _trace_inference(self, depths: Mapping[str, int]) -> Phases:
         return trace_inference(self._cut(depths), self.towers, self._inputs, self._apart)
 
+    @property
+    def made_with(self) -> CompletedSettings:
+        """How an emulator is made where the user does not say."""
+        return completed(CompressSettings(kind=self.kind.name), self.kind, self.linears)
+
+    @property
+    def _shares_ranks(self) -> bool:
+        """Whether calibration shares ranks out, so that blocks need not be alike."""
+        allocate = plugin_manager().algorithm("rank_allocators", self.made_with.allocator)
+        return self.kind.has_ratio and self.kind.allocate is None and wants_spectra(allocate)
+
     def tuning(self, plan: RankPlan | None = None) -> Need:
-        """Return what a LoRA needs on the base, or on a plan's emulator. Equal ranks are traced once."""
+        """Return what a LoRA needs on the base, or on a plan's emulator. Equal ranks are traced once.
+
+        Where calibration shares ranks out, activations are those of the highest ranks that a block may come to.
+        """
         emulator = None if plan is None else (self.kind.name, frozenset(plan.ranks.items()))
         if emulator not in self._known:
             self._known[emulator] = self._trace_tuning(plan)
@@ -222,11 +237,12 @@ class MemoryModel:
 
     def _trace_tuning(self, plan: RankPlan | None) -> Need:
         stage = "LoRA on the base" if plan is None else "LoRA on the emulator"
+        traced = plan.at_highest_ranks() if plan and self._shares_ranks else plan
 
         def trace(depths: Mapping[str, int]) -> Phases:
             model = self._cut(depths)
-            if plan is not None:
-                self.kind.replace(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
+            if traced is not None:
+                self.kind.replace(model, {path: rank for path, rank in traced.ranks.items() if _has(model, path)})
             lora: Any = get_peft_model(
                 model,
                 lora_config(self.workload.train, self.targets),
@@ -244,7 +260,11 @@ class MemoryModel:
                 apart=self._apart,
             )
 
-        return self._need(stage, self._extend(trace, plan))
+        need = self._need(stage, self._extend(trace, traced))
+        if plan is None or traced is None:
+            return need
+        weights = need.terms["weights"] - self.emulator_bytes(traced) + self.emulator_bytes(plan)
+        return replace(need, terms={**need.terms, "weights": weights})
 
     def _need(self, stage: str, phases: Phases) -> Need:
         phase, peak = max(phases.items(), key=lambda entry: entry[1].total())

@@ -40,7 +40,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     blocks = block_paths(model.model, model.family)
     units = [sum(p.numel() for p in model.model.get_submodule(path).parameters()) for path in blocks]
     units += [p.numel() for name, p in model.model.named_parameters() if not name.startswith(tuple(blocks))]
-    propagated = model.kind.calibration == "propagated"
+    propagated = model.made_with.calibration == "propagated"
     if model.kind.has_factors:
         statistics = max(_statistics(plan, block, weight, propagated) for block in blocks)
     else:
