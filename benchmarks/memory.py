@@ -90,10 +90,11 @@ def predict(base: str, stage: str, ratio: Any, batch: int, length: int, checkpoi
     """Return the predicted bytes above the imports, and the ratio that was planned."""
     from emloc_core.memory.budget import largest_ratio
     from emloc_core.memory.model import IMPORTS, MemoryModel, Workload
-    from emloc_core.settings import TrainSettings
+    from emloc_core.settings import CompressSettings, TrainSettings
 
     train = TrainSettings(batch_size=batch, gradient_checkpointing=checkpointing)
-    model = MemoryModel(Path(base) / "config.json", Workload(batch, length, 0, train, "cpu"))
+    even = CompressSettings(allocator="uniform")  # as the emulators are
+    model = MemoryModel(Path(base) / "config.json", Workload(batch, length, 0, train, "cpu"), even)
     if ratio == "plan":
         fit = largest_ratio(model, model.inference().total)
         if fit is None:

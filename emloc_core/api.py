@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from emloc_core.errors import EmlocError
 from emloc_core.requests import Request, Rows, System, make_request
 from emloc_core.result import Result
-from emloc_core.settings import TrainSettings, explain
+from emloc_core.settings import CompressSettings, TrainSettings, explain
 from emloc_core.stages import Progress
 from emloc_core.units import parse_bytes
 
@@ -362,7 +362,7 @@ def plan(  # noqa: PLR0913 - all by keyword
     Raises:
         EmlocError: the model cannot be planned, or a setting is wrong.
     """
-    from emloc_core.memory.budget import of_kind
+    from emloc_core.memory.budget import with_emulator
     from emloc_core.memory.plan import make_plan
     from emloc_core.memory.speed import measure as measure_speed
     from emloc_core.memory.workload import make_workload
@@ -377,7 +377,8 @@ def plan(  # noqa: PLR0913 - all by keyword
             file, train, device, length=length, images=images, image_size=size, data=data, split=split
         )
         speed = measure_speed(device, file.parent) if measure else None
-        return make_plan(fspath(model), of_kind(file, workload, kind, budget), budget, ratio, speed)
+        memory_model = with_emulator(file, workload, CompressSettings(kind=kind), budget)
+        return make_plan(fspath(model), memory_model, budget, ratio, speed)
 
 
 def push(

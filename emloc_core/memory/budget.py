@@ -9,6 +9,7 @@ import click
 
 from emloc_core.errors import EmlocError
 from emloc_core.requests import CompressRequest
+from emloc_core.settings import CompressSettings
 from emloc_core.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def fitted(request: CompressRequest) -> CompressRequest:
     config = open_checkpoint(request.model).directory / "config.json"
     length = request.settings.max_length or request.tuning.max_length
     workload = make_workload(config, request.tuning, length=length, data=request.data, split=request.split)
-    model = of_kind(config, workload, request.settings.kind, budget)
+    model = with_emulator(config, workload, request.settings, budget)
     if request.settings.kind == AUTO and (need := model.tuning().total) <= budget:
         raise EmlocError(
             f"An ordinary LoRA on the base needs {human_bytes(need)} of {human_bytes(budget)}: no emulator is needed.",
@@ -115,21 +116,21 @@ def fitted(request: CompressRequest) -> CompressRequest:
     return request.model_copy(update={"memory": None, "settings": settings})
 
 
-def of_kind(config: Path, workload: "Workload", kind: str, budget: int | None) -> "MemoryModel":
-    """Return the memory of a model with a kind of emulator; for ``auto``, the first recommended kind that fits.
+def with_emulator(config: Path, workload: "Workload", settings: CompressSettings, budget: int | None) -> "MemoryModel":
+    """Return the memory of a model with an emulator; of the kind ``auto``, the first recommended kind that fits.
 
     Args:
         config: the model's ``config.json``.
         workload: the batch, and how it is trained on.
-        kind: of emulator, or ``auto``.
+        settings: how the emulator is made.
         budget: bytes that tuning may use; None: what inference on the base needs.
     """
     from emloc_core.kinds import RECOMMENDED
     from emloc_core.memory.model import MemoryModel
 
-    if kind != AUTO:
-        return MemoryModel(config, workload, kind)
-    base = MemoryModel(config, workload, RECOMMENDED[0])
+    if settings.kind != AUTO:
+        return MemoryModel(config, workload, settings)
+    base = MemoryModel(config, workload, CompressSettings(kind=RECOMMENDED[0]))
     allowed = base.inference().total if budget is None else budget  # traced once, for all kinds
     models = [model for model in map(base.with_kind, RECOMMENDED) if model.kind.is_usable()]
     return next((model for model in models if largest_ratio(model, allowed)), models[-1])

@@ -30,7 +30,7 @@ from emloc_core.experts import is_stack
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.files.pretrained import load_config
-from emloc_core.kinds import Kind, LowRank
+from emloc_core.kinds import Kind
 from emloc_core.memory.tracing import Phases, trace_inference, trace_training
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.skeleton import build_model
@@ -99,15 +99,15 @@ class MemoryModel:
     Args:
         config_file: the model's ``config.json``.
         workload: the batch, and how it is trained on.
-        kind: of emulator.
+        settings: how an emulator is made; its ratio, its rows and their length are ignored. None: by default.
 
     Raises:
         EmlocError: the config lacks a field, or no family declares it.
     """
 
-    def __init__(self, config_file: Path, workload: Workload, kind: str = LowRank.name) -> None:
-        self.config_file, self.workload = config_file, workload
-        self.kind: Kind = plugin_manager().algorithm("emulators", kind)()
+    def __init__(self, config_file: Path, workload: Workload, settings: CompressSettings | None = None) -> None:
+        self.config_file, self.workload, self.settings = config_file, workload, settings or CompressSettings()
+        self.kind: Kind = plugin_manager().algorithm("emulators", self.settings.kind)()
         raw = read_config_json(config_file)
         if raw.get("quantization_config"):
             raise EmlocError(f"The model of {config_file} is quantised or an emulator.", "Give the original model.",
@@ -194,11 +194,12 @@ class MemoryModel:
 
     def with_workload(self, workload: Workload) -> "MemoryModel":
         """Return the same model under another workload."""
-        return MemoryModel(self.config_file, workload, self.kind.name)
+        return MemoryModel(self.config_file, workload, self.settings)
 
     def with_kind(self, kind: str) -> "MemoryModel":
-        """Return the same model with another kind of emulator; what was traced of either is known to both."""
+        """Return the same model with the default emulator of a kind; what was traced of either is known to both."""
         other = copy.copy(self)
+        other.settings = CompressSettings(kind=kind)
         other.kind = plugin_manager().algorithm("emulators", kind)()
         other.linears = find_linears(other.model, other.family, other.kind)
         return other
@@ -216,33 +217,40 @@ class MemoryModel:
 
     @property
     def made_with(self) -> CompletedSettings:
-        """How an emulator is made where the user does not say."""
-        return completed(CompressSettings(kind=self.kind.name), self.kind, self.linears)
+        """How an emulator is made, with nothing left open."""
+        return completed(self.settings, self.kind, self.linears)
 
     @property
-    def _shares_ranks(self) -> bool:
-        """Whether calibration shares ranks out, so that blocks need not be alike."""
-        allocate = plugin_manager().algorithm("rank_allocators", self.made_with.allocator)
-        return self.kind.has_ratio and self.kind.allocate is None and wants_spectra(allocate)
+    def wants_spectra(self) -> bool:
+        """Whether a first pass decomposes the model, to share out what the ratio allows."""
+        named = plugin_manager().algorithm("rank_allocators", self.made_with.allocator)
+        return self.kind.has_ratio and wants_spectra(self.kind.allocate or named)
 
-    def tuning(self, plan: RankPlan | None = None) -> Need:
+    def tuning(self, plan: RankPlan | None = None, *, made: bool = False) -> Need:
         """Return what a LoRA needs on the base, or on a plan's emulator. Equal ranks are traced once.
 
-        Where calibration shares ranks out, activations are those of the highest ranks that a block may come to.
+        Args:
+            plan: the ranks; None: the base.
+            made: whether they are those of an emulator that exists. If not, and calibration will share them out,
+                activations are those of the highest ranks that a block may come to.
         """
-        emulator = None if plan is None else (self.kind.name, frozenset(plan.ranks.items()))
+        traced = plan.at_highest_ranks() if plan and self.wants_spectra and self.kind.has_factors and not made else plan
+        emulator = None if traced is None else (self.kind.name, frozenset(traced.ranks.items()))
         if emulator not in self._known:
-            self._known[emulator] = self._trace_tuning(plan)
-        return self._known[emulator]
+            self._known[emulator] = self._trace_tuning(traced)
+        need = self._known[emulator]
+        if plan is None or traced is None:
+            return need
+        weights = need.terms["weights"] - self.emulator_bytes(traced) + self.emulator_bytes(plan)
+        return replace(need, terms={**need.terms, "weights": weights})
 
     def _trace_tuning(self, plan: RankPlan | None) -> Need:
         stage = "LoRA on the base" if plan is None else "LoRA on the emulator"
-        traced = plan.at_highest_ranks() if plan and self._shares_ranks else plan
 
         def trace(depths: Mapping[str, int]) -> Phases:
             model = self._cut(depths)
-            if traced is not None:
-                self.kind.replace(model, {path: rank for path, rank in traced.ranks.items() if _has(model, path)})
+            if plan is not None:
+                self.kind.replace(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
             lora: Any = get_peft_model(
                 model,
                 lora_config(self.workload.train, self.targets),
@@ -260,11 +268,7 @@ class MemoryModel:
                 apart=self._apart,
             )
 
-        need = self._need(stage, self._extend(trace, traced))
-        if plan is None or traced is None:
-            return need
-        weights = need.terms["weights"] - self.emulator_bytes(traced) + self.emulator_bytes(plan)
-        return replace(need, terms={**need.terms, "weights": weights})
+        return self._need(stage, self._extend(trace, plan))
 
     def _need(self, stage: str, phases: Phases) -> Need:
         phase, peak = max(phases.items(), key=lambda entry: entry[1].total())

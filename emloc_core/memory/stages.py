@@ -8,8 +8,6 @@ from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel, Need
 
-#: Rows whose hidden states calibration keeps between blocks by default (``emloc compress --samples``).
-SAMPLES = 64
 #: The stages' own imports, and pages of code that they touch.
 OVERHEAD = IMPORTS["cpu"] + RUNTIME["cpu"][0]
 _WIDENED = 16 << 20  # bytes of a weight corrected in fp32 at a time
@@ -24,13 +22,15 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     - statistics: the Grams of the block's input groups and outputs, fp32, ``4 s^2`` each, with s the side; and the
       largest factorisation, in fp64: ``8 (4 s^2 + 3 m n)`` bytes for the Gram, the eigenvectors and
       LAPACK's workspace (``dsyevd``: ``2 s^2``), and for the weight, its image and the factors.
-    - activations: the hidden states of 64 samples at the workload's length, in the model's dtype.
+    - activations: the hidden states of the samples at the workload's length, in the model's dtype.
     - where errors are propagated: in place of the block's Grams one input group's, its Cholesky factor and what its
       Linears' targets need, ``4 n (2 n + min(n, m))``, with m the outputs of all of them; and twice the hidden states,
       those of the base and of the emulator.
     - where a weight is rounded with feedback, in place of all that: its inputs' Gram, which massive tokens widen to
       fp64, and what is computed from it, ``6 * 4 n^2``; the weight, what is left of it, and what it becomes,
       ``4 * 4 m n``.
+    - where ranks or levels are shared out by spectra, at least what the pass before needs: statistics as without
+      propagation, and the block's factors at the largest ranks, fp32.
     - stand-ins: where these are weights and not factors, the block's in fp32, beside an identity, and for refinement
       three times in the model's dtype: as they are, and unpacked, with a gradient.
 
@@ -45,11 +45,13 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
         statistics = max(_statistics(plan, block, weight, propagated) for block in blocks)
     else:
         statistics = max((_rounding(linear) for block in blocks for linear in plan.in_block(block)), default=0)
+    if model.wants_spectra:
+        statistics = max(statistics, *(_decomposition(plan, block, weight) for block in blocks))
     hidden = model.config.get_text_config().hidden_size
     terms = {
         "weights": max(units) * weight,
         "statistics": statistics,
-        "activations": (2 if propagated else 1) * SAMPLES * model.workload.length * hidden * weight,
+        "activations": (2 if propagated else 1) * model.settings.samples * model.workload.length * hidden * weight,
         "overhead": OVERHEAD,
     }
     if not model.kind.has_factors:
@@ -80,6 +82,12 @@ def _statistics(plan: RankPlan, block: str, itemsize: int, propagated: bool) -> 
     # The factors of a block's experts are held until all are there, and written together.
     held = sum(each.stored() for each in experts) * itemsize
     return work + held + (_largest_group(plan.in_block(block)) if propagated else sum(grams.values()))
+
+
+def _decomposition(plan: RankPlan, block: str, itemsize: int) -> int:
+    # Factors at the largest ranks have as many numbers as the weights, and are held until sensitivities are measured.
+    held = sum(linear.numbers for linear in plan.in_block(block))
+    return _statistics(plan, block, itemsize, propagated=False) + 4 * held
 
 
 def _largest_group(linears: Sequence[LinearPlan]) -> int:

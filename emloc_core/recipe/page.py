@@ -227,7 +227,7 @@ def _planned(made: Mapping[str, Path]) -> dict[str, int]:
     from emloc_core.memory import stages as streamed
     from emloc_core.memory.model import MemoryModel
     from emloc_core.memory.workload import make_workload
-    from emloc_core.settings import TrainSettings
+    from emloc_core.settings import CompressSettings, TrainSettings
 
     if not made.keys() >= {"emulator", "adapter"}:
         return {}
@@ -238,12 +238,12 @@ def _planned(made: Mapping[str, Path]) -> dict[str, int]:
         rows = str(made["emulator"] / "calibration.jsonl")
         device = "cuda" if "peak_cuda_bytes" in _read(made["adapter"] / TIMING) else "cpu"
         workload = make_workload(config, settings, device, length=settings.max_length, data=rows)
-        model = MemoryModel(config, workload, compress["request"]["settings"].get("kind", "low-rank"))
+        model = MemoryModel(config, workload, CompressSettings(**compress["request"]["settings"]))
         ranks = {linear["path"]: linear["rank"] for linear in compress["result"]["linears"] if linear["rank"]}
         plan = model.linears.with_ranks(ranks, model.kind) if model.kind.has_ratio else model.linears.at_full_rank()
         return {
             "emulator": streamed.compress(model, plan).total,
-            "adapter": model.tuning(plan).total,
+            "adapter": model.tuning(plan, made=True).total,
             "corrected": streamed.correct(model, plan).total,
             "merged": streamed.merge(model).total,
             "full_lora": model.tuning().total,

@@ -18,7 +18,7 @@ from emloc_core.memory import speed
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.show import memory_figure
 from emloc_core.memory.workload import make_workload
-from emloc_core.settings import TrainSettings
+from emloc_core.settings import CompressSettings, TrainSettings
 
 
 def run(*arguments: str | Path) -> Result:
@@ -37,7 +37,7 @@ def tuning_need(
     """The bytes of tuning the emulator of a ratio, as ``--memory`` takes them."""
     config_file, rows = model / "config.json", None if data is None else str(data)
     workload = make_workload(config_file, TrainSettings(**train), length=length, data=rows)
-    planned = MemoryModel(config_file, workload, kind)
+    planned = MemoryModel(config_file, workload, CompressSettings(kind=kind))
     return str(planned.tuning(planned.plan(ratio)).total)
 
 
@@ -120,7 +120,9 @@ def test_the_recommended_kind_is_the_first_that_fits(tiny_model: Path) -> None:
     config = tiny_model / "config.json"
     budgets = {}
     for kind in ("nf4", "2.7-bit", "1.6-bit"):
-        model = MemoryModel(config, make_workload(config, TrainSettings(batch_size=1), length=16), kind)
+        model = MemoryModel(
+            config, make_workload(config, TrainSettings(batch_size=1), length=16), CompressSettings(kind=kind)
+        )
         traced = model.tuning(model.plan(0.5)).total
         by_weights = model.tuning().total - model.parameters() * model.dtype.itemsize + model.weight_bytes(0.5)
         budgets[kind] = max(traced, by_weights)

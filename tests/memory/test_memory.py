@@ -1,6 +1,7 @@
 """The memory model: exact counts, the search for a ratio, mistakes."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from peft import get_peft_model
 from support.planned import HEADLINE, TINY, label, workload, write_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from emloc_core.algorithms.allocation import Spectrum, global_budget
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
@@ -21,7 +23,7 @@ from emloc_core.memory import stages as streamed
 from emloc_core.memory.budget import advice, largest_ratio
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import make_workload
-from emloc_core.settings import TrainSettings
+from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trl import lora_config
@@ -206,19 +208,48 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     m, n = 64, 128
     inputs = 4 * (n**2 + 3 * m**2)  # of down_proj, and of what q, k and v, o, and gate and up read
     factorising = 8 * (4 * n**2 + 3 * m * n)
-    expected = {
-        "nf4": 4 * (6 * n**2 + 4 * m * n),
-        "1.6-bit": 4 * (6 * n**2 + 4 * m * n),
-        "low-rank-nf4": factorising + 4 * n * (2 * n + m),
-        "nf4+repair": factorising + inputs,
-    }
-    rows = {}
-    for kind, statistics in expected.items():
-        model = MemoryModel(file, workload(), kind)
+    held = 4 * (4 * m**2 + 3 * m * n)  # of the block's factors, at the largest ranks
+    expected = [
+        ({"kind": "nf4"}, 4 * (6 * n**2 + 4 * m * n)),
+        ({"kind": "1.6-bit"}, 4 * (6 * n**2 + 4 * m * n)),
+        ({"kind": "low-rank-nf4"}, factorising + 4 * n * (2 * n + m)),
+        ({"kind": "nf4+repair", "samples": 32}, factorising + inputs),
+    ]
+    rows = []
+    for chosen, statistics in expected:
+        model = MemoryModel(file, workload(), CompressSettings(**chosen))
         terms = streamed.compress(model, model.plan(0.5)).terms
-        assert terms["statistics"] == statistics, kind
-        rows[kind] = terms["activations"]
-    assert rows["nf4"] == rows["low-rank-nf4"] == 2 * rows["nf4+repair"]
+        assert terms["statistics"] == statistics, chosen
+        rows.append(terms["activations"])
+    assert rows[0] == rows[2] == 4 * rows[3]  # of twice as many rows, in two streams
+    spectra = MemoryModel(file, workload(), CompressSettings(calibration="base", allocator="global"))
+    even = MemoryModel(file, workload(), CompressSettings(calibration="base", allocator="uniform"))
+    found, plain = (streamed.compress(model, model.plan(0.5)).terms["statistics"] for model in (spectra, even))
+    assert found - plain == held
+
+
+def test_a_plan_is_enough_wherever_ranks_are_shared_out(tiny_model: Path) -> None:
+    load = workload(gradient_checkpointing=False)  # so that every block's inside counts
+    shared, even = (
+        MemoryModel(tiny_model / "config.json", load, CompressSettings(calibration="base", allocator=allocator))
+        for allocator in ("global", "uniform")
+    )
+    plan = shared.plan(0.4)
+    need = shared.tuning(plan)
+    assert need.terms["weights"] == even.tuning(plan).terms["weights"] == shared.emulator_bytes(plan)
+    assert need.terms["activations"] > even.tuning(plan).terms["activations"]
+    assert shared.tuning(plan, made=True) == even.tuning(plan)
+    shapes = {each.path: (each.out_features, each.in_features) for each in plan.linears}
+    draw = random.Random(0)
+    for _ in range(5):
+        spectra = [
+            Spectrum(path, "", torch.rand(min(shape)).double().sort(descending=True).values, draw.random())
+            for path, shape in shapes.items()
+        ]
+        ranks = dict(zip(shapes, global_budget(list(shapes.values()), 0.4, spectra), strict=True))
+        made = shared.tuning(plan.with_ranks(ranks), made=True)
+        assert made.terms["weights"] <= need.terms["weights"]
+        assert made.terms["activations"] <= need.terms["activations"]
 
 
 def test_a_config_with_the_fields_of_the_language_model_outside_its_section(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def needs(job: Job) -> Needs:
     data = job.data if Path(job.model).is_dir() and not job.layout else None
     with _config(job) as file:
         workload = make_workload(file, train, "cpu", length=job.compress.max_length, data=data, split=job.split)
-        model = MemoryModel(file, workload, job.compress.kind)
+        model = MemoryModel(file, workload, job.compress)
     plan = model.plan(job.compress.ratio)
     base, emulator = model.parameters() * model.dtype.itemsize, model.emulator_bytes(plan)
     inference, tuning = model.inference().total, model.tuning(plan).total
