@@ -28,7 +28,7 @@ def output_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., 
 def command(output: Path, prepare_only: bool) -> None:
     """Tune SmolLM2-135M to read customers' messages, the whole way from the base model to the table.
 
-    Needs no network, no GPU and 2 GB of disk, and less than half an hour on two cores. What is there already is not
+    Needs no network, no GPU and 2 GB of disk, and about half an hour on two cores. What is there already is not
     made again, so an interrupted demo resumes where it stopped.
     """
     run(prepare(output), explain, prepare_only=prepare_only)
