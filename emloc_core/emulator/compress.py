@@ -26,7 +26,7 @@ from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.pack import pack_blocks
 from emloc_core.emulator.ranks import RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES
-from emloc_core.emulator.spectra import KIND, NO_EXPERTS, Spectra, SpectraFiles, at_largest_ranks
+from emloc_core.emulator.spectra import KIND, NO_EXPERTS, Spectra, SpectraFiles, at_largest_ranks, at_probed_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.card import data_name
@@ -238,7 +238,7 @@ class Compress:
     def _decompose(self, output: Output, progress: Progress, *, factors: bool) -> Spectra:
         if not output.is_finished():
             with output.build() as staging:
-                plan = at_largest_ranks(self._linears())
+                plan = (at_largest_ranks if factors else at_probed_ranks)(self._linears())
                 files = SpectraFiles(self.skeleton, self.blocks, staging, factors=factors)
                 how = (self.factorize, progress, self.settings.factorizer)
                 Decomposition(self.skeleton, self.family, plan, self.samples, *how).run(files, PROBES)

@@ -20,8 +20,9 @@ from emloc_core.algorithms.factorize import Factors
 
 #: Calibration rows that are passed through a block again for every Linear.
 PROBES = 8
-#: The ratio at which a Linear is measured, and the smallest relative output error that is meaningful.
-_RATIO, _LEAST = 0.5, 1e-3
+#: The ratio at which a Linear is measured.
+RATIO = 0.5
+_LEAST = 1e-3  # the smallest relative output error that is meaningful
 
 #: The arguments of a call of a block.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -61,7 +62,7 @@ def sensitivities(
 
 def _at_a_telling_rank(factors: Factors) -> Factors:
     (m, largest), n = factors.u.shape, factors.v.shape[1]
-    rank = min(largest, uniform([(m, n)], _RATIO)[0])
+    rank = min(largest, uniform([(m, n)], RATIO)[0])
     while rank > 1 and factors.relative_error(rank) < _LEAST:  # there were fewer tokens than ranks, say
         rank //= 2
     return replace(factors, u=factors.u[:, :rank], v=factors.v[:rank])

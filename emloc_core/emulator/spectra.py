@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from emloc_core.algorithms.allocation import Spectrum, largest_rank
+from emloc_core.algorithms.allocation import Spectrum, largest_rank, uniform
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.emulator.files import UNREACHED
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
+from emloc_core.emulator.sensitivity import RATIO
 from emloc_core.errors import EmlocError
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs, hash_files
@@ -37,6 +38,13 @@ def at_largest_ranks(plan: RankPlan) -> RankPlan:
     return plan.with_ranks(
         {linear.path: max(1, largest_rank(linear.out_features, linear.in_features)) for linear in plan.candidates}
     )
+
+
+def at_probed_ranks(plan: RankPlan) -> RankPlan:
+    """Return the plan with every Linear at the rank that its sensitivity is measured at: enough for spectra alone."""
+    shapes = [(linear.out_features, linear.in_features) for linear in plan.candidates]
+    ranks = uniform(shapes, RATIO)
+    return plan.with_ranks({linear.path: rank for linear, rank in zip(plan.candidates, ranks, strict=True)})
 
 
 class SpectraFiles:

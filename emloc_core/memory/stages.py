@@ -6,6 +6,7 @@ from typing import Any
 
 from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
+from emloc_core.emulator.sensitivity import RATIO
 from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel, Need
 
 #: The stages' own imports, and pages of code that they touch.
@@ -30,7 +31,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
       fp64, and what is computed from it, ``6 * 4 n^2``; the weight, what is left of it, and what it becomes,
       ``4 * 4 m n``.
     - where ranks or levels are shared out by spectra, at least what the pass before needs: statistics as without
-      propagation, and the block's factors at the largest ranks, fp32.
+      propagation, and the block's factors, fp32: at the largest ranks, or for another pass at half of the parameters.
     - stand-ins: where these are weights and not factors, the block's in fp32, beside an identity, and for refinement
       three times in the model's dtype: as they are, and unpacked, with a gradient.
 
@@ -46,7 +47,8 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     else:
         statistics = max((_rounding(linear) for block in blocks for linear in plan.in_block(block)), default=0)
     if model.wants_spectra:
-        statistics = max(statistics, *(_decomposition(plan, block, weight) for block in blocks))
+        share = 1 if model.made_with.calibration == "base" else RATIO
+        statistics = max(statistics, *(_decomposition(plan, block, weight, share) for block in blocks))
     hidden = model.config.get_text_config().hidden_size
     terms = {
         "weights": max(units) * weight,
@@ -84,10 +86,10 @@ def _statistics(plan: RankPlan, block: str, itemsize: int, propagated: bool) -> 
     return work + held + (_largest_group(plan.in_block(block)) if propagated else sum(grams.values()))
 
 
-def _decomposition(plan: RankPlan, block: str, itemsize: int) -> int:
-    # Factors at the largest ranks have as many numbers as the weights, and are held until sensitivities are measured.
+def _decomposition(plan: RankPlan, block: str, itemsize: int, share: float) -> int:
+    # Factors are held until sensitivities are measured; at the largest ranks they have as many numbers as the weights.
     held = sum(linear.numbers for linear in plan.in_block(block))
-    return _statistics(plan, block, itemsize, propagated=False) + 4 * held
+    return _statistics(plan, block, itemsize, propagated=False) + int(4 * share * held)
 
 
 def _largest_group(linears: Sequence[LinearPlan]) -> int:
