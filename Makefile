@@ -10,6 +10,7 @@ BENCHMARKS := startup factorize allocation stages scale kinds memory exact zoo
 # Two OpenMP threads that spin while they wait for work starve each other on a small machine.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
+export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: setup demo demo-vision demo-zoo test test-quick coverage test-browser test-chaos test-slow lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean

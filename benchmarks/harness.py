@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from emloc_core.environment import SETTINGS
 from emloc_core.files.meter import peak_rss_bytes
 from emloc_core.files.output import versions
 
@@ -36,9 +37,7 @@ def in_process(work: Callable[..., dict[str, Any]] | str, *args: Any, env: dict[
         command = ["-c", work, *map(str, args)]
     else:
         command = [__file__, work.__code__.co_filename, work.__name__, json.dumps(args, default=str)]
-    # Threads that spin while they wait starve each other; the command line and the Makefile set the same.
-    threads = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}  # as the command line has it
-    environment = {**threads, "TOKENIZERS_PARALLELISM": "false", **os.environ, **(env or {})}
+    environment = {**SETTINGS, **os.environ, **(env or {})}
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(f"{work if isinstance(work, str) else work.__name__} {args} failed with {done.returncode}.")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from emloc_core.environment import settle
 from emloc_core.errors import EmlocError
 from emloc_core.requests import Request, Rows, System, make_request
 from emloc_core.result import Result
@@ -434,6 +435,7 @@ def load_family(model: Name) -> "Family":
 def _perform(request: Request, progress: Progress | None) -> Result:
     from emloc_core.stages import finish, prepare, warnings_of
 
+    settle()
     job = prepare(request)
     for text in warnings_of(job):
         warnings.warn(text, stacklevel=3)

@@ -15,11 +15,9 @@ from pathlib import Path
 from types import GeneratorType
 from typing import IO, Any
 
+from emloc_core.environment import SETTINGS
 from emloc_core.errors import EmlocError
 from emloc_core.lifetime import child_environment, end_with_parent
-
-#: Threads that spin while waiting for work starve each other on few cores.
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class ProcessDiedError(EmlocError):
@@ -71,7 +69,7 @@ def call(
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env=child_environment({**_ENVIRONMENT, **os.environ, **(environment or {})}),
+            env=child_environment({**SETTINGS, **os.environ, **(environment or {})}),
             cwd=cwd,
         ) as process,
     ):

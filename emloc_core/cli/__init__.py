@@ -12,6 +12,7 @@ from types import FrameType
 import rich_click as click
 
 from emloc_core import __version__
+from emloc_core.environment import settle
 from emloc_core.errors import EmlocError, printable, typed_line
 from emloc_core.lifetime import end_with_parent
 from emloc_core.plugins.builtin import COMMANDS
@@ -57,11 +58,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line: errors that users can fix are one line on stderr and exit code 1."""
-    # OpenMP threads that spin while they wait for work starve the second core (design: 20 s against 5 s under load).
-    # A short spin first: without it an eigendecomposition took twice as long on two idle cores (0.61 s, not 0.30 s).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settle()
     end_with_parent()
     with _signals() as received:
         try:

@@ -1,0 +1,46 @@
+"""What libraries below torch read from the environment."""
+
+import os
+
+import pytest
+
+from emloc_core.environment import SETTINGS, settle
+from emloc_core.process import call
+from emloc_core.zoo.engines.engine import environment
+from emloc_core.zoo.jobs.job import Job
+
+
+def seen() -> dict[str, str | None]:
+    """Return the settings as this process finds them."""
+    return {name: os.environ.get(name) for name in SETTINGS}
+
+
+def seen_by_a_child() -> dict[str, str | None]:
+    """Return them as a process finds them that this one starts."""
+    return {name: next(call("os:getenv", {"key": name})) for name in SETTINGS}
+
+
+@pytest.fixture
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the settings out of the environment."""
+    for name in SETTINGS:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("unset")
+def test_they_are_set_everywhere() -> None:
+    assert seen_by_a_child() == SETTINGS
+    assert environment(Job(name="x", model="x"), {}).items() >= SETTINGS.items()
+    settle()
+    assert seen() == SETTINGS
+
+
+@pytest.mark.usefixtures("unset")
+def test_what_the_user_sets_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    mine = {**SETTINGS, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+    assert seen_by_a_child() == mine
+    assert environment(Job(name="x", model="x"), dict(os.environ)).items() >= mine.items()
+    settle()
+    assert seen() == mine
