@@ -6,7 +6,7 @@ from support.paths import ROOT
 
 #: From what everything may import to what nothing may. Rooms on one floor do not import each other.
 FLOORS = [
-    ["errors", "family", "lifetime"],
+    ["environment", "errors", "family", "lifetime"],
     ["units", "settings", "layout", "algorithms", "process"],
     ["experts", "quantised"],
     ["lowrank"],
