@@ -40,9 +40,9 @@ class CutSettings(Settings):
                          "the factors alone with nf4+repair, of the bytes in 16 bits with mixed.")  # fmt: skip
     allocator: str | None = Field(
         None,
-        description="Rank allocator: 'uniform', the default, uses the same ratio everywhere, as in the paper; 'global' "
-        "gives more rank where an error disturbs the block more, within the same parameter count. Plugins can add "
-        "others.",
+        description="Rank allocator: 'uniform' uses the same ratio everywhere, as in the paper; 'global' gives more "
+        "rank where an error disturbs the block more, within the same parameter count, and is the default of low-rank "
+        "with propagated calibration. Plugins can add others.",
     )
 
 
@@ -64,9 +64,10 @@ class CompressSettings(CutSettings):
     seed: int = Field(0, description="Seed for drawing rows.")
     calibration: Literal["none", "base", "propagated"] | None = Field(
         None,
-        description="Activations to calibrate on: 'base', those of the base, as in the paper and by default; "
-        "'propagated', those of the emulator built so far, which compensates for earlier errors and is the default of "
-        "four bits and below; 'none', for nf4 alone: the weights are rounded as they are, in seconds.",
+        description="Activations to calibrate on: 'propagated', those of the emulator built so far, which compensates "
+        "for earlier errors; 'base', those of the base, as in the paper, in less time and memory, and by default for "
+        "nf4+repair and where spectra are kept or fused experts become smaller; 'none', for nf4 alone: the weights are "
+        "rounded as they are, in seconds.",
     )
     refine: int | None = Field(
         None,

@@ -17,7 +17,7 @@ from emloc_core.algorithms.allocation import Spectrum, largest_rank, uniform
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.emulator.files import UNREACHED
-from emloc_core.emulator.ranks import LinearPlan, RankPlan
+from emloc_core.emulator.ranks import NO_SMALLER, LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO
 from emloc_core.errors import EmlocError
 from emloc_core.files.header import TensorInfo, read_header
@@ -147,15 +147,17 @@ class Spectra:
         return inputs.hash([self.directory / MANIFEST, *files])
 
     def reached(self, plan: RankPlan) -> RankPlan:
-        """Return the plan with the Linears kept dense that no calibration row passed through.
+        """Return the plan with the Linears kept dense that no calibration row passed through, or that have no spectrum.
 
         Raises:
             EmlocError: the plan has Linears, or shapes, that the spectra do not have.
         """
-        for linear in at_largest_ranks(plan).linears:
+        largest = at_largest_ranks(plan).linears
+        for linear in largest:
             if linear.rank is not None and linear.path not in self.unreached:
                 self._require(linear)
-        return plan.dense(self.unreached, UNREACHED).without_experts(NO_EXPERTS)
+        tiny = [linear.path for linear in largest if linear.reason == NO_SMALLER]  # whatever the rank
+        return plan.dense(self.unreached, UNREACHED).dense(tiny, NO_SMALLER).without_experts(NO_EXPERTS)
 
     def _require(self, linear: LinearPlan) -> None:
         m, n, k = linear.out_features, linear.in_features, linear.rank or 0

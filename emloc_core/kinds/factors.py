@@ -51,6 +51,7 @@ class LowRank(Kind):
     """Factors in the dtype of the base."""
 
     name = "low-rank"
+    calibration, allocator = "propagated", "global"
     has_experts = can_be_cut = True
     refine = 0
 

@@ -99,7 +99,7 @@ class MemoryModel:
     Args:
         config_file: the model's ``config.json``.
         workload: the batch, and how it is trained on.
-        settings: how an emulator is made; its ratio, its rows and their length are ignored. None: by default.
+        settings: how an emulator is made; its ratio and the length of its rows are ignored. None: by default.
 
     Raises:
         EmlocError: the config lacks a field, or no family declares it.

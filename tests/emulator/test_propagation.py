@@ -14,7 +14,7 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.settings import CompressSettings
 
-SETTINGS = CompressSettings(samples=24, selection=6, ratio=0.6)
+SETTINGS = CompressSettings(samples=24, selection=6, ratio=0.6, allocator="uniform")
 
 
 @pytest.mark.parametrize("outputs", [(4,), (2, 3), (8,), (3, 3), (4, 9)], ids=str)

@@ -58,7 +58,8 @@ def adapter(emulator, rows_file, tmp_path_factory) -> Path:
 
 
 def compress(base, rows_file, output, spectra=None, **settings):
-    chosen = CompressSettings(**{"samples": 24, "selection": 8, "ratio": 0.6, **settings})
+    plain = {"samples": 24, "selection": 8, "ratio": 0.6, "calibration": "base", "allocator": "uniform"}
+    chosen = CompressSettings(**{**plain, **settings})
     return Compress(Checkpoint(base), load_rows(str(rows_file)), output, chosen, spectra).run()
 
 
@@ -272,7 +273,7 @@ def test_a_mixture_that_sees_is_tuned_without_the_loss_that_balances_experts(row
     assert towers(Adapter(adapter).loras) == {"vision", "language"}
 
 
-@pytest.mark.parametrize("way", ["spectra", "propagated", "global"])
+@pytest.mark.parametrize("way", ["spectra", "propagated", "global", "default"])
 def test_every_way_to_make_an_emulator_takes_images(base, rows_file, emulator, tmp_path, way):
     if way == "spectra":
         made = compress(base, rows_file, tmp_path / "made", tmp_path / "spectra")
@@ -286,8 +287,10 @@ def test_every_way_to_make_an_emulator_takes_images(base, rows_file, emulator, t
         )
     elif way == "propagated":
         made = compress(base, rows_file, tmp_path / "made", calibration="propagated")
-    else:
+    elif way == "global":
         made = compress(base, rows_file, tmp_path / "made", allocator="global")
+    else:
+        made = compress(base, rows_file, tmp_path / "made", calibration=None, allocator=None)
     entries = read_manifest(made)["result"]["linears"]
     assert all(entry["rank"] for entry in entries)
     kept = load_rows(str(made / "selection.jsonl"))

@@ -20,7 +20,7 @@ from emloc_core.settings import CompressSettings, CorrectSettings
 
 def make(stage, base, source, output):
     if stage == "compress":
-        settings = CompressSettings(samples=12, selection=6, ratio=0.6)
+        settings = CompressSettings(samples=12, selection=6, ratio=0.6, calibration="base")
         return Compress(Checkpoint(base), load_rows(str(source)), output, settings)
     if stage == "correct":
         return Correct(Adapter(source), Checkpoint(base), output, CorrectSettings())
