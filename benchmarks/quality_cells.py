@@ -29,10 +29,10 @@ BASELINES = (
 #: Other ways to make emulators of a kind, one of which might be its default.
 VARIANTS: dict[str, dict[str, Any]] = {
     "nf4-plain": {"kind": "nf4", "calibration": "none"},
-    "low-rank-global": {"kind": "low-rank", "allocator": "global"},
-    "low-rank-propagated": {"kind": "low-rank", "calibration": "propagated"},
-    "low-rank-global-propagated": {"kind": "low-rank", "allocator": "global", "calibration": "propagated"},
-    "low-rank-refined": {"kind": "low-rank", "calibration": "propagated", "refine": 3},
+    "low-rank-paper": {"kind": "low-rank", "calibration": "base"},
+    "low-rank-global": {"kind": "low-rank", "calibration": "base", "allocator": "global"},
+    "low-rank-propagated": {"kind": "low-rank", "allocator": "uniform"},
+    "low-rank-refined": {"kind": "low-rank", "allocator": "uniform", "refine": 3},
     "low-rank-nf4-global": {"kind": "low-rank-nf4", "allocator": "global"},
 }
 #: Memories that variants of a kind are measured at.

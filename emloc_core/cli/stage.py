@@ -88,6 +88,13 @@ def describe(request: str) -> dict[str, Any]:
     return prepare(request_from_json(request)).describe()
 
 
+_CALIBRATIONS = {
+    "propagated": "on the activations of the emulator as far as it is made",
+    "base": "on the activations of the base",
+    "none": "not needed",
+}
+
+
 def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
     """Return lines that say what a stage would do."""
     if stage in ("compress", "cut"):
@@ -102,6 +109,7 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
                 f"rows: {content['calibration_rows']} calibration ({content['calibration_tokens']:,} tokens), "
                 f"{content['selection_rows']} selection, {content['tuning_rows']} left for tuning"
             )
+            yield f"calibration: {_CALIBRATIONS[content['calibration']]}"
     elif stage in ("train", "polish"):
         yield f"{content['model']}: family {content['family']}, {human_bytes(content['model_bytes'])}"
         yield f"rows: {content['rows']} to train on, {content['excluded_rows']} left out"

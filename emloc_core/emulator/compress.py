@@ -164,6 +164,7 @@ class Compress:
         """Return what would be made: bytes, the rank of every Linear, rows."""
         return {
             **describe_emulator(self.base, self.family, self.plan, self.skeleton, self._path, self.kind),
+            "calibration": self.settings.calibration,
             "calibration_rows": len(self.rows.calibration),
             "selection_rows": len(self.rows.selection),
             "tuning_rows": len(self.rows.tuning),
