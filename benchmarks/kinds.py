@@ -17,8 +17,8 @@ BLOCKS = 2
 #: Name -> settings of the emulator.
 WAYS: dict[str, dict[str, Any]] = {
     "low-rank": {"kind": "low-rank"},
-    "low-rank, propagated": {"kind": "low-rank", "calibration": "propagated"},
-    "low-rank, propagated, global": {"kind": "low-rank", "calibration": "propagated", "allocator": "global"},
+    "low-rank, propagated": {"kind": "low-rank", "allocator": "uniform"},
+    "low-rank, paper": {"kind": "low-rank", "calibration": "base"},
     "nf4": {"kind": "nf4"},
     "2.7-bit": {"kind": "2.7-bit"},
     "low-rank-nf4": {"kind": "low-rank-nf4"},
