@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc_core.environment import SETTINGS
+from emloc_core.environment import VARIABLES
 from emloc_core.files.meter import peak_rss_bytes
 from emloc_core.files.output import versions
 
@@ -37,7 +37,7 @@ def in_process(work: Callable[..., dict[str, Any]] | str, *args: Any, env: dict[
         command = ["-c", work, *map(str, args)]
     else:
         command = [__file__, work.__code__.co_filename, work.__name__, json.dumps(args, default=str)]
-    environment = {**SETTINGS, **os.environ, **(env or {})}
+    environment = {**VARIABLES, **os.environ, **(env or {})}
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(f"{work if isinstance(work, str) else work.__name__} {args} failed with {done.returncode}.")
@@ -77,7 +77,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_results(
-    name: str, command: str, rows: Sequence[dict[str, Any]], goals: Sequence[dict[str, Any]], table: str
+    name: str, command: str, rows: Sequence[dict[str, Any]], goals: Sequence[dict[str, Any]], table: str, **more: Any
 ) -> None:
     """Print a benchmark's table and goals, and write ``results/NAME.json`` and ``results/NAME.md``.
 
@@ -87,10 +87,12 @@ def write_results(
         rows: the measurements.
         goals: see :func:`goal`.
         table: Markdown; the goals are added below it.
+        more: what else the JSON holds.
     """
     verdicts = [[entry["name"], entry["goal"], entry["value"], "yes" if entry["met"] else "**no**"] for entry in goals]
     text = f"{table}\n\n{markdown(['goal', 'aimed at', 'measured', 'reached'], verdicts)}\n"
     result = {
+        **more,
         "command": command,
         "machine": machine(),
         "versions": versions(),

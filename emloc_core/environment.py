@@ -6,7 +6,7 @@ import os
 #: first: without it an eigendecomposition took twice as long on two idle cores (0.61 s, not 0.30 s).
 #: oneDNN keeps what it made for products of up to a thousand shapes. Where ranks are unlike, that was 0.1 GB per block
 #: of a 1B model in stage 1, and 0.8 GB of 3.8 in tuning SmolLM2-135M; with 64 shapes, steps take as long.
-SETTINGS = {
+VARIABLES = {
     "OMP_WAIT_POLICY": "passive",
     "GOMP_SPINCOUNT": "10000",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
@@ -16,5 +16,5 @@ SETTINGS = {
 
 def settle() -> None:
     """Set what the user has not set. Call it before torch computes."""
-    for name, value in SETTINGS.items():
+    for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)

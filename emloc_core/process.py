@@ -15,7 +15,7 @@ from pathlib import Path
 from types import GeneratorType
 from typing import IO, Any
 
-from emloc_core.environment import SETTINGS
+from emloc_core.environment import VARIABLES
 from emloc_core.errors import EmlocError
 from emloc_core.lifetime import child_environment, end_with_parent
 
@@ -69,7 +69,7 @@ def call(
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env=child_environment({**SETTINGS, **os.environ, **(environment or {})}),
+            env=child_environment({**VARIABLES, **os.environ, **(environment or {})}),
             cwd=cwd,
         ) as process,
     ):

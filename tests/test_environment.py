@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from emloc_core.environment import SETTINGS, settle
+from emloc_core.environment import VARIABLES, settle
 from emloc_core.process import call
 from emloc_core.zoo.engines.engine import environment
 from emloc_core.zoo.jobs.job import Job
@@ -12,34 +12,34 @@ from emloc_core.zoo.jobs.job import Job
 
 def seen() -> dict[str, str | None]:
     """Return the settings as this process finds them."""
-    return {name: os.environ.get(name) for name in SETTINGS}
+    return {name: os.environ.get(name) for name in VARIABLES}
 
 
 def seen_by_a_child() -> dict[str, str | None]:
     """Return them as a process finds them that this one starts."""
-    return {name: next(call("os:getenv", {"key": name})) for name in SETTINGS}
+    return {name: next(call("os:getenv", {"key": name})) for name in VARIABLES}
 
 
 @pytest.fixture
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the settings out of the environment."""
-    for name in SETTINGS:
+    for name in VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
 
 @pytest.mark.usefixtures("unset")
 def test_they_are_set_everywhere() -> None:
-    assert seen_by_a_child() == SETTINGS
-    assert environment(Job(name="x", model="x"), {}).items() >= SETTINGS.items()
+    assert seen_by_a_child() == VARIABLES
+    assert environment(Job(name="x", model="x"), {}).items() >= VARIABLES.items()
     settle()
-    assert seen() == SETTINGS
+    assert seen() == VARIABLES
 
 
 @pytest.mark.usefixtures("unset")
 def test_what_the_user_sets_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    mine = {**SETTINGS, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+    mine = {**VARIABLES, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
     assert seen_by_a_child() == mine
     assert environment(Job(name="x", model="x"), dict(os.environ)).items() >= mine.items()
     settle()

@@ -47,8 +47,8 @@ def largest_rank(out_features: int, in_features: int) -> int:
     return (out_features * in_features - 1) // (out_features + in_features)
 
 
-def highest_rank(rank: int, shape: Shape) -> int:
-    """Return the highest rank under ``global`` of a Linear whose uniform rank is ``rank``."""
+def rank_cap(rank: int, shape: Shape) -> int:
+    """Return the cap under ``global`` of a Linear whose uniform rank is ``rank``."""
     return max(rank, min(math.floor(BOUNDS[1] * rank), largest_rank(*shape)))
 
 
@@ -77,7 +77,7 @@ def global_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
     """
     base = uniform(shapes, ratio)
     floors = [math.ceil(BOUNDS[0] * rank) for rank in base]
-    caps = [highest_rank(rank, shape) for rank, shape in zip(base, shapes, strict=True)]
+    caps = [rank_cap(rank, shape) for rank, shape in zip(base, shapes, strict=True)]
     gains = [each.energies * (each.sensitivity / max(float(each.energies.sum()), TINY)) for each in spectra]
     return spend(shapes, gains, floors, caps, sum(rank * sum(shape) for rank, shape in zip(base, shapes, strict=True)))
 

@@ -32,6 +32,11 @@ _DOING = {
     "export": "Exporting",
     "eval": "Evaluating",
 }
+_CALIBRATIONS = {
+    "propagated": "on the activations of the emulator as far as it is made",
+    "base": "on the activations of the base",
+    "none": "not needed",
+}
 
 
 def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, push: str | None = None) -> None:
@@ -86,13 +91,6 @@ def describe(request: str) -> dict[str, Any]:
     from emloc_core.stages import prepare
 
     return prepare(request_from_json(request)).describe()
-
-
-_CALIBRATIONS = {
-    "propagated": "on the activations of the emulator as far as it is made",
-    "base": "on the activations of the base",
-    "none": "not needed",
-}
 
 
 def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:

@@ -16,7 +16,8 @@ from emloc_core.conformance.tuning import STEPS
 from emloc_core.files.documents import read_object
 from emloc_core.files.output import MANIFEST
 from emloc_core.files.pretrained import load_lora
-from emloc_core.memory.model import MemoryModel, Workload
+from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.workload import Workload
 
 #: As far as two roads to one fp32 weight or activation may lie apart: relative to the largest number, and absolute.
 RELATIVE, ABSOLUTE = 1e-5, 1e-6

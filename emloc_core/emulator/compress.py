@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from emloc_core.algorithms.allocation import uniform, wants_spectra
+from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.factorize import wants_inputs
 from emloc_core.data.rows import CALIBRATION, SELECTION, Row, load_rows, without, write_rows
 from emloc_core.data.sets import draw
@@ -21,12 +21,12 @@ from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.cut import Cut, cut_blocks, describe_emulator
 from emloc_core.emulator.declared import block_paths, find_linears
 from emloc_core.emulator.decompose import Decomposition, Progress
-from emloc_core.emulator.defaults import completed
 from emloc_core.emulator.files import EmulatorFiles
+from emloc_core.emulator.method import method_of
 from emloc_core.emulator.pack import pack_blocks
 from emloc_core.emulator.ranks import RankPlan, allocated
-from emloc_core.emulator.sensitivity import PROBES
-from emloc_core.emulator.spectra import KIND, NO_EXPERTS, Spectra, SpectraFiles, at_largest_ranks, at_probed_ranks
+from emloc_core.emulator.sensitivity import PROBES, RATIO
+from emloc_core.emulator.spectra import KIND, NO_EXPERTS, Spectra, SpectraFiles, at_largest_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.card import data_name
@@ -79,10 +79,9 @@ class Compress:
         self.kind: Kind = plugin_manager().algorithm("emulators", settings.kind)()
         self.kind.check(settings)
         self.factorize = plugin_manager().algorithm("factorizers", settings.factorizer)
-        found = self._linears(self.kind)
-        self.settings = settings = completed(settings, self.kind, found, keeps_spectra=spectra is not None)
-        self.allocate = self.kind.allocate or plugin_manager().algorithm("rank_allocators", settings.allocator)
-        if self.ranks_by_spectra and not self.kind.allocates_by_spectra:
+        self.method = method_of(settings, self.kind, self._linears(self.kind), keeps_spectra=spectra is not None)
+        self.settings = settings = self.method.settings
+        if self.method.by_spectra and not self.kind.allocates_by_spectra:
             raise EmlocError(
                 f"The rank allocator {settings.allocator!r} knows the spectra of weights, not of what an emulator of "
                 f"the kind {settings.kind!r} repairs.",
@@ -98,11 +97,10 @@ class Compress:
                 "ranks of earlier layers, so other ranks need another run.",
                 "Use --calibration base, or leave out --keep-spectra.",
             )
-        if why := self._why_no_experts(spectra is not None):
-            found = found.without_experts(why)
+        found = self.method.linears
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
         self.blocks = block_paths(self.skeleton.model, self.family)
-        allocate = uniform if self.ranks_by_spectra else self.allocate
+        allocate = uniform if self.method.by_spectra else self.method.allocate
         self.plan: RankPlan = allocated(found, settings.ratio, allocate, name=settings.allocator, kind=self.kind)
         # Weights alone need no calibration: its rows are left for tuning.
         samples = 0 if settings.calibration == "none" else settings.samples
@@ -116,12 +114,6 @@ class Compress:
     def _linears(self, kind: Kind | None = None) -> RankPlan:
         found = find_linears(self.skeleton.model, self.family, kind)
         return found.on_inputs() if wants_inputs(self.factorize) else found
-
-    def _why_no_experts(self, keeps_spectra: bool) -> str | None:
-        """Return why fused experts stay dense whatever the kind, or None."""
-        if self.settings.calibration == "propagated":
-            return "error-propagating calibration is for Linears alone"
-        return NO_EXPERTS if keeps_spectra or self.ranks_by_spectra else None
 
     @cached_property
     def output(self) -> Output:
@@ -139,11 +131,6 @@ class Compress:
     def spectra(self) -> Output | None:
         """The directory to keep spectra in; None keeps none."""
         return self._spectra_output(self._spectra_path) if self._spectra_path else None
-
-    @property
-    def ranks_by_spectra(self) -> bool:
-        """Whether ranks are known only after all Linears are decomposed."""
-        return self.kind.has_ratio and wants_spectra(self.allocate)
 
     def _spectra_output(self, path: Path) -> Output:
         settings = {
@@ -169,7 +156,7 @@ class Compress:
             "selection_rows": len(self.rows.selection),
             "tuning_rows": len(self.rows.tuning),
             "calibration_tokens": self._tokens,
-            "ranks_by_spectra": self.ranks_by_spectra,
+            "ranks_by_spectra": self.method.by_spectra,
             "coverage": self.coverage.describe(),
             "finished": self.is_finished(),
         }
@@ -197,7 +184,7 @@ class Compress:
             progress: called with a block's path, the number of blocks done, and the total.
         """
         if self.spectra:
-            self._decompose(self.spectra, progress, factors=True)
+            self._decompose(self.spectra, progress)
             return self._cut_kept().run(progress)
         if self.output.is_finished():
             return self.output.path
@@ -205,17 +192,16 @@ class Compress:
             if remove_damaged((staging / "spectra").glob("*.safetensors")):
                 remove_at_once(staging / "spectra")
             spectra, plan = None, self.plan
-            if self.ranks_by_spectra:
+            if self.method.by_spectra:
                 first, progress = _in_two_passes(progress)
-                passing = self._spectra_output(staging / "spectra")
-                spectra = self._decompose(passing, first, factors=self._cuts)
+                spectra = self._decompose(self._spectra_output(staging / "spectra"), first)
                 plan = self._allocated(spectra)
             files = EmulatorFiles(self.skeleton, plan, self.blocks, staging, self.kind)
             if self.settings.calibration == "none":
                 pack_blocks(files, progress)
             elif self.settings.calibration == "propagated":
                 self._decomposition(plan, progress).propagate(files)
-            elif spectra and self._cuts:
+            elif spectra and self.method.is_cut:
                 cut_blocks(spectra, files, progress)
             else:
                 self._decomposition(plan, progress).run(files)
@@ -229,17 +215,14 @@ class Compress:
     def _allocated(self, spectra: Spectra) -> RankPlan:
         found = spectra.reached(self._linears(self.kind))
         name = self.settings.allocator
-        return allocated(found, self.settings.ratio, self.allocate, spectra.spectrum, name, self.kind)
+        return allocated(found, self.settings.ratio, self.method.allocate, spectra.spectrum, name, self.kind)
 
-    @property
-    def _cuts(self) -> bool:
-        """Whether the emulator is cut from its spectra, and not made in another pass at the ranks that they give."""
-        return self.kind.can_be_cut and self.settings.calibration == "base"
-
-    def _decompose(self, output: Output, progress: Progress, *, factors: bool) -> Spectra:
+    def _decompose(self, output: Output, progress: Progress) -> Spectra:
+        factors = self.method.is_cut
         if not output.is_finished():
             with output.build() as staging:
-                plan = (at_largest_ranks if factors else at_probed_ranks)(self._linears())
+                found = self._linears().without_experts(NO_EXPERTS)
+                plan = at_largest_ranks(found) if factors else allocated(found, RATIO, uniform)
                 files = SpectraFiles(self.skeleton, self.blocks, staging, factors=factors)
                 how = (self.factorize, progress, self.settings.factorizer)
                 Decomposition(self.skeleton, self.family, plan, self.samples, *how).run(files, PROBES)

@@ -8,8 +8,8 @@ from emloc_core.data.rows import copy_kept_rows
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import block_paths, find_linears
 from emloc_core.emulator.decompose import Progress
-from emloc_core.emulator.defaults import UNIFORM
 from emloc_core.emulator.files import EmulatorFiles
+from emloc_core.emulator.method import UNIFORM
 from emloc_core.emulator.ranks import RankPlan, allocated
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.errors import EmlocError

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from emloc_core.algorithms.allocation import Spectrum, highest_rank, largest_rank, uniform, wants_spectra
+from emloc_core.algorithms.allocation import Spectrum, largest_rank, rank_cap, uniform, wants_spectra
 from emloc_core.errors import EmlocError
 from emloc_core.kinds import Kind
 from emloc_core.plugins.builtin import named
@@ -147,12 +147,10 @@ class RankPlan:
             lambda each: replace(each, rank=min(each.out_features, each.in_features) if each.reason is None else None)
         )
 
-    def at_highest_ranks(self) -> "RankPlan":
-        """Return the plan with every rank, a uniform one, the highest that it may be under the allocator ``global``."""
+    def at_caps(self) -> "RankPlan":
+        """Return the plan with every rank, a uniform one, at its cap under the allocator ``global``."""
         return self._each(
-            lambda each: replace(
-                each, rank=each.rank and highest_rank(each.rank, (each.out_features, each.in_features))
-            )
+            lambda each: replace(each, rank=each.rank and rank_cap(each.rank, (each.out_features, each.in_features)))
         )
 
     def dense(self, paths: Collection[str], reason: str) -> "RankPlan":

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from emloc_core.algorithms.allocation import Spectrum, largest_rank, uniform
+from emloc_core.algorithms.allocation import Spectrum, largest_rank
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.emulator.files import UNREACHED
 from emloc_core.emulator.ranks import NO_SMALLER, LinearPlan, RankPlan
-from emloc_core.emulator.sensitivity import RATIO
 from emloc_core.errors import EmlocError
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs, hash_files
@@ -30,7 +29,6 @@ from emloc_core.model.skeleton import Skeleton
 KIND = "spectra"
 NO_EXPERTS = "spectra are of Linears alone; the allocator uniform, without spectra, makes experts smaller too"
 _REMEDY = "Make the spectra again: emloc compress --keep-spectra."
-_FACTORS, _SPECTRUM = ("U", "V"), ("energies", "sensitivity")
 
 
 def at_largest_ranks(plan: RankPlan) -> RankPlan:
@@ -38,13 +36,6 @@ def at_largest_ranks(plan: RankPlan) -> RankPlan:
     return plan.with_ranks(
         {linear.path: max(1, largest_rank(linear.out_features, linear.in_features)) for linear in plan.candidates}
     )
-
-
-def at_probed_ranks(plan: RankPlan) -> RankPlan:
-    """Return the plan with every Linear at the rank that its sensitivity is measured at: enough for spectra alone."""
-    shapes = [(linear.out_features, linear.in_features) for linear in plan.candidates]
-    ranks = uniform(shapes, RATIO)
-    return plan.with_ranks({linear.path: rank for linear, rank in zip(plan.candidates, ranks, strict=True)})
 
 
 class SpectraFiles:
@@ -69,18 +60,20 @@ class SpectraFiles:
         """Write a block's factors, by module path, in the base's dtype; energies and sensitivities in fp64."""
         tensors: dict[str, torch.Tensor] = {}
         for path, found in sorted(factors.items()):
-            known = (found.spectrum.to("cpu", torch.float64), torch.tensor([sensitivities[path]], dtype=torch.float64))
-            parts = dict(zip(_SPECTRUM, known, strict=True))
+            parts = {
+                "energies": found.spectrum.to("cpu", torch.float64),
+                "sensitivity": torch.tensor([sensitivities[path]], dtype=torch.float64),
+            }
             if self._factors:
                 dtype = self.skeleton.model.get_parameter(f"{path}.weight").dtype
-                parts |= dict(zip(_FACTORS, (found.u.to("cpu", dtype), found.v.to("cpu", dtype)), strict=True))
+                parts |= {"U": found.u.to("cpu", dtype), "V": found.v.to("cpu", dtype)}
             tensors.update((f"{path}.{name}", part) for name, part in parts.items())
         write_shard(_shard(self.staging, self.blocks, block), tensors)
 
     def finish(self, plan: RankPlan, tokens: int) -> dict[str, Any]:
         """Return the manifest's result, once all blocks and the rows are written."""
         headers = [read_header(_shard(self.staging, self.blocks, block))[0] for block in self.blocks]
-        last = f".{_SPECTRUM[0]}"
+        last = ".energies"
         reached = {key.removesuffix(last) for header in headers for key in header if key.endswith(last)}
         return {
             "base": self.skeleton.checkpoint.name,
@@ -163,9 +156,9 @@ class Spectra:
         m, n, k = linear.out_features, linear.in_features, linear.rank or 0
         if linear.block not in self.blocks:
             raise EmlocError(f"{self.directory} lacks the block {linear.block}.", _REMEDY, code="mismatch")
-        expected: dict[str, tuple[int, ...]] = dict(zip(_SPECTRUM, ((min(m, n),), (1,)), strict=True))
+        expected: dict[str, tuple[int, ...]] = {"energies": (min(m, n),), "sensitivity": (1,)}
         if self._factors:
-            expected.update(zip(_FACTORS, ((m, k), (k, n)), strict=True))
+            expected |= {"U": (m, k), "V": (k, n)}
         for name, shape in expected.items():
             found = self._tensors.get(f"{linear.path}.{name}")
             if found is None or found.shape != shape or found.shard != self._shard_of(linear):
@@ -183,7 +176,7 @@ class Spectra:
             EmlocError: it contains NaN or Inf.
         """
         with safe_open(str(self._shard_of(linear)), framework="pt") as file:
-            energies, sensitivity = (file.get_tensor(f"{linear.path}.{part}") for part in _SPECTRUM)
+            energies, sensitivity = (file.get_tensor(f"{linear.path}.{part}") for part in ("energies", "sensitivity"))
         self._require_finite(linear, energies, sensitivity)
         return Spectrum(linear.path, linear.block, energies, float(sensitivity))
 

@@ -13,7 +13,8 @@ from emloc_core.settings import CompressSettings
 from emloc_core.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from emloc_core.memory.model import MemoryModel, Need, Workload
+    from emloc_core.memory.model import MemoryModel, Need
+    from emloc_core.memory.workload import Workload
 
 #: In place of a kind of emulator: the one that is recommended for the memory.
 AUTO = "auto"

@@ -9,21 +9,21 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from emloc_core.algorithms.allocation import uniform, wants_spectra
+from emloc_core.algorithms.allocation import uniform
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import find_linears
-from emloc_core.emulator.defaults import CompletedSettings, completed
 from emloc_core.emulator.files import UNREACHED
+from emloc_core.emulator.method import Method, method_of
 from emloc_core.emulator.ranks import RankPlan, allocated
 from emloc_core.errors import EmlocError, first_line, typed_line
 from emloc_core.experts import is_stack
@@ -32,10 +32,11 @@ from emloc_core.files.checkpoint import read_config_json
 from emloc_core.files.pretrained import load_config
 from emloc_core.kinds import Kind
 from emloc_core.memory.tracing import Phases, trace_inference, trace_training
+from emloc_core.memory.workload import Workload
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.settings import ALL_LINEAR, CompressSettings, TrainSettings
+from emloc_core.settings import ALL_LINEAR, CompressSettings
 from emloc_core.tuning.targets import all_linears
 from emloc_core.tuning.trl import lora_config
 
@@ -50,27 +51,6 @@ TERMS = ("weights", "adapter", "gradients", "optimiser", "kv_cache", "activation
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 #: Enough blocks for a first, a last and one between.
 _TRACED = 3
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The batch, and how it is trained on.
-
-    Attributes:
-        batch_size: rows per batch.
-        length: tokens per row, including image tokens.
-        images: images per row; if the vision tower takes one size only, tiles of that size.
-        image_size: height and width of images in pixels; None: see :func:`emloc_core.model.image_shape.image_shape`.
-        train: the settings of stage 2; its batch size and maximum length are ignored.
-        device: ``cuda`` or ``cpu``. TRL's loss needs less memory on ``cuda``.
-    """
-
-    batch_size: int
-    length: int
-    images: int = 0
-    train: TrainSettings = field(default_factory=TrainSettings)
-    device: Literal["cuda", "cpu"] = "cuda"
-    image_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +97,7 @@ class MemoryModel:
         _require_sizes(config_file, raw, self.config)
         self.dtype = self._dtype()
         self.model: PreTrainedModel = self._build()
-        self.linears = find_linears(self.model, self.family, self.kind)
+        self.method = self._method()
         self.coverage: Coverage = coverage(self.model, self.family, self.linears)
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         chosen = workload.train.target_modules or self.family.lora_targets()
@@ -136,6 +116,14 @@ class MemoryModel:
                 f"{self.config_file} has no dtype.", 'Add the dtype of the weights, such as "dtype": "bfloat16".'
             )
         return dtype
+
+    def _method(self) -> Method:
+        return method_of(self.settings, self.kind, find_linears(self.model, self.family, self.kind))
+
+    @property
+    def linears(self) -> RankPlan:
+        """The Linears and experts that become smaller, without ranks."""
+        return self.method.linears
 
     def _build(self) -> PreTrainedModel:
         try:
@@ -201,7 +189,7 @@ class MemoryModel:
         other = copy.copy(self)
         other.settings = CompressSettings(kind=kind)
         other.kind = plugin_manager().algorithm("emulators", kind)()
-        other.linears = find_linears(other.model, other.family, other.kind)
+        other.method = other._method()
         return other
 
     def least_length(self) -> int:
@@ -215,17 +203,6 @@ class MemoryModel:
     def _trace_inference(self, depths: Mapping[str, int]) -> Phases:
         return trace_inference(self._cut(depths), self.towers, self._inputs, self._apart)
 
-    @property
-    def made_with(self) -> CompletedSettings:
-        """How an emulator is made, with nothing left open."""
-        return completed(self.settings, self.kind, self.linears)
-
-    @property
-    def wants_spectra(self) -> bool:
-        """Whether a first pass decomposes the model, to share out what the ratio allows."""
-        named = plugin_manager().algorithm("rank_allocators", self.made_with.allocator)
-        return self.kind.has_ratio and wants_spectra(self.kind.allocate or named)
-
     def tuning(self, plan: RankPlan | None = None, *, made: bool = False) -> Need:
         """Return what a LoRA needs on the base, or on a plan's emulator. Equal ranks are traced once.
 
@@ -234,7 +211,8 @@ class MemoryModel:
             made: whether they are those of an emulator that exists. If not, and calibration will share them out,
                 activations are those of the highest ranks that a block may come to.
         """
-        traced = plan.at_highest_ranks() if plan and self.wants_spectra and self.kind.has_factors and not made else plan
+        shared_out = self.method.by_spectra and self.kind.has_factors and not made
+        traced = plan.at_caps() if plan and shared_out else plan
         emulator = None if traced is None else (self.kind.name, frozenset(traced.ranks.items()))
         if emulator not in self._known:
             self._known[emulator] = self._trace_tuning(traced)

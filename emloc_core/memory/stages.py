@@ -41,19 +41,20 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     blocks = block_paths(model.model, model.family)
     units = [sum(p.numel() for p in model.model.get_submodule(path).parameters()) for path in blocks]
     units += [p.numel() for name, p in model.model.named_parameters() if not name.startswith(tuple(blocks))]
-    propagated = model.made_with.calibration == "propagated"
+    settings = model.method.settings
+    propagated = settings.calibration == "propagated"
     if model.kind.has_factors:
         statistics = max(_statistics(plan, block, weight, propagated) for block in blocks)
     else:
         statistics = max((_rounding(linear) for block in blocks for linear in plan.in_block(block)), default=0)
-    if model.wants_spectra:
-        share = 1 if model.made_with.calibration == "base" else RATIO
+    if model.method.by_spectra:
+        share = 1 if model.method.is_cut else RATIO
         statistics = max(statistics, *(_decomposition(plan, block, weight, share) for block in blocks))
     hidden = model.config.get_text_config().hidden_size
     terms = {
         "weights": max(units) * weight,
         "statistics": statistics,
-        "activations": (2 if propagated else 1) * model.settings.samples * model.workload.length * hidden * weight,
+        "activations": (2 if propagated else 1) * settings.samples * model.workload.length * hidden * weight,
         "overhead": OVERHEAD,
     }
     if not model.kind.has_factors:

@@ -1,15 +1,15 @@
 """The workload to plan for; by default stage 2's batch size, TRL's maximum length and one image."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import Limits, Sample, load_processing, tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.files.pretrained import load_config
-from emloc_core.memory.model import Workload
 from emloc_core.model.image_shape import image_shape
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Rows
@@ -17,6 +17,27 @@ from emloc_core.settings import TrainSettings
 
 #: Default maximum length of TRL's ``SFTConfig``.
 LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The batch, and how it is trained on.
+
+    Attributes:
+        batch_size: rows per batch.
+        length: tokens per row, including image tokens.
+        images: images per row; if the vision tower takes one size only, tiles of that size.
+        image_size: height and width of images in pixels; None: see :func:`emloc_core.model.image_shape.image_shape`.
+        train: the settings of stage 2; its batch size and maximum length are ignored.
+        device: ``cuda`` or ``cpu``. TRL's loss needs less memory on ``cuda``.
+    """
+
+    batch_size: int
+    length: int
+    images: int = 0
+    train: TrainSettings = field(default_factory=TrainSettings)
+    device: Literal["cuda", "cpu"] = "cuda"
+    image_size: tuple[int, int] | None = None
 
 
 def make_workload(

@@ -29,7 +29,8 @@ from emloc_core.files.output import read_manifest
 from emloc_core.files.pretrained import load_lora
 from emloc_core.hookspecs import hookimpl
 from emloc_core.kinds import NF4, FourBitLowRank, LowRank, MixedLevels, RepairedNF4, SixLevels
-from emloc_core.memory.model import MemoryModel, Workload
+from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.workload import Workload
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings

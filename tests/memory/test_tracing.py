@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import emloc_core.memory.model
 from emloc_core.family import Family
-from emloc_core.memory.model import MemoryModel, Need, Workload
+from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.tracing import Ledger, Phases
+from emloc_core.memory.workload import Workload
 from emloc_core.model.image_shape import image_shape
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning.train import Train

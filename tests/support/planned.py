@@ -11,7 +11,7 @@ from support.paths import FIXTURES
 from transformers import AutoConfig
 
 from emloc_core.family import Family
-from emloc_core.memory.model import Workload
+from emloc_core.memory.workload import Workload
 from emloc_core.settings import TrainSettings
 
 HEADLINE = FIXTURES / "internvl2_5_38b" / "config.json"

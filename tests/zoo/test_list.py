@@ -12,7 +12,8 @@ from support.processes import planning_here
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.memory.budget import largest_ratio
-from emloc_core.memory.model import MemoryModel, Workload
+from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.workload import Workload
 from emloc_core.registry.entry import read_entry
 from emloc_core.registry.registry import load_entries
 from emloc_core.settings import TrainSettings

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from emloc_core.environment import SETTINGS
+from emloc_core.environment import VARIABLES
 from emloc_core.errors import EmlocError
 from emloc_core.lifetime import child_environment
 from emloc_core.zoo.jobs.job import Job
@@ -89,4 +89,4 @@ def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str
     """Return a worker's environment, for the process that starts it: threads as the job says, no network if offline."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(job.threads))
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "1") if job.offline else {}
-    return child_environment({**SETTINGS, **base, **threads, **offline})
+    return child_environment({**VARIABLES, **base, **threads, **offline})

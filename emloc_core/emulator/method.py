@@ -1,0 +1,88 @@
+"""How an emulator is made, with nothing left open: what the user does not say depends on the kind, and on the model.
+
+Stacks of experts become smaller on the base's activations alone, and spectra that are kept for other ratios are those
+of the base's activations.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from emloc_core.algorithms.allocation import wants_spectra
+from emloc_core.emulator.ranks import RankPlan
+from emloc_core.emulator.spectra import NO_EXPERTS
+from emloc_core.errors import EmlocError
+from emloc_core.kinds import Kind
+from emloc_core.plugins.manager import plugin_manager
+from emloc_core.settings import CompressSettings
+
+#: The allocator of the paper.
+UNIFORM = "uniform"
+
+
+class CompletedSettings(CompressSettings):
+    """Settings that leave nothing open."""
+
+    calibration: Literal["none", "base", "propagated"]
+    allocator: str
+    refine: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the emulator of a model is made.
+
+    Attributes:
+        kind: of the emulator.
+        settings: those of the user, completed.
+        allocate: shares out ranks, or what takes their place.
+        linears: the Linears and experts of the model, without ranks; dense are those that this way is not for.
+    """
+
+    kind: Kind
+    settings: CompletedSettings
+    allocate: Callable[..., Sequence[int]]
+    linears: RankPlan
+
+    @property
+    def by_spectra(self) -> bool:
+        """Whether a first pass decomposes the model, since ranks are known only then."""
+        return self.kind.has_ratio and wants_spectra(self.allocate)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether spectra hold the emulator's factors; if not, they give its ranks to another pass."""
+        return self.kind.can_be_cut and self.settings.calibration == "base"
+
+
+def method_of(settings: CompressSettings, kind: Kind, linears: RankPlan, *, keeps_spectra: bool = False) -> Method:
+    """Return how an emulator is made.
+
+    Args:
+        settings: what the user says.
+        kind: of the emulator.
+        linears: the Linears and experts of the model that this kind makes smaller.
+        keeps_spectra: whether spectra are kept.
+
+    Raises:
+        EmlocError: stand-ins are to be refined that are not fitted to what the emulator computes, or there is no such
+            allocator.
+    """
+    usual = "base" if keeps_spectra or linears.has_experts else kind.calibration
+    calibration = settings.calibration or usual
+    if settings.refine and calibration != "propagated":
+        raise EmlocError(
+            "Refinement needs the inputs that a block has in the emulator.",
+            "Leave out --refine, or give --calibration propagated.",
+        )
+    refine = kind.refine if settings.refine is None and calibration == "propagated" else settings.refine
+    allocator = settings.allocator or (kind.allocator if calibration == "propagated" else UNIFORM)
+    found = {"calibration": calibration, "allocator": allocator, "refine": refine or 0}
+    completed = CompletedSettings(**settings.model_dump() | found)
+    allocate = kind.allocate or plugin_manager().algorithm("rank_allocators", allocator)
+    method = Method(kind, completed, allocate, linears)
+    if calibration == "propagated":
+        return replace(method, linears=linears.without_experts("error-propagating calibration is for Linears alone"))
+    if keeps_spectra or method.by_spectra:
+        return replace(method, linears=linears.without_experts(NO_EXPERTS))
+    return method
