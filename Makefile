@@ -7,7 +7,7 @@ QUICK := $(addprefix tests/,test_directions.py test_errors.py algorithms report 
 	data/test_rows.py files/test_files.py files/test_header.py files/test_meter.py files/test_own.py \
 	files/test_patterns.py model/test_device.py plugins/test_plugins.py recipe/test_recipe.py)
 BENCHMARKS := startup factorize allocation stages scale kinds memory exact zoo
-# Two OpenMP threads that spin while they wait for work starve each other on a small machine.
+# As emloc_core/environment.py has them, which says why.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64

@@ -1,14 +1,13 @@
 """The results of ``quality.py``: recovery by task, memory and way, goals, and a line for every cell."""
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from statistics import mean, stdev
 from typing import Any
 
-from harness import RESULTS, goal, markdown, write_results
+from harness import goal, markdown, write_results
 from quality_cells import EXACT, FULL, LOW_RANK, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, VARIANTS, Cell, best_of
 from quality_figure import draw
 from quality_rows import TEXTS
@@ -252,8 +251,6 @@ def report(rows: list[dict[str, Any]]) -> None:
     worse = [f"{row['task']} {row['memory']:g} {row['other']}" for row in paired if row["low"] > 0]
     if paired:
         goals.append(goal("ways within the same memory that are better", "none", ", ".join(worse) or "none", not worse))
-    write_results("quality", "make bench-quality", rows, goals, text)
+    known = {"recovery": recovery, "paired": paired, "variants": variants}
+    write_results("quality", "make bench-quality", rows, goals, text, **known)
     draw(recovery, table.drawn())
-    file = RESULTS / "quality.json"
-    content = {"recovery": recovery, "paired": paired, "variants": variants, **json.loads(file.read_text())}
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,10 @@
 """What libraries below torch read from the environment."""
 
 import os
+import re
 
 import pytest
+from support.paths import ROOT
 
 from emloc_core.environment import VARIABLES, settle
 from emloc_core.process import call
@@ -44,3 +46,9 @@ def test_what_the_user_sets_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment(Job(name="x", model="x"), dict(os.environ)).items() >= mine.items()
     settle()
     assert seen() == mine
+
+
+def test_make_sets_them_too() -> None:
+    """Before Python starts: OpenMP reads its variables when torch is imported."""
+    exported = re.findall(r"^export (\w+) \?= (\w+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert dict(exported) == VARIABLES

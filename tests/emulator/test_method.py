@@ -10,6 +10,8 @@ from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.kinds import NF4, FourBitLowRank, LowRank, ThreeLevels
+from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings
 
 
@@ -65,3 +67,12 @@ def test_what_the_user_says_holds(bases, rows_file, tmp_path, chosen, expected):
 def test_the_base_s_activations_say_nothing_of_a_block_to_refine(bases, rows_file, tmp_path):
     with pytest.raises(EmlocError, match="needs the inputs that a block has in the emulator"):
         made_with(bases["experts"], rows_file, tmp_path / "out", refine=2)
+
+
+@pytest.mark.parametrize("chosen", [{}, {"calibration": "propagated"}, {"calibration": "base", "allocator": "global"}])
+@pytest.mark.parametrize("base", ["dense", "experts"])
+def test_a_plan_is_of_the_emulator_that_is_made(bases, rows_file, tmp_path, base, chosen):
+    settings = CompressSettings(samples=4, selection=2, **chosen)
+    job = Compress(Checkpoint(bases[base]), load_rows(str(rows_file)), tmp_path / "out", settings)
+    model = MemoryModel(bases[base] / "config.json", Workload(batch_size=1, length=16), settings)
+    assert model.plan(settings.ratio).ranks == job.plan.ranks
