@@ -98,14 +98,16 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
     """Return ``paired``: how much more the recommended way loses on a test row than others within the same memory.
 
     A row's loss is its mean over the bases and seeds that both ways have. What is given is the mean over rows, in nats
-    per answer, with its 95 % interval; above 0 the other way is better.
+    per answer, with its 95 % interval; above 0 the other way is better. Whether ``auto`` harms is judged where it chose
+    as it does now.
     """
     ways = _runs(table.best, "task", "kind", "memory")
+    as_now = _runs([row for row in table.best if _chose_as_now(row)], "task", "kind", "memory")
     found = []
     for memory, (way, other) in itertools.product(MEMORIES, ways.items()):
         task, kind, other_memory = way
         recommended = (task, *RECOMMENDED[memory])
-        own = ways.get(recommended, {})
+        own = (as_now if way == recommended else ways).get(recommended, {})
         for system in ("uncorrected",) if way == recommended else ("uncorrected", "auto"):
             runs = [run for run in own.keys() & other.keys() if system in other[run]]
             if runs and other_memory <= memory:
@@ -113,6 +115,11 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
                 found.append({"task": task, "memory": memory, "system": "emloc", "other": f"{kind}+{system}",
                               "other_memory": other_memory, **apart})  # fmt: skip
     return sorted(found, key=lambda row: TASKS.index(row["task"]))
+
+
+def _chose_as_now(row: dict[str, Any]) -> bool:
+    """Return whether ``auto`` weighed gains by their standard error; an older one asked for less, and told no gains."""
+    return "gain" in row.get("candidates", [{}])[0]
 
 
 def variant_rows(table: Table) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ def cell(kind, memory, base, seed, systems, rate=1e-3, selection=1.0):
     """A measurement of pictures; where an emulator is made, ``auto`` chose nothing."""
     known = {"task": "pictures", "kind": kind, "memory": memory, "base": base, "seed": seed, "steps": 60}
     chosen = {"clamp": 0, "scale": 1.0}
-    own = {"selection": selection} if kind == FULL else {"chosen": chosen, "candidates": [{**chosen, "nll": selection}]}
+    candidates = [{**chosen, "nll": selection, "gain": 0.0}]
+    own = {"selection": selection} if kind == FULL else {"chosen": chosen, "candidates": candidates}
     return {**known, "learning_rate": rate, "systems": systems, **own}
 
 
@@ -56,6 +57,20 @@ def test_a_way_that_loses_less_on_every_row_is_told():
     better = found[0.28, "low-rank+auto"]
     assert (better["runs"], better["mean"]) == (1, pytest.approx(3.5 / 3, abs=1e-4))
     assert 0 < better["low"] < better["mean"] < better["high"]
+
+
+def test_whether_auto_harms_is_judged_where_it_chose_as_it_does_now():
+    harmed = emulated("nf4", 0.28, 1.0, 1.0)
+    harmed["systems"]["auto"] = loss(2.0, 3.0)
+    good = emulated("nf4", 0.28, 1.0, 1.0, seed=1)
+
+    def harm():
+        rows = paired_rows(Table([harmed, good]))
+        return next((row["runs"], row["mean"]) for row in rows if row["other"] == "nf4+uncorrected")
+
+    assert harm() == (2, 0.75)
+    del harmed["candidates"][0]["gain"]  # as it was told before
+    assert harm() == (1, 0.0)
 
 
 def test_variants_are_compared_at_the_same_rate():
