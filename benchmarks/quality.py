@@ -32,7 +32,7 @@ from typing import Any
 
 from emloc_demo.model import write_base
 from harness import RESULTS, in_process
-from quality_cells import BASELINES, BYTES, EXACT, FULL, LOW_RANK, PICTURES, SCRATCH, TASKS, VARIANTS, Cell, cells
+from quality_cells import BASELINES, EXACT, FULL, LOW_RANK, PICTURES, SCRATCH, TASKS, VARIANTS, Cell, cells
 from quality_pictures import picture_sets, write_reader
 from quality_report import report
 from quality_rows import make_sets
@@ -127,8 +127,8 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
 
     checkpoint, metered = Checkpoint(base), Metered()
     given = {"kind": cell.kind, "seed": cell.seed, "selection": 0} | VARIANTS.get(cell.kind, {})
-    if cell.kind in BYTES:
-        given["ratio"] = round(cell.memory * 2 / BYTES[cell.kind], 4)
+    if cell.ratio is not None:
+        given["ratio"] = cell.ratio
     compress = Compress(checkpoint, load_rows(str(rows["calibration"])), place / "emulator", CompressSettings(**given))
     share = taken(compress)
     emulator = metered("compress", compress.run)
@@ -209,7 +209,7 @@ def polish(
 ) -> tuple[float, dict[str, Path]]:
     """Take exact steps from an adapter; return their learning rate, and the results by name.
 
-    The rate is that of tuning, or half of it: the better of the two by the loss on the selection rows.
+    The rate is half of that of tuning, or a quarter: the better of the two by the loss on the selection rows.
     """
     from emloc_core.adapters.adapter import Adapter
     from emloc_core.files.checkpoint import Checkpoint
@@ -225,7 +225,7 @@ def polish(
 
     *fewer, most = EXACT
     # Stages with as many steps share a name: what the last one took is kept.
-    tried = {rate: steps(most, rate) for rate in (cell.learning_rate, cell.learning_rate / 2)}
+    tried = {rate: steps(most, rate) for rate in (cell.learning_rate / 2, cell.learning_rate / 4)}
     rate = min(tried, key=lambda rate: selection.of(tried[rate])["nll"])
     found = {most: tried[rate]} | {count: steps(count, rate) for count in fewer}
     return rate, {f"polish{count}": path for count, path in sorted(found.items())}

@@ -15,8 +15,8 @@ LEARNING_RATES = dict.fromkeys(TEXTS, (2e-3, 1e-3, 4e-3)) | {PICTURES: (8e-3, 4e
 MEMORIES = (0.11, 0.17, 0.28, 0.6)
 #: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
 RECOMMENDED = {0.11: ("1.6-bit", 0.11), 0.17: ("2.7-bit", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
-#: What else there is below four bits.
-RIVALS = (("mixed", 0.17), ("low-rank-nf4", 0.17), ("low-rank-nf4", 0.11))
+#: What else there is below four bits, and above.
+RIVALS = (("mixed", 0.17), ("low-rank-nf4", 0.17), ("low-rank-nf4", 0.11), ("nf4+repair", 0.6))
 #: From the literature, for text; see ``quality_baselines.py``.
 BASELINES = (
     ("pruned-nf4", 0.17),
@@ -39,11 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 VARIED = {"nf4": (0.28,), "low-rank": (0.28, 0.6, 0.11), "low-rank-nf4": (0.17,)}
 #: Those with factors, which are measured without exact steps.
 LOW_RANK = [name for name in VARIANTS if name.startswith("low-rank")]
-#: Bytes of a number, scales included, where a stand-in multiplies by fewer numbers than the base.
-FEWER = dict.fromkeys(("low-rank", "pruned", "depth"), 2.0) | dict.fromkeys(("low-rank-nf4", "pruned-nf4"), 4.5 / 8)
-FEWER |= {name: FEWER[VARIANTS[name]["kind"]] for name in LOW_RANK}
-#: Bytes that a ratio counts in, where a kind has one.
-BYTES = FEWER | {"mixed": 2.0}
+#: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.
+BYTES = dict.fromkeys(("low-rank", "nf4+repair", "mixed", "pruned", "depth"), 2.0)
+BYTES |= dict.fromkeys(("low-rank-nf4", "pruned-nf4"), 4.5 / 8)
+BYTES |= {name: BYTES[VARIANTS[name]["kind"]] for name in LOW_RANK}
+#: Memory of the weight in four bits that a kind keeps beside its factors.
+BESIDE = {"nf4+repair": 0.26}
 FULL, SCRATCH = "full", "exact"
 
 
@@ -69,9 +70,18 @@ class Cell:
     learning_rate: float
 
     @property
+    def ratio(self) -> float | None:
+        """The ratio of that memory; None if the kind has no ratio."""
+        if self.kind not in BYTES:
+            return None
+        return round((self.memory - BESIDE.get(self.kind, 0)) * 2 / BYTES[self.kind], 4)
+
+    @property
     def arithmetic(self) -> float:
         """The share of the base's multiplications, in its block Linears, that a forward pass needs."""
-        return round(self.memory * 2 / FEWER[self.kind], 2) if self.kind in FEWER else 1
+        if self.ratio is None or self.kind == "mixed":
+            return 1
+        return round(self.ratio + (self.kind in BESIDE), 2)
 
     @property
     def name(self) -> str:
