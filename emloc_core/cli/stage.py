@@ -114,7 +114,8 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
         if evaluated := content["eval_rows"]:
             yield f"{evaluated} rows to evaluate"
         yield from _lengths(content)
-        yield f"{content['steps']} steps; LoRA on {', '.join(content['target_modules'])}"
+        targets = ", ".join(content["target_modules"])
+        yield f"{content['steps']} steps at a learning rate of {content['learning_rate']:g}; LoRA on {targets}"
         if read := content.get("step_read_bytes"):
             yield f"weights read per step, every block twice: {human_bytes(read)}"
     elif stage == "eval":

@@ -166,6 +166,7 @@ class Train:
             "eval_rows": len(self.eval_rows),
             **measure(self.rows, *self._processing()),
             "steps": settings.steps or steps,
+            "learning_rate": settings.learning_rate,
             "target_modules": self.targets,
             "model_bytes": self.model.nbytes,
         }
