@@ -16,7 +16,7 @@ def draw(recovery: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> 
         recovery: means over seeds, see ``quality_report.py``.
         rows: the measurements, each at the learning rate that is best for its way.
     """
-    from matplotlib import rc_context
+    from matplotlib import colormaps, rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -24,7 +24,7 @@ def draw(recovery: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> 
     FigureCanvasSVG(drawing)
     grid = drawing.subplots(3, len(TASKS))
     ways = sorted({_way(row) for row in rows})  # of one colour in all columns
-    colours = {way: f"C{at}" for at, way in enumerate(ways)}
+    colours = dict(zip(ways, colormaps["tab20"].colors, strict=False))
     for task, (over_memory, over_steps, over_time) in zip(TASKS, grid.T, strict=True):
         over_memory.set(title=task)
         _draw_memory(over_memory, [row for row in recovery if row["task"] == task])
@@ -53,9 +53,9 @@ def _draw_memory(axes: Any, recovery: Sequence[dict[str, Any]]) -> None:
     axes.set(xlabel="memory of the block Linears", xlim=(0, 0.65))
 
 
-def _draw_steps(axes: Any, recovery: Sequence[dict[str, Any]], colours: dict[str, str]) -> None:
+def _draw_steps(axes: Any, recovery: Sequence[dict[str, Any]], colours: dict[str, Any]) -> None:
     by_name = {(row["system"], row["memory"]): row for row in recovery}
-    kinds = dict.fromkeys((row["system"].partition("+")[0], row["memory"]) for row in recovery if row["memory"] < 1)
+    kinds = dict.fromkeys((row["system"].rpartition("+")[0], row["memory"]) for row in recovery if row["memory"] < 1)
     for kind, memory in kinds:
         named = [(0, f"{kind}+auto"), *((steps, f"{kind}+polish{steps}") for steps in EXACT)]
         way = f"{kind} at {memory:g}"
@@ -65,14 +65,20 @@ def _draw_steps(axes: Any, recovery: Sequence[dict[str, Any]], colours: dict[str
     axes.set(xlabel="exact steps", xticks=[0, *EXACT])
 
 
-def _draw_time(axes: Any, rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> None:
+def _draw_time(axes: Any, rows: Sequence[dict[str, Any]], colours: dict[str, Any]) -> None:
     """Draw the loss of the base over the seconds until there is a LoRA that gives it."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     points: dict[str, list[tuple[float, float]]] = {}
     for row in (row for row in rows if "stages" in row):
         points.setdefault(_way(row), []).extend(_times(row))
     for way, found in points.items():
         axes.plot(*zip(*sorted(found), strict=True), marker="o", label=way, color=colours[way])
     axes.set(xlabel="seconds", xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _times(row: dict[str, Any]) -> Iterator[tuple[float, float]]:
@@ -85,7 +91,7 @@ def _times(row: dict[str, Any]) -> Iterator[tuple[float, float]]:
         yield sum(row["stages"][stage]["seconds"] for stage in ways[system]), row["systems"][system]["nll"]
 
 
-def _line(axes: Any, label: str, points: Sequence[tuple[float, dict[str, Any]]], colour: str | None = None) -> None:
+def _line(axes: Any, label: str, points: Sequence[tuple[float, dict[str, Any]]], colour: Any = None) -> None:
     """Draw one system's means, with their spread over seeds."""
     points = sorted(points, key=lambda point: point[0])
     if points:
