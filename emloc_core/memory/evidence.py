@@ -19,5 +19,5 @@ class Recovery(NamedTuple):
 RECOVERY = {
     "nf4": Recovery(0.998, 0.996),
     "2.7-bit": Recovery(0.96, 0.99),
-    "1.6-bit": Recovery(0.87, 0.98),
+    "1.6-bit": Recovery(0.88, 0.98),
 }
