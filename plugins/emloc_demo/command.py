@@ -125,8 +125,10 @@ def copy_tasks(package: str, directory: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file unless it is there: it may have been edited since."""
+    """Copy a file unless it is there: it may have been edited since, or be another version's, which is said."""
     if target.exists():
+        if target.read_bytes() != source.read_bytes():
+            click.echo(f"kept {target}, which differs from that of this version", err=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")

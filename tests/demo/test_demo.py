@@ -103,12 +103,15 @@ def test_what_is_prepared_can_be_run(tmp_path, monkeypatch):
     assert [len(load_task(spec)[0].eval_docs) for spec in specs] == [100, 24]
 
 
-def test_what_is_there_is_kept(tmp_path, monkeypatch):
+def test_what_is_there_is_kept_and_said_to_be_if_it_differs(tmp_path, monkeypatch, capsys):
     written = []
     monkeypatch.setattr(emloc_demo.model, "write_base", lambda path: (written.append(path), path.mkdir()))
     recipe = prepare(tmp_path)
+    prepare(tmp_path)
+    assert "kept" not in capsys.readouterr().err
     recipe.write_text("# mine")
     prepare(tmp_path)
+    assert f"kept {recipe}, which differs" in capsys.readouterr().err
     assert len(written) == 1
     assert recipe.read_text() == "# mine"
 
