@@ -1,5 +1,6 @@
 """The figure of ``quality.py``: what every way gives, over memory, over exact steps, and over time."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ def draw(recovery: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> 
     FigureCanvasSVG(drawing)
     grid = drawing.subplots(3, len(TASKS))
     ways = sorted({_way(row) for row in rows})  # of one colour in all columns
-    colours = dict(zip(ways, colormaps["tab20"].colors, strict=False))
+    colours = dict(zip(ways, itertools.cycle(colormaps["tab20"].colors), strict=False))
     for task, (over_memory, over_steps, over_time) in zip(TASKS, grid.T, strict=True):
         over_memory.set(title=task)
         _draw_memory(over_memory, [row for row in recovery if row["task"] == task])

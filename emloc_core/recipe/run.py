@@ -152,7 +152,7 @@ def _controls(train: TrainSettings, polish: PolishSettings | None) -> Iterable[t
     """Yield what polishing is compared with: name, purpose, and what differs from ordinary training of the base."""
     if polish is None:
         return
-    # From the start, steps need the learning rate of tuning, not one that is for what is nearly as good as it can be.
+    # Steps from scratch need the learning rate of tuning; that of polishing is for a LoRA that is nearly done.
     steps = polish.model_dump(exclude_unset=True, exclude={"learning_rate"}) | {"steps": polish.steps, "epochs": None}
     alone = TrainSettings(**{**train.model_dump(), **steps})
     yield "exact_alone", "take the exact steps alone, as a control", {"settings": alone, "exact": True}

@@ -1,5 +1,6 @@
 """``emloc demo``."""
 
+import filecmp
 import os
 import shutil
 from collections.abc import Callable
@@ -125,9 +126,9 @@ def copy_tasks(package: str, directory: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file unless it is there: it may have been edited since, or be another version's, which is said."""
+    """Copy a file unless it is there: it may have been edited since, or be of another version; say so if it differs."""
     if target.exists():
-        if target.read_bytes() != source.read_bytes():
+        if not filecmp.cmp(source, target, shallow=False):
             click.echo(f"kept {target}, which differs from that of this version", err=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
