@@ -17,6 +17,7 @@ from torch import nn
 from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
 from emloc_core.adapters.belonging import require_shapes
 from emloc_core.adapters.held_out import summed_loss, with_lora
+from emloc_core.adapters.moments import copy_moments, hash_moments
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import SELECTION, Row, load_rows
@@ -111,6 +112,7 @@ class Correct:
         _require_match(self.adapter, self.emulator, emulator, self.base, base)
         request = {
             "adapter": self.adapter.fingerprint(files),
+            **hash_moments(self.adapter.directory, files),
             "base": base,
             "emulator": emulator,
             **self.settings.model_dump(),
@@ -176,6 +178,7 @@ class Correct:
             config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
             loras = {path: corrected[chosen] for path, corrected in found.items()}
             write_adapter(staging, config, loras, {CORRECTED: str(compared[chosen].clamp)})
+            copy_moments(self.adapter.directory, staging)
             self.base.copy_processing(staging)
             self.output.result = {**self._result(compared, chosen, losses), CONTENT: content_hash(staging)}
         return self.output.path

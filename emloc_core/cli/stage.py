@@ -116,6 +116,8 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
         yield from _lengths(content)
         targets = ", ".join(content["target_modules"])
         yield f"{content['steps']} steps at a learning rate of {content['learning_rate']:g}; LoRA on {targets}"
+        if content.get("second_moments") is False:
+            yield "the adapter has no second moments of its tuning: the better it is, the lower the rate should be"
         if read := content.get("step_read_bytes"):
             yield f"weights read per step, every block twice: {human_bytes(read)}"
     elif stage == "eval":

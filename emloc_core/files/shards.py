@@ -166,7 +166,7 @@ class ShardWriter:
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors in memory as one safetensors file, which appears when it is complete.
 
-    Its header holds a hash, by which :func:`remove_damaged` checks it.
+    Its header holds a hash, by which :func:`is_intact` checks it.
     """
     layout = {key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
     known = dict(metadata or {})
@@ -182,14 +182,15 @@ def remove_damaged(shards: Iterable[Path]) -> bool:
     Returns:
         Whether there were any. Paths that do not exist do not count.
     """
-    damaged = [shard for shard in shards if shard.exists() and not _is_intact(shard)]
+    damaged = [shard for shard in shards if shard.exists() and not is_intact(shard)]
     for shard in damaged:
         click.echo(f"emloc: {shard} is damaged and will be made again.", err=True)
         shard.unlink()
     return bool(damaged)
 
 
-def _is_intact(shard: Path) -> bool:
+def is_intact(shard: Path) -> bool:
+    """Return whether a file is what :func:`write_shard` wrote."""
     try:
         tensors, metadata = read_header(shard)
     except EmlocError:

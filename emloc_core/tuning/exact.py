@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
+from emloc_core.adapters.moments import FILE, hash_moments, load_moments
 from emloc_core.data.tokenize import Processing
 from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError
@@ -110,9 +111,10 @@ class ExactTrain(Train):
         need = self._need(config)
         boundaries = self._boundaries(config, need["boundaries"])
         room = 0 if self.memory is None else self.memory - sum(need.values())
+        start = self._lora()
         set_seed(config.seed)  # as TRL does before it makes a LoRA
         with refusing(SETTINGS):
-            lora = lora_on(self.skeleton, self._lora(), config.device)
+            lora = lora_on(self.skeleton, start, config.device)
         balance_no_experts(lora.config)
         with refusing(SETTINGS):
             trainer = _ExactTrainer(
@@ -126,7 +128,7 @@ class ExactTrain(Train):
         blocks = [tower.blocks for tower in self.family.towers]
         base: Any = lora.get_base_model()
         steps = ExactSteps(base, self.skeleton, blocks, config.device, room, boundaries)
-        trainer.attach(steps, self.settings.batch_size)
+        trainer.attach(steps, self.settings.batch_size, start if isinstance(start, Path) else None)
         return trainer
 
     def _held_out(self, config: TrainingArguments) -> BaseLoss:
@@ -207,9 +209,12 @@ class Polish(ExactTrain):
         require_shapes(adapter, self.skeleton.model)
 
     def describe(self) -> dict[str, Any]:
-        """Return what :meth:`ExactTrain.describe` does; the adapter is made for the base, as far as manifests tell."""
+        """Return what :meth:`ExactTrain.describe` does, and whether the optimiser begins with moments of tuning.
+
+        The adapter is made for the base, as far as manifests tell.
+        """
         self._require_base(Inputs(self.path.resolve().parent))
-        return super().describe()
+        return {**super().describe(), "second_moments": (self.start.directory / FILE).exists()}
 
     @property
     def warnings(self) -> list[str]:
@@ -224,7 +229,8 @@ class Polish(ExactTrain):
 
     def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
         self._require_base(files)
-        return {**super()._request(files, processes), "adapter": self.start.fingerprint(files)}
+        start = {"adapter": self.start.fingerprint(files), **hash_moments(self.start.directory, files)}
+        return {**super()._request(files, processes), **start}
 
     def _inputs(self) -> dict[str, str]:
         return {**super()._inputs(), "adapter": str(self.start.directory.absolute())}
@@ -243,12 +249,19 @@ def _as_they_are(rows: list[Any]) -> Any:
 class _ExactTrainer(LoraTrainer):
     """Gets all rows of a step at once, and takes their gradients by exact steps."""
 
-    def attach(self, steps: ExactSteps, micro_batch: int) -> None:
-        """Take gradients by these steps, ``micro_batch`` rows at a time."""
-        self._steps, self._micro_batch = steps, micro_batch
+    def attach(self, steps: ExactSteps, micro_batch: int, start: Path | None) -> None:
+        """Take gradients by these steps, ``micro_batch`` rows at a time, from an adapter or from scratch."""
+        self._steps, self._micro_batch, self._start = steps, micro_batch, start
         collate: Any = self.data_collator
         self._collate, self.data_collator = collate, _as_they_are
         self.accelerator.device_placement = False  # of the model, and of whole batches
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create it; it begins with the moments of the adapter, if there are any."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self._start:
+            load_moments(self._start, self.lora, optimizer)
+        return optimizer
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """Leave the model where it is: its LoRA is on the device, and the rest is not there."""

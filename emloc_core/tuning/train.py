@@ -17,11 +17,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, ProcessorMixin, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from emloc_core.adapters.adapter import content_hash
+from emloc_core.adapters.moments import write_moments
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.data.tokenize import Processing, load_processing, require_readable
 from emloc_core.emulator.declared import find_linears
@@ -277,8 +277,7 @@ class Train:
         trainer.lora.peft_config["default"].base_model_name_or_path = str(self.model.directory.absolute())
         saved = TrainerState.load_from_json(str(resume / STATE)) if resume else None
         if saved and is_over(saved):  # interrupted after the last step: train() might add one
-            set_peft_model_state_dict(trainer.lora, load_peft_weights(str(resume), device="cpu"))
-            trainer.state = saved
+            trainer.restore(saved)
         else:
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -346,6 +345,7 @@ class Train:
                 raise EmlocError(f"After the last step {name} is not finite.", DIVERGED, code="not-finite")
         (staging / "README.md").unlink(missing_ok=True)  # PEFT would add to the card that a killed run began
         trainer.lora.save_pretrained(str(staging), save_embedding_layers=False)
+        write_moments(staging, trainer.lora, trainer.optimizer)
         config = read_json(staging / "adapter_config.json")
         config["target_modules"] = self.targets  # PEFT writes a set, in random order
         config["base_model_name_or_path"] = self._name()  # only now: PEFT would fetch from the hub what it names

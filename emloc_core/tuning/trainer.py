@@ -75,8 +75,18 @@ class LoraSteps(Trainer):
 
     def load_step(self, step: int) -> None:
         """Load the LoRA of the checkpoint of a step."""
-        checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
-        set_peft_model_state_dict(self.lora, load_peft_weights(str(checkpoint), device="cpu"))
+        set_peft_model_state_dict(self.lora, load_peft_weights(str(self._checkpoint(step)), device="cpu"))
+
+    def restore(self, state: TrainerState) -> None:
+        """Be as after the last step of a run that took all its steps and ended before the LoRA was written."""
+        self.state = state
+        self.load_step(state.global_step)
+        optimizer = self._checkpoint(state.global_step) / "optimizer.pt"
+        if optimizer.is_file():
+            self.create_optimizer().load_state_dict(torch.load(optimizer, self.args.device, weights_only=True))
+
+    def _checkpoint(self, step: int) -> Path:
+        return Path(str(self.args.output_dir)) / f"checkpoint-{step}"
 
     def _load_best_model(self) -> None:
         """Leave it to :meth:`load_step`: transformers' path of the best checkpoint is from before the output moved."""

@@ -79,7 +79,7 @@ def test_it_learns_what_generalises_to_rows_left_out(trained: Path, tiny_model: 
 def test_it_leaves_a_plain_adapter_and_says_what_was_done(trained: Path, tiny_model: Path):
     assert {path.name for path in trained.iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "emloc.json", "log.json", "timing.json"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "second_moments.adam"),
     }
     adapter = Adapter(trained)
     assert len(adapter.loras) == 3 * len(LINEARS)
@@ -299,7 +299,8 @@ def test_killed_and_run_again_it_gives_the_same_adapter(
     assert len(taken) == steps
     again, before = (load_file(path / "adapter_model.safetensors") for path in (output, trained))
     assert all(torch.equal(again[key], before[key]) for key in before)
-    assert (output / "adapter_config.json").read_bytes() == (trained / "adapter_config.json").read_bytes()
+    for name in ("adapter_config.json", "second_moments.adam"):
+        assert (output / name).read_bytes() == (trained / name).read_bytes()
     assert read_manifest(output)["result"] == read_manifest(trained)["result"]
     assert (output / "log.json").read_bytes() == (trained / "log.json").read_bytes()
     assert not (output / "checkpoints").exists()

@@ -1,0 +1,102 @@
+"""How large a LoRA's gradients were while it was tuned, kept beside it for the exact steps that begin from it.
+
+Adam divides the step of every number by the root of the mean square of its gradients (arXiv 1412.6980). An optimiser
+without a past knows the first gradient alone: whatever its size, every number moves by the whole learning rate, which
+undoes a good start. With the second moments of tuning, steps are small where little is left to gain.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.optim import Adam, Optimizer
+
+from emloc_core.errors import EmlocError
+from emloc_core.files.inputs import Inputs
+from emloc_core.files.own import require_own_files
+from emloc_core.files.shards import is_intact, write_shard
+
+#: A safetensors file, whose name keeps it from servers that load all of a LoRA's ``*.safetensors``.
+FILE = "second_moments.adam"
+#: As how many steps those of tuning count, however many they were: the base's gradients are others than the emulator's.
+#: With 10, no step of a number is larger than the learning rate, even if its gradients were zero so far.
+_COUNTED = 10
+_REMEDY = f"Remove {FILE} to begin without, at a lower learning rate, or train again."
+
+
+def write_moments(directory: Path, lora: PeftModel, optimizer: Optimizer | None) -> None:
+    """Write the mean squares of a LoRA's gradients, in bf16 under the names of its weights, if the optimiser has them.
+
+    Args:
+        directory: of the adapter.
+        lora: the model with the LoRA.
+        optimizer: Adam or AdamW, maybe wrapped by accelerate; any other one leaves nothing behind.
+    """
+    optimizer, tensors = getattr(optimizer, "optimizer", optimizer), {}
+    if isinstance(optimizer, Adam):
+        names = _names(lora)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter)
+                if state:  # a LoRA that no row passes through has none
+                    known = 1 - group["betas"][1] ** float(state["step"])
+                    tensors[names[parameter]] = (state["exp_avg_sq"] / known).to(torch.bfloat16).cpu()
+    if tensors:
+        write_shard(directory / FILE, dict(sorted(tensors.items())))
+
+
+def copy_moments(source: Path, target: Path) -> None:
+    """Copy those of an adapter, if it has any."""
+    if (source / FILE).exists():
+        require_own_files(source, [FILE])
+        shutil.copyfile(source / FILE, target / FILE)
+
+
+def hash_moments(directory: Path, files: Inputs) -> dict[str, str]:
+    """Return what a request says of those of an adapter; nothing if it has none."""
+    return {"second_moments": files.hash([directory / FILE])} if (directory / FILE).exists() else {}
+
+
+def load_moments(directory: Path, lora: PeftModel, optimizer: Optimizer) -> None:
+    """Begin with those of an adapter, if it has any and the optimiser uses them.
+
+    Args:
+        directory: of the adapter.
+        lora: the model with the LoRA.
+        optimizer: for its parameters; without a state.
+
+    Raises:
+        EmlocError: the file is damaged, or belongs to another LoRA.
+    """
+    path = directory / FILE
+    if not path.exists() or not isinstance(optimizer, Adam):
+        return
+    require_own_files(directory, [FILE])
+    if not is_intact(path):
+        raise EmlocError(f"{path} is not what was written there.", _REMEDY, code="damaged")
+    tensors, names = load_file(path), _names(lora)
+    for key, tensor in tensors.items():
+        if not bool((tensor >= 0).all() and tensor.isfinite().all()):
+            raise EmlocError(f"{key} in {path} is not a mean of squares.", _REMEDY, code="not-finite")
+    shapes = {names[parameter]: parameter.shape for group in optimizer.param_groups for parameter in group["params"]}
+    if wrong := [key for key, tensor in tensors.items() if shapes.get(key) != tensor.shape]:
+        raise EmlocError(f"{path} is of another LoRA than that beside it: {wrong[0]}.", _REMEDY, code="mismatch")
+    state, index = optimizer.state_dict(), 0
+    for group in optimizer.param_groups:
+        known = 1 - group["betas"][1] ** _COUNTED
+        for parameter in group["params"]:
+            if (found := tensors.get(names[parameter])) is not None:
+                state["state"][index] = {
+                    "step": torch.tensor(float(_COUNTED)),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": known * found.float(),
+                }
+            index += 1
+    optimizer.load_state_dict(state)  # which moves everything to its place
+
+
+def _names(lora: PeftModel) -> dict[torch.nn.Parameter, str]:
+    """Return what PEFT calls the parameters of a LoRA in its file."""
+    return {parameter: name.replace(".default.weight", ".weight") for name, parameter in lora.named_parameters()}
