@@ -114,43 +114,59 @@ def control(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[
 _HOW = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": 8}
 
 
-def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
-    """Make an emulator, tune a LoRA on it, carry it over, take exact steps, and measure it all."""
-    from emloc_core.adapters.adapter import Adapter
-    from emloc_core.adapters.correct import Correct
+def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: "Metered") -> tuple[float, Path, Path]:
+    """Make an emulator, and tune a LoRA on it; return the emulator's share of the memory, and both directories."""
     from emloc_core.data.rows import load_rows
     from emloc_core.emulator.compress import Compress
     from emloc_core.files.checkpoint import Checkpoint
-    from emloc_core.files.output import read_manifest
-    from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
+    from emloc_core.settings import CompressSettings, TrainSettings
     from emloc_core.tuning.train import Train
 
-    checkpoint, metered = Checkpoint(base), Metered()
     given = {"kind": cell.kind, "seed": cell.seed, "selection": 0} | VARIANTS.get(cell.kind, {})
     if cell.ratio is not None:
         given["ratio"] = cell.ratio
-    compress = Compress(checkpoint, load_rows(str(rows["calibration"])), place / "emulator", CompressSettings(**given))
+    samples = load_rows(str(rows["calibration"]))
+    compress = Compress(Checkpoint(base), samples, place / "emulator", CompressSettings(**given))
     share = taken(compress)
     emulator = metered("compress", compress.run)
     tune = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **_HOW)
     adapter = metered("train", Train(emulator, str(rows["tuning"]), place / "adapter", tune).run)
-    corrected = {
-        name: metered(name, Correct(Adapter(adapter), checkpoint, place / name, CorrectSettings(clamp=clamp),
-                                  selection=rows["selection"]).run)
+    return share, emulator, adapter
+
+
+def corrected(adapter: Path, base: Path, rows: dict[str, Path], clamp: float | str, output: Path) -> Path:
+    """Carry a LoRA over to the base; return its directory."""
+    from emloc_core.adapters.adapter import Adapter
+    from emloc_core.adapters.correct import Correct
+    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.settings import CorrectSettings
+
+    settings = CorrectSettings(clamp=clamp)
+    return Correct(Adapter(adapter), Checkpoint(base), output, settings, selection=rows["selection"]).run()
+
+
+def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
+    """Make an emulator, tune a LoRA on it, carry it over, take exact steps, and measure it all."""
+    from emloc_core.files.output import read_manifest
+
+    metered = Metered()
+    share, emulator, adapter = tuned(base, place, cell, rows, metered)
+    carried = {
+        name: metered(name, lambda name=name, clamp=clamp: corrected(adapter, base, rows, clamp, place / name))
         for name, clamp in (("paper", 3.0), ("auto", "auto"))
-    }  # fmt: skip
+    }
     # Further seeds say how far what is carried over varies, and variants which should be the default: less is enough.
     in_full = cell.seed == 0 and cell.kind not in LOW_RANK
-    exact_rate, polished = polish(cell, corrected["auto"], base, rows, metered) if in_full else (None, {})
+    exact_rate, exact = polish(cell, carried["auto"], base, rows, metered) if in_full else (None, {})
     # Asked for fp32, transformers leaves some weights of a vision tower in four bits as they are.
     dtype = "auto" if cell.task == PICTURES else "float32"
     on_emulator, on_base = Scores(emulator, rows["test"], 64, dtype), Scores(base, rows["test"])
     systems = {"emulator": on_emulator.of(None), "tuned": on_emulator.of(adapter)} if in_full else {}
-    systems |= {"uncorrected": on_base.of(adapter), "paper": on_base.of(corrected["paper"])}
-    auto = (read_manifest(corrected["auto"]) or {})["result"]
+    systems |= {"uncorrected": on_base.of(adapter), "paper": on_base.of(carried["paper"])}
+    auto = (read_manifest(carried["auto"]) or {})["result"]
     same = {0: "uncorrected", 3: "paper"}.get(auto["clamp"]) if auto.get("scale", 1) == 1 else None
-    systems["auto"] = systems[same] if same else on_base.of(corrected["auto"])
-    systems |= {name: on_base.of(path) for name, path in polished.items()}
+    systems["auto"] = systems[same] if same else on_base.of(carried["auto"])
+    systems |= {name: on_base.of(path) for name, path in exact.items()}
     errors = [linear["relative_error"] for linear in (read_manifest(emulator) or {})["result"]["linears"]]
     return {
         "share": round(share, 4),
@@ -158,6 +174,7 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
         "chosen": {name: auto[name] for name in auto if name in ("clamp", "scale")},
         "candidates": auto["candidates"],
         "exact_rate": exact_rate,
+        "exact_moments": True,
         "systems": systems,
         "stages": metered.stages,
     }
@@ -175,14 +192,15 @@ def baseline(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     tune = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **_HOW)
     adapter = metered("train", Train(place / "emulator", str(rows["tuning"]), place / "adapter", tune).run)
     carried = on_the_base(adapter, made, base, place / "carried")
-    exact_rate, polished = polish(cell, carried, base, rows, metered)
+    exact_rate, exact = polish(cell, carried, base, rows, metered)
     on_emulator, on_base = Scores(place / "emulator", rows["test"], 64), Scores(base, rows["test"])
     systems = {"emulator": on_emulator.of(None), "tuned": on_emulator.of(adapter)}
-    systems |= {name: on_base.of(path) for name, path in {"uncorrected": carried, **polished}.items()}
+    systems |= {name: on_base.of(path) for name, path in {"uncorrected": carried, **exact}.items()}
     return {
         "share": round(made.share, 4),
         "selection": Scores(base, rows["selection"]).of(carried)["nll"],
         "exact_rate": exact_rate,
+        "exact_moments": True,
         "systems": systems,
         "stages": metered.stages,
     }
@@ -211,17 +229,11 @@ def polish(
 
     The rate is half of that of tuning, or a quarter: the better of the two by the loss on the selection rows.
     """
-    from emloc_core.adapters.adapter import Adapter
-    from emloc_core.files.checkpoint import Checkpoint
-    from emloc_core.settings import PolishSettings
-    from emloc_core.tuning.exact import Polish
-
-    checkpoint, selection = Checkpoint(base), Scores(base, rows["selection"])
+    selection = Scores(base, rows["selection"])
 
     def steps(count: int, rate: float) -> Path:
-        how = PolishSettings(steps=count, learning_rate=rate, seed=cell.seed + 1000)  # other rows first than in tuning
-        out = adapter.with_name(f"polish{count}-{rate:g}")
-        return metered(f"polish{count}", Polish(Adapter(adapter), checkpoint, str(rows["tuning"]), out, how).run)
+        output = adapter.with_name(f"polish{count}-{rate:g}")
+        return metered(f"polish{count}", lambda: polished(adapter, base, rows, count, rate, cell.seed, output))
 
     *fewer, most = EXACT
     # Stages with as many steps share a name: what the last one took is kept.
@@ -229,6 +241,19 @@ def polish(
     rate = min(tried, key=lambda rate: selection.of(tried[rate])["nll"])
     found = {most: tried[rate]} | {count: steps(count, rate) for count in fewer}
     return rate, {f"polish{count}": path for count, path in sorted(found.items())}
+
+
+def polished(
+    adapter: Path, base: Path, rows: dict[str, Path], steps: int, rate: float, seed: int, output: Path
+) -> Path:
+    """Take exact steps from an adapter; return the directory of the LoRA."""
+    from emloc_core.adapters.adapter import Adapter
+    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.settings import PolishSettings
+    from emloc_core.tuning.exact import Polish
+
+    settings = PolishSettings(steps=steps, learning_rate=rate, seed=seed + 1000)  # other rows first than in tuning
+    return Polish(Adapter(adapter), Checkpoint(base), str(rows["tuning"]), output, settings).run()
 
 
 def taken(compress: Any) -> float:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from emloc_core.files.shards import write_shard
+
 #: Bytes of a number in four bits, scales included, over those of bf16.
 _FOUR_BITS = (0.5 + 1 / 64 + 4 / (64 * 256)) / 2
 _GROUP, _ALIGNED = 64, 16
@@ -152,13 +154,32 @@ def make(name: str, memory: float, base: Path, rows: Path, output: Path) -> Stan
 
 
 def on_the_base(adapter: Path, found: StandIn, base: Path, output: Path) -> Path:
-    """Write what an adapter of a stand-in is on the base, which has more blocks and features: zeros there."""
+    """Write what an adapter of a stand-in is on the base, which has more blocks and features: zeros there.
+
+    Its moments go with it, so that exact steps begin as from an emulator's LoRA.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from emloc_core.adapters.moments import FILE
 
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).state_dict()
-    tensors = {}
-    for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
+    output.mkdir()
+    lora = _widened(load_file(adapter / "adapter_model.safetensors"), found, weights)
+    save_file(lora, output / "adapter_model.safetensors", {"format": "pt"})
+    write_shard(output / FILE, _widened(load_file(adapter / FILE), found, weights))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base.absolute())
+    (output / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return output
+
+
+def _widened(
+    tensors: dict[str, torch.Tensor], found: StandIn, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return tensors in the shapes of a LoRA, by its keys, as they are for the base's weights."""
+    widened = {}
+    for key, tensor in tensors.items():
         parts = key.split(".")
         name, at = parts[-3], parts.index("layers") + 1
         index = int(parts[at])
@@ -167,13 +188,8 @@ def on_the_base(adapter: Path, found: StandIn, base: Path, output: Path) -> Path
         kept, axis = (found.inputs, 1) if parts[-2] == "lora_A" else (found.outputs, 0)
         whole = tensor.new_zeros((tensor.shape[0], n) if axis else (m, tensor.shape[1]))
         features = kept[name][index] if name in kept else torch.arange(tensor.shape[axis])
-        tensors[".".join(parts)] = whole.index_copy(axis, features, tensor)
-    output.mkdir()
-    save_file(tensors, output / "adapter_model.safetensors", {"format": "pt"})
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(base.absolute())
-    (output / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return output
+        widened[".".join(parts)] = whole.index_copy(axis, features, tensor)
+    return widened
 
 
 def _build(base: Any, **changes: Any) -> Any:

@@ -1,10 +1,14 @@
-"""Writes what comes from the code: commands, settings, plugin hooks, and the maps of the code. Run by `make docs`."""
+"""Writes what comes from the code and the benchmarks: commands, settings, hooks, maps of the code, tables of results.
+
+Run by `make docs`.
+"""
 
 import ast
 import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -222,6 +226,13 @@ def _map(entries: dict[str, str]) -> str:
     return "".join(f"{name:{width}}{sentence.replace('`', '')}\n" for name, sentence in entries.items())
 
 
+def measured(page: str, benchmark: str) -> str:
+    """Return a page with the first table of a benchmark's results."""
+    results = (ROOT / "benchmarks" / "results" / f"{benchmark}.md").read_text(encoding="utf-8")
+    table = next(part for part in results.split("\n\n") if part.startswith("|"))
+    return _between_marks(HERE / page, f"{table.strip()}\n", benchmark)
+
+
 def notebook() -> str:
     """Return the tutorial as a notebook: a cell per block of Python, and one per text between them."""
     text = (HERE / "tutorial.md").read_text(encoding="utf-8")
@@ -257,6 +268,8 @@ PAGES: dict[Path, Callable[[], str]] = {
     HERE / "settings.md": settings_page,
     HERE / "recipes.md": recipes_page,
     HERE / "architecture.md": architecture_page,
+    HERE / "evidence.md": partial(measured, "evidence.md", "quality"),
+    HERE / "polish.md": partial(measured, "polish.md", "rates"),
     ROOT / "README.md": readme,
     ROOT / "examples" / "first_model.ipynb": notebook,
 }

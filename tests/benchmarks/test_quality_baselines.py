@@ -5,10 +5,14 @@ import quality_baselines as baselines
 import torch
 from emloc_llama import TINY
 from peft import PeftModel
+from safetensors.torch import load_file
 from support.adapters import make_adapter
 from support.models import save_tiny_model
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM
+
+from emloc_core.adapters.moments import FILE
+from emloc_core.files.shards import write_shard
 
 IDS = torch.arange(24)[None] % 120
 SIZES = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -47,7 +51,11 @@ def test_a_lora_is_carried_to_where_its_weights_are_in_the_base(name, base, rows
     found = baselines.make(name, 0.5, base, rows, tmp_path / "half")
     assert 0.4 < found.share <= 0.55
     adapter = make_adapter(tmp_path / "half", tmp_path / "adapter")
+    write_shard(adapter / FILE, load_file(adapter / "adapter_model.safetensors"))
     carried = baselines.on_the_base(adapter, found, base, tmp_path / "carried")
+    widened = [load_file(carried / name) for name in ("adapter_model.safetensors", FILE)]
+    assert widened[0].keys() == widened[1].keys()
+    assert all(torch.equal(widened[0][key], widened[1][key]) for key in widened[0])
     model = loaded(base).to(torch.bfloat16).float()
     for index, layer in enumerate(model.model.layers):
         for module, of in ((layer.self_attn.o_proj, "o_proj"), (layer.mlp.down_proj, "down_proj")):

@@ -1,0 +1,85 @@
+"""At which learning rate exact steps are best taken, beginning with the moments of tuning and without them.
+
+Starts are cells of ``quality.py``: an emulator, a LoRA tuned on it, carried over to the base. From there 20 exact steps
+are taken at shares of tuning's learning rate. All but the last are tuned at the best of several rates; the last, at a
+careful one, is nearly the text demo. The loss is that of ``quality.py``, on the same test rows.
+
+About an hour. Every start is added to ``results/rates.json`` as soon as it is measured, and not repeated.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, goal, in_process, markdown, write_results
+from quality import Metered, Scores, base_of, corrected, digest, polished, tuned, write_rows
+from quality_cells import PICTURES, Cell
+
+ROOT = Path("build/quality")
+STARTS = (
+    Cell(PICTURES, "nf4", 0.28, 0, 60, 8e-3),
+    Cell("arithmetic", "nf4-plain", 0.28, 0, 60, 2e-3),
+    Cell("arithmetic", "low-rank-paper", 0.28, 0, 60, 2e-3),
+    Cell("classification", "nf4-plain", 0.28, 0, 60, 2e-3),
+    Cell("extraction", "low-rank", 0.6, 0, 60, 5e-4),
+)
+STEPS, SHARES = 20, (2, 1, 1 / 2, 1 / 4, 1 / 8)
+WITH, WITHOUT = "with moments", "without"
+
+
+def measure(values: dict[str, Any]) -> dict[str, Any]:
+    """Measure a start; called in a process of its own."""
+    from emloc_core.adapters.moments import FILE
+
+    cell = Cell(**values)
+    place = ROOT / f"rates-{cell.name}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    rows, base = write_rows(place, cell, ROOT), base_of(cell.task, ROOT)
+    _, _, adapter = tuned(base, place, cell, rows, Metered())
+    start = corrected(adapter, base, rows, "auto", place / "start")
+    fresh = Path(shutil.copytree(start, place / "fresh"))
+    (fresh / FILE).unlink()
+    scores, losses = Scores(base, rows["test"]), {}
+    for name, at in ((WITH, start), (WITHOUT, fresh)):
+        for share in SHARES:
+            output = place / f"{at.name}-{share:g}"
+            polished(at, base, rows, STEPS, share * cell.learning_rate, cell.seed, output)
+            losses[f"{name}, {share:g}"] = scores.of(output)["nll"]
+    found = {**values, "base": digest(base), "start": scores.of(start)["nll"], "losses": losses}
+    shutil.rmtree(place)
+    return found
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Write what was measured so far."""
+    shares = [f"{share:g}" for share in SHARES]
+    table = markdown(
+        ["start", "tuned at", "before", "exact steps", *shares],
+        [
+            [f"{row['task']}, `{row['kind']}`", f"{row['learning_rate']:g}", f"{row['start']:.3f}", name]
+            + [f"{row['losses'][f'{name}, {share}']:.3f}" for share in shares]
+            for row in rows
+            for name in (WITH, WITHOUT)
+        ],
+    )
+    worst = max(row["losses"][f"{WITH}, {share:g}"] / row["start"] for row in rows for share in (0.5, 0.25))
+    goals = [goal("with moments, at half and a quarter: loss over that before", "below 1", round(worst, 3), worst < 1)]
+    write_results("rates", "make bench-rates", rows, goals, table)
+
+
+def main() -> None:
+    ROOT.mkdir(parents=True, exist_ok=True)
+    results = RESULTS / "rates.json"
+    rows: list[dict[str, Any]] = json.loads(results.read_text())["rows"] if results.exists() else []
+    for cell in STARTS:
+        if not any(all(row[name] == value for name, value in asdict(cell).items()) for row in rows):
+            rows.append(in_process(measure, asdict(cell)))
+            report(rows)
+    report(rows)
+
+
+if __name__ == "__main__":
+    main()
