@@ -21,7 +21,7 @@ from emloc_core.files.shards import is_intact, write_shard
 #: A safetensors file, whose name keeps it from servers that load all of a LoRA's ``*.safetensors``.
 FILE = "second_moments.adam"
 #: As how many steps those of tuning count, however many they were: the base's gradients are others than the emulator's.
-#: With 10, no step of a number is larger than the learning rate, even if its gradients were zero so far.
+#: With 10, no number moves by much more than the learning rate, even if its gradients were zero so far.
 _COUNTED = 10
 _REMEDY = f"Remove {FILE} to begin without, at a lower learning rate, or train again."
 
