@@ -164,7 +164,10 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
 
 
 def best_table(table: Table) -> str:
-    """Return every way at its best rate, with its recovery in brackets, in Markdown: as in ``docs/evidence.md``."""
+    """Return every way at its best rate, with its recovery in brackets, in Markdown: as in ``docs/evidence.md``.
+
+    Exact steps that began without the moments of tuning, as all did once, are marked with °.
+    """
     header = ["task", "stand-in", "memory", "learning rate", "as it is", "tuned", "base with that LoRA",
               "`auto`, and what it chose", "and 20 exact steps"]  # fmt: skip
     first = [row for row in table.best if row["seed"] == 0 and row["kind"] != SCRATCH]
@@ -179,6 +182,8 @@ def best_table(table: Table) -> str:
         alone, tuned = ("base", FULL) if row["kind"] == FULL else ("emulator", "tuned")
         uncorrected, auto, polished = (table.told(row, system) for system in ("uncorrected", "auto", "polish20"))
         auto = ", ".join(filter(None, (auto, chosen(row))))
+        if polished and not row.get("exact_moments"):
+            polished += " °"
         own = (f"{systems[each]['nll']:.3f}" if each in systems else "" for each in (alone, tuned))
         task = row["task"] if of_task[row["task"]] == 1 else f"{row['task']}, base {row['base']}"
         lines.append([task, name, f"{row.get('share', 1):.3f}", f"{row['learning_rate']:g}", *own,

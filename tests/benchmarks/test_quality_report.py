@@ -86,3 +86,12 @@ def test_bases_are_told_apart_where_there_are_several():
     table = best_table(Table([*rows, control("b")]))
     assert "| pictures, base a | `nf4` | 0.259 |" in table
     assert "| pictures, base b | the base itself, 60 steps |" in table
+
+
+@pytest.mark.parametrize("moments", [True, False])
+def test_exact_steps_without_moments_are_marked(moments):
+    longer = control() | {"steps": 80}
+    row = emulated("nf4", 0.28, 2.0) | {"exact_moments": moments}
+    row["systems"]["polish20"] = loss(1.5)
+    line = best_table(Table([control(), longer, row])).splitlines()[2]
+    assert line.endswith("| 1.500 (0.938) |" if moments else "| 1.500 (0.938) ° |")
