@@ -21,7 +21,6 @@ ROOT = Path("build/quality")
 STARTS = (
     Cell(PICTURES, "nf4", 0.28, 0, 60, 8e-3),
     Cell("arithmetic", "nf4-plain", 0.28, 0, 60, 2e-3),
-    Cell("arithmetic", "low-rank-paper", 0.28, 0, 60, 2e-3),
     Cell("classification", "nf4-plain", 0.28, 0, 60, 2e-3),
     Cell("extraction", "low-rank", 0.6, 0, 60, 5e-4),
 )
