@@ -342,7 +342,9 @@ def main() -> None:
         if time.monotonic() > end:
             break
         print(f"{time.strftime('%H:%M:%S')} {cell.name}", file=sys.stderr, flush=True)
-        rows = [row for row in rows if row not in old] + [in_process(measure, root, asdict(cell))]
+        new = in_process(measure, root, asdict(cell))
+        # A base that is trained on another machine is another one, whose measurements stay.
+        rows = [row for row in rows if row not in old or row["base"] != new["base"]] + [new]
         report(rows)
     if rows and not options.list:
         report(rows)
