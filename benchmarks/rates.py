@@ -1,10 +1,10 @@
 """At which learning rate exact steps are best taken, beginning with the moments of tuning and without them.
 
 Starts are cells of ``quality.py``: an emulator, a LoRA tuned on it, carried over to the base. From there 20 exact steps
-are taken at shares of tuning's learning rate. All but the last are tuned at the best of several rates; the last, at a
-careful one, is nearly the text demo. The loss is that of ``quality.py``, on the same test rows.
+are taken at shares of tuning's learning rate, which is the best of several. The loss is that of ``quality.py``, on the
+same test rows.
 
-About an hour. Every start is added to ``results/rates.json`` as soon as it is measured, and not repeated.
+About half an hour. Every start is added to ``results/rates.json`` as soon as it is measured, and not repeated.
 """
 
 import json
@@ -22,7 +22,6 @@ STARTS = (
     Cell(PICTURES, "nf4", 0.28, 0, 60, 8e-3),
     Cell("arithmetic", "nf4-plain", 0.28, 0, 60, 2e-3),
     Cell("classification", "nf4-plain", 0.28, 0, 60, 2e-3),
-    Cell("extraction", "low-rank", 0.6, 0, 60, 5e-4),
 )
 STEPS, SHARES = 20, (2, 1, 1 / 2, 1 / 4, 1 / 8)
 WITH, WITHOUT = "with moments", "without"
