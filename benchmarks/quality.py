@@ -97,21 +97,12 @@ def write_rows(place: Path, cell: Cell, root: Path) -> dict[str, Path]:
 
 def control(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
     """Tune the base itself, and measure it."""
-    from emloc_core.settings import TrainSettings
-    from emloc_core.tuning.exact import ExactTrain
-    from emloc_core.tuning.train import Train
-
-    settings = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **_HOW)
-    train: Any = ExactTrain if cell.kind == SCRATCH else Train
     metered = Metered()
-    adapter = metered("train", train(base, str(rows["tuning"]), place / "adapter", settings).run)
+    adapter = trained(base, place / "adapter", cell, rows, metered, exact=cell.kind == SCRATCH)
     scored = Scores(base, rows["test"])
     selection = Scores(base, rows["selection"]).of(adapter)["nll"]
     systems = {"base": scored.of(None), cell.kind: scored.of(adapter)}
     return {"systems": systems, "selection": selection, "stages": metered.stages}
-
-
-_HOW = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": 8}
 
 
 def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: "Metered") -> tuple[float, Path, Path]:
@@ -119,8 +110,7 @@ def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: "
     from emloc_core.data.rows import load_rows
     from emloc_core.emulator.compress import Compress
     from emloc_core.files.checkpoint import Checkpoint
-    from emloc_core.settings import CompressSettings, TrainSettings
-    from emloc_core.tuning.train import Train
+    from emloc_core.settings import CompressSettings
 
     given = {"kind": cell.kind, "seed": cell.seed, "selection": 0} | VARIANTS.get(cell.kind, {})
     if cell.ratio is not None:
@@ -129,9 +119,22 @@ def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: "
     compress = Compress(Checkpoint(base), samples, place / "emulator", CompressSettings(**given))
     share = taken(compress)
     emulator = metered("compress", compress.run)
-    tune = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **_HOW)
-    adapter = metered("train", Train(emulator, str(rows["tuning"]), place / "adapter", tune).run)
-    return share, emulator, adapter
+    return share, emulator, trained(emulator, place / "adapter", cell, rows, metered)
+
+
+def trained(
+    model: Path, output: Path, cell: Cell, rows: dict[str, Path], metered: "Metered", *, exact: bool = False
+) -> Path:
+    """Tune a LoRA on a model by ordinary steps, or by exact ones; return its directory."""
+    from emloc_core.settings import TrainSettings
+    from emloc_core.tuning.exact import ExactTrain
+    from emloc_core.tuning.train import Train
+
+    how = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": 8}
+    settings = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **how)
+    train: type[Train] = ExactTrain if exact else Train
+    adapter: Path = metered("train", train(model, str(rows["tuning"]), output, settings).run)
+    return adapter
 
 
 def corrected(adapter: Path, base: Path, rows: dict[str, Path], clamp: float | str, output: Path) -> Path:
@@ -184,13 +187,9 @@ def baseline(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     """Make a baseline's stand-in, tune a LoRA on it, carry it over as it is, take exact steps, and measure it all."""
     from quality_baselines import make, on_the_base
 
-    from emloc_core.settings import TrainSettings
-    from emloc_core.tuning.train import Train
-
     metered = Metered()
     made = metered("compress", lambda: make(cell.kind, cell.memory, base, rows["calibration"], place / "emulator"))
-    tune = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **_HOW)
-    adapter = metered("train", Train(place / "emulator", str(rows["tuning"]), place / "adapter", tune).run)
+    adapter = trained(place / "emulator", place / "adapter", cell, rows, metered)
     carried = on_the_base(adapter, made, base, place / "carried")
     exact_rate, exact = polish(cell, carried, base, rows, metered)
     on_emulator, on_base = Scores(place / "emulator", rows["test"], 64), Scores(base, rows["test"])

@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from emloc_core.files.shards import write_shard
-
 #: Bytes of a number in four bits, scales included, over those of bf16.
 _FOUR_BITS = (0.5 + 1 / 64 + 4 / (64 * 256)) / 2
 _GROUP, _ALIGNED = 64, 16
@@ -161,6 +159,7 @@ def on_the_base(adapter: Path, found: StandIn, base: Path, output: Path) -> Path
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from emloc_core.adapters.moments import FILE
+    from emloc_core.files.shards import write_shard
 
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).state_dict()

@@ -34,15 +34,14 @@ def write_moments(directory: Path, lora: PeftModel, optimizer: Optimizer | None)
         lora: the model with the LoRA.
         optimizer: Adam or AdamW, maybe wrapped by accelerate; any other one leaves nothing behind.
     """
-    optimizer, tensors = getattr(optimizer, "optimizer", optimizer), {}
-    if isinstance(optimizer, Adam):
-        names = _names(lora)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                state = optimizer.state.get(parameter)
-                if state:  # a LoRA that no row passes through has none
-                    known = 1 - group["betas"][1] ** float(state["step"])
-                    tensors[names[parameter]] = (state["exp_avg_sq"] / known).to(torch.bfloat16).cpu()
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(optimizer, Adam):
+        return
+    names, tensors = _names(lora), {}
+    for parameter, beta in _parameters(optimizer):
+        if state := optimizer.state.get(parameter):  # a LoRA that no row passes through has none
+            known = 1 - beta ** float(state["step"])
+            tensors[names[parameter]] = (state["exp_avg_sq"] / known).to(torch.bfloat16).cpu()
     if tensors:
         write_shard(directory / FILE, dict(sorted(tensors.items())))
 
@@ -80,21 +79,25 @@ def load_moments(directory: Path, lora: PeftModel, optimizer: Optimizer) -> None
     for key, tensor in tensors.items():
         if not bool((tensor >= 0).all() and tensor.isfinite().all()):
             raise EmlocError(f"{key} in {path} is not a mean of squares.", _REMEDY, code="not-finite")
-    shapes = {names[parameter]: parameter.shape for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = _parameters(optimizer)
+    shapes = {names[parameter]: parameter.shape for parameter, _ in parameters}
     if wrong := [key for key, tensor in tensors.items() if shapes.get(key) != tensor.shape]:
         raise EmlocError(f"{path} is of another LoRA than that beside it: {wrong[0]}.", _REMEDY, code="mismatch")
-    state, index = optimizer.state_dict(), 0
-    for group in optimizer.param_groups:
-        known = 1 - group["betas"][1] ** _COUNTED
-        for parameter in group["params"]:
-            if (found := tensors.get(names[parameter])) is not None:
-                state["state"][index] = {
-                    "step": torch.tensor(float(_COUNTED)),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": known * found.float(),
-                }
-            index += 1
-    optimizer.load_state_dict(state)  # which moves everything to its place
+    state = {
+        index: {
+            "step": torch.tensor(float(_COUNTED)),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": (1 - beta**_COUNTED) * tensors[names[parameter]].float(),
+        }
+        for index, (parameter, beta) in enumerate(parameters)
+        if names[parameter] in tensors
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # which moves everything to its place
+
+
+def _parameters(optimizer: Adam) -> list[tuple[torch.nn.Parameter, float]]:
+    """Return the parameters of an optimiser in the order of its state, each with the decay of its second moments."""
+    return [(parameter, group["betas"][1]) for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _names(lora: PeftModel) -> dict[torch.nn.Parameter, str]:

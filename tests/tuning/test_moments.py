@@ -31,8 +31,9 @@ def lora_on_a_linear():
     return get_peft_model(nn.Sequential(nn.Linear(1, 1)), LoraConfig(r=1, target_modules=["0"])).double()
 
 
-def optimiser(lora, kind=torch.optim.AdamW, **options):
-    return kind([each for each in lora.parameters() if each.requires_grad], lr=RATE, **options)
+def optimiser(lora):
+    trained = [each for each in lora.parameters() if each.requires_grad]
+    return torch.optim.AdamW(trained, lr=RATE, betas=BETAS, weight_decay=0.0, eps=1e-30)
 
 
 def take(lora, optimizer, gradient):
@@ -50,7 +51,7 @@ def take(lora, optimizer, gradient):
 @settings(max_examples=30, deadline=None)
 def test_what_is_written_is_the_mean_square_of_the_gradients(tmp_path_factory, gradients):
     directory, lora = tmp_path_factory.mktemp("moments"), lora_on_a_linear()
-    optimizer = optimiser(lora, weight_decay=0.0, betas=BETAS)
+    optimizer = optimiser(lora)
     for gradient in gradients:
         take(lora, optimizer, gradient)
     write_moments(directory, lora, optimizer)
@@ -67,11 +68,11 @@ def test_what_is_written_is_the_mean_square_of_the_gradients(tmp_path_factory, g
 @settings(max_examples=30, deadline=None)
 def test_steps_are_as_small_as_the_gradients_became_and_never_far_beyond_the_rate(tmp_path_factory, before, now):
     directory, lora = tmp_path_factory.mktemp("moments"), lora_on_a_linear()
-    tuned = optimiser(lora, weight_decay=0.0, betas=BETAS)
+    tuned = optimiser(lora)
     for _ in range(60):
         take(lora, tuned, 10**before)
     write_moments(directory, lora, tuned)
-    optimizer = optimiser(lora, weight_decay=0.0, betas=BETAS, eps=1e-30)
+    optimizer = optimiser(lora)
     load_moments(directory, lora, optimizer)
     moved = [take(lora, optimizer, 10**now)[0] for _ in range(60)]
     assert max(moved) <= 1.15 * RATE
@@ -80,7 +81,7 @@ def test_steps_are_as_small_as_the_gradients_became_and_never_far_beyond_the_rat
     momentum = (1 - BETAS[0]) * 10**now / (1 - BETAS[0] ** 11)
     assert moved[0] == pytest.approx(RATE * momentum / squared**0.5, rel=1e-3)
     fresh = lora_on_a_linear()
-    assert take(fresh, optimiser(fresh, weight_decay=0.0, eps=1e-30), 10**now)[0] == pytest.approx(RATE, rel=0.01)
+    assert take(fresh, optimiser(fresh), 10**now)[0] == pytest.approx(RATE, rel=0.01)
 
 
 @pytest.fixture(scope="module")
