@@ -27,6 +27,8 @@ LEVELS = {
 GROUP = 256
 #: Scales that are tried, times the root mean square of a group: rounding with the best of them loses least.
 _SCALES = torch.linspace(0.5, 1.5, 21)
+#: Numbers for which they are tried at a time: few enough to stay in a processor's cache.
+_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
 def digits(levels: int) -> int:
@@ -157,6 +159,11 @@ def _at(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
     """Return the scale of every group of a row, (m, groups), bf16 and above 0, that loses least without feedback."""
+    rows = max(1, _NUMBERS.get(matrix.device.type, _NUMBERS["cuda"]) // matrix.shape[1])
+    return torch.cat([_scales_of_rows(part, levels) for part in matrix.split(rows)])
+
+
+def _scales_of_rows(matrix: torch.Tensor, levels: int) -> torch.Tensor:
     (m, n), tiny = matrix.shape, torch.finfo(torch.bfloat16).tiny
     values, middles = _levels(levels, matrix)
     padded = functional.pad(matrix, (0, -n % GROUP)).view(m, -1, GROUP)

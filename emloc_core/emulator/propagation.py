@@ -9,6 +9,7 @@ compressed ones before it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import reduce
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import ROWS, Gram, cheaper_side
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
-from emloc_core.model.hooks import forward_hooks, tapped
+from emloc_core.model.hooks import forwards, tapped
 from emloc_core.model.streaming import Stream
 
 #: a: the ridge, as a fraction of the mean diagonal of the emulator's Gram. Pulls R towards the identity.
@@ -193,15 +194,23 @@ def _input(
 def emulating(stream: Stream, modules: Mapping[str, nn.Module], pairs: Pairs, rows: int) -> Iterator[None]:
     """Compute Linears' outputs with their factors for samples that pass through the emulator: from index ``rows``."""
 
-    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor | None]:
-        u, v = pairs[path]
+    def answer(module: nn.Module, pair: tuple[torch.Tensor, torch.Tensor]) -> Callable[..., torch.Tensor]:
+        own, bias = module.forward, getattr(module, "bias", None)
+        *first, last = [factor for factor in reversed(pair) if not _is_identity(factor)] or pair[:1]
 
-        def answer(module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> torch.Tensor | None:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             if stream.sample < rows:
-                return None
-            return functional.linear(functional.linear(args[0], v), u, getattr(module, "bias", None))
+                found: torch.Tensor = own(*args, **kwargs)
+                return found
+            return functional.linear(reduce(functional.linear, first, args[0]), last, bias)
 
-        return answer
+        return forward
 
-    with forward_hooks((module, hook(path)) for path, module in modules.items()):
+    with forwards((module, answer(module, pairs[path])) for path, module in modules.items()):
         yield
+
+
+def _is_identity(factor: torch.Tensor) -> bool:
+    """Return whether it changes nothing: beside a weight that stands for itself, it need not be multiplied by."""
+    m, n = factor.shape
+    return m == n and bool((factor.diagonal() == 1).all()) and int(factor.count_nonzero()) == m

@@ -7,13 +7,13 @@ relative to its own length, as in :mod:`emloc_core.emulator.sensitivity`.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from emloc_core.algorithms.factorize import Factors
@@ -61,6 +61,7 @@ class Refinement:
     def __init__(self, stream: Stream, block: nn.Module, rows: int, movables: Mapping[str, Movable]) -> None:
         self._stream, self._block, self._rows, self._movables = stream, block, rows, movables
         self._linears: dict[str, Any] = {path: stream.skeleton.model.get_submodule(path) for path in movables}
+        self._names = {module: name for name, module in block.named_modules()}
         self._waiting = [sample for sample in stream.here if sample < rows]
 
     def run(self, epochs: int) -> bool:
@@ -85,14 +86,20 @@ class Refinement:
         """Return ``||(What - W) x|| / ||W x||`` over the inputs x that every Linear has in the emulator, by path."""
         lost, whole = dict.fromkeys(self._movables, 0.0), dict.fromkeys(self._movables, 0.0)
 
-        def note(path: str, exact: torch.Tensor, found: torch.Tensor) -> None:
-            lost[path] += float((found.float() - exact.float()).square().sum(dtype=torch.float64))
-            whole[path] += float(exact.float().square().sum(dtype=torch.float64))
+        def comparing(path: str, weight: torch.Tensor) -> Callable[..., None]:
+            def compare(module: nn.Module, args: tuple[Any, ...], found: torch.Tensor) -> None:
+                bias = getattr(module, "bias", None)
+                exact = functional.linear(args[0], weight, bias)
+                exact, found = (each if bias is None else each - bias for each in (exact, found))
+                lost[path] += float((found.float() - exact.float()).square().sum(dtype=torch.float64))
+                whole[path] += float(exact.float().square().sum(dtype=torch.float64))
+
+            return compare
 
         weights = self._weights()
-        for row in self._waiting:
-            with self._answering(weights, note):
-                self._outputs(row + self._rows)
+        with forward_hooks((linear, comparing(path, linear.weight)) for path, linear in self._linears.items()):
+            for row in self._waiting:
+                self._outputs(row + self._rows, weights)
         return {path: (lost[path] / whole[path]) ** 0.5 if whole[path] else 0.0 for path in lost}
 
     def _step(self, targets: Mapping[int, torch.Tensor], rows: list[int]) -> None:
@@ -109,34 +116,14 @@ class Refinement:
         return sum(float(self._loss(weights, row, target)) for row, target in targets.items())
 
     def _loss(self, weights: Mapping[str, torch.Tensor], row: int, target: torch.Tensor) -> torch.Tensor:
-        with self._answering(weights):
-            change = (self._outputs(row + self._rows).float() - target.float()).square().sum(-1)
+        change = (self._outputs(row + self._rows, weights).float() - target.float()).square().sum(-1)
         return (change / target.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {path: of.weight(self._linears[path].weight.dtype) for path, of in self._movables.items()}
 
-    def _outputs(self, sample: int) -> torch.Tensor:
+    def _outputs(self, sample: int, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Return what the block passes on of a sample, with these weights of its Linears in place of its own."""
+        lent = {f"{self._names[self._linears[path]]}.weight": weight for path, weight in (weights or {}).items()}
         with self._stream.arguments(sample) as (args, kwargs):
-            return hidden_states(self._block(*args, **kwargs))
-
-    @contextmanager
-    def _answering(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        note: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None,
-    ) -> Iterator[None]:
-        """Compute the Linears' outputs with these weights, and pass the exact ones and these to ``note``."""
-
-        def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
-            def answer(module: nn.Module, args: tuple[Any, ...], exact: torch.Tensor) -> torch.Tensor:
-                bias = getattr(module, "bias", None)
-                found = functional.linear(args[0], weights[path], bias)
-                if note:
-                    note(path, *(each if bias is None else each - bias for each in (exact, found)))
-                return found
-
-            return answer
-
-        with forward_hooks((linear, hook(path)) for path, linear in self._linears.items()):
-            yield
+            return hidden_states(functional_call(self._block, lent, args, kwargs, tie_weights=False))

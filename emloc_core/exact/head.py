@@ -5,12 +5,14 @@ the projection is read once and nothing of it is recomputed (as in Liger Kernel'
 arXiv 2410.10989).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from emloc_core.model.hooks import forwards
 
 #: Logits at a time, by the type of device; in fp32, with their gradient, eight bytes each. A GPU wants more tokens for
 #: each time that it reads the projection.
@@ -70,14 +72,8 @@ class Head:
     def _logits(self, outputs: Any, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the model's own forward makes of hidden states, (1, n, d): logits, (1, n, vocabulary)."""
         given = type(outputs)(last_hidden_state=hidden)
-        own: Callable[..., Any] | None = self.backbone.__dict__.get("forward")
-        self.backbone.forward = lambda *_args, **_kwargs: given
-        try:
+        with forwards([(self.backbone, lambda *_args, **_kwargs: given)]):
             logits: torch.Tensor = type(self.model).forward(self.model, use_cache=False).logits
-        finally:
-            del self.backbone.forward
-            if own:
-                self.backbone.forward = own
         return logits
 
 

@@ -106,3 +106,12 @@ def test_what_is_traced_leaves_no_trace():
     with FakeTensorMode(allow_non_fake_inputs=True):
         levels.unpack(codes, scales, (4, 6), 6, torch.float32)
     assert not isinstance(levels.unpack(codes, scales, (4, 6), 6, torch.float32), FakeTensor)
+
+
+@pytest.mark.parametrize("n", [1, 300, 1000])
+def test_scales_are_the_same_however_many_rows_are_tried_at_a_time(n, monkeypatch):
+    matrix = torch.randn(7, n, generator=torch.Generator().manual_seed(n))
+    expected = levels._scales(matrix, 6)
+    for numbers in (1, 2 * n, 3 * n + 1):
+        monkeypatch.setitem(levels._NUMBERS, "cpu", numbers)
+        assert torch.equal(levels._scales(matrix, 6), expected)
