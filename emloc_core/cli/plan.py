@@ -122,6 +122,11 @@ def _judge(planned: "MemoryPlan", fits: bool) -> None:
                    "only with offloading (device_map='auto') or quantised")  # fmt: skip
 
 
+def _cost(flops: float, seconds: float | None, reads: str = "") -> str:
+    time = f", at least {human_seconds(seconds)}" if seconds is not None else ""
+    return f"{flops:.2g} operations{reads}{time}"
+
+
 def _show_ways(planned: "MemoryPlan") -> None:
     from emloc_core.memory.ways import ORDINARY
 
@@ -130,10 +135,10 @@ def _show_ways(planned: "MemoryPlan") -> None:
         kind = f" ({way.kind})" if way.kind else ""
         name = f"{way.name}{kind} at ratio {way.ratio:g}" if way.ratio is not None else f"{way.name}{kind}"
         reads = f", reads {human_bytes(way.read_bytes)} of weights per step" if way.read_bytes else ""
-        time = f", at least {human_seconds(way.seconds)}" if way.seconds is not None else ""
+        first = f"; compress: {_cost(way.compress_flops, way.compress_seconds)}" if way.compress_flops else ""
         click.echo(
             f"  {name:<50} {human_bytes(way.bytes):>8}  {'fits' if way.fits else 'does not fit':<13} "
-            f"{way.micro_batch} x {way.accumulation} rows per step, {way.flops:.2g} operations{reads}{time}"
+            f"{way.micro_batch} x {way.accumulation} rows per step, {_cost(way.flops, way.seconds, reads)}{first}"
         )
     best = planned.best
     if best is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from emloc_core.exact.need import Positions, step_need
 from emloc_core.kinds import RECOMMENDED, Kind
+from emloc_core.memory import arithmetic
 from emloc_core.memory.budget import Fit, largest_ratio
 from emloc_core.memory.evidence import RECOVERY, Recovery
 from emloc_core.memory.model import MemoryModel
@@ -37,7 +38,9 @@ class Way:
         ratio: the emulator's ratio, if it has one.
         read_bytes: bytes of weights read from disk or RAM per optimiser step.
         flops: arithmetic per optimiser step; recomputation counts.
+        compress_flops: arithmetic of stage 1, which makes the emulator; 0 without one.
         seconds: how long an optimiser step takes at least on this machine; None if that was not measured.
+        compress_seconds: how long stage 1 takes at least, likewise.
     """
 
     name: str
@@ -49,7 +52,9 @@ class Way:
     ratio: float | None
     read_bytes: int
     flops: float
+    compress_flops: float = 0.0
     seconds: float | None = None
+    compress_seconds: float | None = None
 
     @property
     def recovery(self) -> Recovery | None:
@@ -75,13 +80,12 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
         come first, up to the first that fits, and then that of the planned kind.
     """
     rows = model.workload.batch_size * model.workload.train.accumulation
-    tokens = rows * model.workload.length
-    parameters, weights = model.parameters(), model.parameters() * model.dtype.itemsize
-    passes = 6 if model.workload.train.gradient_checkpointing else 4  # per token and parameter: 2 each way, 2 again
+    forward, weights = arithmetic.forward(model), model.parameters() * model.dtype.itemsize
+    passes = 3 if model.workload.train.gradient_checkpointing else 2  # forward, perhaps once more, and backward
     exact = _exact_need(model, rows)
 
     def way(name: str, need: int, micro_batch: int, **other: Any) -> Way:
-        flops = float(passes * parameters * tokens)
+        flops = float(rows * passes * forward)
         known = {"kind": None, "ratio": None, "read_bytes": 0, "flops": flops, **other}
         seconds = speed.seconds(known["flops"], known["read_bytes"]) if speed else None
         return Way(name, need, need <= budget, micro_batch, rows // micro_batch, seconds=seconds, **known)
@@ -98,10 +102,15 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
         return found
 
     def emulator(kind: Kind, ratio: float | None, of: MemoryModel, need: int) -> Way:
-        held = of.parameters(of.plan(ratio or kind.smallest_ratio)) if kind.has_factors else parameters
+        plan = of.plan(ratio or kind.smallest_ratio)
         sized = {"kind": kind.name, "ratio": ratio if kind.has_ratio else None}
-        flops = float(passes * held * tokens)
-        return way(EMULATOR, max(need, exact), of.workload.batch_size, flops=flops, **sized)
+        making = arithmetic.compress(of, plan)
+        cost = {
+            "flops": float(rows * passes * arithmetic.forward(of, plan)),
+            "compress_flops": float(sum(making)),
+            "compress_seconds": speed.seconds(making.forward, weights, making.single) if speed else None,
+        }
+        return way(EMULATOR, max(need, exact), of.workload.batch_size, **cost, **sized)
 
     emulators: list[Way] = []
     for name in RECOMMENDED:
@@ -112,7 +121,7 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
                 break
     if model.kind.name not in [each.kind for each in emulators]:
         emulators.append(emulator(model.kind, *_traced(sizes, budget, fit)))
-    streamed = {"read_bytes": 2 * weights, "flops": float(6 * parameters * tokens)}
+    streamed = {"read_bytes": 2 * weights, "flops": float(rows * 3 * forward)}
     return [ordinary(), *emulators, way(EXACT, exact, 1, **streamed)]
 
 

@@ -1,0 +1,153 @@
+"""Arithmetic of a forward pass and of stage 1: operations of products with matrices, from shapes alone.
+
+Attention's own products and what is done number by number come on top, so these are lower bounds.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from emloc_core.emulator.declared import block_paths
+from emloc_core.emulator.ranks import LinearPlan, RankPlan
+from emloc_core.emulator.sensitivity import PROBES
+from emloc_core.kinds import Kind
+from emloc_core.memory.model import MemoryModel
+
+#: Of a product, by number of the matrix and position: one multiplication, one addition.
+_PRODUCT = 2
+#: Of the eigenvectors of a symmetric matrix, by its side cubed (Golub and Van Loan, "Matrix Computations", 8.3); twice,
+#: for double precision.
+_EIGENVECTORS = 2 * 9
+#: Of rounding with feedback, by m n^2: a pass that spreads errors, and two of coordinate descent. And by n^3: the
+#: inverse of the Gram, and the Cholesky factors before and after it.
+_ROUNDING, _SPREADING = 7, 4 / 3
+
+
+class Operations(NamedTuple):
+    """Operations of a stage.
+
+    Attributes:
+        forward: in the model's own dtype.
+        single: in single precision, or in double where that counts as two.
+    """
+
+    forward: int
+    single: float
+
+
+def forward(model: MemoryModel, plan: RankPlan | None = None) -> int:
+    """Return the operations of one row's forward pass through the base, or through a plan's emulator."""
+    return _PRODUCT * sum(numbers * _positions(model, path) for path, numbers in _matrices(model, plan))
+
+
+def compress(model: MemoryModel, plan: RankPlan) -> Operations:
+    """Return the operations of stage 1, for calibration rows of the workload's length; none without calibration.
+
+    - the rows' way through the blocks of the base, and of the emulator where errors are propagated;
+    - statistics: Grams, ``2 T s^2`` for T tokens and side s; and for every Linear a decomposition, or rounding;
+    - where errors are propagated: the rows' way to every input group, anew up to it, and the fit to what arrives there;
+    - refinement: forward and backward passes through the block;
+    - where ranks are shared out by spectra, a pass before, with as many forward passes of some rows as Linears.
+    """
+    settings, kind = model.method.settings, model.kind
+    forward, single = 0, 0.0
+    if settings.calibration == "none":
+        return Operations(forward, single)
+    propagated = settings.calibration == "propagated"
+    numbers = [_by_block(model, each) for each in (None, plan)]
+    for block in block_paths(model.model, model.family):
+        rows, linears = settings.samples * _positions(model, block), plan.in_block(block)
+        base, emulator = (of[block] for of in numbers)
+        if model.method.by_spectra:
+            probed = min(PROBES, settings.samples) * _positions(model, block)
+            forward += _PRODUCT * base * (rows + probed * (1 + len(linears)))
+            single += _decomposed(linears, rows, has_factors=True)
+        if propagated:
+            forward += _PRODUCT * rows * (base + emulator + _again(linears, kind))
+            single += _fitted(linears, rows, kind.has_factors)
+        elif not (model.method.by_spectra and model.method.is_cut):
+            forward += _PRODUCT * rows * base
+            single += _decomposed(linears, rows, kind.has_factors)
+        forward += _PRODUCT * rows * _refinement(settings.refine) * sum(linear.numbers for linear in linears)
+    return Operations(forward, single)
+
+
+def _matrices(model: MemoryModel, plan: RankPlan | None) -> Iterator[tuple[str, int]]:
+    """Yield the path of everything that positions are multiplied by, and with how many numbers each of them is."""
+    known = {each.path: each for each in (plan or model.linears).planned}
+    for path, module in model.model.named_modules():
+        if isinstance(module, nn.Linear):
+            linear = known.get(path)
+            yield path, linear.stored(model.kind) if linear and linear.rank else module.weight.numel()
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)  # by the router, for every token
+    for stack in (plan or model.linears).experts:
+        numbers = stack.stored(model.kind) if stack.rank else stack.numbers
+        yield stack.path, chosen * numbers // stack.experts
+
+
+def _by_block(model: MemoryModel, plan: RankPlan | None) -> Counter[str]:
+    """Return with how many numbers of a block each of its positions is multiplied, by the block's path."""
+    found: Counter[str] = Counter()
+    for path, numbers in _matrices(model, plan):
+        for tower in model.family.towers:
+            if path.startswith(f"{tower.blocks}."):
+                found[f"{tower.blocks}.{path.removeprefix(f'{tower.blocks}.').partition('.')[0]}"] += numbers
+    return found
+
+
+def _positions(model: MemoryModel, path: str) -> int:
+    """Return how many positions of a row a module sees: tokens, patches of images, or the tokens that these become."""
+    image, images = model.image, model.workload.images
+    *others, language = (tower.blocks for tower in model.family.towers)
+    if any(path.startswith(f"{blocks}.") for blocks in others):
+        return images * image.patches if image else 0
+    head = model.model.get_output_embeddings()
+    outside = not path.startswith(f"{language}.") and model.model.get_submodule(path) is not head
+    if outside and model.family.modality == "image-text":  # between the towers
+        return images * image.tokens if image else 0
+    return model.workload.length
+
+
+def _decomposed(linears: Sequence[LinearPlan], positions: int, has_factors: bool) -> float:
+    """Return what the statistics of a block's own activations take, and the stand-ins that are made of them."""
+    sides = sum(linear.out_features**2 for linear in linears if linear.tap == "output")
+    inputs = {linear.group: linear.in_features for linear in linears if linear.tap != "output"}
+    sides += sum(side**2 for side in inputs.values())
+    return _PRODUCT * positions * sides + sum(_stand_in(linear, has_factors) for linear in linears)
+
+
+def _fitted(linears: Sequence[LinearPlan], positions: int, has_factors: bool) -> float:
+    """Return what it takes to fit a block's stand-ins, as in :mod:`emloc_core.emulator.propagation`."""
+    total = 0.0
+    for group in _groups(linears):
+        n, m = group[0].in_features, sum(linear.out_features for linear in group)
+        targets = n * n if m >= n else 2 * n * m
+        total += _PRODUCT * positions * (n * n + targets) + n**3 / 3 + _PRODUCT * m * n * n
+        total += sum(_stand_in(linear, has_factors) for linear in group)
+    return total
+
+
+def _again(linears: Sequence[LinearPlan], kind: Kind) -> int:
+    """Return with how many numbers a position is multiplied in the base and the emulator, anew up to every group."""
+    groups = _groups(linears)
+    sizes = [sum(linear.numbers + linear.stored(kind) for linear in group) for group in groups]
+    return sum(size * (len(groups) - 1 - index) for index, size in enumerate(sizes))
+
+
+def _groups(linears: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
+    names = dict.fromkeys(linear.group for linear in linears)
+    return [[linear for linear in linears if linear.group == name] for name in names]
+
+
+def _stand_in(linear: LinearPlan, has_factors: bool) -> float:
+    m, n = linear.out_features, linear.in_features
+    if has_factors:
+        return _EIGENVECTORS * (m if linear.tap == "output" else n) ** 3
+    return _ROUNDING * m * n * n + _SPREADING * n**3
+
+
+def _refinement(epochs: int) -> int:
+    """Return how often a block is passed through: for its targets, before and after, and three times in each step."""
+    return 3 + 3 * epochs if epochs else 0

@@ -1,0 +1,118 @@
+"""Operations of a forward pass and of stage 1, against what torch counts while it computes."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from emloc_internvl import INTERNVL
+from emloc_qwen import QWEN_VL
+from support.planned import TINY, label, workload, write_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from emloc_core.data.rows import load_rows
+from emloc_core.emulator.compress import Compress
+from emloc_core.family import Family
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.memory import arithmetic
+from emloc_core.memory.fake import fake, fake_inputs, without_contents
+from emloc_core.memory.model import MemoryModel
+from emloc_core.settings import CompressSettings
+
+_ROWS = 24
+
+
+def _product(_sum: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+def counter() -> FlopCounterMode:
+    """A counter of products; torch's own does not know those that add to a matrix in place."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _product})
+
+
+def counted(of: FlopCounterMode) -> int:
+    products = of.get_flop_counts().get("Global", {})
+    return sum(count for operation, count in products.items() if "convolution" not in str(operation))
+
+
+def of_a_forward(planned: MemoryModel, model: Any) -> int:
+    """What a forward pass of the workload counts; the whole of the model's shapes, without numbers."""
+    with fake(planned._inputs) as mode, torch.no_grad():
+        without_contents(model, mode)
+        with counter() as found:
+            model.eval()(**fake_inputs(**planned._inputs))
+    return counted(found)
+
+
+def plan_of(family: Family, settings: dict[str, Any], place: Path, **chosen: Any) -> MemoryModel:
+    images, size = int(family.modality == "image-text"), (16, 24) if family is QWEN_VL else None
+    given = replace(workload(batch=2, length=48, images=images), image_size=size)
+    return MemoryModel(write_config(place, family, **settings), given, CompressSettings(**chosen))
+
+
+@pytest.mark.parametrize(("family", "settings"), TINY, ids=label)
+def test_a_forward_pass_is_counted_exactly(family: Family, settings: dict[str, Any], tmp_path: Path) -> None:
+    planned = plan_of(family, settings, tmp_path / "model")
+    blocks = [planned.model.get_submodule(tower.blocks) for tower in family.towers]
+    routers = [gate.weight.numel() for each in blocks for block in each for name, gate in block.named_modules()
+               if name.endswith(".gate") and not isinstance(gate, torch.nn.Linear)]  # fmt: skip
+    assert bool(routers) == planned.linears.has_experts
+    exact = of_a_forward(planned, copy.deepcopy(planned.model))
+    assert 2 * arithmetic.forward(planned) == exact - 2 * 2 * 48 * sum(routers)
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "nf4+repair", "2.7-bit"])
+def test_an_emulator_has_its_own(kind: str, tmp_path: Path) -> None:
+    planned = plan_of(INTERNVL, INTERNVL.tiny_configs[0], tmp_path / "model", kind=kind)
+    plan, model = planned.plan(0.3), copy.deepcopy(planned.model)
+    planned.kind.replace(model, plan.ranks)
+    assert 2 * arithmetic.forward(planned, plan) == of_a_forward(planned, model)
+
+
+def test_without_images_their_tower_computes_nothing(tmp_path: Path) -> None:
+    planned = plan_of(INTERNVL, INTERNVL.tiny_configs[0], tmp_path / "model")
+    text = planned.with_workload(replace(planned.workload, images=0))
+    language = planned.model.get_submodule("model.language_model")
+    linears = [module.weight.numel() for module in language.modules() if isinstance(module, torch.nn.Linear)]
+    head = planned.model.lm_head.weight.numel()
+    assert arithmetic.forward(text) == 2 * 48 * (sum(linears) + head)
+    assert sum(arithmetic.compress(text, text.plan(0.5))) < sum(arithmetic.compress(planned, planned.plan(0.5)))
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"kind": "nf4"},
+        {"kind": "2.7-bit"},
+        {"kind": "1.6-bit", "refine": 0},
+        {"kind": "low-rank"},
+        {"kind": "low-rank", "allocator": "uniform"},
+        {"kind": "low-rank", "calibration": "base"},
+        {"kind": "low-rank", "calibration": "base", "allocator": "global"},
+        {"kind": "nf4+repair"},
+    ],
+    ids=lambda chosen: "-".join(map(str, chosen.values())),
+)
+def test_stage_one_takes_at_least_as_many(
+    chosen: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for uncounted in ("_EIGENVECTORS", "_ROUNDING", "_SPREADING"):  # by torch, which knows products alone
+        monkeypatch.setattr(arithmetic, uncounted, 0)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": f"{at} and ", "completion": "word " * 30}) for at in range(30)))
+    settings = CompressSettings(samples=_ROWS, selection=2, **chosen)
+    job = Compress(Checkpoint(tiny_model), load_rows(str(rows)), tmp_path / "emulator", settings)
+    with counter() as found:
+        job.run()
+    least, length = counted(found), sum(len(sample.input_ids) for sample in job.samples) // _ROWS
+    planned = MemoryModel(tiny_model / "config.json", workload(1, length), settings)
+    assert 0.7 * least < sum(arithmetic.compress(planned, planned.plan(settings.ratio))) <= least
+
+
+def test_weights_alone_take_none(tiny_model: Path) -> None:
+    planned = MemoryModel(tiny_model / "config.json", workload(), CompressSettings(kind="nf4", calibration="none"))
+    assert sum(arithmetic.compress(planned, planned.plan(0.5))) == 0
