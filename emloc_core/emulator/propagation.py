@@ -146,14 +146,13 @@ def fit_block(
         members = [linear for linear in planned if linear.group == group]
         weights = [stream.skeleton.model.get_parameter(f"{linear.path}.weight").detach() for linear in members]
         moments = PairedMoments(weights)
-        for row in (sample for sample in stream.here if sample < rows):
-            x = _input(stream, block, members[0], modules, row)
-            with emulating(stream, {path: modules[path] for path in done}, done, rows):
-                xc = _input(stream, block, members[0], modules, row + rows)
-            try:
-                moments.add(x, xc)
-            except EmlocError as error:
-                raise blame(error, members[0].path, row) from None
+        with emulating(stream, {path: modules[path] for path in done}, done, rows):
+            for row in (sample for sample in stream.here if sample < rows):
+                x, xc = (_input(stream, block, members[0], modules, sample) for sample in (row, row + rows))
+                try:
+                    moments.add(x, xc)
+                except EmlocError as error:
+                    raise blame(error, members[0].path, row) from None
         try:
             targets = moments.fit()
         except EmlocError as error:
