@@ -47,7 +47,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
 
     - the rows' way through the blocks of the base, and of the emulator where errors are propagated;
     - statistics: Grams, ``2 T s^2`` for T tokens and side s; and for every Linear a decomposition, or rounding;
-    - where errors are propagated: the rows' way to every input group, anew up to it, and the fit to what arrives there;
+    - where errors are propagated: the rows' way to every input group, again up to it, and the fit to what arrives there;
     - refinement: forward and backward passes through the block;
     - where ranks are shared out by spectra, a pass before, with as many forward passes of some rows as Linears.
     """
@@ -98,7 +98,7 @@ def _by_block(model: MemoryModel, plan: RankPlan | None) -> Counter[str]:
 
 
 def _positions(model: MemoryModel, path: str) -> int:
-    """Return how many positions of a row a module sees: tokens, patches of images, or the tokens that these become."""
+    """Return how many positions of a row pass through a module: tokens, patches, or the tokens that these become."""
     image, images = model.image, model.workload.images
     *others, language = (tower.blocks for tower in model.family.towers)
     if any(path.startswith(f"{blocks}.") for blocks in others):
@@ -130,7 +130,7 @@ def _fitted(linears: Sequence[LinearPlan], positions: int, has_factors: bool) ->
 
 
 def _again(linears: Sequence[LinearPlan], kind: Kind) -> int:
-    """Return with how many numbers a position is multiplied in the base and the emulator, anew up to every group."""
+    """Return with how many numbers a position is multiplied in the base and the emulator, again up to every group."""
     groups = _groups(linears)
     sizes = [sum(linear.numbers + linear.stored(kind) for linear in group) for group in groups]
     return sum(size * (len(groups) - 1 - index) for index, size in enumerate(sizes))
