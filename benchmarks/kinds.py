@@ -56,7 +56,7 @@ def planned(work: str, settings: dict[str, Any]) -> dict[str, Any]:
     assert machine
     return {
         "planned_bytes": stages.compress(model, plan).total,
-        "planned_block_seconds": machine.seconds(operations.forward, 0, operations.single) / BLOCKS,
+        "planned_block_seconds": machine.seconds(operations.own, 0, operations.single) / BLOCKS,
     }
 
 

@@ -15,25 +15,26 @@ from emloc_core.emulator.sensitivity import PROBES
 from emloc_core.kinds import Kind
 from emloc_core.memory.model import MemoryModel
 
-#: Of a product, by number of the matrix and position: one multiplication, one addition.
+#: Operations per number of a matrix and position: a multiplication and an addition.
 _PRODUCT = 2
-#: Of the eigenvectors of a symmetric matrix, by its side cubed (Golub and Van Loan, "Matrix Computations", 8.3); twice,
-#: for double precision.
+#: Operations for the eigenvectors of a symmetric matrix, by its side cubed (Golub and Van Loan, "Matrix Computations",
+#: 8.3). Twice, since that is double precision.
 _EIGENVECTORS = 2 * 9
-#: Of rounding with feedback, by m n^2: a pass that spreads errors, and two of coordinate descent. And by n^3: the
-#: inverse of the Gram, and the Cholesky factors before and after it.
-_ROUNDING, _SPREADING = 7, 4 / 3
+#: Operations for rounding with feedback, by m n^2: a pass that spreads errors, and two of coordinate descent.
+_ROUNDING = 7
+#: And by n^3: the inverse of the Gram, and the Cholesky factors before and after it.
+_SPREADING = 4 / 3
 
 
 class Operations(NamedTuple):
     """Operations of a stage.
 
     Attributes:
-        forward: in the model's own dtype.
-        single: in single precision, or in double where that counts as two.
+        own: in the model's own dtype.
+        single: in single precision.
     """
 
-    forward: int
+    own: int
     single: float
 
 
@@ -45,37 +46,38 @@ def forward(model: MemoryModel, plan: RankPlan | None = None) -> int:
 def compress(model: MemoryModel, plan: RankPlan) -> Operations:
     """Return the operations of stage 1, for calibration rows of the workload's length; none without calibration.
 
-    - the rows' way through the blocks of the base, and of the emulator where errors are propagated;
-    - statistics: Grams, ``2 T s^2`` for T tokens and side s; and for every Linear a decomposition, or rounding;
-    - where errors are propagated: the rows' way to every input group, again up to it, and the fit to what arrives there;
-    - refinement: forward and backward passes through the block;
-    - where ranks are shared out by spectra, a pass before, with as many forward passes of some rows as Linears.
+    - The rows pass through the blocks of the base and, where errors are propagated, of the emulator.
+    - Statistics are Grams: ``2 T s^2`` for T tokens and side s. Every Linear is then decomposed, or rounded.
+    - Where errors are propagated, the rows pass through a block once more up to every input group, and what arrives
+      there is fitted.
+    - Refinement passes through the block, forward and backward.
+    - Where spectra decide on ranks, there is a pass before, in which some rows pass through a block once per Linear.
     """
     settings, kind = model.method.settings, model.kind
-    forward, single = 0, 0.0
+    own, single = 0, 0.0
     if settings.calibration == "none":
-        return Operations(forward, single)
+        return Operations(own, single)
     propagated = settings.calibration == "propagated"
     numbers = [_by_block(model, each) for each in (None, plan)]
     for block in block_paths(model.model, model.family):
-        rows, linears = settings.samples * _positions(model, block), plan.in_block(block)
-        base, emulator = (of[block] for of in numbers)
+        per_row, linears = _positions(model, block), plan.in_block(block)
+        positions, (base, emulator) = settings.samples * per_row, (of[block] for of in numbers)
         if model.method.by_spectra:
-            probed = min(PROBES, settings.samples) * _positions(model, block)
-            forward += _PRODUCT * base * (rows + probed * (1 + len(linears)))
-            single += _decomposed(linears, rows, has_factors=True)
+            probed = min(PROBES, settings.samples) * per_row
+            own += _PRODUCT * base * (positions + probed * (1 + len(linears)))
+            single += _decomposed(linears, positions, has_factors=True)
         if propagated:
-            forward += _PRODUCT * rows * (base + emulator + _again(linears, kind))
-            single += _fitted(linears, rows, kind.has_factors)
+            own += _PRODUCT * positions * (base + emulator + _up_to_groups(linears, kind))
+            single += _fitted(linears, positions, kind.has_factors)
         elif not (model.method.by_spectra and model.method.is_cut):
-            forward += _PRODUCT * rows * base
-            single += _decomposed(linears, rows, kind.has_factors)
-        forward += _PRODUCT * rows * _refinement(settings.refine) * sum(linear.numbers for linear in linears)
-    return Operations(forward, single)
+            own += _PRODUCT * positions * base
+            single += _decomposed(linears, positions, kind.has_factors)
+        own += _PRODUCT * positions * _refinement(settings.refine) * sum(linear.numbers for linear in linears)
+    return Operations(own, single)
 
 
 def _matrices(model: MemoryModel, plan: RankPlan | None) -> Iterator[tuple[str, int]]:
-    """Yield the path of everything that positions are multiplied by, and with how many numbers each of them is."""
+    """Yield the path of every matrix or stack of them, and how many of its numbers a position is multiplied by."""
     known = {each.path: each for each in (plan or model.linears).planned}
     for path, module in model.model.named_modules():
         if isinstance(module, nn.Linear):
@@ -88,7 +90,7 @@ def _matrices(model: MemoryModel, plan: RankPlan | None) -> Iterator[tuple[str, 
 
 
 def _by_block(model: MemoryModel, plan: RankPlan | None) -> Counter[str]:
-    """Return with how many numbers of a block each of its positions is multiplied, by the block's path."""
+    """Return how many numbers of a block a position is multiplied by, by the block's path."""
     found: Counter[str] = Counter()
     for path, numbers in _matrices(model, plan):
         for tower in model.family.towers:
@@ -129,8 +131,8 @@ def _fitted(linears: Sequence[LinearPlan], positions: int, has_factors: bool) ->
     return total
 
 
-def _again(linears: Sequence[LinearPlan], kind: Kind) -> int:
-    """Return with how many numbers a position is multiplied in the base and the emulator, again up to every group."""
+def _up_to_groups(linears: Sequence[LinearPlan], kind: Kind) -> int:
+    """Return how many numbers a position is multiplied by on its ways up to all input groups, in base and emulator."""
     groups = _groups(linears)
     sizes = [sum(linear.numbers + linear.stored(kind) for linear in group) for group in groups]
     return sum(size * (len(groups) - 1 - index) for index, size in enumerate(sizes))

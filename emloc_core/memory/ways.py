@@ -108,7 +108,7 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
         cost = {
             "flops": float(rows * passes * arithmetic.forward(of, plan)),
             "compress_flops": float(sum(making)),
-            "compress_seconds": speed.seconds(making.forward, weights, making.single) if speed else None,
+            "compress_seconds": speed.seconds(making.own, weights, making.single) if speed else None,
         }
         return way(EMULATOR, max(need, exact), of.workload.batch_size, **cost, **sized)
 
