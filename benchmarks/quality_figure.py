@@ -35,9 +35,10 @@ def draw(recovery: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> 
     for axes in grid[:2].flat:
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
         axes.set_ylim(lowest - 0.02, 1.04)
-    for axes in grid.flat:
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize="x-small")
+    for rows_of_axes, place in ((grid[:1], "upper"), (grid[1:], "center")):
+        named = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in rows_of_axes.flat)
+        handles = {label: handle for each in named for handle, label in each}
+        drawing.legend(handles.values(), handles, loc=f"outside right {place}", frameon=False, fontsize="small")
     for axes, label in zip(grid[:, 0], ("recovery", "recovery", "NLL of the base with the LoRA"), strict=True):
         axes.set_ylabel(label)
     with rc_context({"svg.hashsalt": FIGURE.name}):  # the same figure is the same file
