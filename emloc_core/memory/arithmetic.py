@@ -17,9 +17,9 @@ from emloc_core.memory.model import MemoryModel
 
 #: Operations per number of a matrix and position: a multiplication and an addition.
 _PRODUCT = 2
-#: Operations for the eigenvectors of a symmetric matrix, by its side cubed (Golub and Van Loan, "Matrix Computations",
-#: 8.3). Twice, since that is double precision.
-_EIGENVECTORS = 2 * 9
+#: Operations for the eigenvectors of a symmetric matrix, by its side cubed: 4/3 to make it tridiagonal, 2 to turn its
+#: eigenvectors back (LAPACK's ``dsyevd``). Twice, since that is double precision.
+_EIGENVECTORS = 2 * (4 / 3 + 2)
 #: Operations for rounding with feedback, by m n^2: a pass that spreads errors, and two of coordinate descent.
 _ROUNDING = 7
 #: And by n^3: the inverse of the Gram, and the Cholesky factors before and after it.
