@@ -61,7 +61,8 @@ class Refinement:
     def __init__(self, stream: Stream, block: nn.Module, rows: int, movables: Mapping[str, Movable]) -> None:
         self._stream, self._block, self._rows, self._movables = stream, block, rows, movables
         self._linears: dict[str, Any] = {path: stream.skeleton.model.get_submodule(path) for path in movables}
-        self._names = {module: name for name, module in block.named_modules()}
+        names = {module: name for name, module in block.named_modules()}
+        self._keys = {path: f"{names[linear]}.weight" for path, linear in self._linears.items()}
         self._waiting = [sample for sample in stream.here if sample < rows]
 
     def run(self, epochs: int) -> bool:
@@ -124,6 +125,6 @@ class Refinement:
 
     def _outputs(self, sample: int, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Return what the block passes on of a sample, with these weights of its Linears in place of its own."""
-        lent = {f"{self._names[self._linears[path]]}.weight": weight for path, weight in (weights or {}).items()}
+        lent = {self._keys[path]: weight for path, weight in (weights or {}).items()}
         with self._stream.arguments(sample) as (args, kwargs):
             return hidden_states(functional_call(self._block, lent, args, kwargs, tie_weights=False))

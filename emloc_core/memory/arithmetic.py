@@ -3,7 +3,6 @@
 Attention's own products and what is done number by number come on top, so these are lower bounds.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -58,10 +57,10 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
     if settings.calibration == "none":
         return Operations(own, single)
     propagated = settings.calibration == "propagated"
-    numbers = [_by_block(model, each) for each in (None, plan)]
     for block in block_paths(model.model, model.family):
         per_row, linears = _positions(model, block), plan.in_block(block)
-        positions, (base, emulator) = settings.samples * per_row, (of[block] for of in numbers)
+        positions = settings.samples * per_row
+        base, emulator = (sum(numbers for _, numbers in _matrices(model, each, block)) for each in (None, plan))
         if model.method.by_spectra:
             probed = min(PROBES, settings.samples) * per_row
             own += _PRODUCT * base * (positions + probed * (1 + len(linears)))
@@ -76,27 +75,18 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
     return Operations(own, single)
 
 
-def _matrices(model: MemoryModel, plan: RankPlan | None) -> Iterator[tuple[str, int]]:
-    """Yield the path of every matrix or stack of them, and how many of its numbers a position is multiplied by."""
-    known = {each.path: each for each in (plan or model.linears).planned}
-    for path, module in model.model.named_modules():
+def _matrices(model: MemoryModel, plan: RankPlan | None, root: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the path of every matrix or stack of them below a module, and how many numbers multiply a position."""
+    planned = plan or model.linears
+    known = {linear.path: linear for linear in planned.linears}
+    for path, module in model.model.get_submodule(root).named_modules(prefix=root):
         if isinstance(module, nn.Linear):
             linear = known.get(path)
             yield path, linear.stored(model.kind) if linear and linear.rank else module.weight.numel()
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)  # by the router, for every token
-    for stack in (plan or model.linears).experts:
-        numbers = stack.stored(model.kind) if stack.rank else stack.numbers
-        yield stack.path, chosen * numbers // stack.experts
-
-
-def _by_block(model: MemoryModel, plan: RankPlan | None) -> Counter[str]:
-    """Return how many numbers of a block a position is multiplied by, by the block's path."""
-    found: Counter[str] = Counter()
-    for path, numbers in _matrices(model, plan):
-        for tower in model.family.towers:
-            if path.startswith(f"{tower.blocks}."):
-                found[f"{tower.blocks}.{path.removeprefix(f'{tower.blocks}.').partition('.')[0]}"] += numbers
-    return found
+    for stack in planned.experts:
+        if root in ("", stack.block):
+            yield stack.path, chosen * (stack.stored(model.kind) if stack.rank else stack.numbers) // stack.experts
 
 
 def _positions(model: MemoryModel, path: str) -> int:

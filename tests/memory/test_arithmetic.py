@@ -108,9 +108,9 @@ def test_stage_one_takes_at_least_as_many(
     job = Compress(Checkpoint(tiny_model), load_rows(str(rows)), tmp_path / "emulator", settings)
     with counter() as found:
         job.run()
-    least, length = counted(found), sum(len(sample.input_ids) for sample in job.samples) // _ROWS
+    computed, length = counted(found), sum(len(sample.input_ids) for sample in job.samples) // _ROWS
     planned = MemoryModel(tiny_model / "config.json", workload(1, length), settings)
-    assert 0.7 * least < sum(arithmetic.compress(planned, planned.plan(settings.ratio))) <= least
+    assert 0.7 * computed < sum(arithmetic.compress(planned, planned.plan(settings.ratio))) <= computed
 
 
 def test_weights_alone_take_none(tiny_model: Path) -> None:
