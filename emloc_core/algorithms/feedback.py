@@ -23,10 +23,10 @@ _COLUMNS = 64  # whose errors are passed on together
 Nearest = Callable[[torch.Tensor, int], torch.Tensor]
 
 
-def damped(gram: torch.Tensor) -> torch.Tensor:
-    """Return a Gram, (n, n), in fp32 and positive definite: with :data:`DAMPING` on its diagonal."""
+def damped(gram: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
+    """Return a Gram, (n, n), in fp32 and positive definite: with a share of its mean diagonal on the diagonal."""
     gram = gram.to(torch.float32, copy=True)
-    gram.diagonal().add_((DAMPING * gram.diagonal().mean()).clamp(min=_LEAST))
+    gram.diagonal().add_((share * gram.diagonal().mean()).clamp(min=_LEAST))
     return gram
 
 

@@ -89,6 +89,16 @@ def test_feedback_lowers_the_error_of_the_outputs(count):
     assert lost[0] < 0.8 * lost[1]
 
 
+def test_with_six_levels_errors_stay_out_of_directions_without_inputs():
+    directions = torch.linalg.qr(draw(256, 256)).Q
+    inputs = draw(2000, 256, seed=1) * torch.logspace(0, -3, 256) @ directions.T
+    matrix, rare = draw(64, 256, seed=2), directions[:, 128:]
+    errors = [matrix - unpacked(matrix, gram, 6) for gram in (inputs.T @ inputs, torch.eye(256))]
+    seen, unseen = ([float((error @ of).norm()) for error in errors] for of in (inputs.T, rare))
+    assert seen[0] < 0.4 * seen[1]
+    assert unseen[0] < 1.7 * unseen[1]  # with the damping of four bits: twice
+
+
 @pytest.mark.parametrize("count", LEVELS)
 def test_a_packed_product_and_its_gradient_are_those_of_the_unpacked_matrix(count):
     matrix, x = draw(12, 40), draw(5, 40, seed=1).requires_grad_()
