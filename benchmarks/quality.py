@@ -110,13 +110,16 @@ def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: "
     from emloc_core.data.rows import load_rows
     from emloc_core.emulator.compress import Compress
     from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.plugins.manager import plugin_manager
     from emloc_core.settings import CompressSettings
 
     given = {"kind": cell.kind, "seed": cell.seed, "selection": 0} | VARIANTS.get(cell.kind, {})
     if cell.ratio is not None:
         given["ratio"] = cell.ratio
-    samples = load_rows(str(rows["calibration"]))
-    compress = Compress(Checkpoint(base), samples, place / "emulator", CompressSettings(**given))
+    usual = plugin_manager().algorithm("emulators", given["kind"])().samples
+    samples = load_rows(str(rows["calibration"]))[: given.get("samples", usual)]
+    settings = CompressSettings(**given | {"samples": len(samples)})
+    compress = Compress(Checkpoint(base), samples, place / "emulator", settings)
     share = taken(compress)
     emulator = metered("compress", compress.run)
     return share, emulator, trained(emulator, place / "adapter", cell, rows, metered)

@@ -14,9 +14,9 @@ STEPS, EXACT = 60, (10, 20)
 LEARNING_RATES = dict.fromkeys(TEXTS, (2e-3, 1e-3, 4e-3)) | {PICTURES: (8e-3, 4e-3, 16e-3)}
 MEMORIES = (0.11, 0.17, 0.28, 0.6)
 #: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
-RECOMMENDED = {0.11: ("1.6-bit", 0.11), 0.17: ("2.7-bit", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
+RECOMMENDED = {0.11: ("low-rank-nf4", 0.11), 0.17: ("2.7-bit", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
 #: What else there is below four bits, and above.
-RIVALS = (("mixed", 0.17), ("low-rank-nf4", 0.17), ("low-rank-nf4", 0.11), ("nf4+repair", 0.6))
+RIVALS = (("mixed", 0.17), ("low-rank-nf4", 0.17), ("1.6-bit", 0.11), ("nf4+repair", 0.6))
 #: From the literature, for text; see ``quality_baselines.py``.
 BASELINES = (
     ("pruned-nf4", 0.17),
@@ -33,16 +33,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank-global": {"kind": "low-rank", "calibration": "base", "allocator": "global"},
     "low-rank-propagated": {"kind": "low-rank", "allocator": "uniform"},
     "low-rank-refined": {"kind": "low-rank", "allocator": "uniform", "refine": 3},
-    "low-rank-nf4-global": {"kind": "low-rank-nf4", "allocator": "global"},
+    "low-rank-nf4-64": {"kind": "low-rank-nf4", "samples": 64},
+    "low-rank-nf4-uniform-64": {"kind": "low-rank-nf4", "samples": 64, "allocator": "uniform"},
+    "2.7-bit-256": {"kind": "2.7-bit", "samples": 256},
+    "1.6-bit-256": {"kind": "1.6-bit", "samples": 256},
 }
 #: Memories that variants of a kind are measured at.
-VARIED = {"nf4": (0.28,), "low-rank": (0.28, 0.6, 0.11), "low-rank-nf4": (0.17,)}
+VARIED = {"nf4": (0.28,), "low-rank": (0.28, 0.6, 0.11), "low-rank-nf4": (0.17, 0.11)}
+VARIED |= {"2.7-bit": (0.17,), "1.6-bit": (0.11,)}
 #: Those with factors, which are measured without exact steps.
 LOW_RANK = [name for name in VARIANTS if name.startswith("low-rank")]
 #: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.
 BYTES = dict.fromkeys(("low-rank", "nf4+repair", "mixed", "pruned", "depth"), 2.0)
 BYTES |= dict.fromkeys(("low-rank-nf4", "pruned-nf4"), 4.5 / 8)
-BYTES |= {name: BYTES[VARIANTS[name]["kind"]] for name in LOW_RANK}
+BYTES |= {name: BYTES[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BYTES}
 #: Memory of the weight in four bits that a kind keeps beside its factors.
 BESIDE = {"nf4+repair": 0.26}
 FULL, SCRATCH = "full", "exact"

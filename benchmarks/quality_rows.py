@@ -17,6 +17,8 @@ from typing import Any
 from emloc_demo.data import INSTRUCTION, make_rows
 
 SIZES = {"calibration": 64, "selection": 64, "tuning": 640}
+#: Calibration rows more, for kinds that take as many.
+FURTHER = 192
 TEST = 160
 Row = dict[str, Any]
 #: Python package whose source archive carries rated sentences (Hutto and Gilbert, 2014: VADER; MIT licence).
@@ -33,6 +35,8 @@ _FEELINGS = {"negative": (-4.0, -1.0), "neutral": (-0.4, 0.4), "positive": (1.5,
 def make_sets(task: str, seed: int, directory: Path) -> dict[str, list[Row]]:
     """Return the rows of a task: ``calibration``, ``selection``, ``tuning`` and ``test``.
 
+    Kinds that are calibrated on fewer rows take the first of these.
+
     Args:
         task: a key of :data:`TEXTS`.
         seed: of the draw of all sets but ``test``.
@@ -42,12 +46,13 @@ def make_sets(task: str, seed: int, directory: Path) -> dict[str, list[Row]]:
     test = distinct(test)[:TEST]
     pool = without(distinct(pool), test)
     random.Random(f"{task}-{seed}").shuffle(pool)
-    if len(pool) < sum(SIZES.values()) or len(test) < TEST:
+    if len(pool) < sum(SIZES.values()) + FURTHER or len(test) < TEST:
         sys.exit(f"The task {task} has {len(pool)} rows for tuning and {len(test)} for testing: too few.")
     found, start = {"test": test}, 0
     for name, size in SIZES.items():
         found[name] = pool[start : start + size]
         start += size
+    found["calibration"] += pool[start : start + FURTHER]
     return found
 
 

@@ -42,7 +42,7 @@ class CutSettings(Settings):
         None,
         description="Rank allocator: 'uniform' uses the same ratio everywhere, as in the paper; 'global' gives more "
         "rank where an error disturbs the block more, within the same parameter count, and is the default of low-rank "
-        "with propagated calibration. Plugins can add others.",
+        "and low-rank-nf4 with propagated calibration. Plugins can add others.",
     )
 
 
@@ -57,7 +57,12 @@ class CompressSettings(CutSettings):
         "by need; 'low-rank-nf4', factors in four bits; 'auto', by the memory given, the kind that is best there. "
         "Plugins can add others.",
     )
-    samples: int = Field(64, ge=1, description="Number of calibration rows.")
+    samples: int | None = Field(
+        None,
+        ge=1,
+        description="Number of calibration rows; by default 64, and for low-rank-nf4, which gains from more, 256, but "
+        "then no more than a quarter of the rows.",
+    )
     selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp.")
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
     loss: Loss = _LOSS

@@ -79,7 +79,9 @@ class Compress:
         self.kind: Kind = plugin_manager().algorithm("emulators", settings.kind)()
         self.kind.check(settings)
         self.factorize = plugin_manager().algorithm("factorizers", settings.factorizer)
-        self.method = method_of(settings, self.kind, self._linears(self.kind), keeps_spectra=spectra is not None)
+        distinct = len({row.key for row in rows})
+        linears = self._linears(self.kind)
+        self.method = method_of(settings, self.kind, linears, rows=distinct, keeps_spectra=spectra is not None)
         self.settings = settings = self.method.settings
         if self.method.by_spectra and not self.kind.allocates_by_spectra:
             raise EmlocError(

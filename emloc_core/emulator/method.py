@@ -18,11 +18,15 @@ from emloc_core.settings import CompressSettings
 
 #: The allocator of the paper.
 UNIFORM = "uniform"
+#: Rows that every kind is calibrated on, and the share of the rows that those gaining from more may take; the rest is
+#: tuned on.
+_ROWS, _SHARE = 64, 0.25
 
 
 class CompletedSettings(CompressSettings):
     """Settings that leave nothing open."""
 
+    samples: int
     calibration: Literal["none", "base", "propagated"]
     allocator: str
     refine: int
@@ -55,13 +59,21 @@ class Method:
         return self.kind.can_be_cut and self.settings.calibration == "base"
 
 
-def method_of(settings: CompressSettings, kind: Kind, linears: RankPlan, *, keeps_spectra: bool = False) -> Method:
+def method_of(
+    settings: CompressSettings,
+    kind: Kind,
+    linears: RankPlan,
+    *,
+    rows: int | None = None,
+    keeps_spectra: bool = False,
+) -> Method:
     """Return how an emulator is made.
 
     Args:
         settings: what the user says.
         kind: of the emulator.
         linears: the Linears and experts of the model that this kind makes smaller.
+        rows: number of distinct rows; None: there are enough.
         keeps_spectra: whether spectra are kept.
 
     Raises:
@@ -77,7 +89,8 @@ def method_of(settings: CompressSettings, kind: Kind, linears: RankPlan, *, keep
         )
     refine = kind.refine if settings.refine is None and calibration == "propagated" else settings.refine
     allocator = settings.allocator or (kind.allocator if calibration == "propagated" else UNIFORM)
-    found = {"calibration": calibration, "allocator": allocator, "refine": refine or 0}
+    samples = settings.samples or usual_samples(kind, rows)
+    found = {"samples": samples, "calibration": calibration, "allocator": allocator, "refine": refine or 0}
     completed = CompletedSettings(**settings.model_dump() | found)
     allocate = kind.allocate or plugin_manager().algorithm("rank_allocators", allocator)
     method = Method(kind, completed, allocate, linears)
@@ -86,3 +99,13 @@ def method_of(settings: CompressSettings, kind: Kind, linears: RankPlan, *, keep
     if keeps_spectra or method.by_spectra:
         return replace(method, linears=linears.without_experts(NO_EXPERTS))
     return method
+
+
+def usual_samples(kind: Kind, rows: int | None = None) -> int:
+    """Return how many rows a kind is calibrated on where the user does not say.
+
+    Args:
+        kind: of the emulator.
+        rows: number of distinct rows; None: there are enough.
+    """
+    return kind.samples if rows is None else min(kind.samples, max(_ROWS, int(_SHARE * rows)))

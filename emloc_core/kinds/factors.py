@@ -90,8 +90,9 @@ class FourBitLowRank(Kind):
     """Factors in four bits, each fitted to the other as rounded, and seen as rounded by what is fitted after them."""
 
     name = "low-rank-nf4"
-    calibration = "propagated"
+    calibration, allocator = "propagated", "global"
     taps_inputs = needs_bitsandbytes = True
+    samples = 256
 
     def rounding(self, factorize: Factorize) -> Factorize:
         """Round U with feedback, fit V to that by least squares, and round it with feedback.

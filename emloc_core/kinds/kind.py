@@ -54,6 +54,7 @@ class Kind(ABC):
         calibration: what stand-ins are fitted to where the user does not say.
         allocator: name of the rank allocator where the user does not say and errors are propagated; otherwise it is
             ``uniform``.
+        samples: number of calibration rows where the user does not say.
         needs_rows: whether stand-ins are always fitted to rows. If not, the weight alone can say what becomes of it.
         refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; None: they
             cannot be.
@@ -73,6 +74,7 @@ class Kind(ABC):
     can_be_cut: bool = False
     calibration: Literal["base", "propagated"] = "base"
     allocator: str = "uniform"
+    samples: int = 64
     needs_rows: bool = True
     refine: int | None = None
 

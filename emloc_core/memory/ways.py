@@ -13,14 +13,14 @@ from emloc_core.exact.need import Positions, step_need
 from emloc_core.kinds import RECOMMENDED, Kind
 from emloc_core.memory import arithmetic
 from emloc_core.memory.budget import Fit, largest_ratio
-from emloc_core.memory.evidence import RECOVERY, Recovery
+from emloc_core.memory.evidence import Recovery, measured
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.speed import Speed
 
-#: Below this ratio of a kind with ranks a plan warns. It comes from one trial on one small model, not from a benchmark.
-LOW_RATIO = 0.4
+#: Below this ratio of a kind with ranks a plan warns: nothing was measured of one that is recommended.
+LOW_RATIO = 0.39
 #: From this ratio on, more room for the emulator is worth less than a larger batch.
-_ENOUGH = 2 * LOW_RATIO
+_ENOUGH = 0.8
 ORDINARY, EMULATOR, EXACT = "LoRA on the base", "emulator, then polish", "exact steps"
 
 
@@ -58,8 +58,8 @@ class Way:
 
     @property
     def recovery(self) -> Recovery | None:
-        """What was measured of the emulator's kind, or None."""
-        return RECOVERY.get(self.kind) if self.kind else None
+        """What was measured of the emulator's kind at its size or a smaller one, or None."""
+        return measured(self.kind, self.ratio) if self.kind else None
 
     def describe(self) -> dict[str, Any]:
         """Return it as JSON values."""

@@ -15,6 +15,7 @@ from emloc_core.data.tokenize import tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
 from emloc_core.memory import speed
+from emloc_core.memory.evidence import measured
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.show import memory_figure
 from emloc_core.memory.workload import make_workload
@@ -124,15 +125,13 @@ def test_a_low_ratio_is_a_warning_and_one_row_at_a_time_makes_room(tiny_model: P
 
 def test_the_recommended_kind_is_the_first_that_fits(tiny_model: Path) -> None:
     config = tiny_model / "config.json"
+    workload = make_workload(config, TrainSettings(batch_size=1), length=16)
     budgets = {}
-    for kind in ("nf4", "2.7-bit", "1.6-bit"):
-        model = MemoryModel(
-            config, make_workload(config, TrainSettings(batch_size=1), length=16), CompressSettings(kind=kind)
-        )
+    for kind in ("nf4", "2.7-bit"):
+        model = MemoryModel(config, workload, CompressSettings(kind=kind))
         traced = model.tuning(model.plan(0.5)).total
         by_weights = model.tuning().total - model.parameters() * model.dtype.itemsize + model.weight_bytes(0.5)
         budgets[kind] = max(traced, by_weights)
-    del budgets["1.6-bit"]  # of a tiny model, not told from 2.7-bit by estimates
     budgets["low-rank-nf4"] = min(traced, by_weights) - 1
     options = ("--length", 16, "--batch-size", 1, "--kind", "auto", "--memory")
     for kind, budget in budgets.items():
@@ -142,8 +141,9 @@ def test_the_recommended_kind_is_the_first_that_fits(tiny_model: Path) -> None:
         assert (best["ratio"] is None) == (kind != "low-rank-nf4")
         shown = run("plan", tiny_model, *options, budget).stdout
         assert f"best: emulator, then polish: emloc compress MODEL --kind {kind}" in shown
-        measured = kind != "low-rank-nf4"
-        assert (best["recovery"] is not None) == measured == ("of what an ordinary LoRA gains" in shown)
+        told = measured(kind, best["ratio"])
+        assert best["recovery"] == (told and told._asdict())
+        assert ("of what an ordinary LoRA gains" in shown) == (told is not None)
 
 
 def test_compress_takes_the_recommended_kind(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ import pytest
 from emloc_llama import LLAMA
 from emloc_qwen import QWEN_MOE
 from support.models import save_tiny_model
+from support.rows import example_rows, write_jsonl
 
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
+from emloc_core.emulator.method import usual_samples
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.kinds import NF4, FourBitLowRank, LowRank, ThreeLevels
@@ -67,6 +69,19 @@ def test_what_the_user_says_holds(bases, rows_file, tmp_path, chosen, expected):
 def test_the_base_s_activations_say_nothing_of_a_block_to_refine(bases, rows_file, tmp_path):
     with pytest.raises(EmlocError, match="needs the inputs that a block has in the emulator"):
         made_with(bases["experts"], rows_file, tmp_path / "out", refine=2)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(None, 256), (2000, 256), (600, 150), (200, 64), (40, 64)])
+def test_a_kind_that_gains_from_many_rows_leaves_most_of_them_for_tuning(rows, expected):
+    assert usual_samples(FourBitLowRank(), rows) == expected
+    assert usual_samples(LowRank(), rows) == usual_samples(NF4(), rows) == 64
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "low-rank-nf4"])
+def test_copies_of_rows_are_not_counted(bases, tmp_path, kind):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*example_rows(), *example_rows(), *example_rows()])
+    job = Compress(Checkpoint(bases["dense"]), load_rows(str(rows)), tmp_path / "out", CompressSettings(kind=kind))
+    assert len(job.rows.calibration) == job.settings.samples == 64
 
 
 @pytest.mark.parametrize("chosen", [{}, {"calibration": "propagated"}, {"calibration": "base", "allocator": "global"}])

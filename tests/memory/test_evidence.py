@@ -7,20 +7,32 @@ import pytest
 from support.paths import ROOT
 
 from emloc_core.kinds import RECOMMENDED
-from emloc_core.memory.evidence import RECOVERY
+from emloc_core.memory.evidence import RECOVERY, measured
 
+#: Memory of kinds without a ratio, as the benchmark names it.
+MEMORY = {"nf4": 0.28, "2.7-bit": 0.17}
 TASKS = ("extraction", "classification", "arithmetic")
 
 
-@pytest.mark.parametrize("kind", RECOVERY)
-def test_plans_say_what_was_measured(kind):
+@pytest.mark.parametrize(("kind", "ratio"), [(kind, ratio) for kind, of in RECOVERY.items() for ratio in of])
+def test_plans_say_what_was_measured(kind, ratio):
     rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["recovery"]
-    for system, told in zip(("auto", "polish20"), RECOVERY[kind], strict=True):
-        measured = {row["task"]: row["mean"] for row in rows if row["system"] == f"{kind}+{system}"}
-        found = [measured[task] for task in TASKS]
+    memory = MEMORY[kind] if ratio is None else round(0.28 * ratio, 2)  # in four bits, scales included
+    for system, told in zip(("auto", "polish20"), RECOVERY[kind][ratio], strict=True):
+        wanted = (f"{kind}+{system}", memory)
+        means = {row["task"]: row["mean"] for row in rows if (row["system"], row["memory"]) == wanted}
+        found = [means[task] for task in TASKS]
         assert told == pytest.approx(mean(found), abs=0.005)
 
 
-def test_recommended_kinds_are_ordered_by_what_they_gave():
-    measured = [RECOVERY[name].corrected for name in RECOMMENDED if name in RECOVERY]
-    assert measured == sorted(measured, reverse=True)
+def test_what_was_measured_of_a_smaller_emulator_is_a_lower_bound():
+    (least,) = RECOVERY["low-rank-nf4"]
+    assert measured("low-rank-nf4", least - 0.01) is None
+    assert measured("low-rank-nf4", least) == measured("low-rank-nf4", 0.99) == RECOVERY["low-rank-nf4"][least]
+    assert measured("nf4", None) == RECOVERY["nf4"][None]
+    assert measured("1.6-bit", None) is None
+
+
+def test_a_recommended_kind_carries_more_over_than_the_next():
+    best = [measured(name, 0.99).corrected for name in RECOMMENDED if name in RECOVERY]
+    assert best == sorted(best, reverse=True)

@@ -5,15 +5,19 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
 from emloc_core.errors import EmlocError
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.recipe.recipe import DataSection, EvalSection, ModelSection, Recipe
 from emloc_core.recipe.run import Stage, stages
 from emloc_core.requests import ImportRequest
 from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings
+
+if TYPE_CHECKING:
+    from emloc_core.kinds import Kind
 
 #: Raised when a new version of the toolkit gives other bytes for the same inputs: then all jobs are done again.
 BYTES = 1
@@ -97,8 +101,8 @@ class Job(Settings):
         ``emulator``: half of the calibration rows. ``adapter`` and ``polished``: half of the batch, and twice as many
         batches per step. ``evaluation``: half of the batch. Correcting and merging have nothing to give.
         """
-        if stage == "emulator" and self.compress.samples > 1:
-            compress = self.compress.model_copy(update={"samples": self.compress.samples // 2})
+        if stage == "emulator" and (samples := self._samples()) > 1:
+            compress = self.compress.model_copy(update={"samples": samples // 2})
             return self.model_copy(update={"compress": compress})
         for name, settings in (("train", self.train), ("polish", self.polish)):
             if stage == {"train": "adapter", "polish": "polished"}[name] and settings and settings.batch_size > 1:
@@ -108,6 +112,13 @@ class Job(Settings):
             evaluation = self.eval.model_copy(update={"batch_size": self.eval.batch_size // 2})
             return self.model_copy(update={"eval": evaluation})
         return None
+
+    def _samples(self) -> int:
+        """Return the number of calibration rows, where the data has enough. Imports torch for that of the kind."""
+        if self.compress.samples:
+            return self.compress.samples
+        kind: Kind = plugin_manager().algorithm("emulators", self.compress.kind)()
+        return kind.samples
 
 
 def _model_fingerprint(model: str, cache_dir: Path) -> str:
@@ -172,9 +183,10 @@ def unique(jobs: Sequence[Job]) -> list[Job]:
 
 
 def describe_change(before: Job, after: Job) -> str:
-    """Say how a job was made smaller: ``compress.samples 64 -> 32``."""
+    """Say how a job was made smaller: ``train.batch_size 8 -> 4``."""
     old, new = _flat(before.model_dump()), _flat(after.model_dump())
-    return ", ".join(f"{key} {old[key]} -> {new[key]}" for key in old if old[key] != new.get(key))
+    changed = [key for key in old if old[key] != new.get(key)]
+    return ", ".join(f"{key} {'default' if old[key] is None else old[key]} -> {new[key]}" for key in changed)
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
