@@ -39,8 +39,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1.6-bit-256": {"kind": "1.6-bit", "samples": 256},
 }
 #: Memories that variants of a kind are measured at.
-VARIED = {"nf4": (0.28,), "low-rank": (0.28, 0.6, 0.11), "low-rank-nf4": (0.17, 0.11)}
-VARIED |= {"2.7-bit": (0.17,), "1.6-bit": (0.11,)}
+VARIED = {
+    "nf4": (0.28,),
+    "low-rank": (0.28, 0.6, 0.11),
+    "low-rank-nf4": (0.17, 0.11),
+    "2.7-bit": (0.17,),
+    "1.6-bit": (0.11,),
+}
 #: Those with factors, which are measured without exact steps.
 LOW_RANK = [name for name in VARIANTS if name.startswith("low-rank")]
 #: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.

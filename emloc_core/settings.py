@@ -46,6 +46,10 @@ class CutSettings(Settings):
     )
 
 
+#: Calibration rows that every kind takes at least, where the user does not say.
+SAMPLES = 64
+
+
 class CompressSettings(CutSettings):
     """How an emulator is made."""
 
@@ -60,8 +64,8 @@ class CompressSettings(CutSettings):
     samples: int | None = Field(
         None,
         ge=1,
-        description="Number of calibration rows; by default 64, and for low-rank-nf4, which gains from more, 256, but "
-        "then no more than a quarter of the rows.",
+        description="Number of calibration rows; by default 64, and for low-rank-nf4 256, but then no more than a "
+        "quarter of the rows.",
     )
     selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp.")
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")

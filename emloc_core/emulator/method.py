@@ -14,13 +14,12 @@ from emloc_core.emulator.spectra import NO_EXPERTS
 from emloc_core.errors import EmlocError
 from emloc_core.kinds import Kind
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.settings import CompressSettings
+from emloc_core.settings import SAMPLES, CompressSettings
 
 #: The allocator of the paper.
 UNIFORM = "uniform"
-#: Rows that every kind is calibrated on, and the share of the rows that those gaining from more may take; the rest is
-#: tuned on.
-_ROWS, _SHARE = 64, 0.25
+#: Share of the rows that kinds may take which are calibrated on more than others; the rest is tuned on.
+_SHARE = 0.25
 
 
 class CompletedSettings(CompressSettings):
@@ -108,4 +107,4 @@ def usual_samples(kind: Kind, rows: int | None = None) -> int:
         kind: of the emulator.
         rows: number of distinct rows; None: there are enough.
     """
-    return kind.samples if rows is None else min(kind.samples, max(_ROWS, int(_SHARE * rows)))
+    return kind.samples if rows is None else min(kind.samples, max(SAMPLES, int(_SHARE * rows)))

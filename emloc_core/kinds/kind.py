@@ -11,7 +11,7 @@ from emloc_core.algorithms import fourbit
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
-from emloc_core.settings import CompressSettings
+from emloc_core.settings import SAMPLES, CompressSettings
 
 #: U (m, k) and V (k, n) with U V the matrix that a Linear of the emulator multiplies by.
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -54,7 +54,7 @@ class Kind(ABC):
         calibration: what stand-ins are fitted to where the user does not say.
         allocator: name of the rank allocator where the user does not say and errors are propagated; otherwise it is
             ``uniform``.
-        samples: number of calibration rows where the user does not say.
+        samples: number of calibration rows where the user does not say, and has enough; :data:`SAMPLES` or more.
         needs_rows: whether stand-ins are always fitted to rows. If not, the weight alone can say what becomes of it.
         refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; None: they
             cannot be.
@@ -74,7 +74,7 @@ class Kind(ABC):
     can_be_cut: bool = False
     calibration: Literal["base", "propagated"] = "base"
     allocator: str = "uniform"
-    samples: int = 64
+    samples: int = SAMPLES
     needs_rows: bool = True
     refine: int | None = None
 

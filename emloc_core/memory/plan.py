@@ -10,7 +10,7 @@ from emloc_core.memory import stages
 from emloc_core.memory.budget import advice, largest_ratio
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.speed import Speed
-from emloc_core.memory.ways import LOW_RATIO, ORDINARY, Way, best, ways
+from emloc_core.memory.ways import ORDINARY, Way, best, ways
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class MemoryPlan:
     @property
     def _low_ratio(self) -> str | None:
         way = self.best
-        if way is None or way.ratio is None or way.ratio >= LOW_RATIO:
+        if way is None or way.ratio is None or way.recovery:
             return None
         return (
-            f"a LoRA tuned on an emulator of ratio {way.ratio:g} helps the base little by itself: polish it with "
+            f"a LoRA tuned on an emulator of ratio {way.ratio:g} may help the base little by itself: polish it with "
             "exact steps; shorter rows, one row at a time (--batch-size 1 --accumulation 8, say) or more memory would "
             "allow a larger emulator"
         )

@@ -17,8 +17,6 @@ from emloc_core.memory.evidence import Recovery, measured
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.speed import Speed
 
-#: Below this ratio of a kind with ranks a plan warns: nothing was measured of one that is recommended.
-LOW_RATIO = 0.39
 #: From this ratio on, more room for the emulator is worth less than a larger batch.
 _ENOUGH = 0.8
 ORDINARY, EMULATOR, EXACT = "LoRA on the base", "emulator, then polish", "exact steps"

@@ -17,7 +17,7 @@ TASKS = ("extraction", "classification", "arithmetic")
 @pytest.mark.parametrize(("kind", "ratio"), [(kind, ratio) for kind, of in RECOVERY.items() for ratio in of])
 def test_plans_say_what_was_measured(kind, ratio):
     rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["recovery"]
-    memory = MEMORY[kind] if ratio is None else round(0.28 * ratio, 2)  # in four bits, scales included
+    memory = round(0.28 * ratio, 2) if ratio else MEMORY[kind]  # in four bits, scales included
     for system, told in zip(("auto", "polish20"), RECOVERY[kind][ratio], strict=True):
         wanted = (f"{kind}+{system}", memory)
         means = {row["task"]: row["mean"] for row in rows if (row["system"], row["memory"]) == wanted}
@@ -26,10 +26,11 @@ def test_plans_say_what_was_measured(kind, ratio):
 
 
 def test_what_was_measured_of_a_smaller_emulator_is_a_lower_bound():
-    (least,) = RECOVERY["low-rank-nf4"]
-    assert measured("low-rank-nf4", least - 0.01) is None
-    assert measured("low-rank-nf4", least) == measured("low-rank-nf4", 0.99) == RECOVERY["low-rank-nf4"][least]
-    assert measured("nf4", None) == RECOVERY["nf4"][None]
+    known = RECOVERY["low-rank-nf4"]
+    assert measured("low-rank-nf4", min(known) - 0.01) is None
+    assert measured("low-rank-nf4", min(known)) == known[min(known)]
+    assert measured("low-rank-nf4", 0.99) == known[max(known)]
+    assert measured("nf4", None) == RECOVERY["nf4"][0]
     assert measured("1.6-bit", None) is None
 
 

@@ -5,19 +5,15 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from emloc_core.errors import EmlocError
-from emloc_core.plugins.manager import plugin_manager
 from emloc_core.recipe.recipe import DataSection, EvalSection, ModelSection, Recipe
 from emloc_core.recipe.run import Stage, stages
 from emloc_core.requests import ImportRequest
-from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings
-
-if TYPE_CHECKING:
-    from emloc_core.kinds import Kind
+from emloc_core.settings import SAMPLES, CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings
 
 #: Raised when a new version of the toolkit gives other bytes for the same inputs: then all jobs are done again.
 BYTES = 1
@@ -98,10 +94,12 @@ class Job(Settings):
     def smaller(self, stage: str) -> "Job | None":
         """Return the job with less memory for ``stage`` (an output's name), or None where it cannot be made smaller.
 
-        ``emulator``: half of the calibration rows. ``adapter`` and ``polished``: half of the batch, and twice as many
-        batches per step. ``evaluation``: half of the batch. Correcting and merging have nothing to give.
+        ``emulator``: half of the calibration rows, or of the fewest that a kind takes by default. ``adapter`` and
+        ``polished``: half of the batch, and twice as many batches per step. ``evaluation``: half of the batch.
+        Correcting and merging have nothing to give.
         """
-        if stage == "emulator" and (samples := self._samples()) > 1:
+        samples = self.compress.samples or SAMPLES
+        if stage == "emulator" and samples > 1:
             compress = self.compress.model_copy(update={"samples": samples // 2})
             return self.model_copy(update={"compress": compress})
         for name, settings in (("train", self.train), ("polish", self.polish)):
@@ -112,13 +110,6 @@ class Job(Settings):
             evaluation = self.eval.model_copy(update={"batch_size": self.eval.batch_size // 2})
             return self.model_copy(update={"eval": evaluation})
         return None
-
-    def _samples(self) -> int:
-        """Return the number of calibration rows, where the data has enough. Imports torch for that of the kind."""
-        if self.compress.samples:
-            return self.compress.samples
-        kind: Kind = plugin_manager().algorithm("emulators", self.compress.kind)()
-        return kind.samples
 
 
 def _model_fingerprint(model: str, cache_dir: Path) -> str:

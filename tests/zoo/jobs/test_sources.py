@@ -328,8 +328,6 @@ def test_smaller_is_what_the_stage_can_give():
     job = Job(name="a", model="a/b", data="a/b", train={"batch_size": 8}, eval={"tasks": ["x"]})
     assert describe_change(job, job.smaller("emulator")) == "compress.samples default -> 32"
     assert job.smaller("emulator").smaller("emulator").compress.samples == 16
-    four_bits = Job(name="a", model="a/b", compress={"kind": "low-rank-nf4"})
-    assert four_bits.smaller("emulator").compress.samples == 128
     change = describe_change(job, job.smaller("adapter"))
     assert change == "train.batch_size 8 -> 4, train.accumulation 1 -> 2"
     assert describe_change(job, job.smaller("evaluation")) == "eval.batch_size 8 -> 4"
