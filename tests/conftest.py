@@ -54,6 +54,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(LLAMA.tiny_configs[0], tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
+@pytest.fixture(scope="session")
+def shallow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of one block, which takes a third of the time to plan."""
+    shallow = LLAMA.tiny_configs[0] | {"num_hidden_layers": 1}
+    return save_tiny_model(shallow, tmp_path_factory.mktemp("models") / "shallow-llama")
+
+
 @pytest.fixture
 def calls_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let stages and systems run in the process of the test, and not in one of their own."""

@@ -48,42 +48,42 @@ def refused(*arguments: str | Path) -> str:
     return str(result.exception)
 
 
-def test_the_largest_ratio_within_a_budget(tiny_model: Path) -> None:
-    tuning = tuning_need(tiny_model, 0.4, 64)
-    found = plan(tiny_model, "--length", 64, "--memory", tuning)
+def test_the_largest_ratio_within_a_budget(shallow_model: Path) -> None:
+    tuning = tuning_need(shallow_model, 0.4, 64)
+    found = plan(shallow_model, "--length", 64, "--memory", tuning)
     assert found["fits"]
     assert 0.4 <= found["ratio"] < 0.45
     assert found["budget_bytes"] == int(tuning)
     assert {linear["rank"] for linear in found["linears"]} >= {int(found["ratio"] * 32 * 64 / 96)}
 
 
-def test_the_time_of_a_step(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_step(shallow_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "measure", lambda *_: speed.Speed(1e6, 1e5, 1e3))
     options = ("--length", 64, "--memory", "4GiB", "--device", "cpu")
-    ways = plan(tiny_model, *options)["ways"]
+    ways = plan(shallow_model, *options)["ways"]
     assert [way["seconds"] for way in ways] == [max(way["flops"] / 1e6, way["read_bytes"] / 1e3) for way in ways]
     assert ways[-1]["seconds"] == ways[-1]["read_bytes"] / 1e3
     emulator = next(way for way in ways if way["kind"])
     assert [bool(way["compress_flops"]) for way in ways] == [bool(way["kind"]) for way in ways]
     assert emulator["compress_flops"] / 1e6 < emulator["compress_seconds"] < emulator["compress_flops"] / 1e5
-    told = run("plan", tiny_model, *options).stdout
+    told = run("plan", shallow_model, *options).stdout
     assert "of weights per step, at least" in told
     assert f"; compress: {emulator['compress_flops']:.2g} operations, at least" in told
-    unmeasured = plan(tiny_model, *options, "--no-measure")["ways"]
+    unmeasured = plan(shallow_model, *options, "--no-measure")["ways"]
     assert all(way["seconds"] is None and way["compress_seconds"] is None for way in unmeasured)
-    assert plan(tiny_model / "config.json", *options)["ways"][-1]["seconds"] is not None
+    assert plan(shallow_model / "config.json", *options)["ways"][-1]["seconds"] is not None
 
 
-def test_without_a_budget_it_is_inference(tiny_model: Path) -> None:
-    content = plan(tiny_model, "--length", 64, "--batch-size", 2)
+def test_without_a_budget_it_is_inference(shallow_model: Path) -> None:
+    content = plan(shallow_model, "--length", 64, "--batch-size", 2)
     assert content["budget_bytes"] == content["stages"][0]["bytes"]
     assert content["budget"] == "inference on the base"
     assert content["advice"]  # a tiny model's tuning never fits: it is all logits
     assert not content["fits"]
 
 
-def test_another_way_is_an_answer_where_no_emulator_fits(tiny_model: Path) -> None:
-    result = run("plan", tiny_model, "--length", 64, "--batch-size", 2)
+def test_another_way_is_an_answer_where_no_emulator_fits(shallow_model: Path) -> None:
+    result = run("plan", shallow_model, "--length", 64, "--batch-size", 2)
     assert result.exception is None, result.exception
     assert "No emulator's tuning fits" in result.stdout
     assert "best: exact steps" in result.stdout
@@ -104,27 +104,27 @@ def test_images_of_any_size(tmp_path: Path) -> None:
     assert "leave no text" in refused("plan", tmp_path, *options)  # 448 x 448 pixels are more tokens than a row has
 
 
-def test_where_an_ordinary_lora_fits_no_emulator_is_needed(tiny_model: Path) -> None:
+def test_where_an_ordinary_lora_fits_no_emulator_is_needed(shallow_model: Path) -> None:
     options = ("--length", 64, "--batch-size", 2, "--ratio", 0.5, "--memory")
-    found = plan(tiny_model, *options, "4GiB")
+    found = plan(shallow_model, *options, "4GiB")
     assert found["best"] == "LoRA on the base"
     assert [way["name"] for way in found["ways"] if way["fits"]][-1] == "exact steps"
     exact = found["ways"][-1]
     assert exact["read_bytes"] == 2 * found["weight_bytes"]["base"]
     assert exact["bytes"] < found["ways"][0]["bytes"]
-    assert "no emulator is needed" in run("plan", tiny_model, *options, "4GiB").stdout
+    assert "no emulator is needed" in run("plan", shallow_model, *options, "4GiB").stdout
 
 
-def test_a_low_ratio_is_a_warning_and_one_row_at_a_time_makes_room(tiny_model: Path) -> None:
-    budget = tuning_need(tiny_model, 0.1, 64, batch_size=8)
-    found = plan(tiny_model, "--length", 64, "--batch-size", 8, "--memory", budget)
+def test_a_low_ratio_is_a_warning_and_one_row_at_a_time_makes_room(shallow_model: Path) -> None:
+    budget = tuning_need(shallow_model, 0.1, 64, batch_size=8)
+    found = plan(shallow_model, "--length", 64, "--batch-size", 8, "--memory", budget)
     emulator = next(way for way in found["ways"] if way["ratio"] is not None)
     assert (emulator["micro_batch"], emulator["accumulation"]) == (1, 8)
     assert emulator["ratio"] > found["ratio"]
 
 
-def test_the_recommended_kind_is_the_first_that_fits(tiny_model: Path) -> None:
-    config = tiny_model / "config.json"
+def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> None:
+    config = shallow_model / "config.json"
     workload = make_workload(config, TrainSettings(batch_size=1), length=16)
     budgets = {}
     for kind in ("nf4", "2.7-bit"):
@@ -135,74 +135,84 @@ def test_the_recommended_kind_is_the_first_that_fits(tiny_model: Path) -> None:
     budgets["low-rank-nf4"] = min(traced, by_weights) - 1
     options = ("--length", 16, "--batch-size", 1, "--kind", "auto", "--memory")
     for kind, budget in budgets.items():
-        found = plan(tiny_model, *options, budget)
+        found = plan(shallow_model, *options, budget)
         best = next(way for way in found["ways"] if way["fits"])
         assert (found["kind"], best["kind"], found["best"]) == (kind, kind, "emulator, then polish")
         assert (best["ratio"] is None) == (kind != "low-rank-nf4")
-        shown = run("plan", tiny_model, *options, budget).stdout
+        shown = run("plan", shallow_model, *options, budget).stdout
         assert f"best: emulator, then polish: emloc compress MODEL --kind {kind}" in shown
         told = measured(kind, best["ratio"])
         assert best["recovery"] == (told and told._asdict())
         assert ("of what an ordinary LoRA gains" in shown) == (told is not None)
 
 
-def test_compress_takes_the_recommended_kind(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    options = ("compress", tiny_model, "--data", rows_file, "-o", tmp_path / "emulator", "--kind", "auto", "--dry-run")
+def test_compress_takes_the_recommended_kind(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    options = (
+        "compress",
+        shallow_model,
+        "--data",
+        rows_file,
+        "-o",
+        tmp_path / "emulator",
+        "--kind",
+        "auto",
+        "--dry-run",
+    )
     assert "Give --memory" in refused(*options)
     assert "no emulator is needed" in refused(*options, "--memory", "4GiB")
-    least = tuning_need(tiny_model, 0.5, data=rows_file, kind="nf4")
+    least = tuning_need(shallow_model, 0.5, data=rows_file, kind="nf4")
     assert json.loads(run(*options, "--json", "--memory", least).stdout)["kind"] == "nf4"
 
 
-def test_a_table_for_a_person(tiny_model: Path) -> None:
-    shown = run("plan", tiny_model, "--length", 64, "--batch-size", 2, "--lora-rank", 4, "--memory", "4GiB").stdout
+def test_a_table_for_a_person(shallow_model: Path) -> None:
+    shown = run("plan", shallow_model, "--length", 64, "--batch-size", 2, "--lora-rank", 4, "--memory", "4GiB").stdout
     expected = ["2 rows x 64 tokens", "LoRA of rank 4 on down_proj", "with gradient checkpointing", "LoRA on the base",
-                "compress", "merge", "KV cache", "optimiser", "ratio 0.99", "3 x down_proj",
+                "compress", "merge", "KV cache", "optimiser", "ratio 0.99", "1 x down_proj",
                 "fits the budget"]  # fmt: skip
     for text in expected:
         assert text in shown
     assert "offloading" not in shown
 
 
-def test_the_length_comes_from_the_rows(tiny_model: Path, rows_file: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+def test_the_length_comes_from_the_rows(shallow_model: Path, rows_file: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shallow_model)
     longest = max(len(tokenize(row, tokenizer).input_ids) for row in load_rows(str(rows_file)))
-    assert plan(tiny_model, "--data", rows_file, "--ratio", 0.5)["workload"]["length"] == longest
-    assert plan(tiny_model, "--data", rows_file, "--length", 9, "--ratio", 0.5)["workload"]["length"] == 9
+    assert plan(shallow_model, "--data", rows_file, "--ratio", 0.5)["workload"]["length"] == longest
+    assert plan(shallow_model, "--data", rows_file, "--length", 9, "--ratio", 0.5)["workload"]["length"] == 9
 
 
-def test_a_config_is_enough(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_config_is_enough(shallow_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "elsewhere.json"
-    file.write_bytes((tiny_model / "config.json").read_bytes())
+    file.write_bytes((shallow_model / "config.json").read_bytes())
     alone = plan(file, "--ratio", 0.5)
-    assert alone["stages"] == plan(tiny_model, "--ratio", 0.5)["stages"]
+    assert alone["stages"] == plan(shallow_model, "--ratio", 0.5)["stages"]
     assert alone["workload"]["length"] == 256  # the model takes no more
 
 
-def test_a_figure_is_drawn(tiny_model: Path, tmp_path: Path) -> None:
-    plan(tiny_model, "--ratio", 0.5, "--memory", "4GB", "--figure", tmp_path / "figures" / "plan.png")
+def test_a_figure_is_drawn(shallow_model: Path, tmp_path: Path) -> None:
+    plan(shallow_model, "--ratio", 0.5, "--memory", "4GB", "--figure", tmp_path / "figures" / "plan.png")
     assert (tmp_path / "figures" / "plan.png").read_bytes().startswith(b"\x89PNG")
     memory_figure(tmp_path / "plan.svg", [Need("inference on the base", {"weights": 10**9})])
     assert "<svg" in (tmp_path / "plan.svg").read_text()
 
 
-def test_what_is_refused(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    assert "'plenty'" in refused("plan", tiny_model, "--memory", "plenty")
+def test_what_is_refused(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    assert "'plenty'" in refused("plan", shallow_model, "--memory", "plenty")
     assert "There is no model at" in refused("plan", tmp_path / "nothing")
     assert "has no config.json" in refused("plan", tmp_path)
-    assert "takes 256 tokens, not 257" in refused("plan", tiny_model, "--length", "257")
-    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    assert "takes 256 tokens, not 257" in refused("plan", shallow_model, "--length", "257")
+    (tmp_path / "config.json").write_bytes((shallow_model / "config.json").read_bytes())
     assert "has no tokenizer" in refused("plan", tmp_path, "--data", rows_file)
-    message = refused("plan", tiny_model, "--memory", "100kB", "--batch-size", 1, "--length", 64)
+    message = refused("plan", shallow_model, "--memory", "100kB", "--batch-size", 1, "--length", 64)
     assert "No emulator's tuning fits 100 kB" in message
     assert "4 bits (NF4)" in message
 
 
-def test_compress_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    budget = tuning_need(tiny_model, 0.35, data=rows_file, batch_size=4)
-    expected = plan(tiny_model, "--data", rows_file, "--batch-size", 4, "--memory", budget)["ratio"]
+def test_compress_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    budget = tuning_need(shallow_model, 0.35, data=rows_file, batch_size=4)
+    expected = plan(shallow_model, "--data", rows_file, "--batch-size", 4, "--memory", budget)["ratio"]
     output = tmp_path / "emulator"
-    common = ["compress", tiny_model, "--data", rows_file, "--samples", 4, "--selection", 2, "-o", output]
+    common = ["compress", shallow_model, "--data", rows_file, "--samples", 4, "--selection", 2, "-o", output]
     result = run(*common, "--memory", budget, "--batch-size", 4)
     assert result.exception is None, result.exception
     assert f"ratio {expected:g}: tuning with 4 rows" in result.stderr
@@ -215,15 +225,15 @@ def test_compress_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("calls_here")
-def test_a_recipe_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_a_recipe_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
     train = {"batch_size": 4, "lora_rank": 5, "bf16": False}
-    budget = tuning_need(tiny_model, 0.35, 12, rows_file, **train)
+    budget = tuning_need(shallow_model, 0.35, 12, rows_file, **train)
     tuning = ["--data", rows_file, "--batch-size", 4, "--lora-rank", 5, "--no-bf16", "--max-length", 12]
-    expected = plan(tiny_model, *tuning, "--memory", budget)["ratio"]
+    expected = plan(shallow_model, *tuning, "--memory", budget)["ratio"]
     assert expected < 0.4  # the budget decides it
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        f"[model]\nbase = '{tiny_model}'\nmemory = '{budget}'\n[data]\ntrain = '{rows_file}'\n"
+        f"[model]\nbase = '{shallow_model}'\nmemory = '{budget}'\n[data]\ntrain = '{rows_file}'\n"
         "[train]\nbatch_size = 4\nlora_rank = 5\nbf16 = false\nmax_length = 12\n"
     )
     result = run("run", recipe, "--dry-run", "--json")
@@ -233,8 +243,8 @@ def test_a_recipe_takes_a_budget(tiny_model: Path, rows_file: Path, tmp_path: Pa
     assert "No emulator's tuning fits 1 MB" in refused("run", recipe, "--dry-run", *smaller)
 
 
-def test_compress_refuses(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    common = ["compress", tiny_model, "--data", rows_file, "-o", tmp_path / "emulator"]
+def test_compress_refuses(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    common = ["compress", shallow_model, "--data", rows_file, "-o", tmp_path / "emulator"]
     assert "ratio and memory" in refused(*common, "--memory", "1GB", "--ratio", 0.5)
     assert "'much'" in refused(*common, "--memory", "much")
     assert "--batch-size needs --memory" in refused(*common, "--batch-size", 2)

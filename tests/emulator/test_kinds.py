@@ -347,8 +347,8 @@ def test_a_mixture_takes_no_less_and_no_more_than_its_levels(ratio, tiny_model, 
         Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen)
 
 
-def test_a_plan_looks_for_no_smaller_mixture(tiny_model, emloc):
-    code, out, _ = emloc("plan", tiny_model, "--kind", "mixed", "--memory", "1MB", "--length", 16, "--json")
+def test_a_plan_looks_for_no_smaller_mixture(shallow_model, emloc):
+    code, out, _ = emloc("plan", shallow_model, "--kind", "mixed", "--memory", "1MB", "--length", 16, "--json")
     planned = json.loads(out)
     assert (code, planned["ratio"], planned["fits"]) == (0, 0.11, False)  # exact steps do
 

@@ -94,8 +94,8 @@ def test_a_model_of_images_is_planned_for_text_alone(tmp_path: Path) -> None:
     assert text.tuning(text.plan(0.5)).terms["weights"] == text.parameters(text.plan(0.5)) * 4
 
 
-def test_needs_grow_with_ratio_batch_and_length(tiny_model: Path) -> None:
-    model = MemoryModel(tiny_model / "config.json", workload())
+def test_needs_grow_with_ratio_batch_and_length(shallow_model: Path) -> None:
+    model = MemoryModel(shallow_model / "config.json", workload())
 
     def tuning(**changes: int) -> int:
         changed = model.with_workload(replace(model.workload, **changes))
@@ -108,9 +108,9 @@ def test_needs_grow_with_ratio_batch_and_length(tiny_model: Path) -> None:
     assert model.inference().total < model.with_workload(replace(model.workload, length=128)).inference().total
 
 
-def test_what_saves_memory_is_seen_to(tiny_model: Path) -> None:
+def test_what_saves_memory_is_seen_to(shallow_model: Path) -> None:
     def tuning(device: str = "cpu", **train: object) -> int:
-        need = MemoryModel(tiny_model / "config.json", workload(16, 128, device=device, **train)).tuning()
+        need = MemoryModel(shallow_model / "config.json", workload(16, 128, device=device, **train)).tuning()
         return need.total - need.terms["overhead"]
 
     usual = tuning(gradient_checkpointing=True, accumulation=1, lora_rank=8)
@@ -120,8 +120,8 @@ def test_what_saves_memory_is_seen_to(tiny_model: Path) -> None:
     assert usual > tuning("cuda", gradient_checkpointing=True, accumulation=1, lora_rank=8)  # the loss is one kernel
 
 
-def test_the_same_ranks_are_followed_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = MemoryModel(tiny_model / "config.json", workload())
+def test_the_same_ranks_are_followed_once(shallow_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MemoryModel(shallow_model / "config.json", workload())
     traces: list[str] = []
     extend = MemoryModel._extend
     monkeypatch.setattr(MemoryModel, "_extend", lambda *args: (traces.append(""), extend(*args))[1])
@@ -130,8 +130,8 @@ def test_the_same_ranks_are_followed_once(tiny_model: Path, monkeypatch: pytest.
     assert len(traces) == 2
 
 
-def test_the_chosen_ratio_fits_and_the_next_does_not(tiny_model: Path) -> None:
-    model = MemoryModel(tiny_model / "config.json", workload())
+def test_the_chosen_ratio_fits_and_the_next_does_not(shallow_model: Path) -> None:
+    model = MemoryModel(shallow_model / "config.json", workload())
     for ratio in (0.13, 0.77):
         budget = model.tuning(model.plan(ratio)).total
         fit = largest_ratio(model, budget)
@@ -141,8 +141,8 @@ def test_the_chosen_ratio_fits_and_the_next_does_not(tiny_model: Path) -> None:
         assert model.tuning(model.plan(fit.ratio + 0.01)).total > budget
 
 
-def test_the_ends_of_the_search(tiny_model: Path) -> None:
-    model = MemoryModel(tiny_model / "config.json", workload())
+def test_the_ends_of_the_search(shallow_model: Path) -> None:
+    model = MemoryModel(shallow_model / "config.json", workload())
     smallest = model.tuning(model.plan(0.01)).total
     assert largest_ratio(model, smallest - 1) is None
     fit = largest_ratio(model, 10 * smallest)
@@ -164,8 +164,8 @@ def test_what_the_base_needs_is_traced_once_for_all_kinds(tmp_path: Path, monkey
     assert len(traced) == 1 + len(kinds)
 
 
-def test_advice_is_computed(tiny_model: Path) -> None:
-    model = MemoryModel(tiny_model / "config.json", workload(4, 128, target_modules=["q_proj"], bf16=False))
+def test_advice_is_computed(shallow_model: Path) -> None:
+    model = MemoryModel(shallow_model / "config.json", workload(4, 128, target_modules=["q_proj"], bf16=False))
     smaller = model.with_workload(replace(model.workload, batch_size=2))
     budget = smaller.tuning(smaller.plan(0.5)).total
     lines = list(advice(model, budget))
