@@ -99,20 +99,24 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
 
     A row's loss is its mean over the bases and seeds that both ways have. What is given is the mean over rows, in nats
     per answer, with its 95 % interval; above 0 the other way is better. Whether ``auto`` harms is judged where it chose
-    as it does now.
+    as it does now; with exact steps, ways are compared where both began with the moments of tuning.
     """
-    ways = _runs(table.best, "task", "kind", "memory")
-    as_now = _runs([row for row in table.best if _chose_as_now(row)], "task", "kind", "memory")
     found = []
-    for memory, (way, other) in itertools.product(MEMORIES, ways.items()):
-        task, kind, other_memory = way
-        recommended = (task, *RECOMMENDED[memory])
-        own = (as_now if way == recommended else ways).get(recommended, {})
-        for system in ("uncorrected",) if way == recommended else ("uncorrected", "auto"):
-            runs = [run for run in own.keys() & other.keys() if system in other[run]]
-            if runs and other_memory <= memory:
-                apart = _apart([(own[run]["auto"], other[run][system]) for run in runs])
-                found.append({"task": task, "memory": memory, "system": "emloc", "other": f"{kind}+{system}",
+    for name, system, others, rows in (
+        ("emloc", "auto", ("uncorrected", "auto"), table.best),
+        ("emloc+polish20", "polish20", ("polish20",), [row for row in table.best if row.get("exact_moments")]),
+    ):
+        ways = _runs(rows, "task", "kind", "memory")
+        as_now = _runs([row for row in rows if _chose_as_now(row)], "task", "kind", "memory")
+        for memory, (way, other), theirs in itertools.product(MEMORIES, ways.items(), others):
+            task, kind, other_memory = way
+            recommended = (task, *RECOMMENDED[memory])
+            if other_memory > memory or (way == recommended and theirs == system):
+                continue
+            own = (as_now if way == recommended else ways).get(recommended, {})
+            if runs := [run for run in own.keys() & other.keys() if system in own[run] and theirs in other[run]]:
+                apart = _apart([(own[run][system], other[run][theirs]) for run in runs])
+                found.append({"task": task, "memory": memory, "system": name, "other": f"{kind}+{theirs}",
                               "other_memory": other_memory, **apart})  # fmt: skip
     return sorted(found, key=lambda row: TASKS.index(row["task"]))
 
@@ -260,9 +264,11 @@ def report(rows: list[dict[str, Any]]) -> None:
         if found:
             text += f"\n\nNats per answer above {title}, with 95 % intervals:\n\n"
             text += markdown(list(found[0]), [[str(value) for value in row.values()] for row in found])
-    worse = [f"{row['task']} {row['memory']:g} {row['other']}" for row in paired if row["low"] > 0]
-    if paired:
-        goals.append(goal("ways within the same memory that are better", "none", ", ".join(worse) or "none", not worse))
+    for system in dict.fromkeys(row["system"] for row in paired):
+        own = [row for row in paired if row["system"] == system]
+        worse = [f"{row['task']} {row['memory']:g} {row['other']}" for row in own if row["low"] > 0]
+        goals.append(goal(f"ways within the same memory that are better than {system}", "none",
+                          ", ".join(worse) or "none", not worse))  # fmt: skip
     known = {"recovery": recovery, "paired": paired, "variants": variants}
     write_results("quality", "make bench-quality", rows, goals, text, **known)
     draw(recovery, table.drawn())

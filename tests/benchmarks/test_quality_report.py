@@ -59,6 +59,20 @@ def test_a_way_that_loses_less_on_every_row_is_told():
     assert 0 < better["low"] < better["mean"] < better["high"]
 
 
+def test_with_exact_steps_ways_are_compared_that_began_with_moments():
+    rows = [emulated("nf4", 0.28, 2.0, 3.0), emulated("low-rank", 0.28, 2.0, 3.0)]
+    for row, losses in zip(rows, ((1.5, 1.5), (1.0, 0.5)), strict=True):
+        row["systems"]["polish20"] = loss(*losses)
+        row["exact_moments"] = True
+
+    def polished():
+        return [(row["other"], row["mean"]) for row in paired_rows(Table(rows)) if row["system"] == "emloc+polish20"]
+
+    assert ("low-rank+polish20", 0.75) in polished()
+    rows[1]["exact_moments"] = False
+    assert polished() == []
+
+
 def test_whether_auto_harms_is_judged_where_it_chose_as_it_does_now():
     harmed = emulated("nf4", 0.28, 1.0, 1.0)
     harmed["systems"]["auto"] = loss(2.0, 3.0)
