@@ -28,5 +28,5 @@ __all__ = [
 ]
 
 #: Kinds in the order in which they are recommended: the first whose tuning fits. ``docs/evidence.md`` says why. The
-#: last one is for where bitsandbytes is not installed.
-RECOMMENDED = ("nf4", "2.7-bit", "low-rank-nf4", "1.6-bit")
+#: last two are for where bitsandbytes is not installed.
+RECOMMENDED = ("nf4", "low-rank-nf4", "2.7-bit", "1.6-bit")

@@ -20,7 +20,7 @@ class Recovery(NamedTuple):
 RECOVERY: dict[str, dict[float, Recovery]] = {
     "nf4": {0: Recovery(0.999, 1.001)},
     "2.7-bit": {0: Recovery(0.96, 0.99)},
-    "low-rank-nf4": {0.39: Recovery(0.93, 0.985)},
+    "low-rank-nf4": {0.39: Recovery(0.93, 0.985), 0.6: Recovery(0.965, 0.993)},
 }
 
 
