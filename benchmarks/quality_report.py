@@ -101,24 +101,28 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
     per answer, with its 95 % interval; above 0 the other way is better. Whether ``auto`` harms is judged where it chose
     as it does now; with exact steps, ways are compared where both began with the moments of tuning.
     """
-    found = []
-    for name, system, others, rows in (
-        ("emloc", "auto", ("uncorrected", "auto"), table.best),
-        ("emloc+polish20", "polish20", ("polish20",), [row for row in table.best if row.get("exact_moments")]),
-    ):
-        ways = _runs(rows, "task", "kind", "memory")
-        as_now = _runs([row for row in rows if _chose_as_now(row)], "task", "kind", "memory")
-        for memory, (way, other), theirs in itertools.product(MEMORIES, ways.items(), others):
-            task, kind, other_memory = way
-            recommended = (task, *RECOMMENDED[memory])
-            if other_memory > memory or (way == recommended and theirs == system):
-                continue
-            own = (as_now if way == recommended else ways).get(recommended, {})
-            if runs := [run for run in own.keys() & other.keys() if system in own[run] and theirs in other[run]]:
-                apart = _apart([(own[run][system], other[run][theirs]) for run in runs])
-                found.append({"task": task, "memory": memory, "system": name, "other": f"{kind}+{theirs}",
-                              "other_memory": other_memory, **apart})  # fmt: skip
+    began_with_moments = [row for row in table.best if row.get("exact_moments")]
+    found = _behind("emloc", "auto", ("uncorrected", "auto"), table.best)
+    found += _behind("emloc+polish20", "polish20", ("polish20",), began_with_moments)
     return sorted(found, key=lambda row: TASKS.index(row["task"]))
+
+
+def _behind(name: str, system: str, others: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how much more a system of the recommended way loses than these systems of every way."""
+    ways = _runs(rows, "task", "kind", "memory")
+    as_now = _runs([row for row in rows if _chose_as_now(row)], "task", "kind", "memory")
+    found = []
+    for memory, (way, other), theirs in itertools.product(MEMORIES, ways.items(), others):
+        task, kind, other_memory = way
+        recommended = (task, *RECOMMENDED[memory])
+        if other_memory > memory or (way == recommended and theirs == system):
+            continue
+        own = (as_now if way == recommended else ways).get(recommended, {})
+        if runs := [run for run in own.keys() & other.keys() if system in own[run] and theirs in other[run]]:
+            apart = _apart([(own[run][system], other[run][theirs]) for run in runs])
+            found.append({"task": task, "memory": memory, "system": name, "other": f"{kind}+{theirs}",
+                          "other_memory": other_memory, **apart})  # fmt: skip
+    return found
 
 
 def _chose_as_now(row: dict[str, Any]) -> bool:
