@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 from emloc_qwen import QWEN_VL
 from transformers import AutoConfig, AutoTokenizer
 
+from emloc_core.algorithms import fourbit
 from emloc_core.cli import cli
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import tokenize
@@ -141,6 +142,17 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
         told = measured(kind, best["ratio"])
         assert best["recovery"] == (told and told._asdict())
         assert ("of what an ordinary LoRA gains" in shown) == (told is not None)
+
+
+def test_without_bitsandbytes_weights_on_few_levels_are_recommended(
+    shallow_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fourbit, "is_installed", lambda: False)
+    budget = tuning_need(shallow_model, 0.5, 16, kind="nf4", batch_size=1)
+    found = plan(shallow_model, "--length", 16, "--batch-size", 1, "--kind", "auto", "--memory", budget)
+    assert found["kind"] == "2.7-bit"
+    assert [way["kind"] for way in found["ways"] if way["kind"]] == ["2.7-bit"]
+    assert "emulators in four bits, which are recommended, are not compared" in found["warnings"][0]
 
 
 def test_compress_takes_the_recommended_kind(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
