@@ -36,13 +36,18 @@ class Settings(BaseModel):
 class CutSettings(Settings):
     """The size of an emulator, and how it is distributed."""
 
-    ratio: float = Field(0.6, gt=0, lt=1, description="Fraction of the compressed Linears' parameters to keep; that of "
-                         "the factors alone with nf4+repair, of the bytes in 16 bits with mixed.")  # fmt: skip
+    ratio: float = Field(
+        0.6,
+        gt=0,
+        lt=1,
+        description="Fraction of the compressed Linears' parameters to keep; with nf4+repair, the size of the factors "
+        "alone; with mixed, the fraction of the bytes in 16 bits.",
+    )
     allocator: str | None = Field(
         None,
         description="Rank allocator: 'uniform' uses the same ratio everywhere, as in the paper; 'global' gives more "
-        "rank where an error disturbs the block more, within the same parameter count, and is the default of low-rank "
-        "and low-rank-nf4 with propagated calibration. Plugins can add others.",
+        "rank to Linears whose error disturbs their block more, within the same parameter count, and is the default of "
+        "low-rank and low-rank-nf4 with propagated calibration. Plugins can add others.",
     )
 
 
@@ -56,16 +61,16 @@ class CompressSettings(CutSettings):
     kind: str = Field(
         "low-rank",
         description="Kind of emulator: 'low-rank', factors as in the paper; 'nf4', weights in four bits as in QLoRA, "
-        "which have no ratio; 'nf4+repair', these with factors of what rounding lost; '2.7-bit', '2-bit' and "
-        "'1.6-bit', weights on six, four and three levels, where even 'nf4' is too large; 'mixed', on three to sixteen "
-        "by need; 'low-rank-nf4', factors in four bits; 'auto', by the memory given, the kind that is best there. "
-        "Plugins can add others.",
+        "which have no ratio; 'nf4+repair', weights in four bits with low-rank factors of the rounding error; "
+        "'2.7-bit', '2-bit' and '1.6-bit', weights on six, four and three levels, for when even 'nf4' is too large; "
+        "'mixed', weights on three to sixteen levels, chosen per Linear; 'low-rank-nf4', factors in four bits; 'auto', "
+        "the recommended kind for the given memory. Plugins can add others.",
     )
     samples: int | None = Field(
         None,
         ge=1,
-        description="Number of calibration rows; by default 64, and for low-rank-nf4 256, but then no more than a "
-        "quarter of the rows.",
+        description="Number of calibration rows; by default 64, and for low-rank-nf4 a quarter of the rows, but at "
+        "least 64 and at most 256.",
     )
     selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp.")
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
@@ -74,20 +79,20 @@ class CompressSettings(CutSettings):
     calibration: Literal["none", "base", "propagated"] | None = Field(
         None,
         description="Activations to calibrate on: 'propagated', those of the emulator built so far, which compensates "
-        "for earlier errors; 'base', those of the base, as in the paper, in less time and memory, and by default for "
-        "nf4+repair and where spectra are kept or fused experts become smaller; 'none', for nf4 alone: the weights are "
-        "rounded as they are, in seconds.",
+        "for earlier errors; 'base', those of the base, as in the paper, which takes less time and memory and is the "
+        "default for nf4+repair, and where spectra are kept or fused experts are compressed; 'none', for nf4 only, "
+        "which rounds the weights without calibration, in seconds.",
     )
     refine: int | None = Field(
         None,
         ge=0,
-        description="Passes over the calibration rows in which a block's outputs are brought towards the base's: "
-        "for weights on a few levels by their scales, 3 by default; for low-rank by its factors, none by default.",
+        description="Passes over the calibration rows that bring each block's outputs closer to the base's, by "
+        "adjusting the scales of weights on a few levels (3 by default) or the factors of low-rank (none by default).",
     )
     factorizer: str = Field(
         "activation-svd",
-        description="How Linears are factorised: 'activation-svd', with the least error of their outputs; for "
-        "comparison 'svd', by the weights alone, and 'asvd', with inputs scaled by their size. Plugins can add others.",
+        description="How Linears are factorised: 'activation-svd', with the smallest output error; for comparison "
+        "'svd', by the weights alone, and 'asvd', with inputs scaled by their size. Plugins can add others.",
     )
 
 
@@ -132,8 +137,8 @@ class TrainSettings(StepSettings):
 
     method: Literal["sft", "dpo"] = Field(
         "sft",
-        description="What is learned: 'sft', the answers; 'dpo', to prefer each row's chosen answer to its rejected "
-        "one, by direct preference optimisation, compared with the model without the LoRA.",
+        description="Training objective: 'sft' learns the answers; 'dpo' (direct preference optimisation) learns to "
+        "prefer each row's chosen answer to its rejected one, with the model without the LoRA as the reference.",
     )
     beta: float = Field(0.1, gt=0, description="With dpo: how much deviating from the model without the LoRA costs.")
     epochs: float | None = Field(None, gt=0, description="Passes over the rows; 3 by default, unless steps are given.")
@@ -144,8 +149,8 @@ class TrainSettings(StepSettings):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the LoRA's input.")
     target_modules: list[str] | None = Field(
         None,
-        description="Modules to put the LoRA on, by the end of their paths: a list, or names with commas between them; "
-        "all-linear for every Linear but the output layer; the family's choice by default.",
+        description="Modules to put the LoRA on, matched by the end of their paths: a list, or comma-separated names; "
+        "all-linear for every Linear but the output layer. By default, the family decides.",
     )
 
     @property
@@ -200,7 +205,7 @@ class CorrectSettings(Settings):
     clamp: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto", "none"] = Field(
         "auto",
         description="Limit of the correction: a number (3 in the paper), 'none', or 'auto', which compares a few "
-        "values, and the LoRA uncorrected and at a few scales, by their loss on held-out rows.",
+        "limits, no correction, and a few scales of the uncorrected LoRA by their loss on held-out rows.",
     )
     method: str = Field("emloc", description="The correction. Plugins can add others.")
 

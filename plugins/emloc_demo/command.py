@@ -27,9 +27,9 @@ def output_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., 
 @output_option("build/demo")
 @click.option("--prepare-only", is_flag=True, help="Write the model, the data, the tasks and the recipe, and stop.")
 def command(output: Path, prepare_only: bool) -> None:
-    """Tune SmolLM2-135M to read customers' messages, the whole way from the base model to the table.
+    """Tune SmolLM2-135M to turn customers' messages into JSON: all stages, from the base model to the table.
 
-    Needs no network, no GPU and 2 GB of disk, and about half an hour on two cores. What is there already is not
+    Needs 2 GB of disk, no network and no GPU, and takes about half an hour on two cores. What is there already is not
     made again, so an interrupted demo resumes where it stopped.
     """
     run(prepare(output), explain, prepare_only=prepare_only)

@@ -14,8 +14,8 @@ from emloc_demo.command import chosen_clamp, copy_recipe, output_option, run
 def command(output: Path, prepare_only: bool) -> None:
     """Train a small InternVL to read handwritten digits, then adapt it by EMLoC to put them in order.
 
-    Needs no network and no GPU, and some minutes on two cores. What is there already is not made again, so an
-    interrupted demo resumes where it stopped; the base model's training alone starts again.
+    Needs no network and no GPU, and takes ten to twenty minutes on two cores. What is there already is not made again,
+    so an interrupted demo resumes where it stopped; only the base model's training starts again.
     """
     run(prepare(output), explain, prepare_only=prepare_only)
 

@@ -25,7 +25,7 @@ def command(output: Path, smollm2: bool, prepare_only: bool) -> None:
 
     One model is damaged, and one is the same as another. The cluster is started on this machine and stopped in the
     end. Each zoo gets its report, and all emulators of the two are compared byte for byte. Needs no network and no
-    GPU, and some minutes on two cores. What is there already is not made again.
+    GPU, and takes some minutes on two cores. What is there already is not made again.
     """
     from emloc_demo.zoo.models import prepare
 
