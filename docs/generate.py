@@ -173,14 +173,14 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str
 
 
 def readme() -> str:
-    """Return the README with its map of the rooms."""
+    """Return the README with its map of the core's packages and modules."""
     return _between_marks(ROOT / "README.md", f"```text\n{_map(rooms())}```\n")
 
 
 def architecture_page() -> str:
-    """Return the page about the architecture with its floors and its map of the modules."""
+    """Return the page about the architecture with its import layers and its map of the modules."""
     floors = "".join(f"| {', '.join(f'`{room}`' for room in floor)} |\n" for floor in reversed(_floors()))
-    text = _between_marks(HERE / "architecture.md", f"| floors, from the top |\n| --- |\n{floors}", "floors")
+    text = _between_marks(HERE / "architecture.md", f"| layers, from the top |\n| --- |\n{floors}", "layers")
     parts = []
     for room, sentence in rooms().items():
         modules = sorted((ROOT / "emloc_core" / room).rglob("[!_]*.py"))
@@ -193,7 +193,7 @@ def architecture_page() -> str:
 
 
 def rooms() -> dict[str, str]:
-    """Return the first sentence of every package and module directly in the core, the top floor first."""
+    """Return the first sentence of every package and module directly in the core, the top layer first."""
     order = {room.partition(".")[0]: number for number, floor in enumerate(_floors()) for room in floor}
     paths = [
         path for path in (ROOT / "emloc_core").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
@@ -207,7 +207,7 @@ def rooms() -> dict[str, str]:
 
 
 def _floors() -> list[list[str]]:
-    """Return the floors that the test of directions has, the lowest first."""
+    """Return the import layers that the test of directions has, the lowest first."""
     for node in ast.parse((ROOT / "tests" / "test_directions.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FLOORS":
             floors: list[list[str]] = ast.literal_eval(node.value)

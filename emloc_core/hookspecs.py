@@ -107,11 +107,11 @@ def emloc_factorizers() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
 
 @hookspec
 def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
-    """Offer kinds of emulator, which ``compress`` finds by ``--kind``. Asked when one is needed.
+    """Provide kinds of emulator, selected by ``--kind`` of ``compress``. Called when one is needed.
 
     Returns:
-        By name, subclasses of ``emloc_core.kinds.Kind``: how what stands in for a weight is made, stored, read
-        back by transformers and by ``correct``, and how many bytes it takes.
+        By name, subclasses of ``emloc_core.kinds.Kind``: how the stand-in for a weight is made, stored, read back by
+        transformers and by ``correct``, and how many bytes it takes.
 
     Example:
         from emloc_core.hookspecs import hookimpl
@@ -197,7 +197,8 @@ def emloc_stage_done(stage: str, output: "Path", manifest: "dict[str, Any]") -> 
     """Observe that a stage's output is finished, now or by an earlier run.
 
     Args:
-        stage: the stage: ``import``, ``compress``, ``cut``, ``train``, ``correct``, ``merge`` or ``eval``.
+        stage: the stage: ``import``, ``compress``, ``cut``, ``train``, ``correct``, ``polish``, ``merge``, ``export``
+            or ``eval``.
         output: the finished directory.
         manifest: the content of its ``emloc.json``.
     """

@@ -4,7 +4,7 @@ import pytest
 from support.imports import arrows, circles, modules, room
 from support.paths import ROOT
 
-#: From what everything may import to what nothing may. Rooms on one floor do not import each other.
+#: Import layers, from what everything may import to what nothing may. Those in one layer do not import each other.
 FLOORS = [
     ["environment", "errors", "family", "lifetime"],
     ["units", "settings", "layout", "algorithms", "process"],
@@ -39,7 +39,7 @@ ARROWS = arrows(ROOT)
 
 
 def floor(module: str) -> int:
-    """The floor of a module: of the longest prefix of its name that has one."""
+    """The layer of a module: that of the longest prefix of its name that has one."""
     places = {room: index for index, rooms in enumerate(FLOORS) for room in rooms}
     parts = module.split(".")
     return next(places[name] for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in places)

@@ -43,9 +43,11 @@ class Factors:
     Attributes:
         u: (m, k), orthonormal columns.
         v: (k, n), so that ``u @ v`` approximates the weight.
-        spectrum: energy of the outputs along every direction, fp64 on the CPU. Its length is min(m, n). The first k are
-            the columns of u, so that what is cut off at any rank is known. Descending, if the factors are optimal.
-        error: of these factors, where it is more than what is cut off: they are rounded.
+        spectrum: energy of the outputs along every direction, fp64 on the CPU. Its length is min(m, n). The first k
+            belong to the columns of u, so the truncated energy is known at every rank. Descending if the factors are
+            optimal.
+        error: relative output error of these factors, where rounding makes it larger than the truncation error;
+            otherwise None.
     """
 
     u: torch.Tensor

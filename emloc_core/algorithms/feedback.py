@@ -1,4 +1,4 @@
-"""Rounding with feedback: what rounding a column loses, the columns after it make up for.
+"""Rounding with feedback: later columns compensate for the rounding error of earlier ones.
 
 As in GPTQ (Frantar et al., 2022, arXiv 2210.17323): the loss that counts is that of the outputs, ``||(M - Q) X||``, so
 the error of a column is spread over those not rounded yet, in proportion to how their inputs go along with its own.

@@ -41,7 +41,7 @@ class Gram:
         device: where the sum is kept.
 
     Attributes:
-        side: as given.
+        side: whether the activations are inputs or outputs of Linears: ``"input"`` or ``"output"``.
         tokens: number of activations that were added.
     """
 
@@ -59,7 +59,7 @@ class Gram:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the sum: fp64 as soon as it asks for it."""
+        """The dtype of the sum: fp64 once fp32 is not accurate enough."""
         return self._sum.dtype
 
     @property

@@ -1,4 +1,4 @@
-"""How much of a model an emulator can make smaller, and what no declaration speaks of.
+"""How much of a model can be compressed, and which Linears no declaration covers.
 
 A Linear is in an input group, or kept dense with a reason, or undeclared: it then stays dense because nobody thought of
 it, which the user has to know.

@@ -1,4 +1,4 @@
-"""The kind whose stand-in is the weight in four bits, and low-rank factors of what rounding lost."""
+"""The kind whose stand-in is the weight in four bits, plus low-rank factors of the rounding error."""
 
 from dataclasses import dataclass, field
 from typing import Any

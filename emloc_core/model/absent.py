@@ -1,4 +1,4 @@
-"""Parameters that are not loaded, of which a model's code may ask where they are."""
+"""Parameters that are not loaded but still report the device that they will be loaded to."""
 
 import torch
 from torch import nn

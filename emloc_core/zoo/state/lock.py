@@ -1,4 +1,4 @@
-"""One driver a zoo: whoever holds ``zoo.lock``.
+"""One driver per zoo: the process that holds ``zoo.lock``.
 
 The workers of this machine inherit it, so that a driver that follows one that was killed waits until they are gone.
 """
