@@ -33,8 +33,8 @@ workload, without a network: `emloc plan Qwen/Qwen2.5-7B --memory 24GB --batch-s
 
 The workload: one row of {LENGTH:,} tokens, in image-text models one image of 448 x 448 pixels among them; a LoRA of
 rank 8 where the entry's preset `default` puts it; gradient checkpointing, bf16 autocast; on a GPU, its context and
-kernels included. GB are 10^9 bytes; [memory.md](memory.md) has the terms. The figures are predicted, and nothing of
-this has been measured on a GPU yet.
+kernels included. GB are 10^9 bytes; [memory.md](memory.md) explains the terms. All figures are predictions; none has
+been measured on a GPU yet.
 
 | column | meaning |
 | --- | --- |
@@ -44,12 +44,12 @@ this has been measured on a GPU yet.
 | compress | making that emulator, block by block |
 | 12 GB to 80 GB | the largest ratio whose tuning fits; `whole`: a LoRA on the model itself fits; `-`: no ratio fits |
 
-The tuned LoRA is used on the model itself: with less memory than `inference` says, that needs offloading or
-quantisation.
+The tuned LoRA is used on the model itself. With less memory than the column `inference` shows, that needs offloading
+or quantisation.
 
-GLM-4-0414 has no entry: no published count of it was found, and no source says whether its Linears have biases.
-InternVL3-9B has none either: its language model is an InternLM3-8B, of which no source that was found says how many
-tokens it has in that checkpoint, and `emloc import` does not rewrite it.
+GLM-4-0414 has no entry: we found no published parameter count, and no source that says whether its Linears have biases.
+InternVL3-9B has no entry either: its language model is an InternLM3-8B, which `emloc import` cannot rewrite, and we found
+no source for the size of its vocabulary in that checkpoint.
 """
 HEADINGS = ["model", "inference", "LoRA", "EMLoC", "compress", *(f"{card} GB" for card in CARDS)]
 
