@@ -48,8 +48,8 @@ The tuned LoRA is used on the model itself. With less memory than the column `in
 or quantisation.
 
 GLM-4-0414 has no entry: we found no published parameter count, and no source that says whether its Linears have biases.
-InternVL3-9B has no entry either: its language model is an InternLM3-8B, which `emloc import` cannot rewrite, and we found
-no source for the size of its vocabulary in that checkpoint.
+InternVL3-9B has no entry either: its language model is an InternLM3-8B, which `emloc import` cannot rewrite, and we
+found no source for the size of its vocabulary in that checkpoint.
 """
 HEADINGS = ["model", "inference", "LoRA", "EMLoC", "compress", *(f"{card} GB" for card in CARDS)]
 

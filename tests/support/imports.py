@@ -1,8 +1,8 @@
 """The imports of the core, read from its source; ``python tests/support/imports.py [CHECKOUT]`` counts them.
 
-Here a *room* is a package or a module directly in ``emloc_core/``. An *arrow* leads from an importer to what it imports,
-and counts once. The *floor* of a room, its import layer, is the length of the longest chain of arrows below it; rooms in
-a circle, an import cycle, share one.
+Here a *room* is a package or a module directly in ``emloc_core/``. An *arrow* leads from an importer to what it
+imports, and counts once. The *floor* of a room, its import layer, is the length of the longest chain of arrows below
+it; rooms in a circle, an import cycle, share one.
 """
 
 import ast
