@@ -6,12 +6,13 @@ For hours: every measurement is added to ``results/quality.json`` as soon as it 
 benchmark can be interrupted at any time and continued, on another machine too. The most telling come first.
 
 A measurement is one *cell*: a task, a kind of emulator, its memory and a seed. It makes the emulator, tunes a LoRA on
-it for 60 steps of 8 rows, carries it over to the base uncorrected, with the paper's clamp and with ``auto``, and, with
-the first seed, takes 10 and 20 exact steps from there; not with variants of kinds with factors, which are there to say
-which should be their default. Controls are LoRAs of 60 and 80 steps on the base itself, and exact steps from scratch.
-Of three learning rates the one with the least loss of the base on the selection rows counts. Baselines from the
-literature (``quality_baselines.py``) are carried over as they are. The loss is the NLL per token of the answers of 160
-test rows; that of the emulator itself, which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
+it for 60 steps of 8 rows, carries it over to the base uncorrected, with the paper's clamp and with ``auto``, and takes
+10 and 20 exact steps from there: with the first seed, and on pictures with every seed. Variants of kinds with factors,
+which are there to say which should be their default, take none. Controls are LoRAs of 60 and 80 steps on the base
+itself, and exact steps from scratch. Of three learning rates the one with the least loss of the base on the selection
+rows counts. Baselines from the literature (``quality_baselines.py``) are carried over as they are. The loss is the NLL
+per token of the answers of 160 test rows; that of the emulator itself, which is nobody's goal, of 64 of them. All else
+is done by the toolkit's stages.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
 the base gains over the base alone: ``(base - x) / (base - full)``; all three on the same base, with the same seed.
@@ -163,7 +164,8 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     }
     # Further seeds say how far what is carried over varies, and variants which should be the default: less is enough.
     in_full = cell.seed == 0 and cell.kind not in LOW_RANK
-    exact_rate, exact = polish(cell, carried["auto"], base, rows, metered) if in_full else (None, {})
+    with_exact = in_full or (cell.task == PICTURES and cell.kind not in LOW_RANK)  # there they take seconds
+    exact_rate, exact = polish(cell, carried["auto"], base, rows, metered) if with_exact else (None, {})
     # Asked for fp32, transformers leaves some weights of a vision tower in four bits as they are.
     dtype = "auto" if cell.task == PICTURES else "float32"
     on_emulator, on_base = Scores(emulator, rows["test"], 64, dtype), Scores(base, rows["test"])
