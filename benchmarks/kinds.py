@@ -21,6 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "low-rank, paper": {"kind": "low-rank", "calibration": "base"},
     "nf4": {"kind": "nf4"},
     "2.7-bit": {"kind": "2.7-bit"},
+    "1.6-bit+repair": {"kind": "1.6-bit+repair", "ratio": 0.23},
     "low-rank-nf4": {"kind": "low-rank-nf4"},
 }
 

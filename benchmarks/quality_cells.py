@@ -16,7 +16,7 @@ MEMORIES = (0.11, 0.17, 0.28, 0.6)
 #: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
 RECOMMENDED = {0.11: ("low-rank-nf4", 0.11), 0.17: ("low-rank-nf4", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
 #: What else there is below four bits, and above.
-RIVALS = (("mixed", 0.17), ("2.7-bit", 0.17), ("1.6-bit", 0.11), ("nf4+repair", 0.6))
+RIVALS = (("1.6-bit+repair", 0.17), ("mixed", 0.17), ("2.7-bit", 0.17), ("1.6-bit", 0.11), ("nf4+repair", 0.6))
 #: From the literature, for text; see ``quality_baselines.py``.
 BASELINES = (
     ("pruned-nf4", 0.17),
@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank-refined": {"kind": "low-rank", "allocator": "uniform", "refine": 3},
     "low-rank-nf4-64": {"kind": "low-rank-nf4", "samples": 64},
     "low-rank-nf4-uniform-64": {"kind": "low-rank-nf4", "samples": 64, "allocator": "uniform"},
+    "1.6-bit+repair-64": {"kind": "1.6-bit+repair", "samples": 64, "refine": 3},
     "2.7-bit-256": {"kind": "2.7-bit", "samples": 256},
     "1.6-bit-256": {"kind": "1.6-bit", "samples": 256},
 }
@@ -43,6 +44,7 @@ VARIED = {
     "nf4": (0.28,),
     "low-rank": (0.28, 0.6, 0.11),
     "low-rank-nf4": (0.17, 0.11),
+    "1.6-bit+repair": (0.17,),
     "2.7-bit": (0.17,),
     "1.6-bit": (0.11,),
 }
@@ -50,10 +52,10 @@ VARIED = {
 LOW_RANK = [name for name in VARIANTS if name.startswith("low-rank")]
 #: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.
 BYTES = dict.fromkeys(("low-rank", "nf4+repair", "mixed", "pruned", "depth"), 2.0)
-BYTES |= dict.fromkeys(("low-rank-nf4", "pruned-nf4"), 4.5 / 8)
+BYTES |= dict.fromkeys(("1.6-bit+repair", "low-rank-nf4", "pruned-nf4"), 4.5 / 8)
 BYTES |= {name: BYTES[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BYTES}
-#: Memory of the weight in four bits that a kind keeps beside its factors.
-BESIDE = {"nf4+repair": 0.26}
+#: Memory of the rounded weight that a kind keeps beside its factors.
+BESIDE = {"nf4+repair": 0.26} | dict.fromkeys(("1.6-bit+repair", "1.6-bit+repair-64"), 0.105)
 FULL, SCRATCH = "full", "exact"
 
 

@@ -76,10 +76,8 @@ class FourBitLowRankLinear(PackedLinear):
 
     def parts(self) -> Iterator[Part]:
         """Yield codes and scales of both factors."""
-        for name, shape in (("weight", (self.out_features, self.size)), ("V", (self.size, self.in_features))):
-            codes, scales = fourbit.sizes(*shape)
-            yield name, (codes, 1), torch.uint8
-            yield f"{name}_scales", (scales,), torch.float32
+        yield from _factor("weight", self.out_features, self.size)
+        yield from _factor("V", self.size, self.in_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -133,7 +131,7 @@ class FourBitLinear(PackedLinear):
 
 
 class RepairedLinear(FourBitLinear):
-    """``y = W x + U (V x) + b``: W in four bits beside a low-rank repair of what rounding lost.
+    """``y = W x + U (V x) + b``: W in four bits beside a low-rank repair of the rounding error.
 
     ``U`` (out_features, rank) and ``V`` (rank, in_features) have the dtype of the base.
     """
@@ -171,21 +169,69 @@ class FewLevelsLinear(PackedLinear):
 
     weight_scales: nn.Parameter
 
+    @property
+    def levels(self) -> int:
+        """How many the weight has."""
+        return self.size
+
     def parts(self) -> Iterator[Part]:
         """Yield codes and scales."""
-        codes, scales = levels.sizes(self.size, *self.shape)
+        codes, scales = levels.sizes(self.levels, *self.shape)
         yield "weight", (codes, 1), torch.uint8
         yield "weight_scales", (self.out_features, scales // self.out_features), torch.bfloat16
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        found = levels.product(input, self.weight, self.weight_scales, self.shape, self.size, self.dtype)
+        found = levels.product(input, self.weight, self.weight_scales, self.shape, self.levels, self.dtype)
         return found if self.bias is None else found + self.bias
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""
-        return f"{super().extra_repr()}, {self.size} levels"
+        return f"{super().extra_repr()}, {self.levels} levels"
 
     def unpacked(self) -> torch.Tensor:
         """Return the weight."""
-        return levels.unpack(self.weight, self.weight_scales, self.shape, self.size, self.dtype)
+        return levels.unpack(self.weight, self.weight_scales, self.shape, self.levels, self.dtype)
+
+
+class RepairedLevelsLinear(FewLevelsLinear):
+    """``y = W x + U (V x) + b``: W on three levels beside a low-rank repair of the rounding error, in four bits."""
+
+    U: nn.Parameter
+    V: nn.Parameter
+    U_scales: nn.Parameter
+    V_scales: nn.Parameter
+
+    @property
+    def levels(self) -> int:
+        """How many the weight has; ``size`` is the rank of the repair."""
+        return 3
+
+    def parts(self) -> Iterator[Part]:
+        """Yield codes and scales, of the weight and of both factors of its repair."""
+        yield from super().parts()
+        yield from _factor("U", self.out_features, self.size)
+        yield from _factor("V", self.size, self.in_features)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        inner = fourbit.product(input, self.V, self.V_scales, (self.size, self.in_features), self.dtype)
+        repair = fourbit.product(inner, self.U, self.U_scales, (self.out_features, self.size), self.dtype)
+        return super().forward(input) + repair
+
+    def extra_repr(self) -> str:
+        """Describe the layer in the model's printout."""
+        return f"{super().extra_repr()} and a repair, rank={self.size}, four bits"
+
+    def unpacked(self) -> torch.Tensor:
+        """Return ``W + U V``."""
+        u = fourbit.unpack(self.U, self.U_scales, (self.out_features, self.size), self.dtype)
+        v = fourbit.unpack(self.V, self.V_scales, (self.size, self.in_features), self.dtype)
+        return torch.addmm(super().unpacked(), u, v)
+
+
+def _factor(name: str, rows: int, columns: int) -> Iterator[Part]:
+    """Yield codes and scales of a factor in four bits."""
+    codes, scales = fourbit.sizes(rows, columns)
+    yield name, (codes, 1), torch.uint8
+    yield f"{name}_scales", (scales,), torch.float32

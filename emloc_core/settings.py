@@ -40,8 +40,8 @@ class CutSettings(Settings):
         0.6,
         gt=0,
         lt=1,
-        description="Fraction of the compressed Linears' parameters to keep; with nf4+repair, the size of the factors "
-        "alone; with mixed, the fraction of the bytes in 16 bits.",
+        description="Fraction of the compressed Linears' parameters to keep; with nf4+repair and 1.6-bit+repair, the "
+        "size of the factors alone; with mixed, the fraction of the bytes in 16 bits.",
     )
     allocator: str | None = Field(
         None,
@@ -63,14 +63,15 @@ class CompressSettings(CutSettings):
         description="Kind of emulator: 'low-rank', factors as in the paper; 'nf4', weights in four bits as in QLoRA, "
         "which have no ratio; 'nf4+repair', weights in four bits with low-rank factors of the rounding error; "
         "'2.7-bit', '2-bit' and '1.6-bit', weights on six, four and three levels, for when even 'nf4' is too large; "
-        "'mixed', weights on three to sixteen levels, chosen per Linear; 'low-rank-nf4', factors in four bits; 'auto', "
-        "the recommended kind for the given memory. Plugins can add others.",
+        "'mixed', weights on three to sixteen levels, chosen per Linear; '1.6-bit+repair', weights on three levels "
+        "with low-rank factors of the rounding error in four bits; 'low-rank-nf4', factors in four bits; 'auto', the "
+        "recommended kind for the given memory. Plugins can add others.",
     )
     samples: int | None = Field(
         None,
         ge=1,
-        description="Number of calibration rows; by default 64, and for low-rank-nf4 a quarter of the rows, but at "
-        "least 64 and at most 256.",
+        description="Number of calibration rows; by default 64, and for 1.6-bit+repair and low-rank-nf4 a quarter of "
+        "the rows, but at least 64 and at most 256.",
     )
     selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp.")
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
@@ -87,7 +88,8 @@ class CompressSettings(CutSettings):
         None,
         ge=0,
         description="Passes over the calibration rows that bring each block's outputs closer to the base's, by "
-        "adjusting the scales of weights on a few levels (3 by default) or the factors of low-rank (none by default).",
+        "adjusting the scales of weights on a few levels (3 by default; none with a repair) or the factors of low-rank "
+        "(none by default).",
     )
     factorizer: str = Field(
         "activation-svd",

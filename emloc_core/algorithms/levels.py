@@ -69,7 +69,9 @@ def lost(levels: int) -> float:
     return 1 - sum((after - before) * value**2 for value, (before, after) in zip(values, pairwise(below), strict=True))
 
 
-def rounded(matrix: torch.Tensor, gram: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rounded(
+    matrix: torch.Tensor, gram: torch.Tensor, levels: int, damping: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a matrix with feedback, and pack it.
 
     Scales are first those that lose least without feedback, and between passes those that are best for the levels that
@@ -79,11 +81,12 @@ def rounded(matrix: torch.Tensor, gram: torch.Tensor, levels: int) -> tuple[torc
         matrix: M, (m, n), any floating dtype.
         gram: ``sum x x^T`` of its inputs, (n, n).
         levels: how many; a key of :data:`LEVELS`.
+        damping: see :func:`~emloc_core.algorithms.feedback.damped`; by default what so many levels need.
 
     Returns:
         Codes, (bytes, 1), uint8, and scales, (m, ceil(n / GROUP)), bf16; see :func:`unpack`.
     """
-    matrix, gram = matrix.float(), damped(gram, _DAMPING.get(levels, DAMPING))
+    matrix, gram = matrix.float(), damped(gram, damping or _DAMPING.get(levels, DAMPING))
     grid = _Grid(levels, _scales(matrix, levels), matrix.shape[1])
     found = with_feedback(matrix, gram, grid.nearest)
     for _ in range(PASSES):

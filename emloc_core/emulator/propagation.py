@@ -160,9 +160,9 @@ def fit_block(
                 f"{error}: the inputs of {members[0].path}.", "Check the weights up to this layer.", code=error.code
             ) from None
         for linear, weight, fitted in zip(members, weights, targets, strict=True):
-            factors = factorize(linear, fitted, moments.gram_for(fitted, linear.tap))
-            found[linear.path] = factors
-            done[linear.path] = (factors.u.to(weight), factors.v.to(weight))
+            found[linear.path] = factorize(linear, fitted, moments.gram_for(fitted, linear.tap))
+            u, v = found[linear.path].pair()
+            done[linear.path] = (u.to(weight), v.to(weight))
     return found
 
 

@@ -7,7 +7,7 @@ many bytes it takes. Everything else (streaming, resuming, training, correction,
 from emloc_core.kinds.factors import FourBitLowRank, LowRank
 from emloc_core.kinds.kind import Factorize, Kind, Movable, Pair
 from emloc_core.kinds.levels import FewLevels, FourLevels, MixedLevels, SixLevels, ThreeLevels
-from emloc_core.kinds.repair import RepairedNF4
+from emloc_core.kinds.repair import RepairedNF4, RepairedThreeLevels
 from emloc_core.kinds.weights import NF4
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Movable",
     "Pair",
     "RepairedNF4",
+    "RepairedThreeLevels",
     "SixLevels",
     "ThreeLevels",
 ]

@@ -95,20 +95,8 @@ class FourBitLowRank(Kind):
     samples = 256
 
     def rounding(self, factorize: Factorize) -> Factorize:
-        """Round U with feedback, fit V to that by least squares, and round it with feedback.
-
-        The inputs of U are those of the exact V. The best V for a given U has ``U V x`` nearest to ``W x`` for every x:
-        ``V = (U^T U)^-1 U^T W``.
-        """
-
-        def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
-            exact = on_its_gram(factorize, weight, gram, rank)
-            inputs = gram.matrix
-            u = feedback.rounded(exact.u, exact.v.to(inputs) @ inputs @ exact.v.to(inputs).T).double()
-            v = feedback.rounded(torch.linalg.solve(u.T @ u, u.T @ weight.to(u)), inputs)
-            return replace(exact, u=u.float(), v=v, error=output_error(weight, u.float() @ v, inputs))
-
-        return rounded
+        """Round both factors with feedback."""
+        return in_four_bits(factorize)
 
     def told(self, rank: str) -> str:
         """The rank of the factors, and their bits."""
@@ -126,8 +114,7 @@ class FourBitLowRank(Kind):
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return both factors, unpacked; there are so many ranks as fit the scales of both."""
         u, v, u_scales, v_scales = tensors
-        m, n = shape
-        rank = (u.numel() + v.numel()) * 2 // (m + n)
+        (m, n), rank = shape, four_bit_rank((u, v), shape)
         return fourbit.unpack(u, u_scales, (m, rank), dtype), fourbit.unpack(v, v_scales, (rank, n), dtype)
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
@@ -136,12 +123,39 @@ class FourBitLowRank(Kind):
 
     def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
         """Half a byte a number, and a scale for every 64."""
-        parts = (fourbit.sizes(shape[0], rank), fourbit.sizes(rank, shape[1]))
-        return sum(codes + 4 * scales for codes, scales in parts)
+        return four_bit_bytes(shape, rank)
 
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""
         replace_linears(model, ranks, FOUR_BITS_VERSION)
+
+
+def in_four_bits(factorize: Factorize) -> Factorize:
+    """Return a factorizer that rounds U with feedback, fits V to that by least squares, and rounds it with feedback.
+
+    The inputs of U are those of the exact V. The best V for a given U has ``U V x`` nearest to ``W x`` for every x:
+    ``V = (U^T U)^-1 U^T W``. The Gram that it takes is that of the inputs.
+    """
+
+    def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
+        exact = on_its_gram(factorize, weight, gram, rank)
+        inputs = gram.matrix
+        u = feedback.rounded(exact.u, exact.v.to(inputs) @ inputs @ exact.v.to(inputs).T).double()
+        v = feedback.rounded(torch.linalg.solve(u.T @ u, u.T @ weight.to(u)), inputs)
+        return replace(exact, u=u.float(), v=v, error=output_error(weight, u.float() @ v, inputs))
+
+    return rounded
+
+
+def four_bit_bytes(shape: tuple[int, int], rank: int) -> int:
+    """Return the bytes of two factors in four bits of a weight of this shape: half per number, and four per 64."""
+    parts = (fourbit.sizes(shape[0], rank), fourbit.sizes(rank, shape[1]))
+    return sum(codes + 4 * scales for codes, scales in parts)
+
+
+def four_bit_rank(codes: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int]) -> int:
+    """Return the rank of two factors in four bits of a weight of this shape, from their codes."""
+    return sum(part.numel() for part in codes) * 2 // sum(shape)
 
 
 def on_its_gram(factorize: Factorize, weight: torch.Tensor, inputs: Gram, rank: int) -> Factors:

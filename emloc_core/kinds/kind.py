@@ -56,6 +56,7 @@ class Kind(ABC):
             ``uniform``.
         samples: number of calibration rows where the user does not say, and has enough; :data:`SAMPLES` or more.
         needs_rows: whether stand-ins are always fitted to rows. If not, the weight alone can say what becomes of it.
+        rounds: how often the parts of a stand-in are fitted in turn.
         refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; None: they
             cannot be.
     """
@@ -76,6 +77,7 @@ class Kind(ABC):
     allocator: str = "uniform"
     samples: int = SAMPLES
     needs_rows: bool = True
+    rounds: int = 1
     refine: int | None = None
 
     def is_usable(self) -> bool:

@@ -1,7 +1,7 @@
 """Kinds whose stand-in is the weight itself, on a few levels: at most four bits."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -29,6 +29,15 @@ class PackedWeight(Factors):
     scales: torch.Tensor
     count: int
 
+    def weight(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return what the Linear multiplies by, (m, n), with these scales in place of its own."""
+        return levels.unpack(self.codes, scales, (self.u.shape[0], self.v.shape[1]), self.count, dtype)
+
+    def with_scales(self, scales: torch.Tensor) -> Self:
+        """Return it with these scales in place of its own."""
+        u, v = whole(self.weight(scales, torch.float32))
+        return replace(self, u=u, v=v, scales=scales)
+
 
 class MovableScales:
     """A weight on a few levels whose scales may still move, by their logarithms.
@@ -38,19 +47,16 @@ class MovableScales:
     """
 
     def __init__(self, packed: PackedWeight) -> None:
-        self._packed, self._count = packed, packed.count
-        self._shape = (packed.u.shape[0], packed.v.shape[1])
+        self._packed = packed
         self.numbers = nn.Parameter(packed.scales.float().log())
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight with the scales as they are now."""
-        return levels.unpack(self._packed.codes, self.numbers.exp().bfloat16(), self._shape, self._count, dtype)
+        return self._packed.weight(self.numbers.exp().bfloat16(), dtype)
 
     def settled(self) -> PackedWeight:
         """Return it packed."""
-        scales = self.numbers.detach().exp().bfloat16()
-        u, v = whole(levels.unpack(self._packed.codes, scales, self._shape, self._count, torch.float32))
-        return replace(self._packed, u=u, v=v, scales=scales)
+        return self._packed.with_scales(self.numbers.detach().exp().bfloat16())
 
 
 class FewLevels(Kind):

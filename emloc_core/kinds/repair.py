@@ -1,24 +1,29 @@
-"""The kind whose stand-in is the weight in four bits, plus low-rank factors of the rounding error."""
+"""Kinds whose stand-in is the rounded weight plus low-rank factors of the rounding error."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from emloc_core.algorithms import feedback, fourbit
+from emloc_core.algorithms import feedback, fourbit, levels
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
-from emloc_core.kinds.factors import on_its_gram
+from emloc_core.kinds.factors import four_bit_bytes, four_bit_rank, in_four_bits, on_its_gram
 from emloc_core.kinds.kind import Factorize, Kind, Pair, beside, whole
-from emloc_core.lowrank import METHOD, REPAIRED_VERSION, replace_linears
+from emloc_core.kinds.levels import MovableScales, PackedWeight
+from emloc_core.lowrank import METHOD, REPAIRED_LEVELS_VERSION, REPAIRED_VERSION, replace_linears
 from emloc_core.settings import CompressSettings
+
+#: Levels of a weight whose repair is in four bits, and the damping that they are rounded with: see
+#: ``docs/decisions.md``.
+_LEVELS, _DAMPING = 3, 0.1
 
 
 @dataclass(frozen=True)
 class Repaired(Factors):
-    """Factors of what rounding lost, in the dtype of the base, with the rounded weight.
+    """Factors of the rounding error, in the dtype of the base, with the rounded weight.
 
     Attributes:
         packed: codes of the weight, codes of its scales, and ranges of these; see
@@ -60,7 +65,7 @@ class RepairedNF4(Kind):
             )
 
     def rounding(self, factorize: Factorize) -> Factorize:
-        """Round the weight with feedback, and factorise what that lost."""
+        """Round the weight with feedback, and factorise the rounding error."""
 
         def repaired(weight: torch.Tensor, gram: Gram, rank: int) -> Repaired:
             _, exact = fourbit.pack(weight)
@@ -106,6 +111,107 @@ class RepairedNF4(Kind):
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""
         replace_linears(model, ranks, REPAIRED_VERSION)
+
+
+@dataclass(frozen=True)
+class RepairedLevels(PackedWeight):
+    """A weight on a few levels, packed, with factors of the rounding error in fp32, as they are in four bits."""
+
+    def pair(self) -> Pair:
+        """Return the sum of weight and repair, beside the identity."""
+        return whole(self.weight(self.scales, torch.float32))
+
+    def weight(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return what the Linear multiplies by, (m, n), with these scales in place of its own."""
+        return super().weight(scales, dtype) + (self.u @ self.v).to(dtype)
+
+    def with_scales(self, scales: torch.Tensor) -> Self:
+        """Return it with these scales in place of its own; the repair stays."""
+        return replace(self, scales=scales)
+
+
+class RepairedThreeLevels(Kind):
+    """Weights on three levels with a low-rank repair in four bits (as in CALDERA, Saha et al., 2024, arXiv 2405.18886).
+
+    Each is fitted in turn to what the other leaves of the weight, and seen as rounded by what is fitted after them.
+    The ratio is that of the repair alone.
+    """
+
+    name = "1.6-bit+repair"
+    taps_inputs = keeps_weight = needs_bitsandbytes = True
+    allocates_by_spectra = False
+    smallest_ratio, largest_ratio = 0.2, 0.5
+    calibration = "propagated"
+    samples = 256
+    rounds = 4
+    refine = 0
+
+    def check(self, settings: CompressSettings) -> None:
+        """Refuse a repair with which weights in four bits would be smaller.
+
+        Raises:
+            EmlocError: names the setting.
+        """
+        super().check(settings)
+        if settings.ratio > self.largest_ratio:
+            raise EmlocError(
+                f"With a repair of ratio {settings.ratio:g}, weights on three levels are as large as weights in four "
+                "bits.",
+                f"Give --ratio 0.23, say, and at most {self.largest_ratio:g}; or --kind nf4.",
+            )
+
+    def rounding(self, factorize: Factorize) -> Factorize:
+        """Round the weight and factorise the error, then each again, fitted to what the other leaves."""
+        repair = in_four_bits(factorize)
+
+        def repaired(weight: torch.Tensor, gram: Gram, rank: int) -> RepairedLevels:
+            weight = left = weight.float()
+            for _ in range(self.rounds):
+                codes, scales = levels.rounded(left, gram.matrix, _LEVELS, _DAMPING)
+                shape = (weight.shape[0], weight.shape[1])
+                rounded = levels.unpack(codes, scales, shape, _LEVELS, torch.float32)
+                found = repair(weight - rounded, gram, rank)
+                left = weight - found.u @ found.v
+            error = output_error(weight, rounded.addmm(found.u, found.v), gram.matrix)
+            return RepairedLevels(found.u, found.v, found.spectrum, codes, scales, _LEVELS, error=error)
+
+        return repaired
+
+    def movable(self, stand_in: RepairedLevels) -> MovableScales:
+        """Let the scales move, and not the repair."""
+        return MovableScales(stand_in)
+
+    def told(self, rank: str) -> str:
+        """The levels of the weight, and the rank of its repair."""
+        return f"{_LEVELS} levels and rank {rank} in four bits"
+
+    def keys(self, weight: str) -> list[str]:
+        """The codes replace the weight."""
+        return beside(weight, "weight_scales", "U", "U_scales", "V", "V_scales")
+
+    def pack(self, weight: str, stand_in: RepairedLevels, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        """Return codes and scales, of the weight and of both factors."""
+        parts = (stand_in.codes, stand_in.scales, *fourbit.pack(stand_in.u), *fourbit.pack(stand_in.v))
+        return dict(zip(self.keys(weight), (part.cpu() for part in parts), strict=True))
+
+    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
+        """Return the sum of weight and repair, and the identity."""
+        codes, scales, u, u_scales, v, v_scales = tensors
+        (m, n), rank = shape, four_bit_rank((u, v), shape)
+        u, v = fourbit.unpack(u, u_scales, (m, rank), dtype), fourbit.unpack(v, v_scales, (rank, n), dtype)
+        return whole(levels.unpack(codes, scales, shape, _LEVELS, dtype) + u @ v)
+
+    def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
+        """Say which Linears are repaired; :mod:`emloc_core.lowrank` loads them."""
+        return {"quant_method": METHOD, "format_version": REPAIRED_LEVELS_VERSION, "ranks": ranks}
+
+    def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
+        """Those of a weight on three levels, and of factors in four bits."""
+        return levels.level_bytes(_LEVELS, shape) + four_bit_bytes(shape, rank)
+
+    def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
+        """Replace by the layers that an emulator has."""
+        replace_linears(model, ranks, REPAIRED_LEVELS_VERSION)
 
 
 def _unpacked(

@@ -64,13 +64,13 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
         if model.method.by_spectra:
             probed = min(PROBES, settings.samples) * per_row
             own += _PRODUCT * base * (positions + probed * (1 + len(linears)))
-            single += _decomposed(linears, positions, has_factors=True)
+            single += _decomposed(linears, positions)
         if propagated:
             own += _PRODUCT * positions * (base + emulator + _up_to_groups(linears, kind))
-            single += _fitted(linears, positions, kind.has_factors)
+            single += _fitted(linears, positions, kind)
         elif not (model.method.by_spectra and model.method.is_cut):
             own += _PRODUCT * positions * base
-            single += _decomposed(linears, positions, kind.has_factors)
+            single += _decomposed(linears, positions, kind)
         own += _PRODUCT * positions * _refinement(settings.refine) * sum(linear.numbers for linear in linears)
     return Operations(own, single)
 
@@ -102,22 +102,22 @@ def _positions(model: MemoryModel, path: str) -> int:
     return model.workload.length
 
 
-def _decomposed(linears: Sequence[LinearPlan], positions: int, has_factors: bool) -> float:
+def _decomposed(linears: Sequence[LinearPlan], positions: int, kind: Kind | None = None) -> float:
     """Return what the statistics of a block's own activations take, and the stand-ins that are made of them."""
     sides = sum(linear.out_features**2 for linear in linears if linear.tap == "output")
     inputs = {linear.group: linear.in_features for linear in linears if linear.tap != "output"}
     sides += sum(side**2 for side in inputs.values())
-    return _PRODUCT * positions * sides + sum(_stand_in(linear, has_factors) for linear in linears)
+    return _PRODUCT * positions * sides + sum(_stand_in(linear, kind) for linear in linears)
 
 
-def _fitted(linears: Sequence[LinearPlan], positions: int, has_factors: bool) -> float:
+def _fitted(linears: Sequence[LinearPlan], positions: int, kind: Kind) -> float:
     """Return what it takes to fit a block's stand-ins, as in :mod:`emloc_core.emulator.propagation`."""
     total = 0.0
     for group in _groups(linears):
         n, m = group[0].in_features, sum(linear.out_features for linear in group)
         targets = n * n if m >= n else 2 * n * m
         total += _PRODUCT * positions * (n * n + targets) + n**3 / 3 + _PRODUCT * m * n * n
-        total += sum(_stand_in(linear, has_factors) for linear in group)
+        total += sum(_stand_in(linear, kind) for linear in group)
     return total
 
 
@@ -133,11 +133,14 @@ def _groups(linears: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
     return [[linear for linear in linears if linear.group == name] for name in names]
 
 
-def _stand_in(linear: LinearPlan, has_factors: bool) -> float:
+def _stand_in(linear: LinearPlan, kind: Kind | None) -> float:
+    """Return what it takes to make what stands in for a weight; without a kind, factors."""
     m, n = linear.out_features, linear.in_features
-    if has_factors:
-        return _EIGENVECTORS * (m if linear.tap == "output" else n) ** 3
-    return _ROUNDING * m * n * n + _SPREADING * n**3
+    factors = _EIGENVECTORS * (m if linear.tap == "output" else n) ** 3
+    if kind is None:
+        return factors
+    rounded = _ROUNDING * m * n * n + _SPREADING * n**3
+    return kind.rounds * (kind.has_factors * factors + kind.keeps_weight * rounded)
 
 
 def _refinement(epochs: int) -> int:

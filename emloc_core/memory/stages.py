@@ -32,8 +32,8 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
       ``4 * 4 m n``.
     - where ranks or levels are shared out by spectra, at least what the pass before needs: statistics as without
       propagation, and the block's factors, fp32: at the largest ranks, or for another pass at half of the parameters.
-    - stand-ins: where these are weights and not factors, the block's in fp32, beside an identity, and for refinement
-      three times in the model's dtype: as they are, and unpacked, with a gradient.
+    - stand-ins: where these are weights and not factors alone, the block's in fp32, beside an identity, and for
+      refinement three times in the model's dtype: as they are, and unpacked, with a gradient.
 
     Without calibration it is far less: one Linear at a time.
     """
@@ -43,10 +43,11 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     units += [p.numel() for name, p in model.model.named_parameters() if not name.startswith(tuple(blocks))]
     settings = model.method.settings
     propagated = settings.calibration == "propagated"
+    statistics = 0
     if model.kind.has_factors:
         statistics = max(_statistics(plan, block, weight, propagated) for block in blocks)
-    else:
-        statistics = max((_rounding(linear) for block in blocks for linear in plan.in_block(block)), default=0)
+    if model.kind.keeps_weight:
+        statistics = max([statistics, *(_rounding(linear) for block in blocks for linear in plan.in_block(block))])
     if model.method.by_spectra:
         share = 1 if model.method.is_cut else RATIO
         statistics = max(statistics, *(_decomposition(plan, block, weight, share) for block in blocks))
@@ -57,7 +58,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
         "activations": (2 if propagated else 1) * settings.samples * model.workload.length * hidden * weight,
         "overhead": OVERHEAD,
     }
-    if not model.kind.has_factors:
+    if not model.kind.has_factors or (propagated and model.kind.keeps_weight):
         terms["stand-ins"] = max(_whole(plan, block, weight) for block in blocks)
     return Need("compress", terms, "the largest block")
 

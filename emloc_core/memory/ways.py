@@ -153,9 +153,12 @@ def _by_weights(sizes: Sequence[MemoryModel], budget: int) -> tuple[float | None
         def need(hundredths: int, model: MemoryModel = model, rest: int = rest) -> int:
             return rest + model.weight_bytes(hundredths / 100)
 
-        largest = bisect_right(range(1, round(100 * model.kind.largest_ratio) + 1), budget, key=need)
-        found.append((largest / 100 or None, model, need(largest or 1)))
-        if largest >= 100 * _ENOUGH:
+        smallest, largest = (round(100 * ratio) for ratio in (model.kind.smallest_ratio, model.kind.largest_ratio))
+        ratios = range(smallest, largest + 1)
+        fitting = bisect_right(ratios, budget, key=need)
+        ratio = ratios[fitting - 1] if fitting else None
+        found.append((ratio and ratio / 100, model, need(ratio or smallest)))
+        if ratio and ratio >= 100 * _ENOUGH:
             break
     return max(found, key=lambda each: each[0] or 0)
 

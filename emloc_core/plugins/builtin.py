@@ -74,7 +74,7 @@ def emloc_emulators() -> dict[str, Callable[..., Any]]:
     from emloc_core import kinds
 
     found = (
-        kinds.LowRank, kinds.NF4, kinds.FourBitLowRank, kinds.RepairedNF4,
+        kinds.LowRank, kinds.NF4, kinds.FourBitLowRank, kinds.RepairedNF4, kinds.RepairedThreeLevels,
         kinds.SixLevels, kinds.FourLevels, kinds.ThreeLevels, kinds.MixedLevels,
     )  # fmt: skip
     return {kind.name: kind for kind in found}

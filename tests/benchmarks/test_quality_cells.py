@@ -10,6 +10,7 @@ from quality_cells import BYTES, VARIANTS, Cell, cells
         ("low-rank", 0.28, 0.28, 0.28),
         ("low-rank-paper", 0.28, 0.28, 0.28),
         ("low-rank-nf4", 0.18, 0.64, 0.64),  # 4.5 bits a number instead of 16
+        ("1.6-bit+repair", 0.17, 0.2311, 1.23),
         ("nf4+repair", 0.6, 0.34, 1.34),  # the factors come on top of the weight in four bits
         ("mixed", 0.17, 0.17, 1),
         ("nf4", 0.28, None, 1),

@@ -28,7 +28,7 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.files.pretrained import load_lora
 from emloc_core.hookspecs import hookimpl
-from emloc_core.kinds import NF4, FourBitLowRank, LowRank, MixedLevels, RepairedNF4, SixLevels
+from emloc_core.kinds import NF4, FourBitLowRank, LowRank, MixedLevels, RepairedNF4, RepairedThreeLevels, SixLevels
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.model.hooks import forward_hooks
@@ -37,12 +37,15 @@ from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import LoraTrainer
 
-KINDS = {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, RepairedNF4, SixLevels, MixedLevels)}
+KINDS = {
+    kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, RepairedNF4, RepairedThreeLevels, SixLevels, MixedLevels)
+}
 SETTINGS = {
     "low-rank": {"ratio": 0.6},
     "nf4": {},
     "low-rank-nf4": {"ratio": 0.6},
     "nf4+repair": {"ratio": 0.1},
+    "1.6-bit+repair": {"ratio": 0.3},
     "2.7-bit": {},
     "mixed": {"ratio": 0.2},
 }
@@ -281,7 +284,7 @@ def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
 
 
 def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path):
-    known = r"emulators: 1\.6-bit, 2-bit, 2\.7-bit, low-rank, low-rank-nf4, mixed, nf4, nf4\+repair"
+    known = r"emulators: 1\.6-bit, 1\.6-bit\+repair, 2-bit, 2\.7-bit, low-rank, low-rank-nf4, mixed, nf4, nf4\+repair"
     with pytest.raises(EmlocError, match=known):
         Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings(kind="nf5"))
 
@@ -299,7 +302,7 @@ def test_plain_transformers_loads_four_bit_weights(tiny_model, rows_file, tmp_pa
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
-        *product(["llama", "qwen", "internvl"], ["nf4", "low-rank-nf4", "1.6-bit"]),
+        *product(["llama", "qwen", "internvl"], ["nf4", "1.6-bit+repair", "low-rank-nf4", "1.6-bit"]),
         ("internvl", "nf4+repair"),
         ("internvl", "mixed"),
     ],
@@ -397,6 +400,7 @@ def test_commands_take_a_kind(emloc, tiny_model, rows_file, tmp_path):
         ("nf4", "four bits"),
         ("low-rank-nf4", "rank 6 in four bits"),
         ("nf4+repair", "four bits and rank 1"),
+        ("1.6-bit+repair", "3 levels and rank 3 in four bits"),
         ("2.7-bit", "6 levels"),
         ("mixed", "6 to 16 levels"),
     ],

@@ -213,6 +213,7 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
         ({"kind": "nf4"}, 4 * (6 * n**2 + 4 * m * n)),
         ({"kind": "1.6-bit"}, 4 * (6 * n**2 + 4 * m * n)),
         ({"kind": "low-rank-nf4", "allocator": "uniform"}, factorising + 4 * n * (2 * n + m)),
+        ({"kind": "1.6-bit+repair"}, factorising + 4 * n * (2 * n + m)),
         ({"kind": "nf4+repair", "samples": 32}, factorising + inputs),
     ]
     rows = []
@@ -221,7 +222,7 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
         terms = streamed.compress(model, model.plan(0.5)).terms
         assert terms["statistics"] == statistics, chosen
         rows.append(terms["activations"])
-    assert rows[0] == 4 * rows[3]  # of twice as many rows, in two streams
+    assert rows[0] == 4 * rows[4]  # of twice as many rows, in two streams
     assert rows[2] == 4 * rows[0]  # of four times as many
     spectra = MemoryModel(file, workload(), CompressSettings(calibration="base", allocator="global"))
     even = MemoryModel(file, workload(), CompressSettings(calibration="base", allocator="uniform"))

@@ -1,0 +1,190 @@
+"""Weights on three levels with a repair in four bits: what each makes up for, how they are stored, and what refuses."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+from emloc_core.algorithms import levels
+from emloc_core.algorithms.factorize import factorize, output_error
+from emloc_core.algorithms.statistics import Gram
+from emloc_core.data.rows import load_rows
+from emloc_core.emulator import propagation
+from emloc_core.emulator.compress import Compress
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import read_manifest
+from emloc_core.kinds import NF4, RepairedThreeLevels
+from emloc_core.model.hooks import tapped
+from emloc_core.quantised import RepairedLevelsLinear
+from emloc_core.settings import CompressSettings
+
+KIND = RepairedThreeLevels()
+
+
+def compression(model, rows, output, **chosen):
+    sets = CompressSettings(**{"kind": KIND.name, "ratio": 0.3, "samples": 4, "selection": 2, **chosen})
+    return Compress(Checkpoint(model), load_rows(str(rows)), output, sets)
+
+
+def drawn(m, n, tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    gram = Gram("input", n)
+    gram.add(torch.randn(tokens, n, generator=generator) * torch.logspace(0, -2, n))
+    return torch.randn(m, n, generator=generator), gram
+
+
+def on_levels(weight, gram):
+    codes, scales = levels.rounded(weight, gram.matrix, 3, 0.1)
+    return levels.unpack(codes, scales, tuple(weight.shape), 3, torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("m", "n"), [(96, 70), (64, 130)])
+def test_the_error_falls_with_the_rank_and_with_every_round(m, n, seed, monkeypatch):
+    weight, gram = drawn(m, n, 200, seed)
+    errors = [output_error(weight, on_levels(weight, gram), gram.matrix)]
+    errors += [KIND.rounding(factorize)(weight, gram, rank).relative_error() for rank in (2, 8, 32)]
+    assert all(after < before for before, after in pairwise(errors))
+    monkeypatch.setattr(RepairedThreeLevels, "rounds", 1)
+    assert KIND.rounding(factorize)(weight, gram, 8).relative_error() > errors[2]
+
+
+def test_it_is_better_than_a_repair_of_the_weight_as_it_is_rounded_alone():
+    weight, gram = drawn(96, 70, 200, 0)
+    lost = (weight - on_levels(weight, gram)).double() @ torch.linalg.cholesky(gram.matrix.double())
+    least = float(torch.linalg.svdvals(lost)[8:].norm())  # of any repair of that rank, in fp64
+    least /= float((weight.double() @ torch.linalg.cholesky(gram.matrix.double())).norm())
+    assert KIND.rounding(factorize)(weight, gram, 8).relative_error() < least
+
+
+@pytest.mark.parametrize("shape", [(96, 33), (17, 130), (5, 3)])
+def test_what_is_stored_is_what_was_fitted(shape):
+    weight, gram = drawn(*shape, 200, 0)
+    found = KIND.rounding(factorize)(weight, gram, 2)
+    packed = KIND.pack("weight", found, torch.float32)
+    assert list(packed) == KIND.keys("weight")
+    assert sum(part.nbytes for part in packed.values()) == KIND.nbytes(shape, 2, torch.float32)
+    read, seen = (u @ v for u, v in (KIND.unpack(list(packed.values()), shape, torch.float32), found.pair()))
+    assert torch.equal(read, seen)
+    assert found.relative_error() == pytest.approx(output_error(weight, read, gram.matrix), abs=1e-6)
+
+
+def test_an_emulator_loses_what_it_says(tiny_model, rows_file, tmp_path):
+    """On the inputs that its Linears have in it, behind others with their repairs."""
+    job = compression(tiny_model, rows_file, tmp_path / "emulator")
+    emulator = job.run()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").eval()
+    lost, whole = dict.fromkeys(job.plan.ranks, 0.0), dict.fromkeys(job.plan.ranks, 0.0)
+
+    def compare(path, x):
+        exact, found = (of.get_submodule(path).forward(x) for of in (base, model))
+        lost[path] += float((found - exact).double().square().sum())
+        whole[path] += float(exact.double().square().sum())
+
+    modules = {path: model.get_submodule(path) for path in lost}
+    with torch.no_grad(), tapped(modules, dict.fromkeys(lost, "input"), compare):
+        for sample in job.samples:
+            model(**sample.inputs("cpu"))
+    for row in read_manifest(emulator)["result"]["linears"]:
+        path = row["path"]
+        assert row["relative_error"] == pytest.approx((lost[path] / whole[path]) ** 0.5, rel=1e-3), path
+
+
+def test_linears_of_a_block_are_fitted_to_those_before_them_with_their_repairs(
+    tiny_model, rows_file, tmp_path, monkeypatch
+):
+    seen, emulating = {}, propagation.emulating
+
+    def watched(stream, modules, pairs, rows):
+        seen.update(pairs)
+        return emulating(stream, modules, pairs, rows)
+
+    monkeypatch.setattr(propagation, "emulating", watched)
+    emulator = compression(tiny_model, rows_file, tmp_path / "emulator", refine=0).run()
+    model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
+    assert {path.rpartition(".")[2] for path in seen} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+    }
+    for path, (u, v) in seen.items():
+        assert torch.allclose(u @ v, model.get_submodule(path).unpacked(), atol=1e-6)
+
+
+def test_refinement_moves_scales_alone(tiny_model, rows_file, tmp_path):
+    places = [compression(tiny_model, rows_file, tmp_path / str(of), refine=of).run() for of in (0, 3)]
+    plain, refined = ({name: of for shard in place.glob("*.safetensors") for name, of in load_file(shard).items()}
+                      for place in places)  # fmt: skip
+    first = [name for name in plain if name.startswith("model.layers.0.")]
+    changed = {name.rpartition(".")[2] for name in first if not torch.equal(plain[name], refined[name])}
+    assert changed == {"weight_scales"}
+
+
+def test_what_a_layer_computes(tiny_model, rows_file, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(
+        compression(tiny_model, rows_file, tmp_path / "emulator").run(), dtype="auto"
+    )
+    layer = model.model.layers[0].mlp.down_proj
+    assert isinstance(layer, RepairedLevelsLinear)
+    shape = (layer.out_features, layer.in_features)
+    assert sum(part.nbytes for part in layer.parameters()) == KIND.nbytes(shape, layer.size, torch.float32)
+    assert "3 levels and a repair, rank=" in repr(layer)
+    x = torch.randn(5, layer.in_features, requires_grad=True)
+    found, weights = layer(x), torch.randn(5, layer.out_features)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        dense = model.dequantize()
+        whole = dense.model.layers[0].mlp.down_proj
+        assert type(whole) is torch.nn.Linear
+        assert torch.allclose(found, functional.linear(x, whole.weight), atol=1e-5)
+        assert torch.allclose(gradient, weights @ whole.weight, atol=1e-5)
+        assert torch.allclose(dense(ids).logits, before, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["weight_scales", "U", "U_scales", "V_scales"])
+def test_a_missing_part_is_found(tiny_model, rows_file, tmp_path, part):
+    emulator = compression(tiny_model, rows_file, tmp_path / "emulator", refine=0).run()
+    index = json.loads((emulator / "model.safetensors.index.json").read_text())
+    key = f"model.layers.0.mlp.up_proj.{part}"
+    shard = emulator / index["weight_map"].pop(key)
+    save_file({name: of for name, of in load_file(shard).items() if name != key}, shard, {"format": "pt"})
+    (emulator / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(EmlocError, match=rf"lacks model\.layers\.0\.mlp\.up_proj\.{part}"):
+        AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "complaint"),
+    [
+        ({"ratio": 0.6}, "as large as weights in four bits"),
+        ({"allocator": "global"}, "'global' knows the spectra of weights, not of what .* repairs"),
+        ({"calibration": "none"}, "is fitted to rows"),
+    ],
+)
+def test_what_is_refused(tiny_model, rows_file, tmp_path, chosen, complaint):
+    with pytest.raises(EmlocError, match=complaint):
+        compression(tiny_model, rows_file, tmp_path / "emulator", **chosen)
+
+
+def test_the_largest_is_smaller_than_weights_in_four_bits():
+    for m, n in ((576, 576), (4096, 1024), (3072, 8192)):
+        rank = int(KIND.largest_ratio * m * n / (m + n))
+        assert KIND.nbytes((m, n), rank, torch.bfloat16) < NF4().nbytes((m, n), 0, torch.bfloat16)
+
+
+def test_a_plan_looks_for_no_smaller_repair(shallow_model, emloc):
+    code, out, _ = emloc("plan", shallow_model, "--kind", KIND.name, "--memory", "1MB", "--length", 16, "--json")
+    planned = json.loads(out)
+    assert (code, planned["ratio"], planned["fits"]) == (0, 0.2, False)  # exact steps do
