@@ -197,6 +197,8 @@ class FewLevelsLinear(PackedLinear):
 class RepairedLevelsLinear(FewLevelsLinear):
     """``y = W x + U (V x) + b``: W on three levels beside a low-rank repair of the rounding error, in four bits."""
 
+    LEVELS = 3
+
     U: nn.Parameter
     V: nn.Parameter
     U_scales: nn.Parameter
@@ -205,7 +207,7 @@ class RepairedLevelsLinear(FewLevelsLinear):
     @property
     def levels(self) -> int:
         """How many the weight has; ``size`` is the rank of the repair."""
-        return 3
+        return self.LEVELS
 
     def parts(self) -> Iterator[Part]:
         """Yield codes and scales, of the weight and of both factors of its repair."""

@@ -14,11 +14,12 @@ from emloc_core.kinds.factors import four_bit_bytes, four_bit_rank, in_four_bits
 from emloc_core.kinds.kind import Factorize, Kind, Pair, beside, whole
 from emloc_core.kinds.levels import MovableScales, PackedWeight
 from emloc_core.lowrank import METHOD, REPAIRED_LEVELS_VERSION, REPAIRED_VERSION, replace_linears
+from emloc_core.quantised import RepairedLevelsLinear
 from emloc_core.settings import CompressSettings
 
-#: Levels of a weight whose repair is in four bits, and the damping that they are rounded with: see
-#: ``docs/decisions.md``.
-_LEVELS, _DAMPING = 3, 0.1
+_LEVELS = RepairedLevelsLinear.LEVELS
+#: What they are rounded with: see ``docs/decisions.md``.
+_DAMPING = 0.1
 
 
 @dataclass(frozen=True)
