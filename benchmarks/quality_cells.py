@@ -14,9 +14,9 @@ STEPS, EXACT = 60, (10, 20)
 LEARNING_RATES = dict.fromkeys(TEXTS, (2e-3, 1e-3, 4e-3)) | {PICTURES: (8e-3, 4e-3, 16e-3)}
 MEMORIES = (0.11, 0.17, 0.28, 0.6)
 #: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
-RECOMMENDED = {0.11: ("low-rank-nf4", 0.11), 0.17: ("low-rank-nf4", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
+RECOMMENDED = {0.11: ("low-rank-nf4", 0.11), 0.17: ("1.6-bit+repair", 0.17)} | dict.fromkeys((0.28, 0.6), ("nf4", 0.28))
 #: What else there is below four bits, and above.
-RIVALS = (("1.6-bit+repair", 0.17), ("mixed", 0.17), ("2.7-bit", 0.17), ("1.6-bit", 0.11), ("nf4+repair", 0.6))
+RIVALS = (("low-rank-nf4", 0.17), ("mixed", 0.17), ("2.7-bit", 0.17), ("1.6-bit", 0.11), ("nf4+repair", 0.6))
 #: From the literature, for text; see ``quality_baselines.py``.
 BASELINES = (
     ("pruned-nf4", 0.17),

@@ -30,4 +30,4 @@ __all__ = [
 
 #: Kinds in the order in which they are recommended: the first whose tuning fits. ``docs/evidence.md`` says why. The
 #: last two are for where bitsandbytes is not installed.
-RECOMMENDED = ("nf4", "low-rank-nf4", "2.7-bit", "1.6-bit")
+RECOMMENDED = ("nf4", "1.6-bit+repair", "low-rank-nf4", "2.7-bit", "1.6-bit")

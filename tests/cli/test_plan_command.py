@@ -130,13 +130,15 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
     model = MemoryModel(config, workload, CompressSettings(kind="nf4"))
     traced = model.tuning(model.plan(0.5)).total
     by_weights = model.tuning().total - model.parameters() * model.dtype.itemsize + model.weight_bytes(0.5)
-    budgets = {"nf4": max(traced, by_weights), "low-rank-nf4": min(traced, by_weights) - 1}
+    repaired = model.with_kind("1.6-bit+repair")
+    least = model.tuning().total - model.parameters() * model.dtype.itemsize + repaired.weight_bytes(0.2)
+    budgets = {"nf4": max(traced, by_weights), "1.6-bit+repair": min(traced, by_weights) - 1, "low-rank-nf4": least - 1}
     options = ("--length", 16, "--batch-size", 1, "--kind", "auto", "--memory")
     for kind, budget in budgets.items():
         found = plan(shallow_model, *options, budget)
         best = next(way for way in found["ways"] if way["fits"])
         assert (found["kind"], best["kind"], found["best"]) == (kind, kind, "emulator, then polish")
-        assert (best["ratio"] is None) == (kind != "low-rank-nf4")
+        assert (best["ratio"] is None) == (kind == "nf4")
         shown = run("plan", shallow_model, *options, budget).stdout
         assert f"best: emulator, then polish: emloc compress MODEL --kind {kind}" in shown
         told = measured(kind, best["ratio"])
