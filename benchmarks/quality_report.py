@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from harness import goal, markdown, write_results
-from quality_cells import EXACT, FULL, LOW_RANK, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, VARIANTS, Cell, best_of
+from quality_cells import EXACT, FULL, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, VARIANTS, Cell, best_of
 from quality_figure import draw
 from quality_rows import TEXTS
 
@@ -65,9 +65,9 @@ class Table:
         return [each for each in found if each is not None]
 
     def drawn(self) -> list[dict[str, Any]]:
-        """Return the measurements for the figure: those on the base that was measured last."""
+        """Return the measurements for the figure: those on the last base, without variants of kinds."""
         last = {row["task"]: row["base"] for row in self.rows}
-        return [row for row in self.best if row["base"] == last[row["task"]] and row["kind"] not in LOW_RANK]
+        return [row for row in self.best if row["base"] == last[row["task"]] and row["kind"] not in VARIANTS]
 
 
 #: What is reported of every cell, by its name there.
