@@ -75,9 +75,9 @@ def test_what_is_stored_is_what_was_fitted(shape):
     assert found.relative_error() == pytest.approx(output_error(weight, read, gram.matrix), abs=1e-6)
 
 
-def test_an_emulator_loses_what_it_says(tiny_model, rows_file, tmp_path):
+def test_a_refined_emulator_loses_what_it_says(tiny_model, rows_file, tmp_path):
     """On the inputs that its Linears have in it, behind others with their repairs."""
-    job = compression(tiny_model, rows_file, tmp_path / "emulator")
+    job = compression(tiny_model, rows_file, tmp_path / "emulator", refine=1)
     emulator = job.run()
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
     model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").eval()
