@@ -164,7 +164,7 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
     }
     # Further seeds say how far what is carried over varies, and variants which should be the default: less is enough.
     in_full = cell.seed == 0 and cell.kind not in LOW_RANK
-    with_exact = in_full or (cell.task == PICTURES and cell.kind not in LOW_RANK)  # there they take seconds
+    with_exact = cell.kind not in LOW_RANK and (cell.seed == 0 or cell.task == PICTURES)  # there they take seconds
     exact_rate, exact = polish(cell, carried["auto"], base, rows, metered) if with_exact else (None, {})
     # Asked for fp32, transformers leaves some weights of a vision tower in four bits as they are.
     dtype = "auto" if cell.task == PICTURES else "float32"

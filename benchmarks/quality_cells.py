@@ -14,7 +14,12 @@ STEPS, EXACT = 60, (10, 20)
 LEARNING_RATES = dict.fromkeys(TEXTS, (2e-3, 1e-3, 4e-3)) | {PICTURES: (8e-3, 4e-3, 16e-3)}
 MEMORIES = (0.11, 0.17, 0.28, 0.6)
 #: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
-RECOMMENDED = {0.11: ("low-rank-nf4", 0.11), 0.17: ("1.6-bit+repair", 0.17)} | dict.fromkeys((0.28, 0.6), ("nf4", 0.28))
+RECOMMENDED = {
+    0.11: ("low-rank-nf4", 0.11),
+    0.17: ("1.6-bit+repair", 0.17),
+    0.28: ("nf4", 0.28),
+    0.6: ("nf4", 0.28),
+}
 #: What else there is below four bits, and above.
 RIVALS = (("low-rank-nf4", 0.17), ("mixed", 0.17), ("2.7-bit", 0.17), ("1.6-bit", 0.11), ("nf4+repair", 0.6))
 #: From the literature, for text; see ``quality_baselines.py``.
@@ -55,7 +60,8 @@ BYTES = dict.fromkeys(("low-rank", "nf4+repair", "mixed", "pruned", "depth"), 2.
 BYTES |= dict.fromkeys(("1.6-bit+repair", "low-rank-nf4", "pruned-nf4"), 4.5 / 8)
 BYTES |= {name: BYTES[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BYTES}
 #: Memory of the rounded weight that a kind keeps beside its factors.
-BESIDE = {"nf4+repair": 0.26} | dict.fromkeys(("1.6-bit+repair", "1.6-bit+repair-64"), 0.105)
+BESIDE = {"nf4+repair": 0.26, "1.6-bit+repair": 0.105}
+BESIDE |= {name: BESIDE[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BESIDE}
 FULL, SCRATCH = "full", "exact"
 
 

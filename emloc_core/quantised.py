@@ -91,8 +91,8 @@ class FourBitLowRankLinear(PackedLinear):
 
     def unpacked(self) -> torch.Tensor:
         """Return ``U V``."""
-        u = fourbit.unpack(self.weight, self.weight_scales, (self.out_features, self.size), self.dtype)
-        return u @ fourbit.unpack(self.V, self.V_scales, (self.size, self.in_features), self.dtype)
+        u, v = fourbit.unpack_factors(self.weight, self.weight_scales, self.V, self.V_scales, self.shape, self.dtype)
+        return u @ v
 
 
 class FourBitLinear(PackedLinear):
@@ -227,8 +227,7 @@ class RepairedLevelsLinear(FewLevelsLinear):
 
     def unpacked(self) -> torch.Tensor:
         """Return ``W + U V``."""
-        u = fourbit.unpack(self.U, self.U_scales, (self.out_features, self.size), self.dtype)
-        v = fourbit.unpack(self.V, self.V_scales, (self.size, self.in_features), self.dtype)
+        u, v = fourbit.unpack_factors(self.U, self.U_scales, self.V, self.V_scales, self.shape, self.dtype)
         return torch.addmm(super().unpacked(), u, v)
 
 

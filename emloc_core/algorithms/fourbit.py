@@ -74,6 +74,26 @@ def unpack(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dt
     return found
 
 
+def factor_bytes(shape: tuple[int, int], rank: int) -> int:
+    """Return the bytes of two factors of a weight of this shape: half per number, and four per 64 for their scale."""
+    parts = (sizes(shape[0], rank), sizes(rank, shape[1]))
+    return sum(codes + 4 * scales for codes, scales in parts)
+
+
+def unpack_factors(
+    u: torch.Tensor,
+    u_scales: torch.Tensor,
+    v: torch.Tensor,
+    v_scales: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return U, (m, k), and V, (k, n), of a weight of this shape, from their codes and scales, which tell k."""
+    m, n = shape
+    rank = (u.numel() + v.numel()) * 2 // (m + n)
+    return unpack(u, u_scales, (m, rank), dtype), unpack(v, v_scales, (rank, n), dtype)
+
+
 def pack_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales in eight bits, as bitsandbytes has them.
 

@@ -114,8 +114,7 @@ class FourBitLowRank(Kind):
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return both factors, unpacked; there are so many ranks as fit the scales of both."""
         u, v, u_scales, v_scales = tensors
-        (m, n), rank = shape, four_bit_rank((u, v), shape)
-        return fourbit.unpack(u, u_scales, (m, rank), dtype), fourbit.unpack(v, v_scales, (rank, n), dtype)
+        return fourbit.unpack_factors(u, u_scales, v, v_scales, shape, dtype)
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         """Say which Linears are factors; :mod:`emloc_core.lowrank` loads them."""
@@ -123,7 +122,7 @@ class FourBitLowRank(Kind):
 
     def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
         """Half a byte a number, and a scale for every 64."""
-        return four_bit_bytes(shape, rank)
+        return fourbit.factor_bytes(shape, rank)
 
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""
@@ -145,17 +144,6 @@ def in_four_bits(factorize: Factorize) -> Factorize:
         return replace(exact, u=u.float(), v=v, error=output_error(weight, u.float() @ v, inputs))
 
     return rounded
-
-
-def four_bit_bytes(shape: tuple[int, int], rank: int) -> int:
-    """Return the bytes of two factors in four bits of a weight of this shape: half per number, and four per 64."""
-    parts = (fourbit.sizes(shape[0], rank), fourbit.sizes(rank, shape[1]))
-    return sum(codes + 4 * scales for codes, scales in parts)
-
-
-def four_bit_rank(codes: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int]) -> int:
-    """Return the rank of two factors in four bits of a weight of this shape, from their codes."""
-    return sum(part.numel() for part in codes) * 2 // sum(shape)
 
 
 def on_its_gram(factorize: Factorize, weight: torch.Tensor, inputs: Gram, rank: int) -> Factors:

@@ -10,7 +10,7 @@ from emloc_core.algorithms import feedback, fourbit, levels
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
-from emloc_core.kinds.factors import four_bit_bytes, four_bit_rank, in_four_bits, on_its_gram
+from emloc_core.kinds.factors import in_four_bits, on_its_gram
 from emloc_core.kinds.kind import Factorize, Kind, Pair, beside, whole
 from emloc_core.kinds.levels import MovableScales, PackedWeight
 from emloc_core.lowrank import METHOD, REPAIRED_LEVELS_VERSION, REPAIRED_VERSION, replace_linears
@@ -167,9 +167,9 @@ class RepairedThreeLevels(Kind):
 
         def repaired(weight: torch.Tensor, gram: Gram, rank: int) -> RepairedLevels:
             weight = left = weight.float()
+            shape = (weight.shape[0], weight.shape[1])
             for _ in range(self.rounds):
                 codes, scales = levels.rounded(left, gram.matrix, _LEVELS, _DAMPING)
-                shape = (weight.shape[0], weight.shape[1])
                 rounded = levels.unpack(codes, scales, shape, _LEVELS, torch.float32)
                 found = repair(weight - rounded, gram, rank)
                 left = weight - found.u @ found.v
@@ -198,8 +198,7 @@ class RepairedThreeLevels(Kind):
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return the sum of weight and repair, and the identity."""
         codes, scales, u, u_scales, v, v_scales = tensors
-        (m, n), rank = shape, four_bit_rank((u, v), shape)
-        u, v = fourbit.unpack(u, u_scales, (m, rank), dtype), fourbit.unpack(v, v_scales, (rank, n), dtype)
+        u, v = fourbit.unpack_factors(u, u_scales, v, v_scales, shape, dtype)
         return whole(levels.unpack(codes, scales, shape, _LEVELS, dtype) + u @ v)
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
@@ -208,7 +207,7 @@ class RepairedThreeLevels(Kind):
 
     def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
         """Those of a weight on three levels, and of factors in four bits."""
-        return levels.level_bytes(_LEVELS, shape) + four_bit_bytes(shape, rank)
+        return levels.level_bytes(_LEVELS, shape) + fourbit.factor_bytes(shape, rank)
 
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""

@@ -27,9 +27,9 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     - where errors are propagated: in place of the block's Grams one input group's, its Cholesky factor and what its
       Linears' targets need, ``4 n (2 n + min(n, m))``, with m the outputs of all of them; and twice the hidden states,
       those of the base and of the emulator.
-    - where a weight is rounded with feedback, in place of all that: its inputs' Gram, which massive tokens widen to
-      fp64, and what is computed from it, ``6 * 4 n^2``; the weight, what is left of it, and what it becomes,
-      ``4 * 4 m n``.
+    - where a weight is rounded with feedback, in place of all that (beside factors, if that is more): its inputs' Gram,
+      which massive tokens widen to fp64, and what is computed from it, ``6 * 4 n^2``; the weight, what is left of it,
+      and what it becomes, ``4 * 4 m n``.
     - where ranks or levels are shared out by spectra, at least what the pass before needs: statistics as without
       propagation, and the block's factors, fp32: at the largest ranks, or for another pass at half of the parameters.
     - stand-ins: where these are weights and not factors alone, the block's in fp32, beside an identity, and for
@@ -43,11 +43,12 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     units += [p.numel() for name, p in model.model.named_parameters() if not name.startswith(tuple(blocks))]
     settings = model.method.settings
     propagated = settings.calibration == "propagated"
-    statistics = 0
+    needs = []
     if model.kind.has_factors:
-        statistics = max(_statistics(plan, block, weight, propagated) for block in blocks)
+        needs += [_statistics(plan, block, weight, propagated) for block in blocks]
     if model.kind.keeps_weight:
-        statistics = max([statistics, *(_rounding(linear) for block in blocks for linear in plan.in_block(block))])
+        needs += [_rounding(linear) for block in blocks for linear in plan.in_block(block)]
+    statistics = max(needs, default=0)
     if model.method.by_spectra:
         share = 1 if model.method.is_cut else RATIO
         statistics = max(statistics, *(_decomposition(plan, block, weight, share) for block in blocks))

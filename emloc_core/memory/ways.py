@@ -153,12 +153,11 @@ def _by_weights(sizes: Sequence[MemoryModel], budget: int) -> tuple[float | None
         def need(hundredths: int, model: MemoryModel = model, rest: int = rest) -> int:
             return rest + model.weight_bytes(hundredths / 100)
 
-        smallest, largest = (round(100 * ratio) for ratio in (model.kind.smallest_ratio, model.kind.largest_ratio))
-        ratios = range(smallest, largest + 1)
-        fitting = bisect_right(ratios, budget, key=need)
-        ratio = ratios[fitting - 1] if fitting else None
-        found.append((ratio and ratio / 100, model, need(ratio or smallest)))
-        if ratio and ratio >= 100 * _ENOUGH:
+        ratios = range(round(100 * model.kind.smallest_ratio), round(100 * model.kind.largest_ratio) + 1)
+        fitting = ratios[: bisect_right(ratios, budget, key=need)]
+        largest = fitting[-1] if fitting else 0
+        found.append((largest / 100 or None, model, need(largest or ratios[0])))
+        if largest >= 100 * _ENOUGH:
             break
     return max(found, key=lambda each: each[0] or 0)
 

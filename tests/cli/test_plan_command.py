@@ -129,9 +129,9 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
     workload = make_workload(config, TrainSettings(batch_size=1), length=16)
     model = MemoryModel(config, workload, CompressSettings(kind="nf4"))
     traced = model.tuning(model.plan(0.5)).total
-    by_weights = model.tuning().total - model.parameters() * model.dtype.itemsize + model.weight_bytes(0.5)
-    repaired = model.with_kind("1.6-bit+repair")
-    least = model.tuning().total - model.parameters() * model.dtype.itemsize + repaired.weight_bytes(0.2)
+    rest = model.tuning().total - model.parameters() * model.dtype.itemsize
+    by_weights = rest + model.weight_bytes(0.5)
+    least = rest + model.with_kind("1.6-bit+repair").weight_bytes(0.2)
     budgets = {"nf4": max(traced, by_weights), "1.6-bit+repair": min(traced, by_weights) - 1, "low-rank-nf4": least - 1}
     options = ("--length", 16, "--batch-size", 1, "--kind", "auto", "--memory")
     for kind, budget in budgets.items():

@@ -4,6 +4,7 @@ import json
 from statistics import mean
 
 import pytest
+from quality_cells import BESIDE
 from support.paths import ROOT
 
 from emloc_core.kinds import RECOMMENDED
@@ -11,8 +12,6 @@ from emloc_core.memory.evidence import RECOVERY, measured
 
 #: Memory of kinds without a ratio, as the benchmark names it.
 MEMORY = {"nf4": 0.28, "2.7-bit": 0.17}
-#: And that of the rounded weight beside factors.
-BESIDE = {"1.6-bit+repair": 0.105}
 TASKS = ("extraction", "classification", "arithmetic")
 
 
