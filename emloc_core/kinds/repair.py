@@ -33,6 +33,11 @@ class Repaired(Factors):
 
     packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = field(kw_only=True)
 
+    def pair(self) -> Pair:
+        """Return the weight with its repair."""
+        shape = (self.u.shape[0], self.v.shape[1])
+        return _with_repair(_unpacked(*self.packed, shape, self.u.dtype), self.u, self.v)
+
 
 class RepairedNF4(Kind):
     """Weights in four bits with a low-rank repair of their error (EoRA, Liu et al., 2024, arXiv 2410.21271).
@@ -48,17 +53,12 @@ class RepairedNF4(Kind):
     largest_ratio = 0.7
 
     def check(self, settings: CompressSettings) -> None:
-        """Refuse factors fitted to the emulator's activations, and a repair about as large as what it saves.
+        """Refuse a repair about as large as what it saves.
 
         Raises:
             EmlocError: names the setting.
         """
         super().check(settings)
-        if settings.calibration == "propagated":
-            raise EmlocError(
-                f"An emulator of the kind {self.name!r} is calibrated on the base's activations alone.",
-                "Leave out --calibration.",
-            )
         if settings.ratio > self.largest_ratio:
             raise EmlocError(
                 f"A repair of ratio {settings.ratio:g} beside weights in four bits is hardly smaller than the base.",
@@ -97,8 +97,7 @@ class RepairedNF4(Kind):
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return ``[What U]`` and ``[I; V]``, or ``[I U]`` and ``[What; V]``, where the identity is smaller so."""
         codes, scales, ranges, u, v = tensors
-        left, right = whole(_unpacked(codes, scales, ranges, shape, dtype))
-        return torch.cat([left, u.to(dtype)], dim=1), torch.cat([right, v.to(dtype)])
+        return _with_repair(_unpacked(codes, scales, ranges, shape, dtype), u.to(dtype), v.to(dtype))
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         """Say which Linears are repaired; :mod:`emloc_core.lowrank` loads them."""
@@ -212,6 +211,12 @@ class RepairedThreeLevels(Kind):
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""
         replace_linears(model, ranks, REPAIRED_LEVELS_VERSION)
+
+
+def _with_repair(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> Pair:
+    """Return two matrices whose product is ``W + U V``, of which nothing is rounded off."""
+    left, right = whole(weight)
+    return torch.cat([left, u], dim=1), torch.cat([right, v])
 
 
 def _unpacked(

@@ -159,7 +159,6 @@ def test_a_missing_part_is_found(tiny_model, rows_file, tmp_path, part):
 @pytest.mark.parametrize(
     ("chosen", "spectra", "complaint"),
     [
-        ({"calibration": "propagated"}, False, "kind 'nf4\\+repair' is calibrated on the base's activations alone"),
         ({"ratio": 0.8}, False, "A repair of ratio 0.8 .* is hardly smaller than the base"),
         (
             {"allocator": "global"},

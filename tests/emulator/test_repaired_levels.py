@@ -97,8 +97,9 @@ def test_a_refined_emulator_loses_what_it_says(tiny_model, rows_file, tmp_path):
         assert row["relative_error"] == pytest.approx((lost[path] / whole[path]) ** 0.5, rel=1e-3), path
 
 
+@pytest.mark.parametrize("kind", ["nf4+repair", KIND.name])
 def test_linears_of_a_block_are_fitted_to_those_before_them_with_their_repairs(
-    tiny_model, rows_file, tmp_path, monkeypatch
+    kind, tiny_model, rows_file, tmp_path, monkeypatch
 ):
     seen, emulating = {}, propagation.emulating
 
@@ -107,8 +108,8 @@ def test_linears_of_a_block_are_fitted_to_those_before_them_with_their_repairs(
         return emulating(stream, modules, pairs, rows)
 
     monkeypatch.setattr(propagation, "emulating", watched)
-    emulator = compression(tiny_model, rows_file, tmp_path / "emulator", refine=0).run()
-    model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
+    job = compression(tiny_model, rows_file, tmp_path / "emulator", kind=kind, calibration="propagated")
+    model = AutoModelForCausalLM.from_pretrained(job.run(), dtype="auto")
     assert {path.rpartition(".")[2] for path in seen} == {
         "q_proj",
         "k_proj",
