@@ -138,8 +138,8 @@ def replace_linear(model: nn.Module, path: str, kind: type[LowRankLinear | Packe
     model.set_submodule(path, layer)
 
 
-#: First parts of the names of a stand-in's own tensors.
-_FACTORS = ("weight", "weight_scales", "weight_ranges", "U", "U_scales", "V", "V_scales")
+#: First parts of the names of a stand-in's tensors.
+_FACTORS = ("weight", "weight_scales", "weight_ranges", "U", "U_scales", "V", "V_scales", "bias")
 
 
 class EmlocConfig(QuantizationConfigMixin):
@@ -189,6 +189,8 @@ class EmlocQuantizer(HfQuantizer):
         for _path, layer in _stand_ins(model):
             parts = {name: part for name, part in layer.named_parameters() if name.partition(".")[0] in _FACTORS}
             layer.emloc_unloaded = parts  # type: ignore[assignment]
+            # Transformers would draw codes that are missing from a normal distribution, which fails; they are told below.
+            layer._is_hf_initialized = isinstance(layer, PackedLinear)  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         for path, layer in _stand_ins(model):

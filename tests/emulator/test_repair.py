@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
@@ -25,7 +23,6 @@ from emloc_core.files.output import read_manifest
 from emloc_core.kinds import NF4, RepairedNF4
 from emloc_core.memory.budget import largest_ratio
 from emloc_core.model.hooks import tapped
-from emloc_core.quantised import RepairedLinear
 from emloc_core.settings import CompressSettings
 
 KIND = RepairedNF4()
@@ -120,40 +117,6 @@ def test_the_emulator_is_better_than_what_it_repairs_and_with_every_rank(tiny_mo
             assert error < before[path]
             assert name == "alone" or reported[path] == pytest.approx(error, rel=1e-3)
             before[path] = error
-
-
-def test_what_a_layer_computes(tiny_model, rows_file, tmp_path):
-    emulator = compression(tiny_model, rows_file, tmp_path / "emulator").run()
-    model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
-    layer = model.model.layers[0].mlp.down_proj
-    assert isinstance(layer, RepairedLinear)
-    assert sum(part.nbytes for part in layer.parameters()) == KIND.nbytes(
-        (layer.out_features, layer.in_features), layer.size, torch.float32
-    )
-    x = torch.randn(5, layer.in_features, requires_grad=True)
-    found, weights = layer(x), torch.randn(5, layer.out_features)
-    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
-    ids = torch.arange(5, 25)[None]
-    with torch.no_grad():
-        before = model(ids).logits
-        dense = model.dequantize()
-        whole = dense.model.layers[0].mlp.down_proj
-        assert type(whole) is torch.nn.Linear
-        assert torch.allclose(found, functional.linear(x, whole.weight), atol=1e-5)
-        assert torch.allclose(gradient, weights @ whole.weight, atol=1e-5)
-        assert torch.allclose(dense(ids).logits, before, atol=1e-4)
-
-
-@pytest.mark.parametrize("part", ["weight_ranges", "U"])
-def test_a_missing_part_is_found(tiny_model, rows_file, tmp_path, part):
-    emulator = compression(tiny_model, rows_file, tmp_path / "emulator").run()
-    index = json.loads((emulator / "model.safetensors.index.json").read_text())
-    key = f"model.layers.0.mlp.up_proj.{part}"
-    shard = emulator / index["weight_map"].pop(key)
-    save_file({name: of for name, of in load_file(shard).items() if name != key}, shard, {"format": "pt"})
-    (emulator / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(EmlocError, match=rf"lacks model\.layers\.0\.mlp\.up_proj\.{part}"):
-        AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch.nn import functional
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
@@ -21,7 +20,6 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.kinds import NF4, RepairedThreeLevels
 from emloc_core.model.hooks import tapped
-from emloc_core.quantised import RepairedLevelsLinear
 from emloc_core.settings import CompressSettings
 
 KIND = RepairedThreeLevels()
@@ -129,41 +127,6 @@ def test_refinement_moves_scales_alone(tiny_model, rows_file, tmp_path):
     first = [name for name in plain if name.startswith("model.layers.0.")]
     changed = {name.rpartition(".")[2] for name in first if not torch.equal(plain[name], refined[name])}
     assert changed == {"weight_scales"}
-
-
-def test_what_a_layer_computes(tiny_model, rows_file, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(
-        compression(tiny_model, rows_file, tmp_path / "emulator").run(), dtype="auto"
-    )
-    layer = model.model.layers[0].mlp.down_proj
-    assert isinstance(layer, RepairedLevelsLinear)
-    shape = (layer.out_features, layer.in_features)
-    assert sum(part.nbytes for part in layer.parameters()) == KIND.nbytes(shape, layer.size, torch.float32)
-    assert "3 levels and a repair, rank=" in repr(layer)
-    x = torch.randn(5, layer.in_features, requires_grad=True)
-    found, weights = layer(x), torch.randn(5, layer.out_features)
-    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
-    ids = torch.arange(5, 25)[None]
-    with torch.no_grad():
-        before = model(ids).logits
-        dense = model.dequantize()
-        whole = dense.model.layers[0].mlp.down_proj
-        assert type(whole) is torch.nn.Linear
-        assert torch.allclose(found, functional.linear(x, whole.weight), atol=1e-5)
-        assert torch.allclose(gradient, weights @ whole.weight, atol=1e-5)
-        assert torch.allclose(dense(ids).logits, before, atol=1e-4)
-
-
-@pytest.mark.parametrize("part", ["weight_scales", "U", "U_scales", "V_scales"])
-def test_a_missing_part_is_found(tiny_model, rows_file, tmp_path, part):
-    emulator = compression(tiny_model, rows_file, tmp_path / "emulator", refine=0).run()
-    index = json.loads((emulator / "model.safetensors.index.json").read_text())
-    key = f"model.layers.0.mlp.up_proj.{part}"
-    shard = emulator / index["weight_map"].pop(key)
-    save_file({name: of for name, of in load_file(shard).items() if name != key}, shard, {"format": "pt"})
-    (emulator / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(EmlocError, match=rf"lacks model\.layers\.0\.mlp\.up_proj\.{part}"):
-        AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
 
 
 @pytest.mark.parametrize(

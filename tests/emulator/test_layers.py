@@ -1,0 +1,63 @@
+"""The layers of stand-ins, in every kind whose format is our own: what they compute, and which parts they miss."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+from emloc_core.data.rows import load_rows
+from emloc_core.emulator.compress import Compress
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.plugins.manager import plugin_manager
+from emloc_core.settings import CompressSettings
+
+RATIOS = {"low-rank": 0.6, "low-rank-nf4": 0.6, "nf4+repair": 0.1, "1.6-bit+repair": 0.3, "2.7-bit": None, "mixed": 0.2}
+
+
+@pytest.fixture(params=RATIOS)
+def made(request, tiny_model, rows_file, tmp_path):
+    """A kind, and its emulator."""
+    size = {"ratio": RATIOS[request.param]} if RATIOS[request.param] else {}
+    chosen = CompressSettings(kind=request.param, samples=4, selection=2, **size)
+    emulator = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen).run()
+    return plugin_manager().algorithm("emulators", request.param)(), emulator
+
+
+def test_a_layer_computes_what_the_dense_one_does(made):
+    kind, emulator = made
+    model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
+    layer = model.model.layers[0].mlp.down_proj
+    shape, size = (layer.out_features, layer.in_features), layer.rank if kind.name == "low-rank" else layer.size
+    assert sum(part.nbytes for part in layer.parameters()) == kind.nbytes(shape, size, torch.float32)
+    x = torch.randn(5, layer.in_features, requires_grad=True)
+    found, weights = layer(x), torch.randn(5, layer.out_features)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        dense = model.dequantize()
+        whole = dense.model.layers[0].mlp.down_proj
+        assert type(whole) is torch.nn.Linear
+        assert torch.allclose(found, functional.linear(x, whole.weight), atol=1e-5)
+        assert torch.allclose(gradient, weights @ whole.weight, atol=1e-5)
+        assert torch.allclose(dense(ids).logits, before, atol=1e-4)
+
+
+def test_every_part_that_is_missing_is_found(made):
+    kind, emulator = made
+    index_file = emulator / "model.safetensors.index.json"
+    whole = json.loads(index_file.read_text())
+    for key in kind.keys("model.layers.0.mlp.up_proj.weight"):
+        index = {**whole, "weight_map": dict(whole["weight_map"])}
+        shard = emulator / index["weight_map"].pop(key)
+        kept = shard.read_bytes()
+        save_file({name: of for name, of in load_file(shard).items() if name != key}, shard, {"format": "pt"})
+        index_file.write_text(json.dumps(index))
+        with pytest.raises(EmlocError, match=rf"lacks {key}"):
+            AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
+        shard.write_bytes(kept)
