@@ -189,7 +189,7 @@ class EmlocQuantizer(HfQuantizer):
         for _path, layer in _stand_ins(model):
             parts = {name: part for name, part in layer.named_parameters() if name.partition(".")[0] in _FACTORS}
             layer.emloc_unloaded = parts  # type: ignore[assignment]
-            # Transformers would draw codes that are missing from a normal distribution, which fails; they are told below.
+            # Transformers would draw missing codes from a normal distribution, and fail; they are told below.
             layer._is_hf_initialized = isinstance(layer, PackedLinear)  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
