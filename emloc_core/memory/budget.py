@@ -150,10 +150,14 @@ def nf4_saving(model: "MemoryModel") -> int:
 
 def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
     """Yield lines that say what would fit when no emulator does; each is computed, not guessed."""
+
+    def sized(ratio: float, how: str) -> str:
+        return f" {how} {ratio:g}" if model.kind.has_ratio else ""
+
     workload = model.workload
     ratio = model.kind.smallest_ratio
     smallest = model.tuning(model.plan(ratio)).total
-    yield f"tuning the smallest emulator (ratio {ratio:g}) needs {human_bytes(smallest)}"
+    yield f"tuning the smallest emulator{sized(ratio, 'of ratio')} needs {human_bytes(smallest)}"
     batch, length = workload.batch_size, workload.length
     shortest = max(64, model.least_length())
     found = False
@@ -162,7 +166,7 @@ def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
         fit = largest_ratio(model.with_workload(replace(workload, batch_size=batch, length=length)), budget)
         if fit:
             found = True
-            yield f"{batch} x {length} tokens fits with ratio {fit.ratio:g} ({human_bytes(fit.need.total)})"
+            yield f"{batch} x {length} tokens fits{sized(fit.ratio, 'with ratio')} ({human_bytes(fit.need.total)})"
     if not found:
         yield f"no batch size or length fits: even 1 x {length} tokens needs more"
     base = model.with_workload(replace(workload, batch_size=1, length=length)).tuning()

@@ -140,5 +140,5 @@ def make_plan(
         stages.merge(model),
     ]
     advised = list(advice(model, allowed)) if ratio is None and fit is None else []
-    compared = ways(model, allowed, fit, speed)
+    compared = ways(model, allowed, speed)
     return MemoryPlan(name, model, needs, plan, chosen, allowed, budget is not None, advised, compared)

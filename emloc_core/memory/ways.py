@@ -4,15 +4,14 @@ Every way takes the same rows per step. If the batch does not fit, or leaves roo
 are accumulated one row at a time instead: activations take less memory, and the result is the same.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from emloc_core.exact.need import Positions, step_need
-from emloc_core.kinds import RECOMMENDED, Kind
+from emloc_core.kinds import RECOMMENDED
 from emloc_core.memory import arithmetic
-from emloc_core.memory.budget import Fit, largest_ratio
+from emloc_core.memory.budget import largest_ratio
 from emloc_core.memory.evidence import Recovery, measured
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.speed import Speed
@@ -64,13 +63,12 @@ class Way:
         return {**asdict(self), "recovery": self.recovery._asdict() if self.recovery else None}
 
 
-def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None = None) -> list[Way]:
+def ways(model: MemoryModel, budget: int, speed: Speed | None = None) -> list[Way]:
     """Compare the ways to tune a model.
 
     Args:
         model: its workload's batch size and accumulation set the rows per step.
         budget: bytes that may be used.
-        fit: the largest emulator whose tuning fits with that batch, or None.
         speed: that of the machine, if it was measured.
 
     Returns:
@@ -99,9 +97,9 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
                 break
         return found
 
-    def emulator(kind: Kind, ratio: float | None, of: MemoryModel, need: int) -> Way:
-        plan = of.plan(ratio or kind.smallest_ratio)
-        sized = {"kind": kind.name, "ratio": ratio if kind.has_ratio else None}
+    def emulator(of: MemoryModel, ratio: float | None, need: int) -> Way:
+        plan = of.plan(ratio or of.kind.smallest_ratio)
+        sized = {"kind": of.kind.name, "ratio": ratio if of.kind.has_ratio else None}
         making = arithmetic.compress(of, plan)
         cost = {
             "flops": float(rows * passes * arithmetic.forward(of, plan)),
@@ -112,13 +110,13 @@ def ways(model: MemoryModel, budget: int, fit: Fit | None, speed: Speed | None =
 
     emulators: list[Way] = []
     for name in RECOMMENDED:
-        of_kind = [each.with_kind(name) for each in sizes]
+        of_kind = sizes if name == model.kind.name else [each.with_kind(name) for each in sizes]
         if of_kind[0].kind.is_usable():
-            emulators.append(emulator(of_kind[0].kind, *_by_weights(of_kind, budget)))
+            emulators.append(emulator(*_sized(of_kind, budget)))
             if emulators[-1].fits:
                 break
     if model.kind.name not in [each.kind for each in emulators]:
-        emulators.append(emulator(model.kind, *_traced(sizes, budget, fit)))
+        emulators.append(emulator(*_sized(sizes, budget)))
     streamed = {"read_bytes": 2 * weights, "flops": float(rows * 3 * forward)}
     return [ordinary(), *emulators, way(EXACT, exact, 1, **streamed)]
 
@@ -128,38 +126,21 @@ def best(found: Sequence[Way]) -> Way | None:
     return next((way for way in found if way.fits), None)
 
 
-def _traced(sizes: Sequence[MemoryModel], budget: int, fit: Fit | None) -> tuple[float | None, MemoryModel, int]:
-    """Return the largest ratio that fits, how it is tuned, and what that needs.
+def _sized(sizes: Sequence[MemoryModel], budget: int) -> tuple[MemoryModel, float | None, int]:
+    """Return how the largest emulator that fits is tuned, its ratio, and what that needs; of the smallest if none fits.
 
     Args:
         sizes: the batch at once, and one row at a time, which is taken where that leaves more room.
         budget: bytes that may be used.
-        fit: the largest emulator whose tuning fits with the batch at once, or None.
     """
-    model, ratio = sizes[0], fit.ratio if fit else None
-    if len(sizes) > 1 and (ratio is None or (model.kind.has_factors and ratio < _ENOUGH)):
+    model, fit = sizes[0], largest_ratio(sizes[0], budget)
+    if len(sizes) > 1 and (fit is None or (model.kind.has_factors and fit.ratio < _ENOUGH)):
         smaller = largest_ratio(sizes[1], budget)
-        if smaller and (ratio is None or smaller.ratio > ratio):
-            model, ratio = sizes[1], smaller.ratio
-    return ratio, model, model.tuning(model.plan(ratio or model.kind.smallest_ratio)).total
-
-
-def _by_weights(sizes: Sequence[MemoryModel], budget: int) -> tuple[float | None, MemoryModel, int]:
-    """Return what :func:`_traced` does, from the weights alone: all else needs what it needs on the base."""
-    found: list[tuple[float | None, MemoryModel, int]] = []
-    for model in sizes:
-        rest = model.tuning().total - model.parameters() * model.dtype.itemsize
-
-        def need(hundredths: int, model: MemoryModel = model, rest: int = rest) -> int:
-            return rest + model.weight_bytes(hundredths / 100)
-
-        ratios = range(round(100 * model.kind.smallest_ratio), round(100 * model.kind.largest_ratio) + 1)
-        fitting = ratios[: bisect_right(ratios, budget, key=need)]
-        largest = fitting[-1] if fitting else 0
-        found.append((largest / 100 or None, model, need(largest or ratios[0])))
-        if largest >= 100 * _ENOUGH:
-            break
-    return max(found, key=lambda each: each[0] or 0)
+        if smaller and (fit is None or smaller.ratio > fit.ratio):
+            model, fit = sizes[1], smaller
+    if fit:
+        return model, fit.ratio, fit.need.total
+    return model, None, model.tuning(model.plan(model.kind.smallest_ratio)).total
 
 
 def _exact_need(model: MemoryModel, rows: int) -> int:

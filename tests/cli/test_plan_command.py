@@ -128,17 +128,16 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
     config = shallow_model / "config.json"
     workload = make_workload(config, TrainSettings(batch_size=1), length=16)
     model = MemoryModel(config, workload, CompressSettings(kind="nf4"))
-    traced = model.tuning(model.plan(0.5)).total
-    rest = model.tuning().total - model.parameters() * model.dtype.itemsize
-    by_weights = rest + model.weight_bytes(0.5)
-    least = rest + model.with_kind("1.6-bit+repair").weight_bytes(0.2)
-    budgets = {"nf4": max(traced, by_weights), "1.6-bit+repair": min(traced, by_weights) - 1, "low-rank-nf4": least - 1}
+    repaired = model.with_kind("1.6-bit+repair")
+    whole, least = (of.tuning(of.plan(ratio)).total for of, ratio in ((model, 0.5), (repaired, 0.2)))
+    budgets = {"nf4": whole, "1.6-bit+repair": whole - 1, "low-rank-nf4": least - 1}
     options = ("--length", 16, "--batch-size", 1, "--kind", "auto", "--memory")
     for kind, budget in budgets.items():
         found = plan(shallow_model, *options, budget)
         best = next(way for way in found["ways"] if way["fits"])
         assert (found["kind"], best["kind"], found["best"]) == (kind, kind, "emulator, then polish")
-        assert (best["ratio"] is None) == (kind == "nf4")
+        assert best["ratio"] == (None if kind == "nf4" else found["ratio"])
+        assert best["bytes"] <= budget
         shown = run("plan", shallow_model, *options, budget).stdout
         assert f"best: emulator, then polish: emloc compress MODEL --kind {kind}" in shown
         told = measured(kind, best["ratio"])
