@@ -7,12 +7,11 @@ benchmark can be interrupted at any time and continued, on another machine too. 
 
 A measurement is one *cell*: a task, a kind of emulator, its memory and a seed. It makes the emulator, tunes a LoRA on
 it for 60 steps of 8 rows, carries it over to the base uncorrected, with the paper's clamp and with ``auto``, and takes
-10 and 20 exact steps from there: with the first seed, and on pictures with every seed. Variants of kinds with factors,
-which are there to say which should be their default, take none. Controls are LoRAs of 60 and 80 steps on the base
-itself, and exact steps from scratch. Of three learning rates the one with the least loss of the base on the selection
-rows counts. Baselines from the literature (``quality_baselines.py``) are carried over as they are. The loss is the NLL
-per token of the answers of 160 test rows; that of the emulator itself, which is nobody's goal, of 64 of them. All else
-is done by the toolkit's stages.
+10 and 20 exact steps from there. Variants of kinds with factors alone, which are there to say which should be their
+default, take none. Controls are LoRAs of 60 and 80 steps on the base itself, and exact steps from scratch. Of three
+learning rates the one with the least loss of the base on the selection rows counts. Baselines from the literature
+(``quality_baselines.py``) are carried over as they are. The loss is the NLL per token of the answers of 160 test rows;
+that of the emulator itself, which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
 the base gains over the base alone: ``(base - x) / (base - full)``; all three on the same base, with the same seed.
@@ -162,9 +161,9 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
         name: metered(name, lambda name=name, clamp=clamp: corrected(adapter, base, rows, clamp, place / name))
         for name, clamp in (("paper", 3.0), ("auto", "auto"))
     }
-    # Further seeds say how far what is carried over varies, and variants which should be the default: less is enough.
-    in_full = cell.seed == 0 and cell.kind not in LOW_RANK
-    with_exact = cell.kind not in LOW_RANK and (cell.seed == 0 or cell.task == PICTURES)  # there they take seconds
+    # Variants say which should be the default, and further seeds how far what the base gets varies: less is enough.
+    with_exact = cell.kind not in LOW_RANK
+    in_full = with_exact and cell.seed == 0
     exact_rate, exact = polish(cell, carried["auto"], base, rows, metered) if with_exact else (None, {})
     # Asked for fp32, transformers leaves some weights of a vision tower in four bits as they are.
     dtype = "auto" if cell.task == PICTURES else "float32"

@@ -44,9 +44,15 @@ def _rows(directory: Path, name: str) -> list[Row]:
 
 
 def write_reader(place: Path) -> Path:
-    """Train the demo's model, the same every time."""
+    """Train the demo's model, the same every time on processors of one type."""
+    import torch
     from emloc_demo.vision.pictures import TURNS, load_digits
     from emloc_demo.vision.pretraining import pretrain
     from emloc_demo.vision.rows import split
 
-    return pretrain(place, split(load_digits(TURNS))["pretraining"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # sums in another order would give another model
+    try:
+        return pretrain(place, split(load_digits(TURNS))["pretraining"])
+    finally:
+        torch.set_num_threads(threads)

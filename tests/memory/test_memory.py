@@ -169,7 +169,7 @@ def test_advice_is_computed(shallow_model: Path) -> None:
     smaller = model.with_workload(replace(model.workload, batch_size=2))
     budget = smaller.tuning(smaller.plan(0.5)).total
     lines = list(advice(model, budget))
-    assert "ratio 0.01" in lines[0]
+    assert "of ratio 0.01" in lines[0]
     assert lines[1].startswith(f"2 x 128 tokens fits with ratio {largest_ratio(smaller, budget).ratio:g}")
     assert lines[2].startswith("1 x 128 tokens fits with ratio 0.99")
     assert "4 bits" in lines[3]
@@ -179,6 +179,14 @@ def test_advice_is_computed(shallow_model: Path) -> None:
     hopeless = list(advice(one, 1000))
     assert "no batch size or length fits" in hopeless[1]
     assert "does not fit" in hopeless[2]
+
+
+def test_advice_names_no_ratio_where_a_kind_has_none(shallow_model: Path) -> None:
+    model = MemoryModel(shallow_model / "config.json", workload(2, 64), CompressSettings(kind="2.7-bit"))
+    smaller = model.with_workload(replace(model.workload, batch_size=1))
+    smallest, half, *_ = advice(model, smaller.tuning(smaller.plan(0.5)).total)
+    assert smallest.startswith("tuning the smallest emulator needs")
+    assert half.startswith("1 x 64 tokens fits (")
 
 
 def test_the_headline_of_the_paper() -> None:
