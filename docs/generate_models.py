@@ -56,7 +56,7 @@ HEADINGS = ["model", "inference", "LoRA", "EMLoC", "compress", *(f"{card} GB" fo
 
 def figures(entry: Entry) -> dict[str, str]:
     """Return what a model needs, by column."""
-    _, train = entry.preset().settings(RATIO)
+    train = entry.preset().train
     with entry.config_file() as file:
         model = MemoryModel(file, make_workload(file, train.model_copy(update={"batch_size": 1}), length=LENGTH))
         plan = model.plan(RATIO)

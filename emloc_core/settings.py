@@ -36,12 +36,13 @@ class Settings(BaseModel):
 class CutSettings(Settings):
     """The size of an emulator, and how it is distributed."""
 
-    ratio: float = Field(
-        0.6,
+    ratio: float | None = Field(
+        None,
         gt=0,
         lt=1,
-        description="Fraction of the compressed Linears' parameters to keep; with nf4+repair and 1.6-bit+repair, the "
-        "size of the factors alone; with mixed, the fraction of the bytes in 16 bits.",
+        description="Fraction of the compressed Linears' parameters to keep, 0.6 by default; with nf4+repair and "
+        "1.6-bit+repair, the size of the factors alone, 0.05 and 0.23 by default; with mixed, the fraction of the "
+        "bytes in 16 bits, 0.14 by default.",
     )
     allocator: str | None = Field(
         None,

@@ -41,12 +41,12 @@ class Cut:
         self.spectra, self.base, self._path = spectra, base, output
         self.family = plugin_manager().family_for(base.config)
         self.skeleton = Skeleton(base, self.family)
-        name = settings.allocator or UNIFORM
-        self.settings = settings.model_copy(update={"allocator": name})
+        name, ratio = settings.allocator or UNIFORM, settings.ratio or LowRank.ratio
+        self.settings = settings.model_copy(update={"allocator": name, "ratio": ratio})
         allocate = plugin_manager().algorithm("rank_allocators", name)
         found = spectra.reached(find_linears(self.skeleton.model, self.family))
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
-        self.plan: RankPlan = allocated(found, settings.ratio, allocate, spectra.spectrum, name)
+        self.plan: RankPlan = allocated(found, ratio, allocate, spectra.spectrum, name)
 
     @cached_property
     def output(self) -> Output:

@@ -23,7 +23,7 @@ _SHARE = 0.25
 
 
 class CompletedSettings(CompressSettings):
-    """Settings that leave nothing open."""
+    """Settings that leave nothing open; a kind that has no ratio has none here either."""
 
     samples: int
     calibration: Literal["none", "base", "propagated"]
@@ -89,7 +89,14 @@ def method_of(
     refine = kind.refine if settings.refine is None and calibration == "propagated" else settings.refine
     allocator = settings.allocator or (kind.allocator if calibration == "propagated" else UNIFORM)
     samples = settings.samples or usual_samples(kind, rows)
-    found = {"samples": samples, "calibration": calibration, "allocator": allocator, "refine": refine or 0}
+    ratio = settings.ratio or (kind.ratio if kind.has_ratio else None)
+    found = {
+        "ratio": ratio,
+        "samples": samples,
+        "calibration": calibration,
+        "allocator": allocator,
+        "refine": refine or 0,
+    }
     completed = CompletedSettings(**settings.model_dump() | found)
     allocate = kind.allocate or plugin_manager().algorithm("rank_allocators", allocator)
     method = Method(kind, completed, allocate, linears)

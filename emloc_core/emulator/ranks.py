@@ -199,7 +199,7 @@ class RankPlan:
 
 def allocated(
     plan: RankPlan,
-    ratio: float,
+    ratio: float | None,
     allocate: Callable[..., Sequence[int]],
     spectrum: Callable[[LinearPlan], Spectrum] | None = None,
     name: str = "uniform",
@@ -209,7 +209,7 @@ def allocated(
 
     Args:
         plan: its candidates get ranks.
-        ratio: fraction of their parameters to keep, in (0, 1).
+        ratio: fraction of their parameters to keep, in (0, 1); None where the kind has no ratio.
         allocate: rank allocator, for kinds without one of their own; see :mod:`emloc_core.algorithms.allocation`.
         spectrum: returns a Linear's spectrum, for an allocator that needs it.
         name: name of the allocator, for messages.
@@ -220,7 +220,7 @@ def allocated(
     """
     if kind is not None and not kind.has_ratio:
         return plan.at_full_rank()
-    require_ratio(ratio)
+    ratio = require_ratio(ratio)
     if kind is not None and kind.allocate is not None:
         allocate, name = kind.allocate, kind.name
     linears = plan.candidates
@@ -253,17 +253,18 @@ def allocated(
     return found
 
 
-def require_ratio(ratio: float) -> None:
-    """Refuse a ratio outside (0, 1).
+def require_ratio(ratio: float | None) -> float:
+    """Return a ratio in (0, 1).
 
     Raises:
-        EmlocError: it is.
+        EmlocError: it is outside.
     """
-    if not 0 < ratio < 1:
+    if ratio is None or not 0 < ratio < 1:
         raise EmlocError(
-            f"The ratio is {ratio:g}; it is the fraction of parameters to keep, above 0 and below 1.",
+            f"The ratio is {ratio}; it is the fraction of parameters to keep, above 0 and below 1.",
             "Try --ratio 0.6.",
         )
+    return ratio
 
 
 def _expert_rank(planned: ExpertsPlan, ratio: float) -> int:

@@ -110,9 +110,10 @@ def _made(line: list[Manifest], base: str | None) -> Iterator[str]:
 
 def _emulator(_request: Manifest, settings: Manifest, result: Manifest) -> str:
     errors = [each["relative_error"] for each in result.get("linears", []) if each.get("relative_error") is not None]
-    kind = settings.get("kind", "low-rank")
-    ratio = f", ratio {settings.get('ratio')}, ranks by `{settings.get('allocator')}`" if errors else ""
-    told = f"Emulator: {kind}{ratio}; {result['bytes']['emulator']:,} of the base's {result['bytes']['base']:,} bytes"
+    told = f"Emulator: {settings.get('kind', 'low-rank')}"
+    if settings.get("ratio"):
+        told += f", ratio {settings['ratio']}, ranks by `{settings.get('allocator')}`"
+    told += f"; {result['bytes']['emulator']:,} of the base's {result['bytes']['base']:,} bytes"
     if errors:
         rows = settings.get("samples")
         mean, worst = sum(errors) / len(errors), max(errors)

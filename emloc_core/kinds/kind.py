@@ -47,6 +47,7 @@ class Kind(ABC):
         allocate: shares out what takes the place of ranks; None: the rank allocator that the user chooses.
         keeps_weight: whether a Linear keeps its weight, rounded: alone, or beside its factors.
         needs_bitsandbytes: whether that package packs and unpacks it.
+        ratio: the size where the user does not say.
         smallest_ratio, largest_ratio: those that are looked for; above the largest hardly anything is saved.
         allocates_by_spectra: whether ranks may be shared out by the spectra of the weights.
         has_experts: whether fused experts become factors too; otherwise they stay dense.
@@ -68,6 +69,7 @@ class Kind(ABC):
     allocate: Callable[..., Sequence[int]] | None = None
     keeps_weight: bool = False
     needs_bitsandbytes: bool = False
+    ratio: float = 0.6
     smallest_ratio: float = 0.01
     largest_ratio: float = 0.99
     allocates_by_spectra: bool = True

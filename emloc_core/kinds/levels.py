@@ -161,6 +161,7 @@ class MixedLevels(FewLevels):
 
     name = "mixed"
     has_ratio = True
+    ratio = 0.14
     smallest_ratio, largest_ratio = 0.11, 0.26
     allocate = staticmethod(levels_budget)
 
@@ -171,11 +172,12 @@ class MixedLevels(FewLevels):
             EmlocError: names the setting.
         """
         super().check(settings)
-        if not self.smallest_ratio <= settings.ratio <= self.largest_ratio:
+        ratio = settings.ratio or self.ratio
+        if not self.smallest_ratio <= ratio <= self.largest_ratio:
             raise EmlocError(
                 f"The kind {self.name!r} takes {self.smallest_ratio:g} to {self.largest_ratio:g} of what weights in 16 "
-                f"bits take, not {settings.ratio:g}.",
-                "Give --ratio 0.14, say.",
+                f"bits take, not {ratio:g}.",
+                f"Give --ratio {self.ratio:g}, say.",
             )
         if settings.allocator != CompressSettings().allocator:
             raise EmlocError(

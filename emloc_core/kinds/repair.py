@@ -50,6 +50,7 @@ class RepairedNF4(Kind):
     name = "nf4+repair"
     taps_inputs = keeps_weight = needs_bitsandbytes = True
     allocates_by_spectra = False
+    ratio = 0.05
     largest_ratio = 0.7
 
     def check(self, settings: CompressSettings) -> None:
@@ -59,10 +60,10 @@ class RepairedNF4(Kind):
             EmlocError: names the setting.
         """
         super().check(settings)
-        if settings.ratio > self.largest_ratio:
+        if settings.ratio and settings.ratio > self.largest_ratio:
             raise EmlocError(
                 f"A repair of ratio {settings.ratio:g} beside weights in four bits is hardly smaller than the base.",
-                f"Give a ratio of at most {self.largest_ratio:g}, such as 0.05.",
+                f"Give a ratio of at most {self.largest_ratio:g}, such as {self.ratio:g}.",
             )
 
     def rounding(self, factorize: Factorize) -> Factorize:
@@ -140,6 +141,7 @@ class RepairedThreeLevels(Kind):
     name = "1.6-bit+repair"
     taps_inputs = keeps_weight = needs_bitsandbytes = True
     allocates_by_spectra = False
+    ratio = 0.23
     smallest_ratio, largest_ratio = 0.2, 0.5
     calibration = "propagated"
     samples = 256
@@ -153,11 +155,11 @@ class RepairedThreeLevels(Kind):
             EmlocError: names the setting.
         """
         super().check(settings)
-        if settings.ratio > self.largest_ratio:
+        if settings.ratio and settings.ratio > self.largest_ratio:
             raise EmlocError(
                 f"With a repair of ratio {settings.ratio:g}, weights on three levels are as large as weights in four "
                 "bits.",
-                f"Give --ratio 0.23, say, and at most {self.largest_ratio:g}; or --kind nf4.",
+                f"Give --ratio {self.ratio:g}, say, and at most {self.largest_ratio:g}; or --kind nf4.",
             )
 
     def rounding(self, factorize: Factorize) -> Factorize:

@@ -134,8 +134,8 @@ class MemoryModel:
                 "Check the values in the file.",
             ) from error
 
-    def plan(self, ratio: float) -> RankPlan:
-        """Return the ranks of the emulator at a ratio, which a kind without ranks has none of.
+    def plan(self, ratio: float | None) -> RankPlan:
+        """Return the ranks of the emulator at a ratio; None is for kinds without one.
 
         Towers that no row reaches stay dense, as in stage 1: there is nothing to fit stand-ins to.
         """

@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.files.documents import read_toml, write_json
-from emloc_core.settings import CompressSettings, Settings, TrainSettings, explain
+from emloc_core.settings import Settings, TrainSettings, explain
 from emloc_core.units import parse_bytes
 
 #: The memory target that is the model's own inference memory, as in the paper.
@@ -74,9 +74,9 @@ class Parameters(Settings):
 class Preset(Settings):
     """Settings for a model: the emulator's ratio or the memory for tuning, and the LoRA to tune."""
 
-    ratio: float | None = Field(None, gt=0, lt=1, description="Share of the compressed Linears' parameters.")
+    ratio: float | None = Field(None, gt=0, lt=1, description="Ratio of a low-rank emulator.")
     memory: str | None = Field(None, description="Memory for tuning, such as 24GB, or 'inference'.")
-    samples: int = Field(64, ge=1, description="Calibration rows.")
+    samples: int | None = Field(None, ge=1, description="Calibration rows; by default as many as the kind takes.")
     lora_targets: list[str] | None = Field(None, description="Ends of module paths; by default the family's.")
     lora_rank: int = Field(8, ge=1, description="Rank of the LoRA.")
     batch_size: int = Field(1, ge=1, description="Rows per forward pass of tuning.")
@@ -98,11 +98,10 @@ class Preset(Settings):
                 raise ValueError(f"{error} Or write 'inference', for what inference on the base needs.") from None
         return text
 
-    def settings(self, ratio: float) -> tuple[CompressSettings, TrainSettings]:
-        """Return the settings of stages 1 and 2 at a ratio: the preset's, or one found for its memory target."""
-        return CompressSettings(ratio=ratio, samples=self.samples), TrainSettings(
-            lora_rank=self.lora_rank, target_modules=self.lora_targets, batch_size=self.batch_size
-        )
+    @property
+    def train(self) -> TrainSettings:
+        """The settings of stage 2."""
+        return TrainSettings(lora_rank=self.lora_rank, target_modules=self.lora_targets, batch_size=self.batch_size)
 
 
 class Data(Settings):

@@ -69,7 +69,7 @@ def fit(
     from emloc_core.memory.workload import make_workload
 
     chosen = entry.preset(preset)
-    _, train = chosen.settings(0.5)
+    train = chosen.train
     if batch_size is not None:
         train = train.model_copy(update={"batch_size": batch_size})
     with entry.config_file() as file:

@@ -4,15 +4,16 @@ Entries come from the package itself, from plugins, and from the user's files. D
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.registry.entry import INFERENCE, Entry, read_entry
-from emloc_core.settings import CompressSettings, TrainSettings
+from emloc_core.settings import CompressSettings
 
 __all__ = ["Entry", "config_of", "find", "load_entries", "read_entry", "resolve"]
 
@@ -65,31 +66,39 @@ def find(pattern: str, entries: Sequence[Entry] | None = None) -> list[Entry]:
     return list(found.values())
 
 
-def resolve(entry: Entry, name: str = "default", device: str = "cuda") -> tuple[CompressSettings, TrainSettings]:
-    """Return a preset's settings of stages 1 and 2. A memory target is planned, with torch.
+def resolve(
+    entry: Entry, name: str = "default", device: str = "cuda", given: Mapping[str, Any] | None = None
+) -> CompressSettings:
+    """Return a preset's settings of stage 1. A memory target is planned, with torch.
 
     Args:
         entry: the model.
         name: name of the preset.
         device: the device of a memory target.
+        given: settings of stage 1 that go before the preset's. With a ratio nothing is planned; another kind of
+            emulator is planned for the memory target too, and does not take a preset's ratio.
 
     Raises:
         EmlocError: there is no such preset, or no emulator's tuning fits its memory target.
     """
     preset = entry.preset(name)
-    if preset.ratio is not None:
-        return preset.settings(preset.ratio)
-    from emloc_core.memory.budget import require_fit
-    from emloc_core.memory.model import MemoryModel
+    settings = CompressSettings(**{"samples": preset.samples, **(given or {})})
+    if settings.ratio is not None:
+        return settings
+    if preset.memory is None:
+        own = {"ratio": preset.ratio} if settings.kind == CompressSettings().kind else {}
+        return settings.model_copy(update=own)
+    from emloc_core.memory.budget import require_fit, with_emulator
     from emloc_core.memory.workload import make_workload
     from emloc_core.units import parse_bytes
 
-    assert preset.memory is not None  # a preset has a ratio or a memory target
+    target = None if preset.memory == INFERENCE else parse_bytes(preset.memory)
     with entry.config_file() as file:
-        _, train = preset.settings(0.5)
-        model = MemoryModel(file, make_workload(file, train, device, length=preset.length))
-        budget = model.inference().total if preset.memory == INFERENCE else parse_bytes(preset.memory)
-        return preset.settings(require_fit(model, budget).ratio)
+        workload = make_workload(file, preset.train, device, length=preset.length)
+        model = with_emulator(file, workload, settings, target)
+        fit = require_fit(model, model.inference().total if target is None else target)
+    ratio = fit.ratio if model.kind.has_ratio else None
+    return settings.model_copy(update={"kind": model.kind.name, "ratio": ratio})
 
 
 @contextmanager

@@ -51,9 +51,22 @@ SETTINGS = {
 }
 
 
-def compression(kind, model, rows, output):
-    chosen = CompressSettings(kind=kind, samples=12, selection=6, **SETTINGS[kind])
-    return Compress(Checkpoint(model), load_rows(str(rows)), output, chosen)
+def compression(kind, model, rows, output, size=None):
+    settings = CompressSettings(kind=kind, samples=12, selection=6, **(SETTINGS[kind] if size is None else size))
+    return Compress(Checkpoint(model), load_rows(str(rows)), output, settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_a_size_of_its_own(kind, tiny_model, rows_file, tmp_path):
+    job = compression(kind, tiny_model, rows_file, tmp_path / "emulator", size={})
+    assert job.settings.ratio == (KINDS[kind].ratio if KINDS[kind].has_ratio else None)
+    assert job.plan.ranks
+    if KINDS[kind].has_ratio:
+        given = compression(kind, tiny_model, rows_file, tmp_path / "emulator", {"ratio": KINDS[kind].ratio})
+        assert given.output.request == job.output.request
+    else:
+        with pytest.raises(EmlocError, match="has no ratio"):
+            compression(kind, tiny_model, rows_file, tmp_path / "emulator", {"ratio": 0.6})
 
 
 @pytest.fixture(scope="module", params=KINDS)

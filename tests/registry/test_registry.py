@@ -19,11 +19,13 @@ from transformers import AutoConfig
 
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
+from emloc_core.kinds import RECOMMENDED
 from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import PluginManager, plugin_manager
 from emloc_core.registry import registry
 from emloc_core.registry.entry import Entry, Parameters, Preset, read_entry
 from emloc_core.registry.registry import find, load_entries, resolve
+from emloc_core.settings import CompressSettings
 
 ENTRIES = load_entries()
 
@@ -96,8 +98,7 @@ def test_an_entry_is_the_published_model(entry: Entry) -> None:
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert set(entry.presets) == {"default", "inference", *(name for name in entry.presets if name.endswith("GB"))}
     for preset in entry.presets.values():
-        compress, train = preset.settings(0.5)
-        assert (compress.samples, train.lora_rank) == (preset.samples, preset.lora_rank)
+        assert preset.train.lora_rank == preset.lora_rank
         for target in preset.lora_targets or []:
             assert any(f".{path}".endswith(f".{target}") for path in linears), target
 
@@ -148,10 +149,22 @@ def test_published_counts(published: str, tied_twice: bool, agrees: bool, digits
 @pytest.mark.parametrize("name", ["SmolLM2-135M", "InternVL2_5-1B"])
 def test_a_memory_target_becomes_a_ratio(name: str) -> None:
     (entry,) = find(name)
-    compress, train = resolve(entry, "inference")
-    assert 0 < compress.ratio < 1
-    assert train.target_modules == entry.presets["inference"].lora_targets
-    assert resolve(entry)[0].ratio == entry.presets["default"].ratio
+    found = resolve(entry, "inference").ratio
+    assert found is not None
+    assert 0 < found < 1
+    assert resolve(entry).ratio == entry.presets["default"].ratio
+
+
+def test_another_kind_is_planned_for_a_memory_target_and_takes_no_ratio_of_a_preset() -> None:
+    (entry,) = find("SmolLM2-135M")
+    assert resolve(entry, given={"kind": "nf4"}) == CompressSettings(kind="nf4")
+    chosen = resolve(entry, "inference", given={"kind": "auto"})
+    assert chosen.kind in RECOMMENDED
+    assert resolve(entry, "inference", given={"kind": "low-rank-nf4", "ratio": 0.2}).ratio == 0.2
+    factors = resolve(entry, "inference", given={"kind": "low-rank-nf4", "samples": 8})
+    assert factors.samples == 8
+    assert factors.ratio is not None
+    assert factors.ratio > (resolve(entry, "inference").ratio or 1)
 
 
 def test_find() -> None:
@@ -235,8 +248,7 @@ def test_where_the_model_is(write: Callable[..., Path], tmp_path: Path) -> None:
 def test_presets() -> None:
     entry = find("Qwen2.5-7B")[0]
     assert "Did you mean 'inference'?" in refused(entry.preset, "inferense")
-    compress, train = Preset(ratio=0.3, samples=5, lora_targets=["q_proj"], lora_rank=4, batch_size=2).settings(0.3)
-    assert (compress.ratio, compress.samples) == (0.3, 5)
+    train = Preset(ratio=0.3, lora_targets=["q_proj"], lora_rank=4, batch_size=2).train
     assert (train.target_modules, train.lora_rank, train.batch_size) == (["q_proj"], 4, 2)
 
 

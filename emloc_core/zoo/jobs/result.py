@@ -19,17 +19,18 @@ def collect(job: Job, directory: Path) -> dict[str, Any]:
         directory: of its outputs.
 
     Returns:
-        ``ratio``; ``bytes``: of ``base`` and ``emulator``; ``parameters``: of the compressed Linears before and after;
-        ``linears``: path, rank, shape and relative error of each; ``stages``: by output, ``seconds``,
-        ``peak_rss_bytes``, and ``peak_cuda_bytes`` on a GPU; ``seconds``: of all stages. Where there are such stages,
-        ``correction``: what correcting decided, and ``systems`` and ``metrics``: as in ``results.json`` of
-        ``emloc eval``.
+        ``ratio``, None of a kind that has none; ``bytes``: of ``base`` and ``emulator``; ``parameters``: of the
+        compressed Linears before and after; ``linears``: path, rank, shape and relative error of each; ``stages``: by
+        output, ``seconds``, ``peak_rss_bytes``, and ``peak_cuda_bytes`` on a GPU; ``seconds``: of all stages. Where
+        there are such stages, ``correction``: what correcting decided, and ``systems`` and ``metrics``: as in
+        ``results.json`` of ``emloc eval``.
     """
     outputs = [stage.output for stage in job.stages(directory)]
     timings = {output.name: read_json(output / TIMING) for output in outputs}
-    emulator = read_json(directory / "emulator" / MANIFEST)["result"]
+    manifest = read_json(directory / "emulator" / MANIFEST)
+    request, emulator = manifest["request"], manifest["result"]
     found: dict[str, Any] = {
-        "ratio": job.compress.ratio,
+        "ratio": request["settings"]["ratio"],
         "family": emulator["family"],
         "bytes": emulator["bytes"],
         "parameters": emulator["parameters"],

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.entry_task import require_data_alone
 from emloc_core.files.documents import read_toml
+from emloc_core.memory.budget import AUTO
 from emloc_core.recipe.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
 from emloc_core.registry.registry import Entry, find, load_entries
 from emloc_core.registry.registry import resolve as resolve_preset
@@ -92,8 +93,8 @@ def resolve(sources: Iterable[str], defaults: Defaults) -> list[Job]:
     the command line's rows ends with the emulator.
 
     Raises:
-        EmlocError: a source is nothing of the kind, with what was probably meant; a file is wrong; or the rows of the
-            command line are not there.
+        EmlocError: a source is nothing of the kind, with what was probably meant; a file is wrong; the rows of the
+            command line are not there; or a kind of emulator is to be chosen for no memory.
     """
     defaults = replace(defaults, data=_rows(defaults.data))
     jobs: list[Job] = []
@@ -111,6 +112,11 @@ def resolve(sources: Iterable[str], defaults: Defaults) -> list[Job]:
             )
         else:
             jobs += [_from_entry(entry, defaults) for entry in find(source, load_entries(defaults.registry))]
+    if open_kind := next((job for job in jobs if job.compress.kind == AUTO), None):
+        raise EmlocError(
+            f"The kind {AUTO!r} is chosen by the memory for tuning, which nothing says for {open_kind.name}.",
+            "Give an entry's preset with a memory target (--preset inference), or another kind.",
+        )
     return unique(jobs)
 
 
@@ -157,9 +163,6 @@ def _rows(data: str | None) -> str | None:
 
 def _from_entry(entry: Entry, defaults: Defaults) -> Job:
     name = defaults.preset or "default"
-    ratio = defaults.compress.get("ratio")
-    # A memory target is planned, which takes seconds, unless the ratio is given.
-    compress, train = resolve_preset(entry, name) if ratio is None else entry.preset(name).settings(ratio)
     own = entry.data
     tasks = [entry.path(task) for task in own.tasks] if own else []
     for task in tasks:
@@ -173,8 +176,8 @@ def _from_entry(entry: Entry, defaults: Defaults) -> Job:
         split="train" if own else defaults.split,
         calibration=str(entry.path(own.calibration)) if own and own.calibration else None,
         test=[str(entry.path(test)) for test in own.test] if own else [],
-        compress=compress.model_copy(update=dict(defaults.compress)),
-        train=train if own else None,
+        compress=resolve_preset(entry, name, given=defaults.compress),
+        train=entry.preset(name).train if own else None,
         merge=defaults.merge and own is not None,
         eval=EvalSection(tasks=list(map(str, tasks))) if tasks else None,
         threads=defaults.threads,

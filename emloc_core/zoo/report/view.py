@@ -73,9 +73,9 @@ class JobView:
         return self.record.result
 
     @property
-    def ratio(self) -> float:
-        """Share of the compressed Linears' parameters that was asked for."""
-        return self.record.job.compress.ratio
+    def ratio(self) -> float | None:
+        """The emulator's ratio; of an unfinished job, the one that was asked for. None if there is none."""
+        return self.result.get("ratio", self.record.job.compress.ratio)
 
     @cached_property
     def sizes(self) -> tuple[int | None, int | None]:

@@ -9,6 +9,7 @@ from support.processes import drive, files, plan_here
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import TIMING
+from emloc_core.kinds import RECOMMENDED
 from emloc_core.model.importing import Import
 from emloc_core.requests import ImportRequest
 from emloc_core.zoo.jobs.job import Job, describe_change, slug, unique
@@ -149,6 +150,16 @@ def test_an_entry_with_rows_of_its_own_is_trained_and_a_glob_is_many(tmp_path):
     assert own.merge
     assert (own.compress.ratio, own.compress.samples) == (0.4, 5)
     assert (none.data, none.train, none.merge) == ("org/rows", None, False)
+
+
+def test_the_kind_is_chosen_by_a_memory_target_alone(models):
+    (job,) = resolve(["SmolLM2-135M"], Defaults(compress={"kind": "auto"}, preset="inference"))
+    assert job.compress.kind in RECOMMENDED
+    (job,) = resolve(["SmolLM2-135M"], Defaults(compress={"kind": "2.7-bit"}))
+    assert (job.compress.kind, job.compress.ratio) == ("2.7-bit", None)
+    for source in ("SmolLM2-135M", str(models)):
+        with pytest.raises(EmlocError, match="chosen by the memory for tuning, which nothing says for"):
+            resolve([source], Defaults(compress={"kind": "auto"}))
 
 
 def test_an_entry_in_another_layout_is_rewritten_first(tmp_path, rows_file):
