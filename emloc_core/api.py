@@ -54,7 +54,8 @@ def compress(
         model: the base model.
         data: rows of the task.
         output: directory of the emulator.
-        memory: memory to tune in, such as ``24GiB``; chooses the largest ``ratio`` that fits.
+        memory: memory to tune in, such as ``24GiB``; chooses the ``kind`` that is recommended for it, unless one is
+            given, and the largest ``ratio`` that fits.
         tuning: with ``memory``, the settings of :func:`train` that the emulator will be tuned with.
         exclude: files with rows to leave out, such as test rows.
         split: split of a saved or hub dataset.
@@ -333,7 +334,7 @@ def plan(  # noqa: PLR0913 - all by keyword
     *,
     memory: str | None = None,
     ratio: float | None = None,
-    kind: str = "low-rank",
+    kind: str | None = None,
     data: Rows | None = None,
     split: str = "train",
     length: int | None = None,
@@ -349,7 +350,8 @@ def plan(  # noqa: PLR0913 - all by keyword
         model: directory, ``config.json``, registry entry, or hub id.
         memory: memory to tune in, such as ``24GiB``; by default what inference on the base needs.
         ratio: plan this ratio, instead of the largest that fits.
-        kind: kind of emulator; ``auto``: the one that is recommended for the memory.
+        kind: kind of emulator; by default the one that is recommended for the memory (``auto``), or ``low-rank`` with
+            a ratio.
         data: rows; the longest sets the number of tokens per row.
         split: split of a saved or hub dataset.
         length: tokens per row; with ``data``, the maximum. Default: 1024.
@@ -363,7 +365,7 @@ def plan(  # noqa: PLR0913 - all by keyword
     Raises:
         EmlocError: the model cannot be planned, or a setting is wrong.
     """
-    from emloc_core.memory.budget import with_emulator
+    from emloc_core.memory.budget import AUTO, with_emulator
     from emloc_core.memory.plan import make_plan
     from emloc_core.memory.speed import measure as measure_speed
     from emloc_core.memory.workload import make_workload
@@ -378,7 +380,8 @@ def plan(  # noqa: PLR0913 - all by keyword
             file, train, device, length=length, images=images, image_size=size, data=data, split=split
         )
         speed = measure_speed(device, file.parent) if measure else None
-        memory_model = with_emulator(file, workload, CompressSettings(kind=kind), budget)
+        planned = CompressSettings() if kind is None and ratio is not None else CompressSettings(kind=kind or AUTO)
+        memory_model = with_emulator(file, workload, planned, budget)
         return make_plan(fspath(model), memory_model, budget, ratio, speed)
 
 

@@ -63,7 +63,7 @@ class CompressRequest(Request):
     data: Rows = Field(description="Rows of the task.")
     exclude: tuple[Path, ...] = Field((), description="Files with rows to leave out, such as test rows.")
     split: str = Field("train", description="Split of a saved or hub dataset.")
-    memory: str | None = Field(None, description="Choose the largest ratio whose tuning fits in this, such as 24GiB.")
+    memory: str | None = Field(None, description="Choose the best kind and the largest ratio that fit, such as 24GiB.")
     tuning: TrainSettings = Field(TrainSettings(), description="With `memory`: how the emulator will be tuned.")
     keep_spectra: Path | None = Field(None, description="Directory to keep spectra in, for `cut`.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto.")

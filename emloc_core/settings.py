@@ -66,7 +66,7 @@ class CompressSettings(CutSettings):
         "'2.7-bit', '2-bit' and '1.6-bit', weights on six, four and three levels, for when even 'nf4' is too large; "
         "'mixed', weights on three to sixteen levels, chosen per Linear; '1.6-bit+repair', weights on three levels "
         "with low-rank factors of the rounding error in four bits; 'low-rank-nf4', factors in four bits; 'auto', the "
-        "recommended kind for the given memory. Plugins can add others.",
+        "recommended kind for the given memory, which is the default where memory is given. Plugins can add others.",
     )
     samples: int | None = Field(
         None,

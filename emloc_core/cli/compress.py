@@ -24,8 +24,9 @@ from emloc_core.settings import CompressSettings, TrainSettings
 @click.option("--keep-spectra", type=click.Path(path_type=Path), metavar="DIRECTORY",
               help="Keep spectra here, from which emloc cut makes emulators of other ratios in seconds; about as large "
               "as the compressed Linears. Existing spectra are reused.")  # fmt: skip
-@click.option("--memory", metavar="SIZE", help="Instead of --ratio: the largest ratio whose tuning fits this GPU "
-              "memory, such as 24GiB, for the longest row of the data (see emloc plan).")  # fmt: skip
+@click.option("--memory", metavar="SIZE", help="Instead of --ratio: the kind that is best for this GPU memory, such "
+              "as 24GiB, unless --kind is given, and the largest ratio whose tuning fits, for the longest row of the "
+              "data (see emloc plan).")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), help="With --memory: rows per step of tuning.  [default: 8]")
 @options(CompressSettings)
 @device
@@ -33,7 +34,7 @@ from emloc_core.settings import CompressSettings, TrainSettings
 @dry_run
 @as_json
 def command(batch_size: int | None, memory: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Make an emulator of MODEL, a directory or hub id: a low-rank copy to train on.
+    """Make an emulator of MODEL, a directory or hub id: a smaller copy to train on.
 
     The model is streamed block by block and never held in memory at once. Run the same command again to resume an
     interrupted run at the block where it stopped.

@@ -14,6 +14,7 @@ from emloc_core.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from emloc_core.memory.plan import MemoryPlan
+    from emloc_core.memory.ways import Way
 
 
 @click.command("plan")
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
               "the base needs at the same batch size and length]")  # fmt: skip
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True),
               help="Plan an emulator of this ratio instead of the largest that fits.")  # fmt: skip
-@click.option("--kind", default="low-rank", show_default=True,
-              help="Kind of emulator, as for emloc compress; with auto, the one that is best for the memory."
-              )  # fmt: skip
+@click.option("--kind", help="Kind of emulator, as for emloc compress.  [default: the one that is best for the memory; "
+              "with --ratio, low-rank]")  # fmt: skip
 @data_option(help="Rows, as for emloc train: the longest sets the number of tokens per row.")
 @click.option("--split", default="train", show_default=True, help="Split of a saved or hub dataset.")
 @click.option("--length", "--max-length", "--sequence-length", type=click.IntRange(1),
@@ -127,9 +127,20 @@ def _cost(flops: float, seconds: float | None, reads: str = "") -> str:
     return f"{flops:.2g} operations{reads}{time}"
 
 
-def _show_ways(planned: "MemoryPlan") -> None:
-    from emloc_core.memory.ways import ORDINARY
+def _commands(way: "Way") -> str:
+    """Return the commands of a way to tune."""
+    from emloc_core.memory.ways import EXACT, ORDINARY
 
+    rows = f" --batch-size {way.micro_batch} --accumulation {way.accumulation}" if way.accumulation > 1 else ""
+    if way.name == EXACT:
+        return "emloc train MODEL --exact"
+    if way.name == ORDINARY:
+        return f"emloc train MODEL{rows}; no emulator is needed"
+    size = f" --ratio {way.ratio:g}" if way.ratio is not None else ""
+    return f"emloc compress MODEL --kind {way.kind}{size}, then emloc train EMULATOR{rows}"
+
+
+def _show_ways(planned: "MemoryPlan") -> None:
     click.echo(f"ways to tune within {human_bytes(planned.budget)}, with the same rows per step:")
     for way in planned.ways:
         kind = f" ({way.kind})" if way.kind else ""
@@ -143,12 +154,8 @@ def _show_ways(planned: "MemoryPlan") -> None:
     best = planned.best
     if best is None:
         click.echo("best: none fits")
-    elif best.name == ORDINARY:
-        click.echo("best: an ordinary LoRA on the base fits; no emulator is needed (emloc train MODEL)")
     else:
-        how = f": emloc compress MODEL --kind {best.kind}" if best.kind else ""
-        size = f" --ratio {best.ratio:g}" if best.ratio is not None else ""
-        click.echo(f"best: {best.name}{how}{size}")
+        click.echo(f"best: {best.name}: {_commands(best)}")
         if measured := best.recovery:
             click.echo(f"  On three tasks of a small model that gave {measured.corrected:.2f} of what an ordinary LoRA "
                        f"gains, and {measured.polished:.2f} with 20 exact steps (docs/evidence.md).")  # fmt: skip

@@ -28,6 +28,6 @@ __all__ = [
     "ThreeLevels",
 ]
 
-#: Kinds in the order in which they are recommended: the first whose tuning fits. ``docs/evidence.md`` says why. The
-#: last two are for where bitsandbytes is not installed.
-RECOMMENDED = ("nf4", "1.6-bit+repair", "low-rank-nf4", "2.7-bit", "1.6-bit")
+#: Kinds in the order in which they are recommended: the first whose tuning fits. ``docs/evidence.md`` says why. Few
+#: levels are for where bitsandbytes is not installed, the last kind for models whose weights are mostly experts.
+RECOMMENDED = ("nf4", "1.6-bit+repair", "low-rank-nf4", "2.7-bit", "1.6-bit", "low-rank")

@@ -85,8 +85,9 @@ def fitted(request: CompressRequest) -> CompressRequest:
         EmlocError: no emulator's tuning fits (the message says what would fit), none is needed, the model cannot be
             planned, or a kind is to be chosen for no memory.
     """
+    settings = request.settings
     if request.memory is None:
-        if request.settings.kind == AUTO:
+        if settings.kind == AUTO:
             raise EmlocError(
                 "The kind 'auto' is chosen by the memory for tuning, which is not given.",
                 "Give --memory, such as 24GiB, or another --kind.",
@@ -95,15 +96,17 @@ def fitted(request: CompressRequest) -> CompressRequest:
     from emloc_core.files.checkpoint import open_checkpoint
     from emloc_core.memory.workload import make_workload
 
+    if "kind" not in settings.model_fields_set and request.keep_spectra is None:  # spectra are of factors
+        settings = settings.model_copy(update={"kind": AUTO})
     budget = parse_bytes(request.memory)
     config = open_checkpoint(request.model).directory / "config.json"
-    length = request.settings.max_length or request.tuning.max_length
+    length = settings.max_length or request.tuning.max_length
     workload = make_workload(config, request.tuning, length=length, data=request.data, split=request.split)
-    model = with_emulator(config, workload, request.settings, budget)
-    if request.settings.kind == AUTO and (need := model.tuning().total) <= budget:
+    model = with_emulator(config, workload, settings, budget)
+    if settings.kind == AUTO and (need := model.tuning().total) <= budget:
         raise EmlocError(
             f"An ordinary LoRA on the base needs {human_bytes(need)} of {human_bytes(budget)}: no emulator is needed.",
-            "Run `emloc train MODEL`, or choose another --kind.",
+            "Run `emloc train MODEL`, or choose a --kind.",
         )
     fit = require_fit(model, budget)
     ratio = {"ratio": fit.ratio} if model.kind.has_ratio else {}
@@ -113,7 +116,7 @@ def fitted(request: CompressRequest) -> CompressRequest:
         f"{human_bytes(fit.need.total)} of {human_bytes(budget)}",
         err=True,
     )
-    settings = request.settings.model_copy(update={"kind": model.kind.name, **ratio})
+    settings = settings.model_copy(update={"kind": model.kind.name, **ratio})
     return request.model_copy(update={"memory": None, "settings": settings})
 
 

@@ -35,7 +35,8 @@ class ModelSection(Settings):
     base: str = Field(description="Local directory or hub id.")
     memory: str | None = Field(
         None,
-        description="GPU memory for tuning, such as 24GiB: the largest ratio that fits, instead of compress.ratio.",
+        description="GPU memory for tuning, such as 24GiB: the largest ratio that fits, instead of compress.ratio, of "
+        "the kind that is best for it, unless compress.kind names one.",
     )
 
 

@@ -51,7 +51,7 @@ def refused(*arguments: str | Path) -> str:
 
 def test_the_largest_ratio_within_a_budget(shallow_model: Path) -> None:
     tuning = tuning_need(shallow_model, 0.4, 64)
-    found = plan(shallow_model, "--length", 64, "--memory", tuning)
+    found = plan(shallow_model, "--length", 64, "--memory", tuning, "--kind", "low-rank")
     assert found["fits"]
     assert 0.4 <= found["ratio"] < 0.45
     assert found["budget_bytes"] == int(tuning)
@@ -118,10 +118,12 @@ def test_where_an_ordinary_lora_fits_no_emulator_is_needed(shallow_model: Path) 
 
 def test_a_low_ratio_is_a_warning_and_one_row_at_a_time_makes_room(shallow_model: Path) -> None:
     budget = tuning_need(shallow_model, 0.1, 64, batch_size=8)
-    found = plan(shallow_model, "--length", 64, "--batch-size", 8, "--memory", budget)
-    emulator = next(way for way in found["ways"] if way["ratio"] is not None)
+    found = plan(shallow_model, "--length", 64, "--batch-size", 8, "--memory", budget, "--kind", "low-rank")
+    emulator = next(way for way in found["ways"] if way["kind"] == "low-rank")
     assert (emulator["micro_batch"], emulator["accumulation"]) == (1, 8)
     assert emulator["ratio"] > found["ratio"]
+    shown = run("plan", shallow_model, "--length", 64, "--batch-size", 8, "--memory", budget).stdout
+    assert "emloc train MODEL --batch-size 1 --accumulation 8; no emulator is needed" in shown
 
 
 def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> None:
@@ -139,7 +141,8 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
         assert best["ratio"] == (None if kind == "nf4" else found["ratio"])
         assert best["bytes"] <= budget
         shown = run("plan", shallow_model, *options, budget).stdout
-        assert f"best: emulator, then polish: emloc compress MODEL --kind {kind}" in shown
+        size = "" if kind == "nf4" else f" --ratio {found['ratio']:g}"
+        assert f": emloc compress MODEL --kind {kind}{size}, then emloc train EMULATOR\n" in shown
         told = measured(kind, best["ratio"])
         assert best["recovery"] == (told and told._asdict())
         assert ("of what an ordinary LoRA gains" in shown) == (told is not None)
@@ -157,25 +160,25 @@ def test_without_bitsandbytes_weights_on_few_levels_are_recommended(
 
 
 def test_compress_takes_the_recommended_kind(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    options = (
-        "compress",
-        shallow_model,
-        "--data",
-        rows_file,
-        "-o",
-        tmp_path / "emulator",
-        "--kind",
-        "auto",
-        "--dry-run",
-    )
-    assert "Give --memory" in refused(*options)
-    assert "no emulator is needed" in refused(*options, "--memory", "4GiB")
+    options = ("compress", shallow_model, "--data", rows_file, "-o", tmp_path / "emulator", "--dry-run", "--json")
+    assert "Give --memory" in refused(*options, "--kind", "auto")
     least = tuning_need(shallow_model, 0.5, data=rows_file, kind="nf4")
-    assert json.loads(run(*options, "--json", "--memory", least).stdout)["kind"] == "nf4"
+
+    def chosen(*more: str | Path) -> str:
+        return json.loads(run(*options, "--memory", least, *more).stdout)["kind"]
+
+    for kind in ([], ["--kind", "auto"]):
+        assert "no emulator is needed" in refused(*options, "--memory", "4GiB", *kind)
+        assert chosen(*kind) == "nf4"
+    assert chosen("--kind", "1.6-bit") == "1.6-bit"
+    assert chosen("--keep-spectra", tmp_path / "spectra") == "low-rank"
+    assert plan(shallow_model, "--data", rows_file, "--memory", least)["kind"] == "nf4"
+    assert plan(shallow_model, "--data", rows_file, "--ratio", 0.5)["kind"] == "low-rank"
 
 
 def test_a_table_for_a_person(shallow_model: Path) -> None:
-    shown = run("plan", shallow_model, "--length", 64, "--batch-size", 2, "--lora-rank", 4, "--memory", "4GiB").stdout
+    options = ("--length", 64, "--batch-size", 2, "--lora-rank", 4, "--kind", "low-rank", "--memory", "4GiB")
+    shown = run("plan", shallow_model, *options).stdout
     expected = ["2 rows x 64 tokens", "LoRA of rank 4 on down_proj", "with gradient checkpointing", "LoRA on the base",
                 "compress", "merge", "KV cache", "optimiser", "ratio 0.99", "1 x down_proj",
                 "fits the budget"]  # fmt: skip
@@ -220,9 +223,10 @@ def test_what_is_refused(shallow_model: Path, rows_file: Path, tmp_path: Path) -
 
 def test_compress_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
     budget = tuning_need(shallow_model, 0.35, data=rows_file, batch_size=4)
-    expected = plan(shallow_model, "--data", rows_file, "--batch-size", 4, "--memory", budget)["ratio"]
+    kind = ["--kind", "low-rank"]
+    expected = plan(shallow_model, "--data", rows_file, "--batch-size", 4, "--memory", budget, *kind)["ratio"]
     output = tmp_path / "emulator"
-    common = ["compress", shallow_model, "--data", rows_file, "--samples", 4, "--selection", 2, "-o", output]
+    common = ["compress", shallow_model, "--data", rows_file, "--samples", 4, "--selection", 2, "-o", output, *kind]
     result = run(*common, "--memory", budget, "--batch-size", 4)
     assert result.exception is None, result.exception
     assert f"ratio {expected:g}: tuning with 4 rows" in result.stderr
@@ -239,12 +243,12 @@ def test_a_recipe_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path:
     train = {"batch_size": 4, "lora_rank": 5, "bf16": False}
     budget = tuning_need(shallow_model, 0.35, 12, rows_file, **train)
     tuning = ["--data", rows_file, "--batch-size", 4, "--lora-rank", 5, "--no-bf16", "--max-length", 12]
-    expected = plan(shallow_model, *tuning, "--memory", budget)["ratio"]
+    expected = plan(shallow_model, *tuning, "--memory", budget, "--kind", "low-rank")["ratio"]
     assert expected < 0.4  # the budget decides it
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f"[model]\nbase = '{shallow_model}'\nmemory = '{budget}'\n[data]\ntrain = '{rows_file}'\n"
-        "[train]\nbatch_size = 4\nlora_rank = 5\nbf16 = false\nmax_length = 12\n"
+        "[compress]\nkind = 'low-rank'\n[train]\nbatch_size = 4\nlora_rank = 5\nbf16 = false\nmax_length = 12\n"
     )
     result = run("run", recipe, "--dry-run", "--json")
     assert result.exception is None, result.exception
