@@ -116,6 +116,8 @@ def fitted(request: CompressRequest) -> CompressRequest:
         f"{human_bytes(fit.need.total)} of {human_bytes(budget)}",
         err=True,
     )
+    if settings.kind == AUTO and (hint := one_row_hint(model, config, budget)):
+        click.echo(hint, err=True)
     settings = settings.model_copy(update={"kind": model.kind.name, **ratio})
     return request.model_copy(update={"memory": None, "settings": settings})
 
@@ -138,6 +140,28 @@ def with_emulator(config: Path, workload: "Workload", settings: CompressSettings
     allowed = base.inference().total if budget is None else budget  # traced once, for all kinds
     models = [model for model in map(base.with_kind, RECOMMENDED) if model.kind.is_usable()]
     return next((model for model in models if largest_ratio(model, allowed)), models[-1])
+
+
+def one_row_hint(model: "MemoryModel", config: Path, budget: int) -> str | None:
+    """Return a line that says what one row at a time would leave room for, if that is better than what was chosen.
+
+    Args:
+        model: with the chosen kind of emulator.
+        config: the model's ``config.json``.
+        budget: bytes that tuning may use.
+    """
+    from emloc_core.kinds import RECOMMENDED
+
+    rows, settings = model.workload.batch_size * model.workload.train.accumulation, CompressSettings(kind=AUTO)
+    if model.workload.batch_size == 1:
+        return None
+    alone = with_emulator(config, replace(model.workload, batch_size=1), settings, budget)
+    train = f"--batch-size 1 --accumulation {rows}"
+    if alone.tuning().total <= budget:
+        return f"With one row at a time an ordinary LoRA on the base fits: emloc train MODEL {train}"
+    if RECOMMENDED.index(alone.kind.name) < RECOMMENDED.index(model.kind.name):
+        return f"With one row at a time {alone.kind.name} fits: compress with --batch-size 1, and train with {train}"
+    return None
 
 
 def no_fit(budget: int, advised: Iterable[str]) -> EmlocError:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from emloc_llama import LLAMA
 from emloc_qwen import QWEN_VL
+from support.models import save_tiny_model
 from transformers import AutoConfig, AutoTokenizer
 
 from emloc_core.algorithms import fourbit
@@ -174,6 +176,21 @@ def test_compress_takes_the_recommended_kind(shallow_model: Path, rows_file: Pat
     assert chosen("--keep-spectra", tmp_path / "spectra") == "low-rank"
     assert plan(shallow_model, "--data", rows_file, "--memory", least)["kind"] == "nf4"
     assert plan(shallow_model, "--data", rows_file, "--ratio", 0.5)["kind"] == "low-rank"
+
+
+def test_compress_says_what_one_row_at_a_time_leaves_room_for(rows_file: Path, tmp_path: Path) -> None:
+    wide = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 1024}
+    model = save_tiny_model(LLAMA.tiny_configs[0] | wide, tmp_path / "wide")
+    config = model / "config.json"
+    alone = MemoryModel(config, make_workload(config, TrainSettings(batch_size=1), data=str(rows_file)))
+    options = ("compress", model, "--data", rows_file, "-o", tmp_path / "emulator", "--dry-run", "--batch-size", 2)
+    four_bits = tuning_need(model, 0.5, data=rows_file, kind="nf4", batch_size=1)
+    for budget, said in {four_bits: "nf4 fits", alone.tuning().total: "an ordinary LoRA on the base fits"}.items():
+        result = run(*options, "--memory", str(budget))
+        assert result.exception is None, result.exception
+        assert f"With one row at a time {said}" in result.stderr
+        assert "--batch-size 1 --accumulation 2" in result.stderr
+        assert "With one row" not in run(*options, "--memory", str(budget), "--kind", "low-rank-nf4").stderr
 
 
 def test_a_table_for_a_person(shallow_model: Path) -> None:
