@@ -52,7 +52,7 @@ def planned(work: str, settings: dict[str, Any]) -> dict[str, Any]:
     config = Path(work) / "base" / "config.json"
     chosen = CompressSettings(**settings)
     model = MemoryModel(config, make_workload(config, TrainSettings(batch_size=1), length=LENGTH), chosen)
-    plan = model.plan(chosen.ratio)
+    plan = model.plan()
     operations, machine = arithmetic.compress(model, plan), speed.measure("cpu", config.parent)
     assert machine
     return {

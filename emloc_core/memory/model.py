@@ -134,12 +134,12 @@ class MemoryModel:
                 "Check the values in the file.",
             ) from error
 
-    def plan(self, ratio: float | None) -> RankPlan:
-        """Return the ranks of the emulator at a ratio; None is for kinds without one.
+    def plan(self, ratio: float | None = None) -> RankPlan:
+        """Return the ranks of the emulator at a ratio; None: that of the settings, if the kind has one.
 
         Towers that no row reaches stay dense, as in stage 1: there is nothing to fit stand-ins to.
         """
-        plan = allocated(self.linears, ratio, uniform, kind=self.kind)
+        plan = allocated(self.linears, ratio or self.method.settings.ratio, uniform, kind=self.kind)
         idle = [each.path for each in plan.planned if each.path.startswith(self._idle_towers)]
         return plan.dense(idle, UNREACHED) if idle else plan
 

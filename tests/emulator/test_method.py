@@ -90,4 +90,4 @@ def test_a_plan_is_of_the_emulator_that_is_made(bases, rows_file, tmp_path, base
     settings = CompressSettings(samples=4, selection=2, **chosen)
     job = Compress(Checkpoint(bases[base]), load_rows(str(rows_file)), tmp_path / "out", settings)
     model = MemoryModel(bases[base] / "config.json", Workload(batch_size=1, length=16), settings)
-    assert model.plan(settings.ratio).ranks == job.plan.ranks
+    assert model.plan().ranks == job.plan.ranks

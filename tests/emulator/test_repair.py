@@ -105,7 +105,7 @@ def test_the_emulator_is_better_than_what_it_repairs_and_with_every_rank(tiny_mo
     job = compression(tiny_model, rows_file, tmp_path / "small")
     inputs, weights = inputs_of(tiny_model, job.samples, job.plan.ranks)
     before = dict.fromkeys(weights, 1.0)
-    alone = {"kind": "nf4", "calibration": "base"}
+    alone = {"kind": "nf4", "ratio": None, "calibration": "base"}
     for name, chosen in {"alone": alone, "a": {"ratio": 0.05}, "b": {"ratio": 0.2}}.items():
         emulator = compression(tiny_model, rows_file, tmp_path / name, **chosen).run()
         model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").train()

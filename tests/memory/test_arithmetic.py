@@ -111,7 +111,7 @@ def test_stage_one_takes_at_least_as_many(
         job.run()
     computed, length = counted(found), sum(len(sample.input_ids) for sample in job.samples) // _ROWS
     planned = MemoryModel(tiny_model / "config.json", workload(1, length), settings)
-    assert 0.7 * computed < sum(arithmetic.compress(planned, planned.plan(settings.ratio))) <= computed
+    assert 0.7 * computed < sum(arithmetic.compress(planned, planned.plan())) <= computed
 
 
 def test_weights_alone_take_none(tiny_model: Path) -> None:

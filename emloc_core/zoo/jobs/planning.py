@@ -78,7 +78,7 @@ def needs(job: Job) -> Needs:
     with _config(job) as file:
         workload = make_workload(file, train, "cpu", length=job.compress.max_length, data=data, split=job.split)
         model = MemoryModel(file, workload, job.compress)
-    plan = model.plan(model.method.settings.ratio)
+    plan = model.plan()
     base, emulator = model.parameters() * model.dtype.itemsize, model.emulator_bytes(plan)
     inference, tuning = model.inference().total, model.tuning(plan).total
     peaks, disk = [streamed.compress(model, plan).total], emulator + _SIDE_FILES + (base if job.layout else 0)
