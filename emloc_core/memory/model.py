@@ -190,6 +190,7 @@ class MemoryModel:
         other.settings = CompressSettings(kind=kind)
         other.kind = plugin_manager().algorithm("emulators", kind)()
         other.method = other._method()
+        other.coverage = coverage(other.model, other.family, other.linears)
         return other
 
     def least_length(self) -> int:

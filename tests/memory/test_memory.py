@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from emloc_internvl import INTERNVL
-from emloc_qwen import QWEN, QWEN_VL
+from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from peft import get_peft_model
 from support.planned import HEADLINE, TINY, label, workload, write_config
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -148,6 +148,14 @@ def test_the_ends_of_the_search(shallow_model: Path) -> None:
     fit = largest_ratio(model, 10 * smallest)
     assert fit is not None
     assert fit.ratio == 0.99
+
+
+def test_another_kind_makes_other_parts_smaller(tmp_path: Path) -> None:
+    config = write_config(tmp_path, QWEN_MOE)
+    levels = MemoryModel(config, workload(batch=1), CompressSettings(kind="2.7-bit"))
+    factors, alone = levels.with_kind("low-rank"), MemoryModel(config, workload(batch=1))
+    assert factors.coverage.describe() == alone.coverage.describe() != levels.coverage.describe()
+    assert factors.plan().ranks == alone.plan().ranks
 
 
 def test_what_the_base_needs_is_traced_once_for_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
