@@ -380,8 +380,8 @@ def plan(  # noqa: PLR0913 - all by keyword
             file, train, device, length=length, images=images, image_size=size, data=data, split=split
         )
         speed = measure_speed(device, file.parent) if measure else None
-        planned = CompressSettings() if kind is None and ratio is not None else CompressSettings(kind=kind or AUTO)
-        memory_model = with_emulator(file, workload, planned, budget)
+        usual = AUTO if ratio is None else CompressSettings().kind
+        memory_model = with_emulator(file, workload, CompressSettings(kind=kind or usual), budget)
         return make_plan(fspath(model), memory_model, budget, ratio, speed)
 
 

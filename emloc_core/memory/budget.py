@@ -116,7 +116,7 @@ def fitted(request: CompressRequest) -> CompressRequest:
         f"{human_bytes(fit.need.total)} of {human_bytes(budget)}",
         err=True,
     )
-    if settings.kind == AUTO and (hint := one_row_hint(model, config, budget)):
+    if settings.kind == AUTO and (hint := _one_row_hint(model, config, budget)):
         click.echo(hint, err=True)
     settings = settings.model_copy(update={"kind": model.kind.name, **ratio})
     return request.model_copy(update={"memory": None, "settings": settings})
@@ -142,7 +142,7 @@ def with_emulator(config: Path, workload: "Workload", settings: CompressSettings
     return next((model for model in models if largest_ratio(model, allowed)), models[-1])
 
 
-def one_row_hint(model: "MemoryModel", config: Path, budget: int) -> str | None:
+def _one_row_hint(model: "MemoryModel", config: Path, budget: int) -> str | None:
     """Return a line that says what one row at a time would leave room for, if that is better than what was chosen.
 
     Args:

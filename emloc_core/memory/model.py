@@ -79,7 +79,7 @@ class MemoryModel:
     Args:
         config_file: the model's ``config.json``.
         workload: the batch, and how it is trained on.
-        settings: how an emulator is made; its ratio and the length of its rows are ignored. None: by default.
+        settings: how an emulator is made; the length of its rows is ignored. None: by default.
 
     Raises:
         EmlocError: the config lacks a field, or no family declares it.
@@ -98,7 +98,6 @@ class MemoryModel:
         self.dtype = self._dtype()
         self.model: PreTrainedModel = self._build()
         self.method = self._method()
-        self.coverage: Coverage = coverage(self.model, self.family, self.linears)
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         chosen = workload.train.target_modules or self.family.lora_targets()
         self.targets = all_linears(self.model) if chosen == [ALL_LINEAR] else sorted(set(chosen))
@@ -124,6 +123,11 @@ class MemoryModel:
     def linears(self) -> RankPlan:
         """The Linears and experts that become smaller, without ranks."""
         return self.method.linears
+
+    @property
+    def coverage(self) -> Coverage:
+        """What becomes smaller, and what stays dense."""
+        return coverage(self.model, self.family, self.linears)
 
     def _build(self) -> PreTrainedModel:
         try:
@@ -190,7 +194,6 @@ class MemoryModel:
         other.settings = CompressSettings(kind=kind)
         other.kind = plugin_manager().algorithm("emulators", kind)()
         other.method = other._method()
-        other.coverage = coverage(other.model, other.family, other.linears)
         return other
 
     def least_length(self) -> int:
