@@ -16,14 +16,11 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 
-RATIOS = {"low-rank": 0.6, "low-rank-nf4": 0.6, "nf4+repair": 0.1, "1.6-bit+repair": 0.3, "2.7-bit": None, "mixed": 0.2}
 
-
-@pytest.fixture(params=RATIOS)
+@pytest.fixture(params=["low-rank", "low-rank-nf4", "nf4+repair", "1.6-bit+repair", "2.7-bit", "mixed"])
 def made(request, tiny_model, rows_file, tmp_path):
     """A kind, and its emulator."""
-    size = {"ratio": RATIOS[request.param]} if RATIOS[request.param] else {}
-    chosen = CompressSettings(kind=request.param, samples=4, selection=2, **size)
+    chosen = CompressSettings(kind=request.param, samples=4, selection=2)
     emulator = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen).run()
     return plugin_manager().algorithm("emulators", request.param)(), emulator
 
