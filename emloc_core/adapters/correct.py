@@ -176,7 +176,8 @@ class Correct:
                     progress(path, done, len(self.adapter.loras))
             chosen = 0 if losses is None else choose(losses)
             config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
-            loras = {path: corrected[chosen] for path, corrected in found.items()}
+            # PEFT reads the scale from the config, which is that of the adapter as it was trained.
+            loras = {path: found[path][chosen].with_scale(lora.scale) for path, lora in self.adapter.loras.items()}
             write_adapter(staging, config, loras, {CORRECTED: str(compared[chosen].clamp)})
             copy_moments(self.adapter.directory, staging)
             self.base.copy_processing(staging)

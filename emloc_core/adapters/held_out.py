@@ -1,5 +1,6 @@
 """The loss of a base with a LoRA on held-out rows, streamed: in the memory of a block, and of activations."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,15 +17,20 @@ from emloc_core.model.streaming import Stream
 
 
 def summed_loss(skeleton: Skeleton, sample: Sample) -> Callable[[], torch.Tensor]:
-    """Return a forward of one sample: its loss, summed over the tokens that count, and their number, (2,), fp64."""
+    """Return a forward of one sample: its loss, summed over the tokens that count, and their number, (2,), fp64.
+
+    Only their logits are computed, where the model can leave out the others.
+    """
+    chooses = "logits_to_keep" in inspect.signature(skeleton.model.forward).parameters
 
     def forward() -> torch.Tensor:
         inputs = sample.inputs(skeleton.device)
-        logits = skeleton.model(**inputs, use_cache=False).logits[0, :-1]
-        mask = torch.tensor(sample.completion_mask[1:], dtype=torch.bool, device=logits.device)
-        targets = inputs["input_ids"][0, 1:]
-        loss = nn.functional.cross_entropy(logits[mask].float(), targets[mask], reduction="sum")
-        return torch.stack([loss.double(), mask.sum().double()]).cpu()
+        before = torch.tensor(sample.completion_mask[1:], device=skeleton.device).nonzero()[:, 0]  # predict the next
+        chosen = {"logits_to_keep": before} if chooses else {}
+        logits = skeleton.model(**inputs, **chosen, use_cache=False).logits[0]
+        targets = inputs["input_ids"][0, before + 1]
+        loss = nn.functional.cross_entropy((logits if chooses else logits[before]).float(), targets, reduction="sum")
+        return torch.tensor([float(loss), len(before)], dtype=torch.float64)
 
     return forward
 

@@ -24,8 +24,12 @@ class Lora:
         return Lora(self.a.to(device), self.b.to(device), self.scale)
 
     def scaled(self, factor: float) -> "Lora":
-        """Return it with its output multiplied; for a factor of 1, itself."""
-        return self if factor == 1 else Lora(self.a, self.b * factor, self.scale)
+        """Return it with its output multiplied, on the same tensors."""
+        return Lora(self.a, self.b, self.scale * factor)
+
+    def with_scale(self, scale: float) -> "Lora":
+        """Return it with another scale and the same output; with its own scale, itself."""
+        return self if scale == self.scale else Lora(self.a, self.b * (self.scale / scale), scale)
 
     def delta(self) -> torch.Tensor:
         """Return what it adds to the weight, (m, n), in fp32 at least."""
