@@ -39,7 +39,7 @@ class Operations(NamedTuple):
 
 def forward(model: MemoryModel, plan: RankPlan | None = None) -> int:
     """Return the operations of one row's forward pass through the base, or through a plan's emulator."""
-    return _PRODUCT * sum(numbers * _positions(model, path) for path, numbers in _matrices(model, plan))
+    return _PRODUCT * sum(numbers * positions(model, path) for path, numbers in _matrices(model, plan))
 
 
 def compress(model: MemoryModel, plan: RankPlan) -> Operations:
@@ -58,20 +58,20 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
         return Operations(own, single)
     propagated = settings.calibration == "propagated"
     for block in block_paths(model.model, model.family):
-        per_row, linears = _positions(model, block), plan.in_block(block)
-        positions = settings.samples * per_row
+        per_row, linears = positions(model, block), plan.in_block(block)
+        all_rows = settings.samples * per_row
         base, emulator = (sum(numbers for _, numbers in _matrices(model, each, block)) for each in (None, plan))
         if model.method.by_spectra:
             probed = min(PROBES, settings.samples) * per_row
-            own += _PRODUCT * base * (positions + probed * (1 + len(linears)))
-            single += _decomposed(linears, positions)
+            own += _PRODUCT * base * (all_rows + probed * (1 + len(linears)))
+            single += _decomposed(linears, all_rows)
         if propagated:
-            own += _PRODUCT * positions * (base + emulator + _up_to_groups(linears, kind))
-            single += _fitted(linears, positions, kind)
+            own += _PRODUCT * all_rows * (base + emulator + _up_to_groups(linears, kind))
+            single += _fitted(linears, all_rows, kind)
         elif not (model.method.by_spectra and model.method.is_cut):
-            own += _PRODUCT * positions * base
-            single += _decomposed(linears, positions, kind)
-        own += _PRODUCT * positions * _refinement(settings.refine) * sum(linear.numbers for linear in linears)
+            own += _PRODUCT * all_rows * base
+            single += _decomposed(linears, all_rows, kind)
+        own += _PRODUCT * all_rows * _refinement(settings.refine) * sum(linear.numbers for linear in linears)
     return Operations(own, single)
 
 
@@ -89,7 +89,7 @@ def _matrices(model: MemoryModel, plan: RankPlan | None, root: str = "") -> Iter
             yield stack.path, chosen * (stack.stored(model.kind) if stack.rank else stack.numbers) // stack.experts
 
 
-def _positions(model: MemoryModel, path: str) -> int:
+def positions(model: MemoryModel, path: str) -> int:
     """Return how many positions of a row pass through a module: tokens, patches, or the tokens that these become."""
     image, images = model.image, model.workload.images
     *others, language = (tower.blocks for tower in model.family.towers)

@@ -46,7 +46,10 @@ IMPORTS = {"cuda": 0, "cpu": 500_000_000}
 #: workspace; a typical figure, not measured. cpu: kernel code, threads and the trainer, measured with a tiny model.
 RUNTIME = {"cuda": (600 << 20, 600 << 20), "cpu": (30_000_000, 90_000_000)}
 #: Terms, in display order.
-TERMS = ("weights", "adapter", "gradients", "optimiser", "kv_cache", "activations", "logits", "statistics", "overhead")
+TERMS = (
+    "weights", "adapter", "gradients", "optimiser", "kv_cache", "activations", "logits", "statistics", "stand-ins",
+    "overhead",
+)  # fmt: skip
 #: Fields for which transformers would assume another model's size if they were missing.
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 #: Enough blocks for a first, a last and one between.

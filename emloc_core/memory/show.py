@@ -11,7 +11,8 @@ from emloc_core.units import human_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-_HATCHES = ("", "///", "", "\\\\\\", "", "...", "", "xxx", "")  # bars differ by more than colour, for greyscale prints
+#: Bars differ by more than colour, for greyscale prints.
+_HATCHES = ("", "///", "", "\\\\\\", "", "...", "", "xxx", "++", "")
 _HEADINGS = {"kv_cache": "KV cache"}
 
 
@@ -90,4 +91,4 @@ def _heading(term: str) -> str:
 
 
 def _colour(number: int) -> str:
-    return (*COLOURS, "#999999", "#DDDDDD")[number]
+    return (*COLOURS, "#999999", "#5D3A9B", "#DDDDDD")[number]

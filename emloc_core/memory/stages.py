@@ -2,11 +2,16 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
+from torch import nn
+
+from emloc_core.adapters.correct import AUTO
 from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO
+from emloc_core.memory.arithmetic import positions
 from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel, Need
 
 #: The stages' own imports, and pages of code that they touch.
@@ -23,7 +28,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     - statistics: the Grams of the block's input groups and outputs, fp32, ``4 s^2`` each, with s the side; and the
       largest factorisation, in fp64: ``8 (4 s^2 + 3 m n)`` bytes for the Gram, the eigenvectors and
       LAPACK's workspace (``dsyevd``: ``2 s^2``), and for the weight, its image and the factors.
-    - activations: the hidden states of the samples at the workload's length, in the model's dtype.
+    - activations: the images and the hidden states of the samples, in the model's dtype.
     - where errors are propagated: in place of the block's Grams one input group's, its Cholesky factor and what its
       Linears' targets need, ``4 n (2 n + min(n, m))``, with m the outputs of all of them; and twice the hidden states,
       those of the base and of the emulator.
@@ -38,9 +43,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     Without calibration it is far less: one Linear at a time.
     """
     weight = model.dtype.itemsize
-    blocks = block_paths(model.model, model.family)
-    units = [sum(p.numel() for p in model.model.get_submodule(path).parameters()) for path in blocks]
-    units += [p.numel() for name, p in model.model.named_parameters() if not name.startswith(tuple(blocks))]
+    blocks, outside = _units(model)
     settings = model.method.settings
     propagated = settings.calibration == "propagated"
     needs = []
@@ -52,16 +55,36 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     if model.method.by_spectra:
         share = 1 if model.method.is_cut else RATIO
         statistics = max(statistics, *(_decomposition(plan, block, weight, share) for block in blocks))
-    hidden = model.config.get_text_config().hidden_size
     terms = {
-        "weights": max(units) * weight,
+        "weights": max(outside, *blocks.values()) * weight,
         "statistics": statistics,
-        "activations": (2 if propagated else 1) * settings.samples * model.workload.length * hidden * weight,
+        "activations": (2 if propagated else 1) * settings.samples * _waiting(model),
         "overhead": OVERHEAD,
     }
     if not model.kind.has_factors or (propagated and model.kind.keeps_weight):
         terms["stand-ins"] = max(_whole(plan, block, weight) for block in blocks)
     return Need("compress", terms, "the largest block")
+
+
+def _units(model: MemoryModel) -> tuple[dict[str, int], int]:
+    """Return how many numbers the blocks have, by path, and the largest matrix outside them."""
+    blocks = {
+        path: sum(parameter.numel() for parameter in model.model.get_submodule(path).parameters())
+        for path in block_paths(model.model, model.family)
+    }
+    outside = [each.numel() for name, each in model.model.named_parameters() if not name.startswith(tuple(blocks))]
+    return blocks, max(outside, default=0)
+
+
+def _waiting(model: MemoryModel) -> int:
+    """Return the bytes of a row that waits at a block: its images, and hidden states where a tower has most."""
+    hidden = []
+    for path in model.towers:
+        block = f"{path}.0"
+        linears = (each for each in model.model.get_submodule(block).modules() if isinstance(each, nn.Linear))
+        hidden.append(positions(model, block) * next(linears).in_features)  # the first Linear reads the hidden states
+    pixels = model.workload.images * prod(model.image.pixels) if model.image else 0
+    return (pixels + max(hidden)) * model.dtype.itemsize
 
 
 def _whole(plan: RankPlan, block: str, itemsize: int) -> int:
@@ -102,26 +125,40 @@ def _largest_group(linears: Sequence[LinearPlan]) -> int:
     return max((4 * n * (2 * n + min(n, m)) for (_, n), m in outputs.items()), default=0)
 
 
-def correct(model: MemoryModel, plan: RankPlan) -> Need:
-    """Return what stage 3 needs with a fixed clamp: one weight with its factors, and all of the LoRA.
+def correct(model: MemoryModel, plan: RankPlan, *, auto: bool = True) -> Need:
+    """Return what stage 3 needs, with ``--clamp auto`` or with a fixed clamp.
 
-    Weights are read in the model's dtype, ``d (m n + k (m + n))`` bytes, and multiplied in fp32 some rows at a time. A
-    weight that the emulator keeps, rounded, is factors too: itself and the identity.
-    The LoRA is held twice, as trained and as corrected, in fp32. ``--clamp auto`` also streams a forward pass and needs
-    about as much as ``compress`` without its statistics.
+    - weights: a weight is corrected with its factors, ``d (m n + k (m + n))`` bytes, and multiplied in fp32 some rows
+      at a time. A weight that the emulator keeps, rounded, is factors too: itself and the identity. For ``auto`` the
+      whole block is there, or a module outside the blocks.
+    - adapter: the LoRA in fp32, as trained and for every clamp.
+    - activations, for ``auto``: the images and the hidden states of the selection rows, once per candidate.
+    - logits, for ``auto``: those of one row, in the model's dtype, in fp32 and normalised.
     """
 
-    def held(m: int, n: int, rank: int) -> int:
+    def factors(linear: LinearPlan) -> int:
+        m, n, rank = linear.out_features, linear.in_features, linear.rank or 0
         inner = (rank if model.kind.has_factors else 0) + (min(m, n) if rank and model.kind.keeps_weight else 0)
-        return m * n + inner * (m + n)
+        return inner * (m + n)
 
-    sizes = [held(linear.out_features, linear.in_features, linear.rank or 0) for linear in plan.linears]
+    itemsize, copies = model.dtype.itemsize, 2
+    other: dict[str, int] = {}
+    if auto:
+        blocks, outside = _units(model)
+        held = [numbers + max(map(factors, plan.in_block(path)), default=0) for path, numbers in blocks.items()]
+        weights, copies = max(outside, *held), 1 + len({candidate.clamp for candidate in AUTO} - {0})
+        logits = model.workload.length * model.config.get_text_config().vocab_size
+        waiting = model.method.settings.selection * len(AUTO) * _waiting(model)
+        other = {"activations": waiting, "logits": logits * (itemsize + 2 * 4)}
+    else:
+        weights = max(each.out_features * each.in_features + factors(each) for each in plan.linears)
     terms = {
-        "weights": max(sizes) * model.dtype.itemsize + _WIDENED,
-        "adapter": 2 * 4 * model.adapter_parameters(),
+        "weights": weights * itemsize + _WIDENED,
+        "adapter": copies * 4 * model.adapter_parameters(),
+        **other,
         "overhead": OVERHEAD,
     }
-    return Need("correct", terms, "the largest Linear")
+    return Need("correct", terms, "the largest block" if auto else "the largest Linear")
 
 
 def merge(model: MemoryModel) -> Need:

@@ -241,10 +241,11 @@ def _planned(made: Mapping[str, Path]) -> dict[str, int]:
         model = MemoryModel(config, workload, CompressSettings(**compress["request"]["settings"]))
         ranks = {linear["path"]: linear["rank"] for linear in compress["result"]["linears"] if linear["rank"]}
         plan = model.linears.with_ranks(ranks, model.kind) if model.kind.has_ratio else model.linears.at_full_rank()
+        corrected = _read(made["corrected"] / MANIFEST)["request"] if "corrected" in made else {}
         return {
             "emulator": streamed.compress(model, plan).total,
             "adapter": model.tuning(plan, made=True).total,
-            "corrected": streamed.correct(model, plan).total,
+            "corrected": streamed.correct(model, plan, auto=corrected.get("clamp") == "auto").total,
             "merged": streamed.merge(model).total,
             "full_lora": model.tuning().total,
         }

@@ -11,7 +11,7 @@ import transformers
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from peft import get_peft_model
-from support.planned import HEADLINE, TINY, label, workload, write_config
+from support.planned import HEADLINE, PICTURED, TINY, label, workload, write_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.algorithms.allocation import Spectrum, global_budget
@@ -21,7 +21,8 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json
 from emloc_core.memory import stages as streamed
 from emloc_core.memory.budget import advice, largest_ratio
-from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.model import TERMS, MemoryModel
+from emloc_core.memory.plan import make_plan
 from emloc_core.memory.workload import make_workload
 from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.tuning.heap import give_back
@@ -246,6 +247,48 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     assert found - plain == held  # at the largest ranks, since the emulator is cut from them
     fitted = MemoryModel(file, workload(), CompressSettings(calibration="propagated", allocator="global"))
     assert streamed.compress(fitted, fitted.plan(0.5)).terms["statistics"] - plain == held // 2
+
+
+def test_the_sums_of_stage_three_by_hand(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    file = write_config(tmp_path / "small", QWEN, **{**sizes, "head_dim": 16, "vocab_size": 96})
+    model = MemoryModel(file, workload(length=20), CompressSettings(selection=5))
+    itemsize, hidden, inner = model.dtype.itemsize, 64, 128
+    plan = model.plan(0.5)
+    rank = max(each.rank for each in plan.linears if each.out_features == inner)
+    block = 4 * hidden**2 + 3 * hidden * inner + 5 * hidden  # with two norms and three biases
+    need = streamed.correct(model, plan)
+    assert need.terms["activations"] == 5 * 10 * 20 * hidden * itemsize
+    assert need.terms["logits"] == 20 * 96 * (itemsize + 8)
+    assert need.terms["weights"] - (16 << 20) == (block + rank * (hidden + inner)) * itemsize
+    assert need.terms["adapter"] == 4 * 4 * model.adapter_parameters()
+    fixed = streamed.correct(model, plan, auto=False)
+    assert fixed.terms.keys() == {"weights", "adapter", "overhead"}
+    assert fixed.terms["weights"] - (16 << 20) == (hidden * inner + rank * (hidden + inner)) * itemsize
+    assert fixed.terms["adapter"] == 2 * 4 * model.adapter_parameters()
+
+
+def test_rows_with_images_wait_with_them(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "seeing", INTERNVL, **PICTURED[0][1])
+    text, seeing = (MemoryModel(file, workload(length=40, images=images)) for images in (0, 2))
+    with_text, with_images = (
+        (streamed.compress(model, model.plan(0.5)).terms["activations"],
+         streamed.correct(model, model.plan(0.5)).terms["activations"])
+        for model in (text, seeing)
+    )  # fmt: skip
+    assert seeing.image is not None
+    hidden, vision = (part.hidden_size for part in (text.config.text_config, text.config.vision_config))
+    pixels = 2 * torch.Size(seeing.image.pixels).numel()
+    widest = max(40 * hidden, 2 * seeing.image.patches * vision)
+    for before, after in zip(with_text, with_images, strict=True):
+        assert after * 40 * hidden == before * (pixels + widest)
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "nf4", "1.6-bit+repair", "2.7-bit", "low-rank-nf4"])
+def test_every_term_has_a_column(kind: str, shallow_model: Path) -> None:
+    model = MemoryModel(shallow_model / "config.json", workload(), CompressSettings(kind=kind))
+    for need in make_plan("small", model, budget=10**12).needs:
+        assert need.terms.keys() <= set(TERMS)
 
 
 def test_a_plan_is_enough_wherever_ranks_are_shared_out(tiny_model: Path) -> None:
