@@ -117,6 +117,12 @@ class TrainRequest(Request):
     evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")
     settings: TrainSettings = TrainSettings()
 
+    @model_validator(mode="after")
+    def _limits_are_used(self) -> Self:
+        if self.limits.model_fields_set and not self.exact:
+            raise ValueError(f"{' and '.join(sorted(self.limits.model_fields_set))} can be given for exact steps only")
+        return self
+
 
 class CorrectRequest(Request):
     """Correct a LoRA that was trained on an emulator, for use on the base."""

@@ -6,12 +6,11 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run
-from emloc_core.cli.options import data, device, given, options
+from emloc_core.cli.options import data, device, given, options, require_owner
 from emloc_core.cli.stage import run
 from emloc_core.cli.verbosity import verbosity_options
-from emloc_core.errors import EmlocError
 from emloc_core.requests import make_request
-from emloc_core.settings import CompressSettings, TrainSettings
+from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
 
 
 @click.command("compress")
@@ -27,21 +26,20 @@ from emloc_core.settings import CompressSettings, TrainSettings
 @click.option("--memory", metavar="SIZE", help="Instead of --ratio: the kind that is best for this GPU memory, such "
               "as 24GiB, unless --kind is given, and the largest ratio whose tuning fits, for the longest row of the "
               "data (see emloc plan).")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1), help="With --memory: rows per step of tuning.  [default: 8]")
+@options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS), of="--memory")
 @options(CompressSettings)
 @device
 @verbosity_options
 @dry_run
 @as_json
-def command(batch_size: int | None, memory: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+def command(memory: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Make an emulator of MODEL, a directory or hub id: a smaller copy to train on.
 
     The model is streamed block by block and never held in memory at once. Run the same command again to resume an
     interrupted run at the block where it stopped.
     """
-    if batch_size is not None and memory is None:
-        raise EmlocError("--batch-size needs --memory.", "Give both or neither.")
     settings, content = given(CompressSettings, options)
-    tuning = TrainSettings(batch_size=batch_size) if batch_size else TrainSettings()
+    tuning, content = given(TrainSettings, content)
+    require_owner(tuning, "--memory", present=memory is not None)
     request = make_request("compress", settings, memory=memory, tuning=tuning, **content)
     run(request, dry_run=dry_run, to_json=as_json)

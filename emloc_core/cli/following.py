@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from emloc_core.files.output import learned_preferences, read_manifest
 from emloc_core.requests import (
@@ -16,6 +17,12 @@ from emloc_core.requests import (
     TrainRequest,
 )
 from emloc_core.result import Result
+from emloc_core.settings import TrainSettings
+
+
+def join(*words: object) -> str:
+    """Return a command of EMLoC as a line for a shell."""
+    return shlex.join(["emloc", *map(str, words)])
 
 
 def following(request: Request, result: Result) -> list[str]:
@@ -26,33 +33,45 @@ def following(request: Request, result: Result) -> list[str]:
         result: its finished output.
     """
     output = result.path
-    chat = _command("chat", output)
-    merge = _command("merge", output, "-o", _beside(output, "merged"))
+    chat = join("chat", output)
+    merge = join("merge", output, "-o", _beside(output, "merged"))
     found: list[str] = []
     match request:
         case ImportRequest():
-            found = [_command("plan", output, "--memory", "24GiB")]
-        case CompressRequest() | CutRequest():
-            data = getattr(request, "data", None)
-            rows = data if isinstance(data, str) else "train.jsonl"
-            found = [_command("train", output, "--data", rows, "-o", _beside(output, "adapter"))]
+            found = [join("plan", output, "--memory", "24GiB")]
+        case CompressRequest(data=data, tuning=tuning):
+            found = [join("train", output, "--data", _rows(data), *_flags(tuning), "-o", _beside(output, "adapter"))]
+        case CutRequest():
+            found = [join("train", output, "--data", _rows(None), "-o", _beside(output, "adapter"))]
         case TrainRequest(model=model) if _is_emulator(model):
-            found = [_command("correct", output, "-o", _beside(output, "corrected"))]
+            found = [join("correct", output, "-o", _beside(output, "corrected"))]
         case TrainRequest() | PolishRequest():
             found = [chat, merge]
         case CorrectRequest(adapter=adapter):
-            polish = _command("polish", output, "--data", "train.jsonl", "-o", _beside(output, "polished"))
+            polish = join("polish", output, "--data", "train.jsonl", "-o", _beside(output, "polished"))
             found = [chat, *([] if learned_preferences(adapter) else [polish]), merge]
         case MergeRequest():
             found = [chat]
         case EvaluateRequest(systems=systems):
             last = systems[-1]
-            found = [_command("chat", last.model, *([last.adapter] if last.adapter else []))]
+            found = [join("chat", last.model, *([last.adapter] if last.adapter else []))]
     return found
 
 
-def _command(*words: str | Path) -> str:
-    return shlex.join(["emloc", *map(str, words)])
+def _rows(data: Any) -> str:
+    return data if isinstance(data, str) else "train.jsonl"
+
+
+def _flags(tuning: TrainSettings) -> list[str]:
+    """Return the options for the settings that an emulator was sized for."""
+    found: list[str] = []
+    for name, value in tuning.model_dump(exclude_unset=True).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            found += [f"--{flag}", ",".join(value) if isinstance(value, list) else str(value)]
+    return found
 
 
 def _beside(output: Path, name: str) -> Path:

@@ -119,7 +119,7 @@ def adapter_on_base(base: str, output: str) -> Callable[..., Any]:
 
 
 def options(
-    model: type[BaseModel], short: dict[str, str] | None = None, skip: Iterable[str] = ()
+    model: type[BaseModel], short: dict[str, str] | None = None, skip: Iterable[str] = (), of: str = ""
 ) -> Callable[..., Any]:
     """Return a decorator that adds an option for every field of ``model``.
 
@@ -127,6 +127,7 @@ def options(
         model: the settings class.
         short: shorter option names by field, beside the field's own: ``{"learning_rate": "--lr"}``.
         skip: fields without an option.
+        of: the option that they belong to, if there is one, for the help texts.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +140,7 @@ def options(
             default = None if field.default is PydanticUndefined else field.default
             settings: dict[str, Any] = {
                 "default": default,
-                "help": field.description,
+                "help": f"With {of}: {_uncapitalised(field.description)}" if of else field.description,
                 "show_default": default is not None,
             }
             kind = _kind(field.annotation)
@@ -153,6 +154,26 @@ def options(
         return function
 
     return decorate
+
+
+def _uncapitalised(text: str | None) -> str:
+    return f"{text[0].lower()}{text[1:]}" if text else ""
+
+
+def require_owner(values: Mapping[str, Any], owner: str, *, present: bool) -> None:
+    """Refuse options that were given without the option that they belong to.
+
+    Args:
+        values: what was given, by field.
+        owner: the option that they belong to, such as ``--exact``.
+        present: whether that was given.
+
+    Raises:
+        EmlocError: names the first of them.
+    """
+    if values and not present:
+        name = next(iter(values)).replace("_", "-")
+        raise EmlocError(f"--{name} needs {owner}.", "Give both or neither.")
 
 
 def given(model: type[BaseModel], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

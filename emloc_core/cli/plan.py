@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
+from emloc_core.cli.following import join
 from emloc_core.cli.options import data as data_option
 from emloc_core.cli.options import given, options
 from emloc_core.memory.budget import no_fit
@@ -74,12 +75,12 @@ def command(
     if as_json:
         print_json(planned.describe())
     else:
-        _show(planned)
+        _show(planned, data)
     if planned.advice and planned.best is None:
         raise no_fit(planned.budget, planned.advice)
 
 
-def _show(planned: "MemoryPlan") -> None:
+def _show(planned: "MemoryPlan", data: Any) -> None:
     from emloc_core.memory.show import print_memory
 
     said = planned.describe()
@@ -101,7 +102,7 @@ def _show(planned: "MemoryPlan") -> None:
     for line in planned.plan.lines(planned.model.kind):
         click.echo(f"  {line}")
     _judge(planned, said["fits"])
-    _show_ways(planned)
+    _show_ways(planned, data)
 
 
 def _judge(planned: "MemoryPlan", fits: bool) -> None:
@@ -119,7 +120,7 @@ def _judge(planned: "MemoryPlan", fits: bool) -> None:
         click.echo(str(no_fit(planned.budget, planned.advice)))
     if planned.given and inference > planned.budget:
         click.echo(f"inference on the base needs {human_bytes(inference)}: within this budget the tuned base runs "
-                   "only with offloading (device_map='auto') or quantised")  # fmt: skip
+                   "only in part on the device, as emloc chat runs it, or quantised")  # fmt: skip
 
 
 def _cost(flops: float, seconds: float | None, reads: str = "") -> str:
@@ -127,20 +128,30 @@ def _cost(flops: float, seconds: float | None, reads: str = "") -> str:
     return f"{flops:.2g} operations{reads}{time}"
 
 
-def _commands(way: "Way") -> str:
+def _commands(way: "Way", planned: "MemoryPlan", data: Any) -> list[str]:
     """Return the commands of a way to tune."""
     from emloc_core.memory.ways import EXACT, ORDINARY
 
-    rows = f" --batch-size {way.micro_batch} --accumulation {way.accumulation}" if way.accumulation > 1 else ""
-    if way.name == EXACT:
-        return "emloc train MODEL --exact"
-    if way.name == ORDINARY:
-        return f"emloc train MODEL{rows}; no emulator is needed"
-    size = f" --ratio {way.ratio:g}" if way.ratio is not None else ""
-    return f"emloc compress MODEL --kind {way.kind}{size}, then emloc train EMULATOR{rows}"
+    rows = ["--data", data if isinstance(data, str) else "train.jsonl"]
+    batch = ["--batch-size", way.micro_batch, "--accumulation", way.accumulation] if way.accumulation > 1 else []
+    if way.name in (EXACT, ORDINARY):
+        exact = ["--exact"] if way.name == EXACT else []
+        return [join("train", planned.name, *rows, *exact, *batch, "-o", "adapter")]
+    size = ["--ratio", f"{way.ratio:g}"] if way.ratio is not None else []
+    found = [
+        join("compress", planned.name, *rows, "--kind", way.kind, *size, "-o", "emulator"),
+        join("train", "emulator", *rows, *batch, "-o", "adapter"),
+        join("correct", "adapter", "-o", "corrected"),
+    ]
+    if not planned.model.workload.train.learns_preferences:  # exact steps would undo what was learned
+        one_row = ["--batch-size", 1, "--accumulation", way.micro_batch * way.accumulation]
+        found.append(join("polish", "corrected", *rows, *one_row, "-o", "polished"))
+    return found
 
 
-def _show_ways(planned: "MemoryPlan") -> None:
+def _show_ways(planned: "MemoryPlan", data: Any) -> None:
+    from emloc_core.memory.ways import ORDINARY
+
     click.echo(f"ways to tune within {human_bytes(planned.budget)}, with the same rows per step:")
     for way in planned.ways:
         kind = f" ({way.kind})" if way.kind else ""
@@ -155,7 +166,9 @@ def _show_ways(planned: "MemoryPlan") -> None:
     if best is None:
         click.echo("best: none fits")
     else:
-        click.echo(f"best: {best.name}: {_commands(best)}")
+        click.echo(f"best: {best.name}{'; no emulator is needed' if best.name == ORDINARY else ''}")
+        for line in _commands(best, planned, data):
+            click.echo(f"  {line}")
         if measured := best.recovery:
             click.echo(f"  On three tasks of a small model that gave {measured.corrected:.2f} of what an ordinary LoRA "
                        f"gains, and {measured.polished:.2f} with 20 exact steps (docs/evidence.md).")  # fmt: skip

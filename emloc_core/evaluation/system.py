@@ -1,23 +1,32 @@
-"""Evaluates one system with lm-eval, in this process."""
+"""Loads one system, a model with or without an adapter, and evaluates it with lm-eval, in this process."""
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import click
 
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.evaluation.conversations import ask_conversations, asks_conversations
 from emloc_core.evaluation.images import shows_pictures
 from emloc_core.evaluation.tasks import TaskSpec, is_conversational, load_task
 from emloc_core.files.meter import Meter
+from emloc_core.units import human_bytes
 
 #: Number of generated rows to keep per task, for people to read.
 SAMPLES = 6
+#: Share of a GPU's free memory that a model may take, and that the layers of one may take which does not fit: what
+#: else there is at a time, a layer from the CPU's memory and the cache of keys and values, takes the rest.
+_WHOLE, _PART = 0.9, 0.6
 
 
 def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> tuple[Any, Any]:
     """Load a model, its adapter if there is one, and its tokenizer; on the GPU if there is one.
+
+    Where the model does not fit the GPU, the layers that do not wait in CPU memory, and are copied when they are used.
 
     Args:
         model: directory of the model.
@@ -25,8 +34,8 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
         images: whether there are images: then the model's processor is returned, which contains the tokenizer.
 
     Raises:
-        EmlocError: the model cannot be loaded, does not read images or has no processor though there are images, or
-            the adapter does not fit it.
+        EmlocError: the model cannot be loaded, does not fit in memory, does not read images or has no processor though
+            there are images, or the adapter does not fit it.
     """
     import torch
 
@@ -35,22 +44,56 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
     from emloc_core.files.pretrained import load_model
     from emloc_core.plugins.manager import plugin_manager
 
-    family = plugin_manager().family_for(Checkpoint(model).config)
+    checkpoint = Checkpoint(model)
+    family = plugin_manager().family_for(checkpoint.config)
     if images and family.modality == "text":
         raise EmlocError(f"A task shows images, and models of the family {family.name} read text only.",
                          code="mismatch")  # fmt: skip
     processing = load_processor(model) if images else load_tokenizer(model)
+    parts = _parts(checkpoint.nbytes)
     try:
-        loaded = load_model(family.auto_class, model)
+        loaded = load_model(family.auto_class, model, **({"device_map": "auto", "max_memory": parts} if parts else {}))
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise EmlocError(f"The model {model} cannot be loaded ({reason}).", "Check the directory.") from error
     if adapter is not None:
-        loaded = _add_adapter(loaded, adapter)
-    return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processing
+        loaded = _add_adapter(loaded, adapter, **({"max_memory": parts} if parts else {}))
+    if not parts:
+        loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    return loaded.eval(), processing
 
 
-def _add_adapter(model: Any, adapter: Path) -> Any:
+def _parts(nbytes: int) -> dict[int | str, int] | None:
+    """Return how many bytes of a model to place on which device; None: all of it on one.
+
+    Raises:
+        EmlocError: it does not fit in the memory of GPU and CPU together.
+    """
+    import psutil
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
+    if nbytes <= _WHOLE * free[0]:
+        return None
+    parts: dict[int | str, int] = {gpu: int(_PART * room) for gpu, room in enumerate(free)}
+    parts["cpu"] = psutil.virtual_memory().available
+    if nbytes > sum(parts.values()):
+        raise EmlocError(
+            f"The model has {human_bytes(nbytes)}, and GPU and CPU have room for {human_bytes(sum(parts.values()))}.",
+            "Free memory, or use a machine with more.",
+            code="memory",
+        )
+    click.echo(
+        f"emloc: the model has {human_bytes(nbytes)}, and the GPU {human_bytes(free[0])} free: layers that do not fit "
+        "are copied from CPU memory whenever they are used, which is slow",
+        err=True,
+    )
+    return parts
+
+
+def _add_adapter(model: Any, adapter: Path, **settings: Any) -> Any:
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -58,7 +101,10 @@ def _add_adapter(model: Any, adapter: Path) -> Any:
 
     try:
         # Not HFLM(peft=...), which is silently ignored if the model is an object.
-        combined = load_lora(model, adapter)
+        with warnings.catch_warnings():
+            # torch warns about each weight that waits elsewhere; the LoRA itself is loaded.
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+            combined = load_lora(model, adapter, **settings)
         with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as file:
             given = set(file.keys())
     except (OSError, ValueError, RuntimeError) as error:

@@ -176,13 +176,13 @@ def load_gguf(name: str, file: Path, **settings: Any) -> Any:
     return auto_class(name).from_pretrained(str(file.parent), gguf_file=file.name, **settings, **_NOTHING_FOREIGN)
 
 
-def load_lora(model: Any, directory: Path, *, is_trainable: bool = False) -> Any:
+def load_lora(model: Any, directory: Path, **settings: Any) -> Any:
     """Return a model with the LoRA in a directory applied, as a ``PeftModel``.
 
     Args:
         model: the model that the LoRA was trained for.
         directory: directory of the LoRA.
-        is_trainable: whether to train the LoRA further.
+        settings: further arguments of ``PeftModel.from_pretrained``, such as ``is_trainable``.
 
     Raises:
         EmlocError: it is not a LoRA or not in safetensors (other adapters may load further models, or pickles), or a
@@ -206,7 +206,7 @@ def load_lora(model: Any, directory: Path, *, is_trainable: bool = False) -> Any
         raise EmlocError(
             f"The adapter {directory} cannot be used: {problems[0]}.", "Use full module names.", code="refused"
         )
-    return PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable, local_files_only=True)
+    return PeftModel.from_pretrained(model, str(directory), **settings, local_files_only=True)
 
 
 @contextmanager

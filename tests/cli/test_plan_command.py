@@ -125,7 +125,8 @@ def test_a_low_ratio_is_a_warning_and_one_row_at_a_time_makes_room(shallow_model
     assert (emulator["micro_batch"], emulator["accumulation"]) == (1, 8)
     assert emulator["ratio"] > found["ratio"]
     shown = run("plan", shallow_model, "--length", 64, "--batch-size", 8, "--memory", budget).stdout
-    assert "emloc train MODEL --batch-size 1 --accumulation 8; no emulator is needed" in shown
+    assert "best: LoRA on the base; no emulator is needed" in shown
+    assert f"emloc train {shallow_model} --data train.jsonl --batch-size 1 --accumulation 8 -o adapter" in shown
 
 
 def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> None:
@@ -144,7 +145,14 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
         assert best["bytes"] <= budget
         shown = run("plan", shallow_model, *options, budget).stdout
         size = "" if kind == "nf4" else f" --ratio {found['ratio']:g}"
-        assert f": emloc compress MODEL --kind {kind}{size}, then emloc train EMULATOR\n" in shown
+        lines = [line.strip() for line in shown.splitlines()]
+        first = lines.index("best: emulator, then polish") + 1
+        assert lines[first : first + 4] == [
+            f"emloc compress {shallow_model} --data train.jsonl --kind {kind}{size} -o emulator",
+            "emloc train emulator --data train.jsonl -o adapter",
+            "emloc correct adapter -o corrected",
+            "emloc polish corrected --data train.jsonl --batch-size 1 --accumulation 1 -o polished",
+        ]
         told = measured(kind, best["ratio"])
         assert best["recovery"] == (told and told._asdict())
         assert ("of what an ordinary LoRA gains" in shown) == (told is not None)

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from emloc_core.cli.eval import command
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation import evaluate as evaluation
+from emloc_core.evaluation import system as system_module
 from emloc_core.evaluation.evaluate import Evaluate, canonical_systems
 from emloc_core.evaluation.new_task import write_task
 from emloc_core.evaluation.system import load_system
 from emloc_core.evaluation.tasks import find_task
+from emloc_core.files import pretrained
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.process import ProcessDiedError
@@ -282,3 +286,30 @@ def test_systems_and_tasks_of_one_name_are_refused(tiny_model, tasks, tmp_path):
         evaluate([system("a", tiny_model)], [tasks[1]] * 2, tmp_path / "out")
     with pytest.raises(EmlocError, match="is not a name for a system"):
         evaluate([system("../a", tiny_model)], tasks, tmp_path / "out")
+
+
+def test_layers_that_do_not_fit_wait_elsewhere(tiny_model, adapter, tmp_path, monkeypatch):
+    ids = torch.arange(3, 11)[None]
+    whole, _ = load_system(tiny_model, adapter)
+    elsewhere = {"offload_folder": tmp_path / "waiting"}  # without a GPU, it is the CPU's memory that is too small
+    monkeypatch.setattr(system_module, "_parts", lambda nbytes: {"cpu": nbytes // 2})
+    for name in ("load_model", "load_lora"):
+        monkeypatch.setattr(pretrained, name, partial(getattr(pretrained, name), **elsewhere))
+    apart, _ = load_system(tiny_model, adapter)
+    assert any(parameter.is_meta for parameter in apart.parameters())
+    assert torch.equal(apart(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "found"), [(90, None), (91, {0: 60, "cpu": 70}), (130, {0: 60, "cpu": 70}), (131, EmlocError)]
+)
+def test_how_much_of_a_model_goes_where(nbytes, found, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (100, 200))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=70))
+    if found is EmlocError:
+        with pytest.raises(EmlocError, match="have room for"):
+            system_module._parts(nbytes)
+    else:
+        assert system_module._parts(nbytes) == found

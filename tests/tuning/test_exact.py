@@ -29,6 +29,7 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import read_manifest
+from emloc_core.requests import make_request
 from emloc_core.settings import CompressSettings, CorrectSettings, ExactSettings, PolishSettings, TrainSettings
 from emloc_core.tuning.exact import ExactTrain, Polish
 from emloc_core.tuning.train import Train
@@ -252,6 +253,15 @@ def test_the_commands(emloc, ordinary, tiny_model, rows_file, tmp_path):
 
 
 # Mistakes
+
+
+@pytest.mark.parametrize("limit", [("--memory", "2GiB"), ("--park", "disk")])
+def test_limits_of_exact_steps_are_not_ignored_without_them(limit, emloc, tiny_model, rows_file, tmp_path):
+    code, _, err = emloc("train", tiny_model, "--data", rows_file, "-o", tmp_path / "t", *limit)
+    assert code != 0
+    assert f"{limit[0]} needs --exact" in err
+    with pytest.raises(EmlocError, match="can be given for exact steps only"):
+        make_request("train", model="m", data="d", output="o", limits={limit[0].removeprefix("--"): limit[1]})
 
 
 def other_base(tiny_model, tmp_path):
