@@ -1,4 +1,4 @@
-"""Checkpoints with random weights at the shapes of real models, written a tensor at a time; and LoRAs for them."""
+"""Checkpoints with random weights at the shapes of real models, written tensor by tensor; and LoRAs for them."""
 
 import json
 from collections.abc import Iterator

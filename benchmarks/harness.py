@@ -1,4 +1,4 @@
-"""What the benchmarks share: a process a measurement, the machine, and results as JSON and Markdown.
+"""Shared by the benchmarks: one process per measurement, the machine, and results as JSON and Markdown.
 
 Run as a script, it is the other end of :func:`in_process`.
 """

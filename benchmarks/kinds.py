@@ -1,4 +1,4 @@
-"""Memory and time of ``compress`` for emulators of several kinds, and what ``emloc plan`` says of both.
+"""Memory and time of ``compress`` for several kinds of emulator, beside the predictions of ``emloc plan``.
 
 Two blocks at the widths of Llama-3.2-1B with random weights, calibrated on 64 rows of 128 tokens, as in ``scale.py``.
 What counts is the peak of a process of its own. The plan is a formula, not a trace: it should not promise less than is

@@ -1,4 +1,4 @@
-"""Memory as it was predicted, beside the peak that was measured: each case in a process of its own, on this CPU.
+"""Predicted memory beside the measured peak, one process per case, on this CPU.
 
 The predictions come from the config alone (`emloc plan`). Tuning is the toolkit's own stage 2 for two steps; inference
 is transformers' `generate`. Weights are random where nothing but their size matters. `python benchmarks/memory.py`

@@ -1,4 +1,4 @@
-"""What each way to tune gives the base, at equal memory of the block Linears.
+"""Loss and answers of the base after each way to tune, at equal memory of the block Linears.
 
 Three tasks are text, for SmolLM2-135M-Instruct; one has pictures, for the demo's small InternVL.
 

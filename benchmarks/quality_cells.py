@@ -1,4 +1,4 @@
-"""What ``quality.py`` measures: its cells, the most telling first."""
+"""The cells that ``quality.py`` measures, the most telling first."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The figure of ``quality.py``: what every way gives, over memory, over exact steps, and over time."""
+"""The figure of ``quality.py``: results over memory, over exact steps, and over time."""
 
 import itertools
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The pictures of ``quality.py``: the demo's small InternVL, which reads handwritten digits, learns to order them."""
+"""The pictures of ``quality.py``: the demo's small InternVL, which reads digits, learns to name them in order."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The results of ``quality.py``: recovery by task, memory and way, goals, and a line for every cell."""
+"""The results of ``quality.py``: recovery by task, memory and way; goals; and one line per cell."""
 
 import itertools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The rows of three tasks of unlike kinds: extraction to JSON, classification of real text, arithmetic in words.
+"""The rows of three tasks of different kinds: extraction to JSON, classification of real text, word problems.
 
 Each task gives four sets of rows, none of which is in another: calibration, tuning and selection, drawn again for every
 seed, and test rows, the same for all seeds. Rows have at most some 130 tokens of SmolLM2.

@@ -1,4 +1,4 @@
-"""At which learning rate exact steps are best taken, beginning with the moments of tuning and without them.
+"""The best learning rate for exact steps, with and without the moments of tuning.
 
 Starts are cells of ``quality.py``: an emulator, a LoRA tuned on it, carried over to the base. From there 20 exact steps
 are taken at shares of tuning's learning rate, which is the best of several. The loss is that of ``quality.py``, on the

@@ -1,4 +1,4 @@
-"""What correct and merge take on a model of Llama-3.1-8B's widths, beside copying its files and beside PEFT's merge.
+"""Time and memory of correct and merge at Llama-3.1-8B's widths, beside copying the files and beside PEFT's merge.
 
 The checkpoint has random weights, two blocks, and the embedding and head of the whole model: 3 GB in five shards. Each
 measurement is a process of its own, without its imports; the time of a copy or merge ends when all is on the disk

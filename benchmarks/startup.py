@@ -1,4 +1,4 @@
-"""How long the command line takes to answer what needs no model, above an interpreter that does nothing."""
+"""Time until the command line answers without a model, relative to an interpreter that does nothing."""
 
 import os
 import subprocess

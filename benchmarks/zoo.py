@@ -1,4 +1,4 @@
-"""What the zoo's driver costs a job, and how much faster two workers are than one, for jobs of one thread each."""
+"""Overhead of the zoo's driver per job, and the speed-up of two workers over one on single-threaded jobs."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Writes models.md: what every model of the registry needs, and what fits common GPUs. Run by `make docs-models`.
+"""Writes models.md: the memory of every model of the registry, and what fits common GPUs (`make docs-models`).
 
 Every entry is planned as `emloc plan` does it, which takes a while; so it is not part of `make docs`.
 """
@@ -40,9 +40,12 @@ been measured on a GPU yet.
 | --- | --- |
 | inference | reading a prompt of that length and writing the first token |
 | LoRA | tuning a LoRA on the model itself |
-| EMLoC | tuning it on an emulator of ratio {RATIO} |
+| EMLoC | tuning it on a `low-rank` emulator of ratio {RATIO} |
 | compress | making that emulator, block by block |
 | 12 GB to 80 GB | the largest ratio whose tuning fits; `whole`: a LoRA on the model itself fits; `-`: no ratio fits |
+
+These ratios are of `low-rank` emulators. Other kinds give the model more in the same memory ([evidence](evidence.md)):
+`emloc plan ID --memory 24GiB` recommends one.
 
 The tuned LoRA is used on the model itself. With less memory than the column `inference` shows, that needs offloading
 or quantisation.

@@ -1,4 +1,4 @@
-"""A griffe extension: docstrings name things by Sphinx's roles, which Markdown does not know."""
+"""A griffe extension that turns Sphinx's roles in docstrings into Markdown."""
 
 import re
 from typing import Any

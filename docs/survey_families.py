@@ -1,4 +1,4 @@
-"""Writes survey.md: what `emloc families scaffold` makes of every architecture of the installed transformers.
+"""Writes survey.md: the result of `emloc families scaffold` on every architecture of the installed transformers.
 
 Run by `make families-survey`. Every model type with a causal or an image-text class is drafted from the default config
 of its class, with what ``survey_settings.toml`` adds, and the draft is judged by the conformance kit as it is. Results

@@ -112,8 +112,8 @@ def train(
         output: directory of the adapter.
         exclude: files with rows not to train on.
         split: split of a saved or hub dataset.
-        exact: read an ordinary model, or an emulator with factors, block by block, so that it need not fit in memory;
-            see :func:`polish`.
+        exact: read the model, an ordinary one or an emulator, block by block, so that it need not fit in memory; see
+            :func:`polish`.
         limits: with ``exact``, see :func:`polish`.
         evaluation: rows to evaluate while training, see :class:`~emloc_core.requests.EvalRows`: ``data``, ``split``,
             ``on_base``, ``base``. The best checkpoint is kept.

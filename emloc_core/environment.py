@@ -1,4 +1,4 @@
-"""What libraries below torch read from the environment once, when they are first used."""
+"""Sets the environment variables that libraries below torch read once."""
 
 import os
 

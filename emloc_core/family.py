@@ -1,4 +1,4 @@
-"""What a plugin declares about an architecture. Data, not code; imports no torch."""
+"""A plugin's declaration of an architecture. Data, not code; imports no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""What a plugin declares about checkpoints that transformers' own classes cannot read. Data; imports no torch.
+"""A plugin's declaration of checkpoints that transformers' own classes cannot read. Data; imports no torch.
 
 They hold the same weights under other names, some of them fused; ``emloc import`` converts them to the native layout.
 """

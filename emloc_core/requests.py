@@ -160,7 +160,7 @@ class MergeRequest(Request):
 
 
 class ExportRequest(Request):
-    """Write an adapter or a checkpoint as servers take it."""
+    """Write an adapter or a checkpoint in the form that servers expect."""
 
     stage = "export"
     source: str = Field(description="Directory of an adapter, or directory or hub id of a model.")

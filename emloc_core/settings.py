@@ -183,6 +183,7 @@ class PolishSettings(StepSettings):
     """How exact steps continue from an adapter, whose rank, scale and targets they keep."""
 
     steps: int = Field(20, ge=1, description="Optimiser steps.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed for the order of rows.")
     save_steps: int = Field(5, ge=1, description="Steps between checkpoints, from which an interrupted run resumes.")
     logging_steps: int = Field(5, ge=1, description="Steps between entries in log.json.")
     eval_steps: int = Field(5, ge=1, description="With rows to evaluate: steps between evaluations, each with a "
@@ -216,7 +217,7 @@ class CorrectSettings(Settings):
 class ExportSettings(Settings):
     """What a server gets."""
 
-    gguf: bool = Field(False, description="Write GGUF, which llama.cpp and what is built on it read.")
+    gguf: bool = Field(False, description="Write GGUF, for llama.cpp and tools built on it.")
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = Field(
         "f16", description="With gguf: type of the matrices; vectors are always f32."
     )

@@ -1,4 +1,4 @@
-"""Train a LoRA on an emulator with a script of your own: all that EMLoC asks for is one import.
+"""Train a LoRA on an emulator with a script of your own.
 
     python train_with_your_own_script.py EMULATOR rows.jsonl ADAPTER --trainer sft
     emloc correct ADAPTER --base BASE -o CORRECTED
@@ -25,7 +25,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-import emloc_core.lowrank  # noqa: F401 - teaches transformers to load emulators
+import emloc_core.lowrank  # noqa: F401 - loads emulators, even where the entry point torch.backends is off
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 

@@ -1,4 +1,4 @@
-"""What libraries below torch read from the environment."""
+"""The environment variables for libraries below torch."""
 
 import os
 import re

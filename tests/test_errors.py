@@ -1,4 +1,4 @@
-"""What exceptions say, in a line."""
+"""One-line texts for exceptions."""
 
 import ast
 

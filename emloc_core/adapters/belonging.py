@@ -1,4 +1,4 @@
-"""Checks that an adapter belongs to a base, by its shapes and by the manifests."""
+"""Checks that an adapter belongs to a base, by shapes and manifests."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The loss of a base with a LoRA on held-out rows, streamed: in the memory of a block, and of activations."""
+"""The loss of a base with a LoRA on held-out rows, streamed block by block."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence

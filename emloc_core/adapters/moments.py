@@ -1,4 +1,4 @@
-"""How large a LoRA's gradients were while it was tuned, kept beside it for the exact steps that begin from it.
+"""The second moments of a LoRA's gradients, kept beside it for the exact steps that start from it.
 
 Adam divides the step of every number by the root of the mean square of its gradients (arXiv 1412.6980). An optimiser
 without a past knows the first gradient alone: whatever its size, every number moves by the whole learning rate, which

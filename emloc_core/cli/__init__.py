@@ -45,8 +45,9 @@ def _plugin_commands() -> dict[str, click.Command]:
 def cli() -> None:
     """Fine-tune a large model in the memory that inference needs.
 
-    compress makes a low-rank emulator, train tunes a LoRA on it, correct carries the LoRA over to the base model,
-    merge folds it in, eval compares them all. run does everything from one recipe.
+    plan says what fits. compress makes an emulator, a smaller stand-in for the model; train tunes a LoRA on it;
+    correct carries the LoRA over to the model; polish (optional) trains it a few exact steps there; merge adds it to
+    the weights; eval compares them all. run does everything from one recipe.
     """
     from emloc_core.cli.verbosity import hush_libraries
     from emloc_core.plugins.manager import is_on

@@ -28,7 +28,7 @@ _HELP = "/image PATH shows an image with the next message, /reset starts again, 
     help="Image to show with the first message; repeatable.",
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Most tokens per answer."
+    "--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Maximum tokens per answer."
 )
 @click.option(
     "--temperature",

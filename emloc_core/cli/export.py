@@ -26,7 +26,7 @@ from emloc_core.settings import ExportSettings
 @dry_run
 @as_json
 def command(push: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
-    """Write SOURCE, an adapter or a merged model, as servers take it.
+    """Write SOURCE, an adapter or a merged model, in the form that servers expect.
 
     An adapter gets one rank, no patterns, and its scale in the weights, which vLLM, SGLang and PEFT read alike. --gguf
     writes an adapter or a model for llama.cpp.

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
               help="Which memory to plan: a GPU's, or the process's.")  # fmt: skip
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure this machine for about a "
               "second, and show how long a step takes at least.")  # fmt: skip
-@click.option("--figure", type=click.Path(path_type=Path), metavar="FILE", help="Draw the table: png, svg or pdf.")
+@click.option("--figure", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write a chart of the table: png, svg or pdf.")  # fmt: skip
 @as_json
 def command(
     model: str,

@@ -16,7 +16,8 @@ def command(run: Path, output: Path | None, as_json: bool) -> None:
     """Write one HTML page about RUN, the output directory of emloc run.
 
     It shows what was done, memory planned and measured, the losses of tuning, the error of every layer, the corrections
-    that were compared, and the scores. The page asks for nothing else, and can be sent as it is.
+    that were compared, and the scores. The page is self-contained: it loads nothing else,
+    so you can send it as it is.
     """
     from emloc_core.recipe.page import write_page
 

@@ -1,4 +1,4 @@
-"""How much a command says: ``--quiet``, ``--verbose``, or neither."""
+"""The amount of output of a command: ``--quiet``, ``--verbose``, or neither."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the base does in memory and streamed: which blocks run, what Linears are given and give, and their Grams."""
+"""Records a forward of the base, in memory and streamed: blocks, inputs and outputs of Linears, and Grams."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence

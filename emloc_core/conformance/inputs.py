@@ -1,4 +1,4 @@
-"""What tiny models are given: token ids by a tokenizer of plain numbers, and images made up from the config.
+"""Inputs for tiny models: token ids from a tokenizer of plain numbers, and random images that fit the config.
 
 How an image becomes tokens is read from the config; a family whose models do it in a way of their own declares
 ``tiny_inputs``.

@@ -1,4 +1,4 @@
-"""What is wrong where torch or a model's own code raises, for messages that say nothing to a plugin's author."""
+"""Translates errors of torch and of a model's own code into messages for a plugin's author."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""A tiny model of a family on disk, and what the stages make of it, each made when a check first asks for it."""
+"""A tiny model of a family on disk, and the output of each stage on it, made when a check first asks for it."""
 
 import copy
 from collections import Counter

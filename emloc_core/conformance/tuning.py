@@ -1,4 +1,4 @@
-"""A few steps of an ordinary LoRA, by plain PEFT, and what they tell."""
+"""Takes a few steps of an ordinary LoRA with plain PEFT, and records the losses and gradients."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

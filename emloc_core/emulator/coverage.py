@@ -1,4 +1,4 @@
-"""How much of a model can be compressed, and which Linears no declaration covers.
+"""The share of a model that can be compressed, and the Linears that no declaration covers.
 
 A Linear is in an input group, or kept dense with a reason, or undeclared: it then stays dense because nobody thought of
 it, which the user has to know.

@@ -1,4 +1,4 @@
-"""How an emulator is made, with nothing left open: what the user does not say depends on the kind, and on the model.
+"""Fills in the settings that the user left open, by the kind of emulator and by the model.
 
 Stacks of experts become smaller on the base's activations alone, and spectra that are kept for other ratios are those
 of the base's activations.

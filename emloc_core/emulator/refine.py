@@ -1,4 +1,4 @@
-"""Refines what stands in for a block's weights, all of it together, while the block is in memory.
+"""Refines all stand-ins of a block's weights together, while the block is in memory.
 
 Stand-ins that are fitted one by one know nothing of each other. Here the numbers of each that may still move take
 gradient steps that bring the block's outputs in the emulator towards those in the base: block-wise reconstruction, as

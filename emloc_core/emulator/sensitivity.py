@@ -1,4 +1,4 @@
-"""How much a Linear's error disturbs its block, measured by replacing only that Linear with its factors.
+"""The sensitivity of a block to a Linear's error, measured by replacing only that Linear with its factors.
 
 Output errors of different Linears are not comparable: that of a v_proj reaches the hidden states almost undamped, that
 of a q_proj is attenuated by a softmax, and that of an o_proj is small relative to the residual stream. What counts is

@@ -1,4 +1,4 @@
-"""Where the activations at block boundaries wait for the backward: on the device, in memory of the CPU, or on a disk.
+"""Stores the activations at block boundaries until the backward: on the device, in CPU memory, or on a disk.
 
 Checkpointing keeps a block's inputs, and autograd's hooks on saved tensors say where. On a GPU the copies are enqueued
 on the stream that computes, so that they are in order with it and need no event.

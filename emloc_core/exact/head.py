@@ -1,4 +1,4 @@
-"""The loss of hidden states, over the vocabulary in pieces: the logits of few tokens are there at a time.
+"""The loss of hidden states, over the vocabulary in pieces, so that only a few logits exist at a time.
 
 Only tokens that count are projected. The gradient of each piece is taken at once, while its logits are there, so that
 the projection is read once and nothing of it is recomputed (as in Liger Kernel's fused linear cross entropy,

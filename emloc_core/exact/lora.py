@@ -1,4 +1,4 @@
-"""A base with a LoRA whose frozen parameters are not there: only the LoRA takes memory."""
+"""A base with a LoRA and no frozen parameters in memory: only the LoRA takes room."""
 
 import copy
 from collections.abc import Iterator

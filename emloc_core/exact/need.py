@@ -1,4 +1,4 @@
-"""What an exact step needs, by formula, from shapes alone (``docs/memory.md``)."""
+"""The memory of an exact step, by formula, from shapes alone (``docs/memory.md``)."""
 
 from dataclasses import dataclass
 

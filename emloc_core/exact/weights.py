@@ -1,4 +1,4 @@
-"""The frozen weights of a model that does not fit: a unit at a time, the next one read while this one is computed.
+"""The frozen weights of a model that does not fit: one unit at a time, the next one read in the background.
 
 Forwards and backwards ask for units in the same order every time, so what followed a unit the last time is read ahead.
 Units that fit the room given stay. On a GPU, units are kept in pinned memory of the CPU where there is room for them,

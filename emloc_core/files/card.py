@@ -1,4 +1,4 @@
-"""The card of an output: a README that says what it was made from, how, with which scores, and how to load it.
+"""The card of an output: a README with its origin, how it was made, its scores, and how to load it.
 
 It is a function of the manifest and of those of the inputs, so that a resumed run writes the same bytes. Of paths it
 has only their last parts, since cards are made to be published.
@@ -63,8 +63,8 @@ def card(manifest: Manifest, parents: Iterable[Manifest], loader: str, table: st
     parts = [
         _front_matter(base, library, relation, tags),
         f"# {title}\n",
-        "Made by EMLoC, which tunes a LoRA on a low-rank emulator of a model and carries it over to the model "
-        "(arXiv 2506.12015).\n",
+        "Made by EMLoC, which tunes a LoRA on an emulator of a model, a smaller stand-in, and carries it over to the "
+        "model (arXiv 2506.12015).\n",
         f"## How it was made\n\n{made}" if (made := "".join(_made(line, base))) else "",
         *_scores(line, table),
         *_use(manifest, line, base, loader),

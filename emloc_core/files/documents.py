@@ -1,4 +1,4 @@
-"""JSON and TOML files: written whole or not at all, read with what is wrong in a sentence."""
+"""JSON and TOML files: written whole or not at all, read with clear errors."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Checks that a directory's files are its own: regular files inside it, or in the hub cache that it is a snapshot of.
+"""Checks that a directory's files are its own: regular files inside it, or in its snapshot's hub cache.
 
 An untrusted model may contain a link to any file on this machine, which would be read and copied into outputs, or a
 pipe, on which a read never returns.

@@ -1,4 +1,4 @@
-"""What was measured of the kinds of emulator, for plans to say."""
+"""Measured recovery of each kind of emulator, quoted by ``emloc plan``."""
 
 from typing import NamedTuple
 

@@ -25,8 +25,8 @@ def memory_table(needs: Sequence[Need]) -> "Table":
     shown.add_column("stage", no_wrap=True)
     for term in terms:
         shown.add_column(_heading(term), justify="right")
-    shown.add_column("in all", justify="right")
-    shown.add_column("at its largest in", no_wrap=True)
+    shown.add_column("total", justify="right")
+    shown.add_column("peak in", no_wrap=True)
     for need in needs:
         cells = [human_bytes(need.terms[term]) if term in need.terms else "-" for term in terms]
         shown.add_row(need.stage, *cells, f"[bold]{human_bytes(need.total)}[/]", need.phase)

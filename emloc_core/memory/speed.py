@@ -1,4 +1,4 @@
-"""How fast this machine multiplies and reads weights, measured in about a second to estimate the time of a step."""
+"""The speed of this machine at multiplying and at reading weights, measured in a second to estimate times."""
 
 import os
 import time

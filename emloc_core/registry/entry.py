@@ -1,4 +1,4 @@
-"""A registry entry: what is known about one published model, as a TOML file. Does not import torch.
+"""A registry entry: the facts about one published model, as a TOML file. Does not import torch.
 
 An entry is data: nothing in it is executed, and its paths may not leave the directory of its file.
 """

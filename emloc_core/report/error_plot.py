@@ -1,4 +1,4 @@
-"""The error of every Linear as small plots: inline SVG, made of numbers alone, so that nothing in it needs escaping."""
+"""The error of every Linear as small plots: inline SVG, made of numbers alone, so nothing needs escaping."""
 
 import math
 import re

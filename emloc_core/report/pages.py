@@ -1,4 +1,4 @@
-"""What pages share: templates in one look, and files that appear whole."""
+"""Shared by all pages: templates with one look, and files that are written whole."""
 
 from collections.abc import Callable
 from pathlib import Path

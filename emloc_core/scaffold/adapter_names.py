@@ -1,4 +1,4 @@
-"""Which LoRAs plain PEFT does not find again on a model, because it renames what an adapter stores."""
+"""Finds LoRAs that plain PEFT cannot load back onto a model because it renames the stored tensors."""
 
 import copy
 import warnings

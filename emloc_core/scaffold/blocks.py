@@ -1,4 +1,4 @@
-"""Which blocks a tiny config keeps: one of each kind, and what else counts blocks with them."""
+"""Chooses the blocks that a tiny config keeps: one of each kind, and the other fields that count them."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The arguments of ``AutoConfig.for_model`` that a config comes from: as few as give the same model."""
+"""The fewest arguments of ``AutoConfig.for_model`` that give the same model as a config."""
 
 import re
 import textwrap

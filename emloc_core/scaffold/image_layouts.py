@@ -1,4 +1,4 @@
-"""How processors lay out the pixels of one image, and what they hand a model beside them."""
+"""The ways in which processors lay out the pixels of an image, and the inputs that go with them."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""One declaration of all blocks of a stack: of every kind, in every branch of the architecture that was observed."""
+"""Merges the blocks of a stack, of every kind and in every observed branch, into one declaration."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What the sizes of a config become in a tiny one: small, and still dividing each other.
+"""Shrinks the sizes of a config so that they still divide each other.
 
 Sizes are recognised by their names in transformers' configs, and by what they were equal to.
 """

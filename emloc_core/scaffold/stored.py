@@ -1,4 +1,4 @@
-"""What a checkpoint stores in a way that leaves no place for factors: with other weights, or under another name."""
+"""Finds weights that a checkpoint stores fused or renamed, so that factors cannot replace them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Adapters and models as servers take them."""
+"""Adapters and models in the form that servers expect."""

@@ -1,4 +1,4 @@
-"""The error for what this export does not express, and llama.cpp's own converter may."""
+"""The error for models that this export does not support, but llama.cpp's own converter may."""
 
 from emloc_core.errors import EmlocError
 

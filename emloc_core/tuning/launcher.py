@@ -1,4 +1,4 @@
-"""How many processes a launcher was asked for: on a CPU, ``accelerate launch`` starts one, whatever it is told."""
+"""Detects a launcher that asked for several processes: on a CPU, ``accelerate launch`` starts only one."""
 
 import re
 

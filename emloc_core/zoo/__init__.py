@@ -1,1 +1,1 @@
-"""The zoo: many models converted in one go, on this machine or a cluster, and nothing lost. Imports no torch."""
+"""The zoo: converts many models, on this machine or a cluster, and resumes after any failure. Imports no torch."""

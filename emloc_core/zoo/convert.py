@@ -1,4 +1,4 @@
-"""Converts a zoo: takes over what a stopped driver left, plans what is new, and drives it to the end."""
+"""Converts a zoo: takes over from a stopped driver, plans new jobs, and runs everything to the end."""
 
 import tempfile
 from collections.abc import Callable, Sequence

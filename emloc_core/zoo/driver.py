@@ -1,4 +1,4 @@
-"""The loop: starts what fits, records how it ended, and retries what another attempt may fix.
+"""The driver's loop: starts the jobs that fit, records how they ended, and retries where that may help.
 
 One job's failure never stops another. The store always holds what has happened, so a driver may be killed at any moment
 and the next one resumes.

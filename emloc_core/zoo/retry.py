@@ -1,4 +1,4 @@
-"""Which failures another attempt may fix, by their cause."""
+"""Decides by its cause whether a failure is worth another attempt."""
 
 from dataclasses import dataclass
 

@@ -67,7 +67,7 @@ def explain(results: dict[str, Any]) -> str:
         return f"{stages[stage]['peak_rss_bytes'] / 1e9:.2f} GB"
 
     return (
-        f"\nWhat you see: SmolLM2-135M as it comes has a loss of {base['nll']:.2f} a token on the right answers, with "
+        f"\nWhat you see: SmolLM2-135M itself has a loss of {base['nll']:.2f} per token on the right answers, with "
         f"{whole(base)}. A LoRA was tuned on an emulator of {share:.0%} of its bytes, never touching the model itself, "
         f"and then corrected: {tuned['nll']:.3f}, {whole(tuned)}. That is {gain(tuned, full)} of what the same LoRA "
         f"gains in loss when it is tuned on the model itself ({full['nll']:.3f}, {whole(full)}). "
@@ -84,9 +84,9 @@ def chosen_clamp(results: dict[str, Any]) -> str:
     """Return one sentence that says how the LoRA was corrected."""
     clamp, scale = results["correction"]["clamp"], results["correction"].get("scale", 1)
     if scale != 1:
-        return f"Held-out rows spoke for the LoRA as it was tuned, scaled by {scale:g}."
+        return f"On held-out rows, the LoRA as it was trained, scaled by {scale:g}, was the best."
     if clamp == 0:
-        return "Held-out rows spoke against any correction here, so the LoRA was kept as it was tuned."
+        return "On held-out rows no correction helped, so the LoRA was kept as it was trained."
     return f"Of the corrections compared on held-out rows, clamp {clamp} was the best."
 
 

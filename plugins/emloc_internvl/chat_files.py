@@ -1,4 +1,4 @@
-"""What InternVL's processor reads: how images are tiled, which tokens stand for them, and the chat template."""
+"""The files of InternVL's processor: tiling, image tokens, and the chat template."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What plans say of the kinds of emulator is what the benchmark of quality has measured."""
+"""Plans quote the recovery that the quality benchmark measured."""
 
 import json
 from statistics import mean

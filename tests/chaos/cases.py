@@ -1,4 +1,4 @@
-"""A case of the campaign: something done to a command at one moment, and what may come of it."""
+"""A case of the campaign: one fault at one moment of a command, and the outcomes that are allowed."""
 
 import random
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""What the cases have in common: what a command may say, what it may leave, and what is a defect."""
+"""Judges the cases: what a command may print, what it may leave behind, and what is a defect."""
 
 from collections.abc import Iterable
 from pathlib import Path

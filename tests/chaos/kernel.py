@@ -1,4 +1,4 @@
-"""What a process does to files, told by the kernel just before it does it.
+"""Follows a process's changes to files, reported by the kernel just before each happens.
 
 A seccomp filter with a listener (seccomp_unotify(2), Linux 5.9) holds a thread at each system call that changes a file
 until the supervisor has said: continue, or fail with this error. It covers all threads and children, in any language.

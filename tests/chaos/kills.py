@@ -1,4 +1,4 @@
-"""Processes that end: killed before each call, with the same command or another one following, and told to end."""
+"""Kills processes before each call, then repeats the same command or runs another; and asks them to stop."""
 
 import random
 import signal

@@ -1,4 +1,4 @@
-"""What came of the cases, in one table."""
+"""The results of the cases, in one table."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What a power cut would leave: everything has to be on the disk before it gets the name under which it looks whole."""
+"""Simulates a power cut: data must be on the disk before it gets the name under which it looks whole."""
 
 import os
 from collections.abc import Iterator

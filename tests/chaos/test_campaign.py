@@ -1,4 +1,4 @@
-"""A part of the campaign, and that it would find what it looks for."""
+"""Runs a part of the campaign, and checks that it finds planted defects."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What of a model stays dense is said: in a warning before the work begins, and in what is written."""
+"""Whatever stays dense is reported: in a warning before the work begins, and in the output."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""How an emulator is made where the user does not say."""
+"""Defaults for settings that the user leaves open."""
 
 import pytest
 from emloc_llama import LLAMA

@@ -1,4 +1,4 @@
-"""How much a Linear's error disturbs its block, against what follows by hand."""
+"""The sensitivity of a block to a Linear's error, against values computed by hand."""
 
 from contextlib import contextmanager
 

@@ -1,4 +1,4 @@
-"""What an exact step is said to need: as many hidden states as really pass through every tower."""
+"""The planned memory of an exact step: as many hidden states as really pass through every tower."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Cards: what was compared is told apart, and no manifest of a stranger's breaks an output of one's own."""
+"""Cards: systems are told apart, and a stranger's manifest cannot break one's own output."""
 
 import json
 

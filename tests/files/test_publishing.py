@@ -1,4 +1,4 @@
-"""What is published was made by the request in its manifest, whenever a run is killed and whatever is run after it."""
+"""A published output was made by the request in its manifest, whenever a run is killed and whatever runs next."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What a model or an adapter brings along: its Python is never run, and it cannot make anything be fetched."""
+"""Models and adapters from strangers: their Python is never run, and they cannot cause a download."""
 
 import ast
 import io

@@ -1,4 +1,4 @@
-"""Steps that are followed without contents allocate what real ones do, and few blocks tell of all."""
+"""Traced steps allocate what real steps do, and a few blocks stand for all."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

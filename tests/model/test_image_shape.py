@@ -1,4 +1,4 @@
-"""What an image is to a model: as many tokens and pixels as its processor makes of it."""
+"""The tokens and pixels of an image: as many as the model's processor makes."""
 
 from pathlib import Path
 

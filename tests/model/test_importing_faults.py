@@ -1,4 +1,4 @@
-"""What cannot be imported is refused with its name, and nothing is written."""
+"""Checkpoints that cannot be imported are refused by name, and nothing is written."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Headless Chromium, told what to do by the DevTools protocol over a pair of pipes: no driver, no library.
+"""Headless Chromium, driven by the DevTools protocol over a pair of pipes: no driver, no library.
 
 The protocol: https://chromedevtools.github.io/devtools-protocol/. Messages are JSON, each ended by a zero byte.
 """

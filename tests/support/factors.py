@@ -1,4 +1,4 @@
-"""What factors are tested with: the Gram of given inputs, and the error of the outputs itself."""
+"""Helpers for testing factors: the Gram of given inputs, and the error of the outputs."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What the tests of the zoo share: jobs that only wait, drivers, plans without a planner, and how to find workers."""
+"""Shared by the tests of the zoo: jobs that only wait, drivers, plans without a planner, and finding workers."""
 
 import os
 import subprocess

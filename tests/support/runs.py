@@ -1,4 +1,4 @@
-"""A finished run as files, without a model: what the page of a run is made from."""
+"""A finished run as files, without a model, for tests of the run page."""
 
 import json
 from pathlib import Path

@@ -40,13 +40,13 @@ _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
               "machine's cluster.  [default: start one here]")  # fmt: skip
 @click.option("--storage", metavar="URL", help="Where the nodes of a cluster share inputs and outputs, such as "
               "s3://bucket/zoo, unless the zoo is on a shared disk.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(1), help="Most jobs at a time.  [default: number of processors]")
+@click.option("--workers", type=click.IntRange(1), help="Maximum jobs at a time.  [default: number of processors]")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per job.")
 @click.option("--memory", metavar="SIZE", help="Memory for all running jobs together.  [default: the machine's]")
 @click.option("--disk", metavar="SIZE", help="Disk space for all outputs together.  [default: what is free]")
 @click.option("--time-limit", metavar="TIME", help="Time limit per attempt at a job: 90, 30min, 2h.")
 @click.option("--retries", type=click.IntRange(0), default=2, show_default=True,
-              help="More attempts at a job that fails.")  # fmt: skip
+              help="Retries per failed job.")  # fmt: skip
 @click.option("--offline", is_flag=True, help="Never download anything from the hub.")
 @options(CompressSettings)
 @dry_run

@@ -1,4 +1,4 @@
-"""How the zoo's commands print jobs."""
+"""Prints jobs for the zoo's commands."""
 
 from collections import Counter
 from typing import TYPE_CHECKING

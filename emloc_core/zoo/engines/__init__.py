@@ -1,1 +1,1 @@
-"""Where it is done: workers on this machine or on the nodes of a cluster."""
+"""Engines: where jobs run, on this machine or on the nodes of a cluster."""

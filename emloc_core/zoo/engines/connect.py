@@ -1,4 +1,4 @@
-"""Connects to Ray: to a cluster that is there, or to a Ray on this machine that no other machine reaches."""
+"""Connects to Ray: to an existing cluster, or to one on this machine that no other machine can reach."""
 
 import ipaddress
 import os

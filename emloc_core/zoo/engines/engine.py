@@ -1,4 +1,4 @@
-"""What an engine is: it starts a job's worker somewhere, and says how it ended. The driver decides everything else.
+"""The engine's contract: it starts a job's worker somewhere and reports how it ended. The driver decides the rest.
 
 Every engine runs the same command, ``python -m emloc_core.zoo.engines.worker JOB.json``, by :func:`start_worker`. The
 outputs appear beside ``JOB.json``, as does the :class:`Outcome`.

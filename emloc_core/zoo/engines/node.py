@@ -1,4 +1,4 @@
-"""What a node of a cluster does with a job: runs its worker, in the zoo itself or in a directory that it shares later.
+"""Runs a job's worker on a node of a cluster: in the zoo itself, or in a directory that is uploaded afterwards.
 
 On a disk that all nodes share there is nothing to copy: stages publish complete directories by renaming them, and
 another node resumes what a lost one left. Other storage gets each output when it is finished.

@@ -1,4 +1,4 @@
-"""A place that all nodes of a cluster reach, by URL: whatever fsspec has a file system for.
+"""Storage that all nodes of a cluster reach, by URL: any file system that fsspec knows.
 
 A directory there is whole when its marker is, the file that is written last: of a stage's output, ``emloc.json``.
 """

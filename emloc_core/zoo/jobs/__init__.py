@@ -1,1 +1,1 @@
-"""What is done: jobs, from what a user names to what became of them."""
+"""Jobs: parsing, planning, and results."""

@@ -1,4 +1,4 @@
-"""Why an attempt failed: from an exception, or from how a process ended. What is done about it is the driver's."""
+"""Classifies a failed attempt, from an exception or from how a process ended. The driver decides what follows."""
 
 import contextlib
 import errno

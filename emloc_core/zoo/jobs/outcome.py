@@ -1,4 +1,4 @@
-"""How an attempt at a job ended. A worker leaves it beside the job file, as JSON."""
+"""The outcome of an attempt at a job. A worker leaves it beside the job file, as JSON."""
 
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""What jobs are and what they need: fingerprints, sizes, memory. In a process of its own, for it imports torch.
+"""Plans jobs: fingerprints, sizes, memory. In a process of its own, because it imports torch.
 
 The driver stays light, and a model that ends the planner ends nothing else.
 """

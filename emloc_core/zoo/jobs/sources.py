@@ -1,4 +1,4 @@
-"""From what a user names (entries of the registry, directories of models, files of jobs) to jobs.
+"""Turns what a user names (entries of the registry, directories of models, files of jobs) into jobs.
 
 Nothing that an entry brings is executed, and a path in an entry or in a file of jobs stays in the file's directory.
 """

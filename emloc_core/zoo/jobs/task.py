@@ -1,4 +1,4 @@
-"""A job about to be started: what it needs, and where its outputs and its log go."""
+"""A job that is about to start: its memory and processors, and the places of its outputs and its log."""
 
 import shutil
 from dataclasses import dataclass

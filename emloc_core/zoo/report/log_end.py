@@ -1,4 +1,4 @@
-"""The end of a log as text that is safe to show: a log holds whatever a process wrote, colours and bytes included."""
+"""The end of a log as text that is safe to show, whatever the process wrote."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The report of a zoo: one page for people, JSON for machines, Markdown for wherever that is read.
+"""The report of a zoo: an HTML page, JSON and Markdown.
 
 The page is one file that asks for no other: styles, plots and the few lines of script that sort the table are in it,
 and its content security policy forbids everything else, so that nothing in a name or a log can run or call home.

@@ -1,4 +1,4 @@
-"""What the report says of one job: figures from the store, and the end of the log where the job failed."""
+"""One job in the report: figures from the store, and the end of the log if the job failed."""
 
 import math
 from collections.abc import Mapping

@@ -1,1 +1,1 @@
-"""What happened: the zoo's store, who may write it, and how long things took."""
+"""The zoo's state: the store, the lock, and the timing of jobs."""

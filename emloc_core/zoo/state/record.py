@@ -1,4 +1,4 @@
-"""What the zoo knows of its jobs, as the store returns it."""
+"""A job's record in the store."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal

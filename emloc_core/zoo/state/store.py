@@ -1,4 +1,4 @@
-"""The state of a zoo: one SQLite file, true at all times, readable while the driver writes.
+"""The state of a zoo in one SQLite file: always consistent, readable while the driver writes.
 
 Every change is one transaction, so that a reader, or the next driver after a kill, sees the whole of it or nothing.
 Only the driver writes; ``zoo.lock`` says whether there is one.

@@ -1,4 +1,4 @@
-"""How long a job will take: from what finished jobs of the same zoo took, or not at all."""
+"""Estimates how long a job will take from finished jobs of the same zoo."""
 
 from collections.abc import Sequence
 from pathlib import Path

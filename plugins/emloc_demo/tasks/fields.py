@@ -1,4 +1,4 @@
-"""Scores an answer of the demo's task. Stands alone: it is copied beside the task files that name it."""
+"""Scores an answer of the demo's task. Self-contained: it is copied beside the task files that name it."""
 
 import json
 from typing import Any

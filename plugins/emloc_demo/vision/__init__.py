@@ -1,1 +1,1 @@
-"""The command ``emloc demo-vision``: a model that sees, trained here from scratch and adapted by the whole method."""
+"""The command ``emloc demo-vision``: a small vision model, trained here from scratch and tuned by the whole method."""

@@ -1,4 +1,4 @@
-"""The demo's zoo: a small model of every kind, SmolLM2, a damaged copy, and a copy that is the same again.
+"""The demo's zoo: a small model of every kind, SmolLM2, a damaged copy, and a duplicate.
 
 The small ones have random weights from a seed: what is shown is the converting. They share a tokenizer that is learned
 from the demo's messages.

@@ -1,4 +1,4 @@
-"""What Ray opens when emloc starts it: nothing that another machine, or a user without the token, can talk to."""
+"""A Ray that emloc starts is reachable neither from other machines nor without its token."""
 
 import ipaddress
 import os

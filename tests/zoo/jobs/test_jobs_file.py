@@ -1,4 +1,4 @@
-"""A file of jobs: what a job asks for and cannot have is said, and not left out."""
+"""A file of jobs: whatever a job asks for and cannot have is reported, not ignored."""
 
 import pytest
 

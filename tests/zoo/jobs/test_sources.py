@@ -1,4 +1,4 @@
-"""What a user names becomes jobs, and nothing leaves its directory."""
+"""Sources that a user names become jobs, and nothing leaves its directory."""
 
 import json
 

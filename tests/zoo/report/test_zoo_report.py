@@ -1,4 +1,4 @@
-"""What the report on a zoo says: JSON, Markdown, and the text of the page. test_browser.py looks at it."""
+"""The content of a zoo report: JSON, Markdown and text. test_browser.py looks at the page."""
 
 import json
 import math
