@@ -100,11 +100,11 @@ def _part(weight: torch.Tensor, key: str, outputs: Features, inputs: Features) -
 
 def pruned_nf4(base: Any, memory: float, rows: Sequence[Any]) -> StandIn:
     """Leave out as many heads and channels as four bits do not save."""
-    from emloc_core.algorithms import fourbit
+    from emloc_core.algorithms import nf4
 
     found = pruned(base, memory / _FOUR_BITS, rows)
     for weight in _weights(found.model):
-        weight.copy_(fourbit.rounded(weight))
+        weight.copy_(nf4.rounded(weight))
     return StandIn(found.model, found.share * _FOUR_BITS, found.blocks, found.outputs, found.inputs)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from emloc_core.algorithms import fourbit, levels
+from emloc_core.algorithms import levels, nf4
 
 #: Name, shape and dtype of a parameter.
 Part = tuple[str, tuple[int, ...], torch.dtype]
@@ -64,7 +64,7 @@ class PackedLinear(nn.Linear):
 
 
 class FourBitLowRankLinear(PackedLinear):
-    """``y = U (V x) + b`` with both factors in four bits; see :mod:`emloc_core.algorithms.fourbit`.
+    """``y = U (V x) + b`` with both factors in four bits; see :mod:`emloc_core.algorithms.nf4`.
 
     As in :class:`emloc_core.lowrank.LowRankLinear`, ``weight`` is U and ``V`` is V, here packed, each beside its
     scales.
@@ -81,8 +81,8 @@ class FourBitLowRankLinear(PackedLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        inner = fourbit.product(input, self.V, self.V_scales, (self.size, self.in_features), self.dtype)
-        found = fourbit.product(inner, self.weight, self.weight_scales, (self.out_features, self.size), self.dtype)
+        inner = nf4.product(input, self.V, self.V_scales, (self.size, self.in_features), self.dtype)
+        found = nf4.product(inner, self.weight, self.weight_scales, (self.out_features, self.size), self.dtype)
         return found if self.bias is None else found + self.bias
 
     def extra_repr(self) -> str:
@@ -91,7 +91,7 @@ class FourBitLowRankLinear(PackedLinear):
 
     def unpacked(self) -> torch.Tensor:
         """Return ``U V``."""
-        u, v = fourbit.unpack_factors(self.weight, self.weight_scales, self.V, self.V_scales, self.shape, self.dtype)
+        u, v = nf4.unpack_factors(self.weight, self.weight_scales, self.V, self.V_scales, self.shape, self.dtype)
         return u @ v
 
 
@@ -99,7 +99,7 @@ class FourBitLinear(PackedLinear):
     """``y = W x + b`` with W in four bits and its scales in eight, as bitsandbytes has them.
 
     ``weight`` is W, packed. ``weight_scales`` and ``weight_ranges`` are those of
-    :func:`emloc_core.algorithms.fourbit.pack_scales`.
+    :func:`emloc_core.algorithms.nf4.pack_scales`.
     """
 
     weight_scales: nn.Parameter
@@ -107,19 +107,19 @@ class FourBitLinear(PackedLinear):
 
     def parts(self) -> Iterator[Part]:
         """Yield the packed weight."""
-        fourbit.scale_levels(torch.device("cpu"))  # there already where a pass is traced without contents
-        codes, scales = fourbit.sizes(*self.shape)
+        nf4.scale_levels(torch.device("cpu"))  # there already where a pass is traced without contents
+        codes, scales = nf4.sizes(*self.shape)
         yield "weight", (codes, 1), torch.uint8
         yield "weight_scales", (scales,), torch.uint8
-        yield "weight_ranges", (fourbit.ranges(scales),), torch.float32
+        yield "weight_ranges", (nf4.ranges(scales),), torch.float32
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features), in the input's dtype."""
-        found = fourbit.product(input, self.weight, self._scales(), self.shape, self.dtype)
+        found = nf4.product(input, self.weight, self._scales(), self.shape, self.dtype)
         return (found if self.bias is None else found + self.bias).to(input.dtype)
 
     def _scales(self) -> torch.Tensor:
-        return fourbit.unpack_scales(self.weight_scales, self.weight_ranges.float())
+        return nf4.unpack_scales(self.weight_scales, self.weight_ranges.float())
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""
@@ -127,7 +127,7 @@ class FourBitLinear(PackedLinear):
 
     def unpacked(self) -> torch.Tensor:
         """Return W."""
-        return fourbit.unpack(self.weight, self._scales(), self.shape, self.dtype)
+        return nf4.unpack(self.weight, self._scales(), self.shape, self.dtype)
 
 
 class RepairedLinear(FourBitLinear):
@@ -148,7 +148,7 @@ class RepairedLinear(FourBitLinear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
         dtype = self.U.dtype  # also where the model was cast after loading
-        found = fourbit.product(input, self.weight, self._scales(), self.shape, dtype)
+        found = nf4.product(input, self.weight, self._scales(), self.shape, dtype)
         return found + functional.linear(functional.linear(input.to(dtype), self.V), self.U, self.bias)
 
     def extra_repr(self) -> str:
@@ -157,7 +157,7 @@ class RepairedLinear(FourBitLinear):
 
     def unpacked(self) -> torch.Tensor:
         """Return ``W + U V``."""
-        weight = fourbit.unpack(self.weight, self._scales(), self.shape, self.U.dtype)
+        weight = nf4.unpack(self.weight, self._scales(), self.shape, self.U.dtype)
         return torch.addmm(weight, self.U, self.V)
 
 
@@ -217,8 +217,8 @@ class RepairedLevelsLinear(FewLevelsLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        inner = fourbit.product(input, self.V, self.V_scales, (self.size, self.in_features), self.dtype)
-        repair = fourbit.product(inner, self.U, self.U_scales, (self.out_features, self.size), self.dtype)
+        inner = nf4.product(input, self.V, self.V_scales, (self.size, self.in_features), self.dtype)
+        repair = nf4.product(inner, self.U, self.U_scales, (self.out_features, self.size), self.dtype)
         return super().forward(input) + repair
 
     def extra_repr(self) -> str:
@@ -227,12 +227,12 @@ class RepairedLevelsLinear(FewLevelsLinear):
 
     def unpacked(self) -> torch.Tensor:
         """Return ``W + U V``."""
-        u, v = fourbit.unpack_factors(self.U, self.U_scales, self.V, self.V_scales, self.shape, self.dtype)
+        u, v = nf4.unpack_factors(self.U, self.U_scales, self.V, self.V_scales, self.shape, self.dtype)
         return torch.addmm(super().unpacked(), u, v)
 
 
 def _factor(name: str, rows: int, columns: int) -> Iterator[Part]:
     """Yield codes and scales of a factor in four bits."""
-    codes, scales = fourbit.sizes(rows, columns)
+    codes, scales = nf4.sizes(rows, columns)
     yield name, (codes, 1), torch.uint8
     yield f"{name}_scales", (scales,), torch.float32

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from emloc_core.algorithms import fourbit
+from emloc_core.algorithms import nf4
 
 #: Added to the diagonal, as a fraction of its mean: directions that no calibration row has count a little.
 DAMPING = 0.01
@@ -98,11 +98,11 @@ def rounded(matrix: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
         gram: ``sum x x^T`` of its inputs, (n, n).
 
     Returns:
-        Q, (m, n), in fp32: :func:`emloc_core.algorithms.fourbit.rounded` gives it back unchanged.
+        Q, (m, n), in fp32: :func:`emloc_core.algorithms.nf4.rounded` gives it back unchanged.
     """
     matrix = matrix.float()
     spread, largest = _blocks(matrix)
-    return fourbit.rounded(_to_scales(matrix, gram, spread, largest))
+    return nf4.rounded(_to_scales(matrix, gram, spread, largest))
 
 
 def rounded_to_scales(matrix: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -114,11 +114,11 @@ def rounded_to_scales(matrix: torch.Tensor, gram: torch.Tensor, scales: torch.Te
         scales: of the blocks, (ceil(m n / 64),), in fp32.
 
     Returns:
-        Codes, two a byte, (ceil(m n / 2), 1), uint8: :func:`emloc_core.algorithms.fourbit.unpack` reads them.
+        Codes, two a byte, (ceil(m n / 2), 1), uint8: :func:`emloc_core.algorithms.nf4.unpack` reads them.
     """
     spread = _spread(scales, matrix.shape)
     nothing = torch.zeros_like(spread, dtype=torch.bool)
-    return fourbit.codes(_to_scales(matrix.float(), gram, spread, nothing) / spread)
+    return nf4.codes(_to_scales(matrix.float(), gram, spread, nothing) / spread)
 
 
 def _to_scales(matrix: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ def _to_scales(matrix: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor, k
     scales, kept, numbers = (part.T.contiguous() for part in (scales, kept, matrix))
 
     def nearest(values: torch.Tensor, column: int) -> torch.Tensor:
-        found = fourbit.nearest(values / scales[column]) * scales[column]
+        found = nf4.nearest(values / scales[column]) * scales[column]
         return torch.where(kept[column], numbers[column], found)
 
     found = with_feedback(matrix, gram, nearest)
@@ -139,7 +139,7 @@ def _to_scales(matrix: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor, k
 def _blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scale of every number's block, and where the block's largest number is; both (m, n)."""
     size, count = matrix.shape, matrix.numel()
-    padded = torch.nn.functional.pad(matrix.flatten(), (0, -count % fourbit.BLOCK)).view(-1, fourbit.BLOCK)
+    padded = torch.nn.functional.pad(matrix.flatten(), (0, -count % nf4.BLOCK)).view(-1, nf4.BLOCK)
     scales, at = padded.abs().max(1, keepdim=True)
     largest = torch.zeros_like(padded, dtype=torch.bool).scatter_(1, at, value=True)
     return _spread(scales.flatten(), size), largest.flatten()[:count].view(size)
@@ -148,4 +148,4 @@ def _blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _spread(scales: torch.Tensor, size: torch.Size) -> torch.Tensor:
     """Return the scale of every number, not 0, in the shape of the matrix."""
     scales = scales.where(scales != 0, torch.finfo(scales.dtype).tiny)
-    return scales.repeat_interleave(fourbit.BLOCK)[: size.numel()].view(size)
+    return scales.repeat_interleave(nf4.BLOCK)[: size.numel()].view(size)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc_core.algorithms import feedback, fourbit
+from emloc_core.algorithms import feedback, nf4
 from emloc_core.algorithms.factorize import Factors, output_error, wants_inputs
 from emloc_core.algorithms.statistics import Gram, cheaper_side
 from emloc_core.kinds.kind import Factorize, Kind, Pair, beside
@@ -108,13 +108,13 @@ class FourBitLowRank(Kind):
 
     def pack(self, weight: str, stand_in: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Return both factors' codes and scales."""
-        (u, u_scales), (v, v_scales) = fourbit.pack(stand_in.u), fourbit.pack(stand_in.v)
+        (u, u_scales), (v, v_scales) = nf4.pack(stand_in.u), nf4.pack(stand_in.v)
         return dict(zip(self.keys(weight), (part.cpu() for part in (u, v, u_scales, v_scales)), strict=True))
 
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return both factors, unpacked; there are so many ranks as fit the scales of both."""
         u, v, u_scales, v_scales = tensors
-        return fourbit.unpack_factors(u, u_scales, v, v_scales, shape, dtype)
+        return nf4.unpack_factors(u, u_scales, v, v_scales, shape, dtype)
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         """Say which Linears are factors; :mod:`emloc_core.lowrank` loads them."""
@@ -122,7 +122,7 @@ class FourBitLowRank(Kind):
 
     def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
         """Half a byte a number, and a scale for every 64."""
-        return fourbit.factor_bytes(shape, rank)
+        return nf4.factor_bytes(shape, rank)
 
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from emloc_core.algorithms import fourbit
+from emloc_core.algorithms import nf4
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
@@ -84,7 +84,7 @@ class Kind(ABC):
 
     def is_usable(self) -> bool:
         """Return whether the packages that it needs are installed."""
-        return not self.needs_bitsandbytes or fourbit.is_installed()
+        return not self.needs_bitsandbytes or nf4.is_installed()
 
     def check(self, settings: CompressSettings) -> None:
         """Refuse settings that mean nothing for this kind.

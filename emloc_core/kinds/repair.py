@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from emloc_core.algorithms import feedback, fourbit, levels
+from emloc_core.algorithms import feedback, levels, nf4
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
@@ -28,7 +28,7 @@ class Repaired(Factors):
 
     Attributes:
         packed: codes of the weight, codes of its scales, and ranges of these; see
-            :mod:`emloc_core.algorithms.fourbit`.
+            :mod:`emloc_core.algorithms.nf4`.
     """
 
     packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = field(kw_only=True)
@@ -70,9 +70,9 @@ class RepairedNF4(Kind):
         """Round the weight with feedback, and factorise the rounding error."""
 
         def repaired(weight: torch.Tensor, gram: Gram, rank: int) -> Repaired:
-            _, exact = fourbit.pack(weight)
-            scales, ranges = fourbit.pack_scales(exact)
-            codes = feedback.rounded_to_scales(weight, gram.matrix, fourbit.unpack_scales(scales, ranges))
+            _, exact = nf4.pack(weight)
+            scales, ranges = nf4.pack_scales(exact)
+            codes = feedback.rounded_to_scales(weight, gram.matrix, nf4.unpack_scales(scales, ranges))
             shape = (weight.shape[0], weight.shape[1])
             rounded = _unpacked(codes, scales, ranges, shape, weight.dtype).float()
             found = on_its_gram(factorize, weight.float() - rounded, gram, rank)
@@ -106,8 +106,8 @@ class RepairedNF4(Kind):
 
     def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:
         """Half a byte a number, a byte for every 64, and a number for every 256 of these; and the factors."""
-        codes, scales = fourbit.sizes(*shape)
-        return codes + scales + 4 * fourbit.ranges(scales) + rank * sum(shape) * dtype.itemsize
+        codes, scales = nf4.sizes(*shape)
+        return codes + scales + 4 * nf4.ranges(scales) + rank * sum(shape) * dtype.itemsize
 
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""
@@ -193,13 +193,13 @@ class RepairedThreeLevels(Kind):
 
     def pack(self, weight: str, stand_in: RepairedLevels, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Return codes and scales, of the weight and of both factors."""
-        parts = (stand_in.codes, stand_in.scales, *fourbit.pack(stand_in.u), *fourbit.pack(stand_in.v))
+        parts = (stand_in.codes, stand_in.scales, *nf4.pack(stand_in.u), *nf4.pack(stand_in.v))
         return dict(zip(self.keys(weight), (part.cpu() for part in parts), strict=True))
 
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return the sum of weight and repair, and the identity."""
         codes, scales, u, u_scales, v, v_scales = tensors
-        u, v = fourbit.unpack_factors(u, u_scales, v, v_scales, shape, dtype)
+        u, v = nf4.unpack_factors(u, u_scales, v, v_scales, shape, dtype)
         return whole(levels.unpack(codes, scales, shape, _LEVELS, dtype) + u @ v)
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
@@ -208,7 +208,7 @@ class RepairedThreeLevels(Kind):
 
     def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
         """Those of a weight on three levels, and of factors in four bits."""
-        return levels.level_bytes(_LEVELS, shape) + fourbit.factor_bytes(shape, rank)
+        return levels.level_bytes(_LEVELS, shape) + nf4.factor_bytes(shape, rank)
 
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""
@@ -224,4 +224,4 @@ def _with_repair(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> Pair
 def _unpacked(
     codes: torch.Tensor, scales: torch.Tensor, ranges: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
-    return fourbit.unpack(codes, fourbit.unpack_scales(scales, ranges), shape, dtype)
+    return nf4.unpack(codes, nf4.unpack_scales(scales, ranges), shape, dtype)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emloc_core.algorithms import fourbit
+from emloc_core.algorithms import nf4
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.memory import stages
 from emloc_core.memory.budget import advice, largest_ratio
@@ -51,7 +51,7 @@ class MemoryPlan:
 
     @property
     def _four_bits(self) -> str | None:
-        if fourbit.is_installed() or (self.best and self.best.name == ORDINARY):
+        if nf4.is_installed() or (self.best and self.best.name == ORDINARY):
             return None
         return "emulators in four bits, which are recommended, are not compared: pip install 'emloc[quant]'"
 

@@ -2,8 +2,8 @@
 
 The skeleton is an ordinary transformers model on the meta device, with its buffers (rotary tables) computed.
 Checkpoint keys are not module names (legacy prefixes, fused tensors), so tensors are mapped and converted by
-transformers' own machinery. That API is semi-public; besides :mod:`emloc_core.model.four_bits`, this is the only module
-that touches it.
+transformers' own machinery. That API is semi-public; besides :mod:`emloc_core.model.nf4_checkpoints`, this is the only
+module that touches it.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.header import DTYPES
 from emloc_core.files.pretrained import auto_class, load_config, new_model
 from emloc_core.lowrank import METHOD, EmlocConfig, replace_linears
-from emloc_core.model import four_bits
+from emloc_core.model import nf4_checkpoints
 from emloc_core.model.absent import Absent
 from emloc_core.model.readahead import ReadAhead
 
@@ -67,9 +67,9 @@ class Skeleton:
         if method == METHOD:
             emulator = EmlocConfig(**quantisation)
             replace_linears(self.model, emulator.sizes, emulator.format_version)
-        elif method == four_bits.METHOD:
-            four_bits.replace_quantised(self.model, quantisation)
-            conversions = four_bits.conversions()
+        elif method == nf4_checkpoints.METHOD:
+            nf4_checkpoints.replace_quantised(self.model, quantisation)
+            conversions = nf4_checkpoints.conversions()
         else:
             checkpoint.require_unquantised()
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})

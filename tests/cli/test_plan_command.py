@@ -11,7 +11,7 @@ from emloc_qwen import QWEN_VL
 from support.models import save_tiny_model
 from transformers import AutoConfig, AutoTokenizer
 
-from emloc_core.algorithms import fourbit
+from emloc_core.algorithms import nf4
 from emloc_core.cli import cli
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import tokenize
@@ -161,7 +161,7 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
 def test_without_bitsandbytes_weights_on_few_levels_are_recommended(
     shallow_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fourbit, "is_installed", lambda: False)
+    monkeypatch.setattr(nf4, "is_installed", lambda: False)
     budget = tuning_need(shallow_model, 0.5, 16, kind="nf4", batch_size=1)
     found = plan(shallow_model, "--length", 16, "--batch-size", 1, "--kind", "auto", "--memory", budget)
     assert found["kind"] == "2.7-bit"

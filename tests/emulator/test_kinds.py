@@ -15,7 +15,7 @@ import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import WEIGHTS, Adapter
 from emloc_core.adapters.correct import AUTO, Correct
 from emloc_core.adapters.merge import Merge
-from emloc_core.algorithms import feedback, fourbit
+from emloc_core.algorithms import feedback, nf4
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.algorithms.svd import asvd, svd
@@ -205,7 +205,7 @@ def test_what_was_rounded_with_feedback_is_packed_as_it_is(m, n, rows, seed):
     generator = torch.Generator().manual_seed(seed)
     matrix, inputs = torch.randn(m, n, generator=generator), torch.randn(rows, n, generator=generator)
     found = feedback.rounded(matrix, inputs.T @ inputs)
-    assert torch.equal(fourbit.rounded(found), found)
+    assert torch.equal(nf4.rounded(found), found)
     assert bool(torch.isfinite(found).all())
 
 
@@ -221,7 +221,7 @@ def test_feedback_lowers_the_error_of_the_outputs(columns):
     def lost(found):
         return float(((matrix - found) @ inputs.T).norm())
 
-    assert lost(feedback.rounded(matrix, inputs.T @ inputs)) < 0.7 * lost(fourbit.rounded(matrix))
+    assert lost(feedback.rounded(matrix, inputs.T @ inputs)) < 0.7 * lost(nf4.rounded(matrix))
     assert lost(fitted.u @ fitted.v) < 0.7 * lost(alone.u @ alone.v)
 
 
@@ -229,23 +229,23 @@ def test_feedback_lowers_the_error_of_the_outputs(columns):
 @given(m=st.integers(1, 90), n=st.integers(1, 90), scale=st.floats(-6, 6), seed=st.integers(0, 2**16))
 def test_what_was_packed_is_packed_alike_again(m, n, scale, seed):
     matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) * 10**scale
-    once = fourbit.rounded(matrix)
-    assert torch.equal(fourbit.rounded(once), once)
+    once = nf4.rounded(matrix)
+    assert torch.equal(nf4.rounded(once), once)
     assert (once - matrix).norm() <= 0.3 * matrix.norm()
-    codes, scales = fourbit.pack(matrix)
-    assert (codes.numel(), scales.numel()) == fourbit.sizes(m, n)
+    codes, scales = nf4.pack(matrix)
+    assert (codes.numel(), scales.numel()) == nf4.sizes(m, n)
 
 
 def test_a_packed_product_and_its_gradient_are_those_of_the_unpacked_matrix():
     matrix = torch.randn(12, 40)
     x = torch.randn(5, 40, requires_grad=True)
-    codes, scales = fourbit.pack(matrix)
-    found = fourbit.product(x, codes, scales, (12, 40), torch.float32)
-    exact = x @ fourbit.rounded(matrix).T
+    codes, scales = nf4.pack(matrix)
+    found = nf4.product(x, codes, scales, (12, 40), torch.float32)
+    exact = x @ nf4.rounded(matrix).T
     assert torch.allclose(found, exact, atol=1e-5)
     weights = torch.randn(5, 12)
     (gradient,) = torch.autograd.grad((found * weights).sum(), x)
-    assert torch.allclose(gradient, weights @ fourbit.rounded(matrix), atol=1e-5)
+    assert torch.allclose(gradient, weights @ nf4.rounded(matrix), atol=1e-5)
 
 
 def test_v_makes_up_for_the_rounding_of_u():
@@ -257,18 +257,18 @@ def test_v_makes_up_for_the_rounding_of_u():
     outputs.add(inputs @ weight.T)
     fitted = FourBitLowRank().rounding(factorize)(weight, gram, 40)
     exact = factorize(weight, outputs, 40)
-    apart = fourbit.rounded(exact.u) @ fourbit.rounded(exact.v)
+    apart = nf4.rounded(exact.u) @ nf4.rounded(exact.v)
 
     def error(approximation):
         return float(((weight - approximation) @ inputs.T).norm())
 
-    u = fourbit.rounded(exact.u)
-    one_after_the_other = u @ fourbit.rounded(torch.linalg.solve(u.T @ u, u.T @ weight))
+    u = nf4.rounded(exact.u)
+    one_after_the_other = u @ nf4.rounded(torch.linalg.solve(u.T @ u, u.T @ weight))
     assert error(fitted.u @ fitted.v) < error(one_after_the_other) < error(apart)
     assert fitted.relative_error() == pytest.approx(error(fitted.u @ fitted.v) / float((inputs @ weight.T).norm()))
     assert fitted.relative_error() > exact.relative_error()
-    assert torch.equal(fourbit.rounded(fitted.u), fitted.u)
-    assert torch.equal(fourbit.rounded(fitted.v), fitted.v)
+    assert torch.equal(nf4.rounded(fitted.u), fitted.u)
+    assert torch.equal(nf4.rounded(fitted.v), fitted.v)
 
 
 @pytest.mark.parametrize("factorizer", [svd, asvd])

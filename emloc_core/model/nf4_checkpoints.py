@@ -13,7 +13,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from emloc_core.algorithms import fourbit
+from emloc_core.algorithms import nf4
 from emloc_core.errors import EmlocError
 from emloc_core.lowrank import replace_linear
 from emloc_core.quantised import FourBitLinear
@@ -21,7 +21,7 @@ from emloc_core.quantised import FourBitLinear
 METHOD = "bitsandbytes"
 _READABLE = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 #: What a packed weight says of itself.
-_PACKED = {"quant_type": "nf4", "blocksize": fourbit.BLOCK, "nested_blocksize": fourbit.SCALES}
+_PACKED = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "nested_blocksize": nf4.SCALES}
 _STATE, _RANGES = "weight.quant_state.bitsandbytes__nf4", "weight.nested_absmax"
 
 

@@ -1,4 +1,4 @@
-"""The kind whose stand-in is the weight itself, in four bits."""
+"""The kind whose stand-in is the weight itself in four bits (NF4)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from emloc_core.algorithms import feedback, fourbit
+from emloc_core.algorithms import feedback, nf4
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
@@ -77,7 +77,7 @@ class NF4(Kind):
         """Return the weight and the identity."""
         codes, *parts = tensors
         known = dict(zip(self._PARTS, parts, strict=True))
-        state = fourbit.kernels().functional.QuantState.from_dict(known, device=codes.device)
+        state = nf4.kernels().functional.QuantState.from_dict(known, device=codes.device)
         return whole(_read(codes, state, shape, dtype))
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class NF4(Kind):
 
     def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
         """Half a byte a number, a byte for every 64, and a number for every 256 of these."""
-        codes, scales = fourbit.sizes(*shape)
+        codes, scales = nf4.sizes(*shape)
         return codes + scales + 4 * -(-scales // 256) + 4 * (16 + 256)
 
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
@@ -115,22 +115,22 @@ class NF4(Kind):
 
 def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """Return bitsandbytes' codes and ``QuantState`` of a weight."""
-    functions = fourbit.kernels().functional
+    functions = nf4.kernels().functional
     found: tuple[torch.Tensor, Any] = functions.quantize_4bit(
-        weight.contiguous(), blocksize=fourbit.BLOCK, compress_statistics=True, quant_type="nf4"
+        weight.contiguous(), blocksize=nf4.BLOCK, compress_statistics=True, quant_type="nf4"
     )
     return found
 
 
 def _scales(state: Any) -> torch.Tensor:
     """Return the scale of every block, fp32, as it is read from eight bits."""
-    found: torch.Tensor = fourbit.kernels().functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    found: torch.Tensor = nf4.kernels().functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     return found
 
 
 def _read(codes: torch.Tensor, state: Any, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     # bitsandbytes takes a single byte of codes for a transposed matrix.
-    found: torch.Tensor = fourbit.kernels().functional.dequantize_4bit(codes, state).reshape(shape).to(dtype)
+    found: torch.Tensor = nf4.kernels().functional.dequantize_4bit(codes, state).reshape(shape).to(dtype)
     return found
 
 
