@@ -5,17 +5,19 @@ Every entry is planned as `emloc plan` does it, which takes a while; so it is no
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from emloc_core.cli.console import progress
+from emloc_core.kinds import RECOMMENDED
 from emloc_core.memory.budget import largest_ratio
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.stages import compress
 from emloc_core.memory.workload import make_workload
 from emloc_core.registry.entry import Entry
 from emloc_core.registry.registry import load_entries
+from emloc_core.settings import CompressSettings
 from emloc_core.units import human_bytes
 
 PAGE = Path(__file__).parent / "models.md"
@@ -23,8 +25,6 @@ PAGE = Path(__file__).parent / "models.md"
 CARDS = (12, 16, 24, 48, 80)
 #: Tokens per row of the workload, which is one row.
 LENGTH = 1024
-#: Ratio of the emulator in the column `EMLoC`.
-RATIO = 0.6
 
 INTRODUCTION = f"""# Models
 
@@ -40,12 +40,9 @@ been measured on a GPU yet.
 | --- | --- |
 | inference | reading a prompt of that length and writing the first token |
 | LoRA | tuning a LoRA on the model itself |
-| EMLoC | tuning it on a `low-rank` emulator of ratio {RATIO} |
+| EMLoC | tuning it on an emulator with weights in four bits, `nf4` |
 | compress | making that emulator, block by block |
-| 12 GB to 80 GB | the largest ratio whose tuning fits; `whole`: a LoRA on the model itself fits; `-`: no ratio fits |
-
-These ratios are of `low-rank` emulators. Other kinds give the model more in the same memory ([evidence](evidence.md)):
-`emloc plan ID --memory 24GiB` recommends one.
+| 12 GB to 80 GB | the recommended kind that fits, at its largest ratio; `whole`: none is needed; `-`: none fits |
 
 The tuned LoRA is used on the model itself. With less memory than the column `inference` shows, that needs offloading
 or quantisation.
@@ -61,8 +58,10 @@ def figures(entry: Entry) -> dict[str, str]:
     """Return what a model needs, by column."""
     train = entry.preset().train
     with entry.config_file() as file:
-        model = MemoryModel(file, make_workload(file, train.model_copy(update={"batch_size": 1}), length=LENGTH))
-        plan = model.plan(RATIO)
+        workload = make_workload(file, train.model_copy(update={"batch_size": 1}), length=LENGTH)
+        model = MemoryModel(file, workload, CompressSettings(kind=RECOMMENDED[0]))
+        plan = model.plan()
+        kinds = [model.with_kind(kind) for kind in RECOMMENDED]
         whole = model.tuning().total
         found = {
             "parameters": f"{model.parameters():,}",
@@ -72,9 +71,16 @@ def figures(entry: Entry) -> dict[str, str]:
             "compress": human_bytes(compress(model, plan).total),
         }
         for card in CARDS:
-            fit = None if whole <= card * 10**9 else largest_ratio(model, card * 10**9)
-            found[f"{card} GB"] = "whole" if whole <= card * 10**9 else f"{fit.ratio:g}" if fit else "-"
+            found[f"{card} GB"] = "whole" if whole <= card * 10**9 else largest(kinds, card * 10**9)
     return found
+
+
+def largest(kinds: Iterable[MemoryModel], budget: int) -> str:
+    """Return the first kind of emulator whose tuning fits a budget, and its largest ratio."""
+    for model in kinds:
+        if fit := largest_ratio(model, budget):
+            return f"{model.kind.name} {fit.ratio:g}" if model.kind.has_ratio else model.kind.name
+    return "-"
 
 
 def page(entries: list[Entry], found: Mapping[str, Mapping[str, str]]) -> str:

@@ -18,7 +18,7 @@ from emloc_core.environment import settle
 from emloc_core.errors import EmlocError
 from emloc_core.requests import Request, Rows, System, make_request
 from emloc_core.result import Result
-from emloc_core.settings import CompressSettings, TrainSettings, explain
+from emloc_core.settings import AUTO, CompressSettings, TrainSettings, explain
 from emloc_core.stages import Progress
 from emloc_core.units import parse_bytes
 
@@ -365,7 +365,7 @@ def plan(  # noqa: PLR0913 - all by keyword
     Raises:
         EmlocError: the model cannot be planned, or a setting is wrong.
     """
-    from emloc_core.memory.budget import AUTO, with_emulator
+    from emloc_core.memory.budget import with_emulator
     from emloc_core.memory.plan import make_plan
     from emloc_core.memory.speed import measure as measure_speed
     from emloc_core.memory.workload import make_workload

@@ -1,4 +1,6 @@
-"""The exception that users see, its subclass for full disks, and one-line texts for other exceptions."""
+"""The exception that users see, its subclass for full disks, and what other exceptions say."""
+
+import errno
 
 #: Error codes, for programs, with their meanings.
 CODES = {
@@ -18,6 +20,10 @@ CODES = {
     "unavailable": "the hub, a device or an optional package is not available",
     "died": "a process ended without an answer",
 }
+
+
+#: What torch says, on the CPU and of mapped files, where it raises a plain RuntimeError.
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 
 class EmlocError(Exception):
@@ -50,6 +56,21 @@ class DiskFullError(EmlocError):
 
     def __init__(self, message: str, fix: str) -> None:
         super().__init__(message, fix, code="disk-full", resumable=True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception, of Python or of torch, says that memory ran out."""
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds(error):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    said = str(error).lower()
+    return any(phrase in said for phrase in _NO_MEMORY)
+
+
+def kinds(error: BaseException) -> set[str]:
+    """Return the names of an exception's classes: torch and click need not be imported to know theirs."""
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 def first_line(error: BaseException) -> str:

@@ -17,6 +17,8 @@ from pydantic import (
 
 from emloc_core.errors import did_you_mean
 
+#: In place of a kind of emulator: the one that is recommended for the memory.
+AUTO = "auto"
 #: Which answers of a conversation count in the loss.
 Loss = Literal["last", "all"]
 _LOSS: Any = Field("last", description="Answers of a conversation that count in the loss: the 'last' one, or 'all' "

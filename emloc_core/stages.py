@@ -4,6 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from emloc_core.errors import EmlocError, first_line, is_out_of_memory
 from emloc_core.requests import CompressRequest, Request
 from emloc_core.result import Result
 
@@ -73,7 +74,17 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
     Raises:
         EmlocError: the stage failed. If the error is resumable, the same request resumes.
     """
-    directory = job.run(progress)
+    try:
+        directory = job.run(progress)
+    except Exception as error:
+        if isinstance(error, EmlocError) or not is_out_of_memory(error):
+            raise
+        raise EmlocError(
+            f"Memory ran out ({first_line(error)}).",
+            "The same command resumes. Free memory first, or use another --device, fewer or shorter rows.",
+            code="memory",
+            resumable=True,
+        ) from error
     if not getattr(job, "is_main_process", True):
         return None
     result = Result(directory)

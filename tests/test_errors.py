@@ -3,9 +3,11 @@
 import ast
 
 import pytest
+import torch
 from support.paths import ROOT
 
 from emloc_core.errors import CODES, EmlocError, first_line, printable, typed_line
+from emloc_core.stages import finish
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,37 @@ from emloc_core.errors import CODES, EmlocError, first_line, printable, typed_li
 def test_what_an_exception_says(error, line, typed):
     assert first_line(error) == line
     assert typed_line(error) == typed
+
+
+class Job:
+    """A stage that ends with an error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def run(self, _progress):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_stage_that_runs_out_of_memory_says_so_and_resumes(error):
+    with pytest.raises(EmlocError, match=r"Memory ran out .* The same command resumes") as caught:
+        finish("compress", Job(error))
+    assert (caught.value.code, caught.value.resumable) == ("memory", True)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), EmlocError("NaN in a weight.", code="not-finite")])
+def test_other_errors_of_a_stage_stay_as_they_are(error):
+    with pytest.raises(type(error)) as caught:
+        finish("compress", Job(error))
+    assert caught.value is error
 
 
 def test_a_line_has_nothing_that_a_terminal_acts_on():

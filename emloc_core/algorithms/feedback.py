@@ -45,9 +45,7 @@ def with_feedback(matrix: torch.Tensor, gram: torch.Tensor, nearest: Nearest) ->
     # Transposed, so that a column is one stretch of memory.
     work = matrix.T[order]
     found = torch.empty_like(work)
-    spread = torch.linalg.cholesky(gram[order][:, order])  # by one name, so that no more than two are held
-    spread = torch.cholesky_inverse(spread)
-    spread = torch.linalg.cholesky(spread, upper=True)
+    spread = _inverse_factor(gram, order)
     places = order.tolist()
     for start in range(0, len(work), _COLUMNS):
         stop = min(start + _COLUMNS, len(work))
@@ -59,6 +57,17 @@ def with_feedback(matrix: torch.Tensor, gram: torch.Tensor, nearest: Nearest) ->
             errors[column - start], found[places[column]] = error, values
         work[stop:].addmm_(spread[start:stop, stop:].T, errors, alpha=-1)
     return found.T
+
+
+def _inverse_factor(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return the upper Cholesky factor of the inverse of a Gram whose columns are put in this order, (n, n).
+
+    Each step overwrites the one before: of the widest Linears of a 38B, such a matrix has 3 GB.
+    """
+    found = gram[order[:, None], order].mT  # LAPACK writes columns
+    torch.linalg.cholesky(found, out=found)
+    torch.cholesky_inverse(found, out=found)
+    return torch.linalg.cholesky(found, upper=True, out=found)
 
 
 def descended(matrix: torch.Tensor, rounded: torch.Tensor, gram: torch.Tensor, nearest: Nearest) -> torch.Tensor:

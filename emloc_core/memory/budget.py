@@ -9,15 +9,13 @@ import click
 
 from emloc_core.errors import EmlocError
 from emloc_core.requests import CompressRequest
-from emloc_core.settings import CompressSettings
+from emloc_core.settings import AUTO, CompressSettings
 from emloc_core.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from emloc_core.memory.model import MemoryModel, Need
     from emloc_core.memory.workload import Workload
 
-#: In place of a kind of emulator: the one that is recommended for the memory.
-AUTO = "auto"
 #: Bytes per parameter in 4 bits with one fp32 scale per 64 parameters (NF4; Dettmers et al., 2023, without double
 #: quantisation).
 _NF4 = (4 + 32 / 64) / 8

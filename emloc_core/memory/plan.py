@@ -10,7 +10,8 @@ from emloc_core.memory import stages
 from emloc_core.memory.budget import advice, largest_ratio
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.speed import Speed
-from emloc_core.memory.ways import ORDINARY, Way, best, ways
+from emloc_core.memory.ways import EMULATOR, ORDINARY, Way, best, ways
+from emloc_core.units import human_bytes
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,21 @@ class MemoryPlan:
     @property
     def warnings(self) -> list[str]:
         """Drawbacks of the recommended way, and of what the family of the model declares."""
-        return [*filter(None, [self._low_ratio, self._four_bits]), *self.model.coverage.warnings]
+        return [*filter(None, [self._low_ratio, self._four_bits, self._stage_one]), *self.model.coverage.warnings]
 
     @property
     def _four_bits(self) -> str | None:
         if nf4.is_installed() or (self.best and self.best.name == ORDINARY):
             return None
         return "emulators in four bits, which are recommended, are not compared: pip install 'emloc[quant]'"
+
+    @property
+    def _stage_one(self) -> str | None:
+        need = next(need.total for need in self.needs if need.stage == "compress")
+        if need <= self.budget or self.best is None or self.best.name != EMULATOR:
+            return None
+        where = ": run it with --device cpu, in the machine's memory" if self.model.workload.device == "cuda" else ""
+        return f"making the emulator (compress) needs {human_bytes(need)}, more than the memory for tuning{where}"
 
     @property
     def _low_ratio(self) -> str | None:

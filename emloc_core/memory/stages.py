@@ -14,14 +14,12 @@ from emloc_core.emulator.sensitivity import RATIO
 from emloc_core.memory.arithmetic import positions
 from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel, Need
 
-#: The stages' own imports, and pages of code that they touch.
-OVERHEAD = IMPORTS["cpu"] + RUNTIME["cpu"][0]
 _WIDENED = 16 << 20  # bytes of a weight corrected in fp32 at a time
 _MERGED = 2 << 20  # bytes of a weight merged at a time
 
 
 def compress(model: MemoryModel, plan: RankPlan) -> Need:
-    """Return what stage 1 needs on the CPU: one block, its statistics, one factorisation, and the samples.
+    """Return what stage 1 needs: one block, its statistics, one factorisation, and the samples.
 
     - weights: the largest unit loaded at a time, in the model's dtype: a block, or a module outside the blocks (the
       embedding, the output projection).
@@ -33,7 +31,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
       Linears' targets need, ``4 n (2 n + min(n, m))``, with m the outputs of all of them; and twice the hidden states,
       those of the base and of the emulator.
     - where a weight is rounded with feedback, in place of all that (beside factors, if that is more): its inputs' Gram,
-      which massive tokens widen to fp64, and what is computed from it, ``6 * 4 n^2``; the weight, what is left of it,
+      which massive tokens widen to fp64, and what is computed from it, ``5 * 4 n^2``; the weight, what is left of it,
       and what it becomes, ``4 * 4 m n``.
     - where ranks or levels are shared out by spectra, at least what the pass before needs: statistics as without
       propagation, and the block's factors, fp32: at the largest ranks, or for another pass at half of the parameters.
@@ -59,11 +57,16 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
         "weights": max(outside, *blocks.values()) * weight,
         "statistics": statistics,
         "activations": (2 if propagated else 1) * settings.samples * _waiting(model),
-        "overhead": OVERHEAD,
+        "overhead": _overhead(model.workload.device),
     }
     if not model.kind.has_factors or (propagated and model.kind.keeps_weight):
         terms["stand-ins"] = max(_whole(plan, block, weight) for block in blocks)
     return Need("compress", terms, "the largest block")
+
+
+def _overhead(device: str) -> int:
+    """Return the bytes of the stages' own imports, and of the code that they touch."""
+    return IMPORTS[device] + RUNTIME[device][0]
 
 
 def _units(model: MemoryModel) -> tuple[dict[str, int], int]:
@@ -94,7 +97,7 @@ def _whole(plan: RankPlan, block: str, itemsize: int) -> int:
 
 def _rounding(linear: LinearPlan) -> int:
     m, n = linear.out_features, linear.in_features
-    return 4 * (6 * n**2 + 4 * m * n)
+    return 4 * (5 * n**2 + 4 * m * n)
 
 
 def _statistics(plan: RankPlan, block: str, itemsize: int, propagated: bool) -> int:
@@ -156,13 +159,13 @@ def correct(model: MemoryModel, plan: RankPlan, *, auto: bool = True) -> Need:
         "weights": weights * itemsize + _WIDENED,
         "adapter": copies * 4 * model.adapter_parameters(),
         **other,
-        "overhead": OVERHEAD,
+        "overhead": _overhead(model.workload.device),
     }
     return Need("correct", terms, "the largest block" if auto else "the largest Linear")
 
 
 def merge(model: MemoryModel) -> Need:
-    """Return what merging needs: some rows of a weight, as read, in fp32 and as merged, and all of the LoRA in fp32."""
+    """Return what merging needs, in CPU memory: some rows of a weight, as read, in fp32 and as merged; and the LoRA."""
     rows = _MERGED * (2 + 4 // model.dtype.itemsize)
-    terms = {"weights": rows, "adapter": 4 * model.adapter_parameters(), "overhead": OVERHEAD}
+    terms = {"weights": rows, "adapter": 4 * model.adapter_parameters(), "overhead": _overhead("cpu")}
     return Need("merge", terms, "a weight's rows")

@@ -74,8 +74,10 @@ class Parameters(Settings):
 class Preset(Settings):
     """Settings for a model: the emulator's ratio or the memory for tuning, and the LoRA to tune."""
 
-    ratio: float | None = Field(None, gt=0, lt=1, description="Ratio of a low-rank emulator.")
-    memory: str | None = Field(None, description="Memory for tuning, such as 24GB, or 'inference'.")
+    ratio: float | None = Field(None, gt=0, lt=1, description="Ratio of a `low-rank` emulator.")
+    memory: str | None = Field(
+        None, description="Memory for tuning, such as 24GB, or 'inference': the kind of emulator that is best for it."
+    )
     samples: int | None = Field(None, ge=1, description="Calibration rows; by default as many as the kind takes.")
     lora_targets: list[str] | None = Field(None, description="Ends of module paths; by default the family's.")
     lora_rank: int = Field(8, ge=1, description="Rank of the LoRA.")

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from emloc_core.registry.entry import Entry
+from emloc_core.settings import AUTO, CompressSettings
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,9 @@ class EntryFit:
         budget: memory for tuning.
         inference: what the base needs to read a prompt and generate a token.
         lora: what a LoRA on the base needs.
-        ratio: the largest multiple of 0.01 whose tuning fits, or None.
-        tuning: what a LoRA on the emulator of that ratio needs.
+        kind: of the emulator: the one that is recommended for the budget; None if none fits.
+        ratio: the largest multiple of 0.01 whose tuning fits; None if the kind has no ratio.
+        tuning: what a LoRA on that emulator needs.
         emulator: that emulator's weights.
         error: why it cannot be planned, or empty.
     """
@@ -32,6 +34,7 @@ class EntryFit:
     budget: int | None = None
     inference: int | None = None
     lora: int | None = None
+    kind: str | None = None
     ratio: float | None = None
     tuning: int | None = None
     emulator: int | None = None
@@ -49,6 +52,7 @@ def fit(
     preset: str = "default",
     batch_size: int | None = None,
     length: int | None = None,
+    kind: str = AUTO,
     device: str = "cuda",
 ) -> EntryFit:
     """Plan an entry.
@@ -59,13 +63,13 @@ def fit(
         preset: sets the LoRA, and the defaults of batch size and length.
         batch_size: rows per step.
         length: tokens per row.
+        kind: of emulator; ``auto``: the one that is recommended for the budget.
         device: ``cuda`` or ``cpu``.
 
     Raises:
         EmlocError: there is no such preset, or the model cannot run the workload.
     """
-    from emloc_core.memory.budget import largest_ratio
-    from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.budget import largest_ratio, with_emulator
     from emloc_core.memory.workload import make_workload
 
     chosen = entry.preset(preset)
@@ -74,7 +78,7 @@ def fit(
         train = train.model_copy(update={"batch_size": batch_size})
     with entry.config_file() as file:
         workload = make_workload(file, train, device, length=length or chosen.length)
-        model = MemoryModel(file, workload)
+        model = with_emulator(file, workload, CompressSettings(kind=kind), budget)
         inference = model.inference().total
         allowed = inference if budget is None else budget
         found = largest_ratio(model, allowed)
@@ -88,7 +92,8 @@ def fit(
             budget=allowed,
             inference=inference,
             lora=model.tuning().total,
-            ratio=found.ratio if found else None,
+            kind=model.kind.name if found else None,
+            ratio=found.ratio if found and model.kind.has_ratio else None,
             tuning=found.need.total if found else None,
             emulator=model.weight_bytes(found.ratio) if found else None,
         )

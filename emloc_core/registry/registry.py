@@ -13,7 +13,7 @@ from typing import Any
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.registry.entry import INFERENCE, Entry, read_entry
-from emloc_core.settings import CompressSettings
+from emloc_core.settings import AUTO, CompressSettings
 
 __all__ = ["Entry", "config_of", "find", "load_entries", "read_entry", "resolve"]
 
@@ -75,14 +75,15 @@ def resolve(
         entry: the model.
         name: name of the preset.
         device: the device of a memory target.
-        given: settings of stage 1 that go before the preset's. With a ratio nothing is planned; another kind of
-            emulator is planned for the memory target too, and does not take a preset's ratio.
+        given: settings of stage 1 that go before the preset's. With a ratio nothing is planned; for a memory target
+            the recommended kind is planned, or the one given, which does not take a preset's ratio.
 
     Raises:
         EmlocError: there is no such preset, or no emulator's tuning fits its memory target.
     """
     preset = entry.preset(name)
-    settings = CompressSettings(**{"samples": preset.samples, **(given or {})})
+    usual = {} if preset.memory is None or "ratio" in (given or {}) else {"kind": AUTO}
+    settings = CompressSettings(**{"samples": preset.samples, **usual, **(given or {})})
     if settings.ratio is not None:
         return settings
     if preset.memory is None:

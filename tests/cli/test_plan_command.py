@@ -158,6 +158,18 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
         assert ("of what an ordinary LoRA gains" in shown) == (told is not None)
 
 
+def test_a_first_stage_that_needs_more_than_tuning_is_a_warning(
+    shallow_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = tuning_need(shallow_model, 0.5, 16, kind="nf4", batch_size=1)
+    options = ("--length", 16, "--batch-size", 1, "--memory", budget)
+    for beyond, warned in ((0, False), (1, True)):
+        monkeypatch.setattr(
+            "emloc_core.memory.stages.compress", lambda *_, n=beyond: Need("compress", {"weights": int(budget) + n})
+        )
+        assert ("run it with --device cpu" in run("plan", shallow_model, *options).stdout) == warned
+
+
 def test_without_bitsandbytes_weights_on_few_levels_are_recommended(
     shallow_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json, progress
 from emloc_core.cli.zoo.entries import more_entries, print_table
+from emloc_core.settings import AUTO
 from emloc_core.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=click.IntRange(1), help="Rows per step.  [default: the preset's]")
 @click.option("--length", type=click.IntRange(1), help="Tokens per row, including those of images.  "
               "[default: the preset's]")  # fmt: skip
+@click.option("--kind", default=AUTO, help="Kind of emulator, as for emloc compress.  [default: the one that is best "
+              "for the memory]")  # fmt: skip
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
               help="Which memory to plan: a GPU's, or the process's.")  # fmt: skip
 @more_entries
@@ -32,11 +35,12 @@ def command(
     preset: str,
     batch_size: int | None,
     length: int | None,
+    kind: str,
     device: str,
     registry: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Show the memory that registry models need, and the largest ratio at which tuning the emulator fits.
+    """Show the memory that registry models need, and the best emulator whose tuning fits.
 
     For each model: inference on the base, a LoRA on the base, and a LoRA on its emulator (EMLoC). Takes seconds per
     model, without network or weights; `emloc plan ID` shows more about one. PATTERN is as for `emloc zoo list`.
@@ -53,7 +57,9 @@ def command(
         for number, entry in enumerate(entries):
             advance(entry.id, number, len(entries))
             try:
-                found = fit(entry, budget, preset=preset, batch_size=batch_size, length=length, device=device)
+                found = fit(
+                    entry, budget, preset=preset, batch_size=batch_size, length=length, kind=kind, device=device
+                )
             except EmlocError as error:  # the others are still planned
                 found = EntryFit(entry.id, entry.family, error=str(error))
             planned.append(found)
@@ -70,13 +76,13 @@ def _show(planned: "list[EntryFit]", memory: str | None) -> None:
     allowed = f"in {memory}" if memory else "in inference's memory"
     print_table(
         {"model": "left", "parameters": "right", "rows x tokens": "right", "inference": "right", "LoRA": "right",
-         f"EMLoC {allowed}": "right", "ratio": "right", "emulator": "right"},
+         f"EMLoC {allowed}": "right", "kind": "left", "ratio": "right", "emulator": "right"},
         [_row(each) for each in planned],
     )  # fmt: skip
     for each in planned:
         if each.error:
             click.echo(f"{each.id}: {each.error}")
-    if any(each.ratio is None and not each.error for each in planned):
+    if any(each.kind is None and not each.error for each in planned):
         click.echo("-: no emulator's tuning fits; `emloc plan ID --memory SIZE` says what would.")
     if any(_fits_itself(each) for each in planned):
         click.echo("*: a LoRA on the model itself fits too; no emulator is needed.")
@@ -84,8 +90,7 @@ def _show(planned: "list[EntryFit]", memory: str | None) -> None:
 
 def _row(planned: "EntryFit") -> list[str]:
     if planned.error:
-        return [planned.id, *["?"] * 7]
-    ratio = f"{planned.ratio:g}{'*' if _fits_itself(planned) else ''}" if planned.ratio is not None else "-"
+        return [planned.id, *["?"] * 8]
     return [
         planned.id,
         f"{(planned.parameters or 0) / 1e9:.3g}B",
@@ -93,7 +98,8 @@ def _row(planned: "EntryFit") -> list[str]:
         _size(planned.inference),
         _size(planned.lora),
         _size(planned.tuning),
-        ratio,
+        f"{planned.kind or '-'}{'*' if planned.kind and _fits_itself(planned) else ''}",
+        "-" if planned.ratio is None else f"{planned.ratio:g}",
         _size(planned.emulator),
     ]
 

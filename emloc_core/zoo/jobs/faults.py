@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from emloc_core.errors import EmlocError
+from emloc_core.errors import EmlocError, is_out_of_memory, kinds
 from emloc_core.zoo.jobs.outcome import CAUSES, Cause, Outcome
 
 #: Exit codes of workers and stages say the cause, in case there is no room for more.
@@ -14,8 +14,6 @@ _FIRST_CODE = 10
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: Nothing that another try would change.
 _WRONG = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-#: What torch says, on the CPU and of mapped files, where it raises a plain RuntimeError.
-_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
 #: Files that are not what they should be, as their libraries say it.
 _DAMAGED = {"SafetensorError", "JSONDecodeError", "UnicodeDecodeError"}
 #: What the hub says of a name that it does not have, or that must not be asked for.
@@ -33,11 +31,11 @@ def classify(error: BaseException, *, offline: bool = False) -> Cause:
         offline: nothing could be fetched, so that what is not here will not be here next time.
     """
     chain = list(_chain(error))
-    names = {name for each in chain for name in _kinds(each)}
+    names = {name for each in chain for name in kinds(each)}
     no_room = (getattr(each, "code", None) == "disk-full" or getattr(each, "errno", None) in _NO_ROOM for each in chain)
     # The first that holds: "not in the cache" is derived from "no such file", and that from OSError.
     found: list[tuple[Cause, bool]] = [
-        ("out of memory", any(map(_is_out_of_memory, chain))),
+        ("out of memory", any(map(is_out_of_memory, chain))),
         ("disk", any(no_room)),
         ("bad input", offline and _UNREACHED in names),
         ("input/output", _UNREACHED in names),
@@ -96,17 +94,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in _kinds(error):
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    said = str(error).lower()
-    return any(phrase in said for phrase in _NO_MEMORY)
-
-
-def _kinds(error: BaseException) -> set[str]:
-    """Return the names of an exception's classes: torch and click need not be imported to know theirs."""
-    return {kind.__name__ for kind in type(error).__mro__}

@@ -14,11 +14,18 @@ from pydantic import Field, ValidationError, model_validator
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.entry_task import require_data_alone
 from emloc_core.files.documents import read_toml
-from emloc_core.memory.budget import AUTO
 from emloc_core.recipe.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSection
 from emloc_core.registry.registry import Entry, find, load_entries
 from emloc_core.registry.registry import resolve as resolve_preset
-from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings, explain
+from emloc_core.settings import (
+    AUTO,
+    CompressSettings,
+    CorrectSettings,
+    PolishSettings,
+    Settings,
+    TrainSettings,
+    explain,
+)
 from emloc_core.zoo.jobs.job import NAME, Job, slug, unique
 
 
