@@ -381,7 +381,11 @@ def plan(  # noqa: PLR0913 - all by keyword
         )
         speed = measure_speed(device, file.parent) if measure else None
         usual = AUTO if ratio is None else CompressSettings().kind
+        if kind == AUTO and ratio is not None:
+            raise EmlocError("The kind 'auto' is chosen by the memory, with its ratio.", "Give a kind, or no ratio.")
         memory_model = with_emulator(file, workload, CompressSettings(kind=kind or usual), budget)
+        if ratio is not None:
+            memory_model.kind.check(CompressSettings(kind=memory_model.kind.name, ratio=ratio))
         return make_plan(fspath(model), memory_model, budget, ratio, speed)
 
 

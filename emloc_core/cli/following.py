@@ -1,6 +1,7 @@
 """The commands that usually follow a finished stage."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from emloc_core.requests import (
     TrainRequest,
 )
 from emloc_core.result import Result
-from emloc_core.settings import TrainSettings
 
 
 def join(*words: object) -> str:
@@ -40,7 +40,8 @@ def following(request: Request, result: Result) -> list[str]:
         case ImportRequest():
             found = [join("plan", output, "--memory", "24GiB")]
         case CompressRequest(data=data, tuning=tuning):
-            found = [join("train", output, "--data", _rows(data), *_flags(tuning), "-o", _beside(output, "adapter"))]
+            how = flags(tuning.model_dump(exclude_unset=True))
+            found = [join("train", output, "--data", _rows(data), *how, "-o", _beside(output, "adapter"))]
         case CutRequest():
             found = [join("train", output, "--data", _rows(None), "-o", _beside(output, "adapter"))]
         case TrainRequest(model=model) if _is_emulator(model):
@@ -62,10 +63,10 @@ def _rows(data: Any) -> str:
     return data if isinstance(data, str) else "train.jsonl"
 
 
-def _flags(tuning: TrainSettings) -> list[str]:
-    """Return the options for the settings that an emulator was sized for."""
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    """Return the options for settings."""
     found: list[str] = []
-    for name, value in tuning.model_dump(exclude_unset=True).items():
+    for name, value in settings.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             found.append(f"--{flag}" if value else f"--no-{flag}")

@@ -1,12 +1,13 @@
 """``emloc plan``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
-from emloc_core.cli.following import join
+from emloc_core.cli.following import flags, join
 from emloc_core.cli.options import data as data_option
 from emloc_core.cli.options import given, options
 from emloc_core.memory.budget import no_fit
@@ -76,12 +77,12 @@ def command(
     if as_json:
         print_json(planned.describe())
     else:
-        _show(planned, data)
+        _show(planned, {"data": data, "split": split, "length": length})
     if planned.advice and planned.best is None:
         raise no_fit(planned.budget, planned.advice)
 
 
-def _show(planned: "MemoryPlan", data: Any) -> None:
+def _show(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
     from emloc_core.memory.show import print_memory
 
     said = planned.describe()
@@ -103,7 +104,7 @@ def _show(planned: "MemoryPlan", data: Any) -> None:
     for line in planned.plan.lines(planned.model.kind):
         click.echo(f"  {line}")
     _judge(planned, said["fits"])
-    _show_ways(planned, data)
+    _show_ways(planned, asked)
 
 
 def _judge(planned: "MemoryPlan", fits: bool) -> None:
@@ -129,12 +130,18 @@ def _cost(flops: float, seconds: float | None, reads: str = "") -> str:
     return f"{flops:.2g} operations{reads}{time}"
 
 
-def _commands(way: "Way", planned: "MemoryPlan", data: Any) -> list[str]:
-    """Return the commands of a way to tune."""
-    from emloc_core.memory.ways import EXACT, ORDINARY
+def _commands(way: "Way", planned: "MemoryPlan", asked: Mapping[str, Any]) -> list[str]:
+    """Return the commands of a way to tune, with what the plan was asked for."""
+    from emloc_core.memory.ways import EXACT, ORDINARY, POLISHED
 
-    rows = ["--data", data if isinstance(data, str) else "train.jsonl"]
-    batch = ["--batch-size", way.micro_batch, "--accumulation", way.accumulation] if way.accumulation > 1 else []
+    rows = ["--data", asked["data"] if isinstance(asked["data"], str) else "train.jsonl"]
+    rows += ["--split", asked["split"]] if asked["split"] != "train" else []
+    length = ["--max-length", asked["length"]] if asked["length"] else []
+    usual, given = TrainSettings(), planned.model.workload.train.model_dump(exclude_unset=True)
+    shape = {"batch_size": way.micro_batch, "accumulation": way.accumulation}
+    batch = flags({name: value for name, value in shape.items() if value != getattr(usual, name)})
+    other = {name: value for name, value in given.items() if name not in shape}
+    batch += [*flags(other), *length]
     if way.name in (EXACT, ORDINARY):
         exact = ["--exact"] if way.name == EXACT else []
         return [join("train", planned.name, *rows, *exact, *batch, "-o", "adapter")]
@@ -144,13 +151,13 @@ def _commands(way: "Way", planned: "MemoryPlan", data: Any) -> list[str]:
         join("train", "emulator", *rows, *batch, "-o", "adapter"),
         join("correct", "adapter", "-o", "corrected"),
     ]
-    if not planned.model.workload.train.learns_preferences:  # exact steps would undo what was learned
-        one_row = ["--batch-size", 1, "--accumulation", way.micro_batch * way.accumulation]
+    if way.name == POLISHED:
+        one_row = ["--batch-size", 1, "--accumulation", way.micro_batch * way.accumulation, *length]
         found.append(join("polish", "corrected", *rows, *one_row, "-o", "polished"))
     return found
 
 
-def _show_ways(planned: "MemoryPlan", data: Any) -> None:
+def _show_ways(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
     from emloc_core.memory.ways import ORDINARY
 
     click.echo(f"ways to tune within {human_bytes(planned.budget)}, with the same rows per step:")
@@ -168,7 +175,7 @@ def _show_ways(planned: "MemoryPlan", data: Any) -> None:
         click.echo("best: none fits")
     else:
         click.echo(f"best: {best.name}{'; no emulator is needed' if best.name == ORDINARY else ''}")
-        for line in _commands(best, planned, data):
+        for line in _commands(best, planned, asked):
             click.echo(f"  {line}")
         if measured := best.recovery:
             click.echo(f"  On three tasks of a small model that gave {measured.corrected:.2f} of what an ordinary LoRA "

@@ -142,7 +142,8 @@ def summary(request: Request, result: Result) -> list[str]:
     """Return the lines to print for a finished stage."""
     found = result.result
     if request.stage in ("compress", "cut"):
-        return [*_errors(found), *_spectra(getattr(request, "keep_spectra", None))]
+        calibration = result.manifest["request"]["settings"].get("calibration")
+        return [*_errors(found, calibration), *_spectra(getattr(request, "keep_spectra", None))]
     if request.stage in ("train", "polish"):
         lines = [
             f"{found['steps']} steps on {found['rows']} rows ({found['excluded_rows']} left out): "
@@ -203,7 +204,7 @@ def _print_scores(request: EvaluateRequest, result: Result) -> None:
         click.echo(line)
 
 
-def _errors(found: Mapping[str, Any]) -> list[str]:
+def _errors(found: Mapping[str, Any], calibration: str | None) -> list[str]:
     """Return lines with the relative errors of a finished emulator, per kind of Linear."""
     errors: dict[tuple[str, str], list[float]] = defaultdict(list)
     for linear in found["linears"]:
@@ -212,7 +213,8 @@ def _errors(found: Mapping[str, Any]) -> list[str]:
             errors[tower, kind].append(linear["relative_error"])
     names = short_names(list(dict.fromkeys(tower for tower, _ in errors)))
     kinds = [(f"{names[tower]} {kind}".strip(), of) for (tower, kind), of in errors.items()]
-    lines = ["relative output error on the calibration rows (mean, worst):"]
+    of = "error of the weights" if calibration == "none" else "output error on the calibration rows"
+    lines = [f"relative {of} (mean, worst):"]
     width = max((len(kind) for kind, _ in kinds), default=0)
     lines += [f"  {kind:<{width}} {sum(of) / len(of):.3f}  {max(of):.3f}" for kind, of in kinds]
     lines.append(f"base {human_bytes(found['bytes']['base'])} -> emulator {human_bytes(found['bytes']['emulator'])}")

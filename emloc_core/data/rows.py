@@ -75,6 +75,10 @@ class Row:
             return "text"
         return "prompt and completion" if isinstance(self.prompt, str) else "conversation"
 
+    def answers(self) -> tuple["Row", ...]:
+        """Return the row with each of its answers: with its own, and of a preference also with the rejected one."""
+        return (self,) if self.rejected is None else (self, replace(self, completion=self.rejected))
+
     @cached_property
     def key(self) -> str:
         """Return the SHA-256 of the row's content, in hex, independent of its position."""

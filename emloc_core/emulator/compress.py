@@ -207,11 +207,11 @@ class Compress:
                 cut_blocks(spectra, files, progress)
             else:
                 self._decomposition(plan, progress).run(files)
-            if spectra:
-                remove_at_once(spectra.directory)
             self._write_rows(staging)
             known = {"family": self.family.name, "coverage": self.coverage.describe()}
             self.output.result = {**known, **files.finish(self._tokens)}
+            if spectra:  # until here, a run that is interrupted resumes behind the first pass
+                remove_at_once(spectra.directory)
         return self.output.path
 
     def _allocated(self, spectra: Spectra) -> RankPlan:

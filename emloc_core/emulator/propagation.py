@@ -106,10 +106,10 @@ class PairedMoments:
     def gram_for(self, fitted: torch.Tensor, tap: Any = None) -> Gram:
         """Return the Gram that a Linear with the weight ``fitted`` and this tap is fitted to, on the emulator's inputs.
 
-        Without a tap, or with the family's own, it is the cheaper one.
+        Without a tap it is the cheaper one; a family's own tap captures inputs.
         """
-        side = tap if isinstance(tap, str) else cheaper_side(*fitted.shape)
-        return self.emulator if side == "input" else self.emulator.through(fitted)
+        side = cheaper_side(*fitted.shape) if tap is None else tap
+        return self.emulator.through(fitted) if side == "output" else self.emulator
 
 
 def _solved(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -115,9 +115,9 @@ def _emulator(_request: Manifest, settings: Manifest, result: Manifest) -> str:
         told += f", ratio {settings['ratio']}, ranks by `{settings.get('allocator')}`"
     told += f"; {result['bytes']['emulator']:,} of the base's {result['bytes']['base']:,} bytes"
     if errors:
-        rows = settings.get("samples")
-        mean, worst = sum(errors) / len(errors), max(errors)
-        told += f"; relative output error on {rows} calibration rows {mean:.3f} (mean), {worst:.3f} (worst)"
+        rows = f"relative output error on {settings.get('samples')} calibration rows"
+        of = "relative error of the weights" if settings.get("calibration") == "none" else rows
+        told += f"; {of} {sum(errors) / len(errors):.3f} (mean), {max(errors):.3f} (worst)"
     return f"{told}."
 
 

@@ -99,6 +99,8 @@ class Kind(ABC):
                 f"An emulator of the kind {self.name!r} has no {', '.join(given)}.",
                 "Leave that out, or choose another --kind.",
             )
+        if self.needs_bitsandbytes:
+            nf4.kernels()
         if settings.calibration == "none" and self.needs_rows:
             raise EmlocError(
                 f"An emulator of the kind {self.name!r} is fitted to rows.",

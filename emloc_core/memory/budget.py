@@ -150,11 +150,11 @@ def _one_row_hint(model: "MemoryModel", config: Path, budget: int) -> str | None
     """
     from emloc_core.kinds import RECOMMENDED
 
-    rows, settings = model.workload.batch_size * model.workload.train.accumulation, CompressSettings(kind=AUTO)
+    settings = CompressSettings(kind=AUTO)
     if model.workload.batch_size == 1:
         return None
-    alone = with_emulator(config, replace(model.workload, batch_size=1), settings, budget)
-    train = f"--batch-size 1 --accumulation {rows}"
+    alone = with_emulator(config, model.workload.one_row_at_a_time(), settings, budget)
+    train = f"--batch-size 1 --accumulation {model.workload.rows_per_step}"
     if alone.tuning().total <= budget:
         return f"With one row at a time an ordinary LoRA on the base fits: emloc train MODEL {train}"
     if RECOMMENDED.index(alone.kind.name) < RECOMMENDED.index(model.kind.name):
@@ -169,7 +169,7 @@ def no_fit(budget: int, advised: Iterable[str]) -> EmlocError:
 
 def nf4_saving(model: "MemoryModel") -> int:
     """Return the bytes saved by quantising the base's Linears to 4 bits (NF4)."""
-    linears = model.linears.parameters()[0]
+    linears = sum(linear.numbers for linear in model.linears.candidates)  # fused experts are no Linears to it
     return int(linears * (model.dtype.itemsize - _NF4))
 
 

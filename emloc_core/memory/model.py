@@ -335,7 +335,8 @@ class MemoryModel:
     def _shape_inputs(self) -> dict[str, Any]:
         workload = self.workload
         # Rows of a batch differ in length, so attention needs a mask; a single row needs none.
-        inputs = {"rows": workload.batch_size, "length": workload.length, "padded": workload.batch_size > 1}
+        rows = workload.batch_size * workload.sequences_per_row
+        inputs = {"rows": rows, "length": workload.length, "padded": rows > 1}
         if self.image is None:
             return inputs
         tokens = workload.images * self.image.tokens

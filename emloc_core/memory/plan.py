@@ -10,7 +10,7 @@ from emloc_core.memory import stages
 from emloc_core.memory.budget import advice, largest_ratio
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.speed import Speed
-from emloc_core.memory.ways import EMULATOR, ORDINARY, Way, best, ways
+from emloc_core.memory.ways import ORDINARY, Way, best, ways
 from emloc_core.units import human_bytes
 
 
@@ -59,7 +59,7 @@ class MemoryPlan:
     @property
     def _stage_one(self) -> str | None:
         need = next(need.total for need in self.needs if need.stage == "compress")
-        if need <= self.budget or self.best is None or self.best.name != EMULATOR:
+        if need <= self.budget or self.best is None or self.best.kind is None:
             return None
         where = ": run it with --device cpu, in the machine's memory" if self.model.workload.device == "cuda" else ""
         return f"making the emulator (compress) needs {human_bytes(need)}, more than the memory for tuning{where}"

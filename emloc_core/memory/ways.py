@@ -5,7 +5,7 @@ are accumulated one row at a time instead: activations take less memory, and the
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from emloc_core.exact.need import Positions, step_need
@@ -18,7 +18,7 @@ from emloc_core.memory.speed import Speed
 
 #: From this ratio on, more room for the emulator is worth less than a larger batch.
 _ENOUGH = 0.8
-ORDINARY, EMULATOR, EXACT = "LoRA on the base", "emulator, then polish", "exact steps"
+ORDINARY, EMULATOR, POLISHED, EXACT = "LoRA on the base", "emulator", "emulator, then polish", "exact steps"
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,11 @@ def ways(model: MemoryModel, budget: int, speed: Speed | None = None) -> list[Wa
         The ways, in order of preference: the base itself, emulators, exact steps. Emulators of the recommended kinds
         come first, up to the first that fits, and then that of the planned kind.
     """
-    rows = model.workload.batch_size * model.workload.train.accumulation
-    forward, weights = arithmetic.forward(model), model.parameters() * model.dtype.itemsize
+    rows, sequences = model.workload.rows_per_step, model.workload.sequences_per_row
+    forward, weights = sequences * arithmetic.forward(model), model.parameters() * model.dtype.itemsize
     passes = 3 if model.workload.train.gradient_checkpointing else 2  # forward, perhaps once more, and backward
-    exact = _exact_need(model, rows)
+    # Exact steps know the likelihood of answers alone: they would undo what was learned from preferences.
+    exact = 0 if model.workload.train.learns_preferences else _exact_need(model, rows)
 
     def way(name: str, need: int, micro_batch: int, **other: Any) -> Way:
         flops = float(rows * passes * forward)
@@ -88,7 +89,7 @@ def ways(model: MemoryModel, budget: int, speed: Speed | None = None) -> list[Wa
 
     sizes = [model]  # the batch at once, and one row at a time
     if model.workload.batch_size > 1:
-        sizes.append(model.with_workload(replace(model.workload, batch_size=1)))
+        sizes.append(model.with_workload(model.workload.one_row_at_a_time()))
 
     def ordinary() -> Way:
         for of in sizes:
@@ -102,11 +103,11 @@ def ways(model: MemoryModel, budget: int, speed: Speed | None = None) -> list[Wa
         sized = {"kind": of.kind.name, "ratio": ratio if of.kind.has_ratio else None}
         making = arithmetic.compress(of, plan)
         cost = {
-            "flops": float(rows * passes * arithmetic.forward(of, plan)),
+            "flops": float(rows * passes * sequences * arithmetic.forward(of, plan)),
             "compress_flops": float(sum(making)),
             "compress_seconds": speed.seconds(making.own, weights, making.single) if speed else None,
         }
-        return way(EMULATOR, max(need, exact), of.workload.batch_size, **cost, **sized)
+        return way(POLISHED if exact else EMULATOR, max(need, exact), of.workload.batch_size, **cost, **sized)
 
     emulators: list[Way] = []
     for name in RECOMMENDED:
@@ -118,7 +119,7 @@ def ways(model: MemoryModel, budget: int, speed: Speed | None = None) -> list[Wa
     if model.kind.name not in [each.kind for each in emulators]:
         emulators.append(emulator(*_sized(sizes, budget)))
     streamed = {"read_bytes": 2 * weights, "flops": float(rows * 3 * forward)}
-    return [ordinary(), *emulators, way(EXACT, exact, 1, **streamed)]
+    return [ordinary(), *emulators, *([way(EXACT, exact, 1, **streamed)] if exact else [])]
 
 
 def best(found: Sequence[Way]) -> Way | None:

@@ -1,7 +1,7 @@
 """The workload to plan for; by default stage 2's batch size, TRL's maximum length and one image."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ class Workload:
     """The batch, and how it is trained on.
 
     Attributes:
-        batch_size: rows per batch.
+        batch_size: rows per forward pass.
         length: tokens per row, including image tokens.
         images: images per row; if the vision tower takes one size only, tiles of that size.
         image_size: height and width of images in pixels; None: see :func:`emloc_core.model.image_shape.image_shape`.
@@ -38,6 +38,21 @@ class Workload:
     train: TrainSettings = field(default_factory=TrainSettings)
     device: Literal["cuda", "cpu"] = "cuda"
     image_size: tuple[int, int] | None = None
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows per optimiser step."""
+        return self.batch_size * self.train.accumulation
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences that a row is: with preferences, one with the chosen answer and one with the rejected one."""
+        return 2 if self.train.learns_preferences else 1
+
+    def one_row_at_a_time(self) -> "Workload":
+        """Return it with as many rows per step, whose gradients are accumulated one by one."""
+        train = self.train.model_copy(update={"batch_size": 1, "accumulation": self.rows_per_step})
+        return replace(self, batch_size=1, train=train)
 
 
 def make_workload(
@@ -75,15 +90,15 @@ def make_workload(
     if data is not None:
         rows = load_rows(data, split)
         processing = load_processing(config_file.parent, family, rows)
-        length, counted, largest = _measure((tokenize(row, processing, length, limits) for row in rows), config)
+        answers = [row for each in rows for row in (each.answers() if train.learns_preferences else (each,))]
+        length, counted, largest = _measure((tokenize(row, processing, length, limits) for row in answers), config)
         if images is None and image_size is None and largest is not None:
             image_size = largest
             length = max(length, counted * image_shape(config_file, config, image_size).tokens + 1)
     if length is not None and limit is not None and length > limit:
         raise EmlocError(f"The model takes {limit} tokens, not {length}.", f"Give a length of at most {limit}.")
     length = length or min(LENGTH, limit or LENGTH)
-    sequences = train.batch_size * (2 if train.learns_preferences else 1)  # a chosen and a rejected answer each
-    return Workload(sequences, length, counted if images is None else images, train, device, image_size)  # type: ignore[arg-type]
+    return Workload(train.batch_size, length, counted if images is None else images, train, device, image_size)  # type: ignore[arg-type]
 
 
 def _measure(samples: Iterable[Sample], config: Any) -> tuple[int, int, tuple[int, int] | None]:

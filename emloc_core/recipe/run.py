@@ -153,7 +153,7 @@ def _controls(train: TrainSettings, polish: PolishSettings | None) -> Iterable[t
     if polish is None:
         return
     # Steps from scratch need the learning rate of tuning; that of polishing is for a LoRA that is nearly done.
-    steps = polish.model_dump(exclude_unset=True, exclude={"learning_rate"}) | {"steps": polish.steps, "epochs": None}
+    steps = polish.model_dump(exclude={"learning_rate"}) | {"epochs": None}
     alone = TrainSettings(**{**train.model_dump(), **steps})
     yield "exact_alone", "take the exact steps alone, as a control", {"settings": alone, "exact": True}
     if train.steps:

@@ -1,7 +1,6 @@
 """Rows of preferences as the dataset that TRL's DPO trains on: prompt, chosen and rejected answer."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -53,7 +52,7 @@ def preference_dataset(
     limits = Limits.of(config)
     kept, sizes = [], []
     for row in tqdm(rows, desc="Reading rows", unit=" rows", delay=1):
-        pair = [tokenize(each, processing, max_length, limits) for each in (row, replace(row, completion=row.rejected))]
+        pair = [tokenize(each, processing, max_length, limits) for each in row.answers()]
         if all(any(sample.completion_mask) for sample in pair):
             kept.append(row)
             sizes.append(RowSize(sum(len(sample.input_ids) for sample in pair)))

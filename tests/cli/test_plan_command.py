@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 from emloc_llama import LLAMA
 from emloc_qwen import QWEN_VL
 from support.models import save_tiny_model
+from support.planned import workload
 from transformers import AutoConfig, AutoTokenizer
 
 from emloc_core.algorithms import nf4
@@ -126,7 +127,7 @@ def test_a_low_ratio_is_a_warning_and_one_row_at_a_time_makes_room(shallow_model
     assert emulator["ratio"] > found["ratio"]
     shown = run("plan", shallow_model, "--length", 64, "--batch-size", 8, "--memory", budget).stdout
     assert "best: LoRA on the base; no emulator is needed" in shown
-    assert f"emloc train {shallow_model} --data train.jsonl --batch-size 1 --accumulation 8 -o adapter" in shown
+    assert f"emloc train {shallow_model} --data train.jsonl --batch-size 1 --accumulation 8 --max-length 64" in shown
 
 
 def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> None:
@@ -149,9 +150,9 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
         first = lines.index("best: emulator, then polish") + 1
         assert lines[first : first + 4] == [
             f"emloc compress {shallow_model} --data train.jsonl --kind {kind}{size} -o emulator",
-            "emloc train emulator --data train.jsonl -o adapter",
+            "emloc train emulator --data train.jsonl --batch-size 1 --max-length 16 -o adapter",
             "emloc correct adapter -o corrected",
-            "emloc polish corrected --data train.jsonl --batch-size 1 --accumulation 1 -o polished",
+            "emloc polish corrected --data train.jsonl --batch-size 1 --accumulation 1 --max-length 16 -o polished",
         ]
         told = measured(kind, best["ratio"])
         assert best["recovery"] == (told and told._asdict())
@@ -168,6 +169,40 @@ def test_a_first_stage_that_needs_more_than_tuning_is_a_warning(
             "emloc_core.memory.stages.compress", lambda *_, n=beyond: Need("compress", {"weights": int(budget) + n})
         )
         assert ("run it with --device cpu" in run("plan", shallow_model, *options).stdout) == warned
+
+
+def test_the_commands_have_the_workload_that_was_planned(shallow_model: Path) -> None:
+    options = ("--length", 48, "--batch-size", 2, "--lora-rank", 4, "--no-gradient-checkpointing", "--memory")
+    shown = run("plan", shallow_model, *options, "4GiB").stdout
+    how = "--batch-size 2 --no-gradient-checkpointing --lora-rank 4 --max-length 48"
+    assert f"emloc train {shallow_model} --data train.jsonl {how} -o adapter\n" in shown
+
+
+def test_preferences_are_planned_by_rows_of_two_answers(shallow_model: Path) -> None:
+    options = ("--length", 32, "--batch-size", 4, "--kind", "nf4", "--memory")
+    answers = plan(shallow_model, *options, "4GiB")
+    pairs = plan(shallow_model, *options, "4GiB", "--method", "dpo")
+    assert pairs["workload"]["batch_size"] == answers["workload"]["batch_size"] == 4
+    assert {way["name"] for way in pairs["ways"]} == {"LoRA on the base", "emulator"}
+    doubled = plan(shallow_model, "--length", 32, "--batch-size", 8, "--kind", "nf4", "--memory", "4GiB")
+    assert pairs["ways"][0]["bytes"] == doubled["ways"][0]["bytes"] > answers["ways"][0]["bytes"]
+    tight = pairs["ways"][1]["bytes"] - 1
+    shown = run("plan", shallow_model, *options, tight, "--method", "dpo").stdout
+    assert "--data train.jsonl --batch-size 1 --accumulation 4 --method dpo --max-length 32" in shown
+
+
+def test_one_row_at_a_time_counts_the_gradients_that_are_accumulated(shallow_model: Path) -> None:
+    load = workload(batch=4, length=16)
+    whole, alone = (MemoryModel(shallow_model / "config.json", each) for each in (load, load.one_row_at_a_time()))
+    assert (alone.workload.batch_size, alone.workload.rows_per_step) == (1, whole.workload.rows_per_step)
+    assert alone.tuning() == MemoryModel(shallow_model / "config.json", workload(1, 16, accumulation=4)).tuning()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("nf4", "has no ratio"), ("1.6-bit+repair", "at most"), ("auto", "no ratio")]
+)
+def test_a_ratio_that_compress_would_refuse_is_not_planned(kind: str, said: str, shallow_model: Path) -> None:
+    assert said in refused("plan", shallow_model, "--length", 16, "--ratio", 0.8, "--kind", kind, "--memory", "1GiB")
 
 
 def test_without_bitsandbytes_weights_on_few_levels_are_recommended(
@@ -202,9 +237,9 @@ def test_compress_says_what_one_row_at_a_time_leaves_room_for(rows_file: Path, t
     wide = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 1024}
     model = save_tiny_model(LLAMA.tiny_configs[0] | wide, tmp_path / "wide")
     config = model / "config.json"
-    alone = MemoryModel(config, make_workload(config, TrainSettings(batch_size=1), data=str(rows_file)))
+    alone = MemoryModel(config, make_workload(config, TrainSettings(batch_size=1, accumulation=2), data=str(rows_file)))
     options = ("compress", model, "--data", rows_file, "-o", tmp_path / "emulator", "--dry-run", "--batch-size", 2)
-    four_bits = tuning_need(model, 0.5, data=rows_file, kind="nf4", batch_size=1)
+    four_bits = tuning_need(model, 0.5, data=rows_file, kind="nf4", batch_size=1, accumulation=2)
     for budget, said in {four_bits: "nf4 fits", alone.tuning().total: "an ordinary LoRA on the base fits"}.items():
         result = run(*options, "--memory", str(budget))
         assert result.exception is None, result.exception

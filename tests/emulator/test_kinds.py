@@ -1,6 +1,7 @@
 """Every kind of emulator, from its files to the merged model; and what is particular to each."""
 
 import json
+import sys
 from itertools import product
 
 import pytest
@@ -23,7 +24,9 @@ from emloc_core.conformance.stages import adapter_keys, correction, merge, ties,
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
-from emloc_core.errors import EmlocError
+from emloc_core.emulator.decompose import Decomposition
+from emloc_core.emulator.files import EmulatorFiles
+from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.files.pretrained import load_lora
@@ -426,3 +429,32 @@ def test_a_dry_run_says_what_becomes_of_weights(kind, told, tiny_model, rows_fil
     )  # fmt: skip
     line = next(line for line in out.splitlines() if "k_proj" in line)
     assert (code, line.partition(" -> ")[2]) == (0, told)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "low-rank-nf4", "1.6-bit+repair"])
+def test_without_bitsandbytes_a_kind_that_needs_it_is_refused_before_the_work(
+    kind, tiny_model, rows_file, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    settings = CompressSettings(kind=kind, samples=8)
+    with pytest.raises(EmlocError, match=r"emloc\[quant\]"):
+        Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "made", settings)
+
+
+def test_a_full_disk_at_the_end_does_not_cost_the_first_pass(tiny_model, rows_file, tmp_path, monkeypatch):
+    settings = CompressSettings(kind="low-rank-nf4", samples=8, selection=4)
+    rows = load_rows(str(rows_file))
+
+    def full(*_args):
+        raise DiskFullError("The disk is full.", "Free some space.")
+
+    passes = []
+    decompose = Decomposition.run
+    monkeypatch.setattr(Decomposition, "run", lambda *args: (passes.append(1), decompose(*args))[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(EmulatorFiles, "finish", full)
+        with pytest.raises(DiskFullError):
+            Compress(Checkpoint(tiny_model), rows, tmp_path / "made", settings).run()
+    made = Compress(Checkpoint(tiny_model), rows, tmp_path / "made", settings).run()
+    assert len(passes) == 1
+    assert not (made / "spectra").exists()

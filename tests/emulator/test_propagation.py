@@ -100,6 +100,17 @@ def test_the_gram_is_that_of_the_cheaper_side(shape):
         assert torch.allclose(gram.matrix, x.T @ x, atol=1e-9)
 
 
+def test_a_tap_of_the_family_captures_inputs():
+    """Kinds that round take the Gram for that of the inputs, whatever its shape says."""
+    x = torch.randn(40, 6, dtype=torch.float64)
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    moments = PairedMoments([weight], torch.float64)
+    moments.add(x, x)
+    assert moments.gram_for(weight, lambda _module, args, _output: args[0]).side == "input"
+    assert moments.gram_for(weight, "input").side == "input"
+    assert moments.gram_for(weight, "output").side == "output"
+
+
 def logits(model, samples):
     with torch.no_grad():
         return torch.cat([model(**sample.inputs("cpu")).logits[0] for sample in samples])

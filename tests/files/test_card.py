@@ -32,6 +32,19 @@ def test_a_scaled_lora_is_not_called_kept_as_it_was():
     assert "no correction did better" in kept
 
 
+@pytest.mark.parametrize(("calibration", "of"), [("none", "of the weights"), ("base", "on 64 calibration rows")])
+def test_an_error_is_of_what_was_measured(calibration, of):
+    emulator = {
+        "kind": "emulator",
+        "inputs": {"base": "organisation/model"},
+        "request": {"settings": {"kind": "nf4", "samples": 64, "calibration": calibration}},
+        "result": {"linears": [{"relative_error": 0.25}], "bytes": {"base": 8, "emulator": 2}},
+    }
+    text = card(emulator, [], "AutoModelForCausalLM")
+    assert ("relative error of the weights 0.250" in text) == (calibration == "none")
+    assert of in text
+
+
 @pytest.mark.parametrize(
     "manifest",
     [

@@ -176,6 +176,14 @@ def test_polish_comes_before_merging_and_is_compared_at_equal_totals(write):
     assert compared[-5:] == ["base+corrected", "base+polished", "full_lora", "exact_alone", "full_lora_60"]
 
 
+def test_the_exact_steps_of_the_control_are_those_of_polishing(write):
+    shape = "full_lora = true\n[train]\nsteps = 40\nbatch_size = 2\nmax_length = 64\n[polish]\nsteps = 5\n"
+    planned = {stage.name: stage.request for stage in stages(load_recipe(write(shape)))}
+    polish, alone = planned["polished"].settings, planned["exact_alone"].settings
+    differing = {name for name in type(polish).model_fields if getattr(polish, name) != getattr(alone, name)}
+    assert differing <= {"learning_rate"}
+
+
 def test_polish_after_epochs_has_no_longer_control(write):
     planned = [stage.name for stage in stages(load_recipe(write("full_lora = true\n[train]\nepochs = 2\n[polish]\n")))]
     assert "exact_alone" in planned

@@ -106,14 +106,15 @@ def test_one_is_shown_at_a_time(own):
 
 def test_a_plan_is_that_of_the_memory_model(own, tmp_path):
     budget = 635_600_000
-    (planned,) = json.loads(run("plan", "zoo-test/one", "--registry", own, "--memory", budget, "--json"))["models"]
+    how = ["--registry", own, "--memory", budget, "--kind", "low-rank", "--json"]
+    (planned,) = json.loads(run("plan", "zoo-test/one", *how))["models"]
     (tmp_path / "config.json").write_text(json.dumps(read_entry(own / "one.toml").config))
     train = TrainSettings(batch_size=1)
     model = MemoryModel(tmp_path / "config.json", Workload(1, 64, train=train))
     found = largest_ratio(model, budget)
     assert planned["inference"] == model.inference().total
     assert planned["lora"] == model.tuning().total
-    assert planned["ratio"] == found.ratio
+    assert (planned["kind"], planned["ratio"]) == ("low-rank", found.ratio)
     assert planned["tuning"] == found.need.total <= budget
     assert planned["emulator"] == model.weight_bytes(found.ratio)
     assert planned["parameters"] == model.parameters()
@@ -130,11 +131,11 @@ def test_batch_and_length_are_the_presets_or_the_users(own):
 def test_a_table_says_where_nothing_fits_and_where_no_emulator_is_needed(own):
     table = run("plan", "zoo-test/one", "--registry", own, "--memory", "1MB")
     (row,) = (line for line in table.split("\n") if "zoo-test/one" in line)
-    assert row.split()[-3:] == ["-", "-", "-"]
+    assert row.split()[-4:] == ["-", "-", "-", "-"]
     assert "no emulator's tuning fits" in table
     table = run("plan", "zoo-test/one", "--registry", own, "--memory", "24GiB")
     assert "EMLoC in 24GiB" in table
-    assert "0.99*" in table
+    assert "nf4*" in table
     assert "a LoRA on the model itself fits too" in table
 
 
