@@ -39,6 +39,24 @@ class CutSettings(Settings):
     """The size of an emulator, and how it is distributed."""
 
     ratio: float | None = Field(
+        None, gt=0, lt=1, description="Fraction of the compressed Linears' parameters to keep, 0.6 by default."
+    )
+    allocator: str | None = Field(
+        None,
+        description="Rank allocator: 'uniform', the default, uses the same ratio everywhere, as in the paper; 'global' "
+        "gives more rank to Linears whose error disturbs their block more, within the same parameter count. Plugins can "
+        "add others.",
+    )
+
+
+#: Calibration rows that every kind takes at least, where the user does not say.
+SAMPLES = 64
+
+
+class CompressSettings(CutSettings):
+    """How an emulator is made."""
+
+    ratio: float | None = Field(
         None,
         gt=0,
         lt=1,
@@ -52,15 +70,6 @@ class CutSettings(Settings):
         "rank to Linears whose error disturbs their block more, within the same parameter count, and is the default of "
         "low-rank and low-rank-nf4 with propagated calibration. Plugins can add others.",
     )
-
-
-#: Calibration rows that every kind takes at least, where the user does not say.
-SAMPLES = 64
-
-
-class CompressSettings(CutSettings):
-    """How an emulator is made."""
-
     kind: str = Field(
         "low-rank",
         description="Kind of emulator: 'low-rank', factors as in the paper; 'nf4', weights in four bits as in QLoRA, "
