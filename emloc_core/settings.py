@@ -44,8 +44,8 @@ class CutSettings(Settings):
     allocator: str | None = Field(
         None,
         description="Rank allocator: 'uniform', the default, uses the same ratio everywhere, as in the paper; 'global' "
-        "gives more rank to Linears whose error disturbs their block more, within the same parameter count. Plugins can "
-        "add others.",
+        "gives more rank to Linears whose error disturbs their block more, within the same parameter count. Plugins "
+        "can add others.",
     )
 
 
