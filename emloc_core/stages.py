@@ -80,7 +80,7 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
         if isinstance(error, EmlocError) or not is_out_of_memory(error):
             raise
         raise EmlocError(
-            f"Memory ran out ({first_line(error)}).",
+            f"Out of memory ({first_line(error)}).",  # jobs are retried by these words
             "The same command resumes. Free memory first, or use another --device, fewer or shorter rows.",
             code="memory",
             resumable=True,

@@ -8,6 +8,7 @@ from support.paths import ROOT
 
 from emloc_core.errors import CODES, EmlocError, first_line, printable, typed_line
 from emloc_core.stages import finish
+from emloc_core.zoo.jobs.faults import classify
 
 
 @pytest.mark.parametrize(
@@ -43,9 +44,10 @@ class Job:
     ],
 )
 def test_a_stage_that_runs_out_of_memory_says_so_and_resumes(error):
-    with pytest.raises(EmlocError, match=r"Memory ran out .* The same command resumes") as caught:
+    with pytest.raises(EmlocError, match=r"Out of memory .* The same command resumes") as caught:
         finish("compress", Job(error))
     assert (caught.value.code, caught.value.resumable) == ("memory", True)
+    assert classify(EmlocError(str(caught.value))) == "out of memory"  # also where the cause was left in a process
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), EmlocError("NaN in a weight.", code="not-finite")])

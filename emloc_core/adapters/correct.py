@@ -51,7 +51,7 @@ class Candidate(NamedTuple):
 
 
 #: What ``auto`` compares; the first leaves the adapter as it is.
-AUTO = (
+CANDIDATES = (
     *(Candidate(clamp) for clamp in (0, 0.3, 1, 3)),
     *(Candidate(0, scale) for scale in (0.85, 1.15, 1.3, 1.5, 2, 3)),
 )
@@ -195,7 +195,7 @@ class Correct:
     def _candidates(self) -> tuple[Candidate, ...]:
         clamp = self.settings.clamp
         if clamp == "auto":
-            return AUTO
+            return CANDIDATES
         return (Candidate(None if clamp == "none" else clamp),)
 
     def _correct(self, path: str, weight: torch.Tensor, lora: Lora, compared: tuple[Candidate, ...]) -> list[Lora]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from emloc_core.adapters.correct import AUTO
+from emloc_core.adapters.correct import CANDIDATES
 from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO
@@ -149,9 +149,9 @@ def correct(model: MemoryModel, plan: RankPlan, *, auto: bool = True) -> Need:
     if auto:
         blocks, outside = _units(model)
         held = [numbers + max(map(factors, plan.in_block(path)), default=0) for path, numbers in blocks.items()]
-        weights, copies = max(outside, *held), 1 + len({candidate.clamp for candidate in AUTO} - {0})
+        weights, copies = max(outside, *held), 1 + len({candidate.clamp for candidate in CANDIDATES} - {0})
         logits = model.workload.length * model.config.get_text_config().vocab_size
-        waiting = model.method.settings.selection * len(AUTO) * _waiting(model)
+        waiting = model.method.settings.selection * len(CANDIDATES) * _waiting(model)
         other = {"activations": waiting, "logits": logits * (itemsize + 2 * 4)}
     else:
         weights = max(each.out_features * each.in_features + factors(each) for each in plan.linears)

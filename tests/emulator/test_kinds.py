@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import WEIGHTS, Adapter
-from emloc_core.adapters.correct import AUTO, Correct
+from emloc_core.adapters.correct import CANDIDATES, Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.algorithms import feedback, nf4
 from emloc_core.algorithms.factorize import factorize
@@ -107,7 +107,9 @@ def test_it_trains_is_corrected_and_merges(made, tiny_model, tmp_path):
 def test_the_clamp_is_chosen(made, tiny_model, tmp_path):
     _, _, adapter = made
     output = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings()).run()
-    assert [(each["clamp"], each["scale"]) for each in read_manifest(output)["result"]["candidates"]] == list(AUTO)
+    assert [(each["clamp"], each["scale"]) for each in read_manifest(output)["result"]["candidates"]] == list(
+        CANDIDATES
+    )
 
 
 def test_what_is_planned_is_what_is_written(made, tiny_model, rows_file, tmp_path):

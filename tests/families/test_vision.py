@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 import emloc_core.tuning.train as stage
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import AUTO, Correct
+from emloc_core.adapters.correct import CANDIDATES, Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode, load_processing
@@ -210,7 +210,7 @@ def test_an_adapter_is_carried_over_and_merged_in_both_towers(base, emulator, ad
     expected = logits(carried, base, rows)
     if clamp == "auto":
         result = read_manifest(corrected)["result"]
-        assert [entry["rows"] for entry in result["candidates"]] == [8] * len(AUTO)
+        assert [entry["rows"] for entry in result["candidates"]] == [8] * len(CANDIDATES)
         # The loss of the uncorrected adapter, measured by streaming, is that of the base with it in memory.
         kept = load_rows(str(emulator / "selection.jsonl"))
         assert result["candidates"][0]["nll"] == pytest.approx(nll(load(base, adapter), base, kept), rel=1e-4)
