@@ -375,14 +375,14 @@ def plan(  # noqa: PLR0913 - all by keyword
     budget = parse_bytes(memory) if memory is not None else None
     train = _train_settings(settings)
     size = parse_size(image_size) if image_size is not None else None
+    if kind == AUTO and ratio is not None:
+        raise EmlocError("The kind 'auto' is chosen by the memory, with its ratio.", "Give a kind, or no ratio.")
     with config_of(fspath(model), with_tokenizer=data is not None) as file:
         workload = make_workload(
             file, train, device, length=length, images=images, image_size=size, data=data, split=split
         )
         speed = measure_speed(device, file.parent) if measure else None
         usual = AUTO if ratio is None else CompressSettings().kind
-        if kind == AUTO and ratio is not None:
-            raise EmlocError("The kind 'auto' is chosen by the memory, with its ratio.", "Give a kind, or no ratio.")
         memory_model = with_emulator(file, workload, CompressSettings(kind=kind or usual), budget)
         if ratio is not None:
             memory_model.kind.check(CompressSettings(kind=memory_model.kind.name, ratio=ratio))

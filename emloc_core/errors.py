@@ -60,7 +60,7 @@ class DiskFullError(EmlocError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception, of Python or of torch, says that memory ran out."""
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds(error):
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in class_names(error):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
@@ -68,7 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(phrase in said for phrase in _NO_MEMORY)
 
 
-def kinds(error: BaseException) -> set[str]:
+def class_names(error: BaseException) -> set[str]:
     """Return the names of an exception's classes: torch and click need not be imported to know theirs."""
     return {kind.__name__ for kind in type(error).__mro__}
 

@@ -73,6 +73,7 @@ class CompressRequest(Request):
     def _one_size(self) -> Self:
         if self.memory is not None and "ratio" in self.settings.model_fields_set:
             raise ValueError("ratio and memory both set the emulator's size; give one of them")
+        _require_use(self.tuning, "memory", used=self.memory is not None)
         return self
 
 
@@ -119,8 +120,7 @@ class TrainRequest(Request):
 
     @model_validator(mode="after")
     def _limits_are_used(self) -> Self:
-        if self.limits.model_fields_set and not self.exact:
-            raise ValueError(f"{' and '.join(sorted(self.limits.model_fields_set))} can be given for exact steps only")
+        _require_use(self.limits, "exact", used=self.exact)
         return self
 
 
@@ -227,6 +227,13 @@ def make_request(stage: str, settings: Mapping[str, Any] | None = None, **conten
         kind_of_settings: Any = kind.model_fields["settings"].annotation
         content["settings"] = _validated(kind_of_settings, settings, stage)
     return _validated(kind, content, stage)
+
+
+def _require_use(settings: Settings, owner: str, *, used: bool) -> None:
+    """Refuse settings that are given, but not what they are for."""
+    given = sorted(settings.model_fields_set)
+    if given and not used:
+        raise ValueError(f"{' and '.join(given)} {'needs' if len(given) == 1 else 'need'} {owner}")
 
 
 def _validated(kind: type[BaseModel], values: Mapping[str, Any], stage: str) -> Any:

@@ -265,8 +265,8 @@ class Correct:
         def visit(unit: str) -> Any:
             return adapted([path for path in loras if path == unit or path.startswith(f"{unit}.")])
 
-        forwards = [summed_loss(self.skeleton, sample) for _ in compared for sample in self.samples]
-        results = torch.stack(stream.run(forwards, visit)).reshape(len(compared), rows, 2)
+        forwards = [summed_loss(self.skeleton, sample) for sample in self.samples]
+        results = torch.stack(stream.run(forwards * len(compared), visit)).reshape(len(compared), rows, 2)
         return candidates, results
 
     def _result(self, compared: tuple[Candidate, ...], chosen: int, losses: torch.Tensor | None) -> dict[str, Any]:

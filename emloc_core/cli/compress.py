@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run
-from emloc_core.cli.options import data, device, given, options, require_owner
+from emloc_core.cli.options import data, device, given, options
 from emloc_core.cli.stage import run
 from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
@@ -40,6 +40,5 @@ def command(memory: str | None, dry_run: bool, as_json: bool, **options: Any) ->
     """
     settings, content = given(CompressSettings, options)
     tuning, content = given(TrainSettings, content)
-    require_owner(tuning, "--memory", present=memory is not None)
     request = make_request("compress", settings, memory=memory, tuning=tuning, **content)
     run(request, dry_run=dry_run, to_json=as_json)

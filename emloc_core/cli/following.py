@@ -41,15 +41,15 @@ def following(request: Request, result: Result) -> list[str]:
             found = [join("plan", output, "--memory", "24GiB")]
         case CompressRequest(data=data, tuning=tuning):
             how = flags(tuning.model_dump(exclude_unset=True))
-            found = [join("train", output, "--data", _rows(data), *how, "-o", _beside(output, "adapter"))]
+            found = [join("train", output, *rows(data), *how, "-o", _beside(output, "adapter"))]
         case CutRequest():
-            found = [join("train", output, "--data", _rows(None), "-o", _beside(output, "adapter"))]
+            found = [join("train", output, *rows(None), "-o", _beside(output, "adapter"))]
         case TrainRequest(model=model) if _is_emulator(model):
             found = [join("correct", output, "-o", _beside(output, "corrected"))]
         case TrainRequest() | PolishRequest():
             found = [chat, merge]
         case CorrectRequest(adapter=adapter):
-            polish = join("polish", output, "--data", "train.jsonl", "-o", _beside(output, "polished"))
+            polish = join("polish", output, *rows(None), "-o", _beside(output, "polished"))
             found = [chat, *([] if learned_preferences(adapter) else [polish]), merge]
         case MergeRequest():
             found = [chat]
@@ -59,8 +59,9 @@ def following(request: Request, result: Result) -> list[str]:
     return found
 
 
-def _rows(data: Any) -> str:
-    return data if isinstance(data, str) else "train.jsonl"
+def rows(data: Any) -> list[str]:
+    """Return the option for rows: those of one source by name, or else a file to put there."""
+    return ["--data", data if isinstance(data, str) else "train.jsonl"]
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:

@@ -160,22 +160,6 @@ def _uncapitalised(text: str | None) -> str:
     return f"{text[0].lower()}{text[1:]}" if text else ""
 
 
-def require_owner(values: Mapping[str, Any], owner: str, *, present: bool) -> None:
-    """Refuse options that were given without the option that they belong to.
-
-    Args:
-        values: what was given, by field.
-        owner: the option that they belong to, such as ``--exact``.
-        present: whether that was given.
-
-    Raises:
-        EmlocError: names the first of them.
-    """
-    if values and not present:
-        name = next(iter(values)).replace("_", "-")
-        raise EmlocError(f"--{name} needs {owner}.", "Give both or neither.")
-
-
 def given(model: type[BaseModel], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a command's values into the settings that the user gave, and the rest.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json
-from emloc_core.cli.following import flags, join
+from emloc_core.cli.following import flags, join, rows
 from emloc_core.cli.options import data as data_option
 from emloc_core.cli.options import given, options
 from emloc_core.memory.budget import no_fit
@@ -134,8 +134,7 @@ def _commands(way: "Way", planned: "MemoryPlan", asked: Mapping[str, Any]) -> li
     """Return the commands of a way to tune, with what the plan was asked for."""
     from emloc_core.memory.ways import EXACT, ORDINARY, POLISHED
 
-    rows = ["--data", asked["data"] if isinstance(asked["data"], str) else "train.jsonl"]
-    rows += ["--split", asked["split"]] if asked["split"] != "train" else []
+    data = [*rows(asked["data"]), *(["--split", asked["split"]] if asked["split"] != "train" else [])]
     length = ["--max-length", asked["length"]] if asked["length"] else []
     usual, given = TrainSettings(), planned.model.workload.train.model_dump(exclude_unset=True)
     shape = {"batch_size": way.micro_batch, "accumulation": way.accumulation}
@@ -144,16 +143,16 @@ def _commands(way: "Way", planned: "MemoryPlan", asked: Mapping[str, Any]) -> li
     batch += [*flags(other), *length]
     if way.name in (EXACT, ORDINARY):
         exact = ["--exact"] if way.name == EXACT else []
-        return [join("train", planned.name, *rows, *exact, *batch, "-o", "adapter")]
+        return [join("train", planned.name, *data, *exact, *batch, "-o", "adapter")]
     size = ["--ratio", f"{way.ratio:g}"] if way.ratio is not None else []
     found = [
-        join("compress", planned.name, *rows, "--kind", way.kind, *size, "-o", "emulator"),
-        join("train", "emulator", *rows, *batch, "-o", "adapter"),
+        join("compress", planned.name, *data, "--kind", way.kind, *size, "-o", "emulator"),
+        join("train", "emulator", *data, *batch, "-o", "adapter"),
         join("correct", "adapter", "-o", "corrected"),
     ]
     if way.name == POLISHED:
         one_row = ["--batch-size", 1, "--accumulation", way.micro_batch * way.accumulation, *length]
-        found.append(join("polish", "corrected", *rows, *one_row, "-o", "polished"))
+        found.append(join("polish", "corrected", *data, *one_row, "-o", "polished"))
     return found
 
 

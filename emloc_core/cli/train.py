@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run, push
-from emloc_core.cli.options import TRAIN_FLAGS, evaluated, evaluation, given, options, pairs, require_owner, rows
+from emloc_core.cli.options import TRAIN_FLAGS, evaluated, evaluation, given, options, pairs, rows
 from emloc_core.cli.stage import run
 from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
@@ -38,7 +38,6 @@ def command(push: str | None, dry_run: bool, as_json: bool, extra: tuple[str, ..
     """
     settings, content = given(TrainSettings, options)
     limits, content = given(ExactSettings, content)
-    require_owner(limits, "--exact", present=content["exact"])
     asked, content = evaluated(content)
     request = make_request("train", {**settings, "extra": pairs(extra)}, limits=limits, evaluation=asked, **content)
     run(request, dry_run=dry_run, to_json=as_json, push=push)

@@ -52,12 +52,12 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
     processing = load_processor(model) if images else load_tokenizer(model)
     parts = _parts(checkpoint.nbytes)
     try:
-        loaded = load_model(family.auto_class, model, **({"device_map": "auto", "max_memory": parts} if parts else {}))
+        loaded = load_model(family.auto_class, model, device_map="auto" if parts else None, max_memory=parts)
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise EmlocError(f"The model {model} cannot be loaded ({reason}).", "Check the directory.") from error
     if adapter is not None:
-        loaded = _add_adapter(loaded, adapter, **({"max_memory": parts} if parts else {}))
+        loaded = _add_adapter(loaded, adapter, parts)
     if not parts:
         loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     return loaded.eval(), processing
@@ -93,7 +93,7 @@ def _parts(nbytes: int) -> dict[int | str, int] | None:
     return parts
 
 
-def _add_adapter(model: Any, adapter: Path, **settings: Any) -> Any:
+def _add_adapter(model: Any, adapter: Path, parts: dict[int | str, int] | None) -> Any:
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -104,7 +104,7 @@ def _add_adapter(model: Any, adapter: Path, **settings: Any) -> Any:
         with warnings.catch_warnings():
             # torch warns about each weight that waits elsewhere; the LoRA itself is loaded.
             warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
-            combined = load_lora(model, adapter, **settings)
+            combined = load_lora(model, adapter, max_memory=parts)
         with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as file:
             given = set(file.keys())
     except (OSError, ValueError, RuntimeError) as error:

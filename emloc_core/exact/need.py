@@ -55,7 +55,7 @@ def step_need(
     boundaries, activations = 0, 0
     for blocks in lists:
         positions = tokens if blocks == lists[-1] else patches
-        linears = [_linears(block) for block in model.get_submodule(blocks).children()]
+        linears = [linears_in(block) for block in model.get_submodule(blocks).children()]
         boundaries += positions.step * (len(linears) + 2) * linears[0][0].in_features
         widest = max(sum(linear.in_features + linear.out_features for linear in block) for block in linears)
         activations = max(activations, positions.at_once * widest)
@@ -70,6 +70,6 @@ def step_need(
     }
 
 
-def _linears(block: nn.Module) -> list[nn.Linear]:
+def linears_in(block: nn.Module) -> list[nn.Linear]:
     """Return a block's Linears; the first reads the hidden states."""
     return [module for module in block.modules() if isinstance(module, nn.Linear)]

@@ -58,8 +58,8 @@ class MemoryPlan:
 
     @property
     def _stage_one(self) -> str | None:
-        need = next(need.total for need in self.needs if need.stage == "compress")
-        if need <= self.budget or self.best is None or self.best.kind is None:
+        need = self.best.compress_bytes if self.best else 0
+        if need <= self.budget:
             return None
         where = ": run it with --device cpu, in the machine's memory" if self.model.workload.device == "cuda" else ""
         return f"making the emulator (compress) needs {human_bytes(need)}, more than the memory for tuning{where}"

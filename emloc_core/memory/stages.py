@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from torch import nn
-
 from emloc_core.adapters.correct import CANDIDATES
 from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO
+from emloc_core.exact.need import linears_in
 from emloc_core.memory.arithmetic import positions
 from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel, Need
 
@@ -81,11 +80,8 @@ def _units(model: MemoryModel) -> tuple[dict[str, int], int]:
 
 def _waiting(model: MemoryModel) -> int:
     """Return the bytes of a row that waits at a block: its images, and hidden states where a tower has most."""
-    hidden = []
-    for path in model.towers:
-        block = f"{path}.0"
-        linears = (each for each in model.model.get_submodule(block).modules() if isinstance(each, nn.Linear))
-        hidden.append(positions(model, block) * next(linears).in_features)  # the first Linear reads the hidden states
+    blocks = [f"{path}.0" for path in model.towers]
+    hidden = [positions(model, block) * linears_in(model.model.get_submodule(block))[0].in_features for block in blocks]
     pixels = model.workload.images * prod(model.image.pixels) if model.image else 0
     return (pixels + max(hidden)) * model.dtype.itemsize
 
@@ -128,7 +124,7 @@ def _largest_group(linears: Sequence[LinearPlan]) -> int:
     return max((4 * n * (2 * n + min(n, m)) for (_, n), m in outputs.items()), default=0)
 
 
-def correct(model: MemoryModel, plan: RankPlan, *, auto: bool = True) -> Need:
+def correct(model: MemoryModel, plan: RankPlan, clamp: float | str | None = "auto") -> Need:
     """Return what stage 3 needs, with ``--clamp auto`` or with a fixed clamp.
 
     - weights: a weight is corrected with its factors, ``d (m n + k (m + n))`` bytes, and multiplied in fp32 some rows
@@ -144,7 +140,7 @@ def correct(model: MemoryModel, plan: RankPlan, *, auto: bool = True) -> Need:
         inner = (rank if model.kind.has_factors else 0) + (min(m, n) if rank and model.kind.keeps_weight else 0)
         return inner * (m + n)
 
-    itemsize, copies = model.dtype.itemsize, 2
+    auto, itemsize, copies = clamp == "auto", model.dtype.itemsize, 2
     other: dict[str, int] = {}
     if auto:
         blocks, outside = _units(model)

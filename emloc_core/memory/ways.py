@@ -10,7 +10,7 @@ from typing import Any
 
 from emloc_core.exact.need import Positions, step_need
 from emloc_core.kinds import RECOMMENDED
-from emloc_core.memory import arithmetic
+from emloc_core.memory import arithmetic, stages
 from emloc_core.memory.budget import largest_ratio
 from emloc_core.memory.evidence import Recovery, measured
 from emloc_core.memory.model import MemoryModel
@@ -35,6 +35,7 @@ class Way:
         ratio: the emulator's ratio, if it has one.
         read_bytes: bytes of weights read from disk or RAM per optimiser step.
         flops: arithmetic per optimiser step; recomputation counts.
+        compress_bytes: peak memory of stage 1, which makes the emulator; 0 without one.
         compress_flops: arithmetic of stage 1, which makes the emulator; 0 without one.
         seconds: how long an optimiser step takes at least on this machine; None if that was not measured.
         compress_seconds: how long stage 1 takes at least, likewise.
@@ -49,6 +50,7 @@ class Way:
     ratio: float | None
     read_bytes: int
     flops: float
+    compress_bytes: int = 0
     compress_flops: float = 0.0
     seconds: float | None = None
     compress_seconds: float | None = None
@@ -104,6 +106,7 @@ def ways(model: MemoryModel, budget: int, speed: Speed | None = None) -> list[Wa
         making = arithmetic.compress(of, plan)
         cost = {
             "flops": float(rows * passes * sequences * arithmetic.forward(of, plan)),
+            "compress_bytes": stages.compress(of, plan).total,
             "compress_flops": float(sum(making)),
             "compress_seconds": speed.seconds(making.own, weights, making.single) if speed else None,
         }

@@ -245,7 +245,7 @@ def _planned(made: Mapping[str, Path]) -> dict[str, int]:
         return {
             "emulator": streamed.compress(model, plan).total,
             "adapter": model.tuning(plan, made=True).total,
-            "corrected": streamed.correct(model, plan, auto=corrected.get("clamp") == "auto").total,
+            "corrected": streamed.correct(model, plan, corrected.get("clamp")).total,
             "merged": streamed.merge(model).total,
             "full_lora": model.tuning().total,
         }

@@ -81,9 +81,9 @@ def resolve(
     Raises:
         EmlocError: there is no such preset, or no emulator's tuning fits its memory target.
     """
-    preset = entry.preset(name)
-    usual = {} if preset.memory is None or "ratio" in (given or {}) else {"kind": AUTO}
-    settings = CompressSettings(**{"samples": preset.samples, **usual, **(given or {})})
+    preset, given = entry.preset(name), given or {}
+    usual = {"kind": AUTO} if preset.memory is not None and "ratio" not in given else {}
+    settings = CompressSettings(**{"samples": preset.samples, **usual, **given})
     if settings.ratio is not None:
         return settings
     if preset.memory is None:

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from emloc_llama import LLAMA
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -17,12 +18,15 @@ from transformers import AutoModelForCausalLM
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import WEIGHTS, Adapter, config_problems, content_hash
 from emloc_core.adapters.correct import Correct, choose, gains
+from emloc_core.adapters.held_out import mean_loss
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows
+from emloc_core.data.tokenize import encode, load_processing
 from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
+from emloc_core.model.skeleton import Skeleton
 from emloc_core.settings import CompressSettings, CorrectSettings
 
 
@@ -285,3 +289,18 @@ def test_nan_in_an_adapter_names_the_tensor(tiny_model, adapter, tmp_path):
     save_file(tensors, spoilt / WEIGHTS)
     with pytest.raises(EmlocError, match=r"up_proj\.lora_B\.weight"):
         correct(spoilt, tiny_model, tmp_path / "out")
+
+
+def test_a_model_that_computes_all_logits_has_the_same_loss(tiny_model):
+    base = Checkpoint(tiny_model)
+    skeleton, family = Skeleton(base, LLAMA), LLAMA
+    rows = load_rows(example_rows()[:4])
+    samples = encode(rows, load_processing(tiny_model, family, rows))
+    chosen = mean_loss(skeleton, family, samples, {})
+    forward = skeleton.model.forward
+
+    def of_all_tokens(input_ids, **others):  # by its signature, it cannot leave any out
+        return forward(input_ids, **others)
+
+    skeleton.model.forward = of_all_tokens
+    assert mean_loss(skeleton, family, samples, {}) == pytest.approx(chosen, rel=1e-5)

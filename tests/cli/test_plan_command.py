@@ -333,6 +333,6 @@ def test_compress_refuses(shallow_model: Path, rows_file: Path, tmp_path: Path) 
     common = ["compress", shallow_model, "--data", rows_file, "-o", tmp_path / "emulator"]
     assert "ratio and memory" in refused(*common, "--memory", "1GB", "--ratio", 0.5)
     assert "'much'" in refused(*common, "--memory", "much")
-    assert "--batch-size needs --memory" in refused(*common, "--batch-size", 2)
+    assert "batch_size needs memory" in refused(*common, "--batch-size", 2)
     assert "No emulator's tuning fits" in refused(*common, "--memory", "1MB", "--batch-size", 1)
     assert not (tmp_path / "emulator").exists()

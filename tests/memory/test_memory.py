@@ -262,7 +262,7 @@ def test_the_sums_of_stage_three_by_hand(tmp_path: Path) -> None:
     assert need.terms["logits"] == 20 * 96 * (itemsize + 8)
     assert need.terms["weights"] - (16 << 20) == (block + rank * (hidden + inner)) * itemsize
     assert need.terms["adapter"] == 4 * 4 * model.adapter_parameters()
-    fixed = streamed.correct(model, plan, auto=False)
+    fixed = streamed.correct(model, plan, 3)
     assert fixed.terms.keys() == {"weights", "adapter", "overhead"}
     assert fixed.terms["weights"] - (16 << 20) == (hidden * inner + rank * (hidden + inner)) * itemsize
     assert fixed.terms["adapter"] == 2 * 4 * model.adapter_parameters()

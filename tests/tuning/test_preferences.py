@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import emloc_core
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
+from emloc_core.memory.workload import make_workload
 from emloc_core.recipe.recipe import load_recipe
+from emloc_core.settings import TrainSettings
 
 SETTINGS = {"method": "dpo", "steps": 12, "batch_size": 4, "learning_rate": 2e-3, "logging_steps": 4, "bf16": False}
 
@@ -125,3 +127,14 @@ def test_polishing_says_that_it_forgets_preferences(made, tiny_model, tmp_path, 
 def test_fields_of_the_other_config_are_refused(made):
     with pytest.raises(EmlocError, match="DPOConfig has no field 'packing'"):
         emloc_core.train(made[0], preferences(), made[1].path.with_name("x"), extra={"packing": True}, **SETTINGS)
+
+
+def test_the_longer_answer_of_a_pair_is_planned_for(tiny_model):
+    plain = preferences()
+    long = [row | {"rejected": row["rejected"] * 5} for row in plain]
+    config = tiny_model / "config.json"
+    short, answers, pairs = (
+        make_workload(config, TrainSettings(method=method), data=rows).length
+        for method, rows in (("dpo", plain), ("sft", long), ("dpo", long))
+    )
+    assert answers <= short < pairs

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from emloc_core.errors import EmlocError, is_out_of_memory, kinds
+from emloc_core.errors import EmlocError, class_names, is_out_of_memory
 from emloc_core.zoo.jobs.outcome import CAUSES, Cause, Outcome
 
 #: Exit codes of workers and stages say the cause, in case there is no room for more.
@@ -31,7 +31,7 @@ def classify(error: BaseException, *, offline: bool = False) -> Cause:
         offline: nothing could be fetched, so that what is not here will not be here next time.
     """
     chain = list(_chain(error))
-    names = {name for each in chain for name in kinds(each)}
+    names = {name for each in chain for name in class_names(each)}
     no_room = (getattr(each, "code", None) == "disk-full" or getattr(each, "errno", None) in _NO_ROOM for each in chain)
     # The first that holds: "not in the cache" is derived from "no such file", and that from OSError.
     found: list[tuple[Cause, bool]] = [

@@ -84,7 +84,7 @@ def needs(job: Job) -> Needs:
     peaks, disk = [streamed.compress(model, plan).total], emulator + _SIDE_FILES + (base if job.layout else 0)
     disk += base if _is_fetched(job) else 0
     if job.train:
-        peaks += [tuning, streamed.correct(model, plan).total]
+        peaks += [tuning, streamed.correct(model, plan, job.correct.clamp).total]
         loras = 2 if job.eval and job.eval.full_lora else 1
         disk += loras * 4 * model.adapter_parameters() * (2 + 2 * 3) + _SIDE_FILES
         if job.merge:
