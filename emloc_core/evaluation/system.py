@@ -56,6 +56,7 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise EmlocError(f"The model {model} cannot be loaded ({reason}).", "Check the directory.") from error
+    _require_memory(loaded)
     if adapter is not None:
         loaded = _add_adapter(loaded, adapter, parts)
     if not parts:
@@ -91,6 +92,22 @@ def _parts(nbytes: int) -> dict[int | str, int] | None:
         err=True,
     )
     return parts
+
+
+def _require_memory(model: Any) -> None:
+    """Refuse layers on disk, where accelerate puts what GPU and CPU have no room for.
+
+    PEFT would write a copy of them into the working directory.
+
+    Raises:
+        EmlocError: a layer is on disk.
+    """
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise EmlocError(
+            "GPU and CPU have too little free memory for the model's layers.",
+            "Free memory, or use a machine with more.",
+            code="memory",
+        )
 
 
 def _add_adapter(model: Any, adapter: Path, parts: dict[int | str, int] | None) -> Any:

@@ -291,13 +291,24 @@ def test_systems_and_tasks_of_one_name_are_refused(tiny_model, tasks, tmp_path):
 def test_layers_that_do_not_fit_wait_elsewhere(tiny_model, adapter, tmp_path, monkeypatch):
     ids = torch.arange(3, 11)[None]
     whole, _ = load_system(tiny_model, adapter)
-    elsewhere = {"offload_folder": tmp_path / "waiting"}  # without a GPU, it is the CPU's memory that is too small
+    # Without a GPU, it is the CPU's memory that is too small, and layers wait on disk: PEFT copies them to where it is.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(system_module, "_require_memory", lambda _: None)
+    elsewhere = {"offload_folder": tmp_path / "waiting"}
     monkeypatch.setattr(system_module, "_parts", lambda nbytes: {"cpu": nbytes // 2})
     for name in ("load_model", "load_lora"):
         monkeypatch.setattr(pretrained, name, partial(getattr(pretrained, name), **elsewhere))
     apart, _ = load_system(tiny_model, adapter)
     assert any(parameter.is_meta for parameter in apart.parameters())
     assert torch.equal(apart(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+def test_layers_never_wait_on_disk(tiny_model, adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(system_module, "_parts", lambda nbytes: {"cpu": nbytes // 2})
+    with pytest.raises(EmlocError, match="too little free memory"):
+        load_system(tiny_model, adapter)
+    assert not list(tmp_path.glob("*"))
 
 
 @pytest.mark.parametrize(
