@@ -124,7 +124,7 @@ class StepSettings(Settings):
     """How optimiser steps are taken, whatever is trained."""
 
     steps: int | None = Field(None, ge=1, description="Optimiser steps, instead of epochs.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float | None
     batch_size: int = Field(8, ge=1, description="Rows per device in one forward pass.")
     accumulation: int = Field(1, ge=1, description="Gradient accumulation: forward passes per optimiser step.")
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
@@ -149,6 +149,7 @@ class StepSettings(Settings):
 class TrainSettings(StepSettings):
     """How the LoRA is trained."""
 
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     method: Literal["sft", "dpo"] = Field(
         "sft",
         description="Training objective: 'sft' learns the answers; 'dpo' (direct preference optimisation) learns to "
@@ -194,6 +195,12 @@ class PolishSettings(StepSettings):
     """How exact steps continue from an adapter, whose rank, scale and targets they keep."""
 
     steps: int = Field(20, ge=1, description="Optimiser steps.")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate; by default half of what the adapter was trained at, if that is known, and at "
+        "least 2e-4.",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed for the order of rows.")
     save_steps: int = Field(5, ge=1, description="Steps between checkpoints, from which an interrupted run resumes.")
     logging_steps: int = Field(5, ge=1, description="Steps between entries in log.json.")

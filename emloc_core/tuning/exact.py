@@ -27,7 +27,7 @@ from emloc_core.exact.need import Positions, step_need
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.output import learned_preferences
+from emloc_core.files.output import learned_preferences, training_settings
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import EvalRows, PolishRequest, Rows, TrainRequest
 from emloc_core.settings import ExactSettings, PolishSettings, StepSettings, TrainSettings
@@ -205,6 +205,7 @@ class Polish(ExactTrain):
     ) -> None:
         base.require_unquantised()
         self.start = adapter
+        settings = settings.model_copy(update={"learning_rate": settings.learning_rate or _rate_after(adapter)})
         super().__init__(base, data, output, settings, exclude, split, limits, evaluation)
         require_shapes(adapter, self.skeleton.model)
 
@@ -240,6 +241,13 @@ class Polish(ExactTrain):
 
     def _lora(self) -> Path:
         return self.start.directory
+
+
+def _rate_after(adapter: Adapter) -> float:
+    """Return the learning rate to continue at: half of that of tuning, and no less than the default of `train`."""
+    least = TrainSettings().learning_rate
+    tuned = training_settings(adapter.directory).get("learning_rate")
+    return max(least, tuned / 2) if isinstance(tuned, int | float) else least
 
 
 def _as_they_are(rows: list[Any]) -> Any:

@@ -165,6 +165,17 @@ def test_rows_with_pictures_are_trained_on_as_ordinarily(tmp_path):
     require_close(one, other)
 
 
+def test_polish_takes_half_of_the_learning_rate_of_tuning(ordinary, tiny_model, rows_file, tmp_path):
+    def rate(directory):
+        return read_manifest(directory)["request"]["settings"]["learning_rate"]
+
+    once = polish(ordinary, tiny_model, rows_file, tmp_path / "once", learning_rate=None, steps=1)
+    assert rate(once) == STEPS["learning_rate"] / 2
+    assert rate(polish(once, tiny_model, rows_file, tmp_path / "twice", learning_rate=None, steps=1)) == rate(once)
+    plain = make_adapter(tiny_model, tmp_path / "plain")
+    assert rate(polish(plain, tiny_model, rows_file, tmp_path / "polished", learning_rate=None, steps=1)) == 2e-4
+
+
 def test_polish_goes_on_from_what_train_and_correct_make(ordinary, tiny_model, tiny_emulator, rows_file, tmp_path):
     tuned = Train(tiny_emulator, str(rows_file), tmp_path / "tuned", train_settings()).run()
     corrected = tmp_path / "corrected"
