@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,7 @@ class MemoryModel:
         if workload.images:
             self.image = image_shape(config_file, self.config, workload.image_size)
         self._inputs = self._shape_inputs()
-        #: What was traced: of emulators, by kind and ranks; of the base, the same for every kind.
-        self._known: dict[tuple[str, frozenset[tuple[str, int]]] | None, Need] = {}
+        self._known = _known(config_file.read_text("utf-8"), repr(workload), repr(self._inputs), repr(self.family))
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype | None = self.config.dtype or self.config.get_text_config().dtype
@@ -379,6 +378,16 @@ def _require_fields(config_file: Path, raw: Mapping[str, Any], config: Any, pref
             f"{config_file}: {prefix}num_attention_heads is {heads}, not a multiple of num_key_value_heads, {shared}.",
             "Check the values in the file.",
         )
+
+
+@lru_cache(maxsize=8)  # since a plan of a large model takes many traces, of seconds each
+def _known(*model: str) -> dict[tuple[str, frozenset[tuple[str, int]]] | None, Need]:  # noqa: ARG001
+    """Return what was traced of a model, to add to it: of emulators, by kind and ranks; of the base, for every kind.
+
+    Args:
+        model: all that traces depend on: config, workload, shapes of inputs, family.
+    """
+    return {}
 
 
 def _has(model: nn.Module, path: str) -> bool:
