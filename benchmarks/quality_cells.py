@@ -13,15 +13,11 @@ STEPS, EXACT = 60, (10, 20)
 #: Those that every way may choose from, by task: the likeliest first.
 LEARNING_RATES = dict.fromkeys(TEXTS, (2e-3, 1e-3, 4e-3)) | {PICTURES: (8e-3, 4e-3, 16e-3)}
 MEMORIES = (0.11, 0.17, 0.28, 0.6)
-#: Kind of the emulator that is recommended for a memory; four-bit weights take no more than 0.28 at 0.6 either.
-RECOMMENDED = {
-    0.11: ("low-rank-nf4", 0.11),
-    0.17: ("1.6-bit+repair", 0.17),
-    0.28: ("nf4", 0.28),
-    0.6: ("nf4", 0.28),
-}
+_OF_TEXT = {0.11: ("low-rank-nf4", 0.11), 0.17: ("1.6-bit+repair", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
+#: Kind of the emulator that is recommended for a memory, by task; weights in four bits take no more than 0.28.
+RECOMMENDED = dict.fromkeys(TEXTS, _OF_TEXT) | {PICTURES: {**_OF_TEXT, 0.17: ("low-rank-nf4", 0.17)}}
 #: What else there is below four bits, and above.
-RIVALS = (("low-rank-nf4", 0.17), ("mixed", 0.17), ("2.7-bit", 0.17), ("1.6-bit", 0.11), ("nf4+repair", 0.6))
+RIVALS = (("mixed", 0.17), ("2.7-bit", 0.17), ("1.6-bit", 0.11), ("nf4+repair", 0.6))
 #: From the literature, for text; see ``quality_baselines.py``.
 BASELINES = (
     ("pruned-nf4", 0.17),
@@ -113,7 +109,7 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     Further seeds of text are measured at the learning rate that is best so far; of pictures, where few selection rows
     say little, at the two likeliest.
     """
-    recommended = list(dict.fromkeys(RECOMMENDED[memory] for memory in reversed(MEMORIES)))
+    recommended = list(dict.fromkeys(RECOMMENDED[task][memory] for memory in reversed(MEMORIES) for task in TASKS))
     plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
     variants = [(name, memory) for name, how in VARIANTS.items() for memory in VARIED[how["kind"]]]
     longer = STEPS + EXACT[-1]

@@ -81,7 +81,7 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
     for task in TASKS:
         ways = [(f"{kind}+{system}", kind, memory, memory, system) for kind, memory in kinds for system in SYSTEMS]
         ways += [
-            (name, *RECOMMENDED[memory], memory, system)
+            (name, *RECOMMENDED[task][memory], memory, system)
             for memory in MEMORIES
             for name, system in (("emloc", "auto"), ("emloc+polish20", "polish20"))
         ]
@@ -114,7 +114,7 @@ def _behind(name: str, system: str, others: Sequence[str], rows: Sequence[dict[s
     found = []
     for memory, (way, other), theirs in itertools.product(MEMORIES, ways.items(), others):
         task, kind, other_memory = way
-        recommended = (task, *RECOMMENDED[memory])
+        recommended = (task, *RECOMMENDED[task][memory])
         if other_memory > memory or (way == recommended and theirs == system):
             continue
         own = (as_now if way == recommended else ways).get(recommended, {})

@@ -10,7 +10,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from emloc_core.cli.console import progress
-from emloc_core.kinds import RECOMMENDED
 from emloc_core.memory.budget import largest_ratio
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.stages import compress
@@ -59,9 +58,9 @@ def figures(entry: Entry) -> dict[str, str]:
     train = entry.preset().train
     with entry.config_file() as file:
         workload = make_workload(file, train.model_copy(update={"batch_size": 1}), length=LENGTH)
-        model = MemoryModel(file, workload, CompressSettings(kind=RECOMMENDED[0]))
+        model = MemoryModel(file, workload, CompressSettings(kind=workload.recommended_kinds[0]))
         plan = model.plan()
-        kinds = [model.with_kind(kind) for kind in RECOMMENDED]
+        kinds = [model.with_kind(kind) for kind in workload.recommended_kinds]
         whole = model.tuning().total
         found = {
             "parameters": f"{model.parameters():,}",

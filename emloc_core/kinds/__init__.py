@@ -13,6 +13,7 @@ from emloc_core.kinds.repair import RepairedNF4, RepairedThreeLevels
 __all__ = [
     "NF4",
     "RECOMMENDED",
+    "RECOMMENDED_WITH_IMAGES",
     "Factorize",
     "FewLevels",
     "FourBitLowRank",
@@ -31,3 +32,5 @@ __all__ = [
 #: Kinds in the order in which they are recommended: the first whose tuning fits. ``docs/evidence.md`` says why. Few
 #: levels are for where bitsandbytes is not installed, the last kind for models whose weights are mostly experts.
 RECOMMENDED = ("nf4", "1.6-bit+repair", "low-rank-nf4", "2.7-bit", "1.6-bit", "low-rank")
+#: The same for rows with images, where factors alone are ahead of weights on three levels with a repair.
+RECOMMENDED_WITH_IMAGES = tuple(kind for kind in RECOMMENDED if kind != "1.6-bit+repair")

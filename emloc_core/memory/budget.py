@@ -129,14 +129,13 @@ def with_emulator(config: Path, workload: "Workload", settings: CompressSettings
         settings: how the emulator is made.
         budget: bytes that tuning may use; None: what inference on the base needs.
     """
-    from emloc_core.kinds import RECOMMENDED
     from emloc_core.memory.model import MemoryModel
 
     if settings.kind != AUTO:
         return MemoryModel(config, workload, settings)
-    base = MemoryModel(config, workload, CompressSettings(kind=RECOMMENDED[0]))
+    base = MemoryModel(config, workload, CompressSettings(kind=workload.recommended_kinds[0]))
     allowed = base.inference().total if budget is None else budget  # traced once, for all kinds
-    models = [model for model in map(base.with_kind, RECOMMENDED) if model.kind.is_usable()]
+    models = [model for model in map(base.with_kind, workload.recommended_kinds) if model.kind.is_usable()]
     return next((model for model in models if largest_ratio(model, allowed)), models[-1])
 
 
@@ -148,8 +147,6 @@ def _one_row_hint(model: "MemoryModel", config: Path, budget: int) -> str | None
         config: the model's ``config.json``.
         budget: bytes that tuning may use.
     """
-    from emloc_core.kinds import RECOMMENDED
-
     settings = CompressSettings(kind=AUTO)
     if model.workload.batch_size == 1:
         return None
@@ -157,7 +154,8 @@ def _one_row_hint(model: "MemoryModel", config: Path, budget: int) -> str | None
     train = f"--batch-size 1 --accumulation {model.workload.rows_per_step}"
     if alone.tuning().total <= budget:
         return f"With one row at a time an ordinary LoRA on the base fits: emloc train MODEL {train}"
-    if RECOMMENDED.index(alone.kind.name) < RECOMMENDED.index(model.kind.name):
+    kinds = model.workload.recommended_kinds
+    if kinds.index(alone.kind.name) < kinds.index(model.kind.name):
         return f"With one row at a time {alone.kind.name} fits: compress with --batch-size 1, and train with {train}"
     return None
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from emloc_core.exact.need import Positions, step_need
-from emloc_core.kinds import RECOMMENDED
 from emloc_core.memory import arithmetic, stages
 from emloc_core.memory.budget import largest_ratio
 from emloc_core.memory.evidence import Recovery, measured
@@ -113,7 +112,7 @@ def ways(model: MemoryModel, budget: int, speed: Speed | None = None) -> list[Wa
         return way(POLISHED if exact else EMULATOR, max(need, exact), of.workload.batch_size, **cost, **sized)
 
     emulators: list[Way] = []
-    for name in RECOMMENDED:
+    for name in model.workload.recommended_kinds:
         of_kind = sizes if name == model.kind.name else [each.with_kind(name) for each in sizes]
         if of_kind[0].kind.is_usable():
             emulators.append(emulator(*_sized(of_kind, budget)))

@@ -10,6 +10,7 @@ from emloc_core.data.tokenize import Limits, Sample, load_processing, tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.files.pretrained import load_config
+from emloc_core.kinds import RECOMMENDED, RECOMMENDED_WITH_IMAGES
 from emloc_core.model.image_shape import image_shape
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Rows
@@ -48,6 +49,11 @@ class Workload:
     def sequences_per_row(self) -> int:
         """Sequences that a row is: with preferences, one with the chosen answer and one with the rejected one."""
         return 2 if self.train.learns_preferences else 1
+
+    @property
+    def recommended_kinds(self) -> tuple[str, ...]:
+        """Kinds of emulator, the best for such rows first."""
+        return RECOMMENDED_WITH_IMAGES if self.images else RECOMMENDED
 
     def one_row_at_a_time(self) -> "Workload":
         """Return it with as many rows per step, whose gradients are accumulated one by one."""

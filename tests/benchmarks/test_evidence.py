@@ -4,10 +4,11 @@ import json
 from statistics import mean
 
 import pytest
-from quality_cells import BESIDE
+from quality_cells import BESIDE, PICTURES
+from quality_cells import RECOMMENDED as BENCHMARKED
 from support.paths import ROOT
 
-from emloc_core.kinds import RECOMMENDED
+from emloc_core.kinds import RECOMMENDED, RECOMMENDED_WITH_IMAGES
 from emloc_core.memory.evidence import RECOVERY, measured
 
 #: Memory of kinds without a ratio, as the benchmark names it.
@@ -24,6 +25,13 @@ def test_plans_say_what_was_measured(kind, ratio):
         means = {row["task"]: row["mean"] for row in rows if (row["system"], row["memory"]) == wanted}
         found = [means[task] for task in TASKS]
         assert told == pytest.approx(mean(found), abs=0.005)
+
+
+def test_the_benchmark_calls_recommended_what_plans_recommend():
+    for task, by_memory in BENCHMARKED.items():
+        kinds = list(dict.fromkeys(by_memory[memory][0] for memory in sorted(by_memory, reverse=True)))
+        wanted = RECOMMENDED_WITH_IMAGES if task == PICTURES else RECOMMENDED
+        assert kinds == list(wanted[: len(kinds)])
 
 
 def test_what_was_measured_of_a_smaller_emulator_is_a_lower_bound():

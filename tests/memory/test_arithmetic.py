@@ -99,18 +99,18 @@ def test_without_images_their_tower_computes_nothing(tmp_path: Path) -> None:
     ids=lambda chosen: "-".join(map(str, chosen.values())),
 )
 def test_stage_one_takes_at_least_as_many(
-    chosen: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chosen: dict[str, Any], shallow_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for uncounted in ("_EIGENVECTORS", "_ROUNDING", "_SPREADING"):  # by torch, which knows products alone
         monkeypatch.setattr(arithmetic, uncounted, 0)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"prompt": f"{at} and ", "completion": "word " * 30}) for at in range(30)))
     settings = CompressSettings(samples=_ROWS, selection=2, **chosen)
-    job = Compress(Checkpoint(tiny_model), load_rows(str(rows)), tmp_path / "emulator", settings)
+    job = Compress(Checkpoint(shallow_model), load_rows(str(rows)), tmp_path / "emulator", settings)
     with counter() as found:
         job.run()
     computed, length = counted(found), sum(len(sample.input_ids) for sample in job.samples) // _ROWS
-    planned = MemoryModel(tiny_model / "config.json", workload(1, length), settings)
+    planned = MemoryModel(shallow_model / "config.json", workload(1, length), settings)
     assert 0.7 * computed < sum(arithmetic.compress(planned, planned.plan())) <= computed
 
 

@@ -20,8 +20,9 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json
 from emloc_core.memory import stages as streamed
-from emloc_core.memory.budget import advice, largest_ratio
+from emloc_core.memory.budget import advice, largest_ratio, with_emulator
 from emloc_core.memory.model import TERMS, MemoryModel
+from emloc_core.memory.model import _known as known_traces
 from emloc_core.memory.plan import make_plan
 from emloc_core.memory.workload import make_workload
 from emloc_core.settings import CompressSettings, TrainSettings
@@ -122,6 +123,7 @@ def test_what_saves_memory_is_seen_to(shallow_model: Path) -> None:
 
 
 def test_the_same_ranks_are_followed_once(shallow_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known_traces.cache_clear()
     model = MemoryModel(shallow_model / "config.json", workload())
     traces: list[str] = []
     extend = MemoryModel._extend
@@ -129,6 +131,11 @@ def test_the_same_ranks_are_followed_once(shallow_model: Path, monkeypatch: pyte
     emulator = model.tuning(model.plan(0.5))
     assert model.tuning(model.plan(0.5)) == emulator != model.tuning() == model.tuning()
     assert len(traces) == 2
+    again, longer = (MemoryModel(shallow_model / "config.json", workload(length=length)) for length in (32, 33))
+    assert again.tuning() == model.tuning()
+    assert len(traces) == 2
+    assert longer.tuning().total > model.tuning().total
+    assert len(traces) == 3
 
 
 def test_the_chosen_ratio_fits_and_the_next_does_not(shallow_model: Path) -> None:
@@ -160,6 +167,7 @@ def test_another_kind_makes_other_parts_smaller(tmp_path: Path) -> None:
 
 
 def test_what_the_base_needs_is_traced_once_for_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known_traces.cache_clear()
     base = MemoryModel(write_config(tmp_path, TINY[0][0]), workload(batch=1))
     traced = []
     real = MemoryModel._trace_tuning
@@ -282,6 +290,17 @@ def test_rows_with_images_wait_with_them(tmp_path: Path) -> None:
     widest = max(40 * hidden, 2 * seeing.image.patches * vision)
     for before, after in zip(with_text, with_images, strict=True):
         assert after * 40 * hidden == before * (pixels + widest)
+
+
+@pytest.mark.parametrize(("images", "kind"), [(0, "1.6-bit+repair"), (1, "low-rank-nf4")])
+def test_the_recommended_kind_below_four_bits(images: int, kind: str, tmp_path: Path) -> None:
+    file = write_config(tmp_path / "seeing", INTERNVL, **PICTURED[0][1])
+    load = workload(length=40, images=images)
+    rounded = MemoryModel(file, load, CompressSettings(kind="nf4"))
+    budget = rounded.tuning(rounded.plan(0.5)).total
+    auto = CompressSettings(kind="auto")
+    assert with_emulator(file, load, auto, budget).kind.name == "nf4"
+    assert with_emulator(file, load, auto, budget - 1).kind.name == kind
 
 
 @pytest.mark.parametrize("kind", ["low-rank", "nf4", "1.6-bit+repair", "2.7-bit", "low-rank-nf4"])
