@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank-global": {"kind": "low-rank", "calibration": "base", "allocator": "global"},
     "low-rank-propagated": {"kind": "low-rank", "allocator": "uniform"},
     "low-rank-refined": {"kind": "low-rank", "allocator": "uniform", "refine": 3},
+    "low-rank-global-refined": {"kind": "low-rank", "refine": 3},
     "low-rank-nf4-64": {"kind": "low-rank-nf4", "samples": 64},
     "low-rank-nf4-uniform-64": {"kind": "low-rank-nf4", "samples": 64, "allocator": "uniform"},
     "1.6-bit+repair-64": {"kind": "1.6-bit+repair", "samples": 64, "refine": 3},
