@@ -49,7 +49,7 @@ test-browser: $(STAMP)  ## the pages that the toolkit writes, looked at in Chrom
 test-chaos: $(STAMP)  ## kills, signals, full disks, two writers, changing and hostile inputs, zoos: half an hour, one table
 	PYTHONPATH=tests $(BIN)/python -m chaos --json build/chaos.json
 
-test-slow: $(STAMP)  ## the checks that take minutes on a real model
+test-slow: $(STAMP)  ## the checks that take minutes, on a real model or a cluster
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)

@@ -262,8 +262,9 @@ def test_a_table_for_a_person(shallow_model: Path) -> None:
 def test_the_length_comes_from_the_rows(shallow_model: Path, rows_file: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shallow_model)
     longest = max(len(tokenize(row, tokenizer).input_ids) for row in load_rows(str(rows_file)))
-    assert plan(shallow_model, "--data", rows_file, "--ratio", 0.5)["workload"]["length"] == longest
-    assert plan(shallow_model, "--data", rows_file, "--length", 9, "--ratio", 0.5)["workload"]["length"] == 9
+    given = ("--data", rows_file, "--batch-size", 1, "--kind", "low-rank", "--ratio", 0.5)
+    assert plan(shallow_model, *given)["workload"]["length"] == longest
+    assert plan(shallow_model, *given, "--length", 9)["workload"]["length"] == 9
 
 
 def test_a_config_is_enough(shallow_model: Path, tmp_path: Path) -> None:

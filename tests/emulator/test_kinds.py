@@ -320,7 +320,7 @@ def test_plain_transformers_loads_four_bit_weights(tiny_model, rows_file, tmp_pa
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
-        *product(["llama", "qwen", "internvl"], ["nf4", "1.6-bit+repair", "low-rank-nf4", "1.6-bit"]),
+        *product(["llama", "internvl"], ["nf4", "1.6-bit+repair", "low-rank-nf4", "1.6-bit"]),
         ("internvl", "nf4+repair"),
         ("internvl", "mixed"),
     ],

@@ -179,7 +179,7 @@ def test_time_is_told_by_what_was_done_and_else_is_unknown(place):
 
 
 @pytest.mark.usefixtures("converted")
-def test_again_nothing_is_done_twice_and_what_was_mended_or_is_gone_is_done(place, arguments):
+def test_again_nothing_is_done_twice_and_what_was_fixed_or_is_gone_is_done(place, arguments):
     zoo = place / "zoo"
     before = {path: files(path) for path in zoo.glob("jobs/whole-way/*") if path.is_dir()}
     assert len(before) == 3

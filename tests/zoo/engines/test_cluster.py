@@ -151,6 +151,7 @@ def test_outputs_go_to_storage(cluster, jobs, emulator, tmp_path):
     assert log == (remote / record.attempts[0].log).read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_behind(cluster, jobs, rows_file, tmp_path):
     zoo = tmp_path / "zoo"
     models = [Path(shutil.copytree(jobs[0].model, tmp_path / name)) for name in ("one", "two")]
