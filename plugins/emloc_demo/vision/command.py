@@ -14,7 +14,7 @@ from emloc_demo.command import chosen_clamp, copy_recipe, output_option, run
 def command(output: Path, prepare_only: bool) -> None:
     """Train a small InternVL to read handwritten digits, then adapt it by EMLoC to put them in order.
 
-    Needs no network and no GPU, and takes ten to twenty minutes on two cores. What is there already is not made again,
+    Needs no network and no GPU, and takes about ten minutes on two cores. What is there already is not made again,
     so an interrupted demo resumes where it stopped; only the base model's training starts again.
     """
     run(prepare(output), explain, prepare_only=prepare_only)
@@ -56,8 +56,7 @@ def explain(results: dict[str, Any]) -> str:
         f"\nWhat you see: the base model reads all digits of {right('base', 'read')} of the test pictures, none of "
         f"whose digits it has seen. Asked for the smallest first, which it never was before, it answers "
         f"{right('base')} rightly. A LoRA was tuned for that on an emulator of {share:.0%} of the model's bytes, and "
-        f"then corrected: {right('base+corrected')}. Exact steps on the model, read block by block, bring it to "
-        f"{right('base+polished')}. The same LoRA, tuned on the model itself, answers {right('full_lora')}. "
-        f"{chosen_clamp(results)} Asked the old question, the adapted model still answers "
-        f"{right('base+polished', 'read')} rightly: it was tuned on the new one alone."
+        f"then corrected: {right('base+corrected')}. The same LoRA, tuned on the model itself, answers "
+        f"{right('full_lora')}. {chosen_clamp(results)} Asked the old question, the adapted model still answers "
+        f"{right('base+corrected', 'read')} rightly: it was tuned on the new one alone."
     )
