@@ -39,6 +39,18 @@ def progress(description: str, every: float = 10.0) -> Iterator[Callable[[str, i
 
 
 @contextmanager
+def working(description: str) -> Iterator[None]:
+    """Show on a terminal that something takes time of which nobody knows how long; elsewhere show nothing."""
+    if verbosity() is Verbosity.QUIET or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{description} ..."):
+        yield
+
+
+@contextmanager
 def _bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from emloc_core.cli.console import as_json, print_json
+from emloc_core.cli.console import as_json, print_json, working
 from emloc_core.cli.following import flags, join, rows
 from emloc_core.cli.options import data as data_option
 from emloc_core.cli.options import given, options
@@ -66,10 +66,11 @@ def command(
     from emloc_core.api import plan
 
     train, others = given(TrainSettings, settings)
-    planned = plan(
-        model, memory=memory, ratio=ratio, kind=others["kind"], data=data, split=split, length=length, images=images,
-        image_size=others["image_size"], device=device, measure=others["measure"], **train,
-    )  # fmt: skip
+    with working("Following a training step, without weights"):
+        planned = plan(
+            model, memory=memory, ratio=ratio, kind=others["kind"], data=data, split=split, length=length,
+            images=images, image_size=others["image_size"], device=device, measure=others["measure"], **train,
+        )  # fmt: skip
     if figure:
         from emloc_core.memory.show import memory_figure
 

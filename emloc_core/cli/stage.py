@@ -9,7 +9,7 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import announce, print_json, progress
+from emloc_core.cli.console import announce, print_json, progress, working
 from emloc_core.cli.following import following
 from emloc_core.cli.verbosity import Verbosity, hush_libraries, set_up_libraries, verbosity
 from emloc_core.files.documents import read_json
@@ -53,7 +53,8 @@ def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, p
 
     if push is not None:
         check_repository(push)
-    job = prepare(request)
+    with working("Preparing"):
+        job = prepare(request)
     for warning in warnings_of(job):
         click.echo(f"warning: {warning}.", err=True)
     if dry_run:

@@ -1,10 +1,11 @@
 """Off a terminal progress is plain lines; --quiet leaves the output's path, and --verbose says everything."""
 
 import os
+import sys
 
 import pytest
 
-from emloc_core.cli.console import progress
+from emloc_core.cli.console import progress, working
 from emloc_core.cli.verbosity import VARIABLE, Verbosity, verbosity
 from emloc_core.errors import EmlocError
 from emloc_core.requests import make_request
@@ -37,6 +38,17 @@ def test_the_time_left_of_a_resumed_run_counts_what_it_did_itself(capsys):
         advance("loss 1.0", 91, 100)
         advance("loss 1.0", 92, 100)
     assert capsys.readouterr().err == "Training: 92 of 100 (loss 1.0), 2.0 s, about 8.0 s left\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_nobody_knows_the_length_of_is_shown_on_a_terminal(terminal, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with working("Planning"):
+        pass
+    shown = capsys.readouterr()
+    assert ("Planning ..." in shown.err) == terminal
+    assert not shown.out
 
 
 def test_training_says_its_steps_and_losses(emloc, tiny_model, rows_file, tmp_path):
