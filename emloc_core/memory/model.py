@@ -287,23 +287,24 @@ class MemoryModel:
                 self.model.set_submodule(path, blocks)
 
     def _extend(self, trace: Callable[[Mapping[str, int]], Phases], plan: RankPlan | None) -> Phases:
-        """Trace a few blocks of each tower, then one more of each in turn, and extrapolate the difference to all.
+        """Trace a few blocks of each tower, then a period more of each in turn, and extrapolate the difference to all.
 
-        Phases are divided so that each peak grows linearly with depth. Towers whose blocks differ are traced in full.
+        Phases are divided so that each peak grows linearly with depth. Towers whose blocks do not repeat are traced in
+        full.
         """
         whole = {path: len(list(self.model.get_submodule(path).children())) for path in self.towers}
-        alike = {path: self._are_alike(path, plan) for path in self.towers}
-        traced = {path: _TRACED + self._apart.get(path, 0) for path in self.towers}
-        few = {path: min(count, traced[path]) if alike[path] else count for path, count in whole.items()}
+        period = {path: self._period(path, plan) for path in self.towers}
+        few = {path: self._few(path, count, period[path]) for path, count in whole.items()}
         phases = self._follow(trace, few)
         extended = {phase: Counter(peak) for phase, peak in phases.items()}
         for path, count in whole.items():
             if count == few[path]:
                 continue
-            deeper = self._follow(trace, {**few, path: few[path] + 1})
+            deeper = self._follow(trace, {**few, path: few[path] + period[path]})
+            times = (count - few[path]) // period[path]
             for phase, peak in phases.items():
                 for kind in peak.keys() | deeper[phase].keys():
-                    extended[phase][kind] += (count - few[path]) * (deeper[phase][kind] - peak[kind])
+                    extended[phase][kind] += times * (deeper[phase][kind] - peak[kind])
         return extended
 
     def _follow(self, trace: Callable[[Mapping[str, int]], Phases], depths: Mapping[str, int]) -> Phases:
@@ -318,18 +319,31 @@ class MemoryModel:
                 code="unsupported",
             ) from error
 
-    def _are_alike(self, path: str, plan: RankPlan | None) -> bool:
-        ranks = {} if plan is None else plan.ranks
-        kinds = getattr(self.config.get_text_config(), "layer_types", None) or []
+    def _few(self, path: str, count: int, period: int) -> int:
+        """Return how many of a tower's blocks to trace first: enough, and whole periods fewer than all."""
+        enough = _TRACED + self._apart.get(path, 0)
+        few = enough + (count - enough) % period
+        return few if few + period <= count else count
+
+    def _period(self, path: str, plan: RankPlan | None) -> int:
+        """Return after how many blocks a tower's blocks repeat; the number of all if they do not."""
         blocks = dict(self.model.get_submodule(path).named_children())
-        layouts = {
+        if self._deepstack(path):
+            return len(blocks)
+        ranks = {} if plan is None else plan.ranks
+        types: Sequence[str] = ()
+        if path == list(self.towers)[-1]:  # such as sliding and full attention, in turn
+            types = getattr(self.config.get_text_config(), "layer_types", None) or ()
+        layouts: list[tuple[Any, ...]] = [
             tuple(
                 (name, tuple(parameter.shape), ranks.get(f"{path}.{index}.{name.removesuffix('.weight')}"))
                 for name, parameter in block.named_parameters()
             )
             for index, block in blocks.items()
-        }
-        return len(layouts) == 1 and len(set(kinds)) < 2 and not self._deepstack(path)
+        ]
+        if len(types) == len(layouts):
+            layouts = [(kind, *layout) for kind, layout in zip(types, layouts, strict=True)]
+        return next(step for step in range(1, len(layouts) + 1) if layouts[step:] == layouts[:-step])
 
     def _shape_inputs(self) -> dict[str, Any]:
         workload = self.workload

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from emloc_gemma import GEMMA
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from support.planned import PICTURED, label, workload, write_config
@@ -150,7 +151,12 @@ def test_a_trace_equals_a_step_of_experts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [(QWEN, QWEN.tiny_configs[1]), (QWEN_MOE, {**QWEN_MOE.tiny_configs[0], "mlp_only_layers": []}), *PICTURED],
+    [
+        (QWEN, QWEN.tiny_configs[1]),
+        (QWEN_MOE, {**QWEN_MOE.tiny_configs[0], "mlp_only_layers": []}),
+        (GEMMA, GEMMA.tiny_configs[0]),
+        *PICTURED,
+    ],
     ids=label,
 )
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -159,6 +165,8 @@ def test_few_blocks_extended_equal_all_blocks(
 ) -> None:
     """The towers of images take most of the time, so what is tuned alternates for them: the emulator or the base."""
     deep: dict[str, Any] = {**settings, "num_hidden_layers": 5}
+    if types := settings.get("layer_types"):  # which repeat after three blocks
+        deep |= {"num_hidden_layers": 11, "layer_types": (types * 4)[:11]}
     if family.modality == "image-text":
         depth = "num_hidden_layers" if family is INTERNVL else "depth"
         text, vision = settings["text_config"], {**settings["vision_config"], depth: 5}
