@@ -150,10 +150,10 @@ def summary(request: Request, result: Result) -> list[str]:
             f"{found['steps']} steps on {found['rows']} rows ({found['excluded_rows']} left out): "
             f"mean loss {found['train_loss']:.4f}, {found['trainable_parameters']:,} trainable parameters"
         ]
-        if best := found.get("best_step"):
+        if (best := found.get("best_step")) is not None:
+            kept = f"the best checkpoint, of step {best}" if best else "the adapter as it was: no step made it better"
             on_base = f", {found['eval_base_loss']:.4f} on the base" if "eval_base_loss" in found else ""
-            lines.append(f"kept the best checkpoint, of step {best}: loss {found['eval_loss']:.4f} on "
-                         f"{found['eval_rows']} held-out rows{on_base}")  # fmt: skip
+            lines.append(f"kept {kept}; loss {found['eval_loss']:.4f} on {found['eval_rows']} held-out rows{on_base}")
         if found["dropped_rows"]:
             lines.append(f"{found['dropped_rows']} rows dropped: the maximum length leaves no completion")
         if read := result.timing.get("read_bytes"):

@@ -242,6 +242,9 @@ class Polish(ExactTrain):
     def _lora(self) -> Path:
         return self.start.directory
 
+    def _start(self) -> Path:
+        return self.start.directory
+
 
 def _rate_after(adapter: Adapter) -> float:
     """Return the learning rate to continue at: half of that of tuning, and no less than the default of `train`."""

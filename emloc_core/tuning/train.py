@@ -39,7 +39,7 @@ from emloc_core.requests import EvalRows, Rows
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.tuning.dataset import make_dataset, measure
-from emloc_core.tuning.evaluation import BaseLoss, divide, is_over, logged, losses_at, trainer_settings
+from emloc_core.tuning.evaluation import MODEL_LOSS, BaseLoss, divide, is_over, logged, losses_at, trainer_settings
 from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.launcher import require_processes
 from emloc_core.tuning.preferences import preference_dataset, require_preferences
@@ -261,6 +261,7 @@ class Train:
             remove_incomplete(checkpoints, state.num_processes)
         state.wait_for_everyone()
         resume = newest_checkpoint(checkpoints)
+        config.eval_on_start = bool(self.eval_rows) and self._start() is not None and resume is None
         processing = self._processing()
         make = preference_dataset if self.settings.learns_preferences else make_dataset
         dataset, self.sizes = make(self.rows, *processing)
@@ -294,10 +295,15 @@ class Train:
                     f"{SETTINGS}: {first_line(error)}", "Install it, or choose another.", code="unavailable"
                 ) from error
         state.wait_for_everyone()
-        best = trainer.state.best_global_step
-        if best:
-            trainer.load_step(best)
         log = logged(trainer.state.log_history)
+        best = trainer.state.best_global_step
+        if best is not None:
+            losses = {entry["step"]: entry[MODEL_LOSS] for entry in log if MODEL_LOSS in entry}
+            if (start := self._start()) and losses.get(0, math.inf) <= losses[best]:
+                best = 0
+                trainer.load(start)
+            else:
+                trainer.load_step(best)
         output.timing.update(trainer.cost())
         if state.is_main_process:
             self._write(trainer, output.staging, log)
@@ -309,8 +315,16 @@ class Train:
             "excluded_rows": self.excluded,
             "trainable_parameters": trainer.lora.get_nb_trainable_parameters()[0],
             "target_modules": self.targets,
-            **({"eval_rows": len(self.eval_rows), "best_step": best, **losses_at(best, log)} if best else {}),
+            **(
+                {"eval_rows": len(self.eval_rows), "best_step": best, **losses_at(best, log)}
+                if best is not None
+                else {}
+            ),
         }
+
+    def _start(self) -> Path | None:
+        """Return the adapter that the steps begin from, which is kept if no step makes it better; None: a new one."""
+        return None
 
     def _held_out(self, config: TrainingArguments) -> BaseLoss | None:
         """Return what evaluates a base, streamed; None if only the model itself is evaluated."""

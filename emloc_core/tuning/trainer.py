@@ -75,7 +75,11 @@ class LoraSteps(Trainer):
 
     def load_step(self, step: int) -> None:
         """Load the LoRA of the checkpoint of a step."""
-        set_peft_model_state_dict(self.lora, load_peft_weights(str(self._checkpoint(step)), device="cpu"))
+        self.load(self._checkpoint(step))
+
+    def load(self, directory: Path) -> None:
+        """Load the LoRA in a directory."""
+        set_peft_model_state_dict(self.lora, load_peft_weights(str(directory), device="cpu"))
 
     def restore(self, state: TrainerState) -> None:
         """Be as after the last step of a run that took all its steps and ended before the LoRA was written."""

@@ -137,6 +137,18 @@ def test_exact_steps_evaluate_the_base_streamed(trained, tiny_model, rows_file, 
         )
 
 
+def test_an_adapter_that_no_exact_step_makes_better_is_kept(emloc, trained, tiny_model, rows_file, held_out, tmp_path):
+    argv = ["--base", tiny_model, "--data", rows_file, "--eval-data", held_out, "--steps", 4, "--eval-steps", 2]
+    code, out, _ = emloc("polish", trained, *argv, "--lr", 0.3, "--no-bf16", "-o", tmp_path / "a")
+    assert code == 0
+    result = read_manifest(tmp_path / "a")["result"]
+    assert (result["steps"], result["best_step"]) == (4, 0)
+    assert f"kept the adapter as it was: no step made it better; loss {result['eval_loss']:.4f}" in out
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (trained, tmp_path / "a"))
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert result["eval_loss"] == pytest.approx(nll(tiny_model, trained, load_rows(held_out)), rel=1e-5)
+
+
 def test_a_share_of_the_rows_is_held_out_by_content():
     rows = load_rows(example_rows())
     kept, evaluated = divide(rows, EvalRows(split="0.1"), None, "train", TrainSettings(), [])
