@@ -149,6 +149,28 @@ def test_an_adapter_that_no_exact_step_makes_better_is_kept(emloc, trained, tiny
     assert result["eval_loss"] == pytest.approx(nll(tiny_model, trained, load_rows(held_out)), rel=1e-5)
 
 
+def test_a_resumed_polish_knows_the_loss_that_it_began_with(
+    trained, tiny_model, rows_file, held_out, tmp_path, monkeypatch
+):
+    def polish(name):
+        settings = PolishSettings(**{**FAST, "steps": 4, "eval_steps": 2, "learning_rate": 0.3})
+        asked = EvalRows(data=str(held_out))
+        start, base = Adapter(trained), Checkpoint(tiny_model)
+        return Polish(start, base, str(rows_file), tmp_path / name, settings, evaluation=asked).run()
+
+    whole = polish("whole")
+    step = LoraTrainer.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraTrainer, "training_step", lambda self, *args, **options: (
+            1 / 0 if self.state.global_step == 3 else step(self, *args, **options)
+        ))  # fmt: skip
+        with pytest.raises(ZeroDivisionError):
+            polish("resumed")
+    resumed = polish("resumed")
+    assert (resumed / "log.json").read_bytes() == (whole / "log.json").read_bytes()
+    assert read_manifest(resumed)["result"] == read_manifest(whole)["result"]
+
+
 def test_a_share_of_the_rows_is_held_out_by_content():
     rows = load_rows(example_rows())
     kept, evaluated = divide(rows, EvalRows(split="0.1"), None, "train", TrainSettings(), [])
