@@ -45,8 +45,12 @@ def working(description: str) -> Iterator[None]:
         yield
         return
     from rich.console import Console
+    from rich.live import Live
+    from rich.spinner import Spinner
 
-    with Console(stderr=True).status(f"{description} ..."):
+    spinner = Spinner("dots", f"{description} ...")
+    # Not redirected: bars of downloads would become a line for every refresh.
+    with Live(spinner, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False):
         yield
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_core.cli.console import announce, print_json, progress, working
+from emloc_core.cli.console import announce, print_json, progress
 from emloc_core.cli.following import following
 from emloc_core.cli.verbosity import Verbosity, hush_libraries, set_up_libraries, verbosity
 from emloc_core.files.documents import read_json
@@ -53,8 +53,8 @@ def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, p
 
     if push is not None:
         check_repository(push)
-    with working("Preparing"):
-        job = prepare(request)
+    set_up_libraries(on_terminal=sys.stderr.isatty())
+    job = prepare(request)
     for warning in warnings_of(job):
         click.echo(f"warning: {warning}.", err=True)
     if dry_run:
@@ -65,7 +65,6 @@ def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, p
             for line in _planned(request.stage, content):
                 click.echo(line)
         return
-    set_up_libraries(on_terminal=sys.stderr.isatty())
     made_before = (request.output / MANIFEST).is_file()
     # Libraries print; stdout is for the result.
     with progress(_DOING[request.stage]) as advance, redirect_stdout(sys.stderr):
