@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank-global": {"kind": "low-rank", "calibration": "base", "allocator": "global"},
     "low-rank-propagated": {"kind": "low-rank", "allocator": "uniform"},
     "low-rank-refined": {"kind": "low-rank", "allocator": "uniform", "refine": 3},
-    "low-rank-global-refined": {"kind": "low-rank", "refine": 3},
+    "low-rank-default-refined": {"kind": "low-rank", "refine": 3},
     "low-rank-nf4-64": {"kind": "low-rank-nf4", "samples": 64},
     "low-rank-nf4-uniform-64": {"kind": "low-rank-nf4", "samples": 64, "allocator": "uniform"},
     "1.6-bit+repair-64": {"kind": "1.6-bit+repair", "samples": 64, "refine": 3},
@@ -110,7 +110,8 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
     Further seeds of text are measured at the learning rate that is best so far; of pictures, where few selection rows
     say little, at the two likeliest.
     """
-    recommended = list(dict.fromkeys(RECOMMENDED[task][memory] for memory in reversed(MEMORIES) for task in TASKS))
+    somewhere = (RECOMMENDED[task][memory] for memory in reversed(MEMORIES) for task in TASKS)
+    recommended = list(dict.fromkeys(somewhere))
     plain = [("low-rank", memory) for memory in MEMORIES[::-1]]
     variants = [(name, memory) for name, how in VARIANTS.items() for memory in VARIED[how["kind"]]]
     longer = STEPS + EXACT[-1]

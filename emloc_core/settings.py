@@ -198,8 +198,8 @@ class PolishSettings(StepSettings):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate; by default half of what the adapter was trained at, if that is known, and at "
-        "least 2e-4.",
+        description="Peak learning rate; by default half of the adapter's tuning rate, and at least 2e-4; 2e-4 if that "
+        "rate is unknown.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed for the order of rows.")
     save_steps: int = Field(5, ge=1, description="Steps between checkpoints, from which an interrupted run resumes.")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.optim import Adam, Optimizer
 
 from emloc_core.errors import EmlocError
+from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.own import require_own_files
 from emloc_core.files.shards import is_intact, write_shard
@@ -23,16 +24,19 @@ FILE = "second_moments.adam"
 #: As how many steps those of tuning count, however many they were: the base's gradients are others than the emulator's.
 #: With 10, no number moves by much more than the learning rate, even if its gradients were zero so far.
 _COUNTED = 10
+#: In the file's header: the learning rate of the tuning.
+_RATE = "learning_rate"
 _REMEDY = f"Remove {FILE} to begin without, at a lower learning rate, or train again."
 
 
-def write_moments(directory: Path, lora: PeftModel, optimizer: Optimizer | None) -> None:
+def write_moments(directory: Path, lora: PeftModel, optimizer: Optimizer | None, learning_rate: float) -> None:
     """Write the mean squares of a LoRA's gradients, in bf16 under the names of its weights, if the optimiser has them.
 
     Args:
         directory: of the adapter.
         lora: the model with the LoRA.
         optimizer: Adam or AdamW, maybe wrapped by accelerate; any other one leaves nothing behind.
+        learning_rate: of the tuning; see :func:`tuned_at`.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(optimizer, Adam):
@@ -43,7 +47,7 @@ def write_moments(directory: Path, lora: PeftModel, optimizer: Optimizer | None)
             known = 1 - beta ** float(state["step"])
             tensors[names[parameter]] = (state["exp_avg_sq"] / known).to(torch.bfloat16).cpu()
     if tensors:
-        write_shard(directory / FILE, dict(sorted(tensors.items())))
+        write_shard(directory / FILE, dict(sorted(tensors.items())), {_RATE: str(learning_rate)})
 
 
 def copy_moments(source: Path, target: Path) -> None:
@@ -58,6 +62,17 @@ def hash_moments(directory: Path, files: Inputs) -> dict[str, str]:
     return {"second_moments": files.hash([directory / FILE])} if (directory / FILE).exists() else {}
 
 
+def tuned_at(directory: Path) -> float | None:
+    """Return the learning rate of the tuning that an adapter's moments are from; None if it has none.
+
+    Raises:
+        EmlocError: the file is damaged.
+    """
+    path = _checked(directory)
+    found = read_header(path)[1].get(_RATE) if path else None
+    return float(found) if found else None
+
+
 def load_moments(directory: Path, lora: PeftModel, optimizer: Optimizer) -> None:
     """Begin with those of an adapter, if it has any and the optimiser uses them.
 
@@ -69,12 +84,9 @@ def load_moments(directory: Path, lora: PeftModel, optimizer: Optimizer) -> None
     Raises:
         EmlocError: the file is damaged, or belongs to another LoRA.
     """
-    path = directory / FILE
-    if not path.exists() or not isinstance(optimizer, Adam):
+    path = _checked(directory)
+    if path is None or not isinstance(optimizer, Adam):
         return
-    require_own_files(directory, [FILE])
-    if not is_intact(path):
-        raise EmlocError(f"{path} is not what was written there.", _REMEDY, code="damaged")
     tensors, names = load_file(path), _names(lora)
     for key, tensor in tensors.items():
         if not bool((tensor >= 0).all() and tensor.isfinite().all()):
@@ -93,6 +105,17 @@ def load_moments(directory: Path, lora: PeftModel, optimizer: Optimizer) -> None
         if names[parameter] in tensors
     }
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # which moves everything to its place
+
+
+def _checked(directory: Path) -> Path | None:
+    """Return the path of an adapter's file, which is as it was written; None if there is none."""
+    path = directory / FILE
+    if not path.exists():
+        return None
+    require_own_files(directory, [FILE])
+    if not is_intact(path):
+        raise EmlocError(f"{path} is not what was written there.", _REMEDY, code="damaged")
+    return path
 
 
 def _parameters(optimizer: Adam) -> list[tuple[torch.nn.Parameter, float]]:

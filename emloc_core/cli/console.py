@@ -40,8 +40,8 @@ def progress(description: str, every: float = 10.0) -> Iterator[Callable[[str, i
 
 @contextmanager
 def working(description: str) -> Iterator[None]:
-    """Show on a terminal that something takes time of which nobody knows how long; elsewhere show nothing."""
-    if verbosity() is Verbosity.QUIET or not sys.stderr.isatty():
+    """Show a spinner on a terminal while work of unknown length runs; elsewhere nothing."""
+    if verbosity() is not Verbosity.NORMAL or not sys.stderr.isatty():
         yield
         return
     from rich.console import Console

@@ -66,7 +66,7 @@ def command(
     from emloc_core.api import plan
 
     train, others = given(TrainSettings, settings)
-    with working("Following a training step, without weights"):
+    with working("Planning"):
         planned = plan(
             model, memory=memory, ratio=ratio, kind=others["kind"], data=data, split=split, length=length,
             images=images, image_size=others["image_size"], device=device, measure=others["measure"], **train,
@@ -178,7 +178,9 @@ def _show_ways(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
         for line in _commands(best, planned, asked):
             click.echo(f"  {line}")
         if measured := best.recovery:
-            click.echo(f"  On three tasks of a small model that gave {measured.corrected:.2f} of what an ordinary LoRA "
-                       f"gains, and {measured.polished:.2f} with 20 exact steps (docs/evidence.md).")  # fmt: skip
+            click.echo(
+                f"  On three tasks with text, a small model got {measured.corrected:.2f} of what an ordinary LoRA gains"
+                f", and {measured.polished:.2f} with 20 exact steps (docs/evidence.md)."
+            )
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")

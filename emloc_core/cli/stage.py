@@ -145,9 +145,11 @@ def summary(request: Request, result: Result) -> list[str]:
         calibration = result.manifest["request"]["settings"].get("calibration")
         return [*_errors(found, calibration), *_spectra(getattr(request, "keep_spectra", None))]
     if request.stage in ("train", "polish"):
+        loss = found["train_loss"]  # unknown where training stopped early, before a loss was logged
+        mean = "" if loss is None else f"mean loss {loss:.4f}, "
         lines = [
             f"{found['steps']} steps on {found['rows']} rows ({found['excluded_rows']} left out): "
-            f"mean loss {found['train_loss']:.4f}, {found['trainable_parameters']:,} trainable parameters"
+            f"{mean}{found['trainable_parameters']:,} trainable parameters"
         ]
         if (best := found.get("best_step")) is not None:
             kept = f"the best checkpoint, of step {best}" if best else "the adapter as it was: no step made it better"

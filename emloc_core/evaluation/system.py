@@ -97,7 +97,7 @@ def _parts(nbytes: int) -> dict[int | str, int] | None:
 def _require_memory(model: Any) -> None:
     """Refuse layers on disk, where accelerate puts what GPU and CPU have no room for.
 
-    PEFT would write a copy of them into the working directory.
+    Every token would wait for them, and PEFT would write a copy of them into the working directory.
 
     Raises:
         EmlocError: a layer is on disk.

@@ -130,7 +130,8 @@ def _tuned(request: Manifest, settings: Manifest, result: Manifest) -> str:
         told += f", by {settings['method'].upper()} with beta {settings.get('beta')}"
     told += f", on {result.get('rows')} rows" + (f", mean loss {loss:.4f}" if isinstance(loss, float) else "")
     if "adapter" in request:
-        return f"Polish: {told}."
+        kept = ", which did not make it better: it was kept as it was" if result.get("best_step") == 0 else ""
+        return f"Polish: {told}{kept}."
     targets = ", ".join(f"`{_shown(target)}`" for target in result.get("target_modules", []))
     return (
         f"LoRA: rank {settings.get('lora_rank')}, alpha {settings.get('lora_alpha')}, on {targets}; {told}, with TRL."

@@ -85,22 +85,17 @@ def made_from(directory: Path, role: str) -> str:
 _STAGES = 8
 
 
-def training_settings(adapter: Path) -> dict[str, Any]:
-    """Return what a LoRA was trained with, as its manifest tells, or those of what it was made from; may be empty."""
+def learned_preferences(adapter: Path) -> bool:
+    """Return whether a LoRA was trained by preferences, as its manifest tells, or those of what it was made from."""
     for _ in range(_STAGES):
         manifest = read_manifest(adapter) or {}
         inputs, request = (manifest.get(name) for name in ("inputs", "request"))
         before = inputs.get("adapter") if isinstance(inputs, dict) else None
         if not isinstance(before, str):
             settings = request.get("settings") if isinstance(request, dict) else None
-            return settings if isinstance(settings, dict) else {}
+            return isinstance(settings, dict) and settings.get("method", "sft") != "sft"
         adapter = Path(before)
-    return {}
-
-
-def learned_preferences(adapter: Path) -> bool:
-    """Return whether a LoRA was trained by preferences, as far as manifests tell."""
-    return bool(training_settings(adapter).get("method", "sft") != "sft")
+    return False
 
 
 def _parents(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Memory of each stage, in bytes, from the config alone: no weights, no network. See ``docs/memory.md``.
 
 Weights, LoRA, gradients, optimiser states and the KV cache are counted exactly. Activations and logits are those of
-the real step, traced storage by storage (:mod:`emloc_core.memory.tracing`). The blocks of a tower are alike, so only a
-few are traced, at two depths, and the peak of each phase is extrapolated linearly.
+the real step, traced storage by storage (:mod:`emloc_core.memory.tracing`). The blocks of a tower are alike, or take
+turns, so only a few are traced, at two depths, and the peak of each phase is extrapolated linearly.
 """
 
 import copy
@@ -52,8 +52,8 @@ TERMS = (
 )  # fmt: skip
 #: Fields for which transformers would assume another model's size if they were missing.
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-#: Enough blocks for a first, a last and one between.
-_TRACED = 3
+#: A first block and a last one, which form their own phases.
+_OUTER = 2
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class MemoryModel:
         if workload.images:
             self.image = image_shape(config_file, self.config, workload.image_size)
         self._inputs = self._shape_inputs()
-        self._known = _known(config_file.read_text("utf-8"), repr(workload), repr(self._inputs), repr(self.family))
+        self._traced = _traced(config_file.read_text("utf-8"), repr(workload), repr(self._inputs), repr(self.family))
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype | None = self.config.dtype or self.config.get_text_config().dtype
@@ -204,7 +204,10 @@ class MemoryModel:
 
     def inference(self) -> Need:
         """Return what the base needs to read a prompt of the workload's size and generate the first token."""
-        return self._need("inference on the base", self._extend(self._trace_inference, None))
+        stage = "inference on the base"
+        if stage not in self._traced:
+            self._traced[stage] = self._need(stage, self._extend(self._trace_inference, None))
+        return self._traced[stage]
 
     def _trace_inference(self, depths: Mapping[str, int]) -> Phases:
         return trace_inference(self._cut(depths), self.towers, self._inputs, self._apart)
@@ -220,9 +223,9 @@ class MemoryModel:
         shared_out = self.method.by_spectra and self.kind.has_factors and not made
         traced = plan.at_caps() if plan and shared_out else plan
         emulator = None if traced is None else (self.kind.name, frozenset(traced.ranks.items()))
-        if emulator not in self._known:
-            self._known[emulator] = self._trace_tuning(traced)
-        need = self._known[emulator]
+        if emulator not in self._traced:
+            self._traced[emulator] = self._trace_tuning(traced)
+        need = self._traced[emulator]
         if plan is None or traced is None:
             return need
         weights = need.terms["weights"] - self.emulator_bytes(traced) + self.emulator_bytes(plan)
@@ -320,10 +323,13 @@ class MemoryModel:
             ) from error
 
     def _few(self, path: str, count: int, period: int) -> int:
-        """Return how many of a tower's blocks to trace first: enough, and whole periods fewer than all."""
-        enough = _TRACED + self._apart.get(path, 0)
+        """Return how many of a tower's blocks to trace first: a period between the first and the last, or more.
+
+        They are whole periods fewer than all.
+        """
+        enough = _OUTER + period + self._apart.get(path, 0)
         few = enough + (count - enough) % period
-        return few if few + period <= count else count
+        return few if few + period < count else count
 
     def _period(self, path: str, plan: RankPlan | None) -> int:
         """Return after how many blocks a tower's blocks repeat; the number of all if they do not."""
@@ -343,7 +349,8 @@ class MemoryModel:
         ]
         if len(types) == len(layouts):
             layouts = [(kind, *layout) for kind, layout in zip(types, layouts, strict=True)]
-        return next(step for step in range(1, len(layouts) + 1) if layouts[step:] == layouts[:-step])
+        steps = range(1, len(layouts))
+        return next((step for step in steps if layouts[step:] == layouts[:-step]), max(1, len(layouts)))
 
     def _shape_inputs(self) -> dict[str, Any]:
         workload = self.workload
@@ -394,9 +401,13 @@ def _require_fields(config_file: Path, raw: Mapping[str, Any], config: Any, pref
         )
 
 
-@lru_cache(maxsize=8)  # since a plan of a large model takes many traces, of seconds each
-def _known(*model: str) -> dict[tuple[str, frozenset[tuple[str, int]]] | None, Need]:  # noqa: ARG001
-    """Return what was traced of a model, to add to it: of emulators, by kind and ranks; of the base, for every kind.
+#: What was traced of a model: of emulators, by kind and ranks; of the base, by None for tuning, or by the stage.
+_Traced = dict[tuple[str, frozenset[tuple[str, int]]] | str | None, Need]
+
+
+@lru_cache(maxsize=8)  # a plan of a large model takes many traces, of seconds each
+def _traced(*model: str) -> _Traced:  # noqa: ARG001
+    """Return where to keep what is traced of a model, the same for a model that is planned again.
 
     Args:
         model: all that traces depend on: config, workload, shapes of inputs, family.

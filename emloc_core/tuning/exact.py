@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
-from emloc_core.adapters.moments import FILE, hash_moments, load_moments
+from emloc_core.adapters.moments import FILE, hash_moments, load_moments, tuned_at
 from emloc_core.data.tokenize import Processing
 from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError
@@ -27,7 +27,7 @@ from emloc_core.exact.need import Positions, step_need
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.output import learned_preferences, training_settings
+from emloc_core.files.output import learned_preferences
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import EvalRows, PolishRequest, Rows, TrainRequest
 from emloc_core.settings import ExactSettings, PolishSettings, StepSettings, TrainSettings
@@ -104,6 +104,8 @@ class ExactTrain(Train):
 
     def _lora(self) -> Any:
         """Return what the LoRA is made from; see :func:`lora_on`."""
+        if self.start:
+            return self.start
         assert isinstance(self.settings, TrainSettings)
         return lora_config(self.settings, self.targets)
 
@@ -204,8 +206,10 @@ class Polish(ExactTrain):
         evaluation: EvalRows = _NONE,
     ) -> None:
         base.require_unquantised()
-        self.start = adapter
-        settings = settings.model_copy(update={"learning_rate": settings.learning_rate or _rate_after(adapter)})
+        self.adapter, self.start = adapter, adapter.directory
+        if settings.learning_rate is None:
+            rate = max((tuned_at(adapter.directory) or 0) / 2, TrainSettings().learning_rate)
+            settings = settings.model_copy(update={"learning_rate": rate})
         super().__init__(base, data, output, settings, exclude, split, limits, evaluation)
         require_shapes(adapter, self.skeleton.model)
 
@@ -215,42 +219,29 @@ class Polish(ExactTrain):
         The adapter is made for the base, as far as manifests tell.
         """
         self._require_base(Inputs(self.path.resolve().parent))
-        return {**super().describe(), "second_moments": (self.start.directory / FILE).exists()}
+        return {**super().describe(), "second_moments": (self.adapter.directory / FILE).exists()}
 
     @property
     def warnings(self) -> list[str]:
         """What the user has to know before the steps are taken: that they undo what was learned from preferences."""
-        if not learned_preferences(self.start.directory):
+        if not learned_preferences(self.adapter.directory):
             return []
-        return [f"{self.start.directory} was trained by preferences, which the likelihood of answers makes it forget"]
+        return [f"{self.adapter.directory} was trained by preferences, which the likelihood of answers makes it forget"]
 
     def _targets(self) -> list[str]:
-        targets = self.start.config["target_modules"]
+        targets = self.adapter.config["target_modules"]
         return sorted(targets) if isinstance(targets, list) else [targets]
 
     def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
         self._require_base(files)
-        start = {"adapter": self.start.fingerprint(files), **hash_moments(self.start.directory, files)}
+        start = {"adapter": self.adapter.fingerprint(files), **hash_moments(self.adapter.directory, files)}
         return {**super()._request(files, processes), **start}
 
     def _inputs(self) -> dict[str, str]:
-        return {**super()._inputs(), "adapter": str(self.start.directory.absolute())}
+        return {**super()._inputs(), "adapter": str(self.adapter.directory.absolute())}
 
     def _require_base(self, files: Inputs) -> None:
-        require_base(self.start, self.model, self.model.fingerprint(files), allow_uncorrected=True)
-
-    def _lora(self) -> Path:
-        return self.start.directory
-
-    def _start(self) -> Path:
-        return self.start.directory
-
-
-def _rate_after(adapter: Adapter) -> float:
-    """Return the learning rate to continue at: half of that of tuning, and no less than the default of `train`."""
-    least = TrainSettings().learning_rate
-    tuned = training_settings(adapter.directory).get("learning_rate")
-    return max(least, tuned / 2) if isinstance(tuned, int | float) else least
+        require_base(self.adapter, self.model, self.model.fingerprint(files), allow_uncorrected=True)
 
 
 def _as_they_are(rows: list[Any]) -> Any:

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, Pro
 from transformers.trainer_callback import TrainerState
 
 from emloc_core.adapters.adapter import content_hash
-from emloc_core.adapters.moments import write_moments
+from emloc_core.adapters.moments import copy_moments, tuned_at, write_moments
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.data.tokenize import Processing, load_processing, require_readable
 from emloc_core.emulator.declared import find_linears
@@ -39,7 +39,7 @@ from emloc_core.requests import EvalRows, Rows
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.tuning.dataset import make_dataset, measure
-from emloc_core.tuning.evaluation import MODEL_LOSS, BaseLoss, divide, is_over, logged, losses_at, trainer_settings
+from emloc_core.tuning.evaluation import BaseLoss, divide, is_over, logged, losses_at, trainer_settings
 from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.launcher import require_processes
 from emloc_core.tuning.preferences import preference_dataset, require_preferences
@@ -79,6 +79,9 @@ class Train:
     Raises:
         EmlocError: the model, its family, the data or the settings are wrong.
     """
+
+    #: The adapter that the steps begin from, which is kept if no step makes it better; None: a new one.
+    start: Path | None = None
 
     def __init__(
         self,
@@ -261,7 +264,8 @@ class Train:
             remove_incomplete(checkpoints, state.num_processes)
         state.wait_for_everyone()
         resume = newest_checkpoint(checkpoints)
-        config.eval_on_start = bool(self.eval_rows) and self._start() is not None and resume is None
+        if self.eval_rows and self.start:
+            config.eval_on_start = resume is None
         processing = self._processing()
         make = preference_dataset if self.settings.learns_preferences else make_dataset
         dataset, self.sizes = make(self.rows, *processing)
@@ -297,16 +301,15 @@ class Train:
         state.wait_for_everyone()
         log = logged(trainer.state.log_history)
         best = trainer.state.best_global_step
-        if best is not None:
-            losses = {entry["step"]: entry[MODEL_LOSS] for entry in log if MODEL_LOSS in entry}
-            if (start := self._start()) and losses.get(0, math.inf) <= losses[best]:
-                best = 0
-                trainer.load(start)
-            else:
-                trainer.load_step(best)
+        kept = self.start if best == 0 else None  # no step made it better
+        if kept:
+            trainer.load(kept)
+        elif best is not None:
+            trainer.load_step(best)
         output.timing.update(trainer.cost())
         if state.is_main_process:
             self._write(trainer, output.staging, log)
+            self._write_moments(trainer, output.staging, kept)
         return {
             "steps": trainer.state.global_step,
             "train_loss": _mean_loss(log),
@@ -321,10 +324,6 @@ class Train:
                 else {}
             ),
         }
-
-    def _start(self) -> Path | None:
-        """Return the adapter that the steps begin from, which is kept if no step makes it better; None: a new one."""
-        return None
 
     def _held_out(self, config: TrainingArguments) -> BaseLoss | None:
         """Return what evaluates a base, streamed; None if only the model itself is evaluated."""
@@ -359,7 +358,6 @@ class Train:
                 raise EmlocError(f"After the last step {name} is not finite.", DIVERGED, code="not-finite")
         (staging / "README.md").unlink(missing_ok=True)  # PEFT would add to the card that a killed run began
         trainer.lora.save_pretrained(str(staging), save_embedding_layers=False)
-        write_moments(staging, trainer.lora, trainer.optimizer)
         config = read_json(staging / "adapter_config.json")
         config["target_modules"] = self.targets  # PEFT writes a set, in random order
         config["base_model_name_or_path"] = self._name()  # only now: PEFT would fetch from the hub what it names
@@ -370,6 +368,15 @@ class Train:
         if (checkpoints / "runs").is_dir():  # TensorBoard
             shutil.copytree(checkpoints / "runs", staging / "runs", dirs_exist_ok=True)
         shutil.rmtree(checkpoints)
+
+    def _write_moments(self, trainer: LoraSteps, staging: Path, kept: Path | None) -> None:
+        """Write the moments that belong to what is written; those of an adapter that is kept are its own."""
+        if kept:
+            copy_moments(kept, staging)
+            return
+        rate = (self.start and tuned_at(self.start)) or self.settings.learning_rate
+        assert rate is not None
+        write_moments(staging, trainer.lora, trainer.optimizer, rate)
 
 
 def _mean_loss(log: list[dict[str, float]]) -> float | None:

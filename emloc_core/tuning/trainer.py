@@ -30,6 +30,7 @@ class LoraSteps(Trainer):
         stopping = [EarlyStoppingCallback(patience)] if patience and options.get("eval_dataset") is not None else []
         super().__init__(model, callbacks=[_LastStep(), *stopping], **options)
         self.add_callback(_RestoreLoss(self))
+        self.add_callback(_BestAtStart())  # after the one that stops early, which would count it as a failure
         for parameter in self.lora.parameters():  # TRL rounds the LoRA to bf16 where the model is in four bits
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -126,6 +127,14 @@ class _RestoreLoss(TrainerCallback):
             saved = state.log_history.pop()
             self._trainer._tr_loss += saved[_PENDING]
             self._trainer._globalstep_last_logged = int(saved["since"])
+
+
+class _BestAtStart(TrainerCallback):
+    """Takes an evaluation before the first step for the best so far."""
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:  # noqa: ARG002
+        if state.global_step == 0:
+            state.best_metric, state.best_global_step = given["metrics"][args.metric_for_best_model], 0
 
 
 class Report(TrainerCallback):

@@ -44,7 +44,8 @@ _FIXED = {
         "rows are tokenized the same way for calibration and training",
     ),
     **dict.fromkeys(
-        ("eval_strategy", "do_eval", "metric_for_best_model", "greater_is_better"), "--eval-data names rows to evaluate"
+        ("eval_strategy", "do_eval", "eval_on_start", "metric_for_best_model", "greater_is_better"),
+        "--eval-data names rows to evaluate",
     ),
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "the model is loaded before the trainer is made"),
 }  # fmt: skip

@@ -14,6 +14,7 @@ from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.moments import FILE as MOMENTS
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
 from emloc_core.errors import EmlocError
@@ -138,14 +139,17 @@ def test_exact_steps_evaluate_the_base_streamed(trained, tiny_model, rows_file, 
 
 
 def test_an_adapter_that_no_exact_step_makes_better_is_kept(emloc, trained, tiny_model, rows_file, held_out, tmp_path):
-    argv = ["--base", tiny_model, "--data", rows_file, "--eval-data", held_out, "--steps", 4, "--eval-steps", 2]
+    argv = ["--base", tiny_model, "--data", rows_file, "--eval-data", held_out, "--steps", 40, "--eval-steps", 2]
+    argv += ["--patience", 2]
     code, out, _ = emloc("polish", trained, *argv, "--lr", 0.3, "--no-bf16", "-o", tmp_path / "a")
     assert code == 0
     result = read_manifest(tmp_path / "a")["result"]
-    assert (result["steps"], result["best_step"]) == (4, 0)
+    assert (result["steps"], result["best_step"]) == (4, 0)  # it lost patience
     assert f"kept the adapter as it was: no step made it better; loss {result['eval_loss']:.4f}" in out
     before, after = (load_file(path / "adapter_model.safetensors") for path in (trained, tmp_path / "a"))
     assert all(torch.equal(after[key], before[key]) for key in before)
+    assert (tmp_path / "a" / MOMENTS).read_bytes() == (trained / MOMENTS).read_bytes()
+    assert "which did not make it better: it was kept as it was" in (tmp_path / "a" / "README.md").read_text()
     assert result["eval_loss"] == pytest.approx(nll(tiny_model, trained, load_rows(held_out)), rel=1e-5)
 
 

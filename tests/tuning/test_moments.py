@@ -14,7 +14,7 @@ from torch import nn
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.correct import Correct
-from emloc_core.adapters.moments import FILE, load_moments, write_moments
+from emloc_core.adapters.moments import FILE, load_moments, tuned_at, write_moments
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.shards import write_shard
@@ -54,7 +54,8 @@ def test_what_is_written_is_the_mean_square_of_the_gradients(tmp_path_factory, g
     optimizer = optimiser(lora)
     for gradient in gradients:
         take(lora, optimizer, gradient)
-    write_moments(directory, lora, optimizer)
+    write_moments(directory, lora, optimizer, RATE)
+    assert tuned_at(directory) == RATE
     weights = [BETAS[1] ** age for age in reversed(range(len(gradients)))]
     mean = sum(weight * gradient**2 for weight, gradient in zip(weights, gradients, strict=True)) / sum(weights)
     found = load_file(directory / FILE)
@@ -71,7 +72,7 @@ def test_steps_are_as_small_as_the_gradients_became_and_never_far_beyond_the_rat
     tuned = optimiser(lora)
     for _ in range(60):
         take(lora, tuned, 10**before)
-    write_moments(directory, lora, tuned)
+    write_moments(directory, lora, tuned, RATE)
     optimizer = optimiser(lora)
     load_moments(directory, lora, optimizer)
     moved = [take(lora, optimizer, 10**now)[0] for _ in range(60)]
