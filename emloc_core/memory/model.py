@@ -108,7 +108,7 @@ class MemoryModel:
         if workload.images:
             self.image = image_shape(config_file, self.config, workload.image_size)
         self._inputs = self._shape_inputs()
-        self._traced = _traced(config_file.read_text("utf-8"), repr(workload), repr(self._inputs), repr(self.family))
+        self._traced = _traced(repr(raw), repr(workload), repr(self._inputs), repr(self.family))
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype | None = self.config.dtype or self.config.get_text_config().dtype

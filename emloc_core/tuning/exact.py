@@ -113,10 +113,9 @@ class ExactTrain(Train):
         need = self._need(config)
         boundaries = self._boundaries(config, need["boundaries"])
         room = 0 if self.memory is None else self.memory - sum(need.values())
-        start = self._lora()
         set_seed(config.seed)  # as TRL does before it makes a LoRA
         with refusing(SETTINGS):
-            lora = lora_on(self.skeleton, start, config.device)
+            lora = lora_on(self.skeleton, self._lora(), config.device)
         balance_no_experts(lora.config)
         with refusing(SETTINGS):
             trainer = _ExactTrainer(
@@ -130,7 +129,7 @@ class ExactTrain(Train):
         blocks = [tower.blocks for tower in self.family.towers]
         base: Any = lora.get_base_model()
         steps = ExactSteps(base, self.skeleton, blocks, config.device, room, boundaries)
-        trainer.attach(steps, self.settings.batch_size, start if isinstance(start, Path) else None)
+        trainer.attach(steps, self.settings.batch_size, self.start)
         return trainer
 
     def _held_out(self, config: TrainingArguments) -> BaseLoss:
@@ -207,8 +206,9 @@ class Polish(ExactTrain):
     ) -> None:
         base.require_unquantised()
         self.adapter, self.start = adapter, adapter.directory
+        self.tuned_at = tuned_at(adapter.directory)
         if settings.learning_rate is None:
-            rate = max((tuned_at(adapter.directory) or 0) / 2, TrainSettings().learning_rate)
+            rate = max((self.tuned_at or 0) / 2, TrainSettings().learning_rate)
             settings = settings.model_copy(update={"learning_rate": rate})
         super().__init__(base, data, output, settings, exclude, split, limits, evaluation)
         require_shapes(adapter, self.skeleton.model)

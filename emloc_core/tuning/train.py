@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, Pro
 from transformers.trainer_callback import TrainerState
 
 from emloc_core.adapters.adapter import content_hash
-from emloc_core.adapters.moments import copy_moments, tuned_at, write_moments
+from emloc_core.adapters.moments import copy_moments, write_moments
 from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
 from emloc_core.data.tokenize import Processing, load_processing, require_readable
 from emloc_core.emulator.declared import find_linears
@@ -82,6 +82,8 @@ class Train:
 
     #: The adapter that the steps begin from, which is kept if no step makes it better; None: a new one.
     start: Path | None = None
+    #: The learning rate that its second moments are from, if it has any.
+    tuned_at: float | None = None
 
     def __init__(
         self,
@@ -308,8 +310,8 @@ class Train:
             trainer.load_step(best)
         output.timing.update(trainer.cost())
         if state.is_main_process:
-            self._write(trainer, output.staging, log)
-            self._write_moments(trainer, output.staging, kept)
+            self._write(trainer, output.staging, log, kept)
+        evaluated = {"eval_rows": len(self.eval_rows), "best_step": best}
         return {
             "steps": trainer.state.global_step,
             "train_loss": _mean_loss(log),
@@ -318,11 +320,7 @@ class Train:
             "excluded_rows": self.excluded,
             "trainable_parameters": trainer.lora.get_nb_trainable_parameters()[0],
             "target_modules": self.targets,
-            **(
-                {"eval_rows": len(self.eval_rows), "best_step": best, **losses_at(best, log)}
-                if best is not None
-                else {}
-            ),
+            **({} if best is None else {**evaluated, **losses_at(best, log)}),
         }
 
     def _held_out(self, config: TrainingArguments) -> BaseLoss | None:
@@ -352,12 +350,18 @@ class Train:
             backbone.register_forward_hook(give_back)
         return trainer
 
-    def _write(self, trainer: LoraSteps, staging: Path, log: list[dict[str, float]]) -> None:
+    def _write(self, trainer: LoraSteps, staging: Path, log: list[dict[str, float]], kept: Path | None) -> None:
         for name, parameter in trainer.lora.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise EmlocError(f"After the last step {name} is not finite.", DIVERGED, code="not-finite")
         (staging / "README.md").unlink(missing_ok=True)  # PEFT would add to the card that a killed run began
         trainer.lora.save_pretrained(str(staging), save_embedding_layers=False)
+        if kept:  # with its own moments, and not those of steps that made it worse
+            copy_moments(kept, staging)
+        else:
+            rate = self.tuned_at or self.settings.learning_rate
+            assert rate is not None
+            write_moments(staging, trainer.lora, trainer.optimizer, rate)
         config = read_json(staging / "adapter_config.json")
         config["target_modules"] = self.targets  # PEFT writes a set, in random order
         config["base_model_name_or_path"] = self._name()  # only now: PEFT would fetch from the hub what it names
@@ -368,15 +372,6 @@ class Train:
         if (checkpoints / "runs").is_dir():  # TensorBoard
             shutil.copytree(checkpoints / "runs", staging / "runs", dirs_exist_ok=True)
         shutil.rmtree(checkpoints)
-
-    def _write_moments(self, trainer: LoraSteps, staging: Path, kept: Path | None) -> None:
-        """Write the moments that belong to what is written; those of an adapter that is kept are its own."""
-        if kept:
-            copy_moments(kept, staging)
-            return
-        rate = (self.start and tuned_at(self.start)) or self.settings.learning_rate
-        assert rate is not None
-        write_moments(staging, trainer.lora, trainer.optimizer, rate)
 
 
 def _mean_loss(log: list[dict[str, float]]) -> float | None:
