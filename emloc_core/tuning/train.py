@@ -354,7 +354,7 @@ class Train:
         for name, parameter in trainer.lora.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise EmlocError(f"After the last step {name} is not finite.", DIVERGED, code="not-finite")
-        (staging / "README.md").unlink(missing_ok=True)  # PEFT would add to the card that a killed run began
+        (staging / "README.md").unlink(missing_ok=True)  # PEFT would read the card that a killed run began
         trainer.lora.save_pretrained(str(staging), save_embedding_layers=False)
         if kept:  # with its own moments, and not those of steps that made it worse
             copy_moments(kept, staging)

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from peft import PeftModel
 
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning.checkpoints import newest_checkpoint, remove_incomplete
@@ -64,15 +65,16 @@ def test_every_process_must_have_written_its_random_state(checkpoint, tmp_path):
 
 
 def test_a_card_that_a_killed_run_began_is_written_again(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    def interrupt(_self: Train, _trainer: object, staging: Path, _log: object) -> None:
-        (staging / "README.md").write_text("half of a card")
-        raise KeyboardInterrupt
+    def interrupt(_model: PeftModel, directory: str, **_options: object) -> None:
+        if not Path(directory).name.startswith("checkpoint"):  # PEFT writes the trainer's checkpoints too
+            (Path(directory) / "README.md").write_text("---\ntags: [lo\n---\n")  # which PEFT could not read
+            raise KeyboardInterrupt
 
     def train() -> Path:
         return Train(tiny_model, str(rows_file), tmp_path / "adapter", TrainSettings(steps=2, bf16=False)).run()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Train, "_write", interrupt)
+        patch.setattr(PeftModel, "save_pretrained", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train()
-    assert "half of a card" not in (train() / "README.md").read_text()
+    assert (train() / "README.md").read_text().startswith("---\nlibrary_name: peft")
