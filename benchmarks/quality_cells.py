@@ -31,6 +31,8 @@ BASELINES = (
 VARIANTS: dict[str, dict[str, Any]] = {
     "nf4-plain": {"kind": "nf4", "calibration": "none"},
     "low-rank-paper": {"kind": "low-rank", "calibration": "base"},
+    "low-rank-svd": {"kind": "low-rank", "calibration": "base", "factorizer": "svd"},
+    "low-rank-asvd": {"kind": "low-rank", "calibration": "base", "factorizer": "asvd"},
     "low-rank-global": {"kind": "low-rank", "calibration": "base", "allocator": "global"},
     "low-rank-propagated": {"kind": "low-rank", "allocator": "uniform"},
     "low-rank-refined": {"kind": "low-rank", "allocator": "uniform", "refine": 3},
