@@ -148,7 +148,7 @@ def corrected(adapter: Path, base: Path, rows: dict[str, Path], clamp: float | s
     from emloc_core.settings import CorrectSettings
 
     settings = CorrectSettings(clamp=clamp)
-    return Correct(Adapter(adapter), Checkpoint(base), output, settings, selection=rows["selection"]).run()
+    return Correct(Adapter(adapter), Checkpoint(base), output, settings, selection_data=rows["selection"]).run()
 
 
 def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def correct(
     *,
     base: Name | None = None,
     emulator: Name | None = None,
-    selection: Name | None = None,
+    selection_data: Name | None = None,
     device: str = "auto",
     progress: Progress = _no_progress,
     **settings: Any,
@@ -147,10 +147,10 @@ def correct(
         output: directory of the corrected adapter; by default ``ADAPTER-corrected``, beside the adapter.
         base: the model that the emulator was made from; by default the one that the emulator names.
         emulator: directory of the emulator; by default the one that the adapter names.
-        selection: file with rows to choose the clamp on; by default those that the emulator keeps.
+        selection_data: file with rows to choose the clamp on; by default those that the emulator keeps.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         progress: called with a Linear's path, the number done, and the total.
-        settings: see :class:`~emloc_core.settings.CorrectSettings`: ``clamp``, ``method``.
+        settings: see :class:`~emloc_core.settings.CorrectSettings`: ``clamp``, ``correction``.
 
     Raises:
         EmlocError: adapter, emulator and base do not belong together, or the adapter is already corrected.
@@ -160,7 +160,7 @@ def correct(
         "output": output or Path(f"{fspath(adapter)}-corrected"),
         "base": base,
         "emulator": emulator,
-        "selection": selection,
+        "selection_data": selection_data,
         "device": device,
     }
     return _perform(make_request("correct", settings, **content), progress)

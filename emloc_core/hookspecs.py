@@ -136,7 +136,7 @@ def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-
 
 @hookspec
 def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
-    """Provide corrections of a LoRA, selected by ``--method`` of ``correct``. Called when one is needed.
+    """Provide corrections of a LoRA, selected by ``--correction``. Called when one is needed.
 
     Returns:
         By name, ``f(weight, u, v, lora, clamps) -> loras``, like ``emloc_core.algorithms.correction.correct_lora``.
@@ -157,7 +157,7 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
 
         @hookimpl
         def emloc_corrections():
-            return {"shrinking": shrinking}  # emloc correct --method shrinking
+            return {"shrinking": shrinking}  # emloc correct --correction shrinking
     """
 
 

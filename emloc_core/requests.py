@@ -131,7 +131,7 @@ class CorrectRequest(Request):
     adapter: Path = Field(description="Directory of the LoRA.")
     base: str | None = Field(None, description="Directory or hub id; by default the model that the emulator names.")
     emulator: Path | None = Field(None, description="Directory of the emulator, if it has moved.")
-    selection: Path | None = Field(None, description="Other rows to choose the clamp on.")
+    selection_data: Path | None = Field(None, description="Other rows to choose the clamp on.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto.")
     settings: CorrectSettings = CorrectSettings()
 

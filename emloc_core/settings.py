@@ -116,7 +116,7 @@ ALL_LINEAR = "all-linear"
 DEFAULT_EPOCHS = 3.0
 #: Training settings that change how much memory training needs.
 MEMORY_SETTINGS = (
-    "method", "batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "target_modules",
+    "objective", "batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "target_modules",
 )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ class TrainSettings(StepSettings):
     """How the LoRA is trained."""
 
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    method: Literal["sft", "dpo"] = Field(
+    objective: Literal["sft", "dpo"] = Field(
         "sft",
         description="Training objective: 'sft' learns the answers; 'dpo' (direct preference optimisation) learns to "
         "prefer each row's chosen answer to its rejected one, with the model without the LoRA as the reference.",
@@ -171,7 +171,7 @@ class TrainSettings(StepSettings):
     @property
     def learns_preferences(self) -> bool:
         """Whether a chosen answer is learned to be preferred to a rejected one."""
-        return self.method == "dpo"
+        return self.objective == "dpo"
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -229,7 +229,7 @@ class CorrectSettings(Settings):
         description="Limit of the correction: a number (3 in the paper), 'none', or 'auto', which compares a few "
         "limits, no correction, and a few scales of the uncorrected LoRA by their loss on held-out rows.",
     )
-    method: str = Field("emloc", description="The correction. Plugins can add others.")
+    correction: str = Field("emloc", description="The correction by name. Plugins can add others.")
 
 
 class ExportSettings(Settings):

@@ -64,9 +64,9 @@ class Correct:
         adapter: a LoRA that was trained on an emulator.
         base: the model that the emulator was made from.
         output: directory of the corrected adapter.
-        settings: ``clamp`` and ``method``.
+        settings: ``clamp`` and ``correction``.
         emulator: the emulator's directory; by default the one that the adapter's config names.
-        selection: file with rows to choose the clamp on; by default those that the emulator keeps.
+        selection_data: file with rows to choose the clamp on; by default those that the emulator keeps.
         device: device of weights and activations.
 
     Raises:
@@ -80,23 +80,23 @@ class Correct:
         output: Path,
         settings: CorrectSettings,
         emulator: Path | None = None,
-        selection: Path | None = None,
+        selection_data: Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.adapter, self.base, self.settings = adapter, base, settings
         _require_uncorrected(adapter)
         base.require_unquantised()
-        self.correct = plugin_manager().algorithm("corrections", settings.method)
+        self.correct = plugin_manager().algorithm("corrections", settings.correction)
         self.emulator = find_emulator(adapter, emulator)
         manifest = _require_emulator(adapter, self.emulator)
         kind = manifest_value(manifest, self.emulator.directory, "request.settings.kind", str | None)
         self.kind: Kind = plugin_manager().algorithm("emulators", kind or LowRank.name)()
-        self._path, self._selection = output, selection
+        self._path, self._selection_data = output, selection_data
         self.family = plugin_manager().family_for(base.config)
         self.skeleton = Skeleton(base, self.family, device)
         require_shapes(adapter, self.skeleton.model)
         loss: Loss = manifest_value(manifest, self.emulator.directory, "request.settings.loss", Loss)
-        self.rows = self._rows(selection, loss)
+        self.rows = self._rows(selection_data, loss)
         max_length = manifest_value(manifest, self.emulator.directory, "request.settings.max_length", int | None)
         self.samples = self._encode(self.rows, max_length)
 
@@ -116,7 +116,7 @@ class Correct:
             "base": base,
             "emulator": emulator,
             **self.settings.model_dump(),
-            "selection": [row.key for row in self.rows] if self._selection else None,
+            "selection": [row.key for row in self.rows] if self._selection_data else None,
         }
         inputs = {
             "adapter": str(self.adapter.directory.absolute()),
@@ -137,14 +137,14 @@ class Correct:
             "finished": self.output.is_finished(),
         }
 
-    def _rows(self, selection: Path | None, loss: Loss) -> list[Row]:
+    def _rows(self, selection_data: Path | None, loss: Loss) -> list[Row]:
         if self.settings.clamp != "auto":
             return []
-        path = selection or self.emulator.directory / SELECTION
+        path = selection_data or self.emulator.directory / SELECTION
         if not path.is_file() or not path.stat().st_size:
             raise EmlocError(
                 f"--clamp auto needs rows to compare on, but {path} holds none.",
-                "Give a file of held-out rows with --selection, or a fixed --clamp.",
+                "Give a file of held-out rows with --selection-data, or a fixed --clamp.",
                 code="missing",
             )
         return load_rows(str(path), loss=loss)
@@ -211,19 +211,19 @@ class Correct:
         with self.emulator.slices(keys) as slices:
             tensors = [slices[key][...].to(weight.device) for key in keys]
             u, v = self.kind.unpack(tensors, (weight.shape[0], weight.shape[1]), weight.dtype)
-            with named(f"The correction {self.settings.method!r}, on {path},"):
+            with named(f"The correction {self.settings.correction!r}, on {path},"):
                 corrected: Any = self.correct(weight, u, v, lora.to(weight.device), clamps)
         if not isinstance(corrected, list) or [_shapes(each) for each in corrected] != [_shapes(lora)] * len(clamps):
             raise EmlocError(
-                f"The correction {self.settings.method!r} did not give one LoRA per clamp, in the shapes of the given "
-                f"one, on {path}.",
-                "Choose another --method, or update the plugin.",
+                f"The correction {self.settings.correction!r} did not give one LoRA per clamp, in the shapes of the "
+                f"given one, on {path}.",
+                "Choose another --correction, or update the plugin.",
                 code="plugin",
             )
         for candidate in corrected:
             if not bool(torch.isfinite(candidate.a).all() and torch.isfinite(candidate.b).all()):
                 raise EmlocError(
-                    f"The correction {self.settings.method!r} gave a LoRA with NaN or Inf, on {path}.",
+                    f"The correction {self.settings.correction!r} gave a LoRA with NaN or Inf, on {path}.",
                     "Check base and emulator.",
                     code="not-finite",
                 )
@@ -338,7 +338,7 @@ def prepare(request: CorrectRequest) -> Correct:
         request.output,
         request.settings,
         request.emulator,
-        request.selection,
+        request.selection_data,
         choose_device(request.device),
     )
 

@@ -17,7 +17,7 @@ from emloc_core.settings import CorrectSettings
 @adapter_on_base("Model that the emulator was made from", "Directory for the corrected LoRA.")
 @options(CorrectSettings)
 @click.option("--emulator", type=click.Path(path_type=Path), help="Directory of the emulator, if it has moved.")
-@click.option("--selection", type=click.Path(path_type=Path), help="Other rows for --clamp auto to choose on.")
+@click.option("--selection-data", type=click.Path(path_type=Path), help="Other rows for --clamp auto to choose on.")
 @device
 @push
 @verbosity_options

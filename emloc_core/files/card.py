@@ -126,8 +126,8 @@ def _tuned(request: Manifest, settings: Manifest, result: Manifest) -> str:
     rows = settings.get("batch_size", 0) * settings.get("accumulation", 1) * request.get("processes", 1)
     told = f"{result.get('steps')} {where} of {rows} rows at a learning rate of {settings.get('learning_rate')}"
     loss = result.get("train_loss")
-    if settings.get("method", "sft") != "sft":
-        told += f", by {settings['method'].upper()} with beta {settings.get('beta')}"
+    if settings.get("objective", "sft") != "sft":
+        told += f", by {settings['objective'].upper()} with beta {settings.get('beta')}"
     told += f", on {result.get('rows')} rows" + (f", mean loss {loss:.4f}" if isinstance(loss, float) else "")
     if "adapter" in request:
         kept = ", which did not make it better: it was kept as it was" if result.get("best_step") == 0 else ""
@@ -142,7 +142,7 @@ def _corrected(request: Manifest, _settings: Manifest, result: Manifest) -> str:
     clamp, scale = result.get("clamp"), result.get("scale", 1)
     scaled = f", scaled by {scale:g}" if scale != 1 else ""
     kept = " (no correction did better on held-out rows)" if (clamp, scale) == (0, 1) else ""
-    return f"Correction: `{_shown(str(request.get('method')))}` with clamp {clamp}{scaled}{kept}."
+    return f"Correction: `{_shown(str(request.get('correction')))}` with clamp {clamp}{scaled}{kept}."
 
 
 def _checkpoint(request: Manifest, _settings: Manifest, result: Manifest) -> str:

@@ -93,7 +93,7 @@ def learned_preferences(adapter: Path) -> bool:
         before = inputs.get("adapter") if isinstance(inputs, dict) else None
         if not isinstance(before, str):
             settings = request.get("settings") if isinstance(request, dict) else None
-            return isinstance(settings, dict) and settings.get("method", "sft") != "sft"
+            return isinstance(settings, dict) and settings.get("objective", "sft") != "sft"
         adapter = Path(before)
     return False
 

@@ -97,7 +97,8 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _no_exact_preferences(self) -> "Recipe":
         if self.polish is not None and self.train.learns_preferences:
-            raise ValueError(f"polish knows the likelihood of answers alone, and train.method is {self.train.method!r}")
+            objective = self.train.objective
+            raise ValueError(f"polish knows the likelihood of answers alone, and train.objective is {objective!r}")
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ def require_preferences(rows: Iterable[Row]) -> None:
         if row.rejected is None:
             raise EmlocError(
                 f"Row {row.number} has no rejected answer.",
-                "DPO needs rows of `prompt`, `chosen` and `rejected`; train on answers alone with the method sft.",
+                "DPO needs rows of `prompt`, `chosen` and `rejected`; train on answers alone with the objective sft.",
             )
         if row.images or row.tools:
             raise EmlocError(

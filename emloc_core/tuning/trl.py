@@ -77,7 +77,7 @@ def check_extra(settings: StepSettings) -> None:
 
 
 def _config_class(settings: StepSettings) -> Any:
-    """Return TRL's class of configs for a method."""
+    """Return TRL's class of configs for an objective."""
     from trl import DPOConfig, SFTConfig
 
     return DPOConfig if settings.learns_preferences else SFTConfig

@@ -255,10 +255,10 @@ def test_auto_without_held_out_rows_says_what_to_do(tiny_model, rows_file, tmp_p
     settings = CompressSettings(samples=12, selection=0, ratio=0.6)
     bare = Compress(Checkpoint(tiny_model), load_rows(rows_file), tmp_path / "emulator", settings).run()
     adapter = make_adapter(bare, tmp_path / "adapter")
-    with pytest.raises(EmlocError, match="--selection"):
+    with pytest.raises(EmlocError, match="--selection-data"):
         correct(adapter, tiny_model, tmp_path / "out", clamp="auto", emulator=bare)
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "animal: cat.", "completion": " a red cat runs."}])
-    done = correct(adapter, tiny_model, tmp_path / "out", clamp="auto", emulator=bare, selection=rows)
+    done = correct(adapter, tiny_model, tmp_path / "out", clamp="auto", emulator=bare, selection_data=rows)
     result = read_manifest(done)["result"]
     assert (result["clamp"], result["scale"]) == (0, 1)  # what one row says may be chance
     assert [row["gain_stderr"] for row in result["candidates"]] == [0] + [None] * (len(result["candidates"]) - 1)

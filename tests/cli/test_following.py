@@ -58,9 +58,9 @@ def test_every_stage_has_one(stage, content, first, tmp_path, monkeypatch):
     assert following(make_request(stage, output="out", **content), Result("out"))[0] == first
 
 
-@pytest.mark.parametrize(("method", "polishes"), [("sft", 1), ("dpo", 0)])
-def test_polish_does_not_follow_preferences(method, polishes, tmp_path):
-    (tmp_path / "emloc.json").write_text(json.dumps({"request": {"settings": {"method": method}}}))
+@pytest.mark.parametrize(("objective", "polishes"), [("sft", 1), ("dpo", 0)])
+def test_polish_does_not_follow_preferences(objective, polishes, tmp_path):
+    (tmp_path / "emloc.json").write_text(json.dumps({"request": {"settings": {"objective": objective}}}))
     request = make_request("correct", adapter=tmp_path, output=tmp_path / "out")
     commands = following(request, Result(tmp_path / "out"))
     assert sum(command.startswith("emloc polish") for command in commands) == polishes

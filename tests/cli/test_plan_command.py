@@ -181,14 +181,14 @@ def test_the_commands_have_the_workload_that_was_planned(shallow_model: Path) ->
 def test_preferences_are_planned_by_rows_of_two_answers(shallow_model: Path) -> None:
     options = ("--length", 32, "--batch-size", 4, "--kind", "nf4", "--memory")
     answers = plan(shallow_model, *options, "4GiB")
-    pairs = plan(shallow_model, *options, "4GiB", "--method", "dpo")
+    pairs = plan(shallow_model, *options, "4GiB", "--objective", "dpo")
     assert pairs["workload"]["batch_size"] == answers["workload"]["batch_size"] == 4
     assert {way["name"] for way in pairs["ways"]} == {"LoRA on the base", "emulator"}
     doubled = plan(shallow_model, "--length", 32, "--batch-size", 8, "--kind", "nf4", "--memory", "4GiB")
     assert pairs["ways"][0]["bytes"] == doubled["ways"][0]["bytes"] > answers["ways"][0]["bytes"]
     tight = pairs["ways"][1]["bytes"] - 1
-    shown = run("plan", shallow_model, *options, tight, "--method", "dpo").stdout
-    assert "--data train.jsonl --batch-size 1 --accumulation 4 --method dpo --max-length 32" in shown
+    shown = run("plan", shallow_model, *options, tight, "--objective", "dpo").stdout
+    assert "--data train.jsonl --batch-size 1 --accumulation 4 --objective dpo --max-length 32" in shown
 
 
 def test_one_row_at_a_time_counts_the_gradients_that_are_accumulated(shallow_model: Path) -> None:

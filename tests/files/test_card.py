@@ -10,7 +10,7 @@ from emloc_core.files.output import MANIFEST, Output
 CORRECTED = {
     "kind": "corrected-adapter",
     "inputs": {"base": "organisation/model"},
-    "request": {"method": "paper"},
+    "request": {"correction": "paper"},
     "result": {
         "clamp": 0,
         "scale": 0.85,
@@ -54,7 +54,7 @@ def test_an_error_is_of_what_was_measured(calibration, of):
         {"kind": "emulator", "inputs": {"model": 3}, "result": {"bytes": 1}},
         {"kind": "emulator", "inputs": {}, "result": {"linears": [{"relative_error": "x"}], "bytes": {}}},
         {"kind": "emulator", "inputs": {}, "request": {"settings": 5}, "result": {"linears": 7}},
-        {"kind": "adapter", "inputs": {}, "request": {"settings": {"method": 5}}, "result": {"target_modules": 1}},
+        {"kind": "adapter", "inputs": {}, "request": {"settings": {"objective": 5}}, "result": {"target_modules": 1}},
     ],
 )
 def test_a_strange_parent_is_left_out(manifest, tmp_path):

@@ -15,7 +15,7 @@ from emloc_core.memory.workload import make_workload
 from emloc_core.recipe.recipe import load_recipe
 from emloc_core.settings import TrainSettings
 
-SETTINGS = {"method": "dpo", "steps": 12, "batch_size": 4, "learning_rate": 2e-3, "logging_steps": 4, "bf16": False}
+SETTINGS = {"objective": "dpo", "steps": 12, "batch_size": 4, "learning_rate": 2e-3, "logging_steps": 4, "bf16": False}
 
 
 def preferences():
@@ -99,7 +99,8 @@ def test_exact_steps_know_no_preferences(tiny_model, tmp_path):
     with pytest.raises(EmlocError, match="likelihood of answers alone"):
         emloc_core.train(tiny_model, preferences(), tmp_path / "a", exact=True, **SETTINGS)
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('[model]\nbase = "b"\n[data]\ntrain = "d.jsonl"\n[train]\nmethod = "dpo"\n[polish]\nsteps = 2\n')
+    tables = '[model]\nbase = "b"\n[data]\ntrain = "d.jsonl"\n[train]\nobjective = "dpo"\n[polish]\nsteps = 2\n'
+    recipe.write_text(tables)
     with pytest.raises(EmlocError, match="polish knows the likelihood of answers alone"):
         load_recipe(recipe)
 
@@ -134,7 +135,7 @@ def test_the_longer_answer_of_a_pair_is_planned_for(tiny_model):
     long = [row | {"rejected": row["rejected"] * 5} for row in plain]
     config = tiny_model / "config.json"
     short, answers, pairs = (
-        make_workload(config, TrainSettings(method=method), data=rows).length
-        for method, rows in (("dpo", plain), ("sft", long), ("dpo", long))
+        make_workload(config, TrainSettings(objective=objective), data=rows).length
+        for objective, rows in (("dpo", plain), ("sft", long), ("dpo", long))
     )
     assert answers <= short < pairs
