@@ -141,7 +141,8 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
     Returns:
         By name, ``f(weight, u, v, lora, clamps) -> loras``, like ``emloc_core.algorithms.correction.correct_lora``.
         ``weight`` is the base's, (m, n), ``u`` (m, k) and ``v`` (k, n) are the emulator's factors, ``lora`` is an
-        ``emloc_core.algorithms.Lora``, and ``loras`` a list with one Lora per clamp.
+        ``emloc_core.algorithms.Lora``, ``clamps`` are the limits of the correction (0: ``lora`` as it is; None: no
+        limit), and ``loras`` is a list with one Lora per clamp.
 
     Example:
         from emloc_core.hookspecs import hookimpl
@@ -152,7 +153,8 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
             from emloc_core.algorithms import Lora
 
             apart = float((weight - u @ v).norm() / weight.norm())
-            return [Lora(lora.a, lora.b / (1 + clamp * apart), lora.scale) for clamp in clamps]
+            limits = [3 if clamp is None else clamp for clamp in clamps]
+            return [Lora(lora.a, lora.b / (1 + limit * apart), lora.scale) for limit in limits]
 
 
         @hookimpl

@@ -35,7 +35,7 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
 def command(memory: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Make an emulator of MODEL, a directory or hub id: a smaller copy to train on.
 
-    The model is streamed block by block and never held in memory at once. Run the same command again to resume an
+    The model is streamed block by block and never held in memory as a whole. Run the same command again to resume an
     interrupted run at the block where it stopped.
     """
     settings, content = given(CompressSettings, options)

@@ -90,7 +90,7 @@ def rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for the rows to train on, and ``--set`` for any other field of SFTConfig."""
     for option in (
         click.option("--set", "extra", multiple=True, metavar="KEY=VALUE",
-                     help="Any other field of SFTConfig; repeatable."),
+                     help="Any other field of SFTConfig (with the objective dpo, of DPOConfig); repeatable."),
         click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
                      help="File with rows not to train on, such as test rows; repeatable."),
         click.option("--split", default="train", show_default=True, help="Split of a saved or hub dataset."),

@@ -149,7 +149,7 @@ class RepairedThreeLevels(Kind):
     refine = 0
 
     def check(self, settings: CompressSettings) -> None:
-        """Refuse a repair with which weights in four bits would be smaller.
+        """Refuse a repair that saves next to nothing over weights in four bits.
 
         Raises:
             EmlocError: names the setting.
@@ -157,8 +157,8 @@ class RepairedThreeLevels(Kind):
         super().check(settings)
         if settings.ratio and settings.ratio > self.largest_ratio:
             raise EmlocError(
-                f"With a repair of ratio {settings.ratio:g}, weights on three levels are as large as weights in four "
-                "bits.",
+                f"With a repair of ratio {settings.ratio:g}, weights on three levels are hardly smaller than weights "
+                "in four bits.",
                 f"Give --ratio {self.ratio:g}, say, and at most {self.largest_ratio:g}; or --kind nf4.",
             )
 

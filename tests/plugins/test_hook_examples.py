@@ -66,7 +66,7 @@ def test_the_factorizer_of_the_examples_is_as_good_as_ours(examples):
 def test_the_correction_of_the_examples_answers_for_every_clamp(examples):
     lora = Lora(torch.randn(2, 8), torch.randn(12, 2), 1.0)
     found = examples.algorithm("corrections", "shrinking")(
-        torch.randn(12, 8), torch.randn(12, 3), torch.randn(3, 8), lora, [0, 1]
+        torch.randn(12, 8), torch.randn(12, 3), torch.randn(3, 8), lora, [0, 1, None]
     )
     assert torch.equal(found[0].b, lora.b)
     assert found[1].b.norm() < lora.b.norm()
