@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from emloc_core.algorithms.factorize import Factors
-from emloc_core.emulator.sensitivity import hidden_states
+from emloc_core.emulator.sensitivity import Arguments, hidden_states
 from emloc_core.kinds import Kind, Movable
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.streaming import Stream
@@ -108,23 +108,29 @@ class Refinement:
         weights = self._weights()
         leaves = {path: weight.detach().requires_grad_() for path, weight in weights.items()}
         for row in rows:
-            (self._loss(leaves, row, targets[row]) / len(rows)).backward()
+            with self._stream.arguments(row + self._rows) as arguments:  # until the backward pass has read them
+                (_change(self._through(arguments, leaves), targets[row]) / len(rows)).backward()
         used = [path for path in weights if leaves[path].grad is not None]
         torch.autograd.backward([weights[path] for path in used], [leaves[path].grad for path in used])
 
     def _total(self, targets: Mapping[int, torch.Tensor]) -> float:
         weights = self._weights()
-        return sum(float(self._loss(weights, row, target)) for row, target in targets.items())
-
-    def _loss(self, weights: Mapping[str, torch.Tensor], row: int, target: torch.Tensor) -> torch.Tensor:
-        change = (self._outputs(row + self._rows, weights).float() - target.float()).square().sum(-1)
-        return (change / target.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
+        return sum(float(_change(self._outputs(row + self._rows, weights), target)) for row, target in targets.items())
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {path: of.weight(self._linears[path].weight.dtype) for path, of in self._movables.items()}
 
     def _outputs(self, sample: int, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Return what the block passes on of a sample, with these weights of its Linears in place of its own."""
-        lent = {self._keys[path]: weight for path, weight in (weights or {}).items()}
-        with self._stream.arguments(sample) as (args, kwargs):
-            return hidden_states(functional_call(self._block, lent, args, kwargs, tie_weights=False))
+        with self._stream.arguments(sample) as arguments:
+            return self._through(arguments, weights or {})
+
+    def _through(self, arguments: Arguments, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        lent = {self._keys[path]: weight for path, weight in weights.items()}
+        return hidden_states(functional_call(self._block, lent, *arguments, tie_weights=False))
+
+
+def _change(found: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the mean over tokens of how far they are from the target, squared, relative to its own length."""
+    change = (found.float() - target.float()).square().sum(-1)
+    return (change / target.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
