@@ -17,7 +17,7 @@ BLOCKS = 2
 #: Name -> settings of the emulator.
 WAYS: dict[str, dict[str, Any]] = {
     "low-rank": {"kind": "low-rank"},
-    "low-rank, propagated": {"kind": "low-rank", "allocator": "uniform"},
+    "low-rank, propagated": {"kind": "low-rank", "allocator": "uniform", "refine": 0},
     "low-rank, paper": {"kind": "low-rank", "calibration": "base"},
     "nf4": {"kind": "nf4"},
     "2.7-bit": {"kind": "2.7-bit"},

@@ -77,7 +77,7 @@ class CompressSettings(CutSettings):
         "'2.7-bit', '2-bit' and '1.6-bit', weights on six, four and three levels, for when even 'nf4' is too large; "
         "'mixed', weights on three to sixteen levels, chosen per Linear; '1.6-bit+repair', weights on three levels "
         "with low-rank factors of the rounding error in four bits; 'low-rank-nf4', factors in four bits; 'auto', the "
-        "recommended kind for the given memory, which is the default where memory is given. Plugins can add others.",
+        "recommended kind for the memory for tuning, which is the default where that is given. Plugins can add others.",
     )
     samples: int | None = Field(
         None,
@@ -100,8 +100,8 @@ class CompressSettings(CutSettings):
         None,
         ge=0,
         description="Passes over the calibration rows that bring each block's outputs closer to the base's, by "
-        "adjusting the scales of weights on a few levels (3 by default; none with a repair) or the factors of low-rank "
-        "(none by default).",
+        "adjusting the scales of weights on a few levels or the factors of low-rank (3 by default where calibration is "
+        "propagated; none with a repair).",
     )
     factorizer: str = Field(
         "activation-svd",
@@ -138,7 +138,8 @@ class StepSettings(Settings):
                             "checkpoint; the best one is kept.")  # fmt: skip
     patience: int | None = Field(None, ge=1, description="With rows to evaluate: stop after this many evaluations "
                                  "without a better loss; by default never.")  # fmt: skip
-    extra: dict[str, Any] = Field(default_factory=dict, description="Any other fields of TRL's SFTConfig.")
+    extra: dict[str, Any] = Field(default_factory=dict, description="Any other fields of TRL's SFTConfig; with the "
+                                  "objective dpo, of its DPOConfig.")  # fmt: skip
 
     @property
     def learns_preferences(self) -> bool:
@@ -229,7 +230,9 @@ class CorrectSettings(Settings):
         description="Limit of the correction: a number (3 in the paper), 'none', or 'auto', which compares a few "
         "limits, no correction, and a few scales of the uncorrected LoRA by their loss on held-out rows.",
     )
-    correction: str = Field("emloc", description="The correction by name. Plugins can add others.")
+    correction: str = Field(
+        "emloc", description="How the LoRA is corrected: 'emloc', as in the paper. Plugins can add others."
+    )
 
 
 class ExportSettings(Settings):

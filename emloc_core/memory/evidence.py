@@ -20,8 +20,8 @@ class Recovery(NamedTuple):
 RECOVERY: dict[str, dict[float, Recovery]] = {
     "nf4": {0: Recovery(0.999, 1.001)},
     "1.6-bit+repair": {0.23: Recovery(0.974, 0.994)},
-    "2.7-bit": {0: Recovery(0.96, 0.99)},
-    "low-rank-nf4": {0.39: Recovery(0.93, 0.985), 0.6: Recovery(0.965, 0.993)},
+    "2.7-bit": {0: Recovery(0.958, 0.991)},
+    "low-rank-nf4": {0.39: Recovery(0.93, 0.985), 0.6: Recovery(0.964, 0.993)},
 }
 
 

@@ -28,12 +28,14 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     - activations: the images and the hidden states of the samples, in the model's dtype.
     - where errors are propagated: in place of the block's Grams one input group's, its Cholesky factor and what its
       Linears' targets need, ``4 n (2 n + min(n, m))``, with m the outputs of all of them; and twice the hidden states,
-      those of the base and of the emulator.
+      those of the base and of the emulator; a third time for refinement, as the base's block passes them on.
     - where a weight is rounded with feedback, in place of all that (beside factors, if that is more): its inputs' Gram,
       which massive tokens widen to fp64, and what is computed from it, ``5 * 4 n^2``; the weight, what is left of it,
       and what it becomes, ``4 * 4 m n``.
     - where ranks or levels are shared out by spectra, at least what the pass before needs: statistics as without
       propagation, and the block's factors, fp32: at the largest ranks, or for another pass at half of the parameters.
+    - where factors are refined, at least what that needs for a block's: fp32, as they are, moved, with a gradient and
+      Adam's moments; and multiplied out in the model's dtype, with a gradient.
     - stand-ins: where these are weights and not factors alone, the block's in fp32, beside an identity, and for
       refinement three times in the model's dtype: as they are, and unpacked, with a gradient.
 
@@ -52,10 +54,12 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     if model.method.by_spectra:
         share = 1 if model.method.is_cut else RATIO
         statistics = max(statistics, *(_decomposition(plan, block, weight, share) for block in blocks))
+    if settings.refine and not model.kind.keeps_weight:
+        statistics = max(statistics, *(_refinement(plan, block, weight) for block in blocks))
     terms = {
         "weights": max(outside, *blocks.values()) * weight,
         "statistics": statistics,
-        "activations": (2 if propagated else 1) * settings.samples * _waiting(model),
+        "activations": (1 + propagated + bool(settings.refine)) * settings.samples * _waiting(model),
         "overhead": _overhead(model.workload.device),
     }
     if not model.kind.has_factors or (propagated and model.kind.keeps_weight):
@@ -115,6 +119,12 @@ def _decomposition(plan: RankPlan, block: str, itemsize: int, share: float) -> i
     # Factors are held until sensitivities are measured; at the largest ranks they have as many numbers as the weights.
     held = sum(linear.numbers for linear in plan.in_block(block))
     return _statistics(plan, block, itemsize, propagated=False) + int(4 * share * held)
+
+
+def _refinement(plan: RankPlan, block: str, itemsize: int) -> int:
+    linears = plan.in_block(block)
+    factors = sum((linear.rank or 0) * (linear.out_features + linear.in_features) for linear in linears)
+    return (6 * 4 + itemsize) * factors + 2 * itemsize * sum(linear.numbers for linear in linears)
 
 
 def _largest_group(linears: Sequence[LinearPlan]) -> int:

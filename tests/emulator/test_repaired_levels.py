@@ -132,7 +132,7 @@ def test_refinement_moves_scales_alone(tiny_model, rows_file, tmp_path):
 @pytest.mark.parametrize(
     ("chosen", "complaint"),
     [
-        ({"ratio": 0.6}, "as large as weights in four bits"),
+        ({"ratio": 0.6}, "hardly smaller than weights in four bits"),
         ({"allocator": "global"}, "'global' knows the spectra of weights, not of what .* repairs"),
         ({"calibration": "none"}, "is fitted to rows"),
     ],

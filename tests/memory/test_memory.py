@@ -248,13 +248,20 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
         assert terms["statistics"] == statistics, chosen
         rows.append(terms["activations"])
     assert rows[0] == 4 * rows[4]  # of twice as many rows, in two streams
+    assert 2 * rows[1] == 3 * rows[0]  # and what refinement aims at
     assert rows[2] == 4 * rows[0]  # of four times as many
     spectra = MemoryModel(file, workload(), CompressSettings(calibration="base", allocator="global"))
     even = MemoryModel(file, workload(), CompressSettings(calibration="base", allocator="uniform"))
     found, plain = (streamed.compress(model, model.plan(0.5)).terms["statistics"] for model in (spectra, even))
     assert found - plain == held  # at the largest ranks, since the emulator is cut from them
-    fitted = MemoryModel(file, workload(), CompressSettings(calibration="propagated", allocator="global"))
+    fitted = MemoryModel(file, workload(), CompressSettings(calibration="propagated", refine=0))
     assert streamed.compress(fitted, fitted.plan(0.5)).terms["statistics"] - plain == held // 2
+    even = MemoryModel(file, workload(), CompressSettings(allocator="uniform", refine=1))
+    plan = even.plan(0.9)
+    factors = sum(each.rank * (each.out_features + each.in_features) for each in plan.linears[:7])
+    refined = (24 + even.dtype.itemsize) * factors + 2 * even.dtype.itemsize * (4 * m**2 + 3 * m * n)
+    assert refined > factorising  # which it takes the place of
+    assert streamed.compress(even, plan).terms["statistics"] == refined
 
 
 def test_the_sums_of_stage_three_by_hand(tmp_path: Path) -> None:
