@@ -363,7 +363,8 @@ class Train:
             assert rate is not None
             write_moments(staging, trainer.lora, trainer.optimizer, rate)
         config = read_json(staging / "adapter_config.json")
-        config["target_modules"] = self.targets  # PEFT writes a set, in random order
+        if isinstance(config["target_modules"], list):  # of a set, in random order; otherwise it is a pattern
+            config["target_modules"] = self.targets
         config["base_model_name_or_path"] = self._name()  # only now: PEFT would fetch from the hub what it names
         write_json(staging / "adapter_config.json", config)
         self.model.copy_processing(staging)

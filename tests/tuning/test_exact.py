@@ -10,12 +10,14 @@ import pytest
 import torch
 from emloc_internvl import INTERNVL
 from emloc_llama import LLAMA
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.adapters import contents, make_adapter
 from support.killed import kill, run_until_killed
 from support.models import save_tiny_model
 from support.rows import example_rows, write_jsonl
 from support.vision_models import internvl_processor, picture_rows, save_model
+from transformers import AutoModelForCausalLM
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.correct import Correct
@@ -163,6 +165,14 @@ def test_rows_with_pictures_are_trained_on_as_ordinarily(tmp_path):
     other = Train(base, str(rows), tmp_path / "other", train_settings(steps=2, batch_size=4)).run()
     assert losses(one) == pytest.approx(losses(other), rel=1e-4)
     require_close(one, other)
+
+
+def test_polish_keeps_targets_that_are_a_pattern(tiny_model, rows_file, tmp_path):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", target_modules=r".*\.(q_proj|v_proj)")
+    output = polish(adapter, tiny_model, rows_file, tmp_path / "polished", steps=1)
+    assert read_json(output / "adapter_config.json")["target_modules"] == r".*\.(q_proj|v_proj)"
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), output)
+    assert sum("lora_A" in name for name, _ in loaded.named_modules()) > 0
 
 
 def test_polish_takes_half_of_the_learning_rate_of_tuning(ordinary, tiny_model, rows_file, tmp_path):
