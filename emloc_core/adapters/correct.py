@@ -274,10 +274,18 @@ class Correct:
         result: dict[str, Any] = {**told[chosen], "linears": len(self.adapter.loras)}
         if losses is not None:
             sums = losses.sum(1)
+            nlls = sums[:, 0] / sums[:, 1]
+            if not bool(nlls[0].isfinite()):
+                raise EmlocError(
+                    "The loss of the base with the uncorrected LoRA is not finite on the held-out rows.",
+                    "Tune again at a lower learning rate, or give a fixed --clamp.",
+                    code="not-finite",
+                )
             result["candidates"] = [
                 {**each, "nll": round(float(nll), 6), "gain": _known(gain), "gain_stderr": _known(error),
                  "rows": losses.shape[1]}
-                for each, nll, gain, error in zip(told, sums[:, 0] / sums[:, 1], *gains(losses), strict=True)
+                for each, nll, gain, error in zip(told, nlls, *gains(losses), strict=True)
+                if bool(nll.isfinite())  # a large scale may overflow
             ]  # fmt: skip
         return result
 

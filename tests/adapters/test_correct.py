@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import WEIGHTS, Adapter, config_problems, content_hash
-from emloc_core.adapters.correct import Correct, choose, gains
+from emloc_core.adapters.correct import CANDIDATES, Correct, choose, gains
 from emloc_core.adapters.held_out import mean_loss
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows
@@ -249,6 +249,23 @@ def test_clamps_are_compared_on_the_answers_that_count_in_training(tiny_model, t
     job = Correct(Adapter(trained), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings())
     assert [row.loss for row in job.rows] == ["all"] * 3
     assert all("".join(map(str, sample.completion_mask)).count("01") == 2 for sample in job.samples)
+
+
+@pytest.mark.parametrize("overflowing", [0, -1])
+def test_a_loss_that_is_not_finite_is_no_candidate(tiny_model, tiny_emulator, tmp_path, monkeypatch, overflowing):
+    def choose_of(losses):
+        losses[overflowing] = torch.nan
+        return choose(losses)
+
+    monkeypatch.setattr("emloc_core.adapters.correct.choose", choose_of)
+    adapter = make_adapter(tiny_emulator, tmp_path / "adapter")
+    if overflowing == 0:
+        with pytest.raises(EmlocError, match="uncorrected LoRA is not finite"):
+            correct(adapter, tiny_model, tmp_path / "out", clamp="auto")
+        assert not (tmp_path / "out").exists()
+        return
+    result = read_manifest(correct(adapter, tiny_model, tmp_path / "out", clamp="auto"))["result"]
+    assert len(result["candidates"]) == len(CANDIDATES) - 1
 
 
 def test_auto_without_held_out_rows_says_what_to_do(tiny_model, rows_file, tmp_path):
