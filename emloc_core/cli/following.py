@@ -39,8 +39,11 @@ def following(request: Request, result: Result) -> list[str]:
     match request:
         case ImportRequest():
             found = [join("plan", output, "--memory", "24GiB")]
-        case CompressRequest(data=data, tuning=tuning):
-            how = flags(tuning.model_dump(exclude_unset=True))
+        case CompressRequest(data=data, tuning=tuning, settings=settings, split=split, exclude=exclude):
+            left_out = [word for file in exclude for word in ("--exclude", file)]
+            same = settings.model_dump(include={"loss", "max_length"}, exclude_unset=True)
+            how = [*([] if split == "train" else ["--split", split]), *left_out]
+            how += flags(tuning.model_dump(exclude_unset=True) | same)
             found = [join("train", output, *rows(data), *how, "-o", _beside(output, "adapter"))]
         case CutRequest():
             found = [join("train", output, *rows(None), "-o", _beside(output, "adapter"))]

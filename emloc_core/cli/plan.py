@@ -147,12 +147,13 @@ def _commands(way: "Way", planned: "MemoryPlan", asked: Mapping[str, Any]) -> li
         return [join("train", planned.name, *data, *exact, *batch, "-o", "adapter")]
     size = ["--ratio", f"{way.ratio:g}"] if way.ratio is not None else []
     found = [
-        join("compress", planned.name, *data, "--kind", way.kind, *size, "-o", "emulator"),
+        join("compress", planned.name, *data, "--kind", way.kind, *size, *length, "-o", "emulator"),
         join("train", "emulator", *data, *batch, "-o", "adapter"),
         join("correct", "adapter", "-o", "corrected"),
     ]
     if way.name == POLISHED:
-        one_row = ["--batch-size", 1, "--accumulation", way.micro_batch * way.accumulation, *length]
+        one_row = ["--batch-size", 1, "--accumulation", way.micro_batch * way.accumulation]
+        one_row += [*flags({name: value for name, value in other.items() if name == "bf16"}), *length]
         found.append(join("polish", "corrected", *data, *one_row, "-o", "polished"))
     return found
 

@@ -48,6 +48,11 @@ def test_the_printed_commands_lead_from_the_emulator_to_an_answer(emloc, tiny_mo
     [
         ("import", {"source": "x"}, "emloc plan out --memory 24GiB"),
         ("cut", {"spectra": "x"}, "emloc train out --data train.jsonl -o adapter"),
+        (
+            "compress",
+            {"model": "m", "data": "org/set", "split": "sft", "exclude": ("test.jsonl",)},
+            "emloc train out --data org/set --split sft --exclude test.jsonl -o adapter",
+        ),
         ("train", {"model": "org/model", "data": "rows.jsonl"}, "emloc chat out"),
         ("polish", {"adapter": "x", "data": "rows.jsonl"}, "emloc chat out"),
         ("eval", {"systems": ({"name": "a", "model": "m", "adapter": "b"},), "tasks": ("t",)}, "emloc chat m b"),

@@ -149,7 +149,7 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
         lines = [line.strip() for line in shown.splitlines()]
         first = lines.index("best: emulator, then polish") + 1
         assert lines[first : first + 4] == [
-            f"emloc compress {shallow_model} --data train.jsonl --kind {kind}{size} -o emulator",
+            f"emloc compress {shallow_model} --data train.jsonl --kind {kind}{size} --max-length 16 -o emulator",
             "emloc train emulator --data train.jsonl --batch-size 1 --max-length 16 -o adapter",
             "emloc correct adapter -o corrected",
             "emloc polish corrected --data train.jsonl --batch-size 1 --accumulation 1 --max-length 16 -o polished",
