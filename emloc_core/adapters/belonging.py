@@ -53,6 +53,12 @@ def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_
                     code="mismatch",
                 )
         named = adapter.config.get("base_model_name_or_path")
+        if not model and made_for and made_for != fingerprint and named != base.name:
+            raise EmlocError(
+                f"{adapter.directory} was trained on {named}, which is not here, and not on {base.directory}.",
+                "If that is an emulator of it, put it back, or correct the adapter with `emloc correct --emulator`.",
+                code="missing",
+            )
         if not model and not made_for and named != base.name and not allow_uncorrected:
             raise EmlocError(
                 f"{adapter.directory} was trained on {named}, which is not here, so it is unknown whether that is an "

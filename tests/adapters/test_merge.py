@@ -9,8 +9,10 @@ from emloc_llama import LLAMA
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.adapters import TARGETS, make_adapter
+from support.rows import example_rows, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import emloc_core
 from emloc_core.adapters import merge as merging
 from emloc_core.adapters.adapter import Adapter, fingerprint
 from emloc_core.adapters.correct import Correct
@@ -150,6 +152,16 @@ def test_an_adapter_of_a_model_that_is_not_here_is_refused_unless_asked_for(tiny
         merge(adapter, tiny_model, tmp_path / "merged")
     assert caught.value.code == "missing"
     assert merge(adapter, tiny_model, tmp_path / "merged", allow_uncorrected=True).is_dir()
+
+
+def test_an_emulator_that_has_gone_is_not_mistaken_for_another_base(tiny_model, tiny_emulator, tmp_path):
+    emulator = shutil.copytree(tiny_emulator, tmp_path / "emulator")
+    rows = write_jsonl(tmp_path / "rows.jsonl", example_rows()[20:40])
+    adapter = emloc_core.train(emulator, str(rows), tmp_path / "adapter", steps=1, bf16=False).path
+    shutil.rmtree(emulator)
+    with pytest.raises(EmlocError, match="which is not here, and not on") as caught:
+        merge(adapter, tiny_model, tmp_path / "merged", allow_uncorrected=True)
+    assert caught.value.code == "missing"
 
 
 def test_an_uncorrected_adapter_of_another_base_is_refused_even_if_asked_for(tiny_model, tiny_emulator, tmp_path):
