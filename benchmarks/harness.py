@@ -100,8 +100,10 @@ def write_results(
         "goals": list(goals),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    for kind, content in (("json", json.dumps(result, indent=2) + "\n"), ("md", text)):
+        new = RESULTS / f".{name}.{kind}.new"
+        new.write_text(content, encoding="utf-8")
+        new.replace(RESULTS / f"{name}.{kind}")  # at once, so that a kill leaves what was there
     print(text)
 
 

@@ -20,7 +20,6 @@ the base gains over the base alone: ``(base - x) / (base - full)``; all three on
 import argparse
 import hashlib
 import json
-import random
 import shutil
 import sys
 import time
@@ -346,13 +345,13 @@ def main() -> None:
             break
         print(f"{time.strftime('%H:%M:%S')} {cell.name}", file=sys.stderr, flush=True)
         new = in_process(measure, root, asdict(cell))
-        # A base that is trained on another machine is another one, whose measurements stay.
-        rows = [row for row in rows if row not in old or row["base"] != new["base"]] + [new]
+        # A base that is trained on another machine is another one, whose measurements stay. In place, since the next
+        # cells depend on the learning rates that are best so far.
+        rows[:] = [row for row in rows if row not in old or row["base"] != new["base"]] + [new]
         report(rows)
     if rows and not options.list:
         report(rows)
 
 
 if __name__ == "__main__":
-    random.seed(0)
     main()
