@@ -50,8 +50,8 @@ def test_the_printed_commands_lead_from_the_emulator_to_an_answer(emloc, tiny_mo
         ("cut", {"spectra": "x"}, "emloc train out --data train.jsonl -o adapter"),
         (
             "compress",
-            {"model": "m", "data": "org/set", "split": "sft", "exclude": ("test.jsonl",)},
-            "emloc train out --data org/set --split sft --exclude test.jsonl -o adapter",
+            {"model": "m", "data": "org/set", "split": "sft", "exclude": ("x.jsonl",), "settings": {"max_length": 9}},
+            "emloc train out --data org/set --split sft --exclude x.jsonl --max-length 9 -o adapter",
         ),
         ("train", {"model": "org/model", "data": "rows.jsonl"}, "emloc chat out"),
         ("polish", {"adapter": "x", "data": "rows.jsonl"}, "emloc chat out"),
