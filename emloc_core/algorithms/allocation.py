@@ -31,7 +31,8 @@ class Spectrum:
     Attributes:
         path: module path.
         block: path of the block that holds it.
-        energies: energy of the outputs on the calibration rows along every direction, descending: (min(m, n),), fp64.
+        energies: energy of the outputs on the calibration rows along every direction, in the order in which ranks take
+            them, descending if the factors are optimal: (min(m, n),), fp64.
         sensitivity: how much its error disturbs its block: the mean squared change of the block's output, relative to
             each token's own length, per unit of ``err(k)^2``; see :mod:`emloc_core.emulator.sensitivity`.
     """
@@ -69,7 +70,7 @@ def global_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
     """Return ranks that share one parameter budget, that of :func:`uniform`, by how much they disturb the blocks.
 
     Minimises the sum over the Linears of ``sensitivity * err(k)^2``, where ``err(k)^2`` is the share of a Linear's
-    output energy that is lost at rank k, subject to ``sum k (m + n) <= budget``. Energies descend, so that taking
+    output energy that is lost at rank k, subject to ``sum k (m + n) <= budget``. Gains descend, so that taking
     single ranks in the order of their gain per parameter is the Lagrangian optimum, short of less than one rank.
     Every Linear stays within :data:`BOUNDS` of its uniform rank, and below dense.
 
@@ -78,8 +79,31 @@ def global_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
     base = uniform(shapes, ratio)
     floors = [math.ceil(BOUNDS[0] * rank) for rank in base]
     caps = [rank_cap(rank, shape) for rank, shape in zip(base, shapes, strict=True)]
-    gains = [each.energies * (each.sensitivity / max(float(each.energies.sum()), TINY)) for each in spectra]
+    gains = [descending(each.energies) * (each.sensitivity / max(float(each.energies.sum()), TINY)) for each in spectra]
     return spend(shapes, gains, floors, caps, sum(rank * sum(shape) for rank, shape in zip(base, shapes, strict=True)))
+
+
+def descending(energies: torch.Tensor) -> torch.Tensor:
+    """Return energies in which every run that rises has its mean instead; those that descend as they are.
+
+    A factorizer of other than the optimal factors may take a direction of much energy late. What comes before it is
+    worth as much as both together, since no rank has the one without the other: the least concave majorant of the
+    energy that is kept, by pool-adjacent-violators.
+
+    Args:
+        energies: (s,), in the order in which ranks take them.
+    """
+    if bool((energies[1:] <= energies[:-1]).all()):
+        return energies
+    runs: list[tuple[float, int]] = []
+    for energy in energies.tolist():
+        total, length = energy, 1
+        while runs and runs[-1][0] * length < total * runs[-1][1]:
+            before, ranks = runs.pop()
+            total, length = total + before, length + ranks
+        runs.append((total, length))
+    means = torch.tensor([total / length for total, length in runs], dtype=energies.dtype)
+    return means.repeat_interleave(torch.tensor([length for _, length in runs]))
 
 
 def levels_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spectrum] | None = None) -> list[int]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from emloc_core.algorithms.allocation import (
     BOUNDS,
     Spectrum,
+    descending,
     global_budget,
     largest_rank,
     levels_budget,
@@ -79,6 +80,27 @@ def test_spending_is_optimal_where_all_ranks_cost_the_same(caps, seed):
             if parameters(shapes, choice) <= budget
         )
         assert sum(float(gain[:k].sum()) for gain, k in zip(gains, ranks, strict=True)) == pytest.approx(best)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12))
+def test_energies_that_rise_become_the_least_concave_majorant(energies):
+    kept = [sum(energies[:rank]) for rank in range(len(energies) + 1)]
+    least = [
+        max(
+            kept[a] + (kept[b] - kept[a]) * (rank - a) / max(b - a, 1)
+            for a in range(rank + 1)
+            for b in range(rank, len(kept))
+        )
+        for rank in range(1, len(kept))
+    ]
+    assert descending(torch.tensor(energies, dtype=torch.float64)).cumsum(0).tolist() == pytest.approx(least)
+
+
+def test_energy_that_comes_late_counts():
+    late, flat = torch.tensor([0.0] * 9 + [100.0] * 3 + [0.0] * 20).double(), torch.ones(32, dtype=torch.float64)
+    shapes = [(32, 32), (32, 32)]  # of rank 9 if shared out alike
+    first, second = global_budget(shapes, 0.6, [Spectrum("a", "b", late, 1.0), Spectrum("b", "b", flat, 1.0)])
+    assert (first, second) == (12, 6)
 
 
 def test_ranks_go_where_they_save_more_a_parameter():
