@@ -191,12 +191,13 @@ class Compress:
         if self.output.is_finished():
             return self.output.path
         with self.output.build() as staging:
-            if remove_damaged((staging / "spectra").glob("*.safetensors")):
-                remove_at_once(staging / "spectra")
+            first_pass = staging / ".spectra"  # hidden: removed when the emulator is published
+            if remove_damaged(first_pass.glob("*.safetensors")):
+                remove_at_once(first_pass)
             spectra, plan = None, self.plan
             if self.method.by_spectra:
                 first, progress = _in_two_passes(progress)
-                spectra = self._decompose(self._spectra_output(staging / "spectra"), first)
+                spectra = self._decompose(self._spectra_output(first_pass), first)
                 plan = self._allocated(spectra)
             files = EmulatorFiles(self.skeleton, plan, self.blocks, staging, self.kind)
             if self.settings.calibration == "none":
@@ -210,8 +211,6 @@ class Compress:
             self._write_rows(staging)
             known = {"family": self.family.name, "coverage": self.coverage.describe()}
             self.output.result = {**known, **files.finish(self._tokens)}
-            if spectra:  # until here, a run that is interrupted resumes behind the first pass
-                remove_at_once(spectra.directory)
         return self.output.path
 
     def _allocated(self, spectra: Spectra) -> RankPlan:

@@ -22,7 +22,7 @@ from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.files.card import CARD, card
 from emloc_core.files.documents import read_object, write_json
 from emloc_core.files.meter import Meter
-from emloc_core.files.workspace import Workspace
+from emloc_core.files.workspace import Workspace, remove_at_once
 
 if TYPE_CHECKING:
     from emloc_core.files.inputs import Inputs
@@ -282,10 +282,11 @@ class Output:
         self._write_card(manifest)
         write_json(self.staging / MANIFEST, manifest)
         write_json(self.staging / TIMING, self.timing)
-        for path in list(self.staging.rglob(".*")):
-            _remove(path)
         for path in self.staging.rglob("*"):
-            _fsync(path)
+            if not any(part.startswith(".") for part in path.relative_to(self.staging).parts):
+                _fsync(path)
+        for path in list(self.staging.rglob(".*")):  # last: a kill until here repeats none of that work
+            _remove(path)
         _fsync(self.staging)
         try:
             os.rename(self.staging, self.path)  # an empty directory may be in that place
@@ -330,7 +331,7 @@ def _refuse_full_disk(place: Path) -> Iterator[None]:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        remove_at_once(path)
     else:
         path.unlink(missing_ok=True)
 

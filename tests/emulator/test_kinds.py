@@ -459,4 +459,4 @@ def test_a_full_disk_at_the_end_does_not_cost_the_first_pass(tiny_model, rows_fi
             Compress(Checkpoint(tiny_model), rows, tmp_path / "made", settings).run()
     made = Compress(Checkpoint(tiny_model), rows, tmp_path / "made", settings).run()
     assert len(passes) == 1
-    assert not (made / "spectra").exists()
+    assert not (made / ".spectra").exists()

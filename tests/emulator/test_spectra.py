@@ -247,8 +247,8 @@ def overwritten(content):
     [
         ({}, 2, ("model-00001-of-00004.safetensors", 14)),
         ({"calibration": "propagated"}, 2, ("model-00001-of-00004.safetensors", 14)),
-        ({"allocator": "global"}, 2, (".spectra.partial/content/spectra-00001-of-00003.safetensors", 14)),
-        ({"allocator": "global"}, 5, ("spectra/spectra-00001-of-00003.safetensors", 21)),
+        ({"allocator": "global"}, 2, ("..spectra.partial/content/spectra-00001-of-00003.safetensors", 14)),
+        ({"allocator": "global"}, 5, (".spectra/spectra-00001-of-00003.safetensors", 21)),
         ({"allocator": "global"}, 5, ("model-00001-of-00004.safetensors", 0)),
     ],
 )
@@ -268,6 +268,24 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(
     assert len(counted) == factorised
 
 
+def test_a_kill_while_an_emulator_is_published_repeats_nothing(
+    tiny_model, rows_file, whole, tmp_path, monkeypatch, counted
+):
+    def synced(path):
+        if path.name.startswith("model-"):
+            raise Stop
+
+    expected = whole(allocator="global")
+    with monkeypatch.context() as patch:
+        patch.setattr("emloc_core.files.output._fsync", synced)
+        with pytest.raises(Stop):
+            compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
+    counted.clear()
+    again = compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
+    assert contents(again) == contents(expected)
+    assert not counted
+
+
 @pytest.mark.parametrize("damage", [False, True])
 def test_a_kill_while_spectra_are_removed(tiny_model, rows_file, whole, tmp_path, monkeypatch, damage):
     def remove(directory, *_, **__):
@@ -280,7 +298,7 @@ def test_a_kill_while_spectra_are_removed(tiny_model, rows_file, whole, tmp_path
     if damage:  # then they are removed to be made again
         with pytest.raises(Stop):
             compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run(stopping_after(5))
-        (content / "spectra" / SHARD).write_bytes(b"damaged")
+        (content / ".spectra" / SHARD).write_bytes(b"damaged")
     monkeypatch.setattr(shutil, "rmtree", remove)
     with pytest.raises(Stop):
         compression(tiny_model, rows_file, tmp_path / "again", allocator="global").run()
