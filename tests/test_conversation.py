@@ -1,7 +1,10 @@
 """Talking to a model: by command, from Python, with an adapter, with images, and without a chat template."""
 
 import io
+import os
 import shutil
+import signal
+import time
 
 import pytest
 from emloc_internvl import INTERNVL
@@ -71,6 +74,20 @@ def test_what_a_terminal_acts_on_is_escaped(emloc, tiny_model, monkeypatch):
     monkeypatch.setattr("emloc_core.conversation.Conversation.say", say)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     assert emloc("chat", tiny_model)[1] == "a\\x1b[2Jb\n\n"
+
+
+def test_an_answer_that_was_stopped_does_not_make_an_interruption_of_a_later_error(emloc, tiny_model, monkeypatch):
+    def say(_, text, *__):
+        if text == "first":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(600)
+        raise EmlocError("There is no such image.")
+
+    monkeypatch.setattr("emloc_core.conversation.Conversation.say", say)
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\n"))
+    code, out, err = emloc("chat", tiny_model)
+    assert (code, out) == (1, " ...\n")
+    assert err.splitlines()[-1] == "emloc: error: There is no such image."
 
 
 def test_images_are_for_models_that_read_them(tiny_model, tmp_path):

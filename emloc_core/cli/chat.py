@@ -1,5 +1,6 @@
 """``emloc chat``."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,7 @@ def command(
     from emloc_core.conversation import open_conversation
 
     logging.set_verbosity_error()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer: the command was not interrupted
     conversation = open_conversation(
         model, adapter, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
