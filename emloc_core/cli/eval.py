@@ -54,6 +54,8 @@ def command(
     if new_task is not None:
         _write_task(new_task, data, options["output"])
         return
+    if data is not None:
+        raise EmlocError("--data is for --new-task alone: a task file names its own rows.", "Leave out --data.")
     from emloc_core.evaluation.evaluate import canonical_systems
 
     canonical = canonical_systems(**{name: options.pop(name) for name in _SYSTEMS})
