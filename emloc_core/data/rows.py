@@ -156,12 +156,13 @@ def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
 
 
 def without(rows: Iterable[Row], files: Iterable[Path]) -> list[Row]:
-    """Return the rows whose content is in none of ``files``, in their order.
+    """Return the rows whose content is in none of ``files``, in their order; an empty file leaves none out.
 
     Raises:
         EmlocError: a file cannot be read.
     """
-    keys = {row.key for path in files for row in load_rows(str(path))}
+    some = [path for path in files if not path.is_file() or path.stat().st_size]
+    keys = {row.key for path in some for row in load_rows(str(path))}
     return [row for row in rows if row.key not in keys]
 
 

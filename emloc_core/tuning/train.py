@@ -107,16 +107,13 @@ class Train:
         rows = load_rows(data, split, settings.loss)
         require_readable(rows, self.family)
         held_out = [self.model.directory / name for name in (CALIBRATION, SELECTION)]
-        files = [path for path in held_out if path.is_file()] + list(exclude)
-        # An emulator made without selection rows has an empty file.
-        files = [path for path in files if not path.is_file() or path.stat().st_size]
+        known = [path for path in held_out if path.is_file()]
         if self.settings.learns_preferences:
             require_preferences(rows)
             if evaluation != _NONE:
                 raise EmlocError("Preferences are not evaluated while tuning.", "Leave out the rows to evaluate.")
-        kept = without(rows, files)
+        kept = without(rows, [*known, *exclude])
         self.excluded = len(rows) - len(kept)
-        known = [path for path in files if path in held_out]
         self.rows, self.eval_rows = divide(kept, evaluation, data, split, settings, known)
         require_readable(self.eval_rows, self.family)
         self.base = self._base(evaluation)
