@@ -30,8 +30,3 @@ class Lora:
     def with_scale(self, scale: float) -> "Lora":
         """Return it with another scale and the same output; with its own scale, itself."""
         return self if scale == self.scale else Lora(self.a, self.b * (self.scale / scale), scale)
-
-    def delta(self) -> torch.Tensor:
-        """Return what it adds to the weight, (m, n), in fp32 at least."""
-        dtype = torch.promote_types(self.a.dtype, torch.float32)
-        return self.scale * (self.b.to(dtype) @ self.a.to(dtype))

@@ -8,7 +8,7 @@ import torch
 from emloc_llama import LLAMA
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support.adapters import TARGETS, make_adapter
+from support.adapters import TARGETS, delta, make_adapter
 from support.rows import example_rows, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -130,8 +130,8 @@ def test_a_stored_copy_of_a_tied_head_takes_the_update(tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["lm_head"], size=0.3)
     merged = merge(adapter, base, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
-    delta = Adapter(adapter).loras["lm_head"].delta()
-    assert torch.allclose(model.lm_head.weight, tensors["lm_head.weight"] + delta, atol=1e-6)
+    change = delta(Adapter(adapter).loras["lm_head"])
+    assert torch.allclose(model.lm_head.weight, tensors["lm_head.weight"] + change, atol=1e-6)
     assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support.adapters import delta
 from support.paths import FIXTURES
 
 from emloc_core.algorithms.correction import correct_lora
@@ -46,8 +47,8 @@ def test_unclamped_the_base_acts_on_the_subspace_as_the_tuned_emulator_did(m, n,
     weight, u, v, lora = made_up(m, n, k, r, scale, seed)
     (corrected,) = correct_lora(weight, u, v, lora, [None])
     on_subspace = lora.a.T  # columns span the LoRA's input subspace
-    emulator = (u @ v + lora.delta()) @ on_subspace
-    base = (weight + corrected.delta()) @ on_subspace
+    emulator = (u @ v + delta(lora)) @ on_subspace
+    base = (weight + delta(corrected)) @ on_subspace
     assert torch.allclose(base, emulator, atol=1e-8)
 
 
@@ -55,7 +56,7 @@ def test_off_the_subspace_the_base_is_left_alone():
     weight, u, v, lora = made_up()
     (corrected,) = correct_lora(weight, u, v, lora, [None])
     q = torch.linalg.svd(lora.a.T, full_matrices=True).U
-    assert (corrected.delta() @ q[:, lora.a.shape[0] :]).abs().max() < 1e-10
+    assert (delta(corrected) @ q[:, lora.a.shape[0] :]).abs().max() < 1e-10
 
 
 def test_clamp_zero_is_the_lora_itself_and_a_large_one_is_no_clamp():
@@ -78,7 +79,7 @@ def test_the_correction_never_exceeds_the_clamp(clamp):
 def test_an_exact_emulator_needs_no_correction():
     weight, _, _, lora = made_up()
     (corrected,) = correct_lora(weight, weight, torch.eye(14, dtype=torch.float64), lora, [3.0])
-    assert torch.allclose(corrected.delta(), lora.delta())
+    assert torch.allclose(delta(corrected), delta(lora))
 
 
 def test_an_untrained_lora_stays_zero_at_a_finite_clamp():
@@ -93,4 +94,4 @@ def test_half_precision_weights_are_corrected_in_fp32():
     lora32 = Lora(lora.a.float(), lora.b.float(), 1.0)
     (half,) = correct_lora(*halves, lora32, [None])
     (exact,) = correct_lora(*(tensor.double() for tensor in halves), Lora(lora.a, lora.b, 1.0), [None])
-    assert torch.allclose(half.delta().double(), exact.delta(), atol=1e-4)
+    assert torch.allclose(delta(half).double(), delta(exact), atol=1e-4)

@@ -20,5 +20,11 @@ def make_adapter(model, output, *, size=0.05, **options):
     return output
 
 
+def delta(lora):
+    """Return what a LoRA adds to the weight, in fp32 at least."""
+    dtype = torch.promote_types(lora.a.dtype, torch.float32)
+    return lora.scale * (lora.b.to(dtype) @ lora.a.to(dtype))
+
+
 def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "timing.json"}
