@@ -308,6 +308,13 @@ class Scores:
         }
 
 
+def known_rows() -> list[dict[str, Any]]:
+    """Return the measurements that there are."""
+    results = RESULTS / "quality.json"
+    rows: list[dict[str, Any]] = json.loads(results.read_text())["rows"] if results.exists() else []
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("build/quality"), help="for work in progress")
@@ -332,8 +339,7 @@ def main() -> None:
     root: Path = options.directory
     root.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-    results = RESULTS / "quality.json"
-    rows: list[dict[str, Any]] = json.loads(results.read_text())["rows"] if results.exists() else []
+    rows = known_rows()
     for cell in cells(options.seeds, rows):
         old = [row for row in rows if all(row.get(name) == value for name, value in asdict(cell).items())]
         if not chosen(cell) or (old and not options.again):
@@ -345,9 +351,9 @@ def main() -> None:
             break
         print(f"{time.strftime('%H:%M:%S')} {cell.name}", file=sys.stderr, flush=True)
         new = in_process(measure, root, asdict(cell))
-        # A base that is trained on another machine is another one, whose measurements stay. In place, since the next
-        # cells depend on the learning rates that are best so far.
-        rows[:] = [row for row in rows if row not in old or row["base"] != new["base"]] + [new]
+        # A base that is trained on another machine is another one, whose measurements stay. Read again, since another
+        # process may measure other tasks; and in place, since the next cells depend on the rates that are best so far.
+        rows[:] = [row for row in known_rows() if row not in old or row["base"] != new["base"]] + [new]
         report(rows)
     if rows and not options.list:
         report(rows)
