@@ -5,21 +5,25 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from inspect import signature
 from typing import Any, NoReturn
 
 _MODULES = {"emloc_core": "emloc_core.cli", "emloc_core.process": "emloc_core.process"}
+#: Names of what :mod:`subprocess` passes, by position.
+_, *_GIVEN = signature(subprocess.Popen._execute_child).parameters  # type: ignore[attr-defined]
 
 
 class Fork(subprocess.Popen[Any]):
     """``subprocess.Popen`` that forks where a module of ours would be started."""
 
     def _execute_child(self, args: Sequence[str], *rest: Any) -> None:
-        """Start the process; ``rest`` is as :mod:`subprocess` passes it."""
+        """Start the process."""
         if list(args[:2]) != [sys.executable, "-m"] or args[2] not in _MODULES:
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return
-        directory, environment = rest[4:6]
-        stdin, to_stdin, from_stdout, stdout, from_stderr, stderr = rest[9:15]
+        given = dict(zip(_GIVEN, (args, *rest), strict=True))
+        stdin, to_stdin, from_stdout = given["p2cread"], given["p2cwrite"], given["c2pread"]
+        stdout, from_stderr, stderr = given["c2pwrite"], given["errread"], given["errwrite"]
         self.pid = os.fork()
         if self.pid == 0:
             for descriptor in (to_stdin, from_stdout, from_stderr):
@@ -28,10 +32,10 @@ class Fork(subprocess.Popen[Any]):
             for number, descriptor in enumerate((stdin, stdout, stderr)):
                 if descriptor != -1:
                     os.dup2(descriptor, number)
-            os.chdir(directory or ".")
-            if environment is not None:
+            os.chdir(given["cwd"] or ".")
+            if given["env"] is not None:
                 os.environ.clear()
-                os.environ.update(environment)
+                os.environ.update(given["env"])
             sys.argv = ["emloc", *args[3:]]
             sys.stdin = os.fdopen(0, closefd=False)
             become(import_module(_MODULES[args[2]]).main)
