@@ -108,7 +108,8 @@ def stages(recipe: Recipe) -> list[Stage]:
         Stage("correct it for the base", correct),
     ]
     final = corrected
-    if recipe.polish:
+    steps = recipe.polish and _of_one_loss(recipe.polish, recipe.train)
+    if steps:
         polish = PolishRequest(
             adapter=corrected,
             base=base,
@@ -117,7 +118,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             exclude=held_out,
             evaluation=evaluation,
             output=polished,
-            settings=_of_one_loss(recipe.polish, recipe.train),
+            settings=steps,
         )
         found.append(Stage("polish it on the base", polish))
         final = polished
@@ -129,7 +130,7 @@ def stages(recipe: Recipe) -> list[Stage]:
         found.append(Stage("tune the base itself, the upper bound", train(base, full, held_out)))
         found += [
             Stage(purpose, train(base, root / name, held_out, **more))
-            for name, purpose, more in _controls(recipe.train, recipe.polish)
+            for name, purpose, more in _controls(recipe.train, steps)
         ]
     evaluate = EvaluateRequest(
         systems=_systems(recipe, {stage.name: stage.output for stage in found}),
@@ -200,9 +201,8 @@ def run_recipe(
         try:
             list(call(PERFORM, {"request": stage.request.to_json()}))
         except EmlocError as error:
-            raise EmlocError(
-                f"The stage '{stage.name}' failed: {error}", "Earlier stages are kept.", code=error.code
-            ) from None
+            told = f"The stage '{stage.name}' failed: {error}"
+            raise EmlocError(told, "Earlier stages are kept.", code=error.code, resumable=error.resumable) from None
     results = summarise(recipe, planned)
     if recipe.push:
         final = next(name for name in ("merged", "polished", "corrected") if name in results["stages"])

@@ -177,7 +177,7 @@ def test_polish_comes_before_merging_and_is_compared_at_equal_totals(write):
 
 
 def test_the_exact_steps_of_the_control_are_those_of_polishing(write):
-    shape = "full_lora = true\n[train]\nsteps = 40\nbatch_size = 2\nmax_length = 64\n[polish]\nsteps = 5\n"
+    shape = "full_lora = true\n[train]\nsteps = 40\nmax_length = 64\nloss = 'all'\n[polish]\nsteps = 5\n"
     planned = {stage.name: stage.request for stage in stages(load_recipe(write(shape)))}
     polish, alone = planned["polished"].settings, planned["exact_alone"].settings
     differing = {name for name in type(polish).model_fields if getattr(polish, name) != getattr(alone, name)}
