@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.integrations import moe
 
 from emloc_core.errors import EmlocError
@@ -40,6 +41,11 @@ def is_stack(model: nn.Module, path: str) -> bool:
         return model.get_parameter(path).ndim == 3
     except AttributeError:
         return False
+
+
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """Return how many experts a router sends every token to; 1 for a model without experts."""
+    return getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
 
 
 def activate(experts: Any, up: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from emloc_core.exact.head import PIECES
-from emloc_core.family import Family
+from emloc_core.experts import experts_per_token, stacks
+from emloc_core.family import Family, Tower
 from emloc_core.model.lockstep import units
 from emloc_core.quantised import PackedLinear
 
-#: Every Linear's input and output are there while a block is recomputed and gone back through: the tensor, and its
-#: gradient or what a norm or an activation function makes of it.
+#: Inputs and outputs of Linears and experts are there while a block is recomputed and gone back through: each tensor,
+#: and its gradient or what a norm or an activation function makes of it.
 _COPIES = 2
 
 
@@ -53,11 +54,11 @@ def step_need(
     found = units(model, lists)
     sizes = [sum(p.numel() * p.itemsize for p in model.get_submodule(unit).parameters()) for unit in found]
     boundaries, activations = 0, 0
-    for blocks in lists:
-        positions = tokens if blocks == lists[-1] else patches
-        linears = [linears_in(block) for block in model.get_submodule(blocks).children()]
-        boundaries += positions.step * (len(linears) + 2) * linears[0][0].in_features
-        widest = max(sum(linear.in_features + linear.out_features for linear in block) for block in linears)
+    for tower in family.towers:
+        positions = tokens if tower.blocks == lists[-1] else patches
+        blocks = list(model.get_submodule(tower.blocks).children())
+        boundaries += positions.step * (len(blocks) + 2) * linears_in(blocks[0])[0].in_features
+        widest = max(_width(block, tower, experts_per_token(model.config)) for block in blocks)
         activations = max(activations, positions.at_once * widest)
     packed = [each.in_features * each.out_features for each in model.modules() if isinstance(each, PackedLinear)]
     vocabulary = model.config.get_text_config().vocab_size
@@ -68,6 +69,14 @@ def step_need(
         "unpacked": max(packed, default=0) * dtype.itemsize,
         "logits": 8 * min(max(PIECES.values()), tokens.at_once * vocabulary),
     }
+
+
+def _width(block: nn.Module, tower: Tower, chosen: int) -> int:
+    """Return how many numbers of a position go into and out of a block's Linears and of the experts that it goes to."""
+    linears = sum(linear.in_features + linear.out_features for linear in linears_in(block))
+    experts = [module for path, module in block.named_modules() if path in tower.experts]
+    shapes = [each.get_parameter(name).shape for each in experts for name in stacks(each)]
+    return linears + chosen * sum(m + n for _, m, n in shapes)
 
 
 def linears_in(block: nn.Module) -> list[nn.Linear]:

@@ -11,6 +11,7 @@ from torch import nn
 from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import PROBES
+from emloc_core.experts import experts_per_token
 from emloc_core.kinds import Kind
 from emloc_core.memory.model import MemoryModel
 
@@ -83,7 +84,7 @@ def _matrices(model: MemoryModel, plan: RankPlan | None, root: str = "") -> Iter
         if isinstance(module, nn.Linear):
             linear = known.get(path)
             yield path, linear.stored(model.kind) if linear and linear.rank else module.weight.numel()
-    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)  # by the router, for every token
+    chosen = experts_per_token(model.config)
     for stack in planned.experts:
         if root in ("", stack.block):
             yield stack.path, chosen * (stack.stored(model.kind) if stack.rank else stack.numbers) // stack.experts

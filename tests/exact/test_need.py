@@ -41,6 +41,20 @@ def test_boundaries_are_the_hidden_states_that_pass(family: Family, settings: di
     assert {**twice, "boundaries": passing} == need
 
 
+def test_a_token_passes_through_the_experts_that_it_is_sent_to() -> None:
+    sizes = next(settings for _, settings in TINY if "moe_intermediate_size" in settings)
+    family = next(family for family, settings in TINY if settings is sizes)
+
+    def activations(chosen: int) -> int:
+        settings = sizes | {"num_experts_per_tok": chosen, "mlp_only_layers": []}
+        model = on_meta(family, tiny_config(settings))
+        return step_need(model, family, Positions(8, 4), Positions(0, 0), torch.float32)["activations"]
+
+    hidden, inner = sizes["hidden_size"], sizes["moe_intermediate_size"]
+    one, two = activations(1), activations(2)
+    assert two - one == 4 * 2 * 4 * ((hidden + 2 * inner) + (inner + hidden))  # fp32, and twice, for 4 tokens
+
+
 def test_a_packed_matrix_is_unpacked_one_at_a_time() -> None:
     family, settings = TINY[0]
     model, positions = on_meta(family, tiny_config(settings)), Positions(8, 8)
