@@ -34,9 +34,11 @@ class Boundaries:
     Args:
         room: bytes that may stay on the device.
         directory: where a file for the others is made, which no name refers to; None: the CPU's memory.
+        reserved: bytes that they may come to there.
     """
 
-    def __init__(self, room: float = float("inf"), directory: Path | None = None) -> None:
+    def __init__(self, room: float = float("inf"), directory: Path | None = None, reserved: float = 0) -> None:
+        self.reserved = reserved
         self._room = self._left = room
         self._file: Any = tempfile.TemporaryFile(dir=directory) if directory else None  # noqa: SIM115 - until clear()
         self._end = 0

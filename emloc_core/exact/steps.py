@@ -70,7 +70,7 @@ class ExactSteps:
                 f"{type(model).__name__} has no backbone apart from its head, so that its loss cannot be streamed.",
                 "Train it by ordinary steps.",
             )
-        self.weights = FrozenWeights(skeleton, found, self.device, room)
+        self.weights = FrozenWeights(skeleton, found, self.device, room, self.boundaries.reserved)
         self._keep(skeleton, skeleton.outside(found))
         inner = [unit for unit in found if unit not in self._head_units]
         parking = Parking.on(self.device, model.buffers())

@@ -42,6 +42,7 @@ class FrozenWeights:
         units: paths of submodules.
         device: where they are computed with.
         room: bytes of the device that units may fill to stay there, besides the one in use and the next one.
+        reserved: bytes of the CPU's free memory that are for others.
 
     Attributes:
         reads: how many times every unit was brought to the device.
@@ -49,7 +50,9 @@ class FrozenWeights:
         waited: seconds for which a unit that was asked for was not there yet.
     """
 
-    def __init__(self, skeleton: Skeleton, units: Sequence[str], device: torch.device, room: float = 0) -> None:
+    def __init__(
+        self, skeleton: Skeleton, units: Sequence[str], device: torch.device, room: float = 0, reserved: float = 0
+    ) -> None:
         self.skeleton, self.device, self.room = skeleton, device, room
         self.reads: Counter[str] = Counter()
         self.bytes_read = 0
@@ -61,7 +64,7 @@ class FrozenWeights:
         self._ahead: tuple[str, Future[_Loaded]] | None = None
         self._staying: dict[str, _Loaded] = {}
         self._pinned: dict[str, Mapping[str, torch.Tensor]] = {}
-        self._pinned_room = _PINNED_SHARE * psutil.virtual_memory().available
+        self._pinned_room = _PINNED_SHARE * (psutil.virtual_memory().available - reserved)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="frozen-weights")
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._stamps = {shard: _stamp(shard) for shard in skeleton.checkpoint.shards}
@@ -89,17 +92,18 @@ class FrozenWeights:
         if previous is not None:
             self._followed[self._before, previous] = unit
         self._before, self._current = previous, None  # its memory is free before more is taken
-        self._current = unit, self._take(unit)
+        left = torch.cuda.current_stream(self.device).record_event() if self._side is not None else None
+        self._current = unit, self._take(unit, left)
         following = self._followed.get((previous, unit))
         if following is not None and following not in self._staying:
-            self._ahead = following, self._reader.submit(self._load, following)
+            self._ahead = following, self._reader.submit(self._load, following, left)
 
-    def _take(self, unit: str) -> _Loaded:
+    def _take(self, unit: str, left: "torch.cuda.Event | None") -> _Loaded:
         if unit in self._staying:
             return self._staying[unit]
         started = time.perf_counter()
         if self._ahead is None or self._ahead[0] != unit:
-            self._ahead = unit, self._reader.submit(self._load, unit)
+            self._ahead = unit, self._reader.submit(self._load, unit, left)
         loaded = self._ahead[1].result()
         self._ahead = None
         self.waited += time.perf_counter() - started
@@ -113,13 +117,19 @@ class FrozenWeights:
             self._staying[unit] = loaded
         return loaded
 
-    def _load(self, unit: str) -> _Loaded:
-        """Bring a unit to the device; in the reading thread."""
+    def _load(self, unit: str, left: "torch.cuda.Event | None") -> _Loaded:
+        """Bring a unit to the device; in the reading thread.
+
+        Args:
+            unit: the unit.
+            left: on a GPU, the end of all that is computed with units that were asked for before the one in use.
+        """
         tensors = self._pinned.get(unit) or self._read(unit)
         self.reads[unit] += 1
         self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
-        if self._side is None:
+        if self._side is None or left is None:
             return _Loaded(tensors)
+        left.synchronize()  # their memory is free only then; the CPU, which runs ahead of a GPU, would take more
         with torch.cuda.stream(self._side):
             copies = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
             return _Loaded(copies, self._side.record_event())
@@ -134,11 +144,16 @@ class FrozenWeights:
                     "Restore the model, and run the same command again.",
                     resumable=True,
                 )
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        size = sum(_pinned(tensor.nbytes) for tensor in tensors.values())
         if self._side is not None and size <= self._pinned_room:
             self._pinned_room -= size
             self._pinned[unit] = tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return tensors
+
+
+def _pinned(nbytes: int) -> int:
+    """Return what torch takes of the CPU's memory to pin so many bytes: the next power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -40,6 +40,8 @@ from emloc_core.units import human_bytes, parse_bytes
 _LIMITS, _NONE = ExactSettings(), EvalRows()
 #: Share of a GPU's free memory that they may fill before they are moved to the CPU's.
 _SHARE = 0.25
+#: How many times their bytes they may take there: torch pins powers of two.
+_PINNED = 2
 #: Fields of SFTConfig that ask for another way to take gradients, or for another loss.
 _ORDINARY = (
     "activation_offloading", "deepspeed", "fp16", "fsdp", "fsdp_config", "gradient_checkpointing_kwargs",
@@ -157,7 +159,12 @@ class ExactTrain(Train):
         """
         staging, on_disk = Path(str(config.output_dir)).parent, self.limits.park == "disk"
         free = shutil.disk_usage(staging).free if on_disk else psutil.virtual_memory().available
-        if needed > free:
+        if config.device.type == "cuda":
+            room = _SHARE * torch.cuda.mem_get_info(config.device)[0]
+            away = max(0, needed - room) * (1 if on_disk else _PINNED)
+        else:
+            room, away = 0 if on_disk else float("inf"), needed
+        if away > free:
             other = "or a maximum length" if on_disk else "or a maximum length, or keep them on a disk (--park disk)"
             raise EmlocError(
                 f"A step of {config.per_device_train_batch_size} rows keeps {human_bytes(needed)} at block boundaries, "
@@ -165,12 +172,7 @@ class ExactTrain(Train):
                 f"Lower the batch size, the accumulation {other}.",
                 resumable=True,
             )
-        room = float("inf")
-        if config.device.type == "cuda":
-            room = _SHARE * torch.cuda.mem_get_info(config.device)[0]
-        elif on_disk:
-            room = 0
-        return Boundaries(room, staging if on_disk else None)
+        return Boundaries(room, staging) if on_disk else Boundaries(room, reserved=away)
 
     def describe(self) -> dict[str, Any]:
         """Return what :meth:`Train.describe` does, and ``step_read_bytes``: every block twice, the rest once."""
