@@ -10,6 +10,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.verbosity import Verbosity, verbosity
+from emloc_core.files.meter import peak_memory
 from emloc_core.result import Result
 from emloc_core.units import human_bytes, human_seconds
 
@@ -115,7 +116,7 @@ def announce(result: Result, lines: Iterable[str], *, to_json: bool, made_before
         return
     for line in lines:
         click.echo(line)
-    seconds, peak = timing.get("seconds", 0), timing.get("peak_rss_bytes", 0)
+    seconds, peak = timing.get("seconds", 0), peak_memory(timing) or 0
     when = "finished before, in " if made_before else ""
     click.echo(f"{result}  ({when}{human_seconds(seconds)}, peak memory {human_bytes(peak)})")
 

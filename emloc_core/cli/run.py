@@ -9,6 +9,7 @@ import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run, print_json
 from emloc_core.cli.verbosity import verbosity_options
+from emloc_core.files.meter import peak_memory
 from emloc_core.units import human_bytes
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def show(results: dict, directory: Path) -> None:
     if "systems" in results:
         report.print_table(results["systems"], results["metrics"])
         click.echo(report.conclusion(results))
-    peaks = [f"{name} {human_bytes(timing['peak_rss_bytes'])}" for name, timing in results["stages"].items()]
+    peaks = [f"{name} {human_bytes(peak_memory(timing) or 0)}" for name, timing in results["stages"].items()]
     click.echo(f"peak memory of each stage: {', '.join(peaks)}")
     click.echo(f"{directory / 'results.json'}  {directory / 'figure.png'}")
     if final := next((name for name in ("merged", "polished", "corrected") if name in results["stages"]), None):

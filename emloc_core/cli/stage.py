@@ -15,6 +15,7 @@ from emloc_core.cli.verbosity import Verbosity, hush_libraries, set_up_libraries
 from emloc_core.files.documents import read_json
 from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
+from emloc_core.files.meter import peak_memory
 from emloc_core.files.output import MANIFEST, TIMING
 from emloc_core.report.towers import place, short_names
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
@@ -227,5 +228,5 @@ def _spectra(directory: Path | None) -> list[str]:
     if directory is None:
         return []
     timing = read_json(directory / TIMING)
-    took = f"{human_seconds(timing['seconds'])}, peak memory {human_bytes(timing['peak_rss_bytes'])}"
+    took = f"{human_seconds(timing['seconds'])}, peak memory {human_bytes(peak_memory(timing) or 0)}"
     return [f"spectra for cutting other ratios: {directory}  ({took})"]

@@ -125,10 +125,12 @@ class Evaluate:
     @cached_property
     def output(self) -> Output:
         """The comparison's output. Computed once: it hashes the files of all systems."""
+        from emloc_core.model.device import choose_device
+
         request, files = self.request, Inputs(self.request.output.resolve().parent)
         _check_adapters(self.systems, files)
         content = _content(self.systems, _specs(request.tasks, files), files)
-        return Output(request.output, "evaluation", {**content, **self._settings}, files=files)
+        return Output(request.output, "evaluation", {**content, **self._settings}, choose_device().type, files=files)
 
     @property
     def _settings(self) -> dict[str, Any]:

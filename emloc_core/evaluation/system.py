@@ -13,7 +13,7 @@ from emloc_core.errors import EmlocError, first_line
 from emloc_core.evaluation.conversations import ask_conversations, asks_conversations
 from emloc_core.evaluation.images import shows_pictures
 from emloc_core.evaluation.tasks import TaskSpec, is_conversational, load_task
-from emloc_core.files.meter import Meter
+from emloc_core.files.meter import Meter, peak_memory
 from emloc_core.units import human_bytes
 
 #: Number of generated rows to keep per task, for people to read.
@@ -327,5 +327,5 @@ def evaluate_system(
     result: dict[str, Any] = run_tasks(*system, loaded, **settings)
     reading = meter.read()
     result["seconds"] = reading["seconds"]
-    result["peak_bytes"] = reading.get("peak_cuda_bytes", reading["peak_rss_bytes"])
+    result["peak_bytes"] = peak_memory(reading)
     return result

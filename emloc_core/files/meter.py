@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,5 +32,11 @@ class Meter:
         }
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-            reading["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+            gpus = range(torch.cuda.device_count())
+            reading["peak_cuda_bytes"] = max(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
         return reading
+
+
+def peak_memory(timing: Mapping[str, Any]) -> int | None:
+    """Return the peak that counts of what :meth:`Meter.read` returned: of the fullest GPU, or else of the process."""
+    return timing.get("peak_cuda_bytes") or timing.get("peak_rss_bytes")

@@ -13,6 +13,7 @@ from typing import Any
 from emloc_core import __version__
 from emloc_core.errors import EmlocError, printable
 from emloc_core.files.documents import read_json
+from emloc_core.files.meter import peak_memory
 from emloc_core.files.output import MANIFEST, TIMING
 from emloc_core.report.error_plot import Strip, finite, sparkline, strips
 from emloc_core.report.pages import environment, publish_page
@@ -67,7 +68,7 @@ class StageView:
     @property
     def peak(self) -> int | None:
         """The memory that it took: of the GPU, or of the process."""
-        return self.timing.get("peak_cuda_bytes") or self.timing.get("peak_rss_bytes")
+        return peak_memory(self.timing)
 
 
 @dataclass(frozen=True)

@@ -209,9 +209,8 @@ class Train:
         self.is_main_process = state.is_main_process
         files = Inputs(self.path.resolve().parent)
         request = self._request(files, state.num_processes) if state.is_main_process else {}
-        output = Output(
-            self.path, "adapter", request, inputs=self._inputs(), files=files, loader=self.family.auto_class
-        )
+        device, made_from = config.device.type, self._inputs()
+        output = Output(self.path, "adapter", request, device, made_from, files, self.family.auto_class)
         (finished,) = broadcast_object_list([state.is_main_process and output.is_finished()])
         if finished:
             return self.path

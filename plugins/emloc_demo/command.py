@@ -4,11 +4,14 @@ import filecmp
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
+
+from emloc_core.files.meter import peak_memory
 
 
 def output_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -46,7 +49,8 @@ def run(recipe: Path, explain: Callable[[dict[str, Any]], str], *, prepare_only:
 
     results = run_recipe(recipe, announce=announce_stage)
     show(results, Path(load_recipe(recipe).output))
-    click.echo(explain(results))
+    with suppress(KeyError):  # a recipe that was edited may not have all that is explained
+        click.echo(explain(results))
 
 
 def explain(results: dict[str, Any]) -> str:
@@ -64,7 +68,7 @@ def explain(results: dict[str, Any]) -> str:
         return f"{round(rows * system['exact_match'])} of {rows} messages entirely right"
 
     def peak(stage: str) -> str:
-        return f"{stages[stage]['peak_rss_bytes'] / 1e9:.2f} GB"
+        return f"{(peak_memory(stages[stage]) or 0) / 1e9:.2f} GB"
 
     return (
         f"\nWhat you see: SmolLM2-135M itself has a loss of {base['nll']:.2f} per token on the right answers, with "

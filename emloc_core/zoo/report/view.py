@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from emloc_core.files.meter import peak_memory
 from emloc_core.report.error_plot import Strip, finite, strips
 from emloc_core.report.table import COSTS, rows
 from emloc_core.units import human_bytes, human_seconds
@@ -161,7 +162,10 @@ class JobView:
         """``seconds`` and ``peak_bytes`` of every stage that is done, in order."""
         timings = self.result.get("stages") or {}
         ordered = [stage.name for stage in self.record.job.stages(Path()) if stage.name in timings]
-        return {name: {"seconds": timings[name].get("seconds"), "peak_bytes": _peak(timings[name])} for name in ordered}
+        return {
+            name: {"seconds": timings[name].get("seconds"), "peak_bytes": peak_memory(timings[name])}
+            for name in ordered
+        }
 
     @property
     def seconds(self) -> float | None:
@@ -240,10 +244,6 @@ class Summary:
             median_error=median(medians) if medians else None,
             largest_error=max((view.top for view in views), default=0),
         )
-
-
-def _peak(timing: Mapping[str, Any]) -> int | None:
-    return timing.get("peak_cuda_bytes") or timing.get("peak_rss_bytes")
 
 
 def share(part: float | None, whole: float | None) -> str:
