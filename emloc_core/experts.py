@@ -48,6 +48,11 @@ def experts_per_token(config: PreTrainedConfig) -> int:
     return getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
 
 
+def width(experts: nn.Module) -> int:
+    """Return how many numbers go into and out of the matrices of one expert, factors included."""
+    return sum(m + n for _, m, n in (parameter.shape for parameter in experts.parameters()))
+
+
 def activate(experts: Any, up: torch.Tensor) -> torch.Tensor:
     """Return what ``down_proj`` is given: (tokens, i) for the output of the first stack, (tokens, 2 i) with a gate."""
     found: torch.Tensor = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from emloc_core.exact.head import PIECES
-from emloc_core.experts import experts_per_token, stacks
+from emloc_core.experts import experts_per_token, width
 from emloc_core.family import Family, Tower
 from emloc_core.model.lockstep import units
 from emloc_core.quantised import PackedLinear
@@ -75,8 +75,7 @@ def _width(block: nn.Module, tower: Tower, chosen: int) -> int:
     """Return how many numbers of a position go into and out of a block's Linears and of the experts that it goes to."""
     linears = sum(linear.in_features + linear.out_features for linear in linears_in(block))
     experts = [module for path, module in block.named_modules() if path in tower.experts]
-    shapes = [each.get_parameter(name).shape for each in experts for name in stacks(each)]
-    return linears + chosen * sum(m + n for _, m, n in shapes)
+    return linears + chosen * sum(width(each) for each in experts)
 
 
 def linears_in(block: nn.Module) -> list[nn.Linear]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from emloc_internvl import INTERNVL
 from emloc_llama import LLAMA
+from emloc_qwen import QWEN_MOE
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.adapters import contents, make_adapter
@@ -84,6 +85,14 @@ def test_training_by_exact_steps_goes_as_ordinary_training(sizes, ordinary, tiny
     assert read_json(exact / "adapter_config.json") == read_json(ordinary / "adapter_config.json")
     assert {path.name for path in exact.iterdir()} == {path.name for path in ordinary.iterdir()}
     assert read_manifest(exact)["request"]["exact"] is True
+
+
+def test_an_emulator_with_experts_is_streamed(rows_file, tmp_path):
+    base = save_tiny_model(QWEN_MOE.tiny_configs[0], tmp_path / "base")
+    chosen = CompressSettings(kind="low-rank", ratio=0.5, samples=8, selection=4)
+    emulator = Compress(Checkpoint(base), load_rows(str(rows_file)), tmp_path / "emulator", chosen).run()
+    read = read_manifest(ExactTrain(emulator, str(rows_file), tmp_path / "exact", train_settings(steps=1)).run())
+    assert read["result"]["steps"] == 1
 
 
 @pytest.mark.parametrize("kind", ["low-rank", "nf4", "low-rank-nf4", "nf4+repair", "1.6-bit+repair", "2.7-bit"])
