@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 def product(x: torch.Tensor, unpack: Callable[..., torch.Tensor], *parts: torch.Tensor) -> torch.Tensor:
-    """Return ``x M^T``, (..., m), in the dtype of M, (m, n), which gets no gradient.
+    """Return ``x M^T``, (..., m), in the dtype of M, (m, n), or of autocast where that is on. M gets no gradient.
 
     Args:
         x: (..., n), any floating dtype.
@@ -25,10 +25,10 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(*parts)
         ctx.unpack = unpack
         matrix = unpack(*parts)
-        return functional.linear(x.to(matrix.dtype), matrix)
+        return functional.linear(x if torch.is_autocast_enabled(x.device.type) else x.to(matrix.dtype), matrix)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         parts = ctx.saved_tensors  # checkpointing gives them once
-        matrix = ctx.unpack(*parts)
-        return gradient.to(matrix.dtype) @ matrix, None, *(None for _ in parts)
+        matrix = ctx.unpack(*parts).to(gradient.dtype)  # fp16, of a base in that, has no room for gradients of bf16
+        return gradient @ matrix, None, *(None for _ in parts)

@@ -71,14 +71,17 @@ class Refinement:
         steps = epochs * -(-len(self._waiting) // _ROWS)
         optimiser = torch.optim.Adam([of.numbers for of in self._movables.values()], lr=_RATE, betas=_BETAS)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+        dtypes = {linear.weight.dtype for linear in self._linears.values()}
+        scaler = torch.amp.GradScaler(self._stream.skeleton.device.type, enabled=torch.float16 in dtypes)
         draw = random.Random(0)
         before = self._total(targets)
         with torch.enable_grad():
             for _ in range(epochs):
                 order = draw.sample(self._waiting, len(self._waiting))
                 for start in range(0, len(order), _ROWS):
-                    self._step(targets, order[start : start + _ROWS])
-                    optimiser.step()
+                    self._step(targets, order[start : start + _ROWS], scaler)
+                    scaler.step(optimiser)
+                    scaler.update()
                     optimiser.zero_grad()
                     schedule.step()
         return self._total(targets) < before
@@ -103,13 +106,13 @@ class Refinement:
                 self._outputs(row + self._rows, weights)
         return {path: (lost[path] / whole[path]) ** 0.5 if whole[path] else 0.0 for path in lost}
 
-    def _step(self, targets: Mapping[int, torch.Tensor], rows: list[int]) -> None:
-        """Add the gradient of some rows to the numbers: each row's to the weights, and theirs once to the numbers."""
+    def _step(self, targets: Mapping[int, torch.Tensor], rows: list[int], scaler: torch.amp.GradScaler) -> None:
+        """Add the gradient of some rows, scaled, to the numbers: each row's to the weights, and theirs once to those."""
         weights = self._weights()
         leaves = {path: weight.detach().requires_grad_() for path, weight in weights.items()}
         for row in rows:
             with self._stream.arguments(row + self._rows) as arguments:  # until the backward pass has read them
-                (_change(self._through(arguments, leaves), targets[row]) / len(rows)).backward()
+                scaler.scale(_change(self._through(arguments, leaves), targets[row]) / len(rows)).backward()
         used = [path for path in weights if leaves[path].grad is not None]
         torch.autograd.backward([weights[path] for path in used], [leaves[path].grad for path in used])
 

@@ -97,7 +97,7 @@ class NF4(Kind):
             "load_in_8bit": False,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_compute_dtype": "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": skipped,
         }

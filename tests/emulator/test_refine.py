@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.algorithms import levels
@@ -78,6 +78,27 @@ def test_reported_errors_are_those_on_the_inputs_in_the_emulator(emulators, tiny
             model(**sample.inputs("cpu"))
     for path, error in linears.items():
         assert error == pytest.approx((lost[path] / whole[path]) ** 0.5, rel=1e-3), path
+
+
+def test_gradients_do_not_vanish_in_half_precision(tiny_model, rows_file, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    outer = [part for layer in model.model.layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    with torch.no_grad():  # the smaller a change is beside its token, the smaller its gradient
+        for module in (model.model.embed_tokens, *outer):
+            module.weight.mul_(300_000)
+    base = tmp_path / "base"
+    model.half().save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    errors = []
+    for passes in (0, 20):
+        how = {"samples": 12, "selection": 6, "refine": passes, "calibration": "propagated"}
+        chosen = CompressSettings(kind="low-rank", ratio=0.3, **how)
+        job = Compress(Checkpoint(base), load_rows(str(rows_file)), tmp_path / f"{passes}", chosen)
+        expected = hidden(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), job.samples)
+        actual = hidden(AutoModelForCausalLM.from_pretrained(job.run(), dtype="auto"), job.samples)
+        pairs = [(a.float(), b.float()) for a, b in zip(actual, expected, strict=True)]
+        errors.append(float(torch.stack([((a - b).norm(dim=-1) / b.norm(dim=-1)).mean() for a, b in pairs]).mean()))
+    assert errors[1] < 0.92 * errors[0]  # without scaling the loss, 0.96
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""Products with packed matrices: those of an ordinary Linear, in the same precision."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from emloc_core.algorithms.packed import product
+
+
+def through(multiply, x, size):
+    """Return a product under autocast, and the gradient of its input where that of the product is of some size."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = multiply(x)
+    found.backward(torch.full_like(found, size))
+    return found, x.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-8], ids=str)
+def test_autocast_computes_as_for_an_ordinary_linear(dtype, size):
+    generator = torch.Generator().manual_seed(0)
+    x, matrix = (torch.randn(shape, generator=generator) for shape in ((5, 32), (16, 32)))
+    x[0, 0] = 1e5  # too large for fp16
+    matrix = matrix.to(dtype)
+    ours = through(lambda x: product(x, lambda part: part, matrix), x, size)
+    theirs = through(lambda x: functional.linear(x, matrix), x, size)
+    for own, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_without_autocast_the_matrix_decides(dtype):
+    x, matrix = torch.randn(5, 32), torch.randn(16, 32, dtype=dtype)
+    found = product(x, lambda part: part, matrix)
+    torch.testing.assert_close(found, functional.linear(x.to(dtype), matrix), rtol=0, atol=0)
