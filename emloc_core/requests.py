@@ -135,6 +135,12 @@ class CorrectRequest(Request):
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto.")
     settings: CorrectSettings = CorrectSettings()
 
+    @model_validator(mode="after")
+    def _has_a_choice(self) -> Self:
+        if self.selection_data and self.settings.clamp != "auto":
+            raise ValueError("selection_data needs clamp auto")
+        return self
+
 
 class PolishRequest(Request):
     """Train an adapter for a few exact steps on the base."""
@@ -167,6 +173,12 @@ class ExportRequest(Request):
     base: str | None = Field(None, description="Model that the adapter is for; by default the one that it names.")
     allow_uncorrected: bool = Field(False, description="Export an adapter that was trained on an emulator uncorrected.")
     settings: ExportSettings = ExportSettings()
+
+    @model_validator(mode="after")
+    def _has_matrices(self) -> Self:
+        if "dtype" in self.settings.model_fields_set and not self.settings.gguf:
+            raise ValueError("dtype needs gguf")
+        return self
 
 
 class System(Settings):

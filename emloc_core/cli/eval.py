@@ -52,6 +52,8 @@ def command(
     finished systems are kept.
     """
     if new_task is not None:
+        if dry_run or as_json or others or any(options[name] for name in ("tasks", *_SYSTEMS)):
+            raise EmlocError("--new-task writes a file, and evaluates nothing.", "Give --data and -o alone with it.")
         _write_task(new_task, data, options["output"])
         return
     if data is not None:

@@ -179,10 +179,13 @@ class MixedLevels(FewLevels):
                 f"bits take, not {ratio:g}.",
                 f"Give --ratio {self.ratio:g}, say.",
             )
-        if settings.allocator != CompressSettings().allocator:
-            raise EmlocError(
-                f"An emulator of the kind {self.name!r} shares out levels, not ranks.", "Leave out --allocator."
-            )
+        usual = CompressSettings()
+        for name in ("allocator", "factorizer"):
+            if getattr(settings, name) != getattr(usual, name):
+                raise EmlocError(
+                    f"An emulator of the kind {self.name!r} shares out levels, and has no factors.",
+                    f"Leave out --{name}.",
+                )
 
     def count(self, rank: int) -> int:
         """Return the number that was shared out."""

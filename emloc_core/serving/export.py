@@ -115,5 +115,7 @@ def prepare(request: ExportRequest) -> Export:
         EmlocError: the adapter or the model cannot be used.
     """
     adapter = Adapter(request.source) if (Path(request.source) / CONFIG).is_file() else None
+    if not adapter and (request.base or request.allow_uncorrected):
+        raise EmlocError(f"{request.source} is a model, not an adapter.", "Leave out --base and --allow-uncorrected.")
     base = open_checkpoint((request.base or adapter.base_name) if adapter else request.source)
     return Export(base, adapter, request.output, request.settings, allow_uncorrected=request.allow_uncorrected)

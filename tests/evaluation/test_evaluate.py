@@ -279,6 +279,9 @@ def test_the_command_writes_a_task_file(rows_file, tmp_path):
     assert find_task(str(tmp_path / "loss.yaml"), Inputs()).name == "loss"
     with pytest.raises(EmlocError, match="already exists"):
         CliRunner().invoke(command, argv, catch_exceptions=False)
+    for more in ("a.yaml", "--dry-run", "--json", "--base=model", "--system=a=b"):
+        with pytest.raises(EmlocError, match="evaluates nothing"):
+            CliRunner().invoke(command, [*argv, more], catch_exceptions=False)
 
 
 def test_systems_and_tasks_of_one_name_are_refused(tiny_model, tasks, tmp_path):
