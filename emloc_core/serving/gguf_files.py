@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: Name of a tensor in the file, its shape, and a function that reads it.
 _Tensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
 _BLOCK = 32  # numbers that q8_0 scales together
+#: What YaRN can set besides, and the values that readers take.
+_YARN = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}
 
 
 def require_gguf(family: Family, config: Mapping[str, Any]) -> Gguf:
@@ -57,7 +59,7 @@ def write_model(model: Checkpoint, family: Family, target: Path, dtype: str) -> 
     config = load_config(model.directory / "config.json").get_text_config()
     writer = _writer(target, layout, config)
     writer.add_type("model")
-    _add_sizes(writer, config)
+    _add_sizes(writer, config, dtype)
     add_vocabulary(writer, model.directory, config.vocab_size, layout)
     tensors = list(_model_tensors(model, layout, config))
     if factors := _rope_factors(config):
@@ -104,7 +106,7 @@ def _writer(target: Path, layout: Gguf, config: Any) -> "GGUFWriter":
     return GGUFWriter(target, layout.architectures[config.model_type])
 
 
-def _add_sizes(writer: "GGUFWriter", config: Any) -> None:
+def _add_sizes(writer: "GGUFWriter", config: Any, dtype: str) -> None:
     """Add what the config says, in GGUF's terms.
 
     Raises:
@@ -127,12 +129,14 @@ def _add_sizes(writer: "GGUFWriter", config: Any) -> None:
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(LlamaFileType.ALL_F32)
+    writer.add_file_type(LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     kind = rope.get("rope_type", "default")
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(rope["factor"]))
         if kind == "yarn":
+            if given := [name for name, usual in _YARN.items() if rope.get(name) not in (None, usual)]:
+                raise unsupported(f"The model sets {', '.join(given)} of YaRN, which cannot be written here.")
             original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
             writer.add_rope_scaling_orig_ctx_len(int(original))
     elif kind not in ("default", "llama3"):

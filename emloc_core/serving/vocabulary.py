@@ -37,6 +37,9 @@ def add_vocabulary(writer: Any, directory: Path, size: int, layout: Gguf) -> Non
         raise unsupported(f"The tokenizer in {directory} splits text by {split!r}, which the family does not declare.")
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [int(TokenType.UNUSED)] * size
+    largest = max([*model["vocab"].values(), *(added["id"] for added in content.get("added_tokens", []))])
+    if largest >= size:
+        raise unsupported(f"The tokenizer in {directory} has the token {largest}, and the model {size} tokens.")
     for token, index in model["vocab"].items():
         tokens[index], types[index] = token, int(TokenType.NORMAL)
     for added in content.get("added_tokens", []):

@@ -1,6 +1,7 @@
 """Every kind of emulator, from its files to the merged model; and what is particular to each."""
 
 import json
+import shutil
 import sys
 from itertools import product
 
@@ -299,12 +300,27 @@ def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
     chosen = CompressSettings(kind="nf4", samples=4, selection=2)
     with pytest.raises(EmlocError, match="cannot be cut"):
         Compress(base, rows, tmp_path / "emulator", chosen, tmp_path / "spectra")
+    chosen = CompressSettings(kind="nf4", calibration="none", samples=4)
+    with pytest.raises(EmlocError, match="no rows are taken"):
+        Compress(base, rows, tmp_path / "emulator", chosen)
+    chosen = CompressSettings(kind="mixed", factorizer="svd", samples=4)
+    with pytest.raises(EmlocError, match=r"has no factors\. Leave out --factorizer"):
+        Compress(base, rows, tmp_path / "emulator", chosen)
 
 
 def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path):
     known = r"emulators: 1\.6-bit, 1\.6-bit\+repair, 2-bit, 2\.7-bit, low-rank, low-rank-nf4, mixed, nf4, nf4\+repair"
     with pytest.raises(EmlocError, match=known):
         Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings(kind="nf5"))
+
+
+def test_an_emulator_says_the_dtype_that_its_base_does_not(tiny_model, rows_file, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    assert config.pop("dtype") == "float32"
+    (base / "config.json").write_text(json.dumps(config))
+    emulator = compression("2.7-bit", base, rows_file, tmp_path / "emulator").run()  # whose scales are bf16
+    assert AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").dtype == torch.float32
 
 
 def test_plain_transformers_loads_four_bit_weights(tiny_model, rows_file, tmp_path):

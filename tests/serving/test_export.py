@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import emloc_core
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.errors import EmlocError
+from emloc_core.requests import make_request
 
 ODD = {
     "r": 4,
@@ -185,6 +186,21 @@ def test_llama3s_frequencies_are_divided(tmp_path):
     assert factors[-1] == 8.0
 
 
+def test_what_readers_of_gguf_would_take_otherwise_is_refused(tmp_path):
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32, "attention_factor": 1.5}
+    model = byte_level(
+        save_tiny_model({**LLAMA.tiny_configs[0], "rope_parameters": yarn}, tmp_path / "a"), tmp_path / "b"
+    )
+    with pytest.raises(EmlocError, match="sets attention_factor of YaRN"):
+        emloc_core.export(model, tmp_path / "made", gguf=True)
+    model = byte_level(save_tiny_model(LLAMA.tiny_configs[0], tmp_path / "c"), tmp_path / "d")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"more {number}" for number in range(200)])
+    tokenizer.save_pretrained(model)
+    with pytest.raises(EmlocError, match=r"has the token .*, and the model 128 tokens"):
+        emloc_core.export(model, tmp_path / "made", gguf=True)
+
+
 def test_what_gguf_does_not_express_is_refused(tiny_model, tmp_path):
     for model, said in (
         (tiny_model, "byte-level BPE"),
@@ -195,3 +211,7 @@ def test_what_gguf_does_not_express_is_refused(tiny_model, tmp_path):
         assert not (tmp_path / "made").exists()
     with pytest.raises(EmlocError, match="--gguf"):
         emloc_core.export(tiny_model, tmp_path / "made")
+    with pytest.raises(EmlocError, match="is a model, not an adapter"):
+        emloc_core.export(tiny_model, tmp_path / "made", base=tiny_model, gguf=True)
+    with pytest.raises(EmlocError, match="dtype needs gguf"):
+        make_request("export", {"dtype": "f32"}, source=str(tiny_model), output=tmp_path / "made")
