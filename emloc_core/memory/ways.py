@@ -80,7 +80,7 @@ def ways(model: MemoryModel, budget: int, speed: Speed | None = None) -> list[Wa
     forward, weights = sequences * arithmetic.forward(model), model.parameters() * model.dtype.itemsize
     passes = 3 if model.workload.train.gradient_checkpointing else 2  # forward, perhaps once more, and backward
     # Exact steps know the likelihood of answers alone: they would undo what was learned from preferences.
-    exact = 0 if model.workload.train.learns_preferences else _exact_need(model, rows)
+    exact = 0 if model.workload.train.learns_preferences else exact_need(model, rows)
 
     def way(name: str, need: int, micro_batch: int, **other: Any) -> Way:
         flops = float(rows * passes * forward)
@@ -146,11 +146,16 @@ def _sized(sizes: Sequence[MemoryModel], budget: int) -> tuple[MemoryModel, floa
     return model, None, model.tuning(model.plan(model.kind.smallest_ratio)).total
 
 
-def _exact_need(model: MemoryModel, rows: int) -> int:
-    """Return what exact steps need, one row at a time: see ``step_need``, and the LoRA with its optimiser."""
+def exact_need(model: MemoryModel, rows: int) -> int:
+    """Return what exact steps need, one row at a time: see ``step_need``, and the LoRA with its optimiser.
+
+    What they keep at block boundaries moves from a GPU to the CPU's memory, where it does not fit.
+    """
     tokens, patches = model.workload.length, model.workload.images * model.image.patches if model.image else 0
     need = step_need(
         model.model, model.family, Positions(rows * tokens, tokens), Positions(rows * patches, patches), model.dtype
     )
+    if model.workload.device == "cuda":
+        need["boundaries"] = 0
     lora = 4 * 4 * model.adapter_parameters()  # fp32: values, gradients, and the optimiser's two moments
     return sum(need.values()) + lora

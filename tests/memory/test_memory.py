@@ -24,6 +24,7 @@ from emloc_core.memory.budget import advice, largest_ratio, with_emulator
 from emloc_core.memory.model import TERMS, MemoryModel
 from emloc_core.memory.model import _traced as traced_before
 from emloc_core.memory.plan import make_plan
+from emloc_core.memory.ways import exact_need
 from emloc_core.memory.workload import make_workload
 from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.tuning.heap import give_back
@@ -297,6 +298,14 @@ def test_rows_with_images_wait_with_them(tmp_path: Path) -> None:
     widest = max(40 * hidden, 2 * seeing.image.patches * vision)
     for before, after in zip(with_text, with_images, strict=True):
         assert after * 40 * hidden == before * (pixels + widest)
+
+
+def test_boundaries_of_exact_steps_leave_a_gpu_that_has_no_room_for_them(shallow_model: Path) -> None:
+    cpu, gpu = (
+        exact_need(MemoryModel(shallow_model / "config.json", workload(device=device), CompressSettings()), rows=4)
+        for device in ("cpu", "cuda")
+    )
+    assert cpu - gpu == 4 * 32 * 3 * 32 * 4  # before the block, behind it, and a gradient: 32 numbers of 32 tokens
 
 
 @pytest.mark.parametrize(("images", "kind"), [(0, "1.6-bit+repair"), (1, "low-rank-nf4")])

@@ -14,9 +14,12 @@ from emloc_core.errors import EmlocError
 from emloc_core.memory.budget import largest_ratio
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
+from emloc_core.recipe.recipe import EvalSection
 from emloc_core.registry.entry import read_entry
 from emloc_core.registry.registry import load_entries
-from emloc_core.settings import TrainSettings
+from emloc_core.settings import PolishSettings, TrainSettings
+from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.planning import needs
 
 ENTRY = """
 id = "zoo-test/{name}"
@@ -162,6 +165,15 @@ def test_a_dry_run_says_what_would_fail(tiny_model, rows_file, tmp_path, options
     assert str(done.exception).startswith(f"1 of 2 jobs would fail. tiny-llama: {said}.")
     assert f"({said})" in done.stdout
     assert [job["refused"] for job in jobs] == [said, ""]
+
+
+def test_a_job_that_polishes_needs_room_for_it(tiny_model, rows_file):
+    job = Job(name="job", model=str(tiny_model), data=str(rows_file), train=TrainSettings(batch_size=1))
+    compared = job.model_copy(update={"eval": EvalSection(tasks=["task.yaml"], full_lora=True)})
+    steps = PolishSettings(batch_size=1, accumulation=100_000)  # all of whose boundaries wait
+    alone, with_bound, polished = (needs(each) for each in (job, compared, job.model_copy(update={"polish": steps})))
+    assert polished.disk - alone.disk == with_bound.disk - alone.disk  # one LoRA more
+    assert polished.memory > alone.memory
 
 
 @pytest.mark.parametrize("command", [["list"], ["show", "SmolLM2-135M"], ["plan", "--help"]])

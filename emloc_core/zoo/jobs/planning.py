@@ -63,12 +63,13 @@ def plan(
 def needs(job: Job) -> Needs:
     """Return what a job needs on the CPU, by the memory plan; imports torch.
 
-    disk: the emulator; its LoRA, twice, and the trainer's last two checkpoints with their optimiser states; the merged
-    checkpoint; a full LoRA like the first, where it is the upper bound of an evaluation; the model rewritten, where it
-    has to be; and its download, unless the hub's cache has (part of) it.
+    disk: the emulator; its LoRA, twice, and the trainer's last two checkpoints with their optimiser states; as much
+    for every other LoRA: polished, the upper bound of an evaluation, and the controls of polishing; the merged
+    checkpoint; the model rewritten, where it has to be; and its download, unless the hub's cache has (part of) it.
     """
     from emloc_core.memory import stages as streamed
     from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.ways import exact_need
     from emloc_core.memory.workload import make_workload
     from emloc_core.settings import TrainSettings
 
@@ -85,7 +86,12 @@ def needs(job: Job) -> Needs:
     disk += base if _is_fetched(job) else 0
     if job.train:
         peaks += [tuning, streamed.correct(model, plan, job.correct.clamp).total]
-        loras = 2 if job.eval and job.eval.full_lora else 1
+        compared = bool(job.eval and job.eval.full_lora)
+        loras = 1 + compared
+        if job.polish:
+            rows = job.polish.batch_size * job.polish.accumulation
+            peaks.append(exact_need(model, rows))
+            loras += 1 + 2 * compared
         disk += loras * 4 * model.adapter_parameters() * (2 + 2 * 3) + _SIDE_FILES
         if job.merge:
             peaks.append(streamed.merge(model).total)

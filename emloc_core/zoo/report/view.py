@@ -188,10 +188,11 @@ class JobView:
     def headline(self) -> tuple[str, Any, Any] | None:
         """The first metric, with the base's value and that of what is used in the end; None where one is not known."""
         values = {row["system"]: row for row in self.scores}
-        if not self.metrics or not values.keys() >= {"base", "base+corrected"}:
+        final = next((name for name in ("base+polished", "base+corrected") if name in values), None)
+        if not self.metrics or final is None or "base" not in values:
             return None
         metric = self.metrics[0]
-        return metric, values["base"][metric], values["base+corrected"][metric]
+        return metric, values["base"][metric], values[final][metric]
 
     @property
     def failure(self) -> Attempt | None:
