@@ -143,10 +143,13 @@ class RayEngine:
     def stop(self, handle: RayHandle) -> None:
         """End a task; its worker ends with it."""
         self._running.remove(handle)
-        handle.submitted.cancel()
-        with suppress(Exception):  # it had not been submitted, or is over
-            self._ray.cancel(handle.submitted.result(), force=True)
+        if not handle.submitted.cancel():  # an upload that is under way ends first, and nobody waits for it
+            handle.submitted.add_done_callback(self._end)
         self._fetch_log(handle)
+
+    def _end(self, submitted: Future[Any]) -> None:
+        with suppress(Exception):  # it could not be submitted, or is over
+            self._ray.cancel(submitted.result(), force=True)
 
     def close(self) -> None:
         """End all tasks, and leave the cluster, which ends if it was started here."""
