@@ -40,7 +40,7 @@ class Boundaries:
     def __init__(self, room: float = float("inf"), directory: Path | None = None, reserved: float = 0) -> None:
         self.reserved = reserved
         self._room = self._left = room
-        self._file: Any = tempfile.TemporaryFile(dir=directory) if directory else None  # noqa: SIM115 - until clear()
+        self._file: Any = tempfile.TemporaryFile(dir=directory) if directory else None  # noqa: SIM115 - until close()
         self._end = 0
 
     @contextmanager
@@ -54,6 +54,11 @@ class Boundaries:
         self._left, self._end = self._room, 0
         if self._file:
             self._file.truncate(0)
+
+    def close(self) -> None:
+        """Remove the file, if there is one."""
+        if self._file:
+            self._file.close()
 
     def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Away":
         if tensor.nbytes < _SMALL:

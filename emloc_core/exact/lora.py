@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from emloc_core.files.pretrained import load_lora
+from emloc_core.model.absent import Absent
 from emloc_core.model.skeleton import Skeleton
 
 
@@ -37,7 +38,9 @@ def lora_on(skeleton: Skeleton, lora: LoraConfig | Path, device: torch.device | 
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     for parameter in adapted.parameters():
-        if not parameter.is_meta:
+        if isinstance(parameter, Absent):
+            parameter.loaded_to = torch.device(device)
+        elif not parameter.is_meta:
             parameter.data = parameter.data.to(device)
     return adapted
 

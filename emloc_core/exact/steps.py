@@ -112,8 +112,9 @@ class ExactSteps:
         return total.detach()
 
     def close(self) -> None:
-        """Forget the weights."""
+        """Forget the weights, and what was kept."""
         self.weights.close()
+        self.boundaries.close()
 
     def _forward(self, batch: Mapping[str, Any], weight: float) -> Callable[[], torch.Tensor]:
         def forward() -> torch.Tensor:

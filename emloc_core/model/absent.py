@@ -1,5 +1,7 @@
 """Parameters that are not loaded but still report the device that they will be loaded to."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,18 +11,26 @@ class Absent(nn.Parameter):
 
     Models ask a module for ``device``, that of its first parameter, to put their inputs there. While that module's
     weights are not loaded, the answer has to be where the work is done, and not ``meta``.
+
+    Attributes:
+        loaded_to: that device.
     """
 
-    _loaded_to = torch.device("cpu")
+    loaded_to = torch.device("cpu")
 
     @classmethod
     def like(cls, parameter: torch.Tensor, device: torch.device) -> "Absent":
         """Return one with the shape, strides and dtype of ``parameter``, which is loaded to ``device``."""
         absent = cls(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        absent._loaded_to = device
+        absent.loaded_to = device
         return absent
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Absent":
+        """Return one of the same device; a parameter's own copy would forget it."""
+        memo[id(self)] = copied = Absent.like(self, self.loaded_to)
+        return copied
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         """The device that the parameter is loaded to."""
-        return self._loaded_to
+        return self.loaded_to

@@ -6,11 +6,13 @@ once, and the engine (:mod:`emloc_core.exact.steps`) takes its gradients in micr
 
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
@@ -27,7 +29,7 @@ from emloc_core.exact.need import Positions, step_need
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
-from emloc_core.files.output import learned_preferences
+from emloc_core.files.output import Output, learned_preferences
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import EvalRows, PolishRequest, Rows, TrainRequest
 from emloc_core.settings import ExactSettings, PolishSettings, StepSettings, TrainSettings
@@ -132,7 +134,13 @@ class ExactTrain(Train):
         base: Any = lora.get_base_model()
         steps = ExactSteps(base, self.skeleton, blocks, config.device, room, boundaries)
         trainer.attach(steps, self.settings.batch_size, self.start)
+        self._closing.callback(steps.close)
         return trainer
+
+    def _train(self, config: TrainingArguments, output: Output, state: PartialState) -> dict[str, Any]:
+        """Train as usual, and let go of the base's weights."""
+        with ExitStack() as self._closing:
+            return super()._train(config, output, state)
 
     def _held_out(self, config: TrainingArguments) -> BaseLoss:
         return BaseLoss(self.model, self.family, self.eval_rows, self.settings.max_length, config.device)

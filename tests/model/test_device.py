@@ -1,5 +1,7 @@
 """Devices, and where waiting samples are kept. What a GPU would do is done here between two places of the CPU."""
 
+import copy
+
 import pytest
 import torch
 from emloc_llama import LLAMA
@@ -8,6 +10,7 @@ from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.model.absent import Absent
 from emloc_core.model.device import choose_device
 from emloc_core.model.parking import Parking
 from emloc_core.model.skeleton import Skeleton
@@ -97,3 +100,10 @@ def test_the_next_block_is_read_ahead(tiny_model):
     stream.run([lambda: skeleton.model(input_ids=ids, use_cache=False)])
     sizes = [sum(p.numel() * 4 for p in skeleton.model.get_submodule(unit).parameters()) for unit in stream.units[1:]]
     assert [future.result() for future in asked] == sizes
+
+
+def test_a_copy_of_what_is_not_loaded_names_the_same_device():
+    gpu = torch.device("cuda", 1)
+    copied = copy.deepcopy(Absent.like(torch.ones(2, 3, dtype=torch.bfloat16), gpu))
+    assert (copied.device, copied.shape, copied.dtype) == (gpu, (2, 3), torch.bfloat16)
+    assert copied.is_meta
