@@ -158,11 +158,13 @@ class Gram:
     def through(self, weight: torch.Tensor) -> "Gram":
         """Return the Gram of the outputs ``W x`` (without a bias) for these inputs x and W (m, size)."""
         rest, heavy = self.parts()
-        product = _congruent(weight, rest)
-        if not _RANGE[0] < float(product.diagonal().mean()) / max(self.tokens, 1) < _RANGE[1]:
-            product = _congruent(weight, rest.double())
+        product, heavy = _congruent(weight, rest), heavy @ weight.to(heavy).T
+        narrow = _RANGE[0] < float(product.diagonal().mean()) / max(self.tokens, 1) < _RANGE[1]
         outputs = Gram("output", len(weight), product.dtype, product.device)
-        outputs._sum, outputs._heavy, outputs.tokens = product, heavy @ weight.to(heavy).T, self.tokens
+        outputs._sum, outputs._heavy, outputs.tokens = product, heavy, self.tokens
+        if not narrow:
+            outputs._sum = _congruent(weight, rest.double())
+            outputs._widen()
         return outputs
 
 
