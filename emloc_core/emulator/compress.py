@@ -21,7 +21,7 @@ from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.cut import Cut, cut_blocks, describe_emulator
 from emloc_core.emulator.declared import block_paths, find_linears
 from emloc_core.emulator.decompose import Decomposition, Progress
-from emloc_core.emulator.files import EmulatorFiles
+from emloc_core.emulator.files import EmulatorFiles, weight_keys
 from emloc_core.emulator.method import method_of
 from emloc_core.emulator.pack import pack_blocks
 from emloc_core.emulator.ranks import RankPlan, allocated
@@ -93,6 +93,8 @@ class Compress:
             raise EmlocError(
                 f"An emulator of the kind {settings.kind!r} cannot be cut from spectra.", "Leave out --keep-spectra."
             )
+        if spectra and spectra.resolve().is_relative_to(output.resolve()):
+            raise EmlocError(f"Spectra in {spectra} would be in the emulator's directory.", "Give another directory.")
         if spectra and settings.calibration == "propagated":
             raise EmlocError(
                 "Spectra can only be kept when calibrating on the base's activations: propagated factors depend on the "
@@ -110,6 +112,8 @@ class Compress:
         processing = load_processing(base.directory, self.family, rows)
         self.samples = self._encode(self.rows.calibration, processing)
         self._encode(self.rows.selection, processing)
+        weight_keys(self.skeleton, self.plan)  # a checkpoint or a kind that is not for this model is refused at once
+        self.kind.config(self.plan.ranks, self.skeleton.model, self.skeleton.dtype)
         self._path, self._spectra_path = output, spectra
         self._files = Inputs(output.resolve().parent)
 

@@ -35,6 +35,8 @@ def test_saved_datasets_hold_the_same_rows(tmp_path: Path, rows_file: Path):
     assert load_rows(tmp_path / "splits", "test") == load_rows(splits, "test") == rows[:3]
     with pytest.raises(EmlocError, match=r"has no split 'dev'\. Give one of: train, test"):
         load_rows(tmp_path / "splits", "dev")
+    with pytest.raises(EmlocError, match=r"no split 'dev'\. Give one of these: train, test"):
+        load_rows(splits, "dev")
     (tmp_path / "one" / "state.json").write_text("{}")
     with pytest.raises(EmlocError, match="cannot be read as a saved dataset"):
         load_rows(tmp_path / "one")

@@ -337,6 +337,9 @@ def test_a_plugins_allocator_may_want_spectra(tiny_model, rows_file, tmp_path, m
 def test_spectra_are_not_kept_of_propagated_calibration(tiny_model, rows_file, tmp_path):
     with pytest.raises(EmlocError, match="depend on the ranks of earlier layers"):
         compression(tiny_model, rows_file, tmp_path / "out", tmp_path / "spectra", calibration="propagated")
+    for inside in ("out", "out/spectra"):
+        with pytest.raises(EmlocError, match="would be in the emulator's directory"):
+            compression(tiny_model, rows_file, tmp_path / "out", tmp_path / inside)
     assert not list(tmp_path.iterdir())
 
 
