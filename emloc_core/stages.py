@@ -81,7 +81,8 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
             raise
         raise EmlocError(
             f"Out of memory ({first_line(error)}).",  # jobs are retried by these words
-            "The same command resumes. Free memory first, or use another --device, fewer or shorter rows.",
+            "Free some, and run the same command again to resume; or give another --output, and another --device or "
+            "fewer or shorter rows.",
             code="memory",
             resumable=True,
         ) from error

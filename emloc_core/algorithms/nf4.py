@@ -69,7 +69,8 @@ def unpack(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dt
     """Return the matrix of this shape and dtype that :func:`pack` packed, as rounded."""
     kernels()  # defines the operation
     # As one row of an even length: rows of an odd one have no kernel on a CPU, but code that is compiled first.
-    row = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, _KIND, [2 * codes.numel()], dtype)
+    # Kernels on a GPU read scales as fp32, whatever they are: a model may have been cast as a whole.
+    row = torch.ops.bitsandbytes.dequantize_4bit(codes, scales.float(), BLOCK, _KIND, [2 * codes.numel()], dtype)
     found: torch.Tensor = row.flatten()[: shape[0] * shape[1]].view(shape)
     return found
 

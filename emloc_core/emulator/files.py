@@ -107,7 +107,9 @@ class EmulatorFiles:
         self._write_rest(plan)
         self._write_index()
         settings = self.kind.config(plan.ranks, self.skeleton.model, self.skeleton.dtype)
-        write_json(self.staging / "config.json", {**self.base.config, "quantization_config": settings})
+        # Without a dtype, transformers would take that of the first tensor it finds: of a scale, perhaps.
+        known = {"dtype": str(self.skeleton.dtype).removeprefix("torch."), **self.base.config}
+        write_json(self.staging / "config.json", {**known, "quantization_config": settings})
         self.base.copy_side_files(self.staging)
         before, after = plan.parameters(self.kind)
         return {

@@ -107,7 +107,7 @@ class Refinement:
         return {path: (lost[path] / whole[path]) ** 0.5 if whole[path] else 0.0 for path in lost}
 
     def _step(self, targets: Mapping[int, torch.Tensor], rows: list[int], scaler: torch.amp.GradScaler) -> None:
-        """Add the gradient of some rows, scaled, to the numbers: each row's to the weights, and theirs once to those."""
+        """Add the scaled gradient of some rows to the numbers: each row's to the weights, and theirs once to these."""
         weights = self._weights()
         leaves = {path: weight.detach().requires_grad_() for path, weight in weights.items()}
         for row in rows:

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from emloc_core.errors import is_out_of_memory
+
 _SECONDS = 0.3  # of each measurement
 _SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices, large enough for full speed
 _CHUNK = 4 << 20  # bytes read at a time
@@ -52,15 +54,20 @@ def measure(device: str, weights: Path) -> Speed | None:
             larger than the free memory, which would not keep them from one step to the next.
 
     Returns:
-        The speed, or None if the machine has no such device.
+        The speed, or None if the machine has no such device, or no room on it.
     """
     if device == "cuda" and not torch.cuda.is_available():
         return None
     shards = [path for path in weights.glob("*.safetensors") if path.is_file() and path.stat().st_size]
-    read = _reading(shards) if shards else None
-    if read is not None and device == "cuda":
-        read = min(read, _transfer())
-    return Speed(_product(device, torch.bfloat16), _product(device, torch.float32), read)
+    try:
+        read = _reading(shards) if shards else None
+        if read is not None and device == "cuda":
+            read = min(read, _transfer())
+        return Speed(_product(device, torch.bfloat16), _product(device, torch.float32), read)
+    except Exception as error:
+        if is_out_of_memory(error):
+            return None
+        raise
 
 
 def _product(device: str, dtype: torch.dtype) -> float:
