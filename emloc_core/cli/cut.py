@@ -25,8 +25,8 @@ from emloc_core.settings import CutSettings
 def command(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Cut an emulator of any ratio from SPECTRA, made by compress --keep-spectra, without calibrating again.
 
-    Up to rounding, the result is the emulator that compress makes at that ratio. An interrupted cut resumes where it
-    stopped.
+    Up to rounding, the result is the emulator that compress --calibration base makes at that ratio with the same
+    allocator. An interrupted cut resumes where it stopped.
     """
     settings, content = given(CutSettings, options)
     run(make_request("cut", settings, **content), dry_run=dry_run, to_json=as_json)
