@@ -30,5 +30,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         parts = ctx.saved_tensors  # checkpointing gives them once
-        matrix = ctx.unpack(*parts).to(gradient.dtype)  # fp16, of a base in that, has no room for gradients of bf16
-        return gradient @ matrix, None, *(None for _ in parts)
+        matrix = ctx.unpack(*parts)
+        if matrix.dtype == torch.float16:  # in which gradients that autocast takes in bf16 would vanish
+            matrix = matrix.to(gradient.dtype)
+        return gradient.to(matrix.dtype) @ matrix, None, *(None for _ in parts)

@@ -16,9 +16,11 @@ def through(multiply, x, size):
     return found, x.grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [1.0, 1e-8], ids=str)
-def test_autocast_computes_as_for_an_ordinary_linear(dtype, size):
+@pytest.mark.parametrize(
+    ("dtype", "apart"), [(torch.float16, 0), (torch.bfloat16, 0), (torch.float32, 0.01)], ids=str
+)  # in fp32 the gradient is exacter
+def test_autocast_computes_as_for_an_ordinary_linear(dtype, apart, size):
     generator = torch.Generator().manual_seed(0)
     x, matrix = (torch.randn(shape, generator=generator) for shape in ((5, 32), (16, 32)))
     x[0, 0] = 1e5  # too large for fp16
@@ -26,7 +28,7 @@ def test_autocast_computes_as_for_an_ordinary_linear(dtype, size):
     ours = through(lambda x: product(x, lambda part: part, matrix), x, size)
     theirs = through(lambda x: functional.linear(x, matrix), x, size)
     for own, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(own, expected, rtol=0, atol=0)
+        assert (own - expected).norm() <= apart * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
