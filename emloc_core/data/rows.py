@@ -157,14 +157,19 @@ def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
     return rows
 
 
-def without(rows: Iterable[Row], files: Iterable[Path]) -> list[Row]:
+def without(rows: Iterable[Row], files: Iterable[Path], split: str = "train") -> list[Row]:
     """Return the rows whose content is in none of ``files``, in their order; an empty file leaves none out.
+
+    Args:
+        rows: the rows.
+        files: files, or saved or hub datasets.
+        split: of those datasets.
 
     Raises:
         EmlocError: a file cannot be read.
     """
     some = [path for path in files if not path.is_file() or path.stat().st_size]
-    keys = {row.key for path in some for row in load_rows(str(path))}
+    keys = {row.key for path in some for row in load_rows(str(path), split)}
     return [row for row in rows if row.key not in keys]
 
 

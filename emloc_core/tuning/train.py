@@ -112,7 +112,7 @@ class Train:
             require_preferences(rows)
             if evaluation != _NONE:
                 raise EmlocError("Preferences are not evaluated while tuning.", "Leave out the rows to evaluate.")
-        kept = without(rows, [*known, *exclude])
+        kept = without(rows, [*known, *exclude], split)
         self.excluded = len(rows) - len(kept)
         self.rows, self.eval_rows = divide(kept, evaluation, data, split, settings, known)
         require_readable(self.eval_rows, self.family)

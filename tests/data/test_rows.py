@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import example_rows, write_jsonl
@@ -281,6 +282,9 @@ def test_leaving_out_takes_every_copy_and_keeps_the_order(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     left = without(rows, [tmp_path / "test.jsonl", tmp_path / "empty.jsonl"])
     assert [row.number for row in left] == [2, 3, 5]
+    splits = DatasetDict({name: Dataset.from_list([{"text": name}]) for name in "ab"})
+    splits.save_to_disk(tmp_path / "splits")
+    assert [row.number for row in without(rows, [tmp_path / "splits"], "b")] == [1, 3, 4]
     assert digest(left[:2]) != digest(left[1:])
 
 
