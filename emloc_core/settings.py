@@ -240,7 +240,8 @@ class ExportSettings(Settings):
 
     gguf: bool = Field(False, description="Write GGUF, for llama.cpp and tools built on it.")
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = Field(
-        "f16", description="With gguf: type of the matrices; vectors are always f32."
+        "f16",
+        description="With gguf: type of the matrices; vectors are always f32, and so are LoRAs in place of q8_0.",
     )
 
 

@@ -92,6 +92,7 @@ def fitted(request: CompressRequest) -> CompressRequest:
             )
         return request
     from emloc_core.files.checkpoint import open_checkpoint
+    from emloc_core.memory import stages
     from emloc_core.memory.workload import make_workload
 
     if "kind" not in settings.model_fields_set and request.keep_spectra is None:  # spectra are of factors
@@ -116,8 +117,25 @@ def fitted(request: CompressRequest) -> CompressRequest:
     )
     if settings.kind == AUTO and (hint := _one_row_hint(model, config, budget)):
         click.echo(hint, err=True)
+    making = stages.compress(model, model.plan(fit.ratio)).total
+    if request.device != "cpu" and (warning := too_large_to_make(making, budget, workload.device)):
+        click.echo(f"warning: {warning}", err=True)
     settings = settings.model_copy(update={"kind": model.kind.name, **ratio})
     return request.model_copy(update={"memory": None, "settings": settings})
+
+
+def too_large_to_make(need: int, budget: int, device: str) -> str | None:
+    """Return a warning where stage 1 needs more than the budget; None where it does not.
+
+    Args:
+        need: bytes that stage 1 needs.
+        budget: bytes for tuning.
+        device: that the budget is of: ``cuda`` or ``cpu``.
+    """
+    if need <= budget:
+        return None
+    where = ": run it with --device cpu, in the machine's memory" if device == "cuda" else ""
+    return f"making the emulator (compress) needs {human_bytes(need)}, more than the memory for tuning{where}"
 
 
 def with_emulator(config: Path, workload: "Workload", settings: CompressSettings, budget: int | None) -> "MemoryModel":

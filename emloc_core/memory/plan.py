@@ -7,11 +7,10 @@ from typing import Any
 from emloc_core.algorithms import nf4
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.memory import stages
-from emloc_core.memory.budget import advice, largest_ratio
+from emloc_core.memory.budget import advice, largest_ratio, too_large_to_make
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.memory.speed import Speed
 from emloc_core.memory.ways import ORDINARY, Way, best, ways
-from emloc_core.units import human_bytes
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,7 @@ class MemoryPlan:
 
     @property
     def _stage_one(self) -> str | None:
-        need = self.best.compress_bytes if self.best else 0
-        if need <= self.budget:
-            return None
-        where = ": run it with --device cpu, in the machine's memory" if self.model.workload.device == "cuda" else ""
-        return f"making the emulator (compress) needs {human_bytes(need)}, more than the memory for tuning{where}"
+        return too_large_to_make(self.best.compress_bytes if self.best else 0, self.budget, self.model.workload.device)
 
     @property
     def _low_ratio(self) -> str | None:

@@ -311,6 +311,17 @@ def test_compress_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path:
     assert "ratio" in refused(*common, "--ratio", 0.5)  # another request
 
 
+@pytest.mark.parametrize(("device", "warns"), [("auto", True), ("cpu", False)])
+def test_compress_warns_where_making_takes_more_than_tuning(
+    shallow_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, warns: bool
+) -> None:
+    monkeypatch.setattr("emloc_core.memory.stages.compress", lambda *_: Need("compress", {"weights": 10**12}, "all"))
+    budget = tuning_need(shallow_model, 0.35, data=rows_file, batch_size=4)
+    argv = ["compress", shallow_model, "--data", rows_file, "--memory", budget, "--batch-size", 4, "--kind", "low-rank"]
+    result = run(*argv, "--device", device, "--dry-run", "-o", tmp_path / "emulator")
+    assert ("warning: making the emulator (compress) needs 1,000 GB, more than the memory" in result.stderr) == warns
+
+
 @pytest.mark.usefixtures("calls_here")
 def test_a_recipe_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
     train = {"batch_size": 4, "lora_rank": 5, "bf16": False}
