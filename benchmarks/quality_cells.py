@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank-nf4-uniform-64": {"kind": "low-rank-nf4", "samples": 64, "allocator": "uniform"},
     "1.6-bit+repair-64": {"kind": "1.6-bit+repair", "samples": 64, "refine": 3},
     "1.6-bit+repair-refined": {"kind": "1.6-bit+repair", "refine": 1},
+    "1.6-bit+repair-global": {"kind": "1.6-bit+repair", "allocator": "global"},
     "2.7-bit-256": {"kind": "2.7-bit", "samples": 256},
     "1.6-bit-256": {"kind": "1.6-bit", "samples": 256},
 }

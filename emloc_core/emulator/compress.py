@@ -83,12 +83,6 @@ class Compress:
         linears = self._linears(self.kind)
         self.method = method_of(settings, self.kind, linears, rows=distinct, keeps_spectra=spectra is not None)
         self.settings = settings = self.method.settings
-        if self.method.by_spectra and not self.kind.allocates_by_spectra:
-            raise EmlocError(
-                f"The rank allocator {settings.allocator!r} knows the spectra of weights, not of what an emulator of "
-                f"the kind {settings.kind!r} repairs.",
-                "Use --allocator uniform.",
-            )
         if spectra and not self.kind.can_be_cut:
             raise EmlocError(
                 f"An emulator of the kind {settings.kind!r} cannot be cut from spectra.", "Leave out --keep-spectra."
@@ -226,10 +220,13 @@ class Compress:
         factors = self.method.is_cut
         if not output.is_finished():
             with output.build() as staging:
+                factorize = self.factorize if factors else self.kind.decomposing(self.factorize)
                 found = self._linears().without_experts(NO_EXPERTS)
+                if wants_inputs(factorize):
+                    found = found.on_inputs()
                 plan = at_largest_ranks(found) if factors else allocated(found, RATIO, uniform)
                 files = SpectraFiles(self.skeleton, self.blocks, staging, factors=factors)
-                how = (self.factorize, progress, self.settings.factorizer)
+                how = (factorize, progress, self.settings.factorizer)
                 Decomposition(self.skeleton, self.family, plan, self.samples, *how).run(files, PROBES)
                 self._write_rows(staging)
                 output.result = {"family": self.family.name, **files.finish(plan, self._tokens)}
@@ -256,7 +253,7 @@ def prepare(request: CompressRequest) -> Compress:
         EmlocError: the model, the rows or the settings cannot be used.
     """
     base = open_checkpoint(request.model)
-    rows = without(load_rows(request.data, request.split, request.settings.loss), request.exclude)
+    rows = without(load_rows(request.data, request.split, request.settings.loss), request.exclude, request.split)
     device = choose_device(request.device)
     name = data_name(request.data)
     return Compress(base, rows, request.output, request.settings, request.keep_spectra, device, name)

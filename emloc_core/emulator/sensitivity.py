@@ -49,13 +49,13 @@ def sensitivities(
     for path, whole in factors.items():
         tried = _at_a_telling_rank(whole)
         changes = []
-        with answering(path, (tried.u, tried.v)):
+        with answering(path, tried.pair()):
             for (args, kwargs), reference in zip(calls, references, strict=True):
                 change = (hidden_states(block(*args, **kwargs)).float() - reference).square().sum(-1)
                 changes.append(
                     (change / reference.square().sum(-1).clamp(min=torch.finfo(change.dtype).tiny)).flatten()
                 )
-        error = tried.relative_error()
+        error = tried.relative_error(tried.u.shape[1])
         found[path] = float(torch.cat(changes).mean()) / error**2 if error >= _LEAST else 0.0
     return found
 

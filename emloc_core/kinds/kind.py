@@ -49,7 +49,6 @@ class Kind(ABC):
         needs_bitsandbytes: whether that package packs and unpacks it.
         ratio: the size where the user does not say.
         smallest_ratio, largest_ratio: those that are looked for; above the largest hardly anything is saved.
-        allocates_by_spectra: whether ranks may be shared out by the spectra of the weights.
         has_experts: whether fused experts become factors too; otherwise they stay dense.
         can_be_cut: whether emulators of any ratio can be cut from spectra.
         calibration: what stand-ins are fitted to where the user does not say.
@@ -72,7 +71,6 @@ class Kind(ABC):
     ratio: float = 0.6
     smallest_ratio: float = 0.01
     largest_ratio: float = 0.99
-    allocates_by_spectra: bool = True
     has_experts: bool = False
     can_be_cut: bool = False
     calibration: Literal["base", "propagated"] = "base"
@@ -116,6 +114,13 @@ class Kind(ABC):
 
     def rounding(self, factorize: Factorize) -> Factorize:
         """Return a factorizer whose factors are as they will be when they have been stored and read."""
+        return factorize
+
+    def decomposing(self, factorize: Factorize) -> Factorize:
+        """Return a factorizer of what the factors stand for, whose energies tell an allocator what a rank gains.
+
+        It is the weight itself, unless the kind keeps that. :meth:`Factors.pair` has all that stands in for the weight.
+        """
         return factorize
 
     def stand_in(self, weight: torch.Tensor) -> Factors:

@@ -1,6 +1,7 @@
 """Kinds whose stand-in is the rounded weight plus low-rank factors of the rounding error."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -49,7 +50,6 @@ class RepairedNF4(Kind):
 
     name = "nf4+repair"
     taps_inputs = keeps_weight = needs_bitsandbytes = True
-    allocates_by_spectra = False
     ratio = 0.05
     largest_ratio = 0.7
 
@@ -69,18 +69,22 @@ class RepairedNF4(Kind):
     def rounding(self, factorize: Factorize) -> Factorize:
         """Round the weight with feedback, and factorise the rounding error."""
 
-        def repaired(weight: torch.Tensor, gram: Gram, rank: int) -> Repaired:
+        def repaired(weight: torch.Tensor, inputs: Gram, rank: int) -> Repaired:
             _, exact = nf4.pack(weight)
             scales, ranges = nf4.pack_scales(exact)
-            codes = feedback.rounded_to_scales(weight, gram.matrix, nf4.unpack_scales(scales, ranges))
+            codes = feedback.rounded_to_scales(weight, inputs.matrix, nf4.unpack_scales(scales, ranges))
             shape = (weight.shape[0], weight.shape[1])
             rounded = _unpacked(codes, scales, ranges, shape, weight.dtype).float()
-            found = on_its_gram(factorize, weight.float() - rounded, gram, rank)
+            found = on_its_gram(factorize, weight.float() - rounded, inputs, rank)
             u, v = found.u.to(weight.dtype), found.v.to(weight.dtype)
-            error = output_error(weight, rounded.addmm(u.float(), v.float()), gram.matrix)
+            error = output_error(weight, rounded.addmm(u.float(), v.float()), inputs.matrix)
             return Repaired(u, v, found.spectrum, error=error, packed=(codes, scales, ranges))
 
         return repaired
+
+    def decomposing(self, factorize: Factorize) -> Factorize:
+        """Decompose the rounding error."""
+        return self.rounding(factorize)
 
     def told(self, rank: str) -> str:
         """The bits of the weight, and the rank of its repair."""
@@ -140,7 +144,6 @@ class RepairedThreeLevels(Kind):
 
     name = "1.6-bit+repair"
     taps_inputs = keeps_weight = needs_bitsandbytes = True
-    allocates_by_spectra = False
     ratio = 0.23
     smallest_ratio, largest_ratio = 0.2, 0.5
     calibration = "propagated"
@@ -164,20 +167,11 @@ class RepairedThreeLevels(Kind):
 
     def rounding(self, factorize: Factorize) -> Factorize:
         """Round the weight and factorise the error, then each again, fitted to what the other leaves."""
-        repair = in_four_bits(factorize)
+        return _in_turn(in_four_bits(factorize), self.rounds)
 
-        def repaired(weight: torch.Tensor, gram: Gram, rank: int) -> RepairedLevels:
-            weight = left = weight.float()
-            shape = (weight.shape[0], weight.shape[1])
-            for _ in range(self.rounds):
-                codes, scales = levels.rounded(left, gram.matrix, _LEVELS, _DAMPING)
-                rounded = levels.unpack(codes, scales, shape, _LEVELS, torch.float32)
-                found = repair(weight - rounded, gram, rank)
-                left = weight - found.u @ found.v
-            error = output_error(weight, rounded.addmm(found.u, found.v), gram.matrix)
-            return RepairedLevels(found.u, found.v, found.spectrum, codes, scales, _LEVELS, error=error)
-
-        return repaired
+    def decomposing(self, factorize: Factorize) -> Factorize:
+        """Decompose the error of rounding the weight once."""
+        return _in_turn(partial(on_its_gram, factorize), 1)
 
     def movable(self, stand_in: RepairedLevels) -> MovableScales:
         """Let the scales move, and not the repair."""
@@ -213,6 +207,24 @@ class RepairedThreeLevels(Kind):
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""
         replace_linears(model, ranks, REPAIRED_LEVELS_VERSION)
+
+
+def _in_turn(repair: Factorize, rounds: int) -> Factorize:
+    """Return what rounds a weight to three levels and factorises the error, so many times."""
+
+    def repaired(weight: torch.Tensor, inputs: Gram, rank: int) -> RepairedLevels:
+        weight = left = weight.float()
+        shape = (weight.shape[0], weight.shape[1])
+        for _ in range(rounds):
+            codes, scales = levels.rounded(left, inputs.matrix, _LEVELS, _DAMPING)
+            rounded = levels.unpack(codes, scales, shape, _LEVELS, torch.float32)
+            found = repair(weight - rounded, inputs, rank)
+            u, v = found.u.float(), found.v.float()
+            left = weight - u @ v
+        error = output_error(weight, rounded.addmm(u, v), inputs.matrix)
+        return RepairedLevels(u, v, found.spectrum, codes, scales, _LEVELS, error=error)
+
+    return repaired
 
 
 def _with_repair(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> Pair:

@@ -66,6 +66,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
             probed = min(PROBES, settings.samples) * per_row
             own += _PRODUCT * base * (all_rows + probed * (1 + len(linears)))
             single += _decomposed(linears, all_rows)
+            single += sum(_rounded(linear) for linear in linears) * (kind.has_factors and kind.keeps_weight)
         if propagated:
             own += _PRODUCT * all_rows * (base + emulator + _up_to_groups(linears, kind))
             single += _fitted(linears, all_rows, kind)
@@ -140,8 +141,13 @@ def _stand_in(linear: LinearPlan, kind: Kind | None) -> float:
     factors = _EIGENVECTORS * (m if linear.tap == "output" else n) ** 3
     if kind is None:
         return factors
-    rounded = _ROUNDING * m * n * n + _SPREADING * n**3
-    return kind.rounds * (kind.has_factors * factors + kind.keeps_weight * rounded)
+    return kind.rounds * (kind.has_factors * factors + kind.keeps_weight * _rounded(linear))
+
+
+def _rounded(linear: LinearPlan) -> float:
+    """Return what it takes to round a weight with feedback."""
+    m, n = linear.out_features, linear.in_features
+    return _ROUNDING * m * n * n + _SPREADING * n**3
 
 
 def _refinement(epochs: int) -> int:

@@ -34,6 +34,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
       and what it becomes, ``4 * 4 m n``.
     - where ranks or levels are shared out by spectra, at least what the pass before needs: statistics as without
       propagation, and the block's factors, fp32: at the largest ranks, or for another pass at half of the parameters.
+      Where factors stand for a rounding error, what rounding needs, too.
     - where factors are refined, at least what that needs for a block's: fp32, as they are, moved, with a gradient and
       Adam's moments; and multiplied out in the model's dtype, with a gradient.
     - stand-ins: where these are weights and not factors alone, the block's in fp32, beside an identity, and for
@@ -53,7 +54,8 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     statistics = max(needs, default=0)
     if model.method.by_spectra:
         share = 1 if model.method.is_cut else RATIO
-        statistics = max(statistics, *(_decomposition(plan, block, weight, share) for block in blocks))
+        repaired = model.kind.has_factors and model.kind.keeps_weight
+        statistics = max(statistics, *(_decomposition(plan, block, weight, share, repaired) for block in blocks))
     if settings.refine and not model.kind.keeps_weight:
         statistics = max(statistics, *(_refinement(plan, block, weight) for block in blocks))
     terms = {
@@ -115,10 +117,12 @@ def _statistics(plan: RankPlan, block: str, itemsize: int, propagated: bool) -> 
     return work + held + (_largest_group(plan.in_block(block)) if propagated else sum(grams.values()))
 
 
-def _decomposition(plan: RankPlan, block: str, itemsize: int, share: float) -> int:
+def _decomposition(plan: RankPlan, block: str, itemsize: int, share: float, repaired: bool) -> int:
     # Factors are held until sensitivities are measured; at the largest ranks they have as many numbers as the weights.
-    held = sum(linear.numbers for linear in plan.in_block(block))
-    return _statistics(plan, block, itemsize, propagated=False) + int(4 * share * held)
+    linears = plan.in_block(block)
+    held = int(4 * share * sum(linear.numbers for linear in linears))
+    rounding = max(map(_rounding, linears), default=0) if repaired else 0
+    return _statistics(plan, block, itemsize, propagated=False) + held + rounding
 
 
 def _refinement(plan: RankPlan, block: str, itemsize: int) -> int:

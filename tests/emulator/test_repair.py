@@ -123,11 +123,6 @@ def test_the_emulator_is_better_than_what_it_repairs_and_with_every_rank(tiny_mo
     ("chosen", "spectra", "complaint"),
     [
         ({"ratio": 0.8}, False, "A repair of ratio 0.8 .* is hardly smaller than the base"),
-        (
-            {"allocator": "global"},
-            False,
-            "'global' knows the spectra of weights, not of what .* 'nf4\\+repair' repairs",
-        ),
         ({}, True, "kind 'nf4\\+repair' cannot be cut from spectra"),
     ],
 )

@@ -18,7 +18,7 @@ from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
-from emloc_core.kinds import NF4, RepairedThreeLevels
+from emloc_core.kinds import NF4, RepairedNF4, RepairedThreeLevels
 from emloc_core.model.hooks import tapped
 from emloc_core.settings import CompressSettings
 
@@ -129,11 +129,35 @@ def test_refinement_moves_scales_alone(tiny_model, rows_file, tmp_path):
     assert changed == {"weight_scales"}
 
 
+@pytest.mark.parametrize("kind", [RepairedNF4, RepairedThreeLevels])
+def test_what_a_rank_gains_is_what_is_left_of_the_rounding_error(kind):
+    weight, gram = drawn(96, 64, 200, 0)
+    outputs = float(((weight @ gram.matrix) * weight).sum())
+    for rank in (4, 16):
+        found = kind().decomposing(factorize)(weight, gram, rank)
+        u, v = found.pair()
+        left = output_error(weight, u @ v, gram.matrix) ** 2 * outputs
+        assert float(found.spectrum[rank:].sum()) == pytest.approx(left, rel=1e-3)
+    assert float(found.spectrum.sum()) < 0.2 * outputs  # it is that of the error, and not of the weight
+
+
+@pytest.mark.parametrize("kind", ["nf4+repair", KIND.name])
+def test_ranks_are_shared_out_by_need(kind, tiny_model, rows_file, tmp_path):
+    even, shared = (
+        compression(tiny_model, rows_file, tmp_path / name, kind=kind, allocator=name) for name in ("uniform", "global")
+    )
+    results = [read_manifest(job.run())["result"] for job in (even, shared)]
+    ranks = [[linear["rank"] for linear in result["linears"]] for result in results]
+    assert ranks[0] != ranks[1]
+    assert len(set(ranks[1])) > len(set(ranks[0]))
+    sizes = [result["parameters"]["compressed_linears_after"] for result in results]
+    assert 0.9 * sizes[0] < sizes[1] <= sizes[0]
+
+
 @pytest.mark.parametrize(
     ("chosen", "complaint"),
     [
         ({"ratio": 0.6}, "hardly smaller than weights in four bits"),
-        ({"allocator": "global"}, "'global' knows the spectra of weights, not of what .* repairs"),
         ({"calibration": "none"}, "is fitted to rows"),
     ],
 )

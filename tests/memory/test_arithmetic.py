@@ -95,6 +95,7 @@ def test_without_images_their_tower_computes_nothing(tmp_path: Path) -> None:
         {"kind": "low-rank", "calibration": "base", "allocator": "global"},
         {"kind": "nf4+repair"},
         {"kind": "1.6-bit+repair", "ratio": 0.3},
+        {"kind": "1.6-bit+repair", "ratio": 0.3, "allocator": "global"},
     ],
     ids=lambda chosen: "-".join(map(str, chosen.values())),
 )

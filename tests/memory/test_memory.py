@@ -257,6 +257,9 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     assert found - plain == held  # at the largest ranks, since the emulator is cut from them
     fitted = MemoryModel(file, workload(), CompressSettings(calibration="propagated", refine=0))
     assert streamed.compress(fitted, fitted.plan(0.5)).terms["statistics"] - plain == held // 2
+    repaired = MemoryModel(file, workload(), CompressSettings(kind="nf4+repair", allocator="global", samples=32))
+    first = factorising + inputs + held // 2 + 4 * (5 * n**2 + 4 * m * n)  # and rounding, in the pass before
+    assert streamed.compress(repaired, repaired.plan(0.5)).terms["statistics"] == first
     even = MemoryModel(file, workload(), CompressSettings(allocator="uniform", refine=1))
     plan = even.plan(0.9)
     factors = sum(each.rank * (each.out_features + each.in_features) for each in plan.linears[:7])
