@@ -50,7 +50,7 @@ def experts_per_token(config: PreTrainedConfig) -> int:
 
 def width(experts: nn.Module) -> int:
     """Return how many numbers go into and out of the matrices of one expert, factors included."""
-    return sum(m + n for _, m, n in (parameter.shape for parameter in experts.parameters()))
+    return sum(sum(parameter.shape[1:]) for parameter in experts.parameters() if parameter.ndim == 3)
 
 
 def activate(experts: Any, up: torch.Tensor) -> torch.Tensor:

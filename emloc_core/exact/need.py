@@ -44,8 +44,8 @@ def step_need(
 
     Returns:
         - weights: the unit in use and the next one, in the largest pair of neighbours.
-        - boundaries: the hidden states before every block and behind the last, of all that passes through a tower, and
-          their gradient.
+        - boundaries: the hidden states before every block, of all that passes through a tower.
+        - ends: those behind the last block, and their gradient.
         - activations: those of one block, of one micro-batch, in the tower where they are largest.
         - unpacked: the largest matrix of an emulator whose weights are packed, as it is computed with.
         - logits: one piece of them, as large as on a GPU, in fp32, with its gradient.
@@ -53,11 +53,12 @@ def step_need(
     lists = [tower.blocks for tower in family.towers]
     found = units(model, lists)
     sizes = [sum(p.numel() * p.itemsize for p in model.get_submodule(unit).parameters()) for unit in found]
-    boundaries, activations = 0, 0
+    boundaries, ends, activations = 0, 0, 0
     for tower in family.towers:
         positions = tokens if tower.blocks == lists[-1] else patches
         blocks = list(model.get_submodule(tower.blocks).children())
-        boundaries += positions.step * (len(blocks) + 2) * linears_in(blocks[0])[0].in_features
+        hidden = positions.step * linears_in(blocks[0])[0].in_features
+        boundaries, ends = boundaries + len(blocks) * hidden, ends + 2 * hidden
         widest = max(_width(block, tower, experts_per_token(model.config)) for block in blocks)
         activations = max(activations, positions.at_once * widest)
     packed = [each.in_features * each.out_features for each in model.modules() if isinstance(each, PackedLinear)]
@@ -65,6 +66,7 @@ def step_need(
     return {
         "weights": max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True)),
         "boundaries": boundaries * dtype.itemsize,
+        "ends": ends * dtype.itemsize,
         "activations": _COPIES * activations * dtype.itemsize,
         "unpacked": max(packed, default=0) * dtype.itemsize,
         "logits": 8 * min(max(PIECES.values()), tokens.at_once * vocabulary),

@@ -12,7 +12,7 @@ from emloc_core.exact.need import Positions, step_need
 from emloc_core.memory import arithmetic, stages
 from emloc_core.memory.budget import largest_ratio
 from emloc_core.memory.evidence import Recovery, measured
-from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel
 from emloc_core.memory.speed import Speed
 
 #: From this ratio on, more room for the emulator is worth less than a larger batch.
@@ -147,7 +147,7 @@ def _sized(sizes: Sequence[MemoryModel], budget: int) -> tuple[MemoryModel, floa
 
 
 def exact_need(model: MemoryModel, rows: int) -> int:
-    """Return what exact steps need, one row at a time: see ``step_need``, and the LoRA with its optimiser.
+    """Return what exact steps need, one row at a time: see ``step_need``; the LoRA with its optimiser; and torch.
 
     What they keep at block boundaries moves from a GPU to the CPU's memory, where it does not fit.
     """
@@ -155,7 +155,8 @@ def exact_need(model: MemoryModel, rows: int) -> int:
     need = step_need(
         model.model, model.family, Positions(rows * tokens, tokens), Positions(rows * patches, patches), model.dtype
     )
-    if model.workload.device == "cuda":
+    device = model.workload.device
+    if device == "cuda":
         need["boundaries"] = 0
     lora = 4 * 4 * model.adapter_parameters()  # fp32: values, gradients, and the optimiser's two moments
-    return sum(need.values()) + lora
+    return sum(need.values()) + lora + IMPORTS[device] + RUNTIME[device][1]

@@ -5,7 +5,7 @@ once, and the engine (:mod:`emloc_core.exact.steps`) takes its gradients in micr
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class ExactTrain(Train):
 
     def _trainer(self, config: TrainingArguments, dataset: Dataset, processing: Processing) -> LoraTrainer:
         need = self._need(config)
-        boundaries = self._boundaries(config, need["boundaries"])
+        boundaries = self._boundaries(config, need)
         room = 0 if self.memory is None else self.memory - sum(need.values())
         set_seed(config.seed)  # as TRL does before it makes a LoRA
         with refusing(SETTINGS):
@@ -155,12 +155,12 @@ class ExactTrain(Train):
         tokens, patches = most([row.tokens for row in self.sizes]), most([row.patches for row in self.sizes])
         return step_need(self.skeleton.model, self.family, tokens, patches, self.skeleton.dtype)
 
-    def _boundaries(self, config: TrainingArguments, needed: int) -> Boundaries:
+    def _boundaries(self, config: TrainingArguments, need: Mapping[str, int]) -> Boundaries:
         """Say where activations at block boundaries wait.
 
         Args:
             config: of the trainer.
-            needed: bytes of those of the longest step.
+            need: what the longest step needs; see :func:`step_need`.
 
         Raises:
             EmlocError: there is no room for them.
@@ -168,14 +168,15 @@ class ExactTrain(Train):
         staging, on_disk = Path(str(config.output_dir)).parent, self.limits.park == "disk"
         free = shutil.disk_usage(staging).free if on_disk else psutil.virtual_memory().available
         if config.device.type == "cuda":
-            room = _SHARE * torch.cuda.mem_get_info(config.device)[0]
-            away = max(0, needed - room) * (1 if on_disk else _PINNED)
+            on_gpu = torch.cuda.mem_get_info(config.device)[0]
+            room = max(0, min(_SHARE * on_gpu, on_gpu - sum(need.values()) + need["boundaries"]))
+            away = max(0, need["boundaries"] - room) * (1 if on_disk else _PINNED)
         else:
-            room, away = 0 if on_disk else float("inf"), needed
+            room, away = 0 if on_disk else float("inf"), need["boundaries"]
         if away > free:
             other = "or a maximum length" if on_disk else "or a maximum length, or keep them on a disk (--park disk)"
             raise EmlocError(
-                f"A step of {config.per_device_train_batch_size} rows keeps {human_bytes(needed)} at block boundaries, "
+                f"A step of {config.per_device_train_batch_size} rows keeps {human_bytes(away)} at block boundaries, "
                 f"and {human_bytes(free)} of {'the disk' if on_disk else 'memory'} is free.",
                 f"Lower the batch size, the accumulation {other}.",
                 resumable=True,

@@ -79,7 +79,7 @@ def test_the_time_of_a_step(shallow_model: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_a_budget_it_is_inference(shallow_model: Path) -> None:
-    content = plan(shallow_model, "--length", 64, "--batch-size", 2)
+    content = json.loads(run("plan", shallow_model, "--length", 64, "--batch-size", 2, "--json").stdout)
     assert content["budget_bytes"] == content["stages"][0]["bytes"]
     assert content["budget"] == "inference on the base"
     assert content["advice"]  # a tiny model's tuning never fits: it is all logits
@@ -87,7 +87,9 @@ def test_without_a_budget_it_is_inference(shallow_model: Path) -> None:
 
 
 def test_another_way_is_an_answer_where_no_emulator_fits(shallow_model: Path) -> None:
-    result = run("plan", shallow_model, "--length", 64, "--batch-size", 2)
+    options = ("--length", 64, "--batch-size", 2)
+    *_, exact = plan(shallow_model, *options, "--memory", "4GiB")["ways"]
+    result = run("plan", shallow_model, *options, "--memory", exact["bytes"])
     assert result.exception is None, result.exception
     assert "No emulator's tuning fits" in result.stdout
     assert "best: exact steps" in result.stdout

@@ -300,9 +300,6 @@ def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
     chosen = CompressSettings(kind="nf4", samples=4, selection=2)
     with pytest.raises(EmlocError, match="cannot be cut"):
         Compress(base, rows, tmp_path / "emulator", chosen, tmp_path / "spectra")
-    chosen = CompressSettings(kind="nf4", calibration="none", samples=4)
-    with pytest.raises(EmlocError, match="no rows are taken"):
-        Compress(base, rows, tmp_path / "emulator", chosen)
     chosen = CompressSettings(kind="mixed", factorizer="svd", samples=4)
     with pytest.raises(EmlocError, match=r"has no factors\. Leave out --factorizer"):
         Compress(base, rows, tmp_path / "emulator", chosen)
@@ -387,7 +384,7 @@ def test_a_mixture_takes_no_less_and_no_more_than_its_levels(ratio, tiny_model, 
 def test_a_plan_looks_for_no_smaller_mixture(shallow_model, emloc):
     code, out, _ = emloc("plan", shallow_model, "--kind", "mixed", "--memory", "1MB", "--length", 16, "--json")
     planned = json.loads(out)
-    assert (code, planned["ratio"], planned["fits"]) == (0, 0.11, False)  # exact steps do
+    assert (code, planned["ratio"], planned["fits"]) == (1, 0.11, False)
 
 
 def test_a_kind_comes_from_a_plugin(tiny_model, rows_file, tmp_path):
