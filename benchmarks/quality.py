@@ -356,7 +356,7 @@ def main() -> None:
         rows[:] = [row for row in known_rows() if row not in old or row["base"] != new["base"]] + [new]
         report(rows)
     if rows and not options.list:
-        report(rows)
+        report(known_rows())
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ class CompressRequest(Request):
     stage = "compress"
     model: str = Field(description="Base model: directory or hub id.")
     data: Rows = Field(description="Rows of the task.")
-    exclude: tuple[Path, ...] = Field((), description="Files with rows to leave out, such as test rows.")
+    exclude: tuple[Path, ...] = Field(
+        (), description="Files with rows to leave out, such as test rows; or data sets, of the same split."
+    )
     split: str = Field("train", description="Split of a saved or hub dataset.")
     memory: str | None = Field(None, description="Choose the best kind and the largest ratio that fit, such as 24GiB.")
     tuning: TrainSettings = Field(TrainSettings(), description="With `memory`: how the emulator will be tuned.")
@@ -111,7 +113,9 @@ class TrainRequest(Request):
     stage = "train"
     model: str = Field(description="Directory or hub id.")
     data: Rows = Field(description="Rows of the task.")
-    exclude: tuple[Path, ...] = Field((), description="Files with rows not to train on.")
+    exclude: tuple[Path, ...] = Field(
+        (), description="Files with rows not to train on; or data sets, of the same split."
+    )
     split: str = Field("train", description="Split of a saved or hub dataset.")
     exact: bool = Field(False, description="Read the model block by block: it need not fit in memory.")
     limits: ExactSettings = Field(ExactSettings(), description="With `exact`: what the steps may use.")
@@ -149,7 +153,9 @@ class PolishRequest(Request):
     adapter: Path = Field(description="Adapter to start from: corrected, or trained on the base or its emulator.")
     base: str | None = Field(None, description="Directory or hub id; by default the model that the adapter is for.")
     data: Rows = Field(description="Rows of the task.")
-    exclude: tuple[Path, ...] = Field((), description="Files with rows not to train on.")
+    exclude: tuple[Path, ...] = Field(
+        (), description="Files with rows not to train on; or data sets, of the same split."
+    )
     split: str = Field("train", description="Split of a saved or hub dataset.")
     limits: ExactSettings = Field(ExactSettings(), description="What the steps may use.")
     evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")

@@ -81,8 +81,8 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
             raise
         raise EmlocError(
             f"Out of memory ({first_line(error)}).",  # jobs are retried by these words
-            "Free some, and run the same command again to resume; or give another --output, and another --device or "
-            "fewer or shorter rows.",
+            "The same command resumes. Free memory first; another --device, or fewer or shorter rows, need another "
+            "--output.",
             code="memory",
             resumable=True,
         ) from error

@@ -121,7 +121,7 @@ def load_rows(source: Any, split: str = "train", loss: Loss = "last") -> list[Ro
 def _load(source: Any, split: str) -> list[Row]:
     if isinstance(source, Mapping) and split in source and not isinstance(source[split], int | float):
         source = source[split]  # a DatasetDict
-    elif isinstance(source, Mapping) and not any(isinstance(each, str | int | float) for each in source.values()):
+    elif isinstance(source, Mapping) and any(hasattr(each, "column_names") for each in source.values()):
         raise EmlocError(f"The data have no split {split!r}.", f"Give one of these: {', '.join(map(str, source))}.")
     if (mixture := weights(source)) is not None:
         parts = {name: [replace(row, source=name) for row in _load(name, split)] for name in mixture}

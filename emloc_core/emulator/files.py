@@ -108,8 +108,9 @@ class EmulatorFiles:
         self._write_index()
         settings = self.kind.config(plan.ranks, self.skeleton.model, self.skeleton.dtype)
         # Without a dtype, transformers would take that of the first tensor it finds: of a scale, perhaps.
-        known = {"dtype": str(self.skeleton.dtype).removeprefix("torch."), **self.base.config}
-        write_json(self.staging / "config.json", {**known, "quantization_config": settings})
+        dtype = self.base.config.get("dtype") or str(self.skeleton.dtype).removeprefix("torch.")
+        config = {**self.base.config, "dtype": dtype, "quantization_config": settings}
+        write_json(self.staging / "config.json", config)
         self.base.copy_side_files(self.staging)
         before, after = plan.parameters(self.kind)
         return {

@@ -81,9 +81,11 @@ class Refinement:
                 for start in range(0, len(order), _ROWS):
                     self._step(targets, order[start : start + _ROWS], scaler)
                     scaler.step(optimiser)
+                    scale = scaler.get_scale()
                     scaler.update()
                     optimiser.zero_grad()
-                    schedule.step()
+                    if scaler.get_scale() >= scale:  # if not, a gradient overflowed, and no step was taken
+                        schedule.step()
         return self._total(targets) < before
 
     def errors(self) -> dict[str, float]:

@@ -104,8 +104,6 @@ class Kind(ABC):
                 f"An emulator of the kind {self.name!r} is fitted to rows.",
                 "Leave out --calibration none, or give --kind nf4, say.",
             )
-        if settings.calibration == "none" and settings.samples is not None:
-            raise EmlocError("Without calibration, no rows are taken.", "Leave out --samples, or --calibration none.")
         if settings.refine and self.refine is None:
             raise EmlocError(
                 f"An emulator of the kind {self.name!r} cannot be refined.",

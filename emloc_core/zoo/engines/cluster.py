@@ -143,7 +143,7 @@ class RayEngine:
     def stop(self, handle: RayHandle) -> None:
         """End a task; its worker ends with it."""
         self._running.remove(handle)
-        if not handle.submitted.cancel():  # an upload that is under way ends first, and nobody waits for it
+        if not handle.submitted.cancel():  # an upload that is under way ends first; only close() waits for it
             handle.submitted.add_done_callback(self._end)
         self._fetch_log(handle)
 
