@@ -36,6 +36,7 @@ from emloc_core.files.output import Output
 from emloc_core.files.shards import remove_damaged, tensor_bytes
 from emloc_core.files.workspace import remove_at_once
 from emloc_core.kinds import Kind
+from emloc_core.kinds.kind import Factorize
 from emloc_core.model.device import choose_device
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
@@ -111,9 +112,9 @@ class Compress:
         self._path, self._spectra_path = output, spectra
         self._files = Inputs(output.resolve().parent)
 
-    def _linears(self, kind: Kind | None = None) -> RankPlan:
+    def _linears(self, kind: Kind | None = None, factorize: Factorize | None = None) -> RankPlan:
         found = find_linears(self.skeleton.model, self.family, kind)
-        return found.on_inputs() if wants_inputs(self.factorize) else found
+        return found.on_inputs() if wants_inputs(factorize or self.factorize) else found
 
     @cached_property
     def output(self) -> Output:
@@ -221,9 +222,7 @@ class Compress:
         if not output.is_finished():
             with output.build() as staging:
                 factorize = self.factorize if factors else self.kind.decomposing(self.factorize)
-                found = self._linears().without_experts(NO_EXPERTS)
-                if wants_inputs(factorize):
-                    found = found.on_inputs()
+                found = self._linears(factorize=factorize).without_experts(NO_EXPERTS)
                 plan = at_largest_ranks(found) if factors else allocated(found, RATIO, uniform)
                 files = SpectraFiles(self.skeleton, self.blocks, staging, factors=factors)
                 how = (factorize, progress, self.settings.factorizer)
