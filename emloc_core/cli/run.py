@@ -14,7 +14,7 @@ from emloc_core.units import human_bytes
 
 if TYPE_CHECKING:
     from emloc_core.recipe.recipe import Recipe
-    from emloc_core.recipe.run import Stage
+    from emloc_core.recipe.stages import Stage
 
 
 @click.command("run")
@@ -57,12 +57,15 @@ def show(results: dict, directory: Path) -> None:
     peaks = [f"{name} {human_bytes(peak_memory(timing) or 0)}" for name, timing in results["stages"].items()]
     click.echo(f"peak memory of each stage: {', '.join(peaks)}")
     click.echo(f"{directory / 'results.json'}  {directory / 'figure.png'}")
-    if final := next((name for name in ("merged", "polished", "corrected") if name in results["stages"]), None):
-        click.echo(f"Next: {shlex.join(['emloc', 'chat', str(directory / final)])}")
+    if "selection_losses" in results:
+        told = ", ".join(f"{name} {loss:.4f}" for name, loss in results["selection_losses"].items())
+        click.echo(f"loss of the base on the selection rows: {told}; {results['kept']} is kept")
+    click.echo(f"Next: {shlex.join(['emloc', 'chat', str(directory / results['final'])])}")
 
 
 def _describe(recipe: "Recipe", as_json: bool) -> None:
-    from emloc_core.recipe.run import sizes, stages
+    from emloc_core.recipe.run import sizes
+    from emloc_core.recipe.stages import stages
 
     planned = stages(recipe)
     first = sizes(recipe)
@@ -76,8 +79,9 @@ def _describe(recipe: "Recipe", as_json: bool) -> None:
     if as_json:
         print_json(content)
         return
+    width = max(len(stage.name) for stage in planned)
     for stage in planned:
-        click.echo(f"{stage.name:<11} {stage.state:<12} {stage.request.stage}: {stage.purpose}")
+        click.echo(f"{stage.name:<{width}} {stage.state:<12} {stage.request.stage}: {stage.purpose}")
     rows = ", ".join(f"{count} {purpose}" for purpose, count in content["rows"].items())
     click.echo(f"base {human_bytes(content['base_bytes'])}, emulator {human_bytes(content['emulator_bytes'])}, "
                f"merged {human_bytes(content['merged_bytes'])}; rows: {rows}")  # fmt: skip

@@ -98,12 +98,28 @@ class RunView:
             raise EmlocError(
                 f"{run} holds no finished stage of a run.", "Give the output directory of `emloc run`.", code="missing"
             )
-        planned = _planned(found)
+        planned = {
+            name: size
+            for adapter in found
+            if adapter.startswith("adapter")
+            for name, size in _planned(found, adapter.removeprefix("adapter")).items()
+        }
         stages = [
             StageView(name, read_json(path / MANIFEST), _read(path / TIMING), _losses(path), planned.get(name))
             for name, path in found.items()
         ]
         return cls(run.resolve().name, stages, _read(run / "results.json"))
+
+    @property
+    def kept(self) -> str:
+        """What the names of the kept emulator's directories end with: nothing, or an alternative's name."""
+        return str(self.results.get("kept", "")).removeprefix("corrected")
+
+    @property
+    def selection_losses(self) -> Mapping[str, float]:
+        """The loss of the base on the selection rows with each corrected LoRA, where several emulators were tried."""
+        losses: Mapping[str, float] = self.results.get("selection_losses", {})
+        return losses
 
     def stage(self, name: str) -> StageView | None:
         """Return a stage by the name of its directory."""
@@ -117,13 +133,13 @@ class RunView:
     @property
     def bytes(self) -> tuple[int, int] | None:
         """Bytes of the base and of the emulator."""
-        found = self._result("emulator").get("bytes")
+        found = self._result(f"emulator{self.kept}").get("bytes")
         return (found["base"], found["emulator"]) if found else None
 
     @property
     def errors(self) -> list[Strip]:
         """The error of every Linear of the emulator."""
-        linears = self._result("emulator").get("linears", [])
+        linears = self._result(f"emulator{self.kept}").get("linears", [])
         return strips({linear["path"]: linear.get("relative_error") for linear in linears})
 
     @property
@@ -139,7 +155,7 @@ class RunView:
     @property
     def candidates(self) -> list[dict[str, Any]]:
         """What the correction compared, each with whether it was chosen."""
-        result = self._result("corrected")
+        result = self._result(f"corrected{self.kept}")
         chosen = result.get("clamp"), result.get("scale", 1)
         compared = [{"scale": 1, **each} for each in result.get("candidates", [])]
         return [{**each, "chosen": (each["clamp"], each["scale"]) == chosen} for each in compared]
@@ -222,31 +238,30 @@ def _losses(stage: Path) -> list[float]:
     return [entry["loss"] for entry in log if "loss" in entry]
 
 
-def _planned(made: Mapping[str, Path]) -> dict[str, int]:
-    """Return the bytes that the memory plan says for the stages, where the base's config is still there."""
+def _planned(made: Mapping[str, Path], suffix: str) -> dict[str, int]:
+    """Return the bytes that the memory plan says for an emulator's stages, where the base's config is still there."""
     from emloc_core.files.output import made_from
     from emloc_core.memory import stages as streamed
     from emloc_core.memory.model import MemoryModel
     from emloc_core.memory.workload import make_workload
     from emloc_core.settings import CompressSettings, TrainSettings
 
-    if not made.keys() >= {"emulator", "adapter"}:
-        return {}
+    emulator, adapter, corrected = (f"{name}{suffix}" for name in ("emulator", "adapter", "corrected"))
     try:
-        compress, train = (read_json(made[name] / MANIFEST) for name in ("emulator", "adapter"))
-        config = Path(made_from(made["emulator"], "base")) / "config.json"
+        compress, train = (read_json(made[name] / MANIFEST) for name in (emulator, adapter))
+        config = Path(made_from(made[emulator], "base")) / "config.json"
         settings = TrainSettings(**train["request"]["settings"])
-        rows = str(made["emulator"] / "calibration.jsonl")
-        device = "cuda" if "peak_cuda_bytes" in _read(made["adapter"] / TIMING) else "cpu"
+        rows = str(made[emulator] / "calibration.jsonl")
+        device = "cuda" if "peak_cuda_bytes" in _read(made[adapter] / TIMING) else "cpu"
         workload = make_workload(config, settings, device, length=settings.max_length, data=rows)
         model = MemoryModel(config, workload, CompressSettings(**compress["request"]["settings"]))
         ranks = {linear["path"]: linear["rank"] for linear in compress["result"]["linears"] if linear["rank"]}
         plan = model.linears.with_ranks(ranks, model.kind) if model.kind.has_ratio else model.linears.at_full_rank()
-        corrected = _read(made["corrected"] / MANIFEST)["request"] if "corrected" in made else {}
+        request = _read(made[corrected] / MANIFEST)["request"] if corrected in made else {}
         return {
-            "emulator": streamed.compress(model, plan).total,
-            "adapter": model.tuning(plan, made=True).total,
-            "corrected": streamed.correct(model, plan, corrected.get("clamp")).total,
+            emulator: streamed.compress(model, plan).total,
+            adapter: model.tuning(plan, made=True).total,
+            corrected: streamed.correct(model, plan, request.get("clamp")).total,
             "merged": streamed.merge(model).total,
             "full_lora": model.tuning().total,
         }

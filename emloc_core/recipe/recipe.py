@@ -27,6 +27,8 @@ FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml"}
 MODEL_ID = re.compile(r"[^/]+/[^/]+")
 DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
 TASK_NAME = re.compile(r"[^/]+")
+#: Names of alternatives, which become part of directories' names.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9.+-]*$"
 
 
 class ModelSection(Settings):
@@ -77,6 +79,11 @@ class Recipe(Settings):
     model: ModelSection
     data: DataSection
     compress: CompressSettings = CompressSettings()
+    alternatives: dict[Annotated[str, Field(pattern=NAME)], CompressSettings] = Field(
+        {},
+        description="Other emulators to try, by name, each with the keys of compress: the LoRA that gives the base the "
+        "lowest loss on the selection rows of the first is kept.",
+    )
     train: TrainSettings = TrainSettings()
     correct: CorrectSettings = CorrectSettings()
     polish: PolishSettings | None = Field(None, description="Exact steps on the base, after the correction; optional.")
@@ -90,8 +97,22 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _one_size(self) -> "Recipe":
-        if self.model.memory is not None and "ratio" in self.compress.model_fields_set:
-            raise ValueError("model.memory and compress.ratio both set the emulator's size; give one of them")
+        sections = {"compress": self.compress, **{f"alternatives.{name}": s for name, s in self.alternatives.items()}}
+        for section, settings in sections.items():
+            if self.model.memory is not None and "ratio" in settings.model_fields_set:
+                raise ValueError(f"model.memory and {section}.ratio both set the emulator's size; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _alternatives_compare(self) -> "Recipe":
+        if self.alternatives and self.correct.clamp != "auto":
+            raise ValueError("alternatives are compared by correct.clamp = 'auto'; leave out the other clamp")
+        for name, settings in self.alternatives.items():
+            if "selection" in settings.model_fields_set:
+                raise ValueError(
+                    f"alternatives.{name}.selection has no use: all are judged on the same rows, of which "
+                    "compress.selection is the number"
+                )
         return self
 
     @model_validator(mode="after")

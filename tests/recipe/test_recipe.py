@@ -4,7 +4,7 @@ import pytest
 
 from emloc_core.errors import EmlocError
 from emloc_core.recipe.recipe import load_recipe
-from emloc_core.recipe.run import stages
+from emloc_core.recipe.stages import stages
 
 RECIPE = """
 [model]

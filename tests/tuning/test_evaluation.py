@@ -21,7 +21,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.recipe.recipe import load_recipe
-from emloc_core.recipe.run import stages
+from emloc_core.recipe.stages import stages
 from emloc_core.requests import EvalRows
 from emloc_core.settings import PolishSettings, TrainSettings
 from emloc_core.tuning.evaluation import BaseLoss, divide, loras_of

@@ -17,7 +17,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.documents import write_json
 from emloc_core.files.workspace import Workspace
 from emloc_core.lifetime import die_with, end_with_parent
-from emloc_core.recipe.run import Stage
+from emloc_core.recipe.stages import Stage
 from emloc_core.zoo.jobs.faults import classify, describe, ended, exit_code, memory_kills
 from emloc_core.zoo.jobs.job import Job
 from emloc_core.zoo.jobs.outcome import OUTCOME, Outcome, read_outcome

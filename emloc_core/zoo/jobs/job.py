@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from emloc_core.errors import EmlocError
 from emloc_core.recipe.recipe import DataSection, EvalSection, ModelSection, Recipe
-from emloc_core.recipe.run import Stage, stages
+from emloc_core.recipe.stages import Stage, stages
 from emloc_core.requests import ImportRequest
 from emloc_core.settings import SAMPLES, CompressSettings, CorrectSettings, PolishSettings, Settings, TrainSettings
 
