@@ -2,13 +2,25 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from statistics import mean, stdev
 from typing import Any
 
 from harness import goal, markdown, write_results
-from quality_cells import EXACT, FULL, MEMORIES, RECOMMENDED, SCRATCH, STEPS, TASKS, VARIANTS, Cell, best_of
+from quality_cells import (
+    ALTERNATIVES,
+    EXACT,
+    FULL,
+    MEMORIES,
+    RECOMMENDED,
+    SCRATCH,
+    STEPS,
+    TASKS,
+    VARIANTS,
+    Cell,
+    best_of,
+)
 from quality_figure import draw
 from quality_rows import TEXTS
 
@@ -61,7 +73,11 @@ class Table:
         """Return the recovery with every base and seed that was measured."""
         wanted = (task, kind, memory)
         matching = [row for row in self.best if (row["task"], row["kind"], row["memory"]) == wanted]
-        found = [self.recovery(row, system) for row in matching]
+        return self.recoveries_of(matching, system)
+
+    def recoveries_of(self, rows: Iterable[dict[str, Any]], system: str) -> list[float]:
+        """Return the recovery of a system in these measurements, where it is known."""
+        found = [self.recovery(row, system) for row in rows]
         return [each for each in found if each is not None]
 
     def drawn(self) -> list[dict[str, Any]]:
@@ -70,6 +86,8 @@ class Table:
         return [row for row in self.best if row["base"] == last[row["task"]] and row["kind"] not in VARIANTS]
 
 
+#: The recommended way with an alternative beside it.
+TRIED = "emloc+alternative"
 #: What is reported of every cell, by its name there.
 SYSTEMS = ("uncorrected", "paper", "auto", "polish10", "polish20")
 
@@ -77,6 +95,7 @@ SYSTEMS = ("uncorrected", "paper", "auto", "polish10", "polish20")
 def recovery_rows(table: Table) -> list[dict[str, Any]]:
     """Return ``recovery``: mean and spread over bases and seeds of every system, and of the recommended way."""
     found = []
+    kept = kept_rows(table.best)
     kinds = list(dict.fromkeys((row["kind"], row["memory"]) for row in table.rows if row["memory"] < 1))
     for task in TASKS:
         ways = [(f"{kind}+{system}", kind, memory, memory, system) for kind, memory in kinds for system in SYSTEMS]
@@ -86,11 +105,35 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
             for name, system in (("emloc", "auto"), ("emloc+polish20", "polish20"))
         ]
         ways.append((f"{SCRATCH}{EXACT[-1]}", SCRATCH, 1, 1, SCRATCH))
-        for name, kind, key, memory, system in ways:
-            if values := table.recoveries(task, kind, key, system):
+        values_of = [
+            (name, memory, table.recoveries(task, kind, key, system)) for name, kind, key, memory, system in ways
+        ]
+        values_of += [
+            (name, memory, table.recoveries_of(runs.values(), system))
+            for (of_task, memory), runs in kept.items()
+            if of_task == task
+            for name, system in ((TRIED, "auto"), (f"{TRIED}+polish20", "polish20"))
+        ]
+        for name, memory, values in values_of:
+            if values:
                 found.append({"task": task, "memory": memory, "system": name, "mean": round(mean(values), 4),
                               "spread": round(stdev(values), 4) if len(values) > 1 else None,
                               "runs": len(values)})  # fmt: skip
+    return found
+
+
+def kept_rows(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], dict[tuple[str, int], dict[str, Any]]]:
+    """Return what recipes keep that try an alternative beside the recommended kind: by task and memory, base and seed.
+
+    That is the measurement with the lower loss of the base on the selection rows, where there are both.
+    """
+    found = {}
+    for (task, memory), alternative in ALTERNATIVES.items():
+        tried: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["task"] == task and (row["kind"], row["memory"]) in (RECOMMENDED[task][memory], alternative):
+                tried.setdefault((row["base"], row["seed"]), []).append(row)
+        found[task, memory] = {run: best_of(both) for run, both in tried.items() if len(both) == 2}
     return found
 
 
@@ -104,6 +147,12 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
     began_with_moments = [row for row in table.best if row.get("exact_moments")]
     found = _behind("emloc", "auto", ("uncorrected", "auto"), table.best)
     found += _behind("emloc+polish20", "polish20", ("polish20",), began_with_moments)
+    for name, system, rows in ((TRIED, "auto", table.best), (f"{TRIED}+polish20", "polish20", began_with_moments)):
+        for (task, memory), runs in kept_rows(rows).items():
+            kept = {run: row["systems"] for run, row in runs.items()}
+            for way, other in _runs(rows, "task", "kind", "memory").items():
+                if way[0] == task and way[2] <= memory:
+                    found += _compared(name, memory, (kept, system), way, (other, system))
     return sorted(found, key=lambda row: TASKS.index(row["task"]))
 
 
@@ -113,16 +162,29 @@ def _behind(name: str, system: str, others: Sequence[str], rows: Sequence[dict[s
     as_now = _runs([row for row in rows if _chose_as_now(row)], "task", "kind", "memory")
     found = []
     for memory, (way, other), theirs in itertools.product(MEMORIES, ways.items(), others):
-        task, kind, other_memory = way
-        recommended = (task, *RECOMMENDED[task][memory])
-        if other_memory > memory or (way == recommended and theirs == system):
+        recommended = (way[0], *RECOMMENDED[way[0]][memory])
+        if way[2] > memory or (way == recommended and theirs == system):
             continue
         own = (as_now if way == recommended else ways).get(recommended, {})
-        if runs := [run for run in own.keys() & other.keys() if system in own[run] and theirs in other[run]]:
-            apart = _apart([(own[run][system], other[run][theirs]) for run in runs])
-            found.append({"task": task, "memory": memory, "system": name, "other": f"{kind}+{theirs}",
-                          "other_memory": other_memory, **apart})  # fmt: skip
+        found += _compared(name, memory, (own, system), way, (other, theirs))
     return found
+
+
+def _compared(
+    name: str,
+    memory: float,
+    own: tuple[Mapping[Any, dict[str, Any]], str],
+    way: tuple[str, str, float],
+    other: tuple[Mapping[Any, dict[str, Any]], str],
+) -> list[dict[str, Any]]:
+    """Return how much more a way loses than another: each given by its runs, and the system that is compared."""
+    (ours, system), (theirs, their_system), (task, kind, other_memory) = own, other, way
+    runs = [run for run in ours.keys() & theirs.keys() if system in ours[run] and their_system in theirs[run]]
+    if not runs:
+        return []
+    apart = _apart([(ours[run][system], theirs[run][their_system]) for run in runs])
+    return [{"task": task, "memory": memory, "system": name, "other": f"{kind}+{their_system}",
+             "other_memory": other_memory, **apart}]  # fmt: skip
 
 
 def _chose_as_now(row: dict[str, Any]) -> bool:
