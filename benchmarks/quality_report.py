@@ -95,7 +95,6 @@ SYSTEMS = ("uncorrected", "paper", "auto", "polish10", "polish20")
 def recovery_rows(table: Table) -> list[dict[str, Any]]:
     """Return ``recovery``: mean and spread over bases and seeds of every system, and of the recommended way."""
     found = []
-    kept = kept_rows(table.best)
     kinds = list(dict.fromkeys((row["kind"], row["memory"]) for row in table.rows if row["memory"] < 1))
     for task in TASKS:
         ways = [(f"{kind}+{system}", kind, memory, memory, system) for kind, memory in kinds for system in SYSTEMS]
@@ -110,9 +109,9 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
         ]
         values_of += [
             (name, memory, table.recoveries_of(runs.values(), system))
-            for (of_task, memory), runs in kept.items()
-            if of_task == task
             for name, system in ((TRIED, "auto"), (f"{TRIED}+polish20", "polish20"))
+            for (of_task, memory), runs in kept_rows(table.best, system).items()
+            if of_task == task
         ]
         for name, memory, values in values_of:
             if values:
@@ -122,23 +121,30 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
     return found
 
 
-def kept_rows(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], dict[tuple[str, int], dict[str, Any]]]:
-    """Return what recipes keep that try an alternative beside the recommended kind: by task and memory, base and seed.
+def kept_rows(
+    rows: Sequence[dict[str, Any]], system: str
+) -> dict[tuple[str, float], dict[tuple[str, int], dict[str, Any]]]:
+    """Return what a recipe keeps that tries an alternative beside the recommended kind, by task and memory.
 
-    That is the measurement with the lower loss of the base on the selection rows, where there are both.
+    That is the measurement with the lower loss of the base on the selection rows, by base and seed; only where all runs
+    of the recommended kind with this system have both, so that means are over the same runs.
     """
     found = {}
     for (task, memory), alternative in ALTERNATIVES.items():
-        tried: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for row in rows:
-            if row["task"] == task and (row["kind"], row["memory"]) in (RECOMMENDED[task][memory], alternative):
-                tried.setdefault((row["base"], row["seed"]), []).append(row)
-        found[task, memory] = {run: best_of(both) for run, both in tried.items() if len(both) == 2}
+        of_task = [row for row in rows if row["task"] == task and system in row["systems"]]
+        usual, other = (
+            {(row["base"], row["seed"]): row for row in of_task if (row["kind"], row["memory"]) == way}
+            for way in (RECOMMENDED[task][memory], alternative)
+        )
+        if usual.keys() <= other.keys():
+            found[task, memory] = {run: best_of([usual[run], other[run]]) for run in usual}
     return found
 
 
 def paired_rows(table: Table) -> list[dict[str, Any]]:
     """Return ``paired``: how much more the recommended way loses on a test row than others within the same memory.
+
+    So for the recommended way with an alternative beside it.
 
     A row's loss is its mean over the bases and seeds that both ways have. What is given is the mean over rows, in nats
     per answer, with its 95 % interval; above 0 the other way is better. Whether ``auto`` harms is judged where it chose
@@ -148,7 +154,7 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
     found = _behind("emloc", "auto", ("uncorrected", "auto"), table.best)
     found += _behind("emloc+polish20", "polish20", ("polish20",), began_with_moments)
     for name, system, rows in ((TRIED, "auto", table.best), (f"{TRIED}+polish20", "polish20", began_with_moments)):
-        for (task, memory), runs in kept_rows(rows).items():
+        for (task, memory), runs in kept_rows(rows, system).items():
             kept = {run: row["systems"] for run, row in runs.items()}
             for way, other in _runs(rows, "task", "kind", "memory").items():
                 if way[0] == task and way[2] <= memory:

@@ -175,11 +175,13 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str
     for name, field in section.model_fields.items():
         inner = [each for each in (field.annotation, *get_args(field.annotation)) if isinstance(each, type)]
         nested = next((each for each in inner if issubclass(each, BaseModel)), None)
-        if nested is not None:
+        by_name = get_origin(field.annotation) is dict
+        if nested is not None and not by_name:
             yield from _keys(nested, f"{prefix}{name}.")
         else:
+            key = f"{prefix}{name}" + (".NAME" if nested is not None else "")
             default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-            yield f"{prefix}{name}", default, field.description or ""
+            yield key, default, field.description or ""
 
 
 def readme() -> str:

@@ -281,6 +281,7 @@ class Correct:
                     "Tune again at a lower learning rate, or give a fixed --clamp.",
                     code="not-finite",
                 )
+            result["nll"] = round(float(nlls[chosen]), 6)
             result["candidates"] = [
                 {**each, "nll": round(float(nll), 6), "gain": _known(gain), "gain_stderr": _known(error),
                  "rows": losses.shape[1]}

@@ -3,7 +3,7 @@
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -59,23 +59,28 @@ def show(results: dict, directory: Path) -> None:
     click.echo(f"{directory / 'results.json'}  {directory / 'figure.png'}")
     if "selection_losses" in results:
         told = ", ".join(f"{name} {loss:.4f}" for name, loss in results["selection_losses"].items())
-        click.echo(f"loss of the base on the selection rows: {told}; {results['kept']} is kept")
+        click.echo(f"loss of the base on the selection rows: {told}; kept: {results['kept']}")
     click.echo(f"Next: {shlex.join(['emloc', 'chat', str(directory / results['final'])])}")
 
 
 def _describe(recipe: "Recipe", as_json: bool) -> None:
-    from emloc_core.recipe.run import sizes
-    from emloc_core.recipe.stages import stages
+    from emloc_core.recipe.run import describe
+    from emloc_core.recipe.stages import attempts, stages
 
     planned = stages(recipe)
-    first = sizes(recipe)
+    first, *others = found = [describe(recipe, attempt) for attempt in attempts(recipe)]
     content = {
         "stages": [{"name": s.name, "state": s.state, "request": json.loads(s.request.to_json())} for s in planned],
         "base_bytes": first["base_bytes"],
         "emulator_bytes": first["emulator_bytes"],
         "merged_bytes": first["base_bytes"] if recipe.merge else 0,
-        "rows": {key: first[f"{key}_rows"] for key in ("calibration", "selection", "tuning")},
+        "rows": _rows(first),
     }
+    if others:
+        content["alternatives"] = {
+            name: {"emulator_bytes": each["emulator_bytes"], "rows": _rows(each)}
+            for name, each in zip(recipe.alternatives, others, strict=True)
+        }
     if as_json:
         print_json(content)
         return
@@ -83,5 +88,10 @@ def _describe(recipe: "Recipe", as_json: bool) -> None:
     for stage in planned:
         click.echo(f"{stage.name:<{width}} {stage.state:<12} {stage.request.stage}: {stage.purpose}")
     rows = ", ".join(f"{count} {purpose}" for purpose, count in content["rows"].items())
-    click.echo(f"base {human_bytes(content['base_bytes'])}, emulator {human_bytes(content['emulator_bytes'])}, "
+    sizes = ", ".join(human_bytes(each["emulator_bytes"]) for each in found)
+    click.echo(f"base {human_bytes(content['base_bytes'])}, emulator{'s' if others else ''} {sizes}, "
                f"merged {human_bytes(content['merged_bytes'])}; rows: {rows}")  # fmt: skip
+
+
+def _rows(described: dict[str, Any]) -> dict[str, int]:
+    return {purpose: described[f"{purpose}_rows"] for purpose in ("calibration", "selection", "tuning")}

@@ -15,6 +15,8 @@ from emloc_core.errors import EmlocError, printable
 from emloc_core.files.documents import read_json
 from emloc_core.files.meter import peak_memory
 from emloc_core.files.output import MANIFEST, TIMING
+from emloc_core.recipe.recipe import FIRST
+from emloc_core.recipe.stages import suffix
 from emloc_core.report.error_plot import Strip, finite, sparkline, strips
 from emloc_core.report.pages import environment, publish_page
 from emloc_core.report.table import rows as table_rows
@@ -98,26 +100,25 @@ class RunView:
             raise EmlocError(
                 f"{run} holds no finished stage of a run.", "Give the output directory of `emloc run`.", code="missing"
             )
-        planned = {
-            name: size
-            for adapter in found
-            if adapter.startswith("adapter")
-            for name, size in _planned(found, adapter.removeprefix("adapter")).items()
-        }
+        results = _read(run / "results.json")
+        tried = results.get("selection_losses", [FIRST])
+        # Those of the kept emulator come last: the plans of the base's stages are theirs.
+        order = sorted(tried, key=lambda name: name == results.get("kept"))
+        planned = {name: size for each in order for name, size in _planned(found, suffix(each)).items()}
         stages = [
             StageView(name, read_json(path / MANIFEST), _read(path / TIMING), _losses(path), planned.get(name))
             for name, path in found.items()
         ]
-        return cls(run.resolve().name, stages, _read(run / "results.json"))
+        return cls(run.resolve().name, stages, results)
 
     @property
-    def kept(self) -> str:
-        """What the names of the kept emulator's directories end with: nothing, or an alternative's name."""
-        return str(self.results.get("kept", "")).removeprefix("corrected")
+    def suffix(self) -> str:
+        """What the names of the kept emulator's directories end with."""
+        return suffix(self.results.get("kept", FIRST))
 
     @property
     def selection_losses(self) -> Mapping[str, float]:
-        """The loss of the base on the selection rows with each corrected LoRA, where several emulators were tried."""
+        """The loss of the base on the selection rows by emulator, where several were tried."""
         losses: Mapping[str, float] = self.results.get("selection_losses", {})
         return losses
 
@@ -133,13 +134,13 @@ class RunView:
     @property
     def bytes(self) -> tuple[int, int] | None:
         """Bytes of the base and of the emulator."""
-        found = self._result(f"emulator{self.kept}").get("bytes")
+        found = self._result(f"emulator{self.suffix}").get("bytes")
         return (found["base"], found["emulator"]) if found else None
 
     @property
     def errors(self) -> list[Strip]:
         """The error of every Linear of the emulator."""
-        linears = self._result(f"emulator{self.kept}").get("linears", [])
+        linears = self._result(f"emulator{self.suffix}").get("linears", [])
         return strips({linear["path"]: linear.get("relative_error") for linear in linears})
 
     @property
@@ -155,7 +156,7 @@ class RunView:
     @property
     def candidates(self) -> list[dict[str, Any]]:
         """What the correction compared, each with whether it was chosen."""
-        result = self._result(f"corrected{self.kept}")
+        result = self._result(f"corrected{self.suffix}")
         chosen = result.get("clamp"), result.get("scale", 1)
         compared = [{"scale": 1, **each} for each in result.get("candidates", [])]
         return [{**each, "chosen": (each["clamp"], each["scale"]) == chosen} for each in compared]
@@ -238,7 +239,7 @@ def _losses(stage: Path) -> list[float]:
     return [entry["loss"] for entry in log if "loss" in entry]
 
 
-def _planned(made: Mapping[str, Path], suffix: str) -> dict[str, int]:
+def _planned(made: Mapping[str, Path], ending: str) -> dict[str, int]:
     """Return the bytes that the memory plan says for an emulator's stages, where the base's config is still there."""
     from emloc_core.files.output import made_from
     from emloc_core.memory import stages as streamed
@@ -246,7 +247,7 @@ def _planned(made: Mapping[str, Path], suffix: str) -> dict[str, int]:
     from emloc_core.memory.workload import make_workload
     from emloc_core.settings import CompressSettings, TrainSettings
 
-    emulator, adapter, corrected = (f"{name}{suffix}" for name in ("emulator", "adapter", "corrected"))
+    emulator, adapter, corrected = (f"{name}{ending}" for name in ("emulator", "adapter", "corrected"))
     try:
         compress, train = (read_json(made[name] / MANIFEST) for name in (emulator, adapter))
         config = Path(made_from(made[emulator], "base")) / "config.json"
@@ -262,7 +263,7 @@ def _planned(made: Mapping[str, Path], suffix: str) -> dict[str, int]:
             emulator: streamed.compress(model, plan).total,
             adapter: model.tuning(plan, made=True).total,
             corrected: streamed.correct(model, plan, request.get("clamp")).total,
-            "merged": streamed.merge(model).total,
+            f"merged{ending}": streamed.merge(model).total,
             "full_lora": model.tuning().total,
         }
     except (EmlocError, KeyError, TypeError, ValueError, OSError):  # the page is of use without a plan

@@ -28,7 +28,11 @@ MODEL_ID = re.compile(r"[^/]+/[^/]+")
 DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
 TASK_NAME = re.compile(r"[^/]+")
 #: Names of alternatives, which become part of directories' names.
-NAME = r"^[A-Za-z0-9][A-Za-z0-9.+-]*$"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+#: The section of the first emulator, which is its name among alternatives.
+FIRST = "compress"
+#: Settings of the first emulator that are about the rows on which all are judged.
+OF_ALL = ("selection", "max_length", "loss")
 
 
 class ModelSection(Settings):
@@ -79,10 +83,10 @@ class Recipe(Settings):
     model: ModelSection
     data: DataSection
     compress: CompressSettings = CompressSettings()
-    alternatives: dict[Annotated[str, Field(pattern=NAME)], CompressSettings] = Field(
+    alternatives: dict[str, CompressSettings] = Field(
         {},
-        description="Other emulators to try, by name, each with the keys of compress: the LoRA that gives the base the "
-        "lowest loss on the selection rows of the first is kept.",
+        description="Another emulator to try, with the keys of ``compress`` but ``selection``, ``max_length`` and "
+        "``loss``. The LoRA is kept that gives the base the lowest loss on the selection rows.",
     )
     train: TrainSettings = TrainSettings()
     correct: CorrectSettings = CorrectSettings()
@@ -97,22 +101,31 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _one_size(self) -> "Recipe":
-        sections = {"compress": self.compress, **{f"alternatives.{name}": s for name, s in self.alternatives.items()}}
-        for section, settings in sections.items():
+        sized = {FIRST: self.compress, **{f"alternatives.{name}": each for name, each in self.alternatives.items()}}
+        for section, settings in sized.items():
             if self.model.memory is not None and "ratio" in settings.model_fields_set:
                 raise ValueError(f"model.memory and {section}.ratio both set the emulator's size; give one of them")
         return self
 
     @model_validator(mode="after")
     def _alternatives_compare(self) -> "Recipe":
-        if self.alternatives and self.correct.clamp != "auto":
+        if not self.alternatives:
+            return self
+        if self.correct.clamp != "auto":
             raise ValueError("alternatives are compared by correct.clamp = 'auto'; leave out the other clamp")
+        if self.train.learns_preferences:
+            raise ValueError(
+                "alternatives are compared by the likelihood of answers, which says little of preferences; make a "
+                "recipe of each"
+            )
         for name, settings in self.alternatives.items():
-            if "selection" in settings.model_fields_set:
-                raise ValueError(
-                    f"alternatives.{name}.selection has no use: all are judged on the same rows, of which "
-                    "compress.selection is the number"
-                )
+            if not NAME.fullmatch(name) or name == FIRST:
+                raise ValueError(f"alternatives.{name}: choose a name of letters, digits, - and _, other than {FIRST}")
+            for key in OF_ALL:
+                if key in settings.model_fields_set:
+                    raise ValueError(f"alternatives.{name}.{key}: all are judged on the same rows; set {FIRST}.{key}")
+            if settings.model_dump(exclude=set(OF_ALL)) == self.compress.model_dump(exclude=set(OF_ALL)):
+                raise ValueError(f"alternatives.{name} is the emulator of {FIRST} once more; change or leave it out")
         return self
 
     @model_validator(mode="after")
@@ -134,9 +147,10 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _rows_to_compare_on(self) -> "Recipe":
         if self.correct.clamp == "auto" and not self.compress.selection:
+            or_else = "" if self.alternatives else ", or set correct.clamp to a number or 'none'"
             raise ValueError(
                 "correct.clamp = 'auto' compares on held-out rows, and compress.selection = 0 holds out none; hold "
-                "some out, or set correct.clamp to a number or 'none'"
+                f"some out{or_else}"
             )
         return self
 

@@ -7,22 +7,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from emloc_core.data.rows import SELECTION
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.hub import push
 from emloc_core.files.output import MANIFEST, TIMING
 from emloc_core.process import call
 from emloc_core.recipe.recipe import Recipe, load_recipe
-from emloc_core.recipe.stages import Stage, attempts, kept, rest, stages, tried
+from emloc_core.recipe.stages import Attempt, Stage, attempts, kept, rest, stages, stages_of
+from emloc_core.requests import CompressRequest
 
 #: Functions that run and describe a stage in its own process.
 PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.cli.stage:describe"
-
-#: Stages whose losses are drawn beside those on the emulator, and how they are called.
-_HISTORIES = {
-    "polished": "polished on the base",
-    "full_lora": "on the base (full LoRA)",
-}
 
 #: Losses in a log, and what they are of.
 _LOSSES = {"loss": "", "eval_loss": ", held-out rows", "eval_base_loss": ", held-out rows on the base"}
@@ -38,29 +34,45 @@ def run_recipe(
     """
     recipe = load_recipe(path, overrides)
     total = len(stages(recipe))
+    first, *others = attempts(recipe)
+    for attempt in others:
+        if not (attempt.place("emulator") / MANIFEST).is_file():
+            describe(recipe, attempt)  # what is wrong with it is said before the first takes hours
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
     done: list[Stage] = []
-    for stage in (stage for part in (tried, rest) for stage in part(recipe)):
-        announce(len(done), total, stage)
-        try:
-            list(call(PERFORM, {"request": stage.request.to_json()}))
-        except EmlocError as error:
-            told = f"The stage '{stage.name}' failed: {error}"
-            raise EmlocError(told, "Earlier stages are kept.", code=error.code, resumable=error.resumable) from None
-        done.append(stage)
+
+    def perform(part: Iterable[Stage], fix: str = "Earlier stages are kept.") -> None:
+        for stage in part:
+            announce(len(done), total, stage)
+            try:
+                list(call(PERFORM, {"request": stage.request.to_json()}))
+            except EmlocError as error:
+                told = f"The stage '{stage.name}' failed: {error}"
+                raise EmlocError(told, fix, code=error.code, resumable=error.resumable) from None
+            done.append(stage)
+
+    perform(stages_of(recipe, first))
+    for attempt in others:
+        without = f"Earlier stages are kept; leave out [alternatives.{attempt.name}] to do without it."
+        perform(stages_of(recipe, attempt), without)
+    perform(rest(recipe))  # not before: which LoRA they start from was not known
     results = summarise(recipe, done)
     if recipe.push:
         results["pushed"] = push(Path(recipe.output) / results["final"], recipe.push)
     return results
 
 
-def sizes(recipe: Recipe) -> dict[str, Any]:
-    """Return the output of ``emloc compress --dry-run --json`` for the recipe's first stage: rows, ranks, bytes.
+def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
+    """Return the output of ``emloc compress --dry-run --json`` for an emulator: rows, ranks, bytes.
 
     Raises:
-        EmlocError: the first stage could not run.
+        EmlocError: it could not be made.
     """
-    (content,) = call(DESCRIBE, {"request": stages(recipe)[0].request.to_json()})
+    request = stages_of(recipe, attempt)[0].request
+    assert isinstance(request, CompressRequest)
+    rows = attempts(recipe)[0].place("emulator") / SELECTION  # which are not drawn yet, where nothing was made
+    known = tuple(path for path in request.exclude if path != rows or path.is_file())
+    (content,) = call(DESCRIBE, {"request": request.model_copy(update={"exclude": known}).to_json()})
     found: dict[str, Any] = content
     return found
 
@@ -71,27 +83,30 @@ def summarise(recipe: Recipe, done: list[Stage]) -> dict[str, Any]:
     from emloc_core.report.figure import figure
 
     root, attempt = Path(recipe.output), kept(recipe)
-    emulator, adapter, corrected = (path.name for path in (attempt.emulator, attempt.adapter, attempt.corrected))
+    emulator, adapter, corrected, polished, merged, evaluation = (
+        attempt.place(name).name for name in ("emulator", "adapter", "corrected", "polished", "merged", "evaluation")
+    )
     manifests = {stage.name: read_json(stage.output / MANIFEST) for stage in done}
     results: dict[str, Any] = {
         "stages": {stage.name: read_json(stage.output / TIMING) for stage in done},
         "compression": {key: manifests[emulator]["result"][key] for key in ("bytes", "parameters")},
         "correction": manifests[corrected]["result"],
-        "kept": corrected,
-        "final": next(name for name in ("merged", "polished", corrected) if name in manifests),
+        "final": next(name for name in (merged, polished, corrected) if name in manifests),
     }
     if recipe.alternatives:
-        results["selection_losses"] = {each.corrected.name: each.selection_loss for each in attempts(recipe)}
+        results["kept"] = attempt.name
+        results["selection_losses"] = {each.name: each.selection_loss for each in attempts(recipe)}
+    drawn = {adapter: "on the emulator", polished: "polished on the base", "full_lora": "on the base (full LoRA)"}
     histories = {
         label + of: [(entry["step"], entry[loss]) for entry in log if loss in entry]
-        for name, label in {adapter: "on the emulator", **_HISTORIES}.items()
+        for name, label in drawn.items()
         if name in manifests
         for log in [read_json(root / name / "log.json")]
         for loss, of in _LOSSES.items()
     }
     figure(root / "figure.png", histories, manifests[emulator]["result"]["linears"])
-    if "evaluation" in manifests:
-        results.update(read_json(root / "evaluation" / "results.json"))
+    if evaluation in manifests:
+        results.update(read_json(root / evaluation / "results.json"))
         (root / "table.md").write_text(report.markdown(results["systems"], results["metrics"]), encoding="utf-8")
     write_json(root / "results.json", results)
     return results

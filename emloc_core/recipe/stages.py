@@ -4,16 +4,16 @@ Every emulator that is tried takes three: make it, tune a LoRA on it, correct th
 from the LoRA that serves the base best.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emloc_core.data.rows import CALIBRATION, SELECTION
-from emloc_core.files.documents import read_json
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.manifest import manifest_value
+from emloc_core.files.output import MANIFEST, read_manifest
 from emloc_core.files.workspace import Workspace
-from emloc_core.recipe.recipe import Recipe
+from emloc_core.recipe.recipe import FIRST, OF_ALL, Recipe
 from emloc_core.requests import (
     CompressRequest,
     CorrectRequest,
@@ -60,11 +60,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Attempt:
-    """An emulator, and the directories of what is made with it.
+    """An emulator, and what is made with it.
 
     Attributes:
         root: directory of the run.
-        name: of an alternative; empty for the emulator of the section ``compress``.
+        name: of an alternative; of the first emulator :data:`FIRST`.
         settings: how the emulator is made.
     """
 
@@ -73,98 +73,100 @@ class Attempt:
     settings: CompressSettings
 
     @property
-    def emulator(self) -> Path:
-        """The emulator."""
-        return self._directory("emulator")
+    def is_first(self) -> bool:
+        """Whether it is that of the recipe's section ``compress``."""
+        return self.name == FIRST
 
-    @property
-    def adapter(self) -> Path:
-        """The LoRA that is tuned on it."""
-        return self._directory("adapter")
-
-    @property
-    def corrected(self) -> Path:
-        """The LoRA for the base."""
-        return self._directory("corrected")
+    def place(self, stage: str) -> Path:
+        """Return the output directory of a stage."""
+        return self.root / f"{stage}{suffix(self.name)}"
 
     @property
     def selection_loss(self) -> float | None:
-        """The loss per token of the base with the corrected LoRA, on the selection rows; None before it is known."""
-        manifest = self.corrected / MANIFEST
-        if not manifest.is_file():
-            return None
-        result = read_json(manifest)["result"]
-        chosen = result["clamp"], result["scale"]
-        compared = result.get("candidates", [])
-        return next((each["nll"] for each in compared if (each["clamp"], each["scale"]) == chosen), None)
+        """The loss per token of the base with the corrected LoRA, on the selection rows; None before it is known.
 
-    def _directory(self, stage: str) -> Path:
-        return self.root / (f"{stage}_{self.name}" if self.name else stage)
+        Raises:
+            EmlocError: the directory of that LoRA does not say it.
+        """
+        corrected = self.place("corrected")
+        manifest = read_manifest(corrected)
+        return None if manifest is None else float(manifest_value(manifest, corrected, "result.nll", float))
+
+
+def suffix(attempt: str) -> str:
+    """Return what the names of an attempt's directories end with."""
+    return "" if attempt == FIRST else f"_{attempt}"
 
 
 def attempts(recipe: Recipe) -> list[Attempt]:
     """Return the emulators that a recipe tries, in order."""
-    settings = {"": recipe.compress, **recipe.alternatives}
-    return [Attempt(Path(recipe.output), name, _of_one_loss(each, recipe.train)) for name, each in settings.items()]
+    first = _of_one_loss(recipe.compress, recipe.train)
+    common = {key: getattr(first, key) for key in OF_ALL} | {"selection": 0}  # judged on the rows of the first
+    others = {name: settings.model_copy(update=common) for name, settings in recipe.alternatives.items()}
+    return [Attempt(Path(recipe.output), name, settings) for name, settings in {FIRST: first, **others}.items()]
 
 
 def kept(recipe: Recipe) -> Attempt:
-    """Return the attempt whose LoRA gives the base the lowest loss; the first one until all losses are known."""
-    found = attempts(recipe)
-    losses = [attempt.selection_loss for attempt in found] if recipe.alternatives else []
-    known = [loss for loss in losses if loss is not None]
-    return found[losses.index(min(known))] if len(known) == len(found) else found[0]
+    """Return the attempt whose LoRA gives the base the lowest loss; the first one until all losses are known.
+
+    Raises:
+        EmlocError: a corrected LoRA that is there does not say its loss.
+    """
+    first, *others = found = attempts(recipe)
+    if not others:
+        return first
+    losses = {attempt.name: attempt.selection_loss for attempt in found}
+    known = {name: loss for name, loss in losses.items() if loss is not None}
+    return first if len(known) < len(found) else min(found, key=lambda attempt: known[attempt.name])
 
 
 def stages(recipe: Recipe) -> list[Stage]:
     """Return the stages of a recipe, in order."""
-    return [*tried(recipe), *rest(recipe)]
+    return [*(stage for attempt in attempts(recipe) for stage in stages_of(recipe, attempt)), *rest(recipe)]
 
 
-def tried(recipe: Recipe) -> list[Stage]:
-    """Return the stages up to the corrected LoRAs, for one emulator after the other."""
-    return [stage for attempt in attempts(recipe) for stage in _attempt(recipe, attempt)]
-
-
-def _attempt(recipe: Recipe, attempt: Attempt) -> Iterator[Stage]:
-    """Yield the stages of one emulator. All are judged on the same rows, which the first draws and none has seen."""
+def stages_of(recipe: Recipe, attempt: Attempt) -> list[Stage]:
+    """Return the stages up to the corrected LoRA. All are judged on the same rows, which the first emulator draws."""
     data, memory = recipe.data, recipe.model.memory
-    is_first = not attempt.name
-    held_out = (*map(Path, data.test), *(() if is_first else (_selection_rows(recipe),)))
-    which = "" if is_first else f" ({attempt.name})"
-    sizing = {"memory": memory, "tuning": recipe.train} if memory else {}
+    emulator, adapter = attempt.place("emulator"), attempt.place("adapter")
+    selection = attempts(recipe)[0].place("emulator") / SELECTION
+    held_out = (*map(Path, data.test), *(() if attempt.is_first else (selection,)))
     compress = CompressRequest(
         model=recipe.model.base,
         data=data.calibration or data.train,
         split=data.split,
         exclude=(*held_out, *(Path(name) for name in [data.eval] if name and not data.eval_split)),
-        output=attempt.emulator,
-        settings=attempt.settings if is_first else attempt.settings.model_copy(update={"selection": 0}),
-        **sizing,
+        output=emulator,
+        settings=attempt.settings,
+        **({"memory": memory, "tuning": recipe.train} if memory else {}),
     )
     on_base = {"on_base": True, "base": recipe.model.base} if data.eval_base else {}
-    evaluation = _evaluation(recipe).model_copy(update=on_base)
     correct = CorrectRequest(
-        adapter=attempt.adapter,
+        adapter=adapter,
         base=recipe.model.base,
-        emulator=attempt.emulator,
-        output=attempt.corrected,
+        emulator=emulator,
+        output=attempt.place("corrected"),
         settings=recipe.correct,
-        **({} if is_first else {"selection_data": _selection_rows(recipe)}),
+        **({} if attempt.is_first else {"selection_data": selection}),
     )
-    yield Stage(f"make the emulator{which}", compress)
-    tune = _train(recipe, str(attempt.emulator), attempt.adapter, held_out, evaluation=evaluation)
-    yield Stage(f"tune a LoRA on the emulator{which}", tune)
-    yield Stage(f"correct it for the base{which}", correct)
+    which = "" if attempt.is_first else f" ({attempt.name})"
+    return [
+        Stage(f"make the emulator{which}", compress),
+        Stage(
+            f"tune a LoRA on the emulator{which}",
+            _train(recipe, str(emulator), adapter, held_out, evaluation=_evaluation(recipe, **on_base)),
+        ),
+        Stage(f"correct it for the base{which}", correct),
+    ]
 
 
 def rest(recipe: Recipe) -> list[Stage]:
-    """Return the stages that follow. Which LoRA they start from is known once all are corrected."""
-    attempt = kept(recipe)
-    root, base, data = Path(recipe.output), recipe.model.base, recipe.data
-    held_out = (*map(Path, data.test), attempt.emulator / CALIBRATION, _selection_rows(recipe))
+    """Return the stages that follow. They start from the LoRA that is kept, which is known once all are corrected."""
+    attempt, first = kept(recipe), attempts(recipe)[0]
+    base, data, test = recipe.model.base, recipe.data, tuple(map(Path, recipe.data.test))
+    selection = first.place("emulator") / SELECTION
     found = []
-    final = attempt.corrected
+    final = attempt.place("corrected")
     steps = recipe.polish and _of_one_loss(recipe.polish, recipe.train)
     if steps:
         polish = PolishRequest(
@@ -172,46 +174,43 @@ def rest(recipe: Recipe) -> list[Stage]:
             base=base,
             data=data.train,
             split=data.split,
-            exclude=held_out,
+            exclude=(*test, attempt.place("emulator") / CALIBRATION, selection),
             evaluation=_evaluation(recipe),
-            output=root / "polished",
+            output=attempt.place("polished"),
             settings=steps,
         )
         found.append(Stage("polish it on the base", polish))
         final = polish.output
     if recipe.merge:
-        found.append(Stage("merge it into the base", MergeRequest(adapter=final, base=base, output=root / "merged")))
+        merge = MergeRequest(adapter=final, base=base, output=attempt.place("merged"))
+        found.append(Stage("merge it into the base", merge))
     if recipe.eval is None:
         return found
+    controls = []
     if recipe.eval.full_lora:
-        full = _train(recipe, base, root / "full_lora", held_out)
-        found.append(Stage("tune the base itself, the upper bound", full))
-        found += [
-            Stage(purpose, _train(recipe, base, root / name, held_out, **more))
+        held_out = (*test, first.place("emulator") / CALIBRATION, selection)  # the same, whichever LoRA is kept
+        controls = [
+            Stage(purpose, _train(recipe, base, Path(recipe.output) / name, held_out, **more))
             for name, purpose, more in _controls(recipe.train, steps)
         ]
     evaluate = EvaluateRequest(
-        systems=_systems(recipe, attempt, {stage.name: stage.output for stage in found}),
+        systems=tuple(_systems(recipe, attempt, controls)),
         tasks=tuple(recipe.eval.tasks),
-        output=root / "evaluation",
+        output=attempt.place("evaluation"),
         limit=recipe.eval.limit,
         batch_size=recipe.eval.batch_size,
     )
-    return [*found, Stage("compare all of them", evaluate)]
-
-
-def _selection_rows(recipe: Recipe) -> Path:
-    return attempts(recipe)[0].emulator / SELECTION
+    return [*found, *controls, Stage("compare all of them", evaluate)]
 
 
 def _train(recipe: Recipe, model: str, output: Path, exclude: tuple[Path, ...], **more: Any) -> TrainRequest:
-    rows = {"data": recipe.data.train, "split": recipe.data.split, "exclude": exclude}
     usual = {"evaluation": _evaluation(recipe), "settings": recipe.train}
+    rows = {"data": recipe.data.train, "split": recipe.data.split, "exclude": exclude}
     return TrainRequest(model=model, output=output, **{**rows, **usual, **more})
 
 
-def _evaluation(recipe: Recipe) -> EvalRows:
-    return EvalRows(data=recipe.data.eval, split=recipe.data.eval_split)
+def _evaluation(recipe: Recipe, **on_base: Any) -> EvalRows:
+    return EvalRows(data=recipe.data.eval, split=recipe.data.eval_split, **on_base)
 
 
 def _of_one_loss(settings: Any, train: TrainSettings) -> Any:
@@ -222,7 +221,8 @@ def _of_one_loss(settings: Any, train: TrainSettings) -> Any:
 
 
 def _controls(train: TrainSettings, polish: PolishSettings | None) -> Iterable[tuple[str, str, dict[str, Any]]]:
-    """Yield what polishing is compared with: name, purpose, and what differs from ordinary training of the base."""
+    """Yield what the result is compared with: name, purpose, and what differs from the tuning of the emulator."""
+    yield "full_lora", "tune the base itself, the upper bound", {}
     if polish is None:
         return
     # Steps from scratch need the learning rate of tuning; that of polishing is for a LoRA that is nearly done.
@@ -235,23 +235,17 @@ def _controls(train: TrainSettings, polish: PolishSettings | None) -> Iterable[t
         yield f"full_lora_{together}", f"tune the base itself for {together} steps", {"settings": longer}
 
 
-def _systems(recipe: Recipe, attempt: Attempt, outputs: dict[str, Path]) -> tuple[System, ...]:
-    """Return the systems to compare: the models and adapters that the recipe makes, in the table's order."""
-    base, emulator, adapter = recipe.model.base, str(attempt.emulator), attempt.adapter
-    found = [
-        System(name="base", model=base),
-        System(name="emulator", model=emulator),
-        System(name="emulator+lora", model=emulator, adapter=adapter),
-        System(name="base+uncorrected", model=base, adapter=adapter),
-        System(name="base+corrected", model=base, adapter=attempt.corrected),
-    ]
-    if "polished" in outputs:
-        found.append(System(name="base+polished", model=base, adapter=outputs["polished"]))
-    if "merged" in outputs and recipe.polish is None:  # after polishing it would be what base+polished is, once more
-        found.append(System(name="merged", model=str(outputs["merged"])))
-    found += [
-        System(name=name, model=base, adapter=output)
-        for name, output in outputs.items()
-        if name == "exact_alone" or name.startswith("full_lora")
-    ]
-    return tuple(found)
+def _systems(recipe: Recipe, attempt: Attempt, controls: Iterable[Stage]) -> Iterable[System]:
+    """Yield the systems to compare: the models and adapters that the recipe makes, in the table's order."""
+    base, emulator, adapter = recipe.model.base, str(attempt.place("emulator")), attempt.place("adapter")
+    yield System(name="base", model=base)
+    yield System(name="emulator", model=emulator)
+    yield System(name="emulator+lora", model=emulator, adapter=adapter)
+    yield System(name="base+uncorrected", model=base, adapter=adapter)
+    yield System(name="base+corrected", model=base, adapter=attempt.place("corrected"))
+    if recipe.polish:
+        yield System(name="base+polished", model=base, adapter=attempt.place("polished"))
+    elif recipe.merge:  # after polishing it would be what base+polished is, once more
+        yield System(name="merged", model=str(attempt.place("merged")))
+    for control in controls:
+        yield System(name=control.name, model=base, adapter=control.output)

@@ -1,6 +1,7 @@
 """Several emulators in one recipe: which rows each may see, and which LoRA the rest starts from."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.recipe.page import RunView, write_page
 from emloc_core.recipe.recipe import Recipe, load_recipe
-from emloc_core.recipe.stages import kept, rest, stages
+from emloc_core.recipe.stages import attempts, kept, rest, stages
 
 RECIPE = """
 output = "run"
@@ -28,6 +29,7 @@ train = "{rows}"
 [compress]
 samples = 8
 selection = 6
+max_length = 64
 [alternatives.small]
 ratio = 0.2
 samples = 12
@@ -61,11 +63,9 @@ def keys(*paths: Path) -> set[str]:
 def record(recipe: Recipe, **losses: float) -> None:
     """Write what a correction records, for the LoRA of every emulator."""
     for name, loss in losses.items():
-        chosen = {"clamp": 0, "scale": 1.15}
-        candidates = [{"clamp": 0, "scale": 1.0, "nll": 9.0}, {**chosen, "nll": loss}]
         directory = Path(recipe.output) / name
         directory.mkdir(parents=True)
-        (directory / MANIFEST).write_text(json.dumps({"result": {**chosen, "candidates": candidates}}))
+        (directory / MANIFEST).write_text(json.dumps({"kind": "corrected-adapter", "result": {"nll": loss}}))
 
 
 def test_every_emulator_has_its_stages_and_the_rest_is_done_once(write):
@@ -81,41 +81,79 @@ def test_every_emulator_has_its_stages_and_the_rest_is_done_once(write):
 def test_the_lora_that_serves_the_base_best_is_kept_once_all_are_known(write):
     recipe = write("[polish]\nsteps = 2\n")
     record(recipe, corrected=0.5, corrected_small=0.3)
-    assert kept(recipe).name == ""
+    assert kept(recipe).name == "compress"
     record(recipe, corrected_levels=0.4)
     assert kept(recipe).name == "small"
     polish, merge = (stage.request for stage in rest(recipe))
     assert polish.adapter.name == "corrected_small"
-    assert merge.adapter.name == "polished"
+    assert merge.adapter == polish.output
+    assert (polish.output.name, merge.output.name) == ("polished_small", "merged_small")
     assert [path.parent.name for path in polish.exclude] == ["emulator_small", "emulator"]
+
+
+def test_all_are_judged_on_the_same_tokens(write):
+    first, *others = attempts(write("loss = 'all'\n"))
+    assert (first.settings.max_length, first.settings.loss) == (64, "all")
+    for other in others:
+        assert (other.settings.max_length, other.settings.loss, other.settings.selection) == (64, "all", 0)
+
+
+def test_a_lora_without_its_loss_is_told(write):
+    recipe = write()
+    record(recipe, corrected=0.5)
+    (Path(recipe.output) / "corrected" / MANIFEST).write_text('{"kind": "corrected-adapter", "result": {}}')
+    with pytest.raises(EmlocError, match=r"corrected/emloc\.json has no result\.nll"):
+        stages(recipe)
 
 
 @pytest.mark.parametrize(
     ("more", "overrides", "said"),
     [
         ("", ["correct.clamp=3"], "alternatives are compared by correct.clamp = 'auto'"),
-        ("", ["alternatives.small.selection=4"], "alternatives.small.selection has no use"),
+        ("", ["train.objective=dpo"], "says little of preferences"),
+        ("", ["compress.selection=0"], "holds out none; hold some out."),
+        ("", ["alternatives.small.selection=4"], "set compress.selection"),
+        ("", ["alternatives.small.max_length=9"], "set compress.max_length"),
         ("", ["model.memory='1GiB'"], "model.memory and alternatives.small.ratio both set the emulator's size"),
-        ('[alternatives."../up"]\nratio = 0.3\n', [], "alternatives"),
+        ("[alternatives.again]\nsamples = 8\n", [], "alternatives.again is the emulator of compress once more"),
+        ('[alternatives."../up"]\nratio = 0.3\n', [], "alternatives.../up: choose a name of letters"),
+        ("[alternatives.compress]\nratio = 0.3\n", [], "alternatives.compress: choose a name of letters"),
         ("", ["alternatives.small.ration=0.3"], "'alternatives.small.ration'. Did you mean 'ratio'?"),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_any_stage(write, more, overrides, said):
-    with pytest.raises(EmlocError, match=said.replace("?", r"\?")):
+    with pytest.raises(EmlocError, match=re.escape(said)):
         write(more, *overrides)
 
 
 @pytest.mark.usefixtures("calls_here")
+def test_what_is_wrong_with_an_alternative_is_said_before_anything_is_made(emloc, write, tmp_path):
+    write()
+    for command in (["run"], ["run", "--dry-run"]):
+        code, _, err = emloc(*command, tmp_path / "recipe.toml", "--set", "alternatives.levels.kind=2.7bit")
+        assert code == 1
+        assert "2.7bit" in err
+    assert not (tmp_path / "run").exists()
+    code, out, err = emloc("run", tmp_path / "recipe.toml", "--dry-run", "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert said["rows"] == {"calibration": 8, "selection": 6, "tuning": 106}
+    assert set(said["alternatives"]) == {"small", "levels"}
+    assert said["alternatives"]["small"]["emulator_bytes"] < said["emulator_bytes"]
+
+
+@pytest.mark.usefixtures("calls_here")
 def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
-    recipe = write()
+    recipe = write("[polish]\nsteps = 1\nbatch_size = 2\nbf16 = false\n")
     run = tmp_path / "run"
     code, out, err = emloc("run", tmp_path / "recipe.toml", "--json")
     assert code == 0, err
     results = json.loads(out)
     losses = results["selection_losses"]
-    assert set(losses) == {"corrected", "corrected_small", "corrected_levels"}
+    assert set(losses) == {"compress", "small", "levels"}
     assert len(set(losses.values())) == 3
     assert results["kept"] == min(losses, key=losses.__getitem__)
+    ends = {"compress": "", "small": "_small", "levels": "_levels"}
 
     judged = keys(run / "emulator" / SELECTION)
     assert len(judged) == 6
@@ -133,19 +171,39 @@ def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
     limits = Limits.of(skeleton.model.config)
     samples = encode(rows, load_processing(base.directory, family, rows), None, limits, skeleton.dtype)
     for name, loss in losses.items():
-        assert mean_loss(skeleton, family, samples, Adapter(run / name).loras) == pytest.approx(loss, abs=2e-6)
-    assert Path(made_from(run / "merged", "adapter")).name == results["kept"]
+        loras = Adapter(run / f"corrected{ends[name]}").loras
+        assert mean_loss(skeleton, family, samples, loras) == pytest.approx(loss, abs=2e-6)
+    end = ends[results["kept"]]
+    assert results["final"] == f"merged{end}"
+    assert Path(made_from(run / f"merged{end}", "adapter")).name == f"polished{end}"
+    polished = read_json(run / f"polished{end}" / MANIFEST)["result"]
+    assert polished["excluded_rows"] == 6 + len(keys(run / f"emulator{end}" / CALIBRATION))
 
     view = RunView.read(run)
-    ending = results["kept"].removeprefix("corrected")
-    sizes = read_json(run / f"emulator{ending}" / MANIFEST)["result"]["bytes"]
+    sizes = read_json(run / f"emulator{end}" / MANIFEST)["result"]["bytes"]
     assert view.bytes == (sizes["base"], sizes["emulator"])
-    assert all(stage.planned for stage in view.stages)
+    assert all(stage.planned for stage in view.stages if not stage.name.startswith("polished"))
     page = write_page(run, tmp_path / "page.html").read_text()
     assert page.count("kept</td>") == 1
 
     stamps = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     code, out, _ = emloc("run", tmp_path / "recipe.toml")
     assert code == 0
-    assert f"{results['kept']} is kept" in out
+    assert f"kept: {results['kept']}" in out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == stamps
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_an_alternative_may_be_added_to_a_finished_run(emloc, write, tmp_path):
+    write()
+    alone = ["--set", "alternatives={}"]
+    code, out, err = emloc("run", tmp_path / "recipe.toml", "--json", *alone)
+    assert code == 0, err
+    assert json.loads(out)["final"] == "merged"
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    code, out, err = emloc("run", tmp_path / "recipe.toml", "--json", "--set", "alternatives={other={ratio=0.9}}")
+    assert code == 0, err
+    results = json.loads(out)
+    assert set(results["selection_losses"]) == {"compress", "other"}
+    assert (tmp_path / "run" / results["final"] / MANIFEST).is_file()
+    assert {path: path.stat().st_mtime_ns for path in made} == made

@@ -34,7 +34,7 @@ def test_it_says_what_the_files_say(tmp_path):
     assert base["nll"] == (1.5, pytest.approx(0.098), False)
     assert base["accuracy"][1] is None
     assert view.scores[1]["cells"]["accuracy"][2]
-    assert view.selection_losses["corrected"] == 1.3
+    assert view.selection_losses["compress"] == 1.3
 
 
 def test_the_command_writes_one_page_with_nothing_unescaped(tmp_path):

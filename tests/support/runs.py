@@ -42,8 +42,8 @@ def finished_run(directory: Path) -> Path:
         write(directory / name / "log.json", log)
     systems = {"base": {"nll": 1.5, "accuracy": 0.25}, HOSTILE: {"nll": 0.5, "accuracy": 0.75}}
     write(directory / "results.json", {
-        "kept": "corrected",
-        "selection_losses": {"corrected": 1.3, HOSTILE: 1.4},
+        "kept": "compress",
+        "selection_losses": {"compress": 1.3, HOSTILE: 1.4},
         "systems": systems,
         "stderr": {"base": {"nll": 0.05, "accuracy": None}},
         "metrics": {"nll": {"higher_is_better": False}, "accuracy": {"higher_is_better": True}},

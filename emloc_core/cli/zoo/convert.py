@@ -67,7 +67,8 @@ def command(
     """Make emulators of many models; SOURCES are registry ids or globs, directories, or files of jobs.
 
     A directory is a model, or contains models. A file of jobs is TOML with one [[job]] per model: model, data, ratio,
-    and the sections of a recipe. A job with its own rows continues with training, correction and evaluation.
+    and the sections of a recipe but [alternatives]. A job with its own rows continues with training, correction and
+    evaluation.
 
     A failed job never stops the others. Run the same command again to resume after an interruption: failed jobs are
     retried, and finished ones are not repeated. The exit code is 1 if a job failed.
