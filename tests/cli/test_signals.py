@@ -29,7 +29,9 @@ from emloc_core.cli import main
 output = sys.argv[1]
 run.load_recipe = lambda *_: SimpleNamespace(output=output)
 request = SimpleNamespace(stage="train", to_json=dict)
-run.stages = lambda recipe: [SimpleNamespace(name="adapter", purpose="tune", request=request)]
+found = [SimpleNamespace(name="adapter", purpose="tune", request=request)]
+run.attempts = lambda recipe: [None]
+run.stages = run.stages_of = lambda *_: found
 sys.executable = sys.argv[2]
 sys.argv[1:] = ["run", "recipe.toml"]
 main()

@@ -45,12 +45,12 @@ learning_rate = 1e-2
 
 
 @pytest.fixture
-def write(tmp_path, tiny_model, rows_file):
+def write(tmp_path, shallow_model, rows_file):
     """Write the recipe with more at its end, and return it as it is read."""
 
     def write(more: str = "", *overrides: str) -> Recipe:
         path = tmp_path / "recipe.toml"
-        path.write_text(RECIPE.format(base=tiny_model, rows=rows_file) + more)
+        path.write_text(RECIPE.format(base=shallow_model, rows=rows_file) + more)
         return load_recipe(path, overrides)
 
     return write
