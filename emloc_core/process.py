@@ -15,7 +15,7 @@ from pathlib import Path
 from types import GeneratorType
 from typing import IO, Any
 
-from emloc_core.environment import VARIABLES
+from emloc_core.environment import VARIABLES, hush_libraries
 from emloc_core.errors import EmlocError
 from emloc_core.lifetime import child_environment, end_with_parent
 
@@ -123,6 +123,7 @@ def answers_to(question: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def main() -> int:
     """Answer the question on stdin."""
     end_with_parent()
+    hush_libraries()
     question = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keep what libraries print out of the answers

@@ -1,7 +1,8 @@
-"""The environment variables for libraries below torch."""
+"""What other libraries are told: environment variables, and to keep quiet."""
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 from support.paths import ROOT
@@ -52,3 +53,11 @@ def test_make_sets_them_too() -> None:
     """Before Python starts: OpenMP reads its variables when torch is imported."""
     exported = re.findall(r"^export (\w+) \?= (\w+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert dict(exported) == VARIABLES
+
+
+def test_a_child_keeps_back_what_no_one_can_act_on(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    for name, words in (("bitsandbytes.backends.cpu.ops", ""), ("bitsandbytes", "install something\n")):
+        warn = f"logging.getLogger({name!r}).warning('install something')"
+        list(call("timeit:timeit", {"stmt": warn, "setup": "import logging", "number": 1}, log=said))
+        assert said.read_text() == words

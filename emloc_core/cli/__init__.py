@@ -12,7 +12,7 @@ from types import FrameType
 import rich_click as click
 
 from emloc_core import __version__
-from emloc_core.environment import settle
+from emloc_core.environment import hush_libraries, settle
 from emloc_core.errors import EmlocError, printable, typed_line
 from emloc_core.lifetime import end_with_parent
 from emloc_core.plugins.builtin import COMMANDS
@@ -49,7 +49,6 @@ def cli() -> None:
     correct carries the LoRA over to the model; polish (optional) trains it a few exact steps there; merge adds it to
     the weights; eval compares them all. run does everything from one recipe.
     """
-    from emloc_core.cli.verbosity import hush_libraries
     from emloc_core.plugins.manager import is_on
 
     hush_libraries()

@@ -11,7 +11,7 @@ import rich_click as click
 
 from emloc_core.cli.console import announce, print_json, progress
 from emloc_core.cli.following import following
-from emloc_core.cli.verbosity import Verbosity, hush_libraries, set_up_libraries, verbosity
+from emloc_core.cli.verbosity import Verbosity, set_up_libraries, verbosity
 from emloc_core.files.documents import read_json
 from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
@@ -82,7 +82,6 @@ def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, p
 
 def perform(request: str) -> str:
     """Run a stage in its own process: ``request`` is JSON, and progress goes to stderr."""
-    hush_libraries()
     run(request_from_json(request), dry_run=False, to_json=False, alone=False)
     return "done"
 

@@ -51,17 +51,6 @@ def _restore(before: str | None) -> None:
         os.environ[VARIABLE] = before
 
 
-def hush_libraries() -> None:
-    """Silence what libraries say that users cannot act on."""
-    import logging
-    import warnings
-
-    # PEFT and TRL use old names in transformers.
-    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-    # On some processors it asks for a package that fetches compiled code.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
 def set_up_libraries(*, on_terminal: bool) -> None:
     """Let transformers, datasets and the hub's library say as much: bars on terminals alone, logs when verbose."""
     import logging

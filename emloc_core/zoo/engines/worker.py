@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+from emloc_core.environment import hush_libraries
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import write_json
 from emloc_core.files.workspace import Workspace
@@ -100,6 +101,7 @@ def main(job_file: str) -> int:
     if os.getpgid(0) == os.getpid():  # started by an engine, in a group of its own
         signal.signal(signal.SIGTERM, _end_all)
         end_with_parent(signal.SIGTERM)
+    hush_libraries()
     path = Path(job_file).absolute()
     outcome = run(Job.model_validate_json(path.read_text(encoding="utf-8")), path.parent)
     with contextlib.suppress(OSError):
