@@ -183,5 +183,10 @@ def _show_ways(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
                 f"  On three tasks with text, a small model got {measured.corrected:.2f} of what an ordinary LoRA gains"
                 f", and {measured.polished:.2f} with 20 exact steps (docs/evidence.md)."
             )
+        if best.alternative:
+            click.echo(
+                f"  On one of them, {best.alternative} gave more: a recipe can try both, with [alternatives] "
+                "(docs/recipes.md)."
+            )
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")

@@ -24,6 +24,10 @@ RECOVERY: dict[str, dict[float, Recovery]] = {
     "low-rank-nf4": {0.39: Recovery(0.93, 0.985), 0.6: Recovery(0.964, 0.993)},
 }
 
+#: Kinds that gave the base more on one of these tasks than the kind that is best on average, by that kind: a recipe can
+#: try both.
+ALTERNATIVES = {"1.6-bit+repair": "2.7-bit with 256 rows"}
+
 
 def measured(kind: str, ratio: float | None) -> Recovery | None:
     """Return what was measured of a kind at this ratio, or else at the next smaller one; None if nothing was."""

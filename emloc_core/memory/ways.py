@@ -11,7 +11,7 @@ from typing import Any
 from emloc_core.exact.need import Positions, step_need
 from emloc_core.memory import arithmetic, stages
 from emloc_core.memory.budget import largest_ratio
-from emloc_core.memory.evidence import Recovery, measured
+from emloc_core.memory.evidence import ALTERNATIVES, Recovery, measured
 from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel
 from emloc_core.memory.speed import Speed
 
@@ -59,9 +59,15 @@ class Way:
         """What was measured of the emulator's kind at its size or a smaller one, or None."""
         return measured(self.kind, self.ratio) if self.kind else None
 
+    @property
+    def alternative(self) -> str | None:
+        """What was better on some task, for a recipe to try beside the emulator's kind, or None."""
+        return ALTERNATIVES.get(self.kind or "")
+
     def describe(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {**asdict(self), "recovery": self.recovery._asdict() if self.recovery else None}
+        recovery = self.recovery._asdict() if self.recovery else None
+        return {**asdict(self), "recovery": recovery, "alternative": self.alternative}
 
 
 def ways(model: MemoryModel, budget: int, speed: Speed | None = None) -> list[Way]:

@@ -9,7 +9,7 @@ from quality_cells import RECOMMENDED as BENCHMARKED
 from support.paths import ROOT
 
 from emloc_core.kinds import RECOMMENDED, RECOMMENDED_WITH_IMAGES
-from emloc_core.memory.evidence import RECOVERY, measured
+from emloc_core.memory.evidence import ALTERNATIVES, RECOVERY, measured
 
 #: Memory of kinds without a ratio, as the benchmark names it.
 MEMORY = {"nf4": 0.28, "2.7-bit": 0.17}
@@ -25,6 +25,15 @@ def test_plans_say_what_was_measured(kind, ratio):
         means = {row["task"]: row["mean"] for row in rows if (row["system"], row["memory"]) == wanted}
         found = [means[task] for task in TASKS]
         assert told == pytest.approx(mean(found), abs=0.005)
+
+
+def test_alternatives_were_ahead_on_one_task():
+    rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["paired"]
+    assert ALTERNATIVES == {"1.6-bit+repair": "2.7-bit with 256 rows"}
+    theirs = [
+        row for row in rows if (row["system"], row["memory"], row["other"]) == ("emloc", 0.17, "2.7-bit-256+auto")
+    ]
+    assert [row["task"] for row in theirs if row["low"] > 0] == ["extraction"]
 
 
 def test_the_benchmark_calls_recommended_what_plans_recommend():
