@@ -155,10 +155,10 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
     found += _behind("emloc+polish20", "polish20", ("polish20",), began_with_moments)
     for name, system, rows in ((TRIED, "auto", table.best), (f"{TRIED}+polish20", "polish20", began_with_moments)):
         for (task, memory), runs in kept_rows(rows, system).items():
-            kept = {run: row["systems"] for run, row in runs.items()}
+            kept = {run: row["systems"][system] for run, row in runs.items()}
             for way, other in _runs(rows, "task", "kind", "memory").items():
                 if way[0] == task and way[2] <= memory:
-                    found += _compared(name, memory, (kept, system), way, (other, system))
+                    found += _compared(name, memory, kept, way, system, other)
     return sorted(found, key=lambda row: TASKS.index(row["task"]))
 
 
@@ -172,25 +172,26 @@ def _behind(name: str, system: str, others: Sequence[str], rows: Sequence[dict[s
         if way[2] > memory or (way == recommended and theirs == system):
             continue
         own = (as_now if way == recommended else ways).get(recommended, {})
-        found += _compared(name, memory, (own, system), way, (other, theirs))
+        ours = {run: systems[system] for run, systems in own.items() if system in systems}
+        found += _compared(name, memory, ours, way, theirs, other)
     return found
 
 
 def _compared(
     name: str,
     memory: float,
-    own: tuple[Mapping[Any, dict[str, Any]], str],
+    ours: Mapping[Any, dict[str, Any]],
     way: tuple[str, str, float],
-    other: tuple[Mapping[Any, dict[str, Any]], str],
+    system: str,
+    other: Mapping[Any, dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Return how much more a way loses than another: each given by its runs, and the system that is compared."""
-    (ours, system), (theirs, their_system), (task, kind, other_memory) = own, other, way
-    runs = [run for run in ours.keys() & theirs.keys() if system in ours[run] and their_system in theirs[run]]
-    if not runs:
+    """Return how much more we lose than a system of another way in the same runs; nothing if there are none."""
+    task, kind, other_memory = way
+    pairs = [(ours[run], other[run][system]) for run in ours.keys() & other.keys() if system in other[run]]
+    if not pairs:
         return []
-    apart = _apart([(ours[run][system], theirs[run][their_system]) for run in runs])
-    return [{"task": task, "memory": memory, "system": name, "other": f"{kind}+{their_system}",
-             "other_memory": other_memory, **apart}]  # fmt: skip
+    return [{"task": task, "memory": memory, "system": name, "other": f"{kind}+{system}",
+             "other_memory": other_memory, **_apart(pairs)}]  # fmt: skip
 
 
 def _chose_as_now(row: dict[str, Any]) -> bool:

@@ -61,8 +61,8 @@ class Way:
 
     @property
     def alternative(self) -> str | None:
-        """What was better on some task, for a recipe to try beside the emulator's kind, or None."""
-        return ALTERNATIVES.get(self.kind or "")
+        """What was better on one of the tasks of :attr:`recovery`, for a recipe to try beside it, or None."""
+        return ALTERNATIVES.get(self.kind or "") if self.recovery else None
 
     def describe(self) -> dict[str, Any]:
         """Return it as JSON values."""

@@ -32,7 +32,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 #: The section of the first emulator, which is its name among alternatives.
 FIRST = "compress"
 #: Settings of the first emulator that are about the rows on which all are judged.
-OF_ALL = ("selection", "max_length", "loss")
+SHARED = ("selection", "max_length", "loss")
 
 
 class ModelSection(Settings):
@@ -121,10 +121,10 @@ class Recipe(Settings):
         for name, settings in self.alternatives.items():
             if not NAME.fullmatch(name) or name == FIRST:
                 raise ValueError(f"alternatives.{name}: choose a name of letters, digits, - and _, other than {FIRST}")
-            for key in OF_ALL:
+            for key in SHARED:
                 if key in settings.model_fields_set:
                     raise ValueError(f"alternatives.{name}.{key}: all are judged on the same rows; set {FIRST}.{key}")
-            if settings.model_dump(exclude=set(OF_ALL)) == self.compress.model_dump(exclude=set(OF_ALL)):
+            if settings.model_dump(exclude=set(SHARED)) == self.compress.model_dump(exclude=set(SHARED)):
                 raise ValueError(f"alternatives.{name} is the emulator of {FIRST} once more; change or leave it out")
         return self
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from emloc_core.data.rows import SELECTION
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.hub import push
 from emloc_core.files.output import MANIFEST, TIMING
 from emloc_core.process import call
 from emloc_core.recipe.recipe import Recipe, load_recipe
-from emloc_core.recipe.stages import Attempt, Stage, attempts, kept, rest, stages, stages_of
+from emloc_core.recipe.stages import Attempt, Stage, attempts, kept, rest, selection_rows, stages, stages_of
 from emloc_core.requests import CompressRequest
 
 #: Functions that run and describe a stage in its own process.
@@ -70,7 +69,7 @@ def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
     """
     request = stages_of(recipe, attempt)[0].request
     assert isinstance(request, CompressRequest)
-    rows = attempts(recipe)[0].place("emulator") / SELECTION  # which are not drawn yet, where nothing was made
+    rows = selection_rows(recipe)  # which are not drawn yet, where nothing was made
     known = tuple(path for path in request.exclude if path != rows or path.is_file())
     (content,) = call(DESCRIBE, {"request": request.model_copy(update={"exclude": known}).to_json()})
     found: dict[str, Any] = content

@@ -13,7 +13,7 @@ from emloc_core.data.rows import CALIBRATION, SELECTION
 from emloc_core.files.manifest import manifest_value
 from emloc_core.files.output import MANIFEST, read_manifest
 from emloc_core.files.workspace import Workspace
-from emloc_core.recipe.recipe import FIRST, OF_ALL, Recipe
+from emloc_core.recipe.recipe import FIRST, SHARED, Recipe
 from emloc_core.requests import (
     CompressRequest,
     CorrectRequest,
@@ -101,7 +101,7 @@ def suffix(attempt: str) -> str:
 def attempts(recipe: Recipe) -> list[Attempt]:
     """Return the emulators that a recipe tries, in order."""
     first = _of_one_loss(recipe.compress, recipe.train)
-    common = {key: getattr(first, key) for key in OF_ALL} | {"selection": 0}  # judged on the rows of the first
+    common = {key: getattr(first, key) for key in SHARED} | {"selection": 0}  # judged on the rows of the first
     others = {name: settings.model_copy(update=common) for name, settings in recipe.alternatives.items()}
     return [Attempt(Path(recipe.output), name, settings) for name, settings in {FIRST: first, **others}.items()]
 
@@ -120,16 +120,21 @@ def kept(recipe: Recipe) -> Attempt:
     return first if len(known) < len(found) else min(found, key=lambda attempt: known[attempt.name])
 
 
+def selection_rows(recipe: Recipe) -> Path:
+    """Return the file with the rows that all are judged on, which the first emulator draws."""
+    return attempts(recipe)[0].place("emulator") / SELECTION
+
+
 def stages(recipe: Recipe) -> list[Stage]:
     """Return the stages of a recipe, in order."""
     return [*(stage for attempt in attempts(recipe) for stage in stages_of(recipe, attempt)), *rest(recipe)]
 
 
 def stages_of(recipe: Recipe, attempt: Attempt) -> list[Stage]:
-    """Return the stages up to the corrected LoRA. All are judged on the same rows, which the first emulator draws."""
+    """Return the stages up to the corrected LoRA."""
     data, memory = recipe.data, recipe.model.memory
     emulator, adapter = attempt.place("emulator"), attempt.place("adapter")
-    selection = attempts(recipe)[0].place("emulator") / SELECTION
+    selection = selection_rows(recipe)
     held_out = (*map(Path, data.test), *(() if attempt.is_first else (selection,)))
     compress = CompressRequest(
         model=recipe.model.base,
@@ -164,7 +169,7 @@ def rest(recipe: Recipe) -> list[Stage]:
     """Return the stages that follow. They start from the LoRA that is kept, which is known once all are corrected."""
     attempt, first = kept(recipe), attempts(recipe)[0]
     base, data, test = recipe.model.base, recipe.data, tuple(map(Path, recipe.data.test))
-    selection = first.place("emulator") / SELECTION
+    selection = selection_rows(recipe)
     found = []
     final = attempt.place("corrected")
     steps = recipe.polish and _of_one_loss(recipe.polish, recipe.train)
@@ -204,9 +209,9 @@ def rest(recipe: Recipe) -> list[Stage]:
 
 
 def _train(recipe: Recipe, model: str, output: Path, exclude: tuple[Path, ...], **more: Any) -> TrainRequest:
-    usual = {"evaluation": _evaluation(recipe), "settings": recipe.train}
     rows = {"data": recipe.data.train, "split": recipe.data.split, "exclude": exclude}
-    return TrainRequest(model=model, output=output, **{**rows, **usual, **more})
+    usual = {"evaluation": _evaluation(recipe), "settings": recipe.train}
+    return TrainRequest(model=model, output=output, **rows, **(usual | more))
 
 
 def _evaluation(recipe: Recipe, **on_base: Any) -> EvalRows:

@@ -10,6 +10,7 @@ from support.paths import ROOT
 
 from emloc_core.kinds import RECOMMENDED, RECOMMENDED_WITH_IMAGES
 from emloc_core.memory.evidence import ALTERNATIVES, RECOVERY, measured
+from emloc_core.memory.ways import Way
 
 #: Memory of kinds without a ratio, as the benchmark names it.
 MEMORY = {"nf4": 0.28, "2.7-bit": 0.17}
@@ -32,6 +33,15 @@ def test_alternatives_were_ahead_on_one_task():
     assert ALTERNATIVES == {"1.6-bit+repair": "2.7-bit"}
     theirs = [row for row in rows if (row["system"], row["memory"], row["other"]) == ("emloc", 0.17, "2.7-bit+auto")]
     assert [row["task"] for row in theirs if row["low"] > 0] == ["extraction"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratio", "alternative"),
+    [("1.6-bit+repair", 0.23, "2.7-bit"), ("1.6-bit+repair", 0.2, None), ("low-rank-nf4", 0.6, None)],
+)
+def test_an_alternative_is_named_where_its_kind_was_measured(kind, ratio, alternative):
+    way = Way("emulator", 0, True, 1, 1, kind, ratio, read_bytes=0, flops=0)
+    assert way.alternative == way.describe()["alternative"] == alternative
 
 
 def test_the_benchmark_calls_recommended_what_plans_recommend():
