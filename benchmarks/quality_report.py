@@ -12,7 +12,6 @@ from quality_cells import (
     ALTERNATIVES,
     EXACT,
     FULL,
-    MEMORIES,
     RECOMMENDED,
     SCRATCH,
     STEPS,
@@ -86,8 +85,6 @@ class Table:
         return [row for row in self.best if row["base"] == last[row["task"]] and row["kind"] not in VARIANTS]
 
 
-#: The recommended way with an alternative beside it.
-TRIED = "emloc+alternative"
 #: What is reported of every cell, by its name there.
 SYSTEMS = ("uncorrected", "paper", "auto", "polish10", "polish20")
 
@@ -96,23 +93,21 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
     """Return ``recovery``: mean and spread over bases and seeds of every system, and of the recommended way."""
     found = []
     kinds = list(dict.fromkeys((row["kind"], row["memory"]) for row in table.rows if row["memory"] < 1))
+    of_recommended = [(name, system, recommended_runs(table.best, system))
+                      for name, system in (("emloc", "auto"), ("emloc+polish20", "polish20"))]  # fmt: skip
     for task in TASKS:
-        ways = [(f"{kind}+{system}", kind, memory, memory, system) for kind, memory in kinds for system in SYSTEMS]
-        ways += [
-            (name, *RECOMMENDED[task][memory], memory, system)
-            for memory in MEMORIES
-            for name, system in (("emloc", "auto"), ("emloc+polish20", "polish20"))
-        ]
-        ways.append((f"{SCRATCH}{EXACT[-1]}", SCRATCH, 1, 1, SCRATCH))
         values_of = [
-            (name, memory, table.recoveries(task, kind, key, system)) for name, kind, key, memory, system in ways
+            (f"{kind}+{system}", memory, table.recoveries(task, kind, memory, system))
+            for kind, memory in kinds
+            for system in SYSTEMS
         ]
         values_of += [
             (name, memory, table.recoveries_of(runs.values(), system))
-            for name, system in ((TRIED, "auto"), (f"{TRIED}+polish20", "polish20"))
-            for (of_task, memory), runs in kept_rows(table.best, system).items()
+            for name, system, recommended in of_recommended
+            for (of_task, memory), runs in recommended.items()
             if of_task == task
         ]
+        values_of.append((f"{SCRATCH}{EXACT[-1]}", 1, table.recoveries(task, SCRATCH, 1, SCRATCH)))
         for name, memory, values in values_of:
             if values:
                 found.append({"task": task, "memory": memory, "system": name, "mean": round(mean(values), 4),
@@ -121,30 +116,30 @@ def recovery_rows(table: Table) -> list[dict[str, Any]]:
     return found
 
 
-def kept_rows(
+def recommended_runs(
     rows: Sequence[dict[str, Any]], system: str
 ) -> dict[tuple[str, float], dict[tuple[str, int], dict[str, Any]]]:
-    """Return what a recipe keeps that tries an alternative beside the recommended kind, by task and memory.
+    """Return the measurements of the recommended way by task and memory, and there by base and seed.
 
-    That is the measurement with the lower loss of the base on the selection rows, by base and seed; only where all runs
-    of the recommended kind with this system have both, so that means are over the same runs.
+    Where a recipe tries an alternative beside the recommended kind, that is the measurement with the lower loss of the
+    base on the selection rows; only where all runs of the recommended kind with this system have both, so that means
+    are over the same runs.
     """
     found = {}
-    for (task, memory), alternative in ALTERNATIVES.items():
+    for task, by_memory in RECOMMENDED.items():
         of_task = [row for row in rows if row["task"] == task and system in row["systems"]]
-        usual, other = (
-            {(row["base"], row["seed"]): row for row in of_task if (row["kind"], row["memory"]) == way}
-            for way in (RECOMMENDED[task][memory], alternative)
-        )
-        if usual.keys() <= other.keys():
-            found[task, memory] = {run: best_of([usual[run], other[run]]) for run in usual}
+        for memory, way in by_memory.items():
+            tried = [
+                {(row["base"], row["seed"]): row for row in of_task if (row["kind"], row["memory"]) == each}
+                for each in (way, ALTERNATIVES.get((task, memory), way))
+            ]
+            if tried[0].keys() <= tried[1].keys():
+                found[task, memory] = {run: best_of([each[run] for each in tried]) for run in tried[0]}
     return found
 
 
 def paired_rows(table: Table) -> list[dict[str, Any]]:
     """Return ``paired``: how much more the recommended way loses on a test row than others within the same memory.
-
-    So for the recommended way with an alternative beside it.
 
     A row's loss is its mean over the bases and seeds that both ways have. What is given is the mean over rows, in nats
     per answer, with its 95 % interval; above 0 the other way is better. Whether ``auto`` harms is judged where it chose
@@ -153,26 +148,21 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
     began_with_moments = [row for row in table.best if row.get("exact_moments")]
     found = _behind("emloc", "auto", ("uncorrected", "auto"), table.best)
     found += _behind("emloc+polish20", "polish20", ("polish20",), began_with_moments)
-    for name, system, rows in ((TRIED, "auto", table.best), (f"{TRIED}+polish20", "polish20", began_with_moments)):
-        for (task, memory), runs in kept_rows(rows, system).items():
-            kept = {run: row["systems"][system] for run, row in runs.items()}
-            for way, other in _runs(rows, "task", "kind", "memory").items():
-                if way[0] == task and way[2] <= memory:
-                    found += _compared(name, memory, kept, way, system, other)
     return sorted(found, key=lambda row: TASKS.index(row["task"]))
 
 
 def _behind(name: str, system: str, others: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return how much more a system of the recommended way loses than these systems of every way."""
-    ways = _runs(rows, "task", "kind", "memory")
-    as_now = _runs([row for row in rows if _chose_as_now(row)], "task", "kind", "memory")
     found = []
-    for memory, (way, other), theirs in itertools.product(MEMORIES, ways.items(), others):
-        recommended = (way[0], *RECOMMENDED[way[0]][memory])
-        if way[2] > memory or (way == recommended and theirs == system):
+    recommended = recommended_runs(rows, system).items()
+    ways = _runs(rows, "task", "kind", "memory").items()
+    for ((task, memory), runs), (way, other), theirs in itertools.product(recommended, ways, others):
+        tried = [(task, *RECOMMENDED[task][memory])]
+        if (task, memory) in ALTERNATIVES:
+            tried.append((task, *ALTERNATIVES[task, memory]))
+        if way[0] != task or way[2] > memory or ([way] == tried and theirs == system):
             continue
-        own = (as_now if way == recommended else ways).get(recommended, {})
-        ours = {run: systems[system] for run, systems in own.items() if system in systems}
+        ours = {run: row["systems"][system] for run, row in runs.items() if way not in tried or _chose_as_now(row)}
         found += _compared(name, memory, ours, way, theirs, other)
     return found
 

@@ -185,7 +185,7 @@ def _show_ways(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
             )
         if best.alternative:
             click.echo(
-                f"  On one of them, {best.alternative} gave more: a recipe can try both, with [alternatives] "
+                f"  On one of them, {best.alternative} gave more: a recipe with this memory and no kind tries both "
                 "(docs/recipes.md)."
             )
     for warning in planned.warnings:

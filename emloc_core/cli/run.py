@@ -30,10 +30,11 @@ def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bo
     A stage is skipped if its output exists and was made from the same inputs; an interrupted one resumes.
     """
     from emloc_core.recipe.recipe import load_recipe
+    from emloc_core.recipe.recommended import with_alternative
     from emloc_core.recipe.run import run_recipe
 
     if dry_run:
-        _describe(load_recipe(recipe, overrides), as_json)
+        _describe(with_alternative(load_recipe(recipe, overrides)), as_json)
         return
     results = run_recipe(recipe, overrides, announce_stage)
     if as_json:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from emloc_core.errors import EmlocError
+from emloc_core.memory.evidence import alternative_to
 from emloc_core.requests import CompressRequest
 from emloc_core.settings import AUTO, CompressSettings
 from emloc_core.units import human_bytes, parse_bytes
@@ -91,17 +92,12 @@ def fitted(request: CompressRequest) -> CompressRequest:
                 "Give --memory, such as 24GiB, or another --kind.",
             )
         return request
-    from emloc_core.files.checkpoint import open_checkpoint
     from emloc_core.memory import stages
-    from emloc_core.memory.workload import make_workload
 
-    if "kind" not in settings.model_fields_set and request.keep_spectra is None:  # spectra are of factors
-        settings = settings.model_copy(update={"kind": AUTO})
+    settings = _with_kind(request)
     budget = parse_bytes(request.memory)
-    config = open_checkpoint(request.model).directory / "config.json"
-    length = settings.max_length or request.tuning.max_length
-    workload = make_workload(config, request.tuning, length=length, data=request.data, split=request.split)
-    model = with_emulator(config, workload, settings, budget)
+    model = _planned(request, settings, budget)
+    workload = model.workload
     if settings.kind == AUTO and (need := model.tuning().total) <= budget:
         raise EmlocError(
             f"An ordinary LoRA on the base needs {human_bytes(need)} of {human_bytes(budget)}: no emulator is needed.",
@@ -115,13 +111,49 @@ def fitted(request: CompressRequest) -> CompressRequest:
         f"{human_bytes(fit.need.total)} of {human_bytes(budget)}",
         err=True,
     )
-    if settings.kind == AUTO and (hint := _one_row_hint(model, config, budget)):
+    if settings.kind == AUTO and (hint := _one_row_hint(model, budget)):
         click.echo(hint, err=True)
     making = stages.compress(model, model.plan(fit.ratio)).total
     if request.device != "cpu" and (warning := too_large_to_make(making, budget, workload.device)):
         click.echo(f"warning: {warning}", err=True)
     settings = settings.model_copy(update={"kind": model.kind.name, **ratio})
     return request.model_copy(update={"memory": None, "settings": settings})
+
+
+def alternative(request: CompressRequest) -> str | None:
+    """Return the kind that evidence names beside the one that it recommends for a request's memory, if it fits too.
+
+    Raises:
+        EmlocError: the model cannot be planned.
+    """
+    settings = _with_kind(request)
+    if request.memory is None or settings.kind != AUTO:
+        return None
+    budget = parse_bytes(request.memory)
+    model = _planned(request, settings, budget)
+    if model.tuning().total <= budget or (fit := largest_ratio(model, budget)) is None:
+        return None
+    name = alternative_to(model.kind.name, fit.ratio if model.kind.has_ratio else None)
+    other = model.with_kind(name) if name else None
+    return name if other and other.kind.is_usable() and largest_ratio(other, budget) else None
+
+
+def _with_kind(request: CompressRequest) -> CompressSettings:
+    """Return the settings of a request for a memory: the kind is open where none is named."""
+    if "kind" in request.settings.model_fields_set or request.keep_spectra is not None:  # spectra are of factors
+        return request.settings
+    return request.settings.model_copy(update={"kind": AUTO})
+
+
+def _planned(request: CompressRequest, settings: CompressSettings, budget: int) -> "MemoryModel":
+    """Return the memory of a request's model, for tuning an emulator on the longest row."""
+    from emloc_core.files.checkpoint import open_checkpoint
+    from emloc_core.memory.workload import make_workload
+
+    config = open_checkpoint(request.model).directory / "config.json"
+    length = settings.max_length or request.tuning.max_length
+    workload = make_workload(config, request.tuning, length=length, data=request.data, split=request.split)
+    return with_emulator(config, workload, settings, budget)
 
 
 def too_large_to_make(need: int, budget: int, device: str) -> str | None:
@@ -157,18 +189,17 @@ def with_emulator(config: Path, workload: "Workload", settings: CompressSettings
     return next((model for model in models if largest_ratio(model, allowed)), models[-1])
 
 
-def _one_row_hint(model: "MemoryModel", config: Path, budget: int) -> str | None:
+def _one_row_hint(model: "MemoryModel", budget: int) -> str | None:
     """Return a line that says what one row at a time would leave room for, if that is better than what was chosen.
 
     Args:
         model: with the chosen kind of emulator.
-        config: the model's ``config.json``.
         budget: bytes that tuning may use.
     """
     settings = CompressSettings(kind=AUTO)
     if model.workload.batch_size == 1:
         return None
-    alone = with_emulator(config, model.workload.one_row_at_a_time(), settings, budget)
+    alone = with_emulator(model.config_file, model.workload.one_row_at_a_time(), settings, budget)
     train = f"--batch-size 1 --accumulation {model.workload.rows_per_step}"
     if alone.tuning().total <= budget:
         return f"With one row at a time an ordinary LoRA on the base fits: emloc train MODEL {train}"

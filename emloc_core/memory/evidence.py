@@ -24,8 +24,7 @@ RECOVERY: dict[str, dict[float, Recovery]] = {
     "low-rank-nf4": {0.39: Recovery(0.93, 0.985), 0.6: Recovery(0.964, 0.993)},
 }
 
-#: Kinds that gave the base more on one of these tasks than the kind that is best on average, by that kind: a recipe can
-#: try both.
+#: Kinds that gave the base more on one of these tasks than the kind that is best on average, by that kind.
 ALTERNATIVES = {"1.6-bit+repair": "2.7-bit"}
 
 
@@ -34,3 +33,8 @@ def measured(kind: str, ratio: float | None) -> Recovery | None:
     found = RECOVERY.get(kind, {})
     at = [known for known in found if known <= (ratio or 0)]
     return found[max(at)] if at else None
+
+
+def alternative_to(kind: str, ratio: float | None) -> str | None:
+    """Return the kind that gave the base more on one of the tasks than this one, measured at this ratio; or None."""
+    return ALTERNATIVES.get(kind) if measured(kind, ratio) else None

@@ -11,7 +11,7 @@ from typing import Any
 from emloc_core.exact.need import Positions, step_need
 from emloc_core.memory import arithmetic, stages
 from emloc_core.memory.budget import largest_ratio
-from emloc_core.memory.evidence import ALTERNATIVES, Recovery, measured
+from emloc_core.memory.evidence import Recovery, alternative_to, measured
 from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel
 from emloc_core.memory.speed import Speed
 
@@ -61,8 +61,8 @@ class Way:
 
     @property
     def alternative(self) -> str | None:
-        """What was better on one of the tasks of :attr:`recovery`, for a recipe to try beside it, or None."""
-        return ALTERNATIVES.get(self.kind or "") if self.recovery else None
+        """The kind that was better on one of the tasks of :attr:`recovery`, which a recipe tries beside it, or None."""
+        return alternative_to(self.kind, self.ratio) if self.kind else None
 
     def describe(self) -> dict[str, Any]:
         """Return it as JSON values."""

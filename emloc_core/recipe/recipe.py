@@ -28,7 +28,7 @@ MODEL_ID = re.compile(r"[^/]+/[^/]+")
 DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
 TASK_NAME = re.compile(r"[^/]+")
 #: Names of alternatives, which become part of directories' names.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 #: The section of the first emulator, which is its name among alternatives.
 FIRST = "compress"
 #: Settings of the first emulator that are about the rows on which all are judged.
@@ -42,7 +42,8 @@ class ModelSection(Settings):
     memory: str | None = Field(
         None,
         description="GPU memory for tuning, such as 24GiB: the largest ratio that fits, instead of compress.ratio, of "
-        "the kind that is best for it, unless compress.kind names one.",
+        "the kind that is best for it, unless compress.kind names one. Where evidence is divided between two kinds "
+        "that fit, both are tried.",
     )
 
 
@@ -120,7 +121,9 @@ class Recipe(Settings):
             )
         for name, settings in self.alternatives.items():
             if not NAME.fullmatch(name) or name == FIRST:
-                raise ValueError(f"alternatives.{name}: choose a name of letters, digits, - and _, other than {FIRST}")
+                raise ValueError(
+                    f"alternatives.{name}: choose a name of letters, digits, '.', '-' and '_', other than {FIRST}"
+                )
             for key in SHARED:
                 if key in settings.model_fields_set:
                     raise ValueError(f"alternatives.{name}.{key}: all are judged on the same rows; set {FIRST}.{key}")
@@ -178,12 +181,12 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 def _apply(content: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise EmlocError(f"{override!r} is not a setting.", "Write it as section.key=value.")
+        raise _no_override(override)
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *sections, key = name.split(".")
+    *sections, key = _keys(name, override)
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
@@ -191,6 +194,23 @@ def _apply(content: dict[str, Any], override: str) -> None:
                 f"{override!r} sets a key of {section!r}, which is not a section.", "Name a section's key."
             )
     content[key] = value
+
+
+def _keys(name: str, override: str) -> list[str]:
+    """Return the parts of a key in TOML, in which a part with a dot is quoted."""
+    found = []
+    try:
+        nested: Any = tomllib.loads(f"{name} = 0")
+        while isinstance(nested, dict):
+            ((part, nested),) = nested.items()
+            found.append(part)
+    except ValueError:  # no TOML, or a comment
+        raise _no_override(override) from None
+    return found
+
+
+def _no_override(override: str) -> EmlocError:
+    return EmlocError(f"{override!r} is not a setting.", "Write it as section.key=value.")
 
 
 def _absolute(recipe: Recipe, root: Path) -> Recipe:

@@ -13,6 +13,7 @@ from emloc_core.files.hub import push
 from emloc_core.files.output import MANIFEST, TIMING
 from emloc_core.process import call
 from emloc_core.recipe.recipe import Recipe, load_recipe
+from emloc_core.recipe.recommended import with_alternative
 from emloc_core.recipe.stages import Attempt, Stage, attempts, kept, rest, selection_rows, stages, stages_of
 from emloc_core.requests import CompressRequest
 
@@ -31,7 +32,8 @@ def run_recipe(
     Raises:
         EmlocError: the recipe is wrong, or a stage failed; names it. Earlier stages are kept.
     """
-    recipe = load_recipe(path, overrides)
+    asked = load_recipe(path, overrides)
+    recipe = with_alternative(asked)
     total = len(stages(recipe))
     first, *others = attempts(recipe)
     for attempt in others:
@@ -52,7 +54,8 @@ def run_recipe(
 
     perform(stages_of(recipe, first))
     for attempt in others:
-        without = f"Earlier stages are kept; leave out [alternatives.{attempt.name}] to do without it."
+        leave = f"leave out [alternatives.{attempt.name}]" if asked.alternatives else "name compress.kind"
+        without = f"Earlier stages are kept; {leave} to do without it."
         perform(stages_of(recipe, attempt), without)
     perform(rest(recipe))  # not before: which LoRA they start from was not known
     results = summarise(recipe, done)

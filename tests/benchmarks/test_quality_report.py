@@ -121,10 +121,10 @@ def test_of_two_emulators_the_one_that_selection_rows_prefer_is_kept():
         tried("1.6-bit+repair", 3.0, 2.0, seed=1, selection=0.4),
         tried("2.7-bit", 5.0, 7.0, seed=1, selection=0.3),
     ]
-    (found,) = recovered(rows, "emloc+alternative")
+    (found,) = recovered(rows, "emloc")
     assert (found["runs"], found["mean"]) == (2, pytest.approx(((9 - 2.5) / 8 + (9 - 6) / 8) / 2, abs=1e-4))
-    behind = {row["other"]: row for row in paired_rows(Table(rows)) if row["system"] == "emloc+alternative"}
+    behind = {row["other"]: row for row in paired_rows(Table(rows)) if row["system"] == "emloc"}
     assert behind["1.6-bit+repair+auto"]["mean"] == (0 + 3.5) / 2
     assert behind["2.7-bit+auto"]["mean"] == (-2 + 0) / 2
     rows += [tried("1.6-bit+repair", 3.0, 2.0, seed=2, selection=0.4)]  # its mean would be over one run more
-    assert recovered(rows, "emloc+alternative") == []
+    assert recovered(rows, "emloc") == []
