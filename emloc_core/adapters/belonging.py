@@ -1,6 +1,7 @@
-"""Checks that an adapter belongs to a base, by shapes and manifests."""
+"""Checks that an adapter belongs to a base and an emulator, by shapes and manifests."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -70,5 +71,76 @@ def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_
         raise EmlocError(
             f"{adapter.directory} was made for another base than {base.directory}: the fingerprints differ.",
             "Give the base that the adapter was made for, unchanged.",
+            code="mismatch",
+        )
+
+
+def find_emulator(adapter: Adapter, emulator: Path | None) -> Checkpoint:
+    """Return the emulator at a directory, by default the one that the adapter's config names.
+
+    Raises:
+        EmlocError: the directory does not exist.
+    """
+    directory = emulator or Path(adapter.model_name)
+    if not directory.is_dir():
+        raise EmlocError(
+            f"The emulator that {adapter.directory} was trained on is not at {directory}.",
+            "Give its directory with --emulator.",
+            code="missing",
+        )
+    return Checkpoint(directory)
+
+
+def require_uncorrected(adapter: Adapter) -> None:
+    """Refuse an adapter that is corrected already.
+
+    Raises:
+        EmlocError: it is.
+    """
+    if adapter.is_corrected:
+        raise EmlocError(
+            f"{adapter.directory} is already corrected; correcting it twice would spoil it.",
+            "Use it on the base directly, or give the adapter that training wrote.",
+            code="mismatch",
+        )
+
+
+def require_emulator(adapter: Adapter, emulator: Checkpoint) -> dict[str, Any]:
+    """Return an emulator's manifest; refuse any other checkpoint.
+
+    Raises:
+        EmlocError: the checkpoint is no emulator.
+    """
+    manifest = read_manifest(emulator.directory)
+    if manifest is None or manifest.get("kind") != "emulator":
+        raise EmlocError(
+            f"{adapter.directory} was trained on {emulator.directory}, which is not an emulator.",
+            "An adapter trained on the base itself needs no correction; otherwise give --emulator.",
+            code="mismatch",
+        )
+    return manifest
+
+
+def require_match(
+    adapter: Adapter, emulator: Checkpoint, emulator_fingerprint: str, base: Checkpoint, base_fingerprint: str
+) -> None:
+    """Refuse an adapter, emulator and base that do not belong together.
+
+    Raises:
+        EmlocError: a manifest has another fingerprint; says whose.
+    """
+    manifest = require_emulator(adapter, emulator)
+    trained_on = adapter.manifest.get("request", {}).get("model")
+    if trained_on is not None and trained_on != emulator_fingerprint:
+        raise EmlocError(
+            f"{adapter.directory} was trained on another emulator than {emulator.directory}: the fingerprints differ.",
+            "Give the emulator that it was trained on, unchanged, with --emulator.",
+            code="mismatch",
+        )
+    if manifest_value(manifest, emulator.directory, "request.base", str) != base_fingerprint:
+        raise EmlocError(
+            f"The emulator {emulator.directory} was made from another base than {base.directory}: the fingerprints "
+            "differ.",
+            "Give the base that the emulator was made from, unchanged.",
             code="mismatch",
         )

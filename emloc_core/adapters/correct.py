@@ -9,13 +9,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
-from emloc_core.adapters.belonging import require_shapes
+from emloc_core.adapters.belonging import (
+    find_emulator,
+    require_emulator,
+    require_match,
+    require_shapes,
+    require_uncorrected,
+)
+from emloc_core.adapters.candidates import CANDIDATES, Candidate, choose, comparison
 from emloc_core.adapters.held_out import summed_loss, with_lora
 from emloc_core.adapters.moments import copy_moments, hash_moments
 from emloc_core.algorithms.correction import Clamp
@@ -26,7 +33,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT, manifest_value
-from emloc_core.files.output import Output, made_from, read_manifest
+from emloc_core.files.output import Output, made_from
 from emloc_core.kinds import Kind, LowRank
 from emloc_core.model.device import choose_device
 from emloc_core.model.hooks import forward_hooks
@@ -36,25 +43,6 @@ from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import CorrectRequest
 from emloc_core.settings import CorrectSettings, Loss
-
-
-class Candidate(NamedTuple):
-    """One way to carry a LoRA over to the base.
-
-    Attributes:
-        clamp: of the correction; 0: none.
-        scale: what the LoRA's output is multiplied by.
-    """
-
-    clamp: Clamp
-    scale: float = 1.0
-
-
-#: What ``auto`` compares; the first leaves the adapter as it is.
-CANDIDATES = (
-    *(Candidate(clamp) for clamp in (0, 0.3, 1, 3)),
-    *(Candidate(0, scale) for scale in (0.85, 1.15, 1.3, 1.5, 2, 3)),
-)
 
 
 class Correct:
@@ -84,11 +72,11 @@ class Correct:
         device: torch.device | str = "cpu",
     ) -> None:
         self.adapter, self.base, self.settings = adapter, base, settings
-        _require_uncorrected(adapter)
+        require_uncorrected(adapter)
         base.require_unquantised()
         self.correct = plugin_manager().algorithm("corrections", settings.correction)
         self.emulator = find_emulator(adapter, emulator)
-        manifest = _require_emulator(adapter, self.emulator)
+        manifest = require_emulator(adapter, self.emulator)
         kind = manifest_value(manifest, self.emulator.directory, "request.settings.kind", str | None)
         self.kind: Kind = plugin_manager().algorithm("emulators", kind or LowRank.name)()
         self._path, self._selection_data = output, selection_data
@@ -109,7 +97,7 @@ class Correct:
         """
         files = Inputs(self._path.resolve().parent)
         emulator, base = self.emulator.fingerprint(files), self.base.fingerprint(files)
-        _require_match(self.adapter, self.emulator, emulator, self.base, base)
+        require_match(self.adapter, self.emulator, emulator, self.base, base)
         request = {
             "adapter": self.adapter.fingerprint(files),
             **hash_moments(self.adapter.directory, files),
@@ -181,7 +169,8 @@ class Correct:
             write_adapter(staging, config, loras, {CORRECTED: str(compared[chosen].clamp)})
             copy_moments(self.adapter.directory, staging)
             self.base.copy_processing(staging)
-            self.output.result = {**self._result(compared, chosen, losses), CONTENT: content_hash(staging)}
+            result = {**compared[chosen].describe(), "linears": len(loras), **comparison(compared, losses, chosen)}
+            self.output.result = {**result, CONTENT: content_hash(staging)}
         return self.output.path
 
     @property
@@ -269,63 +258,9 @@ class Correct:
         results = torch.stack(stream.run(forwards * len(compared), visit)).reshape(len(compared), rows, 2)
         return candidates, results
 
-    def _result(self, compared: tuple[Candidate, ...], chosen: int, losses: torch.Tensor | None) -> dict[str, Any]:
-        told = [{"clamp": "none" if clamp is None else clamp, "scale": scale} for clamp, scale in compared]
-        result: dict[str, Any] = {**told[chosen], "linears": len(self.adapter.loras)}
-        if losses is not None:
-            sums = losses.sum(1)
-            nlls = sums[:, 0] / sums[:, 1]
-            if not bool(nlls[0].isfinite()):
-                raise EmlocError(
-                    "The loss of the base with the uncorrected LoRA is not finite on the held-out rows.",
-                    "Tune again at a lower learning rate, or give a fixed --clamp.",
-                    code="not-finite",
-                )
-            result["nll"] = round(float(nlls[chosen]), 6)
-            result["candidates"] = [
-                {**each, "nll": round(float(nll), 6), "gain": _known(gain), "gain_stderr": _known(error),
-                 "rows": losses.shape[1]}
-                for each, nll, gain, error in zip(told, nlls, *gains(losses), strict=True)
-                if bool(nll.isfinite())  # a large scale may overflow
-            ]  # fmt: skip
-        return result
-
-
-def _known(value: torch.Tensor) -> float | None:
-    return round(float(value), 6) if bool(value.isfinite()) else None
-
 
 def _shapes(lora: Any) -> tuple[torch.Size, torch.Size] | None:
     return (lora.a.shape, lora.b.shape) if isinstance(lora, Lora) else None
-
-
-def choose(losses: torch.Tensor) -> int:
-    """Return the index of the candidate to keep: that whose gain over the first, the uncorrected one, is surest.
-
-    Args:
-        losses: (candidates, rows, 2): summed loss and number of tokens.
-
-    A gain counts less two standard errors, so that chance alone seldom changes the trained adapter.
-    """
-    mean, standard_error = gains(losses)
-    return int((mean - 2 * standard_error).nan_to_num(-torch.inf).argmax())
-
-
-def gains(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return by how many nats per row each candidate is better than the first, and the standard error of that.
-
-    Args:
-        losses: (candidates, rows, 2): summed loss and number of tokens.
-
-    Returns:
-        Mean and standard error of the paired differences, (candidates,) each. From a single row the error is not
-        known: Inf, but for the first candidate, which differs from itself by nothing.
-    """
-    gain = losses[0, :, 0] - losses[..., 0]
-    rows = gain.shape[1]
-    standard_error = gain.std(1) / rows**0.5 if rows > 1 else torch.full_like(gain[:, 0], torch.inf)
-    standard_error[0] = 0
-    return gain.mean(1), standard_error
 
 
 def prepare(request: CorrectRequest) -> Correct:
@@ -337,9 +272,9 @@ def prepare(request: CorrectRequest) -> Correct:
     adapter = Adapter(request.adapter)
     base = request.base
     if base is None:
-        _require_uncorrected(adapter)
+        require_uncorrected(adapter)
         emulator = find_emulator(adapter, request.emulator)
-        _require_emulator(adapter, emulator)
+        require_emulator(adapter, emulator)
         base = made_from(emulator.directory, "base")
     return Correct(
         adapter,
@@ -350,61 +285,3 @@ def prepare(request: CorrectRequest) -> Correct:
         request.selection_data,
         choose_device(request.device),
     )
-
-
-def _require_uncorrected(adapter: Adapter) -> None:
-    if adapter.is_corrected:
-        raise EmlocError(
-            f"{adapter.directory} is already corrected; correcting it twice would spoil it.",
-            "Use it on the base directly, or give the adapter that training wrote.",
-            code="mismatch",
-        )
-
-
-def find_emulator(adapter: Adapter, emulator: Path | None) -> Checkpoint:
-    """Return the emulator at a directory, by default the one that the adapter's config names.
-
-    Raises:
-        EmlocError: the directory does not exist.
-    """
-    directory = emulator or Path(adapter.model_name)
-    if not directory.is_dir():
-        raise EmlocError(
-            f"The emulator that {adapter.directory} was trained on is not at {directory}.",
-            "Give its directory with --emulator.",
-            code="missing",
-        )
-    return Checkpoint(directory)
-
-
-def _require_emulator(adapter: Adapter, emulator: Checkpoint) -> dict[str, Any]:
-    """Return an emulator's manifest; refuse any other checkpoint."""
-    manifest = read_manifest(emulator.directory)
-    if manifest is None or manifest.get("kind") != "emulator":
-        raise EmlocError(
-            f"{adapter.directory} was trained on {emulator.directory}, which is not an emulator.",
-            "An adapter trained on the base itself needs no correction; otherwise give --emulator.",
-            code="mismatch",
-        )
-    return manifest
-
-
-def _require_match(
-    adapter: Adapter, emulator: Checkpoint, emulator_fingerprint: str, base: Checkpoint, base_fingerprint: str
-) -> None:
-    """Refuse an adapter, emulator and base that do not belong together."""
-    manifest = _require_emulator(adapter, emulator)
-    trained_on = adapter.manifest.get("request", {}).get("model")
-    if trained_on is not None and trained_on != emulator_fingerprint:
-        raise EmlocError(
-            f"{adapter.directory} was trained on another emulator than {emulator.directory}: the fingerprints differ.",
-            "Give the emulator that it was trained on, unchanged, with --emulator.",
-            code="mismatch",
-        )
-    if manifest_value(manifest, emulator.directory, "request.base", str) != base_fingerprint:
-        raise EmlocError(
-            f"The emulator {emulator.directory} was made from another base than {base.directory}: the fingerprints "
-            "differ.",
-            "Give the base that the emulator was made from, unchanged.",
-            code="mismatch",
-        )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from emloc_core.adapters.correct import CANDIDATES
+from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import WEIGHTS, Adapter, config_problems, content_hash
-from emloc_core.adapters.correct import CANDIDATES, Correct, choose, gains
+from emloc_core.adapters.candidates import CANDIDATES, choose, gains
+from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.held_out import mean_loss
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows

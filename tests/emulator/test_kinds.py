@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import WEIGHTS, Adapter
-from emloc_core.adapters.correct import CANDIDATES, Correct
+from emloc_core.adapters.candidates import CANDIDATES
+from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.algorithms import feedback, nf4
 from emloc_core.algorithms.factorize import factorize

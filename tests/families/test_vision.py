@@ -21,7 +21,8 @@ from trl import SFTConfig, SFTTrainer
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 import emloc_core.tuning.train as stage
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import CANDIDATES, Correct
+from emloc_core.adapters.candidates import CANDIDATES
+from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode, load_processing
