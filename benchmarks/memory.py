@@ -89,8 +89,9 @@ def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
 def predict(base: str, stage: str, ratio: Any, batch: int, length: int, checkpointing: bool) -> dict[str, Any]:
     """Return the predicted bytes above the imports, and the ratio that was planned."""
     from emloc_core.memory.budget import largest_ratio
-    from emloc_core.memory.model import IMPORTS, MemoryModel
+    from emloc_core.memory.model import MemoryModel
     from emloc_core.memory.workload import Workload
+    from emloc_core.model.overhead import IMPORTS
     from emloc_core.settings import CompressSettings, TrainSettings
 
     train = TrainSettings(batch_size=batch, gradient_checkpointing=checkpointing)

@@ -73,6 +73,11 @@ def step_need(
     }
 
 
+def lora_need(parameters: int) -> int:
+    """Return the bytes of a LoRA of so many parameters, in fp32: values, gradients, and the optimiser's two moments."""
+    return 4 * 4 * parameters
+
+
 def _width(block: nn.Module, tower: Tower, chosen: int) -> int:
     """Return how many numbers of a position go into and out of a block's Linears and of the experts that it goes to."""
     linears = sum(linear.in_features + linear.out_features for linear in linears_in(block))

@@ -34,17 +34,13 @@ from emloc_core.kinds import Kind
 from emloc_core.memory.tracing import Phases, trace_inference, trace_training
 from emloc_core.memory.workload import Workload
 from emloc_core.model.image_shape import ImageShape, image_shape
+from emloc_core.model.overhead import overhead
 from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import ALL_LINEAR, CompressSettings
 from emloc_core.tuning.targets import all_linears
 from emloc_core.tuning.trl import lora_config
 
-#: Bytes of Python with torch, transformers, PEFT and TRL imported, measured on Linux; not on the GPU.
-IMPORTS = {"cuda": 0, "cpu": 500_000_000}
-#: Bytes that torch takes besides tensors, in inference and in tuning. cuda: the driver's context, kernels and cuBLAS
-#: workspace; a typical figure, not measured. cpu: kernel code, threads and the trainer, measured with a tiny model.
-RUNTIME = {"cuda": (600 << 20, 600 << 20), "cpu": (30_000_000, 90_000_000)}
 #: Terms, in display order.
 TERMS = (
     "weights", "adapter", "gradients", "optimiser", "kv_cache", "activations", "logits", "statistics", "stand-ins",
@@ -260,9 +256,8 @@ class MemoryModel:
     def _need(self, stage: str, phases: Phases) -> Need:
         phase, peak = max(phases.items(), key=lambda entry: entry[1].total())
         # AdamW keeps two moments of every trained parameter, in the parameter's dtype (Kingma and Ba, 2014).
-        device = self.workload.device
-        overhead = IMPORTS[device] + RUNTIME[device][peak["adapter"] > 0]
-        terms = {**peak, "optimiser": 2 * peak["adapter"], "overhead": overhead}
+        besides = overhead(self.workload.device, tuning=peak["adapter"] > 0)
+        terms = {**peak, "optimiser": 2 * peak["adapter"], "overhead": besides}
         return Need(stage, {term: terms[term] for term in TERMS if terms.get(term)}, phase)
 
     @cached_property

@@ -11,7 +11,8 @@ from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO
 from emloc_core.exact.need import linears_in
 from emloc_core.memory.arithmetic import positions
-from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel, Need
+from emloc_core.memory.model import MemoryModel, Need
+from emloc_core.model.overhead import overhead
 
 _WIDENED = 16 << 20  # bytes of a weight corrected in fp32 at a time
 _MERGED = 2 << 20  # bytes of a weight merged at a time
@@ -62,16 +63,11 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
         "weights": max(outside, *blocks.values()) * weight,
         "statistics": statistics,
         "activations": (1 + propagated + bool(settings.refine)) * settings.samples * _waiting(model),
-        "overhead": _overhead(model.workload.device),
+        "overhead": overhead(model.workload.device, tuning=False),
     }
     if not model.kind.has_factors or (propagated and model.kind.keeps_weight):
         terms["stand-ins"] = max(_whole(plan, block, weight) for block in blocks)
     return Need("compress", terms, "the largest block")
-
-
-def _overhead(device: str) -> int:
-    """Return the bytes of the stages' own imports, and of the code that they touch."""
-    return IMPORTS[device] + RUNTIME[device][0]
 
 
 def _units(model: MemoryModel) -> tuple[dict[str, int], int]:
@@ -169,7 +165,7 @@ def correct(model: MemoryModel, plan: RankPlan, clamp: float | str | None = "aut
         "weights": weights * itemsize + _WIDENED,
         "adapter": copies * 4 * model.adapter_parameters(),
         **other,
-        "overhead": _overhead(model.workload.device),
+        "overhead": overhead(model.workload.device, tuning=False),
     }
     return Need("correct", terms, "the largest block" if auto else "the largest Linear")
 
@@ -177,5 +173,5 @@ def correct(model: MemoryModel, plan: RankPlan, clamp: float | str | None = "aut
 def merge(model: MemoryModel) -> Need:
     """Return what merging needs, in CPU memory: some rows of a weight, as read, in fp32 and as merged; and the LoRA."""
     rows = _MERGED * (2 + 4 // model.dtype.itemsize)
-    terms = {"weights": rows, "adapter": 4 * model.adapter_parameters(), "overhead": _overhead("cpu")}
+    terms = {"weights": rows, "adapter": 4 * model.adapter_parameters(), "overhead": overhead("cpu", tuning=False)}
     return Need("merge", terms, "a weight's rows")

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from emloc_core.exact.need import Positions, step_need
+from emloc_core.exact.need import Positions, lora_need, step_need
 from emloc_core.memory import arithmetic, stages
 from emloc_core.memory.budget import largest_ratio
 from emloc_core.memory.evidence import Recovery, alternative_to, measured
-from emloc_core.memory.model import IMPORTS, RUNTIME, MemoryModel
+from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.speed import Speed
+from emloc_core.model.overhead import overhead
 
 #: From this ratio on, more room for the emulator is worth less than a larger batch.
 _ENOUGH = 0.8
@@ -164,5 +165,4 @@ def exact_need(model: MemoryModel, rows: int) -> int:
     device = model.workload.device
     if device == "cuda":
         need["boundaries"] = 0
-    lora = 4 * 4 * model.adapter_parameters()  # fp32: values, gradients, and the optimiser's two moments
-    return sum(need.values()) + lora + IMPORTS[device] + RUNTIME[device][1]
+    return sum(need.values()) + lora_need(model.adapter_parameters()) + overhead(device, tuning=True)

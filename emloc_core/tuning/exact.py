@@ -25,11 +25,12 @@ from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on
-from emloc_core.exact.need import Positions, step_need
+from emloc_core.exact.need import Positions, lora_need, step_need
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, learned_preferences
+from emloc_core.model.overhead import overhead
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import EvalRows, PolishRequest, Rows, TrainRequest
 from emloc_core.settings import ExactSettings, PolishSettings, StepSettings, TrainSettings
@@ -116,7 +117,6 @@ class ExactTrain(Train):
     def _trainer(self, config: TrainingArguments, dataset: Dataset, processing: Processing) -> LoraTrainer:
         need = self._need(config)
         boundaries = self._boundaries(config, need)
-        room = 0 if self.memory is None else self.memory - sum(need.values())
         set_seed(config.seed)  # as TRL does before it makes a LoRA
         with refusing(SETTINGS):
             lora = lora_on(self.skeleton, self._lora(), config.device)
@@ -132,6 +132,9 @@ class ExactTrain(Train):
             )
         blocks = [tower.blocks for tower in self.family.towers]
         base: Any = lora.get_base_model()
+        trained = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
+        besides = lora_need(trained) + overhead("cuda" if config.device.type == "cuda" else "cpu", tuning=True)
+        room = 0 if self.memory is None else self.memory - sum(need.values()) - besides
         steps = ExactSteps(base, self.skeleton, blocks, config.device, room, boundaries)
         trainer.attach(steps, self.settings.batch_size, self.start)
         self._closing.callback(steps.close)

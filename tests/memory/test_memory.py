@@ -21,11 +21,12 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json
 from emloc_core.memory import stages as streamed
 from emloc_core.memory.budget import advice, largest_ratio, with_emulator
-from emloc_core.memory.model import IMPORTS, RUNTIME, TERMS, MemoryModel
+from emloc_core.memory.model import TERMS, MemoryModel
 from emloc_core.memory.model import _traced as traced_before
 from emloc_core.memory.plan import make_plan
 from emloc_core.memory.ways import exact_need
 from emloc_core.memory.workload import make_workload
+from emloc_core.model.overhead import overhead
 from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.train import Train
@@ -309,8 +310,8 @@ def test_boundaries_of_exact_steps_leave_a_gpu_that_has_no_room_for_them(shallow
         for device in ("cpu", "cuda")
     )
     boundaries = 4 * 32 * 32 * 4  # before the one block: 32 numbers of 32 tokens
-    runtime = {device: IMPORTS[device] + RUNTIME[device][1] for device in ("cpu", "cuda")}
-    assert cpu - runtime["cpu"] - boundaries == gpu - runtime["cuda"] > 0
+    besides = {device: overhead(device, tuning=True) for device in ("cpu", "cuda")}
+    assert cpu - besides["cpu"] - boundaries == gpu - besides["cuda"] > 0
 
 
 @pytest.mark.parametrize(("images", "kind"), [(0, "1.6-bit+repair"), (1, "low-rank-nf4")])

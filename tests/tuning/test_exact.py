@@ -28,10 +28,12 @@ from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.exact import boundaries
 from emloc_core.exact.steps import ExactSteps
+from emloc_core.exact.weights import FrozenWeights
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import read_manifest
+from emloc_core.model.overhead import overhead
 from emloc_core.requests import make_request
 from emloc_core.settings import CompressSettings, CorrectSettings, ExactSettings, PolishSettings, TrainSettings
 from emloc_core.tuning.exact import ExactTrain, Polish
@@ -229,6 +231,23 @@ def test_the_same_again_does_nothing_and_limits_change_no_result(
     assert polish(adapter, tiny_model, rows_file, polished, limits=limits) == polished
     with pytest.raises(EmlocError, match=r"settings\.learning_rate was 0\.02 and is now 0\.1"):
         polish(adapter, tiny_model, rows_file, polished, learning_rate=0.1)
+
+
+def test_the_lora_and_the_process_count_in_the_memory(tiny_model, rows_file, tmp_path, monkeypatch):
+    rooms, parameters = [], []
+
+    def followed(skeleton, units, device, room, reserved):
+        rooms.append(room)
+        return FrozenWeights(skeleton, units, device, room, reserved)
+
+    monkeypatch.setattr("emloc_core.exact.steps.FrozenWeights", followed)
+    for rank in (4, 8):
+        settings = train_settings(steps=1, lora_rank=rank)
+        limits = ExactSettings(memory="1GiB")
+        adapter = ExactTrain(tiny_model, str(rows_file), tmp_path / f"{rank}", settings, limits=limits).run()
+        parameters.append(sum(tensor.numel() for tensor in load_file(adapter / "adapter_model.safetensors").values()))
+    assert rooms[0] - rooms[1] == 16 * (parameters[1] - parameters[0]) > 0  # values, gradients, two moments
+    assert rooms[0] + 16 * parameters[0] < (1 << 30) - overhead("cpu", tuning=True)
 
 
 def run_until(step, park, adapter, base, rows, output):
