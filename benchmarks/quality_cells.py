@@ -16,7 +16,7 @@ MEMORIES = (0.11, 0.17, 0.28, 0.6)
 _OF_TEXT = {0.11: ("low-rank-nf4", 0.11), 0.17: ("1.6-bit+repair", 0.17), 0.28: ("nf4", 0.28), 0.6: ("nf4", 0.28)}
 #: Kind of the emulator that is recommended for a memory, by task; weights in four bits take no more than 0.28.
 RECOMMENDED = dict.fromkeys(TEXTS, _OF_TEXT) | {PICTURES: {**_OF_TEXT, 0.17: ("low-rank-nf4", 0.17)}}
-#: What else a recipe should try where tasks differ, by task and memory.
+#: What a recipe tries beside it, by task and memory.
 ALTERNATIVES = {(task, 0.17): ("2.7-bit", 0.17) for task in TEXTS}
 #: What else there is below four bits, and above.
 RIVALS = (("mixed", 0.17), ("2.7-bit", 0.17), ("1.6-bit", 0.11), ("nf4+repair", 0.6))

@@ -142,8 +142,8 @@ def paired_rows(table: Table) -> list[dict[str, Any]]:
     """Return ``paired``: how much more the recommended way loses on a test row than others within the same memory.
 
     A row's loss is its mean over the bases and seeds that both ways have. What is given is the mean over rows, in nats
-    per answer, with its 95 % interval; above 0 the other way is better. Whether ``auto`` harms is judged where it chose
-    as it does now; with exact steps, ways are compared where both began with the moments of tuning.
+    per answer, with its 95 % interval; above 0 the other way is better. The same LoRA uncorrected is compared where
+    ``auto`` chose as it does now; with exact steps, ways are compared where both began with the moments of tuning.
     """
     began_with_moments = [row for row in table.best if row.get("exact_moments")]
     found = _behind("emloc", "auto", ("uncorrected", "auto"), table.best)
@@ -162,7 +162,8 @@ def _behind(name: str, system: str, others: Sequence[str], rows: Sequence[dict[s
             tried.append((task, *ALTERNATIVES[task, memory]))
         if way[0] != task or way[2] > memory or ([way] == tried and theirs == system):
             continue
-        ours = {run: row["systems"][system] for run, row in runs.items() if way not in tried or _chose_as_now(row)}
+        judged = theirs != "uncorrected" or way not in tried
+        ours = {run: row["systems"][system] for run, row in runs.items() if judged or _chose_as_now(row)}
         found += _compared(name, memory, ours, way, theirs, other)
     return found
 

@@ -1,4 +1,4 @@
-"""Checks that an adapter belongs to a base and an emulator, by shapes and manifests."""
+"""Finds the emulator of an adapter, and checks that adapter, emulator and base belong together."""
 
 from pathlib import Path
 from typing import Any

@@ -185,8 +185,8 @@ def _show_ways(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
             )
         if best.alternative:
             click.echo(
-                f"  On one of them, {best.alternative} gave more: a recipe with this memory and no kind tries both "
-                "(docs/recipes.md)."
+                f"  On one of them, {best.alternative} gave more: a recipe with this memory and no kind tries both, "
+                "where both fit (docs/recipes.md)."
             )
     for warning in planned.warnings:
         click.echo(f"warning: {warning}")

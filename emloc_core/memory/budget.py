@@ -120,22 +120,23 @@ def fitted(request: CompressRequest) -> CompressRequest:
     return request.model_copy(update={"memory": None, "settings": settings})
 
 
-def alternative(request: CompressRequest) -> str | None:
-    """Return the kind that evidence names beside the one that it recommends for a request's memory, if it fits too.
+def recommended(request: CompressRequest) -> list[str]:
+    """Return the kinds of emulator to try within a request's memory: the best on average, and any other that fits and
+    was better on some task; none where no kind is to be chosen, no emulator is needed, or none fits.
 
     Raises:
         EmlocError: the model cannot be planned.
     """
     settings = _with_kind(request)
     if request.memory is None or settings.kind != AUTO:
-        return None
+        return []
     budget = parse_bytes(request.memory)
     model = _planned(request, settings, budget)
     if model.tuning().total <= budget or (fit := largest_ratio(model, budget)) is None:
-        return None
-    name = alternative_to(model.kind.name, fit.ratio if model.kind.has_ratio else None)
-    other = model.with_kind(name) if name else None
-    return name if other and other.kind.is_usable() and largest_ratio(other, budget) else None
+        return []
+    other = alternative_to(model.kind.name, fit.ratio if model.kind.has_ratio else None)
+    kinds = [model, *([model.with_kind(other)] if other else [])]
+    return [each.kind.name for each in kinds if each.kind.is_usable() and largest_ratio(each, budget)]
 
 
 def _with_kind(request: CompressRequest) -> CompressSettings:

@@ -62,7 +62,7 @@ class Way:
 
     @property
     def alternative(self) -> str | None:
-        """The kind that was better on one of the tasks of :attr:`recovery`, which a recipe tries beside it, or None."""
+        """The kind that was better on one of the tasks of :attr:`recovery`, or None; a recipe tries it if it fits."""
         return alternative_to(self.kind, self.ratio) if self.kind else None
 
     def describe(self) -> dict[str, Any]:

@@ -8,5 +8,5 @@ _RUNTIME = {"cuda": (600 << 20, 600 << 20), "cpu": (30_000_000, 90_000_000)}
 
 
 def overhead(device: str, *, tuning: bool) -> int:
-    """Return those bytes of a process on ``cuda`` or ``cpu``, in tuning or in inference."""
+    """Return the bytes that a process takes besides its tensors, on ``cuda`` or ``cpu``, in tuning or in inference."""
     return IMPORTS[device] + _RUNTIME[device][tuning]

@@ -180,7 +180,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def _apply(content: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
-    if not equals or not name:
+    if not equals:
         raise _no_override(override)
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -210,7 +210,9 @@ def _keys(name: str, override: str) -> list[str]:
 
 
 def _no_override(override: str) -> EmlocError:
-    return EmlocError(f"{override!r} is not a setting.", "Write it as section.key=value.")
+    return EmlocError(
+        f"{override!r} is not a setting.", "Write it as section.key=value, and quote a part of the key that has a dot."
+    )
 
 
 def _absolute(recipe: Recipe, root: Path) -> Recipe:

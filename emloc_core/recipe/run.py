@@ -20,6 +20,8 @@ from emloc_core.requests import CompressRequest
 #: Functions that run and describe a stage in its own process.
 PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.cli.stage:describe"
 
+#: How to go without an alternative that fails.
+_WITHOUT = "To do without this alternative, leave it out of the recipe, or set alternatives = {}."
 #: Losses in a log, and what they are of.
 _LOSSES = {"loss": "", "eval_loss": ", held-out rows", "eval_base_loss": ", held-out rows on the base"}
 
@@ -32,8 +34,7 @@ def run_recipe(
     Raises:
         EmlocError: the recipe is wrong, or a stage failed; names it. Earlier stages are kept.
     """
-    asked = load_recipe(path, overrides)
-    recipe = with_alternative(asked)
+    recipe = with_alternative(load_recipe(path, overrides))
     total = len(stages(recipe))
     first, *others = attempts(recipe)
     for attempt in others:
@@ -54,9 +55,7 @@ def run_recipe(
 
     perform(stages_of(recipe, first))
     for attempt in others:
-        leave = f"leave out [alternatives.{attempt.name}]" if asked.alternatives else "name compress.kind"
-        without = f"Earlier stages are kept; {leave} to do without it."
-        perform(stages_of(recipe, attempt), without)
+        perform(stages_of(recipe, attempt), f"Earlier stages are kept. {_WITHOUT}")
     perform(rest(recipe))  # not before: which LoRA they start from was not known
     results = summarise(recipe, done)
     if recipe.push:
@@ -74,7 +73,12 @@ def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
     assert isinstance(request, CompressRequest)
     rows = selection_rows(recipe)  # which are not drawn yet, where nothing was made
     known = tuple(path for path in request.exclude if path != rows or path.is_file())
-    (content,) = call(DESCRIBE, {"request": request.model_copy(update={"exclude": known}).to_json()})
+    try:
+        (content,) = call(DESCRIBE, {"request": request.model_copy(update={"exclude": known}).to_json()})
+    except EmlocError as error:
+        if attempt.is_first:
+            raise
+        raise EmlocError(f"The alternative {attempt.name!r}: {error}", _WITHOUT, code=error.code) from None
     found: dict[str, Any] = content
     return found
 

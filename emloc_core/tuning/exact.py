@@ -115,12 +115,15 @@ class ExactTrain(Train):
         return lora_config(self.settings, self.targets)
 
     def _trainer(self, config: TrainingArguments, dataset: Dataset, processing: Processing) -> LoraTrainer:
-        need = self._need(config)
-        boundaries = self._boundaries(config, need)
         set_seed(config.seed)  # as TRL does before it makes a LoRA
         with refusing(SETTINGS):
             lora = lora_on(self.skeleton, self._lora(), config.device)
         balance_no_experts(lora.config)
+        trained = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
+        need = {**self._need(config), "lora": lora_need(trained)}
+        boundaries = self._boundaries(config, need)  # which may be refused, before the trainer makes a directory
+        besides = overhead("cuda" if config.device.type == "cuda" else "cpu", tuning=True)
+        room = 0 if self.memory is None else self.memory - sum(need.values()) - besides
         with refusing(SETTINGS):
             trainer = _ExactTrainer(
                 lora,
@@ -132,9 +135,6 @@ class ExactTrain(Train):
             )
         blocks = [tower.blocks for tower in self.family.towers]
         base: Any = lora.get_base_model()
-        trained = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
-        besides = lora_need(trained) + overhead("cuda" if config.device.type == "cuda" else "cpu", tuning=True)
-        room = 0 if self.memory is None else self.memory - sum(need.values()) - besides
         steps = ExactSteps(base, self.skeleton, blocks, config.device, room, boundaries)
         trainer.attach(steps, self.settings.batch_size, self.start)
         self._closing.callback(steps.close)

@@ -159,7 +159,7 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
         told = measured(kind, best["ratio"])
         assert best["recovery"] == (told and told._asdict())
         assert ("of what an ordinary LoRA gains" in shown) == (told is not None)
-        assert ("2.7-bit gave more: a recipe with this memory and no kind tries both" in shown) == (
+        assert ("2.7-bit gave more: a recipe with this memory and no kind tries both, where both fit" in shown) == (
             kind == "1.6-bit+repair"
         )
 

@@ -8,6 +8,8 @@ import pytest
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
 from emloc_core.files.output import MANIFEST
+from emloc_core.kinds.levels import SixLevels
+from emloc_core.memory.budget import recommended
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import make_workload
 from emloc_core.recipe.recipe import Recipe, load_recipe
@@ -33,19 +35,19 @@ learning_rate = 1e-2
 """
 
 
-def need(base: Path, rows: Path, kind: str, ratio: float) -> int:
-    """Return the bytes that tuning an emulator takes on the rows of the recipe."""
+def need(base: Path, rows: Path, kind: str | None, ratio: float) -> int:
+    """Return the bytes that tuning an emulator, or the base itself, takes on the rows of the recipe."""
     config = base / "config.json"
     train = TrainSettings(steps=2, batch_size=2, bf16=False, learning_rate=1e-2)
-    model = MemoryModel(config, make_workload(config, train, data=str(rows)), CompressSettings(kind=kind))
-    return model.tuning(model.plan(ratio)).total
+    model = MemoryModel(config, make_workload(config, train, data=str(rows)), CompressSettings(kind=kind or "nf4"))
+    return model.tuning(model.plan(ratio) if kind else None).total
 
 
 @pytest.fixture
 def write(tmp_path, shallow_model, rows_file):
     """Write the recipe for the memory that an emulator takes, and return it as it is read."""
 
-    def write(kind: str = "2.7-bit", ratio: float = 0.5, overrides=()) -> Recipe:
+    def write(kind: str | None = "2.7-bit", ratio: float = 0.5, overrides=()) -> Recipe:
         memory = need(shallow_model, rows_file, kind, ratio)
         path = tmp_path / "recipe.toml"
         path.write_text(RECIPE.format(base=shallow_model, rows=rows_file, memory=memory))
@@ -60,20 +62,51 @@ def test_the_second_best_is_tried_where_evidence_is_divided(write, capsys):
     assert [stage.name for stage in stages(recipe)] == [
         "emulator", "adapter", "corrected", "emulator_2.7-bit", "adapter_2.7-bit", "corrected_2.7-bit", "merged",
     ]  # fmt: skip
-    assert recipe.alternatives == {"2.7-bit": CompressSettings(kind="2.7-bit", samples=8, selection=6)}
-    assert "2.7-bit was better on some tasks than the recommended kind: both are tried." in capsys.readouterr().err
-    assert with_alternative(recipe) == recipe
+    assert recipe.alternatives == {"2.7-bit": CompressSettings(kind="2.7-bit", samples=8)}
+    assert capsys.readouterr().err.endswith(
+        "Evidence is divided between 1.6-bit+repair and 2.7-bit: both are tried. To make one, set compress.kind = "
+        "'1.6-bit+repair'.\n"
+    )
+    assert Recipe(**recipe.model_dump(exclude_unset=True)) == with_alternative(recipe) == recipe
+    assert with_alternative(write(overrides=["compress.kind='auto'"])).alternatives == recipe.alternatives
 
 
 @pytest.mark.usefixtures("calls_here")
 @pytest.mark.parametrize(
-    ("kind", "ratio"),
-    [("nf4", 0.5), ("1.6-bit+repair", 0.25), ("1.6-bit+repair", 0.22), ("low-rank-nf4", 0.2)],
-    ids=["four bits fit", "the other does not fit", "a smaller repair than was measured", "no repair fits"],
+    ("kind", "ratio", "kinds"),
+    [
+        (None, 0.5, []),  # an ordinary LoRA fits
+        ("nf4", 0.5, ["nf4"]),
+        ("1.6-bit+repair", 0.25, ["1.6-bit+repair"]),  # six levels are a little larger
+        ("1.6-bit+repair", 0.22, ["1.6-bit+repair"]),  # smaller than what was measured
+        ("low-rank-nf4", 0.2, ["low-rank-nf4"]),
+    ],
 )
-def test_one_emulator_is_made_where_evidence_names_no_other_that_fits(write, kind, ratio):
+def test_one_emulator_is_made_where_evidence_names_no_other_that_fits(write, kind, ratio, kinds):
     recipe = write(kind, ratio)
+    assert recommended(stages(recipe)[0].request) == kinds
     assert with_alternative(recipe) == recipe
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_an_alternative_that_cannot_be_used_here_is_not_tried(write, monkeypatch):
+    monkeypatch.setattr(SixLevels, "is_usable", lambda _: False)
+    assert recommended(stages(write())[0].request) == ["1.6-bit+repair"]
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_what_is_wrong_with_an_alternative_names_it_and_the_way_without(emloc, write, tmp_path):
+    write()
+    there = tmp_path / "run" / "emulator_2.7-bit"
+    there.mkdir(parents=True)
+    (there / "notes.txt").write_text("mine")
+    for more in ([], ["--dry-run"]):
+        code, _, err = emloc("run", tmp_path / "recipe.toml", *more)
+        assert code != 0
+        assert "The alternative '2.7-bit': " in err
+        assert str(there) in err
+        assert "set alternatives = {}" in err
+    assert not (tmp_path / "run" / "emulator").exists()
 
 
 @pytest.mark.parametrize(
@@ -84,6 +117,7 @@ def test_one_emulator_is_made_where_evidence_names_no_other_that_fits(write, kin
         "compress.allocator='global'",
         "correct.clamp=3",
         "alternatives.own.kind='nf4'",
+        "alternatives={}",
         "train.objective='dpo'",
     ],
 )
