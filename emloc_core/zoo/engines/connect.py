@@ -17,14 +17,17 @@ _ANSWER = 10.0  # seconds in which a cluster answers
 def confine() -> None:
     """Have a Ray that this process or its children start listen on loopback alone, and answer no one without a token.
 
-    Ray takes all of this from the environment, when it is imported. What joins such a cluster inherits it, and with it
-    the token; other users of the machine can read neither.
+    Its workers get the priority of this process, as those of the local engine do. Ray takes all of this from the
+    environment, when it is imported. What joins such a cluster inherits it, and with it the token; other users of the
+    machine can read neither.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Loopback is Ray's own address of a node where it makes no clusters of machines, and this is its name for that.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray's own 15 is so low a priority that beside anything else on this machine they hardly run.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def connect(address: str | None, memory: int | None) -> Any:
