@@ -107,11 +107,12 @@ def test_both_engines_write_the_same_bytes_though_a_worker_and_a_node_are_lost(c
     """Two jobs are at work, one on each node. The worker of one is killed, and the node of the other is removed."""
     node = next(node for node in cluster.worker_nodes)
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    on_node = []
+    on_node, niceness = [], set()
 
     def lose():
         wait_for(lambda: all(workers(tmp_path / "jobs" / job.name) for job in jobs[:2]))
         found = {process: raylet in process.parents() for process in workers(tmp_path)}
+        niceness.update(process.nice() for process in found)
         on_node.extend(process for process, there in found.items() if there)
         next(process for process, there in found.items() if not there).kill()
         cluster.remove_node(node, allow_graceful=False)
@@ -126,6 +127,7 @@ def test_both_engines_write_the_same_bytes_though_a_worker_and_a_node_are_lost(c
     assert causes(records) == {"first": lost, "other": lost, "broken": ["bad input"], "again": []}
     first, other, broken, _ = (record.attempts for record in records)
     assert sorted("SIGKILL" in attempts[0].message for attempts in (first, other)) == [False, True]
+    assert niceness == {psutil.Process().nice()}
     assert on_node
     assert not any(process.is_running() for process in on_node)
     assert "model.safetensors" in broken[0].message
