@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from emloc_core.recipe import run
 from emloc_core.cli import main
 output = sys.argv[1]
-run.load_recipe = lambda *_: SimpleNamespace(output=output)
+run.load_recipe, run.with_alternative = lambda *_: SimpleNamespace(output=output), lambda recipe: recipe
 request = SimpleNamespace(stage="train", to_json=dict)
 found = [SimpleNamespace(name="adapter", purpose="tune", request=request)]
 run.attempts = lambda recipe: [None]
