@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command("run")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
-              help="Override a value of the recipe; repeatable.")  # fmt: skip
+              help="Override a value of the recipe; repeatable. Quote a part of the key that has a dot.")  # fmt: skip
 @verbosity_options
 @dry_run
 @as_json
@@ -59,7 +59,8 @@ def show(results: dict, directory: Path) -> None:
     click.echo(f"peak memory of each stage: {', '.join(peaks)}")
     click.echo(f"{directory / 'results.json'}  {directory / 'figure.png'}")
     if "selection_losses" in results:
-        told = ", ".join(f"{name} {loss:.4f}" for name, loss in results["selection_losses"].items())
+        kinds = results["kinds"]
+        told = ", ".join(f"{name} ({kinds[name]}) {loss:.4f}" for name, loss in results["selection_losses"].items())
         click.echo(f"loss of the base on the selection rows: {told}; kept: {results['kept']}")
     click.echo(f"Next: {shlex.join(['emloc', 'chat', str(directory / results['final'])])}")
 

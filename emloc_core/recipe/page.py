@@ -122,6 +122,12 @@ class RunView:
         losses: Mapping[str, float] = self.results.get("selection_losses", {})
         return losses
 
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """The kind by emulator, where several were tried; nothing of runs of older versions."""
+        kinds: Mapping[str, str] = self.results.get("kinds", {})
+        return kinds
+
     def stage(self, name: str) -> StageView | None:
         """Return a stage by the name of its directory."""
         return next((stage for stage in self.stages if stage.name == name), None)

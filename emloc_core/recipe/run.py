@@ -101,6 +101,10 @@ def summarise(recipe: Recipe, done: list[Stage]) -> dict[str, Any]:
     }
     if recipe.alternatives:
         results["kept"] = attempt.name
+        results["kinds"] = {
+            each.name: manifests[each.place("emulator").name]["request"]["settings"]["kind"]
+            for each in attempts(recipe)
+        }
         results["selection_losses"] = {each.name: each.selection_loss for each in attempts(recipe)}
     drawn = {adapter: "on the emulator", polished: "polished on the base", "full_lora": "on the base (full LoRA)"}
     histories = {

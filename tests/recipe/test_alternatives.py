@@ -153,6 +153,7 @@ def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
     assert set(losses) == {"compress", "small", "levels"}
     assert len(set(losses.values())) == 3
     assert results["kept"] == min(losses, key=losses.__getitem__)
+    assert results["kinds"] == {"compress": "low-rank", "small": "low-rank", "levels": "2.7-bit"}
     ends = {"compress": "", "small": "_small", "levels": "_levels"}
 
     judged = keys(run / "emulator" / SELECTION)
@@ -185,11 +186,13 @@ def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
     assert all(stage.planned for stage in view.stages if not stage.name.startswith("polished"))
     page = write_page(run, tmp_path / "page.html").read_text()
     assert page.count("kept</td>") == 1
+    assert '<td data-label="Kind">2.7-bit</td>' in page
 
     stamps = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     code, out, _ = emloc("run", tmp_path / "recipe.toml")
     assert code == 0
     assert f"kept: {results['kept']}" in out
+    assert f"levels (2.7-bit) {losses['levels']:.4f}" in out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == stamps
 
 
