@@ -78,7 +78,6 @@ def test_the_second_best_is_tried_where_evidence_is_divided(write, capsys):
         (None, 0.5, []),  # an ordinary LoRA fits
         ("nf4", 0.5, ["nf4"]),
         ("1.6-bit+repair", 0.25, ["1.6-bit+repair"]),  # six levels are a little larger
-        ("1.6-bit+repair", 0.22, ["1.6-bit+repair"]),  # smaller than what was measured
         ("low-rank-nf4", 0.2, ["low-rank-nf4"]),
     ],
 )
