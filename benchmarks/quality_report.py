@@ -12,6 +12,7 @@ from quality_cells import (
     ALTERNATIVES,
     EXACT,
     FULL,
+    MEMORIES,
     RECOMMENDED,
     SCRATCH,
     STEPS,
@@ -126,16 +127,21 @@ def recommended_runs(
     are over the same runs.
     """
     found = {}
-    for task, by_memory in RECOMMENDED.items():
-        of_task = [row for row in rows if row["task"] == task and system in row["systems"]]
-        for memory, way in by_memory.items():
-            tried = [
-                {(row["base"], row["seed"]): row for row in of_task if (row["kind"], row["memory"]) == each}
-                for each in (way, ALTERNATIVES.get((task, memory), way))
-            ]
-            if tried[0].keys() <= tried[1].keys():
-                found[task, memory] = {run: best_of([each[run] for each in tried]) for run in tried[0]}
+    measured = [row for row in rows if system in row["systems"]]
+    for task, memory in itertools.product(TASKS, MEMORIES):
+        usual, *others = (
+            {(row["base"], row["seed"]): row for row in measured if (row["task"], row["kind"], row["memory"]) == way}
+            for way in tried(task, memory)
+        )
+        if all(usual.keys() <= other.keys() for other in others):
+            found[task, memory] = {run: best_of([usual[run], *(other[run] for other in others)]) for run in usual}
     return found
+
+
+def tried(task: str, memory: float) -> list[tuple[str, str, float]]:
+    """Return the ways, by task, kind and memory, that a recipe tries within a memory; the recommended kind first."""
+    known = (RECOMMENDED[task][memory], ALTERNATIVES.get((task, memory)))
+    return [(task, *way) for way in known if way]
 
 
 def paired_rows(table: Table) -> list[dict[str, Any]]:
@@ -157,13 +163,11 @@ def _behind(name: str, system: str, others: Sequence[str], rows: Sequence[dict[s
     recommended = recommended_runs(rows, system).items()
     ways = _runs(rows, "task", "kind", "memory").items()
     for ((task, memory), runs), (way, other), theirs in itertools.product(recommended, ways, others):
-        tried = [(task, *RECOMMENDED[task][memory])]
-        if (task, memory) in ALTERNATIVES:
-            tried.append((task, *ALTERNATIVES[task, memory]))
-        if way[0] != task or way[2] > memory or ([way] == tried and theirs == system):
+        own = tried(task, memory)
+        if way[0] != task or way[2] > memory or ([way] == own and theirs == system):
             continue
-        judged = theirs != "uncorrected" or way not in tried
-        ours = {run: row["systems"][system] for run, row in runs.items() if judged or _chose_as_now(row)}
+        is_same_lora = theirs == "uncorrected" and way in own
+        ours = {run: row["systems"][system] for run, row in runs.items() if not is_same_lora or _chose_as_now(row)}
         found += _compared(name, memory, ours, way, theirs, other)
     return found
 

@@ -121,8 +121,10 @@ def fitted(request: CompressRequest) -> CompressRequest:
 
 
 def recommended(request: CompressRequest) -> list[str]:
-    """Return the kinds of emulator to try within a request's memory: the best on average, and any other that fits and
-    was better on some task; none where no kind is to be chosen, no emulator is needed, or none fits.
+    """Return the kinds of emulator to try within a request's memory.
+
+    The best on average comes first, then one that fits too and was better on some task, if there is one. There are none
+    where no kind is to be chosen, no emulator is needed, or none fits.
 
     Raises:
         EmlocError: the model cannot be planned.
@@ -134,9 +136,12 @@ def recommended(request: CompressRequest) -> list[str]:
     model = _planned(request, settings, budget)
     if model.tuning().total <= budget or (fit := largest_ratio(model, budget)) is None:
         return []
-    other = alternative_to(model.kind.name, fit.ratio if model.kind.has_ratio else None)
-    kinds = [model, *([model.with_kind(other)] if other else [])]
-    return [each.kind.name for each in kinds if each.kind.is_usable() and largest_ratio(each, budget)]
+    kinds = [model.kind.name]
+    if name := alternative_to(model.kind.name, fit.ratio if model.kind.has_ratio else None):
+        other = model.with_kind(name)
+        if other.kind.is_usable() and largest_ratio(other, budget):
+            kinds.append(name)
+    return kinds
 
 
 def _with_kind(request: CompressRequest) -> CompressSettings:

@@ -7,7 +7,7 @@ tried.
 import click
 
 from emloc_core.process import call
-from emloc_core.recipe.recipe import Recipe
+from emloc_core.recipe.recipe import SHARED, Recipe
 from emloc_core.recipe.stages import attempts, stages_of
 from emloc_core.requests import CompressRequest, request_from_json
 from emloc_core.settings import AUTO, CompressSettings
@@ -15,7 +15,7 @@ from emloc_core.settings import AUTO, CompressSettings
 #: What may be set of an emulator whose kind is open: the rows, and nothing of how it is made from them. An alternative
 #: has the first ones of its own.
 _OWN = ("samples", "seed")
-_OF_ROWS = {"kind", *_OWN, "selection", "max_length", "loss"}
+_OF_ROWS = {"kind", *_OWN, *SHARED}
 
 
 def with_alternative(recipe: Recipe) -> Recipe:
