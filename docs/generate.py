@@ -18,8 +18,8 @@ from pydantic import BaseModel
 
 from emloc_core import algorithms, hookspecs, settings
 from emloc_core.cli import cli
-from emloc_core.recipe.recipe import Recipe
-from emloc_core.requests import EvaluateRequest
+from emloc_core.recipe.recipe import DataSection, EvalSection, ModelSection, Recipe
+from emloc_core.requests import EvalRows, EvaluateRequest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -245,6 +245,59 @@ def measured(page: str, benchmark: str) -> str:
     return _between_marks(HERE / page, f"{table.strip()}\n", benchmark)
 
 
+#: Settings that Python's functions take as keywords, and the names of the types of those keywords.
+KEYWORDS: dict[type[BaseModel], str] = {
+    settings.CompressSettings: "CompressKwargs",
+    settings.CutSettings: "CutKwargs",
+    settings.TrainSettings: "TrainKwargs",
+    settings.PolishSettings: "PolishKwargs",
+    settings.ExactSettings: "ExactKwargs",
+    EvalRows: "EvalRowsKwargs",
+    settings.CorrectSettings: "CorrectKwargs",
+    settings.ExportSettings: "ExportKwargs",
+    ModelSection: "ModelKwargs",
+    DataSection: "DataKwargs",
+    EvalSection: "EvalKwargs",
+    Recipe: "RecipeKwargs",
+}
+#: Those of functions that take some of them alone.
+_SOME = {
+    "PlanKwargs": (settings.TrainSettings, settings.MEMORY_SETTINGS),
+    "EvaluateKwargs": (EvaluateRequest, ("limit", "batch_size", "chat", "seed")),
+}
+
+
+def keywords() -> str:
+    """Return the module with the types of the keywords that Python's functions take as settings."""
+    text = (
+        '"""The settings as keywords, for editors and type checkers: written by `make docs` from the settings."""\n\n'
+        "from typing import Any, Literal, TypedDict\n"
+    )
+    some = {name: (model, tuple(model.model_fields)) for model, name in KEYWORDS.items()} | _SOME
+    for name, (model, fields) in some.items():
+        known = model.model_json_schema(mode="validation")["properties"]  # what may be given, not what it becomes
+        lines = "".join(f"    {field}: {_typed(known[field])}\n" for field in fields)
+        text += f'\n\nclass {name}(TypedDict, total=False):\n    """Of :class:`{model.__name__}`."""\n\n{lines}'
+    return text
+
+
+def _typed(schema: dict[str, Any]) -> str:
+    """Return the type of a JSON schema as Python writes it."""
+    if "$ref" in schema:
+        return next(name for model, name in KEYWORDS.items() if schema["$ref"].endswith(f"/{model.__name__}"))
+    if "anyOf" in schema:
+        return " | ".join(dict.fromkeys(map(_typed, schema["anyOf"])))
+    if "enum" in schema or "const" in schema:
+        return f"Literal[{', '.join(json.dumps(value) for value in schema.get('enum', [schema.get('const')]))}]"
+    if schema.get("type") == "array":
+        return f"list[{_typed(schema['items'])}]"
+    if schema.get("type") == "object":
+        inner = schema.get("additionalProperties")
+        return f"dict[str, {_typed(inner) if isinstance(inner, dict) else 'Any'}]"
+    plain = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
+    return plain.get(schema.get("type", ""), "Any")
+
+
 def notebook() -> str:
     """Return the tutorial as a notebook: a cell per block of Python, and one per text between them."""
     text = (HERE / "tutorial.md").read_text(encoding="utf-8")
@@ -283,6 +336,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     HERE / "evidence.md": partial(measured, "evidence.md", "quality"),
     HERE / "polish.md": partial(measured, "polish.md", "rates"),
     ROOT / "README.md": readme,
+    ROOT / "emloc_core" / "keywords.py": keywords,
     ROOT / "examples" / "first_model.ipynb": notebook,
 }
 

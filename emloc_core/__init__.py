@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         train,
     )
     from emloc_core.errors import EmlocError
+    from emloc_core.progress import ProgressEvent
     from emloc_core.result import Result
 
 try:
@@ -60,11 +61,13 @@ _PUBLIC = {
     "run": "api",
     "train": "api",
     "EmlocError": "errors",
+    "ProgressEvent": "progress",
     "Result": "result",
 }
 
 __all__ = [
     "EmlocError",
+    "ProgressEvent",
     "Result",
     "chat",
     "compress",

@@ -1,37 +1,57 @@
 """The Python API: one function per stage, with the same checks as the command line.
 
 Models are directories or hub ids. Data are files, saved or hub datasets, a list of them or a mapping to their weights,
-or rows in memory. Settings are keyword arguments, named as in :mod:`emloc_core.settings`. Every stage returns a
-:class:`~emloc_core.result.Result`, a path-like object. If the output already exists and was made from the same inputs,
-the stage returns it; an interrupted stage resumes.
+or rows in memory. Settings are keyword arguments, named as in :mod:`emloc_core.settings` and typed in
+:mod:`emloc_core.keywords`. Every stage returns a :class:`~emloc_core.result.Result`, a path-like object. If the output
+already exists and was made from the same inputs, the stage returns it; an interrupted stage resumes.
+
+``progress`` is called with a :class:`~emloc_core.progress.ProgressEvent` for every item that is done. A stage that is
+given one writes nothing to stdout and stderr. Loggers are below ``emloc``.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from pydantic import ValidationError
 
-from emloc_core.environment import settle
+from emloc_core.environment import quiet, settle
 from emloc_core.errors import EmlocError
+from emloc_core.keywords import (
+    CompressKwargs,
+    CorrectKwargs,
+    CutKwargs,
+    EvalRowsKwargs,
+    EvaluateKwargs,
+    ExactKwargs,
+    ExportKwargs,
+    PlanKwargs,
+    RecipeKwargs,
+    TrainKwargs,
+)
+from emloc_core.progress import ProgressEvent, Reporter
 from emloc_core.requests import Request, Rows, System, make_request
 from emloc_core.result import Result
 from emloc_core.settings import AUTO, CompressSettings, TrainSettings, explain
-from emloc_core.stages import Progress
+from emloc_core.trainer_fields import PolishAllKwargs, TrainAllKwargs, TrainerFields
 from emloc_core.units import parse_bytes
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+
     from emloc_core.conversation import Conversation
     from emloc_core.family import Family
     from emloc_core.memory.plan import MemoryPlan
 
 Name = str | PathLike[str]
+OnProgress = Callable[[ProgressEvent], Any]
 
-
-def _no_progress(_what: str, _done: int, _total: int, /) -> None:
-    pass
+#: Stages whose trainer shows a bar of its own.
+_WITH_A_BAR = {"train", "polish"}
 
 
 def compress(
@@ -40,13 +60,13 @@ def compress(
     output: Name,
     *,
     memory: str | None = None,
-    tuning: Mapping[str, Any] | None = None,
+    tuning: TrainKwargs | None = None,
     exclude: Iterable[Name] = (),
     split: str = "train",
     keep_spectra: Name | None = None,
     device: str = "auto",
-    progress: Progress = _no_progress,
-    **settings: Any,
+    progress: OnProgress | None = None,
+    **settings: Unpack[CompressKwargs],
 ) -> Result:
     """Make an emulator of a model: stage 1 (paper, section 3.2).
 
@@ -61,7 +81,7 @@ def compress(
         split: split of a saved or hub dataset.
         keep_spectra: directory to keep spectra in, from which :func:`cut` makes other ratios.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
-        progress: called with a block's path, the number done, and the total.
+        progress: called after every block.
         settings: see :class:`~emloc_core.settings.CompressSettings`: ``ratio``, ``samples``, ...
 
     Raises:
@@ -74,7 +94,12 @@ def compress(
 
 
 def cut(
-    spectra: Name, output: Name, *, base: Name | None = None, progress: Progress = _no_progress, **settings: Any
+    spectra: Name,
+    output: Name,
+    *,
+    base: Name | None = None,
+    progress: OnProgress | None = None,
+    **settings: Unpack[CutKwargs],
 ) -> Result:
     """Cut an emulator of any ratio from spectra, without calibrating again.
 
@@ -82,7 +107,7 @@ def cut(
         spectra: directory that :func:`compress` kept spectra in.
         output: directory of the emulator.
         base: the model that they were made from; by default the one that they name.
-        progress: called with a block's path, the number done, and the total.
+        progress: called after every block.
         settings: see :class:`~emloc_core.settings.CutSettings`: ``ratio``, ``allocator``.
 
     Raises:
@@ -91,7 +116,7 @@ def cut(
     return _perform(make_request("cut", settings, spectra=spectra, output=output, base=base), progress)
 
 
-def train(
+def train(  # noqa: PLR0913 - all by keyword
     model: Name,
     data: Rows,
     output: Name,
@@ -99,10 +124,12 @@ def train(
     exclude: Iterable[Name] = (),
     split: str = "train",
     exact: bool = False,
-    limits: Mapping[str, Any] | None = None,
-    evaluation: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    **settings: Any,
+    limits: ExactKwargs | None = None,
+    evaluation: EvalRowsKwargs | None = None,
+    peft_config: "LoraConfig | None" = None,
+    callbacks: Sequence["TrainerCallback"] = (),
+    progress: OnProgress | None = None,
+    **settings: Unpack[TrainAllKwargs],
 ) -> Result:
     """Train a LoRA on an emulator, or on an ordinary model: stage 2.
 
@@ -117,16 +144,21 @@ def train(
         limits: with ``exact``, see :func:`polish`.
         evaluation: rows to evaluate while training, see :class:`~emloc_core.requests.EvalRows`: ``data``, ``split``,
             ``on_base``, ``base``. The best checkpoint is kept.
-        progress: called with the loss, the number of steps done, and the total; by default the trainer shows its bar.
-        settings: see :class:`~emloc_core.settings.TrainSettings`: ``steps``, ``learning_rate``, ``lora_rank``, ...
+        peft_config: the LoRA as PEFT describes it, in place of ``lora_rank`` and the other settings of it.
+        callbacks: of transformers' trainer, which calls them too. They are no part of what the output is made from.
+        progress: called after every optimiser step; by default the trainer shows its bar.
+        settings: see :class:`~emloc_core.settings.TrainSettings`: ``steps``, ``learning_rate``, ``lora_rank``, ...;
+            and any other field of TRL's ``SFTConfig`` or ``DPOConfig``: ``weight_decay``, ``lr_scheduler_type``, ...
 
     Raises:
         EmlocError: the model, the data or the settings cannot be used, or the loss is NaN or infinite.
     """
     content = {"model": model, "data": data, "output": output, "exclude": tuple(exclude), "split": split}
     more = {"exact": exact, "limits": dict(limits or {}), "evaluation": dict(evaluation or {})}
-    request = make_request("train", settings, **content, **more)
-    return _perform(request, progress)
+    given = _with_extra(settings)
+    if peft_config is not None:
+        given = _with_lora(given, peft_config)
+    return _perform(make_request("train", given, **content, **more), progress, callbacks)
 
 
 def correct(
@@ -137,8 +169,8 @@ def correct(
     emulator: Name | None = None,
     selection_data: Name | None = None,
     device: str = "auto",
-    progress: Progress = _no_progress,
-    **settings: Any,
+    progress: OnProgress | None = None,
+    **settings: Unpack[CorrectKwargs],
 ) -> Result:
     """Correct a LoRA that was trained on an emulator, for use on the base: stage 3 (paper, section 3.3).
 
@@ -149,7 +181,7 @@ def correct(
         emulator: directory of the emulator; by default the one that the adapter names.
         selection_data: file with rows to choose the clamp on; by default those that the emulator keeps.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
-        progress: called with a Linear's path, the number done, and the total.
+        progress: called after every Linear.
         settings: see :class:`~emloc_core.settings.CorrectSettings`: ``clamp``, ``correction``.
 
     Raises:
@@ -174,10 +206,11 @@ def polish(
     base: Name | None = None,
     exclude: Iterable[Name] = (),
     split: str = "train",
-    limits: Mapping[str, Any] | None = None,
-    evaluation: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    **settings: Any,
+    limits: ExactKwargs | None = None,
+    evaluation: EvalRowsKwargs | None = None,
+    callbacks: Sequence["TrainerCallback"] = (),
+    progress: OnProgress | None = None,
+    **settings: Unpack[PolishAllKwargs],
 ) -> Result:
     """Train an adapter for a few exact steps on the base itself, in the memory of a few blocks.
 
@@ -190,8 +223,10 @@ def polish(
         split: split of a saved or hub dataset.
         limits: see :class:`~emloc_core.settings.ExactSettings`: ``memory``, ``park``.
         evaluation: rows to evaluate while training, see :func:`train`: ``data`` and ``split``.
-        progress: called with the loss, the number of steps done, and the total; by default the trainer shows its bar.
-        settings: see :class:`~emloc_core.settings.PolishSettings`: ``steps``, ``learning_rate``, ``batch_size``, ...
+        callbacks: of transformers' trainer, see :func:`train`.
+        progress: called after every optimiser step; by default the trainer shows its bar.
+        settings: see :class:`~emloc_core.settings.PolishSettings`: ``steps``, ``learning_rate``, ``batch_size``, ...;
+            and any other field of TRL's ``SFTConfig``.
 
     Raises:
         EmlocError: the adapter does not belong to the base, the data or settings cannot be used, or the base changed
@@ -207,7 +242,7 @@ def polish(
         "limits": dict(limits or {}),
         "evaluation": dict(evaluation or {}),
     }
-    return _perform(make_request("polish", settings, **content), progress)
+    return _perform(make_request("polish", _with_extra(settings), **content), progress, callbacks)
 
 
 def merge(
@@ -216,7 +251,7 @@ def merge(
     *,
     base: Name | None = None,
     allow_uncorrected: bool = False,
-    progress: Progress = _no_progress,
+    progress: OnProgress | None = None,
 ) -> Result:
     """Merge an adapter into its base: an ordinary checkpoint of the original architecture.
 
@@ -225,7 +260,7 @@ def merge(
         output: directory of the checkpoint.
         base: the model that the adapter belongs to; by default the one that it names.
         allow_uncorrected: merge an adapter that was trained on an emulator without correcting it.
-        progress: called with a shard's name, the number done, and the total.
+        progress: called after every shard.
 
     Raises:
         EmlocError: the adapter does not belong to the base, or cannot be merged into it.
@@ -240,8 +275,8 @@ def export(
     *,
     base: Name | None = None,
     allow_uncorrected: bool = False,
-    progress: Progress = _no_progress,
-    **settings: Any,
+    progress: OnProgress | None = None,
+    **settings: Unpack[ExportKwargs],
 ) -> Result:
     """Write an adapter or a model as servers take it.
 
@@ -250,7 +285,7 @@ def export(
         output: directory of the export.
         base: of an adapter: the model that it is for; by default the one that it names.
         allow_uncorrected: export an adapter that was trained on an emulator without correcting it.
-        progress: not called.
+        progress: not called: nothing is written while an export is made.
         settings: see :class:`~emloc_core.settings.ExportSettings`: ``gguf``, ``dtype``.
 
     Raises:
@@ -260,27 +295,36 @@ def export(
     return _perform(make_request("export", settings, **content), progress)
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - all by keyword
     tasks: Name | Sequence[Name],
     output: Name,
     *,
-    systems: Mapping[str, Name | tuple[Name, Name]] | None = None,
     base: Name | None = None,
-    progress: Progress = _no_progress,
-    **options: Any,
+    emulator: Name | None = None,
+    adapter: Name | None = None,
+    corrected: Name | None = None,
+    polished: Name | None = None,
+    merged: Name | None = None,
+    full_lora: Name | None = None,
+    systems: Mapping[str, Name | tuple[Name, Name]] | None = None,
+    progress: OnProgress | None = None,
+    **settings: Unpack[EvaluateKwargs],
 ) -> Result:
     """Compare models and adapters on the same tasks with lm-eval, each in its own process.
 
     Args:
         tasks: task files of lm-eval, or names of its bundled tasks.
         output: directory of the results.
-        systems: further systems by name: a model, or a pair of a model and an adapter.
         base: the base model.
-        progress: called with a system's name, the number done, and the total.
-        options: ``emulator``, ``adapter``, ``corrected``, ``polished``, ``merged``, ``full_lora``: outputs of
-            :func:`compress`, :func:`train`, :func:`correct`, :func:`polish`, :func:`merge`, and a LoRA that was trained
-            on the base itself; ``limit``, ``batch_size``, ``chat``, ``seed``: see
-            :class:`~emloc_core.requests.EvaluateRequest`.
+        emulator: output of :func:`compress`.
+        adapter: output of :func:`train`.
+        corrected: output of :func:`correct`.
+        polished: output of :func:`polish`.
+        merged: output of :func:`merge`.
+        full_lora: a LoRA that was trained on the base itself.
+        systems: further systems by name: a model, or a pair of a model and an adapter.
+        progress: called before every system, and at the end.
+        settings: ``limit``, ``batch_size``, ``chat``, ``seed``: see :class:`~emloc_core.requests.EvaluateRequest`.
 
     Raises:
         EmlocError: the systems, tasks, data or output directory cannot be used.
@@ -288,40 +332,57 @@ def evaluate(
     from emloc_core.evaluation.evaluate import canonical_systems
 
     names = [tasks] if isinstance(tasks, str | PathLike) else list(tasks)
-    made: dict[str, Any] = {name: _optional(options.pop(name, None)) for name in ("emulator", "merged")}
-    made |= {name: _path(options.pop(name, None)) for name in ("adapter", "corrected", "polished", "full_lora")}
-    known = canonical_systems(_optional(base), **made)
+    known = canonical_systems(
+        _optional(base),
+        emulator=_optional(emulator),
+        adapter=_path(adapter),
+        corrected=_path(corrected),
+        polished=_path(polished),
+        merged=_optional(merged),
+        full_lora=_path(full_lora),
+    )
     others = [_system(name, value) for name, value in (systems or {}).items()]
     request = make_request(
-        "eval", tasks=tuple(fspath(task) for task in names), output=output, systems=(*known, *others), **options
+        "eval", tasks=tuple(fspath(task) for task in names), output=output, systems=(*known, *others), **settings
     )
     return _perform(request, progress)
 
 
-def chat(model: Name, adapter: Name | None = None, **settings: Any) -> "Conversation":
+def chat(
+    model: Name,
+    adapter: Name | None = None,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float | None = None,
+    seed: int | None = None,
+) -> "Conversation":
     """Load a model, with an adapter if one is given, to talk to: ``chat(merged).say("Hello")`` returns the answer.
 
     Args:
         model: a model or an emulator, or an adapter, which names its model.
         adapter: a LoRA for the model.
-        settings: see :class:`~emloc_core.conversation.Conversation`: ``system``, ``max_new_tokens``, ``temperature``,
-            ``seed``.
+        system: text of a system message.
+        max_new_tokens: most tokens per answer.
+        temperature: 0 always takes the likeliest token; None leaves it to the model's own generation config.
+        seed: seed of an answer's sampling; None draws another answer each time.
 
     Raises:
         EmlocError: the model, its tokenizer or the adapter cannot be loaded, or they do not fit each other.
     """
     from emloc_core.conversation import open_conversation
 
+    settings = {"system": system, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     return open_conversation(fspath(model), _path(adapter), **settings)
 
 
-def convert_layout(source: Name, output: Name, *, progress: Progress = _no_progress) -> Result:
+def convert_layout(source: Name, output: Name, *, progress: OnProgress | None = None) -> Result:
     """Convert a checkpoint with another layout to the one of transformers' own classes: ``emloc import``.
 
     Args:
         source: directory or hub id, in a layout that an installed plugin reads.
         output: directory of the checkpoint.
-        progress: called with a shard's name, the number done, and the total.
+        progress: called after every shard.
 
     Raises:
         EmlocError: no layout reads the source, or it is damaged.
@@ -342,7 +403,7 @@ def plan(  # noqa: PLR0913 - all by keyword
     image_size: str | None = None,
     device: str = "cuda",
     measure: bool = False,
-    **settings: Any,
+    **settings: Unpack[PlanKwargs],
 ) -> "MemoryPlan":
     """Plan the memory of every stage from the config alone, and compare the ways to tune. Loads no weights.
 
@@ -409,12 +470,13 @@ def push(
     return push(directory, repository, private=private, with_rows=with_rows, base=base)
 
 
-def run(recipe: Name, **overrides: Any) -> dict[str, Any]:
+def run(recipe: Name, **sections: Unpack[RecipeKwargs]) -> dict[str, Any]:
     """Run all stages of a recipe, each in its own process.
 
     Args:
         recipe: a TOML file.
-        overrides: values to use instead of the recipe's, as ``section__key=value``: ``train__steps=100``.
+        sections: values to use instead of the recipe's: ``train={"steps": 100}``, ``merge=False``. Paths are relative
+            to the recipe.
 
     Returns:
         The content of ``results.json``.
@@ -424,7 +486,7 @@ def run(recipe: Name, **overrides: Any) -> dict[str, Any]:
     """
     from emloc_core.recipe.run import run_recipe
 
-    return run_recipe(Path(recipe), [f"{name.replace('__', '.')}={value}" for name, value in overrides.items()])
+    return run_recipe(Path(recipe), sections)
 
 
 def load_family(model: Name) -> "Family":
@@ -439,15 +501,44 @@ def load_family(model: Name) -> "Family":
     return plugin_manager().family_for(read_config_json(find_config(fspath(model))))
 
 
-def _perform(request: Request, progress: Progress | None) -> Result:
+def _perform(request: Request, progress: OnProgress | None, callbacks: Sequence["TrainerCallback"] = ()) -> Result:
     from emloc_core.stages import finish, prepare, warnings_of
 
     settle()
-    job = prepare(request)
-    for text in warnings_of(job):
-        warnings.warn(text, stacklevel=3)
-    result = finish(request.stage, job, progress)
+    with quiet() if progress else nullcontext():
+        job: Any = prepare(request)
+        for text in warnings_of(job):
+            warnings.warn(text, stacklevel=3)
+        if callbacks:
+            job.callbacks = tuple(callbacks)
+        if progress:
+            result = finish(request.stage, job, Reporter(request.stage, request.output, progress))
+        elif request.stage in _WITH_A_BAR:
+            result = finish(request.stage, job, None)
+        else:
+            result = finish(request.stage, job)
     return result if result is not None else Result(request.output)
+
+
+def _with_extra(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the fields of the trainer's config where the request has them."""
+    fields = {name: value for name, value in settings.items() if name in TrainerFields.__annotations__}
+    own = {name: value for name, value in settings.items() if name not in fields}
+    return {**own, "extra": {**own.get("extra", {}), **fields}} if fields else own
+
+
+def _with_lora(settings: Mapping[str, Any], config: "LoraConfig") -> dict[str, Any]:
+    """Return settings with those that PEFT's config says.
+
+    Raises:
+        EmlocError: the config says something that is no setting, or that is given as a setting too.
+    """
+    from emloc_core.tuning.trl import lora_settings
+
+    found = lora_settings(config)
+    if both := sorted(found.keys() & settings.keys()):
+        raise EmlocError(f"peft_config says {', '.join(both)} too.", "Give it once.")
+    return {**settings, **found}
 
 
 def _optional(place: Name | None) -> str | None:

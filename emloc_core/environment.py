@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 #: Threads of OpenMP that spin while they wait for work starve a second core: 20 s against 5 s under load. A short spin
 #: first: without it an eigendecomposition took twice as long on two idle cores (0.61 s, not 0.30 s).
@@ -14,6 +16,12 @@ VARIABLES = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+#: Libraries that log to stderr.
+LOGGERS = ("transformers", "datasets", "huggingface_hub", "trl", "peft", "accelerate", "torch", "bitsandbytes")
+
+logging.getLogger("emloc").addHandler(logging.NullHandler())  # a program that embeds EMLoC decides what is shown
 
 
 def settle() -> None:
@@ -28,3 +36,48 @@ def hush_libraries() -> None:
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     # On some processors it asks for a package that fetches compiled code.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep libraries from writing to stdout and stderr: bars are off, warnings go to the logger ``emloc.warnings``."""
+    from datasets.utils import logging as datasets_logging
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging as transformers_logging
+
+    shown = (
+        (transformers_logging.is_progress_bar_enabled(), transformers_logging),
+        (datasets_logging.is_progress_bar_enabled(), datasets_logging),
+    )
+    hub_bars = not hub.are_progress_bars_disabled()
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    last_resort, logging.lastResort = logging.lastResort, logging.NullHandler()  # of a program that set up no logging
+    hub.disable_progress_bars()
+    for _, library in shown:
+        library.disable_progress_bar()
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _log_warning
+            yield
+    finally:
+        logging.lastResort = last_resort
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for was_on, library in shown:
+            if was_on:
+                library.enable_progress_bar()
+        if hub_bars:
+            hub.enable_progress_bars()
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,  # noqa: ARG001 - these two are part of the signature
+    line: str | None = None,  # noqa: ARG001
+) -> None:
+    logging.getLogger("emloc.warnings").warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)

@@ -26,7 +26,12 @@ _LOSS: Any = Field("last", description="Answers of a conversation that count in 
 
 
 #: A split of a dataset by name, or a share of it: a number, or a number as text.
-SplitOrShare = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, float) else value)]
+SplitOrShare = Annotated[
+    str,
+    BeforeValidator(
+        lambda value: str(value) if isinstance(value, float) else value, json_schema_input_type=str | float
+    ),
+]
 
 
 class Settings(BaseModel):
@@ -174,7 +179,7 @@ class TrainSettings(StepSettings):
         """Whether a chosen answer is learned to be preferred to a rejected one."""
         return self.objective == "dpo"
 
-    @field_validator("target_modules", mode="before")
+    @field_validator("target_modules", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod
     def _between_commas(cls, value: Any) -> Any:
         given = [value] if isinstance(value, str) else value

@@ -1,5 +1,6 @@
 """Runs a stage, from its request to its finished output. Every caller goes through here."""
 
+import logging
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +23,13 @@ _MODULES = {
 }
 
 
-class Progress(Protocol):
-    """Reports progress: the item just done, the number done, and the total."""
+_LOGGER = logging.getLogger("emloc.stages")
 
-    def __call__(self, what: str, done: int, total: int, /) -> None:
+
+class Progress(Protocol):
+    """Reports progress: the item just done, the number done, the total, and for optimiser steps the loss."""
+
+    def __call__(self, what: str, done: int, total: int, loss: float | None = None, /) -> None:
         """Report an item."""
 
 
@@ -74,6 +78,7 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
     Raises:
         EmlocError: the stage failed. If the error is resumable, the same request resumes.
     """
+    _LOGGER.info("%s starts", stage)
     try:
         directory = job.run(progress)
     except Exception as error:
@@ -89,6 +94,7 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
     if not getattr(job, "is_main_process", True):
         return None
     result = Result(directory)
+    _LOGGER.info("%s is done: %s", stage, directory)
     from emloc_core.plugins.manager import plugin_manager
 
     plugin_manager().notify("emloc_stage_done", stage=stage, output=directory, manifest=result.manifest)

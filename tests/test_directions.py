@@ -6,8 +6,8 @@ from support.paths import ROOT
 
 #: Import layers, from what everything may import to what nothing may. Those in one layer do not import each other.
 FLOORS = [
-    ["environment", "errors", "family", "lifetime"],
-    ["units", "settings", "layout", "algorithms", "process"],
+    ["environment", "errors", "family", "keywords", "lifetime"],
+    ["units", "trainer_fields", "settings", "layout", "algorithms", "process"],
     ["experts", "quantised"],
     ["lowrank"],
     ["autoload"],
@@ -19,7 +19,7 @@ FLOORS = [
     ["tuning", "serving"],
     ["memory"],
     ["evaluation"],
-    ["result", "conversation"],
+    ["result", "conversation", "progress"],
     ["stages"],
     ["registry"],
     ["recipe"],

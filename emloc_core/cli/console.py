@@ -3,16 +3,20 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from emloc_core.cli.verbosity import Verbosity, verbosity
 from emloc_core.files.meter import peak_memory
+from emloc_core.progress import Pace
 from emloc_core.result import Result
 from emloc_core.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from emloc_core.stages import Progress as Advance
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 dry_run = click.option(
@@ -25,10 +29,10 @@ push = click.option("--push", metavar="REPO", help="Then upload the output to th
 
 
 @contextmanager
-def progress(description: str, every: float = 10.0) -> Iterator[Callable[[str, int, int], None]]:
+def progress(description: str, every: float = 10.0) -> Iterator["Advance"]:
     """Show progress on stderr: a bar on a terminal, elsewhere a line at most ``every`` seconds.
 
-    Yields a function of (what was done, number done, total). Quiet shows nothing, verbose a line for every item.
+    Yields a function of (what was done, number done, total, loss). Quiet shows nothing, verbose a line for every item.
     """
     if verbosity() is Verbosity.QUIET:
         yield lambda *_: None
@@ -56,7 +60,7 @@ def working(description: str) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
+def _bar(description: str) -> Iterator["Advance"]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -72,7 +76,7 @@ def _bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(description, total=None, what="")
 
-        def advance(what: str, done: int, total: int) -> None:
+        def advance(what: str, done: int, total: int, _loss: float | None = None, /) -> None:
             bar.update(task, completed=done, total=total, what=what)
 
         yield advance
@@ -84,17 +88,16 @@ class _Lines:
     def __init__(self, description: str, every: float) -> None:
         self._description, self._every = description, every
         self._start = self._last = time.monotonic()
-        self._first: int | None = None  # done when this run began, which may have resumed
+        self._pace = Pace()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, _loss: float | None = None, /) -> None:
         now = time.monotonic()
-        if self._first is None:
-            self._first = done - 1
+        took = now - self._start
+        rest = self._pace.left(took, done, total)
         if now - self._last < self._every and done < total:
             return
         self._last = now
-        took, here = now - self._start, done - self._first
-        left = f", about {human_seconds(took / here * (total - done))} left" if done < total and here > 0 else ""
+        left = f", about {human_seconds(rest)} left" if done < total and rest is not None else ""
         click.echo(f"{self._description}: {done} of {total} ({what}), {human_seconds(took)}{left}", err=True)
 
 

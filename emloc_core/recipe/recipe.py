@@ -2,7 +2,8 @@
 
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,24 +159,35 @@ class Recipe(Settings):
         return self
 
 
-def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
         path: a TOML file.
-        overrides: ``section.key=value``, the value in TOML or plain text.
+        overrides: ``section.key=value``, the value in TOML or plain text; or sections with the values of their keys.
 
     Raises:
         EmlocError: the file cannot be read, or settings are wrong; names all of them.
     """
     content = read_toml(path, "recipe")
-    for override in overrides:
-        _apply(content, override)
+    if isinstance(overrides, Mapping):
+        _merge(content, overrides)
+    else:
+        for override in overrides:
+            _apply(content, override)
     try:
         recipe = Recipe(**content)
     except ValidationError as error:
         raise EmlocError(f"{path}: {explain(error, Recipe)}", "Correct these settings.") from None
     return _absolute(recipe, path.resolve().parent)
+
+
+def _merge(content: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for name, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(content.get(name), dict):
+            _merge(content[name], value)
+        else:
+            content[name] = fspath(value) if isinstance(value, PathLike) else value
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

@@ -3,7 +3,7 @@
 A stage whose output already exists, made from the same inputs, is skipped; an interrupted one resumes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,16 @@ _LOSSES = {"loss": "", "eval_loss": ", held-out rows", "eval_base_loss": ", held
 
 
 def run_recipe(
-    path: Path, overrides: Iterable[str] = (), announce: Callable[[int, int, Stage], None] = lambda *_: None
+    path: Path,
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    announce: Callable[[int, int, Stage], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Run all stages of the recipe at ``path``; return the results of :func:`summarise`.
+
+    Args:
+        path: a TOML file.
+        overrides: see :func:`emloc_core.recipe.recipe.load_recipe`.
+        announce: called before each stage, with its index and the number of stages.
 
     Raises:
         EmlocError: the recipe is wrong, or a stage failed; names it. Earlier stages are kept.

@@ -8,7 +8,7 @@ publishes the directory; the others write their part of the checkpoints into it.
 import atexit
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, ProcessorMixin, TrainingArguments
-from transformers.trainer_callback import TrainerState
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, TrainingArguments
+from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from emloc_core.adapters.adapter import content_hash
 from emloc_core.adapters.moments import copy_moments, write_moments
@@ -50,7 +50,7 @@ from emloc_core.tuning.trainer import (
     LoraSteps,
     LoraTrainer,
     PreferenceTrainer,
-    Report,
+    Progress,
     balance_no_experts,
     refusing,
 )
@@ -84,6 +84,8 @@ class Train:
     start: Path | None = None
     #: The learning rate that its second moments are from, if it has any.
     tuned_at: float | None = None
+    #: The caller's own, which the trainer calls too; they are no part of the request.
+    callbacks: Sequence[TrainerCallback] = ()
 
     def __init__(
         self,
@@ -191,11 +193,12 @@ class Train:
                 **fixed,
             )
 
-    def run(self, progress: Callable[[str, int, int], None] | None = None) -> Path:
+    def run(self, progress: Progress | None = None) -> Path:
         """Train, or resume an interrupted run.
 
         Args:
-            progress: called with the loss, the number of steps done, and the total; None: the trainer shows its bar.
+            progress: called with the loss as text, the number of steps done, the total, and the loss; None: the
+                trainer shows its bar.
 
         Raises:
             EmlocError: the settings conflict, the loss is NaN or Inf, or memory runs out.
@@ -272,9 +275,7 @@ class Train:
         if isinstance(processing[0], ProcessorMixin):  # the collator makes all inputs of the model
             config.remove_unused_columns = False
         trainer = self._trainer(config, dataset, processing[0])
-        if self._progress is not None:
-            trainer.remove_callback(PrinterCallback)  # it prints every entry of the log as a dict
-            trainer.add_callback(Report(self._progress))
+        trainer.follow(self._progress, self.callbacks)
         if self.eval_rows and (held_out := self._held_out(config)):
             trainer.base_loss = held_out
         trainer.lora.peft_config["default"].base_model_name_or_path = str(self.model.directory.absolute())

@@ -1,6 +1,6 @@
 """TRL's trainer for a LoRA: resumes to the same log, evaluates the base too, and stops at a loss that is not finite."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.trainer_callback import TrainerState
 from trl import DPOTrainer, SFTTrainer
 
@@ -18,6 +25,8 @@ from emloc_core.tuning.trl import counted_tokens_alone
 
 SETTINGS = "The training settings do not work"
 DIVERGED = "Lower the learning rate, or train without bf16."
+#: Called with the loss as text, the number of steps done, the total, and the loss, or None before the log's first.
+Progress = Callable[[str, int, int, float | None], None]
 _PENDING = "loss_since"  # in a checkpoint's log: the loss summed since its last entry
 
 
@@ -40,6 +49,14 @@ class LoraSteps(Trainer):
         """The model."""
         assert isinstance(self.model, PeftModel)
         return self.model
+
+    def follow(self, progress: Progress | None, callbacks: Sequence[TrainerCallback]) -> None:
+        """Report every step to ``progress``, in place of the trainer's own output, and add the caller's callbacks."""
+        if progress is not None:
+            self.remove_callback(PrinterCallback)  # it prints every entry of the log as a dict
+            self.add_callback(_Report(progress))
+        for callback in callbacks:
+            self.add_callback(callback)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train. If it fails, its progress bar is ended, so that the message starts a line of its own."""
@@ -137,22 +154,19 @@ class _BestAtStart(TrainerCallback):
             state.best_metric, state.best_global_step = given["metrics"][args.metric_for_best_model], 0
 
 
-class Report(TrainerCallback):
-    """Reports every step, with the last loss that was logged.
+class _Report(TrainerCallback):
+    """Reports every step, with the last loss that was logged."""
 
-    Args:
-        progress: called with the loss, the number of steps done, and the total.
-    """
-
-    def __init__(self, progress: Callable[[str, int, int], None]) -> None:
+    def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Report a step."""
         if state.is_world_process_zero:
-            loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
-            what = "first steps" if loss is None else f"loss {float(loss):.4f}"
-            self._progress(what, state.global_step, state.max_steps)
+            logged = (float(entry["loss"]) for entry in reversed(state.log_history) if "loss" in entry)
+            loss = next(logged, None)
+            what = "first steps" if loss is None else f"loss {loss:.4f}"
+            self._progress(what, state.global_step, state.max_steps, loss)
 
 
 class _LastStep(TrainerCallback):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from emloc_core.errors import EmlocError, did_you_mean
-from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
+from emloc_core.settings import ALL_LINEAR, DEFAULT_EPOCHS, StepSettings, TrainSettings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -128,6 +128,44 @@ def lora_config(settings: TrainSettings, target_modules: list[str]) -> "LoraConf
         target_modules=list(target_modules),
         task_type="CAUSAL_LM",
     )
+
+
+#: Settings by the field of PEFT's config that they are; what PEFT keeps of itself; and what the stage sets.
+_OF_LORA = {
+    "r": "lora_rank",
+    "lora_alpha": "lora_alpha",
+    "use_rslora": "use_rslora",
+    "lora_dropout": "lora_dropout",
+    "target_modules": "target_modules",
+}
+_NOT_OF_LORA = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version"}
+
+
+def lora_settings(config: "LoraConfig") -> dict[str, Any]:
+    """Return a config of PEFT as settings of :class:`~emloc_core.settings.TrainSettings`.
+
+    Raises:
+        EmlocError: it asks for something that is no setting.
+    """
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        raise EmlocError(f"peft_config is a {type(config).__name__}.", "Give a LoraConfig.")
+    usual, found = LoraConfig(), {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in _OF_LORA:
+            found[_OF_LORA[field.name]] = sorted(value) if isinstance(value, set) else value
+        elif field.name in TrainSettings.model_fields:
+            found[field.name] = value
+        elif field.name not in _NOT_OF_LORA and value != getattr(usual, field.name):
+            raise EmlocError(
+                f"peft_config has {field.name} = {value!r}, which is no setting of `train`.", "Leave it out."
+            )
+    targets = found["target_modules"]
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        raise EmlocError(f"target_modules = {targets!r} is a pattern.", "Give a list of modules, or all-linear.")
+    return found
 
 
 @contextmanager
