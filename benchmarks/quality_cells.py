@@ -18,8 +18,8 @@ _OF_TEXT = {0.11: ("low-rank-nf4", 0.11), 0.17: ("1.6-bit+repair", 0.17), 0.28: 
 RECOMMENDED = dict.fromkeys(TEXTS, _OF_TEXT) | {PICTURES: {**_OF_TEXT, 0.17: ("low-rank-nf4", 0.17)}}
 #: What a recipe tries beside it, by task and memory.
 ALTERNATIVES = {(task, 0.17): ("2.7-bit", 0.17) for task in TEXTS}
-#: What else there is below four bits, and above.
-RIVALS = (("mixed", 0.17), ("2.7-bit", 0.17), ("1.6-bit", 0.11), ("nf4+repair", 0.6))
+#: What else there is below four bits.
+RIVALS = (("2.7-bit", 0.17), ("1.6-bit", 0.11))
 #: From the literature, for text; see ``quality_baselines.py``.
 BASELINES = (
     ("pruned-nf4", 0.17),
@@ -58,12 +58,14 @@ VARIED = {
 }
 #: Those with factors, which are measured without exact steps.
 LOW_RANK = [name for name in VARIANTS if name.startswith("low-rank")]
+#: A kind that gained nothing and is gone; its rows are kept.
+GONE = "nf4+repair"
 #: Bytes of a number, scales included, where a stand-in's memory is given as a ratio.
-BYTES = dict.fromkeys(("low-rank", "nf4+repair", "mixed", "pruned", "depth"), 2.0)
+BYTES = dict.fromkeys(("low-rank", GONE, "pruned", "depth"), 2.0)
 BYTES |= dict.fromkeys(("1.6-bit+repair", "low-rank-nf4", "pruned-nf4"), 4.5 / 8)
 BYTES |= {name: BYTES[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BYTES}
 #: Memory of the rounded weight that a kind keeps beside its factors.
-BESIDE = {"nf4+repair": 0.26, "1.6-bit+repair": 0.105}
+BESIDE = {GONE: 0.26, "1.6-bit+repair": 0.105}
 BESIDE |= {name: BESIDE[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BESIDE}
 FULL, SCRATCH = "full", "exact"
 
@@ -99,7 +101,7 @@ class Cell:
     @property
     def arithmetic(self) -> float:
         """The share of the base's multiplications, in its block Linears, that a forward pass needs."""
-        if self.ratio is None or self.kind == "mixed":
+        if self.ratio is None:
             return 1
         return round(self.ratio + (self.kind in BESIDE), 2)
 

@@ -78,7 +78,7 @@ def largest(kinds: Iterable[MemoryModel], budget: int) -> str:
     """Return the first kind of emulator whose tuning fits a budget, and its largest ratio."""
     for model in kinds:
         if fit := largest_ratio(model, budget):
-            return f"{model.kind.name} {fit.ratio:g}" if model.kind.has_ratio else model.kind.name
+            return f"{model.kind.name} {fit.ratio:g}" if model.kind.has_factors else model.kind.name
     return "-"
 
 

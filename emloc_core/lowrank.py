@@ -20,14 +20,13 @@ from emloc_core.quantised import (
     FewLevelsLinear,
     FourBitLowRankLinear,
     PackedLinear,
-    RepairedLevelsLinear,
     RepairedLinear,
 )
 
 METHOD = "emloc"
-#: Of factors as they are, of factors in four bits, of weights in four bits with a repair, of weights on a few levels,
-#: and of weights on three levels with a repair in four bits. Older readers refuse what they do not know.
-FORMAT_VERSION, FOUR_BITS_VERSION, REPAIRED_VERSION, LEVELS_VERSION, REPAIRED_LEVELS_VERSION = 1, 2, 3, 4, 5
+#: Of factors as they are, of factors in four bits, of weights on a few levels, and of weights on three levels with a
+#: repair in four bits. Older readers refuse what they do not know.
+FORMAT_VERSION, FOUR_BITS_VERSION, LEVELS_VERSION, REPAIRED_VERSION = 1, 2, 3, 4
 
 
 class LowRankLinear(nn.Linear):
@@ -77,14 +76,13 @@ class LowRankLinear(nn.Linear):
         return linear
 
 
-Layer = LowRankLinear | FourBitLowRankLinear | RepairedLinear | FewLevelsLinear | RepairedLevelsLinear
+Layer = LowRankLinear | FourBitLowRankLinear | FewLevelsLinear | RepairedLinear
 #: The class of a Linear's stand-in by the format of what it holds.
 LAYERS: dict[int, type[Layer]] = {
     FORMAT_VERSION: LowRankLinear,
     FOUR_BITS_VERSION: FourBitLowRankLinear,
-    REPAIRED_VERSION: RepairedLinear,
     LEVELS_VERSION: FewLevelsLinear,
-    REPAIRED_LEVELS_VERSION: RepairedLevelsLinear,
+    REPAIRED_VERSION: RepairedLinear,
 }
 
 
@@ -139,7 +137,7 @@ def replace_linear(model: nn.Module, path: str, kind: type[LowRankLinear | Packe
 
 
 #: First parts of the names of a stand-in's tensors.
-_FACTORS = ("weight", "weight_scales", "weight_ranges", "U", "U_scales", "V", "V_scales", "bias")
+_FACTORS = ("weight", "weight_scales", "U", "U_scales", "V", "V_scales", "bias")
 
 
 class EmlocConfig(QuantizationConfigMixin):

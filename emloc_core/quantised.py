@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from emloc_core.algorithms import levels, nf4
 
@@ -130,37 +129,6 @@ class FourBitLinear(PackedLinear):
         return nf4.unpack(self.weight, self._scales(), self.shape, self.dtype)
 
 
-class RepairedLinear(FourBitLinear):
-    """``y = W x + U (V x) + b``: W in four bits beside a low-rank repair of the rounding error.
-
-    ``U`` (out_features, rank) and ``V`` (rank, in_features) have the dtype of the base.
-    """
-
-    U: nn.Parameter
-    V: nn.Parameter
-
-    def parts(self) -> Iterator[Part]:
-        """Yield the packed weight, and both factors of its repair."""
-        yield from super().parts()
-        yield "U", (self.out_features, self.size), self.dtype
-        yield "V", (self.size, self.in_features), self.dtype
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map (..., in_features) to (..., out_features)."""
-        dtype = self.U.dtype  # also where the model was cast after loading
-        found = nf4.product(input, self.weight, self._scales(), self.shape, dtype)
-        return found + functional.linear(functional.linear(input.to(dtype), self.V), self.U, self.bias)
-
-    def extra_repr(self) -> str:
-        """Describe the layer in the model's printout."""
-        return f"{super().extra_repr()} and a repair, rank={self.size}"
-
-    def unpacked(self) -> torch.Tensor:
-        """Return ``W + U V``."""
-        weight = nf4.unpack(self.weight, self._scales(), self.shape, self.U.dtype)
-        return torch.addmm(weight, self.U, self.V)
-
-
 class FewLevelsLinear(PackedLinear):
     """``y = W x + b`` with the weight on a few levels; see :mod:`emloc_core.algorithms.levels`.
 
@@ -194,7 +162,7 @@ class FewLevelsLinear(PackedLinear):
         return levels.unpack(self.weight, self.weight_scales, self.shape, self.levels, self.dtype)
 
 
-class RepairedLevelsLinear(FewLevelsLinear):
+class RepairedLinear(FewLevelsLinear):
     """``y = W x + U (V x) + b``: W on three levels beside a low-rank repair of the rounding error, in four bits."""
 
     LEVELS = 3

@@ -65,9 +65,8 @@ class CompressSettings(CutSettings):
         None,
         gt=0,
         lt=1,
-        description="Fraction of the compressed Linears' parameters to keep, 0.6 by default; with nf4+repair and "
-        "1.6-bit+repair, the size of the factors alone, 0.05 and 0.23 by default; with mixed, the fraction of the "
-        "bytes in 16 bits, 0.14 by default.",
+        description="Fraction of the compressed Linears' parameters to keep, 0.6 by default; with "
+        "1.6-bit+repair, the size of the factors alone, 0.23 by default.",
     )
     allocator: str | None = Field(
         None,
@@ -78,9 +77,8 @@ class CompressSettings(CutSettings):
     kind: str = Field(
         "low-rank",
         description="Kind of emulator: 'low-rank', factors as in the paper; 'nf4', weights in four bits as in QLoRA, "
-        "which have no ratio; 'nf4+repair', weights in four bits with low-rank factors of the rounding error; "
-        "'2.7-bit', '2-bit' and '1.6-bit', weights on six, four and three levels, for when even 'nf4' is too large; "
-        "'mixed', weights on three to sixteen levels, chosen per Linear; '1.6-bit+repair', weights on three levels "
+        "which have no ratio; '2.7-bit' and '1.6-bit', weights on six and three levels, for when even 'nf4' is too "
+        "large; '1.6-bit+repair', weights on three levels "
         "with low-rank factors of the rounding error in four bits; 'low-rank-nf4', factors in four bits; 'auto', the "
         "recommended kind for the memory for tuning, which is the default where that is given. Plugins can add others.",
     )
@@ -98,7 +96,7 @@ class CompressSettings(CutSettings):
         None,
         description="Activations to calibrate on: 'propagated', those of the emulator built so far, which compensates "
         "for earlier errors; 'base', those of the base, as in the paper, which takes less time and memory and is the "
-        "default for nf4+repair, and where spectra are kept or fused experts are compressed; 'none', for nf4 only, "
+        "default where spectra are kept or fused experts are compressed; 'none', for nf4 only, "
         "which rounds the weights without calibration, in seconds.",
     )
     refine: int | None = Field(

@@ -9,12 +9,9 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
-
-from emloc_core.algorithms.levels import LEVELS, level_bytes, lost, most_levels
 
 #: Lowest and highest rank under ``global``, as multiples of the uniform one.
 BOUNDS = (0.5, 2.0)
@@ -104,35 +101,6 @@ def descending(energies: torch.Tensor) -> torch.Tensor:
         runs.append((total, length))
     means = torch.tensor([total / length for total, length in runs], dtype=energies.dtype)
     return means.repeat_interleave(torch.tensor([length for _, length in runs]))
-
-
-def levels_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spectrum] | None = None) -> list[int]:
-    """Return numbers of levels that share one budget of bytes by how much they disturb the blocks.
-
-    Minimises the sum over the Linears of ``sensitivity * lost(levels)`` subject to the bytes that ``ratio`` of 16 bits
-    a number are. What a byte gains falls from step to step, so that taking steps in that order is the Lagrangian
-    optimum, short of less than one step. Without spectra, all numbers count the same.
-    """
-    steps = sorted(LEVELS)
-    found = [most_levels(level_bytes(steps[0], shape), shape) for shape in shapes]
-    left = int(ratio * sum(2 * m * n for m, n in shapes)) - sum(map(level_bytes, found, shapes))
-
-    def offer(index: int) -> tuple[float, int, int]:
-        """Return what a Linear's next step saves per byte, negative, whose it is, and its bytes."""
-        after = steps[steps.index(found[index]) + 1]
-        cost = level_bytes(after, shapes[index]) - level_bytes(found[index], shapes[index])
-        weight = spectra[index].sensitivity if spectra else math.prod(shapes[index])
-        return -weight * (lost(found[index]) - lost(after)) / cost, index, cost
-
-    offers = [offer(index) for index in range(len(shapes)) if found[index] < steps[-1]]
-    heapify(offers)
-    while offers and offers[0][2] <= left:
-        _, index, cost = heappop(offers)
-        taken = level_bytes(found[index], shapes[index]) + cost
-        found[index], left = most_levels(taken, shapes[index]), left - cost
-        if found[index] < steps[-1]:
-            heappush(offers, offer(index))
-    return found
 
 
 def spend(

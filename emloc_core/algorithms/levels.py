@@ -2,12 +2,10 @@
 
 The levels are those that normally distributed numbers are best rounded to (Max, 1960, "Quantizing for minimum
 distortion"; Lloyd, 1982), times a scale that :data:`GROUP` neighbours in a row share. Codes are the digits of a byte:
-five of three levels (1.6 bits), four of four (2), three of six (2.7), two of sixteen (4).
+five of three levels (1.6 bits), three of six (2.7).
 """
 
-import math
 from functools import lru_cache, partial
-from itertools import pairwise
 
 import torch
 from torch.nn import functional
@@ -18,11 +16,8 @@ from emloc_core.algorithms.feedback import DAMPING, PASSES, damped, descended, w
 #: The levels of a standard normal distribution, by how many there are.
 LEVELS = {
     3: (-1.2240, 0.0, 1.2240),
-    4: (-1.5104, -0.4528, 0.4528, 1.5104),
     6: (-1.8936, -1.0001, -0.3177, 0.3177, 1.0001, 1.8936),
-    16: (-2.7326, -2.0690, -1.6181, -1.2562, -0.9424, -0.6568, -0.3881, -0.1284,
-         0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
-}  # fmt: skip
+}
 #: Numbers of a row that share a scale, which is in bf16.
 GROUP = 256
 #: Damping by the number of levels, where not :data:`DAMPING`. Feedback moves errors to where calibration rows have
@@ -49,24 +44,6 @@ def level_bytes(levels: int, shape: tuple[int, int]) -> int:
     """Return the bytes of a packed matrix of this shape: its codes, and two for every scale."""
     codes, scales = sizes(levels, *shape)
     return codes + 2 * scales
-
-
-def most_levels(nbytes: int, shape: tuple[int, int]) -> int:
-    """Return how many levels a matrix of this shape can have in so many bytes; with few numbers, several have one size.
-
-    Raises:
-        StopIteration: no number of levels takes so many bytes.
-    """
-    return next(levels for levels in sorted(LEVELS, reverse=True) if level_bytes(levels, shape) == nbytes)
-
-
-@lru_cache
-def lost(levels: int) -> float:
-    """Return the share of their mean square that normally distributed numbers lose to rounding."""
-    values = LEVELS[levels]
-    ends = [-math.inf, *((a + b) / 2 for a, b in pairwise(values)), math.inf]
-    below = [(1 + math.erf(end / math.sqrt(2))) / 2 for end in ends]
-    return 1 - sum((after - before) * value**2 for value, (before, after) in zip(values, pairwise(below), strict=True))
 
 
 def rounded(

@@ -146,7 +146,7 @@ class TinyModel(Subject):
     def emulator(self) -> Path:
         """The emulator, from the samples with images too."""
         kind: Kind = plugin_manager().algorithm("emulators", self.kind)()
-        size = {"ratio": min(RATIO, kind.largest_ratio)} if kind.has_ratio else {}
+        size = {"ratio": min(RATIO, kind.largest_ratio)} if kind.has_factors else {}
         settings = CompressSettings(kind=self.kind, samples=1, selection=0, **size)
         stage = Compress(self.base, text_rows(self.samples), self.directory / "emulator", settings)
         stage.samples = list(self.samples)

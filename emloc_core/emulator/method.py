@@ -38,7 +38,7 @@ class Method:
     Attributes:
         kind: of the emulator.
         settings: those of the user, completed.
-        allocate: shares out ranks, or what takes their place.
+        allocate: shares out ranks.
         linears: the Linears and experts of the model, without ranks; dense are those that this way is not for.
     """
 
@@ -50,7 +50,7 @@ class Method:
     @property
     def by_spectra(self) -> bool:
         """Whether a first pass decomposes the model, since ranks are known only then."""
-        return self.kind.has_ratio and wants_spectra(self.allocate)
+        return self.kind.has_factors and wants_spectra(self.allocate)
 
     @property
     def is_cut(self) -> bool:
@@ -89,7 +89,7 @@ def method_of(
     refine = kind.refine if settings.refine is None and calibration == "propagated" else settings.refine
     allocator = settings.allocator or (kind.allocator if calibration == "propagated" else UNIFORM)
     samples = settings.samples or usual_samples(kind, rows)
-    ratio = settings.ratio or (kind.ratio if kind.has_ratio else None)
+    ratio = settings.ratio or (kind.ratio if kind.has_factors else None)
     found = {
         "ratio": ratio,
         "samples": samples,
@@ -98,7 +98,7 @@ def method_of(
         "refine": refine or 0,
     }
     completed = CompletedSettings(**settings.model_dump() | found)
-    allocate = kind.allocate or plugin_manager().algorithm("rank_allocators", allocator)
+    allocate = plugin_manager().algorithm("rank_allocators", allocator)
     method = Method(kind, completed, allocate, linears)
     if calibration == "propagated":
         return replace(method, linears=linears.without_experts("error-propagating calibration is for Linears alone"))

@@ -210,7 +210,7 @@ def allocated(
     Args:
         plan: its candidates get ranks.
         ratio: fraction of their parameters to keep, in (0, 1); None where the kind has no ratio.
-        allocate: rank allocator, for kinds without one of their own; see :mod:`emloc_core.algorithms.allocation`.
+        allocate: rank allocator; see :mod:`emloc_core.algorithms.allocation`.
         spectrum: returns a Linear's spectrum, for an allocator that needs it.
         name: name of the allocator, for messages.
         kind: of emulator; None: factors alone.
@@ -218,11 +218,9 @@ def allocated(
     Raises:
         EmlocError: the ratio is out of range, or the allocator's ranks are invalid or save nothing.
     """
-    if kind is not None and not kind.has_ratio:
+    if kind is not None and not kind.has_factors:
         return plan.at_full_rank()
     ratio = require_ratio(ratio)
-    if kind is not None and kind.allocate is not None:
-        allocate, name = kind.allocate, kind.name
     linears = plan.candidates
     if not linears:
         return plan

@@ -6,9 +6,9 @@ many bytes it takes. Everything else (streaming, resuming, training, correction,
 
 from emloc_core.kinds.factors import FourBitLowRank, LowRank
 from emloc_core.kinds.kind import Factorize, Kind, Movable, Pair
-from emloc_core.kinds.levels import FewLevels, FourLevels, MixedLevels, SixLevels, ThreeLevels
+from emloc_core.kinds.levels import FewLevels, SixLevels, ThreeLevels
 from emloc_core.kinds.nf4 import NF4
-from emloc_core.kinds.repair import RepairedNF4, RepairedThreeLevels
+from emloc_core.kinds.repair import RepairedThreeLevels
 
 __all__ = [
     "NF4",
@@ -17,13 +17,10 @@ __all__ = [
     "Factorize",
     "FewLevels",
     "FourBitLowRank",
-    "FourLevels",
     "Kind",
     "LowRank",
-    "MixedLevels",
     "Movable",
     "Pair",
-    "RepairedNF4",
     "RepairedThreeLevels",
     "SixLevels",
     "ThreeLevels",

@@ -1,7 +1,7 @@
 """The contract that every kind of emulator fulfils."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -42,9 +42,8 @@ class Kind(ABC):
     Attributes:
         name: of the kind.
         taps_inputs: whether factors are fitted to the Gram of the inputs, even where that of the outputs is smaller.
-        has_factors: whether a Linear becomes factors of some rank, alone or beside its weight.
-        has_ratio: whether its size can be chosen. If not, the settings of sizes mean nothing.
-        allocate: shares out what takes the place of ranks; None: the rank allocator that the user chooses.
+        has_factors: whether a Linear becomes factors of some rank, alone or beside its weight. If not, the kind has one
+            size, and the settings of sizes mean nothing.
         keeps_weight: whether a Linear keeps its weight, rounded: alone, or beside its factors.
         needs_bitsandbytes: whether that package packs and unpacks it.
         ratio: the size where the user does not say.
@@ -64,8 +63,6 @@ class Kind(ABC):
     name: str
     taps_inputs: bool = False
     has_factors: bool = True
-    has_ratio: bool = True
-    allocate: Callable[..., Sequence[int]] | None = None
     keeps_weight: bool = False
     needs_bitsandbytes: bool = False
     ratio: float = 0.6
@@ -91,7 +88,7 @@ class Kind(ABC):
             EmlocError: names them.
         """
         defaults = CompressSettings()
-        unknown = () if self.has_ratio else _OF_RATIO
+        unknown = () if self.has_factors else _OF_RATIO
         if given := [name for name in unknown if getattr(settings, name) != getattr(defaults, name)]:
             raise EmlocError(
                 f"An emulator of the kind {self.name!r} has no {', '.join(given)}.",

@@ -1,4 +1,4 @@
-"""Kinds whose stand-in is the weight itself, on a few levels: at most four bits."""
+"""Kinds whose stand-in is the weight itself, on a few levels: fewer than four bits a number."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -7,13 +7,10 @@ import torch
 from torch import nn
 
 from emloc_core.algorithms import levels
-from emloc_core.algorithms.allocation import levels_budget
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.errors import EmlocError
 from emloc_core.kinds.kind import Factorize, Kind, Pair, beside, whole
 from emloc_core.lowrank import LEVELS_VERSION, METHOD, replace_linears
-from emloc_core.settings import CompressSettings
 
 
 @dataclass(frozen=True)
@@ -66,26 +63,18 @@ class FewLevels(Kind):
         levels: how many; a key of :data:`emloc_core.algorithms.levels.LEVELS`.
     """
 
-    has_factors = has_ratio = False
+    has_factors = False
     keeps_weight = True
     calibration = "propagated"
     taps_inputs = True
     refine = 3
     levels: int
 
-    def count(self, rank: int) -> int:  # noqa: ARG002
-        """Return how many levels a Linear has that the plan gives a rank."""
-        return self.levels
-
-    def count_in(self, nbytes: int, shape: tuple[int, int]) -> int:  # noqa: ARG002
-        """Return how many levels a weight of this shape has that takes so many bytes."""
-        return self.levels
-
     def rounding(self, factorize: Factorize) -> Factorize:  # noqa: ARG002
         """Return what rounds a weight with feedback, whatever its rank."""
 
-        def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> PackedWeight:
-            (m, n), count = weight.shape, self.count(rank)
+        def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> PackedWeight:  # noqa: ARG001
+            (m, n), count = weight.shape, self.levels
             codes, scales = levels.rounded(weight, gram.matrix, count)
             found = levels.unpack(codes, scales, (m, n), count, torch.float32)
             error = output_error(weight, found, gram.matrix)
@@ -113,23 +102,19 @@ class FewLevels(Kind):
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return the weight and the identity."""
         codes, scales = tensors
-        count = self.count_in(codes.numel() + 2 * scales.numel(), shape)
-        return whole(levels.unpack(codes, scales, shape, count, dtype))
+        return whole(levels.unpack(codes, scales, shape, self.levels, dtype))
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         """Say how many levels which Linears have; :mod:`emloc_core.lowrank` loads them."""
-        return {"quant_method": METHOD, "format_version": LEVELS_VERSION, "levels": self._counts(ranks)}
+        return {"quant_method": METHOD, "format_version": LEVELS_VERSION, "levels": dict.fromkeys(ranks, self.levels)}
 
     def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
         """Several codes a byte, and two bytes for the scale of every 256 numbers of a row."""
-        return levels.level_bytes(self.count(rank), shape)
+        return levels.level_bytes(self.levels, shape)
 
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""
-        replace_linears(model, self._counts(ranks), LEVELS_VERSION)
-
-    def _counts(self, ranks: dict[str, int]) -> dict[str, int]:
-        return {path: self.count(rank) for path, rank in ranks.items()}
+        replace_linears(model, dict.fromkeys(ranks, self.levels), LEVELS_VERSION)
 
 
 class SixLevels(FewLevels):
@@ -140,62 +125,8 @@ class SixLevels(FewLevels):
     levels = 6
 
 
-class FourLevels(FewLevels):
-    """Two bits a number."""
-
-    name = "2-bit"
-    levels = 4
-
-
 class ThreeLevels(FewLevels):
     """1.6 bits a number."""
 
     name = "1.6-bit"
     levels = 3
-
-
-class MixedLevels(FewLevels):
-    """Three to sixteen levels, each Linear as many as pay under one budget of bytes: 1.6 to 4 bits a number.
-
-    What the plan calls a Linear's rank is its number of levels.
-    """
-
-    name = "mixed"
-    has_ratio = True
-    ratio = 0.14
-    smallest_ratio, largest_ratio = 0.11, 0.26
-    allocate = staticmethod(levels_budget)
-
-    def check(self, settings: CompressSettings) -> None:
-        """Refuse a size that no number of levels has, and another allocator.
-
-        Raises:
-            EmlocError: names the setting.
-        """
-        super().check(settings)
-        ratio = settings.ratio or self.ratio
-        if not self.smallest_ratio <= ratio <= self.largest_ratio:
-            raise EmlocError(
-                f"The kind {self.name!r} takes {self.smallest_ratio:g} to {self.largest_ratio:g} of what weights in 16 "
-                f"bits take, not {ratio:g}.",
-                f"Give --ratio {self.ratio:g}, say.",
-            )
-        usual = CompressSettings()
-        for name in ("allocator", "factorizer"):
-            if getattr(settings, name) != getattr(usual, name):
-                raise EmlocError(
-                    f"An emulator of the kind {self.name!r} shares out levels, and has no factors.",
-                    f"Leave out --{name}.",
-                )
-
-    def count(self, rank: int) -> int:
-        """Return the number that was shared out."""
-        return rank
-
-    def count_in(self, nbytes: int, shape: tuple[int, int]) -> int:
-        """Return the number that was shared out: the largest of that size."""
-        return levels.most_levels(nbytes, shape)
-
-    def told(self, rank: str) -> str:
-        """The number of levels, or the numbers of several Linears."""
-        return f"{rank} levels"

@@ -38,7 +38,7 @@ class NF4(Kind):
     """
 
     name = "nf4"
-    has_factors = has_ratio = False
+    has_factors = False
     calibration = "propagated"
     needs_rows = False
     taps_inputs = keeps_weight = needs_bitsandbytes = True

@@ -1,125 +1,30 @@
-"""Kinds whose stand-in is the rounded weight plus low-rank factors of the rounding error."""
+"""The kind whose stand-in is the weight on three levels, plus low-rank factors of the rounding error in four bits."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from emloc_core.algorithms import feedback, levels, nf4
-from emloc_core.algorithms.factorize import Factors, output_error
+from emloc_core.algorithms import levels, nf4
+from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
 from emloc_core.kinds.factors import in_four_bits, on_its_gram
 from emloc_core.kinds.kind import Factorize, Kind, Pair, beside, whole
 from emloc_core.kinds.levels import MovableScales, PackedWeight
-from emloc_core.lowrank import METHOD, REPAIRED_LEVELS_VERSION, REPAIRED_VERSION, replace_linears
-from emloc_core.quantised import RepairedLevelsLinear
+from emloc_core.lowrank import METHOD, REPAIRED_VERSION, replace_linears
+from emloc_core.quantised import RepairedLinear
 from emloc_core.settings import CompressSettings
 
-_LEVELS = RepairedLevelsLinear.LEVELS
+_LEVELS = RepairedLinear.LEVELS
 #: What they are rounded with: see ``docs/decisions.md``.
 _DAMPING = 0.1
 
 
 @dataclass(frozen=True)
-class Repaired(Factors):
-    """Factors of the rounding error, in the dtype of the base, with the rounded weight.
-
-    Attributes:
-        packed: codes of the weight, codes of its scales, and ranges of these; see
-            :mod:`emloc_core.algorithms.nf4`.
-    """
-
-    packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = field(kw_only=True)
-
-    def pair(self) -> Pair:
-        """Return the weight with its repair."""
-        shape = (self.u.shape[0], self.v.shape[1])
-        return _with_repair(_unpacked(*self.packed, shape, self.u.dtype), self.u, self.v)
-
-
-class RepairedNF4(Kind):
-    """Weights in four bits with a low-rank repair of their error (EoRA, Liu et al., 2024, arXiv 2410.21271).
-
-    The weight is rounded as in the kind ``nf4``, on the base's activations. The repair minimises ``||(dW - U V) X||``
-    for ``dW = W - What``: it is dW factorised on the Gram of the inputs. The ratio is that of the repair alone, which
-    is kept beside the four bits.
-    """
-
-    name = "nf4+repair"
-    taps_inputs = keeps_weight = needs_bitsandbytes = True
-    ratio = 0.05
-    largest_ratio = 0.7
-
-    def check(self, settings: CompressSettings) -> None:
-        """Refuse a repair about as large as what it saves.
-
-        Raises:
-            EmlocError: names the setting.
-        """
-        super().check(settings)
-        if settings.ratio and settings.ratio > self.largest_ratio:
-            raise EmlocError(
-                f"A repair of ratio {settings.ratio:g} beside weights in four bits is hardly smaller than the base.",
-                f"Give a ratio of at most {self.largest_ratio:g}, such as {self.ratio:g}.",
-            )
-
-    def rounding(self, factorize: Factorize) -> Factorize:
-        """Round the weight with feedback, and factorise the rounding error."""
-
-        def repaired(weight: torch.Tensor, inputs: Gram, rank: int) -> Repaired:
-            _, exact = nf4.pack(weight)
-            scales, ranges = nf4.pack_scales(exact)
-            codes = feedback.rounded_to_scales(weight, inputs.matrix, nf4.unpack_scales(scales, ranges))
-            shape = (weight.shape[0], weight.shape[1])
-            rounded = _unpacked(codes, scales, ranges, shape, weight.dtype).float()
-            found = on_its_gram(factorize, weight.float() - rounded, inputs, rank)
-            u, v = found.u.to(weight.dtype), found.v.to(weight.dtype)
-            error = output_error(weight, rounded.addmm(u.float(), v.float()), inputs.matrix)
-            return Repaired(u, v, found.spectrum, error=error, packed=(codes, scales, ranges))
-
-        return repaired
-
-    def decomposing(self, factorize: Factorize) -> Factorize:
-        """Decompose the rounding error."""
-        return self.rounding(factorize)
-
-    def told(self, rank: str) -> str:
-        """The bits of the weight, and the rank of its repair."""
-        return f"four bits and rank {rank}"
-
-    def keys(self, weight: str) -> list[str]:
-        """The codes replace the weight."""
-        return beside(weight, "weight_scales", "weight_ranges", "U", "V")
-
-    def pack(self, weight: str, stand_in: Repaired, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return the weight in four bits, its scales in eight, and both factors."""
-        parts = (*stand_in.packed, stand_in.u.to(dtype), stand_in.v.to(dtype))
-        return dict(zip(self.keys(weight), (part.cpu() for part in parts), strict=True))
-
-    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
-        """Return ``[What U]`` and ``[I; V]``, or ``[I U]`` and ``[What; V]``, where the identity is smaller so."""
-        codes, scales, ranges, u, v = tensors
-        return _with_repair(_unpacked(codes, scales, ranges, shape, dtype), u.to(dtype), v.to(dtype))
-
-    def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
-        """Say which Linears are repaired; :mod:`emloc_core.lowrank` loads them."""
-        return {"quant_method": METHOD, "format_version": REPAIRED_VERSION, "ranks": ranks}
-
-    def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:
-        """Half a byte a number, a byte for every 64, and a number for every 256 of these; and the factors."""
-        codes, scales = nf4.sizes(*shape)
-        return codes + scales + 4 * nf4.ranges(scales) + rank * sum(shape) * dtype.itemsize
-
-    def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
-        """Replace by the layers that an emulator has."""
-        replace_linears(model, ranks, REPAIRED_VERSION)
-
-
-@dataclass(frozen=True)
-class RepairedLevels(PackedWeight):
+class Repaired(PackedWeight):
     """A weight on a few levels, packed, with factors of the rounding error in fp32, as they are in four bits."""
 
     def pair(self) -> Pair:
@@ -173,7 +78,7 @@ class RepairedThreeLevels(Kind):
         """Decompose the error of rounding the weight once."""
         return _in_turn(partial(on_its_gram, factorize), 1)
 
-    def movable(self, stand_in: RepairedLevels) -> MovableScales:
+    def movable(self, stand_in: Repaired) -> MovableScales:
         """Let the scales move, and not the repair."""
         return MovableScales(stand_in)
 
@@ -185,7 +90,7 @@ class RepairedThreeLevels(Kind):
         """The codes replace the weight."""
         return beside(weight, "weight_scales", "U", "U_scales", "V", "V_scales")
 
-    def pack(self, weight: str, stand_in: RepairedLevels, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
+    def pack(self, weight: str, stand_in: Repaired, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Return codes and scales, of the weight and of both factors."""
         parts = (stand_in.codes, stand_in.scales, *nf4.pack(stand_in.u), *nf4.pack(stand_in.v))
         return dict(zip(self.keys(weight), (part.cpu() for part in parts), strict=True))
@@ -198,7 +103,7 @@ class RepairedThreeLevels(Kind):
 
     def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         """Say which Linears are repaired; :mod:`emloc_core.lowrank` loads them."""
-        return {"quant_method": METHOD, "format_version": REPAIRED_LEVELS_VERSION, "ranks": ranks}
+        return {"quant_method": METHOD, "format_version": REPAIRED_VERSION, "ranks": ranks}
 
     def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
         """Those of a weight on three levels, and of factors in four bits."""
@@ -206,13 +111,13 @@ class RepairedThreeLevels(Kind):
 
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace by the layers that an emulator has."""
-        replace_linears(model, ranks, REPAIRED_LEVELS_VERSION)
+        replace_linears(model, ranks, REPAIRED_VERSION)
 
 
 def _in_turn(repair: Factorize, rounds: int) -> Factorize:
     """Return what rounds a weight to three levels and factorises the error, so many times."""
 
-    def repaired(weight: torch.Tensor, inputs: Gram, rank: int) -> RepairedLevels:
+    def repaired(weight: torch.Tensor, inputs: Gram, rank: int) -> Repaired:
         weight = left = weight.float()
         shape = (weight.shape[0], weight.shape[1])
         for _ in range(rounds):
@@ -222,18 +127,6 @@ def _in_turn(repair: Factorize, rounds: int) -> Factorize:
             u, v = found.u.float(), found.v.float()
             left = weight - u @ v
         error = output_error(weight, rounded.addmm(u, v), inputs.matrix)
-        return RepairedLevels(u, v, found.spectrum, codes, scales, _LEVELS, error=error)
+        return Repaired(u, v, found.spectrum, codes, scales, _LEVELS, error=error)
 
     return repaired
-
-
-def _with_repair(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> Pair:
-    """Return two matrices whose product is ``W + U V``, of which nothing is rounded off."""
-    left, right = whole(weight)
-    return torch.cat([left, u], dim=1), torch.cat([right, v])
-
-
-def _unpacked(
-    codes: torch.Tensor, scales: torch.Tensor, ranges: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    return nf4.unpack(codes, nf4.unpack_scales(scales, ranges), shape, dtype)

@@ -104,7 +104,7 @@ def fitted(request: CompressRequest) -> CompressRequest:
             "Run `emloc train MODEL`, or choose a --kind.",
         )
     fit = require_fit(model, budget)
-    ratio = {"ratio": fit.ratio} if model.kind.has_ratio else {}
+    ratio = {"ratio": fit.ratio} if model.kind.has_factors else {}
     what = model.kind.name + (f" at ratio {fit.ratio:g}" if ratio else "")
     click.echo(
         f"{what}: tuning with {workload.batch_size} rows x {workload.length} tokens needs "
@@ -137,7 +137,7 @@ def recommended(request: CompressRequest) -> list[str]:
     if model.tuning().total <= budget or (fit := largest_ratio(model, budget)) is None:
         return []
     kinds = [model.kind.name]
-    if name := alternative_to(model.kind.name, fit.ratio if model.kind.has_ratio else None):
+    if name := alternative_to(model.kind.name, fit.ratio if model.kind.has_factors else None):
         other = model.with_kind(name)
         if other.kind.is_usable() and largest_ratio(other, budget):
             kinds.append(name)
@@ -230,7 +230,7 @@ def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
     """Yield lines that say what would fit when no emulator does; each is computed, not guessed."""
 
     def sized(ratio: float, how: str) -> str:
-        return f" {how} {ratio:g}" if model.kind.has_ratio else ""
+        return f" {how} {ratio:g}" if model.kind.has_factors else ""
 
     workload = model.workload
     ratio = model.kind.smallest_ratio

@@ -92,7 +92,7 @@ class MemoryPlan:
             "budget_bytes": self.budget,
             "budget": "given" if self.given else "inference on the base",
             "kind": model.kind.name,
-            "ratio": self.ratio if model.kind.has_ratio else None,
+            "ratio": self.ratio if model.kind.has_factors else None,
             "fits": tuning.total <= self.budget,
             "advice": list(self.advice),
             "ways": [way.describe() for way in self.ways],

@@ -108,7 +108,7 @@ def ways(model: MemoryModel, budget: int, speed: Speed | None = None) -> list[Wa
 
     def emulator(of: MemoryModel, ratio: float | None, need: int) -> Way:
         plan = of.plan(ratio or of.kind.smallest_ratio)
-        sized = {"kind": of.kind.name, "ratio": ratio if of.kind.has_ratio else None}
+        sized = {"kind": of.kind.name, "ratio": ratio if of.kind.has_factors else None}
         making = arithmetic.compress(of, plan)
         cost = {
             "flops": float(rows * passes * sequences * arithmetic.forward(of, plan)),

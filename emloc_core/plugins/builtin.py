@@ -70,12 +70,11 @@ def emloc_factorizers() -> dict[str, Callable[..., Any]]:
 
 @hookimpl
 def emloc_emulators() -> dict[str, Callable[..., Any]]:
-    """Offer factors as in the paper and in four bits, and weights in four bits, with a repair, and on a few levels."""
+    """Offer factors as in the paper and in four bits, weights in four bits and on a few levels."""
     from emloc_core import kinds
 
     found = (
-        kinds.LowRank, kinds.NF4, kinds.FourBitLowRank, kinds.RepairedNF4, kinds.RepairedThreeLevels,
-        kinds.SixLevels, kinds.FourLevels, kinds.ThreeLevels, kinds.MixedLevels,
+        kinds.LowRank, kinds.NF4, kinds.FourBitLowRank, kinds.RepairedThreeLevels, kinds.SixLevels, kinds.ThreeLevels,
     )  # fmt: skip
     return {kind.name: kind for kind in found}
 

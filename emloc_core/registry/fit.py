@@ -93,7 +93,7 @@ def fit(
             inference=inference,
             lora=model.tuning().total,
             kind=model.kind.name if found else None,
-            ratio=found.ratio if found and model.kind.has_ratio else None,
+            ratio=found.ratio if found and model.kind.has_factors else None,
             tuning=found.need.total if found else None,
             emulator=model.weight_bytes(found.ratio) if found else None,
         )

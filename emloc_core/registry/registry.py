@@ -98,7 +98,7 @@ def resolve(
         workload = make_workload(file, preset.train, device, length=preset.length)
         model = with_emulator(file, workload, settings, target)
         fit = require_fit(model, model.inference().total if target is None else target)
-    ratio = fit.ratio if model.kind.has_ratio else None
+    ratio = fit.ratio if model.kind.has_factors else None
     return settings.model_copy(update={"kind": model.kind.name, "ratio": ratio})
 
 

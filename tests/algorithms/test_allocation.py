@@ -13,12 +13,10 @@ from emloc_core.algorithms.allocation import (
     descending,
     global_budget,
     largest_rank,
-    levels_budget,
     spend,
     uniform,
     wants_spectra,
 )
-from emloc_core.algorithms.levels import LEVELS, level_bytes, lost, most_levels
 from emloc_core.emulator.ranks import LinearPlan, RankPlan, allocated
 from emloc_core.errors import EmlocError
 
@@ -163,45 +161,3 @@ def test_a_rank_that_saves_nothing_leaves_the_linear_dense():
     plan = allocated(plan_of([(32, 32), (16, 32)]), 0.5, lambda _shapes, _ratio: [16, 5])
     assert plan.ranks == {"l1": 5}
     assert "no smaller" in plan.linears[0].reason
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=12),
-    st.floats(0.11, 0.3),
-    st.integers(0, 5),
-)
-def test_levels_keep_the_budget_and_leave_less_than_a_step(shapes, ratio, seed):
-    found = levels_budget(shapes, ratio, spectra_of(shapes, seed))
-    budget = ratio * sum(2 * m * n for m, n in shapes)
-    least = [most_levels(level_bytes(min(LEVELS), shape), shape) for shape in shapes]
-    taken = sum(map(level_bytes, found, shapes))
-    assert taken <= budget or found == least  # narrow rows have many scales
-    steps = [level_bytes(min(n for n in LEVELS if n > levels), shape) - level_bytes(levels, shape)
-             for levels, shape in zip(found, shapes, strict=True) if levels < max(LEVELS)]  # fmt: skip
-    assert not steps or taken + max(steps) > budget
-    read = [most_levels(level_bytes(levels, shape), shape) for levels, shape in zip(found, shapes, strict=True)]
-    assert read == found  # files say no more than the bytes
-
-
-@given(st.lists(st.floats(0.01, 100), min_size=3, max_size=4), st.floats(0.11, 0.25))
-def test_no_other_levels_of_so_many_bytes_disturb_less(sensitivities, ratio):
-    shapes = [(64, 256)] * len(sensitivities)
-    spectra = [Spectrum("l", "b", torch.ones(64), each) for each in sensitivities]
-
-    def disturbance(levels):
-        return sum(each * lost(count) for each, count in zip(sensitivities, levels, strict=True))
-
-    found = levels_budget(shapes, ratio, spectra)
-    taken = sum(map(level_bytes, found, shapes))
-    within = [
-        levels for levels in itertools.product(LEVELS, repeat=len(shapes))
-        if sum(map(level_bytes, levels, shapes)) <= taken
-    ]  # fmt: skip
-    assert disturbance(found) == pytest.approx(min(map(disturbance, within)))
-
-
-def test_levels_go_where_an_error_disturbs_more():
-    spectra = [Spectrum("l", "b", torch.ones(64), each) for each in (100.0, 1.0, 0.01)]
-    assert levels_budget([(64, 256)] * 3, 0.163, spectra) == [16, 4, 3]
-    assert levels_budget([(64, 256)] * 3, 0.11) == [3, 3, 3]
-    assert levels_budget([(64, 256)] * 3, 0.26) == [16, 16, 16]

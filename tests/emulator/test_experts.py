@@ -239,7 +239,6 @@ def test_missing_factors_are_found(emulator, tmp_path):
     ("settings", "reason"),
     [
         ({"kind": "low-rank-nf4"}, "the kind 'low-rank-nf4' is for Linears alone"),
-        ({"kind": "nf4+repair"}, "the kind 'nf4+repair' is for Linears alone"),
         ({"calibration": "propagated"}, "error-propagating calibration is for Linears alone"),
         ({"allocator": "global"}, "spectra are of Linears alone"),
     ],

@@ -33,7 +33,7 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.files.pretrained import load_lora
 from emloc_core.hookspecs import hookimpl
-from emloc_core.kinds import NF4, FourBitLowRank, LowRank, MixedLevels, RepairedNF4, RepairedThreeLevels, SixLevels
+from emloc_core.kinds import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.model.hooks import forward_hooks
@@ -42,17 +42,13 @@ from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import LoraTrainer
 
-KINDS = {
-    kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, RepairedNF4, RepairedThreeLevels, SixLevels, MixedLevels)
-}
+KINDS = {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, RepairedThreeLevels, SixLevels)}
 SETTINGS = {
     "low-rank": {"ratio": 0.6},
     "nf4": {},
     "low-rank-nf4": {"ratio": 0.6},
-    "nf4+repair": {"ratio": 0.1},
     "1.6-bit+repair": {"ratio": 0.3},
     "2.7-bit": {},
-    "mixed": {"ratio": 0.2},
 }
 
 
@@ -64,9 +60,9 @@ def compression(kind, model, rows, output, size=None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_a_size_of_its_own(kind, tiny_model, rows_file, tmp_path):
     job = compression(kind, tiny_model, rows_file, tmp_path / "emulator", size={})
-    assert job.settings.ratio == (KINDS[kind].ratio if KINDS[kind].has_ratio else None)
+    assert job.settings.ratio == (KINDS[kind].ratio if KINDS[kind].has_factors else None)
     assert job.plan.ranks
-    if KINDS[kind].has_ratio:
+    if KINDS[kind].has_factors:
         given = compression(kind, tiny_model, rows_file, tmp_path / "emulator", {"ratio": KINDS[kind].ratio})
         assert given.output.request == job.output.request
     else:
@@ -122,8 +118,8 @@ def test_what_is_planned_is_what_is_written(made, tiny_model, rows_file, tmp_pat
     sizes = {key: tensor.nbytes for shard in shards for key, tensor in shard.items()}
     unknown = sum(size for key, size in sizes.items() if key.endswith("bitsandbytes__nf4"))  # a description in JSON
     written = sum(sizes.values()) - unknown
-    # Levels and ranks are shared out by calibration, short of less than one step.
-    step = {"mixed": 300, "low-rank": 4 * (32 + 64), "low-rank-nf4": 9 * (32 + 64) // 16}.get(kind.name, 0)
+    # Ranks are shared out by calibration, short of less than one step.
+    step = {"low-rank": 4 * (32 + 64), "low-rank-nf4": 9 * (32 + 64) // 16}.get(kind.name, 0)
     assert abs(before["emulator_bytes"] - written) <= step
     assert result["bytes"]["emulator"] == sum(sizes.values())
 
@@ -295,19 +291,16 @@ def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
     chosen = CompressSettings(kind="nf4", ratio=0.3, allocator="global", samples=4, selection=2)
     with pytest.raises(EmlocError, match="no ratio, allocator"):
         Compress(base, rows, tmp_path / "emulator", chosen)
-    chosen = CompressSettings(kind="2-bit", calibration="none", selection=2)
-    with pytest.raises(EmlocError, match="kind '2-bit' is fitted to rows"):
+    chosen = CompressSettings(kind="1.6-bit", calibration="none", selection=2)
+    with pytest.raises(EmlocError, match=r"kind '1\.6-bit' is fitted to rows"):
         Compress(base, rows, tmp_path / "emulator", chosen)
     chosen = CompressSettings(kind="nf4", samples=4, selection=2)
     with pytest.raises(EmlocError, match="cannot be cut"):
         Compress(base, rows, tmp_path / "emulator", chosen, tmp_path / "spectra")
-    chosen = CompressSettings(kind="mixed", factorizer="svd", samples=4)
-    with pytest.raises(EmlocError, match=r"has no factors\. Leave out --factorizer"):
-        Compress(base, rows, tmp_path / "emulator", chosen)
 
 
 def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path):
-    known = r"emulators: 1\.6-bit, 1\.6-bit\+repair, 2-bit, 2\.7-bit, low-rank, low-rank-nf4, mixed, nf4, nf4\+repair"
+    known = r"emulators: 1\.6-bit, 1\.6-bit\+repair, 2\.7-bit, low-rank, low-rank-nf4, nf4\."
     with pytest.raises(EmlocError, match=known):
         Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings(kind="nf5"))
 
@@ -333,11 +326,7 @@ def test_plain_transformers_loads_four_bit_weights(tiny_model, rows_file, tmp_pa
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [
-        *product(["llama", "internvl"], ["nf4", "1.6-bit+repair", "low-rank-nf4", "1.6-bit"]),
-        ("internvl", "nf4+repair"),
-        ("internvl", "mixed"),
-    ],
+    list(product(["llama", "internvl"], ["nf4", "1.6-bit+repair", "low-rank-nf4", "1.6-bit"])),
 )
 def test_the_conformance_kit_holds_for_every_kind(family, kind, tmp_path):
     declared = next(each for each in plugin_manager().families() if each.name == family)
@@ -373,19 +362,6 @@ def test_memory_is_planned_by_what_the_kind_needs(kind, tiny_model):
     need = planned.tuning(plan)
     assert need.terms["weights"] == pytest.approx(planned.emulator_bytes(plan), abs=40_000)
     assert need.terms["weights"] < planned.tuning().terms["weights"]
-
-
-@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
-def test_a_mixture_takes_no_less_and_no_more_than_its_levels(ratio, tiny_model, rows_file, tmp_path):
-    chosen = CompressSettings(kind="mixed", samples=4, selection=2, ratio=ratio)
-    with pytest.raises(EmlocError, match=f"takes 0.11 to 0.26 of what weights in 16 bits take, not {ratio}"):
-        Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen)
-
-
-def test_a_plan_looks_for_no_smaller_mixture(shallow_model, emloc):
-    code, out, _ = emloc("plan", shallow_model, "--kind", "mixed", "--memory", "1MB", "--length", 16, "--json")
-    planned = json.loads(out)
-    assert (code, planned["ratio"], planned["fits"]) == (1, 0.11, False)
 
 
 def test_a_kind_comes_from_a_plugin(tiny_model, rows_file, tmp_path):
@@ -431,10 +407,8 @@ def test_commands_take_a_kind(emloc, tiny_model, rows_file, tmp_path):
         ("low-rank", "rank 6"),
         ("nf4", "four bits"),
         ("low-rank-nf4", "rank 6 in four bits"),
-        ("nf4+repair", "four bits and rank 1"),
         ("1.6-bit+repair", "3 levels and rank 3 in four bits"),
         ("2.7-bit", "6 levels"),
-        ("mixed", "6 to 16 levels"),
     ],
 )
 def test_a_dry_run_says_what_becomes_of_weights(kind, told, tiny_model, rows_file, tmp_path, emloc):

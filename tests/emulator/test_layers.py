@@ -17,7 +17,7 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 
 
-@pytest.fixture(params=["low-rank", "low-rank-nf4", "nf4+repair", "1.6-bit+repair", "2.7-bit", "mixed"])
+@pytest.fixture(params=["low-rank", "low-rank-nf4", "1.6-bit+repair", "2.7-bit"])
 def made(request, tiny_model, rows_file, tmp_path):
     """A kind, and its emulator."""
     chosen = CompressSettings(kind=request.param, samples=4, selection=2)

@@ -105,7 +105,7 @@ def test_gradients_do_not_vanish_in_half_precision(tiny_model, rows_file, tmp_pa
     ("chosen", "message"),
     [
         ({"kind": "low-rank-nf4", "refine": 2}, "'low-rank-nf4' cannot be refined"),
-        ({"kind": "2-bit", "refine": 2, "calibration": "base"}, "needs the inputs that a block has in the emulator"),
+        ({"kind": "1.6-bit", "refine": 2, "calibration": "base"}, "needs the inputs that a block has in the emulator"),
         ({"kind": "low-rank", "refine": 2, "calibration": "base"}, "needs the inputs that a block has in the emulator"),
     ],
 )

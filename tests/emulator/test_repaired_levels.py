@@ -18,7 +18,7 @@ from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
-from emloc_core.kinds import NF4, RepairedNF4, RepairedThreeLevels
+from emloc_core.kinds import NF4, RepairedThreeLevels
 from emloc_core.model.hooks import tapped
 from emloc_core.settings import CompressSettings
 
@@ -95,9 +95,8 @@ def test_a_refined_emulator_loses_what_it_says(tiny_model, rows_file, tmp_path):
         assert row["relative_error"] == pytest.approx((lost[path] / whole[path]) ** 0.5, rel=1e-3), path
 
 
-@pytest.mark.parametrize("kind", ["nf4+repair", KIND.name])
 def test_linears_of_a_block_are_fitted_to_those_before_them_with_their_repairs(
-    kind, tiny_model, rows_file, tmp_path, monkeypatch
+    tiny_model, rows_file, tmp_path, monkeypatch
 ):
     seen, emulating = {}, propagation.emulating
 
@@ -106,7 +105,7 @@ def test_linears_of_a_block_are_fitted_to_those_before_them_with_their_repairs(
         return emulating(stream, modules, pairs, rows)
 
     monkeypatch.setattr(propagation, "emulating", watched)
-    job = compression(tiny_model, rows_file, tmp_path / "emulator", kind=kind, calibration="propagated")
+    job = compression(tiny_model, rows_file, tmp_path / "emulator")
     model = AutoModelForCausalLM.from_pretrained(job.run(), dtype="auto")
     assert {path.rpartition(".")[2] for path in seen} == {
         "q_proj",
@@ -129,22 +128,20 @@ def test_refinement_moves_scales_alone(tiny_model, rows_file, tmp_path):
     assert changed == {"weight_scales"}
 
 
-@pytest.mark.parametrize("kind", [RepairedNF4, RepairedThreeLevels])
-def test_what_a_rank_gains_is_what_is_left_of_the_rounding_error(kind):
+def test_what_a_rank_gains_is_what_is_left_of_the_rounding_error():
     weight, gram = drawn(96, 64, 200, 0)
     outputs = float(((weight @ gram.matrix) * weight).sum())
     for rank in (4, 16):
-        found = kind().decomposing(factorize)(weight, gram, rank)
+        found = KIND.decomposing(factorize)(weight, gram, rank)
         u, v = found.pair()
         left = output_error(weight, u @ v, gram.matrix) ** 2 * outputs
         assert float(found.spectrum[rank:].sum()) == pytest.approx(left, rel=1e-3)
     assert float(found.spectrum.sum()) < 0.2 * outputs  # it is that of the error, and not of the weight
 
 
-@pytest.mark.parametrize("kind", ["nf4+repair", KIND.name])
-def test_ranks_are_shared_out_by_need(kind, tiny_model, rows_file, tmp_path):
+def test_ranks_are_shared_out_by_need(tiny_model, rows_file, tmp_path):
     even, shared = (
-        compression(tiny_model, rows_file, tmp_path / name, kind=kind, allocator=name) for name in ("uniform", "global")
+        compression(tiny_model, rows_file, tmp_path / name, allocator=name) for name in ("uniform", "global")
     )
     results = [read_manifest(job.run())["result"] for job in (even, shared)]
     ranks = [[linear["rank"] for linear in result["linears"]] for result in results]

@@ -65,7 +65,7 @@ def test_a_forward_pass_is_counted_exactly(family: Family, settings: dict[str, A
     assert 2 * arithmetic.forward(planned) == exact - 2 * 2 * 48 * sum(routers)
 
 
-@pytest.mark.parametrize("kind", ["low-rank", "nf4+repair", "1.6-bit+repair", "2.7-bit"])
+@pytest.mark.parametrize("kind", ["low-rank", "1.6-bit+repair", "2.7-bit"])
 def test_an_emulator_has_its_own(kind: str, tmp_path: Path) -> None:
     planned = plan_of(INTERNVL, INTERNVL.tiny_configs[0], tmp_path / "model", kind=kind)
     plan, model = planned.plan(0.3), copy.deepcopy(planned.model)
@@ -93,7 +93,6 @@ def test_without_images_their_tower_computes_nothing(tmp_path: Path) -> None:
         {"kind": "low-rank", "allocator": "uniform"},
         {"kind": "low-rank", "calibration": "base"},
         {"kind": "low-rank", "calibration": "base", "allocator": "global"},
-        {"kind": "nf4+repair"},
         {"kind": "1.6-bit+repair", "ratio": 0.3},
         {"kind": "1.6-bit+repair", "ratio": 0.3, "allocator": "global"},
     ],

@@ -241,7 +241,7 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
         ({"kind": "1.6-bit"}, 4 * (5 * n**2 + 4 * m * n)),
         ({"kind": "low-rank-nf4", "allocator": "uniform"}, factorising + 4 * n * (2 * n + m)),
         ({"kind": "1.6-bit+repair"}, factorising + 4 * n * (2 * n + m)),
-        ({"kind": "nf4+repair", "samples": 32}, factorising + inputs),
+        ({"kind": "low-rank-nf4", "calibration": "base", "samples": 32}, factorising + inputs),
     ]
     rows = []
     for chosen, statistics in expected:
@@ -258,7 +258,7 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     assert found - plain == held  # at the largest ranks, since the emulator is cut from them
     fitted = MemoryModel(file, workload(), CompressSettings(calibration="propagated", refine=0))
     assert streamed.compress(fitted, fitted.plan(0.5)).terms["statistics"] - plain == held // 2
-    repaired = MemoryModel(file, workload(), CompressSettings(kind="nf4+repair", allocator="global", samples=32))
+    repaired = MemoryModel(file, workload(), CompressSettings(kind="1.6-bit+repair", allocator="global"))
     first = factorising + inputs + held // 2 + 4 * (5 * n**2 + 4 * m * n)  # and rounding, in the pass before
     assert streamed.compress(repaired, repaired.plan(0.5)).terms["statistics"] == first
     even = MemoryModel(file, workload(), CompressSettings(allocator="uniform", refine=1))

@@ -97,7 +97,7 @@ def test_an_emulator_with_experts_is_streamed(rows_file, tmp_path):
     assert read["result"]["steps"] == 1
 
 
-@pytest.mark.parametrize("kind", ["low-rank", "nf4", "low-rank-nf4", "nf4+repair", "1.6-bit+repair", "2.7-bit"])
+@pytest.mark.parametrize("kind", ["low-rank", "nf4", "low-rank-nf4", "1.6-bit+repair", "2.7-bit"])
 def test_an_emulator_is_streamed_to_the_same_result(kind, rows_file, tmp_path):
     # Kernels of bitsandbytes on a CPU unpack rows wrongly that end in half a block of 64.
     base = save_tiny_model({**LLAMA.tiny_configs[0], "hidden_size": 64, "head_dim": 16}, tmp_path / "base")
