@@ -11,6 +11,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from emloc_core.adapters.adapter import write_adapter
+from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.lora import Lora
 from emloc_core.emulator.declared import plan_ranks
 from emloc_core.files.checkpoint import INDEX, Checkpoint
@@ -85,8 +86,7 @@ def _values(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[byte
 def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoint:
     """Write the factors that an emulator of ``base`` would have, with random values."""
     family = plugin_manager().family_for(base.config)
-    allocate = plugin_manager().algorithm("rank_allocators", "uniform")
-    plan = plan_ranks(Skeleton(base, family).model, family, ratio, allocate)
+    plan = plan_ranks(Skeleton(base, family).model, family, ratio, uniform)
     tensors: dict[str, tuple[int, ...]] = {}
     for linear in plan.linears:
         if linear.path in plan.ranks:

@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import svd
 from emloc_demo.model import write_base
 from harness import RESULTS, in_process
 from quality_cells import BASELINES, EXACT, FULL, LOW_RANK, PICTURES, SCRATCH, TASKS, VARIANTS, Cell, cells
@@ -112,9 +113,11 @@ def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: "
     from emloc_core.plugins.manager import plugin_manager
     from emloc_core.settings import CompressSettings
 
+    plugin_manager().register(svd)
     given = {"kind": cell.kind, "seed": cell.seed, "selection": 0} | VARIANTS.get(cell.kind, {})
     if cell.ratio is not None:
         given["ratio"] = cell.ratio
+    given["kind"] = given.pop("factorizer", given["kind"])
     usual = plugin_manager().algorithm("emulators", given["kind"])().samples
     samples = load_rows(str(rows["calibration"]))[: given.get("samples", usual)]
     settings = CompressSettings(**given | {"samples": len(samples)})

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from emloc_core.family import Family
     from emloc_core.layout import Layout
 
-API_VERSION = 2
+API_VERSION = 3
 
 hookspec = pluggy.HookspecMarker("emloc")
 hookimpl = pluggy.HookimplMarker("emloc")
@@ -42,76 +42,13 @@ def emloc_layouts() -> "Sequence[Layout]":  # type: ignore[empty-body]
 
 
 @hookspec
-def emloc_rank_allocators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
-    """Provide rank allocators, selected by ``--allocator`` of ``compress`` and ``cut``. Called when one is needed.
-
-    Returns:
-        By name, ``f(shapes, ratio) -> ranks``, called before anything is computed, or ``f(shapes, ratio, spectra) ->
-        ranks``, called after all Linears have been decomposed. ``shapes`` is the (out_features, in_features) of every
-        Linear, ``ratio`` the fraction of parameters to keep, in (0, 1), ``spectra`` an
-        ``emloc_core.algorithms.Spectrum`` per Linear, and ``ranks`` an int of at least 1 per Linear.
-
-    Example:
-        from emloc_core.hookspecs import hookimpl
-
-
-        # Share the budget out by how many directions hold 90 % of the energy of a Linear's outputs.
-        def by_energy(shapes, ratio, spectra):
-            wanted = []
-            for spectrum in spectra:
-                share = spectrum.energies.cumsum(0) / spectrum.energies.sum()
-                wanted.append(1 + int((share < 0.9).sum()))
-            budget = ratio * sum(m * n for m, n in shapes)
-            cost = sum(rank * (m + n) for rank, (m, n) in zip(wanted, shapes, strict=True))
-            return [max(1, int(rank * budget / cost)) for rank in wanted]
-
-
-        @hookimpl
-        def emloc_rank_allocators():
-            return {"by-energy": by_energy}  # emloc compress --allocator by-energy
-    """
-
-
-@hookspec
-def emloc_factorizers() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
-    """Provide factorisations of a weight, selected by ``--factorizer`` of ``compress``. Called when one is needed.
-
-    Returns:
-        By name, ``f(weight, gram, rank) -> Factors``, like ``emloc_core.algorithms.factorize.factorize``. ``weight``
-        is (m, n), ``gram`` an ``emloc_core.algorithms.Gram`` of the inputs or the outputs, ``rank`` an int k; the
-        factors are (m, k), with orthonormal columns, and (k, n). A factorizer whose second parameter is called
-        ``inputs`` always gets the Gram of the inputs, though that of the outputs may be smaller.
-
-    Example:
-        from emloc_core.hookspecs import hookimpl
-
-
-        # Project the weight on the strongest directions of its outputs, eigenvectors of W X X^T W^T.
-        def on_the_outputs(weight, gram, rank):
-            import torch  # here, since plugins are imported whenever emloc starts
-
-            from emloc_core.algorithms import Factors
-
-            outputs = gram.matrix if gram.side == "output" else gram.through(weight).matrix
-            energies, directions = torch.linalg.eigh(outputs.double())  # in ascending order
-            u = directions[:, -rank:].flip(1)
-            spectrum = energies.flip(0).clamp(min=0)[: min(weight.shape)].cpu()
-            return Factors(u.to(weight), (u.T @ weight.double()).to(weight), spectrum)
-
-
-        @hookimpl
-        def emloc_factorizers():
-            return {"on-the-outputs": on_the_outputs}  # emloc compress --factorizer on-the-outputs
-    """
-
-
-@hookspec
 def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-body]
     """Provide kinds of emulator, selected by ``--kind`` of ``compress``. Called when one is needed.
 
     Returns:
         By name, subclasses of ``emloc_core.kinds.Kind``: how the stand-in for a weight is made, stored, read back by
-        transformers and by ``correct``, and how many bytes it takes.
+        transformers and by ``correct``, and how many bytes it takes. A format whose stand-ins are factors may bring its
+        own ``factorize``, like :func:`emloc_core.algorithms.factorize.factorize`.
 
     Example:
         from emloc_core.hookspecs import hookimpl

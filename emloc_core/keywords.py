@@ -7,7 +7,7 @@ class CompressKwargs(TypedDict, total=False):
     """Of :class:`CompressSettings`."""
 
     ratio: float | None
-    allocator: str | None
+    allocator: Literal["uniform", "global"] | None
     kind: str
     samples: int | None
     selection: int
@@ -16,14 +16,13 @@ class CompressKwargs(TypedDict, total=False):
     seed: int
     calibration: Literal["none", "base", "propagated"] | None
     refine: int | None
-    factorizer: str
 
 
 class CutKwargs(TypedDict, total=False):
     """Of :class:`CutSettings`."""
 
     ratio: float | None
-    allocator: str | None
+    allocator: Literal["uniform", "global"] | None
 
 
 class TrainKwargs(TypedDict, total=False):

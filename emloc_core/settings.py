@@ -19,6 +19,8 @@ from emloc_core.errors import did_you_mean
 
 #: In place of a kind of emulator: the one that is recommended for the memory.
 AUTO = "auto"
+#: How ranks are shared out among the Linears.
+Allocator = Literal["uniform", "global"]
 #: Which answers of a conversation count in the loss.
 Loss = Literal["last", "all"]
 _LOSS: Any = Field("last", description="Answers of a conversation that count in the loss: the 'last' one, or 'all' "
@@ -46,11 +48,10 @@ class CutSettings(Settings):
     ratio: float | None = Field(
         None, gt=0, lt=1, description="Fraction of the compressed Linears' parameters to keep, 0.6 by default."
     )
-    allocator: str | None = Field(
+    allocator: Allocator | None = Field(
         None,
         description="Rank allocator: 'uniform', the default, uses the same ratio everywhere, as in the paper; 'global' "
-        "gives more rank to Linears whose error disturbs their block more, within the same parameter count. Plugins "
-        "can add others.",
+        "gives more rank to Linears whose error disturbs their block more, within the same parameter count.",
     )
 
 
@@ -68,11 +69,11 @@ class CompressSettings(CutSettings):
         description="Fraction of the compressed Linears' parameters to keep, 0.6 by default; with "
         "1.6-bit+repair, the size of the factors alone, 0.23 by default.",
     )
-    allocator: str | None = Field(
+    allocator: Allocator | None = Field(
         None,
         description="Rank allocator: 'uniform' uses the same ratio everywhere, as in the paper; 'global' gives more "
         "rank to Linears whose error disturbs their block more, within the same parameter count, and is the default of "
-        "low-rank and low-rank-nf4 with propagated calibration. Plugins can add others.",
+        "low-rank and low-rank-nf4 with propagated calibration.",
     )
     kind: str = Field(
         "low-rank",
@@ -105,11 +106,6 @@ class CompressSettings(CutSettings):
         description="Passes over the calibration rows that bring each block's outputs closer to the base's, by "
         "adjusting the scales of weights on a few levels or the factors of low-rank (3 by default where calibration is "
         "propagated; none with a repair).",
-    )
-    factorizer: str = Field(
-        "activation-svd",
-        description="How Linears are factorised: 'activation-svd', with the smallest output error; for comparison "
-        "'svd', by the weights alone, and 'asvd', with inputs scaled by their size. Plugins can add others.",
     )
 
 

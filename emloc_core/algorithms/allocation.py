@@ -127,3 +127,7 @@ def spend(
     left = budget - int((torch.tensor(floors) * costs).sum())
     taken = owner[order[costs[owner][order].cumsum(0) <= left]]
     return [floor + int(more) for floor, more in zip(floors, torch.bincount(taken, minlength=len(shapes)), strict=True)]
+
+
+#: By the name that ``--allocator`` has for it.
+ALLOCATORS: dict[str, Callable[..., list[int]]] = {"uniform": uniform, "global": global_budget}

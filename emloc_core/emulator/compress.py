@@ -79,7 +79,6 @@ class Compress:
         self.skeleton = Skeleton(base, self.family, device)
         self.kind: Kind = plugin_manager().algorithm("emulators", settings.kind)()
         self.kind.check(settings)
-        self.factorize = plugin_manager().algorithm("factorizers", settings.factorizer)
         distinct = len({row.key for row in rows})
         linears = self._linears(self.kind)
         self.method = method_of(settings, self.kind, linears, rows=distinct, keeps_spectra=spectra is not None)
@@ -100,7 +99,7 @@ class Compress:
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
         self.blocks = block_paths(self.skeleton.model, self.family)
         allocate = uniform if self.method.by_spectra else self.method.allocate
-        self.plan: RankPlan = allocated(found, settings.ratio, allocate, name=settings.allocator, kind=self.kind)
+        self.plan: RankPlan = allocated(found, settings.ratio, allocate, kind=self.kind)
         # Weights alone need no calibration: its rows are left for tuning.
         samples = 0 if settings.calibration == "none" else settings.samples
         self.rows = draw(rows, settings.seed, samples, settings.selection)
@@ -114,7 +113,7 @@ class Compress:
 
     def _linears(self, kind: Kind | None = None, factorize: Factorize | None = None) -> RankPlan:
         found = find_linears(self.skeleton.model, self.family, kind)
-        return found.on_inputs() if wants_inputs(factorize or self.factorize) else found
+        return found.on_inputs() if wants_inputs(factorize or self.kind.factorize) else found
 
     @cached_property
     def output(self) -> Output:
@@ -214,26 +213,24 @@ class Compress:
 
     def _allocated(self, spectra: Spectra) -> RankPlan:
         found = spectra.reached(self._linears(self.kind))
-        name = self.settings.allocator
-        return allocated(found, self.settings.ratio, self.method.allocate, spectra.spectrum, name, self.kind)
+        return allocated(found, self.settings.ratio, self.method.allocate, spectra.spectrum, self.kind)
 
     def _decompose(self, output: Output, progress: Progress) -> Spectra:
         factors = self.method.is_cut
         if not output.is_finished():
             with output.build() as staging:
-                factorize = self.factorize if factors else self.kind.decomposing(self.factorize)
+                factorize = self.kind.factorize if factors else self.kind.decomposing(self.kind.factorize)
                 found = self._linears(factorize=factorize).without_experts(NO_EXPERTS)
                 plan = at_largest_ranks(found) if factors else allocated(found, RATIO, uniform)
                 files = SpectraFiles(self.skeleton, self.blocks, staging, factors=factors)
-                how = (factorize, progress, self.settings.factorizer)
+                how = (factorize, progress, self.kind.name)
                 Decomposition(self.skeleton, self.family, plan, self.samples, *how).run(files, PROBES)
                 self._write_rows(staging)
                 output.result = {"family": self.family.name, **files.finish(plan, self._tokens)}
         return Spectra(output.path, factors=factors)
 
     def _decomposition(self, plan: RankPlan, progress: Progress) -> Decomposition:
-        name = self.settings.factorizer if self.kind.has_factors else self.kind.name
-        how = (self.kind.rounding(self.factorize), progress, name, self.kind, self.settings.refine)
+        how = (self.kind.rounding(self.kind.factorize), progress, self.kind.name, self.kind, self.settings.refine)
         return Decomposition(self.skeleton, self.family, plan, self.samples, *how)
 
     def _write_rows(self, staging: Path) -> None:

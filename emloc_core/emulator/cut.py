@@ -4,6 +4,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from emloc_core.algorithms.allocation import ALLOCATORS
 from emloc_core.data.rows import copy_kept_rows
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import block_paths, find_linears
@@ -43,10 +44,9 @@ class Cut:
         self.skeleton = Skeleton(base, self.family)
         name, ratio = settings.allocator or UNIFORM, settings.ratio or LowRank.ratio
         self.settings = settings.model_copy(update={"allocator": name, "ratio": ratio})
-        allocate = plugin_manager().algorithm("rank_allocators", name)
         found = spectra.reached(find_linears(self.skeleton.model, self.family))
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
-        self.plan: RankPlan = allocated(found, ratio, allocate, spectra.spectrum, name)
+        self.plan: RankPlan = allocated(found, ratio, ALLOCATORS[name], spectra.spectrum)
 
     @cached_property
     def output(self) -> Output:

@@ -66,7 +66,7 @@ class Decomposition:
         samples: the calibration rows.
         factorize: see :mod:`emloc_core.algorithms.factorize`.
         progress: called after every block.
-        factorizer: name of ``factorize``, for messages.
+        name: of the kind that ``factorize`` is of, for messages.
         kind: of the emulator.
         refine: passes over the rows in which a block's stand-ins are refined; see :mod:`emloc_core.emulator.refine`.
 
@@ -81,12 +81,12 @@ class Decomposition:
         samples: Sequence[Sample],
         factorize: Callable[[torch.Tensor, Gram, int], Factors],
         progress: Progress,
-        factorizer: str = "activation-svd",
+        name: str = "low-rank",
         kind: Kind | None = None,
         refine: int = 0,
     ) -> None:
         self.skeleton, self.family, self.plan, self.samples = skeleton, family, plan, samples
-        self.factorize, self.progress, self.factorizer = factorize, progress, factorizer
+        self.factorize, self.progress, self.name = factorize, progress, name
         self.kind, self.refine = kind, refine
         self.blocks = block_paths(skeleton.model, family)
         self.stream = Stream(skeleton, [tower.blocks for tower in family.towers])
@@ -180,17 +180,16 @@ class Decomposition:
         self._report(block)
 
     def _factors(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Factors:
-        """Factorise one Linear, and check the result, since the factorizer may be a plugin's."""
+        """Factorise one Linear, and check the result, since the kind may be a plugin's."""
         m, n = linear.out_features, linear.in_features
         k = linear.rank or 0 if self.kind is None or self.kind.has_factors else min(m, n)
-        with named(f"The factorizer {self.factorizer!r}, on {linear.path},"):
+        with named(f"The kind {self.name!r}, on {linear.path},"):
             found = self.factorize(weight, gram, linear.rank or 0)
         fits = isinstance(found, Factors) and (found.u.shape, found.v.shape) == ((m, k), (k, n))
         if not fits or not all(bool(torch.isfinite(part).all()) for part in (found.u, found.v, found.spectrum)):
             raise EmlocError(
-                f"The factorizer {self.factorizer!r} gave {linear.path} no finite factors of shapes {(m, k)} and "
-                f"{(k, n)}.",
-                "Choose another --factorizer, or update the plugin.",
+                f"The kind {self.name!r} gave {linear.path} no finite factors of shapes {(m, k)} and {(k, n)}.",
+                "Choose another --kind, or update the plugin.",
                 code="plugin",
             )
         return found

@@ -8,16 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from emloc_core.algorithms.allocation import wants_spectra
+from emloc_core.algorithms.allocation import ALLOCATORS, wants_spectra
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.emulator.spectra import NO_EXPERTS
 from emloc_core.errors import EmlocError
 from emloc_core.kinds import Kind
-from emloc_core.plugins.manager import plugin_manager
-from emloc_core.settings import SAMPLES, CompressSettings
+from emloc_core.settings import SAMPLES, Allocator, CompressSettings
 
 #: The allocator of the paper.
-UNIFORM = "uniform"
+UNIFORM: Allocator = "uniform"
 #: Share of the rows that kinds may take which are calibrated on more than others; the rest is tuned on.
 _SHARE = 0.25
 
@@ -27,7 +26,7 @@ class CompletedSettings(CompressSettings):
 
     samples: int
     calibration: Literal["none", "base", "propagated"]
-    allocator: str
+    allocator: Allocator
     refine: int
 
 
@@ -76,8 +75,7 @@ def method_of(
         keeps_spectra: whether spectra are kept.
 
     Raises:
-        EmlocError: stand-ins are to be refined that are not fitted to what the emulator computes, or there is no such
-            allocator.
+        EmlocError: stand-ins are to be refined that are not fitted to what the emulator computes.
     """
     usual = "base" if keeps_spectra or linears.has_experts else kind.calibration
     calibration = settings.calibration or usual
@@ -98,7 +96,7 @@ def method_of(
         "refine": refine or 0,
     }
     completed = CompletedSettings(**settings.model_dump() | found)
-    allocate = plugin_manager().algorithm("rank_allocators", allocator)
+    allocate = ALLOCATORS[allocator]
     method = Method(kind, completed, allocate, linears)
     if calibration == "propagated":
         return replace(method, linears=linears.without_experts("error-propagating calibration is for Linears alone"))

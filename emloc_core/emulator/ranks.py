@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from operator import index
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ import torch
 from emloc_core.algorithms.allocation import Spectrum, largest_rank, rank_cap, uniform, wants_spectra
 from emloc_core.errors import EmlocError
 from emloc_core.kinds import Kind
-from emloc_core.plugins.builtin import named
 
 #: Ranks of experts are multiples of it: torch multiplies groups whose rows have a multiple of 16 bytes, 8 of bf16.
 _ALIGNED = 8
@@ -202,7 +200,6 @@ def allocated(
     ratio: float | None,
     allocate: Callable[..., Sequence[int]],
     spectrum: Callable[[LinearPlan], Spectrum] | None = None,
-    name: str = "uniform",
     kind: Kind | None = None,
 ) -> RankPlan:
     """Return the plan with the ranks that an allocator gives.
@@ -212,11 +209,10 @@ def allocated(
         ratio: fraction of their parameters to keep, in (0, 1); None where the kind has no ratio.
         allocate: rank allocator; see :mod:`emloc_core.algorithms.allocation`.
         spectrum: returns a Linear's spectrum, for an allocator that needs it.
-        name: name of the allocator, for messages.
         kind: of emulator; None: factors alone.
 
     Raises:
-        EmlocError: the ratio is out of range, or the allocator's ranks are invalid or save nothing.
+        EmlocError: the ratio is out of range, or the ranks save nothing.
     """
     if kind is not None and not kind.has_factors:
         return plan.at_full_rank()
@@ -228,26 +224,13 @@ def allocated(
     known = {}
     if wants_spectra(allocate) and spectrum is not None:
         known["spectra"] = [spectrum(linear) for linear in linears]
-    with named(f"The rank allocator {name!r}"):
-        ranks = allocate(shapes, ratio, **known)
-    remedy = "Choose another --allocator, or update the plugin."
-    try:
-        whole = [index(rank) for rank in ranks]
-    except TypeError:
-        whole = []
-    if len(whole) != len(linears) or min(whole) < 1:
-        raise EmlocError(
-            f"The rank allocator {name!r} gave {ranks!r:.60}, not an integer of at least 1 for each of {len(linears)} "
-            "Linears.",
-            remedy,
-            code="plugin",
-        )
-    chosen = dict(zip((linear.path for linear in linears), whole, strict=True))
+    ranks = allocate(shapes, ratio, **known)
+    chosen = dict(zip((linear.path for linear in linears), ranks, strict=True))
     # The experts of a stack share a rank, whatever the allocator: they are multiplied by together.
     chosen |= {each.path: _expert_rank(each, ratio) for each in plan.experts if each.reason is None}
     found = plan.with_ranks(chosen, kind)
     if not found.ranks:
-        raise EmlocError(f"The ranks of the rank allocator {name!r} make nothing smaller.", remedy)
+        raise EmlocError("At this ratio nothing becomes smaller.", "Give a smaller --ratio, or another --kind.")
     return found
 
 

@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from emloc_core.algorithms import nf4
-from emloc_core.algorithms.factorize import Factors
+from emloc_core.algorithms.factorize import Factors, factorize
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
-from emloc_core.settings import SAMPLES, CompressSettings
+from emloc_core.settings import SAMPLES, Allocator, CompressSettings
 
 #: U (m, k) and V (k, n) with U V the matrix that a Linear of the emulator multiplies by.
 Pair = tuple[torch.Tensor, torch.Tensor]
 Factorize = Callable[[torch.Tensor, Gram, int], Factors]
 #: Settings that only kinds of more than one size know.
-_OF_RATIO = ("ratio", "allocator", "factorizer")
+_OF_RATIO = ("ratio", "allocator")
 
 
 class Movable(Protocol):
@@ -41,6 +41,7 @@ class Kind(ABC):
 
     Attributes:
         name: of the kind.
+        factorize: gives the factors of a weight, where there are any.
         taps_inputs: whether factors are fitted to the Gram of the inputs, even where that of the outputs is smaller.
         has_factors: whether a Linear becomes factors of some rank, alone or beside its weight. If not, the kind has one
             size, and the settings of sizes mean nothing.
@@ -61,6 +62,7 @@ class Kind(ABC):
     """
 
     name: str
+    factorize: Factorize = staticmethod(factorize)
     taps_inputs: bool = False
     has_factors: bool = True
     keeps_weight: bool = False
@@ -71,7 +73,7 @@ class Kind(ABC):
     has_experts: bool = False
     can_be_cut: bool = False
     calibration: Literal["base", "propagated"] = "base"
-    allocator: str = "uniform"
+    allocator: Allocator = "uniform"
     samples: int = SAMPLES
     needs_rows: bool = True
     rounds: int = 1

@@ -1,1 +1,1 @@
-"""Loading plugins, isolating broken ones, and tracing hook calls."""
+"""Loading plugins, and isolating broken ones."""

@@ -52,23 +52,6 @@ def named(what: str) -> Iterator[None]:
 
 
 @hookimpl
-def emloc_rank_allocators() -> dict[str, Callable[..., Any]]:
-    """Provide the paper's allocation, the same ratio everywhere, and one budget over all Linears."""
-    from emloc_core.algorithms.allocation import global_budget, uniform
-
-    return {"uniform": uniform, "global": global_budget}
-
-
-@hookimpl
-def emloc_factorizers() -> dict[str, Callable[..., Any]]:
-    """Provide activation-aware SVD without inverses, and two baselines from the literature."""
-    from emloc_core.algorithms.factorize import factorize
-    from emloc_core.algorithms.svd import asvd, svd
-
-    return {"activation-svd": factorize, "svd": svd, "asvd": asvd}
-
-
-@hookimpl
 def emloc_emulators() -> dict[str, Callable[..., Any]]:
     """Offer factors as in the paper and in four bits, weights in four bits and on a few levels."""
     from emloc_core import kinds

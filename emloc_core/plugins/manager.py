@@ -23,7 +23,6 @@ from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family, require_types
 from emloc_core.layout import Layout
 from emloc_core.plugins.builtin import COMMANDS
-from emloc_core.plugins.trace import trace_hooks
 
 PROJECT = GROUP = "emloc"
 Declared = TypeVar("Declared", Family, Layout)
@@ -51,7 +50,8 @@ class PluginManager(pluggy.PluginManager):
         self._commands: dict[str, click.Command] = {}
         self._told: set[str] = set()
         if is_on("EMLOC_TRACE_PLUGINS"):
-            trace_hooks(self)
+            self.trace.root.setwriter(lambda text: click.echo(f"emloc: {text}", err=True, nl=False))
+            self.enable_tracing()
 
     def load(self, entries: Sequence[EntryPoint]) -> None:
         """Load and register the entry points one by one: errors of a plugin are recorded in its report.
@@ -213,7 +213,7 @@ class PluginManager(pluggy.PluginManager):
         return dict(self._commands)
 
     def algorithm(self, hook: str, name: str) -> Any:
-        """Return the algorithm ``name`` from the hook ``emloc_{hook}``: factorizers, corrections, rank_allocators.
+        """Return the algorithm ``name`` from the hook ``emloc_{hook}``: emulators, corrections.
 
         Plugins are called now, not when they are loaded, since algorithms need torch.
 

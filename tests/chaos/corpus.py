@@ -641,7 +641,6 @@ def settings() -> Cases:
         "compress.samples=0",
         "compress.samples=1e9",
         "compress.allocator=x",
-        "compress.factorizer=x",
         "train.steps=0",
         "train.steps=-1",
         "train.learning_rate=nan",

@@ -213,8 +213,8 @@ def no_numbers(weight, _gram, rank):
 def test_a_factorizer_that_gives_no_factors_is_named(tiny_model, rows_file, tmp_path, calibration, factorize):
     settings = SETTINGS.model_copy(update={"calibration": calibration})
     job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "out", settings)
-    job.factorize = factorize
-    with pytest.raises(EmlocError, match=r"factorizer 'activation-svd' gave model\.layers\.0\.self_attn\.\w+ no"):
+    job.kind.factorize = factorize
+    with pytest.raises(EmlocError, match=r"kind 'low-rank' gave model\.layers\.0\.self_attn\.\w+ no"):
         job.run()
     assert not (tmp_path / "out").exists()
 
@@ -223,21 +223,9 @@ def test_a_factorizer_that_gives_no_factors_is_named(tiny_model, rows_file, tmp_
 def test_a_factorizer_that_raises_is_named(tiny_model, rows_file, tmp_path, calibration):
     settings = SETTINGS.model_copy(update={"calibration": calibration})
     job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "out", settings)
-    job.factorize = lambda *_: 1 // 0
-    with pytest.raises(EmlocError, match=r"factorizer 'activation-svd', on \S+, failed \(ZeroDivisionError: "):
+    job.kind.factorize = lambda *_: 1 // 0
+    with pytest.raises(EmlocError, match=r"kind 'low-rank', on \S+, failed \(ZeroDivisionError: "):
         job.run()
-
-
-@pytest.mark.parametrize("calibration", ["base", "propagated"])
-def test_baselines_do_worse_than_activation_aware_factors(tiny_model, rows_file, tmp_path, calibration):
-    errors = {}
-    for name in ("activation-svd", "svd", "asvd"):
-        changes = {"factorizer": name, "calibration": calibration, "samples": 4, "selection": 2}
-        output = compress(tiny_model, rows_file, tmp_path / name, SETTINGS.model_copy(update=changes))
-        linears = read_manifest(output)["result"]["linears"]
-        errors[name] = sum(linear["relative_error"] for linear in linears)
-        assert {linear["tap"] for linear in linears} == ({"input"} if name == "asvd" else {"input", "output"})
-    assert errors["activation-svd"] < min(errors["svd"], errors["asvd"])
 
 
 def test_overflow_in_activations_names_layer_and_row(tiny_model, rows_file, tmp_path):

@@ -21,7 +21,6 @@ from emloc_core.adapters.merge import Merge
 from emloc_core.algorithms import feedback, nf4
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.algorithms.svd import asvd, svd
 from emloc_core.conformance.stages import adapter_keys, correction, merge, ties, trains
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.data.rows import load_rows
@@ -272,18 +271,6 @@ def test_v_makes_up_for_the_rounding_of_u():
     assert fitted.relative_error() > exact.relative_error()
     assert torch.equal(nf4.rounded(fitted.u), fitted.u)
     assert torch.equal(nf4.rounded(fitted.v), fitted.v)
-
-
-@pytest.mark.parametrize("factorizer", [svd, asvd])
-def test_factors_of_every_factorizer_are_rounded(factorizer):
-    generator = torch.Generator().manual_seed(0)
-    weight, inputs = torch.randn(40, 64, generator=generator), torch.randn(200, 64, generator=generator)
-    gram = Gram("input", 64)
-    gram.add(inputs)
-    exact, rounded = factorizer(weight, gram, 20), FourBitLowRank().rounding(factorizer)(weight, gram, 20)
-    assert exact.relative_error() < rounded.relative_error() < 1.1 * exact.relative_error()
-    lost = float((inputs @ (weight - rounded.u @ rounded.v).T).norm() / (inputs @ weight.T).norm())
-    assert rounded.relative_error() == pytest.approx(lost, rel=1e-4)
 
 
 def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):

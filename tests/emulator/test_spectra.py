@@ -318,22 +318,6 @@ def test_global_spends_no_more_than_uniform_and_differs(tiny_model, kept, whole,
         assert (made / name).read_bytes() == (emulator / name).read_bytes()
 
 
-def test_a_plugins_allocator_may_want_spectra(tiny_model, rows_file, tmp_path, monkeypatch):
-    blocks = []
-
-    def shallow(shapes, ratio, spectra):
-        blocks.extend(each.block for each in spectra)
-        return [max(1, rank // 2) for rank in uniform(shapes, ratio)]
-
-    algorithm = plugin_manager().algorithm
-    monkeypatch.setattr(
-        plugin_manager(), "algorithm", lambda hook, name: shallow if name == "x" else algorithm(hook, name)
-    )
-    emulator = compression(tiny_model, rows_file, tmp_path / "emulator", allocator="x").run()
-    assert blocks == [f"model.layers.{index // 7}" for index in range(21)]
-    assert read_manifest(emulator)["result"]["linears"][0]["rank"] == 4
-
-
 def test_spectra_are_not_kept_of_propagated_calibration(tiny_model, rows_file, tmp_path):
     with pytest.raises(EmlocError, match="depend on the ranks of earlier layers"):
         compression(tiny_model, rows_file, tmp_path / "out", tmp_path / "spectra", calibration="propagated")

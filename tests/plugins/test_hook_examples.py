@@ -7,8 +7,7 @@ import pytest
 import torch
 from support.paths import DOCS
 
-from emloc_core.algorithms import Gram, Lora
-from emloc_core.algorithms.factorize import factorize
+from emloc_core.algorithms import Lora
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint
@@ -34,17 +33,15 @@ def examples():
 
 
 def test_every_algorithm_hook_has_one(examples):
-    hooks = ("rank_allocators", "factorizers", "emulators", "corrections")
+    hooks = ("emulators", "corrections")
     assert len(EXAMPLES) == len(hooks)
-    for hook, name in zip(hooks, ("by-energy", "on-the-outputs", "coarse", "shrinking"), strict=True):
+    for hook, name in zip(hooks, ("coarse", "shrinking"), strict=True):
         assert examples.algorithm(hook, name)
 
 
 @pytest.mark.usefixtures("examples")
-def test_an_emulator_is_made_by_the_examples(tiny_model, rows_file, tmp_path):
-    settings = CompressSettings(
-        samples=4, selection=2, ratio=0.5, allocator="by-energy", factorizer="on-the-outputs", kind="coarse"
-    )
+def test_an_emulator_is_made_by_the_example(tiny_model, rows_file, tmp_path):
+    settings = CompressSettings(samples=4, selection=2, ratio=0.5, kind="coarse")
     path = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", settings).run()
     result = read_manifest(path)["result"]
     assert len({linear["rank"] for linear in result["linears"]}) > 2
@@ -52,15 +49,6 @@ def test_an_emulator_is_made_by_the_examples(tiny_model, rows_file, tmp_path):
     with Checkpoint(path).slices(["model.layers.0.mlp.up_proj.weight"]) as slices:
         factor = slices["model.layers.0.mlp.up_proj.weight"][...]
     assert torch.equal(factor, (factor * 256).round() / 256)
-
-
-def test_the_factorizer_of_the_examples_is_as_good_as_ours(examples):
-    weight, inputs = torch.randn(12, 8), torch.randn(40, 8)
-    gram = Gram("input", 8)
-    gram.add(inputs)
-    found, ours = (f(weight, gram, 5) for f in (examples.algorithm("factorizers", "on-the-outputs"), factorize))
-    assert found.relative_error() == pytest.approx(ours.relative_error(), rel=1e-4)
-    assert torch.allclose(found.u @ found.v, ours.u @ ours.v, atol=1e-4)
 
 
 def test_the_correction_of_the_examples_answers_for_every_clamp(examples):

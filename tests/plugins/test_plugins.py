@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from support.paths import DOCS
 from support.plugins import BROKEN, COMMAND, GOOD, RAISING_OBSERVER
 
-from emloc_core.algorithms.factorize import factorize
+from emloc_core.algorithms.correction import correct_lora
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
@@ -25,25 +25,25 @@ BROKEN_ALGORITHMS = {
     "raising": """
         from emloc_core.hookspecs import hookimpl
         @hookimpl
-        def emloc_factorizers():
+        def emloc_corrections():
             import no_such_module
     """,
     "duplicate name": """
         from emloc_core.hookspecs import hookimpl
         @hookimpl
-        def emloc_factorizers():
-            return {"activation-svd": lambda *_: "another one", "more": print}
+        def emloc_corrections():
+            return {"emloc": lambda *_: "another one", "more": print}
     """,
     "not callable": """
         from emloc_core.hookspecs import hookimpl
         @hookimpl
-        def emloc_factorizers():
+        def emloc_corrections():
             return {"more": "print"}
     """,
     "no mapping": """
         from emloc_core.hookspecs import hookimpl
         @hookimpl
-        def emloc_factorizers():
+        def emloc_corrections():
             return [print]
     """,
 }
@@ -51,7 +51,7 @@ OTHER_ALGORITHM = """
     from emloc_core.hookspecs import hookimpl
 
     @hookimpl
-    def emloc_factorizers():
+    def emloc_corrections():
         return {"other": print}
 """
 OBSERVER = """
@@ -133,10 +133,10 @@ def test_the_family_of_a_model_type_or_what_to_do():
 def test_algorithms_come_by_name_through_the_hooks():
     manager = PluginManager()
     manager.register(algorithms)
-    for hook, name in (("rank_allocators", "uniform"), ("factorizers", "activation-svd"), ("corrections", "emloc")):
+    for hook, name in (("emulators", "nf4"), ("corrections", "emloc")):
         assert callable(manager.algorithm(hook, name))
-    with pytest.raises(EmlocError, match="Did you mean 'uniform'"):
-        manager.algorithm("rank_allocators", "unifrom")
+    with pytest.raises(EmlocError, match="Did you mean 'low-rank'"):
+        manager.algorithm("emulators", "low-rnak")
 
 
 @pytest.mark.parametrize("kind", BROKEN_ALGORITHMS)
@@ -147,10 +147,10 @@ def test_broken_algorithms_are_skipped_and_reported(entry, kind, capsys):
     manager.load([broken, good])
     assert [report.error for report in manager.reports] == [None, None]  # nothing has been asked for
     for _ in range(2):
-        assert manager.algorithm("factorizers", "activation-svd") is factorize
-        assert manager.algorithm("factorizers", "other") is print
+        assert manager.algorithm("corrections", "emloc") is correct_lora
+        assert manager.algorithm("corrections", "other") is print
     with pytest.raises(EmlocError, match="There is no 'more'"):
-        manager.algorithm("factorizers", "more")
+        manager.algorithm("corrections", "more")
     reports = {report.name: report for report in manager.reports}
     assert {name for name, report in reports.items() if report.error} == {broken.name}
     error = capsys.readouterr().err
@@ -165,7 +165,7 @@ def test_strict_raises_for_broken_algorithms(entry, kind, monkeypatch):
     manager.register(algorithms, name="emloc_core")
     manager.load([entry(BROKEN_ALGORITHMS[kind])])
     with pytest.raises(EmlocError, match="is broken"):
-        manager.algorithm("factorizers", "activation-svd")
+        manager.algorithm("corrections", "emloc")
 
 
 def test_a_raising_observer_disturbs_nothing_and_is_told_once(entry, capsys):
@@ -181,7 +181,7 @@ def test_a_raising_observer_disturbs_nothing_and_is_told_once(entry, capsys):
     assert "cannot observe" in manager.reports[0].error
 
 
-@pytest.mark.parametrize("hook", ["emloc_block_done", "emloc_factorizers", "emloc_registry"])
+@pytest.mark.parametrize("hook", ["emloc_block_done", "emloc_corrections", "emloc_registry"])
 def test_a_hook_that_leaves_the_program_does_not(entry, hook, capsys):
     manager = PluginManager()
     manager.register(algorithms, name="emloc_core")
@@ -195,7 +195,7 @@ def test_a_hook_that_leaves_the_program_does_not(entry, hook, capsys):
     """)
     manager.load([leaving])
     manager.notify("emloc_block_done", **BLOCK, index=0)
-    assert manager.algorithm("factorizers", "activation-svd") is factorize
+    assert manager.algorithm("corrections", "emloc") is correct_lora
     assert list(manager.registries()) == []
     assert capsys.readouterr().err == f"emloc: the plugin {leaving.name!r} of unknown is broken: SystemExit: 3\n"
 
@@ -238,23 +238,13 @@ def test_hook_calls_are_traced(entry, monkeypatch, capsys):
     manager = PluginManager()
     good, broken, seeing = entry(GOOD), entry(BROKEN["raising hook"]), entry(OBSERVER)
     manager.load([good, broken, seeing])
-    manager.notify("emloc_block_done", **BLOCK | {"path": "model." + 100 * "x"}, index=0)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
-    for line, name, text in zip(
-        lines,
-        (good.name, broken.name, seeing.name),
-        (
-            ": emloc_families() -> [Family(name='good', model_types=",
-            ": emloc_families() raised RuntimeError: out of order [",
-            ": emloc_block_done(stage='compress', path='model.xxx",
-        ),
-        strict=True,
-    ):
-        assert line.startswith(f"emloc: trace: {name}{text}")
-        assert line.endswith(" ms]")
-        assert len(line) < 260  # long values are abbreviated
-    assert "total=2, index=0) -> None [" in lines[2]
+    manager.notify("emloc_block_done", **BLOCK, index=0)
+    told = capsys.readouterr().err
+    assert "emloc_block_done [hook]" in told
+    assert "path: model.layers.0" in told
+    finished = [line for line in told.splitlines() if "finish emloc_families --> [[Family(" in line]
+    assert len(finished) == 1  # the one that raises does not
+    assert "name='good'" in finished[0]
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])
@@ -333,9 +323,6 @@ def test_the_plugins_of_the_documentation_work(entry, capsys):
     manager.load([entry(source) for source in examples])
     assert [report.error for report in manager.reports] == [None] * 4
     assert [family.name for family in manager.families()] == ["my_llama"]
-    shapes = [(32, 32), (64, 32)]
-    (rank, other) = manager.algorithm("rank_allocators", "thrifty")(shapes, 0.5)
-    assert rank == other == int(0.5 * (32 * 32 + 64 * 32) / (64 + 96))
     manager.notify("emloc_block_done", **BLOCK, index=0)
     assert capsys.readouterr().out == "model.layers.0 is done, 1 of 2\n"
 

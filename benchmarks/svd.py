@@ -3,6 +3,8 @@
 Both keep a weight's projection on some of its left singular vectors: the truncated SVD of any matrix A is
 ``U_k U_k^T A``, and of ``W S`` with S diagonal, divided by S again, ``U_k (U_k^T W)``. So nothing is divided by, and
 inputs that are always 0 do no harm. :mod:`emloc_core.algorithms.factorize` has the factors of the least output error.
+
+The module is a plugin with both as formats of emulator.
 """
 
 import torch
@@ -10,6 +12,8 @@ import torch
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
+from emloc_core.hookspecs import hookimpl
+from emloc_core.kinds import LowRank
 
 #: The power of the inputs' sizes that ASVD scales by (arXiv 2312.05821, section 3.2).
 ALPHA = 0.5
@@ -55,3 +59,23 @@ def _projected(weight: torch.Tensor, decomposed: torch.Tensor, gram: Gram, rank:
     # The energy of the outputs along every column of U: from ``rank`` on, it is what is lost.
     energies = (matrix @ u * u).sum(0) if gram.side == "output" else (v @ matrix * v).sum(1)
     return Factors(u[:, :rank].contiguous(), v[:rank].contiguous(), energies.double().clamp(min=0).cpu())
+
+
+class SVD(LowRank):
+    """Factors by :func:`svd`."""
+
+    name = "svd"
+    factorize = staticmethod(svd)
+
+
+class ASVD(LowRank):
+    """Factors by :func:`asvd`."""
+
+    name = "asvd"
+    factorize = staticmethod(asvd)
+
+
+@hookimpl
+def emloc_emulators() -> dict[str, type[LowRank]]:
+    """Offer both."""
+    return {kind.name: kind for kind in (SVD, ASVD)}

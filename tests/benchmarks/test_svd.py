@@ -1,14 +1,21 @@
 """The baselines: what defines them, and that none has a lower output error than activation-aware factors."""
 
 import pytest
+import svd as baselines
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.factors import gram_of, output_error
+from svd import asvd, svd
 
 from emloc_core.algorithms.factorize import factorize, wants_inputs
-from emloc_core.algorithms.svd import asvd, svd
+from emloc_core.data.rows import load_rows
+from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.output import read_manifest
+from emloc_core.plugins.manager import plugin_manager
+from emloc_core.settings import CompressSettings
 
 
 def drawn(m, n, tokens, seed, scales=None):
@@ -89,3 +96,19 @@ def test_asvd_asks_for_the_inputs():
     assert not wants_inputs(factorize)
     with pytest.raises(EmlocError, match="the Gram of the inputs"):
         asvd(weight, gram_of(weight, inputs, "output"), 5)
+
+
+@pytest.mark.parametrize("calibration", ["base", "propagated"])
+def test_emulators_of_them_do_worse_than_activation_aware_factors(tiny_model, rows_file, tmp_path, calibration):
+    plugin_manager().register(baselines)
+    errors, rows = {}, load_rows(str(rows_file))
+    try:
+        for name in ("low-rank", "svd", "asvd"):
+            how = {"calibration": calibration, "allocator": "uniform", "ratio": 0.6, "samples": 4, "selection": 2}
+            job = Compress(Checkpoint(tiny_model), rows, tmp_path / name, CompressSettings(kind=name, **how))
+            linears = read_manifest(job.run())["result"]["linears"]
+            errors[name] = sum(linear["relative_error"] for linear in linears)
+            assert {linear["tap"] for linear in linears} == ({"input"} if name == "asvd" else {"input", "output"})
+    finally:
+        plugin_manager().unregister(baselines)
+    assert errors["low-rank"] < min(errors["svd"], errors["asvd"])
