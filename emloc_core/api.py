@@ -426,11 +426,10 @@ def plan(  # noqa: PLR0913 - all by keyword
     Raises:
         EmlocError: the model cannot be planned, or a setting is wrong.
     """
-    from emloc_core.memory.budget import with_emulator
-    from emloc_core.memory.plan import make_plan
-    from emloc_core.memory.speed import measure as measure_speed
-    from emloc_core.memory.workload import make_workload
+    from emloc_core.files.checkpoint import read_config_json
     from emloc_core.model.image_shape import parse_size
+    from emloc_core.plugins.manager import plugin_manager
+    from emloc_core.precheck import check_names, check_rows
     from emloc_core.registry.registry import config_of
 
     budget = parse_bytes(memory) if memory is not None else None
@@ -438,7 +437,16 @@ def plan(  # noqa: PLR0913 - all by keyword
     size = parse_size(image_size) if image_size is not None else None
     if kind == AUTO and ratio is not None:
         raise EmlocError("The kind 'auto' is chosen by the memory, with its ratio.", "Give a kind, or no ratio.")
+    check_names(CompressSettings(kind=kind or AUTO))
+    check_rows(data)
     with config_of(fspath(model), with_tokenizer=data is not None) as file:
+        plugin_manager().family_for(read_config_json(file))
+        # Not before: they import torch.
+        from emloc_core.memory.budget import with_emulator
+        from emloc_core.memory.plan import make_plan
+        from emloc_core.memory.speed import measure as measure_speed
+        from emloc_core.memory.workload import make_workload
+
         workload = make_workload(
             file, train, device, length=length, images=images, image_size=size, data=data, split=split
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
+from emloc_core.precheck import precheck
 from emloc_core.requests import CompressRequest, Request
 from emloc_core.result import Result
 
@@ -56,6 +57,7 @@ def prepare(request: Request) -> Job:
     Raises:
         EmlocError: the request cannot be met; nothing has been written.
     """
+    precheck(request)
     if isinstance(request, CompressRequest):
         from emloc_core.memory.budget import fitted
 

@@ -14,6 +14,7 @@ FLOORS = [
     ["kinds", "requests", "files", "hookspecs"],
     ["data", "report"],
     ["plugins", "recipe.recipe"],
+    ["precheck"],
     ["model"],
     ["exact", "emulator", "adapters"],
     ["tuning", "serving"],

@@ -19,14 +19,13 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_object, write_json
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs, hash_files
+from emloc_core.files.lora import CONFIG, WEIGHTS, require_lora
 from emloc_core.files.manifest import manifest_value, require_unchanged
 from emloc_core.files.output import made_from, read_manifest
 from emloc_core.files.own import require_own_files
 from emloc_core.files.patterns import pattern_problems
 from emloc_core.files.shards import write_shard
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 CORRECTED = "emloc.corrected"  # key in the weights' metadata, which remains if the manifest is lost
 _PREFIX = "base_model.model."
 #: Kinds of directory that hold an adapter -> key of its model in the manifest's request.
@@ -115,12 +114,7 @@ class Adapter:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        if not (self.directory / CONFIG).is_file() or not (self.directory / WEIGHTS).is_file():
-            raise EmlocError(
-                f"{self.directory} is not a LoRA directory: it needs {CONFIG} and {WEIGHTS}.",
-                "Give the directory that training wrote.",
-                code="missing",
-            )
+        require_lora(self.directory)
         require_own_files(self.directory, [CONFIG, WEIGHTS, "*.json"])
         self.config: dict[str, Any] = read_object(self.directory / CONFIG)
         if problems := config_problems(self.config):

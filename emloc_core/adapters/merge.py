@@ -17,10 +17,10 @@ from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from emloc_core.files.documents import write_json
-from emloc_core.files.header import DTYPES, TensorInfo, read_header
+from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
-from emloc_core.files.shards import ShardWriter, row_chunks, tensor_bytes
+from emloc_core.files.shards import DTYPES, ShardWriter, row_chunks, tensor_bytes
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import MergeRequest

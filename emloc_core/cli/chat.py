@@ -51,6 +51,9 @@ def command(
     MODEL is a model, an emulator, or an adapter, which names its model. Ctrl-C stops an answer. Without a terminal,
     every line of stdin is a message, and stdout has the answers alone.
     """
+    from emloc_core.precheck import check_place
+
+    check_place(model)
     from transformers.utils import logging
 
     from emloc_core.conversation import open_conversation

@@ -1,6 +1,7 @@
 """The amount of output of a command: ``--quiet``, ``--verbose``, or neither."""
 
 import os
+import sys
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -55,19 +56,16 @@ def set_up_libraries(*, on_terminal: bool) -> None:
     """Let transformers, datasets and the hub's library say as much: bars on terminals alone, logs when verbose."""
     import logging
 
-    from datasets.utils import logging as datasets_logging
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging as transformers_logging
 
     level = verbosity()
-    if level is Verbosity.NORMAL and on_terminal:
-        enable_progress_bars()
-        transformers_logging.enable_progress_bar()
-        datasets_logging.enable_progress_bar()
-    else:
-        disable_progress_bars()
-        transformers_logging.disable_progress_bar()
-        datasets_logging.disable_progress_bar()
+    has_bars = level is Verbosity.NORMAL and on_terminal
+    (enable_progress_bars if has_bars else disable_progress_bars)()  # transformers follows it, if imported later
+    for name in ("transformers", "datasets"):  # which take seconds to import, and may not be needed
+        if loaded := sys.modules.get(f"{name}.utils.logging"):
+            (loaded.enable_progress_bar if has_bars else loaded.disable_progress_bar)()
+    if not has_bars:
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if level is not Verbosity.NORMAL:
         chosen = logging.INFO if level is Verbosity.VERBOSE else logging.ERROR
         for name in ("transformers", "datasets", "huggingface_hub", "trl", "peft", "accelerate"):

@@ -8,12 +8,13 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from emloc_core.adapters.adapter import WEIGHTS, Adapter
+from emloc_core.adapters.adapter import Adapter
 from emloc_core.conformance.activations import statistics
 from emloc_core.conformance.check import check, require
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.tuning import STEPS
 from emloc_core.files.documents import read_object
+from emloc_core.files.lora import WEIGHTS
 from emloc_core.files.output import MANIFEST
 from emloc_core.files.pretrained import load_lora
 from emloc_core.memory.model import MemoryModel

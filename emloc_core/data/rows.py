@@ -203,11 +203,24 @@ def copy_kept_rows(source: Path, target: Path) -> None:
 
 
 def _contents(source: str, split: str) -> Iterator[tuple[int, Any]]:
+    require_source(source)
     path = Path(source)
     if path.is_file():
         return read_file(path)
     if is_saved(path):
         return read_saved(path, split)
+    return enumerate(read_data_set(source, split), start=1)
+
+
+def require_source(source: str) -> None:
+    """Refuse what is neither a file nor a saved dataset, and cannot be the id of a hub dataset.
+
+    Raises:
+        EmlocError: as above.
+    """
+    path = Path(source)
+    if path.is_file() or is_saved(path):
+        return
     if path.is_dir():
         raise EmlocError(
             f"{source} is a directory.",
@@ -219,7 +232,6 @@ def _contents(source: str, split: str) -> Iterator[tuple[int, Any]]:
         raise EmlocError(
             f"There is no file {source}.", "Check the path; a hub dataset is organisation/name.", code="missing"
         )
-    return enumerate(read_data_set(source, split), start=1)
 
 
 def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *, confined: bool = False) -> Row:

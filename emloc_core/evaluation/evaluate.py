@@ -228,8 +228,8 @@ def _specs(tasks: Sequence[str], files: Inputs) -> list[TaskSpec]:
 
 
 def _check(systems: Sequence[System], specs: Sequence[TaskSpec]) -> None:
-    from emloc_core.adapters.adapter import CONFIG
     from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.files.lora import CONFIG
     from emloc_core.plugins.manager import plugin_manager
 
     if not systems:

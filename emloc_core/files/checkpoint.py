@@ -233,14 +233,22 @@ def open_checkpoint(model: str) -> Checkpoint:
         return Checkpoint(directory, name)
 
 
-@contextmanager
-def _from_hub(model: str) -> Iterator[None]:
-    """Turn errors of the hub into an :class:`EmlocError`."""
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
-    if looks_like_path:
+def require_name(model: str) -> None:
+    """Refuse what is no hub id, but a path where nothing is.
+
+    Raises:
+        EmlocError: as above.
+    """
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise EmlocError(
             f"There is no model at {model}.", "Check the path, or give a hub id (organisation/name).", code="missing"
         )
+
+
+@contextmanager
+def _from_hub(model: str) -> Iterator[None]:
+    """Turn errors of the hub into an :class:`EmlocError`."""
+    require_name(model)
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:

@@ -16,8 +16,27 @@ import click
 import torch
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.header import DTYPES, TensorInfo, read_header
+from emloc_core.files.header import TensorInfo, read_header
 
+#: torch's dtypes by safetensors' names.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 16 << 20  # bytes copied at a time
 _HASH = "emloc.sha256"  # key in the metadata: hash of everything else in the file

@@ -29,8 +29,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.header import DTYPES
 from emloc_core.files.pretrained import auto_class, load_config, new_model
+from emloc_core.files.shards import DTYPES
 from emloc_core.lowrank import METHOD, EmlocConfig, replace_linears
 from emloc_core.model import nf4_checkpoints
 from emloc_core.model.absent import Absent

@@ -31,6 +31,13 @@ COMMANDS = (
 )
 
 
+#: The built-in algorithms by their hook, so that a name can be checked without torch.
+ALGORITHMS = {
+    "emulators": ("low-rank", "nf4", "low-rank-nf4", "1.6-bit+repair", "2.7-bit", "1.6-bit"),
+    "corrections": ("emloc",),
+}
+
+
 @contextmanager
 def named(what: str) -> Iterator[None]:
     """Name the algorithm, perhaps a plugin's, that raises within the context.

@@ -6,7 +6,7 @@ of isolating; ``EMLOC_TRACE_PLUGINS=1`` prints every hook call. Empty or ``0`` c
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -22,7 +22,8 @@ from emloc_core import hookspecs
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family, require_types
 from emloc_core.layout import Layout
-from emloc_core.plugins.builtin import COMMANDS
+from emloc_core.plugins import builtin
+from emloc_core.plugins.builtin import ALGORITHMS, COMMANDS
 
 PROJECT = GROUP = "emloc"
 Declared = TypeVar("Declared", Family, Layout)
@@ -227,12 +228,24 @@ class PluginManager(pluggy.PluginManager):
             except (Exception, SystemExit) as error:
                 self.set_aside(owner, error)
         if name not in offered:
-            known = sorted(offered)
-            raise EmlocError(
-                f"There is no {name!r} among the {hook}: {', '.join(known)}.{did_you_mean(name, known)}",
-                "Choose one of these.",
-            )
+            raise _not_offered(hook, name, offered)
         return offered[name]
+
+    def require(self, hook: str, name: str) -> None:
+        """Refuse the name of an algorithm that no plugin provides; imports torch only for those of other plugins.
+
+        Args:
+            hook, name: see :meth:`algorithm`.
+
+        Raises:
+            EmlocError: as above.
+        """
+        if name in ALGORITHMS[hook]:
+            return
+        if any(caller.plugin is not builtin for caller in getattr(self.hook, f"emloc_{hook}").get_hookimpls()):
+            self.algorithm(hook, name)
+        else:
+            raise _not_offered(hook, name, ALGORITHMS[hook])
 
     def _algorithms_of(self, plugin: Any, hook: str, taken: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -286,6 +299,14 @@ def is_on(variable: str) -> bool:
     return os.environ.get(variable, "") not in ("", "0")
 
 
+def _not_offered(hook: str, name: str, offered: Iterable[str]) -> EmlocError:
+    known = sorted(offered)
+    return EmlocError(
+        f"There is no {name!r} among the {hook}: {', '.join(known)}.{did_you_mean(name, known)}",
+        "Choose one of these.",
+    )
+
+
 def _order(entry: EntryPoint) -> tuple[bool, str]:
     """Sort emloc's own plugins first: if two declare the same, the later one is broken, which is then never ours."""
     return (entry.dist is None or entry.dist.name != PROJECT, entry.name)
@@ -309,9 +330,7 @@ def _broken(report: PluginReport, error: BaseException) -> PluginReport:
 @cache
 def plugin_manager() -> PluginManager:
     """Return the process's plugin manager, with the built-in algorithms and every installed plugin loaded."""
-    from emloc_core.plugins import builtin as algorithms
-
     manager = PluginManager()
-    manager.register(algorithms, name="emloc_core")
+    manager.register(builtin, name="emloc_core")
     manager.load(list(entry_points(group=GROUP)))
     return manager

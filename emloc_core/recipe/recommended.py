@@ -6,6 +6,7 @@ tried.
 
 import click
 
+from emloc_core.precheck import precheck
 from emloc_core.process import call
 from emloc_core.recipe.recipe import SHARED, Recipe
 from emloc_core.recipe.stages import attempts, stages_of
@@ -48,6 +49,7 @@ def planned(request: str) -> list[str]:
 
     asked = request_from_json(request)
     assert isinstance(asked, CompressRequest)
+    precheck(asked)
     return recommended(asked)
 
 

@@ -5,11 +5,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from emloc_core.adapters.adapter import CONFIG, CORRECTED, Adapter, content_hash, write_adapter
+from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
+from emloc_core.files.lora import CONFIG
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output
 from emloc_core.model.skeleton import Skeleton

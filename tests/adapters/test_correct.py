@@ -16,7 +16,7 @@ from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
-from emloc_core.adapters.adapter import WEIGHTS, Adapter, config_problems, content_hash
+from emloc_core.adapters.adapter import Adapter, config_problems, content_hash
 from emloc_core.adapters.candidates import CANDIDATES, choose, gains
 from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.held_out import mean_loss
@@ -26,6 +26,7 @@ from emloc_core.data.tokenize import encode, load_processing
 from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.lora import WEIGHTS
 from emloc_core.files.output import read_manifest
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.settings import CompressSettings, CorrectSettings

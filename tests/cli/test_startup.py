@@ -1,10 +1,14 @@
-"""Commands that need no model import nothing heavy, with every plugin of the tree loaded."""
+"""Commands that need no model, and errors of the user's, import nothing heavy, with every plugin of the tree loaded."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from emloc_core.plugins.builtin import ALGORITHMS
+from emloc_core.plugins.manager import plugin_manager
 
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "lm_eval", "numpy", "matplotlib", "accelerate")
 SCRIPT = f"""
@@ -13,16 +17,79 @@ from emloc_core.cli import main
 try:
     main()
 except SystemExit as end:
-    assert not end.code, end.code
-print(json.dumps([name for name in {HEAVY} if name in sys.modules]))
+    print(json.dumps([end.code or 0, [name for name in {HEAVY} if name in sys.modules]]))
+else:
+    print(json.dumps([0, [name for name in {HEAVY} if name in sys.modules]]))
 """
+
+
+def run(*command: str, cwd: Path | None = None) -> tuple[int, list[str], list[str], str]:
+    """Return the exit code of a command, the heavy packages that it imported, and what it printed."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *command], capture_output=True, text=True, check=True, cwd=cwd)
+    *answer, last = done.stdout.splitlines()
+    code, heavy = json.loads(last)
+    return code, heavy, answer, done.stderr
 
 
 @pytest.mark.parametrize(
     "command", [["--help"], ["--version"], ["families"], ["families", "--json"], ["train", "--help"]]
 )
 def test_nothing_heavy_is_imported(command):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *command], capture_output=True, text=True, check=True)
-    *answer, heavy = done.stdout.splitlines()
-    assert json.loads(heavy) == []
+    code, heavy, answer, _ = run(*command)
+    assert (code, heavy) == (0, [])
     assert answer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model: Path) -> Path:
+    """A directory with a model, one of an unknown type, rows, and a recipe."""
+    root: Path = tmp_path_factory.mktemp("errors")
+    (root / "model").symlink_to(tiny_model)
+    (root / "odd").mkdir()
+    (root / "odd" / "config.json").write_text('{"model_type": "odd"}')
+    (root / "rows.jsonl").write_text('{"text": "a"}\n')
+    (root / "recipe.toml").write_text('[model]\nbase = "model"\nmemory = "1GB"\n[data]\ntrain = "rows.jsonl"\n')
+    return root
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("plan odd", "No installed family declares the model type 'odd'"),
+        ("plan missing", "There is no model at missing"),
+        ("plan model --memory 12", "Write the unit"),
+        ("plan model --batch-size 0", "batch_size = 0"),
+        ("plan model --kind six-bit", "'six-bit' among the emulators: 1.6-bit"),
+        ("plan model --data none.jsonl", "There is no file none.jsonl"),
+        ("compress odd --data rows.jsonl -o o", "'odd'"),
+        ("compress missing --data rows.jsonl -o o", "There is no model at missing"),
+        ("compress model --data none.jsonl:2 --data rows.jsonl -o o", "There is no file none.jsonl"),
+        ("compress model --data rows.jsonl --kind nf5 -o o", "Did you mean 'nf4'?"),
+        ("compress model --data rows.jsonl --allocator even -o o", "allocator"),
+        ("compress model --data rows.jsonl --memory 3hours -o o", "is not a memory size"),
+        ("train missing --data rows.jsonl -o o", "There is no model at missing"),
+        ("train model --data none.jsonl -o o", "There is no file none.jsonl"),
+        ("correct missing -o o", "missing is not a LoRA directory"),
+        ("polish missing --data rows.jsonl -o o", "missing is not a LoRA directory"),
+        ("merge missing -o o", "missing is not a LoRA directory"),
+        ("export missing -o o", "There is no model at missing"),
+        ("import missing -o o", "There is no model at missing"),
+        ("chat missing", "There is no model at missing"),
+        ("run recipe.toml --set train.setps=3", "Did you mean 'steps'?"),
+        ("run recipe.toml --dry-run --set model.memory=12q", "is not a memory size"),
+        ("run recipe.toml --dry-run --set model.base=odd", "'odd'"),
+        ("run recipe.toml --set data.train=none.jsonl", "There is no file"),
+        ("zoo plan odd", "No entry of the registry is called 'odd'"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_users_is_told_before_anything_heavy_is_imported(command, told, place):
+    code, heavy, _, stderr = run(*command.split(), cwd=place)
+    assert code == 1
+    assert told in stderr
+    assert heavy == []
+
+
+@pytest.mark.parametrize("hook", ALGORITHMS)
+def test_the_built_in_algorithms_are_known_by_name_without_torch(hook):
+    builtin = plugin_manager().get_plugin("emloc_core")
+    assert set(ALGORITHMS[hook]) == set(getattr(builtin, f"emloc_{hook}")())

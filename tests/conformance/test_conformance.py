@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.functional import dropout, linear
 from transformers.models.llama import modeling_llama as llama
 
-from emloc_core.adapters.adapter import WEIGHTS
 from emloc_core.conformance import check_family, checks
 from emloc_core.conformance.check import Subject, check
 from emloc_core.conformance.tuning import Tuned
 from emloc_core.family import Tower
+from emloc_core.files.lora import WEIGHTS
 from emloc_core.memory.model import MemoryModel
 from emloc_core.plugins import manager as plugins
 from emloc_core.plugins.manager import plugin_manager

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
-from emloc_core.adapters.adapter import WEIGHTS, Adapter
+from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
@@ -29,6 +29,7 @@ from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.errors import DiskFullError, EmlocError
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.lora import WEIGHTS
 from emloc_core.files.output import read_manifest
 from emloc_core.files.pretrained import load_lora
 from emloc_core.hookspecs import hookimpl

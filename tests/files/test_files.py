@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.documents import read_toml
-from emloc_core.files.header import DTYPES, read_header
+from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, read_manifest
-from emloc_core.files.shards import ShardWriter, row_chunks, write_shard
+from emloc_core.files.shards import DTYPES, ShardWriter, row_chunks, write_shard
 
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
 SHAPE = st.lists(st.integers(0, 5), max_size=3)

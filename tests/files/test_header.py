@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.header import DTYPES, read_header
+from emloc_core.files.header import ITEMSIZES, read_header
+from emloc_core.files.shards import DTYPES
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
         "b": {"dtype": "F16", "shape": [3], "data_offsets": [16, 22]}}  # fmt: skip
@@ -96,6 +97,8 @@ def test_every_dtype_is_that_of_the_library(tmp_path, dtype):
     (tmp_path / "x.safetensors").write_bytes(content)
     tensors, _ = read_header(tmp_path / "x.safetensors")
     assert DTYPES[tensors["a"].dtype] == dtype
+    assert ITEMSIZES[tensors["a"].dtype] == dtype.itemsize
+    assert tensors["a"].is_floating_point == dtype.is_floating_point
     assert load(content)["a"].dtype == dtype
 
 

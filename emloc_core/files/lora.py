@@ -1,0 +1,22 @@
+"""The files of a LoRA directory, as PEFT names them."""
+
+from pathlib import Path
+
+from emloc_core.errors import EmlocError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def require_lora(directory: Path) -> None:
+    """Refuse what is not the directory of a LoRA.
+
+    Raises:
+        EmlocError: a file is missing.
+    """
+    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
+        raise EmlocError(
+            f"{directory} is not a LoRA directory: it needs {CONFIG} and {WEIGHTS}.",
+            "Give the directory that training wrote.",
+            code="missing",
+        )

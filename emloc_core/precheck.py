@@ -1,0 +1,92 @@
+"""Refuses a request for what its words and the files that it names tell, before torch is imported, which takes seconds.
+
+What is refused here would be refused later too, in the same words. What must be downloaded is left to the stage.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from emloc_core.data.mixture import weights
+from emloc_core.data.rows import require_source
+from emloc_core.files.checkpoint import Checkpoint, require_name
+from emloc_core.files.lora import require_lora
+from emloc_core.plugins.manager import plugin_manager
+from emloc_core.requests import Request
+from emloc_core.settings import AUTO
+from emloc_core.units import parse_bytes
+
+#: Settings that name an algorithm, and the hook that offers it.
+_NAMED = {"kind": "emulators", "correction": "corrections"}
+
+
+def precheck(request: Request) -> None:
+    """Refuse a request whose models, rows, algorithms or memory cannot be what it says.
+
+    Raises:
+        EmlocError: one of them cannot.
+    """
+    asked: Any = request
+    if memory := getattr(asked, "memory", None):
+        parse_bytes(memory)
+    check_names(getattr(asked, "settings", None))
+    if adapter := getattr(asked, "adapter", None):
+        require_lora(adapter)
+    systems = [system.model for system in getattr(asked, "systems", ())]
+    for name in filter(None, (*(getattr(asked, field, None) for field in ("model", "base")), *systems)):
+        check_model(name)
+    if source := getattr(asked, "source", None):
+        check_place(source)
+    for rows in (getattr(asked, "data", None), getattr(asked, "selection_data", None)):
+        check_rows(rows)
+
+
+def check_names(settings: Any) -> None:
+    """Refuse settings that name an algorithm that nothing offers.
+
+    Raises:
+        EmlocError: says what is offered.
+    """
+    for field, hook in _NAMED.items():
+        name = getattr(settings, field, None)
+        if name is not None and name != AUTO:
+            plugin_manager().require(hook, name)
+
+
+def check_model(name: str) -> None:
+    """Refuse a model that is not there, or that no family declares.
+
+    Args:
+        name: directory or hub id, of which nothing is downloaded.
+
+    Raises:
+        EmlocError: as above.
+    """
+    check_place(name)
+    if Path(name).exists():
+        plugin_manager().family_for(Checkpoint(name).config)
+
+
+def check_place(name: str) -> None:
+    """Refuse what is neither there nor a hub id.
+
+    Raises:
+        EmlocError: as above.
+    """
+    if not Path(name).exists():
+        require_name(name)
+
+
+def check_rows(data: Any) -> None:
+    """Refuse rows of files that are not there.
+
+    Args:
+        data: see :func:`emloc_core.data.rows.load_rows`; of hub datasets nothing is downloaded.
+
+    Raises:
+        EmlocError: names the file.
+    """
+    sources: Iterable[Any] = weights(data) or [data]
+    for source in sources:
+        if isinstance(source, str | Path):
+            require_source(str(source))
