@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     )
     from emloc_core.errors import EmlocError
     from emloc_core.progress import ProgressEvent
-    from emloc_core.result import Result
+    from emloc_core.result import Result, RunResult
 
 try:
     __version__ = version("emloc")
@@ -63,12 +63,14 @@ _PUBLIC = {
     "EmlocError": "errors",
     "ProgressEvent": "progress",
     "Result": "result",
+    "RunResult": "result",
 }
 
 __all__ = [
     "EmlocError",
     "ProgressEvent",
     "Result",
+    "RunResult",
     "chat",
     "compress",
     "convert_layout",

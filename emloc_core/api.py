@@ -34,7 +34,17 @@ from emloc_core.keywords import (
 )
 from emloc_core.progress import ProgressEvent, Reporter
 from emloc_core.requests import Request, Rows, System, make_request
-from emloc_core.result import Result
+from emloc_core.result import (
+    AdapterResult,
+    CorrectionResult,
+    EmulatorResult,
+    EvaluationResult,
+    ExportResult,
+    ImportResult,
+    MergeResult,
+    Result,
+    RunResult,
+)
 from emloc_core.settings import AUTO, CompressSettings, TrainSettings, explain
 from emloc_core.trainer_fields import PolishAllKwargs, TrainAllKwargs, TrainerFields
 from emloc_core.units import parse_bytes
@@ -67,7 +77,7 @@ def compress(
     device: str = "auto",
     progress: OnProgress | None = None,
     **settings: Unpack[CompressKwargs],
-) -> Result:
+) -> Result[EmulatorResult]:
     """Make an emulator of a model: stage 1 (paper, section 3.2).
 
     Args:
@@ -100,7 +110,7 @@ def cut(
     base: Name | None = None,
     progress: OnProgress | None = None,
     **settings: Unpack[CutKwargs],
-) -> Result:
+) -> Result[EmulatorResult]:
     """Cut an emulator of any ratio from spectra, without calibrating again.
 
     Args:
@@ -130,7 +140,7 @@ def train(  # noqa: PLR0913 - all by keyword
     callbacks: Sequence["TrainerCallback"] = (),
     progress: OnProgress | None = None,
     **settings: Unpack[TrainAllKwargs],
-) -> Result:
+) -> Result[AdapterResult]:
     """Train a LoRA on an emulator, or on an ordinary model: stage 2.
 
     Args:
@@ -171,7 +181,7 @@ def correct(
     device: str = "auto",
     progress: OnProgress | None = None,
     **settings: Unpack[CorrectKwargs],
-) -> Result:
+) -> Result[CorrectionResult]:
     """Correct a LoRA that was trained on an emulator, for use on the base: stage 3 (paper, section 3.3).
 
     Args:
@@ -211,7 +221,7 @@ def polish(
     callbacks: Sequence["TrainerCallback"] = (),
     progress: OnProgress | None = None,
     **settings: Unpack[PolishAllKwargs],
-) -> Result:
+) -> Result[AdapterResult]:
     """Train an adapter for a few exact steps on the base itself, in the memory of a few blocks.
 
     Args:
@@ -252,7 +262,7 @@ def merge(
     base: Name | None = None,
     allow_uncorrected: bool = False,
     progress: OnProgress | None = None,
-) -> Result:
+) -> Result[MergeResult]:
     """Merge an adapter into its base: an ordinary checkpoint of the original architecture.
 
     Args:
@@ -277,7 +287,7 @@ def export(
     allow_uncorrected: bool = False,
     progress: OnProgress | None = None,
     **settings: Unpack[ExportKwargs],
-) -> Result:
+) -> Result[ExportResult]:
     """Write an adapter or a model as servers take it.
 
     Args:
@@ -309,7 +319,7 @@ def evaluate(  # noqa: PLR0913 - all by keyword
     systems: Mapping[str, Name | tuple[Name, Name]] | None = None,
     progress: OnProgress | None = None,
     **settings: Unpack[EvaluateKwargs],
-) -> Result:
+) -> Result[EvaluationResult]:
     """Compare models and adapters on the same tasks with lm-eval, each in its own process.
 
     Args:
@@ -376,7 +386,7 @@ def chat(
     return open_conversation(fspath(model), _path(adapter), **settings)
 
 
-def convert_layout(source: Name, output: Name, *, progress: OnProgress | None = None) -> Result:
+def convert_layout(source: Name, output: Name, *, progress: OnProgress | None = None) -> Result[ImportResult]:
     """Convert a checkpoint with another layout to the one of transformers' own classes: ``emloc import``.
 
     Args:
@@ -478,23 +488,27 @@ def push(
     return push(directory, repository, private=private, with_rows=with_rows, base=base)
 
 
-def run(recipe: Name, **sections: Unpack[RecipeKwargs]) -> dict[str, Any]:
+def run(recipe: Name, *, progress: OnProgress | None = None, **sections: Unpack[RecipeKwargs]) -> RunResult:
     """Run all stages of a recipe, each in its own process.
 
     Args:
         recipe: a TOML file.
+        progress: called after every item of every stage; by default the stages show theirs on stderr.
         sections: values to use instead of the recipe's: ``train={"steps": 100}``, ``merge=False``. Paths are relative
             to the recipe.
 
     Returns:
-        The content of ``results.json``.
+        The directory of the run.
 
     Raises:
         EmlocError: the recipe cannot be used, or a stage failed; the message names it, and earlier stages are kept.
     """
+    from emloc_core.recipe.recipe import load_recipe
     from emloc_core.recipe.run import run_recipe
 
-    return run_recipe(Path(recipe), sections)
+    with quiet() if progress else nullcontext():
+        run_recipe(Path(recipe), sections, progress=progress)
+    return RunResult(load_recipe(Path(recipe), sections).output)
 
 
 def load_family(model: Name) -> "Family":
@@ -509,7 +523,7 @@ def load_family(model: Name) -> "Family":
     return plugin_manager().family_for(read_config_json(find_config(fspath(model))))
 
 
-def _perform(request: Request, progress: OnProgress | None, callbacks: Sequence["TrainerCallback"] = ()) -> Result:
+def _perform(request: Request, progress: OnProgress | None, callbacks: Sequence["TrainerCallback"] = ()) -> Result[Any]:
     from emloc_core.stages import finish, prepare, warnings_of
 
     settle()

@@ -8,9 +8,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import GeneratorType
 from typing import IO, Any
@@ -46,7 +47,8 @@ def call(
     """Call a function in a new process and yield its answers.
 
     Args:
-        function: ``package.module:name``. It returns one answer, or yields them.
+        function: ``package.module:name``. It returns one answer, or yields them; if it has an argument ``tell``, it is
+            given a function that sends an answer at once.
         arguments: by name, JSON values.
         log: file for the process's output; stderr by default.
         environment: variables to add.
@@ -107,17 +109,23 @@ def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
             yield stream
 
 
-def answers_to(question: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the messages to the parent: the answers, and how the call ended."""
+def answer(question: Mapping[str, Any], send: Callable[[dict[str, Any]], Any]) -> None:
+    """Make the call, and send the messages to the parent: the answers, and how the call ended."""
+
+    def tell(answer: Any) -> None:
+        send({"answer": answer})
+
     module, _, name = question["function"].partition(":")
     try:
-        found = getattr(import_module(module), name)(**question["arguments"])
-        for answer in found if isinstance(found, GeneratorType) else [found]:
-            yield {"answer": answer}
+        function = getattr(import_module(module), name)
+        telling = {"tell": tell} if "tell" in signature(function).parameters else {}
+        found = function(**question["arguments"], **telling)
+        for each in found if isinstance(found, GeneratorType) else [found]:
+            tell(each)
     except EmlocError as error:
-        yield {"error": str(error.args[0]), "fix": error.fix, "code": error.code, "resumable": error.resumable}
+        send({"error": str(error.args[0]), "fix": error.fix, "code": error.code, "resumable": error.resumable})
     else:
-        yield {"done": True}
+        send({"done": True})
 
 
 def main() -> int:
@@ -127,10 +135,13 @@ def main() -> int:
     question = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keep what libraries print out of the answers
+
+    def send(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
     try:
-        for answer in answers_to(question):
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
+        answer(question, send)
     except KeyboardInterrupt:  # the parent was interrupted too, and says so
         return 130
     return 0

@@ -3,14 +3,131 @@
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, NotRequired, TypedDict, TypeVar
 
 from emloc_core.files.documents import read_json
 from emloc_core.files.output import MANIFEST, TIMING
 
+Found = TypeVar("Found")
 
-class Result(os.PathLike[str]):
-    """A finished output directory. Every function of the Python API accepts it as a path.
+
+class LinearResult(TypedDict):
+    """A Linear of an emulator: its rank, or the reason why it stayed dense, and its relative output error."""
+
+    path: str
+    block: str
+    group: list[str]
+    tap: str
+    in_features: int
+    out_features: int
+    rank: int | None
+    reason: str | None
+    relative_error: float | None
+
+
+class EmulatorResult(TypedDict):
+    """What ``compress`` and ``cut`` found. ``tokens`` are those of the calibration rows."""
+
+    family: str
+    base: str
+    bytes: dict[Literal["base", "emulator"], int]
+    parameters: dict[str, int]
+    coverage: dict[str, Any]
+    tokens: int
+    linears: list[LinearResult]
+    sha256: str
+
+
+class AdapterResult(TypedDict):
+    """What ``train`` and ``polish`` found. Losses are in nats per token; those of evaluations are of the kept step."""
+
+    steps: int
+    train_loss: float | None
+    rows: int
+    dropped_rows: int
+    excluded_rows: int
+    trainable_parameters: int
+    target_modules: list[str]
+    sha256: str
+    eval_rows: NotRequired[int]
+    best_step: NotRequired[int]
+    eval_loss: NotRequired[float]
+    eval_base_loss: NotRequired[float]
+
+
+class CandidateResult(TypedDict):
+    """A way to carry a LoRA over: its loss per token on the held-out rows, and its gain over none in nats per row."""
+
+    clamp: float | Literal["none"]
+    scale: float
+    nll: float
+    gain: float | None
+    gain_stderr: float | None
+    rows: int
+
+
+class CorrectionResult(TypedDict):
+    """What ``correct`` chose, and with ``clamp="auto"`` what it compared."""
+
+    clamp: float | Literal["none"]
+    scale: float
+    linears: int
+    sha256: str
+    nll: NotRequired[float]
+    candidates: NotRequired[list[CandidateResult]]
+
+
+class MergeResult(TypedDict):
+    """What ``merge`` wrote."""
+
+    merged_linears: int
+    untied: list[str]
+    bytes: int
+
+
+class ExportResult(TypedDict, total=False):
+    """What ``export`` wrote: of an adapter its Linears and rank, of GGUF the number of tensors."""
+
+    linears: int
+    rank: int
+    warnings: list[str]
+    tensors: int
+    sha256: str
+
+
+class ImportResult(TypedDict):
+    """What ``convert_layout`` read and wrote."""
+
+    layout: str
+    model_type: str
+    tensors: int
+    split: int
+    bytes: int
+
+
+#: What ``evaluate`` found: by system, its metrics.
+EvaluationResult = dict[str, dict[str, float]]
+
+
+class RunSummary(TypedDict):
+    """What ``run`` found: timings by stage, the emulator's size, the correction, the directory of the last output."""
+
+    stages: dict[str, dict[str, float]]
+    compression: dict[str, dict[str, int]]
+    correction: CorrectionResult
+    final: str
+    kept: NotRequired[str]
+    kinds: NotRequired[dict[str, str]]
+    selection_losses: NotRequired[dict[str, float]]
+    systems: NotRequired[EvaluationResult]
+    stderr: NotRequired[dict[str, dict[str, float | None]]]
+    metrics: NotRequired[dict[str, dict[str, Any]]]
+    tasks: NotRequired[dict[str, dict[str, Any]]]
+    pushed: NotRequired[str]
+
+
+class _Directory(os.PathLike[str]):
+    """A directory. Every function of the Python API accepts it as a path.
 
     Attributes:
         path: the directory.
@@ -24,6 +141,36 @@ class Result(os.PathLike[str]):
 
     def __str__(self) -> str:
         return str(self.path)
+
+
+class RunResult(_Directory):
+    """The directory of a finished run.
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __repr__(self) -> str:
+        return f"<run at {self.path}>"
+
+    @cached_property
+    def result(self) -> RunSummary:
+        """The content of ``results.json``."""
+        content: RunSummary = read_json(self.path / "results.json")
+        return content
+
+    @property
+    def final(self) -> "Result[Any]":
+        """The last output: the merged model, or the last adapter."""
+        return Result(self.path / self.result["final"])
+
+
+class Result(_Directory, Generic[Found]):
+    """A finished output directory of one stage.
+
+    Attributes:
+        path: the directory.
+    """
 
     def __repr__(self) -> str:
         return f"<{self.kind} at {self.path}>"
@@ -40,9 +187,9 @@ class Result(os.PathLike[str]):
         return str(self.manifest["kind"])
 
     @property
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Found:
         """What the stage measured: the error of every Linear, losses, metrics."""
-        found: dict[str, Any] = self.manifest["result"]
+        found: Found = self.manifest["result"]
         return found
 
     @property

@@ -71,7 +71,7 @@ def warnings_of(job: Job) -> list[str]:
     return list(getattr(job, "warnings", ()))
 
 
-def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) -> Result | None:
+def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) -> Result[Any] | None:
     """Run a job and notify the plugins that observe stages.
 
     Returns:
@@ -95,7 +95,7 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
         ) from error
     if not getattr(job, "is_main_process", True):
         return None
-    result = Result(directory)
+    result: Result[Any] = Result(directory)
     _LOGGER.info("%s is done: %s", stage, directory)
     from emloc_core.plugins.manager import plugin_manager
 
@@ -103,6 +103,6 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
     return result
 
 
-def perform(request: Request, progress: Progress | None = lambda *_: None) -> Result | None:
+def perform(request: Request, progress: Progress | None = lambda *_: None) -> Result[Any] | None:
     """Prepare and run a request; see :func:`prepare` and :func:`finish`."""
     return finish(request.stage, prepare(request), progress)

@@ -39,12 +39,8 @@ class TrainerFields(TypedDict, total=False):
     ddp_static_graph: bool | None
     ddp_timeout: int
     debug: str | list[str]
-    deepspeed: dict[str, Any] | str | None
     disable_dropout: bool
-    disable_tqdm: bool | None
     discopop_tau: float
-    do_predict: bool
-    do_train: bool
     enable_jit_checkpoint: bool
     eval_accumulation_steps: int | None
     eval_delay: float
@@ -59,13 +55,6 @@ class TrainerFields(TypedDict, total=False):
     fsdp_config: dict[str, Any] | str | None
     full_determinism: bool
     gradient_checkpointing_kwargs: dict[str, Any] | str | None
-    hub_always_push: bool
-    hub_model_id: str | None
-    hub_private_repo: bool | None
-    hub_revision: str | None
-    hub_strategy: str
-    hub_token: str | None
-    ignore_data_skip: bool
     include_for_metrics: list[str]
     include_num_input_tokens_seen: str | bool
     label_names: list[str] | None
@@ -74,9 +63,7 @@ class TrainerFields(TypedDict, total=False):
     ld_alpha: float | None
     length_column_name: str
     liger_kernel_config: dict[str, bool] | None
-    local_rank: int
     log_level: str
-    log_level_replica: str
     log_on_each_node: bool
     logging_first_step: bool
     logging_nan_inf_filter: bool
@@ -93,7 +80,6 @@ class TrainerFields(TypedDict, total=False):
     packing_strategy: str
     pad_to_multiple_of: int | str | None
     padding_free: bool
-    parallelism_config: Any
     per_device_eval_batch_size: int
     precompute_ref_batch_size: int | None
     precompute_ref_log_probs: bool
@@ -107,16 +93,12 @@ class TrainerFields(TypedDict, total=False):
     run_name: str | None
     save_on_each_node: bool
     shuffle_dataset: bool
-    skip_memory_metrics: bool
     sync_ref_model: bool
     tf32: bool | None
     torch_compile: bool
     torch_compile_backend: str | None
     torch_compile_mode: str | None
     torch_empty_cache_steps: int | None
-    trackio_bucket_id: str | None
-    trackio_space_id: str | None
-    trackio_static_space_id: str | bool | None
     train_sampling_strategy: str
     use_cache: bool
     use_cpu: bool

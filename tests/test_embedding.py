@@ -11,7 +11,9 @@ from support.rows import example_rows
 from transformers import TrainerCallback
 
 import emloc_core as emloc
+from emloc_core import result
 from emloc_core.files.documents import read_json
+from emloc_core.recipe.live import Doing, Live, doing
 from emloc_core.settings import TrainSettings
 from emloc_core.trainer_fields import TrainerFields
 from emloc_core.tuning.trl import check_extra
@@ -32,7 +34,8 @@ emloc.train(emulator, [{"text": "a"}], "adapter", steps=3, weight_decay=0.1, tar
 emloc.train(emulator, "rows.jsonl", "adapter", peft_config=LoraConfig(r=4))
 emloc.polish("adapter", "rows.jsonl", limits={"memory": "8GiB"}, evaluation={"split": 0.1})
 emloc.evaluate("task.yaml", "evaluation", base="model", limit=4)
-emloc.run("recipe.toml", train={"steps": 3}, polish=None)
+emloc.run("recipe.toml", train={"steps": 3}, polish=None).final.load()
+emulator.result["bytes"]["base"] + 1
 """
 WRONG = """
 emloc.train(emulator, "rows.jsonl", "adapter", setps=3)
@@ -41,6 +44,7 @@ emloc.polish("adapter", "rows.jsonl", limits={"memroy": "8GiB"})
 emloc.correct("adapter", clamp="never")
 emloc.run("recipe.toml", train={"setps": 3})
 emloc.plan("model", lora_rnak=4)
+emulator.result["byte"]
 """
 
 
@@ -135,6 +139,83 @@ def test_events_tell_how_far_a_stage_is_and_nothing_is_printed(emulator, tiny_mo
     log = read_json(adapter.path / "log.json")
     assert [event.loss for event in train] == [None, *(entry["loss"] for entry in log[:2])]
     assert train[-1].output == str(adapter)
+
+
+RECIPE = """
+output = "run"
+merge = false
+[model]
+base = "{model}"
+[data]
+train = "{rows}"
+[compress]
+samples = 8
+selection = 4
+ratio = 0.6
+[train]
+steps = 50
+batch_size = 2
+bf16 = false
+logging_steps = 1
+"""
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_a_run_reports_every_stage_and_keeps_what_it_is_doing_in_a_file(
+    tiny_model, rows_file, tmp_path, capfd, monkeypatch
+):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(model=tiny_model, rows=rows_file))
+    monkeypatch.setattr("emloc_core.recipe.live._EVERY", 0.0)
+    events, seen = [], []
+
+    def watch(event):
+        events.append(event)
+        seen.append(doing(tmp_path / "run"))
+
+    run = emloc.run(recipe, train={"steps": 3}, progress=watch)
+    assert capfd.readouterr() == ("", "")
+    assert list(dict.fromkeys((event.stage, event.number, event.stages) for event in events)) == [
+        ("compress", 1, 3), ("train", 2, 3), ("correct", 3, 3),
+    ]  # fmt: skip
+    assert [each.event for each in seen] == events
+    assert [each.name for each in seen][-1] == "corrected"
+    losses = next(each.losses for each in reversed(seen) if each.name == "adapter")
+    assert [step for step, _ in losses] == [2, 3]
+    assert doing(tmp_path / "run") is None
+    assert (run.path, run.final.kind) == (tmp_path / "run", "corrected-adapter")
+    assert not list(run.path.glob("*.log"))
+
+
+def test_what_a_killed_run_was_doing_is_not_what_it_does(tmp_path):
+    event = emloc.ProgressEvent("train", "adapter", 1, 3)
+    with Live(tmp_path) as live:
+        live.begin(Doing("adapter", "tune", event))
+        assert doing(tmp_path).event == event
+        live.begin(Doing("adapter", "tune", event, pid=2**22 + 1))  # no process has such an id
+        assert doing(tmp_path) is None
+    (tmp_path / "progress.json").write_text('{"pid": "x"}')
+    assert doing(tmp_path) is None
+
+
+def test_results_have_the_keys_of_their_types(emulator, tiny_model, tmp_path):
+    adapter = emloc.train(emulator, ROWS, tmp_path / "a", evaluation={"split": 0.1, "on_base": True}, **TRAIN)
+    corrected = emloc.correct(adapter, device="cpu")
+    spectra = tmp_path / "spectra"
+    emloc.compress(tiny_model, ROWS, tmp_path / "e", keep_spectra=spectra, **COMPRESS)
+    made = {
+        "EmulatorResult": [emulator, emloc.cut(spectra, tmp_path / "c", ratio=0.5)],
+        "AdapterResult": [adapter, emloc.train(emulator, ROWS, tmp_path / "b", **TRAIN)],
+        "CorrectionResult": [corrected, emloc.correct(adapter, tmp_path / "d", device="cpu", clamp=1)],
+        "MergeResult": [emloc.merge(corrected, tmp_path / "m")],
+        "ExportResult": [emloc.export(corrected, tmp_path / "x")],
+    }
+    for name, results in made.items():
+        kind = getattr(result, name)
+        for each in results:
+            assert kind.__required_keys__ <= each.result.keys() <= kind.__annotations__.keys(), name
+    assert set(emulator.result["linears"][0]) == set(result.LinearResult.__annotations__)
+    assert set(corrected.result["candidates"][0]) == set(result.CandidateResult.__annotations__)
 
 
 def test_warnings_go_to_the_logger_of_emloc_when_events_are_asked_for(monkeypatch, tiny_model, tmp_path, caplog, capfd):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run, print_json
-from emloc_core.cli.verbosity import verbosity_options
+from emloc_core.cli.verbosity import Verbosity, verbosity, verbosity_options
 from emloc_core.files.meter import peak_memory
 from emloc_core.units import human_bytes
 
@@ -36,11 +36,15 @@ def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bo
     if dry_run:
         _describe(with_alternative(load_recipe(recipe, overrides)), as_json)
         return
-    results = run_recipe(recipe, overrides, announce_stage)
+    quiet = verbosity() is Verbosity.QUIET
+    results = run_recipe(recipe, overrides, **({"progress": lambda _: None} if quiet else {"announce": announce_stage}))
+    output = Path(load_recipe(recipe, overrides).output)
     if as_json:
         print_json(results)
+    elif verbosity() is Verbosity.QUIET:
+        click.echo(output)
     else:
-        show(results, Path(load_recipe(recipe, overrides).output))
+        show(results, output)
 
 
 def announce_stage(index: int, total: int, stage: "Stage") -> None:

@@ -2,10 +2,11 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -17,10 +18,14 @@ from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
 from emloc_core.files.meter import peak_memory
 from emloc_core.files.output import MANIFEST, TIMING
+from emloc_core.progress import Reporter
 from emloc_core.report.towers import place, short_names
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
 from emloc_core.result import Result
 from emloc_core.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from emloc_core.stages import Job
 
 _DOING = {
     "import": "Importing",
@@ -40,7 +45,7 @@ _CALIBRATIONS = {
 }
 
 
-def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, push: str | None = None) -> None:
+def run(request: Request, *, dry_run: bool, to_json: bool, push: str | None = None) -> None:
     """Run a stage, or print what it would do, with the result on stdout.
 
     Args:
@@ -48,16 +53,8 @@ def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, p
         dry_run: only print what would be done.
         to_json: print JSON.
         push: repository to upload the output to.
-        alone: print the commands that usually follow, which a recipe runs by itself.
     """
-    from emloc_core.stages import finish, prepare, warnings_of
-
-    if push is not None:
-        check_repository(push)
-    set_up_libraries(on_terminal=sys.stderr.isatty())
-    job = prepare(request)
-    for warning in warnings_of(job):
-        click.echo(f"warning: {warning}.", err=True)
+    job = _prepare(request, push)
     if dry_run:
         content = job.describe()
         if to_json:
@@ -66,24 +63,62 @@ def run(request: Request, *, dry_run: bool, to_json: bool, alone: bool = True, p
             for line in _planned(request.stage, content):
                 click.echo(line)
         return
+    result = _finish(request, job, to_json=to_json)
+    if result is None:
+        return
+    if push is not None:
+        click.echo(f"Uploaded: {upload(result, push)}", err=True)
+    if not to_json and verbosity() is not Verbosity.QUIET:
+        _print_following(following(request, result))
+
+
+def perform(request: str, tell: Callable[[dict[str, Any]], Any]) -> str:
+    """Run a stage of a recipe in its own process, with progress on stderr.
+
+    Args:
+        request: JSON.
+        tell: called with each :class:`~emloc_core.progress.ProgressEvent` as JSON values.
+    """
+    asked = request_from_json(request)
+    reporter = Reporter(asked.stage, asked.output, lambda event: tell(asdict(event)))
+    _finish(asked, _prepare(asked), reporter)
+    return "done"
+
+
+def _prepare(request: Request, push: str | None = None) -> "Job":
+    from emloc_core.stages import prepare, warnings_of
+
+    if push is not None:
+        check_repository(push)
+    set_up_libraries(on_terminal=sys.stderr.isatty())
+    job = prepare(request)
+    for warning in warnings_of(job):
+        click.echo(f"warning: {warning}.", err=True)
+    return job
+
+
+def _finish(
+    request: Request, job: "Job", reporter: Reporter | None = None, *, to_json: bool = False
+) -> Result[Any] | None:
+    """Run a job with progress on stderr, and print its result; in a recipe, which has a reporter, not when quiet."""
+    from emloc_core.stages import finish
+
     made_before = (request.output / MANIFEST).is_file()
     # Libraries print; stdout is for the result.
-    with progress(_DOING[request.stage]) as advance, redirect_stdout(sys.stderr):
+    with progress(_DOING[request.stage]) as shown, redirect_stdout(sys.stderr):
+
+        def advance(*report: Any) -> None:
+            shown(*report)
+            if reporter:
+                reporter(*report)
+
         result = finish(request.stage, job, advance)
-    if result is not None:
-        if isinstance(request, EvaluateRequest) and not to_json and verbosity() is not Verbosity.QUIET:
-            _print_scores(request, result)
-        announce(result, summary(request, result), to_json=to_json, made_before=made_before)
-        if push is not None:
-            click.echo(f"Uploaded: {upload(result, push)}", err=True)
-        if alone and not to_json and verbosity() is not Verbosity.QUIET:
-            _print_following(following(request, result))
-
-
-def perform(request: str) -> str:
-    """Run a stage in its own process: ``request`` is JSON, and progress goes to stderr."""
-    run(request_from_json(request), dry_run=False, to_json=False, alone=False)
-    return "done"
+    if result is None or (reporter and verbosity() is Verbosity.QUIET):
+        return result
+    if isinstance(request, EvaluateRequest) and not to_json and verbosity() is not Verbosity.QUIET:
+        _print_scores(request, result)
+    announce(result, summary(request, result), to_json=to_json, made_before=made_before)
+    return result
 
 
 def describe(request: str) -> dict[str, Any]:

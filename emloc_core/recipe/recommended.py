@@ -4,6 +4,8 @@ The memory for tuning says which kind is best on average. Where evidence is divi
 tried.
 """
 
+from collections.abc import Callable
+
 import click
 
 from emloc_core.precheck import precheck
@@ -19,11 +21,15 @@ _OWN = ("samples", "seed")
 _OF_ROWS = {"kind", *_OWN, *SHARED}
 
 
-def with_alternative(recipe: Recipe) -> Recipe:
+def with_alternative(recipe: Recipe, say: Callable[[str], None] = lambda text: click.echo(text, err=True)) -> Recipe:
     """Return the recipe with the alternative that evidence names, if there is one and it fits the memory too.
 
     A recipe is returned as it is if it gives no memory, says how the emulator is made, names alternatives (or that
     there are none), or could not compare them.
+
+    Args:
+        recipe: the recipe.
+        say: called with a sentence about the alternative.
 
     Raises:
         EmlocError: the model cannot be planned.
@@ -35,10 +41,7 @@ def with_alternative(recipe: Recipe) -> Recipe:
     if len(kinds) < 2:
         return recipe
     best, other = kinds
-    click.echo(
-        f"Evidence is divided between {best} and {other}: both are tried. To make one, set compress.kind = {best!r}.",
-        err=True,
-    )
+    say(f"Evidence is divided between {best} and {other}: both are tried. To make one, set compress.kind = {best!r}.")
     given = recipe.compress.model_dump(include=set(_OWN), exclude_unset=True)
     return recipe.model_copy(update={"alternatives": {other: CompressSettings(kind=other, **given)}})
 

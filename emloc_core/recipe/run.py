@@ -3,6 +3,7 @@
 A stage whose output already exists, made from the same inputs, is skipped; an interrupted one resumes.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.hub import push
 from emloc_core.files.output import MANIFEST, TIMING
-from emloc_core.process import call
+from emloc_core.process import ProcessDiedError, call
+from emloc_core.progress import ProgressEvent
+from emloc_core.recipe.live import Doing, Live
 from emloc_core.recipe.recipe import Recipe, load_recipe
 from emloc_core.recipe.recommended import with_alternative
 from emloc_core.recipe.stages import Attempt, Stage, attempts, kept, rest, selection_rows, stages, stages_of
@@ -20,6 +23,9 @@ from emloc_core.requests import CompressRequest
 #: Functions that run and describe a stage in its own process.
 PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.cli.stage:describe"
 
+#: Keeps the stages from showing what they do.
+_QUIET = {"EMLOC_VERBOSITY": "quiet"}
+_LOGGER = logging.getLogger("emloc.recipe")
 #: How to go without an alternative that fails.
 _WITHOUT = "To do without this alternative, leave it out of the recipe, or set alternatives = {}."
 #: Losses in a log, and what they are of.
@@ -30,6 +36,7 @@ def run_recipe(
     path: Path,
     overrides: Iterable[str] | Mapping[str, Any] = (),
     announce: Callable[[int, int, Stage], None] = lambda *_: None,
+    progress: Callable[[ProgressEvent], Any] | None = None,
 ) -> dict[str, Any]:
     """Run all stages of the recipe at ``path``; return the results of :func:`summarise`.
 
@@ -37,11 +44,14 @@ def run_recipe(
         path: a TOML file.
         overrides: see :func:`emloc_core.recipe.recipe.load_recipe`.
         announce: called before each stage, with its index and the number of stages.
+        progress: called with every event of every stage; what the stages write then goes to a file, which is kept
+            beside the outputs if a stage fails.
 
     Raises:
         EmlocError: the recipe is wrong, or a stage failed; names it. Earlier stages are kept.
     """
-    recipe = with_alternative(load_recipe(path, overrides))
+    recipe = load_recipe(path, overrides)
+    recipe = with_alternative(recipe, _LOGGER.info) if progress else with_alternative(recipe)
     total = len(stages(recipe))
     first, *others = attempts(recipe)
     for attempt in others:
@@ -54,20 +64,44 @@ def run_recipe(
         for stage in part:
             announce(len(done), total, stage)
             try:
-                list(call(PERFORM, {"request": stage.request.to_json()}))
+                _perform(stage, live, len(done) + 1, total, progress)
             except EmlocError as error:
                 told = f"The stage '{stage.name}' failed: {error}"
                 raise EmlocError(told, fix, code=error.code, resumable=error.resumable) from None
             done.append(stage)
 
-    perform(stages_of(recipe, first))
-    for attempt in others:
-        perform(stages_of(recipe, attempt), f"Earlier stages are kept. {_WITHOUT}")
-    perform(rest(recipe))  # not before: which LoRA they start from was not known
+    with Live(Path(recipe.output)) as live:
+        perform(stages_of(recipe, first))
+        for attempt in others:
+            perform(stages_of(recipe, attempt), f"Earlier stages are kept. {_WITHOUT}")
+        perform(rest(recipe))  # not before: which LoRA they start from was not known
     results = summarise(recipe, done)
     if recipe.push:
         results["pushed"] = push(Path(recipe.output) / results["final"], recipe.push)
     return results
+
+
+def _perform(
+    stage: Stage, live: Live, number: int, total: int, progress: Callable[[ProgressEvent], Any] | None
+) -> None:
+    """Run a stage in its own process, and pass its events on."""
+    begun = ProgressEvent(stage.request.stage, str(stage.output), 0, 0, number=number, stages=total)
+    live.begin(Doing(stage.name, stage.purpose, begun))
+    log = stage.output.with_name(f".{stage.name}.log")
+    hidden: dict[str, Any] = {"log": log, "environment": _QUIET} if progress else {}
+    try:
+        for told in call(PERFORM, {"request": stage.request.to_json()}, **hidden):
+            if told == "done":
+                continue
+            event = ProgressEvent(**{**told, "number": number, "stages": total})
+            live.update(event)
+            if progress:
+                progress(event)
+    except ProcessDiedError as error:
+        if not progress:
+            raise
+        raise EmlocError(f"{error.args[0]} (log: {log})", error.fix, code=error.code, resumable=True) from None
+    log.unlink(missing_ok=True)
 
 
 def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Commands, and calls in other processes, run in the process of the test: a new one takes seconds."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from emloc_core.cli import main
-from emloc_core.process import answers_to, unpacked
+from emloc_core.process import answer, unpacked
 
 #: Fields of TRL's SFTConfig for three steps on a CPU that change what a tiny model says.
 PLAIN_TRAINING = {"max_steps": 3, "use_cpu": True, "bf16": False, "report_to": "none", "learning_rate": 1e-2}
@@ -17,11 +18,15 @@ PLAIN_TRAINING = {"max_steps": 3, "use_cpu": True, "bf16": False, "report_to": "
 _run = subprocess.run
 
 
-def call_here(function: str, arguments: Mapping[str, Any], **_: Any) -> Iterator[Any]:
+def call_here(
+    function: str, arguments: Mapping[str, Any], *, environment: Mapping[str, str] | None = None, **_: Any
+) -> Iterator[Any]:
     """Stand for :func:`emloc_core.process.call`: the same function and the same JSON, in this process."""
-    with redirect_stdout(sys.stderr):
-        for told in answers_to({"function": function, "arguments": arguments}):
-            yield from unpacked(json.loads(json.dumps(told)))
+    messages: list[str] = []
+    with redirect_stdout(sys.stderr), mock.patch.dict(os.environ, environment or {}):
+        answer({"function": function, "arguments": arguments}, lambda message: messages.append(json.dumps(message)))
+    for message in messages:
+        yield from unpacked(json.loads(message))
 
 
 def run_here(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
