@@ -6,7 +6,7 @@ from support.paths import ROOT
 
 #: Import layers, from what everything may import to what nothing may. Those in one layer do not import each other.
 FLOORS = [
-    ["environment", "errors", "family", "keywords", "lifetime"],
+    ["environment", "errors", "family", "keywords", "lifetime", "tested"],
     ["units", "trainer_fields", "settings", "layout", "algorithms", "process"],
     ["experts", "quantised"],
     ["lowrank"],
@@ -25,7 +25,7 @@ FLOORS = [
     ["registry"],
     ["recipe"],
     ["api"],
-    ["conformance"],
+    ["conformance", "doctor"],
     ["testing", "scaffold", "zoo.jobs"],
     ["zoo.state"],
     ["zoo.engines", "zoo.report"],

@@ -16,6 +16,7 @@ COMMANDS = (
     "compress",
     "correct",
     "cut",
+    "doctor",
     "eval",
     "export",
     "families",

@@ -1,0 +1,266 @@
+"""Checks an installation: versions, GPU, memory, disk, caches, plugins. Works where a dependency is broken.
+
+It imports the standard library alone; what may fail is tried in another process. ``python -m emloc_core.doctor`` is the
+same without the command line's own dependencies.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, Literal
+
+from emloc_core.tested import TESTED
+
+#: Modules whose names are not those of their packages.
+_MODULES = {"lm-eval": "lm_eval", "huggingface-hub": "huggingface_hub", "rich-click": "rich_click", "pillow": "PIL",
+            "scikit-learn": "sklearn", "protobuf": "google.protobuf"}  # fmt: skip
+#: Extras whose packages are for developers.
+_DEVELOPMENT = {"bench", "demo", "dev", "docs"}
+#: Seconds in which what is tried in another process has to end.
+_PATIENCE = 300
+#: Bytes below which there is hardly room for a model.
+_LITTLE = 10 << 30
+
+State = Literal["ok", "note", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found about one thing.
+
+    Attributes:
+        group: ``system``, ``packages``, ``gpu``, ``room`` or ``plugins``.
+        name: of the thing.
+        state: ``error`` if EMLoC does not work with it, ``warning`` if it may not, ``note`` for what it does without.
+        text: what was found, and what to do.
+    """
+
+    group: str
+    name: str
+    state: State
+    text: str
+
+
+def examine() -> list[Check]:
+    """Check everything."""
+    found = probe([*(_MODULES.get(name, name) for name, *_ in _required() if _installed(name)), "plugins", "gpus"])
+    gpus = found.pop("gpus", {})
+    plugins = found.pop("plugins", {})
+    return [
+        Check("system", "python", "ok", f"{platform.python_version()} on {platform.platform()}"),
+        *_packages(found),
+        *_gpu(gpus),
+        *_room(),
+        *_plugins(plugins),
+    ]
+
+
+def _required() -> Iterator[tuple[str, str, str | None]]:
+    """Yield the packages that the installed EMLoC asks for: name, least version, and extra."""
+    seen = set()
+    for text in requires("emloc") or []:
+        match = re.match(r"([\w.-]+)(\[[\w,]+\])?\s*(?:>=\s*([\w.]+))?[^;]*(?:;.*extra\s*==\s*.(\w+).)?", text)
+        if match and not match[2] and match[1] not in seen and match[4] not in _DEVELOPMENT:
+            seen.add(match[1])
+            yield match[1].replace("_", "-"), match[3] or "0", match[4]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _packages(found: dict[str, Any]) -> Iterator[Check]:
+    yield Check("packages", "emloc", "ok", version("emloc"))
+    for name, least, extra in _required():
+        installed = _installed(name)
+        tested, private = TESTED.get(name, (None, ""))
+        error = found.get(_MODULES.get(name, name))
+        if installed is None:
+            missing = f"not installed (for it: pip install 'emloc[{extra}]')"
+            yield Check(
+                "packages", name, "note" if extra else "error", missing if extra else f"missing; needed: >= {least}"
+            )
+        elif error:
+            yield Check("packages", name, "error", f"{installed} cannot be imported: {error}")
+        elif _numbers(installed) < _numbers(least):
+            yield Check("packages", name, "error", f"{installed} is too old; needed: >= {least}")
+        elif tested and _numbers(installed)[: len(_numbers(tested))] > _numbers(tested):
+            newer = f"{installed} is newer than what was tested (up to {tested}); it may have changed {private}"
+            yield Check("packages", name, "warning", newer)
+        else:
+            yield Check(
+                "packages", name, "ok", installed + (f" (needed: {least}, tested up to {tested})" if tested else "")
+            )
+
+
+def _numbers(text: str) -> list[int]:
+    """Return the numbers of a version, without those of a local build or a release candidate."""
+    return [int(part) for part in re.match(r"[\d.]*", text)[0].split(".") if part]  # type: ignore[index]
+
+
+def _gpu(found: Any) -> Iterator[Check]:
+    driver = _driver()
+    if isinstance(found, str):  # torch does not even import, which is said already
+        yield Check("gpu", "torch", "error", f"cannot ask for GPUs: {found}")
+        return
+    for each in found.get("devices", []):
+        size = f"{_size(each['free'])} of {_size(each['total'])} free"
+        yield Check("gpu", each["name"], "ok", f"{size}, CUDA {found['cuda']}, driver {driver or 'unknown'}")
+    if not found.get("devices"):
+        if driver:
+            built = f"was built for CUDA {found['cuda']}" if found.get("cuda") else "was built for CPUs"
+            yield Check(
+                "gpu", "cuda", "warning", f"the driver {driver} shows a GPU that torch cannot use: torch {built}"
+            )
+        else:
+            yield Check("gpu", "cuda", "note", "no GPU; everything runs on the CPU")
+
+
+def _driver() -> str | None:
+    """Return the version of NVIDIA's driver, if there is a GPU."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (done.stdout.split() or [None])[0]
+
+
+def _room() -> Iterator[Check]:
+    memory = _memory()
+    if memory:
+        free, total = memory
+        yield Check("room", "memory", "ok", f"{_size(free)} of {_size(total)} free")
+    cache = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    for name, place in (("disk here", Path.cwd()), ("models' cache", cache.expanduser())):
+        existing = next(each for each in (place, *place.parents) if each.exists())
+        free = shutil.disk_usage(existing).free
+        text = f"{place}: {_size(free)} free"
+        if not os.access(existing, os.W_OK):
+            yield Check("room", name, "error", f"{text}, and it cannot be written to")
+        elif free < _LITTLE:
+            yield Check("room", name, "warning", f"{text}, which is little for a model")
+        else:
+            yield Check("room", name, "ok", text)
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        yield Check("room", "hub", "note", "offline, by HF_HUB_OFFLINE: only models that are in the cache")
+
+
+def _memory() -> tuple[int, int] | None:
+    """Return the bytes of memory that are free and that there are, within a container's limit; None off Linux."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith("kB")}
+        free, total = sizes["MemAvailable"], sizes["MemTotal"]
+    except (OSError, LookupError, ValueError):
+        return None
+    try:
+        limit, used = (
+            int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current")
+        )
+    except (OSError, ValueError):  # no limit
+        return free, total
+    return min(free, max(0, limit - used)), min(total, limit)
+
+
+def _plugins(found: Any) -> Iterator[Check]:
+    if isinstance(found, str):
+        yield Check("plugins", "all", "error", f"cannot be loaded: {found}")
+        return
+    for each in found:
+        state: State = "error" if each["error"] else "ok"
+        told = each["error"] or ", ".join(each["families"]) or "no families"
+        yield Check("plugins", each["name"], state, f"{each['distribution']}: {told}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def probe(names: Iterable[str]) -> dict[str, Any]:
+    """Return what :func:`_probes` finds in a process of its own, and how it ended for what ended it.
+
+    Args:
+        names: modules to import, ``plugins`` and ``gpus``.
+    """
+    waiting, found = list(names), dict[str, Any]()
+    while waiting:
+        command = [sys.executable, "-m", "emloc_core.doctor", "--probe", *waiting]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+            output, how = done.stdout, f"the process ended with code {done.returncode}"
+        except subprocess.TimeoutExpired as error:
+            output, how = (error.stdout or b"").decode(), f"it takes more than {_PATIENCE} seconds"
+        for line in output.splitlines():
+            if line.startswith('{"probed":'):
+                told = json.loads(line)
+                found[told["probed"]] = told["found"]
+        left = [name for name in waiting if name not in found]
+        if left:
+            found[left[0]] = how
+        waiting = left[1:]
+    return found
+
+
+def _probes(names: Iterable[str]) -> None:
+    """Try each in this process, and print what was found: the error of a module's import, or None."""
+    for name in names:
+        found: Any = None
+        try:
+            if name == "gpus":
+                found = _gpus()
+            elif name == "plugins":
+                from emloc_core.plugins.manager import plugin_manager
+
+                found = [asdict(report) for report in plugin_manager().reports]
+            else:
+                import_module(name)
+        except (Exception, SystemExit) as error:
+            found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        print(json.dumps({"probed": name, "found": found}), flush=True)  # noqa: T201 - the parent reads it
+
+
+def _gpus() -> dict[str, Any]:
+    import torch
+
+    devices = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(index)
+        devices.append({"name": torch.cuda.get_device_name(index), "free": free, "total": total})
+    return {"cuda": torch.version.cuda, "devices": devices}
+
+
+def lines(checks: Iterable[Check]) -> Iterator[str]:
+    """Yield the lines to print."""
+    group = None
+    for check in checks:
+        if check.group != group:
+            group = check.group
+            yield group
+        yield f"  {check.state:<8} {check.name}: {check.text}"
+
+
+def is_healthy(checks: Iterable[Check]) -> bool:
+    """Return whether nothing is wrong; notes and warnings are not."""
+    return all(check.state != "error" for check in checks)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--probe"]:
+        _probes(sys.argv[2:])
+    else:
+        made = examine()
+        print(*lines(made), sep="\n")  # noqa: T201 - it is a command
+        sys.exit(not is_healthy(made))

@@ -1,0 +1,99 @@
+"""The doctor: what it says of versions, GPUs and plugins, and that nothing broken breaks it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from emloc_core import doctor
+from emloc_core.doctor import Check
+from emloc_core.tested import TESTED
+
+
+def test_it_imports_the_standard_library_alone():
+    script = "import sys, emloc_core.doctor; print({'click', 'pydantic', 'pluggy', 'torch'} & set(sys.modules))"
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "set()\n"
+    )
+
+
+def test_what_raises_and_what_ends_the_process_is_named_and_the_rest_is_still_tried(tmp_path, monkeypatch):
+    (tmp_path / "broken_by_error.py").write_text("print('hello')\nraise ImportError('no symbol\\nmore')")
+    (tmp_path / "broken_by_abort.py").write_text("import os; os.abort()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = doctor.probe(["json", "broken_by_error", "broken_by_abort", "nowhere_at_all", "math"])
+    assert found["json"] is None
+    assert found["broken_by_error"] == "ImportError: no symbol"
+    assert "ended with code -6" in found["broken_by_abort"]
+    assert "No module named" in found["nowhere_at_all"]
+    assert found["math"] is None
+
+
+@pytest.mark.parametrize(
+    ("installed", "error", "state", "text"),
+    [
+        ("5.24.1", None, "ok", "tested up to 5.24"),
+        ("5.30.0", None, "warning", "newer than what was tested"),
+        ("5.3.0+cpu", None, "error", "too old"),
+        ("5.24.0", "ImportError: no", "error", "cannot be imported: ImportError: no"),
+        (None, None, "error", "missing"),
+    ],
+)
+def test_a_package_is_judged_by_its_version_and_its_import(monkeypatch, installed, error, state, text):
+    monkeypatch.setattr(doctor, "requires", lambda _: ["transformers>=5.20", "transformers>=5.24; extra == 'dev'"])
+    monkeypatch.setattr(doctor, "_installed", lambda _: installed)
+    monkeypatch.setitem(TESTED, "transformers", ("5.24", "a part"))
+    monkeypatch.setattr(doctor, "probe", lambda _: {"transformers": error, "gpus": {}, "plugins": []})
+    (found,) = (check for check in doctor.examine() if check.name == "transformers")
+    assert (found.state, text in found.text) == (state, True), found
+    assert doctor.is_healthy([found]) == (state != "error")
+
+
+def test_a_package_of_an_extra_may_be_missing(monkeypatch):
+    monkeypatch.setattr(doctor, "requires", lambda _: ["gguf>=0.17; extra == 'gguf'", 'mypy>=1.0; extra == "dev"'])
+    monkeypatch.setattr(doctor, "_installed", lambda _: None)
+    monkeypatch.setattr(doctor, "probe", lambda _: {"gpus": {}, "plugins": []})
+    found = [check for check in doctor.examine() if check.group == "packages"][1:]
+    assert found == [Check("packages", "gguf", "note", "not installed (for it: pip install 'emloc[gguf]')")]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "driver", "state", "text"),
+    [
+        ({"cuda": None, "devices": []}, None, "note", "no GPU"),
+        ({"cuda": None, "devices": []}, "570.1", "warning", "torch was built for CPUs"),
+        ({"cuda": "12.8", "devices": []}, "470.1", "warning", "torch was built for CUDA 12.8"),
+        (
+            {"cuda": "12.8", "devices": [{"name": "A", "free": 70e9, "total": 80e9}]},
+            "570.1",
+            "ok",
+            "70.0 GB of 80.0 GB",
+        ),
+        ("ImportError: torch", None, "error", "ImportError: torch"),
+    ],
+)
+def test_a_gpu_is_told_with_its_driver_or_why_it_is_not_used(monkeypatch, gpus, driver, state, text):
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setattr(doctor, "probe", lambda _: {"gpus": gpus, "plugins": "TypeError: bad"})
+    found = {check.group: check for check in doctor.examine()}
+    assert (found["gpu"].state, text in found["gpu"].text) == (state, True), found["gpu"]
+    assert found["plugins"].state == "error"
+
+
+def test_a_full_disk_and_a_cache_that_cannot_be_written_are_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "nowhere" / "yet"))
+    monkeypatch.setattr(doctor.os, "access", lambda place, _: place != tmp_path)
+    monkeypatch.setattr(doctor, "probe", lambda _: {"gpus": {}, "plugins": []})
+    monkeypatch.setattr(doctor, "_LITTLE", 1 << 62)
+    found = {check.name: check for check in doctor.examine() if check.group == "room"}
+    assert found["disk here"].state == "warning"
+    assert found["models' cache"].state == "error"
+
+
+def test_this_installation_is_healthy_and_so_says_the_command(emloc):
+    code, out, _ = emloc("doctor", "--json")
+    told = json.loads(out)
+    assert (code, told["healthy"]) == (0, True), out
+    names = {check["name"]: check["state"] for check in told["checks"]}
+    assert {names[name] for name in ("torch", "transformers", "llama", "memory", "models' cache")} == {"ok"}
