@@ -7,7 +7,7 @@ from support.paths import ROOT
 #: Import layers, from what everything may import to what nothing may. Those in one layer do not import each other.
 FLOORS = [
     ["environment", "errors", "family", "keywords", "lifetime", "tested"],
-    ["units", "trainer_fields", "settings", "layout", "algorithms", "process"],
+    ["units", "verdict", "trainer_fields", "settings", "layout", "algorithms", "process"],
     ["experts", "quantised"],
     ["lowrank"],
     ["autoload"],

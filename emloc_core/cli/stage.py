@@ -23,6 +23,7 @@ from emloc_core.report.towers import place, short_names
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
 from emloc_core.result import Result
 from emloc_core.units import human_bytes, human_seconds
+from emloc_core.verdict import verdict
 
 if TYPE_CHECKING:
     from emloc_core.stages import Job
@@ -198,7 +199,7 @@ def summary(request: Request, result: Result) -> list[str]:
         return lines
     if request.stage == "correct":
         return [
-            f"{found['linears']} Linears corrected with clamp {found['clamp']}, scaled by {found['scale']:g}",
+            f"LoRA on {found['linears']} Linears: {verdict(found)}",
             *map(_candidate, found.get("candidates", [])),
         ]
     return _written(request.stage, found)

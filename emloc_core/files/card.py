@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import printable
+from emloc_core.verdict import verdict
 
 CARD = "README.md"
 #: The card of the model that a checkpoint was made from, in that checkpoint.
@@ -139,10 +140,7 @@ def _tuned(request: Manifest, settings: Manifest, result: Manifest) -> str:
 
 
 def _corrected(request: Manifest, _settings: Manifest, result: Manifest) -> str:
-    clamp, scale = result.get("clamp"), result.get("scale", 1)
-    scaled = f", scaled by {scale:g}" if scale != 1 else ""
-    kept = " (no correction did better on held-out rows)" if (clamp, scale) == (0, 1) else ""
-    return f"Correction: `{_shown(str(request.get('correction')))}` with clamp {clamp}{scaled}{kept}."
+    return f"Correction by `{_shown(str(request.get('correction')))}`: {verdict(result)}."
 
 
 def _checkpoint(request: Manifest, _settings: Manifest, result: Manifest) -> str:
