@@ -135,7 +135,7 @@ def _driver() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return (done.stdout.split() or [None])[0]
+    return next(iter(done.stdout.split()), None)
 
 
 def _room() -> Iterator[Check]:
