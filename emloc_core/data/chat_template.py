@@ -7,7 +7,7 @@ earlier one, with the end-of-sequence token.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -16,13 +16,50 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from emloc_core.data.messages import Message
 from emloc_core.data.rows import Row
 from emloc_core.errors import EmlocError
+from emloc_core.files.templates import rendering
 
+#: Token ids, and for each whether it counts in the loss: 0 or 1.
+Encoded = tuple[list[int], list[int]]
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 #: Renders messages, as text or as token ids.
 _Render = Callable[..., Any]
 
 
-def encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """Encode conversations as :func:`encode_conversation` does, together where only their last answers count.
+
+    Raises:
+        EmlocError: as :func:`encode_conversation`; the message names the row.
+    """
+    if tokenizer.chat_template and not any(row.loss == "all" or _has_tools(row) for row in rows):
+        try:
+            return _last_answers(rows, tokenizer)
+        except (TemplateError, ValueError, TypeError, EmlocError):
+            pass  # found again below, with its row
+    return [encode_conversation(row, tokenizer) for row in rows]
+
+
+def _last_answers(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    prompts: Any = [row.prompt for row in rows]
+    conversations: Any = [[*(row.prompt or []), *(row.completion or [])] for row in rows]
+    with rendering():
+        asked = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+        texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+    before, ids = (tokenizer(some, add_special_tokens=False)["input_ids"] for some in (asked, texts))
+    return [from_start(whole, common_prefix(some, whole)) for some, whole in zip(before, ids, strict=True)]
+
+
+def _has_tools(row: Row) -> bool:
+    messages: Any = [*(row.prompt or []), *(row.completion or [])]
+    return bool(row.tools) or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+
+
+def from_start(ids: list[int], start: int) -> Encoded:
+    """Return ids of which those from ``start`` on count in the loss."""
+    return ids, [0] * start + [1] * (len(ids) - start)
+
+
+def encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Return the ids of a conversation, and for each whether it counts in the loss: 0 or 1.
 
     Args:
@@ -50,7 +87,7 @@ def encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[l
         _require_tools_shown(row, messages, ids, render)
         if row.loss == "last":
             start = common_prefix(render(row.prompt, add_generation_prompt=True), ids)
-            return ids, [0] * start + [1] * (len(ids) - start)
+            return from_start(ids, start)
         if _MARKS.search(tokenizer.get_chat_template(tools=given)):
             marked: Any = tokenizer.apply_chat_template(
                 messages, tools=given, tokenize=True, return_dict=True, return_assistant_tokens_mask=True

@@ -5,8 +5,9 @@ added to plain text, the chat template (:mod:`emloc_core.data.chat_template`), t
 A test compares the two. Rows with images go through the model's own processor, in TRL's own collator.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from emloc_core.data.chat_template import common_prefix, encode_conversation, require_template
+from emloc_core.data.chat_template import Encoded, common_prefix, encode_conversations, from_start, require_template
 from emloc_core.data.images import pillow
 from emloc_core.data.messages import in_parts
 from emloc_core.data.rows import Row
@@ -189,17 +190,45 @@ def encode(
         EmlocError: a row cannot be tokenized, is longer than the model's limit, or has no tokens left in the loss; the
             message names the row.
     """
-    samples = []
-    for row in rows:
-        sample = tokenize(row, processing, max_length, limits, dtype)
+    rows = list(rows)
+    samples = list(tokenized(rows, processing, max_length, limits, dtype))
+    for row, sample in zip(rows, samples, strict=True):
         if not any(sample.completion_mask):
             prompt = "prompt with its images" if row.images else "prompt"
             raise EmlocError(
                 f"{row.name}: its {prompt} alone fills the {max_length} tokens of the maximum length.",
                 "Raise the maximum length, shorten the prompt, or leave the row out.",
             )
-        samples.append(sample)
     return samples
+
+
+#: Rows that are tokenized together.
+_AT_ONCE = 256
+
+
+def tokenized(
+    rows: Iterable[Row],
+    processing: Processing,
+    max_length: int | None = None,
+    limits: Limits = _NO_LIMITS,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Sample]:
+    """Yield the sample of every row, as :func:`encode` does; truncation may leave some without any token that counts.
+
+    Raises:
+        EmlocError: a row cannot be tokenized, or is longer than the model's limit; the message names it.
+    """
+    if isinstance(processing, ProcessorMixin):
+        for row in rows:
+            yield _within(limits, row, _with_images(row, processing, max_length, dtype))
+        return
+    left = iter(rows)
+    while some := list(islice(left, _AT_ONCE)):
+        encoded = encode_conversations if some[0].form == "conversation" else _plain
+        for row, (ids, mask) in zip(some, encoded(some, processing), strict=True):
+            if not any(mask):
+                raise EmlocError(f"{row.name}: the tokenizer leaves nothing to learn.", "Leave the row out.")
+            yield _within(limits, row, Sample(ids[:max_length], mask[:max_length], row.number))
 
 
 def tokenize(
@@ -209,19 +238,13 @@ def tokenize(
     limits: Limits = _NO_LIMITS,
     dtype: torch.dtype = torch.float32,
 ) -> Sample:
-    """Tokenize one row, as :func:`encode` does; truncation may leave it without any token that counts.
+    """Tokenize one row; see :func:`tokenized`."""
+    (sample,) = tokenized([row], processing, max_length, limits, dtype)
+    return sample
 
-    Raises:
-        EmlocError: the row cannot be tokenized, or is longer than the model's limit.
-    """
-    if isinstance(processing, ProcessorMixin):
-        sample = _with_images(row, processing, max_length, dtype)
-    else:
-        encoded = encode_conversation if row.form == "conversation" else _plain
-        ids, mask = encoded(row, processing)
-        if not any(mask):
-            raise EmlocError(f"{row.name}: the tokenizer leaves nothing to learn.", "Leave the row out.")
-        sample = Sample(ids[:max_length], mask[:max_length], row.number)
+
+def _within(limits: Limits, row: Row, sample: Sample) -> Sample:
+    """Return the sample of a row; refuse one that the model does not take."""
     if limits.tokens is not None and len(sample.input_ids) > limits.tokens:
         raise EmlocError(
             f"{row.name} has {len(sample.input_ids)} tokens, but the model takes {limits.tokens}.",
@@ -276,20 +299,22 @@ def _with_images(row: Row, processor: ProcessorMixin, max_length: int | None, dt
     return Sample(ids.tolist(), (labels != -100).int().tolist(), row.number, others)
 
 
-def _plain(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the ids of text, or of prompt and completion in one string, and the mask of the completion."""
-    prompt = "" if row.text is not None else row.prompt
-    text = row.text if row.text is not None else row.completion
-    assert isinstance(prompt, str)
-    assert isinstance(text, str)
-    if tokenizer.eos_token is None:
+def _plain(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """Encode texts, or prompts and completions, each in one string."""
+    end = tokenizer.eos_token
+    if end is None:
         raise EmlocError(
             "The tokenizer has no end-of-sequence token, so a model cannot learn where an answer ends.",
             "Set eos_token in the model's tokenizer_config.json.",
         )
-    if not text.endswith(tokenizer.eos_token):
-        text += tokenizer.eos_token
-    ids = tokenizer(text=prompt + text)["input_ids"]
+    texts: list[Any] = [row.completion if row.text is None else row.text for row in rows]
+    texts = [text if text.endswith(end) else f"{text}{end}" for text in texts]
+    prompts: list[Any] = [row.prompt or "" for row in rows]
+    ids = tokenizer([f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)])["input_ids"]
     # Compare ids instead of using the prompt's length: its last token may merge with the completion's first.
-    start = 0 if row.text is not None else common_prefix(tokenizer(text=prompt)["input_ids"], ids)
-    return ids, [0] * start + [1] * (len(ids) - start)
+    before: Any = tokenizer(prompts)["input_ids"] if any(prompts) else [[]] * len(rows)
+    starts = (
+        0 if row.text is not None else common_prefix(some, whole)
+        for row, some, whole in zip(rows, before, ids, strict=True)
+    )
+    return [from_start(whole, start) for whole, start in zip(ids, starts, strict=True)]

@@ -5,6 +5,8 @@ filling memory. Everything that renders them, TRL and lm-eval included, compiles
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +21,27 @@ NBYTES = 1 << 30
 LENGTH = 16 << 20
 _WHAT = "Rendering the model's chat template"
 
+_is_bounded = ContextVar("_is_bounded", default=False)
+
+
+@contextmanager
+def rendering() -> Iterator[None]:
+    """Bound everything that the block renders together: reading how much memory is used takes longer than a template.
+
+    Raises:
+        EmlocError: it takes too much time or memory.
+    """
+    if _is_bounded.get():
+        yield
+        return
+    with limited(_WHAT, SECONDS, NBYTES):
+        before = _is_bounded.set(True)
+        try:
+            yield
+        finally:
+            _is_bounded.reset(before)
+
+
 _compile = chat_template_utils._compile_jinja_template
 
 
@@ -30,7 +53,7 @@ class _Bounded:
         self.environment = template.environment
 
     def render(self, *args: Any, **values: Any) -> str:
-        with limited(_WHAT, SECONDS, NBYTES):
+        with rendering():
             text: str = self._template.render(*args, **values)
         if len(text) > LENGTH:
             raise EmlocError(
@@ -39,7 +62,7 @@ class _Bounded:
         return text
 
     def generate(self, *args: Any, **values: Any) -> Iterator[str]:
-        with limited(_WHAT, SECONDS, NBYTES):
+        with rendering():
             yield from self._template.generate(*args, **values)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emloc_core.data.rows import load_rows
-from emloc_core.data.tokenize import Limits, Sample, load_processing, tokenize
+from emloc_core.data.tokenize import Limits, Sample, load_processing, tokenized
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.files.pretrained import load_config
@@ -97,7 +97,7 @@ def make_workload(
         rows = load_rows(data, split)
         processing = load_processing(config_file.parent, family, rows)
         answers = [row for each in rows for row in (each.answers() if train.learns_preferences else (each,))]
-        length, counted, largest = _measure((tokenize(row, processing, length, limits) for row in answers), config)
+        length, counted, largest = _measure(tokenized(answers, processing, length, limits), config)
         if images is None and image_size is None and largest is not None:
             image_size = largest
             length = max(length, counted * image_shape(config_file, config, image_size).tokens + 1)

@@ -1,16 +1,19 @@
 """Rows as the dataset that TRL trains on: tokenized in advance, or with images that are decoded when needed."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy
+import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.utils.logging import tqdm
 
 from emloc_core.data.rows import Row
-from emloc_core.data.tokenize import Limits, Processing, tokenize, trl_example
+from emloc_core.data.tokenize import Limits, Processing, Sample, tokenized, trl_example
 from emloc_core.errors import EmlocError
 from emloc_core.model.image_shape import count_patches
 
@@ -24,7 +27,12 @@ class RowSize:
 
 
 def make_dataset(
-    rows: Sequence[Row], processing: Processing, max_length: int | None, config: PreTrainedConfig
+    rows: Sequence[Row],
+    processing: Processing,
+    max_length: int | None,
+    config: PreTrainedConfig,
+    *,
+    completion_only: bool = True,
 ) -> tuple[Dataset, list[RowSize]]:
     """Return the dataset and the size of each row. Rows whose answer is truncated entirely are dropped.
 
@@ -36,23 +44,27 @@ def make_dataset(
         processing: see :func:`emloc_core.data.tokenize.load_processing`.
         max_length: truncate rows to this many tokens; None for no truncation.
         config: of the model.
+        completion_only: whether prompts are left out of the loss.
+
+    Returns:
+        ``input_ids`` and ``labels``, or with images what TRL's collator makes these from; and the sizes.
 
     Raises:
         EmlocError: a row cannot be tokenized or is longer than the model's limit, or no row has an answer left.
     """
     kept: list[Row] = []
     sizes: list[RowSize] = []
-    limits = Limits.of(config)
-    columns: dict[str, list[Any]] = {"input_ids": [], "completion_mask": []}
-    for row in tqdm(rows, desc="Reading rows", unit=" rows", delay=1):  # with images it may take minutes
-        sample = tokenize(row, processing, max_length, limits)
+    ids, labels = array("i"), array("i")
+    samples = tokenized(rows, processing, max_length, Limits.of(config))
+    for row, sample in zip(rows, _watched(samples, len(rows)), strict=True):
         if any(sample.completion_mask):
             kept.append(row)
             pixels = sample.others.get("pixel_values")
             patches = 0 if pixels is None else count_patches(pixels.shape, config)
             sizes.append(RowSize(len(sample.input_ids), patches))
-            columns["input_ids"].append(numpy.asarray(sample.input_ids, dtype=numpy.int32))
-            columns["completion_mask"].append(numpy.asarray(sample.completion_mask, dtype=numpy.int8))
+            ids.extend(sample.input_ids)
+            counted = sample.completion_mask if completion_only else repeat(1)
+            labels.extend(token if counts else -100 for token, counts in zip(sample.input_ids, counted, strict=False))
     if not kept:
         prompt = "prompt with its images" if rows[0].images else "prompt"
         raise EmlocError(
@@ -61,9 +73,18 @@ def make_dataset(
         )
     if isinstance(processing, ProcessorMixin):
         return _with_images(kept), sizes
-    if kept[0].form == "text":
-        del columns["completion_mask"]
-    return Dataset.from_dict(columns), sizes
+    ends = numpy.cumsum([0, *(size.tokens for size in sizes)], dtype=numpy.int32)
+    columns = {
+        name: pyarrow.ListArray.from_arrays(ends, numpy.frombuffer(flat, dtype=numpy.int32))
+        for name, flat in (("input_ids", ids), ("labels", labels))
+    }
+    return Dataset(pyarrow.table(columns)), sizes
+
+
+def _watched(samples: Iterable[Sample], total: int) -> Iterable[Sample]:
+    """Show progress, if it takes long: with images it may be minutes."""
+    found: Iterable[Sample] = tqdm(samples, desc="Reading rows", unit=" rows", total=total, delay=1)
+    return found
 
 
 def measure(
@@ -83,7 +104,7 @@ def measure(
     """
     limits = Limits.of(config)
     whole = limits if max_length is None else Limits(None, limits.vocabulary)
-    samples = [tokenize(row, processing, None, whole) for row in tqdm(rows, desc="Reading rows", unit=" rows", delay=1)]
+    samples = list(_watched(tokenized(rows, processing, None, whole), len(rows)))
     lengths = [len(sample.input_ids) for sample in samples]
     longest = max(range(len(rows)), key=lengths.__getitem__)
     return {

@@ -18,7 +18,7 @@ from emloc_core.adapters.held_out import mean_loss
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import Row, load_rows, without
 from emloc_core.data.sets import share_of
-from emloc_core.data.tokenize import Limits, load_processing, tokenize
+from emloc_core.data.tokenize import Limits, load_processing, tokenized
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
@@ -115,7 +115,7 @@ class BaseLoss:
         self.family, self.skeleton = family, Skeleton(base, family, device)
         processing = load_processing(base.directory, family, rows)
         limits = Limits.of(self.skeleton.model.config)
-        found = (tokenize(row, processing, max_length, limits, self.skeleton.dtype) for row in rows)
+        found = tokenized(rows, processing, max_length, limits, self.skeleton.dtype)
         self.samples = [sample for sample in found if any(sample.completion_mask)]
 
     def __call__(self, model: PeftModel) -> float:

@@ -268,10 +268,13 @@ class Train:
         if self.eval_rows and self.start:
             config.eval_on_start = resume is None
         processing = self._processing()
-        make = preference_dataset if self.settings.learns_preferences else make_dataset
-        dataset, self.sizes = make(self.rows, *processing)
+        counted = {"completion_only": getattr(config, "completion_only_loss", True)}
+        if self.settings.learns_preferences:
+            dataset, self.sizes = preference_dataset(self.rows, *processing)
+        else:
+            dataset, self.sizes = make_dataset(self.rows, *processing, **counted)
         dropped = len(self.rows) - len(self.sizes)
-        self.eval_dataset = make_dataset(self.eval_rows, *processing)[0] if self.eval_rows else None
+        self.eval_dataset = make_dataset(self.eval_rows, *processing, **counted)[0] if self.eval_rows else None
         if isinstance(processing[0], ProcessorMixin):  # the collator makes all inputs of the model
             config.remove_unused_columns = False
         trainer = self._trainer(config, dataset, processing[0])

@@ -103,7 +103,11 @@ def trainer_config(
     named = {field: given[setting] for setting, field in _NAMED.items() if setting in given}
     named["max_steps"] = settings.steps or -1
     named["num_train_epochs"] = given.get("epochs") or DEFAULT_EPOCHS
-    own = {"beta": given["beta"]} if settings.learns_preferences else {"completion_only_loss": completion_only}
+    own: dict[str, Any] = {"completion_only_loss": completion_only}
+    if settings.learns_preferences:
+        own = {"beta": given["beta"]}
+    elif not (settings.extra.get("packing") or settings.extra.get("shuffle_dataset")):
+        own["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows are tokenized and have labels
     config: TrainingArguments = _config_class(settings)(
         output_dir=str(checkpoints),
         save_strategy="steps",

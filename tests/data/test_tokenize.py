@@ -290,3 +290,17 @@ def test_tools_go_through_the_models_template(tokenizer):
 def test_a_template_that_leaves_out_tools_is_refused(left_out, template, tokenizer):
     with pytest.raises(EmlocError, match=f"Row 1: the model's chat template leaves out {left_out}"):
         encode(load_rows([WITH_TOOLS]), with_template(tokenizer, template))
+
+
+def test_rows_are_tokenized_together_as_each_by_itself(tokenizer):
+    """Also where there are more rows than are taken at once, and where one of them is refused."""
+    several = CHATS * 150
+    assert encode(several, tokenizer) == [encode([row], tokenizer)[0] for row in several]
+    refused = Row(301, prompt=[{"role": "user", "content": "a?"}], completion=[{"role": "tool", "content": "b."}])
+    tokenizer = with_template(
+        tokenizer,
+        "{% for message in messages %}{{ raise_exception('no tools') if message.role == 'tool' else message.content }}"
+        "{% endfor %}",
+    )
+    with pytest.raises(EmlocError, match=r"Row 301: .*rejects it \(no tools\)"):
+        encode([*several, refused], tokenizer)
