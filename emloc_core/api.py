@@ -58,13 +58,14 @@ if TYPE_CHECKING:
     from emloc_core.memory.plan import MemoryPlan
 
 Name = str | PathLike[str]
+ColumnNames = Mapping[str, str]
 OnProgress = Callable[[ProgressEvent], Any]
 
 #: Stages whose trainer shows a bar of its own.
 _WITH_A_BAR = {"train", "polish"}
 
 
-def compress(
+def compress(  # noqa: PLR0913 - all by keyword
     model: Name,
     data: Rows,
     output: Name,
@@ -73,6 +74,7 @@ def compress(
     tuning: TrainKwargs | None = None,
     exclude: Iterable[Name] = (),
     split: str = "train",
+    columns: ColumnNames | None = None,
     keep_spectra: Name | None = None,
     device: str = "auto",
     progress: OnProgress | None = None,
@@ -89,6 +91,7 @@ def compress(
         tuning: with ``memory``, the settings of :func:`train` that the emulator will be tuned with.
         exclude: files with rows to leave out, such as test rows.
         split: split of a saved or hub dataset.
+        columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
         keep_spectra: directory to keep spectra in, from which :func:`cut` makes other ratios.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         progress: called after every block.
@@ -98,7 +101,14 @@ def compress(
         EmlocError: the model, its family, the data or the settings cannot be used.
     """
     sizing = {} if tuning is None else {"tuning": dict(tuning)}
-    content = {"model": model, "data": data, "output": output, "exclude": tuple(exclude), "split": split}
+    content = {
+        "model": model,
+        "data": data,
+        "output": output,
+        "exclude": tuple(exclude),
+        "split": split,
+        "columns": columns or {},
+    }
     more = {"memory": memory, "keep_spectra": keep_spectra, "device": device, **sizing}
     return _perform(make_request("compress", settings, **content, **more), progress)
 
@@ -133,6 +143,7 @@ def train(  # noqa: PLR0913 - all by keyword
     *,
     exclude: Iterable[Name] = (),
     split: str = "train",
+    columns: ColumnNames | None = None,
     exact: bool = False,
     limits: ExactKwargs | None = None,
     evaluation: EvalRowsKwargs | None = None,
@@ -149,6 +160,7 @@ def train(  # noqa: PLR0913 - all by keyword
         output: directory of the adapter.
         exclude: files with rows not to train on.
         split: split of a saved or hub dataset.
+        columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
         exact: read the model, an ordinary one or an emulator, block by block, so that it need not fit in memory; see
             :func:`polish`.
         limits: with ``exact``, see :func:`polish`.
@@ -163,7 +175,14 @@ def train(  # noqa: PLR0913 - all by keyword
     Raises:
         EmlocError: the model, the data or the settings cannot be used, or the loss is NaN or infinite.
     """
-    content = {"model": model, "data": data, "output": output, "exclude": tuple(exclude), "split": split}
+    content = {
+        "model": model,
+        "data": data,
+        "output": output,
+        "exclude": tuple(exclude),
+        "split": split,
+        "columns": columns or {},
+    }
     more = {"exact": exact, "limits": dict(limits or {}), "evaluation": dict(evaluation or {})}
     given = _with_extra(settings)
     if peft_config is not None:
@@ -208,7 +227,7 @@ def correct(
     return _perform(make_request("correct", settings, **content), progress)
 
 
-def polish(
+def polish(  # noqa: PLR0913 - all by keyword
     adapter: Name,
     data: Rows,
     output: Name | None = None,
@@ -216,6 +235,7 @@ def polish(
     base: Name | None = None,
     exclude: Iterable[Name] = (),
     split: str = "train",
+    columns: ColumnNames | None = None,
     limits: ExactKwargs | None = None,
     evaluation: EvalRowsKwargs | None = None,
     callbacks: Sequence["TrainerCallback"] = (),
@@ -231,6 +251,7 @@ def polish(
         base: the model; by default the one that the adapter is for.
         exclude: files with rows not to train on.
         split: split of a saved or hub dataset.
+        columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
         limits: see :class:`~emloc_core.settings.ExactSettings`: ``memory``, ``park``.
         evaluation: rows to evaluate while training, see :func:`train`: ``data`` and ``split``.
         callbacks: of transformers' trainer, see :func:`train`.
@@ -244,11 +265,9 @@ def polish(
     """
     content = {
         "adapter": adapter,
-        "data": data,
         "output": output or Path(f"{fspath(adapter)}-polished"),
         "base": base,
-        "exclude": tuple(exclude),
-        "split": split,
+        **_read(data, exclude, split, columns),
         "limits": dict(limits or {}),
         "evaluation": dict(evaluation or {}),
     }
@@ -408,6 +427,7 @@ def plan(  # noqa: PLR0913 - all by keyword
     kind: str | None = None,
     data: Rows | None = None,
     split: str = "train",
+    columns: ColumnNames | None = None,
     length: int | None = None,
     images: int | None = None,
     image_size: str | None = None,
@@ -425,6 +445,7 @@ def plan(  # noqa: PLR0913 - all by keyword
             a ratio.
         data: rows; the longest sets the number of tokens per row.
         split: split of a saved or hub dataset.
+        columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
         length: tokens per row; with ``data``, the maximum. Default: 1024.
         images: images per row. Default: those of the rows, or 1 for an image-text model.
         image_size: ``WIDTHxHEIGHT`` of every image in pixels, for a model that takes any size.
@@ -443,7 +464,7 @@ def plan(  # noqa: PLR0913 - all by keyword
     from emloc_core.registry.registry import config_of
 
     budget = parse_bytes(memory) if memory is not None else None
-    train = _train_settings(settings)
+    train, names = _train_settings(settings), columns or {}
     size = parse_size(image_size) if image_size is not None else None
     if kind == AUTO and ratio is not None:
         raise EmlocError("The kind 'auto' is chosen by the memory, with its ratio.", "Give a kind, or no ratio.")
@@ -458,7 +479,7 @@ def plan(  # noqa: PLR0913 - all by keyword
         from emloc_core.memory.workload import make_workload
 
         workload = make_workload(
-            file, train, device, length=length, images=images, image_size=size, data=data, split=split
+            file, train, device, length=length, images=images, image_size=size, data=data, split=split, columns=names
         )
         speed = measure_speed(device, file.parent) if measure else None
         usual = AUTO if ratio is None else CompressSettings().kind
@@ -521,6 +542,11 @@ def load_family(model: Name) -> "Family":
     from emloc_core.plugins.manager import plugin_manager
 
     return plugin_manager().family_for(read_config_json(find_config(fspath(model))))
+
+
+def _read(data: Rows, exclude: Iterable[Name], split: str, columns: ColumnNames | None) -> dict[str, Any]:
+    """Return what a request says of its rows."""
+    return {"data": data, "exclude": tuple(exclude), "split": split, "columns": columns or {}}
 
 
 def _perform(request: Request, progress: OnProgress | None, callbacks: Sequence["TrainerCallback"] = ()) -> Result[Any]:

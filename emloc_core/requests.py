@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from emloc_core.errors import EmlocError
 from emloc_core.settings import (
+    Columns,
     CompressSettings,
     CorrectSettings,
     CutSettings,
@@ -29,6 +30,9 @@ from emloc_core.settings import (
 #: A file, saved or hub dataset by name; several by a list or with weights; or rows in memory: an iterable of mappings,
 #: such as a ``datasets.Dataset``.
 Rows = Any
+
+
+COLUMNS = "Names that the rows have for columns, such as prompt=question,completion=answer."
 
 
 class Request(Settings):
@@ -65,6 +69,7 @@ class CompressRequest(Request):
         (), description="Files with rows to leave out, such as test rows; or data sets, of the same split."
     )
     split: str = Field("train", description="Split of a saved or hub dataset.")
+    columns: Columns = Field({}, description=COLUMNS)
     memory: str | None = Field(None, description="Choose the best kind and the largest ratio that fit, such as 24GiB.")
     tuning: TrainSettings = Field(TrainSettings(), description="With `memory`: how the emulator will be tuned.")
     keep_spectra: Path | None = Field(None, description="Directory to keep spectra in, for `cut`.")
@@ -117,6 +122,7 @@ class TrainRequest(Request):
         (), description="Files with rows not to train on; or data sets, of the same split."
     )
     split: str = Field("train", description="Split of a saved or hub dataset.")
+    columns: Columns = Field({}, description=COLUMNS)
     exact: bool = Field(False, description="Read the model block by block: it need not fit in memory.")
     limits: ExactSettings = Field(ExactSettings(), description="With `exact`: what the steps may use.")
     evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")
@@ -157,6 +163,7 @@ class PolishRequest(Request):
         (), description="Files with rows not to train on; or data sets, of the same split."
     )
     split: str = Field("train", description="Split of a saved or hub dataset.")
+    columns: Columns = Field({}, description=COLUMNS)
     limits: ExactSettings = Field(ExactSettings(), description="What the steps may use.")
     evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")
     settings: PolishSettings = PolishSettings()

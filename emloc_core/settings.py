@@ -36,6 +36,24 @@ SplitOrShare = Annotated[
 ]
 
 
+def parse_columns(value: Any) -> Any:
+    """Parse ``prompt=question,completion=answer``; return anything but text as it is.
+
+    Raises:
+        ValueError: it is no list of pairs.
+    """
+    if not isinstance(value, str):
+        return value
+    pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+    if not all(name.strip() and equals and own.strip() for name, equals, own in pairs):
+        raise ValueError("write pairs of names, as in prompt=question,completion=answer")
+    return {name.strip(): own.strip() for name, _, own in pairs}
+
+
+#: Names that the user's rows have for columns, by the usual names; or both as text, as on the command line.
+Columns = Annotated[dict[str, str], BeforeValidator(parse_columns)]
+
+
 class Settings(BaseModel):
     """Frozen settings. An unknown name is an error."""
 
@@ -87,9 +105,10 @@ class CompressSettings(CutSettings):
         None,
         ge=1,
         description="Number of calibration rows; by default 64, and for 2.7-bit, 1.6-bit+repair and low-rank-nf4 a "
-        "quarter of the rows, but at least 64 and at most 256.",
+        "quarter of the rows, but at least 64 and at most 256; of few rows at most a third.",
     )
-    selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp.")
+    selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp; "
+                           "by default 32, of few rows at most a sixth.")  # fmt: skip
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
     loss: Loss = _LOSS
     seed: int = Field(0, description="Seed for drawing rows.")

@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run
-from emloc_core.cli.options import data, device, given, options
+from emloc_core.cli.options import data, device, given, options, split
 from emloc_core.cli.stage import run
 from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
@@ -19,7 +19,7 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for the emulator.")
 @click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="File with rows to leave out, such as test rows; repeatable.")  # fmt: skip
-@click.option("--split", default="train", show_default=True, help="Split of a saved or hub dataset.")
+@split
 @click.option("--keep-spectra", type=click.Path(path_type=Path), metavar="DIRECTORY",
               help="Keep spectra here, from which emloc cut makes emulators of other ratios in seconds; about as large "
               "as the compressed Linears. Existing spectra are reused.")  # fmt: skip

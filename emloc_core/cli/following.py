@@ -25,6 +25,12 @@ def join(*words: object) -> str:
     return shlex.join(["emloc", *map(str, words)])
 
 
+def read_as(split: str, columns: Mapping[str, str]) -> list[str]:
+    """Return the options that say how rows are read."""
+    named = ",".join(f"{name}={own}" for name, own in columns.items())
+    return [*([] if split == "train" else ["--split", split]), *(["--columns", named] if named else [])]
+
+
 def following(request: Request, result: Result) -> list[str]:
     """Return the commands that usually follow a stage, the most usual one first.
 
@@ -39,10 +45,12 @@ def following(request: Request, result: Result) -> list[str]:
     match request:
         case ImportRequest():
             found = [join("plan", output, "--memory", "24GiB")]
-        case CompressRequest(data=data, tuning=tuning, settings=settings, split=split, exclude=exclude):
+        case CompressRequest(
+            data=data, tuning=tuning, settings=settings, split=split, columns=columns, exclude=exclude
+        ):
             left_out = [word for file in exclude for word in ("--exclude", file)]
             same = settings.model_dump(include={"loss", "max_length"}, exclude_unset=True)
-            how = [*([] if split == "train" else ["--split", split]), *left_out]
+            how = [*read_as(split, columns), *left_out]
             how += flags(tuning.model_dump(exclude_unset=True) | same)
             found = [join("train", output, *rows(data), *how, "-o", _beside(output, "adapter"))]
         case CutRequest():

@@ -13,7 +13,8 @@ from pydantic_core import PydanticUndefined
 
 from emloc_core.data.mixture import parse_sources
 from emloc_core.errors import EmlocError
-from emloc_core.settings import explain
+from emloc_core.requests import COLUMNS
+from emloc_core.settings import explain, parse_columns
 
 #: Training options that have another name than the setting's, too.
 TRAIN_FLAGS = {
@@ -37,6 +38,23 @@ device = click.option(
     show_default=True,
     help="Device to run on: cpu, cuda, cuda:1, or auto (the GPU if there is one).",
 )
+
+
+def split(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how the rows are read: ``--split`` and ``--columns``."""
+    function = click.option("--columns", default="", metavar="NAME=COLUMN,...", show_default=False,
+                            callback=_columns, help=COLUMNS)(function)  # fmt: skip
+    return click.option("--split", default="train", show_default=True, help="Split of a saved or hub dataset.")(
+        function
+    )
+
+
+def _columns(_context: Any, _option: Any, text: str) -> dict[str, str]:
+    try:
+        found: dict[str, str] = parse_columns(text)
+    except ValueError as error:
+        raise EmlocError(f"--columns {text}: {error}.", "Give the usual name of each column first.") from None
+    return found
 
 
 def data(*, required: bool = False, help: str = _ROWS) -> Callable[..., Any]:
@@ -93,7 +111,7 @@ def rows(function: Callable[..., Any]) -> Callable[..., Any]:
                      help="Any other field of SFTConfig (with the objective dpo, of DPOConfig); repeatable."),
         click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
                      help="File with rows not to train on, such as test rows; repeatable."),
-        click.option("--split", default="train", show_default=True, help="Split of a saved or hub dataset."),
+        split,
         data(required=True),
     ):  # fmt: skip
         function = option(function)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json, working
-from emloc_core.cli.following import flags, join, rows
+from emloc_core.cli.following import flags, join, read_as, rows
 from emloc_core.cli.options import data as data_option
 from emloc_core.cli.options import given, options
+from emloc_core.cli.options import split as split_option
 from emloc_core.memory.budget import no_fit
 from emloc_core.settings import MEMORY_SETTINGS, TrainSettings
 from emloc_core.units import human_bytes, human_seconds
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--kind", help="Kind of emulator, as for emloc compress.  [default: the one that is best for the memory; "
               "with --ratio, low-rank]")  # fmt: skip
 @data_option(help="Rows, as for emloc train: the longest sets the number of tokens per row.")
-@click.option("--split", default="train", show_default=True, help="Split of a saved or hub dataset.")
+@split_option
 @click.option("--length", "--max-length", "--sequence-length", type=click.IntRange(1),
               help="Tokens per row, including those of images; with --data, the length to which rows are cut.  "
               "[default: 1024]")  # fmt: skip
@@ -69,7 +70,8 @@ def command(
     with working("Planning"):
         planned = plan(
             model, memory=memory, ratio=ratio, kind=others["kind"], data=data, split=split, length=length,
-            images=images, image_size=others["image_size"], device=device, measure=others["measure"], **train,
+            columns=others["columns"], images=images, image_size=others["image_size"], device=device,
+            measure=others["measure"], **train,
         )  # fmt: skip
     if figure:
         from emloc_core.memory.show import memory_figure
@@ -78,7 +80,7 @@ def command(
     if as_json:
         print_json(planned.describe())
     else:
-        _show(planned, {"data": data, "split": split, "length": length})
+        _show(planned, {"data": data, "split": split, "columns": others["columns"], "length": length})
     if planned.advice and planned.best is None:
         raise no_fit(planned.budget, planned.advice)
 
@@ -135,7 +137,7 @@ def _commands(way: "Way", planned: "MemoryPlan", asked: Mapping[str, Any]) -> li
     """Return the commands of a way to tune, with what the plan was asked for."""
     from emloc_core.memory.ways import EXACT, ORDINARY, POLISHED
 
-    data = [*rows(asked["data"]), *(["--split", asked["split"]] if asked["split"] != "train" else [])]
+    data = [*rows(asked["data"]), *read_as(asked["split"], asked["columns"])]
     length = ["--max-length", asked["length"]] if asked["length"] else []
     usual, given = TrainSettings(), planned.model.workload.train.model_dump(exclude_unset=True)
     shape = {"batch_size": way.micro_batch, "accumulation": way.accumulation}

@@ -1,14 +1,16 @@
-"""Reads rows from files as they are: JSONL, JSON, CSV, Parquet, and directories that ``datasets`` saved.
+"""Reads rows from files as they are: JSONL, JSON, CSV, text, Parquet, and directories that ``datasets`` saved.
 
 :mod:`emloc_core.data.rows` parses them.
 """
 
 import csv
+import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from emloc_core.data.hub import undecoded
 from emloc_core.errors import EmlocError, first_line
@@ -31,9 +33,33 @@ def read_file(path: Path) -> Iterator[Numbered]:
     Raises:
         EmlocError: it has another suffix, or cannot be read.
     """
-    if path.suffix not in READERS:
-        raise EmlocError(f"{path} is none of {', '.join(READERS)}.", "Convert it to one of these.", code="unsupported")
-    yield from READERS[path.suffix](path)
+    if not names_rows(path):
+        known = f"{', '.join(READERS)}, nor one of these with {' or '.join(_COMPRESSED)}"
+        raise EmlocError(f"{path} is none of {known}.", "Convert it to one of these.", code="unsupported")
+    yield from READERS[_format(path)](path)
+
+
+def names_rows(path: Path) -> bool:
+    """Return whether a path has the suffix of a file of rows."""
+    return _format(path) in READERS
+
+
+def _format(path: Path) -> str:
+    """Return the suffix that names the format, below that of a compression."""
+    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open a file, unpacked into memory if it is compressed."""
+    if path.suffix not in _COMPRESSED:
+        return open(path, "rb")
+    import pyarrow
+
+    try:
+        with unpacking([path]), pyarrow.input_stream(path, compression=_COMPRESSED[path.suffix]) as stream:
+            return io.BytesIO(stream.read())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise EmlocError(f"{path} cannot be unpacked ({error}).", "Make the file again.", code="damaged") from None
 
 
 def read_saved(path: Path, split: str) -> Iterator[Numbered]:
@@ -62,14 +88,15 @@ def read_saved(path: Path, split: str) -> Iterator[Numbered]:
 
 
 def _jsonl(path: Path) -> Iterator[Numbered]:
-    with open(path, "rb") as file:  # as bytes: str.splitlines would also split at U+2028 within a string
+    with _open(path) as file:  # as bytes: str.splitlines would also split at U+2028 within a string
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, _decode(line, f"{path}, row {number}")
 
 
 def _json(path: Path) -> Iterator[Numbered]:
-    content = _decode(path.read_bytes(), str(path))
+    with _open(path) as file:
+        content = _decode(file.read(), str(path))
     if not isinstance(content, list):
         raise EmlocError(f"{path} is not an array of rows.", "Wrap the rows in [ ], or name the file .jsonl.")
     yield from enumerate(content, start=1)
@@ -82,20 +109,42 @@ def _decode(text: bytes, where: str) -> Any:
         raise EmlocError(f"{where}: not valid JSON ({error}).", "Correct it.") from None
 
 
+def _text(path: Path) -> Iterator[Numbered]:
+    """Yield a row of text for every line that is not blank."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                if text := line.decode("utf-8-sig").strip():
+                    yield number, {"text": text}
+    except UnicodeDecodeError as error:
+        raise EmlocError(f"{path}, row {number}: not UTF-8 ({error}).", "Correct it.") from None
+
+
 def _csv(path: Path) -> Iterator[Numbered]:
     """Yield rows whose cells are text, as they are written: an empty one is absent, and nothing becomes a number."""
     csv.field_size_limit(sys.maxsize)  # 128 KB otherwise
     number = 0
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(
-                csv.DictReader(file, delimiter=_DELIMITERS[path.suffix], strict=True), start=1
-            ):
+        with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
+            delimiter = _delimiter(file.readline(), _format(path))
+            file.seek(0)
+            for number, row in enumerate(csv.DictReader(file, delimiter=delimiter, strict=True), start=1):
                 if None in row:
                     raise EmlocError(f"{path}, row {number}: more cells than columns.", "Quote cells with delimiters.")
                 yield number, {name: cell or None for name, cell in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
         raise EmlocError(f"{path}, row {number + 1}: not valid CSV ({error}).", "Correct it.") from None
+
+
+def _delimiter(header: str, suffix: str) -> str:
+    """Return what separates the names of columns: a comma in .csv and a tab in .tsv, unless another one does instead.
+
+    Spreadsheets write semicolons where the comma is the decimal separator.
+    """
+    usual = "\t" if suffix == ".tsv" else ","
+    names = re.sub('"[^"]*"', "", header)
+    return max((usual, ",", ";", "\t"), key=names.count)
 
 
 def _parquet(path: Path) -> Iterator[Numbered]:
@@ -112,6 +161,7 @@ def _parquet(path: Path) -> Iterator[Numbered]:
     yield from enumerate(rows, start=1)
 
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+#: Names of compressions, by suffix.
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 #: Readers by suffix.
-READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".txt": _text, ".parquet": _parquet}

@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from emloc_core.data.columns import as_trl, known_columns
-from emloc_core.data.files import READERS, is_saved, read_file, read_saved
+from emloc_core.data.columns import as_trl, known_columns, renamed, require_known
+from emloc_core.data.files import READERS, is_saved, names_rows, read_file, read_saved
 from emloc_core.data.hub import read_data_set
 from emloc_core.data.images import IMAGES, Picture
 from emloc_core.data.messages import Content, parse_content, parse_string, place_images
@@ -37,6 +37,7 @@ _FORMS = (
 )
 _CONVERSION = {"Alpaca": "instruction, input and output", "ShareGPT": "conversations"}
 _HERE = Path()
+_USUAL: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,11 @@ class Row:
         return {"prompt": self.prompt, "completion": self.completion, **rejected, **tools, **images}
 
 
-def load_rows(source: Any, split: str = "train", loss: Loss = "last") -> list[Row]:
+def load_rows(source: Any, split: str = "train", loss: Loss = "last", columns: Mapping[str, str] = _USUAL) -> list[Row]:
     """Read rows from files, saved or hub datasets, or memory.
 
-    Files are ``.jsonl``, ``.json`` (an array), ``.csv``, ``.tsv`` and ``.parquet``; saved datasets are directories that
+    Files are ``.jsonl``, ``.json`` (an array), ``.csv``, ``.tsv``, ``.txt`` (a row a line) and ``.parquet``, also
+    compressed (``.gz``, ``.zst``); saved datasets are directories that
     ``save_to_disk`` wrote. Other columns than those of the row's form are ignored; if several forms are complete,
     prompt and completion take precedence over messages, these over ShareGPT's and Alpaca's columns, which become
     messages, and all over text. All rows must have the same form.
@@ -110,29 +112,54 @@ def load_rows(source: Any, split: str = "train", loss: Loss = "last") -> list[Ro
             :func:`emloc_core.data.mixture.weighted`.
         split: split of a saved or hub dataset; files have none.
         loss: which answers of a conversation count.
+        columns: names that the data have for columns, by the usual names: ``{"prompt": "question"}``. Rows without
+            such a column are read as they are.
 
     Raises:
         EmlocError: the source cannot be read, is empty, or a row has no known form; names file and row.
     """
-    rows = _load(source, split)
+    require_known(columns)
+    rows = _load(source, split, columns)
     return [replace(row, loss=loss) for row in rows] if loss != "last" else rows
 
 
-def _load(source: Any, split: str) -> list[Row]:
+def _load(source: Any, split: str, columns: Mapping[str, str]) -> list[Row]:
     if isinstance(source, Mapping) and split in source and not isinstance(source[split], int | float):
         source = source[split]  # a DatasetDict
     elif isinstance(source, Mapping) and any(hasattr(each, "column_names") for each in source.values()):
         raise EmlocError(f"The data have no split {split!r}.", f"Give one of these: {', '.join(map(str, source))}.")
     if (mixture := weights(source)) is not None:
-        parts = {name: [replace(row, source=name) for row in _load(name, split)] for name in mixture}
+        parts = {name: [replace(row, source=name) for row in _load(name, split, columns)] for name in mixture}
         return _of_one_form("", [row for name, rows in parts.items() for row in weighted(rows, mixture[name])])
     if not isinstance(source, str | Path):
-        return _of_one_form("the rows", list(_parsed(enumerate(source, start=1), "the rows", Path(), confined=False)))
+        given = _renamed(enumerate(source, start=1), "the rows", columns)
+        return _of_one_form("the rows", list(_parsed(given, "the rows", Path(), confined=False)))
     source = str(source)
     directory = Path(source).parent if Path(source).is_file() else Path()
     # An emulator may come from someone else: it may only refer to its own images.
-    confined = Path(source).name in (CALIBRATION, SELECTION) and (directory / MANIFEST).is_file()
-    return _of_one_form(source, list(_parsed(_contents(source, split), source, directory, confined=confined)))
+    confined = _is_kept(Path(source))
+    contents = _renamed(_contents(source, split), source, columns)
+    return _of_one_form(source, list(_parsed(contents, source, directory, confined=confined)))
+
+
+def _renamed(contents: Iterable[tuple[int, Any]], source: str, columns: Mapping[str, str]) -> Iterator[tuple[int, Any]]:
+    """Yield rows with the usual columns.
+
+    Raises:
+        EmlocError: a row has neither a column of its own name nor one of the usual name.
+    """
+    for number, content in contents:
+        if columns and isinstance(content, Mapping):
+            found = renamed(content, columns)
+            if not columns.keys() & found.keys():
+                raise EmlocError(
+                    f"{source}, row {number}: has none of the columns {', '.join(columns.values())}, but "
+                    f"{', '.join(map(str, content))}.",
+                    "Correct --columns.",
+                )
+            yield number, found
+        else:
+            yield number, content
 
 
 def _parsed(contents: Iterable[tuple[int, Any]], source: str, directory: Path, *, confined: bool) -> Iterator[Row]:
@@ -157,20 +184,32 @@ def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
     return rows
 
 
-def without(rows: Iterable[Row], files: Iterable[Path], split: str = "train") -> list[Row]:
+def without(
+    rows: Iterable[Row], files: Iterable[Path], split: str = "train", columns: Mapping[str, str] = _USUAL
+) -> list[Row]:
     """Return the rows whose content is in none of ``files``, in their order; an empty file leaves none out.
 
     Args:
         rows: the rows.
         files: files, or saved or hub datasets.
         split: of those datasets.
+        columns: see :func:`load_rows`; what an emulator keeps has the usual ones.
 
     Raises:
         EmlocError: a file cannot be read.
     """
     some = [path for path in files if not path.is_file() or path.stat().st_size]
-    keys = {row.key for path in some for row in load_rows(str(path), split)}
+
+    def of(path: Path) -> Mapping[str, str]:
+        return _USUAL if _is_kept(path) else columns
+
+    keys = {row.key for path in some for row in load_rows(str(path), split, columns=of(path))}
     return [row for row in rows if row.key not in keys]
+
+
+def _is_kept(path: Path) -> bool:
+    """Return whether a file holds rows that an emulator keeps."""
+    return path.name in (CALIBRATION, SELECTION) and (path.parent / MANIFEST).is_file()
 
 
 def digest(rows: Iterable[Row]) -> str:
@@ -226,7 +265,7 @@ def require_source(source: str) -> None:
             f"{source} is a directory.",
             f"Give a file ({', '.join(READERS)}), or what `save_to_disk` of datasets wrote.",
         )
-    if path.suffix in READERS or path.is_absolute():
+    if names_rows(path) or path.is_absolute():
         raise EmlocError(f"There is no file {source}.", "Check the path.", code="missing")
     if source.count("/") != 1:
         raise EmlocError(

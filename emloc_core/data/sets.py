@@ -35,7 +35,7 @@ def draw(rows: Sequence[Row], seed: int, calibration: int, selection: int) -> Se
         raise EmlocError(
             f"There are {len(copies)} distinct rows, but {needed} are needed: "
             f"{calibration} for calibration and {selection} for selection.",
-            "Give more rows, or ask for fewer.",
+            "Give more rows, or keep fewer of them: --samples, --selection.",
         )
 
     def place(key: str) -> bytes:

@@ -82,6 +82,7 @@ class Compress:
         distinct = len({row.key for row in rows})
         linears = self._linears(self.kind)
         self.method = method_of(settings, self.kind, linears, rows=distinct, keeps_spectra=spectra is not None)
+        self._keeps_fewer = self.method.settings.selection < settings.selection
         self.settings = settings = self.method.settings
         if spectra and not self.kind.can_be_cut:
             raise EmlocError(
@@ -175,7 +176,14 @@ class Compress:
     @property
     def warnings(self) -> list[str]:
         """What the user has to know before the emulator is made: what stays dense, and how much of the model it is."""
-        return self.coverage.warnings
+        if not self._keeps_fewer:
+            return self.coverage.warnings
+        calibration, selection, tuning = map(len, (self.rows.calibration, self.rows.selection, self.rows.tuning))
+        few = (
+            f"there are few rows: {calibration} are kept to calibrate on and {selection} to choose the correction on, "
+            f"and {tuning} are left to train on; --samples and --selection keep others"
+        )
+        return [*self.coverage.warnings, few]
 
     def run(self, progress: Progress = lambda *_: None) -> Path:
         """Make the emulator, or resume an interrupted run.
@@ -249,7 +257,8 @@ def prepare(request: CompressRequest) -> Compress:
         EmlocError: the model, the rows or the settings cannot be used.
     """
     base = open_checkpoint(request.model)
-    rows = without(load_rows(request.data, request.split, request.settings.loss), request.exclude, request.split)
+    read = load_rows(request.data, request.split, request.settings.loss, request.columns)
+    rows = without(read, request.exclude, request.split, request.columns)
     device = choose_device(request.device)
     name = data_name(request.data)
     return Compress(base, rows, request.output, request.settings, request.keep_spectra, device, name)

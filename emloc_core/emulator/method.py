@@ -91,6 +91,7 @@ def method_of(
     found = {
         "ratio": ratio,
         "samples": samples,
+        "selection": _selection(settings, rows),
         "calibration": calibration,
         "allocator": allocator,
         "refine": refine or 0,
@@ -112,4 +113,13 @@ def usual_samples(kind: Kind, rows: int | None = None) -> int:
         kind: of the emulator.
         rows: number of distinct rows; None: there are enough.
     """
-    return kind.samples if rows is None else min(kind.samples, max(SAMPLES, int(_SHARE * rows)))
+    if rows is None:
+        return kind.samples
+    return min(kind.samples, max(SAMPLES, int(_SHARE * rows)), max(1, rows // 3))  # the others are trained on
+
+
+def _selection(settings: CompressSettings, rows: int | None) -> int:
+    """Return how many rows are held out: of few, at most a sixth, where the user does not say."""
+    if rows is None or "selection" in settings.model_fields_set:
+        return settings.selection
+    return min(settings.selection, max(1, rows // 6))

@@ -158,7 +158,8 @@ def _planned(request: CompressRequest, settings: CompressSettings, budget: int) 
 
     config = open_checkpoint(request.model).directory / "config.json"
     length = settings.max_length or request.tuning.max_length
-    workload = make_workload(config, request.tuning, length=length, data=request.data, split=request.split)
+    rows = {"length": length, "data": request.data, "split": request.split, "columns": request.columns}
+    workload = make_workload(config, request.tuning, **rows)
     return with_emulator(config, workload, settings, budget)
 
 

@@ -1,6 +1,6 @@
 """The workload to plan for; by default stage 2's batch size, TRL's maximum length and one image."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Rows
 from emloc_core.settings import TrainSettings
 
+_USUAL: Mapping[str, str] = {}
 #: Default maximum length of TRL's ``SFTConfig``.
 LENGTH = 1024
 
@@ -71,6 +72,7 @@ def make_workload(
     image_size: tuple[int, int] | None = None,
     data: Rows | None = None,
     split: str = "train",
+    columns: Mapping[str, str] = _USUAL,
 ) -> Workload:
     """Return the workload to plan for.
 
@@ -84,6 +86,7 @@ def make_workload(
         image_size: height and width of images in pixels, if the model takes any size; by default that of the rows.
         data: rows; the longest sets the length, and the row with most pixels the images.
         split: split of a saved or hub dataset.
+        columns: names that the data have for columns, by the usual names.
 
     Raises:
         EmlocError: there is no tokenizer, or it cannot handle a row.
@@ -94,7 +97,7 @@ def make_workload(
     limit = limits.tokens
     counted = int(family.modality == "image-text")
     if data is not None:
-        rows = load_rows(data, split)
+        rows = load_rows(data, split, columns=columns)
         processing = load_processing(config_file.parent, family, rows)
         answers = [row for each in rows for row in (each.answers() if train.learns_preferences else (each,))]
         length, counted, largest = _measure(tokenized(answers, processing, length, limits), config)

@@ -13,6 +13,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_toml
 from emloc_core.files.hub import check_repository
 from emloc_core.settings import (
+    Columns,
     CompressSettings,
     CorrectSettings,
     PolishSettings,
@@ -23,7 +24,7 @@ from emloc_core.settings import (
 )
 
 #: Suffixes of files: rows, and lm-eval's tasks.
-FILES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml"}
+FILES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zst", ".yaml", ".yml"}
 #: What may be a name instead of a path: a hub model or dataset, or a task bundled with lm-eval.
 MODEL_ID = re.compile(r"[^/]+/[^/]+")
 DATA_ID = re.compile(r"[^/]+(/[^/]+)?")
@@ -56,6 +57,7 @@ class DataSection(Settings):
         "dataset; a list of several, or a table of them with their weights."
     )
     split: str = Field("train", description="Split of a saved or hub dataset.")
+    columns: Columns = Field({}, description="Names that the rows have for columns, by TRL's names.")
     calibration: str | None = Field(
         None, description="File with other rows for calibration and selection; by default they come from ``train``."
     )

@@ -140,6 +140,7 @@ def stages_of(recipe: Recipe, attempt: Attempt) -> list[Stage]:
         model=recipe.model.base,
         data=data.calibration or data.train,
         split=data.split,
+        columns=data.columns,
         exclude=(*held_out, *(Path(name) for name in [data.eval] if name and not data.eval_split)),
         output=emulator,
         settings=attempt.settings,
@@ -179,6 +180,7 @@ def rest(recipe: Recipe) -> list[Stage]:
             base=base,
             data=data.train,
             split=data.split,
+            columns=data.columns,
             exclude=(*test, attempt.place("emulator") / CALIBRATION, selection),
             evaluation=_evaluation(recipe),
             output=attempt.place("polished"),
@@ -209,7 +211,8 @@ def rest(recipe: Recipe) -> list[Stage]:
 
 
 def _train(recipe: Recipe, model: str, output: Path, exclude: tuple[Path, ...], **more: Any) -> TrainRequest:
-    rows = {"data": recipe.data.train, "split": recipe.data.split, "exclude": exclude}
+    data = recipe.data
+    rows = {"data": data.train, "split": data.split, "columns": data.columns, "exclude": exclude}
     usual = {"evaluation": _evaluation(recipe), "settings": recipe.train}
     return TrainRequest(model=model, output=output, **rows, **(usual | more))
 

@@ -35,7 +35,13 @@ _NUMBER = re.compile(r"\d*\.\d+")
 
 
 def divide(
-    rows: list[Row], asked: EvalRows, data: Any, split: str, settings: StepSettings, held_out: Sequence[Path]
+    rows: list[Row],
+    asked: EvalRows,
+    data: Any,
+    split: str,
+    settings: StepSettings,
+    held_out: Sequence[Path],
+    columns: Mapping[str, str],
 ) -> tuple[list[Row], list[Row]]:
     """Return the rows to train on and those to evaluate; no content is in both.
 
@@ -44,6 +50,7 @@ def divide(
         asked: which rows to evaluate.
         data, split: where the rows are from.
         settings: with the ``loss``.
+        columns: names that the data have for columns, by the usual names.
         held_out: files with rows that the emulator was made or will be corrected with: they are not evaluated.
 
     Raises:
@@ -58,7 +65,7 @@ def divide(
         source = data if asked.data is None else asked.data
         if asked.split is not None and isinstance(source, str) and Path(source).is_file():
             raise EmlocError(f"{source} is a file, which has no split {asked.split!r}.", _OTHER_ROWS)
-        found = without(load_rows(source, asked.split or split, settings.loss), held_out)
+        found = without(load_rows(source, asked.split or split, settings.loss, columns), held_out)
     if not found:
         raise EmlocError("No row is left to evaluate.", "Give others with --eval-data, or a larger share.")
     keys = {row.key for row in found}

@@ -41,6 +41,7 @@ from emloc_core.tuning.trl import lora_config
 from emloc_core.units import human_bytes, parse_bytes
 
 _LIMITS, _NONE = ExactSettings(), EvalRows()
+_USUAL: Mapping[str, str] = {}
 #: Share of a GPU's free memory that they may fill before they are moved to the CPU's.
 _SHARE = 0.25
 #: How many times their bytes they may take there: torch pins powers of two.
@@ -58,7 +59,7 @@ class ExactTrain(Train):
 
     Args:
         model: an ordinary checkpoint or an emulator, or its directory.
-        data, output, settings, exclude, split, evaluation: see :class:`Train`. An optimiser step takes
+        data, output, settings, exclude, split, columns, evaluation: see :class:`Train`. An optimiser step takes
             ``batch_size x accumulation`` rows, and reads every block twice.
         limits: what the steps may use.
 
@@ -75,12 +76,13 @@ class ExactTrain(Train):
         settings: StepSettings,
         exclude: Sequence[Path] = (),
         split: str = "train",
+        columns: Mapping[str, str] = _USUAL,
         limits: ExactSettings = _LIMITS,
         evaluation: EvalRows = _NONE,
     ) -> None:
         if evaluation.on_base:
             raise EmlocError("Exact steps train on the base, whose loss is evaluated anyway.", "Leave out --eval-base.")
-        super().__init__(model, data, output, settings, exclude, split, evaluation)
+        super().__init__(model, data, output, settings, exclude, split, columns, evaluation)
         if self.settings.learns_preferences:
             raise EmlocError(
                 "Exact steps know the likelihood of answers alone, not preferences.",
@@ -200,7 +202,7 @@ class Polish(ExactTrain):
     Args:
         adapter: of the base: corrected, trained on it or on an emulator of it, or by PEFT alone.
         base: the model.
-        data, output, settings, exclude, split, limits, evaluation: see :class:`ExactTrain`.
+        data, output, settings, exclude, split, columns, limits, evaluation: see :class:`ExactTrain`.
 
     Raises:
         EmlocError: as :class:`ExactTrain`; or the adapter does not fit the base.
@@ -215,6 +217,7 @@ class Polish(ExactTrain):
         settings: PolishSettings,
         exclude: Sequence[Path] = (),
         split: str = "train",
+        columns: Mapping[str, str] = _USUAL,
         limits: ExactSettings = _LIMITS,
         evaluation: EvalRows = _NONE,
     ) -> None:
@@ -224,7 +227,7 @@ class Polish(ExactTrain):
         if settings.learning_rate is None:
             rate = max((self.tuned_at or 0) / 2, TrainSettings().learning_rate)
             settings = settings.model_copy(update={"learning_rate": rate})
-        super().__init__(base, data, output, settings, exclude, split, limits, evaluation)
+        super().__init__(base, data, output, settings, exclude, split, columns, limits, evaluation)
         require_shapes(adapter, self.skeleton.model)
 
     def describe(self) -> dict[str, Any]:
@@ -309,13 +312,13 @@ def prepare(request: TrainRequest | PolishRequest) -> Train:
         EmlocError: from the model, the adapter, the rows or the settings.
     """
     rows = request.data, request.output
+    more: dict[str, Any] = {"columns": request.columns, "evaluation": request.evaluation}
     others = request.exclude, request.split
-    evaluation = request.evaluation
     if isinstance(request, PolishRequest):
         adapter = Adapter(request.adapter)
         base = open_checkpoint(request.base or adapter.base_name)
-        return Polish(adapter, base, *rows, request.settings, *others, request.limits, evaluation)
+        return Polish(adapter, base, *rows, request.settings, *others, limits=request.limits, **more)
     model = open_checkpoint(request.model)
     if request.exact:
-        return ExactTrain(model, *rows, request.settings, *others, request.limits, evaluation)
-    return Train(model, *rows, request.settings, *others, evaluation)
+        return ExactTrain(model, *rows, request.settings, *others, limits=request.limits, **more)
+    return Train(model, *rows, request.settings, *others, **more)

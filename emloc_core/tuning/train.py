@@ -8,8 +8,9 @@ publishes the directory; the others write their part of the checkpoints into it.
 import atexit
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ from emloc_core.tuning.trl import check_extra, lora_config, trainer_config
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
 _NONE = EvalRows()
+_USUAL: Mapping[str, str] = {}
 #: Settings that do not affect the result: ever, and without rows to evaluate.
 _WITHOUT_EFFECT, _OF_EVALUATION = {"report_to", "save_steps"}, {"eval_steps", "patience"}
 
@@ -74,6 +76,7 @@ class Train:
         exclude: files with rows not to train on, such as test rows. The emulator's calibration and selection rows are
             always left out.
         split: split of a saved or hub dataset.
+        columns: names that the data have for columns, by the usual names.
         evaluation: rows to evaluate while training, which are not trained on.
 
     Raises:
@@ -95,6 +98,7 @@ class Train:
         settings: StepSettings,
         exclude: Sequence[Path] = (),
         split: str = "train",
+        columns: Mapping[str, str] = _USUAL,
         evaluation: EvalRows = _NONE,
     ) -> None:
         self.model = model if isinstance(model, Checkpoint) else Checkpoint(model)
@@ -106,7 +110,7 @@ class Train:
         check_extra(settings)
         self.targets = self._targets()
         self._data = data_name(data)
-        rows = load_rows(data, split, settings.loss)
+        rows = load_rows(data, split, settings.loss, columns)
         require_readable(rows, self.family)
         held_out = [self.model.directory / name for name in (CALIBRATION, SELECTION)]
         known = [path for path in held_out if path.is_file()]
@@ -114,9 +118,9 @@ class Train:
             require_preferences(rows)
             if evaluation != _NONE:
                 raise EmlocError("Preferences are not evaluated while tuning.", "Leave out the rows to evaluate.")
-        kept = without(rows, [*known, *exclude], split)
+        kept = without(rows, [*known, *exclude], split, columns)
         self.excluded = len(rows) - len(kept)
-        self.rows, self.eval_rows = divide(kept, evaluation, data, split, settings, known)
+        self.rows, self.eval_rows = divide(kept, evaluation, data, split, settings, known, columns)
         require_readable(self.eval_rows, self.family)
         self.base = self._base(evaluation)
         if not self.eval_rows and settings.patience is not None:
@@ -268,13 +272,11 @@ class Train:
         if self.eval_rows and self.start:
             config.eval_on_start = resume is None
         processing = self._processing()
-        counted = {"completion_only": getattr(config, "completion_only_loss", True)}
-        if self.settings.learns_preferences:
-            dataset, self.sizes = preference_dataset(self.rows, *processing)
-        else:
-            dataset, self.sizes = make_dataset(self.rows, *processing, **counted)
+        counted = getattr(config, "completion_only_loss", True)
+        sft = partial(make_dataset, completion_only=counted)
+        dataset, self.sizes = (preference_dataset if self.settings.learns_preferences else sft)(self.rows, *processing)
         dropped = len(self.rows) - len(self.sizes)
-        self.eval_dataset = make_dataset(self.eval_rows, *processing, **counted)[0] if self.eval_rows else None
+        self.eval_dataset = sft(self.eval_rows, *processing)[0] if self.eval_rows else None
         if isinstance(processing[0], ProcessorMixin):  # the collator makes all inputs of the model
             config.remove_unused_columns = False
         trainer = self._trainer(config, dataset, processing[0])

@@ -4,7 +4,7 @@ import pytest
 from support.rows import write_jsonl
 
 from emloc_core.data.messages import IMAGE
-from emloc_core.data.rows import load_rows, parse_row
+from emloc_core.data.rows import CALIBRATION, load_rows, parse_row, without
 from emloc_core.errors import EmlocError
 
 ALPACA = {"instruction": "Which way?", "input": "", "output": "Left.", "text": "### Instruction: ..."}
@@ -75,3 +75,25 @@ def test_marks_of_images_become_parts(tmp_path):
 def test_what_is_wrong_is_named(row, complaint):
     with pytest.raises(EmlocError, match=f"A row.*{complaint}"):
         parse_row(row, "A row", 1)
+
+
+def test_columns_may_have_other_names():
+    names = {"prompt": "question", "completion": "answer"}
+    rows = [{"question": "a?", "answer": "b.", "prompt": "not this"}, {"prompt": "c?", "completion": "d."}]
+    found = load_rows(rows, columns=names)
+    assert [(row.prompt, row.completion) for row in found] == [("a?", "b."), ("c?", "d.")]
+    dialog = [{"dialog": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b."}]}]
+    assert load_rows(dialog, columns={"messages": "dialog"})[0].completion == [dialog[0]["dialog"][1]]
+    with pytest.raises(EmlocError, match=r"row 1: has none of the columns question, answer, but q, a"):
+        load_rows([{"q": "a?", "a": "b."}], columns=names)
+    with pytest.raises(EmlocError, match=r"no column 'question'\. Did you mean prompt=question\?"):
+        load_rows(rows, columns={"question": "prompt"})
+
+
+def test_rows_that_an_emulator_keeps_have_the_usual_columns(tiny_emulator, tmp_path):
+    kept = load_rows(tiny_emulator / CALIBRATION)
+    own = [{"question": row.prompt, "answer": row.completion} for row in kept]
+    rows = load_rows(own, columns=(names := {"prompt": "question", "completion": "answer"}))
+    assert without(rows, [tiny_emulator / CALIBRATION], columns=names) == []
+    test = write_jsonl(tmp_path / "test.jsonl", own[:1])
+    assert without(rows, [test], columns=names) == rows[1:]

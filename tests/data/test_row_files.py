@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 from support.rows import example_rows
@@ -40,3 +41,39 @@ def test_saved_datasets_hold_the_same_rows(tmp_path: Path, rows_file: Path):
     (tmp_path / "one" / "state.json").write_text("{}")
     with pytest.raises(EmlocError, match="cannot be read as a saved dataset"):
         load_rows(tmp_path / "one")
+
+
+def test_delimiters_are_read_from_the_header(tmp_path: Path):
+    cells = [["prompt", "completion"], ["a, b; c\td", "e"]]
+    for name, delimiter in (("a.csv", ";"), ("b.csv", "\t"), ("c.csv", ","), ("d.tsv", "\t"), ("e.tsv", ";")):
+        lines = [delimiter.join(f'"{cell}"' for cell in row) for row in cells]
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8-sig")
+        assert [(row.prompt, row.completion) for row in load_rows(tmp_path / name)] == [tuple(cells[1])]
+    (tmp_path / "one.csv").write_text('"text; and, more"\nx;y\n')
+    with pytest.raises(EmlocError, match=r"has the columns \['text; and, more'\]"):
+        load_rows(tmp_path / "one.csv")
+
+
+def test_lines_of_text_are_rows(tmp_path: Path):
+    path = tmp_path / "rows.txt"
+    path.write_bytes("\ufeffone\r\n\n  two\u2028three \n".encode())
+    assert [(row.number, row.text) for row in load_rows(path)] == [(1, "one"), (3, "two\u2028three")]
+    path.write_bytes(b"one\n\xff\n")
+    with pytest.raises(EmlocError, match=r"rows\.txt, row 2: not UTF-8"):
+        load_rows(path)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".gz", "gzip"), (".zst", "zstd")])
+def test_compressed_files_hold_the_same_rows(suffix: str, codec: str, tmp_path: Path, rows_file: Path):
+    csv = tmp_path / "rows.csv"
+    csv.write_text("prompt;completion\na;b\n")
+    for source in (rows_file, csv):
+        packed = tmp_path / f"{source.name}{suffix}"
+        with pyarrow.output_stream(packed, compression=codec) as stream:
+            stream.write(source.read_bytes())
+        assert load_rows(packed) == load_rows(source)
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(EmlocError, match="cannot be unpacked"):
+        load_rows(packed)
+    with pytest.raises(EmlocError, match=r"is none of \.jsonl.*nor one of these with \.gz"):
+        load_rows(csv.rename(tmp_path / f"rows.xlsx{suffix}"))

@@ -2,19 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from emloc_llama import LLAMA
 from safetensors.torch import load_file, save_file
 from support.models import CHAT_TEMPLATE
-from support.rows import write_jsonl
+from support.rows import example_rows, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import emloc_core.lowrank
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.data.rows import load_rows
+from emloc_core.data.rows import Row, load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.declared import plan_ranks
 from emloc_core.errors import EmlocError
@@ -103,6 +104,21 @@ def test_held_out_rows_are_kept_beside_it_and_disjoint(emulator, rows_file):
     selection = {row.key for row in load_rows(str(emulator / "selection.jsonl"))}
     assert (len(calibration), len(selection), len(calibration & selection)) == (12, 6, 0)
     assert calibration | selection <= {row.key for row in load_rows(str(rows_file))}
+
+
+def test_of_few_rows_fewer_are_kept_unless_asked(tiny_model):
+    def job(count: int, **settings):
+        rows = [Row(number, **row) for number, row in enumerate(example_rows()[:count], start=1)]
+        found = Compress(Checkpoint(tiny_model), rows, Path("nowhere"), CompressSettings(**settings))
+        return [len(each) for each in (found.rows.calibration, found.rows.selection, found.rows.tuning)], found.warnings
+
+    sizes, warnings = job(20)
+    assert sizes == [6, 3, 11]
+    assert any("6 are kept to calibrate on and 3 to choose" in each and "--selection" in each for each in warnings)
+    assert job(20, samples=4, selection=2) == ([4, 2, 14], [])
+    assert job(2)[0] == [1, 1, 0]
+    with pytest.raises(EmlocError, match=r"1 distinct rows, but 2 are needed.*--samples, --selection"):
+        job(1)
 
 
 def test_the_same_request_gives_the_same_bytes_and_is_not_done_twice(tiny_model, rows_file, emulator, tmp_path):
