@@ -22,6 +22,7 @@ from emloc_core.quantised import (
     PackedLinear,
     RepairedLinear,
 )
+from emloc_core.transfer import refuse_others
 
 METHOD = "emloc"
 #: Of factors as they are, of factors in four bits, of weights on a few levels, and of weights on three levels with a
@@ -222,3 +223,4 @@ def _stand_ins(model: nn.Module) -> list[tuple[str, Layer | LowRankExperts]]:
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be imported again under another name
     register_quantization_config(METHOD)(EmlocConfig)
     register_quantizer(METHOD)(EmlocQuantizer)
+    refuse_others(lambda model: bool(_stand_ins(model)))

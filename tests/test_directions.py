@@ -6,9 +6,9 @@ from support.paths import ROOT
 
 #: Import layers, from what everything may import to what nothing may. Those in one layer do not import each other.
 FLOORS = [
-    ["environment", "errors", "family", "keywords", "lifetime", "tested"],
+    ["environment", "errors", "family", "keywords", "lifetime", "tested", "when_imported"],
     ["units", "verdict", "trainer_fields", "settings", "layout", "algorithms", "process"],
-    ["experts", "quantised"],
+    ["experts", "quantised", "transfer"],
     ["lowrank"],
     ["autoload"],
     ["kinds", "requests", "files", "hookspecs"],

@@ -1,6 +1,5 @@
 """A PEFT LoRA directory: reading, checking that it can be transferred to the base, and writing."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -25,54 +24,18 @@ from emloc_core.files.output import made_from, read_manifest
 from emloc_core.files.own import require_own_files
 from emloc_core.files.patterns import pattern_problems
 from emloc_core.files.shards import write_shard
+from emloc_core.transfer import REMEDY, field_problems
 
 CORRECTED = "emloc.corrected"  # key in the weights' metadata, which remains if the manifest is lost
 _PREFIX = "base_model.model."
 #: Kinds of directory that hold an adapter -> key of its model in the manifest's request.
 _MADE_FOR = {"adapter": "model", "corrected-adapter": "base", "served-adapter": "base"}
 
-#: Fields of LoraConfig that may have any value: they do not change what a trained LoRA computes.
-_FREE = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "target_modules", "task_type", "peft_type",
-}  # fmt: skip
-#: Fields that determine the scale of a LoRA.
-_SCALE = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
-#: Fields with other safe values than the default.
-_SAFE_VALUES: dict[str, tuple[Any, ...]] = {"init_lora_weights": (True, False, "gaussian", "orthogonal")}
-#: Why a field's other values are refused, if there is a better reason than that they are not known to be safe.
-_WHY = {
-    "use_dora": "DoRA rescales the weight, which differs on the emulator",
-    "modules_to_save": "a trained copy of a module belongs to the emulator, not to the base",
-    "init_lora_weights": "this initialisation reads or splits the weight, which is a factor on the emulator",
-    "bias": "trained biases belong to the emulator",
-    "lora_bias": "a trained bias belongs to the emulator",
-    "fan_in_fan_out": "the weight is stored transposed",
-    "trainable_token_indices": "trained embeddings belong to the emulator",
-    "kasa_config": "KaSA changes the weight by its singular values, which differ on the emulator",
-}
-
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
-    """Return the reasons why a LoRA with this PEFT config cannot be transferred to the base; empty if it can.
-
-    An allowlist: a field or value that is not known to be safe is a problem.
-    """
-    from peft import LoraConfig
-
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        return [f"it is a {kind}, and only a LoRA can be transferred"]
-    defaults = {field.name: _default(field) for field in dataclasses.fields(LoraConfig)}
-    problems = [*_scale_problems(config), *pattern_problems(config)]
-    for name, value in config.items():
-        if name in _FREE | _SCALE or value in _SAFE_VALUES.get(name, ()) or not (value or defaults.get(name)):
-            continue
-        if name not in defaults or value != defaults[name]:
-            why = _WHY.get(name, "it is not known to be safe")
-            problems.append(f"{name}={value!r} cannot be transferred ({why})")
-    return problems
+    """Return the reasons why a LoRA with this PEFT config cannot be transferred to the base; empty if it can."""
+    found = field_problems(config)
+    return found if config.get("peft_type") != "LORA" else [*_scale_problems(config), *pattern_problems(config), *found]
 
 
 def _scale_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -99,12 +62,6 @@ def _is_positive(number: Any) -> bool:
     return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < sys.float_info.max
 
 
-def _default(field: "dataclasses.Field[Any]") -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
-
-
 class Adapter:
     """A LoRA that PEFT saved.
 
@@ -120,7 +77,7 @@ class Adapter:
         if problems := config_problems(self.config):
             raise EmlocError(
                 f"The adapter {self.directory} cannot be used: {'; '.join(problems)}.",
-                "Train an ordinary LoRA, without these settings.",
+                REMEDY,
                 code="unsupported",
             )
         self.manifest = read_manifest(self.directory) or {}

@@ -100,7 +100,7 @@ class Row:
 def load_rows(source: Any, split: str = "train", loss: Loss = "last", columns: Mapping[str, str] = _USUAL) -> list[Row]:
     """Read rows from files, saved or hub datasets, or memory.
 
-    Files are ``.jsonl``, ``.json`` (an array), ``.csv``, ``.tsv``, ``.txt`` (a row a line) and ``.parquet``, also
+    Files are ``.jsonl``, ``.json`` (an array), ``.csv``, ``.tsv``, ``.txt`` (one row per line) and ``.parquet``, also
     compressed (``.gz``, ``.zst``); saved datasets are directories that
     ``save_to_disk`` wrote. Other columns than those of the row's form are ignored; if several forms are complete,
     prompt and completion take precedence over messages, these over ShareGPT's and Alpaca's columns, which become

@@ -287,8 +287,8 @@ def test_auto_without_held_out_rows_says_what_to_do(tiny_model, rows_file, tmp_p
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True), ("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa"), ("bias", "all"),
-        ("init_lora_weights", "olora"), ("lora_bias", True), ("trainable_token_indices", [3]),
+        ("use_dora", True), ("init_lora_weights", "pissa"), ("bias", "all"),
+        ("init_lora_weights", "olora"), ("lora_bias", True),
         ("peft_type", "IA3"), ("a_field_of_tomorrow", 1), ("kasa_config", {"beta": 1}), ("layer_replication", [[0, 2]]),
     ],
 )  # fmt: skip

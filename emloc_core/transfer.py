@@ -1,0 +1,130 @@
+"""Which adapters hold on the base what they learned on its emulator: LoRAs on Linears, and what is trained of the
+embeddings and the output layer, which the emulator has from the base as they are.
+
+A Linear's weight is another one on the emulator. So nothing may be computed from it, trained of it, or started from it.
+PEFT's own check is made where it wraps a model, in any script; see :func:`refuse_others`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from emloc_core.errors import EmlocError
+from emloc_core.when_imported import when_imported
+
+#: Fields of LoraConfig that may have any value: they do not change what a trained LoRA computes.
+_FREE = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "target_modules", "task_type", "peft_type",
+}  # fmt: skip
+#: Fields that determine the scale of a LoRA.
+SCALE = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+#: Fields that name whole modules, or rows of them: those of :func:`dense_modules` alone.
+DENSE = {"modules_to_save", "trainable_token_indices"}
+#: Fields with other safe values than the default.
+_SAFE_VALUES: dict[str, tuple[Any, ...]] = {"init_lora_weights": (True, False, "gaussian", "orthogonal")}
+#: Why a field's other values are refused, if there is a better reason than that they are not known to be safe.
+_WHY = {
+    "use_dora": "DoRA rescales the weight, which differs on the emulator",
+    "init_lora_weights": "this initialisation reads or splits the weight, which is a factor on the emulator",
+    "bias": "trained biases belong to the emulator",
+    "lora_bias": "a trained bias belongs to the emulator",
+    "fan_in_fan_out": "the weight is stored transposed",
+    "kasa_config": "KaSA changes the weight by its singular values, which differ on the emulator",
+}
+#: PEFT's module that puts adapters of every kind into a model.
+_WRAPS = "peft.tuners.tuners_utils"
+REMEDY = "Train an ordinary LoRA, without these settings."
+
+
+def field_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return the reasons why an adapter with this PEFT config cannot be transferred; empty if it can.
+
+    An allowlist: a field or value that is not known to be safe is a problem.
+    """
+    from peft import LoraConfig
+
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        return [f"it is a {getattr(kind, 'value', kind)}, and only a LoRA can be transferred"]
+    defaults = {field.name: _default(field) for field in dataclasses.fields(LoraConfig)}
+    problems = []
+    for name, value in config.items():
+        safe = value in _SAFE_VALUES.get(name, ()) or not (value or defaults.get(name))
+        if safe or name in _FREE | SCALE | DENSE:
+            continue
+        if name not in defaults or value != defaults[name]:
+            why = _WHY.get(name, "it is not known to be safe")
+            problems.append(f"{name}={value!r} cannot be transferred ({why})")
+    return problems
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def dense_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the token embeddings and the output layer of a model by their paths: what may be trained itself."""
+    found = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    return {path: module for path, module in model.named_modules() if any(module is each for each in found)}
+
+
+def module_problems(config: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Return the reasons why modules that this PEFT config trains themselves cannot be transferred.
+
+    Args:
+        config: of a LoRA.
+        model: that is wrapped; its weights may be on the meta device.
+    """
+    dense = dense_modules(model)
+    saved = config.get("modules_to_save") or []
+    tokens = config.get("trainable_token_indices") or {}
+    named = [*saved, *(tokens if isinstance(tokens, Mapping) else ())]
+    wrong = sorted({
+        path for path, _ in model.named_modules() for name in named
+        if f".{path}".endswith(f".{name}") and path not in dense
+    })  # fmt: skip
+    may = f"only {' and '.join(dense)} can be trained themselves" if dense else "no module can be trained itself"
+    return [f"{path} is another one on the emulator than on the base; {may}" for path in wrong[:1]]
+
+
+def refuse_others(is_emulator: Callable[[nn.Module], bool]) -> None:
+    """Have PEFT refuse, where it wraps an emulator, what could not be transferred afterwards.
+
+    Args:
+        is_emulator: whether a model is one.
+    """
+
+    def check() -> None:
+        tuner: Any = import_module(_WRAPS).BaseTuner
+        inject = tuner.inject_adapter
+
+        @wraps(inject)
+        def checked(self: Any, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> Any:
+            if is_emulator(model):
+                config = self.peft_config[adapter_name].to_dict()
+                require(field_problems(config) or module_problems(config, model))
+            return inject(self, model, adapter_name, *args, **options)
+
+        tuner.inject_adapter = checked
+
+    when_imported(_WRAPS, check)
+
+
+def require(problems: Iterable[str]) -> None:
+    """Refuse an adapter that has problems.
+
+    Raises:
+        EmlocError: it does; names them.
+    """
+    if found := "; ".join(problems):
+        raise EmlocError(
+            f"What is trained on an emulator has to hold on the base: {found}.", REMEDY, code="unsupported"
+        )
