@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from emloc_core import algorithms, hookspecs, settings
 from emloc_core.cli import cli
-from emloc_core.recipe.recipe import DataSection, EvalSection, ModelSection, Recipe
+from emloc_core.recipe.recipe import AnswersSection, DataSection, EvalSection, ModelSection, Recipe
 from emloc_core.requests import EvalRows, EvaluateRequest
 
 HERE = Path(__file__).parent
@@ -257,6 +257,7 @@ KEYWORDS: dict[type[BaseModel], str] = {
     settings.ExportSettings: "ExportKwargs",
     ModelSection: "ModelKwargs",
     DataSection: "DataKwargs",
+    AnswersSection: "AnswersKwargs",
     EvalSection: "EvalKwargs",
     Recipe: "RecipeKwargs",
 }

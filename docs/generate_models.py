@@ -5,14 +5,16 @@ Every entry is planned as `emloc plan` does it, which takes a while; so it is no
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from emloc_core.cli.console import progress
-from emloc_core.memory.budget import largest_ratio
+from emloc_core.memory.budget import Budget
+from emloc_core.memory.decision import Decision, decide
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.stages import compress
+from emloc_core.memory.ways import EXACT, ORDINARY
 from emloc_core.memory.workload import make_workload
 from emloc_core.registry.entry import Entry
 from emloc_core.registry.registry import load_entries
@@ -32,8 +34,8 @@ workload, without a network: `emloc plan Qwen/Qwen2.5-7B --memory 24GB --batch-s
 
 The workload: one row of {LENGTH:,} tokens, in image-text models one image of 448 x 448 pixels among them; a LoRA of
 rank 8 where the entry's preset `default` puts it; gradient checkpointing, bf16 autocast; on a GPU, its context and
-kernels included. GB are 10^9 bytes; [memory.md](memory.md) explains the terms. All figures are predictions; none has
-been measured on a GPU yet.
+kernels included. Of a card's memory 5 % stay free, at most 1 GiB. GB are 10^9 bytes; [memory.md](memory.md) explains
+the terms. All figures are predictions; none has been measured on a GPU yet.
 
 | column | meaning |
 | --- | --- |
@@ -41,7 +43,7 @@ been measured on a GPU yet.
 | LoRA | tuning a LoRA on the model itself |
 | EMLoC | tuning it on an emulator with weights in four bits, `nf4` |
 | compress | making that emulator, block by block |
-| 12 GB to 80 GB | the recommended kind that fits, at its largest ratio; `whole`: none is needed; `-`: none fits |
+| 12 GB to 80 GB | what `plan` decides: the kind, at its ratio; `whole`: an ordinary LoRA; `exact` steps; `-`: none |
 
 The tuned LoRA is used on the model itself. With less memory than the column `inference` shows, that needs offloading
 or quantisation.
@@ -57,29 +59,29 @@ def figures(entry: Entry) -> dict[str, str]:
     """Return what a model needs, by column."""
     train = entry.preset().train
     with entry.config_file() as file:
-        workload = make_workload(file, train.model_copy(update={"batch_size": 1}), length=LENGTH)
+        workload = make_workload(file, train.model_copy(update={"batch_size": 1}), "cuda", length=LENGTH)
         model = MemoryModel(file, workload, CompressSettings(kind=workload.recommended_kinds[0]))
         plan = model.plan()
-        kinds = [model.with_kind(kind) for kind in workload.recommended_kinds]
-        whole = model.tuning().total
         found = {
             "parameters": f"{model.parameters():,}",
             "inference": human_bytes(model.inference().total),
-            "LoRA": human_bytes(whole),
+            "LoRA": human_bytes(model.tuning().total),
             "EMLoC": human_bytes(model.tuning(plan).total),
             "compress": human_bytes(compress(model, plan).total),
         }
         for card in CARDS:
-            found[f"{card} GB"] = "whole" if whole <= card * 10**9 else largest(kinds, card * 10**9)
+            found[f"{card} GB"] = cell(decide(file, workload, Budget.parse(f"{card}GB")))
     return found
 
 
-def largest(kinds: Iterable[MemoryModel], budget: int) -> str:
-    """Return the first kind of emulator whose tuning fits a budget, and its largest ratio."""
-    for model in kinds:
-        if fit := largest_ratio(model, budget):
-            return f"{model.kind.name} {fit.ratio:g}" if model.kind.has_factors else model.kind.name
-    return "-"
+def cell(decision: Decision) -> str:
+    """Return a decision in a word or two."""
+    way = decision.way
+    if way is None:
+        return "-"
+    if way.kind is None:
+        return {ORDINARY: "whole", EXACT: "exact"}[way.name]
+    return way.kind if way.ratio is None else f"{way.kind} {way.ratio:g}"
 
 
 def page(entries: list[Entry], found: Mapping[str, Mapping[str, str]]) -> str:

@@ -4,7 +4,9 @@
 
     import emloc_core as emloc
 
-    emulator = emloc.compress("org/model", "train.jsonl", "emulator", ratio=0.6)
+    tuned = emloc.tune("org/model", "train.jsonl", "tuned", memory="24GiB", steps=300)  # all of it; or stage by stage:
+
+    emulator = emloc.compress("org/model", "train.jsonl", "emulator", memory="24GiB")
     adapter = emloc.train(emulator, "train.jsonl", "adapter", steps=300)
     corrected = emloc.correct(adapter)
     polished = emloc.polish(corrected, "train.jsonl")
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
         push,
         run,
         train,
+        tune,
     )
     from emloc_core.errors import EmlocError
     from emloc_core.progress import ProgressEvent
@@ -60,6 +63,7 @@ _PUBLIC = {
     "push": "api",
     "run": "api",
     "train": "api",
+    "tune": "api",
     "EmlocError": "errors",
     "ProgressEvent": "progress",
     "Result": "result",
@@ -85,6 +89,7 @@ __all__ = [
     "push",
     "run",
     "train",
+    "tune",
 ]
 
 

@@ -9,12 +9,13 @@ already exists and was made from the same inputs, the stage returns it; an inter
 given one writes nothing to stdout and stderr. Loggers are below ``emloc``.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from pydantic import ValidationError
 
@@ -45,9 +46,8 @@ from emloc_core.result import (
     Result,
     RunResult,
 )
-from emloc_core.settings import AUTO, CompressSettings, TrainSettings, explain
+from emloc_core.settings import AUTO, FACTORS, FREE, CompressSettings, TrainSettings, explain
 from emloc_core.trainer_fields import PolishAllKwargs, TrainAllKwargs, TrainerFields
-from emloc_core.units import parse_bytes
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -71,6 +71,8 @@ def compress(  # noqa: PLR0913 - all by keyword
     output: Name,
     *,
     memory: str | None = None,
+    headroom: str | None = None,
+    tuned_on: Literal["auto", "cuda", "cpu"] = "auto",
     tuning: TrainKwargs | None = None,
     exclude: Iterable[Name] = (),
     split: str = "train",
@@ -88,6 +90,8 @@ def compress(  # noqa: PLR0913 - all by keyword
         output: directory of the emulator.
         memory: memory to tune in, such as ``24GiB``; chooses the ``kind`` that is recommended for it, unless one is
             given, and the largest ``ratio`` that fits.
+        headroom: what stays free of it: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
+        tuned_on: the device that the memory is of, if it is not tuned on this machine.
         tuning: with ``memory``, the settings of :func:`train` that the emulator will be tuned with.
         exclude: files with rows to leave out, such as test rows.
         split: split of a saved or hub dataset.
@@ -100,7 +104,7 @@ def compress(  # noqa: PLR0913 - all by keyword
     Raises:
         EmlocError: the model, its family, the data or the settings cannot be used.
     """
-    sizing = {} if tuning is None else {"tuning": dict(tuning)}
+    sizing: dict[str, Any] = {} if tuning is None else {"tuning": dict(tuning)}
     content = {
         "model": model,
         "data": data,
@@ -109,7 +113,8 @@ def compress(  # noqa: PLR0913 - all by keyword
         "split": split,
         "columns": columns or {},
     }
-    more = {"memory": memory, "keep_spectra": keep_spectra, "device": device, **sizing}
+    sizing |= {"memory": memory, "headroom": headroom, "tuned_on": tuned_on}
+    more = {"keep_spectra": keep_spectra, "device": device, **sizing}
     return _perform(make_request("compress", settings, **content, **more), progress)
 
 
@@ -423,15 +428,16 @@ def plan(  # noqa: PLR0913 - all by keyword
     model: Name,
     *,
     memory: str | None = None,
+    headroom: str | None = None,
     ratio: float | None = None,
-    kind: str | None = None,
+    kind: str = AUTO,
     data: Rows | None = None,
     split: str = "train",
     columns: ColumnNames | None = None,
     length: int | None = None,
     images: int | None = None,
     image_size: str | None = None,
-    device: str = "cuda",
+    device: str = "auto",
     measure: bool = False,
     **settings: Unpack[PlanKwargs],
 ) -> "MemoryPlan":
@@ -440,16 +446,16 @@ def plan(  # noqa: PLR0913 - all by keyword
     Args:
         model: directory, ``config.json``, registry entry, or hub id.
         memory: memory to tune in, such as ``24GiB``; by default what inference on the base needs.
-        ratio: plan this ratio, instead of the largest that fits.
-        kind: kind of emulator; by default the one that is recommended for the memory (``auto``), or ``low-rank`` with
-            a ratio.
+        headroom: what stays free of it: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
+        ratio: plan an emulator of this ratio, instead of the largest that fits.
+        kind: plan an emulator of this kind; by default the best way to tune is planned, with an emulator or without.
         data: rows; the longest sets the number of tokens per row.
         split: split of a saved or hub dataset.
         columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
         length: tokens per row; with ``data``, the maximum. Default: 1024.
         images: images per row. Default: those of the rows, or 1 for an image-text model.
         image_size: ``WIDTHxHEIGHT`` of every image in pixels, for a model that takes any size.
-        device: device whose memory is planned: ``cuda`` or ``cpu``.
+        device: device whose memory is planned: ``cuda``, ``cpu``, or ``auto``, the one that this machine tunes on.
         measure: measure this machine for about a second, to estimate the time of a step; has no effect without such a
             device. Reading is measured on the model's files, if they are on this machine.
         settings: those of :class:`~emloc_core.settings.TrainSettings` in ``emloc_core.settings.MEMORY_SETTINGS``.
@@ -458,22 +464,23 @@ def plan(  # noqa: PLR0913 - all by keyword
         EmlocError: the model cannot be planned, or a setting is wrong.
     """
     from emloc_core.files.checkpoint import read_config_json
+    from emloc_core.memory.budget import Budget
     from emloc_core.model.image_shape import parse_size
     from emloc_core.plugins.manager import plugin_manager
     from emloc_core.precheck import check_names, check_rows
     from emloc_core.registry.registry import config_of
 
-    budget = parse_bytes(memory) if memory is not None else None
+    budget = Budget.named(memory, headroom, device)
     train, names = _train_settings(settings), columns or {}
     size = parse_size(image_size) if image_size is not None else None
     if kind == AUTO and ratio is not None:
-        raise EmlocError("The kind 'auto' is chosen by the memory, with its ratio.", "Give a kind, or no ratio.")
-    check_names(CompressSettings(kind=kind or AUTO))
+        kind = FACTORS
+    check_names(CompressSettings(kind=kind))
     check_rows(data)
     with config_of(fspath(model), with_tokenizer=data is not None) as file:
         plugin_manager().family_for(read_config_json(file))
         # Not before: they import torch.
-        from emloc_core.memory.budget import with_emulator
+        from emloc_core.memory.decision import decide
         from emloc_core.memory.plan import make_plan
         from emloc_core.memory.speed import measure as measure_speed
         from emloc_core.memory.workload import make_workload
@@ -481,12 +488,10 @@ def plan(  # noqa: PLR0913 - all by keyword
         workload = make_workload(
             file, train, device, length=length, images=images, image_size=size, data=data, split=split, columns=names
         )
-        speed = measure_speed(device, file.parent) if measure else None
-        usual = AUTO if ratio is None else CompressSettings().kind
-        memory_model = with_emulator(file, workload, CompressSettings(kind=kind or usual), budget)
-        if ratio is not None:
-            memory_model.kind.check(CompressSettings(kind=memory_model.kind.name, ratio=ratio))
-        return make_plan(fspath(model), memory_model, budget, ratio, speed)
+        speed = measure_speed(workload.device, file.parent) if measure else None
+        emulator = CompressSettings(kind=kind, **{} if ratio is None else {"ratio": ratio})
+        decision = decide(file, workload, budget, emulator, speed)
+        return make_plan(fspath(model), decision, advise=ratio is None)
 
 
 def push(
@@ -530,6 +535,63 @@ def run(recipe: Name, *, progress: OnProgress | None = None, **sections: Unpack[
     with quiet() if progress else nullcontext():
         run_recipe(Path(recipe), sections, progress=progress)
     return RunResult(load_recipe(Path(recipe), sections).output)
+
+
+def tune(
+    model: Name,
+    data: Rows,
+    output: Name,
+    *,
+    memory: str = FREE,
+    headroom: str | None = None,
+    merge: bool = False,
+    split: str = "train",
+    columns: ColumnNames | None = None,
+    progress: OnProgress | None = None,
+    **settings: Unpack[TrainAllKwargs],
+) -> RunResult:
+    """Tune a model on rows in the memory that there is, by the best way that fits: all stages in one call.
+
+    An ordinary LoRA is trained if that fits; otherwise the best emulator is made, a LoRA trained on it, corrected for
+    the model, and polished by exact steps where they pay. ``output`` gets all of it, a report, the answers to five
+    held-out rows before and after, and ``recipe.toml``, which :func:`run` runs as you have edited it.
+
+    Args:
+        model: the model.
+        data: rows of the task.
+        output: directory of all outputs.
+        memory: memory to tune in, such as ``24GiB``; by default what is free of the device.
+        headroom: what stays free of it: a size, a share such as ``8%``, or ``0``; by default 5 %, at most 1 GiB.
+        merge: write the merged model too.
+        split: split of a saved or hub dataset.
+        columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
+        progress: called after every item of every stage; by default the stages show theirs on stderr.
+        settings: see :func:`train`: ``steps``, ``learning_rate``, ...
+
+    Returns:
+        The directory; its ``final`` is the merged model with ``merge``, otherwise the adapter.
+
+    Raises:
+        EmlocError: the model, the rows or the settings cannot be used, no way to tune fits, or a stage failed; the
+            message names it, and earlier stages are kept.
+    """
+    from emloc_core.recipe.tune import Tune, by_name
+
+    settle()
+    with quiet() if progress else nullcontext():
+        asked = Tune(
+            model=fspath(model),
+            data=by_name(data, Path(output), split, columns or {}),
+            output=Path(output),
+            memory=memory,
+            headroom=headroom,
+            merge=merge,
+            split=split,
+            columns=columns or {},
+            settings=_train_settings(_with_extra(settings)),
+        )
+        asked.run(tell=logging.getLogger("emloc.tune").info, progress=progress)
+    return RunResult(Path(output))
 
 
 def load_family(model: Name) -> "Family":

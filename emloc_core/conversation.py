@@ -84,6 +84,22 @@ class Conversation:
             self.messages, self._pictures = [*messages, {"role": "assistant", "content": answer}], shown
         return answer
 
+    def complete(self, messages: Sequence[Message], pictures: Sequence[Picture] = ()) -> str:
+        """Return the answer to messages, without the space around it; neither is remembered.
+
+        Raises:
+            EmlocError: see :meth:`say`.
+        """
+        return self._answer(self._inputs(list(messages), list(pictures)), lambda _: None)
+
+    def go_on(self, text: str) -> str:
+        """Return how the model continues a text, without a chat template.
+
+        Raises:
+            EmlocError: there is no room for more.
+        """
+        return self._answer(self._plain(text), lambda _: None)
+
     def _plain(self, text: str) -> Any:
         return self._tokenizer(text, return_tensors="pt")
 

@@ -107,6 +107,7 @@ class ModelKwargs(TypedDict, total=False):
 
     base: str
     memory: str | None
+    headroom: str | None
 
 
 class DataKwargs(TypedDict, total=False):
@@ -122,6 +123,13 @@ class DataKwargs(TypedDict, total=False):
     test: list[str]
 
 
+class AnswersKwargs(TypedDict, total=False):
+    """Of :class:`AnswersSection`."""
+
+    rows: str
+    max_new_tokens: int
+
+
 class EvalKwargs(TypedDict, total=False):
     """Of :class:`EvalSection`."""
 
@@ -135,6 +143,7 @@ class RecipeKwargs(TypedDict, total=False):
     """Of :class:`Recipe`."""
 
     output: str
+    way: Literal["emulator", "lora", "exact"] | None
     model: ModelKwargs
     data: DataKwargs
     compress: CompressKwargs
@@ -143,6 +152,7 @@ class RecipeKwargs(TypedDict, total=False):
     correct: CorrectKwargs
     polish: PolishKwargs | None
     merge: bool
+    answers: AnswersKwargs | None
     eval: EvalKwargs | None
     push: str | None
 

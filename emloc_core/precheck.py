@@ -13,7 +13,7 @@ from emloc_core.files.checkpoint import Checkpoint, require_name
 from emloc_core.files.lora import require_lora
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Request
-from emloc_core.settings import AUTO
+from emloc_core.settings import AUTO, FREE
 from emloc_core.units import parse_bytes
 
 #: Settings that name an algorithm, and the hook that offers it.
@@ -27,7 +27,7 @@ def precheck(request: Request) -> None:
         EmlocError: one of them cannot.
     """
     asked: Any = request
-    if memory := getattr(asked, "memory", None):
+    if (memory := getattr(asked, "memory", None)) not in (None, FREE):
         parse_bytes(memory)
     check_names(getattr(asked, "settings", None))
     if adapter := getattr(asked, "adapter", None):

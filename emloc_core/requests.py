@@ -8,12 +8,13 @@ import json
 from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from emloc_core.errors import EmlocError
 from emloc_core.settings import (
+    FREE,
     Columns,
     CompressSettings,
     CorrectSettings,
@@ -26,6 +27,7 @@ from emloc_core.settings import (
     TrainSettings,
     explain,
 )
+from emloc_core.units import parse_bytes
 
 #: A file, saved or hub dataset by name; several by a list or with weights; or rows in memory: an iterable of mappings,
 #: such as a ``datasets.Dataset``.
@@ -71,6 +73,8 @@ class CompressRequest(Request):
     split: str = Field("train", description="Split of a saved or hub dataset.")
     columns: Columns = Field({}, description=COLUMNS)
     memory: str | None = Field(None, description="Choose the best kind and the largest ratio that fit, such as 24GiB.")
+    headroom: str | None = Field(None, description="What stays free of `memory`, such as 2GiB, 8% or 0.")
+    tuned_on: Literal["auto", "cuda", "cpu"] = Field("auto", description="The device that `memory` is of.")
     tuning: TrainSettings = Field(TrainSettings(), description="With `memory`: how the emulator will be tuned.")
     keep_spectra: Path | None = Field(None, description="Directory to keep spectra in, for `cut`.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto.")
@@ -80,6 +84,10 @@ class CompressRequest(Request):
     def _one_size(self) -> Self:
         if self.memory is not None and "ratio" in self.settings.model_fields_set:
             raise ValueError("ratio and memory both set the emulator's size; give one of them")
+        if self.memory not in (None, FREE):
+            parse_bytes(self.memory)  # a unit that is missing is said at once
+        if self.memory is None and self.headroom is not None:
+            raise ValueError("headroom needs memory")
         _require_use(self.tuning, "memory", used=self.memory is not None)
         return self
 

@@ -19,6 +19,10 @@ from emloc_core.errors import did_you_mean
 
 #: In place of a kind of emulator: the one that is recommended for the memory.
 AUTO = "auto"
+#: In place of a memory: what is free of the device that this machine tunes on.
+FREE = "free"
+#: The kind whose size is a ratio and nothing else, as in the paper.
+FACTORS = "low-rank"
 #: How ranks are shared out among the Linears.
 Allocator = Literal["uniform", "global"]
 #: Which answers of a conversation count in the loss.

@@ -59,7 +59,7 @@ def prepare(request: Request) -> Job:
     """
     precheck(request)
     if isinstance(request, CompressRequest):
-        from emloc_core.memory.budget import fitted
+        from emloc_core.memory.decision import fitted
 
         request = fitted(request)
     job: Job = import_module(_MODULES[request.stage]).prepare(request)

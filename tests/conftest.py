@@ -65,7 +65,8 @@ def shallow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calls_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let stages and systems run in the process of the test, and not in one of their own."""
     monkeypatch.setattr("emloc_core.recipe.run.call", call_here)
-    monkeypatch.setattr("emloc_core.recipe.recommended.call", call_here)
+    monkeypatch.setattr("emloc_core.recipe.decided.call", call_here)
+    monkeypatch.setattr("emloc_core.recipe.answers.call", call_here)
     monkeypatch.setattr("emloc_core.evaluation.evaluate.call", call_here)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run
-from emloc_core.cli.options import data, device, given, options, split
+from emloc_core.cli.options import data, device, given, headroom, options, split
 from emloc_core.cli.stage import run
 from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
@@ -23,9 +23,12 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
 @click.option("--keep-spectra", type=click.Path(path_type=Path), metavar="DIRECTORY",
               help="Keep spectra here, from which emloc cut makes emulators of other ratios in seconds; about as large "
               "as the compressed Linears. Existing spectra are reused.")  # fmt: skip
-@click.option("--memory", metavar="SIZE", help="Instead of --ratio: the kind that is best for this GPU memory, such "
-              "as 24GiB, unless --kind is given, and the largest ratio whose tuning fits, for the longest row of the "
-              "data (see emloc plan).")  # fmt: skip
+@click.option("--memory", metavar="SIZE", help="Instead of --ratio: the kind that is best for this memory, such as "
+              "24GiB, unless --kind is given, and the largest ratio whose tuning fits, for the longest row of the data "
+              "(see emloc plan).")  # fmt: skip
+@headroom
+@click.option("--tuned-on", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+              help="With --memory: the device that it is of, if it is not tuned on this machine.")  # fmt: skip
 @options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS), of="--memory")
 @options(CompressSettings)
 @device

@@ -51,7 +51,8 @@ def following(request: Request, result: Result) -> list[str]:
             left_out = [word for file in exclude for word in ("--exclude", file)]
             same = settings.model_dump(include={"loss", "max_length"}, exclude_unset=True)
             how = [*read_as(split, columns), *left_out]
-            how += flags(tuning.model_dump(exclude_unset=True) | same)
+            shape = result.result.get("tuning", {})
+            how += flags(tuning.model_dump(exclude_unset=True) | same | shape)
             found = [join("train", output, *rows(data), *how, "-o", _beside(output, "adapter"))]
         case CutRequest():
             found = [join("train", output, *rows(None), "-o", _beside(output, "adapter"))]

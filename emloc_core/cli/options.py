@@ -39,6 +39,12 @@ device = click.option(
     help="Device to run on: cpu, cuda, cuda:1, or auto (the GPU if there is one).",
 )
 
+headroom = click.option(
+    "--headroom",
+    metavar="SIZE",
+    help="With --memory: how much of it stays free: a size, a share such as 8%, or 0.  [default: 5%, at most 1GiB]",
+)
+
 
 def split(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how the rows are read: ``--split`` and ``--columns``."""

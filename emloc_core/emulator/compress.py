@@ -55,6 +55,7 @@ class Compress:
         spectra: directory to keep spectra in, for other ratios; None keeps none.
         device: device of weights, activations and statistics.
         data: name of the rows' source, for the card.
+        tuning: the rows of a step that it was planned for, if it was planned for a memory.
 
     Attributes:
         plan: the ranks; those of ``uniform``, which has the same budget, if the allocator needs spectra.
@@ -72,8 +73,9 @@ class Compress:
         spectra: Path | None = None,
         device: torch.device | str = "cpu",
         data: str | None = None,
+        tuning: dict[str, int] | None = None,
     ) -> None:
-        self.base, self._data = base, data
+        self.base, self._data, self._tuning = base, data, tuning
         self.family: Family = plugin_manager().family_for(base.config)
         base.require_unquantised()
         self.skeleton = Skeleton(base, self.family, device)
@@ -195,6 +197,8 @@ class Compress:
             self._decompose(self.spectra, progress)
             return self._cut_kept().run(progress)
         if self.output.is_finished():
+            if self._tuning:
+                self.output.note("tuning", self._tuning)
             return self.output.path
         with self.output.build() as staging:
             first_pass = staging / ".spectra"  # hidden: removed when the emulator is published
@@ -216,6 +220,7 @@ class Compress:
                 self._decomposition(plan, progress).run(files)
             self._write_rows(staging)
             known = {"family": self.family.name, "coverage": self.coverage.describe()}
+            known |= {"tuning": self._tuning} if self._tuning else {}
             self.output.result = {**known, **files.finish(self._tokens)}
         return self.output.path
 
@@ -261,7 +266,10 @@ def prepare(request: CompressRequest) -> Compress:
     rows = without(read, request.exclude, request.split, request.columns)
     device = choose_device(request.device)
     name = data_name(request.data)
-    return Compress(base, rows, request.output, request.settings, request.keep_spectra, device, name)
+    tuning = request.tuning.model_dump(include={"batch_size", "accumulation"}, exclude_unset=True)
+    if tuning and request.settings.max_length:
+        tuning["max_length"] = request.settings.max_length
+    return Compress(base, rows, request.output, request.settings, request.keep_spectra, device, name, tuning)
 
 
 def _in_two_passes(progress: Progress) -> tuple[Progress, Progress]:

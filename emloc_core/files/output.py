@@ -189,6 +189,12 @@ class Output:
             )
         return True
 
+    def note(self, name: str, value: Any) -> None:
+        """Note in the manifest of the finished directory what it is used for now, which is no part of its content."""
+        manifest = read_object(self.path / MANIFEST)
+        if manifest["result"].get(name) != value:
+            write_json(self.path / MANIFEST, {**manifest, "result": {**manifest["result"], name: value}})
+
     @contextmanager
     def build(self) -> Iterator[Path]:
         """Yield the staging directory, and publish it when the block ends without an exception.

@@ -24,6 +24,8 @@ RECOVERY: dict[str, dict[float, Recovery]] = {
     "low-rank-nf4": {0.39: Recovery(0.93, 0.985), 0.6: Recovery(0.964, 0.993)},
 }
 
+#: Share of the loss from which exact steps are worth reading the model for.
+_PAYS = 0.01
 #: Kinds that gave the base more on one of these tasks than the kind that is best on average, by that kind.
 ALTERNATIVES = {"1.6-bit+repair": "2.7-bit"}
 
@@ -38,3 +40,9 @@ def measured(kind: str, ratio: float | None) -> Recovery | None:
 def alternative_to(kind: str, ratio: float | None) -> str | None:
     """Return the kind that gave the base more on one of the tasks than this one, measured at this ratio; or None."""
     return ALTERNATIVES.get(kind) if measured(kind, ratio) else None
+
+
+def exact_steps_pay(kind: str, ratio: float | None) -> bool:
+    """Return whether a few exact steps after the correction gave the base more, or nobody measured it."""
+    found = measured(kind, ratio)
+    return found is None or found.polished - found.corrected >= _PAYS

@@ -1,4 +1,4 @@
-"""The plan for a model: memory of each stage, the emulator that fits, and a comparison of ways to tune."""
+"""The plan for a model: the decision, the memory of every stage of the way decided on, and its alternatives."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from typing import Any
 from emloc_core.algorithms import nf4
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.memory import stages
-from emloc_core.memory.budget import advice, largest_ratio, too_large_to_make
+from emloc_core.memory.budget import Budget
+from emloc_core.memory.decision import Decision, too_large_to_make
 from emloc_core.memory.model import MemoryModel, Need
-from emloc_core.memory.speed import Speed
-from emloc_core.memory.ways import ORDINARY, Way, best, ways
+from emloc_core.memory.ways import EXACT, ORDINARY, POLISHED, Way
 
 
 @dataclass(frozen=True)
@@ -19,67 +19,70 @@ class MemoryPlan:
 
     Attributes:
         name: the user's name for the model.
-        model: the model's memory.
-        needs: memory of each stage, in order.
-        plan: the emulator's ranks.
-        ratio: the emulator's ratio.
-        budget: bytes that tuning may use.
-        given: whether the user gave the budget; otherwise it is what inference on the base needs.
-        advice: what would fit, if no emulator's tuning does.
-        ways: comparison of the ways to tune within the budget.
+        decision: how to tune it.
+        way: the way decided on; where none fits, the one that needs least.
+        needs: memory of each stage of that way, in order.
+        plan: the emulator's ranks; None without an emulator.
+        advice: what would fit, where no way does.
     """
 
     name: str
-    model: MemoryModel
+    decision: Decision
+    way: Way
     needs: Sequence[Need]
-    plan: RankPlan
-    ratio: float
-    budget: int
-    given: bool
+    plan: RankPlan | None
     advice: Sequence[str]
-    ways: Sequence[Way]
 
     @property
-    def best(self) -> Way | None:
-        """The recommended way, or None if none fits."""
-        return best(self.ways)
+    def model(self) -> MemoryModel:
+        """The model's memory under the way."""
+        return self.way.model
+
+    @property
+    def budget(self) -> Budget:
+        """The memory."""
+        return self.decision.budget
 
     @property
     def warnings(self) -> list[str]:
-        """Drawbacks of the recommended way, and of what the family of the model declares."""
-        return [*filter(None, [self._low_ratio, self._four_bits, self._stage_one]), *self.model.coverage.warnings]
+        """Drawbacks of the way, and of what the family of the model declares."""
+        coverage = self.model.coverage.warnings if self.way.kind else []
+        return [*filter(None, [self._low_ratio, self._four_bits, self._stage_one]), *coverage]
 
     @property
     def _four_bits(self) -> str | None:
-        if nf4.is_installed() or (self.best and self.best.name == ORDINARY):
+        if nf4.is_installed() or self.way.name == ORDINARY:
             return None
         return "emulators in four bits, which are recommended, are not compared: pip install 'emloc[quant]'"
 
     @property
     def _stage_one(self) -> str | None:
-        return too_large_to_make(self.best.compress_bytes if self.best else 0, self.budget, self.model.workload.device)
+        return too_large_to_make(self.way, self.budget)
 
     @property
     def _low_ratio(self) -> str | None:
-        way = self.best
-        if way is None or way.ratio is None or way.recovery:
+        if self.way.ratio is None or self.way.recovery:
             return None
         return (
-            f"a LoRA tuned on an emulator of ratio {way.ratio:g} may help the base little by itself: polish it with "
-            "exact steps; shorter rows, one row at a time (--batch-size 1 --accumulation 8, say) or more memory would "
-            "allow a larger emulator"
+            f"a LoRA tuned on an emulator of ratio {self.way.ratio:g} may help the base little by itself: polish it "
+            "with exact steps; shorter rows or more memory would allow a larger emulator"
         )
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
-        model, workload = self.model, self.model.workload
-        tuning = next(need for need in self.needs if need.stage == "LoRA on the emulator")
+        model, workload, decision = self.model, self.model.workload, self.decision
+        parameters, weights = {"base": model.parameters()}, {"base": model.parameters() * model.dtype.itemsize}
+        if self.plan:
+            parameters["emulator"] = model.parameters(self.plan)
+            weights["emulator"] = model.emulator_bytes(self.plan)
         return {
             "model": self.name,
             "family": model.family.name,
             "dtype": str(model.dtype).removeprefix("torch."),
             "workload": {
+                "rows_per_step": workload.rows_per_step,
                 "batch_size": workload.batch_size,
+                "accumulation": workload.train.accumulation,
                 "length": workload.length,
                 "images": workload.images,
                 "image": model.image.describe() if model.image else None,
@@ -89,60 +92,44 @@ class MemoryPlan:
                 "target_modules": model.targets,
                 "device": workload.device,
             },
-            "budget_bytes": self.budget,
-            "budget": "given" if self.given else "inference on the base",
-            "kind": model.kind.name,
-            "ratio": self.ratio if model.kind.has_factors else None,
-            "fits": tuning.total <= self.budget,
+            "memory_bytes": self.budget.memory,
+            "headroom_bytes": self.budget.headroom,
+            "budget_bytes": self.budget.usable,
+            "budget": "given" if self.budget.given else "inference on the base",
+            "best": decision.way.name if decision.way else None,
+            "fits": decision.way is not None,
+            "kind": self.way.kind,
+            "ratio": self.way.ratio,
+            "ways": [way.describe() for way in decision.ways],
             "advice": list(self.advice),
-            "ways": [way.describe() for way in self.ways],
-            "best": self.best.name if self.best else None,
             "warnings": self.warnings,
-            "parameters": {"base": model.parameters(), "emulator": model.parameters(self.plan)},
-            "weight_bytes": {
-                "base": model.parameters() * model.dtype.itemsize,
-                "emulator": model.emulator_bytes(self.plan),
-            },
+            "parameters": parameters,
+            "weight_bytes": weights,
             "stages": [
                 {"stage": need.stage, "bytes": need.total, "at": need.phase, "terms": dict(need.terms)}
                 for need in self.needs
             ],
-            "linears": [each.describe() for each in self.plan.planned],
-            "kept_dense": [vars(kept) for kept in self.plan.kept],
+            "linears": [each.describe() for each in self.plan.planned] if self.plan else [],
+            "kept_dense": [vars(kept) for kept in self.plan.kept] if self.plan else [],
             "coverage": model.coverage.describe(),
         }
 
 
-def make_plan(
-    name: str,
-    model: MemoryModel,
-    budget: int | None = None,
-    ratio: float | None = None,
-    speed: Speed | None = None,
-) -> MemoryPlan:
-    """Plan a model.
+def make_plan(name: str, decision: Decision, *, advise: bool = True) -> MemoryPlan:
+    """Return the plan that a decision makes for a model.
 
     Args:
-        name: the user's name for it.
-        model: the model's memory.
-        budget: bytes that tuning may use; None: what inference on the base needs.
-        ratio: the emulator's ratio; None: the largest whose tuning fits.
-        speed: that of the machine, for the time of a step; None: not measured.
+        name: the user's name for the model.
+        decision: how to tune it.
+        advise: compute what would fit, where no way does.
     """
-    inference = model.inference()
-    allowed = inference.total if budget is None else budget
-    fit = largest_ratio(model, allowed) if ratio is None else None
-    chosen = fit.ratio if fit else ratio or model.kind.smallest_ratio
-    plan = model.plan(chosen)
-    tuning = fit.need if fit else model.tuning(plan)
-    needs = [
-        inference,
-        model.tuning(),
-        stages.compress(model, plan),
-        tuning,
-        stages.correct(model, plan),
-        stages.merge(model),
-    ]
-    advised = list(advice(model, allowed)) if ratio is None and fit is None else []
-    compared = ways(model, allowed, speed)
-    return MemoryPlan(name, model, needs, plan, chosen, allowed, budget is not None, advised, compared)
+    way = decision.shown
+    model = way.model
+    plan = model.plan(way.ratio or model.kind.smallest_ratio) if way.kind else None
+    needs = [model.inference(), model.tuning()]
+    if plan:
+        needs += [stages.compress(model, plan), model.tuning(plan), stages.correct(model, plan)]
+    if way.name in (POLISHED, EXACT):
+        needs.append(stages.exact(model))
+    advice = [] if decision.way or not advise else decision.advice()
+    return MemoryPlan(name, decision, way, [*needs, stages.merge(model)], plan, advice)

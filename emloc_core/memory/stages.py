@@ -9,7 +9,7 @@ from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO
-from emloc_core.exact.need import linears_in
+from emloc_core.exact.need import Positions, linears_in, lora_need, step_need
 from emloc_core.memory.arithmetic import positions
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.model.overhead import overhead
@@ -175,3 +175,28 @@ def merge(model: MemoryModel) -> Need:
     rows = _MERGED * (2 + 4 // model.dtype.itemsize)
     terms = {"weights": rows, "adapter": 4 * model.adapter_parameters(), "overhead": overhead("cpu", tuning=False)}
     return Need("merge", terms, "a weight's rows")
+
+
+def exact(model: MemoryModel, rows: int | None = None) -> Need:
+    """Return what exact steps need, one row at a time: see ``step_need``; the LoRA with its optimiser; and torch.
+
+    What they keep at block boundaries moves from a GPU to the CPU's memory, where it does not fit.
+
+    Args:
+        model: the model's memory.
+        rows: rows of an optimiser step; None: those of the workload.
+    """
+    rows, device = rows or model.workload.rows_per_step, model.workload.device
+    tokens, patches = model.workload.length, model.workload.images * model.image.patches if model.image else 0
+    need = step_need(
+        model.model, model.family, Positions(rows * tokens, tokens), Positions(rows * patches, patches), model.dtype
+    )
+    boundaries = 0 if device == "cuda" else need["boundaries"]
+    terms = {
+        "weights": need["weights"] + need["unpacked"],
+        "adapter": lora_need(model.adapter_parameters()),
+        "activations": boundaries + need["ends"] + need["activations"],
+        "logits": need["logits"],
+        "overhead": overhead(device, tuning=True),
+    }
+    return Need("exact steps", terms, "the largest block")

@@ -1,24 +1,24 @@
-"""Compares the ways to tune a model within a memory budget: what each needs, reads and computes per optimiser step.
+"""The ways to tune a model within a memory: what each needs, reads and computes per optimiser step.
 
 Every way takes the same rows per step. If the batch does not fit, or leaves room only for a small emulator, gradients
 are accumulated one row at a time instead: activations take less memory, and the result is the same.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from emloc_core.exact.need import Positions, lora_need, step_need
 from emloc_core.memory import arithmetic, stages
 from emloc_core.memory.budget import largest_ratio
-from emloc_core.memory.evidence import Recovery, alternative_to, measured
+from emloc_core.memory.evidence import Recovery, alternative_to, exact_steps_pay, measured
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.speed import Speed
-from emloc_core.model.overhead import overhead
 
 #: From this ratio on, more room for the emulator is worth less than a larger batch.
 _ENOUGH = 0.8
 ORDINARY, EMULATOR, POLISHED, EXACT = "LoRA on the base", "emulator", "emulator, then polish", "exact steps"
+#: What recipes call the ways.
+_KEYS = {ORDINARY: "lora", EMULATOR: "emulator", POLISHED: "emulator", EXACT: "exact"}
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,9 @@ class Way:
 
     Attributes:
         name: the way.
+        model: the model's memory under this way: so many rows at once, and this kind of emulator.
         bytes: its peak memory; for ``emulator, then polish``, the larger of tuning and polishing.
         fits: whether that is within the budget.
-        micro_batch: rows in memory at once.
-        accumulation: micro-batches per optimiser step.
         kind: the emulator's kind, if there is an emulator.
         ratio: the emulator's ratio, if it has one.
         read_bytes: bytes of weights read from disk or RAM per optimiser step.
@@ -42,18 +41,42 @@ class Way:
     """
 
     name: str
+    model: MemoryModel = field(repr=False)
     bytes: int
     fits: bool
-    micro_batch: int
-    accumulation: int
-    kind: str | None
-    ratio: float | None
-    read_bytes: int
-    flops: float
+    kind: str | None = None
+    ratio: float | None = None
+    read_bytes: int = 0
+    flops: float = 0.0
     compress_bytes: int = 0
     compress_flops: float = 0.0
     seconds: float | None = None
     compress_seconds: float | None = None
+
+    @property
+    def key(self) -> str:
+        """What a recipe calls it: ``lora``, ``emulator`` or ``exact``."""
+        return _KEYS[self.name]
+
+    @property
+    def is_polished(self) -> bool:
+        """Whether exact steps follow the correction."""
+        return self.name == POLISHED
+
+    def __str__(self) -> str:
+        """Return it in words: ``emulator (nf4), 1 x 8 rows per step``."""
+        kind = f" ({self.kind}{f' at ratio {self.ratio:g}' if self.ratio is not None else ''})" if self.kind else ""
+        return f"{self.name}{kind}, {self.micro_batch} x {self.accumulation} rows per step"
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows in memory at once."""
+        return self.model.workload.batch_size
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimiser step."""
+        return self.model.workload.train.accumulation
 
     @property
     def recovery(self) -> Recovery | None:
@@ -67,82 +90,91 @@ class Way:
 
     def describe(self) -> dict[str, Any]:
         """Return it as JSON values."""
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "model"}
         recovery = self.recovery._asdict() if self.recovery else None
-        return {**asdict(self), "recovery": recovery, "alternative": self.alternative}
+        rows = {"micro_batch": self.micro_batch, "accumulation": self.accumulation}
+        return {**own, **rows, "recovery": recovery, "alternative": self.alternative}
 
 
-def ways(model: MemoryModel, budget: int, speed: Speed | None = None) -> list[Way]:
+def ways(
+    model: MemoryModel, kinds: Sequence[str], budget: int, ratio: float | None = None, speed: Speed | None = None
+) -> list[Way]:
     """Compare the ways to tune a model.
 
     Args:
         model: its workload's batch size and accumulation set the rows per step.
+        kinds: kinds of emulator, the best first; those after the first that fits are not tried.
         budget: bytes that may be used.
+        ratio: the emulator's; None: the largest that fits.
         speed: that of the machine, if it was measured.
 
     Returns:
-        The ways, in order of preference: the base itself, emulators, exact steps. Emulators of the recommended kinds
-        come first, up to the first that fits, and then that of the planned kind.
+        The ways, in order of preference: the base itself, emulators, exact steps.
     """
     rows, sequences = model.workload.rows_per_step, model.workload.sequences_per_row
     forward, weights = sequences * arithmetic.forward(model), model.parameters() * model.dtype.itemsize
     passes = 3 if model.workload.train.gradient_checkpointing else 2  # forward, perhaps once more, and backward
     # Exact steps know the likelihood of answers alone: they would undo what was learned from preferences.
-    exact = 0 if model.workload.train.learns_preferences else exact_need(model, rows)
-
-    def way(name: str, need: int, micro_batch: int, **other: Any) -> Way:
-        flops = float(rows * passes * forward)
-        known = {"kind": None, "ratio": None, "read_bytes": 0, "flops": flops, **other}
-        seconds = speed.seconds(known["flops"], known["read_bytes"]) if speed else None
-        return Way(name, need, need <= budget, micro_batch, rows // micro_batch, seconds=seconds, **known)
-
-    sizes = [model]  # the batch at once, and one row at a time
+    exact = 0 if model.workload.train.learns_preferences else stages.exact(model).total
+    one_row = model
     if model.workload.batch_size > 1:
-        sizes.append(model.with_workload(model.workload.one_row_at_a_time()))
+        one_row = model.with_workload(model.workload.one_row_at_a_time())
+    sizes = [model] if one_row is model else [model, one_row]
+
+    def way(name: str, of: MemoryModel, need: int, **other: Any) -> Way:
+        known = {"flops": float(rows * passes * forward), "read_bytes": 0, **other}
+        seconds = speed.seconds(known["flops"], known["read_bytes"]) if speed else None
+        return Way(name, of, need, need <= budget, seconds=seconds, **known)
 
     def ordinary() -> Way:
         for of in sizes:
-            found = way(ORDINARY, of.tuning().total, of.workload.batch_size)
+            found = way(ORDINARY, of, of.tuning().total)
             if found.fits:
                 break
         return found
 
-    def emulator(of: MemoryModel, ratio: float | None, need: int) -> Way:
-        plan = of.plan(ratio or of.kind.smallest_ratio)
-        sized = {"kind": of.kind.name, "ratio": ratio if of.kind.has_factors else None}
+    def emulator(kind: str) -> Way:
+        of_kind = sizes if kind == model.kind.name else [each.with_kind(kind) for each in sizes]
+        of, chosen, need = _sized(of_kind, budget, ratio)
+        plan = of.plan(chosen)
         making = arithmetic.compress(of, plan)
-        cost = {
-            "flops": float(rows * passes * sequences * arithmetic.forward(of, plan)),
-            "compress_bytes": stages.compress(of, plan).total,
-            "compress_flops": float(sum(making)),
-            "compress_seconds": speed.seconds(making.own, weights, making.single) if speed else None,
-        }
-        return way(POLISHED if exact else EMULATOR, max(need, exact), of.workload.batch_size, **cost, **sized)
+        size = chosen if of.kind.has_factors else None
+        polished = 0 < exact <= budget and exact_steps_pay(kind, size)
+        return way(
+            POLISHED if polished else EMULATOR,
+            of,
+            max(need, exact) if polished else need,
+            kind=kind,
+            ratio=size,
+            flops=float(rows * passes * sequences * arithmetic.forward(of, plan)),
+            compress_bytes=stages.compress(of, plan).total,
+            compress_flops=float(sum(making)),
+            compress_seconds=speed.seconds(making.own, weights, making.single) if speed else None,
+        )
 
-    emulators: list[Way] = []
-    for name in model.workload.recommended_kinds:
-        of_kind = sizes if name == model.kind.name else [each.with_kind(name) for each in sizes]
-        if of_kind[0].kind.is_usable():
-            emulators.append(emulator(*_sized(of_kind, budget)))
-            if emulators[-1].fits:
-                break
-    if model.kind.name not in [each.kind for each in emulators]:
-        emulators.append(emulator(*_sized(sizes, budget)))
-    streamed = {"read_bytes": 2 * weights, "flops": float(rows * 3 * forward)}
-    return [ordinary(), *emulators, *([way(EXACT, exact, 1, **streamed)] if exact else [])]
-
-
-def best(found: Sequence[Way]) -> Way | None:
-    """Return the recommended way: the first that fits, or None."""
-    return next((way for way in found if way.fits), None)
+    found = [ordinary()]
+    for kind in kinds:
+        found.append(emulator(kind))
+        if found[-1].fits:
+            break
+    if exact:
+        found.append(way(EXACT, one_row, exact, read_bytes=2 * weights, flops=float(rows * 3 * forward)))
+    return found
 
 
-def _sized(sizes: Sequence[MemoryModel], budget: int) -> tuple[MemoryModel, float | None, int]:
+def _sized(
+    sizes: Sequence[MemoryModel], budget: int, ratio: float | None = None
+) -> tuple[MemoryModel, float | None, int]:
     """Return how the largest emulator that fits is tuned, its ratio, and what that needs; of the smallest if none fits.
 
     Args:
         sizes: the batch at once, and one row at a time, which is taken where that leaves more room.
         budget: bytes that may be used.
+        ratio: the emulator's, instead of the largest.
     """
+    if ratio is not None:
+        needs = [(of, ratio, of.tuning(of.plan(ratio)).total) for of in sizes]
+        return next((each for each in needs if each[2] <= budget), needs[-1])
     model, fit = sizes[0], largest_ratio(sizes[0], budget)
     if len(sizes) > 1 and (fit is None or (model.kind.has_factors and fit.ratio < _ENOUGH)):
         smaller = largest_ratio(sizes[1], budget)
@@ -150,19 +182,5 @@ def _sized(sizes: Sequence[MemoryModel], budget: int) -> tuple[MemoryModel, floa
             model, fit = sizes[1], smaller
     if fit:
         return model, fit.ratio, fit.need.total
-    return model, None, model.tuning(model.plan(model.kind.smallest_ratio)).total
-
-
-def exact_need(model: MemoryModel, rows: int) -> int:
-    """Return what exact steps need, one row at a time: see ``step_need``; the LoRA with its optimiser; and torch.
-
-    What they keep at block boundaries moves from a GPU to the CPU's memory, where it does not fit.
-    """
-    tokens, patches = model.workload.length, model.workload.images * model.image.patches if model.image else 0
-    need = step_need(
-        model.model, model.family, Positions(rows * tokens, tokens), Positions(rows * patches, patches), model.dtype
-    )
-    device = model.workload.device
-    if device == "cuda":
-        need["boundaries"] = 0
-    return sum(need.values()) + lora_need(model.adapter_parameters()) + overhead(device, tuning=True)
+    model = sizes[-1]
+    return model, model.kind.smallest_ratio, model.tuning(model.plan(model.kind.smallest_ratio)).total

@@ -11,6 +11,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.files.pretrained import load_config
 from emloc_core.kinds import RECOMMENDED, RECOMMENDED_WITH_IMAGES
+from emloc_core.model.device import choose_device
 from emloc_core.model.image_shape import image_shape
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Rows
@@ -65,7 +66,7 @@ class Workload:
 def make_workload(
     config_file: Path,
     train: TrainSettings,
-    device: str = "cuda",
+    device: str = "auto",
     *,
     length: int | None = None,
     images: int | None = None,
@@ -79,7 +80,7 @@ def make_workload(
     Args:
         config_file: the model's config; with ``data``, its tokenizer or processor is in the same directory.
         train: the settings of stage 2, including the batch size.
-        device: ``cuda`` or ``cpu``.
+        device: ``cuda``, ``cpu``, or ``auto``: the one that this machine tunes on.
         length: tokens per row; with ``data``, the length to which rows are cut. Without either, 1024 or the model's
             limit.
         images: images or tiles per row; by default those of the rows, or 1 for an image-text model.
@@ -107,7 +108,8 @@ def make_workload(
     if length is not None and limit is not None and length > limit:
         raise EmlocError(f"The model takes {limit} tokens, not {length}.", f"Give a length of at most {limit}.")
     length = length or min(LENGTH, limit or LENGTH)
-    return Workload(train.batch_size, length, counted if images is None else images, train, device, image_size)  # type: ignore[arg-type]
+    where = choose_device().type if device == "auto" else device
+    return Workload(train.batch_size, length, counted if images is None else images, train, where, image_size)  # type: ignore[arg-type]
 
 
 def _measure(samples: Iterable[Sample], config: Any) -> tuple[int, int, tuple[int, int] | None]:

@@ -1,5 +1,9 @@
 """The device that weights, activations and statistics are on."""
 
+import contextlib
+from pathlib import Path
+
+import psutil
 import torch
 
 from emloc_core.errors import EmlocError, first_line
@@ -24,3 +28,17 @@ def choose_device(name: str = "auto") -> torch.device:
     if device.type not in ("cpu", "cuda"):  # Apple's has no fp64, which some Linears need
         raise EmlocError(f"Weights cannot be factorised on {name!r}.", "Try --device cpu.", code="unsupported")
     return device
+
+
+def free_memory(name: str = "auto") -> int:
+    """Return the bytes that are free of a device: of a GPU, or of this machine where the control group has as many."""
+    device = choose_device(name)
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it has no limit
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return free

@@ -28,6 +28,7 @@ COMMANDS = (
     "report",
     "run",
     "train",
+    "tune",
     "zoo",
 )
 

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -43,9 +43,12 @@ class ModelSection(Settings):
     base: str = Field(description="Local directory or hub id.")
     memory: str | None = Field(
         None,
-        description="GPU memory for tuning, such as 24GiB: the largest ratio that fits, instead of compress.ratio, of "
-        "the kind that is best for it, unless compress.kind names one. Where evidence is divided between two kinds "
-        "that fit, both are tried.",
+        description="Memory for tuning, such as 24GiB. An ordinary LoRA is trained if it fits; otherwise the best "
+        "emulator that does, instead of compress.ratio. Where evidence is divided between two kinds that fit, both are "
+        "tried.",
+    )
+    headroom: str | None = Field(
+        None, description="How much of ``memory`` stays free: a size, a share such as 8%, or 0; 5%, at most 1GiB."
     )
 
 
@@ -71,6 +74,13 @@ class DataSection(Settings):
     test: list[str] = Field([], description="Files with rows that are never tuned on.")
 
 
+class AnswersSection(Settings):
+    """Rows that the model answers before tuning and after it."""
+
+    rows: str = Field(description="File with the rows; put it into data.test too, so that they are never tuned on.")
+    max_new_tokens: int = Field(64, ge=1, description="Most tokens per answer.")
+
+
 class EvalSection(Settings):
     """How the systems are compared."""
 
@@ -84,6 +94,11 @@ class Recipe(Settings):
     """All stages. Paths are relative to the recipe's file."""
 
     output: str = Field("emloc-run", description="Directory of all outputs.")
+    way: Literal["emulator", "lora", "exact"] | None = Field(
+        None,
+        description="What is tuned: 'emulator', a LoRA on an emulator, which is corrected; 'lora', an ordinary LoRA on "
+        "the model; 'exact', a LoRA by exact steps alone. By default an emulator; with model.memory, what fits best.",
+    )
     model: ModelSection
     data: DataSection
     compress: CompressSettings = CompressSettings()
@@ -96,6 +111,9 @@ class Recipe(Settings):
     correct: CorrectSettings = CorrectSettings()
     polish: PolishSettings | None = Field(None, description="Exact steps on the base, after the correction; optional.")
     merge: bool = Field(True, description="Write the merged checkpoint.")
+    answers: AnswersSection | None = Field(
+        None, description="Rows that the model answers before tuning and after it, into answers.json; optional."
+    )
     eval: EvalSection | None = Field(None, description="Evaluation; without it nothing is compared.")
     push: str | None = Field(
         None,
@@ -109,6 +127,19 @@ class Recipe(Settings):
         for section, settings in sized.items():
             if self.model.memory is not None and "ratio" in settings.model_fields_set:
                 raise ValueError(f"model.memory and {section}.ratio both set the emulator's size; give one of them")
+        return self
+
+    @property
+    def makes_emulator(self) -> bool:
+        """Whether a LoRA is tuned on an emulator; if not, on the model itself."""
+        return self.way in (None, "emulator")
+
+    @model_validator(mode="after")
+    def _way_has_its_settings(self) -> "Recipe":
+        if not self.makes_emulator and self.polish is not None:
+            raise ValueError(f"polish follows an emulator's LoRA, and way is {self.way!r}; leave it out")
+        if self.way == "exact" and self.train.learns_preferences:
+            raise ValueError("exact steps know the likelihood of answers alone, and train.objective is 'dpo'")
         return self
 
     @model_validator(mode="after")
@@ -261,6 +292,8 @@ def _absolute(recipe: Recipe, root: Path) -> Recipe:
         "model": recipe.model.model_copy(update={"base": place(recipe.model.base, MODEL_ID)}),
         "data": recipe.data.model_copy(update=data),
     }
+    if recipe.answers:
+        changes["answers"] = recipe.answers.model_copy(update={"rows": place(recipe.answers.rows, DATA_ID)})
     if recipe.eval:
         tasks = [place(task, TASK_NAME) for task in recipe.eval.tasks]
         changes["eval"] = recipe.eval.model_copy(update={"tasks": tasks})

@@ -14,11 +14,21 @@ from emloc_core.files.hub import push
 from emloc_core.files.output import MANIFEST, TIMING
 from emloc_core.process import ProcessDiedError, call
 from emloc_core.progress import ProgressEvent
+from emloc_core.recipe.answers import answers_of
+from emloc_core.recipe.decided import decided
 from emloc_core.recipe.live import Doing, Live
 from emloc_core.recipe.recipe import Recipe, load_recipe
-from emloc_core.recipe.recommended import with_alternative
-from emloc_core.recipe.stages import Attempt, Stage, attempts, kept, rest, selection_rows, stages, stages_of
-from emloc_core.requests import CompressRequest
+from emloc_core.recipe.stages import (
+    Attempt,
+    Stage,
+    compress_request,
+    kept,
+    rest,
+    selection_rows,
+    stages,
+    stages_of,
+    tried,
+)
 
 #: Functions that run and describe a stage in its own process.
 PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.cli.stage:describe"
@@ -26,6 +36,7 @@ PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.cli.stage:descri
 #: Keeps the stages from showing what they do.
 _QUIET = {"EMLOC_VERBOSITY": "quiet"}
 _LOGGER = logging.getLogger("emloc.recipe")
+_KEPT = "Earlier stages are kept."
 #: How to go without an alternative that fails.
 _WITHOUT = "To do without this alternative, leave it out of the recipe, or set alternatives = {}."
 #: Losses in a log, and what they are of.
@@ -51,16 +62,15 @@ def run_recipe(
         EmlocError: the recipe is wrong, or a stage failed; names it. Earlier stages are kept.
     """
     recipe = load_recipe(path, overrides)
-    recipe = with_alternative(recipe, _LOGGER.info) if progress else with_alternative(recipe)
+    recipe = decided(recipe, _LOGGER.info) if progress else decided(recipe)
     total = len(stages(recipe))
-    first, *others = attempts(recipe)
-    for attempt in others:
+    for attempt in tried(recipe)[1:]:
         if not (attempt.place("emulator") / MANIFEST).is_file():
             describe(recipe, attempt)  # what is wrong with it is said before the first takes hours
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
     done: list[Stage] = []
 
-    def perform(part: Iterable[Stage], fix: str = "Earlier stages are kept.") -> None:
+    def perform(part: Iterable[Stage], fix: str = _KEPT) -> None:
         for stage in part:
             announce(len(done), total, stage)
             try:
@@ -71,11 +81,14 @@ def run_recipe(
             done.append(stage)
 
     with Live(Path(recipe.output)) as live:
-        perform(stages_of(recipe, first))
-        for attempt in others:
-            perform(stages_of(recipe, attempt), f"Earlier stages are kept. {_WITHOUT}")
+        for attempt in tried(recipe):
+            perform(stages_of(recipe, attempt), _KEPT if attempt.is_first else f"{_KEPT} {_WITHOUT}")
         perform(rest(recipe))  # not before: which LoRA they start from was not known
     results = summarise(recipe, done)
+    if recipe.answers:
+        last = "polished" if recipe.polish else "corrected" if recipe.makes_emulator else "adapter"
+        adapter = kept(recipe).place(last)
+        results["answers"] = answers_of(recipe.model.base, adapter, **recipe.answers.model_dump())
     if recipe.push:
         results["pushed"] = push(Path(recipe.output) / results["final"], recipe.push)
     return results
@@ -110,8 +123,7 @@ def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
     Raises:
         EmlocError: it could not be made.
     """
-    request = stages_of(recipe, attempt)[0].request
-    assert isinstance(request, CompressRequest)
+    request = compress_request(recipe, attempt)
     rows = selection_rows(recipe)  # which are not drawn yet, where nothing was made
     known = tuple(path for path in request.exclude if path != rows or path.is_file())
     try:
@@ -120,6 +132,17 @@ def describe(recipe: Recipe, attempt: Attempt) -> dict[str, Any]:
         if attempt.is_first:
             raise
         raise EmlocError(f"The alternative {attempt.name!r}: {error}", _WITHOUT, code=error.code) from None
+    found: dict[str, Any] = content
+    return found
+
+
+def describe_train(stage: Stage) -> dict[str, Any]:
+    """Return the output of ``emloc train --dry-run --json`` for the stage that tunes the model itself.
+
+    Raises:
+        EmlocError: it could not be tuned.
+    """
+    (content,) = call(DESCRIBE, {"request": stage.request.to_json()})
     found: dict[str, Any] = content
     return found
 
@@ -136,18 +159,19 @@ def summarise(recipe: Recipe, done: list[Stage]) -> dict[str, Any]:
     manifests = {stage.name: read_json(stage.output / MANIFEST) for stage in done}
     results: dict[str, Any] = {
         "stages": {stage.name: read_json(stage.output / TIMING) for stage in done},
-        "compression": {key: manifests[emulator]["result"][key] for key in ("bytes", "parameters")},
-        "correction": manifests[corrected]["result"],
-        "final": next(name for name in (merged, polished, corrected) if name in manifests),
+        "final": next(name for name in (merged, polished, corrected, adapter) if name in manifests),
     }
+    if recipe.makes_emulator:
+        results["compression"] = {key: manifests[emulator]["result"][key] for key in ("bytes", "parameters")}
+        results["correction"] = manifests[corrected]["result"]
     if recipe.alternatives:
         results["kept"] = attempt.name
         results["kinds"] = {
-            each.name: manifests[each.place("emulator").name]["request"]["settings"]["kind"]
-            for each in attempts(recipe)
+            each.name: manifests[each.place("emulator").name]["request"]["settings"]["kind"] for each in tried(recipe)
         }
-        results["selection_losses"] = {each.name: each.selection_loss for each in attempts(recipe)}
-    drawn = {adapter: "on the emulator", polished: "polished on the base", "full_lora": "on the base (full LoRA)"}
+        results["selection_losses"] = {each.name: each.selection_loss for each in tried(recipe)}
+    on = "on the emulator" if recipe.makes_emulator else "on the model"
+    drawn = {adapter: on, polished: "polished on the base", "full_lora": "on the base (full LoRA)"}
     histories = {
         label + of: [(entry["step"], entry[loss]) for entry in log if loss in entry]
         for name, label in drawn.items()
@@ -155,7 +179,8 @@ def summarise(recipe: Recipe, done: list[Stage]) -> dict[str, Any]:
         for log in [read_json(root / name / "log.json")]
         for loss, of in _LOSSES.items()
     }
-    figure(root / "figure.png", histories, manifests[emulator]["result"]["linears"])
+    errors = manifests[emulator]["result"]["linears"] if recipe.makes_emulator else []
+    figure(root / "figure.png", histories, errors)
     if evaluation in manifests:
         results.update(read_json(root / evaluation / "results.json"))
         (root / "table.md").write_text(report.markdown(results["systems"], results["metrics"]), encoding="utf-8")

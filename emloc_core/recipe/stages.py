@@ -1,7 +1,7 @@
 """The stages of a recipe: what each is asked to do, and where.
 
 Every emulator that is tried takes three: make it, tune a LoRA on it, correct that for the base. What follows starts
-from the LoRA that serves the base best.
+from the LoRA that serves the base best. Without an emulator a LoRA is tuned on the base itself.
 """
 
 from collections.abc import Iterable
@@ -99,7 +99,7 @@ def suffix(attempt: str) -> str:
 
 
 def attempts(recipe: Recipe) -> list[Attempt]:
-    """Return the emulators that a recipe tries, in order."""
+    """Return the emulators that a recipe tries, in order, or would try if it made one."""
     first = _of_one_loss(recipe.compress, recipe.train)
     common = {key: getattr(first, key) for key in SHARED} | {"selection": 0}  # judged on the rows of the first
     others = {name: settings.model_copy(update=common) for name, settings in recipe.alternatives.items()}
@@ -125,27 +125,42 @@ def selection_rows(recipe: Recipe) -> Path:
     return attempts(recipe)[0].place("emulator") / SELECTION
 
 
+def tried(recipe: Recipe) -> list[Attempt]:
+    """Return the emulators that a recipe makes; none where the base itself is tuned."""
+    return attempts(recipe) if recipe.makes_emulator else []
+
+
 def stages(recipe: Recipe) -> list[Stage]:
     """Return the stages of a recipe, in order."""
-    return [*(stage for attempt in attempts(recipe) for stage in stages_of(recipe, attempt)), *rest(recipe)]
+    return [*(stage for attempt in tried(recipe) for stage in stages_of(recipe, attempt)), *rest(recipe)]
+
+
+def compress_request(recipe: Recipe, attempt: Attempt) -> CompressRequest:
+    """Return what is asked of stage 1; with the recipe's memory, where nothing was decided for that yet."""
+    data, model = recipe.data, recipe.model
+    sized = {"memory": model.memory, "headroom": model.headroom, "tuning": recipe.train} if model.memory else {}
+    return CompressRequest(
+        model=model.base,
+        data=data.calibration or data.train,
+        split=data.split,
+        columns=data.columns,
+        exclude=(*_held_out(recipe, attempt), *(Path(name) for name in [data.eval] if name and not data.eval_split)),
+        output=attempt.place("emulator"),
+        settings=attempt.settings,
+        **sized,
+    )
+
+
+def _held_out(recipe: Recipe, attempt: Attempt) -> tuple[Path, ...]:
+    return (*map(Path, recipe.data.test), *(() if attempt.is_first else (selection_rows(recipe),)))
 
 
 def stages_of(recipe: Recipe, attempt: Attempt) -> list[Stage]:
     """Return the stages up to the corrected LoRA."""
-    data, memory = recipe.data, recipe.model.memory
+    data = recipe.data
     emulator, adapter = attempt.place("emulator"), attempt.place("adapter")
-    selection = selection_rows(recipe)
-    held_out = (*map(Path, data.test), *(() if attempt.is_first else (selection,)))
-    compress = CompressRequest(
-        model=recipe.model.base,
-        data=data.calibration or data.train,
-        split=data.split,
-        columns=data.columns,
-        exclude=(*held_out, *(Path(name) for name in [data.eval] if name and not data.eval_split)),
-        output=emulator,
-        settings=attempt.settings,
-        **({"memory": memory, "tuning": recipe.train} if memory else {}),
-    )
+    selection, held_out = selection_rows(recipe), _held_out(recipe, attempt)
+    compress = compress_request(recipe, attempt)
     on_base = {"on_base": True, "base": recipe.model.base} if data.eval_base else {}
     correct = CorrectRequest(
         adapter=adapter,
@@ -173,6 +188,10 @@ def rest(recipe: Recipe) -> list[Stage]:
     selection = selection_rows(recipe)
     found = []
     final = attempt.place("corrected")
+    if not recipe.makes_emulator:
+        final, exact = attempt.place("adapter"), recipe.way == "exact"
+        how = "by exact steps" if exact else "on the model"
+        found.append(Stage(f"tune a LoRA {how}", _train(recipe, base, final, test, exact=exact)))
     steps = recipe.polish and _of_one_loss(recipe.polish, recipe.train)
     if steps:
         polish = PolishRequest(
@@ -194,7 +213,7 @@ def rest(recipe: Recipe) -> list[Stage]:
     if recipe.eval is None:
         return found
     controls = []
-    if recipe.eval.full_lora:
+    if recipe.eval.full_lora and recipe.makes_emulator:
         held_out = (*test, first.place("emulator") / CALIBRATION, selection)  # the same, whichever LoRA is kept
         controls = [
             Stage(purpose, _train(recipe, base, Path(recipe.output) / name, held_out, **more))
@@ -247,6 +266,9 @@ def _systems(recipe: Recipe, attempt: Attempt, controls: Iterable[Stage]) -> Ite
     """Yield the systems to compare: the models and adapters that the recipe makes, in the table's order."""
     base, emulator, adapter = recipe.model.base, str(attempt.place("emulator")), attempt.place("adapter")
     yield System(name="base", model=base)
+    if not recipe.makes_emulator:
+        yield System(name="base+lora", model=base, adapter=adapter)
+        return
     yield System(name="emulator", model=emulator)
     yield System(name="emulator+lora", model=emulator, adapter=adapter)
     yield System(name="base+uncorrected", model=base, adapter=adapter)

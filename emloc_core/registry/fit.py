@@ -1,8 +1,9 @@
 """Memory of a registry model, and the largest emulator whose tuning fits. Imports torch when called."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from emloc_core.memory.budget import Budget
 from emloc_core.registry.entry import Entry
 from emloc_core.settings import AUTO, CompressSettings
 
@@ -15,11 +16,13 @@ class EntryFit:
         parameters: number of the base's parameters.
         length: tokens per row, including those of images.
         images: images per row.
-        budget: memory for tuning.
+        budget: memory for tuning, without what stays free.
         inference: what the base needs to read a prompt and generate a token.
         lora: what a LoRA on the base needs.
-        kind: of the emulator: the one that is recommended for the budget; None if none fits.
+        way: how to tune it, by the decision for the budget; None if no way fits.
+        kind: of the best emulator that fits; None if none does.
         ratio: the largest multiple of 0.01 whose tuning fits; None if the kind has no ratio.
+        micro_batch: rows at once when that emulator is tuned.
         tuning: what a LoRA on that emulator needs.
         emulator: that emulator's weights.
         error: why it cannot be planned, or empty.
@@ -34,8 +37,10 @@ class EntryFit:
     budget: int | None = None
     inference: int | None = None
     lora: int | None = None
+    way: str | None = None
     kind: str | None = None
     ratio: float | None = None
+    micro_batch: int | None = None
     tuning: int | None = None
     emulator: int | None = None
     error: str = ""
@@ -47,7 +52,7 @@ class EntryFit:
 
 def fit(
     entry: Entry,
-    budget: int | None = None,
+    budget: Budget | None = None,
     *,
     preset: str = "default",
     batch_size: int | None = None,
@@ -59,7 +64,7 @@ def fit(
 
     Args:
         entry: the model.
-        budget: bytes that tuning may use; None: what inference on the base needs, as in the paper.
+        budget: memory for tuning; None: what inference on the base needs, as in the paper.
         preset: sets the LoRA, and the defaults of batch size and length.
         batch_size: rows per step.
         length: tokens per row.
@@ -69,7 +74,8 @@ def fit(
     Raises:
         EmlocError: there is no such preset, or the model cannot run the workload.
     """
-    from emloc_core.memory.budget import largest_ratio, with_emulator
+    from emloc_core.memory.decision import decide
+    from emloc_core.memory.ways import ORDINARY
     from emloc_core.memory.workload import make_workload
 
     chosen = entry.preset(preset)
@@ -78,22 +84,27 @@ def fit(
         train = train.model_copy(update={"batch_size": batch_size})
     with entry.config_file() as file:
         workload = make_workload(file, train, device, length=length or chosen.length)
-        model = with_emulator(file, workload, CompressSettings(kind=kind), budget)
-        inference = model.inference().total
-        allowed = inference if budget is None else budget
-        found = largest_ratio(model, allowed)
-        return EntryFit(
-            id=entry.id,
-            family=entry.family,
-            parameters=model.parameters(),
-            batch_size=workload.batch_size,
-            length=workload.length,
-            images=workload.images,
-            budget=allowed,
-            inference=inference,
-            lora=model.tuning().total,
-            kind=model.kind.name if found else None,
-            ratio=found.ratio if found and model.kind.has_factors else None,
-            tuning=found.need.total if found else None,
-            emulator=model.weight_bytes(found.ratio) if found else None,
-        )
+        decision = decide(file, workload, budget, CompressSettings(kind=kind))
+    whole, emulator = next(way for way in decision.ways if way.name == ORDINARY), decision.emulator
+    found = EntryFit(
+        id=entry.id,
+        family=entry.family,
+        parameters=whole.model.parameters(),
+        batch_size=workload.batch_size,
+        length=workload.length,
+        images=workload.images,
+        budget=decision.budget.usable,
+        inference=decision.base.inference().total,
+        lora=whole.bytes,
+        way=decision.way.name if decision.way else None,
+    )
+    if emulator is None:
+        return found
+    return replace(
+        found,
+        kind=emulator.kind,
+        ratio=emulator.ratio,
+        micro_batch=emulator.micro_batch,
+        tuning=emulator.bytes,
+        emulator=emulator.model.weight_bytes(emulator.ratio or emulator.model.kind.smallest_ratio),
+    )

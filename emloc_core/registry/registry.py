@@ -13,7 +13,7 @@ from typing import Any
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.registry.entry import INFERENCE, Entry, read_entry
-from emloc_core.settings import AUTO, CompressSettings
+from emloc_core.settings import AUTO, CompressSettings, TrainSettings
 
 __all__ = ["Entry", "config_of", "find", "load_entries", "read_entry", "resolve"]
 
@@ -68,8 +68,8 @@ def find(pattern: str, entries: Sequence[Entry] | None = None) -> list[Entry]:
 
 def resolve(
     entry: Entry, name: str = "default", device: str = "cuda", given: Mapping[str, Any] | None = None
-) -> CompressSettings:
-    """Return a preset's settings of stage 1. A memory target is planned, with torch.
+) -> tuple[CompressSettings, TrainSettings]:
+    """Return a preset's settings of stage 1 and of stage 2. A memory target is planned, with torch.
 
     Args:
         entry: the model.
@@ -85,21 +85,19 @@ def resolve(
     usual = {"kind": AUTO} if preset.memory is not None and "ratio" not in given else {}
     settings = CompressSettings(**{"samples": preset.samples, **usual, **given})
     if settings.ratio is not None:
-        return settings
+        return settings, preset.train
     if preset.memory is None:
         own = {"ratio": preset.ratio} if settings.kind == CompressSettings().kind else {}
-        return settings.model_copy(update=own)
-    from emloc_core.memory.budget import require_fit, with_emulator
+        return settings.model_copy(update=own), preset.train
+    from emloc_core.memory.budget import Budget
+    from emloc_core.memory.decision import decide, shaped, sized
     from emloc_core.memory.workload import make_workload
-    from emloc_core.units import parse_bytes
 
-    target = None if preset.memory == INFERENCE else parse_bytes(preset.memory)
+    target = None if preset.memory == INFERENCE else Budget.parse(preset.memory)
     with entry.config_file() as file:
         workload = make_workload(file, preset.train, device, length=preset.length)
-        model = with_emulator(file, workload, settings, target)
-        fit = require_fit(model, model.inference().total if target is None else target)
-    ratio = fit.ratio if model.kind.has_factors else None
-    return settings.model_copy(update={"kind": model.kind.name, "ratio": ratio})
+        way = decide(file, workload, target, settings).require_emulator()
+    return sized(settings, way), shaped(preset.train, way)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import EvalRows, PolishRequest, Rows, TrainRequest
 from emloc_core.settings import ExactSettings, PolishSettings, StepSettings, TrainSettings
 from emloc_core.tuning.evaluation import MODEL_LOSS, BaseLoss
+from emloc_core.tuning.planned import as_planned
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import SETTINGS, LoraTrainer, balance_no_experts, refusing
 from emloc_core.tuning.trl import lora_config
@@ -319,6 +320,7 @@ def prepare(request: TrainRequest | PolishRequest) -> Train:
         base = open_checkpoint(request.base or adapter.base_name)
         return Polish(adapter, base, *rows, request.settings, *others, limits=request.limits, **more)
     model = open_checkpoint(request.model)
+    settings = as_planned(request.settings, model)
     if request.exact:
-        return ExactTrain(model, *rows, request.settings, *others, limits=request.limits, **more)
-    return Train(model, *rows, request.settings, *others, **more)
+        return ExactTrain(model, *rows, settings, *others, limits=request.limits, **more)
+    return Train(model, *rows, settings, *others, **more)

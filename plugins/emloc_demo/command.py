@@ -43,7 +43,7 @@ def run(recipe: Path, explain: Callable[[dict[str, Any]], str], *, prepare_only:
     if prepare_only:
         click.echo(f"{recipe}  (run it: emloc run {recipe})")
         return
-    from emloc_core.cli.run import announce_stage, show
+    from emloc_core.cli.recipes import announce_stage, show
     from emloc_core.recipe.recipe import load_recipe
     from emloc_core.recipe.run import run_recipe
 

@@ -37,13 +37,23 @@ def plan(*arguments: str | Path) -> dict[str, Any]:
 
 
 def tuning_need(
-    model: Path, ratio: float, length: int | None = None, data: Path | None = None, kind: str = "low-rank", **train: Any
+    model: Path,
+    ratio: float,
+    length: int | None = None,
+    data: Path | None = None,
+    kind: str = "low-rank",
+    device: str = "cpu",
+    **train: Any,
 ) -> str:
     """The bytes of tuning the emulator of a ratio, as ``--memory`` takes them."""
     config_file, rows = model / "config.json", None if data is None else str(data)
-    workload = make_workload(config_file, TrainSettings(**train), length=length, data=rows)
+    workload = make_workload(config_file, TrainSettings(**train), device, length=length, data=rows)
     planned = MemoryModel(config_file, workload, CompressSettings(kind=kind))
     return str(planned.tuning(planned.plan(ratio)).total)
+
+
+#: As much memory as is named, all of it for tuning.
+ALL = ("--headroom", 0, "--memory")
 
 
 def refused(*arguments: str | Path) -> str:
@@ -53,8 +63,8 @@ def refused(*arguments: str | Path) -> str:
 
 
 def test_the_largest_ratio_within_a_budget(shallow_model: Path) -> None:
-    tuning = tuning_need(shallow_model, 0.4, 64)
-    found = plan(shallow_model, "--length", 64, "--memory", tuning, "--kind", "low-rank")
+    tuning = tuning_need(shallow_model, 0.4, 64, batch_size=1)
+    found = plan(shallow_model, "--length", 64, *ALL, tuning, "--kind", "low-rank", "--batch-size", 1)
     assert found["fits"]
     assert 0.4 <= found["ratio"] < 0.45
     assert found["budget_bytes"] == int(tuning)
@@ -71,28 +81,52 @@ def test_the_time_of_a_step(shallow_model: Path, monkeypatch: pytest.MonkeyPatch
     assert [bool(way["compress_flops"]) for way in ways] == [bool(way["kind"]) for way in ways]
     assert emulator["compress_flops"] / 1e6 < emulator["compress_seconds"] < emulator["compress_flops"] / 1e5
     told = run("plan", shallow_model, *options).stdout
-    assert "of weights per step, at least" in told
-    assert f"; compress: {emulator['compress_flops']:.2g} operations, at least" in told
+    assert "of weights per step, a step takes at least" in told
+    assert "making the emulator at least" in told
+    assert "operations" not in run("plan", shallow_model, *options, "--no-measure").stdout
     unmeasured = plan(shallow_model, *options, "--no-measure")["ways"]
     assert all(way["seconds"] is None and way["compress_seconds"] is None for way in unmeasured)
     assert plan(shallow_model / "config.json", *options)["ways"][-1]["seconds"] is not None
 
 
 def test_without_a_budget_it_is_inference(shallow_model: Path) -> None:
-    content = json.loads(run("plan", shallow_model, "--length", 64, "--batch-size", 2, "--json").stdout)
-    assert content["budget_bytes"] == content["stages"][0]["bytes"]
+    options = ("plan", shallow_model, "--length", 64, "--batch-size", 1, "--json")
+    content = json.loads(run(*options).stdout)
+    assert content["budget_bytes"] == content["memory_bytes"] == content["stages"][0]["bytes"]
+    assert content["headroom_bytes"] == 0
     assert content["budget"] == "inference on the base"
     assert content["advice"]  # a tiny model's tuning never fits: it is all logits
     assert not content["fits"]
 
 
-def test_another_way_is_an_answer_where_no_emulator_fits(shallow_model: Path) -> None:
-    options = ("--length", 64, "--batch-size", 2)
-    *_, exact = plan(shallow_model, *options, "--memory", "4GiB")["ways"]
-    result = run("plan", shallow_model, *options, "--memory", exact["bytes"])
-    assert result.exception is None, result.exception
-    assert "No emulator's tuning fits" in result.stdout
-    assert "best: exact steps" in result.stdout
+def test_what_is_shown_and_what_is_made_are_one_decision(shallow_model: Path) -> None:
+    """The table is of the way, and every way is one of the same rows."""
+    options = ("--length", 64, "--batch-size", 8, "--memory")
+    *_, exact = plan(shallow_model, *options, "4GiB")["ways"]
+    tight = plan(shallow_model, *options, exact["bytes"], "--headroom", 0)
+    assert tight["best"] == "exact steps"
+    assert [stage["stage"] for stage in tight["stages"]][-2:] == ["exact steps", "merge"]
+    assert {way["micro_batch"] * way["accumulation"] for way in tight["ways"]} == {8}
+    shown = run("plan", shallow_model, *options, exact["bytes"], "--headroom", 0)
+    assert shown.exception is None, shown.exception
+    assert "No emulator" not in shown.stdout
+    assert "--exact --batch-size 1 --accumulation 8 --max-length 64" in shown.stdout
+    for name in ("LoRA on the base", "emulator"):
+        needed = next(way["bytes"] for way in tight["ways"] if way["name"].startswith(name))
+        found = plan(shallow_model, *options, needed, "--headroom", 0)
+        (stage,) = (each for each in found["stages"] if each["stage"].startswith(f"LoRA on the {name.split()[-1]}"))
+        assert stage["bytes"] <= needed
+        assert found["workload"]["batch_size"] * found["workload"]["accumulation"] == 8
+
+
+def test_headroom_is_named_and_stays_free(shallow_model: Path) -> None:
+    options = ("plan", shallow_model, "--length", 64, "--batch-size", 1, "--memory")
+    needed = plan(*options[1:], "4GiB")["ways"][0]["bytes"]
+    shown = run(*options, needed)
+    assert "of which" in shown.stdout
+    assert "best: LoRA on the base" not in shown.stdout
+    assert "best: LoRA on the base" in run(*options, needed, "--headroom", 0).stdout
+    assert "memory, which is not given" in refused(*options[:-1], "--headroom", "1GiB")
 
 
 def test_images_of_any_size(tmp_path: Path) -> None:
@@ -111,24 +145,32 @@ def test_images_of_any_size(tmp_path: Path) -> None:
 
 
 def test_where_an_ordinary_lora_fits_no_emulator_is_needed(shallow_model: Path) -> None:
-    options = ("--length", 64, "--batch-size", 2, "--ratio", 0.5, "--memory")
-    found = plan(shallow_model, *options, "4GiB")
+    options = ("--length", 64, "--batch-size", 2, "--memory", "4GiB")
+    found = plan(shallow_model, *options)
     assert found["best"] == "LoRA on the base"
     assert [way["name"] for way in found["ways"] if way["fits"]][-1] == "exact steps"
     exact = found["ways"][-1]
     assert exact["read_bytes"] == 2 * found["weight_bytes"]["base"]
     assert exact["bytes"] < found["ways"][0]["bytes"]
-    assert "no emulator is needed" in run("plan", shallow_model, *options, "4GiB").stdout
+    assert [stage["stage"] for stage in found["stages"]] == ["inference on the base", "LoRA on the base", "merge"]
+    assert "no emulator is needed" in run("plan", shallow_model, *options).stdout
+    named = plan(shallow_model, *options, "--kind", "low-rank")  # who names a kind gets it, as from compress
+    assert named["best"].startswith("emulator")
+    assert {way["name"] for way in named["ways"] if way["fits"]} >= {"LoRA on the base", "exact steps"}
 
 
 def test_a_low_ratio_is_a_warning_and_one_row_at_a_time_makes_room(shallow_model: Path) -> None:
     budget = tuning_need(shallow_model, 0.1, 64, batch_size=8)
-    found = plan(shallow_model, "--length", 64, "--batch-size", 8, "--memory", budget, "--kind", "low-rank")
+    options = ("--length", 64, "--batch-size", 8, *ALL, budget)
+    found = plan(shallow_model, *options, "--kind", "low-rank")
     emulator = next(way for way in found["ways"] if way["kind"] == "low-rank")
     assert (emulator["micro_batch"], emulator["accumulation"]) == (1, 8)
-    assert emulator["ratio"] > found["ratio"]
-    shown = run("plan", shallow_model, "--length", 64, "--batch-size", 8, "--memory", budget).stdout
-    assert "best: LoRA on the base; no emulator is needed" in shown
+    assert emulator["ratio"] == found["ratio"] > 0.1
+    least = tuning_need(shallow_model, 0.1, 64, batch_size=1, accumulation=8)
+    low = plan(shallow_model, "--length", 64, "--batch-size", 8, *ALL, least, "--kind", "low-rank")
+    assert "may help the base little" in low["warnings"][0]
+    shown = run("plan", shallow_model, *options).stdout
+    assert "best: LoRA on the base, 1 x 8 rows per step; no emulator is needed" in shown
     assert f"emloc train {shallow_model} --data train.jsonl --batch-size 1 --accumulation 8 --max-length 64" in shown
 
 
@@ -139,23 +181,28 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
     repaired = model.with_kind("1.6-bit+repair")
     whole, least = (of.tuning(of.plan(ratio)).total for of, ratio in ((model, 0.5), (repaired, 0.2)))
     budgets = {"nf4": whole, "1.6-bit+repair": whole - 1, "low-rank-nf4": least - 1}
-    options = ("--length", 16, "--batch-size", 1, "--kind", "auto", "--memory")
+    options = ("--length", 16, "--batch-size", 1, "--kind", "auto", *ALL)
     for kind, budget in budgets.items():
         found = plan(shallow_model, *options, budget)
         best = next(way for way in found["ways"] if way["fits"])
-        assert (found["kind"], best["kind"], found["best"]) == (kind, kind, "emulator, then polish")
+        polished = kind != "nf4"  # which leaves exact steps nothing to do
+        assert (found["kind"], best["kind"]) == (kind, kind)
+        assert found["best"] == ("emulator, then polish" if polished else "emulator")
         assert best["ratio"] == (None if kind == "nf4" else found["ratio"])
         assert best["bytes"] <= budget
         shown = run("plan", shallow_model, *options, budget).stdout
         size = "" if kind == "nf4" else f" --ratio {found['ratio']:g}"
         lines = [line.strip() for line in shown.splitlines()]
-        first = lines.index("best: emulator, then polish") + 1
-        assert lines[first : first + 4] == [
-            f"emloc compress {shallow_model} --data train.jsonl --kind {kind}{size} --max-length 16 -o emulator",
-            "emloc train emulator --data train.jsonl --batch-size 1 --max-length 16 -o adapter",
-            "emloc correct adapter -o corrected",
-            "emloc polish corrected --data train.jsonl --batch-size 1 --accumulation 1 --max-length 16 -o polished",
-        ]
+        first = next(at for at, line in enumerate(lines) if line.startswith("best: emulator")) + 1
+        assert (
+            lines[first : first + 3 + polished]
+            == [
+                f"emloc compress {shallow_model} --data train.jsonl --kind {kind}{size} --max-length 16 -o emulator",
+                "emloc train emulator --data train.jsonl --batch-size 1 --max-length 16 -o adapter",
+                "emloc correct adapter -o corrected",
+                "emloc polish corrected --data train.jsonl --batch-size 1 --accumulation 1 --max-length 16 -o polished",
+            ][: 3 + polished]
+        )
         told = measured(kind, best["ratio"])
         assert best["recovery"] == (told and told._asdict())
         assert ("of what an ordinary LoRA gains" in shown) == (told is not None)
@@ -167,13 +214,15 @@ def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> Non
 def test_a_first_stage_that_needs_more_than_tuning_is_a_warning(
     shallow_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    budget = tuning_need(shallow_model, 0.5, 16, kind="nf4", batch_size=1)
-    options = ("--length", 16, "--batch-size", 1, "--memory", budget)
+    budget = tuning_need(shallow_model, 0.5, 16, kind="nf4", device="cuda", batch_size=1)
+    options = ("--length", 16, "--batch-size", 1, "--device", "cuda", *ALL, budget)
     for beyond, warned in ((0, False), (1, True)):
         monkeypatch.setattr(
             "emloc_core.memory.stages.compress", lambda *_, n=beyond: Need("compress", {"weights": int(budget) + n})
         )
-        assert ("run it with --device cpu" in run("plan", shallow_model, *options).stdout) == warned
+        shown = run("plan", shallow_model, *options).stdout
+        assert ("run it with --device cpu" in shown) == warned
+        assert ("--max-length 16 --device cpu -o emulator" in shown) == warned
 
 
 def test_the_commands_have_the_workload_that_was_planned(shallow_model: Path) -> None:
@@ -190,9 +239,10 @@ def test_preferences_are_planned_by_rows_of_two_answers(shallow_model: Path) -> 
     assert pairs["workload"]["batch_size"] == answers["workload"]["batch_size"] == 4
     assert {way["name"] for way in pairs["ways"]} == {"LoRA on the base", "emulator"}
     doubled = plan(shallow_model, "--length", 32, "--batch-size", 8, "--kind", "nf4", "--memory", "4GiB")
-    assert pairs["ways"][0]["bytes"] == doubled["ways"][0]["bytes"] > answers["ways"][0]["bytes"]
-    tight = pairs["ways"][1]["bytes"] - 1
-    shown = run("plan", shallow_model, *options, tight, "--objective", "dpo").stdout
+    whole, two, one = (next(way for way in each["ways"] if not way["kind"]) for each in (pairs, doubled, answers))
+    assert whole["bytes"] == two["bytes"] > one["bytes"]
+    tight = next(way["bytes"] for way in pairs["ways"] if way["kind"]) - 1
+    shown = run("plan", shallow_model, *options, tight, "--headroom", 0, "--objective", "dpo").stdout
     assert "--data train.jsonl --batch-size 1 --accumulation 4 --objective dpo --max-length 32" in shown
 
 
@@ -203,9 +253,7 @@ def test_one_row_at_a_time_counts_the_gradients_that_are_accumulated(shallow_mod
     assert alone.tuning() == MemoryModel(shallow_model / "config.json", workload(1, 16, accumulation=4)).tuning()
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"), [("nf4", "has no ratio"), ("1.6-bit+repair", "at most"), ("auto", "no ratio")]
-)
+@pytest.mark.parametrize(("kind", "said"), [("nf4", "has no ratio"), ("1.6-bit+repair", "at most")])
 def test_a_ratio_that_compress_would_refuse_is_not_planned(kind: str, said: str, shallow_model: Path) -> None:
     assert said in refused("plan", shallow_model, "--length", 16, "--ratio", 0.8, "--kind", kind, "--memory", "1GiB")
 
@@ -215,7 +263,7 @@ def test_without_bitsandbytes_weights_on_few_levels_are_recommended(
 ) -> None:
     monkeypatch.setattr(nf4, "is_installed", lambda: False)
     budget = tuning_need(shallow_model, 0.5, 16, kind="nf4", batch_size=1)
-    found = plan(shallow_model, "--length", 16, "--batch-size", 1, "--kind", "auto", "--memory", budget)
+    found = plan(shallow_model, "--length", 16, "--batch-size", 1, "--kind", "auto", *ALL, budget)
     assert found["kind"] == "2.7-bit"
     assert [way["kind"] for way in found["ways"] if way["kind"]] == ["2.7-bit"]
     assert "emulators in four bits, which are recommended, are not compared" in found["warnings"][0]
@@ -224,41 +272,57 @@ def test_without_bitsandbytes_weights_on_few_levels_are_recommended(
 def test_compress_takes_the_recommended_kind(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
     options = ("compress", shallow_model, "--data", rows_file, "-o", tmp_path / "emulator", "--dry-run", "--json")
     assert "Give --memory" in refused(*options, "--kind", "auto")
-    least = tuning_need(shallow_model, 0.5, data=rows_file, kind="nf4")
+    least = tuning_need(shallow_model, 0.5, data=rows_file, kind="nf4", batch_size=1)
+    one = ("--batch-size", 1)
 
-    def chosen(*more: str | Path) -> str:
-        return json.loads(run(*options, "--memory", least, *more).stdout)["kind"]
+    def chosen(memory: str, *more: str | Path) -> str:
+        return json.loads(run(*options, *one, *ALL, memory, *more).stdout)["kind"]
 
     for kind in ([], ["--kind", "auto"]):
-        assert "no emulator is needed" in refused(*options, "--memory", "4GiB", *kind)
-        assert chosen(*kind) == "nf4"
-    assert chosen("--kind", "1.6-bit") == "1.6-bit"
-    assert chosen("--keep-spectra", tmp_path / "spectra") == "low-rank"
-    assert plan(shallow_model, "--data", rows_file, "--memory", least)["kind"] == "nf4"
+        assert chosen("4GiB", *kind) == chosen(least, *kind) == "nf4"
+    note = run(*options, "--memory", "4GiB").stderr
+    assert "note: an ordinary LoRA on the model itself fits too" in note
+    assert f"emloc train {shallow_model} --batch-size 8 --accumulation 1" in note
+    assert "note" not in run(*options, *one, *ALL, least).stderr
+    assert chosen(least, "--kind", "1.6-bit") == "1.6-bit"
+    assert chosen(least, "--keep-spectra", tmp_path / "spectra") == "low-rank"
+    assert plan(shallow_model, "--data", rows_file, *one, *ALL, least)["kind"] == "nf4"
     assert plan(shallow_model, "--data", rows_file, "--ratio", 0.5)["kind"] == "low-rank"
+    assert "Write the unit: 24GiB" in refused(*options, "--memory", "24")
 
 
-def test_compress_says_what_one_row_at_a_time_leaves_room_for(rows_file: Path, tmp_path: Path) -> None:
+def test_an_emulator_is_tuned_on_the_rows_that_it_was_planned_for(rows_file: Path, tmp_path: Path) -> None:
     wide = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 1024}
     model = save_tiny_model(LLAMA.tiny_configs[0] | wide, tmp_path / "wide")
-    config = model / "config.json"
-    alone = MemoryModel(config, make_workload(config, TrainSettings(batch_size=1, accumulation=2), data=str(rows_file)))
-    options = ("compress", model, "--data", rows_file, "-o", tmp_path / "emulator", "--dry-run", "--batch-size", 2)
     four_bits = tuning_need(model, 0.5, data=rows_file, kind="nf4", batch_size=1, accumulation=2)
-    for budget, said in {four_bits: "nf4 fits", alone.tuning().total: "an ordinary LoRA on the base fits"}.items():
-        result = run(*options, "--memory", str(budget))
+    emulator = tmp_path / "emulator"
+    common = ("compress", model, "--data", rows_file, "--samples", 4, "--selection", 2, "--batch-size", 2)
+    made = run(*common, *ALL, four_bits, "-o", emulator)
+    assert made.exception is None, made.exception
+    assert "nf4), 1 x 2 rows per step" in made.stderr
+    assert "emloc train" in made.stdout
+    assert "--batch-size 1 --accumulation 2" in made.stdout
+
+    def trained(name: str, *more: object) -> tuple[int, int]:
+        options = ("--data", rows_file, "--steps", 1, "--no-bf16", "-o", tmp_path / name)
+        result = run("train", emulator, *options, *more)
         assert result.exception is None, result.exception
-        assert f"With one row at a time {said}" in result.stderr
-        assert "--batch-size 1 --accumulation 2" in result.stderr
-        assert "With one row" not in run(*options, "--memory", str(budget), "--kind", "low-rank-nf4").stderr
+        settings = read_json(tmp_path / name / "emloc.json")["request"]["settings"]
+        return settings["batch_size"], settings["accumulation"]
+
+    assert trained("as-planned") == (1, 2)
+    assert trained("as-said", "--batch-size", 3) == (3, 1)
+    again = run(*common, "--memory", "4GiB", "-o", emulator)  # the same emulator, for more memory
+    assert again.exception is None, again.exception
+    assert read_json(emulator / "emloc.json")["result"]["tuning"] == {"batch_size": 2, "accumulation": 1}
 
 
 def test_a_table_for_a_person(shallow_model: Path) -> None:
     options = ("--length", 64, "--batch-size", 2, "--lora-rank", 4, "--kind", "low-rank", "--memory", "4GiB")
     shown = run("plan", shallow_model, *options).stdout
-    expected = ["2 rows x 64 tokens", "LoRA of rank 4 on down_proj", "with gradient checkpointing", "LoRA on the base",
-                "compress", "merge", "KV cache", "optimiser", "ratio 0.99", "1 x down_proj",
-                "fits the budget"]  # fmt: skip
+    expected = ["2 per step x 64 tokens", "LoRA of rank 4 on down_proj", "with gradient checkpointing",
+                "LoRA on the base", "compress", "merge", "KV cache", "optimiser", "ratio 0.99", "1 x down_proj",
+                "4.29 GB, of which 215 MB stay free"]  # fmt: skip
     for text in expected:
         assert text in shown
     assert "offloading" not in shown
@@ -295,19 +359,19 @@ def test_what_is_refused(shallow_model: Path, rows_file: Path, tmp_path: Path) -
     (tmp_path / "config.json").write_bytes((shallow_model / "config.json").read_bytes())
     assert "has no tokenizer" in refused("plan", tmp_path, "--data", rows_file)
     message = refused("plan", shallow_model, "--memory", "100kB", "--batch-size", 1, "--length", 64)
-    assert "No emulator's tuning fits 100 kB" in message
-    assert "4 bits (NF4)" in message
+    assert "No way to tune fits 100 kB" in message
+    assert "no length fits" in message
 
 
 def test_compress_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path: Path) -> None:
     budget = tuning_need(shallow_model, 0.35, data=rows_file, batch_size=4)
     kind = ["--kind", "low-rank"]
-    expected = plan(shallow_model, "--data", rows_file, "--batch-size", 4, "--memory", budget, *kind)["ratio"]
+    expected = plan(shallow_model, "--data", rows_file, "--batch-size", 4, *ALL, budget, *kind)["ratio"]
     output = tmp_path / "emulator"
     common = ["compress", shallow_model, "--data", rows_file, "--samples", 4, "--selection", 2, "-o", output, *kind]
-    result = run(*common, "--memory", budget, "--batch-size", 4)
+    result = run(*common, *ALL, budget, "--batch-size", 4)
     assert result.exception is None, result.exception
-    assert f"ratio {expected:g}: tuning with 4 rows" in result.stderr
+    assert f"(low-rank at ratio {expected:g})" in result.stderr
     manifest = read_json(output / "emloc.json")
     assert manifest["request"]["settings"]["ratio"] == expected
     again = run(*common, "--ratio", expected)  # the same request: finished already
@@ -322,7 +386,7 @@ def test_compress_warns_where_making_takes_more_than_tuning(
 ) -> None:
     monkeypatch.setattr("emloc_core.memory.stages.compress", lambda *_: Need("compress", {"weights": 10**12}, "all"))
     budget = tuning_need(shallow_model, 0.35, data=rows_file, batch_size=4)
-    argv = ["compress", shallow_model, "--data", rows_file, "--memory", budget, "--batch-size", 4, "--kind", "low-rank"]
+    argv = ["compress", shallow_model, "--data", rows_file, *ALL, budget, "--batch-size", 4, "--kind", "low-rank"]
     result = run(*argv, "--device", device, "--dry-run", "-o", tmp_path / "emulator")
     assert ("warning: making the emulator (compress) needs 1,000 GB, more than the memory" in result.stderr) == warns
 
@@ -332,16 +396,21 @@ def test_a_recipe_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path:
     train = {"batch_size": 4, "lora_rank": 5, "bf16": False}
     budget = tuning_need(shallow_model, 0.35, 12, rows_file, **train)
     tuning = ["--data", rows_file, "--batch-size", 4, "--lora-rank", 5, "--no-bf16", "--max-length", 12]
-    expected = plan(shallow_model, *tuning, "--memory", budget, "--kind", "low-rank")["ratio"]
-    assert expected < 0.4  # the budget decides it
+    found = plan(shallow_model, *tuning, *ALL, budget, "--kind", "low-rank")
+    expected = found["ratio"]
+    assert expected < 0.4 or found["workload"]["batch_size"] == 1  # the budget decides it
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        f"[model]\nbase = '{shallow_model}'\nmemory = '{budget}'\n[data]\ntrain = '{rows_file}'\n"
+        f"[model]\nbase = '{shallow_model}'\nmemory = '{budget}'\nheadroom = '0'\n[data]\ntrain = '{rows_file}'\n"
         "[compress]\nkind = 'low-rank'\n[train]\nbatch_size = 4\nlora_rank = 5\nbf16 = false\nmax_length = 12\n"
     )
     result = run("run", recipe, "--dry-run", "--json")
     assert result.exception is None, result.exception
-    assert f"ratio {expected}: tuning with 4 rows x 12 tokens" in result.stderr
+    assert f"emulator, then polish (low-rank at ratio {expected:g})" in result.stderr
+    emulator, adapter = (stage["request"]["settings"] for stage in json.loads(result.stdout)["stages"][:2])
+    assert emulator["ratio"] == expected
+    assert adapter["batch_size"] == found["workload"]["batch_size"]
+    assert adapter["batch_size"] * adapter["accumulation"] == 4
     smaller = ("--set", "model.memory=1MB", "--set", "train.batch_size=1")
     assert "No emulator's tuning fits 1 MB" in refused("run", recipe, "--dry-run", *smaller)
 

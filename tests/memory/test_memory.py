@@ -20,11 +20,11 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json
 from emloc_core.memory import stages as streamed
-from emloc_core.memory.budget import advice, largest_ratio, with_emulator
+from emloc_core.memory.budget import Budget, advice, largest_ratio
+from emloc_core.memory.decision import decide
 from emloc_core.memory.model import TERMS, MemoryModel
 from emloc_core.memory.model import _traced as traced_before
 from emloc_core.memory.plan import make_plan
-from emloc_core.memory.ways import exact_need
 from emloc_core.memory.workload import make_workload
 from emloc_core.model.overhead import overhead
 from emloc_core.settings import CompressSettings, TrainSettings
@@ -184,28 +184,35 @@ def test_what_the_base_needs_is_traced_once_for_all_kinds(tmp_path: Path, monkey
 
 
 def test_advice_is_computed(shallow_model: Path) -> None:
-    model = MemoryModel(shallow_model / "config.json", workload(4, 128, target_modules=["q_proj"], bf16=False))
-    smaller = model.with_workload(replace(model.workload, batch_size=2))
-    budget = smaller.tuning(smaller.plan(0.5)).total
-    lines = list(advice(model, budget))
-    assert "of ratio 0.01" in lines[0]
-    assert lines[1].startswith(f"2 x 128 tokens fits with ratio {largest_ratio(smaller, budget).ratio:g}")
-    assert lines[2].startswith("1 x 128 tokens fits with ratio 0.99")
-    assert "4 bits" in lines[3]
-    one = model.with_workload(replace(model.workload, batch_size=1))
-    shorter = model.with_workload(replace(model.workload, batch_size=1, length=64))
-    assert list(advice(one, shorter.tuning(shorter.plan(0.5)).total))[1].startswith("1 x 64 tokens fits")
-    hopeless = list(advice(one, 1000))
-    assert "no batch size or length fits" in hopeless[1]
-    assert "does not fit" in hopeless[2]
+    model = MemoryModel(shallow_model / "config.json", workload(1, 128, target_modules=["q_proj"], bf16=False))
+    shorter = model.with_workload(replace(model.workload, length=64))
+    budget = shorter.tuning(shorter.plan(0.5)).total
+    smallest, fits = advice(model, budget)
+    assert "smallest emulator (low-rank at 0.01) on 1 x 128 tokens" in smallest
+    assert fits.startswith(f"1 x 64 tokens fits at {largest_ratio(shorter, budget).ratio:g} (")
+    assert "no length fits: even 1 x 64" in list(advice(model, 1000))[1]
 
 
 def test_advice_names_no_ratio_where_a_kind_has_none(shallow_model: Path) -> None:
-    model = MemoryModel(shallow_model / "config.json", workload(2, 64), CompressSettings(kind="2.7-bit"))
-    smaller = model.with_workload(replace(model.workload, batch_size=1))
-    smallest, half, *_ = advice(model, smaller.tuning(smaller.plan(0.5)).total)
-    assert smallest.startswith("tuning the smallest emulator needs")
+    model = MemoryModel(shallow_model / "config.json", workload(1, 128), CompressSettings(kind="2.7-bit"))
+    shorter = model.with_workload(replace(model.workload, length=64))
+    smallest, half = advice(model, shorter.tuning(shorter.plan(0.5)).total)
+    assert smallest.startswith("tuning the smallest emulator (2.7-bit) on 1 x 128")
     assert half.startswith("1 x 64 tokens fits (")
+
+
+def test_headroom_is_a_share_with_a_limit_or_what_the_user_says() -> None:
+    assert Budget.parse("10GB") == Budget(10**10, 5 * 10**8)
+    assert Budget.parse("80GiB").headroom == 1 << 30
+    assert Budget.parse("10GB", "8%").usable == 92 * 10**8
+    assert Budget.parse("10GB", "2GB").usable == 8 * 10**9
+    assert Budget.parse("10GB", "0").usable == 10**10
+    with pytest.raises(EmlocError, match="leaves nothing"):
+        Budget.parse("10GB", "10GB")
+    with pytest.raises(EmlocError, match="not a memory size"):
+        Budget.parse("10GB", "a bit")
+    with pytest.raises(EmlocError, match="memory, which is not given"):
+        Budget.named(None, "8%")
 
 
 def test_the_headline_of_the_paper() -> None:
@@ -306,7 +313,7 @@ def test_rows_with_images_wait_with_them(tmp_path: Path) -> None:
 
 def test_boundaries_of_exact_steps_leave_a_gpu_that_has_no_room_for_them(shallow_model: Path) -> None:
     cpu, gpu = (
-        exact_need(MemoryModel(shallow_model / "config.json", workload(device=device), CompressSettings()), rows=4)
+        streamed.exact(MemoryModel(shallow_model / "config.json", workload(device=device)), rows=4).total
         for device in ("cpu", "cuda")
     )
     boundaries = 4 * 32 * 32 * 4  # before the one block: 32 numbers of 32 tokens
@@ -317,18 +324,17 @@ def test_boundaries_of_exact_steps_leave_a_gpu_that_has_no_room_for_them(shallow
 @pytest.mark.parametrize(("images", "kind"), [(0, "1.6-bit+repair"), (1, "low-rank-nf4")])
 def test_the_recommended_kind_below_four_bits(images: int, kind: str, tmp_path: Path) -> None:
     file = write_config(tmp_path / "seeing", INTERNVL, **PICTURED[0][1])
-    load = workload(length=40, images=images)
+    load = workload(batch=1, length=40, images=images)
     rounded = MemoryModel(file, load, CompressSettings(kind="nf4"))
     budget = rounded.tuning(rounded.plan(0.5)).total
-    auto = CompressSettings(kind="auto")
-    assert with_emulator(file, load, auto, budget).kind.name == "nf4"
-    assert with_emulator(file, load, auto, budget - 1).kind.name == kind
+    assert decide(file, load, Budget(budget)).emulator.kind == "nf4"
+    assert decide(file, load, Budget(budget - 1)).emulator.kind == kind
 
 
 @pytest.mark.parametrize("kind", ["low-rank", "nf4", "1.6-bit+repair", "2.7-bit", "low-rank-nf4"])
 def test_every_term_has_a_column(kind: str, shallow_model: Path) -> None:
-    model = MemoryModel(shallow_model / "config.json", workload(), CompressSettings(kind=kind))
-    for need in make_plan("small", model, budget=10**12).needs:
+    decision = decide(shallow_model / "config.json", workload(), Budget(10**12), CompressSettings(kind=kind))
+    for need in make_plan("small", decision).needs:
         assert need.terms.keys() <= set(TERMS)
 
 

@@ -109,7 +109,7 @@ def test_one_is_shown_at_a_time(own):
 
 def test_a_plan_is_that_of_the_memory_model(own, tmp_path):
     budget = 635_600_000
-    how = ["--registry", own, "--memory", budget, "--kind", "low-rank", "--json"]
+    how = ["--registry", own, "--memory", budget, "--headroom", 0, "--kind", "low-rank", "--json"]
     (planned,) = json.loads(run("plan", "zoo-test/one", *how))["models"]
     (tmp_path / "config.json").write_text(json.dumps(read_entry(own / "one.toml").config))
     train = TrainSettings(batch_size=1)
@@ -137,7 +137,8 @@ def test_a_table_says_where_nothing_fits_and_where_no_emulator_is_needed(own):
     assert row.split()[-4:] == ["-", "-", "-", "-"]
     assert "no emulator's tuning fits" in table
     table = run("plan", "zoo-test/one", "--registry", own, "--memory", "24GiB")
-    assert "EMLoC in 24GiB" in table
+    assert "EMLoC in 24.7 GB" in table
+    assert "Of 25.8 GB, of which 1.07 GB stay free." in table
     assert "nf4*" in table
     assert "a LoRA on the model itself fits too" in table
 

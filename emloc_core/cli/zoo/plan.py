@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from emloc_core.cli.console import as_json, print_json, progress
+from emloc_core.cli.options import headroom
 from emloc_core.cli.zoo.entries import more_entries, print_table
 from emloc_core.settings import AUTO
-from emloc_core.units import human_bytes, parse_bytes
+from emloc_core.units import human_bytes
 
 if TYPE_CHECKING:
+    from emloc_core.memory.budget import Budget
     from emloc_core.registry.fit import EntryFit
 
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 @click.argument("pattern", default="*")
 @click.option("--memory", metavar="SIZE", help="Memory for tuning, such as 24GiB or 24GB.  [default: what inference on "
               "each model needs]")  # fmt: skip
+@headroom
 @click.option("--preset", default="default", show_default=True,
               help="Preset of the entries: LoRA, batch size and length.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), help="Rows per step.  [default: the preset's]")
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 def command(
     pattern: str,
     memory: str | None,
+    headroom: str | None,
     preset: str,
     batch_size: int | None,
     length: int | None,
@@ -45,9 +49,10 @@ def command(
     For each model: inference on the base, a LoRA on the base, and a LoRA on its emulator (EMLoC). Takes seconds per
     model, without network or weights; `emloc plan ID` shows more about one. PATTERN is as for `emloc zoo list`.
     """
-    budget = parse_bytes(memory) if memory is not None else None
-
     from emloc_core.errors import EmlocError
+    from emloc_core.memory.budget import Budget
+
+    budget = Budget.named(memory, headroom, device)
     from emloc_core.registry.fit import EntryFit, fit
     from emloc_core.registry.registry import find, load_entries
 
@@ -65,15 +70,16 @@ def command(
             planned.append(found)
         advance("", len(entries), len(entries))
     if as_json:
-        print_json({"memory": budget, "preset": preset, "device": device, "models": [p.to_dict() for p in planned]})
+        sizes = {"memory": budget and budget.memory, "headroom": budget and budget.headroom}
+        print_json({**sizes, "preset": preset, "device": device, "models": [p.to_dict() for p in planned]})
     else:
-        _show(planned, memory)
+        _show(planned, budget)
     if failed := [each for each in planned if each.error]:
         raise EmlocError(f"{len(failed)} of {len(planned)} models could not be planned.", "Each says why.")
 
 
-def _show(planned: "list[EntryFit]", memory: str | None) -> None:
-    allowed = f"in {memory}" if memory else "in inference's memory"
+def _show(planned: "list[EntryFit]", budget: "Budget | None") -> None:
+    allowed = f"in {human_bytes(budget.usable)}" if budget else "in inference's memory"
     print_table(
         {"model": "left", "parameters": "right", "rows x tokens": "right", "inference": "right", "LoRA": "right",
          f"EMLoC {allowed}": "right", "kind": "left", "ratio": "right", "emulator": "right"},
@@ -82,6 +88,8 @@ def _show(planned: "list[EntryFit]", memory: str | None) -> None:
     for each in planned:
         if each.error:
             click.echo(f"{each.id}: {each.error}")
+    if budget:
+        click.echo(f"Of {budget}.")
     if any(each.kind is None and not each.error for each in planned):
         click.echo("-: no emulator's tuning fits; `emloc plan ID --memory SIZE` says what would.")
     if any(_fits_itself(each) for each in planned):
@@ -105,7 +113,7 @@ def _row(planned: "EntryFit") -> list[str]:
 
 
 def _fits_itself(planned: "EntryFit") -> bool:
-    return planned.lora is not None and planned.budget is not None and planned.lora <= planned.budget
+    return planned.way == "LoRA on the base"
 
 
 def _size(value: int | None) -> str:

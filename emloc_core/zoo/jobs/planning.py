@@ -69,7 +69,6 @@ def needs(job: Job) -> Needs:
     """
     from emloc_core.memory import stages as streamed
     from emloc_core.memory.model import MemoryModel
-    from emloc_core.memory.ways import exact_need
     from emloc_core.memory.workload import make_workload
     from emloc_core.settings import TrainSettings
 
@@ -90,7 +89,7 @@ def needs(job: Job) -> Needs:
         loras = 1 + compared
         if job.polish:
             rows = job.polish.batch_size * job.polish.accumulation
-            peaks.append(exact_need(model, rows))
+            peaks.append(streamed.exact(model, rows).total)
             loras += 1 + 2 * compared
         disk += loras * 4 * model.adapter_parameters() * (2 + 2 * 3) + _SIDE_FILES
         if job.merge:

@@ -174,6 +174,7 @@ def _from_entry(entry: Entry, defaults: Defaults) -> Job:
     tasks = [entry.path(task) for task in own.tasks] if own else []
     for task in tasks:
         require_data_alone(task, entry.file.parent)
+    compress, train = resolve_preset(entry, name, given=defaults.compress)
     where = entry.model if entry.checkpoint or not entry.revision else f"{entry.id}@{entry.revision}"
     return Job(
         name=slug(entry.id),
@@ -183,8 +184,8 @@ def _from_entry(entry: Entry, defaults: Defaults) -> Job:
         split="train" if own else defaults.split,
         calibration=str(entry.path(own.calibration)) if own and own.calibration else None,
         test=[str(entry.path(test)) for test in own.test] if own else [],
-        compress=resolve_preset(entry, name, given=defaults.compress),
-        train=entry.preset(name).train if own else None,
+        compress=compress,
+        train=train if own else None,
         merge=defaults.merge and own is not None,
         eval=EvalSection(tasks=list(map(str, tasks))) if tasks else None,
         threads=defaults.threads,

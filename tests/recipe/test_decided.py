@@ -1,4 +1,4 @@
-"""A recipe that gives a memory and no kind tries what evidence cannot decide between."""
+"""What is decided for a recipe that names a memory; and that it tries what evidence cannot decide between."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,10 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
 from emloc_core.files.output import MANIFEST
 from emloc_core.kinds.levels import SixLevels
-from emloc_core.memory.budget import recommended
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import make_workload
+from emloc_core.recipe.decided import decided
 from emloc_core.recipe.recipe import Recipe, load_recipe
-from emloc_core.recipe.recommended import with_alternative
 from emloc_core.recipe.stages import stages
 from emloc_core.settings import CompressSettings, TrainSettings
 
@@ -22,6 +21,7 @@ output = "run"
 [model]
 base = "{base}"
 memory = "{memory}"
+headroom = "0"
 [data]
 train = "{rows}"
 [compress]
@@ -29,16 +29,16 @@ samples = 8
 selection = 6
 [train]
 steps = 2
-batch_size = 2
+batch_size = 1
 bf16 = false
 learning_rate = 1e-2
 """
 
 
-def need(base: Path, rows: Path, kind: str | None, ratio: float) -> int:
+def need(base: Path, rows: Path, kind: str | None, ratio: float, **other: str) -> int:
     """Return the bytes that tuning an emulator, or the base itself, takes on the rows of the recipe."""
     config = base / "config.json"
-    train = TrainSettings(steps=2, batch_size=2, bf16=False, learning_rate=1e-2)
+    train = TrainSettings(steps=2, batch_size=1, bf16=False, learning_rate=1e-2, **other)
     model = MemoryModel(config, make_workload(config, train, data=str(rows)), CompressSettings(kind=kind or "nf4"))
     return model.tuning(model.plan(ratio) if kind else None).total
 
@@ -47,8 +47,8 @@ def need(base: Path, rows: Path, kind: str | None, ratio: float) -> int:
 def write(tmp_path, shallow_model, rows_file):
     """Write the recipe for the memory that an emulator takes, and return it as it is read."""
 
-    def write(kind: str | None = "2.7-bit", ratio: float = 0.5, overrides=()) -> Recipe:
-        memory = need(shallow_model, rows_file, kind, ratio)
+    def write(kind: str | None = "2.7-bit", ratio: float = 0.5, overrides=(), **other) -> Recipe:
+        memory = need(shallow_model, rows_file, kind, ratio, **other)
         path = tmp_path / "recipe.toml"
         path.write_text(RECIPE.format(base=shallow_model, rows=rows_file, memory=memory))
         return load_recipe(path, overrides)
@@ -58,39 +58,82 @@ def write(tmp_path, shallow_model, rows_file):
 
 @pytest.mark.usefixtures("calls_here")
 def test_the_second_best_is_tried_where_evidence_is_divided(write, capsys):
-    recipe = with_alternative(write())
+    recipe = decided(write())
     assert [stage.name for stage in stages(recipe)] == [
         "emulator", "adapter", "corrected", "emulator_2.7-bit", "adapter_2.7-bit", "corrected_2.7-bit", "merged",
     ]  # fmt: skip
     assert recipe.alternatives == {"2.7-bit": CompressSettings(kind="2.7-bit", samples=8)}
+    assert (recipe.way, recipe.model.memory, recipe.compress.kind) == ("emulator", None, "1.6-bit+repair")
     assert capsys.readouterr().err.endswith(
         "Evidence is divided between 1.6-bit+repair and 2.7-bit: both are tried. To make one, set compress.kind = "
         "'1.6-bit+repair'.\n"
     )
-    assert Recipe(**recipe.model_dump(exclude_unset=True)) == with_alternative(recipe) == recipe
-    assert with_alternative(write(overrides=["compress.kind='auto'"])).alternatives == recipe.alternatives
+    assert Recipe(**recipe.model_dump(exclude_unset=True)) == decided(recipe) == recipe
+    assert decided(write(overrides=["compress.kind='auto'"])).alternatives == recipe.alternatives
 
 
 @pytest.mark.usefixtures("calls_here")
 @pytest.mark.parametrize(
-    ("kind", "ratio", "kinds"),
+    ("kind", "ratio"),
     [
-        (None, 0.5, []),  # an ordinary LoRA fits
-        ("nf4", 0.5, ["nf4"]),
-        ("1.6-bit+repair", 0.25, ["1.6-bit+repair"]),  # six levels are a little larger
-        ("low-rank-nf4", 0.2, ["low-rank-nf4"]),
+        ("nf4", 0.5),
+        ("1.6-bit+repair", 0.25),  # six levels are a little larger
+        ("low-rank-nf4", 0.2),
     ],
 )
-def test_one_emulator_is_made_where_evidence_names_no_other_that_fits(write, kind, ratio, kinds):
-    recipe = write(kind, ratio)
-    assert recommended(stages(recipe)[0].request) == kinds
-    assert with_alternative(recipe) == recipe
+def test_one_emulator_is_made_where_evidence_names_no_other_that_fits(write, kind, ratio):
+    recipe = decided(write(kind, ratio))
+    assert (recipe.way, recipe.compress.kind, recipe.alternatives) == ("emulator", kind, {})
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_an_ordinary_lora_is_trained_where_it_fits(emloc, write, tmp_path, capsys):
+    recipe = decided(write(None))
+    assert [stage.name for stage in stages(recipe)] == ["adapter", "merged"]
+    assert stages(recipe)[0].request.model == recipe.model.base
+    assert "so: train an ordinary LoRA on the model" in capsys.readouterr().err
+    code, out, err = emloc("run", tmp_path / "recipe.toml", "--dry-run", "--json")
+    assert code == 0, err
+    assert (json.loads(out)["way"], "emulator_bytes" in json.loads(out)) == ("lora", False)
+    code, out, err = emloc("run", tmp_path / "recipe.toml", "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["stages"]) == {"adapter", "merged"}
+    assert json.loads(out)["final"] == "merged"
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_exact_steps_alone_are_a_way_too(emloc, write, tmp_path):
+    write(None)
+    code, out, err = emloc("run", tmp_path / "recipe.toml", "--set", "way=exact", "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["stages"]) == {"adapter", "merged"}
+    request = read_json(tmp_path / "run" / "adapter" / MANIFEST)["request"]
+    assert request["exact"] is True
+    code, _, err = emloc("run", tmp_path / "recipe.toml", "--set", "way=exact", "--set", "polish.steps=2")
+    assert code != 0
+    assert "polish follows an emulator's LoRA" in err
+
+
+@pytest.mark.usefixtures("calls_here")
+@pytest.mark.parametrize("override", ["compress.kind='nf4'", "compress.refine=1", "way=emulator"])
+def test_whoever_says_how_the_emulator_is_made_gets_one_even_where_none_is_needed(write, override):
+    assert decided(write(None, overrides=[override])).way == "emulator"
 
 
 @pytest.mark.usefixtures("calls_here")
 def test_an_alternative_that_cannot_be_used_here_is_not_tried(write, monkeypatch):
     monkeypatch.setattr(SixLevels, "is_usable", lambda _: False)
-    assert recommended(stages(write())[0].request) == ["1.6-bit+repair"]
+    recipe = decided(write())
+    assert (recipe.compress.kind, recipe.alternatives) == ("1.6-bit+repair", {})
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_every_emulator_of_a_recipe_gets_the_largest_ratio_that_fits(write):
+    recipe = decided(write("low-rank", 0.5, ["compress.kind='low-rank'", "alternatives.own.kind='low-rank-nf4'"]))
+    assert 0.5 <= recipe.compress.ratio < 0.6
+    assert recipe.alternatives["own"].ratio > recipe.compress.ratio
+    with pytest.raises(EmlocError, match="The emulator emulator_own cannot be tuned"):
+        decided(write("low-rank-nf4", 0.1, ["compress.kind='low-rank-nf4'", "alternatives.own.kind='low-rank'"]))
 
 
 @pytest.mark.usefixtures("calls_here")
@@ -108,22 +151,24 @@ def test_what_is_wrong_with_an_alternative_names_it_and_the_way_without(emloc, w
     assert not (tmp_path / "run" / "emulator").exists()
 
 
+@pytest.mark.usefixtures("calls_here")
 @pytest.mark.parametrize(
     "override",
     [
         "compress.kind='1.6-bit+repair'",
         "compress.refine=1",
-        "compress.allocator='global'",
         "correct.clamp=3",
-        "alternatives.own.kind='nf4'",
         "alternatives={}",
-        "train.objective='dpo'",
     ],
 )
-def test_whoever_says_how_the_emulator_is_made_gets_it_alone(write, monkeypatch, override):
-    monkeypatch.setattr("emloc_core.recipe.recommended.call", None)  # so that nothing is planned
-    recipe = write(overrides=[override])
-    assert with_alternative(recipe) == recipe
+def test_whoever_says_how_the_emulator_is_made_gets_it_alone(write, override):
+    assert decided(write(overrides=[override])).alternatives == {}
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_what_is_learned_from_preferences_is_not_compared(write):
+    recipe = decided(write(overrides=["train.objective='dpo'"], objective="dpo"))
+    assert (recipe.way, recipe.compress.kind, recipe.alternatives) == ("emulator", "1.6-bit+repair", {})
 
 
 @pytest.mark.usefixtures("calls_here")

@@ -1,0 +1,105 @@
+"""Shared by the commands that run recipes: which stage starts, what there is to do, and the results."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from emloc_core.cli.console import print_json
+from emloc_core.cli.verbosity import Verbosity, verbosity
+from emloc_core.errors import printable
+from emloc_core.files.meter import peak_memory
+from emloc_core.units import human_bytes
+
+if TYPE_CHECKING:
+    from emloc_core.recipe.recipe import Recipe
+    from emloc_core.recipe.stages import Stage
+
+
+def announce_stage(index: int, total: int, stage: "Stage") -> None:
+    """Print on stderr which stage starts."""
+    click.secho(f"[{index + 1}/{total}] {stage.purpose}: {stage.request.stage}", bold=True, err=True)
+
+
+def reporting() -> dict[str, Any]:
+    """Return how a run reports its stages, as keywords: on stderr, or not at all where it is to be quiet."""
+    if verbosity() is Verbosity.QUIET:
+        return {"progress": lambda _: None}
+    return {"announce": announce_stage}
+
+
+def show(results: dict, directory: Path, as_json: bool = False) -> None:
+    """Print the table of results and its conclusion; as JSON, all results; where it is to be quiet, the directory."""
+    from emloc_core.report import table as report
+
+    if as_json:
+        print_json(results)
+        return
+    if verbosity() is Verbosity.QUIET:
+        click.echo(directory)
+        return
+
+    if "systems" in results:
+        report.print_table(results["systems"], results["metrics"])
+        click.echo(report.conclusion(results))
+    peaks = [f"{name} {human_bytes(peak_memory(timing) or 0)}" for name, timing in results["stages"].items()]
+    for number, each in enumerate(results.get("answers", []), 1):
+        click.echo(f"held-out row {number}: {_short(each['prompt'])}")
+        for name in ("before", "after", "expected"):
+            click.echo(f"  {name:<8} {_short(each[name])}")
+    click.echo(f"peak memory of each stage: {', '.join(peaks)}")
+    click.echo(f"{directory / 'results.json'}  {directory / 'figure.png'}")
+    if "selection_losses" in results:
+        kinds = results["kinds"]
+        told = ", ".join(f"{name} ({kinds[name]}) {loss:.4f}" for name, loss in results["selection_losses"].items())
+        click.echo(f"loss of the base on the selection rows: {told}; kept: {results['kept']}")
+    click.echo(f"Next: {shlex.join(['emloc', 'chat', str(directory / results['final'])])}")
+
+
+def _short(text: str, most: int = 100) -> str:
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+def show_plan(recipe: "Recipe", as_json: bool) -> None:
+    """Print the stages of a recipe, what exists of them, and sizes."""
+    from emloc_core.recipe.run import describe, describe_train
+    from emloc_core.recipe.stages import stages, tried
+
+    planned = stages(recipe)
+    found = [describe(recipe, attempt) for attempt in tried(recipe)]
+    content: dict[str, Any] = {
+        "way": recipe.way or "emulator",
+        "stages": [{"name": s.name, "state": s.state, "request": json.loads(s.request.to_json())} for s in planned],
+    }
+    if found:
+        content |= {name: found[0][name] for name in ("base_bytes", "emulator_bytes")}
+        content["rows"] = _rows(found[0])
+    else:
+        tuned = describe_train(planned[0])
+        content |= {"base_bytes": tuned["model_bytes"], "rows": {"tuning": tuned["rows"]}}
+    content["merged_bytes"] = content["base_bytes"] if recipe.merge else 0
+    if others := found[1:]:
+        content["alternatives"] = {
+            name: {"emulator_bytes": each["emulator_bytes"], "rows": _rows(each)}
+            for name, each in zip(recipe.alternatives, others, strict=True)
+        }
+    if as_json:
+        print_json(content)
+        return
+    width = max(len(stage.name) for stage in planned)
+    for stage in planned:
+        click.echo(f"{stage.name:<{width}} {stage.state:<12} {stage.request.stage}: {stage.purpose}")
+    sizes = [f"base {human_bytes(content['base_bytes'])}"]
+    if found:
+        emulators = ", ".join(human_bytes(each["emulator_bytes"]) for each in found)
+        sizes.append(f"emulator{'s' if others else ''} {emulators}")
+    sizes.append(f"merged {human_bytes(content['merged_bytes'])}")
+    rows = ", ".join(f"{count} {purpose}" for purpose, count in content["rows"].items())
+    click.echo(f"{', '.join(sizes)}; rows: {rows}")
+
+
+def _rows(described: dict[str, Any]) -> dict[str, int]:
+    return {purpose: described[f"{purpose}_rows"] for purpose in ("calibration", "selection", "tuning")}

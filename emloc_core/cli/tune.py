@@ -1,0 +1,66 @@
+"""``emloc tune``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from emloc_core.cli.console import as_json, dry_run
+from emloc_core.cli.options import TRAIN_FLAGS, data, given, headroom, options, split
+from emloc_core.cli.recipes import reporting, show, show_plan
+from emloc_core.cli.verbosity import Verbosity, verbosity, verbosity_options
+from emloc_core.errors import EmlocError
+from emloc_core.settings import FREE, TrainSettings
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command("tune")
+@click.argument("model")
+@data(required=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory for all outputs.")
+@click.option("--memory", metavar="SIZE", default=FREE, help="Memory to tune in, such as 24GiB.  [default: what is "
+              "free of the GPU, or of the machine's memory without one]")  # fmt: skip
+@headroom
+@click.option("--merge", is_flag=True, help="Write the merged model too.")
+@split
+@options(TrainSettings, TRAIN_FLAGS, skip=["extra"])
+@verbosity_options
+@dry_run
+@as_json
+def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
+    """Tune MODEL, a directory or hub id, on your rows in the memory that there is.
+
+    It plans, says what it will do and why, and does it: an ordinary LoRA if that fits, otherwise the best emulator, a
+    LoRA on that, the correction, and exact steps where they pay. OUTPUT gets all of it, with a report page and the
+    answers to five held-out rows before and after; and recipe.toml, which you can edit and run with emloc run. Run the
+    same command again to resume.
+    """
+    from emloc_core.recipe.tune import Tune
+
+    settings, others = given(TrainSettings, values)
+    asked = Tune(output=output, settings=_settings(settings), **others)
+    recipe = asked.started()
+    if recipe:
+        click.echo(f"{output / 'recipe.toml'} is there: going on with it.", err=True)
+    if dry_run:
+        recipe, told = (recipe, []) if recipe else asked.plan()
+        for line in told:
+            click.echo(line, err=as_json)
+        show_plan(recipe, as_json)
+        return
+    loud = verbosity() is not Verbosity.QUIET
+    results = asked.run(tell=lambda line: click.echo(line, err=True) if loud else None, **reporting())
+    show(results, output, as_json)
+
+
+def _settings(values: dict[str, Any]) -> TrainSettings:
+    from pydantic import ValidationError
+
+    from emloc_core.settings import explain
+
+    try:
+        return TrainSettings(**values)
+    except ValidationError as error:
+        raise EmlocError(explain(error, TrainSettings), "See `emloc tune --help`.") from None

@@ -1,0 +1,250 @@
+"""The decision how to tune a model in a memory: ``plan`` shows it, and every other command carries it out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+
+from emloc_core.errors import EmlocError
+from emloc_core.memory.budget import Budget, advice, largest_ratio
+from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.speed import Speed
+from emloc_core.memory.ways import EMULATOR, EXACT, ORDINARY, POLISHED, Way, ways
+from emloc_core.memory.workload import Workload, make_workload
+from emloc_core.requests import CompressRequest
+from emloc_core.settings import AUTO, CompressSettings, TrainSettings
+from emloc_core.units import human_bytes
+
+_STEPS = {
+    ORDINARY: "train an ordinary LoRA on the model",
+    EMULATOR: "make the emulator, train a LoRA on it, and correct it for the model",
+    POLISHED: "make the emulator, train a LoRA on it, correct it for the model, and take a few exact steps on that",
+    EXACT: "train a LoRA by exact steps, which read the model block by block",
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How to tune a model in a memory.
+
+    Attributes:
+        budget: the memory.
+        base: the model's memory, with the rows of a step as they were asked for.
+        ways: the ways to tune on these rows, in order of preference; an emulator of a kind that was named comes first.
+    """
+
+    budget: Budget
+    base: MemoryModel
+    ways: Sequence[Way]
+
+    @property
+    def way(self) -> Way | None:
+        """The way to tune: the first that fits; None where none does."""
+        return next((way for way in self.ways if way.fits), None)
+
+    @property
+    def emulator(self) -> Way | None:
+        """The best way with an emulator that fits, whether one is needed or not."""
+        return next((way for way in self.ways if way.kind and way.fits), None)
+
+    @property
+    def alternative(self) -> Way | None:
+        """The emulator of a kind that gave the base more on some task than the best one, if it fits too."""
+        best = self.emulator
+        return self.like(best, CompressSettings(kind=best.alternative)) if best and best.alternative else None
+
+    def like(self, way: Way, settings: CompressSettings) -> Way | None:
+        """Return a way with the largest emulator that other settings make, on as many rows at once; None if none fits.
+
+        Args:
+            way: one with an emulator, whose kind is taken where the settings leave it open.
+            settings: of stage 1.
+        """
+        kind = settings.kind if settings.kind != AUTO else way.kind
+        model = MemoryModel(way.model.config_file, way.model.workload, settings.model_copy(update={"kind": kind}))
+        fit = largest_ratio(model, self.budget.usable) if model.kind.is_usable() else None
+        if fit is None:
+            return None
+        ratio = fit.ratio if model.kind.has_factors else None
+        return replace(way, model=model, bytes=fit.need.total, kind=kind, ratio=ratio)
+
+    def of(self, key: str | None) -> Way:
+        """Return the best way of this key that fits; of any, by default.
+
+        Raises:
+            EmlocError: none fits; the message says what would.
+        """
+        if key is None:
+            return self.require()
+        found = [way for way in self.ways if way.key == key]
+        fitting = next((way for way in found if way.fits), None)
+        if fitting is None and key == "emulator":
+            return self.require_emulator()
+        if fitting is None:
+            needed = f"{found[0]} needs {human_bytes(found[0].bytes)}" if found else f"there is no way {key!r}"
+            raise EmlocError(
+                f"{needed}, and {self.budget} are given.", "Leave the way open, or give more memory.", code="memory"
+            )
+        return fitting
+
+    def told(self, chosen: Way) -> list[str]:
+        """Return in three lines what will be done, and why."""
+        return list(_told(self, chosen))
+
+    @property
+    def shown(self) -> Way:
+        """The way; where none fits, the emulator that was named, or else the way that needs least."""
+        first = self.ways[0]
+        return self.way or (first if first.kind else min(self.ways, key=lambda way: way.bytes))
+
+    def require(self) -> Way:
+        """Return the way.
+
+        Raises:
+            EmlocError: none fits; the message says what would.
+        """
+        if self.way is None:
+            raise no_way(self.budget, self.advice())
+        return self.way
+
+    def require_emulator(self) -> Way:
+        """Return the way with an emulator.
+
+        Raises:
+            EmlocError: none fits; the message says what would.
+        """
+        if self.emulator is None:
+            exact = "exact steps fit (emloc train MODEL --exact)" if self.way and self.way.name == EXACT else ""
+            advised = "; ".join(filter(None, [exact, *self.advice()]))
+            raise EmlocError(f"No emulator's tuning fits {self.budget}: {advised}.", code="memory")
+        return self.emulator
+
+    def advice(self) -> list[str]:
+        """Return what would fit where no emulator does."""
+        smallest = [way for way in self.ways if way.kind][-1]
+        return list(advice(smallest.model, self.budget.usable))
+
+
+def decide(
+    config: Path,
+    workload: Workload,
+    budget: Budget | None = None,
+    settings: CompressSettings | None = None,
+    speed: Speed | None = None,
+) -> Decision:
+    """Decide how to tune a model: the way, the kind of emulator and its ratio, and how many rows at once.
+
+    Args:
+        config: the model's ``config.json``.
+        workload: the rows of an optimiser step, and how they are trained on.
+        budget: the memory; None: what inference on the base needs with as many rows.
+        settings: how an emulator is made. With the kind ``auto``, which is the default here, the recommended kinds are
+            compared; with a ratio, that one is planned instead of the largest that fits.
+        speed: that of the machine, for the time of a step.
+
+    Raises:
+        EmlocError: the model cannot be planned, or takes no such settings.
+    """
+    settings = settings or CompressSettings(kind=AUTO)
+    kinds = (settings.kind,) if settings.kind != AUTO else workload.recommended_kinds
+    if settings.kind == AUTO:
+        model = MemoryModel(config, workload, CompressSettings(kind=kinds[0]))
+        kinds = tuple(kind for kind in kinds if model.with_kind(kind).kind.is_usable())
+    else:
+        model = MemoryModel(config, workload, settings)
+    if settings.ratio is not None:
+        model.kind.check(settings)
+    budget = budget or Budget(model.inference().total, given=False)
+    found = ways(model, kinds, budget.usable, settings.ratio, speed)
+    if settings.kind != AUTO:
+        found.sort(key=lambda way: way.kind is None)
+    return Decision(budget, model, found)
+
+
+def no_way(budget: Budget, advised: Sequence[str]) -> EmlocError:
+    """Return the error for a memory that no way to tune fits."""
+    return EmlocError(f"No way to tune fits {budget}: {'; '.join(advised)}.", code="memory")
+
+
+def shaped(train: TrainSettings, way: Way) -> TrainSettings:
+    """Return settings of stage 2 with the micro-batch and the accumulation of a way."""
+    return train.model_copy(update={"batch_size": way.micro_batch, "accumulation": way.accumulation})
+
+
+def sized(settings: CompressSettings, way: Way) -> CompressSettings:
+    """Return settings of stage 1 with the kind and the ratio of a way."""
+    ratio = {} if way.ratio is None else {"ratio": way.ratio}
+    return settings.model_copy(update={"kind": way.kind, **ratio})
+
+
+def decision_for(request: CompressRequest) -> Decision:
+    """Decide how to tune the model of a request in its memory, by the longest row of its data.
+
+    Raises:
+        EmlocError: the model cannot be planned, or the request has no memory.
+    """
+    from emloc_core.files.checkpoint import open_checkpoint
+
+    assert request.memory is not None
+    budget = Budget.parse(request.memory, request.headroom, request.tuned_on)
+    config = open_checkpoint(request.model).directory / "config.json"
+    length = request.settings.max_length or request.tuning.max_length
+    rows = {"length": length, "data": request.data, "split": request.split, "columns": request.columns}
+    workload = make_workload(config, request.tuning, request.tuned_on, **rows)
+    return decide(config, workload, budget, _with_kind(request))
+
+
+def fitted(request: CompressRequest) -> CompressRequest:
+    """Return the request with the emulator that was decided on for its memory, and how that is tuned.
+
+    Raises:
+        EmlocError: no emulator's tuning fits (the message says what would fit), the model cannot be planned, or a kind
+            is to be chosen for no memory.
+    """
+    if request.memory is None:
+        if request.settings.kind == AUTO:
+            raise EmlocError(
+                "The kind 'auto' is chosen by the memory for tuning, which is not given.",
+                "Give --memory, such as 24GiB, or another --kind.",
+            )
+        return request
+    decision = decision_for(request)
+    way = decision.require_emulator()
+    length = way.model.workload.length
+    click.echo(f"{way} of {length} tokens: {human_bytes(way.bytes)}, of {decision.budget}", err=True)
+    if whole := next((each for each in decision.ways if each.name == ORDINARY and each.fits), None):
+        click.echo(
+            f"note: an ordinary LoRA on the model itself fits too ({human_bytes(whole.bytes)}): emloc train "
+            f"{request.model} --batch-size {whole.micro_batch} --accumulation {whole.accumulation}",
+            err=True,
+        )
+    if request.device != "cpu" and (warning := too_large_to_make(way, decision.budget)):
+        click.echo(f"warning: {warning}", err=True)
+    settings, tuning = sized(request.settings, way), shaped(request.tuning, way)
+    return request.model_copy(update={"memory": None, "headroom": None, "settings": settings, "tuning": tuning})
+
+
+def _told(decision: Decision, chosen: Way) -> Iterator[str]:
+    workload = decision.base.workload
+    yield f"memory: {decision.budget}; {workload.rows_per_step} rows of up to {workload.length} tokens per step"
+    before = decision.ways[: decision.ways.index(chosen)]
+    reasons = [f"{way.name}{f' ({way.kind})' if way.kind else ''} needs {human_bytes(way.bytes)}" for way in before]
+    why = f"; {', '.join(reasons)}" if reasons else ""
+    yield f"way: {chosen}: {human_bytes(chosen.bytes)}{why}"
+    yield f"so: {_STEPS[chosen.name]}"
+
+
+def _with_kind(request: CompressRequest) -> CompressSettings:
+    """Return the settings of a request for a memory: the kind is open where none is named."""
+    if "kind" in request.settings.model_fields_set or request.keep_spectra is not None:  # spectra are of factors
+        return request.settings
+    return request.settings.model_copy(update={"kind": AUTO})
+
+
+def too_large_to_make(way: Way, budget: Budget) -> str | None:
+    """Return a warning where stage 1 needs more than the memory for tuning; None where it does not."""
+    if way.compress_bytes <= budget.usable:
+        return None
+    where = ": run it with --device cpu, in the machine's memory" if way.model.workload.device == "cuda" else ""
+    return f"making the emulator (compress) needs {human_bytes(way.compress_bytes)}, more than the memory{where}"

@@ -1,0 +1,135 @@
+"""A recipe that names a memory, with what is decided for it: the way to tune, the emulator, the rows at once.
+
+Where evidence is divided between two kinds of emulator, both are tried.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from emloc_core.errors import EmlocError
+from emloc_core.precheck import precheck
+from emloc_core.process import call
+from emloc_core.recipe.recipe import SHARED, Recipe
+from emloc_core.recipe.stages import attempts, compress_request
+from emloc_core.requests import CompressRequest, request_from_json
+from emloc_core.settings import AUTO, CompressSettings, PolishSettings
+
+#: What may be set of an emulator whose kind is open: the rows, and nothing of how it is made from them. An alternative
+#: has the first ones of its own.
+_OWN = ("samples", "seed")
+_OF_ROWS = {"kind", *_OWN, *SHARED}
+
+
+def _echo(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish: bool = False) -> Recipe:
+    """Return the recipe with what is decided for its memory; as it is if it names none.
+
+    What the recipe says itself stays: an emulator that it describes is made even where an ordinary LoRA would fit.
+
+    Args:
+        recipe: its paths are absolute.
+        tell: called with each line that says what is decided, and why.
+        adds_polish: whether exact steps are added where they pay.
+
+    Raises:
+        EmlocError: the model cannot be planned, or nothing fits.
+    """
+    if recipe.model.memory is None:
+        return recipe
+    requests = [compress_request(recipe, attempt) for attempt in attempts(recipe)]
+    for request in requests:
+        precheck(request)
+    way = recipe.way or (None if _is_open(recipe) else "emulator")
+    asked = {"requests": [request.to_json() for request in requests], "way": way, "compare": _may_compare(recipe)}
+    (found,) = call(f"{__name__}:decision", asked)
+    for line in found["told"]:
+        tell(line)
+    changes: dict[str, Any] = {
+        "model": recipe.model.model_copy(update={"memory": None, "headroom": None}),
+        "way": found["way"],
+        "train": recipe.train.model_copy(update=found["rows"]),
+        "compress": recipe.compress.model_copy(update=found["emulator"]),
+    }
+    if adds_polish and found["polished"] and recipe.polish is None:
+        changes["polish"] = one_row_at_a_time(PolishSettings(batch_size=recipe.train.batch_size,
+                                                             accumulation=recipe.train.accumulation))  # fmt: skip
+    elif recipe.polish and "batch_size" not in recipe.polish.model_fields_set:
+        changes["polish"] = one_row_at_a_time(recipe.polish)
+    if other := found["alternative"]:
+        tell(
+            f"Evidence is divided between {found['emulator']['kind']} and {other['kind']}: both are tried. To make "
+            f"one, set compress.kind = {found['emulator']['kind']!r}."
+        )
+        given = recipe.compress.model_dump(include=set(_OWN), exclude_unset=True)
+        changes["alternatives"] = {other["kind"]: CompressSettings(**other, **given)}
+    elif recipe.makes_emulator:
+        sizes = zip(recipe.alternatives.items(), found["others"], strict=True)
+        changes["alternatives"] = {name: each.model_copy(update=size) for (name, each), size in sizes}
+    return recipe.model_copy(update=changes)
+
+
+def one_row_at_a_time(polish: PolishSettings) -> PolishSettings:
+    """Return settings of as many rows per step, as exact steps are planned: one at a time."""
+    return polish.model_copy(update={"batch_size": 1, "accumulation": polish.batch_size * polish.accumulation})
+
+
+def decision(requests: list[str], way: str | None, *, compare: bool) -> dict[str, Any]:
+    """Return what is decided for the emulators of a recipe; imports torch.
+
+    Args:
+        requests: what is asked of stage 1 for each, in JSON; the first decides on the way.
+        way: ``emulator``, ``lora`` or ``exact``, if the recipe says it.
+        compare: whether another emulator may be tried besides.
+
+    Returns:
+        The way; the rows of a step, as settings of stage 2; kind and ratio of the emulator, if there is one, of the
+        others, and of the one to try besides; and what to tell people.
+
+    Raises:
+        EmlocError: an emulator does not fit.
+    """
+    from emloc_core.memory.decision import decision_for
+
+    asked, *others = [request_from_json(request) for request in requests]
+    assert isinstance(asked, CompressRequest)
+    made = decision_for(asked)
+    chosen = made.of(way)
+    ways = [made.like(chosen, each.settings) for each in others if isinstance(each, CompressRequest)]
+    if chosen.kind and None in ways:
+        which = others[ways.index(None)].output.name
+        raise EmlocError(f"The emulator {which} cannot be tuned in {made.budget}.", "Leave it out.", code="memory")
+    other = made.alternative if chosen.kind and compare else None
+    return {
+        "way": chosen.key,
+        "rows": {"batch_size": chosen.micro_batch, "accumulation": chosen.accumulation},
+        "emulator": _emulator(chosen.kind, chosen.ratio),
+        "others": [_emulator(each.kind, each.ratio) for each in ways if each],
+        "alternative": other and _emulator(other.kind, other.ratio),
+        "polished": chosen.is_polished,
+        "told": made.told(chosen),
+    }
+
+
+def _emulator(kind: str | None, ratio: float | None) -> Mapping[str, Any]:
+    return {name: value for name, value in (("kind", kind), ("ratio", ratio)) if value is not None}
+
+
+def _is_open(recipe: Recipe) -> bool:
+    """Whether the recipe leaves open whether there is an emulator at all."""
+    kind = recipe.compress.kind == AUTO or "kind" not in recipe.compress.model_fields_set
+    return kind and recipe.compress.model_fields_set <= _OF_ROWS and not recipe.alternatives
+
+
+def _may_compare(recipe: Recipe) -> bool:
+    """Whether the recipe leaves open which emulators are tried, and could compare them."""
+    return (
+        _is_open(recipe)
+        and "alternatives" not in recipe.model_fields_set
+        and recipe.correct.clamp == "auto"
+        and not recipe.train.learns_preferences
+    )

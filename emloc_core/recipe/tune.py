@@ -1,0 +1,164 @@
+"""From a model and rows to a tuned model in one call: a recipe is written by the plan, and run.
+
+The directory holds the recipe, what was asked for, the rows that are held out, and the outputs of all stages. The same
+call resumes; ``emloc run DIRECTORY/recipe.toml`` runs the recipe as you have edited it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import Field
+
+from emloc_core.data.images import IMAGES
+from emloc_core.data.mixture import weights
+from emloc_core.data.rows import digest, load_rows, write_rows
+from emloc_core.data.sets import draw
+from emloc_core.errors import EmlocError
+from emloc_core.files.documents import read_json, write_json
+from emloc_core.recipe.decided import decided
+from emloc_core.recipe.page import write_page
+from emloc_core.recipe.recipe import AnswersSection, DataSection, ModelSection, Recipe, load_recipe
+from emloc_core.recipe.run import run_recipe
+from emloc_core.requests import COLUMNS, Rows
+from emloc_core.settings import FREE, Columns, Settings, TrainSettings
+
+RECIPE, ASKED, ROWS, HELD_OUT, PAGE = "recipe.toml", "tune.json", "rows.jsonl", "held_out.jsonl", "report.html"
+#: What is written before all that was asked for is.
+_FIRST = {ROWS, HELD_OUT, RECIPE, IMAGES}
+_USUAL: Mapping[str, str] = {}
+#: Rows that are never tuned on, and answered before and after.
+_ANSWERED = 5
+
+
+class Tune(Settings):
+    """What ``emloc tune`` is asked for.
+
+    ``memory`` may be ``free``: what is free of the device that this machine tunes on.
+    """
+
+    model: str = Field(description="Directory or hub id.")
+    data: Rows = Field(description="Rows of the task.")
+    output: Path = Field(description="Directory of all outputs.")
+    memory: str = Field(FREE, description="Memory to tune in.")
+    headroom: str | None = Field(None, description="How much of it stays free.")
+    split: str = Field("train", description="Split of a saved or hub dataset.")
+    columns: Columns = Field({}, description=COLUMNS)
+    merge: bool = Field(False, description="Write the merged model too.")
+    settings: TrainSettings = TrainSettings()
+
+    def run(
+        self,
+        tell: Callable[[str], None] = lambda _: None,
+        **reporting: Any,
+    ) -> dict[str, Any]:
+        """Plan and write the recipe, or go on with the one that is there; run it; return what :func:`run_recipe` does.
+
+        Args:
+            tell: called with each line that says what is decided, and why.
+            reporting: ``announce`` and ``progress``, see there.
+
+        Raises:
+            EmlocError: something else is in the directory, the model or the rows cannot be used, no way to tune fits,
+                or a stage failed; the message names it, and earlier stages are kept.
+        """
+        if self.started() is None:
+            recipe, told = self.plan()
+            for line in told:
+                tell(line)
+            self._write(recipe, told)
+        results = run_recipe(self.output / RECIPE, **reporting)
+        write_page(self.output, self.output / PAGE)
+        return results
+
+    def started(self) -> Recipe | None:
+        """Return the recipe that is there, as it may have been edited; None where nothing is.
+
+        Raises:
+            EmlocError: something else is there.
+        """
+        remedy = "Choose another output directory, or remove this one."
+        there = {path.name for path in self.output.iterdir()} if self.output.is_dir() else set()
+        if not self.output.exists() or (self.output.is_dir() and there <= _FIRST):  # killed before it had begun
+            return None
+        if not (self.output / ASKED).is_file():
+            raise EmlocError(f"{self.output} exists and was not written by `emloc tune`.", remedy, code="exists")
+        before, now = read_json(self.output / ASKED), self._asked()
+        differing = [f"{name} was {before.get(name)!r} and is now {now[name]!r}" for name in now
+                     if before.get(name) != now[name]]  # fmt: skip
+        if differing:
+            fix = f"{remedy} To change a setting, edit {self.output / RECIPE} and run `emloc run` on it."
+            raise EmlocError(f"{self.output} was made for something else: {'; '.join(differing)}.", fix, code="exists")
+        return load_recipe(self.output / RECIPE)
+
+    def plan(self) -> tuple[Recipe, list[str]]:
+        """Return the recipe with what is decided for the memory, and that in lines; nothing is written.
+
+        Raises:
+            EmlocError: see :meth:`run`.
+        """
+        load_rows(self.data, self.split, columns=self.columns)  # what is wrong with a row is said at once
+        told: list[str] = []
+        recipe = Recipe(
+            output=str(self.output.absolute()),
+            model=ModelSection(base=_place(self.model), memory=self.memory, headroom=self.headroom),
+            data=DataSection(train=self._sources(), split=self.split, columns=self.columns, test=[]),
+            train=self.settings,
+            merge=self.merge,
+            answers=AnswersSection(rows=HELD_OUT),
+        )
+        return decided(recipe, told.append, adds_polish=True), told
+
+    def _write(self, recipe: Recipe, told: Iterable[str]) -> None:
+        """Write the rows that are held out, the recipe, with paths relative to it, and at last what was asked for."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        rows = load_rows(self.data, self.split, columns=self.columns)
+        few = min(_ANSWERED, max(1, len({row.key for row in rows}) // 4))
+        write_rows(self.output / HELD_OUT, draw(rows, self.settings.seed, 0, few).selection)
+        content = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        content["output"], content["data"]["test"] = ".", [HELD_OUT]
+        comments = "".join(f"# {line}\n" for line in told)
+        head = f"# Written by `emloc tune`. Edit it, and run `emloc run` on it.\n{comments}\n"
+        (self.output / RECIPE).write_text(head + tomli_w.dumps(content), encoding="utf-8")
+        write_json(self.output / ASKED, self._asked())
+
+    def _sources(self) -> Any:
+        """Return the rows as a recipe names them."""
+        if (several := weights(self.data)) is not None:
+            return {_place(name): weight for name, weight in several.items()}
+        return _place(self.data)
+
+    def _asked(self) -> dict[str, Any]:
+        """Return what was asked for, in JSON values."""
+        own = self.model_dump(include={"memory", "headroom", "split", "columns", "merge"})
+        given = self.settings.model_dump(mode="json", exclude_unset=True)
+        return {"model": _place(self.model), "data": self._sources(), **own, "settings": given}
+
+
+def by_name(data: Rows, output: Path, split: str = "train", columns: Mapping[str, str] = _USUAL) -> Any:
+    """Return rows by the names of their files or data sets; those in memory are written to the output first.
+
+    Raises:
+        EmlocError: the rows cannot be read, or others were written there.
+    """
+    if isinstance(data, str | PathLike):
+        return fspath(data)
+    if weights(data) is not None:
+        return data
+    rows, file = load_rows(data, split, columns=columns), output / ROWS
+    if file.is_file():
+        if digest(load_rows(file)) != digest(rows):
+            raise EmlocError(
+                f"{file} holds other rows.", "Choose another output directory, or remove this one.", code="exists"
+            )
+        return str(file)
+    output.mkdir(parents=True, exist_ok=True)
+    write_rows(file, rows)
+    return str(file)
+
+
+def _place(name: str) -> str:
+    """Return a path that is there as an absolute one, and anything else as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name

@@ -1,0 +1,114 @@
+"""``emloc tune``: plans, writes a recipe, runs it, and answers held-out rows before and after."""
+
+import json
+
+import pytest
+
+import emloc_core as emloc_api
+from emloc_core.data.rows import load_rows
+from emloc_core.errors import EmlocError
+from emloc_core.files.documents import read_json
+from emloc_core.files.output import MANIFEST
+from emloc_core.memory.budget import Budget
+from emloc_core.memory.decision import decide
+from emloc_core.memory.workload import make_workload
+from emloc_core.recipe.recipe import load_recipe
+from emloc_core.settings import TrainSettings
+
+#: Settings of a tiny model's tuning.
+QUICK = {"steps": 2, "batch_size": 1, "bf16": False, "learning_rate": 1e-2}
+FLAGS = ("--steps", 2, "--batch-size", 1, "--no-bf16", "--lr", 1e-2)
+
+pytestmark = pytest.mark.usefixtures("calls_here")
+
+
+@pytest.fixture
+def tight(shallow_model, rows_file):
+    """A memory that an emulator needs, and an ordinary LoRA has no room in."""
+    config = shallow_model / "config.json"
+    workload = make_workload(config, TrainSettings(**QUICK), data=str(rows_file))
+    return str(next(way.bytes for way in decide(config, workload, Budget(2**40)).ways if way.kind == "nf4"))
+
+
+def test_an_ordinary_lora_where_it_fits(emloc, shallow_model, rows_file, tmp_path):
+    out = tmp_path / "tuned"
+    asked = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)
+    code, told, err = emloc(*asked, "--dry-run")
+    assert code == 0, err
+    assert told.splitlines()[0].startswith("memory: 4.29 GB, of which 215 MB stay free; 1 rows of up to 16 tokens")
+    assert "so: train an ordinary LoRA on the model" in told
+    assert not out.exists()
+    code, told, err = emloc(*asked)
+    assert code == 0, err
+    assert "so: train an ordinary LoRA on the model" in err
+    held_out, answers = load_rows(str(out / "held_out.jsonl")), read_json(out / "answers.json")["answers"]
+    assert [each["prompt"] for each in answers] == [row.prompt for row in held_out]
+    assert len(answers) == 5
+    assert all(set(each) == {"prompt", "expected", "before", "after"} for each in answers)
+    assert any(each["before"] != each["after"] for each in answers)
+    assert read_json(out / "adapter" / MANIFEST)["result"]["rows"] == len(load_rows(str(rows_file))) - 5
+    assert (out / "report.html").is_file()
+    assert not (out / "merged").exists()
+    assert f"emloc chat {out / 'adapter'}" in told
+
+
+def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
+    emloc, shallow_model, rows_file, tight, tmp_path
+):
+    out = tmp_path / "tuned"
+    asked = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", tight, "--headroom", 0, *FLAGS)
+    code, told, err = emloc(*asked, "--merge", "--json")
+    assert code == 0, err
+    assert set(json.loads(told)["stages"]) == {"emulator", "adapter", "corrected", "merged"}
+    recipe = load_recipe(out / "recipe.toml")
+    assert (recipe.way, recipe.compress.kind, recipe.model.memory) == ("emulator", "nf4", None)
+    assert "# so: make the emulator" in (out / "recipe.toml").read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/emloc.json")}
+    code, told, err = emloc(*asked, "--merge")
+    assert code == 0, err
+    assert "recipe.toml is there: going on with it" in err
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/emloc.json")} == before
+    code, _, err = emloc(*asked)
+    assert code != 0
+    assert "merge was True and is now False" in err
+    code, _, err = emloc("run", out / "recipe.toml", "--dry-run")
+    assert code == 0, err
+
+
+def test_rows_in_memory(shallow_model, tmp_path):
+    rows = [{"prompt": f"say {number}", "completion": f" {number}"} for number in range(40)]
+    asked = {"memory": "4GiB", **QUICK}
+    tuned = emloc_api.tune(shallow_model, rows, tmp_path / "tuned", **asked)
+    assert tuned.final.kind == "adapter"
+    assert tuned.final.load() is not None
+    assert emloc_api.tune(shallow_model, rows, tmp_path / "tuned", **asked).path == tuned.path
+    with pytest.raises(EmlocError, match="holds other rows"):
+        emloc_api.tune(shallow_model, rows[1:], tmp_path / "tuned", **asked)
+
+
+def test_a_run_that_was_killed_before_it_had_begun_begins_again(shallow_model, rows_file, tmp_path, monkeypatch):
+    asked = {"memory": "4GiB", **QUICK}
+    with monkeypatch.context() as killed:
+        killed.setattr("emloc_core.recipe.tune.write_json", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            emloc_api.tune(shallow_model, rows_file, tmp_path / "tuned", **asked)
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {"recipe.toml", "held_out.jsonl"}
+    assert emloc_api.tune(shallow_model, rows_file, tmp_path / "tuned", **asked).final.path.name == "adapter"
+
+
+def test_what_is_refused(emloc, shallow_model, rows_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc_core.recipe.decided.call", None)  # at once: nothing is planned
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    good = (shallow_model, "--data", rows_file, "-o", tmp_path / "out")
+    for said, arguments in {
+        "There is no file": (shallow_model, "--data", tmp_path / "none.jsonl", "-o", tmp_path / "out"),
+        "has no config.json": (tmp_path / "mine", "--data", rows_file, "-o", tmp_path / "out"),
+        "was not written by `emloc tune`": (shallow_model, "--data", rows_file, "-o", tmp_path / "mine"),
+        "Write the unit: 24GiB": (*good, "--memory", 24),
+        "give steps or epochs": (*good, "--steps", 1, "--epochs", 1),
+    }.items():
+        code, _, err = emloc("tune", *arguments)
+        assert code != 0
+        assert said in err
+    assert not (tmp_path / "out").exists()
