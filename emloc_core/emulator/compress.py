@@ -213,11 +213,11 @@ class Compress:
             if self.settings.calibration == "none":
                 pack_blocks(files, progress)
             elif self.settings.calibration == "propagated":
-                self._decomposition(plan, progress).propagate(files)
+                self._decomposition(plan, progress, staging).propagate(files)
             elif spectra and self.method.is_cut:
                 cut_blocks(spectra, files, progress)
             else:
-                self._decomposition(plan, progress).run(files)
+                self._decomposition(plan, progress, staging).run(files)
             self._write_rows(staging)
             known = {"family": self.family.name, "coverage": self.coverage.describe()}
             known |= {"tuning": self._tuning} if self._tuning else {}
@@ -242,8 +242,9 @@ class Compress:
                 output.result = {"family": self.family.name, **files.finish(plan, self._tokens)}
         return Spectra(output.path, factors=factors)
 
-    def _decomposition(self, plan: RankPlan, progress: Progress) -> Decomposition:
-        how = (self.kind.rounding(self.kind.factorize), progress, self.kind.name, self.kind, self.settings.refine)
+    def _decomposition(self, plan: RankPlan, progress: Progress, staging: Path) -> Decomposition:
+        rounding = self.kind.rounding(self.kind.factorize)
+        how = (rounding, progress, self.kind.name, self.kind, self.settings.refine, staging)
         return Decomposition(self.skeleton, self.family, plan, self.samples, *how)
 
     def _write_rows(self, staging: Path) -> None:

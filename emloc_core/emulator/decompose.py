@@ -5,8 +5,10 @@ store already holds, since later blocks need their outputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,14 +20,15 @@ from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.experts import ExpertStatistics
 from emloc_core.emulator.propagation import Pairs, emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
-from emloc_core.emulator.refine import refined
+from emloc_core.emulator.refine import Ends, errors, refined
 from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
-from emloc_core.emulator.shared_inputs import require_shared_inputs
+from emloc_core.emulator.shared_inputs import requiring_shared_inputs
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.kinds import Kind
+from emloc_core.kinds import Kind, Pair
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.lockstep import Forward
+from emloc_core.model.parking import Parking
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
@@ -55,6 +58,9 @@ class ReadableStore(Store, Protocol):
     def read(self, block: str) -> Pairs:
         """Return U and V of a block's Linears by module path, in the dtype that they were written in."""
 
+    def as_read(self, path: str, factors: Factors) -> Pair:
+        """Return U and V of a Linear as :meth:`read` will once they are written."""
+
 
 class Decomposition:
     """Factorises every planned Linear of a model.
@@ -69,6 +75,7 @@ class Decomposition:
         name: of the kind that ``factorize`` is of, for messages.
         kind: of the emulator.
         refine: passes over the rows in which a block's stand-ins are refined; see :mod:`emloc_core.emulator.refine`.
+        directory: for a file of what waiting rows hold beyond what they do at blocks; None: that stays in memory.
 
     Linears that no token reaches get no factors, since there is nothing to fit them to.
     """
@@ -84,12 +91,14 @@ class Decomposition:
         name: str = "low-rank",
         kind: Kind | None = None,
         refine: int = 0,
+        directory: Path | None = None,
     ) -> None:
         self.skeleton, self.family, self.plan, self.samples = skeleton, family, plan, samples
         self.factorize, self.progress, self.name = factorize, progress, name
         self.kind, self.refine = kind, refine
         self.blocks = block_paths(skeleton.model, family)
-        self.stream = Stream(skeleton, [tower.blocks for tower in family.towers])
+        parking = Parking.on(skeleton.device, skeleton.model.buffers(), directory)
+        self.stream = Stream(skeleton, [tower.blocks for tower in family.towers], parking)
 
     def run(self, store: Store, probes: int = 0) -> None:
         """Factorise on the base's own activations.
@@ -136,7 +145,6 @@ class Decomposition:
             yield
         else:
             planned = self.plan.in_block(block)
-            require_shared_inputs(self.stream, block, planned, self.family)
             grams = _grams(planned, self.skeleton.device)
             tapping = {linear.path: linear.tap for linear in planned if _receives(linear, planned)}
 
@@ -150,7 +158,9 @@ class Decomposition:
             modules = {path: self.skeleton.model.get_submodule(path) for path in tapping}
             calls = [self._call(sample) for sample in self.stream.here[:probes]]
             experts = self._experts(block)
-            with tapped(modules, tapping, sink), forward_hooks((each.experts, each.hook) for each in experts):
+            watching = requiring_shared_inputs(self.stream, planned, self.family)
+            hooks = forward_hooks((each.experts, each.hook) for each in experts)
+            with watching, tapped(modules, tapping, sink), hooks:
                 yield
             factors = {
                 linear.path: self._factors(linear, self._weight(linear.path), grams[linear.path])
@@ -164,18 +174,28 @@ class Decomposition:
 
     @contextmanager
     def _propagate(self, store: ReadableStore, block: str) -> Iterator[None]:
-        """Fit a block to its inputs from the emulator so far, then pass half of the samples through its factors."""
-        rows = len(self.samples)
-        modules = {linear.path: self.skeleton.model.get_submodule(linear.path) for linear in self.plan.in_block(block)}
-        if not store.is_written(block):
-            unit = self.skeleton.model.get_submodule(block)
-            planned = self.plan.in_block(block)
-            require_shared_inputs(self.stream, block, planned, self.family)
-            found = fit_block(self.stream, unit, planned, rows, self._factors, self._blame)
+        """Pass the samples through a block, half of them through its stand-ins, which are fitted to them first."""
+        rows, planned = len(self.samples), self.plan.in_block(block)
+        modules = {linear.path: self.skeleton.model.get_submodule(linear.path) for linear in planned}
+        if store.is_written(block):
+            with emulating(self.stream, modules, store.read(block), rows):
+                yield
+        else:
+            ends = Ends(self.stream, block, rows)
+            with (
+                requiring_shared_inputs(self.stream, planned, self.family),
+                ends.waiting() if self.kind and self.refine else nullcontext(),
+            ):
+                found = fit_block(self.stream, planned, rows, self._factors, store.as_read, self._blame)
             if self.kind and self.refine:
-                found = refined(self.stream, unit, rows, found, self.kind, self.refine)
+                found = refined(
+                    self.stream, self.skeleton.model.get_submodule(block), found, self.kind, self.refine, ends
+                )
+                pairs = {path: store.as_read(path, of) for path, of in found.items()}
+                with errors(modules) as measured, emulating(self.stream, modules, pairs, rows):
+                    ends.pass_on()
+                found = {path: replace(of, error=measured()[path]) for path, of in found.items()}
             store.write(block, found, {})
-        with emulating(self.stream, modules, store.read(block), rows):
             yield
         self._report(block)
 

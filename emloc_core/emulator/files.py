@@ -24,7 +24,7 @@ from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
-from emloc_core.kinds import Kind, LowRank
+from emloc_core.kinds import Kind, LowRank, Pair
 from emloc_core.model.skeleton import Skeleton
 
 UNREACHED = "no calibration row passes through it"
@@ -74,14 +74,16 @@ class EmulatorFiles:
     def read(self, block: str) -> Pairs:
         """Return U and V of a block's Linears by module path, as written."""
         tensors = load_file(self._shard(block), str(self.skeleton.device))
-        return {
-            linear.path: self.kind.unpack(
-                [tensors[key] for key in self.kind.keys(self.keys[linear.path])],
-                (linear.out_features, linear.in_features),
-                self._dtype(linear.path),
-            )
-            for linear in self.plan.in_block(block)
-        }
+        return {linear.path: self._pair(linear.path, tensors) for linear in self.plan.in_block(block)}
+
+    def as_read(self, path: str, factors: Factors) -> Pair:
+        """Return U and V of a Linear as :meth:`read` will once they are written."""
+        return self._pair(path, self.kind.pack(self.keys[path], factors, self._dtype(path)))
+
+    def _pair(self, path: str, tensors: Mapping[str, torch.Tensor]) -> Pair:
+        parts = [tensors[key].to(self.skeleton.device) for key in self.kind.keys(self.keys[path])]
+        m, n = self.skeleton.model.get_parameter(f"{path}.weight").shape
+        return self.kind.unpack(parts, (m, n), self._dtype(path))
 
     def _dtype(self, path: str) -> torch.dtype:
         return self.skeleton.model.get_parameter(f"{path}.weight").dtype

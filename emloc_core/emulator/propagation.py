@@ -4,11 +4,12 @@ Two streams of the calibration rows pass through the model side by side, one thr
 emulator so far. A Linear's factors are fitted to give the base's output (``W x``) on the emulator's input (``xc``):
 ``W2 = W R`` with the ridge regression ``R = (sum x xc^T + a I)(sum xc xc^T + a I)^-1``, followed by the usual
 factorisation of W2 on the Gram of xc. Within a block the input groups are fitted in order, each on inputs from the
-compressed ones before it.
+compressed ones before it: every row waits inside the block, where it reaches the group that is being fitted, and so
+passes through the block once in each stream.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import reduce
 from typing import Any
 
@@ -20,18 +21,15 @@ from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import ROWS, Gram, cheaper_side
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
-from emloc_core.model.hooks import forwards, tapped
+from emloc_core.kinds import Pair
+from emloc_core.model.hooks import forwards
 from emloc_core.model.streaming import Stream
 
 #: a: the ridge, as a fraction of the mean diagonal of the emulator's Gram. Pulls R towards the identity.
 RIDGE = 0.02
 
 #: U (m, k) and V (k, n) by module path, in the dtype that is written.
-Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-class _ReachedError(Exception):
-    """The block's forward reached the tapped Linear: the rest is not needed."""
+Pairs = dict[str, Pair]
 
 
 class PairedMoments:
@@ -120,92 +118,146 @@ def _solved(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 def fit_block(
     stream: Stream,
-    block: nn.Module,
     planned: Sequence[LinearPlan],
     rows: int,
     factorize: Callable[[LinearPlan, torch.Tensor, Gram], Factors],
+    read: Callable[[str, Factors], Pair],
     blame: Callable[[EmlocError, str, int], EmlocError],
 ) -> dict[str, Factors]:
-    """Fit all Linears of a block on samples that wait at it.
+    """Fit all Linears of a block while the samples that wait at it pass through it.
 
     Args:
-        stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1`` through the emulator.
-        block: with the base's weights.
+        stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1`` through the emulator. They are
+            at the block, with the base's weights; in the end, they have passed through it.
         planned: its Linears, in execution order.
         rows: number of calibration rows; those that do not pass through the block are ignored.
         factorize: takes a Linear, its weight and a Gram; see :mod:`emloc_core.algorithms.factorize`.
+        read: takes a Linear's path and its factors, and returns them as they will be read.
         blame: takes an error, a Linear's path and a row's index, and returns the error for the user.
 
     Returns:
         The factors by module path.
+
+    Raises:
+        EmlocError: a Linear did not run, or ran twice, or its inputs are NaN or Inf.
     """
     found: dict[str, Factors] = {}
     done: Pairs = {}
+    here = [sample for sample in stream.here if sample < rows]
     modules = {linear.path: stream.skeleton.model.get_submodule(linear.path) for linear in planned}
-    for group in dict.fromkeys(linear.group for linear in planned):
-        members = [linear for linear in planned if linear.group == group]
-        weights = [stream.skeleton.model.get_parameter(f"{linear.path}.weight").detach() for linear in members]
-        moments = PairedMoments(weights)
-        with emulating(stream, {path: modules[path] for path in done}, done, rows):
-            for row in (sample for sample in stream.here if sample < rows):
-                x, xc = (_input(stream, block, members[0], modules, sample) for sample in (row, row + rows))
+    inputs: list[torch.Tensor] = []
+    with emulating(stream, modules, done, rows), _pausing(stream, modules, planned, rows, inputs.append):
+        for group in dict.fromkeys(linear.group for linear in planned):
+            members = [linear for linear in planned if linear.group == group]
+            first = members[0].path
+            weights = [stream.skeleton.model.get_parameter(f"{linear.path}.weight").detach() for linear in members]
+            moments = PairedMoments(weights)
+            for row in here:
+                for sample in (row, row + rows):
+                    if stream.step(sample) != first:
+                        raise EmlocError(
+                            f"{first} did not run when its block did.",
+                            "List it in keep_dense of the family's declaration.",
+                            code="plugin",
+                        )
                 try:
-                    moments.add(x, xc)
+                    moments.add(*inputs)
                 except EmlocError as error:
-                    raise blame(error, members[0].path, row) from None
-        try:
-            targets = moments.fit()
-        except EmlocError as error:
-            raise EmlocError(
-                f"{error}: the inputs of {members[0].path}.", "Check the weights up to this layer.", code=error.code
-            ) from None
-        for linear, weight, fitted in zip(members, weights, targets, strict=True):
-            found[linear.path] = factorize(linear, fitted, moments.gram_for(fitted, linear.tap))
-            u, v = found[linear.path].pair()
-            done[linear.path] = (u.to(weight), v.to(weight))
+                    raise blame(error, first, row) from None
+                inputs.clear()
+            try:
+                targets = moments.fit()
+            except EmlocError as error:
+                raise EmlocError(
+                    f"{error}: the inputs of {first}.", "Check the weights up to this layer.", code=error.code
+                ) from None
+            for linear, fitted in zip(members, targets, strict=True):
+                found[linear.path] = factorize(linear, fitted, moments.gram_for(fitted, linear.tap))
+                done[linear.path] = read(linear.path, found[linear.path])
+        for row in here:
+            for sample in (row, row + rows):
+                stream.step(sample)
     return found
 
 
-def _input(
-    stream: Stream, block: nn.Module, linear: LinearPlan, modules: Mapping[str, nn.Module], sample: int
-) -> torch.Tensor:
-    """Run a block on a waiting sample's arguments, up to a Linear; return that Linear's input."""
-    seen: list[torch.Tensor] = []
+@contextmanager
+def _pausing(
+    stream: Stream,
+    modules: Mapping[str, nn.Module],
+    planned: Sequence[LinearPlan],
+    rows: int,
+    sink: Callable[[torch.Tensor], None],
+) -> Iterator[None]:
+    """Pause every sample where it reaches an input group, once a copy of the group's inputs has gone to ``sink``.
 
-    def sink(_path: str, activations: torch.Tensor) -> None:
-        seen.append(activations)
-        raise _ReachedError
+    It waits at the path of the group's first Linear, whichever of them runs first.
+    """
+    reached: set[tuple[int, Any]] = set()
+    places: dict[tuple[str, ...], str] = {}
+    for linear in planned:
+        places.setdefault(linear.group, linear.path)
 
-    tap = "input" if isinstance(linear.tap, str) else linear.tap
-    tapping = tapped({linear.path: modules[linear.path]}, {linear.path: tap}, sink)
-    with stream.arguments(sample) as (args, kwargs), tapping, suppress(_ReachedError):
-        block(*args, **kwargs)
-    if not seen:
-        raise EmlocError(
-            f"{linear.path} did not run when its block did.",
-            "List it in keep_dense of the family's declaration.",
-            code="plugin",
-        )
-    return seen[0]
+    def reaching(linear: LinearPlan, inputs: Callable[[], torch.Tensor], args: Any) -> None:
+        if (stream.sample, linear.path) in reached:
+            raise EmlocError(
+                f"{linear.path} ran twice in one forward of its block.",
+                "List it in keep_dense of the family's declaration.",
+                code="plugin",
+            )
+        first_of_group = (stream.sample, linear.group) not in reached
+        reached.update([(stream.sample, linear.path), (stream.sample, linear.group)])
+        if first_of_group:
+            sink(inputs().clone())
+            stream.pause(places[linear.group], args)
+
+    def before(linear: LinearPlan) -> Callable[..., None]:
+        return lambda _module, args: reaching(linear, lambda: args[0], args)
+
+    def after(linear: LinearPlan) -> Callable[..., Any]:
+        """The family's own function needs the output, which a sample of the emulator must compute once more."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            reaching(linear, lambda: linear.tap(module, args, output), (*args, output))
+            return module.forward(*args) if stream.sample >= rows else None
+
+        return hook
+
+    with ExitStack() as stack:
+        for linear in planned:
+            module = modules[linear.path]
+            registered = (
+                module.register_forward_pre_hook(before(linear))
+                if isinstance(linear.tap, str)
+                else module.register_forward_hook(after(linear))
+            )
+            stack.callback(registered.remove)
+        yield
 
 
 @contextmanager
 def emulating(stream: Stream, modules: Mapping[str, nn.Module], pairs: Pairs, rows: int) -> Iterator[None]:
-    """Compute Linears' outputs with their factors for samples that pass through the emulator: from index ``rows``."""
+    """Compute Linears' outputs with their factors for samples that pass through the emulator: from index ``rows``.
 
-    def answer(module: nn.Module, pair: tuple[torch.Tensor, torch.Tensor]) -> Callable[..., torch.Tensor]:
+    Linears that have none in ``pairs`` yet compute their own.
+    """
+
+    def answer(path: str, module: nn.Module) -> Callable[..., torch.Tensor]:
         own, bias = module.forward, getattr(module, "bias", None)
-        *first, last = [factor for factor in reversed(pair) if not _is_identity(factor)] or pair[:1]
+        factors: list[torch.Tensor] = []
 
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-            if stream.sample < rows:
+            if stream.sample < rows or path not in pairs:
                 found: torch.Tensor = own(*args, **kwargs)
                 return found
+            if not factors:
+                others = [factor for factor in reversed(pairs[path]) if not _is_identity(factor)]
+                factors.extend(others or pairs[path][:1])
+            *first, last = factors
             return functional.linear(reduce(functional.linear, first, args[0]), last, bias)
 
         return forward
 
-    with forwards((module, answer(module, pairs[path])) for path, module in modules.items()):
+    with forwards((module, answer(path, module)) for path, module in modules.items()):
         yield
 
 

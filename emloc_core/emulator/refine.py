@@ -7,8 +7,8 @@ relative to its own length, as in :mod:`emloc_core.emulator.sensitivity`.
 """
 
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,110 +29,155 @@ _RATE, _BETAS = 0.01, (0.9, 0.99)
 
 
 def refined(
-    stream: Stream, block: nn.Module, rows: int, found: Mapping[str, Factors], kind: Kind, epochs: int
+    stream: Stream,
+    block: nn.Module,
+    found: Mapping[str, Factors],
+    kind: Kind,
+    epochs: int,
+    ends: "Ends",
 ) -> dict[str, Factors]:
     """Return the stand-ins of a block after passes over the rows, or as they are if those have not helped.
 
     Args:
-        stream, block, rows: see :class:`Refinement`.
+        stream, block, ends: see :class:`Refinement`.
         found: the stand-ins by module path.
         kind: says which of their numbers may move.
         epochs: number of passes.
     """
     movables = {path: kind.movable(of) for path, of in found.items()}
-    refinement = Refinement(stream, block, rows, movables)
-    if not movables or not refinement.run(epochs):
+    if not movables or not Refinement(stream, block, movables, ends).run(epochs):
         return dict(found)
-    errors = refinement.errors()
-    return {path: replace(of.settled(), error=errors[path]) for path, of in movables.items()}
+    return {path: of.settled() for path, of in movables.items()}
+
+
+class Ends:
+    """Where samples come out of a block: those of the base leave a target there, those of the emulator wait.
+
+    Attributes:
+        targets: what the base's block passes on, by row.
+        change: how far what the emulator's passes on is from that; see :func:`_change`. The sum over rows.
+    """
+
+    def __init__(self, stream: Stream, block: str, rows: int) -> None:
+        self._stream, self._block, self.rows = stream, block, rows
+        self.targets: dict[int, torch.Tensor] = {}
+        self.change = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Let the samples of the emulator wait at the end of the block, at each its base's after it.
+
+        They wait with what the block was called with, and compute what it passes on once more when they resume.
+        """
+
+        def leave(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            sample, hidden = self._stream.sample, hidden_states(output)
+            if sample < self.rows:
+                self.targets[sample] = hidden.clone()
+                return None
+            self.change += float(_change(hidden, self.targets[sample - self.rows]))
+            self._stream.pause(f"the end of {self._block}", args, kwargs)
+            return block.forward(*args, **kwargs)
+
+        block = self._stream.skeleton.model.get_submodule(self._block)
+        handle = block.register_forward_hook(leave, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def pass_on(self) -> None:
+        """Let the samples that wait continue to the next block."""
+        for row in self.targets:
+            self._stream.step(row + self.rows)
+
+
+@contextmanager
+def errors(linears: Mapping[str, nn.Module]) -> Iterator[Callable[[], dict[str, float]]]:
+    """Measure ``||(What - W) x|| / ||W x||`` by path, over the inputs x of Linears whose outputs are ``What x``.
+
+    Args:
+        linears: with the base's weights.
+    """
+    lost, whole = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0)
+
+    def comparing(path: str) -> Callable[..., None]:
+        def compare(module: nn.Module, args: tuple[Any, ...], found: torch.Tensor) -> None:
+            weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+            exact = functional.linear(args[0], weight)
+            found = found if bias is None else found - bias
+            lost[path] += float((found.float() - exact.float()).square().sum(dtype=torch.float64))
+            whole[path] += float(exact.float().square().sum(dtype=torch.float64))
+
+        return compare
+
+    with forward_hooks((linear, comparing(path)) for path, linear in linears.items()):
+        yield lambda: {path: (lost[path] / whole[path]) ** 0.5 if whole[path] else 0.0 for path in lost}
 
 
 class Refinement:
     """Refines the stand-ins of one block.
 
     Args:
-        stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1`` through the emulator, and all of
-            them wait at the block.
+        stream: the samples of the emulator wait at the end of the block.
         block: with the base's weights.
-        rows: number of calibration rows; those that do not pass through the block are ignored.
         movables: the stand-ins, by module path.
+        ends: what samples left where they came out of the block.
     """
 
-    def __init__(self, stream: Stream, block: nn.Module, rows: int, movables: Mapping[str, Movable]) -> None:
-        self._stream, self._block, self._rows, self._movables = stream, block, rows, movables
+    def __init__(self, stream: Stream, block: nn.Module, movables: Mapping[str, Movable], ends: Ends) -> None:
+        self._stream, self._block, self._movables, self._ends = stream, block, movables, ends
         self._linears: dict[str, Any] = {path: stream.skeleton.model.get_submodule(path) for path in movables}
         names = {module: name for name, module in block.named_modules()}
         self._keys = {path: f"{names[linear]}.weight" for path, linear in self._linears.items()}
-        self._waiting = [sample for sample in stream.here if sample < rows]
+        self._waiting = list(ends.targets)
 
     def run(self, epochs: int) -> bool:
         """Take steps for so many passes over the rows; return whether the block is nearer to the base's for them."""
-        targets = {row: self._outputs(row) for row in self._waiting}
         steps = epochs * -(-len(self._waiting) // _ROWS)
         optimiser = torch.optim.Adam([of.numbers for of in self._movables.values()], lr=_RATE, betas=_BETAS)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
         dtypes = {linear.weight.dtype for linear in self._linears.values()}
         scaler = torch.amp.GradScaler(self._stream.skeleton.device.type, enabled=torch.float16 in dtypes)
         draw = random.Random(0)
-        before = self._total(targets)
         with torch.enable_grad():
             for _ in range(epochs):
                 order = draw.sample(self._waiting, len(self._waiting))
                 for start in range(0, len(order), _ROWS):
-                    self._step(targets, order[start : start + _ROWS], scaler)
+                    self._step(order[start : start + _ROWS], scaler)
                     scaler.step(optimiser)
                     scale = scaler.get_scale()
                     scaler.update()
                     optimiser.zero_grad()
                     if scaler.get_scale() >= scale:  # if not, a gradient overflowed, and no step was taken
                         schedule.step()
-        return self._total(targets) < before
+        return self._total() < self._ends.change
 
-    def errors(self) -> dict[str, float]:
-        """Return ``||(What - W) x|| / ||W x||`` over the inputs x that every Linear has in the emulator, by path."""
-        lost, whole = dict.fromkeys(self._movables, 0.0), dict.fromkeys(self._movables, 0.0)
-
-        def comparing(path: str, weight: torch.Tensor) -> Callable[..., None]:
-            def compare(module: nn.Module, args: tuple[Any, ...], found: torch.Tensor) -> None:
-                bias = getattr(module, "bias", None)
-                exact = functional.linear(args[0], weight, bias)
-                exact, found = (each if bias is None else each - bias for each in (exact, found))
-                lost[path] += float((found.float() - exact.float()).square().sum(dtype=torch.float64))
-                whole[path] += float(exact.float().square().sum(dtype=torch.float64))
-
-            return compare
-
-        weights = self._weights()
-        with forward_hooks((linear, comparing(path, linear.weight)) for path, linear in self._linears.items()):
-            for row in self._waiting:
-                self._outputs(row + self._rows, weights)
-        return {path: (lost[path] / whole[path]) ** 0.5 if whole[path] else 0.0 for path in lost}
-
-    def _step(self, targets: Mapping[int, torch.Tensor], rows: list[int], scaler: torch.amp.GradScaler) -> None:
+    def _step(self, rows: list[int], scaler: torch.amp.GradScaler) -> None:
         """Add the scaled gradient of some rows to the numbers: each row's to the weights, and theirs once to these."""
         weights = self._weights()
         leaves = {path: weight.detach().requires_grad_() for path, weight in weights.items()}
         for row in rows:
-            with self._stream.arguments(row + self._rows) as arguments:  # until the backward pass has read them
-                scaler.scale(_change(self._through(arguments, leaves), targets[row]) / len(rows)).backward()
+            with self._stream.arguments(row + self._ends.rows) as arguments:  # until the backward pass has read them
+                scaler.scale(self._changed(row, arguments, leaves) / len(rows)).backward()
         used = [path for path in weights if leaves[path].grad is not None]
         torch.autograd.backward([weights[path] for path in used], [leaves[path].grad for path in used])
 
-    def _total(self, targets: Mapping[int, torch.Tensor]) -> float:
-        weights = self._weights()
-        return sum(float(_change(self._outputs(row + self._rows, weights), target)) for row, target in targets.items())
+    def _total(self) -> float:
+        weights, total = self._weights(), 0.0
+        for row in self._waiting:
+            with self._stream.arguments(row + self._ends.rows) as arguments:
+                total += float(self._changed(row, arguments, weights))
+        return total
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {path: of.weight(self._linears[path].weight.dtype) for path, of in self._movables.items()}
 
-    def _outputs(self, sample: int, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """Return what the block passes on of a sample, with these weights of its Linears in place of its own."""
-        with self._stream.arguments(sample) as arguments:
-            return self._through(arguments, weights or {})
-
-    def _through(self, arguments: Arguments, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _changed(self, row: int, arguments: Arguments, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return how far a row is from its target behind the block, with these weights in place of its Linears' own."""
         lent = {self._keys[path]: weight for path, weight in weights.items()}
-        return hidden_states(functional_call(self._block, lent, *arguments, tie_weights=False))
+        found = hidden_states(functional_call(self._block, lent, *arguments, tie_weights=False))
+        return _change(found, self._ends.targets[row])
 
 
 def _change(found: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

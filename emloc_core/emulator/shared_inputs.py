@@ -5,7 +5,8 @@ its family was tested on, the others would be fitted to inputs that they never s
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,37 +17,47 @@ from emloc_core.family import Family
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.streaming import Stream
 
-#: Rows that are looked at: one more pass of so many through each block.
+#: Rows that are looked at.
 ROWS = 2
 
-#: Path of a Linear -> its input at each call, (..., in_features).
-Inputs = dict[str, list[torch.Tensor]]
 
-
-def require_shared_inputs(stream: Stream, block: str, planned: Sequence[LinearPlan], family: Family) -> None:
-    """Run a block on the first samples that wait at it, and compare what the Linears of each group are given.
+@contextmanager
+def requiring_shared_inputs(stream: Stream, planned: Sequence[LinearPlan], family: Family) -> Iterator[None]:
+    """Watch the first samples pass through a block, and compare what the Linears of each group were given.
 
     Args:
-        stream: samples wait at the block, whose weights are loaded.
-        block: its path.
-        planned: its compressed Linears.
+        stream: samples wait at the block.
+        planned: the block's compressed Linears.
         family: the declaration, for the message.
 
     Raises:
-        EmlocError: two Linears of a group receive different tensors.
+        EmlocError: at the end, if two Linears of a group received different tensors.
     """
     groups = [group for group in _groups(planned) if len(group) > 1]
-    for sample in stream.here[:ROWS] if groups else ():
-        seen = _inputs(stream, block, [linear for group in groups for linear in group], sample)
+    seen: dict[tuple[int, str], list[torch.Tensor]] = defaultdict(list)
+    watched = stream.here[:ROWS]
+
+    def watching(linear: LinearPlan) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if stream.sample in watched:
+                given = args[0] if isinstance(linear.tap, str) else linear.tap(module, args, output)
+                seen[stream.sample, linear.path].append(given.clone())  # what follows may write into it
+
+        return hook
+
+    modules = stream.skeleton.model.get_submodule
+    with forward_hooks((modules(linear.path), watching(linear)) for group in groups for linear in group):
+        yield
+    for sample in watched:
         for group in groups:
-            first, *others = [linear.path for linear in group if linear.path in seen] or [""]
-            for path in others:
-                if not alike(seen[first], seen[path]):
+            first, *others = [linear for linear in group if (sample, linear.path) in seen] or group[:1]
+            for other in others:
+                if not alike(seen[sample, first.path], seen[sample, other.path]):
                     raise EmlocError(
-                        f"The family {family.name!r} declares that {first} and {path} read the same input, and in this "
-                        "model they do not: the factors of one would be fitted to the input of the other.",
-                        f"Put {path.removeprefix(f'{block}.')} into an input group of its own in the plugin, and add a "
-                        "tiny config of such a model (docs/plugins.md).",
+                        f"The family {family.name!r} declares that {first.path} and {other.path} read the same input, "
+                        "and in this model they do not: the factors of one would be fitted to the input of the other.",
+                        f"Put {other.path.removeprefix(f'{other.block}.')} into an input group of its own in the "
+                        "plugin, and add a tiny config of such a model (docs/plugins.md).",
                         code="plugin",
                     )
 
@@ -61,21 +72,3 @@ def _groups(planned: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
     for linear in planned:
         groups[linear.group].append(linear)
     return list(groups.values())
-
-
-def _inputs(stream: Stream, block: str, linears: Sequence[LinearPlan], sample: int) -> Inputs:
-    """Run a block on a waiting sample, and return what Linears are given; those that do not run are left out."""
-    seen: Inputs = defaultdict(list)
-
-    def watching(linear: LinearPlan) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            given = args[0] if isinstance(linear.tap, str) else linear.tap(module, args, output)
-            seen[linear.path].append(given.clone())  # what follows may write into it
-
-        return hook
-
-    model = stream.skeleton.model
-    hooks = [(model.get_submodule(linear.path), watching(linear)) for linear in linears]
-    with forward_hooks(hooks), stream.arguments(sample) as (args, kwargs):
-        model.get_submodule(block)(*args, **kwargs)
-    return seen

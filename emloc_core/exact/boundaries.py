@@ -4,15 +4,14 @@ Checkpointing keeps a block's inputs, and autograd's hooks on saved tensors say 
 on the stream that computes, so that they are in order with it and need no event.
 """
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from emloc_core.files.scratch import ScratchFile
 
 #: Smaller tensors stay where they are: positions, masks of short rows.
 _SMALL = 1 << 16
@@ -40,7 +39,7 @@ class Boundaries:
     def __init__(self, room: float = float("inf"), directory: Path | None = None, reserved: float = 0) -> None:
         self.reserved = reserved
         self._room = self._left = room
-        self._file: Any = tempfile.TemporaryFile(dir=directory) if directory else None  # noqa: SIM115 - until close()
+        self._file = ScratchFile(directory) if directory else None
         self._end = 0
 
     @contextmanager
@@ -53,7 +52,7 @@ class Boundaries:
         """Start again: nothing of what was kept is needed any more."""
         self._left, self._end = self._room, 0
         if self._file:
-            self._file.truncate(0)
+            self._file.clear()
 
     def close(self) -> None:
         """Remove the file, if there is one."""
@@ -73,7 +72,7 @@ class Boundaries:
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             return copy.copy_(tensor, non_blocking=True)
         place, self._end = self._end, self._end + tensor.nbytes
-        _write(self._file.fileno(), _bytes(tensor.detach().cpu().contiguous()), place)
+        self._file.write(tensor.detach().cpu().contiguous(), place)
         return place
 
     def _unpack(self, packed: "torch.Tensor | _Away") -> torch.Tensor:
@@ -82,24 +81,7 @@ class Boundaries:
         if isinstance(packed.kept, torch.Tensor):
             kept = packed.kept
         else:
+            assert self._file
             kept = torch.empty(packed.shape, dtype=packed.dtype)
-            _read(self._file.fileno(), _bytes(kept), packed.kept)
+            self._file.read(kept, packed.kept)
         return kept.to(packed.device, non_blocking=True)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor on the CPU, without a copy."""
-    content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(content)
-
-
-def _write(file: int, content: memoryview, place: int) -> None:
-    while content:
-        written = os.pwrite(file, content, place)
-        content, place = content[written:], place + written
-
-
-def _read(file: int, content: memoryview, place: int) -> None:
-    while content:
-        read = os.preadv(file, [content], place)
-        content, place = content[read:], place + read

@@ -48,8 +48,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
 
     - The rows pass through the blocks of the base and, where errors are propagated, of the emulator.
     - Statistics are Grams: ``2 T s^2`` for T tokens and side s. Every Linear is then decomposed, or rounded.
-    - Where errors are propagated, the rows pass through a block once more up to every input group, and what arrives
-      there is fitted.
+    - Where errors are propagated, what arrives at every input group is fitted.
     - Refinement passes through the block, forward and backward.
     - Where spectra decide on ranks, there is a pass before, in which some rows pass through a block once per Linear.
     """
@@ -68,7 +67,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
             single += _decomposed(linears, all_rows)
             single += sum(_rounded(linear) for linear in linears) * (kind.has_factors and kind.keeps_weight)
         if propagated:
-            own += _PRODUCT * all_rows * (base + emulator + _up_to_groups(linears, kind))
+            own += _PRODUCT * all_rows * (base + emulator)
             single += _fitted(linears, all_rows, kind)
         elif not (model.method.by_spectra and model.method.is_cut):
             own += _PRODUCT * all_rows * base
@@ -123,13 +122,6 @@ def _fitted(linears: Sequence[LinearPlan], positions: int, kind: Kind) -> float:
     return total
 
 
-def _up_to_groups(linears: Sequence[LinearPlan], kind: Kind) -> int:
-    """Return how many numbers a position is multiplied by on its ways up to all input groups, in base and emulator."""
-    groups = _groups(linears)
-    sizes = [sum(linear.numbers + linear.stored(kind) for linear in group) for group in groups]
-    return sum(size * (len(groups) - 1 - index) for index, size in enumerate(sizes))
-
-
 def _groups(linears: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
     names = dict.fromkeys(linear.group for linear in linears)
     return [[linear for linear in linears if linear.group == name] for name in names]
@@ -151,5 +143,5 @@ def _rounded(linear: LinearPlan) -> float:
 
 
 def _refinement(epochs: int) -> int:
-    """Return how often a block is passed through: for its targets, before and after, and three times in each step."""
+    """Return how often a block is passed through: three times in each step, and three times after the last."""
     return 3 + 3 * epochs if epochs else 0

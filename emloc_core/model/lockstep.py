@@ -7,7 +7,7 @@ blocks is silently wrong wherever blocks differ in masks, embeddings or side inp
 """
 
 import contextvars
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -56,8 +56,8 @@ class Lockstep:
 
     Attributes:
         sample: index of the running sample, for hooks on the model's modules.
-        waiting: index of every sample that waits at a unit -> the arguments that it called the unit with. They may be
-            parked: use :meth:`arguments`.
+        waiting: index of every sample that waits -> the arguments that it called the unit with, or what its visitor
+            paused it with. They may be parked: use :meth:`arguments`.
         here: indices of the samples that wait at the unit being visited.
     """
 
@@ -67,6 +67,11 @@ class Lockstep:
         self.waiting: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.here: list[int] = []
         self._driver: greenlet | None = None
+        self._runners: list[greenlet] = []
+        self._results: list[Any] = []
+        self._around: Callable[[int], AbstractContextManager[Any]] = lambda _: nullcontext()
+        self._places: dict[int, str] = {}  # of the samples that wait
+        self._finished: set[str] = set()
         # All samples pass through the last list's blocks, whatever they passed through before.
         self._shared = {unit for unit in self.units if unit.rpartition(".")[0] == block_lists[-1]}
         # What blocks hold is made out of all samples at once; any other module may run again, and is read again.
@@ -93,24 +98,54 @@ class Lockstep:
         Raises:
             EmlocError: a sample returned to a finished block, or a forward failed.
         """
-        self._driver = getcurrent()
-        runners = [_start(forward) for forward in forwards]
+        self._driver, self._around = getcurrent(), around
+        self._runners = [_start(forward) for forward in forwards]
+        self._results = results = [None] * len(forwards)
         with self._hooks():
             try:
-                return self._drive(runners, at, last, around)
+                self._drive(at, last)
+                return results
             finally:
-                for runner in runners:
+                for runner in self._runners:
                     if not runner.dead:
                         runner.throw(GreenletExit)
-                self.parking.clear()
-                self.waiting.clear()
-                self._driver = None
+                for held in (self.parking, self.waiting, self._places, self._finished):
+                    held.clear()
+                self._driver, self._runners, self._results = None, [], []
 
-    def pause(self, unit: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
-        """Pause the running sample until the driver visits ``unit``; outside a sample, do nothing."""
+    def step(self, sample: int) -> str | None:
+        """Resume a waiting sample until it waits again; return where, or None if it has ended.
+
+        While a unit is visited, its visitor may so take samples through it by themselves.
+
+        Raises:
+            EmlocError: the sample returned to a finished block, or its forward failed.
+        """
+        self.sample = sample
+        self.parking.leave(sample)
+        self.waiting.pop(sample, None)  # its tensors are the sample's own again
+        self._places.pop(sample, None)
+        runner = self._runners[sample]
+        with self._around(sample):
+            place = runner.switch()
+        if runner.dead:
+            self._results[sample] = place
+            return None
+        if place in self._finished and place in self._once:
+            raise EmlocError(
+                f"The model ran {place} a second time in one forward.",
+                "Streaming needs each block to run once; declare the module that repeats as one block.",
+                code="unsupported",
+            )
+        self._places[sample] = place
+        self._park(sample)
+        return str(place)
+
+    def pause(self, place: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
+        """Pause the running sample at a unit, or where the unit's visitor wants it; outside a sample, do nothing."""
         if self._driver is not None and getcurrent() is not self._driver:
             self.waiting[self.sample] = (args, kwargs or {})
-            self._driver.switch(unit)
+            self._driver.switch(place)
 
     @contextmanager
     def arguments(self, sample: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -120,51 +155,31 @@ class Lockstep:
         try:
             yield self.waiting[sample]
         finally:
-            self.parking.enter(sample, self.waiting[sample])
+            self._park(sample)
 
-    def _drive(
-        self,
-        runners: list[greenlet],
-        at: Callable[[str], AbstractContextManager[Any]],
-        last: str | None,
-        around: Callable[[int], AbstractContextManager[Any]],
-    ) -> list[Any]:
+    def _park(self, sample: int) -> None:
+        place, arguments = self._places[sample], self.waiting[sample]
+        inside = place not in self.units
+        # What other modules are called with may be the row's own inputs, which two samples share.
+        hidden = arguments[0][0] if arguments[0] and (inside or place in self._once) else None
+        self.parking.enter(sample, arguments, hidden, inside=inside)
+
+    def _drive(self, at: Callable[[str], AbstractContextManager[Any]], last: str | None) -> None:
         order = {unit: index for index, unit in enumerate(self.units)}
-        results: list[Any] = [None] * len(runners)
-        parked: dict[str, list[int]] = {}
-        finished: set[str] = set()
-
-        def resume(indices: Iterable[int]) -> None:
-            for index in indices:
-                self.sample = index
-                self.parking.leave(index)
-                self.waiting.pop(index, None)  # its tensors are the sample's own again
-                with around(index):
-                    state = runners[index].switch()
-                if runners[index].dead:
-                    results[index] = state
-                elif state in finished and state in self._once:
-                    raise EmlocError(
-                        f"The model ran {state} a second time in one forward.",
-                        "Streaming needs each block to run once; declare the module that repeats as one block.",
-                        code="unsupported",
-                    )
-                else:
-                    parked.setdefault(state, []).append(index)
-                    self.parking.enter(index, self.waiting[index])
-
-        resume(range(len(runners)))
-        while parked:
+        for sample in range(len(self._runners)):
+            self.step(sample)
+        while self._places:
             # Earliest unit first, so that samples that lag behind (without an image, say) catch up. Shared blocks come
             # last, since modules that images pass through first may follow them in the module tree.
-            unit = min(parked, key=lambda name: (name in self._shared, order.get(name, len(order))))
-            self.here = waiting = sorted(parked.pop(unit))
+            unit = min(self._places.values(), key=lambda name: (name in self._shared, order.get(name, len(order))))
+            self.here = sorted(sample for sample, place in self._places.items() if place == unit)
+            self._finished.add(unit)
             with at(unit):
-                finished.add(unit)
-                resume(waiting)
+                for sample in self.here:
+                    if self._places.get(sample) == unit:  # the visitor has not taken it further
+                        self.step(sample)
             if unit == last:
                 break
-        return results
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:

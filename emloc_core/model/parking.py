@@ -1,17 +1,24 @@
-"""Storage for the hidden states of waiting samples: on the device while there is room, in CPU memory otherwise.
+"""Storage for the tensors of waiting samples: on the device while there is room, elsewhere otherwise.
 
 A waiting sample is a forward paused inside the model's own code, whose variables refer to its tensors. So instead of
 moving the tensors, the bytes of their storages are copied away, the storages emptied, and filled again before the
-sample resumes.
+sample resumes. From a GPU they go to CPU memory, from there to a file.
 """
 
+import weakref
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from emloc_core.files.scratch import ScratchFile
+
 #: Fraction of the device's free memory that waiting samples may fill; the rest is for weights and statistics.
 SHARE = 0.5
+
+#: A storage that was emptied, and its content: in CPU memory, or so many bytes from a place in the file on.
+_Moved = tuple[torch.UntypedStorage, "torch.UntypedStorage | tuple[int, int]"]
 
 
 class Parking:
@@ -20,45 +27,101 @@ class Parking:
     Args:
         limit: bytes that may stay on the device.
         shared: the model's own buffers, which always stay.
+        directory: where a file for the rest is made; None: the rest goes to CPU memory. With a file there is no limit
+            at units, and inside a block samples may hold as much as the hidden states that they reached it with.
     """
 
-    def __init__(self, limit: float, shared: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, limit: float, shared: Iterable[torch.Tensor] = (), directory: Path | None = None) -> None:
         self.limit = limit
-        self._shared = {tensor.untyped_storage().data_ptr() for tensor in shared}
+        self._shared: set[int] = set()
+        self.keep(shared)
         self._held: dict[int, int] = {}  # sample -> its bytes on the device
-        self._moved: dict[int, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = {}
+        self._moved: dict[int, list[_Moved]] = {}
+        self._hidden: dict[int, list[weakref.ref[torch.Tensor]]] = {}  # what a sample's units were called with
+        self._came_with: dict[int, int] = {}  # sample -> bytes of the hidden states that it reached its block with
+        self._directory = directory
+        self._file: ScratchFile | None = None
+        self._room: dict[int, tuple[int, int]] = {}  # sample -> the place in the file that is its own, and its length
+        self._end = 0
 
     @classmethod
-    def on(cls, device: torch.device, shared: Iterable[torch.Tensor] = ()) -> "Parking":
+    def on(cls, device: torch.device, shared: Iterable[torch.Tensor] = (), directory: Path | None = None) -> "Parking":
         """Return a parking for a device: without limit on the CPU, with a fraction of the free memory on a GPU."""
-        limit = SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
-        return cls(limit, shared)
+        if device.type == "cuda":
+            return cls(SHARE * torch.cuda.mem_get_info(device)[0], shared)
+        return cls(float("inf"), shared, directory)
 
-    def enter(self, sample: int, arguments: Any) -> None:
-        """Park a sample that waits with these arguments: nested tuples, lists and dicts of anything."""
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(arguments)}
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let tensors that samples share, such as parameters, always stay."""
+        self._shared.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
+
+    def enter(self, sample: int, arguments: Any, hidden: Any = None, *, inside: bool = False) -> None:
+        """Park a sample.
+
+        Args:
+            sample: its index.
+            arguments: that it waits with: nested tuples, lists and dicts of anything.
+            hidden: the hidden states among them, which are the sample's alone: they stay parked as long as they live.
+            inside: whether it waits inside a block.
+        """
+        known = [ref for ref in self._hidden.get(sample, ()) if ref() is not None]
+        if isinstance(hidden, torch.Tensor):
+            known.append(weakref.ref(hidden))
+        self._hidden[sample] = known
+        tensors = [tensor for ref in known if (tensor := ref()) is not None]
+        if self._directory is None:
+            tensors += _tensors(arguments)
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         storages = {pointer: storage for pointer, storage in storages.items() if pointer not in self._shared}
         size = sum(storage.nbytes() for storage in storages.values())
-        if sum(self._held.values()) + size <= self.limit:
+        held = sum(self._held.values()) + size
+        if not inside:
+            self._came_with[sample] = hidden.nbytes if isinstance(hidden, torch.Tensor) else 0
+        if held <= (sum(self._came_with.values()) if inside and self._directory else self.limit):
             self._held[sample] = size
-            return
-        moved = []
-        for storage in storages.values():
-            moved.append((storage, storage.cpu() if storage.device.type != "cpu" else storage.clone()))
-            storage.resize_(0)
-        self._moved[sample] = moved
+        else:
+            self._moved[sample] = self._move(sample, list(storages.values()), size)
 
     def leave(self, sample: int) -> None:
         """Give a sample back what it held when it was parked."""
         self._held.pop(sample, None)
         for storage, content in self._moved.pop(sample, []):
-            storage.resize_(content.nbytes())
-            storage.copy_(content)
+            if isinstance(content, torch.UntypedStorage):
+                storage.resize_(content.nbytes())
+                storage.copy_(content)
+            else:
+                assert self._file
+                place, size = content
+                storage.resize_(size)
+                self._file.read(storage, place)
 
     def clear(self) -> None:
         """Forget all samples, which will not resume."""
-        self._held.clear()
-        self._moved.clear()
+        for each in (self._held, self._moved, self._hidden, self._came_with, self._room):
+            each.clear()
+        self._end = 0
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _move(self, sample: int, storages: list[torch.UntypedStorage], size: int) -> list[_Moved]:
+        moved: list[_Moved] = []
+        if self._directory is None:
+            moved += [(each, each.cpu() if each.device.type != "cpu" else each.clone()) for each in storages]
+        else:
+            self._file = self._file or ScratchFile(self._directory)
+            place, room = self._room.get(sample, (0, 0))
+            if size > room:
+                place = self._end
+                self._room[sample] = (place, size)
+                self._end += size
+            for storage in storages:
+                self._file.write(storage, place)
+                moved.append((storage, (place, storage.nbytes())))
+                place += storage.nbytes()
+        for storage in storages:
+            storage.resize_(0)
+        return moved
 
 
 def _tensors(arguments: Any) -> Iterator[torch.Tensor]:

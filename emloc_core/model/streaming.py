@@ -63,7 +63,9 @@ class Stream(Lockstep):
 
         try:
             with torch.no_grad():
-                self.skeleton.load_parameters(self.skeleton.outside(self.units))
+                outside = self.skeleton.outside(self.units)
+                self.skeleton.load_parameters(outside)
+                self.parking.keep(self.skeleton.model.get_parameter(name) for name in outside)
                 return self.advance(forwards, loaded, last)
         finally:
             for unit in self.units:

@@ -1,8 +1,12 @@
 """Error-propagating calibration: the fit itself, and an emulator made by it."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.algorithms.factorize import factorize
@@ -130,3 +134,59 @@ def test_the_whole_model_is_closer_to_the_base_on_the_calibration_rows(tiny_mode
         [row["rank"] for row in read_manifest(tmp_path / calibration)["result"]["linears"]] for calibration in errors
     ]
     assert ranks[0] == ranks[1]  # better at equal size
+
+
+@pytest.mark.parametrize("chosen", [{"kind": "nf4"}, {"allocator": "uniform", "refine": 0}], ids=str)
+def test_each_row_passes_each_block_once_in_either_stream(tiny_model, rows_file, tmp_path, chosen):
+    settings = CompressSettings(samples=5, selection=2, **chosen)
+    job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", settings)
+    counted = Counter()
+    for index, block in enumerate(job.skeleton.model.model.layers):
+        block.register_forward_hook(lambda *_, index=index: counted.update([index]))
+    job.run()
+    assert counted == dict.fromkeys(range(3), 2 * 5)
+
+
+def twice(self, x):
+    return self.down_proj(self.gate_proj(x) * self.up_proj(x)) + self.down_proj(self.up_proj(x))
+
+
+def one_of_a_group_twice(self, x):
+    return self.down_proj(self.gate_proj(x) * self.up_proj(x) + self.up_proj(x))
+
+
+def nothing(_self, x):
+    return x
+
+
+def not_the_last(self, x):
+    return (self.gate_proj(x) + self.up_proj(x))[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (twice, "twice"),
+        (one_of_a_group_twice, "twice"),
+        (nothing, "gate_proj did not"),
+        (not_the_last, "down_proj did"),
+    ],
+)
+def test_linears_that_do_not_run_once_are_refused(tiny_model, rows_file, tmp_path, monkeypatch, forward, message):
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    settings = CompressSettings(samples=3, selection=2, kind="nf4")
+    with pytest.raises(EmlocError, match=message):
+        Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", settings).run()
+
+
+def test_whichever_of_a_group_runs_first_waits_for_all(tiny_model, rows_file, tmp_path, monkeypatch):
+    def swapped(self, x):
+        return self.down_proj(self.up_proj(x) * silu(self.gate_proj(x)))
+
+    places = []
+    settings = CompressSettings(samples=3, selection=2, kind="nf4")
+    for name in ("declared", "swapped"):
+        places.append(Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / name, settings).run())
+        monkeypatch.setattr(LlamaMLP, "forward", swapped)
+    shards = sorted(path.name for path in places[0].glob("*.safetensors"))
+    assert all((places[0] / name).read_bytes() == (places[1] / name).read_bytes() for name in shards)

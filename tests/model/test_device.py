@@ -52,6 +52,24 @@ def test_the_models_own_buffers_stay():
     assert torch.equal(buffer, torch.ones(10))
 
 
+def test_inside_a_block_what_is_more_than_its_input_goes_to_a_file(tmp_path):
+    parking = Parking(float("inf"), directory=tmp_path)
+    inputs, inner, mask = torch.arange(40.0), torch.arange(90.0), torch.ones(10)
+    view = inner[10:]
+    parking.enter(0, ((inputs,), {"mask": mask}), inputs)
+    assert inputs.untyped_storage().nbytes() == 160
+    parking.leave(0)
+    parking.enter(0, ((inner,), {"mask": mask}), inner, inside=True)
+    assert [each.untyped_storage().nbytes() for each in (inputs, inner, mask)] == [0, 0, 40]  # the mask may be shared
+    parking.leave(0)
+    assert torch.equal(inputs, torch.arange(40.0))
+    assert torch.equal(view, torch.arange(10.0, 90.0))
+    del inner, view
+    parking.enter(0, ((), {}), inside=True)  # no more than it came with
+    assert inputs.untyped_storage().nbytes() == 160
+    assert not list(tmp_path.iterdir())  # a file without a name
+
+
 def test_logits_are_the_same_when_nothing_may_stay(tiny_model):
     skeleton = Skeleton(Checkpoint(tiny_model), LLAMA)
     rows = [torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(length)) for length in (5, 17)]
@@ -67,7 +85,7 @@ def test_an_emulator_is_the_same_when_nothing_may_stay(tiny_model, rows_file, tm
     settings = CompressSettings(samples=4, selection=2, calibration=calibration)
     rows = load_rows(str(rows_file))
     kept = Compress(Checkpoint(tiny_model), rows, tmp_path / "kept", settings).run()
-    monkeypatch.setattr(Parking, "on", classmethod(lambda cls, _device, shared: cls(0, shared)))
+    monkeypatch.setattr(Parking, "on", classmethod(lambda cls, _device, shared, _directory: cls(0, shared)))
     moved = Compress(Checkpoint(tiny_model), rows, tmp_path / "moved", settings).run()
     shards = sorted(path.name for path in kept.glob("*.safetensors"))
     assert len(shards) == 4
