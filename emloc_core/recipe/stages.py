@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.data.rows import CALIBRATION, SELECTION
+from emloc_core.errors import EmlocError
 from emloc_core.files.manifest import manifest_value
 from emloc_core.files.output import MANIFEST, read_manifest
 from emloc_core.files.workspace import Workspace
@@ -220,7 +221,7 @@ def rest(recipe: Recipe) -> list[Stage]:
             for name, purpose, more in _controls(recipe.train, steps)
         ]
     evaluate = EvaluateRequest(
-        systems=tuple(_systems(recipe, attempt, controls)),
+        systems=tuple(_compared(recipe, attempt, controls)),
         tasks=tuple(recipe.eval.tasks),
         output=attempt.place("evaluation"),
         limit=recipe.eval.limit,
@@ -262,8 +263,26 @@ def _controls(train: TrainSettings, polish: PolishSettings | None) -> Iterable[t
         yield f"full_lora_{together}", f"tune the base itself for {together} steps", {"settings": longer}
 
 
-def _systems(recipe: Recipe, attempt: Attempt, controls: Iterable[Stage]) -> Iterable[System]:
-    """Yield the systems to compare: the models and adapters that the recipe makes, in the table's order."""
+def _compared(recipe: Recipe, attempt: Attempt, controls: list[Stage]) -> list[System]:
+    """Return the systems to compare: those that the recipe names, or all, and the controls.
+
+    Raises:
+        EmlocError: the recipe names a system that it does not make.
+    """
+    assert recipe.eval is not None
+    made = {system.name: system for system in _systems(recipe, attempt)}
+    names = made if recipe.eval.systems is None else recipe.eval.systems
+    if unknown := sorted(set(names) - made.keys()):
+        raise EmlocError(
+            f"eval.systems names {', '.join(unknown)}, which this recipe does not make.", f"It makes {', '.join(made)}."
+        )
+    base = recipe.model.base
+    of_controls = [System(name=control.name, model=base, adapter=control.output) for control in controls]
+    return [*(system for name, system in made.items() if name in names), *of_controls]
+
+
+def _systems(recipe: Recipe, attempt: Attempt) -> Iterable[System]:
+    """Yield the systems that the recipe makes, the controls apart, in the table's order."""
     base, emulator, adapter = recipe.model.base, str(attempt.place("emulator")), attempt.place("adapter")
     yield System(name="base", model=base)
     if not recipe.makes_emulator:
@@ -277,5 +296,3 @@ def _systems(recipe: Recipe, attempt: Attempt, controls: Iterable[Stage]) -> Ite
         yield System(name="base+polished", model=base, adapter=attempt.place("polished"))
     elif recipe.merge:  # after polishing it would be what base+polished is, once more
         yield System(name="merged", model=str(attempt.place("merged")))
-    for control in controls:
-        yield System(name=control.name, model=base, adapter=control.output)

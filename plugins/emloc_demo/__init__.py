@@ -1,7 +1,7 @@
-"""The commands ``emloc demo`` and ``emloc demo-vision``, the whole method on a real small model and a real task, and
-``emloc demo-zoo``, many models at a time.
+"""The demos, for which there is nothing to prepare.
 
-There is nothing to prepare: the first reads text, the second pictures.
+``emloc demo`` shows the whole method on a real small model and a real task in minutes, ``emloc demo-full`` compares all
+ways to tune it, ``emloc demo-vision`` reads pictures, and ``emloc demo-zoo`` converts many models at a time.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ from emloc_core.hookspecs import hookimpl
 
 @hookimpl
 def emloc_commands() -> Sequence[click.Command]:
-    """Add the three commands."""
+    """Add the commands."""
     from emloc_demo.command import command
+    from emloc_demo.full.command import command as full
     from emloc_demo.vision.command import command as vision
     from emloc_demo.zoo.command import command as zoo
 
-    return [command, vision, zoo]
+    return [command, full, vision, zoo]

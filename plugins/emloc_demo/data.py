@@ -1,8 +1,11 @@
-"""The demo's task: read a customer's message, write down its five fields as JSON.
+"""The demos' task: read a customer's message, write down its fields as JSON.
 
 The fields are what a help desk files: who writes, the order or booking number, what it is about, what kind of request
 it is (one of :data:`REQUESTS`), and the date it was bought or booked for. Four are copied from the message, the kind
 has to be understood. Every message also holds numbers or dates that belong in no field.
+
+``emloc demo-full`` asks for all five fields. ``emloc demo`` has shorter messages and asks for three, so that it ends
+within minutes.
 """
 
 import json
@@ -15,9 +18,11 @@ from typing import Any
 
 from emloc_core.errors import EmlocError
 
-#: Keys of the answer, in this order.
+#: Keys of the answer, in this order; and those of a short row's.
 FIELDS = ("name", "number", "item", "request", "date")
+SHORT_FIELDS = ("number", "item", "request")
 INSTRUCTION = "Write the name, number, item, request and date of this message as JSON."
+SHORT_INSTRUCTION = "Write the order's number, the item and the request as JSON."
 #: The kinds of request; each with its wordings, of which the first half is for training and the rest for testing.
 REQUESTS: dict[str, tuple[str, ...]] = {
     "late": (
@@ -80,6 +85,12 @@ _OPENINGS = (
     "{name} here. The {item} I am writing about was ordered on {date}.",
     "I am {name}. I placed an order for a {item} on {date}.",
 )
+_SHORT_OPENINGS = (
+    "I bought a {item} on {date}.",
+    "On {date} I ordered a {item}.",
+    "It is about the {item} of {date}.",
+    "A {item} was ordered on {date}.",
+)
 _NUMBERS = (
     "The order number is {number}.",
     "My order is {number}, not {old}, which came in {month}.",
@@ -111,6 +122,23 @@ class Split:
 
     def row(self, draw: random.Random) -> dict[str, Any]:
         """Return one row ``{"messages": [user, assistant]}``: instruction and message, and the fields as JSON."""
+        fields, fillings = self._draw(draw)
+        middle = self._middle(fields["request"], draw)
+        sentences = [draw.choice(_OPENINGS), *middle, draw.choice(_REMARKS)]
+        user = {"role": "user", "content": f"{INSTRUCTION}\n\n{_filled(sentences, fillings)}"}
+        return {"messages": [user, _answer(fields)]}
+
+    def short_row(self, draw: random.Random) -> dict[str, Any]:
+        """Return one row ``{"messages": [system, user, assistant]}``: instruction, message, three fields as JSON."""
+        fields, fillings = self._draw(draw)
+        middle = self._middle(fields["request"], draw)
+        sentences = [draw.choice(_SHORT_OPENINGS), *middle]
+        system = {"role": "system", "content": SHORT_INSTRUCTION}
+        user = {"role": "user", "content": _filled(sentences, fillings)}
+        return {"messages": [system, user, _answer({name: fields[name] for name in SHORT_FIELDS})]}
+
+    def _draw(self, draw: random.Random) -> tuple[dict[str, str], dict[str, Any]]:
+        """Return the fields, and all that sentences may be filled with."""
         day, month = 2 * draw.randint(1, 12) - self.parity, draw.randrange(len(_MONTHS))
         request = draw.choice(sorted(self.wordings))
         item, other = draw.sample([f"{colour} {thing}" for colour in self.colours for thing in self.things], 2)
@@ -121,7 +149,7 @@ class Split:
             "request": request,
             "date": f"{day} {_MONTHS[month]}",
         }
-        fillings = {
+        return fields, {
             **fields,
             "other": f"a {other}",
             "old": self._number(draw),
@@ -135,19 +163,26 @@ class Split:
             "year": draw.randint(2009, 2023),
             "postcode": draw.randint(10000, 99999),
         }
+
+    def _middle(self, request: str, draw: random.Random) -> list[str]:
+        """Return the sentences with the number and with the request, in any order."""
         sentences = [draw.choice(_NUMBERS), draw.choice(self.wordings[request])]
         if draw.random() < 0.5:
             sentences.reverse()
-        sentences = [draw.choice(_OPENINGS), *sentences, draw.choice(_REMARKS)]
-        message = " ".join(sentence.format(**fillings) for sentence in sentences)
-        answer = json.dumps(fields, separators=(",", ":"))
-        user = {"role": "user", "content": f"{INSTRUCTION}\n\n{message}"}
-        return {"messages": [user, {"role": "assistant", "content": answer}]}
+        return sentences
 
     def _number(self, draw: random.Random) -> str:
         """Return two letters and four digits. Their parity, like that of the dates, keeps the splits apart."""
         letters = "".join(draw.choices("ABCDEFGHKLMNPRSTUVWX", k=2))
         return f"{letters}-{draw.randint(100, 999)}{2 * draw.randint(0, 4) + self.parity}"
+
+
+def _filled(sentences: Sequence[str], fillings: dict[str, Any]) -> str:
+    return " ".join(sentence.format(**fillings) for sentence in sentences)
+
+
+def _answer(fields: dict[str, str]) -> dict[str, str]:
+    return {"role": "assistant", "content": json.dumps(fields, separators=(",", ":"))}
 
 
 def splits(seed: int) -> tuple[Split, Split]:
@@ -177,20 +212,27 @@ def splits(seed: int) -> tuple[Split, Split]:
     return split(0, 600), split(1, 200)
 
 
-def make_rows(train: int = 600, test: int = 200, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def make_rows(
+    train: int = 600, test: int = 200, seed: int = 0, *, short: bool = False
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return training rows and test rows, the same for the same ``seed`` and versions of faker."""
     parts = splits(seed)
     draws = random.Random(f"train-{seed}"), random.Random(f"test-{seed}")
-    rows = [[part.row(draw) for _ in range(n)] for part, draw, n in zip(parts, draws, (train, test), strict=True)]
+    rows = [
+        [part.short_row(draw) if short else part.row(draw) for _ in range(n)]
+        for part, draw, n in zip(parts, draws, (train, test), strict=True)
+    ]
     return rows[0], rows[1]
 
 
-def write_data(directory: str | Path, train: int = 600, test: int = 200, seed: int = 0) -> tuple[Path, Path]:
+def write_data(
+    directory: str | Path, train: int = 600, test: int = 200, seed: int = 0, *, short: bool = False
+) -> tuple[Path, Path]:
     """Write ``train.jsonl`` and ``test.jsonl`` to ``directory``, each whole or not at all, and return their paths."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     paths = directory / "train.jsonl", directory / "test.jsonl"
-    for path, rows in zip(paths, make_rows(train, test, seed), strict=True):
+    for path, rows in zip(paths, make_rows(train, test, seed, short=short), strict=True):
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.rename(partial, path)

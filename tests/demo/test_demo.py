@@ -1,21 +1,29 @@
-"""The demo's data and how its answers are scored."""
+"""The demo: its data, how answers are scored, what the terminal shows, and the whole way in a few steps."""
 
 import json
 import re
+import shutil
 from importlib import metadata
 from pathlib import Path
 
 import emloc_demo.model
+import emloc_demo.processes
 import pytest
-from emloc_demo.command import prepare
-from emloc_demo.data import FIELDS, INSTRUCTION, REQUESTS, make_rows, write_data
-from emloc_demo.tasks import fields
+from emloc_demo.data import FIELDS, INSTRUCTION, REQUESTS, SHORT_FIELDS, make_rows, write_data
+from emloc_demo.full.tasks import fields
+from emloc_demo.narration import decision
+from emloc_demo.preparation import prepare
+from emloc_demo.processes import performed
+from support.run import call_here
 
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.tasks import find_task, load_task
 from emloc_core.files.inputs import Inputs
+from emloc_core.progress import ProgressEvent
 from emloc_core.recipe.recipe import load_recipe
+from emloc_core.recipe.stages import stages
+from emloc_core.requests import CompressRequest, MergeRequest
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +31,17 @@ def rows():
     return make_rows()
 
 
+@pytest.fixture(scope="module")
+def short_rows():
+    return make_rows(short=True)
+
+
 def message_of(row):
-    return row["messages"][0]["content"].removeprefix(f"{INSTRUCTION}\n\n")
+    return row["messages"][-2]["content"].removeprefix(f"{INSTRUCTION}\n\n")
 
 
 def answer_of(row):
-    return json.loads(row["messages"][1]["content"])
+    return json.loads(row["messages"][-1]["content"])
 
 
 def test_rows_are_the_same_for_the_same_seed(rows, tmp_path):
@@ -39,11 +52,13 @@ def test_rows_are_the_same_for_the_same_seed(rows, tmp_path):
     assert (len(load_rows(str(first))), len(load_rows(str(first.with_name("test.jsonl"))))) == (600, 200)
 
 
-def test_answers_hold_the_fields_which_stand_in_the_message(rows):
-    for row in rows[0] + rows[1]:
+@pytest.mark.parametrize(("which", "names"), [("rows", FIELDS), ("short_rows", SHORT_FIELDS)])
+def test_answers_hold_the_fields_which_stand_in_the_message(which, names, request):
+    train, test = request.getfixturevalue(which)
+    for row in train + test:
         answer, message = answer_of(row), message_of(row)
-        assert tuple(answer) == FIELDS
-        assert all(answer[field] in message for field in FIELDS if field != "request")
+        assert tuple(answer) == names
+        assert all(answer[field] in message for field in names if field != "request")
         assert answer["request"] in REQUESTS
         assert not re.search(r"[{}]", message)
 
@@ -56,11 +71,13 @@ def test_every_message_holds_numbers_that_belong_in_no_field(rows):
         assert re.search(r"\d", rest)
 
 
-def test_training_and_test_rows_share_nothing_but_the_kinds(rows):
+@pytest.mark.parametrize("which", ["rows", "short_rows"])
+def test_training_and_test_rows_share_nothing_but_the_kinds(which, request):
+    rows = request.getfixturevalue(which)
     train, test = ([answer_of(row) for row in part] for part in rows)
-    for field in ("name", "number", "item", "date"):
+    for field in train[0].keys() - {"request"}:
         assert not {answer[field] for answer in train} & {answer[field] for answer in test}
-    for place in (0, 1):  # neither first names nor last names
+    for place in (0, 1) if "name" in train[0] else ():  # neither first names nor last names
         assert not {a["name"].split()[place] for a in train} & {a["name"].split()[place] for a in test}
     kinds = set(REQUESTS)
     assert {answer["request"] for answer in train} == {answer["request"] for answer in test} == kinds
@@ -94,13 +111,90 @@ def test_scores(text, exact, accuracy):
     assert fields.score(row, [text]) == {"exact_match": exact, "field_accuracy": pytest.approx(accuracy)}
 
 
-def test_what_is_prepared_can_be_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("package", "rows"), [("emloc_demo", [200, 3]), ("emloc_demo.full", [100, 24])])
+def test_what_is_prepared_can_be_run(package, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(emloc_demo.model, "write_base", lambda path: path.mkdir())
-    recipe = load_recipe(prepare(tmp_path / "demo"))
+    recipe = load_recipe(prepare(tmp_path / "demo", package, short=package == "emloc_demo"))
     assert Path(recipe.model.base) == tmp_path / "demo" / "base"
     assert recipe.eval is not None
     specs = [find_task(task, Inputs()) for task in recipe.eval.tasks]
-    assert [len(load_task(spec)[0].eval_docs) for spec in specs] == [100, 24]
+    assert [len(load_task(spec)[0].eval_docs) for spec in specs] == rows
+
+
+def test_the_kind_is_left_to_the_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(emloc_demo.model, "write_base", lambda path: path.mkdir())
+    compress = stages(load_recipe(prepare(tmp_path)))[0].request
+    assert isinstance(compress, CompressRequest)
+    assert compress.memory is not None
+    assert not compress.settings.model_fields_set & {"kind", "ratio"}
+
+
+WAYS = [
+    {"name": "LoRA on the base", "kind": None, "bytes": 1_310_000_000, "fits": False},
+    {"name": "emulator, then polish", "kind": "1.6-bit", "bytes": 900_000_000, "fits": False},
+    {"name": "emulator, then polish", "kind": "nf4", "bytes": 942_000_000, "fits": True},
+]
+
+
+def test_the_decision_is_that_of_the_plan():
+    told = decision({"ways": WAYS, "best": "emulator, then polish"})
+    assert all(text in told for text in ("1.31 GB", "nf4", "942 MB"))
+    fits = [{**WAYS[0], "fits": True}, *WAYS[1:]]
+    assert "no emulator is needed" in decision({"ways": fits, "best": "LoRA on the base"})
+    assert "nothing fits" in decision({"ways": WAYS[:2], "best": None})
+
+
+@pytest.fixture
+def short_demo(tmp_path, tiny_model, monkeypatch):
+    """The demo on a tiny model, with few rows and steps, in this process; returns its directory."""
+    monkeypatch.setattr(emloc_demo.model, "write_base", lambda path: shutil.copytree(tiny_model, path))
+    monkeypatch.setattr(emloc_demo.processes, "planned", lambda **_: {"ways": WAYS, "best": WAYS[2]["name"]})
+    monkeypatch.setattr("emloc_demo.command.call", call_here)
+    monkeypatch.setattr("emloc_core.recipe.page._planned", lambda *_: {})
+    recipe = prepare(tmp_path)
+    text = recipe.read_text()
+    for old, new in (
+        (r"memory = .*", ""), (r"samples = \d+", 'samples = 4\nselection = 3\nkind = "low-rank"'),
+        (r"steps = \d+", "steps = 2"), (r"limit = \d+", "limit = 4"),
+    ):  # fmt: skip
+        text, found = re.subn(old, new, text)
+        assert found
+    recipe.write_text(text)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_the_whole_way_in_a_few_steps(short_demo, emloc):
+    code, out, err = emloc("demo", "-o", short_demo)
+    assert code == 0, err
+    assert [line.split()[1] for line in err.splitlines() if line.startswith("✓")] == [
+        "prepare", "plan", "compress", "train", "correct", "eval"
+    ]  # fmt: skip
+    assert "fitting block 1 of" in err or "reading the model" in err
+    first = json.loads((short_demo / "data" / "test.jsonl").read_text().splitlines()[0])
+    assert first["messages"][1]["content"].split()[-1] in out
+    assert out.count("✗") + out.count("✓") == 6  # three messages, before and after
+    assert "base+corrected" in out
+    assert all((short_demo / name).is_file() for name in ("figure.png", "report.html", "table.md"))
+    code, out, err = emloc("demo", "-o", short_demo, "--json")
+    assert err.count("there already") == 5  # all but the plan
+    results = json.loads(out)
+    assert set(results["systems"]) == {"base", "emulator+lora", "base+corrected"}
+    assert results["plan"]["best"] == WAYS[2]["name"]
+    code, out, err = emloc("demo", "-o", short_demo, "--quiet")
+    assert (code, out) == (0, f"{short_demo}\n")
+    assert "✓" not in err
+
+
+def test_a_stage_reports_its_progress_and_its_error(monkeypatch, tmp_path):
+    request = MergeRequest(adapter=tmp_path / "none", output=tmp_path / "merged").to_json()
+    with pytest.raises(EmlocError, match="none"):
+        list(performed(request))
+    monkeypatch.setattr("emloc_core.stages.perform", lambda _, progress: [progress("a", n, 2) for n in (1, 2)])
+    told = [ProgressEvent(**event) for event in performed(request)]
+    assert [(event.stage, event.what, event.step, event.total) for event in told] == [
+        ("merge", "a", 1, 2), ("merge", "a", 2, 2)
+    ]  # fmt: skip
 
 
 def test_what_is_there_is_kept_and_said_to_be_if_it_differs(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,8 @@ from typing import Any
 
 import rich_click as click
 
-from emloc_demo.command import chosen_clamp, copy_recipe, output_option, run
+from emloc_demo.comparison import chosen_clamp, compare
+from emloc_demo.preparation import copy_recipe, output_option
 
 
 @click.command("demo-vision")
@@ -17,7 +18,7 @@ def command(output: Path, prepare_only: bool) -> None:
     Needs no network and no GPU, and takes about ten minutes on two cores. What is there already is not made again,
     so an interrupted demo resumes where it stopped; only the base model's training starts again.
     """
-    run(prepare(output), explain, prepare_only=prepare_only)
+    compare(prepare(output), explain, prepare_only=prepare_only)
 
 
 def prepare(directory: Path) -> Path:

@@ -11,7 +11,7 @@ import rich_click as click
 
 from emloc_core.errors import EmlocError
 from emloc_core.lifetime import child_environment
-from emloc_demo.command import output_option
+from emloc_demo.preparation import output_option
 
 ENGINES = ("local", "ray")
 

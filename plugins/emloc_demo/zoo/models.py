@@ -76,9 +76,9 @@ def prepare(directory: Path, *, smollm2: bool = True) -> Path:
     Raises:
         EmlocError: a package of the demo is missing.
     """
-    from emloc_demo.command import copy_tasks
     from emloc_demo.data import write_data
     from emloc_demo.model import write_base
+    from emloc_demo.preparation import copy_tasks
     from emloc_demo.vision.pictures import load_digits
     from emloc_demo.vision.rows import split
     from emloc_demo.vision.rows import write_data as write_pictures
@@ -88,7 +88,7 @@ def prepare(directory: Path, *, smollm2: bool = True) -> Path:
     if not (directory / "data" / "train.jsonl").exists():
         _say("writing the messages")
         write_data(directory / "data")
-    copy_tasks("emloc_demo", directory)
+    copy_tasks("emloc_demo.full", directory)
     if not (directory / "pictures").exists():
         _say("drawing the pictures")
         write_pictures(directory / "pictures", split(load_digits()))

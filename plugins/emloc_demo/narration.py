@@ -1,0 +1,70 @@
+"""What the demo says: what a stage is doing and why, and what came of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from emloc_core.files.documents import read_json
+from emloc_core.progress import ProgressEvent
+from emloc_core.result import Result
+from emloc_core.units import human_bytes, human_seconds
+
+#: What each stage is doing before it has done anything.
+BEGINNING = {
+    "compress": "reading the model and the messages to fit the emulator to",
+    "train": "loading the emulator, a model that is small because it only has to answer these messages",
+    "correct": "comparing ways to carry the LoRA over, on messages that no stage has seen",
+    "eval": "loading the model, to ask it messages that no stage has seen",
+}
+
+
+def happening(event: ProgressEvent) -> str:
+    """Return what a stage is doing, and why, in one line."""
+    current, total = min(event.step + 1, event.total), event.total
+    left = f" ({human_seconds(event.seconds_left)} left)" if event.seconds_left else ""
+    match event.stage:
+        case "compress":
+            return f"fitting block {current} of {total}{left}: with few bits, its outputs are to stay the model's"
+        case "train":
+            loss = "" if event.loss is None else f", loss {event.loss:.2f}"
+            return f"step {event.step} of {total}{loss}{left}: the LoRA learns on the emulator, without the model"
+        case "eval":
+            return f"asking {event.what}, system {current} of {total}{left}: which answers are right?"
+    return BEGINNING.get(event.stage, event.stage)
+
+
+def outcome(stage: str, result: Result) -> str:
+    """Return what came of a stage, in one line."""
+    found, settings = result.result, result.manifest["request"].get("settings", {})
+    match stage:
+        case "compress":
+            sizes = found["bytes"]
+            return f"{settings['kind']} emulator, {human_bytes(sizes['emulator'])} of {human_bytes(sizes['base'])}"
+        case "train":
+            losses = [entry["loss"] for entry in read_json(result.path / "log.json") if "loss" in entry]
+            return f"{found['steps']} steps of a LoRA on the emulator, loss {losses[0]:.2f} to {losses[-1]:.2f}"
+        case "correct":
+            return f"LoRA carried over to the model, {how_corrected(found)}"
+    return f"{len(found)} systems asked {read_json(result.path / 'results.json')['tasks']['right']['rows']} messages"
+
+
+def how_corrected(correction: Mapping[str, Any]) -> str:
+    """Return how a LoRA was corrected: what did best on held-out rows."""
+    if correction["scale"] != 1:
+        return f"scaled by {correction['scale']:g}"
+    return "unchanged, which did best" if correction["clamp"] == 0 else f"corrected with clamp {correction['clamp']}"
+
+
+def decision(plan: Mapping[str, Any]) -> str:
+    """Return what a plan decided, in one line.
+
+    Args:
+        plan: what ``emloc plan --json`` says.
+    """
+    ordinary, *_ = plan["ways"]
+    best = next((way for way in plan["ways"] if way["name"] == plan["best"] and way["fits"]), None)
+    needs = f"an ordinary LoRA needs {human_bytes(ordinary['bytes'])}"
+    if best is None:
+        return f"{needs}, and nothing fits"
+    if best["kind"] is None:
+        return f"{needs} and fits: no emulator is needed"
+    return f"{needs}, too much; on an emulator in {best['kind']} it needs {human_bytes(best['bytes'])}"

@@ -1,0 +1,172 @@
+"""What the demo shows in a terminal."""
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from emloc_core.units import human_bytes, human_seconds
+
+#: Columns of the widest line: longer ones are hard to read.
+_WIDEST = 110
+#: Seconds between lines that say what is happening, where no terminal shows one that changes.
+_EVERY = 10.0
+#: Characters of an answer that are shown.
+_ANSWER = 160
+_TITLE = "[bold]Fine-tune a model in the memory that inference needs[/]"
+_FACTS = {
+    "model": "SmolLM2-135M-Instruct, 135 million parameters in 32 bits: 538 MB",
+    "task": "a customer's message in; JSON with the order's number, the item and the request out",
+    "memory": "{memory} for training, Python and its libraries included",
+}
+_SYSTEMS = {
+    "base": "the model as it was",
+    "emulator+lora": "the LoRA on the emulator that it was trained on",
+    "base+corrected": "the LoRA carried over to the model",
+    "full_lora": "an ordinary LoRA, trained on the model in as many steps",
+}
+
+
+class Step:
+    """One step of the demo, while it runs.
+
+    Attributes:
+        say: shows what is happening.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.outcome, self.peak = "", 0
+
+    def end(self, outcome: str, peak: int = 0) -> None:
+        """Say what came of it, and the peak memory in bytes; 0 where that says nothing."""
+        self.outcome, self.peak = outcome, peak
+
+
+class Screen:
+    """A line for every step that is done, and below them one that says what is happening, and why.
+
+    Args:
+        memory: that the demo trains in.
+        quiet: show nothing.
+    """
+
+    def __init__(self, memory: str, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._console.width = _width(self._console)
+        facts = Table.grid(padding=(0, 2))
+        for name, fact in _FACTS.items():
+            facts.add_row(Text(name, "cyan"), fact.format(memory=memory))
+        self._console.print(_TITLE, facts, "", sep="\n")
+
+    @contextmanager
+    def step(self, name: str, what: str, *, before: bool = False) -> Iterator[Step]:
+        """Show what is happening while the block runs, and then its line.
+
+        Args:
+            name: of the step.
+            what: happens first.
+            before: whether the step was done before, and is only checked.
+        """
+        started = time.monotonic()
+        with self._happening(name, what) as say:
+            step = Step(say)
+            yield step
+        took = "there already" if before else human_seconds(time.monotonic() - started)
+        line = Table.grid(Column(), Column(width=8), Column(ratio=1), Column(justify="right"),
+                          Column(width=8, justify="right"), padding=(0, 2, 0, 0), expand=True)  # fmt: skip
+        peak = human_bytes(step.peak) if step.peak else ""
+        line.add_row(Text("✓", "green"), Text(name, "cyan"), Text(step.outcome), took, peak)
+        self._console.print(line)
+
+    @contextmanager
+    def _happening(self, name: str, what: str) -> Iterator[Callable[[str], None]]:
+        if not self._console.is_terminal:
+            last = time.monotonic()
+            self._console.print(f"  {name:<8}  {what}", markup=False)
+
+            def print_now_and_then(text: str) -> None:
+                nonlocal last
+                if time.monotonic() - last >= _EVERY:
+                    last = time.monotonic()
+                    self._console.print(f"  {name:<8}  {text}", markup=False)
+
+            yield print_now_and_then
+            return
+        one_line = Column(no_wrap=True, ratio=1)
+        text = TextColumn("[cyan]{task.fields[name]}[/]  {task.description}", table_column=one_line)
+        columns = (SpinnerColumn(), text, TimeElapsedColumn())
+        with Progress(*columns, console=self._console, transient=True, expand=True) as progress:
+            task = progress.add_task(escape(what), name=f"{name:<8}")
+            yield lambda text: progress.update(task, description=escape(text))
+
+
+def _width(console: Console) -> int:
+    """Return the columns of lines: those of the terminal, or of a file enough."""
+    return min(console.width, _WIDEST) if console.is_terminal else _WIDEST
+
+
+def show(results: Mapping[str, Any], output: Path) -> None:
+    """Print answers before and after, the scores, and where to go from here."""
+    console = Console(highlight=False)
+    console.width = _width(console)
+    console.print("", _answers(output), _scores(results), _next(output), sep="\n")
+
+
+def _answers(output: Path) -> Table:
+    rows = [json.loads(line) for line in (output / "data" / "test.jsonl").read_text("utf-8").splitlines()]
+    table = Table(
+        Column("a message that no stage has seen", ratio=5),
+        Column("the model's answer before", ratio=4),
+        Column("and after", ratio=4),
+        box=box.SIMPLE_HEAD,
+        expand=True,
+        show_lines=True,
+    )
+    written: dict[int, dict[str, Text]] = {}
+    for line in (output / "evaluation" / "samples.jsonl").read_text("utf-8").splitlines():
+        sample = json.loads(line)
+        written.setdefault(sample["row"], {})[sample["system"]] = _judged(sample["written"], sample["expected"])
+    for row, answers in written.items():
+        table.add_row(Text(rows[row]["messages"][-2]["content"]), answers["base"], answers["base+corrected"])
+    return table
+
+
+def _judged(written: str, expected: str) -> Text:
+    mark = ("✓ ", "bold green") if written.strip() == expected.strip() else ("✗ ", "bold red")
+    text = " ".join(written.split())
+    return Text.assemble(mark, text if len(text) <= _ANSWER else f"{text[: _ANSWER - 3]}...")
+
+
+def _scores(results: Mapping[str, Any]) -> Table:
+    rows = results["tasks"]["right"]["rows"]
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("system")
+    table.add_column(f"of {rows} held-out messages right", justify="right")
+    table.add_column("loss per token", justify="right")
+    for name, of in _SYSTEMS.items():
+        if scores := results["systems"].get(name):
+            style = "bold green" if name == "base+corrected" else ""
+            table.add_row(f"{name}: {of}", str(round(rows * scores["acc"])), f"{scores['nll']:.3f}", style=style)
+    return table
+
+
+def _next(output: Path) -> Table:
+    table = Table.grid(padding=(0, 2))
+    figures = f"{output / 'figure.png'}  {output / 'report.html'}"
+    chat = shlex.join(["emloc", "chat", str(output / "corrected")])
+    table.add_row(Text("see", "cyan"), figures)
+    table.add_row(Text("next", "cyan"), f"{chat}  talk to the result")
+    table.add_row("", "make demo-full  compare all ways to tune, ordinary LoRAs among them: half an hour")
+    table.add_row("", "emloc tune MODEL train.jsonl --memory 24GiB  your own model")
+    return table
