@@ -70,6 +70,8 @@ _COLOURS = (
     ("black", "white", "blue", "grey", "green", "beech"),
     ("red", "silver", "brown", "yellow", "pink", "walnut"),
 )
+#: More for the training rows that are short: after few steps, a model that saw six colours misspells others.
+_MORE_COLOURS = ("orange", "purple", "golden", "cream", "copper", "oak", "beige", "violet", "turquoise", "maroon")
 # fmt: off
 _THINGS = (
     ("desk lamp", "office chair", "kettle", "rain jacket", "suitcase", "bookshelf", "tea set", "backpack", "toaster",
@@ -185,7 +187,7 @@ def _answer(fields: dict[str, str]) -> dict[str, str]:
     return {"role": "assistant", "content": json.dumps(fields, separators=(",", ":"))}
 
 
-def splits(seed: int) -> tuple[Split, Split]:
+def splits(seed: int, *, short: bool = False) -> tuple[Split, Split]:
     """Return what the training rows and the test rows draw from: disjoint names, items, numbers and wordings.
 
     Raises:
@@ -207,7 +209,8 @@ def splits(seed: int) -> tuple[Split, Split]:
         half = slice(part, None, 2)  # every second first name and last name: the two share neither
         names = [f"{a} {b}" for a, b in zip(first[half] * 8, draw.choices(last[half], k=8 * len(first)), strict=False)]
         wordings = {kind: texts[:4] if part == 0 else texts[4:] for kind, texts in REQUESTS.items()}
-        return Split(draw.sample(sorted(set(names)), count), _COLOURS[part], _THINGS[part], wordings, part)
+        colours = _COLOURS[part] + (_MORE_COLOURS if short and part == 0 else ())
+        return Split(draw.sample(sorted(set(names)), count), colours, _THINGS[part], wordings, part)
 
     return split(0, 600), split(1, 200)
 
@@ -216,7 +219,7 @@ def make_rows(
     train: int = 600, test: int = 200, seed: int = 0, *, short: bool = False
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return training rows and test rows, the same for the same ``seed`` and versions of faker."""
-    parts = splits(seed)
+    parts = splits(seed, short=short)
     draws = random.Random(f"train-{seed}"), random.Random(f"test-{seed}")
     rows = [
         [part.short_row(draw) if short else part.row(draw) for _ in range(n)]
