@@ -1,7 +1,8 @@
 """``emloc demo``."""
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from emloc_core.cli.verbosity import Verbosity, verbosity, verbosity_options
 from emloc_core.errors import EmlocError
 from emloc_core.files.meter import peak_memory
 from emloc_core.process import ProcessDiedError, call
-from emloc_core.progress import ProgressEvent
+from emloc_core.result import Result
 from emloc_demo.narration import BEGINNING, decision, happening, outcome
 from emloc_demo.preparation import output_option, prepare
 
@@ -52,45 +53,53 @@ def command(output: Path, prepare_only: bool, as_json: bool) -> None:
 
 
 def run(output: Path, screen: "Screen") -> dict[str, Any]:
-    """Make what is not there yet, each part in a process of its own, and return what ``emloc run --json`` would.
+    """Make what is not there yet, each part in a process of its own; return what ``emloc run --json`` would, and more.
 
     Args:
-        output: directory of everything; what the processes print goes to ``logs`` in it.
+        output: directory of everything.
         screen: shows what is done.
+
+    Returns:
+        The results of the recipe, and ``plan``, what ``emloc plan --json`` says.
 
     Raises:
         EmlocError: a package is missing, or a stage failed. What is done is kept.
     """
     from emloc_core.recipe.page import write_page
     from emloc_core.recipe.run import run_recipe
-    from emloc_core.result import Result
 
-    def answers(function: str, name: str, argument: str) -> Iterator[Any]:
-        log = output / "logs" / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield from call(f"emloc_demo.processes:{function}", {"argument": argument}, log=log)
-        except ProcessDiedError as error:
-            raise EmlocError(f"{error} Its log is {log}.", code=error.code, resumable=True) from None
-
-    def perform(stage: "Stage") -> None:
-        name = stage.request.stage
-        with screen.step(name, BEGINNING[name], before=stage.state == "there") as step:
-            for event in answers("performed", stage.name, stage.request.to_json()):
-                step.say(happening(ProgressEvent(**event)))
-            result = Result(stage.output)
-            step.end(outcome(name, result), _peak(result.timing))
-
+    recipe = output / "recipe.toml"
+    plan: dict[str, Any] = {}
     with screen.step("prepare", "writing the model as an ordinary checkpoint, and the messages",
-                     before=(output / "recipe.toml").exists()) as step:  # fmt: skip
-        (recipe,) = answers("prepared", "prepare", str(output))
-        step.end(f"the model, messages, and {recipe}")
-    with screen.step("plan", "computing the memory that each way to tune needs, from the model's config") as step:
-        (plan,) = answers("planned", "plan", recipe)
-        step.end(decision(plan))
-    results = run_recipe(Path(recipe), run=perform)
+                     lambda: f"the model, messages, and {recipe}", before=recipe.exists()):  # fmt: skip
+        _in_a_process("prepared", output, output)
+    with screen.step("plan", "computing the memory that each way to tune needs", lambda: decision(plan)):
+        plan |= _in_a_process("planned", recipe, output)
+    with ExitStack() as current:
+        says: list[Callable[[str], None]] = []  # of each stage, the last one's being that which runs
+
+        def announce(_index: int, _total: int, stage: "Stage") -> None:
+            current.close()  # the stage before
+            name, result = stage.request.stage, Result(stage.output)
+            told = (lambda: outcome(name, result)), (lambda: _peak(result.timing))
+            before = stage.state == "there"
+            says.append(current.enter_context(screen.step(name, BEGINNING[name], *told, before=before)))
+
+        results = run_recipe(recipe, announce=announce, progress=lambda event: says[-1](happening(event)))
     write_page(output, output / "report.html")
     return {**results, "plan": plan}
+
+
+def _in_a_process(function: str, argument: Path, output: Path) -> Any:
+    """Return what a function of :mod:`emloc_demo.processes` does; its log is kept if the process dies."""
+    output.mkdir(parents=True, exist_ok=True)
+    log = output / f".{function}.log"
+    try:
+        (answer,) = call(f"emloc_demo.processes:{function}", {"argument": str(argument)}, log=log)
+    except ProcessDiedError as error:
+        raise EmlocError(f"{error.args[0]} (log: {log})", error.fix, code=error.code, resumable=True) from None
+    log.unlink(missing_ok=True)
+    return answer
 
 
 def _peak(timing: dict[str, Any]) -> int:

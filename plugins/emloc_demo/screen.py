@@ -37,22 +37,6 @@ _SYSTEMS = {
 }
 
 
-class Step:
-    """One step of the demo, while it runs.
-
-    Attributes:
-        say: shows what is happening.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.outcome, self.peak = "", 0
-
-    def end(self, outcome: str, peak: int = 0) -> None:
-        """Say what came of it, and the peak memory in bytes; 0 where that says nothing."""
-        self.outcome, self.peak = outcome, peak
-
-
 class Screen:
     """A line for every step that is done, and below them one that says what is happening, and why.
 
@@ -70,23 +54,36 @@ class Screen:
         self._console.print(_TITLE, facts, "", sep="\n")
 
     @contextmanager
-    def step(self, name: str, what: str, *, before: bool = False) -> Iterator[Step]:
-        """Show what is happening while the block runs, and then its line.
+    def step(
+        self,
+        name: str,
+        what: str,
+        outcome: Callable[[], str],
+        peak: Callable[[], int] = lambda: 0,
+        *,
+        before: bool = False,
+    ) -> Iterator[Callable[[str], None]]:
+        """Show what is happening while the block runs, and then a line with what came of it.
 
         Args:
             name: of the step.
             what: happens first.
+            outcome: returns what came of it.
+            peak: returns its peak memory in bytes; 0 if that says nothing.
             before: whether the step was done before, and is only checked.
+
+        Yields:
+            A function that shows what happens next.
         """
         started = time.monotonic()
         with self._happening(name, what) as say:
-            step = Step(say)
-            yield step
+            yield say
         took = "there already" if before else human_seconds(time.monotonic() - started)
         line = Table.grid(Column(), Column(width=8), Column(ratio=1), Column(justify="right"),
                           Column(width=8, justify="right"), padding=(0, 2, 0, 0), expand=True)  # fmt: skip
-        peak = human_bytes(step.peak) if step.peak else ""
-        line.add_row(Text("✓", "green"), Text(name, "cyan"), Text(step.outcome), took, peak)
+        line.add_row(
+            Text("✓", "green"), Text(name, "cyan"), Text(outcome()), took, human_bytes(peak()) if peak() else ""
+        )
         self._console.print(line)
 
     @contextmanager

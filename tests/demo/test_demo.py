@@ -13,17 +13,15 @@ from emloc_demo.data import FIELDS, INSTRUCTION, REQUESTS, SHORT_FIELDS, make_ro
 from emloc_demo.full.tasks import fields
 from emloc_demo.narration import decision
 from emloc_demo.preparation import prepare
-from emloc_demo.processes import performed
 from support.run import call_here
 
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.tasks import find_task, load_task
 from emloc_core.files.inputs import Inputs
-from emloc_core.progress import ProgressEvent
 from emloc_core.recipe.recipe import load_recipe
 from emloc_core.recipe.stages import stages
-from emloc_core.requests import CompressRequest, MergeRequest
+from emloc_core.requests import CompressRequest
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +152,7 @@ def short_demo(tmp_path, tiny_model, monkeypatch):
     recipe = prepare(tmp_path)
     text = recipe.read_text()
     for old, new in (
-        (r"memory = .*", ""), (r"samples = \d+", 'samples = 4\nselection = 3\nkind = "low-rank"'),
+        (r"memory = .*", ""), (r"selection = \d+", "selection = 3"), (r"samples = \d+", 'samples = 4\nkind = "low-rank"'),
         (r"steps = \d+", "steps = 2"), (r"limit = \d+", "limit = 4"),
     ):  # fmt: skip
         text, found = re.subn(old, new, text)
@@ -184,17 +182,6 @@ def test_the_whole_way_in_a_few_steps(short_demo, emloc):
     code, out, err = emloc("demo", "-o", short_demo, "--quiet")
     assert (code, out) == (0, f"{short_demo}\n")
     assert "✓" not in err
-
-
-def test_a_stage_reports_its_progress_and_its_error(monkeypatch, tmp_path):
-    request = MergeRequest(adapter=tmp_path / "none", output=tmp_path / "merged").to_json()
-    with pytest.raises(EmlocError, match="none"):
-        list(performed(request))
-    monkeypatch.setattr("emloc_core.stages.perform", lambda _, progress: [progress("a", n, 2) for n in (1, 2)])
-    told = [ProgressEvent(**event) for event in performed(request)]
-    assert [(event.stage, event.what, event.step, event.total) for event in told] == [
-        ("merge", "a", 1, 2), ("merge", "a", 2, 2)
-    ]  # fmt: skip
 
 
 def test_what_is_there_is_kept_and_said_to_be_if_it_differs(tmp_path, monkeypatch, capsys):
