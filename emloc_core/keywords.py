@@ -134,6 +134,7 @@ class EvalKwargs(TypedDict, total=False):
     """Of :class:`EvalSection`."""
 
     tasks: list[str]
+    systems: list[str] | None
     limit: int | None
     batch_size: int
     full_lora: bool

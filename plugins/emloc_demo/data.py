@@ -231,11 +231,16 @@ def make_rows(
 def write_data(
     directory: str | Path, train: int = 600, test: int = 200, seed: int = 0, *, short: bool = False
 ) -> tuple[Path, Path]:
-    """Write ``train.jsonl`` and ``test.jsonl`` to ``directory``, each whole or not at all, and return their paths."""
+    """Write ``train.jsonl`` and ``test.jsonl`` to ``directory``, each whole or not at all, and return their paths.
+
+    Of short rows, the first three for testing are in ``shown.jsonl`` too.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     paths = directory / "train.jsonl", directory / "test.jsonl"
-    for path, rows in zip(paths, make_rows(train, test, seed, short=short), strict=True):
+    made = make_rows(train, test, seed, short=short)
+    shown = [(directory / "shown.jsonl", made[1][:3])] if short else []
+    for path, rows in [*shown, *zip(paths, made, strict=True)]:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.rename(partial, path)

@@ -1,9 +1,8 @@
 """What the demo shows in a terminal."""
 
-import json
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,11 +116,10 @@ def show(results: Mapping[str, Any], output: Path) -> None:
     """Print answers before and after, the scores, and where to go from here."""
     console = Console(highlight=False)
     console.width = _width(console)
-    console.print("", _answers(output), _scores(results), _next(output), sep="\n")
+    console.print("", _answers(results["answers"]), _scores(results), _next(output), sep="\n")
 
 
-def _answers(output: Path) -> Table:
-    rows = [json.loads(line) for line in (output / "data" / "test.jsonl").read_text("utf-8").splitlines()]
+def _answers(answers: Sequence[Mapping[str, str]]) -> Table:
     table = Table(
         Column("a message that no stage has seen", ratio=5),
         Column("the model's answer before", ratio=4),
@@ -130,12 +128,9 @@ def _answers(output: Path) -> Table:
         expand=True,
         show_lines=True,
     )
-    written: dict[int, dict[str, Text]] = {}
-    for line in (output / "evaluation" / "samples.jsonl").read_text("utf-8").splitlines():
-        sample = json.loads(line)
-        written.setdefault(sample["row"], {})[sample["system"]] = _judged(sample["written"], sample["expected"])
-    for row, answers in written.items():
-        table.add_row(Text(rows[row]["messages"][-2]["content"]), answers["base"], answers["base+corrected"])
+    for answer in answers:
+        judged = [_judged(answer[when], answer["expected"]) for when in ("before", "after")]
+        table.add_row(Text(answer["prompt"]), *judged)
     return table
 
 
@@ -165,5 +160,5 @@ def _next(output: Path) -> Table:
     table.add_row(Text("see", "cyan"), figures)
     table.add_row(Text("next", "cyan"), f"{chat}  talk to the result")
     table.add_row("", "make demo-full  compare all ways to tune, ordinary LoRAs among them: half an hour")
-    table.add_row("", "emloc tune MODEL train.jsonl --memory 24GiB  your own model")
+    table.add_row("", "emloc tune MODEL --data train.jsonl -o tuned --memory 24GiB  your own model and rows")
     return table

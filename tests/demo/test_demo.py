@@ -110,7 +110,7 @@ def test_scores(text, exact, accuracy):
     assert fields.score(row, [text]) == {"exact_match": exact, "field_accuracy": pytest.approx(accuracy)}
 
 
-@pytest.mark.parametrize(("package", "rows"), [("emloc_demo", [200, 3]), ("emloc_demo.full", [100, 24])])
+@pytest.mark.parametrize(("package", "rows"), [("emloc_demo", [200]), ("emloc_demo.full", [100, 24])])
 def test_what_is_prepared_can_be_run(package, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(emloc_demo.model, "write_base", lambda path: path.mkdir())
     recipe = load_recipe(prepare(tmp_path / "demo", package, short=package == "emloc_demo"))
