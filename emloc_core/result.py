@@ -81,6 +81,7 @@ class MergeResult(TypedDict):
     """What ``merge`` wrote."""
 
     merged_linears: int
+    replaced: list[str]
     untied: list[str]
     bytes: int
 

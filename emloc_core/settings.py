@@ -40,8 +40,8 @@ SplitOrShare = Annotated[
 ]
 
 
-def parse_columns(value: Any) -> Any:
-    """Parse ``prompt=question,completion=answer``; return anything but text as it is.
+def parse_pairs(value: Any) -> Any:
+    """Parse ``name=value,name=value``; return anything but text as it is.
 
     Raises:
         ValueError: it is no list of pairs.
@@ -50,12 +50,38 @@ def parse_columns(value: Any) -> Any:
         return value
     pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
     if not all(name.strip() and equals and own.strip() for name, equals, own in pairs):
-        raise ValueError("write pairs of names, as in prompt=question,completion=answer")
+        raise ValueError("write pairs, as in name=value,name=value")
     return {name.strip(): own.strip() for name, _, own in pairs}
 
 
 #: Names that the user's rows have for columns, by the usual names; or both as text, as on the command line.
-Columns = Annotated[dict[str, str], BeforeValidator(parse_columns)]
+Columns = Annotated[dict[str, str], BeforeValidator(parse_pairs, json_schema_input_type=str | dict[str, str])]
+
+
+def _numbers(value: Any) -> Any:
+    """Parse ``0-3,7``."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return value
+    found: list[int] = []
+    for part in (part.strip() for text in texts for part in text.split(",") if part.strip()):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) - int(first) >= _MOST_NUMBERS:
+            raise ValueError("write numbers and ranges, as in 0-3,7")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+_MOST_NUMBERS = 1 << 20
+#: Numbers in a list, or ranges of them as text, as on the command line.
+Numbers = Annotated[
+    list[Annotated[int, Field(ge=0)]], BeforeValidator(_numbers, json_schema_input_type=str | list[int])
+]
+#: Ranks by module; or both as text.
+Ranks = Annotated[
+    dict[str, Annotated[int, Field(ge=1)]],
+    BeforeValidator(parse_pairs, json_schema_input_type=str | dict[str, int]),
+]
 
 
 class Settings(BaseModel):
@@ -139,6 +165,7 @@ DEFAULT_EPOCHS = 3.0
 #: Training settings that change how much memory training needs.
 MEMORY_SETTINGS = (
     "objective", "batch_size", "accumulation", "gradient_checkpointing", "bf16", "lora_rank", "target_modules",
+    "rank_pattern", "layers_to_transform", "modules_to_save", "trainable_token_indices",
 )  # fmt: skip
 
 
@@ -190,13 +217,32 @@ class TrainSettings(StepSettings):
         description="Modules to put the LoRA on, matched by the end of their paths: a list, or comma-separated names; "
         "all-linear for every Linear but the output layer. By default, the family decides.",
     )
+    rank_pattern: Ranks | None = Field(
+        None, description="Other ranks by the end of a module's path, such as q_proj=16,layers.0.mlp.down_proj=4."
+    )
+    layers_to_transform: Numbers | None = Field(
+        None, description="Layers whose modules get a LoRA, such as 0-7,15; by default all."
+    )
+    modules_to_save: list[str] | None = Field(
+        None, description="Modules to train as a whole: the token embeddings, the output layer, or both, by the end of "
+        "their paths, such as embed_tokens,lm_head."
+    )  # fmt: skip
+    trainable_token_indices: Numbers | None = Field(
+        None, description="Tokens whose embeddings are trained, such as 32000-32003; with tied embeddings, also those "
+        "of the output layer."
+    )  # fmt: skip
+
+    @property
+    def trains_modules(self) -> bool:
+        """Whether embeddings or the output layer are trained themselves."""
+        return bool(self.modules_to_save or self.trainable_token_indices)
 
     @property
     def learns_preferences(self) -> bool:
         """Whether a chosen answer is learned to be preferred to a rejected one."""
         return self.objective == "dpo"
 
-    @field_validator("target_modules", mode="before", json_schema_input_type=str | list[str] | None)
+    @field_validator("target_modules", "modules_to_save", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod
     def _between_commas(cls, value: Any) -> Any:
         given = [value] if isinstance(value, str) else value

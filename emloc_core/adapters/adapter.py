@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from emloc_core.adapters.dense import Replacement, replacements
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_object, write_json
@@ -28,6 +29,7 @@ from emloc_core.transfer import REMEDY, field_problems
 
 CORRECTED = "emloc.corrected"  # key in the weights' metadata, which remains if the manifest is lost
 _PREFIX = "base_model.model."
+_NONE: Mapping[str, torch.Tensor] = {}
 #: Kinds of directory that hold an adapter -> key of its model in the manifest's request.
 _MADE_FOR = {"adapter": "model", "corrected-adapter": "base", "served-adapter": "base"}
 
@@ -129,8 +131,43 @@ class Adapter:
         """The LoRA of every Linear, by module path, sorted.
 
         Raises:
-            EmlocError: there are tensors that do not belong to an ordinary LoRA, or NaN.
+            EmlocError: there are tensors that are not what the config says, or NaN.
         """
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in self._tensors.items():
+            path, half, rest = key.partition(".lora_")
+            if half and (rest not in ("A.weight", "B.weight") or tensor.ndim != 2):
+                raise EmlocError(
+                    f"{self.directory / WEIGHTS} holds {key}, which is not part of a LoRA on a Linear.",
+                    "Train an ordinary LoRA on Linears only.",
+                    code="unsupported",
+                )
+            if half:
+                parts.setdefault(path, {})[rest[0]] = tensor
+        if incomplete := [path for path, pair in parts.items() if len(pair) != 2]:
+            raise EmlocError(
+                f"The LoRA in {self.directory} on {incomplete[0]} lacks a half.", "Train again.", code="damaged"
+            )
+        _ = self.replaced  # refuses what is neither
+        return {path: self._lora(path, pair["A"], pair["B"]) for path, pair in sorted(parts.items())}
+
+    @cached_property
+    def replaced(self) -> dict[str, Replacement]:
+        """What it replaces of the embeddings and the output layer, by module path.
+
+        Raises:
+            EmlocError: as for :attr:`loras`.
+        """
+        return replacements(self.others, self.config.get("trainable_token_indices"))
+
+    @property
+    def others(self) -> dict[str, torch.Tensor]:
+        """The tensors that are of no LoRA, as they are in the file."""
+        return {key: tensor for key, tensor in self._tensors.items() if ".lora_" not in key}
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by their keys, without PEFT's prefix."""
         read_header(self.directory / WEIGHTS)
         if self.manifest:
             require_unchanged(self.manifest, self.directory, content_hash(self.directory))
@@ -142,12 +179,11 @@ class Adapter:
                 "Copy the file again, or train again.",
                 code="damaged",
             ) from None
-        parts: dict[str, dict[str, torch.Tensor]] = {}
+        found = {}
         for key, tensor in tensors.items():
             if key.endswith(".base_layer.weight"):  # PEFT's frozen copy of an output projection that has a LoRA
                 continue
-            path, _, rest = key.removeprefix(_PREFIX).partition(".lora_")
-            if not key.startswith(_PREFIX) or rest not in ("A.weight", "B.weight") or tensor.ndim != 2:
+            if not key.startswith(_PREFIX):
                 raise EmlocError(
                     f"{self.directory / WEIGHTS} holds {key}, which is not part of a LoRA on a Linear.",
                     "Train an ordinary LoRA on Linears only.",
@@ -163,12 +199,8 @@ class Adapter:
                     "Train again, with a lower learning rate.",
                     code="not-finite",
                 )
-            parts.setdefault(path, {})[rest[0]] = tensor
-        if incomplete := [path for path, pair in parts.items() if len(pair) != 2]:
-            raise EmlocError(
-                f"The LoRA in {self.directory} on {incomplete[0]} lacks a half.", "Train again.", code="damaged"
-            )
-        return {path: self._lora(path, pair["A"], pair["B"]) for path, pair in sorted(parts.items())}
+            found[key.removeprefix(_PREFIX)] = tensor
+        return found
 
     def _lora(self, path: str, a: torch.Tensor, b: torch.Tensor) -> Lora:
         rank = self._of_pattern("rank_pattern", path, self.config.get("r", 8))
@@ -218,11 +250,18 @@ def fingerprint(directory: Path, files: Inputs) -> str:
 
 
 def write_adapter(
-    directory: Path, config: Mapping[str, Any], loras: Mapping[str, Lora], metadata: Mapping[str, str] | None = None
+    directory: Path,
+    config: Mapping[str, Any],
+    loras: Mapping[str, Lora],
+    metadata: Mapping[str, str] | None = None,
+    others: Mapping[str, torch.Tensor] = _NONE,
 ) -> None:
-    """Write LoRAs by module path as a PEFT adapter: plain ``PeftModel.from_pretrained`` loads it."""
+    """Write LoRAs by module path as a PEFT adapter: plain ``PeftModel.from_pretrained`` loads it.
+
+    ``others`` are the tensors of no LoRA, by their keys without PEFT's prefix.
+    """
     write_json(directory / CONFIG, dict(config))
-    tensors = {}
+    tensors = {f"{_PREFIX}{key}": tensor for key, tensor in others.items()}
     for path, lora in sorted(loras.items()):
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = lora.a
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = lora.b

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from emloc_core.adapters.adapter import Adapter
+from emloc_core.adapters.dense import require_dense
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.manifest import manifest_value
@@ -32,6 +33,7 @@ def require_shapes(adapter: Adapter, model: nn.Module) -> None:
                 "The adapter belongs to another model.",
                 code="mismatch",
             )
+    require_dense(adapter.replaced, model)
 
 
 def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_uncorrected: bool = False) -> None:

@@ -23,6 +23,7 @@ from emloc_core.adapters.belonging import (
     require_uncorrected,
 )
 from emloc_core.adapters.candidates import CANDIDATES, Candidate, choose, comparison
+from emloc_core.adapters.dense import replaced_weights
 from emloc_core.adapters.held_out import summed_loss, with_lora
 from emloc_core.adapters.moments import copy_moments, hash_moments
 from emloc_core.algorithms.correction import Clamp
@@ -83,6 +84,8 @@ class Correct:
         self.family = plugin_manager().family_for(base.config)
         self.skeleton = Skeleton(base, self.family, device)
         require_shapes(adapter, self.skeleton.model)
+        for name, new in replaced_weights(adapter.replaced, self.skeleton).items():
+            self.skeleton.replace(name, new.applied)
         loss: Loss = manifest_value(manifest, self.emulator.directory, "request.settings.loss", Loss)
         self.rows = self._rows(selection_data, loss)
         max_length = manifest_value(manifest, self.emulator.directory, "request.settings.max_length", int | None)
@@ -166,7 +169,8 @@ class Correct:
             config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
             # PEFT reads the scale from the config, which is that of the adapter as it was trained.
             loras = {path: found[path][chosen].with_scale(lora.scale) for path, lora in self.adapter.loras.items()}
-            write_adapter(staging, config, loras, {CORRECTED: str(compared[chosen].clamp)})
+            corrected = {CORRECTED: str(compared[chosen].clamp)}
+            write_adapter(staging, config, loras, corrected, self.adapter.others)
             copy_moments(self.adapter.directory, staging)
             self.base.copy_processing(staging)
             result = {**compared[chosen].describe(), "linears": len(loras), **comparison(compared, losses, chosen)}

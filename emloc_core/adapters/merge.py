@@ -13,6 +13,7 @@ import torch
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.belonging import require_base
+from emloc_core.adapters.dense import Replacement, replaced_weights, require_dense
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
@@ -25,6 +26,8 @@ from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import MergeRequest
 
+#: What becomes of a weight: a LoRA is added, it is replaced, or None: it stays as it is.
+Change = Lora | Replacement | None
 _AT_ONCE = 3  # shards
 _ROWS_BYTES = 2 << 20  # bytes of a weight merged at a time: few enough to stay in the processor's cache
 
@@ -55,9 +58,11 @@ class Merge:
         self._path, self._allow_uncorrected = output, allow_uncorrected
         self.family = plugin_manager().family_for(base.config)
         skeleton = Skeleton(base, self.family)
-        self.untied: dict[str, tuple[str, Lora]] = {}  # new key -> key that it was tied to, LoRA
+        self.untied: dict[str, tuple[str, Change]] = {}  # new key -> key that it was tied to, what becomes of it
         self.unties = False
-        self.loras = self._by_key(skeleton)
+        require_dense(adapter.replaced, skeleton.model)
+        self.changes: dict[str, Change] = self._by_key(skeleton)
+        self._replace(skeleton)
 
     @cached_property
     def output(self) -> Output:
@@ -78,14 +83,14 @@ class Merge:
         """Return what would be written."""
         return {
             "output": str(self._path),
-            "linears": len(self.loras) + len(self.untied),
+            "linears": len(self.adapter.loras),
             "bytes": self.base.nbytes,
             "shards": len(self.base.shards),
             "finished": self.output.is_finished(),
         }
 
-    def _by_key(self, skeleton: Skeleton) -> dict[str, Lora]:
-        found: dict[str, Lora] = {}
+    def _by_key(self, skeleton: Skeleton) -> dict[str, Change]:
+        found: dict[str, Change] = {}
         for path, lora in self.adapter.loras.items():
             name = f"{path}.weight"
             keys = skeleton.sources(name)
@@ -113,6 +118,20 @@ class Merge:
                 self.unties = True
         return found
 
+    def _replace(self, skeleton: Skeleton) -> None:
+        """Add what the adapter replaces; a tied output layer becomes a tensor of its own, unless both change alike."""
+        replaced = replaced_weights(self.adapter.replaced, skeleton)
+        for name in (name for name in replaced if name not in skeleton.tied):
+            self.changes[skeleton.sources(name)[0]] = replaced[name]
+        for name, source in skeleton.tied.items():
+            if replaced.get(name) is replaced.get(source):
+                continue
+            self.unties = True
+            if stored := skeleton.stored(name):  # tied in the config, but stored in the file too
+                self.changes[stored[0]] = replaced.get(name, self.changes.get(stored[0]))
+            else:
+                self.untied.setdefault(name, (skeleton.sources(source)[0], replaced.get(name)))
+
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
         """Write the merged checkpoint, or resume what an interrupted run left.
 
@@ -125,7 +144,8 @@ class Merge:
             self._write_shards(staging, progress)
             self._write_side_files(staging)
             self.output.result = {
-                "merged_linears": len(self.loras) + len(self.untied),
+                "merged_linears": len(self.adapter.loras),
+                "replaced": sorted(self.adapter.replaced),
                 "untied": sorted(self.untied),
                 "bytes": sum((staging / shard.name).stat().st_size for shard in self.base.shards),
             }
@@ -153,21 +173,26 @@ class Merge:
             layout[key] = (self.base.tensors[tied_to].dtype, self.base.tensors[tied_to].shape)
         with ShardWriter(target, layout, metadata) as writer:
             for key, tensor in tensors.items():
-                lora = self.loras.get(key)
-                if lora is None:
+                change = self.changes.get(key)
+                if change is None:
                     writer.copy(key, tensor)
                 else:
-                    writer.write(key, self._merged(tensor, lora))
-            for key, (tied_to, lora) in extra.items():
-                writer.write(key, self._merged(self.base.tensors[tied_to], lora))
+                    writer.write(key, self._merged(tensor, change))
+            for key, (tied_to, change) in extra.items():
+                writer.write(key, self._merged(self.base.tensors[tied_to], change))
 
-    def _merged(self, tensor: TensorInfo, lora: Lora) -> Iterator[memoryview]:
-        """Yield the bytes of the merged weight, some rows at a time: fp32 sum, cast once."""
-        a, b = lora.a.float(), lora.b.float()
+    def _merged(self, tensor: TensorInfo, change: Change) -> Iterator[memoryview]:
+        """Yield the bytes of the changed weight, some rows at a time: with a LoRA the fp32 sum, cast once."""
+        if isinstance(change, Lora):
+            change = Lora(change.a.float(), change.b.float(), change.scale)
         done = 0
         for weight in row_chunks(tensor, _ROWS_BYTES):
-            rows = b[done : done + len(weight)]
-            merged = weight.float().addmm_(rows, a, alpha=lora.scale).to(DTYPES[tensor.dtype])
+            merged = weight
+            if isinstance(change, Lora):
+                rows = change.b[done : done + len(weight)]
+                merged = weight.float().addmm_(rows, change.a, alpha=change.scale).to(DTYPES[tensor.dtype])
+            elif isinstance(change, Replacement):
+                merged = change.applied(weight, done)
             # NaN and Inf survive a sum, so one pass finds them, including overflows in the cast.
             if not bool(torch.isfinite(merged.sum(dtype=torch.float32))):
                 raise EmlocError(

@@ -43,7 +43,8 @@ def write_moments(directory: Path, lora: PeftModel, optimizer: Optimizer | None,
         return
     names, tensors = _names(lora), {}
     for parameter, beta in _parameters(optimizer):
-        if state := optimizer.state.get(parameter):  # a LoRA that no row passes through has none
+        state = optimizer.state.get(parameter)  # a LoRA that no row passes through has none
+        if state and ".lora_" in names[parameter]:
             known = 1 - beta ** float(state["step"])
             tensors[names[parameter]] = (state["exp_avg_sq"] / known).to(torch.bfloat16).cpu()
     if tensors:

@@ -84,7 +84,8 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             found.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            found += [f"--{flag}", ",".join(value) if isinstance(value, list) else str(value)]
+            text = [f"{key}={each}" for key, each in value.items()] if isinstance(value, dict) else value
+            found += [f"--{flag}", ",".join(map(str, text)) if isinstance(text, list) else str(text)]
     return found
 
 

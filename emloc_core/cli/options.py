@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from emloc_core.data.mixture import parse_sources
 from emloc_core.errors import EmlocError
 from emloc_core.requests import COLUMNS
-from emloc_core.settings import explain, parse_columns
+from emloc_core.settings import explain, parse_pairs
 
 #: Training options that have another name than the setting's, too.
 TRAIN_FLAGS = {
@@ -57,7 +57,7 @@ def split(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _columns(_context: Any, _option: Any, text: str) -> dict[str, str]:
     try:
-        found: dict[str, str] = parse_columns(text)
+        found: dict[str, str] = parse_pairs(text)
     except ValueError as error:
         raise EmlocError(f"--columns {text}: {error}.", "Give the usual name of each column first.") from None
     return found

@@ -9,7 +9,7 @@ module that touches it.
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -80,6 +80,7 @@ class Skeleton:
             for name, parameter in module.named_parameters(recurse=False):
                 absent = absents.setdefault(parameter, Absent.like(parameter, self.device))  # tied ones stay tied
                 setattr(module, name, absent)
+        self._replaced: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._reader = ReadAhead()
         self._mapping: list[Any] = [*get_model_conversion_mapping(self.model), *conversions]
         self._sources = self._map_keys()
@@ -162,6 +163,13 @@ class Skeleton:
                 self._set(name, loaded)
         for source in set(wanted.values()) - set(wanted):
             self._free_parameter(source)
+        for name in wanted.keys() & self._replaced.keys():
+            new = self._replaced[name](self.model.get_parameter(name))
+            self._set(name, nn.Parameter(new, requires_grad=False))
+
+    def replace(self, name: str, new: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Have a parameter be what ``new`` makes of the checkpoint's, from now on, whenever it is loaded."""
+        self._replaced[name] = new
 
     def _read(self, names: Iterable[str]) -> None:
         """Read the tensors that these parameters or buffers are made from into the model."""

@@ -58,6 +58,12 @@ class Export:
         if adapter is not None:
             self.model = Skeleton(base, self.family).model
             require_shapes(adapter, self.model)
+            if adapter.replaced:
+                raise EmlocError(
+                    f"{adapter.directory} replaces {', '.join(adapter.replaced)}, which servers take in no adapter.",
+                    "Merge it, and serve the merged model.",
+                    code="unsupported",
+                )
             self.loras = plain(adapter.loras)
 
     @cached_property

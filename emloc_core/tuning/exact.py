@@ -90,6 +90,8 @@ class ExactTrain(Train):
                 "Train by DPO on an emulator or an ordinary model.",
                 code="unsupported",
             )
+        if isinstance(settings, TrainSettings) and settings.trains_modules:
+            raise _no_modules("modules")
         if others := [name for name in _ORDINARY if name in settings.extra]:
             raise EmlocError(f"Exact steps do not know {', '.join(others)}.", "Leave it out.")
         self.skeleton = Skeleton(self.model, self.family)
@@ -223,6 +225,8 @@ class Polish(ExactTrain):
         evaluation: EvalRows = _NONE,
     ) -> None:
         base.require_unquantised()
+        if adapter.replaced:
+            raise _no_modules(", ".join(adapter.replaced))
         self.adapter, self.start = adapter, adapter.directory
         self.tuned_at = tuned_at(adapter.directory)
         if settings.learning_rate is None:
@@ -260,6 +264,14 @@ class Polish(ExactTrain):
 
     def _require_base(self, files: Inputs) -> None:
         require_base(self.adapter, self.model, self.model.fingerprint(files), allow_uncorrected=True)
+
+
+def _no_modules(names: str) -> EmlocError:
+    return EmlocError(
+        f"Exact steps train LoRAs alone, and {names} would be trained too.",
+        "Train on an emulator or an ordinary model, and leave out exact steps.",
+        code="unsupported",
+    )
 
 
 def _as_they_are(rows: list[Any]) -> Any:

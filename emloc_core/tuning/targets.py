@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,6 +16,7 @@ from emloc_core.family import Family
 from emloc_core.files.pretrained import load_config
 from emloc_core.model.skeleton import build_model
 from emloc_core.settings import ALL_LINEAR, TrainSettings
+from emloc_core.transfer import module_problems, require
 from emloc_core.tuning.trl import lora_config
 
 
@@ -37,11 +39,12 @@ def choose_targets(config_file: Path, family: Family, settings: TrainSettings) -
         EmlocError: a target is refused; names the target and the module.
     """
     chosen = settings.target_modules
-    if not chosen:  # a family's own targets have passed the conformance kit
+    special = settings.rank_pattern or settings.layers_to_transform or settings.trains_modules
+    if not chosen and not special:  # a family's own targets have passed the conformance kit
         return family.lora_targets()
     if chosen == [ALL_LINEAR]:
         chosen = all_linears(build_model(load_config(config_file), family, torch.float32))
-    targets = sorted(set(chosen))
+    targets = sorted(set(chosen or family.lora_targets()))
     require_linears(config_file, family, settings, targets)
     return targets
 
@@ -76,6 +79,8 @@ def require_linears(config_file: Path, family: Family, settings: TrainSettings, 
             lora = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise EmlocError(f"PEFT refuses these targets: {error}", theirs) from error
+    _require_matches(lora, settings)
+    require(module_problems(config.to_dict(), model))
     for path, module in lora.named_modules():
         if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear):
             where = path.removeprefix("base_model.model.").removesuffix(".base_layer")
@@ -84,3 +89,22 @@ def require_linears(config_file: Path, family: Family, settings: TrainSettings, 
                 "not a Linear.",
                 theirs,
             )
+
+
+def _require_matches(lora: nn.Module, settings: TrainSettings) -> None:
+    """Refuse ranks, layers and modules that match nothing, which PEFT ignores.
+
+    Raises:
+        EmlocError: names the first.
+    """
+    adapted = [path for path, module in lora.named_modules() if isinstance(module, LoraLayer)]
+    for name in settings.rank_pattern or {}:
+        if not any(get_pattern_key([name], path) == name for path in adapted):
+            raise EmlocError(f"rank_pattern: no LoRA is on {name!r}.", "Give ends of paths that get a LoRA.")
+    for layer in settings.layers_to_transform or []:
+        if not any(str(layer) in path.split(".") for path in adapted):
+            raise EmlocError(f"layers_to_transform: the model has no layer {layer} with a target.", "Count from 0.")
+    paths = [path for path, _ in lora.named_modules()]
+    for name in settings.modules_to_save or []:
+        if not any(f".{path}".endswith(f".{name}") for path in paths):
+            raise EmlocError(f"modules_to_save: the model has no module {name!r}.", "Give ends of paths.")

@@ -148,6 +148,12 @@ class Train:
         """Return the base that is evaluated with the LoRA, if there is one."""
         if not evaluation.on_base:
             return None
+        if isinstance(self.settings, TrainSettings) and self.settings.trains_modules:
+            raise EmlocError(
+                "The base is evaluated with LoRAs alone, and embeddings or the output layer are trained too.",
+                "Leave out --eval-base.",
+                code="unsupported",
+            )
         if not self.eval_rows:
             raise EmlocError(
                 "There are no rows to evaluate the base on.", "Give them with --eval-data or --eval-split."

@@ -40,8 +40,10 @@ class LoraSteps(Trainer):
         super().__init__(model, callbacks=[_LastStep(), *stopping], **options)
         self.add_callback(_RestoreLoss(self))
         self.add_callback(_BestAtStart())  # after the one that stops early, which would count it as a failure
-        for parameter in self.lora.parameters():  # TRL rounds the LoRA to bf16 where the model is in four bits
-            if parameter.requires_grad:
+        for name, parameter in self.lora.named_parameters():
+            # TRL rounds the LoRA to bf16 where the model is in four bits. Embeddings and output layers that are trained
+            # themselves meet activations in the model's dtype, unless autocast casts them.
+            if parameter.requires_grad and (".lora_" in name or self.args.bf16):
                 parameter.data = parameter.data.float()
 
     @property

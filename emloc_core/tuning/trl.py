@@ -130,6 +130,10 @@ def lora_config(settings: TrainSettings, target_modules: list[str]) -> "LoraConf
         lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora,
         target_modules=list(target_modules),
+        rank_pattern=settings.rank_pattern or {},
+        layers_to_transform=settings.layers_to_transform,
+        modules_to_save=settings.modules_to_save,
+        trainable_token_indices=settings.trainable_token_indices,
         task_type="CAUSAL_LM",
     )
 

@@ -1,0 +1,113 @@
+"""What an adapter replaces: the embeddings or the output layer as they were trained, whole or some of their rows.
+
+PEFT trains them where a config has ``modules_to_save`` or ``trainable_token_indices``. An emulator has them from its
+base as they are, so what was trained there holds on the base.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_core.errors import EmlocError
+from emloc_core.model.skeleton import Skeleton
+from emloc_core.transfer import dense_modules
+
+#: What PEFT calls a replaced weight, and replaced rows of one, in an adapter's file.
+WEIGHT, ROWS = ".weight", ".token_adapter.trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The new weight of a module, or some of its rows.
+
+    Attributes:
+        weight: (rows, features).
+        indices: which rows these are; None: all.
+    """
+
+    weight: torch.Tensor
+    indices: tuple[int, ...] | None = None
+
+    def applied(self, weight: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Return rows of the base's weight with those of them that are replaced, as new.
+
+        Args:
+            weight: (rows, features), from row ``first`` of the base's on.
+            first: the first of them.
+        """
+        new = self.weight.to(weight.device, weight.dtype)
+        if self.indices is None:
+            return new[first : first + len(weight)]
+        found = weight.clone()
+        for row, index in zip(new, self.indices, strict=True):
+            if first <= index < first + len(weight):
+                found[index - first] = row
+        return found
+
+
+def replacements(tensors: Mapping[str, torch.Tensor], tokens: Any) -> dict[str, Replacement]:
+    """Return what an adapter replaces, by path of the module.
+
+    Args:
+        tensors: of an adapter's file that are of no LoRA, by their keys without PEFT's prefix.
+        tokens: ``trainable_token_indices`` of its config: of the embeddings, or by the end of a path.
+
+    Raises:
+        EmlocError: a tensor is none of these, or has another number of rows than the config says.
+    """
+    found = {}
+    for key, tensor in tensors.items():
+        rows = key.endswith(ROWS)
+        path = key.removesuffix(ROWS) if rows else key.removesuffix(WEIGHT)
+        indices = _indices(path, tokens) if rows else None
+        if tensor.ndim != 2 or path == key or (rows and len(indices or ()) != len(tensor)):
+            raise EmlocError(
+                f"The adapter holds {key}, which is neither part of a LoRA on a Linear nor what its config says.",
+                "Train an ordinary LoRA on Linears only.",
+                code="unsupported",
+            )
+        found[path] = Replacement(tensor, indices)
+    return found
+
+
+def _indices(path: str, tokens: Any) -> tuple[int, ...]:
+    by_name = tokens if isinstance(tokens, Mapping) else {"": tokens}
+    named: list[Any] = [rows for name, rows in by_name.items() if not name or f".{path}".endswith(f".{name}")]
+    return tuple(named[0] or ()) if named else ()
+
+
+def require_dense(replaced: Mapping[str, Replacement], model: nn.Module) -> None:
+    """Refuse replacements of anything but the embeddings and the output layer, or of other shapes.
+
+    Raises:
+        EmlocError: names the first.
+    """
+    dense = dense_modules(model)
+    for path, new in replaced.items():
+        if path not in dense:
+            raise EmlocError(
+                f"The adapter replaces {path}, which is not what it was in training.",
+                f"Train a LoRA on it; only {' and '.join(dense)} can be trained themselves.",
+                code="unsupported",
+            )
+        weight: Any = dense[path].weight
+        shape = tuple(weight.shape)
+        fits = tuple(new.weight.shape) == shape if new.indices is None else new.weight.shape[1] == shape[1]
+        if not fits or any(index >= shape[0] for index in new.indices or ()):
+            raise EmlocError(
+                f"The adapter's {path} does not fit a weight of shape {shape}.",
+                "The adapter belongs to another model.",
+                code="mismatch",
+            )
+
+
+def replaced_weights(replaced: Mapping[str, Replacement], skeleton: Skeleton) -> dict[str, Replacement]:
+    """Return replacements by parameter; rows of tied embeddings are replaced in the output layer too, as in PEFT."""
+    found = {f"{path}.weight": new for path, new in replaced.items()}
+    for name, source in skeleton.tied.items():
+        if source in found and found[source].indices is not None:
+            found.setdefault(name, found[source])
+    return found
