@@ -51,6 +51,10 @@ class TrainKwargs(TypedDict, total=False):
     use_rslora: bool
     lora_dropout: float
     target_modules: str | list[str] | None
+    rank_pattern: str | dict[str, int] | None
+    layers_to_transform: str | list[int] | None
+    modules_to_save: str | list[str] | None
+    trainable_token_indices: str | list[int] | None
 
 
 class PolishKwargs(TypedDict, total=False):
@@ -115,7 +119,7 @@ class DataKwargs(TypedDict, total=False):
 
     train: str | list[str] | dict[str, float]
     split: str
-    columns: dict[str, str]
+    columns: str | dict[str, str]
     calibration: str | None
     eval: str | None
     eval_split: str | float | None
@@ -168,6 +172,10 @@ class PlanKwargs(TypedDict, total=False):
     bf16: bool
     lora_rank: int
     target_modules: str | list[str] | None
+    rank_pattern: str | dict[str, int] | None
+    layers_to_transform: str | list[int] | None
+    modules_to_save: str | list[str] | None
+    trainable_token_indices: str | list[int] | None
 
 
 class EvaluateKwargs(TypedDict, total=False):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from emloc_core.adapters.adapter import Adapter
@@ -22,7 +23,10 @@ def require_shapes(adapter: Adapter, model: nn.Module) -> None:
     for path, lora in adapter.loras.items():
         expected = (lora.b.shape[0], lora.a.shape[1])
         try:
-            actual = tuple(model.get_parameter(f"{path}.weight").shape)
+            module: Any = model.get_submodule(path)
+            # A Linear's weight may be packed.
+            linear = isinstance(module, nn.Linear)
+            actual = (module.out_features, module.in_features) if linear else tuple(module.weight.shape)
         except AttributeError:
             raise EmlocError(
                 f"The base has no Linear at {path}.", "The adapter belongs to another architecture.", code="mismatch"
@@ -55,6 +59,8 @@ def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_
                     "Run `emloc correct` first, or use it uncorrected with --allow-uncorrected.",
                     code="mismatch",
                 )
+        if emulator is None and model and is_rounded_form(Checkpoint(model), base):
+            return
         named = adapter.config.get("base_model_name_or_path")
         if not model and made_for and made_for != fingerprint and named != base.name:
             raise EmlocError(
@@ -75,6 +81,22 @@ def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_
             "Give the base that the adapter was made for, unchanged.",
             code="mismatch",
         )
+
+
+def is_rounded_form(model: Checkpoint, base: Checkpoint) -> bool:
+    """Return whether a quantised checkpoint, such as one of bitsandbytes, is of this base.
+
+    Its vectors (norms, biases) are not quantised, so they are the base's but for their dtype. A LoRA that was trained
+    on it is for the base as well, as in QLoRA.
+    """
+    if not model.config.get("quantization_config") or base.config.get("quantization_config"):
+        return False
+    vectors = [key for key, tensor in base.tensors.items() if len(tensor.shape) == 1 and tensor.is_floating_point]
+    if not vectors or any(key not in model.tensors for key in vectors):
+        return False
+    with model.slices(vectors) as ours, base.slices(vectors) as theirs:
+        pairs = [(ours[key][...].float(), theirs[key][...].float()) for key in vectors]
+    return all(ours.shape == theirs.shape and torch.allclose(ours, theirs, 1e-2, 1e-3) for ours, theirs in pairs)
 
 
 def find_emulator(adapter: Adapter, emulator: Path | None) -> Checkpoint:
@@ -116,8 +138,9 @@ def require_emulator(adapter: Adapter, emulator: Checkpoint) -> dict[str, Any]:
     manifest = read_manifest(emulator.directory)
     if manifest is None or manifest.get("kind") != "emulator":
         raise EmlocError(
-            f"{adapter.directory} was trained on {emulator.directory}, which is not an emulator.",
-            "An adapter trained on the base itself needs no correction; otherwise give --emulator.",
+            f"{adapter.directory} was trained on {emulator.directory}, which is not an emulator: there is nothing to "
+            "correct.",
+            "Use or merge it as it is; if it was trained on an emulator, name that with --emulator.",
             code="mismatch",
         )
     return manifest

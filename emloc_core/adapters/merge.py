@@ -54,7 +54,7 @@ class Merge:
         allow_uncorrected: bool = False,
     ) -> None:
         self.adapter, self.base = adapter, base
-        base.require_unquantised()
+        base.require_unquantised("--base")
         self._path, self._allow_uncorrected = output, allow_uncorrected
         self.family = plugin_manager().family_for(base.config)
         skeleton = Skeleton(base, self.family)

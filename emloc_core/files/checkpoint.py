@@ -60,8 +60,11 @@ class Checkpoint:
             )
         self.config = read_config_json(self.directory / "config.json")
 
-    def require_unquantised(self) -> None:
+    def require_unquantised(self, option: str = "") -> None:
         """Refuse a checkpoint that is quantised or an emulator, since its tensors are not the weights themselves.
+
+        Args:
+            option: the one that names another checkpoint, for the message.
 
         Raises:
             EmlocError: it is quantised, or an emulator.
@@ -70,7 +73,7 @@ class Checkpoint:
             method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
             raise EmlocError(
                 f"{self.directory} is quantised or an emulator already (method {method!r}).",
-                "Give the original, unquantised model.",
+                f"Give the original, unquantised model{f' with {option}' if option else ''}.",
                 code="unsupported",
             )
 

@@ -89,8 +89,11 @@ class MemoryModel:
         self.kind: Kind = plugin_manager().algorithm("emulators", self.settings.kind)()
         raw = read_config_json(config_file)
         if raw.get("quantization_config"):
-            raise EmlocError(f"The model of {config_file} is quantised or an emulator.", "Give the original model.",
-                             code="unsupported")  # fmt: skip
+            raise EmlocError(
+                f"The model of {config_file} is quantised or an emulator.",
+                "Give the original model; in four bits, it needs what its emulator of the kind nf4 does.",
+                code="unsupported",
+            )
         self.family: Family = plugin_manager().family_for(raw)
         self.config = load_config(config_file)
         _require_sizes(config_file, raw, self.config)

@@ -19,10 +19,17 @@ from emloc_core.lowrank import replace_linear
 from emloc_core.quantised import FourBitLinear
 
 METHOD = "bitsandbytes"
-_READABLE = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+_FOUR = "load_in_4bit"
+_READABLE = {_FOUR: True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 #: What a packed weight says of itself.
 _PACKED = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "nested_blocksize": nf4.SCALES}
 _STATE, _RANGES = "weight.quant_state.bitsandbytes__nf4", "weight.nested_absmax"
+
+
+def is_in_four_bits(config: Mapping[str, Any]) -> bool:
+    """Return whether a model's config is of a checkpoint that bitsandbytes packed in four bits."""
+    settings = config.get("quantization_config")
+    return isinstance(settings, Mapping) and settings.get("quant_method") == METHOD and bool(settings.get(_FOUR))
 
 
 def replace_quantised(model: nn.Module, settings: Mapping[str, Any]) -> None:

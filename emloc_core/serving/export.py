@@ -46,7 +46,7 @@ class Export:
     ) -> None:
         self.base, self.adapter, self.settings = base, adapter, settings
         self._path, self._allow_uncorrected = output, allow_uncorrected
-        base.require_unquantised()
+        base.require_unquantised("--base" if adapter else "")
         self.family = plugin_manager().family_for(base.config)
         if settings.gguf:
             require_gguf(self.family, base.config)

@@ -30,6 +30,7 @@ from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, learned_preferences
+from emloc_core.model.nf4_checkpoints import is_in_four_bits
 from emloc_core.model.overhead import overhead
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.requests import EvalRows, PolishRequest, Rows, TrainRequest
@@ -224,7 +225,8 @@ class Polish(ExactTrain):
         limits: ExactSettings = _LIMITS,
         evaluation: EvalRows = _NONE,
     ) -> None:
-        base.require_unquantised()
+        if not is_in_four_bits(base.config):
+            base.require_unquantised("--base")
         if adapter.replaced:
             raise _no_modules(", ".join(adapter.replaced))
         self.adapter, self.start = adapter, adapter.directory
