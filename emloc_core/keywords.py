@@ -9,6 +9,7 @@ class CompressKwargs(TypedDict, total=False):
     ratio: float | None
     allocator: Literal["uniform", "global"] | None
     kind: str
+    paper: bool
     samples: int | None
     selection: int
     max_length: int | None

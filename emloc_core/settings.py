@@ -3,7 +3,7 @@
 Imports nothing heavy; the command line builds its options from these fields.
 """
 
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -21,8 +21,10 @@ from emloc_core.errors import did_you_mean
 AUTO = "auto"
 #: In place of a memory: what is free of the device that this machine tunes on.
 FREE = "free"
-#: The kind whose size is a ratio and nothing else, as in the paper.
-FACTORS = "low-rank"
+#: The kind whose size is a ratio and nothing else, as in the paper; and what is recommended where no memory is given.
+FACTORS, FOUR_BITS = "low-rank", "nf4"
+#: How the paper makes an emulator, and how far it lets a correction go.
+PAPER, PAPER_CLAMP = {"kind": FACTORS, "calibration": "base", "allocator": "uniform"}, 3.0
 #: How ranks are shared out among the Linears.
 Allocator = Literal["uniform", "global"]
 #: Which answers of a conversation count in the loss.
@@ -124,12 +126,16 @@ class CompressSettings(CutSettings):
         "low-rank and low-rank-nf4 with propagated calibration.",
     )
     kind: str = Field(
-        "low-rank",
-        description="Kind of emulator: 'low-rank', factors as in the paper; 'nf4', weights in four bits as in QLoRA, "
-        "which have no ratio; '2.7-bit' and '1.6-bit', weights on six and three levels, for when even 'nf4' is too "
-        "large; '1.6-bit+repair', weights on three levels "
-        "with low-rank factors of the rounding error in four bits; 'low-rank-nf4', factors in four bits; 'auto', the "
-        "recommended kind for the memory for tuning, which is the default where that is given. Plugins can add others.",
+        AUTO,
+        description="Kind of emulator: 'nf4', weights in four bits, as in QLoRA; '1.6-bit+repair', three levels with "
+        "low-rank factors of the error; 'low-rank-nf4', factors in four bits; '2.7-bit' and '1.6-bit', six and three "
+        "levels; 'low-rank', factors in 16 bits. 'auto' is the best for --memory; without that 'nf4', or 'low-rank' "
+        "with a ratio.",
+    )
+    paper: bool = Field(
+        False,
+        description="As in the paper, for reference: low-rank factors of uniform ranks, fitted to the base's "
+        "activations; correct then has the clamp 3.",
     )
     samples: int | None = Field(
         None,
@@ -156,6 +162,22 @@ class CompressSettings(CutSettings):
         "adjusting the scales of weights on a few levels or the factors of low-rank (3 by default where calibration is "
         "propagated; none with a repair).",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_paper(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not values.get("paper"):
+            return values
+        if other := [name for name, value in PAPER.items() if values.get(name) not in (None, AUTO, value)]:
+            raise ValueError(f"the paper's way has {other[0]} = {PAPER[other[0]]!r}; leave out {other[0]} or paper")
+        return values | PAPER
+
+    def settled(self, *, spectra: bool = False) -> Self:
+        """Return the settings with a kind where no memory chooses it. Spectra that are kept are those of factors."""
+        if self.kind != AUTO:
+            return self
+        factors = spectra or self.ratio is not None or self.allocator is not None
+        return self.model_copy(update={"kind": FACTORS if factors else FOUR_BITS})
 
 
 #: The target for every Linear but the output layer, as in PEFT.

@@ -43,7 +43,7 @@ from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import CorrectRequest
-from emloc_core.settings import CorrectSettings, Loss
+from emloc_core.settings import PAPER_CLAMP, CorrectSettings, Loss
 
 
 class Correct:
@@ -79,6 +79,9 @@ class Correct:
         self.emulator = find_emulator(adapter, emulator)
         manifest = require_emulator(adapter, self.emulator)
         kind = manifest_value(manifest, self.emulator.directory, "request.settings.kind", str | None)
+        of_the_paper = manifest_value(manifest, self.emulator.directory, "request.settings.paper", bool)
+        if of_the_paper and "clamp" not in settings.model_fields_set:
+            self.settings = settings.model_copy(update={"clamp": PAPER_CLAMP})
         self.kind: Kind = plugin_manager().algorithm("emulators", kind or LowRank.name)()
         self._path, self._selection_data = output, selection_data
         self.family = plugin_manager().family_for(base.config)

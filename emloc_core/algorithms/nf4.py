@@ -6,34 +6,21 @@ unpacks the matrix, and once more in the backward pass, so that it is never kept
 """
 
 from functools import cache, partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from emloc_core.algorithms import packed
-from emloc_core.errors import EmlocError
 
 #: Numbers that share a scale, and scales that share a range.
 BLOCK, SCALES = 64, 256
 _KIND = "nf4"
 
 
-def is_installed() -> bool:
-    """Return whether bitsandbytes is there."""
-    return find_spec("bitsandbytes") is not None
-
-
 def kernels() -> Any:
-    """Return bitsandbytes.
+    """Return bitsandbytes, which takes a second to import."""
+    import bitsandbytes
 
-    Raises:
-        EmlocError: it is not installed.
-    """
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise EmlocError("Four bits need bitsandbytes, which is not here.", "pip install 'emloc[quant]'") from error
     return bitsandbytes
 
 

@@ -79,6 +79,7 @@ class Compress:
         self.family: Family = plugin_manager().family_for(base.config)
         base.require_unquantised()
         self.skeleton = Skeleton(base, self.family, device)
+        settings = settings.settled(spectra=spectra is not None)
         self.kind: Kind = plugin_manager().algorithm("emulators", settings.kind)()
         self.kind.check(settings)
         distinct = len({row.key for row in rows})

@@ -26,8 +26,8 @@ __all__ = [
     "ThreeLevels",
 ]
 
-#: Kinds in the order in which they are recommended: the first whose tuning fits. ``docs/evidence.md`` says why. Few
-#: levels are for where bitsandbytes is not installed, the last kind for models whose weights are mostly experts.
-RECOMMENDED = ("nf4", "1.6-bit+repair", "low-rank-nf4", "2.7-bit", "1.6-bit", "low-rank")
+#: Kinds in the order in which they are recommended, the first whose tuning fits: ``docs/evidence.md`` says why. The
+#: last is for models whose weights are mostly experts.
+RECOMMENDED = ("nf4", "1.6-bit+repair", "low-rank-nf4", "low-rank")
 #: The same for rows with images, where factors alone are ahead of weights on three levels with a repair.
 RECOMMENDED_WITH_IMAGES = tuple(kind for kind in RECOMMENDED if kind != "1.6-bit+repair")

@@ -91,7 +91,7 @@ class FourBitLowRank(Kind):
 
     name = "low-rank-nf4"
     calibration, allocator = "propagated", "global"
-    taps_inputs = needs_bitsandbytes = True
+    taps_inputs = True
     samples = 256
 
     def rounding(self, factorize: Factorize) -> Factorize:

@@ -7,7 +7,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from emloc_core.algorithms import nf4
 from emloc_core.algorithms.factorize import Factors, factorize
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
@@ -46,7 +45,6 @@ class Kind(ABC):
         has_factors: whether a Linear becomes factors of some rank, alone or beside its weight. If not, the kind has one
             size, and the settings of sizes mean nothing.
         keeps_weight: whether a Linear keeps its weight, rounded: alone, or beside its factors.
-        needs_bitsandbytes: whether that package packs and unpacks it.
         ratio: the size where the user does not say.
         smallest_ratio, largest_ratio: those that are looked for; above the largest hardly anything is saved.
         has_experts: whether fused experts become factors too; otherwise they stay dense.
@@ -66,7 +64,6 @@ class Kind(ABC):
     taps_inputs: bool = False
     has_factors: bool = True
     keeps_weight: bool = False
-    needs_bitsandbytes: bool = False
     ratio: float = 0.6
     smallest_ratio: float = 0.01
     largest_ratio: float = 0.99
@@ -78,10 +75,6 @@ class Kind(ABC):
     needs_rows: bool = True
     rounds: int = 1
     refine: int | None = None
-
-    def is_usable(self) -> bool:
-        """Return whether the packages that it needs are installed."""
-        return not self.needs_bitsandbytes or nf4.is_installed()
 
     def check(self, settings: CompressSettings) -> None:
         """Refuse settings that mean nothing for this kind.
@@ -96,8 +89,6 @@ class Kind(ABC):
                 f"An emulator of the kind {self.name!r} has no {', '.join(given)}.",
                 "Leave that out, or choose another --kind.",
             )
-        if self.needs_bitsandbytes:
-            nf4.kernels()
         if settings.calibration == "none" and self.needs_rows:
             raise EmlocError(
                 f"An emulator of the kind {self.name!r} is fitted to rows.",

@@ -41,7 +41,7 @@ class NF4(Kind):
     has_factors = False
     calibration = "propagated"
     needs_rows = False
-    taps_inputs = keeps_weight = needs_bitsandbytes = True
+    taps_inputs = keeps_weight = True
     _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 
     def rounding(self, factorize: Factorize) -> Factorize:  # noqa: ARG002

@@ -48,7 +48,7 @@ class RepairedThreeLevels(Kind):
     """
 
     name = "1.6-bit+repair"
-    taps_inputs = keeps_weight = needs_bitsandbytes = True
+    taps_inputs = keeps_weight = True
     ratio = 0.23
     smallest_ratio, largest_ratio = 0.2, 0.5
     calibration = "propagated"

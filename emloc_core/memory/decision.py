@@ -63,7 +63,7 @@ class Decision:
         """
         kind = settings.kind if settings.kind != AUTO else way.kind
         model = MemoryModel(way.model.config_file, way.model.workload, settings.model_copy(update={"kind": kind}))
-        fit = largest_ratio(model, self.budget.usable) if model.kind.is_usable() else None
+        fit = largest_ratio(model, self.budget.usable)
         if fit is None:
             return None
         ratio = fit.ratio if model.kind.has_factors else None
@@ -146,13 +146,9 @@ def decide(
     Raises:
         EmlocError: the model cannot be planned, or takes no such settings.
     """
-    settings = settings or CompressSettings(kind=AUTO)
+    settings = settings or CompressSettings()
     kinds = (settings.kind,) if settings.kind != AUTO else workload.recommended_kinds
-    if settings.kind == AUTO:
-        model = MemoryModel(config, workload, CompressSettings(kind=kinds[0]))
-        kinds = tuple(kind for kind in kinds if model.with_kind(kind).kind.is_usable())
-    else:
-        model = MemoryModel(config, workload, settings)
+    model = MemoryModel(config, workload, CompressSettings(kind=kinds[0]) if settings.kind == AUTO else settings)
     if settings.ratio is not None:
         model.kind.check(settings)
     budget = budget or Budget(model.inference().total, given=False)
@@ -199,15 +195,9 @@ def fitted(request: CompressRequest) -> CompressRequest:
     """Return the request with the emulator that was decided on for its memory, and how that is tuned.
 
     Raises:
-        EmlocError: no emulator's tuning fits (the message says what would fit), the model cannot be planned, or a kind
-            is to be chosen for no memory.
+        EmlocError: no emulator's tuning fits (the message says what would fit), or the model cannot be planned.
     """
     if request.memory is None:
-        if request.settings.kind == AUTO:
-            raise EmlocError(
-                "The kind 'auto' is chosen by the memory for tuning, which is not given.",
-                "Give --memory, such as 24GiB, or another --kind.",
-            )
         return request
     decision = decision_for(request)
     way = decision.require_emulator()
@@ -236,10 +226,8 @@ def _told(decision: Decision, chosen: Way) -> Iterator[str]:
 
 
 def _with_kind(request: CompressRequest) -> CompressSettings:
-    """Return the settings of a request for a memory: the kind is open where none is named."""
-    if "kind" in request.settings.model_fields_set or request.keep_spectra is not None:  # spectra are of factors
-        return request.settings
-    return request.settings.model_copy(update={"kind": AUTO})
+    """Return the settings of a request for a memory: the kind is open where none is named, except for spectra."""
+    return request.settings.settled(spectra=True) if request.keep_spectra is not None else request.settings
 
 
 def too_large_to_make(way: Way, budget: Budget) -> str | None:

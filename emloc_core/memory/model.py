@@ -85,7 +85,8 @@ class MemoryModel:
     """
 
     def __init__(self, config_file: Path, workload: Workload, settings: CompressSettings | None = None) -> None:
-        self.config_file, self.workload, self.settings = config_file, workload, settings or CompressSettings()
+        self.config_file, self.workload = config_file, workload
+        self.settings = (settings or CompressSettings()).settled()
         self.kind: Kind = plugin_manager().algorithm("emulators", self.settings.kind)()
         raw = read_config_json(config_file)
         if raw.get("quantization_config"):

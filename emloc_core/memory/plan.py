@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emloc_core.algorithms import nf4
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.memory import stages
 from emloc_core.memory.budget import Budget
 from emloc_core.memory.decision import Decision, too_large_to_make
 from emloc_core.memory.model import MemoryModel, Need
-from emloc_core.memory.ways import EXACT, ORDINARY, POLISHED, Way
+from emloc_core.memory.ways import EXACT, POLISHED, Way
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,7 @@ class MemoryPlan:
     def warnings(self) -> list[str]:
         """Drawbacks of the way, and of what the family of the model declares."""
         coverage = self.model.coverage.warnings if self.way.kind else []
-        return [*filter(None, [self._low_ratio, self._four_bits, self._stage_one]), *coverage]
-
-    @property
-    def _four_bits(self) -> str | None:
-        if nf4.is_installed() or self.way.name == ORDINARY:
-            return None
-        return "emulators in four bits, which are recommended, are not compared: pip install 'emloc[quant]'"
+        return [*filter(None, [self._low_ratio, self._stage_one]), *coverage]
 
     @property
     def _stage_one(self) -> str | None:

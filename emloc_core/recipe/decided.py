@@ -121,8 +121,7 @@ def _emulator(kind: str | None, ratio: float | None) -> Mapping[str, Any]:
 
 def _is_open(recipe: Recipe) -> bool:
     """Whether the recipe leaves open whether there is an emulator at all."""
-    kind = recipe.compress.kind == AUTO or "kind" not in recipe.compress.model_fields_set
-    return kind and recipe.compress.model_fields_set <= _OF_ROWS and not recipe.alternatives
+    return recipe.compress.kind == AUTO and recipe.compress.model_fields_set <= _OF_ROWS and not recipe.alternatives
 
 
 def _may_compare(recipe: Recipe) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.registry.entry import INFERENCE, Entry, read_entry
-from emloc_core.settings import AUTO, CompressSettings, TrainSettings
+from emloc_core.settings import AUTO, FACTORS, CompressSettings, TrainSettings
 
 __all__ = ["Entry", "config_of", "find", "load_entries", "read_entry", "resolve"]
 
@@ -87,7 +87,7 @@ def resolve(
     if settings.ratio is not None:
         return settings, preset.train
     if preset.memory is None:
-        own = {"ratio": preset.ratio} if settings.kind == CompressSettings().kind else {}
+        own = {"ratio": preset.ratio} if settings.kind in (AUTO, FACTORS) else {}
         return settings.model_copy(update=own), preset.train
     from emloc_core.memory.budget import Budget
     from emloc_core.memory.decision import decide, shaped, sized

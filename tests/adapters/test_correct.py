@@ -253,6 +253,17 @@ def test_clamps_are_compared_on_the_answers_that_count_in_training(tiny_model, t
     assert all("".join(map(str, sample.completion_mask)).count("01") == 2 for sample in job.samples)
 
 
+@pytest.mark.parametrize(("chosen", "clamp"), [({}, 3), ({"clamp": "none"}, "none"), ({"clamp": "auto"}, "auto")])
+def test_an_emulator_as_in_the_paper_has_its_clamp_unless_another_is_given(
+    tiny_model, rows_file, tmp_path, chosen, clamp
+):
+    settings = CompressSettings(paper=True, samples=4, selection=2)
+    emulator = Compress(Checkpoint(tiny_model), load_rows(rows_file), tmp_path / "emulator", settings).run()
+    adapter = make_adapter(emulator, tmp_path / "adapter")
+    job = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(**chosen))
+    assert job.output.request["clamp"] == clamp
+
+
 @pytest.mark.parametrize("overflowing", [0, -1])
 def test_a_loss_that_is_not_finite_is_no_candidate(tiny_model, tiny_emulator, tmp_path, monkeypatch, overflowing):
     def choose_of(losses):

@@ -67,6 +67,5 @@ def test_what_was_measured_of_a_smaller_emulator_is_a_lower_bound():
 
 
 def test_a_recommended_kind_carries_more_over_than_the_next():
-    # Six levels are for where bitsandbytes is not installed, which the others need.
-    best = [measured(name, 0.99).corrected for name in RECOMMENDED if name in RECOVERY and name != "2.7-bit"]
+    best = [measured(name, 0.99).corrected for name in RECOMMENDED if name in RECOVERY]
     assert best == sorted(best, reverse=True)

@@ -206,9 +206,9 @@ def test_run_does_everything_and_nothing_twice(emloc, ran):
     assert code == 0
     assert json.loads(out)["correction"] == results["correction"]
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")} == stamps
-    code, _, err = emloc("run", ran, "--set", "compress.ratio=0.3")
+    code, _, err = emloc("run", ran, "--set", "train.steps=4")
     assert code == 1
-    assert "settings.ratio was 0.6 and is now 0.3" in err
+    assert "settings.steps was 3 and is now 4" in err
 
 
 def test_test_rows_of_a_recipe_are_in_no_other_set(ran):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from itertools import product
 
 import pytest
@@ -407,16 +406,6 @@ def test_a_dry_run_says_what_becomes_of_weights(kind, told, tiny_model, rows_fil
     )  # fmt: skip
     line = next(line for line in out.splitlines() if "k_proj" in line)
     assert (code, line.partition(" -> ")[2]) == (0, told)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "low-rank-nf4", "1.6-bit+repair"])
-def test_without_bitsandbytes_a_kind_that_needs_it_is_refused_before_the_work(
-    kind, tiny_model, rows_file, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    settings = CompressSettings(kind=kind, samples=8)
-    with pytest.raises(EmlocError, match=r"emloc\[quant\]"):
-        Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "made", settings)
 
 
 def test_a_full_disk_at_the_end_does_not_cost_the_first_pass(tiny_model, rows_file, tmp_path, monkeypatch):

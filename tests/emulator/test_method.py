@@ -3,6 +3,7 @@
 import pytest
 from emloc_llama import LLAMA
 from emloc_qwen import QWEN_MOE
+from pydantic import ValidationError
 from support.models import save_tiny_model
 from support.rows import example_rows, write_jsonl
 
@@ -44,7 +45,7 @@ def test_the_kind_decides(bases, rows_file, tmp_path, kind):
 
 
 def test_experts_become_smaller_by_default(bases, rows_file, tmp_path):
-    assert made_with(bases["experts"], rows_file, tmp_path / "out") == ("base", "uniform", 0)
+    assert made_with(bases["experts"], rows_file, tmp_path / "out", kind="low-rank") == ("base", "uniform", 0)
     assert made_with(bases["experts"], rows_file, tmp_path / "four", kind="low-rank-nf4")[0] == "propagated"
 
 
@@ -56,6 +57,7 @@ def test_spectra_are_of_the_base(bases, rows_file, tmp_path):
     ("chosen", "expected"),
     [
         ({"calibration": "base"}, ("base", "uniform", 0)),
+        ({"paper": True}, ("base", "uniform", 0)),
         ({"calibration": "base", "allocator": "global"}, ("base", "global", 0)),
         ({"calibration": "propagated", "allocator": "uniform", "refine": 2}, ("propagated", "uniform", 2)),
         ({"kind": "1.6-bit", "calibration": "base"}, ("base", "uniform", 0)),
@@ -66,9 +68,26 @@ def test_what_the_user_says_holds(bases, rows_file, tmp_path, chosen, expected):
     assert made_with(bases["dense"], rows_file, tmp_path / "out", **chosen) == expected
 
 
+@pytest.mark.parametrize(
+    ("chosen", "kind"),
+    [({}, "nf4"), ({"ratio": 0.3}, "low-rank"), ({"allocator": "global"}, "low-rank"), ({"paper": True}, "low-rank")],
+)
+def test_where_nothing_chooses_a_kind_it_is_the_best_or_that_of_a_ratio(bases, rows_file, tmp_path, chosen, kind):
+    settings = CompressSettings(samples=4, selection=2, **chosen)
+    rows = load_rows(str(rows_file))
+    assert Compress(Checkpoint(bases["dense"]), rows, tmp_path / "out", settings).kind.name == kind
+    assert MemoryModel(bases["dense"] / "config.json", Workload(batch_size=1, length=16), settings).kind.name == kind
+
+
+@pytest.mark.parametrize("other", [{"kind": "nf4"}, {"calibration": "propagated"}, {"allocator": "global"}])
+def test_the_way_of_the_paper_is_not_mixed_with_another(other):
+    with pytest.raises(ValidationError, match=rf"leave out {next(iter(other))} or paper"):
+        CompressSettings(paper=True, **other)
+
+
 def test_the_base_s_activations_say_nothing_of_a_block_to_refine(bases, rows_file, tmp_path):
     with pytest.raises(EmlocError, match="needs the inputs that a block has in the emulator"):
-        made_with(bases["experts"], rows_file, tmp_path / "out", refine=2)
+        made_with(bases["experts"], rows_file, tmp_path / "out", kind="low-rank", refine=2)
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(None, 256), (2000, 256), (600, 150), (200, 64), (40, 64)])
@@ -84,7 +103,9 @@ def test_copies_of_rows_are_not_counted(bases, tmp_path):
     assert len(job.rows.calibration) == job.settings.samples == 64
 
 
-@pytest.mark.parametrize("chosen", [{}, {"calibration": "propagated"}, {"calibration": "base", "allocator": "global"}])
+@pytest.mark.parametrize(
+    "chosen", [{}, {"kind": "low-rank", "calibration": "propagated"}, {"calibration": "base", "allocator": "global"}]
+)
 @pytest.mark.parametrize("base", ["dense", "experts"])
 def test_a_plan_is_of_the_emulator_that_is_made(bases, rows_file, tmp_path, base, chosen):
     settings = CompressSettings(samples=4, selection=2, **chosen)

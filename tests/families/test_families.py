@@ -196,7 +196,8 @@ def test_an_expert_that_no_token_goes_to_does_no_harm(tmp_path):
         layer.mlp.gate.register_forward_hook(note)
     assert "model.layers.1.mlp.experts.3.up_proj.weight" in Checkpoint(base).tensors  # as published: one per expert
     rows = load_rows(str(write_jsonl(tmp_path / "rows.jsonl", example_rows())))
-    emulator = Compress(Checkpoint(base), rows, tmp_path / "emulator", CompressSettings(samples=8, selection=0)).run()
+    settings = CompressSettings(kind="low-rank", samples=8, selection=0)
+    emulator = Compress(Checkpoint(base), rows, tmp_path / "emulator", settings).run()
     small = transformers.AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").eval()
     with torch.no_grad():
         model(input_ids=text(30))

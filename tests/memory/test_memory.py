@@ -263,7 +263,7 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     even = MemoryModel(file, workload(), CompressSettings(calibration="base", allocator="uniform"))
     found, plain = (streamed.compress(model, model.plan(0.5)).terms["statistics"] for model in (spectra, even))
     assert found - plain == held  # at the largest ranks, since the emulator is cut from them
-    fitted = MemoryModel(file, workload(), CompressSettings(calibration="propagated", refine=0))
+    fitted = MemoryModel(file, workload(), CompressSettings(kind="low-rank", refine=0))
     assert streamed.compress(fitted, fitted.plan(0.5)).terms["statistics"] - plain == held // 2
     repaired = MemoryModel(file, workload(), CompressSettings(kind="1.6-bit+repair", allocator="global"))
     first = factorising + inputs + held // 2 + 4 * (5 * n**2 + 4 * m * n)  # and rounding, in the pass before

@@ -8,7 +8,6 @@ import pytest
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json
 from emloc_core.files.output import MANIFEST
-from emloc_core.kinds.levels import SixLevels
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import make_workload
 from emloc_core.recipe.decided import decided
@@ -118,13 +117,6 @@ def test_exact_steps_alone_are_a_way_too(emloc, write, tmp_path):
 @pytest.mark.parametrize("override", ["compress.kind='nf4'", "compress.refine=1", "way=emulator"])
 def test_whoever_says_how_the_emulator_is_made_gets_one_even_where_none_is_needed(write, override):
     assert decided(write(None, overrides=[override])).way == "emulator"
-
-
-@pytest.mark.usefixtures("calls_here")
-def test_an_alternative_that_cannot_be_used_here_is_not_tried(write, monkeypatch):
-    monkeypatch.setattr(SixLevels, "is_usable", lambda _: False)
-    recipe = decided(write())
-    assert (recipe.compress.kind, recipe.alternatives) == ("1.6-bit+repair", {})
 
 
 @pytest.mark.usefixtures("calls_here")

@@ -18,7 +18,6 @@ from emloc_core.recipe.recipe import DATA_ID, FILES, MODEL_ID, TASK_NAME, EvalSe
 from emloc_core.registry.registry import Entry, find, load_entries
 from emloc_core.registry.registry import resolve as resolve_preset
 from emloc_core.settings import (
-    AUTO,
     CompressSettings,
     CorrectSettings,
     PolishSettings,
@@ -119,11 +118,6 @@ def resolve(sources: Iterable[str], defaults: Defaults) -> list[Job]:
             )
         else:
             jobs += [_from_entry(entry, defaults) for entry in find(source, load_entries(defaults.registry))]
-    if open_kind := next((job for job in jobs if job.compress.kind == AUTO), None):
-        raise EmlocError(
-            f"The kind {AUTO!r} is chosen by the memory for tuning, which nothing says for {open_kind.name}.",
-            "Give an entry's preset with a memory target (--preset inference), or another kind.",
-        )
     return unique(jobs)
 
 
