@@ -1,5 +1,6 @@
 """``emloc report``."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import rich_click as click
@@ -11,14 +12,20 @@ from emloc_core.cli.console import as_json, print_json
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
               help="Where to write the page.  [default: report.html in RUN]")  # fmt: skip
+@click.option("--serve", is_flag=True, help="Show the page in a browser while RUN lasts, on this machine alone.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="N",
+              help="With --serve: the port.  [default: a free one]")  # fmt: skip
 @as_json
-def command(run: Path, output: Path | None, as_json: bool) -> None:
+def command(run: Path, output: Path | None, serve: bool, port: int, as_json: bool) -> None:
     """Write one HTML page about RUN, the output directory of emloc run.
 
     It shows what was done, memory planned and measured, the losses of tuning, the error of every layer, the corrections
     that were compared, and the scores. The page is self-contained: it loads nothing else,
-    so you can send it as it is.
+    so you can send it as it is. With --serve it is shown as it is now, with the stage that runs, and refreshes itself.
     """
+    if serve:
+        _serve(run, port)
+        return
     from emloc_core.recipe.page import write_page
 
     page = write_page(run, output or run / "report.html")
@@ -26,3 +33,12 @@ def command(run: Path, output: Path | None, as_json: bool) -> None:
         print_json({"page": str(page)})
     else:
         click.echo(f"wrote {page}")
+
+
+def _serve(run: Path, port: int) -> None:
+    from emloc_core.recipe.serve import server
+
+    with server(run, port) as serving:
+        click.echo(f"http://{serving.server_address[0]}:{serving.server_port}/  (Ctrl-C ends it)")
+        with suppress(KeyboardInterrupt):
+            serving.serve_forever()

@@ -15,12 +15,15 @@ from emloc_core.errors import EmlocError, printable
 from emloc_core.files.documents import read_json
 from emloc_core.files.meter import peak_memory
 from emloc_core.files.output import MANIFEST, TIMING
+from emloc_core.recipe.live import Doing, doing
 from emloc_core.recipe.recipe import FIRST
 from emloc_core.recipe.stages import suffix
+from emloc_core.report.chart import Line, chart
 from emloc_core.report.error_plot import Strip, finite, sparkline, strips
 from emloc_core.report.pages import environment, publish_page
 from emloc_core.report.table import rows as table_rows
 from emloc_core.units import human_bytes, human_seconds
+from emloc_core.verdict import verdict
 
 #: What the stages of a recipe do, by the directories that they write.
 PURPOSES = {
@@ -33,6 +36,12 @@ PURPOSES = {
     "exact_alone": "control: exact steps alone",
     "evaluation": "all compared",
 }
+#: Seconds after which the page of a run that lasts asks for itself again.
+REFRESH = 3
+#: The losses in a log, and what they are of.
+LOSSES = {"loss": "rows of the step", "eval_loss": "held-out rows", "eval_base_loss": "held-out rows, on the base"}
+#: Whose versions are shown, and the kind of device.
+_VERSIONS = ("emloc", "python", "torch", "transformers", "peft", "trl", "device")
 #: Standard errors in half of a 95 % interval.
 _HALF = 1.96
 
@@ -45,14 +54,14 @@ class StageView:
         name: of its directory.
         manifest: the content of ``emloc.json``.
         timing: that of ``timing.json``.
-        losses: of tuning, by step.
+        log: of tuning: entries with a step, and losses or a margin.
         planned: bytes by the memory plan; None where there is none.
     """
 
     name: str
     manifest: Mapping[str, Any]
     timing: Mapping[str, Any]
-    losses: list[float]
+    log: list[dict[str, Any]]
     planned: int | None = None
 
     @property
@@ -66,6 +75,22 @@ class StageView:
         """The settings that it had, by name."""
         found = self.manifest.get("request", {}).get("settings", {})
         return [(name, value) for name, value in found.items() if value not in (None, {}, [])]
+
+    @property
+    def losses(self) -> list[Line]:
+        """The losses of tuning: on the rows of each step, and of evaluations."""
+        return [
+            line for key, name in LOSSES.items() if (line := Line(name, self._logged(key), marked=key != "loss")).points
+        ]
+
+    @property
+    def margins(self) -> list[Line]:
+        """By how much the reward of chosen answers exceeds that of rejected ones, where preferences were learned."""
+        points = self._logged("rewards/margins")
+        return [Line("margin", points)] if points else []
+
+    def _logged(self, key: str) -> list[tuple[float, float]]:
+        return [(entry["step"], entry[key]) for entry in self.log if isinstance(entry.get(key), int | float)]
 
     @property
     def peak(self) -> int | None:
@@ -88,15 +113,19 @@ class RunView:
     results: Mapping[str, Any]
 
     @classmethod
-    def read(cls, run: Path) -> "RunView":
+    def read(cls, run: Path, *, whole: bool = True) -> "RunView":
         """Read the directory that ``emloc run`` wrote to.
+
+        Args:
+            run: the directory.
+            whole: plan the memory too, which takes seconds, and refuse a directory without a finished stage.
 
         Raises:
             EmlocError: no stage is finished there.
         """
         made = sorted(run.iterdir(), key=_order) if run.is_dir() else []
         found = {path.name: path for path in made if _order(path)[0] < len(PURPOSES) and (path / MANIFEST).is_file()}
-        if not found:
+        if whole and not found:
             raise EmlocError(
                 f"{run} holds no finished stage of a run.", "Give the output directory of `emloc run`.", code="missing"
             )
@@ -104,9 +133,9 @@ class RunView:
         tried = results.get("selection_losses", [FIRST])
         # Those of the kept emulator come last: the plans of the base's stages are theirs.
         order = sorted(tried, key=lambda name: name == results.get("kept"))
-        planned = {name: size for each in order for name, size in _planned(found, suffix(each)).items()}
+        planned = {name: size for each in order if whole for name, size in _planned(found, suffix(each)).items()}
         stages = [
-            StageView(name, read_json(path / MANIFEST), _read(path / TIMING), _losses(path), planned.get(name))
+            StageView(name, read_json(path / MANIFEST), _read(path / TIMING), _log(path), planned.get(name))
             for name, path in found.items()
         ]
         return cls(run.resolve().name, stages, results)
@@ -155,9 +184,31 @@ class RunView:
         return max((value for strip in self.errors for value in finite(strip.values)), default=0)
 
     @property
-    def top_loss(self) -> float:
-        """The largest loss of tuning."""
-        return max((loss for stage in self.stages for loss in finite(stage.losses)), default=0)
+    def facts(self) -> list[tuple[str, str]]:
+        """What the run is of: base, data, emulator, LoRA, device and versions, as far as the files say."""
+        emulator, adapter = (self._manifest(f"{name}{self.suffix}") for name in ("emulator", "adapter"))
+        inputs, made = emulator.get("inputs", {}), emulator.get("request", {}).get("settings", {})
+        lora = adapter.get("request", {}).get("settings", {})
+        targets = ", ".join(map(str, adapter.get("result", {}).get("target_modules", [])))
+        ratio = f", ratio {made['ratio']:g}" if isinstance(made.get("ratio"), int | float) else ""
+        used = [stage.manifest.get("versions", {}) for stage in self.stages]
+        versions = {name: list(dict.fromkeys(str(each[name]) for each in used if name in each)) for name in _VERSIONS}
+        found = {
+            "base": _name(inputs.get("base", "")),
+            "data": _name(adapter.get("inputs", {}).get("data") or inputs.get("data", "")),
+            "emulator": f"{made['kind']}{ratio}" if made.get("kind") else "",
+            "LoRA": f"rank {lora['lora_rank']}" + (f" on {targets}" if targets else "")
+            if lora.get("lora_rank")
+            else "",
+            "versions": ", ".join(f"{name} {' and '.join(each)}" for name, each in versions.items() if each),
+        }
+        return [(name, value) for name, value in found.items() if value]
+
+    @property
+    def verdict(self) -> str:
+        """What the correction came to; empty without one."""
+        result = self._result(f"corrected{self.suffix}")
+        return verdict(result) if "clamp" in result else ""
 
     @property
     def candidates(self) -> list[dict[str, Any]]:
@@ -187,9 +238,13 @@ class RunView:
         """The names of the metrics."""
         return sorted(self.results.get("metrics", {}), key=lambda name: (not name.endswith("nll"), name))
 
-    def _result(self, name: str) -> Mapping[str, Any]:
+    def _manifest(self, name: str) -> Mapping[str, Any]:
         stage = self.stage(name)
-        return stage.manifest.get("result", {}) if stage else {}
+        return stage.manifest if stage else {}
+
+    def _result(self, name: str) -> Mapping[str, Any]:
+        result: Mapping[str, Any] = self._manifest(name).get("result", {})
+        return result
 
 
 def write_page(run: Path, output: Path) -> Path:
@@ -208,7 +263,12 @@ def write_page(run: Path, output: Path) -> Path:
     return output
 
 
-def _render(view: RunView) -> str:
+def live_page(run: Path) -> str:
+    """Return the page of a run as it is now, with the stage that runs; it asks for itself again."""
+    return _render(RunView.read(run, whole=False), doing(run), REFRESH)
+
+
+def _render(view: RunView, now: Doing | None = None, refresh: int | None = None) -> str:
     templates = environment(
         "emloc_core.recipe",
         size=lambda count: "-" if count is None else human_bytes(count),
@@ -218,7 +278,8 @@ def _render(view: RunView) -> str:
     )
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     template = templates.get_template("run.html.j2")
-    text = template.render(run=view, written=written, version=__version__, sparkline=sparkline)
+    drawing = {"sparkline": sparkline, "chart": chart, "line": Line}
+    text = template.render(run=view, now=now, refresh=refresh, written=written, version=__version__, **drawing)
     return f"{text.strip()}\n"
 
 
@@ -240,13 +301,19 @@ def _read(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _losses(stage: Path) -> list[float]:
-    log = read_json(stage / "log.json") if (stage / "log.json").is_file() else []
-    return [entry["loss"] for entry in log if "loss" in entry]
+def _log(stage: Path) -> list[dict[str, Any]]:
+    log: list[dict[str, Any]] = read_json(stage / "log.json") if (stage / "log.json").is_file() else []
+    return log
+
+
+def _name(given: str) -> str:
+    """Return a hub id, or the last part of a path, since pages are made to be sent."""
+    return Path(given).name if Path(given).is_absolute() else given
 
 
 def _planned(made: Mapping[str, Path], ending: str) -> dict[str, int]:
     """Return the bytes that the memory plan says for an emulator's stages, where the base's config is still there."""
+    from emloc_core.data.rows import CALIBRATION, SELECTION
     from emloc_core.files.output import made_from
     from emloc_core.memory import stages as streamed
     from emloc_core.memory.model import MemoryModel
@@ -258,7 +325,8 @@ def _planned(made: Mapping[str, Path], ending: str) -> dict[str, int]:
         compress, train = (read_json(made[name] / MANIFEST) for name in (emulator, adapter))
         config = Path(made_from(made[emulator], "base")) / "config.json"
         settings = TrainSettings(**train["request"]["settings"])
-        rows = str(made[emulator] / "calibration.jsonl")
+        kept = (made[emulator] / name for name in (CALIBRATION, SELECTION))
+        rows = next(str(path) for path in kept if path.stat().st_size)  # without calibration there are no such rows
         device = "cuda" if "peak_cuda_bytes" in _read(made[adapter] / TIMING) else "cpu"
         workload = make_workload(config, settings, device, length=settings.max_length, data=rows)
         model = MemoryModel(config, workload, CompressSettings(**compress["request"]["settings"]))
@@ -272,5 +340,5 @@ def _planned(made: Mapping[str, Path], ending: str) -> dict[str, int]:
             f"merged{ending}": streamed.merge(model).total,
             "full_lora": model.tuning().total,
         }
-    except (EmlocError, KeyError, TypeError, ValueError, OSError):  # the page is of use without a plan
+    except (EmlocError, KeyError, StopIteration, TypeError, ValueError, OSError):  # the page is of use without a plan
         return {}

@@ -31,6 +31,8 @@ _OTHER_ROWS = (
 )
 #: Losses in the trainer's log.
 LOSSES = MODEL_LOSS, BASE_LOSS = ("eval_loss", "eval_base_loss")
+#: What the trainer logs of preferences.
+MARGIN = "rewards/margins"
 _NUMBER = re.compile(r"\d*\.\d+")
 
 
@@ -143,11 +145,14 @@ def loras_of(model: PeftModel) -> dict[str, Lora]:
 
 
 def logged(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Return what ``log.json`` keeps of a trainer's log: steps with losses, in training and in evaluation."""
+    """Return what ``log.json`` keeps of a trainer's log: steps with losses, in training and in evaluation.
+
+    Of preferences also the margin: by how much the reward of chosen answers exceeds that of rejected ones, in nats.
+    """
     kept: list[dict[str, float]] = []
     for entry in history:
         if "loss" in entry:
-            kept.append({name: entry[name] for name in ("step", "loss", "learning_rate")})
+            kept.append({name: entry[name] for name in ("step", "loss", "learning_rate", MARGIN) if name in entry})
         elif MODEL_LOSS in entry:
             kept.append({name: entry[name] for name in ("step", *LOSSES) if name in entry})
     return kept

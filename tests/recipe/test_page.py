@@ -35,6 +35,18 @@ def test_it_says_what_the_files_say(tmp_path):
     assert base["accuracy"][1] is None
     assert view.scores[1]["cells"]["accuracy"][2]
     assert view.selection_losses["compress"] == 1.3
+    assert view.verdict == "scale 0.85, the surest of 3 candidates: 1.000 ± 0.200 nats gained per row"
+    assert view.facts == [
+        ("base", "base-1b"), ("data", HOSTILE), ("emulator", "low-rank, ratio 0.6"), ("LoRA", "rank 8"),
+        ("versions", "emloc 0.2.0, torch 2.13.0, device cpu"),
+    ]  # fmt: skip
+    tuned = {stage.name: stage for stage in view.stages if stage.losses}
+    assert list(tuned) == ["adapter", "polished", "full_lora"]
+    assert [line.name for line in tuned["adapter"].losses] == [
+        "rows of the step", "held-out rows", "held-out rows, on the base",
+    ]  # fmt: skip
+    assert tuned["adapter"].losses[1].points[-1] == (20, 0.075)
+    assert [bool(stage.margins) for stage in tuned.values()] == [False, True, False]
 
 
 def test_the_command_writes_one_page_with_nothing_unescaped(tmp_path):
@@ -45,6 +57,7 @@ def test_the_command_writes_one_page_with_nothing_unescaped(tmp_path):
     assert HOSTILE not in page
     assert "&lt;script&gt;document.title" in page
     assert "2 GB → 600 MB" in page
+    assert "/home/someone" not in page
     assert not re.search(r"(src|href)=.(?!#)", page)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -94,7 +107,8 @@ def test_the_page_is_in_order_in_a_browser(browser: Page, width: int, dark: bool
       const box = each.getBoundingClientRect(), path = each.querySelector('path');
       return [box.width, box.height, path ? path.getTotalLength() : 0];
     })""")
-    assert len(plots) == 3 + 4
+    assert len(plots) == 4
+    assert browser.value("document.querySelectorAll('svg.chart').length") == 3 + 1
     assert all(across > 100 and up > 50 and drawn > 10 for across, up, drawn in plots)
     background = browser.value("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, background.removeprefix("rgb(").rstrip(")").split(","))) < 384) == dark

@@ -33,13 +33,20 @@ def finished_run(directory: Path) -> Path:
         "full_lora_60": {},
         "evaluation": {},
     }  # fmt: skip
+    made = {"kind": "low-rank", "ratio": 0.6, "lora_rank": 8}
     for index, (name, result) in enumerate(results.items()):
-        settings = {"settings": {"learning_rate": 0.001, "extra": {}, "note": HOSTILE}}
-        write(directory / name / "emloc.json", {"request": settings, "result": result})
+        settings = {"settings": {"learning_rate": 0.001, "extra": {}, "note": HOSTILE, **made}}
+        inputs = {"base": "/home/someone/models/base-1b", "data": HOSTILE}
+        versions = {"emloc": "0.2.0", "torch": "2.13.0", "device": "cpu"}
+        content = {"request": settings, "result": result, "inputs": inputs, "versions": versions}
+        write(directory / name / "emloc.json", content)
         write(directory / name / "timing.json", {"seconds": 60.0 * index, "peak_rss_bytes": (index + 1) * 10**9})
     for name in ("adapter", "polished", "full_lora"):
         log = [{"step": step, "loss": 2.0 / step, "learning_rate": 0.001} for step in range(1, 21)]
-        write(directory / name / "log.json", log)
+        evaluated = [{"step": step, "eval_loss": 1.5 / step, "eval_base_loss": 1.8 / step} for step in (5, 10, 15, 20)]
+        if name == "polished":
+            log = [{**entry, "rewards/margins": entry["step"] / 10} for entry in log]
+        write(directory / name / "log.json", log + evaluated)
     systems = {"base": {"nll": 1.5, "accuracy": 0.25}, HOSTILE: {"nll": 0.5, "accuracy": 0.75}}
     write(directory / "results.json", {
         "kept": "compress",

@@ -19,17 +19,18 @@ def collect(job: Job, directory: Path) -> dict[str, Any]:
         directory: of its outputs.
 
     Returns:
-        ``ratio``, None of a kind that has none; ``bytes``: of ``base`` and ``emulator``; ``parameters``: of the
-        compressed Linears before and after; ``linears``: path, rank, shape and relative error of each; ``stages``: by
-        output, ``seconds``, ``peak_rss_bytes``, and ``peak_cuda_bytes`` on a GPU; ``seconds``: of all stages. Where
-        there are such stages, ``correction``: what correcting decided, and ``systems`` and ``metrics``: as in
-        ``results.json`` of ``emloc eval``.
+        ``kind`` of emulator; ``ratio``, None of a kind that has none; ``bytes``: of ``base`` and ``emulator``;
+        ``parameters``: of the compressed Linears before and after; ``linears``: path, rank, shape and relative error
+        of each; ``stages``: by output, ``seconds``, ``peak_rss_bytes``, and ``peak_cuda_bytes`` on a GPU;
+        ``seconds``: of all stages. Where there are such stages, ``loss``: the mean of tuning; ``correction``: what
+        correcting decided; and ``systems`` and ``metrics``: as in ``results.json`` of ``emloc eval``.
     """
     outputs = [stage.output for stage in job.stages(directory)]
     timings = {output.name: read_json(output / TIMING) for output in outputs}
     manifest = read_json(directory / "emulator" / MANIFEST)
     request, emulator = manifest["request"], manifest["result"]
     found: dict[str, Any] = {
+        "kind": request["settings"]["kind"],
         "ratio": request["settings"]["ratio"],
         "family": emulator["family"],
         "bytes": emulator["bytes"],
@@ -38,6 +39,8 @@ def collect(job: Job, directory: Path) -> dict[str, Any]:
         "stages": timings,
         "seconds": round(sum(timing["seconds"] for timing in timings.values()), 3),
     }
+    if "adapter" in timings:
+        found["loss"] = read_json(directory / "adapter" / MANIFEST)["result"]["train_loss"]
     if "corrected" in timings:
         found["correction"] = read_json(directory / "corrected" / MANIFEST)["result"]
     if "evaluation" in timings:

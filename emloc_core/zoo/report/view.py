@@ -74,6 +74,17 @@ class JobView:
         return self.record.result
 
     @property
+    def kind(self) -> str:
+        """The kind of emulator."""
+        return str(self.result.get("kind", self.record.job.compress.kind))
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The loss per token, as far as it is known: the mean of tuning, and the base's on the held-out rows."""
+        found = {"tuning": self.result.get("loss"), "base": self.result.get("correction", {}).get("nll")}
+        return {name: loss for name, loss in found.items() if loss is not None}
+
+    @property
     def ratio(self) -> float | None:
         """The emulator's ratio; of an unfinished job, the one that was asked for. None if there is none."""
         return self.result.get("ratio", self.record.job.compress.ratio)
@@ -211,6 +222,8 @@ class JobView:
         """Return the record with what is derived of it, as JSON values but for NaN."""
         return {
             **self.record.to_dict(),
+            "kind": self.kind,
+            "losses": self.losses,
             "errors": self.errors,
             "memory": [asdict(peak) for peak in self.memory],
             "seconds": self.seconds,

@@ -1,0 +1,86 @@
+"""Lines over steps, with axes: inline SVG that scales with the page and follows its colours."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+#: The drawing's own units: it is scaled to the width that it has.
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 240, 52, 12, 10, 40
+#: Gaps between ticks that are easy to read, times a power of ten; and about how many there are.
+_GAPS, _TICKS = (1, 2, 2.5, 5, 10), 4
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Attributes:
+        name: what it is of.
+        points: (step, value); those that are not finite are left out.
+        marked: whether each point has a mark: of a few evaluations, say.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    marked: bool = False
+
+
+def chart(lines: Sequence[Line], across: str, up: str) -> Markup:
+    """Return a chart of the lines, with a legend if there are several; nothing without a point.
+
+    Args:
+        lines: at most three.
+        across: what the steps are, under the axis.
+        up: what the values are, beside it.
+    """
+    known = [Line(each.name, [p for p in each.points if math.isfinite(p[1])], each.marked) for each in lines]
+    known = [each for each in known if each.points]
+    if not known:
+        return Markup()
+    xs, ys = ([point[axis] for each in known for point in each.points] for axis in (0, 1))
+    columns, rows = _ticks(min(xs), max(xs), whole=True), _ticks(min(ys), max(ys))
+    parts = []
+    for y in rows:
+        at = _y(y, rows)
+        parts.append(f'<path class="grid" d="M{_LEFT} {at}H{_WIDTH - _RIGHT}"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{at + 4}" text-anchor="end">{y:.6g}</text>')
+    for x in columns:
+        parts.append(f'<text x="{_x(x, columns)}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{x:.6g}</text>')
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(across)}</text>')
+    parts.append(f'<text x="12" y="{(_HEIGHT - _BOTTOM + _TOP) / 2}" transform="rotate(-90 12 '
+                 f'{(_HEIGHT - _BOTTOM + _TOP) / 2})" text-anchor="middle">{escape(up)}</text>')  # fmt: skip
+    for number, each in enumerate(known):
+        points = [(_x(x, columns), _y(y, rows)) for x, y in each.points]
+        path = "M" + "L".join(f"{x} {y}" for x, y in points)
+        parts.append(f'<path class="line of-{number}" d="{path}"/>')
+        if each.marked or len(points) == 1:
+            parts += [f'<circle class="of-{number}" cx="{x}" cy="{y}" r="3.5"/>' for x, y in points]
+    named = ", ".join(f"{each.name} from {each.points[0][1]:.4g} to {each.points[-1][1]:.4g}" for each in known)
+    drawn = f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(named)}">'
+    legend = "".join(f'<li class="of-{number}">{escape(each.name)}</li>' for number, each in enumerate(known))
+    return Markup(f"{drawn}{''.join(parts)}</svg>" + (f'<ul class="legend">{legend}</ul>' if len(known) > 1 else ""))
+
+
+def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Return ticks at even gaps that begin at or below ``low`` and end at or above ``high``."""
+    if low == high:
+        low, high = (low - 1, high + 1) if whole else (low - abs(low) / 10 - 1e-3, high + abs(high) / 10 + 1e-3)
+    rough = (high - low) / _TICKS
+    power = 10 ** math.floor(math.log10(rough))
+    gap = next(each * power for each in _GAPS if each * power >= rough)
+    if whole:
+        gap = max(1, math.ceil(gap))
+    first, last = math.floor(low / gap + 1e-9), math.ceil(high / gap - 1e-9)
+    return [number * gap for number in range(first, last + 1)]
+
+
+def _x(value: float, ticks: Sequence[float]) -> float:
+    return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - ticks[0]) / (ticks[-1] - ticks[0]), 1)
+
+
+def _y(value: float, ticks: Sequence[float]) -> float:
+    share = (value - ticks[0]) / (ticks[-1] - ticks[0])
+    return round(_HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _TOP) * share, 1)

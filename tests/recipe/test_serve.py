@@ -1,0 +1,72 @@
+"""The page of a run while it lasts: what it shows, and to whom."""
+
+import http.client
+import os
+import threading
+
+import pytest
+from support.runs import HOSTILE, finished_run
+
+from emloc_core.errors import EmlocError
+from emloc_core.progress import ProgressEvent
+from emloc_core.recipe.live import Doing, Live
+from emloc_core.recipe.page import live_page
+from emloc_core.recipe.serve import HOST, server
+
+EVENT = ProgressEvent("train", "adapter", 12, 40, HOSTILE, 1.25, 95.0, 2 * 10**9, number=2, stages=6)
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """Ask the server of an empty run; return status and text."""
+    with server(tmp_path) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+
+        def get(path="/", host=None, method="GET"):
+            connection = http.client.HTTPConnection(HOST, serving.server_port, timeout=60)
+            connection.request(method, path, headers={"Host": host} if host else {})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+        yield get
+        serving.shutdown()
+        thread.join()
+
+
+def test_it_shows_what_runs_and_then_what_is_done(tmp_path):
+    assert "Nothing is running" in live_page(tmp_path)
+    with Live(tmp_path) as live:
+        live.begin(Doing(HOSTILE, "tune a LoRA", EVENT, losses=[(10, 1.5)]))
+        page = live_page(tmp_path)
+    for told in ("tune a LoRA", "stage 2 of 6", "12 of 40", "1.25", "95 s", "2 GB", 'http-equiv="refresh"', "svg"):
+        assert told in page, told
+    assert HOSTILE not in page
+    done = live_page(finished_run(tmp_path))
+    assert "All stages are done" in done
+    assert "What was done" in done
+
+
+def test_only_this_machine_sees_one_page(ask):
+    assert ask()[0] == 200
+    assert ask("/?again")[0] == 200
+    assert ask("/progress.json")[0] == 404
+    assert ask("/../../etc/passwd")[0] == 404
+    assert ask(host="attacker.example:80")[0] == 403
+    assert ask(host="localhost:80")[0] == 200
+    assert ask(method="POST")[0] == 501
+
+
+def test_it_listens_on_loopback_and_says_what_it_cannot_do(tmp_path):
+    with server(tmp_path) as first:
+        assert first.server_address[0] == "127.0.0.1"
+        with pytest.raises(EmlocError, match=f"port {first.server_port} cannot be used"):
+            server(tmp_path, first.server_port)
+    with pytest.raises(EmlocError, match="no directory"):
+        server(tmp_path / "nowhere")
+
+
+def test_the_file_of_a_stranger_harms_nothing(tmp_path):
+    for content in ("[]", "{", '{"pid": -1}', f'{{"pid": {os.getpid()}, "name": 1, "purpose": 2, "event": {{}}}}'):
+        (tmp_path / "progress.json").write_text(content)
+        assert "Nothing is running" in live_page(tmp_path)
