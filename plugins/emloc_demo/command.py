@@ -71,7 +71,7 @@ def run(output: Path, screen: "Screen") -> dict[str, Any]:
     recipe = output / "recipe.toml"
     plan: dict[str, Any] = {}
     with screen.step("prepare", "writing the model as an ordinary checkpoint, and the messages",
-                     lambda: f"the model, messages, and {recipe}", before=recipe.exists()):  # fmt: skip
+                     lambda: f"SmolLM2-135M and messages in {output}", before=recipe.exists()):  # fmt: skip
         _in_a_process("prepared", output, output)
     with screen.step("plan", "computing the memory that each way to tune needs", lambda: decision(plan)):
         plan |= _in_a_process("planned", recipe, output)

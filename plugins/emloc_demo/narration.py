@@ -10,10 +10,10 @@ from emloc_core.units import human_bytes, human_seconds
 
 #: What each stage is doing before it has done anything.
 BEGINNING = {
-    "compress": "reading the model and the messages to fit the emulator to",
-    "train": "loading the emulator, a model that is small because it only has to answer these messages",
-    "correct": "comparing ways to carry the LoRA over, on messages that no stage has seen",
-    "eval": "loading the model, to ask it messages that no stage has seen",
+    "compress": "reading the model, and messages that the emulator is fitted to",
+    "train": "loading the emulator: training needs nothing of the model",
+    "correct": "which correction serves the model best? asking held-out messages",
+    "eval": "loading the model, to ask it messages that it has not seen",
 }
 
 
@@ -23,12 +23,12 @@ def happening(event: ProgressEvent) -> str:
     left = f" ({human_seconds(event.seconds_left)} left)" if event.seconds_left else ""
     match event.stage:
         case "compress":
-            return f"fitting block {current} of {total}{left}: with few bits, its outputs are to stay the model's"
+            return f"fitting block {current} of {total} to give the model's outputs{left}"
         case "train":
             loss = "" if event.loss is None else f", loss {event.loss:.2f}"
-            return f"step {event.step} of {total}{loss}{left}: the LoRA learns on the emulator, without the model"
+            return f"step {event.step} of {total} on the emulator alone{loss}{left}"
         case "eval":
-            return f"asking {event.what}, system {current} of {total}{left}: which answers are right?"
+            return f"asking {event.what}, {current} of {total}: which answers are right?"
     return BEGINNING.get(event.stage, event.stage)
 
 
@@ -41,9 +41,9 @@ def outcome(stage: str, result: Result) -> str:
             return f"{settings['kind']} emulator, {human_bytes(sizes['emulator'])} of {human_bytes(sizes['base'])}"
         case "train":
             losses = [entry["loss"] for entry in read_json(result.path / "log.json") if "loss" in entry]
-            return f"{found['steps']} steps of a LoRA on the emulator, loss {losses[0]:.2f} to {losses[-1]:.2f}"
+            return f"{found['steps']} steps on the emulator, loss {losses[0]:.2f} to {losses[-1]:.2f}"
         case "correct":
-            return f"LoRA carried over to the model, {how_corrected(found)}"
+            return f"LoRA on the model: {how_corrected(found)}"
     return f"{len(found)} systems asked {read_json(result.path / 'results.json')['tasks']['right']['rows']} messages"
 
 
@@ -64,7 +64,7 @@ def decision(plan: Mapping[str, Any]) -> str:
     best = next((way for way in plan["ways"] if way["name"] == plan["best"] and way["fits"]), None)
     needs = f"an ordinary LoRA needs {human_bytes(ordinary['bytes'])}"
     if best is None:
-        return f"{needs}, and nothing fits"
+        return f"{needs}: nothing fits"
     if best["kind"] is None:
-        return f"{needs} and fits: no emulator is needed"
-    return f"{needs}, too much; on an emulator in {best['kind']} it needs {human_bytes(best['bytes'])}"
+        return f"{needs}: no emulator is needed"
+    return f"{needs}: too much; on an {best['kind']} emulator {human_bytes(best['bytes'])}"

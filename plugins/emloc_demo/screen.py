@@ -25,14 +25,14 @@ _ANSWER = 160
 _TITLE = "[bold]Fine-tune a model in the memory that inference needs[/]"
 _FACTS = {
     "model": "SmolLM2-135M-Instruct, 135 million parameters in 32 bits: 538 MB",
-    "task": "a customer's message in; JSON with the order's number, the item and the request out",
+    "task": "a customer's message in, JSON out: order number, item, request",
     "memory": "{memory} for training, Python and its libraries included",
 }
 _SYSTEMS = {
     "base": "the model as it was",
-    "emulator+lora": "the LoRA on the emulator that it was trained on",
-    "base+corrected": "the LoRA carried over to the model",
-    "full_lora": "an ordinary LoRA, trained on the model in as many steps",
+    "emulator+lora": "where it was trained",
+    "base+corrected": "the LoRA on the model",
+    "full_lora": "an ordinary LoRA",
 }
 
 
@@ -121,9 +121,9 @@ def show(results: Mapping[str, Any], output: Path) -> None:
 
 def _answers(answers: Sequence[Mapping[str, str]]) -> Table:
     table = Table(
-        Column("a message that no stage has seen", ratio=5),
-        Column("the model's answer before", ratio=4),
-        Column("and after", ratio=4),
+        Column("a held-out message", ratio=5),
+        Column("answer before", ratio=5),
+        Column("answer after", ratio=6),
         box=box.SIMPLE_HEAD,
         expand=True,
         show_lines=True,
@@ -136,7 +136,7 @@ def _answers(answers: Sequence[Mapping[str, str]]) -> Table:
 
 def _judged(written: str, expected: str) -> Text:
     mark = ("✓ ", "bold green") if written.strip() == expected.strip() else ("✗ ", "bold red")
-    text = " ".join(written.split())
+    text = " ".join(written.replace('","', '", "').split())  # a place to break the line
     return Text.assemble(mark, text if len(text) <= _ANSWER else f"{text[: _ANSWER - 3]}...")
 
 
@@ -144,12 +144,13 @@ def _scores(results: Mapping[str, Any]) -> Table:
     rows = results["tasks"]["right"]["rows"]
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("system")
-    table.add_column(f"of {rows} held-out messages right", justify="right")
+    table.add_column("")
+    table.add_column(f"right of {rows}", justify="right")
     table.add_column("loss per token", justify="right")
     for name, of in _SYSTEMS.items():
         if scores := results["systems"].get(name):
             style = "bold green" if name == "base+corrected" else ""
-            table.add_row(f"{name}: {of}", str(round(rows * scores["acc"])), f"{scores['nll']:.3f}", style=style)
+            table.add_row(name, of, str(round(rows * scores["acc"])), f"{scores['nll']:.3f}", style=style)
     return table
 
 
@@ -159,6 +160,6 @@ def _next(output: Path) -> Table:
     chat = shlex.join(["emloc", "chat", str(output / "corrected")])
     table.add_row(Text("see", "cyan"), figures)
     table.add_row(Text("next", "cyan"), f"{chat}  talk to the result")
-    table.add_row("", "make demo-full  compare all ways to tune, ordinary LoRAs among them: half an hour")
-    table.add_row("", "emloc tune MODEL --data train.jsonl -o tuned --memory 24GiB  your own model and rows")
+    table.add_row("", "make demo-full  compare all ways to tune it, in half an hour")
+    table.add_row("", "emloc tune MODEL --data train.jsonl -o tuned  your own model")
     return table
