@@ -22,6 +22,10 @@ from support.rows import example_rows, write_jsonl
 
 from chaos.results import Result, Verdict
 from emloc_core.files.output import MANIFEST, TIMING
+from emloc_core.zoo.convert import convert
+from emloc_core.zoo.engines.local import LocalEngine
+from emloc_core.zoo.jobs.sources import Defaults, resolve
+from emloc_core.zoo.retry import Limits
 from emloc_core.zoo.state.store import Store
 
 _JOB = """
@@ -81,7 +85,7 @@ def campaign(directory: Path, *, seconds: float, jobs: int = 3, ray: bool = True
     """
     end, draw = time.monotonic() + seconds, random.Random(seed)
     file = _prepare(directory, jobs)
-    local = Engine("local", ForkingDriver, (0.02, 0.8))
+    local = Engine("local", _drive_here, (0.02, 0.8))
     alone = _Zoo(file, local)
     alone.run(draw, most=0)
     expected, results = alone.outputs(), []
@@ -97,6 +101,15 @@ def campaign(directory: Path, *, seconds: float, jobs: int = 3, ray: bool = True
             zoo.put_away(f"zoo-{number}")
             number += 1
     return results
+
+
+def _drive_here(file: Path, zoo: Path) -> Driver:
+    return ForkingDriver(zoo.with_suffix(".log"), _convert, file, zoo)
+
+
+def _convert(file: Path, zoo: Path) -> None:
+    limits = Limits(retries=100, backoff=0.01)
+    convert(resolve([str(file)], Defaults(offline=True)), zoo, lambda lock: LocalEngine(2, inherited=[lock]), limits)
 
 
 @dataclass

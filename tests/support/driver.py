@@ -1,28 +1,33 @@
-"""A driver of real jobs that can be killed, and starts without the seconds that each process takes to import torch."""
+"""Drivers of real jobs that can be killed, and start without the seconds that each process takes to import torch."""
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 from support.forkserver import warm_process
 from support.processes import planning_here
 
-from emloc_core.zoo.convert import convert
+from emloc_core.cli import main
 from emloc_core.zoo.engines import worker
 from emloc_core.zoo.engines.engine import environment
-from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.jobs.outcome import OUTCOME
-from emloc_core.zoo.jobs.sources import Defaults, resolve
 from emloc_core.zoo.jobs.task import JOB
-from emloc_core.zoo.retry import Limits
 
 
 class ForkingDriver:
-    """Converts a file of jobs; a fork of a process that has imported everything, as are its workers."""
+    """A function that converts a zoo, in a fork of a process that has imported everything, as are its workers.
 
-    def __init__(self, file: Path, zoo: Path) -> None:
-        self._process = warm_process(_drive, file, zoo)
+    It is offline, since these libraries read at their import alone whether they are.
+
+    Args:
+        log: file to which its stdout is added; its stderr goes beside it, with the suffix ``.err``.
+        function: of a module, with its arguments.
+    """
+
+    def __init__(self, log: Path, function: Callable[..., object], *args: object) -> None:
+        self._process = warm_process(_drive, log, function, *args)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -30,9 +35,19 @@ class ForkingDriver:
     def poll(self) -> int | None:
         return self._process.exitcode
 
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
     def kill(self) -> None:
         self._process.kill()
         self._process.join()
+
+
+def emloc(*argv: object) -> None:
+    """Run a command, for a :class:`ForkingDriver`."""
+    sys.argv[:] = ["emloc", *map(str, argv)]
+    main()
 
 
 class _Fork:
@@ -73,10 +88,12 @@ class _Fork:
             os.kill(self.pid, 9)
 
 
-def _drive(file: Path, zoo: Path) -> None:
-    log = os.open(zoo.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    with mock.patch("emloc_core.zoo.engines.local.start_worker", _Fork), planning_here():
-        jobs = resolve([str(file)], Defaults(offline=True))
-        convert(jobs, zoo, lambda lock: LocalEngine(2, inherited=[lock]), Limits(retries=100, backoff=0.01))
+def _drive(log: Path, function: Callable[..., object], *args: object) -> None:
+    for path, stream in ((log, 1), (log.with_suffix(".err"), 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
+    with (
+        mock.patch("emloc_core.zoo.engines.local.start_worker", _Fork),
+        mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),
+        planning_here(),
+    ):
+        function(*args)

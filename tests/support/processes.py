@@ -5,7 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -55,13 +55,13 @@ def drive(zoo, jobs, *, workers=2, engine=LocalEngine, tell=lambda *_: None, mem
     return {record.job.name: record for record in records}
 
 
-def wait(zoo, jobs, **options):
+def wait(zoo, jobs, *, engine=WaitingEngine, **options):
     """Drive jobs that only wait; they are in the store with their plan, so that there is nothing to plan."""
     names = [job.name for job in jobs]
     with closing(Store(zoo, create=True)) as store:
         store.add(jobs, names)
         store.plan(dict.fromkeys(names, Needs(memory=0, disk=0)))
-    return drive(zoo, [], engine=WaitingEngine, **options)
+    return drive(zoo, [], engine=engine, **options)
 
 
 def driver(zoo, jobs, workers=2):
@@ -72,15 +72,13 @@ def driver(zoo, jobs, workers=2):
 
 
 def workers_of(zoo, name):
-    """Return the processes, the worker and its stage, that do a job now."""
-    wanted = str(zoo / "jobs" / name / "job.json").encode()
+    """Return the processes, the worker and its stage, that do a job now: they are at home where its outputs are."""
+    place = (zoo / "jobs" / name).resolve()
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (process / "cmdline").read_bytes().split(b"\0"):
+        with suppress(OSError):  # it has just ended
+            if (process / "cwd").readlink() == place:
                 found.append(int(process.name))
-        except OSError:  # it has just ended
-            continue
     return sorted(found)
 
 

@@ -1,30 +1,35 @@
 """Real conversions of tiny models: whole, damaged, without memory, without room, killed; nothing lost or done twice.
 
-Every stage takes seconds to import its libraries. So one zoo is converted by the command, killed and started again, and
-most tests look at it.
+One zoo is converted by the command, killed and started again, and most tests look at it. All processes are forks of one
+that has imported what they need, which would take each of them seconds.
 """
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import struct
-import subprocess
-import sys
+import time
+from pathlib import Path
 from statistics import median
 from typing import ClassVar
 
 import pytest
 from click.testing import CliRunner
+from support.driver import ForkingDriver, emloc
 from support.processes import drive, files, is_gone, planning_here, until, workers_of
 
 from emloc_core.cli import cli
+from emloc_core.hookspecs import hookimpl
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.engines.worker import run
 from emloc_core.zoo.jobs.job import Job
 from emloc_core.zoo.jobs.sources import Defaults, resolve
 from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.state.lock import is_driven
 from emloc_core.zoo.state.store import Store
 from emloc_core.zoo.state.timing import estimate
 
@@ -32,14 +37,24 @@ SMALL = {"samples": 12, "selection": 6}
 OPTIONS = ["--samples", "12", "--selection", "6"]
 
 
-def command(*argv):
-    """Return the command line of a command of the zoo."""
-    return [sys.executable, "-m", "emloc_core", "zoo", *map(str, argv)]
+class Waits:
+    """A plugin that holds a stage up when its first block is done."""
+
+    @hookimpl
+    def emloc_block_done(self):
+        print("a block is done", flush=True)
+        time.sleep(600)
 
 
-def run_command(*argv):
-    """Run a command of the zoo; return the process, with what it printed."""
-    return subprocess.run(command(*argv), capture_output=True, text=True, check=False)
+def wait_in_a_block(*argv):
+    plugin_manager().register(Waits())
+    emloc(*argv)
+
+
+def run_command(log, *argv):
+    """Run a command of the zoo; return its exit code, and what it printed on stdout and stderr."""
+    code = ForkingDriver(log, emloc, "zoo", *argv).wait()
+    return code, log.read_text(), log.with_suffix(".err").read_text()
 
 
 def run_here(*argv):
@@ -85,37 +100,40 @@ def arguments(place):
 def killed(place, arguments):
     """The states of the zoo when its driver was killed while the first stage of the first job was at work."""
     zoo = place / "zoo"
-    driver = subprocess.Popen(command(*arguments, "--workers", "1"), stderr=subprocess.DEVNULL)
+    driver = ForkingDriver(place / "killed.log", wait_in_a_block, "zoo", *arguments, "--workers", "1")
     try:
-        workers = until(lambda: len(found := workers_of(zoo, "copy")) == 2 and found)  # the worker and its stage
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+        until(lambda: [log for log in zoo.glob("logs/copy.*") if "a block is done" in log.read_text()])
+        workers = workers_of(zoo, "copy")
+        assert len(workers) == 2  # the worker and its stage
+        driver.kill()
         until(lambda: all(map(is_gone, workers)))
     finally:
         driver.kill()
+    until(lambda: not is_driven(zoo))  # a thread of theirs may hold the lock for a moment more
     return {record.job.name: record.state for record in Store(zoo).records()}
 
 
 @pytest.fixture(scope="module")
-def converted(killed, arguments):  # noqa: ARG001 - it resumes what that one left
+def converted(killed, place, arguments):  # noqa: ARG001 - it resumes what that one left
     """The same command again, to its end; it fails because two of the jobs do."""
-    return run_command(*arguments, "--workers", "2")
+    return run_command(place / "converted.log", *arguments, "--workers", "2")
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_model, rows_file, tmp_path_factory):
     """An emulator made by the command alone with one thread, and the address space that this took, in bytes."""
-    script = (
-        "import sys; from emloc_core.cli import cli; cli.main(sys.argv[1:], standalone_mode=False);"
-        "print(next(line for line in open('/proc/self/status') if line.startswith('VmPeak')).split()[1])"
-    )
-    output = tmp_path_factory.mktemp("alone") / "emulator"
-    argv = ["compress", str(tiny_model), "--data", str(rows_file), "-o", str(output), *OPTIONS]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, *argv], capture_output=True, text=True, check=True, env={**os.environ, **threads}
-    )
-    return output, int(done.stdout.splitlines()[-1]) << 10
+    place = tmp_path_factory.mktemp("alone")
+    argv = ["compress", tiny_model, "--data", rows_file, "-o", place / "emulator", *OPTIONS]
+    assert ForkingDriver(place / "log", emloc_and_peak, *argv).wait() == 0
+    return place / "emulator", int((place / "log").read_text().splitlines()[-1]) << 10
+
+
+def emloc_and_peak(*argv):
+    """Run a command, and print the most address space that this process had, in kB."""
+    try:
+        emloc(*argv)
+    finally:
+        print(re.search(r"VmPeak:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def contents(directory):
@@ -127,16 +145,17 @@ def test_killed_at_work_the_next_driver_finishes(killed, converted):
     assert killed == {
         "copy": "interrupted", "cut": "waiting", "first": "duplicate", "whole-way": "waiting", "absent": "waiting",
     }  # fmt: skip
-    assert causes(by_name(converted.stdout)) == {
+    assert causes(by_name(converted[1])) == {
         "copy": ["interrupted", None], "cut": ["bad input"], "first": [], "whole-way": [None], "absent": ["bad input"],
     }  # fmt: skip
 
 
 def test_one_failure_stops_nothing_and_is_said(converted, place):
-    assert converted.returncode == 1
-    assert "2 of 5 jobs failed. cut: bad input: " in converted.stderr
-    assert "; absent: bad input: " in converted.stderr
-    jobs = by_name(converted.stdout)
+    code, out, err = converted
+    assert code == 1
+    assert "2 of 5 jobs failed. cut: bad input: " in err
+    assert "; absent: bad input: " in err
+    jobs = by_name(out)
     assert {name: job["state"] for name, job in jobs.items()} == {
         "copy": "done", "cut": "failed", "first": "duplicate", "whole-way": "done", "absent": "failed",
     }  # fmt: skip
@@ -148,7 +167,7 @@ def test_one_failure_stops_nothing_and_is_said(converted, place):
 
 
 def test_a_result_has_sizes_errors_time_and_memory(converted):
-    result = by_name(converted.stdout)["whole-way"]["result"]
+    result = by_name(converted[1])["whole-way"]["result"]
     assert result["ratio"] == 0.5
     assert 0 < result["bytes"]["emulator"] < result["bytes"]["base"]
     assert list(result["stages"]) == ["adapter", "corrected", "emulator"]
@@ -192,12 +211,12 @@ def test_again_nothing_is_done_twice_and_what_was_fixed_or_is_gone_is_done(place
     config = place / "models" / "cut" / "config.json"
     config.write_text(config.read_text() + " ")  # else it is a duplicate too
     (place / "jobs.toml").write_text((place / "jobs.toml").read_text().rpartition("[[job]]")[0])
-    again = run_command(*arguments)
-    assert "1 of 5 jobs failed. absent" in again.stderr  # what is not asked for any more stays as it was
+    _, out, err = run_command(place / "again.log", *arguments)
+    assert "1 of 5 jobs failed. absent" in err  # what is not asked for any more stays as it was
     assert {path: files(path) for path in before} == before
     assert contents(emulator) == gone
     assert [path.name for path in (zoo / "jobs/cut").iterdir() if path.is_dir()] == ["emulator"]
-    jobs = by_name(again.stdout)
+    jobs = by_name(out)
     assert causes(jobs) == {
         "copy": ["interrupted", None, None], "cut": ["bad input", None], "first": [], "whole-way": [None],
         "absent": ["bad input"],
@@ -236,10 +255,14 @@ class Hostile(LocalEngine):
     killed: ClassVar[list] = []
 
     def start(self, task, directory):
-        handle = super().start(task, directory)
-        for kind, size in self.limits.get(task.job.name, {}).items():
-            resource.prlimit(handle.process.pid, kind, (size, size))
-        return handle
+        own = {kind: resource.getrlimit(kind) for kind in self.limits.get(task.job.name, {})}
+        for kind, (_, hard) in own.items():
+            resource.setrlimit(kind, (self.limits[task.job.name][kind], hard))  # the worker inherits it
+        try:
+            return super().start(task, directory)
+        finally:
+            for kind, limits in own.items():
+                resource.setrlimit(kind, limits)
 
     def poll(self, handle):
         if handle.task.job.name == "well" and not self.killed:
@@ -275,7 +298,15 @@ def add_vocabulary(model, gigabytes):
         file.truncate(8 + len(text) + size)
 
 
-def test_each_fault_is_its_job_s_own(tmp_path, tiny_model, rows_file, alone, monkeypatch):
+def convert_hostile(models, rows, zoo, limits):
+    """Convert models where the limits are those of :class:`Hostile`; runs in a process of its own."""
+    Hostile.limits.update(limits)
+    jobs = resolve([str(models)], Defaults(data=str(rows), compress=SMALL))
+    drive(zoo, jobs, engine=Hostile, retries=1)
+    print(len(Hostile.killed))
+
+
+def test_each_fault_is_its_job_s_own(tmp_path, tiny_model, rows_file, alone):
     """Out of memory: smaller, then a failure. No room: a failure that leaves room to others. A killed stage: again."""
     for name in ("full", "hungry", "well"):
         shutil.copytree(tiny_model, tmp_path / "models" / name)
@@ -283,9 +314,10 @@ def test_each_fault_is_its_job_s_own(tmp_path, tiny_model, rows_file, alone, mon
         file.write(" ")  # else it is a duplicate
     add_vocabulary(tmp_path / "models" / "hungry", 1.0)
     limits = {"hungry": {resource.RLIMIT_AS: alone[1] + (300 << 20)}, "full": {resource.RLIMIT_FSIZE: 20_000}}
-    monkeypatch.setattr(Hostile, "limits", limits)
-    jobs = resolve([str(tmp_path / "models")], Defaults(data=str(rows_file), compress=SMALL))
-    records = drive(tmp_path / "zoo", jobs, engine=Hostile, retries=1)
+    arguments = tmp_path / "models", rows_file, tmp_path / "zoo", limits
+    assert ForkingDriver(tmp_path / "log", convert_hostile, *arguments).wait() == 0
+    assert (tmp_path / "log").read_text() == "1\n"  # one stage was killed
+    records = {record.job.name: record for record in Store(tmp_path / "zoo").records()}
     assert {name: [attempt.cause for attempt in record.attempts] for name, record in records.items()} == {
         "hungry": ["out of memory", "out of memory"], "full": ["disk"], "well": ["lost worker", None],
     }  # fmt: skip
@@ -294,7 +326,6 @@ def test_each_fault_is_its_job_s_own(tmp_path, tiny_model, rows_file, alone, mon
     assert list((tmp_path / "zoo/jobs/full").glob(".*.partial")) == []
     killed = records["well"].attempts[0].message
     assert killed.startswith("The process of the stage 'emulator' was ended by SIGKILL.")
-    assert len(Hostile.killed) == 1
     assert records["well"].result["linears"]
 
 

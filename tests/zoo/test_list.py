@@ -124,11 +124,10 @@ def test_a_plan_is_that_of_the_memory_model(own, tmp_path):
 
 
 def test_batch_and_length_are_the_presets_or_the_users(own):
-    planned = json.loads(run("plan", "zoo-test/[ot]*", "--registry", own, "--preset", "small", "--json"))["models"]
-    assert [(each["batch_size"], each["length"]) for each in planned] == [(2, 32), (2, 32)]
-    given = ["--batch-size", 3, "--length", 48]
-    planned = json.loads(run("plan", "zoo-test/one", "--registry", own, *given, "--json"))["models"]
-    assert [(each["batch_size"], each["length"]) for each in planned] == [(3, 48)]
+    for given, used in ((["--preset", "small"], (2, 32)), (["--batch-size", 3, "--length", 48], (3, 48))):
+        how = ["--registry", own, "--kind", "nf4", *given, "--json"]
+        (planned,) = json.loads(run("plan", "zoo-test/one", *how))["models"]
+        assert (planned["batch_size"], planned["length"]) == used
 
 
 def test_a_table_says_where_nothing_fits_and_where_no_emulator_is_needed(own):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from support.driver import ForkingDriver
 from support.internvl_chat import InternVLChat, chat_config, randomise, save_source, text_config
 from support.processes import drive, files, plan_here
 
@@ -13,7 +14,9 @@ from emloc_core.kinds import RECOMMENDED
 from emloc_core.model.importing import Import
 from emloc_core.requests import ImportRequest
 from emloc_core.zoo.jobs.job import Job, describe_change, slug, unique
+from emloc_core.zoo.jobs.planning import plan
 from emloc_core.zoo.jobs.sources import Defaults, resolve
+from emloc_core.zoo.state.store import Store
 
 
 @pytest.fixture
@@ -169,11 +172,12 @@ def test_an_entry_in_another_layout_is_rewritten_first(tmp_path, rows_file):
     settings = {"ratio": 0.5, "samples": 4, "selection": 0}
     given = Defaults(data=str(rows_file), compress=settings, registry=[tmp_path / "entry.toml"], offline=True)
     jobs = [*resolve(["mine/chat"], given), *resolve([str(native)], given)]
-    (chat, needs), (other, of_native) = plan_here(jobs, tmp_path)
+    (chat, needs), (other, of_native) = plan(jobs, tmp_path)
     assert chat != other
     assert needs.base == of_native.base
     assert needs.disk - needs.emulator == of_native.disk - of_native.emulator + needs.base
-    (done,) = drive(tmp_path / "zoo", jobs[:1]).values()
+    assert ForkingDriver(tmp_path / "log", drive, tmp_path / "zoo", jobs[:1]).wait() == 0
+    (done,) = Store(tmp_path / "zoo").records()
     assert done.state == "done", done
     assert set(done.result["stages"]) == {"native", "emulator"}
     assert done.result["family"] == "internvl"
