@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 QUICK := $(addprefix tests/,test_directions.py test_errors.py algorithms report adapters/test_adapter.py \
 	data/test_rows.py files/test_files.py files/test_header.py files/test_meter.py files/test_own.py \
 	files/test_patterns.py model/test_device.py plugins/test_plugins.py recipe/test_recipe.py)
+# Two workers that take whole files, the long ones first: tests/conftest.py.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+ALL := -m 'not slow and not browser and not chaos'
 BENCHMARKS := startup factorize allocation stages scale kinds memory exact zoo
 # As emloc_core/environment.py has them, which says why.
 export OMP_WAIT_POLICY ?= passive
@@ -13,7 +16,7 @@ export GOMP_SPINCOUNT ?= 10000
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-full demo-vision demo-zoo test test-quick coverage test-browser test-chaos test-slow lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
+.PHONY: setup demo demo-full demo-vision demo-zoo test test-all test-quick coverage test-browser test-chaos test-slow lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
 
 setup: $(STAMP)
 
@@ -36,15 +39,17 @@ demo-vision: $(STAMP)  ## the same with pictures: a small InternVL, trained here
 demo-zoo: $(STAMP)  ## small models of all families, converted here and on a Ray cluster of two nodes: the same bytes
 	$(BIN)/emloc demo-zoo -o build/demo-zoo
 
-test: $(STAMP)  ## all fast tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(STAMP)  ## what the toolkit promises, on tiny models, in five minutes
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-all: $(STAMP)  ## the same, and further cases of it
+	$(BIN)/python -m pytest $(PARALLEL) $(ALL)
 
 test-quick: $(STAMP)  ## under a minute: pure functions, files, settings, rows, plugins, directions of imports
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(QUICK)
+	$(BIN)/python -m pytest $(PARALLEL) $(QUICK)
 
-coverage: $(STAMP)  ## all fast tests, and which lines they run; build/coverage/index.html shows the others
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-		--cov --cov-report=term:skip-covered --cov-report=html:build/coverage
+coverage: $(STAMP)  ## those of test-all, and which lines they run; build/coverage/index.html shows the others
+	$(BIN)/python -m pytest $(PARALLEL) $(ALL) --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
 test-browser: $(STAMP)  ## the pages that the toolkit writes, looked at in Chromium, which has to be installed
 	$(BIN)/python -m pytest -m browser

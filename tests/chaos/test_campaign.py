@@ -18,6 +18,7 @@ def campaign(*arguments):
     return subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=False)
 
 
+@pytest.mark.thorough
 @needs_kernel
 def test_a_part_of_the_campaign():
     stages = ["compress", "cut", "train", "correct", "polish", "merge", "import"]

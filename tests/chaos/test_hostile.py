@@ -30,6 +30,7 @@ def test_a_fork_has_imported_what_the_commands_need():
     assert process.exitcode == 0
 
 
+@pytest.mark.thorough
 def test_a_part_of_the_corpus(tmp_path):
     results = list(campaign(tmp_path / "hostile", limit=20))
     assert len(results) == 20

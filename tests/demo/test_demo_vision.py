@@ -189,6 +189,7 @@ def test_an_interrupted_pretraining_leaves_no_base_and_starts_again(tmp_path, da
     assert not (tmp_path / "base").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("calls_here")
 def test_the_whole_way_in_a_few_steps(tmp_path, data, monkeypatch):
     """Each stage's command as the recipe gives it, with fewer rows and steps, in this process: starting is slow."""

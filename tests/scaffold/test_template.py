@@ -132,6 +132,7 @@ def environment(new_environment):
     return new_environment()
 
 
+@pytest.mark.thorough
 def test_the_tests_of_a_new_package_pass_where_the_model_is_laid_out_as_llama(environment, tmp_path):
     environment.run("emloc", "families", "new", "olmo", "--model-type", "olmo2", "-o", "plugin", cwd=tmp_path)
     lint(tmp_path / "plugin")

@@ -38,6 +38,9 @@ NODES = """
 JOIN = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
 
 
+pytestmark = pytest.mark.thorough  # starting Ray takes seconds
+
+
 @pytest.fixture(
     scope="module", params=[LOCAL, pytest.param(NODES, marks=pytest.mark.slow)], ids=["one node", "two nodes"]
 )
