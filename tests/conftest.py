@@ -17,7 +17,7 @@ from emloc_llama import LLAMA
 from support.models import save_tiny_model
 from support.paths import ROOT
 from support.rows import example_rows, write_jsonl
-from support.run import call_here
+from support.run import patch_calls
 
 from emloc_core.cli import main
 from emloc_core.data.rows import load_rows
@@ -64,10 +64,7 @@ def shallow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def calls_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let stages and systems run in the process of the test, and not in one of their own."""
-    monkeypatch.setattr("emloc_core.recipe.run.call", call_here)
-    monkeypatch.setattr("emloc_core.recipe.decided.call", call_here)
-    monkeypatch.setattr("emloc_core.recipe.answers.call", call_here)
-    monkeypatch.setattr("emloc_core.evaluation.evaluate.call", call_here)
+    patch_calls(monkeypatch)
 
 
 @pytest.fixture

@@ -12,9 +12,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from support.paths import DOCS
 from support.rows import write_jsonl
+from support.run import patch_calls, run_here
 
 from emloc_core.cli import cli
 from emloc_core.data.rows import CALIBRATION, SELECTION, load_rows
+from emloc_core.errors import EmlocError
 from emloc_core.recipe.recipe import load_recipe
 
 SMALL = ["--samples", "8", "--selection", "4"]
@@ -102,11 +104,9 @@ def test_ratio_out_of_range(emloc, tiny_model, rows_file, tmp_path, ratio):
     assert f"ratio = {float(ratio)}" in err
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    argv = [sys.executable, "-m", "emloc_core", "--debug", "merge", "nothing", "--base", "x", "-o", str(tmp_path / "o")]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr
+def test_debug_shows_the_traceback(emloc, tmp_path):
+    with pytest.raises(EmlocError, match="nothing"):  # which Python shows with its traceback
+        emloc("--debug", "merge", "nothing", "--base", "x", "-o", tmp_path / "o")
 
 
 @pytest.mark.parametrize(("allocator", "slack"), [("uniform", 1), ("global", (32 + 64) * 4)])
@@ -158,12 +158,17 @@ def recipe(tiny_model, rows_file, tmp_path):
     return write_recipe(tmp_path, tiny_model, rows_file)
 
 
-@pytest.fixture(scope="module")
-def ran(tiny_model, rows_file, tmp_path_factory):
-    """A recipe that has been run as a user runs it: every stage in a process of its own."""
+@pytest.fixture(scope="module", params=["here", pytest.param("processes", marks=pytest.mark.thorough)])
+def ran(request, tiny_model, rows_file, tmp_path_factory):
+    """A recipe that has been run: in this process, and as a user runs it, every stage in a process of its own."""
     path = write_recipe(tmp_path_factory.mktemp("recipe"), tiny_model, rows_file)
-    argv = [sys.executable, "-m", "emloc_core", "run", str(path)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, env={**os.environ, "CI": "true"})
+    command = [sys.executable, "-m", "emloc_core", "run", str(path)]
+    if request.param == "here":
+        with pytest.MonkeyPatch.context() as patch:
+            patch_calls(patch)
+            done = run_here(command)
+    else:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "CI": "true"})
     assert done.returncode == 0, done.stderr
     return path
 

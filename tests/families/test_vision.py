@@ -274,7 +274,9 @@ def test_a_mixture_that_sees_is_tuned_without_the_loss_that_balances_experts(row
     assert towers(Adapter(adapter).loras) == {"vision", "language"}
 
 
-@pytest.mark.parametrize("way", ["spectra", "propagated", "global", "default"])
+@pytest.mark.parametrize(
+    "way", ["spectra", "default", *(pytest.param(way, marks=pytest.mark.thorough) for way in ("propagated", "global"))]
+)
 def test_every_way_to_make_an_emulator_takes_images(base, rows_file, emulator, tmp_path, way):
     if way == "spectra":
         made = compress(base, rows_file, tmp_path / "made", tmp_path / "spectra")

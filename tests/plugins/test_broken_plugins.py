@@ -135,7 +135,7 @@ def test_every_command_works_beside_a_broken_plugin(broken, commands):
 
 
 @pytest.mark.usefixtures("broken")
-@pytest.mark.parametrize("broken", SOURCES, indirect=True)
+@pytest.mark.parametrize("broken", ["import error"], indirect=True)
 def test_strict_ends_every_command(commands, monkeypatch):
     monkeypatch.setenv("EMLOC_STRICT_PLUGINS", "1")
     for argv in commands:

@@ -146,7 +146,7 @@ def test_published_counts(published: str, tied_twice: bool, agrees: bool, digits
     assert parameters.digits == digits
 
 
-@pytest.mark.parametrize("name", ["SmolLM2-135M", "InternVL2_5-1B"])
+@pytest.mark.parametrize("name", ["SmolLM2-135M", pytest.param("InternVL2_5-1B", marks=pytest.mark.thorough)])
 def test_a_memory_target_is_planned(name: str) -> None:
     (entry,) = find(name)
     found = resolve(entry, "inference")
@@ -255,7 +255,7 @@ def test_presets() -> None:
 
 def test_a_target_that_nothing_fits(write: Callable[..., Path]) -> None:
     entry = read_entry(write("tiny.toml", ("ratio = 0.5", 'memory = "1MB"\nlength = 64')))
-    assert "No emulator's tuning fits 1 MB" in refused(resolve, entry)
+    assert "No emulator's tuning fits 1 MB" in refused(resolve, entry, given={"kind": "nf4"})
 
 
 def test_fingerprints_are_of_values(write: Callable[..., Path]) -> None:
@@ -307,7 +307,7 @@ def plan(*arguments: object) -> dict[str, Any]:
 def test_planning_needs_no_network_and_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
-    found = plan("HuggingFaceTB/SmolLM2-135M", "--memory", "24GB")
+    found = plan("HuggingFaceTB/SmolLM2-135M", "--memory", "24GB", "--kind", "nf4")
     assert found["model"] == "HuggingFaceTB/SmolLM2-135M"
     assert found["parameters"]["base"] == 134_515_008
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from emloc_internvl import INTERNVL
 from emloc_llama import LLAMA
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
@@ -15,7 +16,11 @@ from emloc_core.memory.workload import Workload
 from emloc_core.settings import TrainSettings
 
 HEADLINE = FIXTURES / "internvl2_5_38b" / "config.json"
-TINY = [(family, config) for family in (LLAMA, QWEN, QWEN_MOE, QWEN_VL, INTERNVL) for config in family.tiny_configs]
+TINY = [
+    pytest.param(family, config, marks=pytest.mark.thorough if index else ())
+    for family in (LLAMA, QWEN, QWEN_MOE, QWEN_VL, INTERNVL)
+    for index, config in enumerate(family.tiny_configs)
+]
 PICTURED = [(INTERNVL, INTERNVL.tiny_configs[0]), *((QWEN_VL, settings) for settings in QWEN_VL.tiny_configs[1:])]
 
 

@@ -9,6 +9,8 @@ from contextlib import redirect_stdout
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from emloc_core.cli import main
 from emloc_core.process import answer, unpacked
 
@@ -27,6 +29,12 @@ def call_here(
         answer({"function": function, "arguments": arguments}, lambda message: messages.append(json.dumps(message)))
     for message in messages:
         yield from unpacked(json.loads(message))
+
+
+def patch_calls(patch: pytest.MonkeyPatch) -> None:
+    """Let stages and systems run in this process, and not in one of their own."""
+    for caller in ("recipe.run", "recipe.decided", "recipe.answers", "evaluation.evaluate"):
+        patch.setattr(f"emloc_core.{caller}.call", call_here)
 
 
 def run_here(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:

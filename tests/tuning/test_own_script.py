@@ -22,7 +22,7 @@ SCRIPT = EXAMPLES / "train_with_your_own_script.py"
 TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-@pytest.mark.parametrize("trainer", ["sft", "plain"])
+@pytest.mark.parametrize("trainer", ["sft", pytest.param("plain", marks=pytest.mark.thorough)])
 def test_it_trains_an_emulator_and_the_adapter_is_carried_over(
     trainer, tiny_emulator, tiny_model, rows_file, tmp_path, monkeypatch
 ):

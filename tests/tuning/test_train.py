@@ -307,6 +307,7 @@ def test_killed_and_run_again_it_gives_the_same_adapter(
     assert not checkpoints.parent.parent.exists()
 
 
+@pytest.mark.thorough
 def test_two_processes_make_one_adapter(tiny_model, rows_file, tmp_path):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "emloc_core", "train", tiny_model]
     options = ["--data", rows_file, "-o", tmp_path / "a", "--steps", "4", "--no-bf16", "--save-steps", "2", "--json"]
