@@ -12,18 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from emloc_llama import LLAMA
-from support.models import save_tiny_model
 from support.paths import ROOT
 from support.rows import example_rows, write_jsonl
 from support.run import patch_calls
 
 from emloc_core.cli import main
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
-from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.settings import CompressSettings
+
+# The process that distributes tests reads this file too: torch is imported where it is used.
 
 if threading.current_thread() is threading.main_thread():
     # What is started in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
@@ -32,31 +27,43 @@ if threading.current_thread() is threading.main_thread():
 
 # The workers of pytest share the cores already, and threads that wait for each other in tiny models take many times as
 # long. The processes that tests start take it from the environment.
-torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+#: What takes longest, first, so that the workers of pytest end at about the same time.
+LONG = ("zoo/test_convert.py", "memory", "tuning", "emulator", "evaluation", "registry", "cli", "zoo", "conformance",
+        "scaffold", "chaos", "families", "demo", "plugins", "exact")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take minutes, so that two processes end at about the same time."""
-    long = tuple(ROOT / "tests" / name for name in ("zoo", "chaos", "scaffold"))
-    items.sort(key=lambda item: not any(item.path.is_relative_to(place) for place in long))
+    places = {ROOT / "tests" / name: index for index, name in enumerate(LONG)}
+    rest = len(LONG)
+    items.sort(key=lambda item: min((places.get(path, rest) for path in (item.path, *item.path.parents)), default=rest))
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Begin every test with the same random numbers, whichever tests ran before it in its process."""
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny Llama with its tokenizer: fp32, seeded random weights."""
+    from emloc_llama import LLAMA
+    from support.models import save_tiny_model
+
     return save_tiny_model(LLAMA.tiny_configs[0], tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def shallow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of one block, which takes a third of the time to plan."""
+    from emloc_llama import LLAMA
+    from support.models import save_tiny_model
+
     shallow = LLAMA.tiny_configs[0] | {"num_hidden_layers": 1}
     return save_tiny_model(shallow, tmp_path_factory.mktemp("models") / "shallow-llama")
 
@@ -93,6 +100,11 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_emulator(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An emulator of ``tiny_model`` that holds out 12 calibration and 6 selection rows of ``rows_file``."""
+    from emloc_core.data.rows import load_rows
+    from emloc_core.emulator.compress import Compress
+    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.settings import CompressSettings
+
     settings = CompressSettings(samples=12, selection=6, ratio=0.6, calibration="base", allocator="uniform")
     output = tmp_path_factory.mktemp("tiny-emulator") / "emulator"
     return Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), output, settings).run()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.planned import TINY, label
+from support.planned import CASES, TINY, label
 
 from emloc_core.conformance.tiny import TinyModel, on_meta, random_model, tiny_config
 from emloc_core.emulator.declared import block_paths, find_linears
@@ -14,7 +14,7 @@ from emloc_core.kinds import NF4
 from emloc_core.model.image_shape import count_patches
 
 
-@pytest.mark.parametrize(("family", "settings"), TINY, ids=label)
+@pytest.mark.parametrize(("family", "settings"), CASES, ids=label)
 def test_boundaries_are_the_hidden_states_that_pass(family: Family, settings: dict, tmp_path: Path) -> None:
     tiny = TinyModel(family, settings, "tiny", tmp_path)
     family, model = tiny.family, random_model(tiny.family, tiny.config)

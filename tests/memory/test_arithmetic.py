@@ -10,7 +10,7 @@ import pytest
 import torch
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN_VL
-from support.planned import TINY, label, workload, write_config
+from support.planned import CASES, label, workload, write_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from emloc_core.data.rows import load_rows
@@ -54,7 +54,7 @@ def plan_of(family: Family, settings: dict[str, Any], place: Path, **chosen: Any
     return MemoryModel(write_config(place, family, **settings), given, CompressSettings(**chosen))
 
 
-@pytest.mark.parametrize(("family", "settings"), TINY, ids=label)
+@pytest.mark.parametrize(("family", "settings"), CASES, ids=label)
 def test_a_forward_pass_is_counted_exactly(family: Family, settings: dict[str, Any], tmp_path: Path) -> None:
     planned = plan_of(family, settings, tmp_path / "model")
     blocks = [planned.model.get_submodule(tower.blocks) for tower in family.towers]

@@ -11,7 +11,7 @@ import transformers
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from peft import get_peft_model
-from support.planned import HEADLINE, PICTURED, TINY, label, workload, write_config
+from support.planned import CASES, HEADLINE, PICTURED, TINY, label, workload, write_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.algorithms.allocation import Spectrum, global_budget
@@ -73,7 +73,7 @@ def test_the_cache_of_keys_and_values_is_exact(tiny_model: Path) -> None:
     assert need.terms["kv_cache"] == 3 * 20 * layers * keys_and_values * heads * width * itemsize
 
 
-@pytest.mark.parametrize(("family", "settings"), TINY, ids=label)
+@pytest.mark.parametrize(("family", "settings"), CASES, ids=label)
 def test_every_model_type_is_planned_and_counted_exactly(family: Family, settings: dict, tmp_path: Path) -> None:
     file = write_config(tmp_path / "model", family, **settings)
     real = getattr(transformers, family.auto_class).from_config(AutoConfig.from_pretrained(file.parent))

@@ -7,6 +7,7 @@ import textwrap
 import pytest
 from click.testing import CliRunner
 from support.plugins import BROKEN, RAISING_OBSERVER
+from support.run import patch_calls
 
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
@@ -59,7 +60,7 @@ def stages(install, tiny_model, rows_file, tmp_path_factory):
     """What every stage makes of a tiny model with all the broken plugins installed, and an observer that raises."""
     sources = {f"aaa_{index}": source for index, source in enumerate(SOURCES.values())}
     sys_path = list(sys.path)
-    site = install(**sources, aaa_observer=RAISING_OBSERVER)
+    install(**sources, aaa_observer=RAISING_OBSERVER)
     place = tmp_path_factory.mktemp("stages")
     recipe = place / "recipe.toml"
     recipe.write_text(f'output = "run"\n[model]\nbase = "{tiny_model}"\n[data]\ntrain = "{rows_file}"\n')
@@ -73,8 +74,8 @@ def stages(install, tiny_model, rows_file, tmp_path_factory):
         run("merge", place / "corrected", *base, "-o", place / "merged"),
         run("plan", tiny_model, "--device", "cpu", "--memory", "4GiB", "--ratio", "0.5", "--length", "16"),
     ]
-    with pytest.MonkeyPatch.context() as patch:  # whose stages are processes of their own
-        patch.setenv("PYTHONPATH", str(site))
+    with pytest.MonkeyPatch.context() as patch:
+        patch_calls(patch)
         assert "emulator" in run("run", recipe, "--dry-run")
     assert (place / "merged" / "model.safetensors").is_file()
     assert sum(output.count("'aaa_observer' of aaa-stranger is broken") for output in told) == 1

@@ -16,10 +16,11 @@ from emloc_core.memory.workload import Workload
 from emloc_core.settings import TrainSettings
 
 HEADLINE = FIXTURES / "internvl2_5_38b" / "config.json"
-TINY = [
-    pytest.param(family, config, marks=pytest.mark.thorough if index else ())
-    for family in (LLAMA, QWEN, QWEN_MOE, QWEN_VL, INTERNVL)
-    for index, config in enumerate(family.tiny_configs)
+TINY = [(family, config) for family in (LLAMA, QWEN, QWEN_MOE, QWEN_VL, INTERNVL) for config in family.tiny_configs]
+#: The same as cases, of which the first of a family is enough for `make test`.
+CASES = [
+    pytest.param(family, config, marks=() if config is family.tiny_configs[0] else pytest.mark.thorough)
+    for family, config in TINY
 ]
 PICTURED = [(INTERNVL, INTERNVL.tiny_configs[0]), *((QWEN_VL, settings) for settings in QWEN_VL.tiny_configs[1:])]
 
