@@ -1,4 +1,4 @@
-"""Columns of other tools than TRL, as TRL's: Alpaca's instructions and ShareGPT's conversations become messages."""
+"""Columns of other tools, and implicit ones, as TRL's: Alpaca's instructions and ShareGPT's conversations, for two."""
 
 import re
 from collections.abc import Mapping
@@ -82,9 +82,29 @@ def as_trl(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """
     columns = known_columns(content)
     if columns not in _CONVERTED:
-        return content
+        return _with_prompt(content)
     others = {name: content[name] for name in ("image", "images", "tools") if content.get(name) is not None}
     return {"messages": _CONVERTED[columns](content, where), **others}
+
+
+def _with_prompt(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a preference with the prompt that its answers begin with, as TRL takes it where they have one in common.
+
+    Some files have the question as text besides conversations that begin with it.
+    """
+    chosen, rejected = content.get("chosen"), content.get("rejected")
+    kinds, prompt = {type(chosen), type(rejected)}, content.get("prompt")
+    if kinds not in ({list}, {str}) or isinstance(prompt, list) or (prompt is not None and kinds == {str}):
+        return content
+    pairs: Any = zip(chosen, rejected, strict=False)
+    shared = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
+    if shared is None:  # one begins with the other: its last message, or its whole text, is the answer
+        shared = min(len(chosen), len(rejected)) - 1 if kinds == {list} else 0
+    if kinds == {str} and chosen[shared - 1 : shared] == " ":
+        shared -= 1  # tokens begin with a space
+    if shared < 1:
+        return content
+    return {**content, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
 def _alpaca(content: Mapping[str, Any], where: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import pytest
 from support.rows import write_jsonl
+from trl import extract_prompt
 
 from emloc_core.data.messages import IMAGE
 from emloc_core.data.rows import CALIBRATION, load_rows, parse_row, without
@@ -97,3 +98,19 @@ def test_rows_that_an_emulator_keeps_have_the_usual_columns(tiny_emulator, tmp_p
     assert without(rows, [tiny_emulator / CALIBRATION], columns=names) == []
     test = write_jsonl(tmp_path / "test.jsonl", own[:1])
     assert without(rows, [test], columns=names) == rows[1:]
+
+
+def test_preferences_may_share_their_prompt():
+    """As TRL finds it in them."""
+    asked, good, bad = ({"role": role, "content": text} for role, text in
+                        (("user", "Which way?"), ("assistant", "Left."), ("assistant", "Up.")))  # fmt: skip
+    for more in ({}, {"prompt": "Which way?"}, {"prompt": None, "prompt_id": "x"}):
+        row = parse_row({"chosen": [asked, good], "rejected": [asked, bad], **more}, "A row", 1)
+        assert (row.prompt, row.completion, row.rejected) == ([asked], [good], [bad])
+    row = parse_row({"chosen": [asked, good, asked, good], "rejected": [asked, good, asked, bad]}, "A row", 1)
+    assert (row.prompt, row.rejected) == ([asked, good, asked], [bad])
+    texts = {"chosen": "Which way? Left.", "rejected": "Which way? Up."}
+    row = parse_row(texts, "A row", 1)
+    assert {"prompt": row.prompt, "chosen": row.completion, "rejected": row.rejected} == extract_prompt(texts)
+    with pytest.raises(EmlocError, match=r"has the columns \['chosen', 'rejected'\]"):
+        parse_row({"chosen": "Left.", "rejected": "Up."}, "A row", 1)
