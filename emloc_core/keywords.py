@@ -43,7 +43,7 @@ class TrainKwargs(TypedDict, total=False):
     eval_steps: int
     patience: int | None
     extra: dict[str, Any]
-    objective: Literal["sft", "dpo"]
+    objective: Literal["sft", "dpo", "kto"]
     beta: float
     epochs: float | None
     gradient_checkpointing: bool
@@ -166,7 +166,7 @@ class RecipeKwargs(TypedDict, total=False):
 class PlanKwargs(TypedDict, total=False):
     """Of :class:`TrainSettings`."""
 
-    objective: Literal["sft", "dpo"]
+    objective: Literal["sft", "dpo", "kto"]
     batch_size: int
     accumulation: int
     gradient_checkpointing: bool

@@ -222,12 +222,15 @@ class TrainSettings(StepSettings):
     """How the LoRA is trained."""
 
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    objective: Literal["sft", "dpo"] = Field(
+    objective: Literal["sft", "dpo", "kto"] = Field(
         "sft",
         description="Training objective: 'sft' learns the answers; 'dpo' (direct preference optimisation) learns to "
-        "prefer each row's chosen answer to its rejected one, with the model without the LoRA as the reference.",
+        "prefer each row's chosen answer to its rejected one, with the model without the LoRA as the reference; 'kto' "
+        "learns from single answers, each with a label: wanted or not.",
     )
-    beta: float = Field(0.1, gt=0, description="With dpo: how much deviating from the model without the LoRA costs.")
+    beta: float = Field(
+        0.1, gt=0, description="With dpo and kto: how much deviating from the model without the LoRA costs."
+    )
     epochs: float | None = Field(None, gt=0, description="Passes over the rows; 3 by default, unless steps are given.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations to save memory.")
     lora_rank: int = Field(8, ge=1, description="Rank of the LoRA.")
@@ -261,8 +264,8 @@ class TrainSettings(StepSettings):
 
     @property
     def learns_preferences(self) -> bool:
-        """Whether a chosen answer is learned to be preferred to a rejected one."""
-        return self.objective == "dpo"
+        """Whether answers are learned to be preferred to others, rather than learned."""
+        return self.objective != "sft"
 
     @field_validator("target_modules", "modules_to_save", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod

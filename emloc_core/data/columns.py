@@ -17,8 +17,8 @@ _ROLES = {
 _MARK = re.compile(r"\s*<image>\s*")
 #: Columns that rows may have.
 COLUMNS = (
-    "text", "prompt", "completion", "chosen", "rejected", "messages", "image", "images", "tools", "instruction",
-    "input", "output", "system", "history", "conversations",
+    "text", "prompt", "completion", "chosen", "rejected", "label", "messages", "image", "images", "tools",
+    "instruction", "input", "output", "system", "history", "conversations",
 )  # fmt: skip
 _TURN = 'A turn is {"from": "human" or "gpt", "value": ...}.'
 
@@ -92,7 +92,8 @@ def _with_prompt(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Some files have the question as text besides conversations that begin with it.
     """
-    chosen, rejected = content.get("chosen"), content.get("rejected")
+    chosen: Any = content.get("chosen")
+    rejected: Any = content.get("rejected")
     kinds, prompt = {type(chosen), type(rejected)}, content.get("prompt")
     if kinds not in ({list}, {str}) or isinstance(prompt, list) or (prompt is not None and kinds == {str}):
         return content

@@ -52,6 +52,7 @@ class Row:
         loss: which of a conversation's answers count: the last one, or all.
         source: file or dataset that it is from, if there are several.
         rejected: of a preference, the answer that ``completion`` is preferred to.
+        label: whether the completion is wanted, where the row says so.
     """
 
     number: int
@@ -63,6 +64,7 @@ class Row:
     loss: Loss = "last"
     source: str = field(default="", compare=False)
     rejected: Content | None = None
+    label: bool | None = None
 
     @property
     def name(self) -> str:
@@ -78,7 +80,10 @@ class Row:
 
     def answers(self) -> tuple["Row", ...]:
         """Return the row with each of its answers: with its own, and of a preference also with the rejected one."""
-        return (self,) if self.rejected is None else (self, replace(self, completion=self.rejected))
+        if self.rejected is None:
+            return (self,)
+        chosen = replace(self, rejected=None, label=True)
+        return chosen, replace(chosen, completion=self.rejected, label=False)
 
     @cached_property
     def key(self) -> str:
@@ -94,7 +99,8 @@ class Row:
         images = {} if self.images is None else {"images": list(self.images)}
         tools = {} if self.tools is None else {"tools": self.tools}
         rejected = {} if self.rejected is None else {"rejected": self.rejected}
-        return {"prompt": self.prompt, "completion": self.completion, **rejected, **tools, **images}
+        label = {} if self.label is None else {"label": self.label}
+        return {"prompt": self.prompt, "completion": self.completion, **rejected, **label, **tools, **images}
 
 
 def load_rows(source: Any, split: str = "train", loss: Loss = "last", columns: Mapping[str, str] = _USUAL) -> list[Row]:
@@ -295,7 +301,12 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
         prompt, completion = (parse_content(content[name], f"{where}: `{name}`") for name in ("prompt", answer))
         if isinstance(prompt, str) != isinstance(completion, str):
             raise EmlocError(f"{where}: one of prompt and completion is a string, the other messages.", _FORMS)
-        row = Row(number, prompt=prompt, completion=completion, rejected=_rejected(content, completion, where))
+        rejected = _rejected(content, completion, where)
+        label = content.get("label")  # or something else than what KTO means by it
+        row = Row(
+            number, prompt=prompt, completion=completion, rejected=rejected,
+            label=label if isinstance(label, bool) and rejected is None else None,
+        )  # fmt: skip
     elif "messages" in has:
         turns = parse_content(content["messages"], f"{where}: `messages`")
         if isinstance(turns, str):

@@ -48,9 +48,8 @@ from emloc_core.tuning.targets import choose_targets
 from emloc_core.tuning.trainer import (
     DIVERGED,
     SETTINGS,
+    TRAINERS,
     LoraSteps,
-    LoraTrainer,
-    PreferenceTrainer,
     Progress,
     balance_no_experts,
     refusing,
@@ -115,7 +114,7 @@ class Train:
         held_out = [self.model.directory / name for name in (CALIBRATION, SELECTION)]
         known = [path for path in held_out if path.is_file()]
         if self.settings.learns_preferences:
-            require_preferences(rows)
+            require_preferences(rows, self.settings)
             if evaluation != _NONE:
                 raise EmlocError("Preferences are not evaluated while tuning.", "Leave out the rows to evaluate.")
         kept = without(rows, [*known, *exclude], split, columns)
@@ -280,7 +279,8 @@ class Train:
         processing = self._processing()
         counted = getattr(config, "completion_only_loss", True)
         sft = partial(make_dataset, completion_only=counted)
-        dataset, self.sizes = (preference_dataset if self.settings.learns_preferences else sft)(self.rows, *processing)
+        preferences = partial(preference_dataset, settings=self.settings)
+        dataset, self.sizes = (preferences if self.settings.learns_preferences else sft)(self.rows, *processing)
         dropped = len(self.rows) - len(self.sizes)
         self.eval_dataset = sft(self.eval_rows, *processing)[0] if self.eval_rows else None
         if isinstance(processing[0], ProcessorMixin):  # the collator makes all inputs of the model
@@ -344,7 +344,7 @@ class Train:
             model = load_model(self.family.auto_class, directory)
         balance_no_experts(model.config)
         with refusing(SETTINGS):
-            trainer = (PreferenceTrainer if self.settings.learns_preferences else LoraTrainer)(
+            trainer = TRAINERS[self.settings.objective](
                 model,
                 args=config,
                 train_dataset=dataset,

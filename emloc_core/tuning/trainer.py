@@ -17,7 +17,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_callback import TrainerState
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, KTOTrainer, SFTTrainer
 
 from emloc_core.errors import EmlocError
 from emloc_core.tuning.evaluation import BASE_LOSS, BaseLoss
@@ -133,6 +133,14 @@ class LoraTrainer(LoraSteps, SFTTrainer):
 
 class PreferenceTrainer(LoraSteps, DPOTrainer):
     """TRL's trainer for preferences, for a LoRA; the reference is the model with the LoRA switched off."""
+
+
+class LabelTrainer(LoraSteps, KTOTrainer):
+    """TRL's trainer for answers that are wanted or not, for a LoRA; with the same reference."""
+
+
+#: By objective.
+TRAINERS: dict[str, type[LoraSteps]] = {"sft": LoraTrainer, "dpo": PreferenceTrainer, "kto": LabelTrainer}
 
 
 class _RestoreLoss(TrainerCallback):

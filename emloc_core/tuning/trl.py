@@ -78,9 +78,9 @@ def check_extra(settings: StepSettings) -> None:
 
 def _config_class(settings: StepSettings) -> Any:
     """Return TRL's class of configs for an objective."""
-    from trl import DPOConfig, SFTConfig
+    from trl import DPOConfig, KTOConfig, SFTConfig
 
-    return DPOConfig if settings.learns_preferences else SFTConfig
+    return {"dpo": DPOConfig, "kto": KTOConfig}.get(getattr(settings, "objective", ""), SFTConfig)
 
 
 def trainer_config(

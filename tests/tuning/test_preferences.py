@@ -139,3 +139,22 @@ def test_the_longer_answer_of_a_pair_is_planned_for(tiny_model):
         for objective, rows in (("dpo", plain), ("sft", long), ("dpo", long))
     )
     assert answers <= short < pairs
+
+
+def test_labels_teach_the_base_too(made, tiny_model, tmp_path):
+    """By KTO: from labelled answers, which preferences become two of."""
+    labelled = [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row in preferences()[:100] for name in ("chosen", "rejected")
+    ]  # fmt: skip
+    settings = {**SETTINGS, "objective": "kto"}
+    adapter = emloc_core.train(made[0], labelled, tmp_path / "labelled", **settings)
+    corrected = emloc_core.correct(adapter, clamp=1)
+    tokenizer, base = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    held_out = preferences()[100:]
+    before = margin(base, tokenizer, held_out)
+    assert margin(PeftModel.from_pretrained(base, corrected.path), tokenizer, held_out) > before + 0.2
+    one = emloc_core.train(made[0], preferences()[:100], tmp_path / "pairs", **{**settings, "steps": 1})
+    assert one.result["rows"] == 100 - 12 - 6
+    with pytest.raises(EmlocError, match="Row 1 does not say whether its answer is wanted"):
+        emloc_core.train(made[0], [{"prompt": "a", "completion": "b"}], tmp_path / "none", **settings)
