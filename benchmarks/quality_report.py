@@ -80,11 +80,6 @@ class Table:
         found = [self.recovery(row, system) for row in rows]
         return [each for each in found if each is not None]
 
-    def drawn(self) -> list[dict[str, Any]]:
-        """Return the measurements for the figure: those on the last base, without variants of kinds."""
-        last = {row["task"]: row["base"] for row in self.rows}
-        return [row for row in self.best if row["base"] == last[row["task"]] and row["kind"] not in VARIANTS]
-
 
 #: What is reported of every cell, by its name there.
 SYSTEMS = ("uncorrected", "paper", "auto", "polish10", "polish20")
@@ -339,4 +334,4 @@ def report(rows: list[dict[str, Any]]) -> None:
                           ", ".join(worse) or "none", not worse))  # fmt: skip
     known = {"recovery": recovery, "paired": paired, "variants": variants}
     write_results("quality", "make bench-quality", rows, goals, text, **known)
-    draw(recovery, table.drawn())
+    draw(recovery, table.best)

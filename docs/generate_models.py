@@ -63,7 +63,6 @@ def figures(entry: Entry) -> dict[str, str]:
         model = MemoryModel(file, workload, CompressSettings(kind=workload.recommended_kinds[0]))
         plan = model.plan()
         found = {
-            "parameters": f"{model.parameters():,}",
             "inference": human_bytes(model.inference().total),
             "LoRA": human_bytes(model.tuning().total),
             "EMLoC": human_bytes(model.tuning(plan).total),
@@ -85,37 +84,19 @@ def cell(decision: Decision) -> str:
 
 
 def page(entries: list[Entry], found: Mapping[str, Mapping[str, str]]) -> str:
-    """Return the page: a table per family, one of where the entries' numbers come from, and the fingerprints.
+    """Return the page: a table of the models, and the fingerprints of their entries.
 
     Args:
         entries: the models.
         found: their figures, by fingerprint.
     """
     parts = [INTRODUCTION]
-    for family in sorted({entry.family for entry in entries}):
-        parts.append(f"## {family}\n")
-        rows = [["`" + entry.id + "`", *(found[entry.fingerprint][column] for column in HEADINGS[1:])]
-                for entry in entries if entry.family == family]  # fmt: skip
-        parts.append(table(HEADINGS, rows))
-    parts.append("## Where the entries come from\n\nParameters: as counted here, tied ones once, and as published.\n")
-    headings = ["model", "licence", "counted", "published", "published where", "architecture"]
-    parts.append(table(headings, [list(origin(entry, found[entry.fingerprint])) for entry in entries]))
+    rows = [["`" + entry.id + "`", *(found[entry.fingerprint][column] for column in HEADINGS[1:])]
+            for entry in sorted(entries, key=lambda entry: entry.family)]  # fmt: skip
+    parts.append(table(HEADINGS, rows))
+    parts.append("An entry's file in `registry/` says where its numbers were published, and under which licence.\n")
     parts.append("\n".join(marks(entries)) + "\n")
     return "\n".join(parts)
-
-
-def origin(entry: Entry, found: Mapping[str, str]) -> Iterator[str]:
-    """Yield the cells of what an entry's numbers rest on."""
-    yield f"`{entry.id}`"
-    yield entry.licence or "not known"
-    yield found["parameters"]
-    if entry.parameters:
-        count = entry.parameters.published
-        yield f"{int(count):,}" if count.isdigit() else count
-        yield f"{entry.parameters.source}. {entry.parameters.note or ''}".strip()
-    else:
-        yield from ("not known", "")
-    yield entry.sources.get("config", "")
 
 
 def marks(entries: list[Entry]) -> Iterator[str]:

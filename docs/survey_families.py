@@ -8,17 +8,16 @@ are kept in `build/families-survey`, one file each, so that the same command res
 import argparse
 import json
 import os
-import re
 import resource
 import sys
 import tempfile
-import textwrap
 import time
 import tomllib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +169,10 @@ def write(kinds: dict[str, str]) -> None:
         counts = Counter(outcome(result) for name, result in results.items() if kinds[name] == kind)
         cells = [str(counts[each]) for each in (WORKS, EDIT, REFUSED, OTHER, MISSING)]
         lines.append(f"| {kind} | {counts.total()} | {' | '.join(cells)} |")
-    lines += ["", "| model type | class | outcome | why |", "| --- | --- | --- | --- |"]
-    for name, result in results.items():
-        lines.append(f"| `{name}` | {kinds[name]} | {outcome(result)} | {cell(result['why'])} |")
+    lines += ["", "| class | outcome | model types |", "| --- | --- | --- |"]
+    for kind, each in product(("text", "image-text"), (WORKS, EDIT, REFUSED, OTHER, MISSING)):
+        named = [name for name, result in results.items() if (kinds[name], outcome(result)) == (kind, each)]
+        lines.append(f"| {kind} | {each} | {', '.join(named)} |")
     part = PAGE.with_suffix(".part")
     part.write_text("\n".join(lines) + "\n")
     part.replace(PAGE)
@@ -184,12 +184,6 @@ def outcome(result: dict[str, Any]) -> str:
         return MISSING
     other = result["outcome"] == REFUSED and any(text in result["why"] for text in _NO_DECODER)
     return OTHER if other else str(result["outcome"])
-
-
-def cell(text: str) -> str:
-    """Return a text as a cell of a table: on one line, cut behind a word at 200 characters."""
-    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/[^/]+/", "", text)
-    return textwrap.shorten(text.replace("|", "\\|").replace("<", "&lt;"), 200, placeholder=" ...")
 
 
 if __name__ == "__main__":

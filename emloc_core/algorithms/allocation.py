@@ -71,7 +71,8 @@ def global_budget(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spect
     single ranks in the order of their gain per parameter is the Lagrangian optimum, short of less than one rank.
     Every Linear stays within :data:`BOUNDS` of its uniform rank, and below dense.
 
-    The energies alone (sensitivity 1) gain less, and lose at a ratio of 0.4; see ``docs/decisions.md``.
+    The energies alone (sensitivity 1) gain less, and lose at a ratio of 0.4:
+    see ``docs/decisions/0026-ranks-by-need.md``.
     """
     base = uniform(shapes, ratio)
     floors = [math.ceil(BOUNDS[0] * rank) for rank in base]

@@ -19,7 +19,7 @@ from emloc_core.quantised import RepairedLinear
 from emloc_core.settings import CompressSettings
 
 _LEVELS = RepairedLinear.LEVELS
-#: What they are rounded with: see ``docs/decisions.md``.
+#: What they are rounded with: see ``docs/decisions/0020-six-levels-have-more-damping.md``.
 _DAMPING = 0.1
 
 
