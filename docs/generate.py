@@ -69,7 +69,7 @@ def commands_page() -> str:
 
 def _first(param: click.Parameter) -> str:
     """Return the long name of an option."""
-    return next((name for name in param.opts if name.startswith("--")), param.opts[0])
+    return next((name for name in reversed(param.opts) if name.startswith("--")), param.opts[0])
 
 
 def _record(param: click.Parameter, context: click.Context) -> str:

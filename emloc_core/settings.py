@@ -121,46 +121,38 @@ class CompressSettings(CutSettings):
     )
     allocator: Allocator | None = Field(
         None,
-        description="Rank allocator: 'uniform' uses the same ratio everywhere, as in the paper; 'global' gives more "
-        "rank to Linears whose error disturbs their block more, within the same parameter count, and is the default of "
-        "low-rank and low-rank-nf4 with propagated calibration.",
+        description="How ranks are shared out: 'uniform', the same ratio everywhere; 'global', more rank where an "
+        "error disturbs a block more. By default what evidence prefers.",
     )
     kind: str = Field(
         AUTO,
-        description="Kind of emulator: 'nf4', weights in four bits, as in QLoRA; '1.6-bit+repair', three levels with "
-        "low-rank factors of the error; 'low-rank-nf4', factors in four bits; '2.7-bit' and '1.6-bit', six and three "
-        "levels; 'low-rank', factors in 16 bits. 'auto' is the best for --memory; without that 'nf4', or 'low-rank' "
-        "with a ratio.",
+        description="Kind of emulator: 'nf4' (four bits), '1.6-bit+repair' (three levels and factors of the error), "
+        "'low-rank-nf4' (factors in four bits), '2.7-bit', '1.6-bit' or 'low-rank'. 'auto': the best for --memory; "
+        "without that 'nf4', or 'low-rank' with a ratio.",
     )
     paper: bool = Field(
         False,
-        description="As in the paper, for reference: low-rank factors of uniform ranks, fitted to the base's "
-        "activations; correct then has the clamp 3.",
+        description="As in the paper, for reference: low-rank, uniform ranks, the base's activations, clamp 3.",
     )
     samples: int | None = Field(
         None,
         ge=1,
-        description="Number of calibration rows; by default 64, and for 2.7-bit, 1.6-bit+repair and low-rank-nf4 a "
-        "quarter of the rows, but at least 64 and at most 256; of few rows at most a third.",
+        description="Number of calibration rows; by default 64, for some kinds up to 256; of few rows at most a third.",
     )
-    selection: int = Field(32, ge=0, description="Number of rows held out for choosing the correction's clamp; "
-                           "by default 32, of few rows at most a sixth.")  # fmt: skip
+    selection: int = Field(32, ge=0, description="Number of rows held out for correct to choose on; by default 32, of "
+                           "few rows at most a sixth.")  # fmt: skip
     max_length: int | None = Field(None, ge=1, description="Maximum tokens per row; unlimited by default.")
     loss: Loss = _LOSS
     seed: int = Field(0, description="Seed for drawing rows.")
     calibration: Literal["none", "base", "propagated"] | None = Field(
         None,
-        description="Activations to calibrate on: 'propagated', those of the emulator built so far, which compensates "
-        "for earlier errors; 'base', those of the base, as in the paper, which takes less time and memory and is the "
-        "default where spectra are kept or fused experts are compressed; 'none', for nf4 only, "
-        "which rounds the weights without calibration, in seconds.",
+        description="Activations to fit to: 'propagated', the emulator's so far; 'base', the base's, quicker; 'none', "
+        "for nf4 alone, in seconds.",
     )
     refine: int | None = Field(
         None,
         ge=0,
-        description="Passes over the calibration rows that bring each block's outputs closer to the base's, by "
-        "adjusting the scales of weights on a few levels or the factors of low-rank (3 by default where calibration is "
-        "propagated; none with a repair).",
+        description="Passes that bring each block's outputs closer to the base's; 3 by default where that helps.",
     )
 
     @model_validator(mode="before")

@@ -21,15 +21,13 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
               help="File with rows to leave out, such as test rows; repeatable.")  # fmt: skip
 @split
 @click.option("--keep-spectra", type=click.Path(path_type=Path), metavar="DIRECTORY",
-              help="Keep spectra here, from which emloc cut makes emulators of other ratios in seconds; about as large "
-              "as the compressed Linears. Existing spectra are reused.")  # fmt: skip
-@click.option("--memory", metavar="SIZE", help="Instead of --ratio: the kind that is best for this memory, such as "
-              "24GiB, unless --kind is given, and the largest ratio whose tuning fits, for the longest row of the data "
-              "(see emloc plan).")  # fmt: skip
+              help="Keep what emloc cut makes other ratios of in seconds; as large as the Linears.")  # fmt: skip
+@click.option("--memory", metavar="SIZE", help="Memory to tune in, such as 24GiB: chooses --kind and --ratio, as emloc "
+              "plan does.")  # fmt: skip
 @headroom
 @click.option("--tuned-on", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-              help="With --memory: the device that it is of, if it is not tuned on this machine.")  # fmt: skip
-@options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS), of="--memory")
+              help="With --memory: the device that it is of.")  # fmt: skip
+@options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS), of="--memory", hidden=True)
 @options(CompressSettings)
 @device
 @verbosity_options
@@ -38,8 +36,8 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
 def command(memory: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Make an emulator of MODEL, a directory or hub id: a smaller copy to train on.
 
-    The model is streamed block by block and never held in memory as a whole. Run the same command again to resume an
-    interrupted run at the block where it stopped.
+    The model is streamed block by block, and the same command resumes an interrupted run. With --memory, the options
+    of emloc train that change what it needs are taken too, such as --batch-size and --lora-rank.
     """
     settings, content = given(CompressSettings, options)
     tuning, content = given(TrainSettings, content)

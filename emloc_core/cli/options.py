@@ -28,8 +28,8 @@ TRAIN_FLAGS = {
 }
 
 _ROWS = (
-    "Rows of your task: a JSONL, JSON, CSV or Parquet file, a directory that save_to_disk of datasets wrote, or a hub "
-    "dataset. Repeatable; rows of a source with weight 2 are taken twice, with weight 0.5 half of them."
+    "Rows of your task: a JSONL, JSON, CSV or Parquet file, a saved dataset, or one of the hub. Repeatable; with "
+    "weight 2 rows are taken twice, with 0.5 half of them."
 )
 
 device = click.option(
@@ -144,7 +144,11 @@ def adapter_on_base(base: str, output: str) -> Callable[..., Any]:
 
 
 def options(
-    model: type[BaseModel], short: dict[str, str] | None = None, skip: Iterable[str] = (), of: str = ""
+    model: type[BaseModel],
+    short: dict[str, str] | None = None,
+    skip: Iterable[str] = (),
+    of: str = "",
+    hidden: bool = False,
 ) -> Callable[..., Any]:
     """Return a decorator that adds an option for every field of ``model``.
 
@@ -153,6 +157,7 @@ def options(
         short: shorter option names by field, beside the field's own: ``{"learning_rate": "--lr"}``.
         skip: fields without an option.
         of: the option that they belong to, if there is one, for the help texts.
+        hidden: whether the help leaves them out, since another command's has them.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,6 +172,7 @@ def options(
                 "default": default,
                 "help": f"With {of}: {_uncapitalised(field.description)}" if of else field.description,
                 "show_default": default is not None,
+                "hidden": hidden,
             }
             kind = _kind(field.annotation)
             if kind is bool:
