@@ -34,7 +34,7 @@ workload, without a network: `emloc plan Qwen/Qwen2.5-7B --memory 24GB --batch-s
 
 The workload: one row of {LENGTH:,} tokens, in image-text models one image of 448 x 448 pixels among them; a LoRA of
 rank 8 where the entry's preset `default` puts it; gradient checkpointing, bf16 autocast; on a GPU, its context and
-kernels included. Of a card's memory 5 % stay free, at most 1 GiB. GB are 10^9 bytes; [memory.md](memory.md) explains
+kernels included. 5 % of a card's memory stay free, at most 1 GiB. GB are 10^9 bytes; [memory.md](memory.md) explains
 the terms. All figures are predictions; none has been measured on a GPU yet.
 
 | column | meaning |

@@ -92,7 +92,7 @@ class Conversation:
         """
         return self._answer(self._inputs(list(messages), list(pictures)), lambda _: None)
 
-    def go_on(self, text: str) -> str:
+    def continue_text(self, text: str) -> str:
         """Return how the model continues a text, without a chat template.
 
         Raises:

@@ -43,7 +43,7 @@ def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
     asked = Tune(output=output, settings=_settings(settings), **others)
     recipe = asked.started()
     if recipe:
-        click.echo(f"{output / 'recipe.toml'} is there: going on with it.", err=True)
+        click.echo(f"{output / 'recipe.toml'} is there: resuming it.", err=True)
     if dry_run:
         recipe, told = (recipe, []) if recipe else asked.plan()
         for line in told:

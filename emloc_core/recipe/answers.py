@@ -11,7 +11,7 @@ from emloc_core.process import call
 
 #: The file of the answers, beside the stages' directories.
 FILE = "answers.json"
-#: Share of a row of text alone that the model is to go on from.
+#: Share of a row of text alone that the model is to continue.
 _SHARE = 0.3
 
 
@@ -48,7 +48,7 @@ def answers(base: str, adapter: str, rows: str, max_new_tokens: int) -> list[dic
                 if isinstance(row.prompt, list):
                     told[name] = conversation.complete(row.prompt, row.images or ())
                 else:
-                    told[name] = conversation.go_on(_prompt(row))
+                    told[name] = conversation.continue_text(_prompt(row))
         found.append(told)
     return found
 

@@ -54,7 +54,7 @@ class Tune(Settings):
         tell: Callable[[str], None] = lambda _: None,
         **reporting: Any,
     ) -> dict[str, Any]:
-        """Plan and write the recipe, or go on with the one that is there; run it; return what :func:`run_recipe` does.
+        """Plan and write the recipe, or take the one that is there; run it; return what :func:`run_recipe` does.
 
         Args:
             tell: called with each line that says what is decided, and why.
