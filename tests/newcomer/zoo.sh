@@ -1,0 +1,2 @@
+# Three models at once.
+emloc zoo convert models --data train.jsonl -o zoo --dry-run
