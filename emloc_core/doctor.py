@@ -21,8 +21,7 @@ from typing import Any, Literal
 from emloc_core.tested import TESTED
 
 #: Modules whose names are not those of their packages.
-_MODULES = {"lm-eval": "lm_eval", "huggingface-hub": "huggingface_hub", "rich-click": "rich_click", "pillow": "PIL",
-            "scikit-learn": "sklearn", "protobuf": "google.protobuf"}  # fmt: skip
+_MODULES = {"pillow": "PIL", "protobuf": "google.protobuf"}
 #: Extras whose packages are for developers.
 _DEVELOPMENT = {"bench", "demo", "dev", "docs"}
 #: Seconds in which what is tried in another process has to end.
@@ -52,7 +51,7 @@ class Check:
 
 def examine() -> list[Check]:
     """Check everything."""
-    found = probe([*(_MODULES.get(name, name) for name, *_ in _required() if _installed(name)), "plugins", "gpus"])
+    found = probe([*(_module(name) for name, *_ in _required() if _installed(name)), "plugins", "gpus"])
     gpus = found.pop("gpus", {})
     plugins = found.pop("plugins", {})
     return [
@@ -81,12 +80,17 @@ def _installed(name: str) -> str | None:
         return None
 
 
+def _module(name: str) -> str:
+    """Return the module that a package is imported by."""
+    return _MODULES.get(name, name.replace("-", "_"))
+
+
 def _packages(found: dict[str, Any]) -> Iterator[Check]:
     yield Check("packages", "emloc", "ok", version("emloc"))
     for name, least, extra in _required():
         installed = _installed(name)
         tested, private = TESTED.get(name, (None, ""))
-        error = found.get(_MODULES.get(name, name))
+        error = found.get(_module(name))
         if installed is None:
             missing = f"not installed (for it: pip install 'emloc[{extra}]')"
             yield Check(

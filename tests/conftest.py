@@ -139,22 +139,14 @@ class Environment:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The wheel of emloc, built from the checkout, once for all workers of pytest."""
+    """The wheel of emloc, built from its source distribution, which is beside it; once for all workers of pytest."""
     base = tmp_path_factory.getbasetemp()
     place = (base if worker_id == "master" else base.parent) / "wheel"
     place.mkdir(exist_ok=True)
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not list(place.glob("*.whl")):
-            build = [
-                sys.executable,
-                "-m",
-                "build",
-                "--wheel",
-                "--outdir",
-                str(place),
-                str(ROOT),
-            ]
+            build = [sys.executable, "-m", "build", "--outdir", str(place), str(ROOT)]
             done = subprocess.run(build, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
     (built,) = place.glob("emloc-*.whl")

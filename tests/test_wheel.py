@@ -1,9 +1,13 @@
-"""The built wheel works outside the checkout: families, the demo and the registry travel in it.
+"""The built distributions: what PyPI wants of them, and that the wheel works outside the checkout.
 
 The stages and task templates do too: ``test_template.py`` has a stranger's family go all the way with them.
 """
 
 import json
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,24 @@ from support.paths import ROOT
 def environment(new_environment):
     """A virtual environment with the wheel of emloc in it."""
     return new_environment()
+
+
+def test_pypi_takes_both_distributions_of_the_version_that_the_changelog_has(wheel):
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    files = sorted(wheel.parent.glob("emloc-*"))
+    assert [file.name for file in files] == [f"emloc-{version}-py3-none-any.whl", f"emloc-{version}.tar.gz"]
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, files)]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_doctor_finds_nothing_wrong_with_it(environment, tmp_path):
+    told = json.loads(environment.run("emloc", "doctor", "--json", cwd=tmp_path))
+    assert told["healthy"]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert {check["name"]: check["text"] for check in told["checks"]}["emloc"] == version
 
 
 def test_families_and_plugins_are_in_the_wheel(environment, tmp_path):
