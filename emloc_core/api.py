@@ -77,6 +77,7 @@ def compress(  # noqa: PLR0913 - all by keyword
     exclude: Iterable[Name] = (),
     split: str = "train",
     columns: ColumnNames | None = None,
+    skip_bad_rows: bool = False,
     keep_spectra: Name | None = None,
     device: str = "auto",
     progress: OnProgress | None = None,
@@ -96,6 +97,7 @@ def compress(  # noqa: PLR0913 - all by keyword
         exclude: files with rows to leave out, such as test rows.
         split: split of a saved or hub dataset.
         columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
+        skip_bad_rows: leave out rows that cannot be read, instead of raising.
         keep_spectra: directory to keep spectra in, from which :func:`cut` makes other ratios.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         progress: called after every block.
@@ -107,11 +109,9 @@ def compress(  # noqa: PLR0913 - all by keyword
     sizing: dict[str, Any] = {} if tuning is None else {"tuning": dict(tuning)}
     content = {
         "model": model,
-        "data": data,
         "output": output,
-        "exclude": tuple(exclude),
-        "split": split,
-        "columns": columns or {},
+        "skip_bad_rows": skip_bad_rows,
+        **_read(data, exclude, split, columns),
     }
     sizing |= {"memory": memory, "headroom": headroom, "tuned_on": tuned_on}
     more = {"keep_spectra": keep_spectra, "device": device, **sizing}
@@ -149,6 +149,7 @@ def train(  # noqa: PLR0913 - all by keyword
     exclude: Iterable[Name] = (),
     split: str = "train",
     columns: ColumnNames | None = None,
+    skip_bad_rows: bool = False,
     exact: bool = False,
     limits: ExactKwargs | None = None,
     evaluation: EvalRowsKwargs | None = None,
@@ -166,6 +167,7 @@ def train(  # noqa: PLR0913 - all by keyword
         exclude: files with rows not to train on.
         split: split of a saved or hub dataset.
         columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
+        skip_bad_rows: leave out rows that cannot be read, instead of raising.
         exact: read the model, an ordinary one or an emulator, block by block, so that it need not fit in memory; see
             :func:`polish`.
         limits: with ``exact``, see :func:`polish`.
@@ -182,11 +184,9 @@ def train(  # noqa: PLR0913 - all by keyword
     """
     content = {
         "model": model,
-        "data": data,
         "output": output,
-        "exclude": tuple(exclude),
-        "split": split,
-        "columns": columns or {},
+        "skip_bad_rows": skip_bad_rows,
+        **_read(data, exclude, split, columns),
     }
     more = {"exact": exact, "limits": dict(limits or {}), "evaluation": dict(evaluation or {})}
     given = _with_extra(settings)
@@ -241,6 +241,7 @@ def polish(  # noqa: PLR0913 - all by keyword
     exclude: Iterable[Name] = (),
     split: str = "train",
     columns: ColumnNames | None = None,
+    skip_bad_rows: bool = False,
     limits: ExactKwargs | None = None,
     evaluation: EvalRowsKwargs | None = None,
     callbacks: Sequence["TrainerCallback"] = (),
@@ -257,6 +258,7 @@ def polish(  # noqa: PLR0913 - all by keyword
         exclude: files with rows not to train on.
         split: split of a saved or hub dataset.
         columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
+        skip_bad_rows: leave out rows that cannot be read, instead of raising.
         limits: see :class:`~emloc_core.settings.ExactSettings`: ``memory``, ``park``.
         evaluation: rows to evaluate while training, see :func:`train`: ``data`` and ``split``.
         callbacks: of transformers' trainer, see :func:`train`.
@@ -272,6 +274,7 @@ def polish(  # noqa: PLR0913 - all by keyword
         "adapter": adapter,
         "output": output or Path(f"{fspath(adapter)}-polished"),
         "base": base,
+        "skip_bad_rows": skip_bad_rows,
         **_read(data, exclude, split, columns),
         "limits": dict(limits or {}),
         "evaluation": dict(evaluation or {}),

@@ -36,6 +36,8 @@ Rows = Any
 
 COLUMNS = "Names that the rows have for columns, such as prompt=question,completion=answer."
 
+SKIP = "Leave out rows that cannot be read, instead of stopping; skipped_rows.jsonl in the output says which and why."
+
 
 class Request(Settings):
     """One run of a stage. Paths may be relative to the working directory."""
@@ -72,6 +74,7 @@ class CompressRequest(Request):
     )
     split: str = Field("train", description="Split of a saved or hub dataset.")
     columns: Columns = Field({}, description=COLUMNS)
+    skip_bad_rows: bool = Field(False, description=SKIP)
     memory: str | None = Field(None, description="Choose the best kind and the largest ratio that fit, such as 24GiB.")
     headroom: str | None = Field(None, description="What stays free of `memory`, such as 2GiB, 8% or 0.")
     tuned_on: Literal["auto", "cuda", "cpu"] = Field("auto", description="The device that `memory` is of.")
@@ -131,6 +134,7 @@ class TrainRequest(Request):
     )
     split: str = Field("train", description="Split of a saved or hub dataset.")
     columns: Columns = Field({}, description=COLUMNS)
+    skip_bad_rows: bool = Field(False, description=SKIP)
     exact: bool = Field(False, description="Read the model block by block: it need not fit in memory.")
     limits: ExactSettings = Field(ExactSettings(), description="With `exact`: what the steps may use.")
     evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")
@@ -172,6 +176,7 @@ class PolishRequest(Request):
     )
     split: str = Field("train", description="Split of a saved or hub dataset.")
     columns: Columns = Field({}, description=COLUMNS)
+    skip_bad_rows: bool = Field(False, description=SKIP)
     limits: ExactSettings = Field(ExactSettings(), description="What the steps may use.")
     evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")
     settings: PolishSettings = PolishSettings()

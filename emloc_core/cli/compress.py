@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run
-from emloc_core.cli.options import data, device, given, headroom, options, split
+from emloc_core.cli.options import data, device, given, headroom, options, skip, split
 from emloc_core.cli.stage import run
 from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.requests import make_request
@@ -20,6 +20,7 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
 @click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="File with rows to leave out, such as test rows; repeatable.")  # fmt: skip
 @split
+@skip
 @click.option("--keep-spectra", type=click.Path(path_type=Path), metavar="DIRECTORY",
               help="Keep what emloc cut makes other ratios of in seconds; as large as the Linears.")  # fmt: skip
 @click.option("--memory", metavar="SIZE", help="Memory to tune in, such as 24GiB: chooses --kind and --ratio, as emloc "

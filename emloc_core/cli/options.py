@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from emloc_core.data.mixture import parse_sources
 from emloc_core.errors import EmlocError
-from emloc_core.requests import COLUMNS
+from emloc_core.requests import COLUMNS, SKIP
 from emloc_core.settings import explain, parse_pairs
 
 #: Training options that have another name than the setting's, too.
@@ -110,6 +110,9 @@ def evaluated(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     return taken, {name: value for name, value in values.items() if name not in names}
 
 
+skip = click.option("--skip-bad-rows", is_flag=True, help=SKIP)
+
+
 def rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for the rows to train on, and ``--set`` for any other field of SFTConfig."""
     for option in (
@@ -118,6 +121,7 @@ def rows(function: Callable[..., Any]) -> Callable[..., Any]:
                      "repeatable."),
         click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
                      help="File with rows not to train on, such as test rows; repeatable."),
+        skip,
         split,
         data(required=True),
     ):  # fmt: skip

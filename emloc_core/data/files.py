@@ -16,7 +16,7 @@ from emloc_core.data.hub import undecoded
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.limits import unpacking
 
-#: A row's position in its source, from 1, and its columns.
+#: A row's position in its source, from 1, and its columns; or why it cannot be read.
 Numbered = tuple[int, Any]
 #: Files that ``save_to_disk`` of ``datasets`` leaves: of a dataset, and of one with several splits.
 _SAVED = ("state.json", "dataset_dict.json")
@@ -91,7 +91,15 @@ def _jsonl(path: Path) -> Iterator[Numbered]:
     with _open(path) as file:  # as bytes: str.splitlines would also split at U+2028 within a string
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield number, _decode(line, f"{path}, row {number}")
+                yield number, _row(line, f"{path}, row {number}")
+
+
+def _row(line: bytes, where: str) -> Any:
+    """Return what a line holds, or why it cannot be read: the lines that follow it can."""
+    try:
+        return _decode(line, where)
+    except EmlocError as error:
+        return error
 
 
 def _json(path: Path) -> Iterator[Numbered]:
@@ -131,8 +139,10 @@ def _csv(path: Path) -> Iterator[Numbered]:
             file.seek(0)
             for number, row in enumerate(csv.DictReader(file, delimiter=delimiter, strict=True), start=1):
                 if None in row:
-                    raise EmlocError(f"{path}, row {number}: more cells than columns.", "Quote cells with delimiters.")
-                yield number, {name: cell or None for name, cell in row.items()}
+                    where = f"{path}, row {number}"
+                    yield number, EmlocError(f"{where}: more cells than columns.", "Quote cells with delimiters.")
+                else:
+                    yield number, {name: cell or None for name, cell in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
         raise EmlocError(f"{path}, row {number + 1}: not valid CSV ({error}).", "Correct it.") from None
 

@@ -8,7 +8,7 @@ become prompt and completion: the last answer. Whether the answers before it cou
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,8 @@ from emloc_core.settings import Loss
 
 #: Files of an emulator with rows that must never be tuned on.
 CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
+#: File of an output with the rows that were left out.
+SKIPPED = "skipped_rows.jsonl"
 
 _FORMS = (
     "Each row needs `text`, or `prompt` and `completion` (or `chosen` and `rejected`), or `messages` that end in an "
@@ -103,7 +105,36 @@ class Row:
         return {"prompt": self.prompt, "completion": self.completion, **rejected, **label, **tools, **images}
 
 
-def load_rows(source: Any, split: str = "train", loss: Loss = "last", columns: Mapping[str, str] = _USUAL) -> list[Row]:
+@dataclass(frozen=True)
+class Skipped:
+    """A row that cannot be used: its source and number, and why."""
+
+    source: str
+    number: int
+    why: str
+
+
+def write_skipped(path: Path, skipped: Iterable[Skipped]) -> None:
+    """Write which rows were left out and why, one JSON object per line; nothing of what is in them."""
+    lines = ({"source": Path(row.source).name, "row": row.number, "why": row.why} for row in skipped)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def told(skipped: Sequence[Skipped]) -> list[str]:
+    """Return a warning of rows that are left out, if there are any."""
+    if not skipped:
+        return []
+    first = f"the first is row {skipped[0].number} of {skipped[0].source}: {skipped[0].why}"
+    return [f"rows that cannot be used are left out: {len(skipped)}, which {SKIPPED} will name ({first})"]
+
+
+def load_rows(
+    source: Any,
+    split: str = "train",
+    loss: Loss = "last",
+    columns: Mapping[str, str] = _USUAL,
+    skipped: list[Skipped] | None = None,
+) -> list[Row]:
     """Read rows from files, saved or hub datasets, or memory.
 
     Files are ``.jsonl``, ``.json`` (an array), ``.csv``, ``.tsv``, ``.txt`` (one row per line) and ``.parquet``, also
@@ -120,61 +151,78 @@ def load_rows(source: Any, split: str = "train", loss: Loss = "last", columns: M
         loss: which answers of a conversation count.
         columns: names that the data have for columns, by the usual names: ``{"prompt": "question"}``. Rows without
             such a column are read as they are.
+        skipped: takes the rows that cannot be used; None: the first of them is an error.
 
     Raises:
         EmlocError: the source cannot be read, is empty, or a row has no known form; names file and row.
     """
     require_known(columns)
-    rows = _load(source, split, columns)
+    rows = _load(source, split, columns, skipped)
     return [replace(row, loss=loss) for row in rows] if loss != "last" else rows
 
 
-def _load(source: Any, split: str, columns: Mapping[str, str]) -> list[Row]:
+def _load(source: Any, split: str, columns: Mapping[str, str], skipped: list[Skipped] | None) -> list[Row]:
     if isinstance(source, Mapping) and split in source and not isinstance(source[split], int | float):
         source = source[split]  # a DatasetDict
     elif isinstance(source, Mapping) and any(hasattr(each, "column_names") for each in source.values()):
         raise EmlocError(f"The data have no split {split!r}.", f"Give one of these: {', '.join(map(str, source))}.")
     if (mixture := weights(source)) is not None:
-        parts = {name: [replace(row, source=name) for row in _load(name, split, columns)] for name in mixture}
+        parts = {name: [replace(row, source=name) for row in _load(name, split, columns, skipped)] for name in mixture}
         return _of_one_form("", [row for name, rows in parts.items() for row in weighted(rows, mixture[name])])
     if not isinstance(source, str | Path):
-        given = _renamed(enumerate(source, start=1), "the rows", columns)
-        return _of_one_form("the rows", list(_parsed(given, "the rows", Path(), confined=False)))
+        given = enumerate(source, start=1)
+        return _of_one_form("the rows", list(_parsed(given, "the rows", Path(), columns, skipped, confined=False)))
     source = str(source)
     directory = Path(source).parent if Path(source).is_file() else Path()
     # An emulator may come from someone else: it may only refer to its own images.
     confined = _is_kept(Path(source))
-    contents = _renamed(_contents(source, split), source, columns)
-    return _of_one_form(source, list(_parsed(contents, source, directory, confined=confined)))
+    contents = _contents(source, split)
+    return _of_one_form(source, list(_parsed(contents, source, directory, columns, skipped, confined=confined)))
 
 
-def _renamed(contents: Iterable[tuple[int, Any]], source: str, columns: Mapping[str, str]) -> Iterator[tuple[int, Any]]:
-    """Yield rows with the usual columns.
+def _usual(content: Any, where: str, columns: Mapping[str, str]) -> Any:
+    """Return a row with the usual columns.
 
     Raises:
-        EmlocError: a row has neither a column of its own name nor one of the usual name.
+        EmlocError: it has neither a column of its own name nor one of the usual name.
     """
-    for number, content in contents:
-        if columns and isinstance(content, Mapping):
-            found = renamed(content, columns)
-            if not columns.keys() & found.keys():
-                raise EmlocError(
-                    f"{source}, row {number}: has none of the columns {', '.join(columns.values())}, but "
-                    f"{', '.join(map(str, content))}.",
-                    "Correct --columns.",
-                )
-            yield number, found
-        else:
-            yield number, content
+    if not columns or not isinstance(content, Mapping):
+        return content
+    found = renamed(content, columns)
+    if not columns.keys() & found.keys():
+        raise EmlocError(
+            f"{where}: has none of the columns {', '.join(columns.values())}, but {', '.join(map(str, content))}.",
+            "Correct --columns.",
+        )
+    return found
 
 
-def _parsed(contents: Iterable[tuple[int, Any]], source: str, directory: Path, *, confined: bool) -> Iterator[Row]:
+def _parsed(
+    contents: Iterable[tuple[int, Any]],
+    source: str,
+    directory: Path,
+    columns: Mapping[str, str],
+    skipped: list[Skipped] | None,
+    *,
+    confined: bool,
+) -> Iterator[Row]:
     told = False
-    for number, content in contents:
-        if isinstance(content, dict) and not told and (columns := known_columns(content)) in _CONVERSION:
-            click.echo(f"emloc: {source}: {columns}'s {_CONVERSION[columns]} become messages", err=True)
+    for number, given in contents:
+        where = f"{source}, row {number}"
+        try:
+            if isinstance(given, EmlocError):
+                raise given
+            content = _usual(given, where, columns)
+            row = parse_row(content, where, number, directory, confined=confined)
+        except EmlocError as error:
+            if skipped is None:
+                raise
+            skipped.append(Skipped(source, number, error.args[0].removeprefix(f"{where}: ")))
+            continue
+        if not told and (known := known_columns(content)) in _CONVERSION:
+            click.echo(f"emloc: {source}: {known}'s {_CONVERSION[known]} become messages", err=True)
             told = True
-        yield parse_row(content, f"{source}, row {number}", number, directory, confined=confined)
+        yield row
 
 
 def _of_one_form(source: str, rows: list[Row]) -> list[Row]:

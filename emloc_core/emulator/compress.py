@@ -14,7 +14,18 @@ import torch
 
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.factorize import wants_inputs
-from emloc_core.data.rows import CALIBRATION, SELECTION, Row, load_rows, without, write_rows
+from emloc_core.data.rows import (
+    CALIBRATION,
+    SELECTION,
+    SKIPPED,
+    Row,
+    Skipped,
+    load_rows,
+    told,
+    without,
+    write_rows,
+    write_skipped,
+)
 from emloc_core.data.sets import draw
 from emloc_core.data.tokenize import Limits, Processing, Sample, encode, load_processing
 from emloc_core.emulator.coverage import Coverage, coverage
@@ -63,6 +74,9 @@ class Compress:
     Raises:
         EmlocError: the checkpoint, family, data or settings cannot be used; nothing has been written.
     """
+
+    #: Rows that could not be used.
+    skipped: Sequence[Skipped] = ()
 
     def __init__(
         self,
@@ -180,13 +194,13 @@ class Compress:
     def warnings(self) -> list[str]:
         """What the user has to know before the emulator is made: what stays dense, and how much of the model it is."""
         if not self._keeps_fewer:
-            return self.coverage.warnings
+            return [*self.coverage.warnings, *told(self.skipped)]
         calibration, selection, tuning = map(len, (self.rows.calibration, self.rows.selection, self.rows.tuning))
         few = (
             f"there are few rows: {calibration} are kept to calibrate on and {selection} to choose the correction on, "
             f"and {tuning} are left to train on; --samples and --selection keep others"
         )
-        return [*self.coverage.warnings, few]
+        return [*self.coverage.warnings, *told(self.skipped), few]
 
     def run(self, progress: Progress = lambda *_: None) -> Path:
         """Make the emulator, or resume an interrupted run.
@@ -222,7 +236,8 @@ class Compress:
             self._write_rows(staging)
             known = {"family": self.family.name, "coverage": self.coverage.describe()}
             known |= {"tuning": self._tuning} if self._tuning else {}
-            self.output.result = {**known, **files.finish(self._tokens)}
+            left_out = {"skipped_rows": len(self.skipped)} if self.skipped else {}
+            self.output.result = {**known, **left_out, **files.finish(self._tokens)}
         return self.output.path
 
     def _allocated(self, spectra: Spectra) -> RankPlan:
@@ -251,6 +266,8 @@ class Compress:
     def _write_rows(self, staging: Path) -> None:
         write_rows(staging / CALIBRATION, self.rows.calibration)
         write_rows(staging / SELECTION, self.rows.selection)
+        if self.skipped:
+            write_skipped(staging / SKIPPED, self.skipped)
 
     @property
     def _tokens(self) -> int:
@@ -264,14 +281,17 @@ def prepare(request: CompressRequest) -> Compress:
         EmlocError: the model, the rows or the settings cannot be used.
     """
     base = open_checkpoint(request.model)
-    read = load_rows(request.data, request.split, request.settings.loss, request.columns)
+    skipped: list[Skipped] | None = [] if request.skip_bad_rows else None
+    read = load_rows(request.data, request.split, request.settings.loss, request.columns, skipped)
     rows = without(read, request.exclude, request.split, request.columns)
     device = choose_device(request.device)
     name = data_name(request.data)
     tuning = request.tuning.model_dump(include={"batch_size", "accumulation"}, exclude_unset=True)
     if tuning and request.settings.max_length:
         tuning["max_length"] = request.settings.max_length
-    return Compress(base, rows, request.output, request.settings, request.keep_spectra, device, name, tuning)
+    job = Compress(base, rows, request.output, request.settings, request.keep_spectra, device, name, tuning)
+    job.skipped = skipped or []
+    return job
 
 
 def _in_two_passes(progress: Progress) -> tuple[Progress, Progress]:

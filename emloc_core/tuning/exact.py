@@ -61,8 +61,8 @@ class ExactTrain(Train):
 
     Args:
         model: an ordinary checkpoint or an emulator, or its directory.
-        data, output, settings, exclude, split, columns, evaluation: see :class:`Train`. An optimiser step takes
-            ``batch_size x accumulation`` rows, and reads every block twice.
+        data, output, settings, exclude, split, columns, evaluation, skip_bad_rows: see :class:`Train`. An optimiser
+            step takes ``batch_size x accumulation`` rows, and reads every block twice.
         limits: what the steps may use.
 
     Raises:
@@ -81,10 +81,14 @@ class ExactTrain(Train):
         columns: Mapping[str, str] = _USUAL,
         limits: ExactSettings = _LIMITS,
         evaluation: EvalRows = _NONE,
+        *,
+        skip_bad_rows: bool = False,
     ) -> None:
         if evaluation.on_base:
             raise EmlocError("Exact steps train on the base, whose loss is evaluated anyway.", "Leave out --eval-base.")
-        super().__init__(model, data, output, settings, exclude, split, columns, evaluation)
+        super().__init__(
+            model, data, output, settings, exclude, split, columns, evaluation, skip_bad_rows=skip_bad_rows
+        )
         if self.settings.learns_preferences:
             raise EmlocError(
                 "Exact steps know the likelihood of answers alone, not preferences.",
@@ -206,13 +210,13 @@ class Polish(ExactTrain):
     Args:
         adapter: of the base: corrected, trained on it or on an emulator of it, or by PEFT alone.
         base: the model.
-        data, output, settings, exclude, split, columns, limits, evaluation: see :class:`ExactTrain`.
+        data, output, settings, exclude, split, columns, limits, evaluation, skip_bad_rows: see :class:`ExactTrain`.
 
     Raises:
         EmlocError: as :class:`ExactTrain`; or the adapter does not fit the base.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - most by keyword
         self,
         adapter: Adapter,
         base: Checkpoint,
@@ -224,6 +228,8 @@ class Polish(ExactTrain):
         columns: Mapping[str, str] = _USUAL,
         limits: ExactSettings = _LIMITS,
         evaluation: EvalRows = _NONE,
+        *,
+        skip_bad_rows: bool = False,
     ) -> None:
         if not is_in_four_bits(base.config):
             base.require_unquantised("--base")
@@ -234,7 +240,8 @@ class Polish(ExactTrain):
         if settings.learning_rate is None:
             rate = max((self.tuned_at or 0) / 2, TrainSettings().learning_rate)
             settings = settings.model_copy(update={"learning_rate": rate})
-        super().__init__(base, data, output, settings, exclude, split, columns, limits, evaluation)
+        rows = data, output, settings, exclude, split, columns
+        super().__init__(base, *rows, limits, evaluation, skip_bad_rows=skip_bad_rows)
         require_shapes(adapter, self.skeleton.model)
 
     def describe(self) -> dict[str, Any]:
@@ -248,9 +255,13 @@ class Polish(ExactTrain):
     @property
     def warnings(self) -> list[str]:
         """What the user has to know before the steps are taken: that they undo what was learned from preferences."""
+        found = super().warnings
         if not learned_preferences(self.adapter.directory):
-            return []
-        return [f"{self.adapter.directory} was trained by preferences, which the likelihood of answers makes it forget"]
+            return found
+        return [
+            *found,
+            f"{self.adapter.directory} was trained by preferences, which the likelihood of answers makes it forget",
+        ]
 
     def _targets(self) -> list[str]:
         targets = self.adapter.config["target_modules"]
@@ -328,6 +339,7 @@ def prepare(request: TrainRequest | PolishRequest) -> Train:
     """
     rows = request.data, request.output
     more: dict[str, Any] = {"columns": request.columns, "evaluation": request.evaluation}
+    more["skip_bad_rows"] = request.skip_bad_rows
     others = request.exclude, request.split
     if isinstance(request, PolishRequest):
         adapter = Adapter(request.adapter)

@@ -23,7 +23,17 @@ from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from emloc_core.adapters.adapter import content_hash
 from emloc_core.adapters.moments import copy_moments, write_moments
-from emloc_core.data.rows import CALIBRATION, SELECTION, digest, load_rows, without
+from emloc_core.data.rows import (
+    CALIBRATION,
+    SELECTION,
+    SKIPPED,
+    Skipped,
+    digest,
+    load_rows,
+    told,
+    without,
+    write_skipped,
+)
 from emloc_core.data.tokenize import Processing, load_processing, require_readable
 from emloc_core.emulator.declared import find_linears
 from emloc_core.errors import EmlocError, first_line
@@ -77,6 +87,7 @@ class Train:
         split: split of a saved or hub dataset.
         columns: names that the data have for columns, by the usual names.
         evaluation: rows to evaluate while training, which are not trained on.
+        skip_bad_rows: leave out rows that cannot be read.
 
     Raises:
         EmlocError: the model, its family, the data or the settings are wrong.
@@ -99,6 +110,8 @@ class Train:
         split: str = "train",
         columns: Mapping[str, str] = _USUAL,
         evaluation: EvalRows = _NONE,
+        *,
+        skip_bad_rows: bool = False,
     ) -> None:
         self.model = model if isinstance(model, Checkpoint) else Checkpoint(model)
         _ = self.model.tensors  # finds truncated shards before training
@@ -109,7 +122,8 @@ class Train:
         check_extra(settings)
         self.targets = self._targets()
         self._data = data_name(data)
-        rows = load_rows(data, split, settings.loss, columns)
+        self.skipped: list[Skipped] = []
+        rows = load_rows(data, split, settings.loss, columns, self.skipped if skip_bad_rows else None)
         require_readable(rows, self.family)
         held_out = [self.model.directory / name for name in (CALIBRATION, SELECTION)]
         known = [path for path in held_out if path.is_file()]
@@ -158,6 +172,11 @@ class Train:
                 "There are no rows to evaluate the base on.", "Give them with --eval-data or --eval-split."
             )
         return open_checkpoint(evaluation.base or made_from(self.model.directory, "base"))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user has to know before training: which rows are left out."""
+        return told(self.skipped)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be trained in one process: rows and their lengths, steps, target modules.
@@ -326,6 +345,7 @@ class Train:
             "rows": len(self.rows) - dropped,
             "dropped_rows": dropped,
             "excluded_rows": self.excluded,
+            **({"skipped_rows": len(self.skipped)} if self.skipped else {}),
             "trainable_parameters": trainer.lora.get_nb_trainable_parameters()[0],
             "target_modules": self.targets,
             **({} if best is None else {**evaluated, **losses_at(best, log)}),
@@ -377,6 +397,8 @@ class Train:
         write_json(staging / "adapter_config.json", config)
         self.model.copy_processing(staging)
         write_json(staging / LOG, log)
+        if self.skipped:
+            write_skipped(staging / SKIPPED, self.skipped)
         checkpoints = staging / CHECKPOINTS
         if (checkpoints / "runs").is_dir():  # TensorBoard
             shutil.copytree(checkpoints / "runs", staging / "runs", dirs_exist_ok=True)

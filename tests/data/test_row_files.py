@@ -1,5 +1,6 @@
 """CSV and saved datasets hold the same rows as other files."""
 
+import json
 from pathlib import Path
 
 import pyarrow
@@ -7,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from support.rows import example_rows
 
-from emloc_core.data.rows import load_rows
+from emloc_core.data.rows import Skipped, load_rows, write_skipped
 from emloc_core.errors import EmlocError
 
 
@@ -77,3 +78,24 @@ def test_compressed_files_hold_the_same_rows(suffix: str, codec: str, tmp_path: 
         load_rows(packed)
     with pytest.raises(EmlocError, match=r"is none of \.jsonl.*nor one of these with \.gz"):
         load_rows(csv.rename(tmp_path / f"rows.xlsx{suffix}"))
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": \n{"prompt": "b"}\n[1]\n{"text": "c"}\n')
+    skipped: list[Skipped] = []
+    assert [row.number for row in load_rows(path, skipped=skipped)] == [1, 5]
+    assert [row.number for row in skipped] == [2, 3, 4]
+    assert "not valid JSON" in skipped[0].why
+    write_skipped(tmp_path / "skipped.jsonl", skipped)
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["source"], line["row"]) for line in lines] == [("rows.jsonl", number) for number in (2, 3, 4)]
+    assert not any(str(tmp_path) in line["why"] for line in lines)  # outputs are published
+    with pytest.raises(EmlocError, match="row 2: not valid JSON"):
+        load_rows(path)
+    csv = tmp_path / "rows.csv"
+    csv.write_text("text,more\na,b\na,b,c\nd,\n")
+    assert [row.number for row in load_rows(csv, skipped=skipped)] == [1, 3]
+    path.write_text("{\n")
+    with pytest.raises(EmlocError, match="holds no rows"):
+        load_rows(path, skipped=[])

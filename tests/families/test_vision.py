@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
-import emloc_core.tuning.train as stage
+import emloc_core.tuning.trainer as stage
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.adapters.correct import Correct

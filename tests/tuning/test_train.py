@@ -28,7 +28,6 @@ from emloc_core.data.tokenize import encode
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_manifest
 from emloc_core.settings import TrainSettings
-from emloc_core.tuning import train as stage
 from emloc_core.tuning import trainer
 from emloc_core.tuning.launcher import require_processes
 from emloc_core.tuning.train import Train
@@ -125,13 +124,13 @@ def test_a_weight_that_holds_no_floats_is_refused(tiny_model, rows_file, tmp_pat
 def trained_rows(monkeypatch) -> list:
     """Record the data sets that trainers are made with."""
     seen = []
-    train = stage.LoraTrainer.train
+    train = trainer.LoraTrainer.train
 
     def spy(self, *args, **kwargs):
         seen.append(list(self.train_dataset))
         return train(self, *args, **kwargs)
 
-    monkeypatch.setattr(stage.LoraTrainer, "train", spy)
+    monkeypatch.setattr(trainer.LoraTrainer, "train", spy)
     return seen
 
 
@@ -158,7 +157,7 @@ def test_what_fails_starts_a_line_of_its_own(tiny_model, rows_file, tmp_path, mo
     def fail(*_):
         raise OSError("no room")
 
-    monkeypatch.setattr(stage.LoraTrainer, "_save_checkpoint", fail)
+    monkeypatch.setattr(trainer.LoraTrainer, "_save_checkpoint", fail)
     with pytest.raises(OSError, match="no room") as failed:  # its traceback keeps the trainer and its bar alive
         finetune(tiny_model, str(rows_file), tmp_path / "adapter", settings(steps=2))
     said = capfd.readouterr().err
@@ -263,8 +262,8 @@ def test_the_dry_runs_steps_are_the_trainers(tiny_model, rows_file, tmp_path):
 def run_until(moment, model, data, test, output):
     """Train until the process kills itself: in a step, while a checkpoint is written, or after all steps."""
     if moment == "in step 13":
-        step = stage.LoraTrainer.training_step
-        stage.LoraTrainer.training_step = lambda self, *args, **options: (
+        step = trainer.LoraTrainer.training_step
+        trainer.LoraTrainer.training_step = lambda self, *args, **options: (
             kill() if self.state.global_step == 12 else step(self, *args, **options)
         )
     elif moment == "writing checkpoint 15":
@@ -291,9 +290,9 @@ def test_killed_and_run_again_it_gives_the_same_adapter(
     assert {int(path.name.partition("-")[2]) for path in checkpoints.glob("checkpoint-*")} == left
 
     taken = []
-    step = stage.LoraTrainer.training_step
+    step = trainer.LoraTrainer.training_step
     monkeypatch.setattr(
-        stage.LoraTrainer, "training_step", lambda self, *a, **k: (taken.append(1), step(self, *a, **k))[1]
+        trainer.LoraTrainer, "training_step", lambda self, *a, **k: (taken.append(1), step(self, *a, **k))[1]
     )
     finetune(tiny_model, str(rows_file), output, settings(), exclude=[test])
     assert len(taken) == steps
@@ -436,3 +435,12 @@ def test_a_damaged_model_is_one_error(damage, complaint, tiny_model, rows_file, 
     with pytest.raises(EmlocError, match=complaint):
         finetune(tmp_path / "model", str(rows_file), tmp_path / "a", settings())
     assert not (tmp_path / "a").exists()
+
+
+def test_bad_rows_are_left_out_counted_and_named(tiny_model, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, *example_rows()[:8]])
+    job = Train(tiny_model, str(rows), tmp_path / "adapter", settings(steps=1), skip_bad_rows=True)
+    assert any("are left out: 1, which" in warning for warning in job.warnings)
+    adapter = job.run()
+    assert read_manifest(adapter)["result"]["skipped_rows"] == 1
+    assert json.loads((adapter / "skipped_rows.jsonl").read_text())["row"] == 1
