@@ -53,7 +53,7 @@ def commands_page() -> str:
     every = {name for model in STAGES.values() for name in model.model_fields} - {"output", "memory"}
     for context in contexts:
         command, found, named = context.command, [], []
-        known = every if context.info_name in {"cut", "eval", "tune", *STAGES} else set()
+        known = set() if context.info_name == "chat" else every  # whose seed is another
         for param in command.params:
             if (row := _record(param, context)) and _first(param) not in _COMMON:
                 (named if param.name in known else found).append(f"`{_first(param)}`" if param.name in known else row)
