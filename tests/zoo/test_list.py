@@ -17,7 +17,7 @@ from emloc_core.memory.workload import Workload
 from emloc_core.recipe.recipe import EvalSection
 from emloc_core.registry.entry import read_entry
 from emloc_core.registry.registry import load_entries
-from emloc_core.settings import PolishSettings, TrainSettings
+from emloc_core.settings import CompressSettings, PolishSettings, TrainSettings
 from emloc_core.zoo.jobs.job import Job
 from emloc_core.zoo.jobs.planning import needs
 
@@ -113,7 +113,7 @@ def test_a_plan_is_that_of_the_memory_model(own, tmp_path):
     (planned,) = json.loads(run("plan", "zoo-test/one", *how))["models"]
     (tmp_path / "config.json").write_text(json.dumps(read_entry(own / "one.toml").config))
     train = TrainSettings(batch_size=1)
-    model = MemoryModel(tmp_path / "config.json", Workload(1, 64, train=train))
+    model = MemoryModel(tmp_path / "config.json", Workload(1, 64, train=train), CompressSettings(kind="low-rank"))
     found = largest_ratio(model, budget)
     assert planned["inference"] == model.inference().total
     assert planned["lora"] == model.tuning().total
