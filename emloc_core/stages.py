@@ -87,7 +87,7 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
         if isinstance(error, EmlocError) or not is_out_of_memory(error):
             raise
         raise EmlocError(
-            f"Out of memory ({first_line(error)}).",  # jobs are retried by these words
+            f"Out of memory ({first_line(error)}).",
             "The same command resumes. Free memory first; another --device, or fewer or shorter rows, need another "
             "--output.",
             code="memory",

@@ -39,6 +39,6 @@ def _serve(run: Path, port: int) -> None:
     from emloc_core.recipe.serve import server
 
     with server(run, port) as serving:
-        click.echo(f"http://{serving.server_address[0]}:{serving.server_port}/  (Ctrl-C ends it)")
+        click.echo(f"http://{serving.server_address[0]!s}:{serving.server_port}/  (Ctrl-C ends it)")
         with suppress(KeyboardInterrupt):
             serving.serve_forever()

@@ -236,7 +236,7 @@ def _pausing(
 
 @contextmanager
 def emulating(stream: Stream, modules: Mapping[str, nn.Module], pairs: Pairs, rows: int) -> Iterator[None]:
-    """Compute Linears' outputs with their factors for samples that pass through the emulator: from index ``rows``.
+    """Let Linears answer with their stand-ins for the samples from index ``rows`` on, those of the emulator.
 
     Linears that have none in ``pairs`` yet compute their own.
     """

@@ -78,7 +78,7 @@ class Head:
 
 
 def known(hidden: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return ``value``, whose gradient with respect to ``hidden`` was taken before."""
+    """Return ``value`` so that its backward pass hands on ``gradient``, which was computed before, to ``hidden``."""
     connected: torch.Tensor = _Known.apply(hidden, gradient, value)
     return connected
 

@@ -47,7 +47,7 @@ def lora_on(skeleton: Skeleton, lora: LoraConfig | Path, device: torch.device | 
 
 @contextmanager
 def _in_appearance(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Give frozen parameters a place in the CPU's memory, and one number for all of their elements.
+    """Put frozen parameters on the CPU, at the cost of one number each.
 
     PEFT puts a LoRA where the weight is, and on the meta device its initial values would be lost.
     """

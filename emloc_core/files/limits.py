@@ -45,7 +45,7 @@ def limited(what: str, seconds: float, nbytes: int) -> Iterator[None]:
 
 @contextmanager
 def unpacking(paths: Iterable[Path]) -> Iterator[None]:
-    """Bound the time and memory of reading files that may be compressed: one value repeated many times is small.
+    """Bound the time and memory of reading compressed files, of which a small one may unpack to gigabytes.
 
     Raises:
         EmlocError: as :func:`limited`.

@@ -104,7 +104,7 @@ class LocalEngine:
             self.stop(handle)
 
     def _forget(self, handle: LocalHandle) -> None:
-        """Give its place to others; what is left of its group, which its own end has not ended, goes."""
+        """Free the worker's place, and kill what is left of its process group."""
         self._running.remove(handle)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(handle.process.pid, signal.SIGKILL)

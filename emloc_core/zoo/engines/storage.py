@@ -155,7 +155,7 @@ def fetch_input(storage: Storage, name: str, directory: Path) -> Path:
 
 
 def input_name(path: Path) -> str:
-    """Return the name of an input in a storage: another one when a file of it changes."""
+    """Return the name under which an input is stored, which changes when one of its files does."""
     seen = hashlib.sha256(str(path.absolute()).encode())
     for file in _files(path):
         status = file.stat()

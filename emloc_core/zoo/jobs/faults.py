@@ -35,7 +35,7 @@ def classify(error: BaseException, *, offline: bool = False) -> Cause:
     no_room = (getattr(each, "code", None) == "disk-full" or getattr(each, "errno", None) in _NO_ROOM for each in chain)
     # The first that holds: "not in the cache" is derived from "no such file", and that from OSError.
     found: list[tuple[Cause, bool]] = [
-        ("out of memory", any(map(is_out_of_memory, chain))),
+        ("out of memory", any(map(_ran_out, chain))),
         ("disk", any(no_room)),
         ("bad input", offline and _UNREACHED in names),
         ("input/output", _UNREACHED in names),
@@ -44,6 +44,12 @@ def classify(error: BaseException, *, offline: bool = False) -> Cause:
         ("bad input", any(isinstance(each, (EmlocError, *_WRONG)) for each in chain) or "ClickException" in names),
     ]
     return next((cause for cause, holds in found if holds), "crash")
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Return whether memory ran out during a stage, rather than a plan that does not fit."""
+    of_a_stage = isinstance(error, EmlocError) and error.code == "memory" and error.resumable
+    return of_a_stage or is_out_of_memory(error)
 
 
 def describe(error: BaseException) -> str:

@@ -45,6 +45,8 @@ def handled():
         (OSError(errno.ENOMEM, "mmap"), "out of memory"),
         (chained(EmlocError("It stopped."), torch.OutOfMemoryError()), "out of memory"),
         (RuntimeError("std::bad_alloc"), "out of memory"),
+        (EmlocError("It stopped.", code="memory", resumable=True), "out of memory"),
+        (EmlocError("No way fits.", code="memory"), "bad input"),
         (DiskFullError("full", "Free some space."), "disk"),
         (OSError(errno.ENOSPC, "write"), "disk"),
         (OSError(errno.EFBIG, "write"), "disk"),
