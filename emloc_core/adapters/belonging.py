@@ -12,6 +12,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.manifest import manifest_value
 from emloc_core.files.output import read_manifest
+from emloc_core.lowrank import METHOD
 
 
 def require_shapes(adapter: Adapter, model: nn.Module) -> None:
@@ -129,6 +130,12 @@ def require_uncorrected(adapter: Adapter) -> None:
         )
 
 
+def is_emulator(directory: Path) -> bool:
+    """Return whether a directory is that of an emulator, even if its manifest is lost, unless that is in four bits."""
+    quantisation = Checkpoint(directory).config.get("quantization_config") or {}
+    return (read_manifest(directory) or {}).get("kind") == "emulator" or quantisation.get("quant_method") == METHOD
+
+
 def require_emulator(adapter: Adapter, emulator: Checkpoint) -> dict[str, Any]:
     """Return an emulator's manifest; refuse any other checkpoint.
 
@@ -138,9 +145,8 @@ def require_emulator(adapter: Adapter, emulator: Checkpoint) -> dict[str, Any]:
     manifest = read_manifest(emulator.directory)
     if manifest is None or manifest.get("kind") != "emulator":
         raise EmlocError(
-            f"{adapter.directory} was trained on {emulator.directory}, which is not an emulator: there is nothing to "
-            "correct.",
-            "Use or merge it as it is; if it was trained on an emulator, name that with --emulator.",
+            f"{adapter.directory} was trained on {emulator.directory}, which is not an emulator.",
+            "Give the emulator that it was trained on with --emulator; without one, nothing needs a correction.",
             code="mismatch",
         )
     return manifest

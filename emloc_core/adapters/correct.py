@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
+from emloc_core.adapters.as_trained import AsTrained
 from emloc_core.adapters.belonging import (
     find_emulator,
+    is_emulator,
     require_emulator,
     require_match,
     require_shapes,
@@ -270,7 +272,7 @@ def _shapes(lora: Any) -> tuple[torch.Size, torch.Size] | None:
     return (lora.a.shape, lora.b.shape) if isinstance(lora, Lora) else None
 
 
-def prepare(request: CorrectRequest) -> Correct:
+def prepare(request: CorrectRequest) -> Correct | AsTrained:
     """Return the job of a request.
 
     Raises:
@@ -278,8 +280,11 @@ def prepare(request: CorrectRequest) -> Correct:
     """
     adapter = Adapter(request.adapter)
     base = request.base
+    require_uncorrected(adapter)
+    trained_on = adapter.trained_on
+    if request.emulator is None and trained_on and not is_emulator(trained_on):
+        return AsTrained(adapter, open_checkpoint(base or str(trained_on)), request.output)
     if base is None:
-        require_uncorrected(adapter)
         emulator = find_emulator(adapter, request.emulator)
         require_emulator(adapter, emulator)
         base = made_from(emulator.directory, "base")

@@ -27,7 +27,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(original, rows_file, tmp_path_factory):
-    """Of the original in four bits, which nothing says is from it."""
+    """A LoRA on the original in four bits, which nothing says is from it."""
     directory = tmp_path_factory.mktemp("four_bits")
     settings = CompressSettings(kind="nf4", calibration="none")
     packed = Compress(Checkpoint(original), load_rows(str(rows_file)), directory / "packed", settings).run()
@@ -65,6 +65,15 @@ def test_exact_steps_follow_on_either(adapter, original, rows_file, tmp_path, in
         Merge(polished, base, tmp_path / "merged").run()
 
 
-def test_there_is_nothing_to_correct(adapter, tmp_path):
-    with pytest.raises(EmlocError, match=r"nothing to correct\. Use or merge it as it is"):
-        prepare(CorrectRequest(adapter=adapter.directory, output=tmp_path / "corrected"))
+@pytest.mark.parametrize("named", [False, True])
+def test_there_is_nothing_to_correct_which_is_said(adapter, original, tmp_path, named):
+    """The copy is for the base that is named, and can be merged into it."""
+    base = {"base": str(original)} if named else {}
+    job = prepare(CorrectRequest(adapter=adapter.directory, output=tmp_path / "corrected", **base))
+    assert any("no emulator: the LoRA stays as it is" in warning for warning in job.warnings)
+    corrected = Adapter(job.run())
+    assert corrected.is_corrected
+    assert corrected.model_name == (str(original) if named else adapter.model_name)
+    assert all(torch.equal(lora.a, adapter.loras[path].a) for path, lora in corrected.loras.items())
+    if named:
+        Merge(corrected, Checkpoint(original), tmp_path / "merged").run()

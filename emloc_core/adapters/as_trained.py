@@ -1,0 +1,83 @@
+"""Stage 3 where there is nothing to correct: a LoRA that was trained on its base, or on that in four bits."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
+from emloc_core.adapters.belonging import require_base
+from emloc_core.adapters.moments import copy_moments, hash_moments
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.inputs import Inputs
+from emloc_core.files.manifest import CONTENT
+from emloc_core.files.output import Output
+from emloc_core.plugins.manager import plugin_manager
+
+
+class AsTrained:
+    """Copies an adapter that was trained on no emulator, so that what follows finds it where it expects it.
+
+    Args:
+        adapter: the LoRA.
+        base: the model that it was trained on, or the original of that.
+        output: directory of the copy.
+
+    Raises:
+        EmlocError: the base has no family.
+    """
+
+    def __init__(self, adapter: Adapter, base: Checkpoint, output: Path) -> None:
+        self.adapter, self.base, self._path = adapter, base, output
+        self.family = plugin_manager().family_for(base.config)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user has to know: that nothing is corrected."""
+        return [
+            f"{self.adapter.directory} was trained on {self.adapter.model_name}, which is no emulator: the LoRA stays "
+            "as it is"
+        ]
+
+    @cached_property
+    def output(self) -> Output:
+        """The copy's directory.
+
+        Raises:
+            EmlocError: the adapter does not belong to the base.
+        """
+        files = Inputs(self._path.resolve().parent)
+        fingerprint = self.base.fingerprint(files)
+        require_base(self.adapter, self.base, fingerprint)
+        moments = hash_moments(self.adapter.directory, files)
+        request = {"adapter": self.adapter.fingerprint(files), **moments, "base": fingerprint}
+        inputs = {"adapter": str(self.adapter.directory.absolute()), "base": self.base.name}
+        return Output(
+            self._path, "corrected-adapter", request, inputs=inputs, files=files, loader=self.family.auto_class
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what would be done."""
+        return {
+            "output": str(self._path),
+            "linears": len(self.adapter.loras),
+            "clamp": 0,
+            "selection_rows": 0,
+            "base_bytes_read": 0,
+            "finished": self.output.is_finished(),
+        }
+
+    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+        """Copy it."""
+        if self.output.is_finished():
+            return self.output.path
+        with self.output.build() as staging:
+            config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
+            write_adapter(staging, config, self.adapter.loras, {CORRECTED: "0"}, self.adapter.others)
+            copy_moments(self.adapter.directory, staging)
+            self.base.copy_processing(staging)
+            self.output.result = {
+                "clamp": 0, "scale": 1.0, "linears": len(self.adapter.loras), CONTENT: content_hash(staging)
+            }  # fmt: skip
+        progress("copied", 1, 1)
+        return self.output.path
