@@ -69,7 +69,7 @@ def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
 
     from emloc_core.emulator.declared import plan_ranks
     from emloc_core.files.documents import read_json, write_json
-    from emloc_core.lowrank import FORMAT_VERSION, METHOD, replace_linears
+    from emloc_core.layers import FORMAT_VERSION, METHOD, replace_linears
     from emloc_core.plugins.manager import plugin_manager
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")

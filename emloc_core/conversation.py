@@ -10,8 +10,8 @@ from jinja2 import TemplateError
 from transformers import ProcessorMixin, TextStreamer, set_seed
 
 from emloc_core.data.images import Picture
+from emloc_core.data.limits import Limits
 from emloc_core.data.messages import IMAGE, Message, in_parts
-from emloc_core.data.tokenize import Limits
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.system import load_system
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint

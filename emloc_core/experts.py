@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.integrations import moe
 
 from emloc_core.errors import EmlocError
 
@@ -43,7 +41,7 @@ def is_stack(model: nn.Module, path: str) -> bool:
         return False
 
 
-def experts_per_token(config: PreTrainedConfig) -> int:
+def experts_per_token(config: Any) -> int:
     """Return how many experts a router sends every token to; 1 for a model without experts."""
     return getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
 
@@ -111,6 +109,8 @@ class LowRankExperts(nn.Module):
 
     def _times(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Multiply rows that are sorted by expert, each group by the matrix of its own."""
+        from transformers.integrations import moe
+
         if name not in self.U:
             return moe._grouped_linear(x, getattr(self, name), ends)
         return moe._grouped_linear(moe._grouped_linear(x, self.V[name], ends), self.U[name], ends)

@@ -65,7 +65,7 @@ class PackedLinear(nn.Linear):
 class FourBitLowRankLinear(PackedLinear):
     """``y = U (V x) + b`` with both factors in four bits; see :mod:`emloc_core.algorithms.nf4`.
 
-    As in :class:`emloc_core.lowrank.LowRankLinear`, ``weight`` is U and ``V`` is V, here packed, each beside its
+    As in :class:`emloc_core.layers.LowRankLinear`, ``weight`` is U and ``V`` is V, here packed, each beside its
     scales.
     """
 

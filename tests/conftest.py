@@ -28,6 +28,7 @@ if threading.current_thread() is threading.main_thread():
 # The workers of pytest share the cores already, and threads that wait for each other in tiny models take many times as
 # long. The processes that tests start take it from the environment.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["EMLOC_CACHE"] = ""  # what one test traced is not what another one does
 
 
 #: What takes longest, first, so that the workers of pytest end at about the same time.

@@ -9,6 +9,7 @@ FLOORS = [
     ["environment", "errors", "family", "keywords", "lifetime", "tested", "when_imported"],
     ["units", "verdict", "trainer_fields", "settings", "layout", "algorithms", "process"],
     ["experts", "quantised", "transfer"],
+    ["layers"],
     ["lowrank"],
     ["autoload"],
     ["kinds", "requests", "files", "hookspecs"],

@@ -30,8 +30,9 @@ from emloc_core.adapters.held_out import summed_loss, with_lora
 from emloc_core.adapters.moments import copy_moments, hash_moments
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
+from emloc_core.data.limits import Limits
 from emloc_core.data.rows import SELECTION, Row, load_rows
-from emloc_core.data.tokenize import Limits, Sample, encode, load_processing
+from emloc_core.data.tokenize import Sample, encode, load_processing
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs

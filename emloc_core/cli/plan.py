@@ -53,7 +53,6 @@ def command(data: Any, split: str, length: int | None, figure: Path | None, as_j
     downloaded and, with --data, the tokenizer. Nothing is loaded and nothing is trained.
     """
     from emloc_core.api import plan
-    from emloc_core.memory.decision import no_way
 
     train, others = given(TrainSettings, values)
     with working("Planning"):
@@ -68,6 +67,8 @@ def command(data: Any, split: str, length: int | None, figure: Path | None, as_j
         asked = {"data": data, "split": split, "length": length}
         _show(planned, {**asked, "columns": values["columns"], "device": values["device"]})
     if planned.advice:
+        from emloc_core.memory.decision import no_way
+
         raise no_way(planned.budget, planned.advice)
 
 

@@ -14,7 +14,7 @@ from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.unread import unread_features
 from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError, first_line
-from emloc_core.lowrank import LowRankLinear, replace_linears
+from emloc_core.layers import LowRankLinear, replace_linears
 
 #: Largest difference of activations and of logits, relative to the largest of them. In fp32, families in the tree are
 #: at most 1e-6 apart.

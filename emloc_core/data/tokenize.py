@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from emloc_core.data.chat_template import Encoded, common_prefix, encode_conversations, from_start, require_template
 from emloc_core.data.images import pillow
+from emloc_core.data.limits import Limits
 from emloc_core.data.messages import in_parts
 from emloc_core.data.rows import Row
 from emloc_core.errors import EmlocError, first_line
@@ -145,26 +146,6 @@ def _load(auto_class: str, directory: Path, what: str) -> Any:
             code="missing",
             resumable=True,
         ) from error
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of a model, each None if its config does not say.
-
-    Attributes:
-        tokens: the longest row.
-        vocabulary: the number of token ids.
-    """
-
-    tokens: int | None = None
-    vocabulary: int | None = None
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig) -> "Limits":
-        """Return the limits of the model of a config."""
-        text = config.get_text_config()
-        found = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
-        return cls(*(size if isinstance(size, int) and size > 0 else None for size in found))  # -1 is no limit
 
 
 _NO_LIMITS = Limits()

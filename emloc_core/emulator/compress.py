@@ -14,6 +14,7 @@ import torch
 
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.factorize import wants_inputs
+from emloc_core.data.limits import Limits
 from emloc_core.data.rows import (
     CALIBRATION,
     SELECTION,
@@ -27,7 +28,7 @@ from emloc_core.data.rows import (
     write_skipped,
 )
 from emloc_core.data.sets import draw
-from emloc_core.data.tokenize import Limits, Processing, Sample, encode, load_processing
+from emloc_core.data.tokenize import Processing, Sample, encode, load_processing
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.cut import Cut, cut_blocks, describe_emulator
 from emloc_core.emulator.declared import block_paths, find_linears
@@ -35,9 +36,9 @@ from emloc_core.emulator.decompose import Decomposition, Progress
 from emloc_core.emulator.files import EmulatorFiles, weight_keys
 from emloc_core.emulator.method import method_of
 from emloc_core.emulator.pack import pack_blocks
-from emloc_core.emulator.ranks import RankPlan, allocated
+from emloc_core.emulator.ranks import NO_EXPERTS, RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES, RATIO
-from emloc_core.emulator.spectra import KIND, NO_EXPERTS, Spectra, SpectraFiles, at_largest_ranks
+from emloc_core.emulator.spectra import KIND, Spectra, SpectraFiles, at_largest_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.card import data_name

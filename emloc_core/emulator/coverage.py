@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from emloc_core.emulator.declared import kept_by
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
@@ -112,7 +111,9 @@ def matrices(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         own = module.parameters(recurse=False)
         fused = any(weight.ndim == 3 and min(weight.shape) > 1 for weight in own)
-        if isinstance(module, nn.Linear | Conv1D) or (fused and not isinstance(module, nn.modules.conv._ConvNd)):
+        # transformers' Conv1D is a Linear; its class would have to be imported.
+        multiplies = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if multiplies or (fused and not isinstance(module, nn.modules.conv._ConvNd)):
             yield path
 
 

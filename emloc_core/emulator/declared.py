@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -95,6 +96,13 @@ def plan_ranks(
         EmlocError: the ratio is out of range, or the declaration does not fit the model.
     """
     return allocated(find_linears(model, family), ratio, allocate)
+
+
+def all_linears(model: Any) -> list[str]:
+    """Return the last parts of the paths of all Linears but the output layer, as PEFT's ``all-linear`` means them."""
+    output = model.get_output_embeddings()
+    linears = (path for path, each in model.named_modules() if isinstance(each, nn.Linear) and each is not output)
+    return sorted({path.rpartition(".")[2] for path in linears})
 
 
 def kept_by(path: str, family: Family) -> str | None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.emulator.experts import StackedFactors
 from emloc_core.emulator.propagation import Pairs
-from emloc_core.emulator.ranks import RankPlan
+from emloc_core.emulator.ranks import UNREACHED, RankPlan
 from emloc_core.errors import EmlocError
 from emloc_core.experts import factor_names
 from emloc_core.files.checkpoint import INDEX, Checkpoint
@@ -27,7 +27,6 @@ from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
 from emloc_core.kinds import Kind, LowRank, Pair
 from emloc_core.model.skeleton import Skeleton
 
-UNREACHED = "no calibration row passes through it"
 _ERRORS = "emloc.relative_errors"  # in the metadata of a block's shard
 
 

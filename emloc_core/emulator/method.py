@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from emloc_core.algorithms.allocation import ALLOCATORS, wants_spectra
-from emloc_core.emulator.ranks import RankPlan
-from emloc_core.emulator.spectra import NO_EXPERTS
+from emloc_core.emulator.ranks import NO_EXPERTS, RankPlan
 from emloc_core.errors import EmlocError
 from emloc_core.kinds import Kind
 from emloc_core.settings import SAMPLES, Allocator, CompressSettings

@@ -13,6 +13,8 @@ from emloc_core.kinds import Kind
 
 #: Ranks of experts are multiples of it: torch multiplies groups whose rows have a multiple of 16 bytes, 8 of bf16.
 _ALIGNED = 8
+NO_EXPERTS = "spectra are of Linears alone; the allocator uniform, without spectra, makes experts smaller too"
+UNREACHED = "no calibration row passes through it"
 NO_SMALLER = "factors of that rank would be no smaller than the weight"
 
 

@@ -16,8 +16,7 @@ from safetensors import safe_open
 from emloc_core.algorithms.allocation import Spectrum, largest_rank
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.data.rows import CALIBRATION, SELECTION
-from emloc_core.emulator.files import UNREACHED
-from emloc_core.emulator.ranks import NO_SMALLER, LinearPlan, RankPlan
+from emloc_core.emulator.ranks import NO_EXPERTS, NO_SMALLER, UNREACHED, LinearPlan, RankPlan
 from emloc_core.errors import EmlocError
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs, hash_files
@@ -27,7 +26,6 @@ from emloc_core.files.shards import remove_damaged, write_shard
 from emloc_core.model.skeleton import Skeleton
 
 KIND = "spectra"
-NO_EXPERTS = "spectra are of Linears alone; the allocator uniform, without spectra, makes experts smaller too"
 _REMEDY = "Make the spectra again: emloc compress --keep-spectra."
 
 

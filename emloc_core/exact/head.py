@@ -6,13 +6,15 @@ arXiv 2410.10989).
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from emloc_core.model.hooks import forwards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: Logits at a time, by the type of device; in fp32, with their gradient, eight bytes each. A GPU wants more tokens for
 #: each time that it reads the projection.
@@ -39,7 +41,7 @@ class Head:
         model: a causal language model of transformers, or one for images and text; its ``forward`` may be patched.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         self.model, self.backbone = model, model.base_model
         self._vocabulary: int = model.config.get_text_config().vocab_size
 

@@ -1,16 +1,19 @@
 """The memory of an exact step, by formula, from shapes alone (``docs/memory.md``)."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from emloc_core.exact.head import PIECES
 from emloc_core.experts import experts_per_token, width
 from emloc_core.family import Family, Tower
 from emloc_core.model.lockstep import units
 from emloc_core.quantised import PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: Inputs and outputs of Linears and experts are there while a block is recomputed and gone back through: each tensor,
 #: and its gradient or what a norm or an activation function makes of it.
@@ -31,7 +34,7 @@ class Positions:
 
 
 def step_need(
-    model: PreTrainedModel, family: Family, tokens: Positions, patches: Positions, dtype: torch.dtype
+    model: "PreTrainedModel", family: Family, tokens: Positions, patches: Positions, dtype: torch.dtype
 ) -> dict[str, int]:
     """Return the bytes of an exact step by term, without the LoRA and its optimiser.
 

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoConfig, PreTrainedModel, dynamic_module_utils
+from transformers import AutoConfig, dynamic_module_utils
 
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.documents import read_object
@@ -22,6 +22,9 @@ from emloc_core.files.limits import limited
 from emloc_core.files.own import require_own_files
 from emloc_core.files.patterns import pattern_problems
 from emloc_core.files.templates import bound_templates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: Arguments for every loader.
 _NOTHING_FOREIGN: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -83,7 +86,7 @@ def auto_class(name: str) -> Any:
     return getattr(transformers, name, None)
 
 
-def new_model(name: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def new_model(name: str, config: Any, dtype: torch.dtype) -> "PreTrainedModel":
     """Return a model for a config, with initial weights.
 
     Args:

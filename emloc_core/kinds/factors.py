@@ -10,7 +10,7 @@ from emloc_core.algorithms import feedback, nf4
 from emloc_core.algorithms.factorize import Factors, output_error, wants_inputs
 from emloc_core.algorithms.statistics import Gram, cheaper_side
 from emloc_core.kinds.kind import Factorize, Kind, Pair, beside
-from emloc_core.lowrank import FORMAT_VERSION, FOUR_BITS_VERSION, METHOD, replace_linears
+from emloc_core.layers import FORMAT_VERSION, FOUR_BITS_VERSION, METHOD, replace_linears
 
 #: Unit in which refinement moves the numbers of a factor: a share of their root mean square.
 _UNIT = 0.3

@@ -10,7 +10,7 @@ from emloc_core.algorithms import levels
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.kinds.kind import Factorize, Kind, Pair, beside, whole
-from emloc_core.lowrank import LEVELS_VERSION, METHOD, replace_linears
+from emloc_core.layers import LEVELS_VERSION, METHOD, replace_linears
 
 
 @dataclass(frozen=True)

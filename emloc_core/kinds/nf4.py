@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from emloc_core.algorithms import feedback, nf4
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
 from emloc_core.kinds.kind import Factorize, Kind, Pair, whole
-from emloc_core.lowrank import replace_linear
+from emloc_core.layers import replace_linear
 from emloc_core.quantised import FourBitLinear
 
 
@@ -86,6 +85,8 @@ class NF4(Kind):
         Raises:
             EmlocError: transformers would skip other Linears than these.
         """
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
         linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         skipped = [path for path in linears if path not in ranks]
         wrong = [path for path in linears if should_convert_module(path, skipped) != (path in ranks)]

@@ -14,7 +14,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.kinds.factors import in_four_bits, on_its_gram
 from emloc_core.kinds.kind import Factorize, Kind, Pair, beside, whole
 from emloc_core.kinds.levels import MovableScales, PackedWeight
-from emloc_core.lowrank import METHOD, REPAIRED_VERSION, replace_linears
+from emloc_core.layers import METHOD, REPAIRED_VERSION, replace_linears
 from emloc_core.quantised import RepairedLinear
 from emloc_core.settings import CompressSettings
 

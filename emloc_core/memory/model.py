@@ -9,45 +9,38 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.emulator.coverage import Coverage, coverage
-from emloc_core.emulator.declared import find_linears
-from emloc_core.emulator.files import UNREACHED
+from emloc_core.emulator.declared import all_linears, find_linears
 from emloc_core.emulator.method import Method, method_of
-from emloc_core.emulator.ranks import RankPlan, allocated
-from emloc_core.errors import EmlocError, first_line, typed_line
+from emloc_core.emulator.ranks import UNREACHED, RankPlan, allocated
+from emloc_core.errors import EmlocError, first_line
 from emloc_core.experts import is_stack
-from emloc_core.family import Family
-from emloc_core.files.checkpoint import read_config_json
-from emloc_core.files.pretrained import load_config
 from emloc_core.kinds import Kind
-from emloc_core.memory.tracing import Phases, trace_inference, trace_training
+from emloc_core.memory import cache
+from emloc_core.memory.known import dtype_of, known
 from emloc_core.memory.workload import Workload
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.overhead import overhead
-from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import ALL_LINEAR, CompressSettings
-from emloc_core.tuning.targets import all_linears
 from emloc_core.tuning.trl import lora_config
+
+if TYPE_CHECKING:
+    from emloc_core.memory.tracing import Phases
 
 #: Terms, in display order.
 TERMS = (
     "weights", "adapter", "gradients", "optimiser", "kv_cache", "activations", "logits", "statistics", "stand-ins",
     "overhead",
 )  # fmt: skip
-#: Fields for which transformers would assume another model's size if they were missing.
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 #: A first block and a last one, which form their own phases.
 _OUTER = 2
 
@@ -85,38 +78,25 @@ class MemoryModel:
     """
 
     def __init__(self, config_file: Path, workload: Workload, settings: CompressSettings | None = None) -> None:
-        self.config_file, self.workload = config_file, workload
-        self.settings = (settings or CompressSettings()).settled()
+        self.config_file, self.settings = config_file, (settings or CompressSettings()).settled()
         self.kind: Kind = plugin_manager().algorithm("emulators", self.settings.kind)()
-        raw = read_config_json(config_file)
-        if raw.get("quantization_config"):
-            raise EmlocError(
-                f"The model of {config_file} is quantised or an emulator.",
-                "Give the original model; in four bits, it needs what its emulator of the kind nf4 does.",
-                code="unsupported",
-            )
-        self.family: Family = plugin_manager().family_for(raw)
-        self.config = load_config(config_file)
-        _require_sizes(config_file, raw, self.config)
-        self.dtype = self._dtype()
-        self.model: PreTrainedModel = self._build()
+        self._known = known(config_file)
+        self.family = self._known.family
+        self.model: Any = self._known.outline
+        self.config = self.model.config
+        self.dtype = dtype_of(config_file, self.config)
         self.method = self._method()
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
+        self._take(workload)
+
+    def _take(self, workload: Workload) -> None:
+        self.workload = workload
         chosen = workload.train.target_modules or self.family.lora_targets()
         self.targets = all_linears(self.model) if chosen == [ALL_LINEAR] else sorted(set(chosen))
         self.image: ImageShape | None = None
         if workload.images:
-            self.image = image_shape(config_file, self.config, workload.image_size)
+            self.image = image_shape(self.config_file, self.config, workload.image_size)
         self._inputs = self._shape_inputs()
-        self._traced = _traced(repr(raw), repr(workload), repr(self._inputs), repr(self.family))
-
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype | None = self.config.dtype or self.config.get_text_config().dtype
-        if dtype is None:
-            raise EmlocError(
-                f"{self.config_file} has no dtype.", 'Add the dtype of the weights, such as "dtype": "bfloat16".'
-            )
-        return dtype
 
     def _method(self) -> Method:
         return method_of(self.settings, self.kind, find_linears(self.model, self.family, self.kind))
@@ -130,15 +110,6 @@ class MemoryModel:
     def coverage(self) -> Coverage:
         """What becomes smaller, and what stays dense."""
         return coverage(self.model, self.family, self.linears)
-
-    def _build(self) -> PreTrainedModel:
-        try:
-            return build_model(self.config, self.family, self.dtype)
-        except Exception as error:  # the model's own code may raise anything on bad values
-            raise EmlocError(
-                f"transformers cannot build the model of {self.config_file} ({typed_line(error)}).",
-                "Check the values in the file.",
-            ) from error
 
     def plan(self, ratio: float | None = None) -> RankPlan:
         """Return the ranks of the emulator at a ratio; None: that of the settings, if the kind has one.
@@ -188,7 +159,11 @@ class MemoryModel:
 
     def with_workload(self, workload: Workload) -> "MemoryModel":
         """Return the same model under another workload."""
-        return MemoryModel(self.config_file, workload, self.settings)
+        other = copy.copy(self)
+        for name in ("_apart", "_idle_towers"):  # those of this workload
+            vars(other).pop(name, None)
+        other._take(workload)
+        return other
 
     def with_kind(self, kind: str) -> "MemoryModel":
         """Return the same model with the default emulator of a kind; what was traced of either is known to both."""
@@ -205,11 +180,33 @@ class MemoryModel:
     def inference(self) -> Need:
         """Return what the base needs to read a prompt of the workload's size and generate the first token."""
         stage = "inference on the base"
-        if stage not in self._traced:
-            self._traced[stage] = self._need(stage, self._extend(self._trace_inference, None))
-        return self._traced[stage]
+        return self._need_of(
+            self._work(stage, None), lambda: self._need(stage, self._extend(self._trace_inference, None))
+        )
 
-    def _trace_inference(self, depths: Mapping[str, int]) -> Phases:
+    def _need_of(self, work: str, trace: Callable[[], Need]) -> Need:
+        """Return what a step needs, as it is known by a digest of all that it depends on, or traced."""
+        kept = self._known.traces.values
+        try:
+            terms = {term: kept[work]["terms"][term] + 0 for term in TERMS if term in kept[work]["terms"]}
+            return Need(str(kept[work]["stage"]), terms, str(kept[work]["phase"]))
+        except (KeyError, TypeError):  # it was not traced, or the file is not ours
+            need = trace()
+            self._known.traces.add({work: asdict(need)})
+            return need
+
+    def _work(self, stage: str, plan: RankPlan | None) -> str:
+        """Return a digest of all that a trace of the model depends on."""
+        train = self.workload.train
+        lora = train.model_dump(include={"lora_rank", "lora_dropout", "gradient_checkpointing", "bf16"})
+        emulator = None if plan is None else (self.kind.name, sorted(plan.ranks.items()))
+        return cache.key(
+            stage, self._inputs, self.workload.device, lora, train.accumulation > 1, self.targets, emulator
+        )
+
+    def _trace_inference(self, depths: Mapping[str, int]) -> "Phases":
+        from emloc_core.memory.tracing import trace_inference
+
         return trace_inference(self._cut(depths), self.towers, self._inputs, self._apart)
 
     def tuning(self, plan: RankPlan | None = None, *, made: bool = False) -> Need:
@@ -222,19 +219,20 @@ class MemoryModel:
         """
         shared_out = self.method.by_spectra and self.kind.has_factors and not made
         traced = plan.at_caps() if plan and shared_out else plan
-        emulator = None if traced is None else (self.kind.name, frozenset(traced.ranks.items()))
-        if emulator not in self._traced:
-            self._traced[emulator] = self._trace_tuning(traced)
-        need = self._traced[emulator]
+        need = self._need_of(self._work("tuning", traced), lambda: self._trace_tuning(traced))
         if plan is None or traced is None:
             return need
         weights = need.terms["weights"] - self.emulator_bytes(traced) + self.emulator_bytes(plan)
         return replace(need, terms={**need.terms, "weights": weights})
 
     def _trace_tuning(self, plan: RankPlan | None) -> Need:
+        from peft import get_peft_model
+
+        from emloc_core.memory.tracing import trace_training
+
         stage = "LoRA on the base" if plan is None else "LoRA on the emulator"
 
-        def trace(depths: Mapping[str, int]) -> Phases:
+        def trace(depths: Mapping[str, int]) -> "Phases":
             model = self._cut(depths)
             if plan is not None:
                 self.kind.replace(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
@@ -257,7 +255,7 @@ class MemoryModel:
 
         return self._need(stage, self._extend(trace, plan))
 
-    def _need(self, stage: str, phases: Phases) -> Need:
+    def _need(self, stage: str, phases: "Phases") -> Need:
         phase, peak = max(phases.items(), key=lambda entry: entry[1].total())
         # AdamW keeps two moments of every trained parameter, in the parameter's dtype (Kingma and Ba, 2014).
         besides = overhead(self.workload.device, tuning=peak["adapter"] > 0)
@@ -279,16 +277,17 @@ class MemoryModel:
 
     def _cut(self, depths: Mapping[str, int]) -> nn.Module:
         """Return a copy of the model with only the first blocks of each tower."""
-        whole = {path: self.model.get_submodule(path) for path in depths}
+        model = self._known.model
+        whole = {path: model.get_submodule(path) for path in depths}
         try:
             for path, depth in depths.items():
-                self.model.set_submodule(path, nn.ModuleList(list(whole[path].children())[:depth]))
-            return copy.deepcopy(self.model)
+                model.set_submodule(path, nn.ModuleList(list(whole[path].children())[:depth]))
+            return copy.deepcopy(model)
         finally:
             for path, blocks in whole.items():
-                self.model.set_submodule(path, blocks)
+                model.set_submodule(path, blocks)
 
-    def _extend(self, trace: Callable[[Mapping[str, int]], Phases], plan: RankPlan | None) -> Phases:
+    def _extend(self, trace: "Callable[[Mapping[str, int]], Phases]", plan: RankPlan | None) -> "Phases":
         """Trace a few blocks of each tower, then a period more of each in turn, and extrapolate the difference to all.
 
         Phases are divided so that each peak grows linearly with depth. Towers whose blocks do not repeat are traced in
@@ -309,7 +308,7 @@ class MemoryModel:
                     extended[phase][kind] += times * (deeper[phase][kind] - peak[kind])
         return extended
 
-    def _follow(self, trace: Callable[[Mapping[str, int]], Phases], depths: Mapping[str, int]) -> Phases:
+    def _follow(self, trace: "Callable[[Mapping[str, int]], Phases]", depths: Mapping[str, int]) -> "Phases":
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # about names that libraries use
@@ -366,52 +365,6 @@ class MemoryModel:
                 "Give fewer images or a greater length.",
             )
         return {**inputs, "images": workload.images, "image": self.image, "image_token": self.config.image_token_id}
-
-
-def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> None:
-    """Refuse a config without its sizes, for which transformers would use its own defaults."""
-    sections = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
-    for name, section in sections.items():
-        if section is not None:
-            given = raw.get(name)
-            if name == "text_config" and given is None:  # published at the top level, which transformers accepts
-                given = raw
-            if not isinstance(given, dict):
-                raise EmlocError(f"{config_file} has no {name}.", "Download the file again.")
-            _require_fields(config_file, given, section, f"{name}.")
-    if not sections:
-        _require_fields(config_file, raw, config, "")
-
-
-def _require_fields(config_file: Path, raw: Mapping[str, Any], config: Any, prefix: str) -> None:
-    renamed = getattr(config, "attribute_map", {})
-    for name in _SIZES:
-        derived = isinstance(getattr(type(config), name, None), property)  # from other fields
-        if hasattr(config, name) and not derived and name not in raw and renamed.get(name) not in raw:
-            raise EmlocError(f"{config_file} has no {prefix}{name}.", "Download the file again.")
-    # If it is missing, some classes use the number of heads, and others assume a number.
-    if "num_key_value_heads" not in raw and isinstance(getattr(type(config), "num_key_value_heads", None), int):
-        raise EmlocError(f"{config_file} has no {prefix}num_key_value_heads.", "Download the file again.")
-    heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
-        raise EmlocError(
-            f"{config_file}: {prefix}num_attention_heads is {heads}, not a multiple of num_key_value_heads, {shared}.",
-            "Check the values in the file.",
-        )
-
-
-#: What was traced of a model: of emulators, by kind and ranks; of the base, by None for tuning, or by the stage.
-_Traced = dict[tuple[str, frozenset[tuple[str, int]]] | str | None, Need]
-
-
-@lru_cache(maxsize=8)  # a plan of a large model takes many traces, of seconds each
-def _traced(*model: str) -> _Traced:  # noqa: ARG001
-    """Return where to keep what is traced of a model, the same for a model that is planned again.
-
-    Args:
-        model: all that traces depend on: config, workload, shapes of inputs, family.
-    """
-    return {}
 
 
 def _has(model: nn.Module, path: str) -> bool:

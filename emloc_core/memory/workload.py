@@ -3,19 +3,20 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from emloc_core.data.limits import Limits
 from emloc_core.data.rows import load_rows
-from emloc_core.data.tokenize import Limits, Sample, load_processing, tokenized
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import read_config_json
-from emloc_core.files.pretrained import load_config
 from emloc_core.kinds import RECOMMENDED, RECOMMENDED_WITH_IMAGES
+from emloc_core.memory.known import known
 from emloc_core.model.device import choose_device
 from emloc_core.model.image_shape import image_shape
-from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Rows
 from emloc_core.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from emloc_core.data.tokenize import Sample
 
 _USUAL: Mapping[str, str] = {}
 #: Default maximum length of TRL's ``SFTConfig``.
@@ -92,12 +93,14 @@ def make_workload(
     Raises:
         EmlocError: there is no tokenizer, or it cannot handle a row.
     """
-    family = plugin_manager().family_for(read_config_json(config_file))  # first, for its message about foreign layouts
-    config = load_config(config_file)
+    model = known(config_file)
+    family, config = model.family, model.outline.config
     limits = Limits.of(config)
     limit = limits.tokens
     counted = int(family.modality == "image-text")
     if data is not None:
+        from emloc_core.data.tokenize import load_processing, tokenized
+
         rows = load_rows(data, split, columns=columns)
         processing = load_processing(config_file.parent, family, rows)
         answers = [row for each in rows for row in (each.answers() if train.learns_preferences else (each,))]
@@ -112,7 +115,7 @@ def make_workload(
     return Workload(train.batch_size, length, counted if images is None else images, train, where, image_size)  # type: ignore[arg-type]
 
 
-def _measure(samples: Iterable[Sample], config: Any) -> tuple[int, int, tuple[int, int] | None]:
+def _measure(samples: "Iterable[Sample]", config: Any) -> tuple[int, int, tuple[int, int] | None]:
     """Return the tokens of the longest row, and the number and size of the images in the row with most pixels.
 
     Images that are cut into tiles count as their tiles, with None as size. For images of any size, the size is that of

@@ -15,7 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from emloc_core.algorithms import nf4
 from emloc_core.errors import EmlocError
-from emloc_core.lowrank import replace_linear
+from emloc_core.layers import replace_linear
 from emloc_core.quantised import FourBitLinear
 
 METHOD = "bitsandbytes"

@@ -31,7 +31,8 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.pretrained import auto_class, load_config, new_model
 from emloc_core.files.shards import DTYPES
-from emloc_core.lowrank import METHOD, EmlocConfig, replace_linears
+from emloc_core.layers import METHOD, replace_linears
+from emloc_core.lowrank import EmlocConfig
 from emloc_core.model import nf4_checkpoints
 from emloc_core.model.absent import Absent
 from emloc_core.model.readahead import ReadAhead

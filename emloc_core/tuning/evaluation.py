@@ -16,9 +16,10 @@ from transformers.trainer_callback import TrainerState
 
 from emloc_core.adapters.held_out import mean_loss
 from emloc_core.algorithms.lora import Lora
+from emloc_core.data.limits import Limits
 from emloc_core.data.rows import Row, load_rows, without
 from emloc_core.data.sets import share_of
-from emloc_core.data.tokenize import Limits, load_processing, tokenized
+from emloc_core.data.tokenize import load_processing, tokenized
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint

@@ -7,8 +7,9 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 from transformers.utils.logging import tqdm
 
+from emloc_core.data.limits import Limits
 from emloc_core.data.rows import Row
-from emloc_core.data.tokenize import Limits, Processing, tokenize
+from emloc_core.data.tokenize import Processing, tokenize
 from emloc_core.errors import EmlocError
 from emloc_core.settings import StepSettings
 from emloc_core.tuning.dataset import RowSize

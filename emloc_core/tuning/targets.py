@@ -9,8 +9,8 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import PreTrainedModel
 
+from emloc_core.emulator.declared import all_linears
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family
 from emloc_core.files.pretrained import load_config
@@ -18,13 +18,6 @@ from emloc_core.model.skeleton import build_model
 from emloc_core.settings import ALL_LINEAR, TrainSettings
 from emloc_core.transfer import module_problems, require
 from emloc_core.tuning.trl import lora_config
-
-
-def all_linears(model: PreTrainedModel) -> list[str]:
-    """Return the last parts of the paths of all Linears but the output layer, as PEFT's ``all-linear`` means them."""
-    output = model.get_output_embeddings()
-    linears = (path for path, each in model.named_modules() if isinstance(each, nn.Linear) and each is not output)
-    return sorted({path.rpartition(".")[2] for path in linears})
 
 
 def choose_targets(config_file: Path, family: Family, settings: TrainSettings) -> list[str]:

@@ -12,8 +12,9 @@ from tokenizers import normalizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from emloc_core.data.limits import Limits
 from emloc_core.data.rows import Row, load_rows
-from emloc_core.data.tokenize import Limits, Sample, encode, load_tokenizer
+from emloc_core.data.tokenize import Sample, encode, load_tokenizer
 from emloc_core.errors import EmlocError
 
 STRINGS = [Row(number, **row) for number, row in enumerate(example_rows()[:5], start=1)]

@@ -21,7 +21,7 @@ from emloc_core.emulator.declared import plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
-from emloc_core.lowrank import LowRankLinear
+from emloc_core.layers import LowRankLinear, replace_linears
 from emloc_core.model.hooks import tapped
 from emloc_core.settings import CompressSettings
 
@@ -80,7 +80,7 @@ def test_full_rank_in_memory_equals_the_base(tiny_model):
         with tapped(modules, taps, lambda path, x: grams[path].add(x)):
             base(input_ids=ids)
         ranks = {linear.path: min(linear.out_features, linear.in_features) for linear in plan.linears}
-        emloc_core.lowrank.replace_linears(full, ranks)
+        replace_linears(full, ranks)
         for path, rank in ranks.items():
             factors = emloc_core.algorithms.factorize.factorize(base.get_submodule(path).weight, grams[path], rank)
             full.get_submodule(path).weight.copy_(factors.u)

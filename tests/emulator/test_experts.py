@@ -27,7 +27,7 @@ from emloc_core.experts import LowRankExperts, activate, stacks
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.files.pretrained import load_lora
-from emloc_core.lowrank import replace_linears
+from emloc_core.layers import replace_linears
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings

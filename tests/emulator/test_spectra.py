@@ -28,7 +28,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs, hash_files
 from emloc_core.files.output import read_manifest
-from emloc_core.lowrank import LowRankLinear
+from emloc_core.layers import LowRankLinear
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import make_request
 from emloc_core.settings import CompressSettings, CorrectSettings, CutSettings

@@ -30,7 +30,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.experts import LowRankExperts
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.kinds import LowRank
-from emloc_core.lowrank import LowRankLinear
+from emloc_core.layers import LowRankLinear
 from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.manager import plugin_manager

@@ -22,8 +22,8 @@ from emloc_core.files.documents import read_json
 from emloc_core.memory import stages as streamed
 from emloc_core.memory.budget import Budget, advice, largest_ratio
 from emloc_core.memory.decision import decide
+from emloc_core.memory.known import _known as known_before
 from emloc_core.memory.model import TERMS, MemoryModel
-from emloc_core.memory.model import _traced as traced_before
 from emloc_core.memory.plan import make_plan
 from emloc_core.memory.workload import make_workload
 from emloc_core.model.overhead import overhead
@@ -125,7 +125,7 @@ def test_what_saves_memory_is_seen_to(shallow_model: Path) -> None:
 
 
 def test_the_same_ranks_are_followed_once(shallow_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced_before.cache_clear()
+    known_before.cache_clear()
     model = MemoryModel(shallow_model / "config.json", workload())
     traces: list[str] = []
     extend = MemoryModel._extend
@@ -169,7 +169,7 @@ def test_another_kind_makes_other_parts_smaller(tmp_path: Path) -> None:
 
 
 def test_what_the_base_needs_is_traced_once_for_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced_before.cache_clear()
+    known_before.cache_clear()
     base = MemoryModel(write_config(tmp_path, TINY[0][0]), workload(batch=1))
     traced = []
     real = MemoryModel._trace_tuning

@@ -8,8 +8,9 @@ import pytest
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.held_out import mean_loss
+from emloc_core.data.limits import Limits
 from emloc_core.data.rows import CALIBRATION, SELECTION, load_rows
-from emloc_core.data.tokenize import Limits, encode, load_processing
+from emloc_core.data.tokenize import encode, load_processing
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json

@@ -1,0 +1,116 @@
+"""Keeps what is known of models between runs: their outlines, and what was traced of their steps.
+
+It is kept in the user's cache directory, in one file for the outline and one for the traces of each model, by a digest
+of the model's config and family, of the versions of the packages that are traced, and of this package's own code. A
+file that cannot be read or written is done without. ``EMLOC_CACHE`` names another directory; empty, nothing is kept.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import is_dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from emloc_core.errors import EmlocError
+from emloc_core.files.documents import read_object, write_json
+
+VARIABLE = "EMLOC_CACHE"
+#: Files that are kept; the oldest go first.
+_MOST = 256
+_PACKAGES = ("emloc", "torch", "transformers", "peft", "trl", "bitsandbytes")
+#: The code that decides what is traced.
+_CODE = ("memory", "model", "kinds", "algorithms", "experts.py", "layers.py", "quantised.py")
+
+
+class Cache:
+    """A file of JSON values by name.
+
+    Args:
+        name: of the file.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.values: dict[str, Any] = {}
+        if place := _file(name):
+            with suppress(EmlocError):
+                self.values = read_object(place)
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Keep values beside those that this or another process kept."""
+        self.values.update(values)
+        place = _file(self._name)
+        if place is None:
+            return
+        with suppress(EmlocError, OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(EmlocError):
+                self.values = {**read_object(place), **self.values}
+            write_json(place, self.values)
+            _prune(place.parent)
+
+
+def directory() -> Path | None:
+    """Return where files are kept; None if nothing is to be."""
+    given = os.environ.get(VARIABLE)
+    if given is not None:
+        return Path(given) if given else None
+    if sys.platform == "win32":
+        root = os.environ.get("LOCALAPPDATA")
+    elif sys.platform == "darwin":
+        root = "~/Library/Caches"
+    else:
+        root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(root or "~").expanduser() / "emloc"
+    except RuntimeError:  # no home
+        return None
+
+
+def key(*parts: Any) -> str:
+    """Return a digest of values whose text tells all of them apart, of versions, and of the code."""
+    text = json.dumps([_versions(), _code(), *parts], sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value's parts as JSON values, or its text without addresses, the same in every process."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return vars(value) if is_dataclass(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _file(name: str) -> Path | None:
+    place = directory()
+    return place and place / f"{name}.json"
+
+
+def _prune(place: Path) -> None:
+    files = sorted(place.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    for path in files[:-_MOST]:
+        path.unlink()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+@cache
+def _code() -> str:
+    root, total = Path(__file__).parents[1], hashlib.sha256()
+    for part in _CODE:
+        place = root / part
+        for path in sorted(place.glob("*.py")) if place.is_dir() else [place]:
+            total.update(path.read_bytes())
+    return total.hexdigest()

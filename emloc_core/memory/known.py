@@ -1,0 +1,155 @@
+"""What is known of a model that is planned, from this process or from earlier ones."""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from emloc_core.errors import EmlocError, typed_line
+from emloc_core.family import Family
+from emloc_core.files.checkpoint import read_config_json
+from emloc_core.memory.cache import Cache, key
+from emloc_core.memory.outline import Outline, described
+from emloc_core.plugins.manager import plugin_manager
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Fields for which transformers would assume another model's size if they were missing.
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+class Known:
+    """A model as plans see it.
+
+    Args:
+        digest: of its config and family.
+
+    Attributes:
+        config: the content of its ``config.json``.
+        config_file: that file.
+        family: its family.
+        traces: what steps of it need, by a digest of what was traced.
+    """
+
+    config: dict[str, Any]
+    config_file: Path
+    family: Family
+
+    def __init__(self, digest: str) -> None:
+        self.traces, self._outlines = Cache(f"{digest}-traces"), Cache(f"{digest}-outline")
+
+    @cached_property
+    def outline(self) -> Outline:
+        """Its outline, as it is kept or of the model itself.
+
+        Raises:
+            EmlocError: the config lacks a field, or transformers cannot build the model.
+        """
+        try:
+            return Outline(self._outlines.values)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):  # nothing is kept, or it is damaged
+            self._outlines.add(described(self.model))
+            return Outline(self._outlines.values)
+
+    @cached_property
+    def model(self) -> "PreTrainedModel":
+        """The model itself, without weights, whose steps can be traced.
+
+        Raises:
+            EmlocError: as for the outline.
+        """
+        from emloc_core.files.pretrained import load_config
+        from emloc_core.model.skeleton import build_model
+
+        with TemporaryDirectory() as directory:
+            file = self.config_file
+            if not file.is_file():  # it was written for a registry's entry, and is no longer needed there
+                file = Path(directory) / "config.json"
+                file.write_text(json.dumps(self.config), encoding="utf-8")
+            config = load_config(file)
+        _require_sizes(self.config_file, self.config, config)
+        try:
+            return build_model(config, self.family, dtype_of(self.config_file, config))
+        except Exception as error:  # the model's own code may raise anything on bad values
+            raise EmlocError(
+                f"transformers cannot build the model of {self.config_file} ({typed_line(error)}).",
+                "Check the values in the file.",
+            ) from error
+
+
+def known(config_file: Path) -> Known:
+    """Return what is known of the model of a ``config.json``.
+
+    Raises:
+        EmlocError: no family declares it, or it is quantised.
+    """
+    raw = read_config_json(config_file)
+    family = plugin_manager().family_for(raw)
+    if raw.get("quantization_config"):
+        raise EmlocError(
+            f"The model of {config_file} is quantised or an emulator.",
+            "Give the original model; in four bits, it needs what its emulator of the kind nf4 does.",
+            code="unsupported",
+        )
+    found = _known(key(raw, family))
+    found.config, found.config_file, found.family = raw, config_file, family
+    return found
+
+
+@lru_cache(maxsize=8)
+def _known(digest: str) -> Known:
+    return Known(digest)
+
+
+def dtype_of(config_file: Path, config: Any) -> torch.dtype:
+    """Return the dtype of a model's weights.
+
+    Args:
+        config_file: for the message.
+        config: transformers' config, or that of an outline.
+
+    Raises:
+        EmlocError: the config does not say.
+    """
+    dtype = config.dtype or config.get_text_config().dtype
+    if dtype is None:
+        raise EmlocError(f"{config_file} has no dtype.", 'Add the dtype of the weights, such as "dtype": "bfloat16".')
+    found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return found
+
+
+def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> None:
+    """Refuse a config without its sizes, for which transformers would use its own defaults."""
+    sections = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    for name, section in sections.items():
+        if section is not None:
+            given = raw.get(name)
+            if name == "text_config" and given is None:  # published at the top level, which transformers accepts
+                given = raw
+            if not isinstance(given, dict):
+                raise EmlocError(f"{config_file} has no {name}.", "Download the file again.")
+            _require_fields(config_file, given, section, f"{name}.")
+    if not sections:
+        _require_fields(config_file, raw, config, "")
+
+
+def _require_fields(config_file: Path, raw: Mapping[str, Any], config: Any, prefix: str) -> None:
+    renamed = getattr(config, "attribute_map", {})
+    for name in _SIZES:
+        derived = isinstance(getattr(type(config), name, None), property)  # from other fields
+        if hasattr(config, name) and not derived and name not in raw and renamed.get(name) not in raw:
+            raise EmlocError(f"{config_file} has no {prefix}{name}.", "Download the file again.")
+    # If it is missing, some classes use the number of heads, and others assume a number.
+    if "num_key_value_heads" not in raw and isinstance(getattr(type(config), "num_key_value_heads", None), int):
+        raise EmlocError(f"{config_file} has no {prefix}num_key_value_heads.", "Download the file again.")
+    heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise EmlocError(
+            f"{config_file}: {prefix}num_attention_heads is {heads}, not a multiple of num_key_value_heads, {shared}.",
+            "Check the values in the file.",
+        )

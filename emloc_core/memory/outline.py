@@ -1,0 +1,121 @@
+"""A model's outline: its modules and the shapes of its parameters, as JSON and as torch modules that compute nothing.
+
+Plans need no more of a model, unless a step has to be traced, and transformers takes seconds to be imported.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+#: Classes that are asked for; an outline's modules are instances of these, and have the names of their own.
+_CLASSES = {"linear": nn.Linear, "convolution": _ConvNd, "list": nn.ModuleList, "other": nn.Module}
+
+
+class Config(SimpleNamespace):
+    """What transformers' config of a model says, with its parts in place of their dictionaries."""
+
+    def get_text_config(self) -> "Config":
+        """Return the part for the language model, or the whole."""
+        found: Config = getattr(self, self.text_part) if self.text_part else self
+        return found
+
+
+class Outline(nn.Module):
+    """The outline of a transformers model, with as much of its interface as plans need.
+
+    Args:
+        content: see :func:`described`.
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config, self._head = _config(content["config"]), content["head"]
+        shared: dict[str, nn.Parameter] = {}
+        _fill(self, content["model"], shared)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the output projection, if there is one."""
+        return None if self._head is None else self.get_submodule(self._head)
+
+
+def described(model: Any) -> dict[str, Any]:
+    """Return the outline of a model as JSON values.
+
+    Args:
+        model: transformers' model; meta tensors suffice.
+    """
+    names: dict[int, str] = {}
+    head = model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    return {"config": _config_values(model.config), "head": path, "model": _described(model, "", names)}
+
+
+def _config_values(config: Any) -> dict[str, Any]:
+    """Return a config as JSON values, with its fields under their other names too."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    values |= {name: values[field] for name, field in config.attribute_map.items() if field in values}
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    values |= {name: _config_values(part) for name, part in parts.items() if part is not None}
+    text = config.get_text_config()
+    return {**values, "text_part": next((name for name, part in parts.items() if part is text), None)}
+
+
+def _config(values: Mapping[str, Any]) -> Config:
+    return Config(**{name: _config(each) if _is_part(each) else each for name, each in values.items()})
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and "text_part" in value
+
+
+def _described(module: nn.Module, path: str, names: dict[int, str]) -> dict[str, Any]:
+    """Return a module with all below it, in order; ``names`` has the parameters seen so far: tied ones are one."""
+    parameters = []
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            first = names.setdefault(id(parameter), f"{path}{name}")
+            parameters.append([name, first, list(parameter.shape), str(parameter.dtype).removeprefix("torch.")])
+    return {
+        "class": type(module).__name__,
+        "kind": next(kind for kind, base in _CLASSES.items() if isinstance(module, base)),
+        "attributes": {name: value for name, value in vars(module).items() if _is_plain(name, value)},
+        "parameters": parameters,
+        "modules": [
+            [name, _described(child, f"{path}{name}.", names)]
+            for name, child in module._modules.items()
+            if child is not None
+        ],
+    }
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    """Return whether an attribute is a number, a switch, or a list of numbers, such as the blocks of DeepStack."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    return not name.startswith("_") and name != "training" and all(isinstance(each, int) for each in numbers)
+
+
+def _fill(module: nn.Module, content: Mapping[str, Any], shared: dict[str, nn.Parameter]) -> None:
+    for name, value in content["attributes"].items():
+        setattr(module, name, value)
+    for name, first, shape, dtype in content["parameters"]:
+        if first not in shared:
+            empty = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            shared[first] = nn.Parameter(empty, requires_grad=False)
+        module.register_parameter(name, shared[first])
+    for name, child in content["modules"]:
+        kind = _class(child["class"], child["kind"])
+        made = kind.__new__(kind)
+        nn.Module.__init__(made)
+        module.add_module(name, made)
+        _fill(made, child, shared)
+
+
+@cache
+def _class(name: str, kind: str) -> type[nn.Module]:
+    return type(name, (_CLASSES[kind],), {})
