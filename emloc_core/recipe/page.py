@@ -28,7 +28,7 @@ from emloc_core.verdict import verdict
 #: What the stages of a recipe do, by the directories that they write.
 PURPOSES = {
     "emulator": "emulator made",
-    "adapter": "LoRA tuned on the emulator",
+    "adapter": "LoRA tuned",
     "corrected": "carried over to the base",
     "polished": "exact steps on the base",
     "merged": "merged into the base",
