@@ -111,12 +111,12 @@ EvaluationResult = dict[str, dict[str, float]]
 
 
 class RunSummary(TypedDict):
-    """What ``run`` found: timings by stage, the emulator's size, the correction, the directory of the last output."""
+    """What ``run`` found: timings by stage, the directory of the last output, and with an emulator its size."""
 
     stages: dict[str, dict[str, float]]
-    compression: dict[str, dict[str, int]]
-    correction: CorrectionResult
     final: str
+    compression: NotRequired[dict[str, dict[str, int]]]
+    correction: NotRequired[CorrectionResult]
     kept: NotRequired[str]
     kinds: NotRequired[dict[str, str]]
     selection_losses: NotRequired[dict[str, float]]

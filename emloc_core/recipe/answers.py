@@ -15,10 +15,19 @@ FILE = "answers.json"
 _SHARE = 0.3
 
 
-def answers_of(base: str, adapter: Path, rows: str, max_new_tokens: int) -> list[dict[str, str]]:
+def answers_of(
+    base: str, adapter: Path, rows: str, max_new_tokens: int, log: Path | None = None
+) -> list[dict[str, str]]:
     """Return the answers of the base and of the base with an adapter; those that are there are not made again.
 
     They are kept beside the adapter's directory, in a process of their own.
+
+    Args:
+        base: the model.
+        adapter: directory of the adapter.
+        rows: file of rows.
+        max_new_tokens: most tokens per answer.
+        log: file for what that process writes; by default it goes to stderr.
 
     Raises:
         EmlocError: the model, the adapter or the rows cannot be used.
@@ -28,7 +37,7 @@ def answers_of(base: str, adapter: Path, rows: str, max_new_tokens: int) -> list
     known = read_json(file) if file.is_file() else {}
     if known.get("asked") != asked:
         given = {"base": base, "adapter": str(adapter), "rows": rows, "max_new_tokens": max_new_tokens}
-        (found,) = call(f"{__name__}:answers", given)
+        (found,) = call(f"{__name__}:answers", given, log=log)
         known = {"asked": asked, "answers": found}
         write_json(file, known)
     answers: list[dict[str, str]] = known["answers"]

@@ -15,6 +15,7 @@ from emloc_core.errors import EmlocError, printable
 from emloc_core.files.documents import read_json
 from emloc_core.files.meter import peak_memory
 from emloc_core.files.output import MANIFEST, TIMING
+from emloc_core.recipe.answers import FILE as ANSWERS
 from emloc_core.recipe.live import Doing, doing
 from emloc_core.recipe.recipe import FIRST
 from emloc_core.recipe.stages import suffix
@@ -106,11 +107,13 @@ class RunView:
         name: of its directory.
         stages: those that are finished, in order.
         results: the content of ``results.json``; empty without one.
+        answers: to a few held-out rows, before tuning and after it.
     """
 
     name: str
     stages: list[StageView]
     results: Mapping[str, Any]
+    answers: list[Mapping[str, str]]
 
     @classmethod
     def read(cls, run: Path, *, whole: bool = True) -> "RunView":
@@ -138,7 +141,7 @@ class RunView:
             StageView(name, read_json(path / MANIFEST), _read(path / TIMING), _log(path), planned.get(name))
             for name, path in found.items()
         ]
-        return cls(run.resolve().name, stages, results)
+        return cls(run.resolve().name, stages, results, _read(run / ANSWERS).get("answers", []))
 
     @property
     def suffix(self) -> str:
@@ -188,14 +191,14 @@ class RunView:
         """What the run is of: base, data, emulator, LoRA, device and versions, as far as the files say."""
         emulator, adapter = (self._manifest(f"{name}{self.suffix}") for name in ("emulator", "adapter"))
         inputs, made = emulator.get("inputs", {}), emulator.get("request", {}).get("settings", {})
-        lora = adapter.get("request", {}).get("settings", {})
+        lora, tuned = adapter.get("request", {}).get("settings", {}), adapter.get("inputs", {})
         targets = ", ".join(map(str, adapter.get("result", {}).get("target_modules", [])))
         ratio = f", ratio {made['ratio']:g}" if isinstance(made.get("ratio"), int | float) else ""
         used = [stage.manifest.get("versions", {}) for stage in self.stages]
         versions = {name: list(dict.fromkeys(str(each[name]) for each in used if name in each)) for name in _VERSIONS}
         found = {
-            "base": _name(inputs.get("base", "")),
-            "data": _name(adapter.get("inputs", {}).get("data") or inputs.get("data", "")),
+            "base": _name(inputs.get("base") or tuned.get("model", "")),
+            "data": _name(tuned.get("data") or inputs.get("data", "")),
             "emulator": f"{made['kind']}{ratio}" if made.get("kind") else "",
             "LoRA": f"rank {lora['lora_rank']}" + (f" on {targets}" if targets else "")
             if lora.get("lora_rank")

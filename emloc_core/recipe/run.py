@@ -4,6 +4,7 @@ A stage whose output already exists, made from the same inputs, is skipped; an i
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def run_recipe(
     if recipe.answers:
         last = "polished" if recipe.polish else "corrected" if recipe.makes_emulator else "adapter"
         adapter = kept(recipe).place(last)
-        results["answers"] = answers_of(recipe.model.base, adapter, **recipe.answers.model_dump())
+        log = Path(os.devnull) if progress else None
+        results["answers"] = answers_of(recipe.model.base, adapter, **recipe.answers.model_dump(), log=log)
     if recipe.push:
         results["pushed"] = push(Path(recipe.output) / results["final"], recipe.push)
     return results

@@ -58,6 +58,7 @@ def test_the_command_writes_one_page_with_nothing_unescaped(tmp_path):
     assert "&lt;script&gt;document.title" in page
     assert "2 GB → 600 MB" in page
     assert "/home/someone" not in page
+    assert "Answers before and after" in page
     assert not re.search(r"(src|href)=.(?!#)", page)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

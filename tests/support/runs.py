@@ -47,6 +47,7 @@ def finished_run(directory: Path) -> Path:
         if name == "polished":
             log = [{**entry, "rewards/margins": entry["step"] / 10} for entry in log]
         write(directory / name / "log.json", log + evaluated)
+    write(directory / "answers.json", {"answers": [dict.fromkeys(("prompt", "expected", "before", "after"), HOSTILE)]})
     systems = {"base": {"nll": 1.5, "accuracy": 0.25}, HOSTILE: {"nll": 0.5, "accuracy": 0.75}}
     write(directory / "results.json", {
         "kept": "compress",
