@@ -4,13 +4,18 @@ As in GPTQ (Frantar et al., 2022, arXiv 2210.17323): the loss that counts is tha
 the error of a column is spread over those not rounded yet, in proportion to how their inputs go along with its own.
 Columns with the largest inputs come first, while the most others are left. Then passes of coordinate descent round
 every number again, as is best while all others stay (QuantEase: Behdin et al., 2023, arXiv 2309.01885).
+
+Rows are rounded independently, so matrices that share their inputs can be rounded as one, stacked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 
 from emloc_core.algorithms import nf4
+from emloc_core.algorithms.statistics import Gram
 
 #: Added to the diagonal, as a fraction of its mean: directions that no calibration row has count a little.
 DAMPING = 0.01
@@ -23,54 +28,95 @@ _COLUMNS = 64  # whose errors are passed on together
 Nearest = Callable[[torch.Tensor, int], torch.Tensor]
 
 
-def damped(gram: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
-    """Return a Gram, (n, n), in fp32 and positive definite: with a share of its mean diagonal on the diagonal."""
-    gram = gram.to(torch.float32, copy=True)
-    gram.diagonal().add_((share * gram.diagonal().mean()).clamp(min=_LEAST))
-    return gram
+def single(inputs: Gram) -> torch.Tensor:
+    """Return a Gram of inputs, (n, n), in fp32; the same tensor until activations are added."""
+    return inputs.once("single", lambda: inputs.matrix.to(torch.float32))
 
 
-def with_feedback(matrix: torch.Tensor, gram: torch.Tensor, nearest: Nearest) -> torch.Tensor:
+def damped(inputs: Gram, share: float = DAMPING) -> "Damped":
+    """Return a Gram of inputs, damped; for the same Gram and share the same object until activations are added."""
+    return inputs.once(("damped", share), lambda: Damped(single(inputs), share))
+
+
+class Damped:
+    """A Gram with a share of its mean diagonal on the diagonal, and what rounding needs of it, computed once.
+
+    Args:
+        gram: ``sum x x^T``, (n, n). In fp32 it is not copied: its diagonal is another while :meth:`matrix` is used.
+        share: of the mean diagonal.
+
+    Attributes:
+        diagonal: (n,), fp32.
+    """
+
+    def __init__(self, gram: torch.Tensor, share: float = DAMPING) -> None:
+        self._gram = gram.float()
+        diagonal = self._gram.diagonal()
+        self.diagonal = diagonal + (share * diagonal.mean()).clamp(min=_LEAST)
+
+    @contextmanager
+    def matrix(self) -> Iterator[torch.Tensor]:
+        """Yield the damped Gram, (n, n), in fp32 and positive definite."""
+        place = self._gram.diagonal()
+        bare = place.clone()
+        place.copy_(self.diagonal)
+        try:
+            yield self._gram
+        finally:
+            place.copy_(bare)
+
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """The columns, (n,), those with the largest inputs first."""
+        return self.diagonal.argsort(descending=True)
+
+    @cached_property
+    def inverse_factor(self) -> torch.Tensor:
+        """The upper Cholesky factor of the inverse, (n, n), of the Gram whose columns are in this order.
+
+        Each step overwrites the one before: of the widest Linears of a 38B, such a matrix has 3 GB.
+        """
+        with self.matrix() as gram:
+            found = gram[self.order[:, None], self.order].mT  # LAPACK writes columns
+        torch.linalg.cholesky(found, out=found)
+        torch.cholesky_inverse(found, out=found)
+        return torch.linalg.cholesky(found, upper=True, out=found)
+
+
+def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch.Tensor:
     """Round a matrix column by column, those with the largest inputs first.
 
     Args:
         matrix: M, (m, n), in fp32.
-        gram: ``sum x x^T`` of its inputs, (n, n), :func:`damped`.
+        gram: of its inputs.
         nearest: rounds a column.
 
     Returns:
         Q, (m, n), in fp32.
     """
-    order = gram.diagonal().argsort(descending=True)
     # Transposed, so that a column is one stretch of memory.
-    work = matrix.T[order]
-    found = torch.empty_like(work)
-    spread = _inverse_factor(gram, order)
-    places = order.tolist()
+    work = matrix.T[gram.order]
+    spread, places = gram.inverse_factor, gram.order.tolist()
     for start in range(0, len(work), _COLUMNS):
         stop = min(start + _COLUMNS, len(work))
-        errors = torch.empty_like(work[start:stop])
-        for column in range(start, stop):
-            values = nearest(work[column], places[column])
-            error = (work[column] - values) / spread[column, column]
-            work[column:stop].addr_(spread[column, column:stop], error, alpha=-1)
-            errors[column - start], found[places[column]] = error, values
+        block = work[start:stop]
+        errors = torch.empty_like(block)
+        factor = spread[start:stop, start:stop].contiguous()
+        diagonal = factor.diagonal().tolist()
+        steps = zip(block.unbind(), errors.unbind(), factor.unbind(), diagonal, places[start:stop], strict=True)
+        for index, (numbers, error, row, pivot, place) in enumerate(steps, start=1):
+            values = nearest(numbers, place)
+            torch.sub(numbers, values, out=error).div_(pivot)
+            numbers.copy_(values)
+            if index < len(block):
+                block[index:].addr_(row[index:], error, alpha=-1)
         work[stop:].addmm_(spread[start:stop, stop:].T, errors, alpha=-1)
+    found = torch.empty_like(work)
+    found[gram.order] = work
     return found.T
 
 
-def _inverse_factor(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Return the upper Cholesky factor of the inverse of a Gram whose columns are put in this order, (n, n).
-
-    Each step overwrites the one before: of the widest Linears of a 38B, such a matrix has 3 GB.
-    """
-    found = gram[order[:, None], order].mT  # LAPACK writes columns
-    torch.linalg.cholesky(found, out=found)
-    torch.cholesky_inverse(found, out=found)
-    return torch.linalg.cholesky(found, upper=True, out=found)
-
-
-def descended(matrix: torch.Tensor, rounded: torch.Tensor, gram: torch.Tensor, nearest: Nearest) -> torch.Tensor:
+def descended(matrix: torch.Tensor, rounded: torch.Tensor, gram: Damped, nearest: Nearest) -> torch.Tensor:
     """Round every number of a matrix once more, column by column, as is best while the others stay.
 
     The loss, ``tr (M - Q) G (M - Q)^T``, is quadratic in every number, so what is nearest to its minimum is best.
@@ -78,69 +124,92 @@ def descended(matrix: torch.Tensor, rounded: torch.Tensor, gram: torch.Tensor, n
     Args:
         matrix: M, (m, n), in fp32.
         rounded: Q, (m, n), as it is so far.
-        gram: G, (n, n), :func:`damped`.
+        gram: G.
         nearest: rounds a column.
 
     Returns:
         Q, (m, n), in fp32, whose loss is no higher.
     """
     found = rounded.T.clone(memory_format=torch.contiguous_format)  # a column is one stretch of memory
-    descent = gram @ (matrix.T - found)
-    for start in range(0, len(found), _COLUMNS):
-        stop = min(start + _COLUMNS, len(found))
-        before = found[start:stop].clone()
-        for column in range(start, stop):
-            values = nearest(found[column] + descent[column] / gram[column, column], column)
-            descent[column:stop].addr_(gram[column, column:stop], values - found[column], alpha=-1)
-            found[column] = values
-        descent[stop:].addmm_(gram[start:stop, stop:].T, found[start:stop] - before, alpha=-1)
+    with gram.matrix() as whole:
+        descent = whole @ (matrix.T - found)
+        for start in range(0, len(found), _COLUMNS):
+            stop = min(start + _COLUMNS, len(found))
+            block, slope = found[start:stop], descent[start:stop]
+            changes = torch.empty_like(block)
+            curvature = whole[start:stop, start:stop].contiguous()
+            diagonal = curvature.diagonal().tolist()
+            steps = zip(
+                block.unbind(), slope.unbind(), changes.unbind(), curvature.unbind(), diagonal,
+                range(start, stop), strict=True,
+            )  # fmt: skip
+            for index, (numbers, towards, change, row, pivot, place) in enumerate(steps, start=1):
+                values = nearest(towards.div_(pivot).add_(numbers), place)
+                torch.sub(values, numbers, out=change)
+                numbers.copy_(values)
+                if index < len(block):
+                    slope[index:].addr_(row[index:], change, alpha=-1)
+            descent[stop:].addmm_(whole[start:stop, stop:].T, changes, alpha=-1)
     return found.T
 
 
-def rounded(matrix: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Return a matrix in four bits, as it is after being packed and unpacked.
+def rounded(matrices: Sequence[torch.Tensor], gram: Damped, passes: int = PASSES) -> list[torch.Tensor]:
+    """Return matrices with the same inputs in four bits, as they are after being packed and unpacked.
 
     The scale of a block of numbers is that of its largest, which is kept as it is, so that packing finds it again.
 
     Args:
-        matrix: M, (m, n), any floating dtype.
-        gram: ``sum x x^T`` of its inputs, (n, n).
+        matrices: M, (m, n), any floating dtype.
+        gram: of their inputs.
+        passes: of descent.
 
     Returns:
         Q, (m, n), in fp32: :func:`emloc_core.algorithms.nf4.rounded` gives it back unchanged.
     """
-    matrix = matrix.float()
-    spread, largest = _blocks(matrix)
-    return nf4.rounded(_to_scales(matrix, gram, spread, largest))
+    matrices = [matrix.float() for matrix in matrices]
+    spread, largest = (torch.cat(parts) for parts in zip(*map(_blocks, matrices), strict=True))
+    found = _to_scales(torch.cat(matrices), gram, spread, largest, passes)
+    return [nf4.rounded(part) for part in found.split([len(matrix) for matrix in matrices])]
 
 
-def rounded_to_scales(matrix: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Return a matrix in four bits, whose blocks have scales that are given.
+def rounded_to_scales(
+    matrices: Sequence[torch.Tensor], gram: Damped, scales: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return matrices with the same inputs in four bits, whose blocks have scales that are given.
 
     Args:
-        matrix: M, (m, n), any floating dtype.
-        gram: ``sum x x^T`` of its inputs, (n, n).
-        scales: of the blocks, (ceil(m n / 64),), in fp32.
+        matrices: M, (m, n), any floating dtype.
+        gram: of their inputs.
+        scales: of the blocks of each, (ceil(m n / 64),), in fp32.
 
     Returns:
         Codes, two a byte, (ceil(m n / 2), 1), uint8: :func:`emloc_core.algorithms.nf4.unpack` reads them.
     """
-    spread = _spread(scales, matrix.shape)
-    nothing = torch.zeros_like(spread, dtype=torch.bool)
-    return nf4.codes(_to_scales(matrix.float(), gram, spread, nothing) / spread)
+    spread = torch.cat([_spread(of, matrix.shape) for of, matrix in zip(scales, matrices, strict=True)])
+    found = _to_scales(torch.cat([matrix.float() for matrix in matrices]), gram, spread) / spread
+    return [nf4.codes(part) for part in found.split([len(matrix) for matrix in matrices])]
 
 
-def _to_scales(matrix: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def _to_scales(
+    matrix: torch.Tensor,
+    gram: Damped,
+    scales: torch.Tensor,
+    kept: torch.Tensor | None = None,
+    passes: int = PASSES,
+) -> torch.Tensor:
     """Round a matrix to four bits times the scale of every number, (m, n); ``kept`` says which stay as they are."""
-    gram = damped(gram)
-    scales, kept, numbers = (part.T.contiguous() for part in (scales, kept, matrix))
+    levels, middles = nf4.levels(matrix.device)
+    of_column = scales.T.contiguous().unbind()
+    stays = None if kept is None else kept.T.contiguous().unbind()
+    numbers = matrix.T.contiguous().unbind()
 
     def nearest(values: torch.Tensor, column: int) -> torch.Tensor:
-        found = nf4.nearest(values / scales[column]) * scales[column]
-        return torch.where(kept[column], numbers[column], found)
+        scale = of_column[column]
+        found = levels.index_select(0, torch.bucketize(values / scale, middles)).mul_(scale)
+        return found if stays is None else torch.where(stays[column], numbers[column], found)
 
     found = with_feedback(matrix, gram, nearest)
-    for _ in range(PASSES):
+    for _ in range(passes):
         found = descended(matrix, found, gram, nearest)
     return found
 

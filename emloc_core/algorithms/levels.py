@@ -5,13 +5,15 @@ distortion"; Lloyd, 1982), times a scale that :data:`GROUP` neighbours in a row 
 five of three levels (1.6 bits), three of six (2.7).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
 from torch.nn import functional
 
 from emloc_core.algorithms import packed
-from emloc_core.algorithms.feedback import DAMPING, PASSES, damped, descended, with_feedback
+from emloc_core.algorithms.feedback import DAMPING, PASSES, Damped, descended, with_feedback
 
 #: The levels of a standard normal distribution, by how many there are.
 LEVELS = {
@@ -46,37 +48,71 @@ def level_bytes(levels: int, shape: tuple[int, int]) -> int:
     return codes + 2 * scales
 
 
+def damping(levels: int) -> float:
+    """Return how Grams are damped for so many levels; see :class:`~emloc_core.algorithms.feedback.Damped`."""
+    return _DAMPING.get(levels, DAMPING)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix on a few levels.
+
+    Attributes:
+        indices: of the levels, (m, n), int32.
+        scales: (m, ceil(n / GROUP)), bf16.
+        levels: how many.
+    """
+
+    indices: torch.Tensor
+    scales: torch.Tensor
+    levels: int
+
+    def numbers(self) -> torch.Tensor:
+        """Return the matrix, (m, n), in fp32."""
+        values, _ = _levels(self.levels, self.scales.float())
+        return _at(values, self.indices) * _spread(self.scales.float(), self.indices.shape[1])
+
+    def pack(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes, (bytes, 1), uint8, and the scales; see :func:`unpack`."""
+        return _pack(self.indices, self.levels), self.scales
+
+    def split(self, rows: Sequence[int]) -> "list[Rounded]":
+        """Return the matrices that it is stacked of, by their numbers of rows."""
+        parts = zip(self.indices.split(rows), self.scales.split(rows), strict=True)
+        return [Rounded(indices, scales, self.levels) for indices, scales in parts]
+
+
 def rounded(
-    matrix: torch.Tensor, gram: torch.Tensor, levels: int, damping: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a matrix with feedback, and pack it.
+    matrix: torch.Tensor, gram: Damped, levels: int, scales: torch.Tensor | None = None, passes: int = PASSES
+) -> Rounded:
+    """Round a matrix with feedback.
 
     Scales are first those that lose least without feedback, and between passes those that are best for the levels that
     were chosen.
 
     Args:
-        matrix: M, (m, n), any floating dtype.
-        gram: ``sum x x^T`` of its inputs, (n, n).
+        matrix: M, (m, n), any floating dtype; perhaps several with the same inputs, stacked.
+        gram: of its inputs.
         levels: how many; a key of :data:`LEVELS`.
-        damping: see :func:`~emloc_core.algorithms.feedback.damped`; by default what so many levels need.
-
-    Returns:
-        Codes, (bytes, 1), uint8, and scales, (m, ceil(n / GROUP)), bf16; see :func:`unpack`.
+        scales: to begin with, (m, ceil(n / GROUP)), bf16, where better ones than those are known.
+        passes: of descent.
     """
-    matrix, gram = matrix.float(), damped(gram, damping or _DAMPING.get(levels, DAMPING))
-    grid = _Grid(levels, _scales(matrix, levels), matrix.shape[1])
-    found = with_feedback(matrix, gram, grid.nearest)
-    for _ in range(PASSES):
-        units = _at(grid.values, grid.indices(found))
-        grid = _Grid(levels, _fitted(matrix, units, gram, grid.scales), matrix.shape[1])
-        found = descended(matrix, units * grid.spread, gram, grid.nearest)
-    return _pack(grid.indices(found), levels), grid.scales
+    matrix = matrix.float()
+    grid = _Grid(levels, _scales(matrix, levels) if scales is None else scales, matrix.shape[1])
+    indices = grid.indices(with_feedback(matrix, gram, grid.nearest))
+    for _ in range(passes):
+        units = _at(grid.values, indices)
+        with gram.matrix() as whole:
+            better = _fitted(matrix, units, whole, grid.scales)
+        grid = _Grid(levels, better, matrix.shape[1])
+        indices = grid.indices(descended(matrix, units * grid.spread, gram, grid.nearest))
+    return Rounded(indices, grid.scales, levels)
 
 
 def unpack(
     codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], levels: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the matrix of this shape and dtype that :func:`rounded` packed."""
+    """Return the matrix of this shape and dtype that was packed; see :meth:`Rounded.pack`."""
     m, n = shape
     table = torch.tensor(_table(levels), dtype=dtype, device=codes.device)
     found = _at(table, codes.int()).flatten()[: m * n].view(m, n)
@@ -92,7 +128,7 @@ def product(
 
     Args:
         x: any floating dtype.
-        codes, scales: see :func:`rounded`.
+        codes, scales: see :meth:`Rounded.pack`.
         shape: (m, n).
         levels: how many.
         dtype: that M is unpacked to, and the product computed in.
@@ -113,7 +149,7 @@ class _Grid:
     def __init__(self, levels: int, scales: torch.Tensor, n: int) -> None:
         self.scales, self.spread = scales, _spread(scales.float(), n)
         self.values, self._middles = _levels(levels, self.spread)
-        self._group_scales = scales.float().T.contiguous()
+        self._group_scales = scales.float().T.contiguous().unbind()
 
     def indices(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the index of the level that is nearest to every number, (m, n)."""
@@ -122,7 +158,7 @@ class _Grid:
     def nearest(self, numbers: torch.Tensor, column: int) -> torch.Tensor:
         """Round numbers of a column, (m,)."""
         scale = self._group_scales[column // GROUP]
-        return self.values[torch.bucketize(numbers / scale, self._middles)] * scale
+        return self.values.index_select(0, torch.bucketize(numbers / scale, self._middles)).mul_(scale)
 
 
 def _indices(numbers: torch.Tensor, middles: torch.Tensor) -> torch.Tensor:

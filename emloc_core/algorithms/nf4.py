@@ -117,13 +117,6 @@ def rounded(matrix: torch.Tensor) -> torch.Tensor:
     return unpack(*pack(matrix), (matrix.shape[0], matrix.shape[1]), torch.float32)
 
 
-def nearest(numbers: torch.Tensor) -> torch.Tensor:
-    """Return, for every number, the nearest of the 16 in [-1, 1] that codes stand for; fp32, as the numbers."""
-    levels, middles = _levels(numbers.device)
-    found: torch.Tensor = levels[torch.bucketize(numbers.contiguous(), middles)]
-    return found
-
-
 def codes(numbers: torch.Tensor) -> torch.Tensor:
     """Return numbers in [-1, 1] as the codes of the nearest, two a byte: the first in the upper half.
 
@@ -133,14 +126,14 @@ def codes(numbers: torch.Tensor) -> torch.Tensor:
     Returns:
         (ceil(m n / 2), 1), uint8.
     """
-    _, middles = _levels(numbers.device)
+    _, middles = levels(numbers.device)
     flat = torch.bucketize(numbers.flatten(), middles, out_int32=True).to(torch.uint8)
     pairs = torch.nn.functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)
     return (pairs[:, :1] << 4) | pairs[:, 1:]
 
 
 @cache
-def _levels(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def levels(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the 16 numbers that codes stand for, and the middles between them; fp32."""
     levels: torch.Tensor = kernels().functional.get_4bit_type(_KIND, device=device)
     return levels, (levels[1:] + levels[:-1]) / 2

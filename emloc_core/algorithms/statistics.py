@@ -1,12 +1,14 @@
 """Second moments of activations."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from emloc_core.errors import EmlocError
 
 Side = Literal["input", "output"]
+T = TypeVar("T")
 
 #: Tokens added to a sum at a time.
 ROWS = 1024
@@ -56,6 +58,14 @@ class Gram:
         self._rows: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
         self._pending = 0
+        self._known: dict[Any, Any] = {}
+
+    def once(self, name: Any, compute: Callable[[], T]) -> T:
+        """Return what is computed from the sum, by a name; computed once, until activations are added."""
+        if name not in self._known:
+            self._known[name] = compute()
+        found: T = self._known[name]
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,6 +103,7 @@ class Gram:
         self._norms.append(norms)
         self._pending += rows.shape[0]
         self.tokens += rows.shape[0]
+        self._known.clear()
         if self._pending >= ROWS:
             self._flush()
 

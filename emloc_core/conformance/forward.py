@@ -14,6 +14,7 @@ from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.family import Family
+from emloc_core.kinds.kind import each
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.skeleton import Skeleton
 
@@ -132,5 +133,5 @@ def decompose(skeleton: Skeleton, family: Family, plan: RankPlan, samples: Seque
         tuple(replace(linear, rank=min(linear.out_features, linear.in_features)) for linear in plan.candidates)
     )
     found = Decomposed()
-    Decomposition(skeleton, family, full, samples, _factorize, lambda *_: None).run(found)
+    Decomposition(skeleton, family, full, samples, each(_factorize), lambda *_: None).run(found)
     return found

@@ -48,7 +48,7 @@ from emloc_core.files.output import Output
 from emloc_core.files.shards import remove_damaged, tensor_bytes
 from emloc_core.files.workspace import remove_at_once
 from emloc_core.kinds import Kind
-from emloc_core.kinds.kind import Factorize
+from emloc_core.kinds.kind import each
 from emloc_core.model.device import choose_device
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
@@ -130,9 +130,9 @@ class Compress:
         self._path, self._spectra_path = output, spectra
         self._files = Inputs(output.resolve().parent)
 
-    def _linears(self, kind: Kind | None = None, factorize: Factorize | None = None) -> RankPlan:
+    def _linears(self, kind: Kind | None = None, *, on_inputs: bool = False) -> RankPlan:
         found = find_linears(self.skeleton.model, self.family, kind)
-        return found.on_inputs() if wants_inputs(factorize or self.kind.factorize) else found
+        return found.on_inputs() if on_inputs or wants_inputs(self.kind.factorize) else found
 
     @cached_property
     def output(self) -> Output:
@@ -249,11 +249,12 @@ class Compress:
         factors = self.method.is_cut
         if not output.is_finished():
             with output.build() as staging:
-                factorize = self.kind.factorize if factors else self.kind.decomposing(self.kind.factorize)
-                found = self._linears(factorize=factorize).without_experts(NO_EXPERTS)
+                fit = each(self.kind.factorize) if factors else self.kind.decomposing(self.kind.factorize)
+                on_inputs = self.kind.keeps_weight  # what is decomposed is what rounding left of it
+                found = self._linears(on_inputs=on_inputs).without_experts(NO_EXPERTS)
                 plan = at_largest_ranks(found) if factors else allocated(found, RATIO, uniform)
                 files = SpectraFiles(self.skeleton, self.blocks, staging, factors=factors)
-                how = (factorize, progress, self.kind.name)
+                how = (fit, progress, self.kind.name)
                 Decomposition(self.skeleton, self.family, plan, self.samples, *how).run(files, PROBES)
                 self._write_rows(staging)
                 output.result = {"family": self.family.name, **files.finish(plan, self._tokens)}

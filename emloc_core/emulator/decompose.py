@@ -25,7 +25,7 @@ from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.emulator.shared_inputs import requiring_shared_inputs
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.kinds import Kind, Pair
+from emloc_core.kinds import Fit, Kind, Pair
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.lockstep import Forward
 from emloc_core.model.parking import Parking
@@ -70,9 +70,9 @@ class Decomposition:
         family: its declaration.
         plan: the ranks.
         samples: the calibration rows.
-        factorize: see :mod:`emloc_core.algorithms.factorize`.
+        fit: gives the factors of weights.
         progress: called after every block.
-        name: of the kind that ``factorize`` is of, for messages.
+        name: of the kind that ``fit`` is of, for messages.
         kind: of the emulator.
         refine: passes over the rows in which a block's stand-ins are refined; see :mod:`emloc_core.emulator.refine`.
         directory: for a file of what waiting rows hold beyond what they do at blocks; None: that stays in memory.
@@ -86,7 +86,7 @@ class Decomposition:
         family: Family,
         plan: RankPlan,
         samples: Sequence[Sample],
-        factorize: Callable[[torch.Tensor, Gram, int], Factors],
+        fit: Fit,
         progress: Progress,
         name: str = "low-rank",
         kind: Kind | None = None,
@@ -94,7 +94,7 @@ class Decomposition:
         directory: Path | None = None,
     ) -> None:
         self.skeleton, self.family, self.plan, self.samples = skeleton, family, plan, samples
-        self.factorize, self.progress, self.name = factorize, progress, name
+        self.fit, self.progress, self.name = fit, progress, name
         self.kind, self.refine = kind, refine
         self.blocks = block_paths(skeleton.model, family)
         parking = Parking.on(skeleton.device, skeleton.model.buffers(), directory)
@@ -162,13 +162,9 @@ class Decomposition:
             hooks = forward_hooks((each.experts, each.hook) for each in experts)
             with watching, tapped(modules, tapping, sink), hooks:
                 yield
-            factors = {
-                linear.path: self._factors(linear, self._weight(linear.path), grams[linear.path])
-                for linear in planned
-                if grams[linear.path].tokens
-            }
+            factors = self._reached(planned, grams)
             disturbances = sensitivities(unit, calls, factors, self._answering) if calls else {}
-            stacked = {path: of for each in experts for path, of in each.factors(self._factors).items()}
+            stacked = {path: of for each in experts for path, of in each.factors(self._alone).items()}
             store.write(block, {**factors, **stacked}, disturbances)
         self._report(block)
 
@@ -199,19 +195,39 @@ class Decomposition:
             yield
         self._report(block)
 
-    def _factors(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Factors:
-        """Factorise one Linear, and check the result, since the kind may be a plugin's."""
-        m, n = linear.out_features, linear.in_features
-        k = linear.rank or 0 if self.kind is None or self.kind.has_factors else min(m, n)
-        with named(f"The kind {self.name!r}, on {linear.path},"):
-            found = self.factorize(weight, gram, linear.rank or 0)
-        fits = isinstance(found, Factors) and (found.u.shape, found.v.shape) == ((m, k), (k, n))
-        if not fits or not all(bool(torch.isfinite(part).all()) for part in (found.u, found.v, found.spectrum)):
-            raise EmlocError(
-                f"The kind {self.name!r} gave {linear.path} no finite factors of shapes {(m, k)} and {(k, n)}.",
-                "Choose another --kind, or update the plugin.",
-                code="plugin",
-            )
+    def _factors(self, linears: Sequence[LinearPlan], weights: Sequence[torch.Tensor], gram: Gram) -> list[Factors]:
+        """Fit Linears that share a Gram, and check the result, since the kind may be a plugin's."""
+        paths = ", ".join(linear.path for linear in linears)
+        with named(f"The kind {self.name!r}, on {paths},"):
+            found = self.fit(weights, gram, [linear.rank or 0 for linear in linears])
+        if len(found) != len(linears):
+            found = [None] * len(linears)
+        for linear, of in zip(linears, found, strict=True):
+            m, n = linear.out_features, linear.in_features
+            k = linear.rank or 0 if self.kind is None or self.kind.has_factors else min(m, n)
+            fits = isinstance(of, Factors) and (of.u.shape, of.v.shape) == ((m, k), (k, n))
+            if not fits or not all(bool(torch.isfinite(part).all()) for part in (of.u, of.v, of.spectrum)):
+                raise EmlocError(
+                    f"The kind {self.name!r} gave {linear.path} no finite factors of shapes {(m, k)} and {(k, n)}.",
+                    "Choose another --kind, or update the plugin.",
+                    code="plugin",
+                )
+        return found
+
+    def _alone(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Factors:
+        return self._factors([linear], [weight], gram)[0]
+
+    def _reached(self, planned: Sequence[LinearPlan], grams: Mapping[str, Gram]) -> dict[str, Factors]:
+        """Fit the Linears that tokens reached, those that share a Gram together."""
+        together: dict[int, list[LinearPlan]] = {}
+        for linear in planned:
+            if grams[linear.path].tokens:
+                together.setdefault(id(grams[linear.path]), []).append(linear)
+        found: dict[str, Factors] = {}
+        for linears in together.values():
+            weights = [self._weight(linear.path) for linear in linears]
+            factors = self._factors(linears, weights, grams[linears[0].path])
+            found.update(zip([linear.path for linear in linears], factors, strict=True))
         return found
 
     def _experts(self, block: str) -> list[ExpertStatistics]:

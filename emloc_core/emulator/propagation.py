@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from emloc_core.algorithms.factorize import Factors
-from emloc_core.algorithms.statistics import ROWS, Gram, cheaper_side
+from emloc_core.algorithms.statistics import ROWS, Gram, Side, cheaper_side
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
 from emloc_core.kinds import Pair
@@ -101,13 +101,19 @@ class PairedMoments:
         gram.diagonal().copy_(diagonal)
         return [_solved(target, factor) for target in targets]
 
-    def gram_for(self, fitted: torch.Tensor, tap: Any = None) -> Gram:
-        """Return the Gram that a Linear with the weight ``fitted`` and this tap is fitted to, on the emulator's inputs.
+    @staticmethod
+    def side(fitted: torch.Tensor, tap: Any = None) -> Side:
+        """Return whose Gram a Linear with the weight ``fitted`` and this tap is fitted to.
 
         Without a tap it is the cheaper one; a family's own tap captures inputs.
         """
-        side = cheaper_side(*fitted.shape) if tap is None else tap
-        return self.emulator.through(fitted) if side == "output" else self.emulator
+        if tap is None:
+            return cheaper_side(*fitted.shape)
+        return "output" if tap == "output" else "input"
+
+    def gram_for(self, fitted: torch.Tensor, tap: Any = None) -> Gram:
+        """Return that Gram, on the emulator's inputs."""
+        return self.emulator.through(fitted) if self.side(fitted, tap) == "output" else self.emulator
 
 
 def _solved(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -120,7 +126,7 @@ def fit_block(
     stream: Stream,
     planned: Sequence[LinearPlan],
     rows: int,
-    factorize: Callable[[LinearPlan, torch.Tensor, Gram], Factors],
+    factorize: Callable[[Sequence[LinearPlan], Sequence[torch.Tensor], Gram], list[Factors]],
     read: Callable[[str, Factors], Pair],
     blame: Callable[[EmlocError, str, int], EmlocError],
 ) -> dict[str, Factors]:
@@ -131,7 +137,8 @@ def fit_block(
             at the block, with the base's weights; in the end, they have passed through it.
         planned: its Linears, in execution order.
         rows: number of calibration rows; those that do not pass through the block are ignored.
-        factorize: takes a Linear, its weight and a Gram; see :mod:`emloc_core.algorithms.factorize`.
+        factorize: takes Linears, their weights and the Gram of the inputs that all of them have, or of the outputs of
+            a single one.
         read: takes a Linear's path and its factors, and returns them as they will be read.
         blame: takes an error, a Linear's path and a row's index, and returns the error for the user.
 
@@ -171,9 +178,13 @@ def fit_block(
                 raise EmlocError(
                     f"{error}: the inputs of {first}.", "Check the weights up to this layer.", code=error.code
                 ) from None
-            for linear, fitted in zip(members, targets, strict=True):
-                found[linear.path] = factorize(linear, fitted, moments.gram_for(fitted, linear.tap))
-                done[linear.path] = read(linear.path, found[linear.path])
+            sides = [moments.side(fitted, linear.tap) for linear, fitted in zip(members, targets, strict=True)]
+            shared = [at for at, side in enumerate(sides) if side == "input"]
+            for part in ([shared] if shared else []) + [[at] for at, side in enumerate(sides) if side == "output"]:
+                linears, fitted = [members[at] for at in part], [targets[at] for at in part]
+                factors = factorize(linears, fitted, moments.gram_for(fitted[0], linears[0].tap))
+                found.update(zip([linear.path for linear in linears], factors, strict=True))
+            done.update({linear.path: read(linear.path, found[linear.path]) for linear in members})
         for row in here:
             for sample in (row, row + rows):
                 stream.step(sample)

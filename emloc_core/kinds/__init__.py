@@ -5,7 +5,7 @@ many bytes it takes. Everything else (streaming, resuming, training, correction,
 """
 
 from emloc_core.kinds.factors import FourBitLowRank, LowRank
-from emloc_core.kinds.kind import Factorize, Kind, Movable, Pair
+from emloc_core.kinds.kind import Factorize, Fit, Kind, Movable, Pair
 from emloc_core.kinds.levels import FewLevels, SixLevels, ThreeLevels
 from emloc_core.kinds.nf4 import NF4
 from emloc_core.kinds.repair import RepairedThreeLevels
@@ -16,6 +16,7 @@ __all__ = [
     "RECOMMENDED_WITH_IMAGES",
     "Factorize",
     "FewLevels",
+    "Fit",
     "FourBitLowRank",
     "Kind",
     "LowRank",

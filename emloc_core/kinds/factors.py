@@ -1,5 +1,6 @@
 """Kinds whose stand-in is two factors: in the dtype of the base, and in four bits."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 from emloc_core.algorithms import feedback, nf4
 from emloc_core.algorithms.factorize import Factors, output_error, wants_inputs
 from emloc_core.algorithms.statistics import Gram, cheaper_side
-from emloc_core.kinds.kind import Factorize, Kind, Pair, beside
+from emloc_core.kinds.kind import Factorize, Fit, Kind, Pair, beside
 from emloc_core.layers import FORMAT_VERSION, FOUR_BITS_VERSION, METHOD, replace_linears
 
 #: Unit in which refinement moves the numbers of a factor: a share of their root mean square.
@@ -94,9 +95,18 @@ class FourBitLowRank(Kind):
     taps_inputs = True
     samples = 256
 
-    def rounding(self, factorize: Factorize) -> Factorize:
+    def rounding(self, factorize: Factorize) -> Fit:
         """Round both factors with feedback."""
-        return in_four_bits(factorize)
+        fit = in_four_bits(factorize)
+
+        def measured(weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int]) -> list[Factors]:
+            matrix = feedback.single(inputs)
+            return [
+                replace(found, error=output_error(weight, found.u @ found.v, matrix))
+                for weight, found in zip(weights, fit(weights, inputs, ranks), strict=True)
+            ]
+
+        return measured
 
     def told(self, rank: str) -> str:
         """The rank of the factors, and their bits."""
@@ -129,24 +139,29 @@ class FourBitLowRank(Kind):
         replace_linears(model, ranks, FOUR_BITS_VERSION)
 
 
-def in_four_bits(factorize: Factorize) -> Factorize:
-    """Return a factorizer that rounds U with feedback, fits V to that by least squares, and rounds it with feedback.
+def in_four_bits(factorize: Factorize, passes: int = feedback.PASSES) -> Fit:
+    """Return what rounds U with feedback, fits V to that by least squares, and rounds it with feedback.
 
     The inputs of U are those of the exact V. The best V for a given U has ``U V x`` nearest to ``W x`` for every x:
-    ``V = (U^T U)^-1 U^T W``. The Gram that it takes is that of the inputs.
+    ``V = (U^T U)^-1 U^T W``. The Gram that it takes is that of the inputs. It measures no error.
     """
 
-    def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
-        exact = on_its_gram(factorize, weight, gram, rank)
-        inputs = gram.matrix
-        u = feedback.rounded(exact.u, exact.v.to(inputs) @ inputs @ exact.v.to(inputs).T).double()
-        v = feedback.rounded(torch.linalg.solve(u.T @ u, u.T @ weight.to(u)), inputs)
-        return replace(exact, u=u.float(), v=v, error=output_error(weight, u.float() @ v, inputs))
+    def fit(weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int]) -> list[Factors]:
+        matrix = feedback.single(inputs)
+        exact = [on_its_gram(factorize, *of, inputs) for of in zip(weights, ranks, strict=True)]
+        us, vs = [], []
+        for weight, of in zip(weights, exact, strict=True):
+            inner = feedback.Damped(of.v.to(matrix) @ matrix @ of.v.to(matrix).T)
+            u = feedback.rounded([of.u], inner, passes)[0].double()
+            us.append(u.float())
+            vs.append(torch.linalg.solve(u.T @ u, u.T @ weight.to(u)))
+        vs = feedback.rounded(vs, feedback.damped(inputs), passes)
+        return [replace(of, u=u, v=v) for of, u, v in zip(exact, us, vs, strict=True)]
 
-    return rounded
+    return fit
 
 
-def on_its_gram(factorize: Factorize, weight: torch.Tensor, inputs: Gram, rank: int) -> Factors:
+def on_its_gram(factorize: Factorize, weight: torch.Tensor, rank: int, inputs: Gram) -> Factors:
     """Factorise on the Gram that the factorizer asks for, or on the smaller one; there is that of the inputs."""
     on_inputs = wants_inputs(factorize) or cheaper_side(weight.shape[0], weight.shape[1]) == "input"
     return factorize(weight, inputs if on_inputs else inputs.through(weight), rank)

@@ -1,7 +1,7 @@
 """The contract that every kind of emulator fulfils."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,6 +15,8 @@ from emloc_core.settings import SAMPLES, Allocator, CompressSettings
 #: U (m, k) and V (k, n) with U V the matrix that a Linear of the emulator multiplies by.
 Pair = tuple[torch.Tensor, torch.Tensor]
 Factorize = Callable[[torch.Tensor, Gram, int], Factors]
+#: Takes weights, the Gram of the inputs that all of them have, or of the outputs of a single one, and their ranks.
+Fit = Callable[[Sequence[torch.Tensor], Gram, Sequence[int]], list[Any]]
 #: Settings that only kinds of more than one size know.
 _OF_RATIO = ("ratio", "allocator")
 
@@ -100,16 +102,16 @@ class Kind(ABC):
                 "Leave out --refine, or give --kind 2.7-bit, say.",
             )
 
-    def rounding(self, factorize: Factorize) -> Factorize:
-        """Return a factorizer whose factors are as they will be when they have been stored and read."""
-        return factorize
+    def rounding(self, factorize: Factorize) -> Fit:
+        """Return what gives weights' factors as they will be when they have been stored and read."""
+        return each(factorize)
 
-    def decomposing(self, factorize: Factorize) -> Factorize:
-        """Return a factorizer of what the factors stand for, whose energies tell an allocator what a rank gains.
+    def decomposing(self, factorize: Factorize) -> Fit:
+        """Return what gives factors of what the factors stand for, whose energies tell an allocator what a rank gains.
 
         It is the weight itself, unless the kind keeps that. :meth:`Factors.pair` has all that stands in for the weight.
         """
-        return factorize
+        return each(factorize)
 
     def stand_in(self, weight: torch.Tensor) -> Factors:
         """Return what stands in for a weight, (m, n), by itself; asked of kinds alone that do not need rows."""
@@ -164,6 +166,15 @@ class Kind(ABC):
     @abstractmethod
     def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Replace Linears of a model without weights by layers that need as much memory as the emulator's."""
+
+
+def each(factorize: Factorize) -> Fit:
+    """Return what factorises weights one by one."""
+
+    def fit(weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int]) -> list[Factors]:
+        return [factorize(weight, gram, rank) for weight, rank in zip(weights, ranks, strict=True)]
+
+    return fit
 
 
 def whole(weight: torch.Tensor) -> Pair:

@@ -1,15 +1,16 @@
 """Kinds whose stand-in is the weight itself, on a few levels: fewer than four bits a number."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from emloc_core.algorithms import levels
+from emloc_core.algorithms import feedback, levels
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.kinds.kind import Factorize, Kind, Pair, beside, whole
+from emloc_core.kinds.kind import Factorize, Fit, Kind, Pair, beside, whole
 from emloc_core.layers import LEVELS_VERSION, METHOD, replace_linears
 
 
@@ -18,7 +19,7 @@ class PackedWeight(Factors):
     """A weight on a few levels: as U or V, beside the identity, and packed.
 
     Attributes:
-        codes, scales: see :func:`emloc_core.algorithms.levels.rounded`.
+        codes, scales: see :meth:`emloc_core.algorithms.levels.Rounded.pack`.
         count: number of levels.
     """
 
@@ -34,6 +35,13 @@ class PackedWeight(Factors):
         """Return it with these scales in place of its own."""
         u, v = whole(self.weight(scales, torch.float32))
         return replace(self, u=u, v=v, scales=scales)
+
+
+def packed(found: levels.Rounded, error: float) -> PackedWeight:
+    """Return a rounded weight that nothing is beside."""
+    numbers = found.numbers()
+    nothing = torch.zeros(min(numbers.shape), dtype=torch.float64)
+    return PackedWeight(*whole(numbers), nothing, *found.pack(), found.levels, error=error)
 
 
 class MovableScales:
@@ -70,18 +78,19 @@ class FewLevels(Kind):
     refine = 3
     levels: int
 
-    def rounding(self, factorize: Factorize) -> Factorize:  # noqa: ARG002
-        """Return what rounds a weight with feedback, whatever its rank."""
+    def rounding(self, factorize: Factorize) -> Fit:  # noqa: ARG002
+        """Return what rounds weights with feedback, whatever their rank."""
 
-        def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> PackedWeight:  # noqa: ARG001
-            (m, n), count = weight.shape, self.levels
-            codes, scales = levels.rounded(weight, gram.matrix, count)
-            found = levels.unpack(codes, scales, (m, n), count, torch.float32)
-            error = output_error(weight, found, gram.matrix)
-            nothing = torch.zeros(min(m, n), dtype=torch.float64)
-            return PackedWeight(*whole(found), nothing, codes, scales, count, error=error)
+        def fit(weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int]) -> list[PackedWeight]:  # noqa: ARG001
+            gram = feedback.damped(inputs, levels.damping(self.levels))
+            whole_found = levels.rounded(torch.cat(list(weights)), gram, self.levels)
+            matrix = feedback.single(inputs)
+            return [
+                packed(found, output_error(weight, found.numbers(), matrix))
+                for weight, found in zip(weights, whole_found.split([len(weight) for weight in weights]), strict=True)
+            ]
 
-        return rounded
+        return fit
 
     def movable(self, stand_in: PackedWeight) -> MovableScales:
         """Let the scales move."""

@@ -1,7 +1,8 @@
 """The kind whose stand-in is the weight itself in four bits (NF4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from emloc_core.algorithms import feedback, nf4
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
-from emloc_core.kinds.kind import Factorize, Kind, Pair, whole
+from emloc_core.kinds.kind import Factorize, Fit, Kind, Pair, whole
 from emloc_core.layers import replace_linear
 from emloc_core.quantised import FourBitLinear
 
@@ -43,15 +44,19 @@ class NF4(Kind):
     taps_inputs = keeps_weight = True
     _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 
-    def rounding(self, factorize: Factorize) -> Factorize:  # noqa: ARG002
-        """Return what rounds a weight with feedback, whatever its rank."""
+    def rounding(self, factorize: Factorize) -> Fit:  # noqa: ARG002
+        """Return what rounds weights with feedback, whatever their rank."""
 
-        def rounded(weight: torch.Tensor, gram: Gram, rank: int) -> FourBitWeight:  # noqa: ARG001
-            _, state = _quantized(weight.float())
-            codes = feedback.rounded_to_scales(weight, gram.matrix, _scales(state))
-            return _stand_in(codes, state, lambda found: output_error(weight, found, gram.matrix))
+        def fit(weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int]) -> list[FourBitWeight]:  # noqa: ARG001
+            states = [_quantized(weight.float())[1] for weight in weights]
+            codes = feedback.rounded_to_scales(weights, feedback.damped(inputs), [_scales(state) for state in states])
+            matrix = feedback.single(inputs)
+            return [
+                _stand_in(of, state, partial(output_error, weight, gram=matrix))
+                for weight, of, state in zip(weights, codes, states, strict=True)
+            ]
 
-        return rounded
+        return fit
 
     def stand_in(self, weight: torch.Tensor) -> FourBitWeight:
         """Return the weight as bitsandbytes rounds it, with the error of the weight."""

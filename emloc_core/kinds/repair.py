@@ -1,18 +1,18 @@
 """The kind whose stand-in is the weight on three levels, plus low-rank factors of the rounding error in four bits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from emloc_core.algorithms import levels, nf4
+from emloc_core.algorithms import feedback, levels, nf4
 from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
 from emloc_core.kinds.factors import in_four_bits, on_its_gram
-from emloc_core.kinds.kind import Factorize, Kind, Pair, beside, whole
+from emloc_core.kinds.kind import Factorize, Fit, Kind, Pair, beside, each, whole
 from emloc_core.kinds.levels import MovableScales, PackedWeight
 from emloc_core.layers import METHOD, REPAIRED_VERSION, replace_linears
 from emloc_core.quantised import RepairedLinear
@@ -21,6 +21,8 @@ from emloc_core.settings import CompressSettings
 _LEVELS = RepairedLinear.LEVELS
 #: What they are rounded with: see ``docs/decisions/0020-six-levels-have-more-damping.md``.
 _DAMPING = 0.1
+#: Of descent over the repair, which the next round fits again: more gain nothing.
+_PASSES = 1
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,13 @@ class RepairedThreeLevels(Kind):
                 f"Give --ratio {self.ratio:g}, say, and at most {self.largest_ratio:g}; or --kind nf4.",
             )
 
-    def rounding(self, factorize: Factorize) -> Factorize:
+    def rounding(self, factorize: Factorize) -> Fit:
         """Round the weight and factorise the error, then each again, fitted to what the other leaves."""
-        return _in_turn(in_four_bits(factorize), self.rounds)
+        return _in_turn(in_four_bits(factorize, _PASSES), self.rounds)
 
-    def decomposing(self, factorize: Factorize) -> Factorize:
+    def decomposing(self, factorize: Factorize) -> Fit:
         """Decompose the error of rounding the weight once."""
-        return _in_turn(partial(on_its_gram, factorize), 1)
+        return _in_turn(each(lambda weight, gram, rank: on_its_gram(factorize, weight, rank, gram)), 1)
 
     def movable(self, stand_in: Repaired) -> MovableScales:
         """Let the scales move, and not the repair."""
@@ -114,19 +116,26 @@ class RepairedThreeLevels(Kind):
         replace_linears(model, ranks, REPAIRED_VERSION)
 
 
-def _in_turn(repair: Factorize, rounds: int) -> Factorize:
-    """Return what rounds a weight to three levels and factorises the error, so many times."""
+def _in_turn(repair: Fit, rounds: int) -> Fit:
+    """Return what rounds weights to three levels and factorises the errors, so many times."""
 
-    def repaired(weight: torch.Tensor, inputs: Gram, rank: int) -> Repaired:
-        weight = left = weight.float()
-        shape = (weight.shape[0], weight.shape[1])
+    def fit(weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int]) -> list[Repaired]:
+        rows = [len(weight) for weight in weights]
+        gram = feedback.damped(inputs, _DAMPING)
+        stacked = left = torch.cat([weight.float() for weight in weights])
+        scales = None
         for _ in range(rounds):
-            codes, scales = levels.rounded(left, inputs.matrix, _LEVELS, _DAMPING)
-            rounded = levels.unpack(codes, scales, shape, _LEVELS, torch.float32)
-            found = repair(weight - rounded, inputs, rank)
-            u, v = found.u.float(), found.v.float()
-            left = weight - u @ v
-        error = output_error(weight, rounded.addmm(u, v), inputs.matrix)
-        return Repaired(u, v, found.spectrum, codes, scales, _LEVELS, error=error)
+            found = levels.rounded(left, gram, _LEVELS, scales)
+            numbers, scales = found.numbers(), found.scales
+            repairs = repair((stacked - numbers).split(rows), inputs, ranks)
+            left = stacked - torch.cat([of.u.float() @ of.v.float() for of in repairs])
+        matrix = feedback.single(inputs)
+        return [
+            Repaired(
+                u := of.u.float(), v := of.v.float(), of.spectrum, *part.pack(), _LEVELS,
+                error=output_error(weight.float(), kept.addmm(u, v), matrix),
+            )
+            for weight, of, part, kept in zip(weights, repairs, found.split(rows), numbers.split(rows), strict=True)
+        ]  # fmt: skip
 
-    return repaired
+    return fit

@@ -31,8 +31,8 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
       Linears' targets need, ``4 n (2 n + min(n, m))``, with m the outputs of all of them; and twice the hidden states,
       those of the base and of the emulator; a third time for refinement, as the base's block passes them on.
     - where a weight is rounded with feedback, in place of all that (beside factors, if that is more): its inputs' Gram,
-      which massive tokens widen to fp64, and what is computed from it, ``5 * 4 n^2``; the weight, what is left of it,
-      and what it becomes, ``4 * 4 m n``.
+      which massive tokens widen to fp64, in fp32, and its factor, ``4 * 4 n^2``, beside factors one more; and of all
+      weights of the group the weight, what is left of it, and what it becomes, ``4 * 4 m n``.
     - where ranks or levels are shared out by spectra, at least what the pass before needs: statistics as without
       propagation, and the block's factors, fp32: at the largest ranks, or for another pass at half of the parameters.
       Where factors stand for a rounding error, what rounding needs, too.
@@ -51,7 +51,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     if model.kind.has_factors:
         needs += [_statistics(plan, block, weight, propagated) for block in blocks]
     if model.kind.keeps_weight:
-        needs += [_rounding(linear) for block in blocks for linear in plan.in_block(block)]
+        needs += [_rounding(plan.in_block(block), model.kind.has_factors) for block in blocks]
     statistics = max(needs, default=0)
     if model.method.by_spectra:
         share = 1 if model.method.is_cut else RATIO
@@ -93,9 +93,9 @@ def _whole(plan: RankPlan, block: str, itemsize: int) -> int:
     return sum((4 + itemsize) * (m * n + min(m, n) ** 2) + 2 * itemsize * m * n for m, n in shapes)
 
 
-def _rounding(linear: LinearPlan) -> int:
-    m, n = linear.out_features, linear.in_features
-    return 4 * (5 * n**2 + 4 * m * n)
+def _rounding(linears: Sequence[LinearPlan], factors: bool) -> int:
+    groups = _outputs(linears).items()
+    return max((4 * ((4 + factors) * n**2 + 4 * m * n) for (_, n), m in groups), default=0)
 
 
 def _statistics(plan: RankPlan, block: str, itemsize: int, propagated: bool) -> int:
@@ -117,7 +117,7 @@ def _decomposition(plan: RankPlan, block: str, itemsize: int, share: float, repa
     # Factors are held until sensitivities are measured; at the largest ranks they have as many numbers as the weights.
     linears = plan.in_block(block)
     held = int(4 * share * sum(linear.numbers for linear in linears))
-    rounding = max(map(_rounding, linears), default=0) if repaired else 0
+    rounding = _rounding(linears, factors=True) if repaired else 0
     return _statistics(plan, block, itemsize, propagated=False) + held + rounding
 
 
@@ -128,10 +128,15 @@ def _refinement(plan: RankPlan, block: str, itemsize: int) -> int:
 
 
 def _largest_group(linears: Sequence[LinearPlan]) -> int:
+    return max((4 * n * (2 * n + min(n, m)) for (_, n), m in _outputs(linears).items()), default=0)
+
+
+def _outputs(linears: Sequence[LinearPlan]) -> Counter[tuple[tuple[str, ...], int]]:
+    """Return how many outputs the Linears of every input group have, by the group and its inputs."""
     outputs: Counter[tuple[tuple[str, ...], int]] = Counter()
     for linear in linears:
         outputs[linear.group, linear.in_features] += linear.out_features
-    return max((4 * n * (2 * n + min(n, m)) for (_, n), m in outputs.items()), default=0)
+    return outputs
 
 
 def correct(model: MemoryModel, plan: RankPlan, clamp: float | str | None = "auto") -> Need:

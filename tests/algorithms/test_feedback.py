@@ -1,11 +1,15 @@
 """Rounding with feedback: that every part of it lowers the loss of the outputs, and where it ends."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emloc_core.algorithms import levels
-from emloc_core.algorithms.feedback import damped, descended, with_feedback
+from emloc_core.algorithms.factorize import factorize
+from emloc_core.algorithms.feedback import Damped, damped, descended, with_feedback
+from emloc_core.algorithms.statistics import Gram
+from emloc_core.kinds import NF4, FourBitLowRank, RepairedThreeLevels, SixLevels, ThreeLevels
 
 
 def draw(*shape, seed=0):
@@ -17,9 +21,10 @@ def inputs_gram(n, seed=0, rows=50):
     return inputs.T @ inputs
 
 
-def loss(matrix, found, gram):
+def loss(matrix, found, damped):
     apart = (matrix - found).double()
-    return float((apart @ gram.double() * apart).sum())
+    with damped.matrix() as gram:
+        return float((apart @ gram.double() * apart).sum())
 
 
 def to_integers(numbers, _column):
@@ -32,7 +37,7 @@ cases = given(m=st.integers(1, 6), n=st.integers(1, 200), seed=st.integers(0, 2*
 @settings(max_examples=25, deadline=None)
 @cases
 def test_no_pass_of_descent_raises_the_loss(m, n, seed):
-    matrix, gram = 2 * draw(m, n, seed=seed), damped(inputs_gram(n, seed))
+    matrix, gram = 2 * draw(m, n, seed=seed), Damped(inputs_gram(n, seed))
     found = matrix.round()
     for _ in range(3):
         before = loss(matrix, found, gram)
@@ -42,7 +47,7 @@ def test_no_pass_of_descent_raises_the_loss(m, n, seed):
 
 
 def test_descent_ends_where_no_number_alone_can_be_better():
-    matrix, gram = 2 * draw(4, 150), damped(inputs_gram(150))
+    matrix, gram = 2 * draw(4, 150), Damped(inputs_gram(150))
     found, before = with_feedback(matrix, gram, to_integers), None
     while before is None or not torch.equal(found, before):
         before, found = found, descended(matrix, found, gram, to_integers)
@@ -56,17 +61,19 @@ def test_descent_ends_where_no_number_alone_can_be_better():
 
 
 def test_descent_finds_the_best_of_all_choices_where_there_are_few():
-    gram = damped(inputs_gram(3, rows=3))
+    gram = Damped(inputs_gram(3, rows=3))
     matrix = 2 * draw(20, 3, seed=5)
     near = matrix.floor()[:, None] + torch.cartesian_prod(*[torch.arange(-1.0, 3.0)] * 3)
     apart = matrix[:, None] - near
-    best = (apart @ gram * apart).sum(-1).amin(1)
+    with gram.matrix() as whole:
+        best = (apart @ whole * apart).sum(-1).amin(1)
     plain = matrix.round()
     found = with_feedback(matrix, gram, to_integers)
     for _ in range(5):
         found = descended(matrix, found, gram, to_integers)
     apart, plain = matrix - found, matrix - plain
-    reached, rounded = ((each @ gram * each).sum(1) for each in (apart, plain))
+    with gram.matrix() as whole:
+        reached, rounded = ((each @ whole * each).sum(1) for each in (apart, plain))
     assert bool((reached >= best * (1 - 1e-5)).all())
     assert float((reached - best).sum()) < 0.1 * float((rounded - best).sum())
 
@@ -78,15 +85,17 @@ def test_columns_with_the_largest_inputs_come_first():
         seen.append(column)
         return numbers.round()
 
-    with_feedback(draw(2, 5), torch.diag(torch.tensor([2.0, 9.0, 1.0, 5.0, 4.0])), nearest)
+    with_feedback(draw(2, 5), Damped(torch.diag(torch.tensor([2.0, 9.0, 1.0, 5.0, 4.0]))), nearest)
     assert seen == [1, 3, 4, 0, 2]
 
 
 def test_the_order_of_the_inputs_does_not_matter():
-    matrix, gram = draw(16, 64, seed=2), damped(inputs_gram(64))
+    matrix, gram = draw(16, 64, seed=2), Damped(inputs_gram(64))
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     there = torch.empty_like(matrix)
-    there[:, order] = with_feedback(matrix[:, order], gram[order][:, order], to_integers)
+    with gram.matrix() as whole:
+        other = Damped(whole[order][:, order], 0)
+    there[:, order] = with_feedback(matrix[:, order], other, to_integers)
     assert torch.equal(with_feedback(matrix, gram, to_integers), there)
 
 
@@ -98,12 +107,13 @@ def test_the_order_of_the_inputs_does_not_matter():
     seed=st.integers(0, 2**16),
 )
 def test_scales_are_those_of_least_squares(m, n, count, seed):
-    matrix, gram = draw(m, n, seed=seed), damped(inputs_gram(n, seed))
+    matrix, gram = draw(m, n, seed=seed), Damped(inputs_gram(n, seed))
     scales = levels._scales(matrix, count)
     grid = levels._Grid(count, scales, n)
     units = grid.values[grid.indices(matrix)]
-    found = levels._fitted(matrix, units, gram, scales).float()
-    root = torch.linalg.cholesky(gram.double())
+    with gram.matrix() as whole:
+        found = levels._fitted(matrix, units, whole, scales).float()
+        root = torch.linalg.cholesky(whole.double())
     for row in range(m):
         columns = torch.stack([
             units[row, start : start + levels.GROUP].double() @ root[start : start + levels.GROUP]
@@ -116,3 +126,29 @@ def test_scales_are_those_of_least_squares(m, n, count, seed):
             assert apart.norm() <= 5e-3 * (columns @ best).norm()
         elif bool((best < -1e-3).any()):
             assert torch.equal(found[row], scales[row].float())
+
+
+@pytest.mark.parametrize("kind", [NF4(), SixLevels(), ThreeLevels(), RepairedThreeLevels(), FourBitLowRank()], ids=str)
+def test_matrices_with_the_same_inputs_are_rounded_together_as_one_by_one(kind):
+    gram = Gram("input", 300)
+    gram.add(draw(400, 300) @ draw(300, 300, seed=1))
+    weights, ranks = [draw(m, 300, seed=m) for m in (40, 24, 70)], [6, 4, 9]
+    fit = kind.rounding(factorize)
+    together = fit(weights, gram, ranks)
+    for weight, rank, found in zip(weights, ranks, together, strict=True):
+        (alone,) = fit([weight], gram, [rank])
+        packed = [kind.pack("weight", of, torch.float32) for of in (found, alone)]
+        assert all(torch.equal(part, packed[1][name]) for name, part in packed[0].items())
+
+
+def test_what_only_the_gram_decides_is_computed_once_and_is_the_same():
+    gram = Gram("input", 90)
+    gram.add(draw(200, 90))
+    first, before = damped(gram), gram.matrix.clone()
+    assert damped(gram) is first
+    assert torch.equal(first.inverse_factor, Damped(before.clone()).inverse_factor)
+    with_feedback(draw(3, 90), first, to_integers)
+    descended(draw(3, 90), draw(3, 90).round(), first, to_integers)
+    assert torch.equal(gram.matrix, before)  # it lends its diagonal, and no more
+    gram.add(draw(1, 90))
+    assert damped(gram) is not first

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from emloc_core.algorithms import levels
+from emloc_core.algorithms.feedback import Damped
 from emloc_core.algorithms.levels import GROUP, LEVELS
 
 
@@ -17,8 +18,12 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def rounded(matrix, gram, count):
+    return levels.rounded(matrix, Damped(gram, levels.damping(count)), count).pack()
+
+
 def unpacked(matrix, gram, count):
-    return levels.unpack(*levels.rounded(matrix, gram, count), tuple(matrix.shape), count, torch.float32)
+    return levels.unpack(*rounded(matrix, gram, count), tuple(matrix.shape), count, torch.float32)
 
 
 @pytest.mark.parametrize("count", LEVELS)
@@ -43,7 +48,7 @@ def test_every_level_is_the_mean_of_what_is_rounded_to_it(count):
 )  # fmt: skip
 def test_without_feedback_every_number_is_rounded_to_the_nearest(m, n, count, power, seed):
     matrix = draw(m, n, seed=seed) * 10**power
-    codes, scales = levels.rounded(matrix, torch.eye(n), count)
+    codes, scales = rounded(matrix, torch.eye(n), count)
     assert (codes.numel(), scales.numel()) == levels.sizes(count, m, n)
     found = levels.unpack(codes, scales, (m, n), count, torch.float32)
     choices = scales.float().repeat_interleave(GROUP, 1)[:, :n, None] * torch.tensor(LEVELS[count])
@@ -94,7 +99,7 @@ def test_with_six_levels_errors_stay_out_of_directions_without_inputs():
 @pytest.mark.parametrize("count", LEVELS)
 def test_a_packed_product_and_its_gradient_are_those_of_the_unpacked_matrix(count):
     matrix, x = draw(12, 40), draw(5, 40, seed=1).requires_grad_()
-    codes, scales = levels.rounded(matrix, torch.eye(40), count)
+    codes, scales = rounded(matrix, torch.eye(40), count)
     whole = levels.unpack(codes, scales, (12, 40), count, torch.float32)
     found = levels.product(x, codes, scales, (12, 40), count, torch.float32)
     assert torch.allclose(found, x @ whole.T, atol=1e-5)
@@ -104,7 +109,7 @@ def test_a_packed_product_and_its_gradient_are_those_of_the_unpacked_matrix(coun
 
 
 def test_what_is_traced_leaves_no_trace():
-    codes, scales = levels.rounded(draw(4, 6), torch.eye(6), 6)
+    codes, scales = rounded(draw(4, 6), torch.eye(6), 6)
     with FakeTensorMode(allow_non_fake_inputs=True):
         levels.unpack(codes, scales, (4, 6), 6, torch.float32)
     assert not isinstance(levels.unpack(codes, scales, (4, 6), 6, torch.float32), FakeTensor)

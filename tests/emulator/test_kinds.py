@@ -191,7 +191,7 @@ def test_four_bits_fitted_to_rows_are_bitsandbytes_own(m, n, zeros, seed):
         weight[m // 2 :] = 0
     gram = Gram("input", n)
     gram.add(inputs)
-    fitted = NF4().rounding(factorize)(weight, gram, 0)
+    fitted = NF4().rounding(factorize)([weight], gram, [0])[0]
     packed = list(NF4().pack("weight", fitted, torch.float32).values())
     u, v = NF4().unpack(packed, (m, n), torch.float32)  # by bitsandbytes
     assert torch.allclose(u @ v, fitted.u @ fitted.v, atol=1e-5)
@@ -206,7 +206,7 @@ def test_four_bits_fitted_to_rows_are_bitsandbytes_own(m, n, zeros, seed):
 def test_what_was_rounded_with_feedback_is_packed_as_it_is(m, n, rows, seed):
     generator = torch.Generator().manual_seed(seed)
     matrix, inputs = torch.randn(m, n, generator=generator), torch.randn(rows, n, generator=generator)
-    found = feedback.rounded(matrix, inputs.T @ inputs)
+    found = feedback.rounded([matrix], feedback.Damped(inputs.T @ inputs))[0]
     assert torch.equal(nf4.rounded(found), found)
     assert bool(torch.isfinite(found).all())
 
@@ -218,12 +218,12 @@ def test_feedback_lowers_the_error_of_the_outputs(columns):
     inputs = torch.randn(1000, columns, generator=generator) @ mixing
     matrix, gram = torch.randn(40, columns, generator=generator), Gram("input", columns)
     gram.add(inputs)
-    fitted, alone = NF4().rounding(factorize)(matrix, gram, 0), NF4().stand_in(matrix)
+    fitted, alone = NF4().rounding(factorize)([matrix], gram, [0])[0], NF4().stand_in(matrix)
 
     def lost(found):
         return float(((matrix - found) @ inputs.T).norm())
 
-    assert lost(feedback.rounded(matrix, inputs.T @ inputs)) < 0.7 * lost(nf4.rounded(matrix))
+    assert lost(feedback.rounded([matrix], feedback.Damped(inputs.T @ inputs))[0]) < 0.7 * lost(nf4.rounded(matrix))
     assert lost(fitted.u @ fitted.v) < 0.7 * lost(alone.u @ alone.v)
 
 
@@ -257,7 +257,7 @@ def test_v_makes_up_for_the_rounding_of_u():
     gram, outputs = Gram("input", 128), Gram("output", 96)
     gram.add(inputs)
     outputs.add(inputs @ weight.T)
-    fitted = FourBitLowRank().rounding(factorize)(weight, gram, 40)
+    fitted = FourBitLowRank().rounding(factorize)([weight], gram, [40])[0]
     exact = factorize(weight, outputs, 40)
     apart = nf4.rounded(exact.u) @ nf4.rounded(exact.v)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
 from emloc_core.algorithms import levels
 from emloc_core.algorithms.factorize import factorize, output_error
+from emloc_core.algorithms.feedback import damped
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator import propagation
@@ -38,7 +39,7 @@ def drawn(m, n, tokens, seed):
 
 
 def on_levels(weight, gram):
-    codes, scales = levels.rounded(weight, gram.matrix, 3, 0.1)
+    codes, scales = levels.rounded(weight, damped(gram, 0.1), 3).pack()
     return levels.unpack(codes, scales, tuple(weight.shape), 3, torch.float32)
 
 
@@ -47,10 +48,10 @@ def on_levels(weight, gram):
 def test_the_error_falls_with_the_rank_and_with_every_round(m, n, seed, monkeypatch):
     weight, gram = drawn(m, n, 200, seed)
     errors = [output_error(weight, on_levels(weight, gram), gram.matrix)]
-    errors += [KIND.rounding(factorize)(weight, gram, rank).relative_error() for rank in (2, 8, 32)]
+    errors += [KIND.rounding(factorize)([weight], gram, [rank])[0].relative_error() for rank in (2, 8, 32)]
     assert all(after < before for before, after in pairwise(errors))
     monkeypatch.setattr(RepairedThreeLevels, "rounds", 1)
-    assert KIND.rounding(factorize)(weight, gram, 8).relative_error() > errors[2]
+    assert KIND.rounding(factorize)([weight], gram, [8])[0].relative_error() > errors[2]
 
 
 def test_it_is_better_than_a_repair_of_the_weight_as_it_is_rounded_alone():
@@ -58,13 +59,13 @@ def test_it_is_better_than_a_repair_of_the_weight_as_it_is_rounded_alone():
     lost = (weight - on_levels(weight, gram)).double() @ torch.linalg.cholesky(gram.matrix.double())
     least = float(torch.linalg.svdvals(lost)[8:].norm())  # of any repair of that rank, in fp64
     least /= float((weight.double() @ torch.linalg.cholesky(gram.matrix.double())).norm())
-    assert KIND.rounding(factorize)(weight, gram, 8).relative_error() < least
+    assert KIND.rounding(factorize)([weight], gram, [8])[0].relative_error() < least
 
 
 @pytest.mark.parametrize("shape", [(96, 33), (17, 130), (5, 3)])
 def test_what_is_stored_is_what_was_fitted(shape):
     weight, gram = drawn(*shape, 200, 0)
-    found = KIND.rounding(factorize)(weight, gram, 2)
+    found = KIND.rounding(factorize)([weight], gram, [2])[0]
     packed = KIND.pack("weight", found, torch.float32)
     assert list(packed) == KIND.keys("weight")
     assert sum(part.nbytes for part in packed.values()) == KIND.nbytes(shape, 2, torch.float32)
@@ -126,7 +127,7 @@ def test_what_a_rank_gains_is_what_is_left_of_the_rounding_error():
     weight, gram = drawn(96, 64, 200, 0)
     outputs = float(((weight @ gram.matrix) * weight).sum())
     for rank in (4, 16):
-        found = KIND.decomposing(factorize)(weight, gram, rank)
+        found = KIND.decomposing(factorize)([weight], gram, [rank])[0]
         u, v = found.pair()
         left = output_error(weight, u @ v, gram.matrix) ** 2 * outputs
         assert float(found.spectrum[rank:].sum()) == pytest.approx(left, rel=1e-3)
