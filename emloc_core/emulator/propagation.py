@@ -219,7 +219,7 @@ def _pausing(
         reached.update([(stream.sample, linear.path), (stream.sample, linear.group)])
         if first_of_group:
             sink(inputs().clone())
-            stream.pause(places[linear.group], args)
+            stream.pause(places[linear.group], args, inside=True)
 
     def before(linear: LinearPlan) -> Callable[..., None]:
         return lambda _module, args: reaching(linear, lambda: args[0], args)

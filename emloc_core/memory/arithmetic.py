@@ -22,7 +22,7 @@ _PRODUCT = 2
 _EIGENVECTORS = 2 * (4 / 3 + 2)
 #: Operations for rounding with feedback, by m n^2: a pass that spreads errors, and two of coordinate descent.
 _ROUNDING = 7
-#: And by n^3: the inverse of the Gram, and the Cholesky factors before and after it.
+#: By n^3: the inverse of the Gram, and the Cholesky factors before and after it.
 _SPREADING = 4 / 3
 
 
@@ -108,7 +108,8 @@ def _decomposed(linears: Sequence[LinearPlan], positions: int, kind: Kind | None
     sides = sum(linear.out_features**2 for linear in linears if linear.tap == "output")
     inputs = {linear.group: linear.in_features for linear in linears if linear.tap != "output"}
     sides += sum(side**2 for side in inputs.values())
-    return _PRODUCT * positions * sides + sum(_stand_in(linear, kind) for linear in linears)
+    spread = sum(_spread(side, kind) for side in inputs.values()) if kind else 0.0
+    return _PRODUCT * positions * sides + spread + sum(_stand_in(linear, kind) for linear in linears)
 
 
 def _fitted(linears: Sequence[LinearPlan], positions: int, kind: Kind) -> float:
@@ -118,7 +119,7 @@ def _fitted(linears: Sequence[LinearPlan], positions: int, kind: Kind) -> float:
         n, m = group[0].in_features, sum(linear.out_features for linear in group)
         targets = n * n if m >= n else 2 * n * m
         total += _PRODUCT * positions * (n * n + targets) + n**3 / 3 + _PRODUCT * m * n * n
-        total += sum(_stand_in(linear, kind) for linear in group)
+        total += _spread(n, kind) + sum(_stand_in(linear, kind) for linear in group)
     return total
 
 
@@ -138,8 +139,12 @@ def _stand_in(linear: LinearPlan, kind: Kind | None) -> float:
 
 def _rounded(linear: LinearPlan) -> float:
     """Return what it takes to round a weight with feedback."""
-    m, n = linear.out_features, linear.in_features
-    return _ROUNDING * m * n * n + _SPREADING * n**3
+    return _ROUNDING * linear.out_features * linear.in_features**2
+
+
+def _spread(n: int, kind: Kind) -> float:
+    """Return what it takes to spread errors over n inputs: once for all weights of a group, once more for factors."""
+    return kind.keeps_weight * (1 + kind.has_factors) * _SPREADING * n**3
 
 
 def _refinement(epochs: int) -> int:

@@ -71,6 +71,7 @@ class Lockstep:
         self._results: list[Any] = []
         self._around: Callable[[int], AbstractContextManager[Any]] = lambda _: nullcontext()
         self._places: dict[int, str] = {}  # of the samples that wait
+        self._inside: set[int] = set()  # samples that wait inside a block
         self._finished: set[str] = set()
         # All samples pass through the last list's blocks, whatever they passed through before.
         self._shared = {unit for unit in self.units if unit.rpartition(".")[0] == block_lists[-1]}
@@ -109,7 +110,7 @@ class Lockstep:
                 for runner in self._runners:
                     if not runner.dead:
                         runner.throw(GreenletExit)
-                for held in (self.parking, self.waiting, self._places, self._finished):
+                for held in (self.parking, self.waiting, self._places, self._inside, self._finished):
                     held.clear()
                 self._driver, self._runners, self._results = None, [], []
 
@@ -141,10 +142,19 @@ class Lockstep:
         self._park(sample)
         return str(place)
 
-    def pause(self, place: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
-        """Pause the running sample at a unit, or where the unit's visitor wants it; outside a sample, do nothing."""
+    def pause(
+        self, place: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *, inside: bool = False
+    ) -> None:
+        """Pause the running sample at a unit, or where the unit's visitor wants it; outside a sample, do nothing.
+
+        Args:
+            place: where.
+            args, kwargs: that it waits with.
+            inside: whether that is inside a block, where a sample holds more than at its ends.
+        """
         if self._driver is not None and getcurrent() is not self._driver:
             self.waiting[self.sample] = (args, kwargs or {})
+            (self._inside.add if inside else self._inside.discard)(self.sample)
             self._driver.switch(place)
 
     @contextmanager
@@ -159,9 +169,9 @@ class Lockstep:
 
     def _park(self, sample: int) -> None:
         place, arguments = self._places[sample], self.waiting[sample]
-        inside = place not in self.units
+        inside = sample in self._inside
         # What other modules are called with may be the row's own inputs, which two samples share.
-        hidden = arguments[0][0] if arguments[0] and (inside or place in self._once) else None
+        hidden = arguments[0][0] if arguments[0] and (place in self._once or place not in self.units) else None
         self.parking.enter(sample, arguments, hidden, inside=inside)
 
     def _drive(self, at: Callable[[str], AbstractContextManager[Any]], last: str | None) -> None:

@@ -27,8 +27,8 @@ class Parking:
     Args:
         limit: bytes that may stay on the device.
         shared: the model's own buffers, which always stay.
-        directory: where a file for the rest is made; None: the rest goes to CPU memory. With a file there is no limit
-            at units, and inside a block samples may hold as much as the hidden states that they reached it with.
+        directory: where a file is made for the hidden states of samples that wait inside a block; None: there is none,
+            and what is beyond the limit goes to CPU memory.
     """
 
     def __init__(self, limit: float, shared: Iterable[torch.Tensor] = (), directory: Path | None = None) -> None:
@@ -38,7 +38,6 @@ class Parking:
         self._held: dict[int, int] = {}  # sample -> its bytes on the device
         self._moved: dict[int, list[_Moved]] = {}
         self._hidden: dict[int, list[weakref.ref[torch.Tensor]]] = {}  # what a sample's units were called with
-        self._came_with: dict[int, int] = {}  # sample -> bytes of the hidden states that it reached its block with
         self._directory = directory
         self._file: ScratchFile | None = None
         self._room: dict[int, tuple[int, int]] = {}  # sample -> the place in the file that is its own, and its length
@@ -74,10 +73,8 @@ class Parking:
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         storages = {pointer: storage for pointer, storage in storages.items() if pointer not in self._shared}
         size = sum(storage.nbytes() for storage in storages.values())
-        held = sum(self._held.values()) + size
-        if not inside:
-            self._came_with[sample] = hidden.nbytes if isinstance(hidden, torch.Tensor) else 0
-        if held <= (sum(self._came_with.values()) if inside and self._directory else self.limit):
+        to_file = inside and self._directory is not None
+        if not to_file and sum(self._held.values()) + size <= self.limit:
             self._held[sample] = size
         else:
             self._moved[sample] = self._move(sample, list(storages.values()), size)
@@ -97,7 +94,7 @@ class Parking:
 
     def clear(self) -> None:
         """Forget all samples, which will not resume."""
-        for each in (self._held, self._moved, self._hidden, self._came_with, self._room):
+        for each in (self._held, self._moved, self._hidden, self._room):
             each.clear()
         self._end = 0
         if self._file:
