@@ -236,12 +236,13 @@ class MemoryModel:
             model = self._cut(depths)
             if plan is not None:
                 self.kind.replace(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
+            # Every layer is planned like the few that are traced, of which none might be among those that are chosen.
+            train = self.workload.train.model_copy(update={"layers_to_transform": None})
             lora: Any = get_peft_model(
                 model,
-                lora_config(self.workload.train, self.targets),
+                lora_config(train, self.targets),
                 low_cpu_mem_usage=True,
             )
-            train = self.workload.train
             return trace_training(
                 lora,
                 self.towers,
