@@ -65,7 +65,6 @@ def run(output: Path, screen: "Screen") -> dict[str, Any]:
     Raises:
         EmlocError: a package is missing, or a stage failed. What is done is kept.
     """
-    from emloc_core.recipe.page import write_page
     from emloc_core.recipe.run import run_recipe
 
     recipe = output / "recipe.toml"
@@ -86,7 +85,8 @@ def run(output: Path, screen: "Screen") -> dict[str, Any]:
             says.append(current.enter_context(screen.step(name, BEGINNING[name], *told, before=before)))
 
         results = run_recipe(recipe, announce=announce, progress=lambda event: says[-1](happening(event)))
-    write_page(output, output / "report.html")
+    with screen.step("report", "writing the page of the run", lambda: f"{output / 'report.html'}"):
+        _in_a_process("reported", output, output)
     return {**results, "plan": plan}
 
 

@@ -1,4 +1,4 @@
-"""What the demo does before its recipe runs, in processes of their own: the demo's own stays small."""
+"""What the demo does around its recipe, in processes of their own: the demo's own stays small."""
 
 from pathlib import Path
 from typing import Any
@@ -20,3 +20,10 @@ def planned(argument: str) -> dict[str, Any]:
     found = load_recipe(Path(argument))
     tuning = found.train.model_dump(include=set(MEMORY_SETTINGS), exclude_unset=True)
     return plan(found.model.base, memory=found.model.memory, data=found.data.train, **tuning).describe()
+
+
+def reported(argument: str) -> str:
+    """Write the page of the run in the directory ``argument``; return its path."""
+    from emloc_core.recipe.page import write_page
+
+    return str(write_page(Path(argument), Path(argument) / "report.html"))

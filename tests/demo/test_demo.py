@@ -168,7 +168,7 @@ def test_the_whole_way_in_a_few_steps(short_demo, emloc):
     code, out, err = emloc("demo", "-o", short_demo)
     assert code == 0, err
     assert [line.split()[1] for line in err.splitlines() if line.startswith("✓")] == [
-        "prepare", "plan", "compress", "train", "correct", "eval"
+        "prepare", "plan", "compress", "train", "correct", "eval", "report"
     ]  # fmt: skip
     assert "fitting block 1 of" in err or "reading the model" in err
     first = json.loads((short_demo / "data" / "test.jsonl").read_text().splitlines()[0])
@@ -177,7 +177,7 @@ def test_the_whole_way_in_a_few_steps(short_demo, emloc):
     assert "base+corrected" in out
     assert all((short_demo / name).is_file() for name in ("figure.png", "report.html", "table.md"))
     code, out, err = emloc("demo", "-o", short_demo, "--json")
-    assert err.count("there already") == 5  # all but the plan
+    assert err.count("there already") == 5  # all but the plan and the page
     results = json.loads(out)
     assert set(results["systems"]) == {"base", "emulator+lora", "base+corrected"}
     assert results["plan"]["best"] == WAYS[2]["name"]
@@ -185,10 +185,10 @@ def test_the_whole_way_in_a_few_steps(short_demo, emloc):
 
 def test_a_quiet_screen_shows_nothing(capsys):
     for quiet, shown in ((False, 1), (True, 0)):
-        with Screen("1.2GB", quiet=quiet).step("plan", "computing", lambda: "the outcome", lambda: 10**9) as say:
+        with Screen("1.3GB", quiet=quiet).step("plan", "computing", lambda: "the outcome", lambda: 10**9) as say:
             say("computing on")
         err = capsys.readouterr().err
-        assert [err.count(text) for text in ("1.2GB", "computing", "the outcome", "1 GB")] == [shown] * 4
+        assert [err.count(text) for text in ("1.3GB", "computing", "the outcome", "1 GB")] == [shown] * 4
 
 
 def test_what_is_there_is_kept_and_said_to_be_if_it_differs(tmp_path, monkeypatch, capsys):
