@@ -30,7 +30,7 @@ from emloc_core.memory.workload import Workload
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.overhead import overhead
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.settings import ALL_LINEAR, CompressSettings
+from emloc_core.settings import ALL_LINEAR, FACTORS, CompressSettings
 from emloc_core.tuning.trl import lora_config
 
 if TYPE_CHECKING:
@@ -71,14 +71,14 @@ class MemoryModel:
     Args:
         config_file: the model's ``config.json``.
         workload: the batch, and how it is trained on.
-        settings: how an emulator is made; the length of its rows is ignored. None: by default.
+        settings: how an emulator is made; the length of its rows is ignored. None: factors, of which a ratio says all.
 
     Raises:
         EmlocError: the config lacks a field, or no family declares it.
     """
 
     def __init__(self, config_file: Path, workload: Workload, settings: CompressSettings | None = None) -> None:
-        self.config_file, self.settings = config_file, (settings or CompressSettings()).settled()
+        self.config_file, self.settings = config_file, (settings or CompressSettings(kind=FACTORS)).settled()
         self.kind: Kind = plugin_manager().algorithm("emulators", self.settings.kind)()
         self._known = known(config_file)
         self.family = self._known.family
