@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 from hypothesis import HealthCheck, given, settings
@@ -29,9 +28,6 @@ ENTRIES = load_entries()
 OF_PLAN = {"lora_rank", "target_modules", "batch_size"}
 
 
-real_build = MemoryModel._build
-
-
 def tuning(model, plan=None, **_):
     """Stand for what takes seconds to trace: weights as they are, and activations that grow as real ones do."""
     weights = model.parameters() * model.dtype.itemsize if plan is None else model.emulator_bytes(plan)
@@ -48,13 +44,7 @@ def stood_in(config: Path, length: int) -> Iterator[None]:
     def workload(file, train, device, **_):
         return make_workload(file, train, device, length=length)
 
-    built: dict[str, Any] = {}  # every command builds the same model
-
-    def build(self: MemoryModel) -> Any:
-        return built.setdefault("model", built.get("model") or real_build(self))
-
     patches = {
-        "emloc_core.memory.model.MemoryModel._build": build,
         "emloc_core.memory.model.MemoryModel.tuning": tuning,
         "emloc_core.memory.model.MemoryModel.inference": lambda self: Need("inference", {"weights": self.parameters()}),
         "emloc_core.memory.decision.make_workload": workload,
