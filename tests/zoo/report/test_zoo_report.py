@@ -93,6 +93,12 @@ def test_memory_says_whether_it_was_measured(by_name):
     ]
 
 
+def test_the_kind_and_the_losses_are_told(written, content):
+    done = next(job for job in content["jobs"] if job["losses"])
+    assert (done["kind"], done["losses"]) == ("low-rank", {"tuning": 0.41, "base": 0.38})
+    assert "tuning 0.41, base 0.38" in (written / TEXT).read_text()
+
+
 def test_planned_weights_are_said_to_be(written):
     rows = [line for line in (written / TEXT).read_text().splitlines() if line.startswith("| waits |")]
     assert "16 GB → 9.6 GB (planned)" in rows[0]
