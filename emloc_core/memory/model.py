@@ -198,7 +198,9 @@ class MemoryModel:
     def _work(self, stage: str, plan: RankPlan | None) -> str:
         """Return a digest of all that a trace of the model depends on."""
         train = self.workload.train
-        lora = train.model_dump(include={"lora_rank", "lora_dropout", "gradient_checkpointing", "bf16"})
+        of_steps = {"lora_dropout", "gradient_checkpointing", "bf16"}
+        of_lora = {"lora_rank", "rank_pattern", "modules_to_save", "trainable_token_indices"}
+        lora = train.model_dump(include=of_steps | of_lora)
         emulator = None if plan is None else (self.kind.name, sorted(plan.ranks.items()))
         return cache.key(
             stage, self._inputs, self.workload.device, lora, train.accumulation > 1, self.targets, emulator

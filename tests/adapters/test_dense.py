@@ -17,6 +17,8 @@ from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, TrainSettings
 from emloc_core.tuning.exact import ExactTrain, Polish
 from emloc_core.tuning.train import Train
@@ -159,3 +161,17 @@ def test_tokens_beyond_the_vocabulary_are_refused(models, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": [5, 10**6]}))
     with pytest.raises(EmlocError, match="does not fit"):
         Merge(Adapter(adapter), Checkpoint(base), tmp_path / "merged")
+
+
+def test_the_plan_counts_what_is_trained(models):
+    file = models[0] / "config.json"
+
+    def planned(**settings):
+        train = TrainSettings(**settings)
+        return MemoryModel(file, Workload(batch_size=1, length=16, train=train)).tuning().terms["adapter"]
+
+    config = json.loads(file.read_text())
+    head = 4 * config["vocab_size"] * config["hidden_size"]  # fp32
+    assert planned(modules_to_save=["lm_head"]) == planned() + head
+    assert planned(rank_pattern={"q_proj": 16}) > planned()
+    assert planned(layers_to_transform=[2]) == planned()  # every layer is planned like those that are traced
