@@ -48,6 +48,7 @@ emulator.result["byte"]
 """
 
 
+@pytest.mark.thorough
 def test_mypy_finds_every_wrong_setting_and_no_right_one(tmp_path):
     (tmp_path / "program.py").write_text(RIGHT + WRONG)
     libraries = "torch,transformers,peft,trl,datasets,accelerate,huggingface_hub,numpy,pydantic,rich,lm_eval,jinja2"

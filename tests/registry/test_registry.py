@@ -320,6 +320,7 @@ def test_planning_from_a_file(write: Callable[..., Path]) -> None:
     assert str(result.exception).startswith(f"{file} has no hidden_size")
 
 
+@pytest.mark.thorough
 def test_dynamic_rotary_embeddings_are_planned_as_the_default(write: Callable[..., Path]) -> None:
     """They ask for the longest row's length, which InternVL's published configs do."""
     rope = '[config.rope_parameters]\nrope_type = "{}"\nrope_theta = 10000.0\nfactor = 2.0\n'

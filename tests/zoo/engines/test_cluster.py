@@ -181,6 +181,7 @@ def test_a_killed_driver_leaves_nothing_behind(cluster, jobs, rows_file, tmp_pat
     assert not workers(zoo)
 
 
+@pytest.mark.thorough
 def test_fetches_what_a_node_does_not_have(jobs, tmp_path):
     place, storage = tmp_path / "elsewhere", Storage("memory://zoo")
     shutil.copytree(jobs[0].model, place)
