@@ -244,8 +244,8 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     factorising = 8 * (4 * n**2 + 3 * m * n)
     held = 4 * (4 * m**2 + 3 * m * n)  # of the block's factors, at the largest ranks
     expected = [
-        ({"kind": "nf4"}, 4 * (5 * n**2 + 4 * m * n)),
-        ({"kind": "1.6-bit"}, 4 * (5 * n**2 + 4 * m * n)),
+        ({"kind": "nf4"}, 4 * (4 * n**2 + 4 * m * n)),
+        ({"kind": "1.6-bit"}, 4 * (4 * n**2 + 4 * m * n)),
         ({"kind": "low-rank-nf4", "allocator": "uniform"}, factorising + 4 * n * (2 * n + m)),
         ({"kind": "1.6-bit+repair"}, factorising + 4 * n * (2 * n + m)),
         ({"kind": "low-rank-nf4", "calibration": "base", "samples": 32}, factorising + inputs),
