@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 from emloc_core.data.messages import Message
 from emloc_core.data.rows import Row
@@ -163,7 +163,7 @@ def require_template(row: Row, processing: Any) -> None:
         EmlocError: the tokenizer or processor has none.
     """
     if not processing.chat_template:
-        what = "processor" if isinstance(processing, ProcessorMixin) else "tokenizer"
+        what = "tokenizer" if isinstance(processing, PreTrainedTokenizerBase) else "processor"
         raise EmlocError(
             f"{row.name} is a conversation, but the model's {what} has no chat template.",
             "Use a model tuned for chat, add a chat_template, or give prompt and completion as strings.",

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 from emloc_core.data.chat_template import Encoded, common_prefix, encode_conversations, from_start, require_template
 from emloc_core.data.images import pillow
@@ -24,8 +24,11 @@ from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files import pretrained
 
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin  # which imports the base class of every model: two seconds
+
 #: Turns rows into a model's inputs: its tokenizer or, for rows with images, its processor.
-Processing = PreTrainedTokenizerBase | ProcessorMixin
+Processing: TypeAlias = "PreTrainedTokenizerBase | ProcessorMixin"
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return _load("AutoTokenizer", directory, "tokenizer")
 
 
-def load_processor(directory: Path) -> ProcessorMixin:
+def load_processor(directory: Path) -> "ProcessorMixin":
     """Return the processor of an image-text model, with a tokenizer that can pad.
 
     Raises:
@@ -100,6 +103,8 @@ def load_processor(directory: Path) -> ProcessorMixin:
     """
     pillow()  # without it, transformers would complain about the file's contents
     processor = _load("AutoProcessor", directory, "processor")
+    from transformers import ProcessorMixin
+
     if not isinstance(processor, ProcessorMixin):
         raise EmlocError(
             f"{directory} has no processor, so images cannot be read.",
@@ -199,7 +204,7 @@ def tokenized(
     Raises:
         EmlocError: a row cannot be tokenized, or is longer than the model's limit; the message names it.
     """
-    if isinstance(processing, ProcessorMixin):
+    if not isinstance(processing, PreTrainedTokenizerBase):
         for row in rows:
             yield _within(limits, row, _with_images(row, processing, max_length, dtype))
         return
@@ -256,7 +261,7 @@ def trl_example(row: Row) -> dict[str, Any]:
     return {"prompt": in_parts(row.prompt), "completion": in_parts(row.completion), "images": images}
 
 
-def _with_images(row: Row, processor: ProcessorMixin, max_length: int | None, dtype: torch.dtype) -> Sample:
+def _with_images(row: Row, processor: "ProcessorMixin", max_length: int | None, dtype: torch.dtype) -> Sample:
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # heavy, and needed only here
 
     if row.loss == "all":
