@@ -10,7 +10,7 @@ from torch import nn
 
 from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
-from emloc_core.emulator.sensitivity import PROBES
+from emloc_core.emulator.sensitivity import PROBES, RATIO
 from emloc_core.experts import experts_per_token
 from emloc_core.kinds import Kind
 from emloc_core.memory.model import MemoryModel
@@ -64,6 +64,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
         if model.method.by_spectra:
             probed = min(PROBES, settings.samples) * per_row
             own += _PRODUCT * base * (all_rows + probed * (1 + len(linears)))
+            own -= int(_PRODUCT * probed * (1 - RATIO) * sum(linear.numbers for linear in linears))  # each once, cut
             single += _decomposed(linears, all_rows)
             single += sum(_rounded(linear) for linear in linears) * (kind.has_factors and kind.keeps_weight)
         if propagated:
@@ -72,7 +73,8 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
         elif not (model.method.by_spectra and model.method.is_cut):
             own += _PRODUCT * all_rows * base
             single += _decomposed(linears, all_rows, kind)
-        own += _PRODUCT * all_rows * _refinement(settings.refine) * sum(linear.numbers for linear in linears)
+        if settings.refine:
+            own += _PRODUCT * all_rows * (emulator + _refinement(linears, settings.refine))
     return Operations(own, single)
 
 
@@ -147,6 +149,10 @@ def _spread(n: int, kind: Kind) -> float:
     return kind.keeps_weight * (1 + kind.has_factors) * _SPREADING * n**3
 
 
-def _refinement(epochs: int) -> int:
-    """Return how often a block is passed through: three times in each step, and three times after the last."""
-    return 3 + 3 * epochs if epochs else 0
+def _refinement(linears: Sequence[LinearPlan], epochs: int) -> int:
+    """Return how many numbers a position is multiplied by: three times in each step, to compare, and to measure errors.
+
+    What the first group reads needs no gradient.
+    """
+    numbers = [sum(linear.numbers for linear in group) for group in _groups(linears)]
+    return (2 + 3 * epochs) * sum(numbers) - epochs * sum(numbers[:1])
