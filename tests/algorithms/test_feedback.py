@@ -128,7 +128,9 @@ def test_scales_are_those_of_least_squares(m, n, count, seed):
             assert torch.equal(found[row], scales[row].float())
 
 
-@pytest.mark.parametrize("kind", [NF4(), SixLevels(), ThreeLevels(), RepairedThreeLevels(), FourBitLowRank()], ids=str)
+@pytest.mark.parametrize(
+    "kind", [NF4(), SixLevels(), ThreeLevels(), RepairedThreeLevels(), FourBitLowRank()], ids=lambda kind: kind.name
+)
 def test_matrices_with_the_same_inputs_are_rounded_together_as_one_by_one(kind):
     gram = Gram("input", 300)
     gram.add(draw(400, 300) @ draw(300, 300, seed=1))
