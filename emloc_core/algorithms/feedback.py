@@ -23,6 +23,9 @@ _LEAST = 1e-12  # where all inputs are 0: what it takes to invert the Gram in fp
 #: Passes of coordinate descent; more gain next to nothing.
 PASSES = 2
 _COLUMNS = 64  # whose errors are passed on together
+#: Rows from which several threads help with a column. With fewer, they mostly wait for each other: on two cores that
+#: other processes use too, 1536 rows took ten times as long with two threads as with one.
+_SHARED = 4096
 
 #: Takes numbers, (m,), and the index of their column, and returns them rounded.
 Nearest = Callable[[torch.Tensor, int], torch.Tensor]
@@ -83,6 +86,18 @@ class Damped:
         return torch.linalg.cholesky(found, upper=True, out=found)
 
 
+@contextmanager
+def threads_for(rows: int) -> Iterator[None]:
+    """Let torch compute with one thread where so few rows are rounded that others would wait more than they help."""
+    before = torch.get_num_threads()
+    if rows < _SHARED:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch.Tensor:
     """Round a matrix column by column, those with the largest inputs first.
 
@@ -104,12 +119,13 @@ def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch
         factor = spread[start:stop, start:stop].contiguous()
         diagonal = factor.diagonal().tolist()
         steps = zip(block.unbind(), errors.unbind(), factor.unbind(), diagonal, places[start:stop], strict=True)
-        for index, (numbers, error, row, pivot, place) in enumerate(steps, start=1):
-            values = nearest(numbers, place)
-            torch.sub(numbers, values, out=error).div_(pivot)
-            numbers.copy_(values)
-            if index < len(block):
-                block[index:].addr_(row[index:], error, alpha=-1)
+        with threads_for(len(matrix)):
+            for index, (numbers, error, row, pivot, place) in enumerate(steps, start=1):
+                values = nearest(numbers, place)
+                torch.sub(numbers, values, out=error).div_(pivot)
+                numbers.copy_(values)
+                if index < len(block):
+                    block[index:].addr_(row[index:], error, alpha=-1)
         work[stop:].addmm_(spread[start:stop, stop:].T, errors, alpha=-1)
     found = torch.empty_like(work)
     found[gram.order] = work
@@ -143,12 +159,13 @@ def descended(matrix: torch.Tensor, rounded: torch.Tensor, gram: Damped, nearest
                 block.unbind(), slope.unbind(), changes.unbind(), curvature.unbind(), diagonal,
                 range(start, stop), strict=True,
             )  # fmt: skip
-            for index, (numbers, towards, change, row, pivot, place) in enumerate(steps, start=1):
-                values = nearest(towards.div_(pivot).add_(numbers), place)
-                torch.sub(values, numbers, out=change)
-                numbers.copy_(values)
-                if index < len(block):
-                    slope[index:].addr_(row[index:], change, alpha=-1)
+            with threads_for(len(matrix)):
+                for index, (numbers, towards, change, row, pivot, place) in enumerate(steps, start=1):
+                    values = nearest(towards.div_(pivot).add_(numbers), place)
+                    torch.sub(values, numbers, out=change)
+                    numbers.copy_(values)
+                    if index < len(block):
+                        slope[index:].addr_(row[index:], change, alpha=-1)
             descent[stop:].addmm_(whole[start:stop, stop:].T, changes, alpha=-1)
     return found.T
 

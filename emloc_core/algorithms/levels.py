@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from emloc_core.algorithms import packed
-from emloc_core.algorithms.feedback import DAMPING, PASSES, Damped, descended, with_feedback
+from emloc_core.algorithms.feedback import DAMPING, PASSES, Damped, descended, threads_for, with_feedback
 
 #: The levels of a standard normal distribution, by how many there are.
 LEVELS = {
@@ -180,7 +180,8 @@ def _at(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 def _scales(matrix: torch.Tensor, levels: int) -> torch.Tensor:
     """Return the scale of every group of a row, (m, groups), bf16 and above 0, that loses least without feedback."""
     rows = max(1, _NUMBERS.get(matrix.device.type, _NUMBERS["cuda"]) // matrix.shape[1])
-    return torch.cat([_scales_of_rows(part, levels) for part in matrix.split(rows)])
+    with threads_for(rows):
+        return torch.cat([_scales_of_rows(part, levels) for part in matrix.split(rows)])
 
 
 def _scales_of_rows(matrix: torch.Tensor, levels: int) -> torch.Tensor:
