@@ -52,7 +52,9 @@ def of_a_forward(planned: MemoryModel, model: Any) -> int:
 def plan_of(family: Family, settings: dict[str, Any], place: Path, **chosen: Any) -> MemoryModel:
     images, size = int(family.modality == "image-text"), (16, 24) if family is QWEN_VL else None
     given = replace(workload(batch=2, length=48, images=images), image_size=size)
-    return MemoryModel(write_config(place, family, **settings), given, CompressSettings(**chosen))
+    return MemoryModel(
+        write_config(place, family, **settings), given, CompressSettings(**{"kind": "low-rank", **chosen})
+    )
 
 
 @pytest.mark.parametrize(("family", "settings"), CASES, ids=label)
