@@ -133,15 +133,17 @@ def test_a_trace_equals_a_step_with_images(family: Family, settings: dict, tmp_p
     file = write_config(tmp_path / "model", family, **settings)
     size = (16, 24) if family is QWEN_VL else None
     model = MemoryModel(file, replace(workload(batch=2, length=60, images=2), image_size=size))
-    real = AutoModelForImageTextToText.from_config(model.config, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(file.parent)
+    real = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     inputs = images_of(file, size)
     real_peak = allocated(real, inputs, lambda: real(**inputs, use_cache=True, logits_to_keep=1))
     assert tensors(model.inference()) == pytest.approx(real_peak, rel=0.01)
 
 
 def test_a_trace_equals_a_step_of_experts(tmp_path: Path) -> None:
-    model = MemoryModel(write_config(tmp_path / "model", QWEN_MOE), workload(batch=2, length=200))
-    real = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).eval()
+    file = write_config(tmp_path / "model", QWEN_MOE)
+    model = MemoryModel(file, workload(batch=2, length=200))
+    real = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file.parent), dtype=torch.float32).eval()
     ids = torch.ones(2, 200, dtype=torch.int64)
     mask = torch.ones_like(ids)
     mask[0, :10] = 0

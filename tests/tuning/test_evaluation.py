@@ -177,12 +177,12 @@ def test_a_resumed_polish_knows_the_loss_that_it_began_with(
 
 def test_a_share_of_the_rows_is_held_out_by_content():
     rows = load_rows(example_rows())
-    kept, evaluated = divide(rows, EvalRows(split="0.1"), None, "train", TrainSettings(), [])
+    kept, evaluated = divide(rows, EvalRows(split="0.1"), None, "train", TrainSettings(), [], {})
     assert len(evaluated) == 12
     assert {row.key for row in kept} == {row.key for row in rows} - {row.key for row in evaluated}
-    _, again = divide(rows[::-1], EvalRows(split=".1"), None, "train", TrainSettings(seed=1), [])
+    _, again = divide(rows[::-1], EvalRows(split=".1"), None, "train", TrainSettings(seed=1), [], {})
     assert {row.key for row in again} == {row.key for row in evaluated}
-    assert divide(rows, EvalRows(), None, "train", TrainSettings(), []) == (rows, [])
+    assert divide(rows, EvalRows(), None, "train", TrainSettings(), [], {}) == (rows, [])
 
 
 def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_file, held_out, tmp_path):
@@ -198,7 +198,7 @@ def test_what_cannot_be_evaluated_is_one_error(tiny_model, tiny_emulator, rows_f
     with pytest.raises(EmlocError, match="was made from another base than"):
         train(tiny_emulator, rows_file, tmp_path / "a", EvalRows(data=str(held_out), on_base=True, base=str(other)))
     with pytest.raises(EmlocError, match="No row is left to evaluate"):
-        divide(load_rows(held_out), EvalRows(data=str(held_out)), None, "train", TrainSettings(), [held_out])
+        divide(load_rows(held_out), EvalRows(data=str(held_out)), None, "train", TrainSettings(), [held_out], {})
 
 
 @pytest.mark.parametrize(
