@@ -13,7 +13,6 @@ from support.adapters import contents, make_adapter
 from support.models import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-import emloc_core.algorithms.factorize
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.correct import Correct
 from emloc_core.algorithms.allocation import largest_rank, uniform
@@ -28,6 +27,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs, hash_files
 from emloc_core.files.output import read_manifest
+from emloc_core.kinds import LowRank
 from emloc_core.layers import LowRankLinear
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import make_request
@@ -162,13 +162,13 @@ def test_a_lora_tuned_on_a_cut_emulator_is_carried_over(tiny_model, kept, tmp_pa
 @pytest.fixture
 def counted(monkeypatch):
     """How many Linears were factorised."""
-    calls, inner = [], emloc_core.algorithms.factorize.factorize
+    calls, inner = [], LowRank.factorize
 
     def factorize(*args):
         calls.append(1)
         return inner(*args)
 
-    monkeypatch.setattr(emloc_core.algorithms.factorize, "factorize", factorize)
+    monkeypatch.setattr(LowRank, "factorize", staticmethod(factorize))
     return calls
 
 

@@ -8,13 +8,13 @@ from support.adapters import contents, make_adapter
 from support.killed import kill, run_until_killed
 from transformers import AutoModelForCausalLM
 
-import emloc_core.algorithms.factorize
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.kinds import LowRank
 from emloc_core.settings import CompressSettings, CorrectSettings
 
 
@@ -77,8 +77,8 @@ def folded(sharded, tmp_path_factory):
 @pytest.fixture
 def factorised(monkeypatch):
     """The Linears that were factorised in this process."""
-    calls, inner = [], emloc_core.algorithms.factorize.factorize
-    monkeypatch.setattr(emloc_core.algorithms.factorize, "factorize", lambda *args: (calls.append(1), inner(*args))[1])
+    calls, inner = [], LowRank.factorize
+    monkeypatch.setattr(LowRank, "factorize", staticmethod(lambda *args: (calls.append(1), inner(*args))[1]))
     return calls
 
 
