@@ -68,9 +68,9 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def refused(function: Callable[..., Any], *arguments: Any) -> str:
+def refused(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     with pytest.raises(EmlocError) as caught:
-        function(*arguments)
+        function(*arguments, **options)
     return str(caught.value)
 
 
@@ -149,23 +149,23 @@ def test_published_counts(published: str, tied_twice: bool, agrees: bool, digits
 @pytest.mark.parametrize("name", ["SmolLM2-135M", pytest.param("InternVL2_5-1B", marks=pytest.mark.thorough)])
 def test_a_memory_target_is_planned(name: str) -> None:
     (entry,) = find(name)
-    found = resolve(entry, "inference")
+    found, _ = resolve(entry, "inference")
     assert found.kind == fit(entry, preset="inference").kind == RECOMMENDED[0]
     assert found.ratio is None
-    factors = resolve(entry, "inference", given={"kind": "low-rank"}).ratio
+    factors = resolve(entry, "inference", given={"kind": "low-rank"})[0].ratio
     assert factors is not None
     assert 0 < factors < 1
-    assert resolve(entry).ratio == entry.presets["default"].ratio
+    assert resolve(entry)[0].ratio == entry.presets["default"].ratio
 
 
 def test_another_kind_is_planned_for_a_memory_target_and_takes_no_ratio_of_a_preset() -> None:
     (entry,) = find("SmolLM2-135M")
-    assert resolve(entry, given={"kind": "nf4"}) == CompressSettings(kind="nf4")
-    assert resolve(entry, "inference", given={"kind": "low-rank-nf4", "ratio": 0.2}).ratio == 0.2
-    factors = resolve(entry, "inference", given={"kind": "low-rank-nf4", "samples": 8})
+    assert resolve(entry, given={"kind": "nf4"})[0] == CompressSettings(kind="nf4")
+    assert resolve(entry, "inference", given={"kind": "low-rank-nf4", "ratio": 0.2})[0].ratio == 0.2
+    factors, _ = resolve(entry, "inference", given={"kind": "low-rank-nf4", "samples": 8})
     assert factors.samples == 8
     assert factors.ratio is not None
-    assert factors.ratio > (resolve(entry, "inference", given={"kind": "low-rank"}).ratio or 1)
+    assert factors.ratio > (resolve(entry, "inference", given={"kind": "low-rank"})[0].ratio or 1)
 
 
 def test_find() -> None:
