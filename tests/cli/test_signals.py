@@ -23,14 +23,15 @@ time.sleep(600)
 
 RUN = """
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from emloc_core.recipe import run
 from emloc_core.cli import main
 output = sys.argv[1]
-run.load_recipe, run.with_alternative = lambda *_: SimpleNamespace(output=output), lambda recipe: recipe
+run.load_recipe, run.decided = lambda *_: SimpleNamespace(output=output), lambda recipe: recipe
 request = SimpleNamespace(stage="train", to_json=dict)
-found = [SimpleNamespace(name="adapter", purpose="tune", request=request)]
-run.attempts = lambda recipe: [None]
+found = [SimpleNamespace(name="adapter", purpose="tune", request=request, output=Path(output) / "adapter")]
+run.tried = lambda recipe: [SimpleNamespace(is_first=True)]
 run.stages = run.stages_of = lambda *_: found
 sys.executable = sys.argv[2]
 sys.argv[1:] = ["run", "recipe.toml"]
