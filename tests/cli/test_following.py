@@ -60,6 +60,8 @@ def test_the_printed_commands_lead_from_the_emulator_to_an_answer(emloc, tiny_mo
 )
 def test_every_stage_has_one(stage, content, first, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "emloc.json").write_text('{"kind": "any", "request": {}, "result": {}}')
     assert following(make_request(stage, output="out", **content), Result("out"))[0] == first
 
 
