@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.run import call_here
@@ -57,6 +58,7 @@ def stood_in(config: Path, length: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.thorough
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     entry=st.sampled_from(ENTRIES),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from emloc_qwen import QWEN_VL
-from support.planned import TINY, label, workload, write_config
+from support.planned import CASES, label, workload, write_config
 
 import emloc_core.memory.cache as kept
 from emloc_core.api import plan
@@ -96,15 +96,15 @@ def test_what_depends_on_something_else_is_traced(
     ids=["cut", "binary", "list", "empty", "other", "gone"],
 )
 def test_a_damaged_file_is_made_again(
-    damage: Callable[[Path], Any], place: Path, tiny_model: Path, traces: list[str]
+    damage: Callable[[Path], Any], place: Path, shallow_model: Path, traces: list[str]
 ) -> None:
-    fresh = planned(tiny_model / "config.json")
+    fresh = planned(shallow_model / "config.json")
     traced = len(traces)
     for path in place.glob("*.json"):
         damage(path)
-    assert planned(tiny_model / "config.json") == fresh
+    assert planned(shallow_model / "config.json") == fresh
     assert len(traces) == 2 * traced
-    assert planned(tiny_model / "config.json") == fresh
+    assert planned(shallow_model / "config.json") == fresh
     assert len(traces) == 2 * traced
 
 
@@ -170,7 +170,7 @@ def same(outline: Outline, model: Any) -> None:
 
 
 @pytest.mark.usefixtures("place")
-@pytest.mark.parametrize(("family", "settings"), TINY, ids=label)
+@pytest.mark.parametrize(("family", "settings"), CASES, ids=label)
 def test_an_outline_is_that_of_the_model(family: Family, settings: dict, tmp_path: Path) -> None:
     file = write_config(tmp_path / "model", family, **settings)
     model = known.known(file).model
@@ -189,6 +189,7 @@ def test_an_outline_is_that_of_the_model(family: Family, settings: dict, tmp_pat
 
 
 @pytest.mark.usefixtures("place")
+@pytest.mark.thorough
 @pytest.mark.parametrize("entry", load_entries()[::6], ids=lambda entry: entry.id)
 def test_the_outline_of_an_entry_is_that_of_its_model(entry: Any) -> None:
     with entry.config_file() as file:
