@@ -335,12 +335,6 @@ def test_every_check_and_every_field_is_documented():
     assert sorted(rows) == sorted([*fields, *(check.name for check in (*WHOLE, *EACH))])
 
 
-def test_a_plugin_of_an_older_version_is_told_what_changed(entry):
-    manager = PluginManager()
-    manager.load([entry(GOOD.replace("towers=", "tiny_config={}, towers="))])
-    assert manager.reports[0].error in DOCUMENTED
-
-
 @pytest.mark.parametrize(
     "command", [["--help"], ["families"], ["families", "new", "--help"], ["compress", "--help"], ["run", "--help"]]
 )

@@ -154,7 +154,7 @@ def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
     assert set(losses) == {"compress", "small", "levels"}
     assert len(set(losses.values())) == 3
     assert results["kept"] == min(losses, key=losses.__getitem__)
-    assert results["kinds"] == {"compress": "low-rank", "small": "low-rank", "levels": "2.7-bit"}
+    assert results["kinds"] == {"compress": "nf4", "small": "low-rank", "levels": "2.7-bit"}
     ends = {"compress": "", "small": "_small", "levels": "_levels"}
 
     judged = keys(run / "emulator" / SELECTION)

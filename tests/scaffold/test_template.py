@@ -189,9 +189,10 @@ def test_a_strangers_family_passes_the_conformance_kit(environment, tmp_path):
 def test_a_strangers_family_goes_all_the_way(environment, starcoder2_model, rows_file, tmp_path):
     """All stages, in one process of the environment: each would take seconds to import the same libraries again."""
     base, rows = ("--base", starcoder2_model), ("--data", rows_file)
+    small = ("--kind", "low-rank", "--samples", 12, "--selection", 6)
     tuning = ("--steps", 3, "--batch-size", 2, "--lr", 1e-3, "--no-bf16")
     commands = [
-        ("compress", starcoder2_model, *rows, "--samples", 12, "--selection", 6, "-o", "emulator"),
+        ("compress", starcoder2_model, *rows, *small, "-o", "emulator"),
         ("train", "emulator", *rows, *tuning, "-o", "adapter"),
         ("correct", "adapter", *base, "--clamp", 3, "-o", "corrected"),
         ("merge", "corrected", *base, "-o", "merged"),
