@@ -1,7 +1,7 @@
 """``emloc tune``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich_click as click
 
@@ -11,9 +11,6 @@ from emloc_core.cli.recipes import reporting, show, show_plan
 from emloc_core.cli.verbosity import Verbosity, verbosity, verbosity_options
 from emloc_core.errors import EmlocError
 from emloc_core.settings import FREE, TrainSettings
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command("tune")
