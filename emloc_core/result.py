@@ -124,6 +124,7 @@ class RunSummary(TypedDict):
     stderr: NotRequired[dict[str, dict[str, float | None]]]
     metrics: NotRequired[dict[str, dict[str, Any]]]
     tasks: NotRequired[dict[str, dict[str, Any]]]
+    answers: NotRequired[list[dict[str, str]]]
     pushed: NotRequired[str]
 
 

@@ -39,7 +39,8 @@ _FORMS = (
 )
 _CONVERSION = {"Alpaca": "instruction, input and output", "ShareGPT": "conversations"}
 _HERE = Path()
-_USUAL: Mapping[str, str] = {}
+#: Every column has the name that TRL gives it.
+NO_RENAMING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def load_rows(
     source: Any,
     split: str = "train",
     loss: Loss = "last",
-    columns: Mapping[str, str] = _USUAL,
+    columns: Mapping[str, str] = NO_RENAMING,
     skipped: list[Skipped] | None = None,
 ) -> list[Row]:
     """Read rows from files, saved or hub datasets, or memory.
@@ -239,7 +240,7 @@ def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
 
 
 def without(
-    rows: Iterable[Row], files: Iterable[Path], split: str = "train", columns: Mapping[str, str] = _USUAL
+    rows: Iterable[Row], files: Iterable[Path], split: str = "train", columns: Mapping[str, str] = NO_RENAMING
 ) -> list[Row]:
     """Return the rows whose content is in none of ``files``, in their order; an empty file leaves none out.
 
@@ -255,7 +256,7 @@ def without(
     some = [path for path in files if not path.is_file() or path.stat().st_size]
 
     def of(path: Path) -> Mapping[str, str]:
-        return _USUAL if _is_kept(path) else columns
+        return NO_RENAMING if _is_kept(path) else columns
 
     keys = {row.key for path in some for row in load_rows(str(path), split, columns=of(path))}
     return [row for row in rows if row.key not in keys]

@@ -93,6 +93,7 @@ def run_recipe(
         results["answers"] = answers_of(recipe.model.base, adapter, **recipe.answers.model_dump(), log=log)
     if recipe.push:
         results["pushed"] = push(Path(recipe.output) / results["final"], recipe.push)
+    write_json(Path(recipe.output) / "results.json", results)  # had the upload failed, all others would be there
     return results
 
 

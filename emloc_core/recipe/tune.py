@@ -14,7 +14,7 @@ from pydantic import Field
 
 from emloc_core.data.images import IMAGES
 from emloc_core.data.mixture import weights
-from emloc_core.data.rows import digest, load_rows, write_rows
+from emloc_core.data.rows import NO_RENAMING, digest, load_rows, write_rows
 from emloc_core.data.sets import draw
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
@@ -28,7 +28,6 @@ from emloc_core.settings import FREE, Columns, Settings, TrainSettings
 RECIPE, ASKED, ROWS, HELD_OUT, PAGE = "recipe.toml", "tune.json", "rows.jsonl", "held_out.jsonl", "report.html"
 #: What is written before all that was asked for is.
 _FIRST = {ROWS, HELD_OUT, RECIPE, IMAGES}
-_USUAL: Mapping[str, str] = {}
 #: Rows that are never tuned on, and answered before and after.
 _ANSWERED = 5
 
@@ -137,7 +136,7 @@ class Tune(Settings):
         return {"model": _place(self.model), "data": self._sources(), **own, "settings": given}
 
 
-def by_name(data: Rows, output: Path, split: str = "train", columns: Mapping[str, str] = _USUAL) -> Any:
+def by_name(data: Rows, output: Path, split: str = "train", columns: Mapping[str, str] = NO_RENAMING) -> Any:
     """Return rows by the names of their files or data sets; those in memory are written to the output first.
 
     Raises:

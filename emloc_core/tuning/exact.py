@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
 from emloc_core.adapters.moments import FILE, hash_moments, load_moments, tuned_at
+from emloc_core.data.rows import NO_RENAMING
 from emloc_core.data.tokenize import Processing
 from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError
@@ -43,7 +44,6 @@ from emloc_core.tuning.trl import lora_config
 from emloc_core.units import human_bytes, parse_bytes
 
 _LIMITS, _NONE = ExactSettings(), EvalRows()
-_USUAL: Mapping[str, str] = {}
 #: Share of a GPU's free memory that they may fill before they are moved to the CPU's.
 _SHARE = 0.25
 #: How many times their bytes they may take there: torch pins powers of two.
@@ -78,7 +78,7 @@ class ExactTrain(Train):
         settings: StepSettings,
         exclude: Sequence[Path] = (),
         split: str = "train",
-        columns: Mapping[str, str] = _USUAL,
+        columns: Mapping[str, str] = NO_RENAMING,
         limits: ExactSettings = _LIMITS,
         evaluation: EvalRows = _NONE,
         *,
@@ -225,7 +225,7 @@ class Polish(ExactTrain):
         settings: PolishSettings,
         exclude: Sequence[Path] = (),
         split: str = "train",
-        columns: Mapping[str, str] = _USUAL,
+        columns: Mapping[str, str] = NO_RENAMING,
         limits: ExactSettings = _LIMITS,
         evaluation: EvalRows = _NONE,
         *,

@@ -25,6 +25,7 @@ from emloc_core.adapters.adapter import content_hash
 from emloc_core.adapters.moments import copy_moments, write_moments
 from emloc_core.data.rows import (
     CALIBRATION,
+    NO_RENAMING,
     SELECTION,
     SKIPPED,
     Skipped,
@@ -69,7 +70,6 @@ from emloc_core.tuning.trl import check_extra, lora_config, trainer_config
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
 _NONE = EvalRows()
-_USUAL: Mapping[str, str] = {}
 #: Settings that do not affect the result: ever, and without rows to evaluate.
 _WITHOUT_EFFECT, _OF_EVALUATION = {"report_to", "save_steps"}, {"eval_steps", "patience"}
 
@@ -108,7 +108,7 @@ class Train:
         settings: StepSettings,
         exclude: Sequence[Path] = (),
         split: str = "train",
-        columns: Mapping[str, str] = _USUAL,
+        columns: Mapping[str, str] = NO_RENAMING,
         evaluation: EvalRows = _NONE,
         *,
         skip_bad_rows: bool = False,

@@ -91,7 +91,7 @@ def test_a_stage_and_a_recipe_push_what_they_make(hub, tiny_model, rows_file, tm
         f'push = "{ADAPTER}"\nmerge = false\n[model]\nbase = "{tiny_model}"\n[data]\ntrain = "{rows_file}"\n'
         "[compress]\nsamples = 8\nselection = 4\n[train]\nsteps = 1\nbatch_size = 2\n"
     )
-    emloc_core.run(recipe)
+    assert emloc_core.run(recipe).result["pushed"].startswith(f"{hub.address}/{ADAPTER}")
     assert b"Correction" in hub.files[ADAPTER]["README.md"]
 
 

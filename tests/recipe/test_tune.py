@@ -41,6 +41,7 @@ def test_an_ordinary_lora_where_it_fits(emloc, shallow_model, rows_file, tmp_pat
     code, told, err = emloc(*asked)
     assert code == 0, err
     assert "so: train an ordinary LoRA on the model" in err
+    assert read_json(out / "results.json")["answers"] == read_json(out / "answers.json")["answers"]
     held_out, answers = load_rows(str(out / "held_out.jsonl")), read_json(out / "answers.json")["answers"]
     assert [each["prompt"] for each in answers] == [row.prompt for row in held_out]
     assert len(answers) == 5
