@@ -98,7 +98,7 @@ class FourBitLinear(PackedLinear):
     """``y = W x + b`` with W in four bits and its scales in eight, as bitsandbytes has them.
 
     ``weight`` is W, packed. ``weight_scales`` and ``weight_ranges`` are those of
-    :func:`emloc_core.algorithms.nf4.pack_scales`.
+    :func:`emloc_core.algorithms.nf4.unpack_scales`.
     """
 
     weight_scales: nn.Parameter

@@ -82,23 +82,14 @@ def unpack_factors(
     return unpack(u, u_scales, (m, rank), dtype), unpack(v, v_scales, (rank, n), dtype)
 
 
-def pack_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales in eight bits, as bitsandbytes has them.
+def unpack_scales(codes: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
+    """Return scales that bitsandbytes packed in eight bits, (s,), fp32.
 
     Args:
-        scales: (s,), fp32.
-
-    Returns:
-        Codes, (s,), uint8; and ranges, (ceil(s / 256) + 1,), fp32: the largest of every 256 scales, from which the mean
-        of all was taken before, and that mean.
+        codes: (s,), uint8.
+        ranges: (ceil(s / 256) + 1,), fp32: the largest of every 256 scales less the mean of all,
+            and that mean.
     """
-    mean = scales.mean()
-    codes, state = kernels().functional.quantize_blockwise(scales - mean, blocksize=SCALES)
-    return codes, torch.cat([state.absmax, mean[None]])
-
-
-def unpack_scales(codes: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
-    """Return the scales, (s,), fp32, that :func:`pack_scales` packed, as rounded."""
     levels = scale_levels(codes.device)
     found: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(codes, ranges[:-1], levels, SCALES, ranges.dtype)
     return found + ranges[-1]

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
@@ -62,14 +61,8 @@ def directory() -> Path | None:
     given = os.environ.get(VARIABLE)
     if given is not None:
         return Path(given) if given else None
-    if sys.platform == "win32":
-        root = os.environ.get("LOCALAPPDATA")
-    elif sys.platform == "darwin":
-        root = "~/Library/Caches"
-    else:
-        root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        return Path(root or "~").expanduser() / "emloc"
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "emloc"
     except RuntimeError:  # no home
         return None
 

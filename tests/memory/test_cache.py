@@ -142,7 +142,6 @@ def test_processes_add_to_what_others_keep_and_the_oldest_files_go(
     ],
 )
 def test_the_place_is_the_users(variables: dict[str, str], found: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept.sys, "platform", "linux")
     for name in (VARIABLE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
