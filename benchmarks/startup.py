@@ -12,7 +12,7 @@ from typing import Any
 
 from harness import goal, markdown, write_results
 
-RUNS = 1
+RUNS = 3
 PYTHON, EMLOC = [sys.executable, "-c"], [str(Path(sys.executable).with_name("emloc"))]
 ENTRY = "meta-llama/Llama-3.1-8B"
 RECIPE = '[model]\nbase = "base"\nmemory = "1GiB"\n[data]\ntrain = "rows.jsonl"\n[train]\nmax_length = 256\n'
