@@ -1,0 +1,323 @@
+"""How far a reader goes after a request, and other figures of a checkout, as JSON.
+
+``PYTHONPATH=tests python -m support.walks [CHECKOUT]``. A *walk* begins at a stage's ``prepare`` and follows, as a
+reader would, every call that is handed the request, a field of it, the model or the adapter. A *stop* is a function
+of the core that is read on the way, once. A *climb* is a stop in a module on a higher floor (see
+:mod:`support.imports`) than the one before it: the reader was down there already, and has to come up again.
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+from support.imports import CORE, arrows, between_rooms, floors, modules, room
+from support.paths import ROOT
+
+#: Where each walk begins.
+STARTS = ("emulator.compress", "tuning.exact", "adapters.correct")
+#: Classes that stand for the model or the adapter.
+MODELS = {"Adapter", "Checkpoint", "Family", "OpenModel", "Skeleton"}
+#: How code names each format of emulator.
+FORMATS = {"low-rank": "LowRank|low-rank", "nf4": "(?i)nf4", "levels": r"(?i)\blevels\b", "experts": r"(?i)experts"}
+Function = ast.FunctionDef
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A function of the core: its module, the class that it is written in, if any, and its name."""
+
+    module: str
+    owner: str
+    name: str
+
+
+@dataclass
+class Scope:
+    """What the names of a function stand for while it is read: classes of their values, and what holds the request."""
+
+    module: str
+    types: dict[str, tuple[str, str]] = field(default_factory=dict)
+    followed: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
+
+
+class Code:
+    """The core's source: its functions and classes, and what calls in it mean, as far as names and annotations tell."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.paths = modules(checkout)
+        self.trees = {name: ast.parse(path.read_text("utf-8")) for name, path in self.paths.items()}
+        self.names = {name: self._names(name, tree) for name, tree in self.trees.items()}
+
+    def _names(self, module: str, tree: ast.Module) -> dict[str, tuple[str, str]]:
+        """Return what the names of a module stand for: (module, name), or (module, "") for modules themselves."""
+        known = {node.name: (module, node.name) for node in tree.body if isinstance(node, Function | ast.ClassDef)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == CORE:
+                base = (node.module or "").removeprefix(CORE).lstrip(".")
+                for alias in node.names:
+                    inner = f"{base}.{alias.name}".lstrip(".")
+                    known[alias.asname or alias.name] = (inner, "") if inner in self.paths else (base, alias.name)
+        return known
+
+    @cached_property
+    def defined(self) -> dict[tuple[str, str], ast.AST]:
+        """Every function and class at the top of a module, by module and name."""
+        return {
+            (module, node.name): node
+            for module, tree in self.trees.items()
+            for node in tree.body
+            if isinstance(node, Function | ast.ClassDef)
+        }
+
+    def classes(self, at: tuple[str, str]) -> Iterator[tuple[str, ast.ClassDef]]:
+        """Yield a class and those that it inherits from, each with its module."""
+        node = self.defined.get(at)
+        if isinstance(node, ast.ClassDef):
+            yield at[0], node
+            for base in node.bases:
+                yield from self.classes(self.names[at[0]].get(ast.unparse(base), ("", "")))
+
+    def method(self, at: tuple[str, str], name: str) -> tuple[Stop, Function] | None:
+        """Return a method or property of a class, wherever it is inherited from."""
+        for module, node in self.classes(at):
+            for item in node.body:
+                if isinstance(item, Function) and item.name == name:
+                    return Stop(module, node.name, name), item
+        return None
+
+    def annotated(self, module: str, annotation: ast.expr | None) -> tuple[str, str] | None:
+        """Return the first class of the core that an annotation names."""
+        nodes = [] if annotation is None else list(ast.walk(annotation))
+        for node in [*nodes]:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                nodes += ast.walk(ast.parse(node.value, mode="eval"))
+        for node in nodes:
+            known = self.names[module].get(node.id) if isinstance(node, ast.Name) else None
+            if known and isinstance(self.defined.get(known), ast.ClassDef):
+                return known
+        return None
+
+    def attribute(self, at: tuple[str, str], name: str) -> tuple[str, str] | None:
+        """Return the class of an attribute, by what the class annotates, computes, or assigns to ``self``."""
+        if (found := self.method(at, name)) is not None:
+            return self.annotated(found[0].module, found[1].returns)
+        for module, node in self.classes(at):
+            for item in ast.walk(node):
+                if isinstance(item, ast.AnnAssign) and ast.unparse(item.target) in {name, f"self.{name}"}:
+                    return self.annotated(module, item.annotation)
+            for method in (item for item in node.body if isinstance(item, Function)):
+                scope = self.scope(Stop(module, node.name, method.name), method)
+                for item in ast.walk(method):
+                    if isinstance(item, ast.Assign):
+                        for target, value in pairs(item):
+                            if ast.unparse(target) == f"self.{name}" and (known := self.type(value, scope)):
+                                return known
+        return None
+
+    def scope(self, stop: Stop, node: Function) -> Scope:
+        """Return the scope of a function as its parameters are annotated."""
+        scope = Scope(stop.module)
+        for argument in arguments(node):
+            if known := self.annotated(stop.module, argument.annotation):
+                scope.types[argument.arg] = known
+        if stop.owner:
+            scope.types["self"] = (stop.module, stop.owner)
+        return scope
+
+    def type(self, value: ast.expr, scope: Scope) -> tuple[str, str] | None:
+        """Return the class of the core that an expression is an instance of."""
+        if isinstance(value, ast.Name):
+            return scope.types.get(value.id)
+        if isinstance(value, ast.Attribute):
+            owner = self.type(value.value, scope)
+            return owner and self.attribute(owner, value.attr)
+        if isinstance(value, ast.IfExp):
+            return self.type(value.body, scope) or self.type(value.orelse, scope)
+        if not isinstance(value, ast.Call):
+            return None
+        at = self.target(value.func, scope)
+        if at and isinstance(self.defined.get(at), ast.ClassDef):
+            return at
+        found = self.called(value, scope)
+        return self.annotated(found[0].module, found[1].returns) if found else None
+
+    def target(self, called: ast.expr, scope: Scope) -> tuple[str, str] | None:
+        """Return the function or class at the top of a module that an expression names."""
+        if isinstance(called, ast.Name):
+            return self.names[scope.module].get(called.id)
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
+            module, name = self.names[scope.module].get(called.value.id, ("", "-"))
+            if not name:
+                return module, called.attr
+        return None
+
+    def called(self, node: ast.expr, scope: Scope) -> tuple[Stop, Function] | None:
+        """Return the function of the core that is called, or the property that is computed."""
+        called = node.func if isinstance(node, ast.Call) else node
+        if isinstance(node, ast.Call) and (at := self.target(called, scope)):
+            if isinstance(found := self.defined.get(at), Function):
+                return Stop(at[0], "", at[1]), found
+            return self.method(at, "__init__")
+        if not isinstance(called, ast.Attribute):
+            return None
+        if ast.unparse(called.value) == "super()" and isinstance(node, ast.Call):
+            bases = list(self.classes(scope.types["self"]))[1:]
+            return self.method((bases[0][0], bases[0][1].name), called.attr) if bases else None
+        owner = self.type(called.value, scope)
+        found = owner and self.method(owner, called.attr)
+        is_property = found and any("property" in ast.unparse(each) for each in found[1].decorator_list)
+        return found if found and isinstance(node, ast.Call) != bool(is_property) else None
+
+    def holds(self, value: ast.expr, scope: Scope) -> bool:
+        """Return whether an expression is the request, a part of it, or the model."""
+        if isinstance(value, ast.Name) and value.id in scope.followed:
+            return True
+        if isinstance(value, ast.Attribute):
+            of_self = isinstance(value.value, ast.Name) and value.value.id == "self"
+            if value.attr in scope.kept if of_self else self.holds(value.value, scope):
+                return True
+        if isinstance(value, ast.IfExp | ast.BoolOp | ast.Starred | ast.Tuple | ast.Dict):
+            parts = [part for part in ast.iter_child_nodes(value) if isinstance(part, ast.expr)]
+            return any(self.holds(part, scope) for part in parts)
+        known = self.type(value, scope)
+        return known is not None and known[1] in MODELS
+
+    def handed(self, node: ast.expr, callee: Function, scope: Scope) -> set[str]:
+        """Return the parameters of a function, ``self`` included, that hold the request in this call."""
+        names = [argument.arg for argument in arguments(callee)]
+        followed = set()
+        called = node.func if isinstance(node, ast.Call) else node
+        if isinstance(called, ast.Attribute) and (on_self(node) or self.holds(called.value, scope)):
+            followed.add("self")
+        if isinstance(node, ast.Call):
+            names = [name for name in names if name not in {"self", "cls"}]
+            followed |= {name for name, value in zip(names, node.args, strict=False) if self.holds(value, scope)}
+            followed |= {each.arg for each in node.keywords if each.arg and self.holds(each.value, scope)}
+            unpacked = [*node.args, *(each.value for each in node.keywords if not each.arg)]
+            if any(isinstance(each, ast.Starred) or each not in node.args for each in unpacked):
+                followed |= set(names)
+        return followed
+
+
+def arguments(node: Function) -> list[ast.arg]:
+    """Return the parameters of a function."""
+    return [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+
+
+def pairs(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Yield each target of an assignment with its value; of a value that is taken apart, with the whole."""
+    for target in node.targets:
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            yield from zip(target.elts, node.value.elts, strict=False)
+        elif isinstance(target, ast.Tuple):
+            yield from ((each, node.value) for each in target.elts)
+        else:
+            yield target, node.value
+
+
+def walk(code: Code, start: Stop) -> list[Stop]:
+    """Return the functions that are read, in the order of reading."""
+    read: dict[Stop, None] = {}
+    kept: dict[str, set[str]] = defaultdict(set)  # class -> attributes that hold the request
+
+    def follow(stop: Stop, node: Function, given: set[str]) -> None:
+        read[stop] = None
+        scope = code.scope(stop, node)
+        scope.followed, scope.kept = given, kept[stop.owner]
+        for item in in_order(node):
+            if isinstance(item, ast.Assign):
+                for target, value in pairs(item):
+                    known, name = code.type(value, scope), ast.unparse(target)
+                    if isinstance(target, ast.Name) and known:
+                        scope.types[name] = known
+                    if code.holds(value, scope):
+                        (scope.kept if name.startswith("self.") else scope.followed).add(name.removeprefix("self."))
+            elif isinstance(item, ast.Call | ast.Attribute) and (found := code.called(item, scope)):
+                handed = code.handed(item, found[1], scope)
+                if found[0] not in read and handed:
+                    kept[found[0].owner] |= scope.kept if on_self(item) else set()
+                    follow(*found, handed)
+
+    follow(start, code.defined[start.module, start.name], {"request"})  # type: ignore[arg-type]
+    return list(read)
+
+
+def on_self(node: ast.expr) -> bool:
+    """Return whether a method or property is the object's own."""
+    called = node.func if isinstance(node, ast.Call) else node
+    return isinstance(called, ast.Attribute) and ast.unparse(called.value) in {"self", "super()"}
+
+
+def in_order(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield what is in a function in the order in which it is computed: arguments before calls, values before names."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.arguments) or (isinstance(node, Function) and child in node.decorator_list)):
+            yield from in_order(child)
+            yield child
+
+
+def figures_of(stops: list[Stop], floor_of: dict[str, int]) -> dict[str, int]:
+    """Return how long a walk is, through how many modules and rooms, and how often it climbs."""
+    heights = [floor_of[stop.module] for stop in stops]
+    return {
+        "stops": len(stops),
+        "modules": len({stop.module for stop in stops}),
+        "rooms": len({room(stop.module) for stop in stops}),
+        "climbs": sum(after > before for before, after in pairwise(heights)),
+    }
+
+
+def options(checkout: Path) -> dict[str, int]:
+    """Return how many options each command has; in a process of its own, which imports that checkout."""
+    program = (
+        "import click, json; from emloc_core.cli import cli as main; context = click.Context(main); "
+        "commands = {name: main.get_command(context, name) for name in main.list_commands(context)}; "
+        "print(json.dumps({name: sum(isinstance(each, click.Option) for each in command.params) "
+        "for name, command in commands.items() if not isinstance(command, click.Group)}))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, check=True)
+    counts: dict[str, int] = json.loads(run.stdout)
+    return counts
+
+
+def _declared_layers(checkout: Path) -> int:
+    """Return how many layers ``tests/test_directions.py`` lists."""
+    tree = ast.parse((checkout / "tests" / "test_directions.py").read_text("utf-8"))
+    assigned = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return len(ast.literal_eval(assigned["FLOORS"]))
+
+
+def count(checkout: Path) -> dict[str, object]:
+    """Return all figures of a checkout."""
+    code, graph = Code(checkout), arrows(checkout)
+    rooms, floor_of = between_rooms(graph), floors(graph)
+    pages = [*(checkout / "docs").rglob("*.md"), checkout / "README.md"]
+    source = {name: path.read_text("utf-8") for name, path in code.paths.items()}
+    return {
+        "lines": sum(text.count("\n") for text in source.values()),
+        "modules": len(source),
+        "root modules": sum(path.parent.name == CORE and path.stem[0] != "_" for path in code.paths.values()),
+        "rooms": len(rooms),
+        "arrows between rooms": sum(map(len, rooms.values())),
+        "layers": _declared_layers(checkout),
+        "floors of modules": 1 + max(floor_of.values()),
+        "walks": {name: figures_of(walk(code, Stop(name, "", "prepare")), floor_of) for name in STARTS},
+        "modules that know a format": {
+            name: sum(bool(re.search(pattern, text)) for text in source.values()) for name, pattern in FORMATS.items()
+        },
+        "words of documentation": sum(len(page.read_text("utf-8").split()) for page in pages),
+        "options": options(checkout),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(count(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT), indent=1))
