@@ -10,7 +10,7 @@ QUICK := $(addprefix tests/,test_directions.py test_errors.py algorithms report 
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 ALL := -m 'not slow and not browser and not chaos'
 BENCHMARKS := startup factorize allocation stages scale kinds memory exact zoo
-# As emloc_core/environment.py has them, which says why.
+# As emloc_core/processes/environment.py has them, which says why.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc_core.environment import VARIABLES
 from emloc_core.files.meter import peak_rss_bytes
 from emloc_core.files.output import versions
+from emloc_core.processes.environment import VARIABLES
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
         tune,
     )
     from emloc_core.errors import EmlocError
-    from emloc_core.progress import ProgressEvent
-    from emloc_core.result import Result, RunResult
+    from emloc_core.stages.progress import ProgressEvent
+    from emloc_core.stages.result import Result, RunResult
 
 try:
     __version__ = version("emloc")
@@ -65,9 +65,9 @@ _PUBLIC = {
     "train": "api",
     "tune": "api",
     "EmlocError": "errors",
-    "ProgressEvent": "progress",
-    "Result": "result",
-    "RunResult": "result",
+    "ProgressEvent": "stages.progress",
+    "Result": "stages.result",
+    "RunResult": "stages.result",
 }
 
 __all__ = [

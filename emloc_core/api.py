@@ -2,11 +2,11 @@
 
 Models are directories or hub ids. Data are files, saved or hub datasets, a list of them or a mapping to their weights,
 or rows in memory. Settings are keyword arguments, named as in :mod:`emloc_core.settings` and typed in
-:mod:`emloc_core.keywords`. Every stage returns a :class:`~emloc_core.result.Result`, a path-like object. If the output
-already exists and was made from the same inputs, the stage returns it; an interrupted stage resumes.
+:mod:`emloc_core.keywords`. Every stage returns a :class:`~emloc_core.stages.result.Result`, a path-like object. If the
+output already exists and was made from the same inputs, the stage returns it; an interrupted stage resumes.
 
-``progress`` is called with a :class:`~emloc_core.progress.ProgressEvent` for every item that is done. A stage that is
-given one writes nothing to stdout and stderr. Loggers are below ``emloc``.
+``progress`` is called with a :class:`~emloc_core.stages.progress.ProgressEvent` for every item that is done. A stage
+that is given one writes nothing to stdout and stderr. Loggers are below ``emloc``.
 """
 
 import logging
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from pydantic import ValidationError
 
-from emloc_core.environment import quiet, settle
 from emloc_core.errors import EmlocError
 from emloc_core.keywords import (
     CompressKwargs,
@@ -33,9 +32,11 @@ from emloc_core.keywords import (
     RecipeKwargs,
     TrainKwargs,
 )
-from emloc_core.progress import ProgressEvent, Reporter
+from emloc_core.processes.environment import quiet, settle
 from emloc_core.requests import Request, Rows, System, make_request
-from emloc_core.result import (
+from emloc_core.settings import AUTO, FACTORS, FREE, CompressSettings, TrainSettings, explain
+from emloc_core.stages.progress import ProgressEvent, Reporter
+from emloc_core.stages.result import (
     AdapterResult,
     CorrectionResult,
     EmulatorResult,
@@ -46,14 +47,13 @@ from emloc_core.result import (
     Result,
     RunResult,
 )
-from emloc_core.settings import AUTO, FACTORS, FREE, CompressSettings, TrainSettings, explain
 from emloc_core.trainer_fields import PolishAllKwargs, TrainAllKwargs, TrainerFields
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import TrainerCallback
 
-    from emloc_core.conversation import Conversation
+    from emloc_core.evaluation.conversation import Conversation
     from emloc_core.family import Family
     from emloc_core.memory.plan import MemoryPlan
 
@@ -407,7 +407,7 @@ def chat(
     Raises:
         EmlocError: the model, its tokenizer or the adapter cannot be loaded, or they do not fit each other.
     """
-    from emloc_core.conversation import open_conversation
+    from emloc_core.evaluation.conversation import open_conversation
 
     settings = {"system": system, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     return open_conversation(fspath(model), _path(adapter), **settings)
@@ -470,8 +470,8 @@ def plan(  # noqa: PLR0913 - all by keyword
     from emloc_core.memory.budget import Budget
     from emloc_core.model.image_shape import parse_size
     from emloc_core.plugins.manager import plugin_manager
-    from emloc_core.precheck import check_names, check_rows
     from emloc_core.registry.registry import config_of
+    from emloc_core.stages.precheck import check_names, check_rows
 
     budget = Budget.named(memory, headroom, device)
     train, names = _train_settings(settings), columns or {}
@@ -615,7 +615,7 @@ def _read(data: Rows, exclude: Iterable[Name], split: str, columns: ColumnNames 
 
 
 def _perform(request: Request, progress: OnProgress | None, callbacks: Sequence["TrainerCallback"] = ()) -> Result[Any]:
-    from emloc_core.stages import finish, prepare, warnings_of
+    from emloc_core.stages.perform import finish, prepare, warnings_of
 
     settle()
     with quiet() if progress else nullcontext():

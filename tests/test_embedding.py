@@ -11,10 +11,10 @@ from support.rows import example_rows
 from transformers import TrainerCallback
 
 import emloc_core as emloc
-from emloc_core import result
 from emloc_core.files.documents import read_json
 from emloc_core.recipe.live import Doing, Live, doing
 from emloc_core.settings import TrainSettings
+from emloc_core.stages import result
 from emloc_core.trainer_fields import TrainerFields
 from emloc_core.tuning.trl import check_extra
 
@@ -220,7 +220,7 @@ def test_results_have_the_keys_of_their_types(emulator, tiny_model, tmp_path):
 
 
 def test_warnings_go_to_the_logger_of_emloc_when_events_are_asked_for(monkeypatch, tiny_model, tmp_path, caplog, capfd):
-    monkeypatch.setattr("emloc_core.stages.warnings_of", lambda _: ["the rows are few"])
+    monkeypatch.setattr("emloc_core.stages.perform.warnings_of", lambda _: ["the rows are few"])
     with warnings.catch_warnings(record=True) as shown:
         emloc.compress(tiny_model, ROWS, tmp_path / "e", **COMPRESS, progress=lambda _: None)
     assert not shown

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-from emloc_core.environment import VARIABLES, settle
-from emloc_core.process import call
+from emloc_core.processes.call import call
+from emloc_core.processes.environment import VARIABLES, settle
 from emloc_core.zoo.engines.engine import environment
 from emloc_core.zoo.jobs.job import Job
 

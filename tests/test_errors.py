@@ -7,7 +7,7 @@ import torch
 from support.paths import ROOT
 
 from emloc_core.errors import CODES, EmlocError, first_line, printable, typed_line
-from emloc_core.stages import finish
+from emloc_core.stages.perform import finish
 from emloc_core.zoo.jobs.faults import classify
 
 

@@ -12,10 +12,10 @@ from types import FrameType
 import rich_click as click
 
 from emloc_core import __version__
-from emloc_core.environment import hush_libraries, settle
 from emloc_core.errors import EmlocError, printable, typed_line
-from emloc_core.lifetime import end_with_parent
 from emloc_core.plugins.builtin import COMMANDS
+from emloc_core.processes.environment import hush_libraries, settle
+from emloc_core.processes.lifetime import end_with_parent
 
 
 class PluggableGroup(click.RichGroup):

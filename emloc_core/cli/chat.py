@@ -11,7 +11,7 @@ import rich_click as click
 from emloc_core.errors import EmlocError, printable
 
 if TYPE_CHECKING:
-    from emloc_core.conversation import Conversation
+    from emloc_core.evaluation.conversation import Conversation
 
 _HELP = "/image PATH shows an image with the next message, /reset starts again, /exit or Ctrl-D ends."
 
@@ -51,12 +51,12 @@ def command(
     MODEL is a model, an emulator, or an adapter, which names its model. Ctrl-C stops an answer. Without a terminal,
     every line of stdin is a message, and stdout has the answers alone.
     """
-    from emloc_core.precheck import check_place
+    from emloc_core.stages.precheck import check_place
 
     check_place(model)
     from transformers.utils import logging
 
-    from emloc_core.conversation import open_conversation
+    from emloc_core.evaluation.conversation import open_conversation
 
     logging.set_verbosity_error()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer: the command was not interrupted

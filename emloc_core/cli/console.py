@@ -11,12 +11,12 @@ import rich_click as click
 
 from emloc_core.cli.verbosity import Verbosity, verbosity
 from emloc_core.files.meter import peak_memory
-from emloc_core.progress import Pace
-from emloc_core.result import Result
+from emloc_core.stages.progress import Pace
+from emloc_core.stages.result import Result
 from emloc_core.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
-    from emloc_core.stages import Progress as Advance
+    from emloc_core.stages.perform import Progress as Advance
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 dry_run = click.option(

@@ -17,7 +17,7 @@ from emloc_core.requests import (
     Request,
     TrainRequest,
 )
-from emloc_core.result import Result
+from emloc_core.stages.result import Result
 
 
 def join(*words: object) -> str:

@@ -18,15 +18,15 @@ from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
 from emloc_core.files.meter import peak_memory
 from emloc_core.files.output import MANIFEST, TIMING
-from emloc_core.progress import Reporter
 from emloc_core.report.towers import place, short_names
+from emloc_core.report.verdict import verdict
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
-from emloc_core.result import Result
+from emloc_core.stages.progress import Reporter
+from emloc_core.stages.result import Result
 from emloc_core.units import human_bytes, human_seconds
-from emloc_core.verdict import verdict
 
 if TYPE_CHECKING:
-    from emloc_core.stages import Job
+    from emloc_core.stages.perform import Job
 
 _DOING = {
     "import": "Importing",
@@ -78,7 +78,7 @@ def perform(request: str, tell: Callable[[dict[str, Any]], Any]) -> str:
 
     Args:
         request: JSON.
-        tell: called with each :class:`~emloc_core.progress.ProgressEvent` as JSON values.
+        tell: called with each :class:`~emloc_core.stages.progress.ProgressEvent` as JSON values.
     """
     asked = request_from_json(request)
     reporter = Reporter(asked.stage, asked.output, lambda event: tell(asdict(event)))
@@ -87,7 +87,7 @@ def perform(request: str, tell: Callable[[dict[str, Any]], Any]) -> str:
 
 
 def _prepare(request: Request, push: str | None = None) -> "Job":
-    from emloc_core.stages import prepare, warnings_of
+    from emloc_core.stages.perform import prepare, warnings_of
 
     if push is not None:
         check_repository(push)
@@ -102,7 +102,7 @@ def _finish(
     request: Request, job: "Job", reporter: Reporter | None = None, *, to_json: bool = False
 ) -> Result[Any] | None:
     """Run a job with progress on stderr, and print its result; in a recipe, which has a reporter, not when quiet."""
-    from emloc_core.stages import finish
+    from emloc_core.stages.perform import finish
 
     made_before = (request.output / MANIFEST).is_file()
     # Libraries print; stdout is for the result.
@@ -124,7 +124,7 @@ def _finish(
 
 def describe(request: str) -> dict[str, Any]:
     """Return what a stage would do: ``request`` is JSON."""
-    from emloc_core.stages import prepare
+    from emloc_core.stages.perform import prepare
 
     return prepare(request_from_json(request)).describe()
 

@@ -1,1 +1,1 @@
-"""Systems compared by lm-eval."""
+"""Systems compared by lm-eval, and conversations with one."""

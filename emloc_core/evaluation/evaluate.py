@@ -17,7 +17,7 @@ from emloc_core.files.checkpoint import open_checkpoint
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, read_manifest
-from emloc_core.process import ProcessDiedError, call
+from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.report.table import COSTS, ORDER
 from emloc_core.requests import EvaluateRequest, System
 

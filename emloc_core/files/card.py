@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import printable
-from emloc_core.verdict import verdict
+from emloc_core.report.verdict import verdict
 
 CARD = "README.md"
 #: The card of the model that a checkpoint was made from, in that checkpoint.

@@ -7,7 +7,7 @@ from typing import Any
 from emloc_core.data.rows import Row, load_rows
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.output import MANIFEST
-from emloc_core.process import call
+from emloc_core.processes.call import call
 
 #: The file of the answers, beside the stages' directories.
 FILE = "answers.json"
@@ -46,7 +46,7 @@ def answers_of(
 
 def answers(base: str, adapter: str, rows: str, max_new_tokens: int) -> list[dict[str, str]]:
     """Return the row's prompt and answer, and what the base answers without and with the adapter; imports torch."""
-    from emloc_core.conversation import open_conversation
+    from emloc_core.evaluation.conversation import open_conversation
 
     conversation = open_conversation(base, Path(adapter), max_new_tokens=max_new_tokens, temperature=0.0)
     found = []

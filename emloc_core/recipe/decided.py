@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from emloc_core.errors import EmlocError
-from emloc_core.precheck import precheck
-from emloc_core.process import call
+from emloc_core.processes.call import call
 from emloc_core.recipe.recipe import SHARED, Recipe
 from emloc_core.recipe.stages import attempts, compress_request
 from emloc_core.requests import CompressRequest, request_from_json
 from emloc_core.settings import AUTO, CompressSettings, PolishSettings
+from emloc_core.stages.precheck import precheck
 
 #: What may be set of an emulator whose kind is open: the rows, and nothing of how it is made from them. An alternative
 #: has the first ones of its own.

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
-from emloc_core.progress import ProgressEvent
+from emloc_core.stages.progress import ProgressEvent
 
 FILE = "progress.json"
 #: Seconds between two writes.

@@ -23,8 +23,8 @@ from emloc_core.report.chart import Line, chart
 from emloc_core.report.error_plot import Strip, finite, sparkline, strips
 from emloc_core.report.pages import environment, publish_page
 from emloc_core.report.table import rows as table_rows
+from emloc_core.report.verdict import verdict
 from emloc_core.units import human_bytes, human_seconds
-from emloc_core.verdict import verdict
 
 #: What the stages of a recipe do, by the directories that they write.
 PURPOSES = {

@@ -13,8 +13,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.hub import push
 from emloc_core.files.output import MANIFEST, TIMING
-from emloc_core.process import ProcessDiedError, call
-from emloc_core.progress import ProgressEvent
+from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.recipe.answers import answers_of
 from emloc_core.recipe.decided import decided
 from emloc_core.recipe.live import Doing, Live
@@ -30,6 +29,7 @@ from emloc_core.recipe.stages import (
     stages_of,
     tried,
 )
+from emloc_core.stages.progress import ProgressEvent
 
 #: Functions that run and describe a stage in its own process.
 PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.cli.stage:describe"

@@ -1,1 +1,1 @@
-"""Tables and figures."""
+"""Tables and figures, and results in words."""

@@ -13,8 +13,8 @@ from emloc_core.cli.console import as_json, print_json
 from emloc_core.cli.verbosity import Verbosity, verbosity, verbosity_options
 from emloc_core.errors import EmlocError
 from emloc_core.files.meter import peak_memory
-from emloc_core.process import ProcessDiedError, call
-from emloc_core.result import Result
+from emloc_core.processes.call import ProcessDiedError, call
+from emloc_core.stages.result import Result
 from emloc_demo.narration import BEGINNING, decision, happening, outcome
 from emloc_demo.preparation import output_option, prepare
 

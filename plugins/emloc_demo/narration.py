@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from emloc_core.files.documents import read_json
-from emloc_core.progress import ProgressEvent
-from emloc_core.result import Result
+from emloc_core.stages.progress import ProgressEvent
+from emloc_core.stages.result import Result
 from emloc_core.units import human_bytes, human_seconds
 
 #: What each stage is doing before it has done anything.

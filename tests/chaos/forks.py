@@ -8,7 +8,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any, NoReturn
 
-_MODULES = {"emloc_core": "emloc_core.cli", "emloc_core.process": "emloc_core.process"}
+_MODULES = {"emloc_core": "emloc_core.cli", "emloc_core.processes.call": "emloc_core.processes.call"}
 #: Names of what :mod:`subprocess` passes, by position.
 _, *_GIVEN = signature(subprocess.Popen._execute_child).parameters  # type: ignore[attr-defined]
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from emloc_core.cli.following import following
 from emloc_core.requests import make_request
-from emloc_core.result import Result
+from emloc_core.stages.result import Result
 
 
 def next_commands(out):

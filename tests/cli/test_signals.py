@@ -15,7 +15,7 @@ from emloc_core.cli import cli
 #: Stands in for Python: what ``emloc run`` starts waits, and says which process it is.
 STAGE = """#!{python}
 import os, pathlib, time
-from emloc_core.lifetime import end_with_parent
+from emloc_core.processes.lifetime import end_with_parent
 end_with_parent()
 pathlib.Path({place!r}).write_text(str(os.getpid()))
 time.sleep(600)

@@ -34,7 +34,7 @@ from emloc_core.files.output import MANIFEST
 from emloc_core.recipe.recipe import load_recipe
 from emloc_core.recipe.run import summarise
 from emloc_core.recipe.stages import stages
-from emloc_core.stages import perform
+from emloc_core.stages.perform import perform
 
 
 @pytest.fixture(scope="module")

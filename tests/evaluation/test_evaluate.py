@@ -25,7 +25,7 @@ from emloc_core.evaluation.tasks import find_task
 from emloc_core.files import pretrained
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
-from emloc_core.process import ProcessDiedError
+from emloc_core.processes.call import ProcessDiedError
 from emloc_core.requests import make_request
 
 

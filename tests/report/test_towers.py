@@ -6,7 +6,7 @@ from emloc_core.cli.stage import summary
 from emloc_core.files.output import MANIFEST
 from emloc_core.report.towers import place, short_names
 from emloc_core.requests import make_request
-from emloc_core.result import Result
+from emloc_core.stages.result import Result
 
 TOWERS = ["model.vision_tower.encoder.layer", "model.language_model.layers"]
 

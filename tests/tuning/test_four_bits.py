@@ -15,7 +15,7 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import MANIFEST
 from emloc_core.requests import CorrectRequest
 from emloc_core.settings import CompressSettings, PolishSettings, TrainSettings
-from emloc_core.stages import prepare
+from emloc_core.stages.perform import prepare
 from emloc_core.tuning.exact import Polish
 from emloc_core.tuning.train import Train
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from emloc_core.environment import VARIABLES
 from emloc_core.errors import EmlocError
-from emloc_core.lifetime import child_environment
+from emloc_core.processes.environment import VARIABLES
+from emloc_core.processes.lifetime import child_environment
 from emloc_core.zoo.jobs.job import Job
 from emloc_core.zoo.jobs.outcome import OUTCOME, Cause, Outcome
 from emloc_core.zoo.jobs.task import JOB, Task

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from emloc_core.environment import hush_libraries
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import write_json
 from emloc_core.files.workspace import Workspace
-from emloc_core.lifetime import die_with, end_with_parent
+from emloc_core.processes.environment import hush_libraries
+from emloc_core.processes.lifetime import die_with, end_with_parent
 from emloc_core.recipe.stages import Stage
 from emloc_core.zoo.jobs.faults import classify, describe, ended, exit_code, memory_kills
 from emloc_core.zoo.jobs.job import Job
@@ -62,7 +62,7 @@ def _run_stage(stage: Stage, place: Path, *, offline: bool) -> Outcome:
 
 def _in_process(stage: Stage, place: Path, *, offline: bool) -> int:
     try:
-        from emloc_core.stages import perform
+        from emloc_core.stages.perform import perform
 
         perform(stage.request)
     except BaseException as error:

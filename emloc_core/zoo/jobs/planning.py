@@ -12,7 +12,7 @@ from typing import Any
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import write_json
-from emloc_core.process import ProcessDiedError, call
+from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.zoo.jobs.job import Job
 from emloc_core.zoo.jobs.task import Needs
 

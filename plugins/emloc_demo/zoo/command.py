@@ -10,7 +10,7 @@ from pathlib import Path
 import rich_click as click
 
 from emloc_core.errors import EmlocError
-from emloc_core.lifetime import child_environment
+from emloc_core.processes.lifetime import child_environment
 from emloc_demo.preparation import output_option
 
 ENGINES = ("local", "ray")

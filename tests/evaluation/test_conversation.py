@@ -71,7 +71,7 @@ def test_what_a_terminal_acts_on_is_escaped(emloc, tiny_model, monkeypatch):
     def say(*given):
         given[-1]("a\x1b[2Jb\n")
 
-    monkeypatch.setattr("emloc_core.conversation.Conversation.say", say)
+    monkeypatch.setattr("emloc_core.evaluation.conversation.Conversation.say", say)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     assert emloc("chat", tiny_model)[1] == "a\\x1b[2Jb\n\n"
 
@@ -83,7 +83,7 @@ def test_an_answer_that_was_stopped_does_not_make_an_interruption_of_a_later_err
             time.sleep(600)
         raise EmlocError("There is no such image.")
 
-    monkeypatch.setattr("emloc_core.conversation.Conversation.say", say)
+    monkeypatch.setattr("emloc_core.evaluation.conversation.Conversation.say", say)
     monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\n"))
     code, out, err = emloc("chat", tiny_model)
     assert (code, out) == (1, " ...\n")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
-from emloc_core.precheck import precheck
 from emloc_core.requests import CompressRequest, Request
-from emloc_core.result import Result
+from emloc_core.stages.precheck import precheck
+from emloc_core.stages.result import Result
 
 #: The module of each stage, whose ``prepare`` turns a request into a job. Imported on demand: stages need torch.
 _MODULES = {

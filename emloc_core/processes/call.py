@@ -16,9 +16,9 @@ from pathlib import Path
 from types import GeneratorType
 from typing import IO, Any
 
-from emloc_core.environment import VARIABLES, hush_libraries
 from emloc_core.errors import EmlocError
-from emloc_core.lifetime import child_environment, end_with_parent
+from emloc_core.processes.environment import VARIABLES, hush_libraries
+from emloc_core.processes.lifetime import child_environment, end_with_parent
 
 
 class ProcessDiedError(EmlocError):
@@ -61,7 +61,7 @@ def call(
         EmlocError: the function raised it.
         ProcessDiedError: the process ended without an answer.
     """
-    command = [sys.executable, "-m", "emloc_core.process"]
+    command = [sys.executable, "-m", "emloc_core.processes.call"]
     question = json.dumps({"function": function, "arguments": dict(arguments)})
     with (
         _opened(log) as stderr,

@@ -10,7 +10,7 @@ def verdict(result: Mapping[str, Any]) -> str:
     """Return what was chosen among the ways to carry a LoRA over, and by how much it was better.
 
     Args:
-        result: of a correction; see :class:`emloc_core.result.CorrectionResult`.
+        result: of a correction; see :class:`emloc_core.stages.result.CorrectionResult`.
     """
     compared = {(each["clamp"], each.get("scale", 1)): each for each in result.get("candidates", [])}
     chosen = result.get("clamp"), result.get("scale", 1)

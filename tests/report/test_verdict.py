@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from emloc_core.adapters.candidates import CANDIDATES, choose, comparison
-from emloc_core.verdict import verdict
+from emloc_core.report.verdict import verdict
 
 
 def sentence(gains, rows=16, spread=1.0):

@@ -1,0 +1,1 @@
+"""From a request to the finished output of its stage."""
