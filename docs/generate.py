@@ -289,7 +289,6 @@ def measured(page: str, benchmark: str) -> str:
 #: Settings that Python's functions take as keywords, and the names of the types of those keywords.
 KEYWORDS: dict[type[BaseModel], str] = {
     settings.CompressSettings: "CompressKwargs",
-    settings.CutSettings: "CutKwargs",
     settings.TrainSettings: "TrainKwargs",
     settings.PolishSettings: "PolishKwargs",
     settings.ExactSettings: "ExactKwargs",

@@ -61,7 +61,6 @@ def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-
             # Factors rounded to multiples of 2^-8; stored and loaded as those of the kind low-rank.
             class Coarse(LowRank):
                 name = "coarse"
-                can_be_cut = False
 
                 def pack(self, weight, stand_in, dtype):
                     parts = super().pack(weight, stand_in, dtype)
@@ -136,7 +135,7 @@ def emloc_stage_done(stage: str, output: "Path", manifest: "dict[str, Any]") -> 
     """Observe that a stage's output is finished, now or by an earlier run.
 
     Args:
-        stage: the stage: ``import``, ``compress``, ``cut``, ``train``, ``correct``, ``polish``, ``merge``, ``export``
+        stage: the stage: ``import``, ``compress``, ``train``, ``correct``, ``polish``, ``merge``, ``export``
             or ``eval``.
         output: the finished directory.
         manifest: the content of its ``emloc.json``.

@@ -210,7 +210,7 @@ def test_an_observer_cannot_change_what_it_observes(entry):
             manifest["result"].clear()
     """)])  # fmt: skip
     manifest = {"result": {"bytes": 1}}
-    manager.notify("emloc_stage_done", stage="cut", output=Path("cut"), manifest=manifest)
+    manager.notify("emloc_stage_done", stage="merge", output=Path("merged"), manifest=manifest)
     assert manifest == {"result": {"bytes": 1}}
     assert manager.reports[0].error is None
 
