@@ -51,6 +51,7 @@ def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-
         own ``factorize``, like :func:`emloc_core.algorithms.factorize.factorize`.
 
     Example:
+        ```python
         from emloc_core.hookspecs import hookimpl
 
 
@@ -67,6 +68,7 @@ def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-
                     return {key: (part * 256).round() / 256 for key, part in parts.items()}
 
             return {"coarse": Coarse}  # emloc compress --kind coarse
+        ```
     """
 
 
@@ -81,6 +83,7 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
         limit), and ``loras`` is a list with one Lora per clamp.
 
     Example:
+        ```python
         from emloc_core.hookspecs import hookimpl
 
 
@@ -96,6 +99,7 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
         @hookimpl
         def emloc_corrections():
             return {"shrinking": shrinking}  # emloc correct --correction shrinking
+        ```
     """
 
 
