@@ -12,6 +12,8 @@ from emloc_core.quantised import FewLevelsLinear, FourBitLowRankLinear, PackedLi
 
 #: The ``quant_method`` of an emulator.
 METHOD = "emloc"
+#: Field of an emulator's config.json with its kind, by which one in four bits differs from a base that is.
+MARK = "emloc_kind"
 #: Of factors as they are, of factors in four bits, of weights on a few levels, and of weights on three levels with a
 #: repair in four bits. Older readers refuse what they do not know.
 FORMAT_VERSION, FOUR_BITS_VERSION, LEVELS_VERSION, REPAIRED_VERSION = 1, 2, 3, 4

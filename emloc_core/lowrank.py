@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emloc_core.errors import EmlocError
 from emloc_core.experts import LowRankExperts
-from emloc_core.layers import FORMAT_VERSION, LAYERS, LEVELS_VERSION, METHOD, Layer, replace_linears
+from emloc_core.layers import FORMAT_VERSION, LAYERS, LEVELS_VERSION, MARK, METHOD, Layer, replace_linears
 from emloc_core.quantised import PackedLinear
 from emloc_core.transfer import refuse_others
 
@@ -101,7 +101,12 @@ def _stand_ins(model: nn.Module) -> list[tuple[str, Layer | LowRankExperts]]:
     return [(path, module) for path, module in model.named_modules() if isinstance(module, Layer | LowRankExperts)]
 
 
+def _is_emulator(model: nn.Module) -> bool:
+    """Return whether a model is an emulator, also where its layers are bitsandbytes' own."""
+    return hasattr(getattr(model, "config", None), MARK) or bool(_stand_ins(model))
+
+
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be imported again under another name
     register_quantization_config(METHOD)(EmlocConfig)
     register_quantizer(METHOD)(EmlocQuantizer)
-    refuse_others(lambda model: bool(_stand_ins(model)))
+    refuse_others(_is_emulator)

@@ -12,7 +12,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.manifest import manifest_value
 from emloc_core.files.output import read_manifest
-from emloc_core.lowrank import METHOD
+from emloc_core.layers import MARK
 
 
 def require_shapes(adapter: Adapter, model: nn.Module) -> None:
@@ -131,9 +131,8 @@ def require_uncorrected(adapter: Adapter) -> None:
 
 
 def is_emulator(directory: Path) -> bool:
-    """Return whether a directory is that of an emulator, even if its manifest is lost, unless that is in four bits."""
-    quantisation = Checkpoint(directory).config.get("quantization_config") or {}
-    return (read_manifest(directory) or {}).get("kind") == "emulator" or quantisation.get("quant_method") == METHOD
+    """Return whether a directory is that of an emulator, even if its manifest is lost."""
+    return MARK in Checkpoint(directory).config
 
 
 def require_emulator(adapter: Adapter, emulator: Checkpoint) -> dict[str, Any]:

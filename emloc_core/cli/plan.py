@@ -77,8 +77,9 @@ def _show(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
 
     said = planned.describe()
     work, weights, parameters = said["workload"], said["weight_bytes"], said["parameters"]
+    packed = "four bits and " if said["in_four_bits"] else ""
     click.echo(f"{said['model']}: family {said['family']}, {parameters['base'] / 1e9:.3g} billion parameters in "
-               f"{said['dtype']}, {human_bytes(weights['base'])}")  # fmt: skip
+               f"{packed}{said['dtype']}, {human_bytes(weights['base'])}")  # fmt: skip
     images = ""
     if image := work["image"]:
         size = f"{image['width']}x{image['height']} pixels and {image['tokens']} tokens"

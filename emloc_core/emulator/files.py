@@ -25,6 +25,7 @@ from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
 from emloc_core.kinds import Kind, LowRank, Pair
+from emloc_core.layers import MARK
 from emloc_core.model.skeleton import Skeleton
 
 _ERRORS = "emloc.relative_errors"  # in the metadata of a block's shard
@@ -110,7 +111,7 @@ class EmulatorFiles:
         settings = self.kind.config(plan.ranks, self.skeleton.model, self.skeleton.dtype)
         # Without a dtype, transformers would take that of the first tensor it finds: of a scale, perhaps.
         dtype = self.base.config.get("dtype") or str(self.skeleton.dtype).removeprefix("torch.")
-        config = {**self.base.config, "dtype": dtype, "quantization_config": settings}
+        config = {**self.base.config, "dtype": dtype, "quantization_config": settings, MARK: self.kind.name}
         write_json(self.staging / "config.json", config)
         self.base.copy_side_files(self.staging)
         before, after = plan.parameters(self.kind)

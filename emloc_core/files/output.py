@@ -360,6 +360,7 @@ _ROLES = {
     "model": "the model",
     "adapter": "the adapter",
     "emulator": "the emulator",
+    "spectra": "the spectra",
     "source": "the source",
 }
 

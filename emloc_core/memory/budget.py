@@ -129,23 +129,28 @@ def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
     """Yield lines that say what would fit where no emulator's tuning does; each is computed, not guessed.
 
     Args:
-        model: with the smallest recommended kind of emulator, and one row at a time.
+        model: with the smallest recommended kind of emulator, and one row at a time; or a base in four bits, of which
+            there is none.
         budget: bytes.
     """
 
-    def sized(ratio: float, how: str) -> str:
-        return f" {how} {ratio:g}" if model.kind.has_factors else ""
+    def sized(ratio: float) -> str:
+        return f" at {ratio:g}" if model.kind.has_factors and not model.packed else ""
+
+    def largest(shorter: "MemoryModel") -> Fit | None:
+        if not model.packed:
+            return largest_ratio(shorter, budget)
+        need = shorter.tuning()
+        return Fit(1, need) if need.total <= budget else None
 
     ratio, rows = model.kind.smallest_ratio, model.workload.batch_size
-    smallest = model.tuning(model.plan(ratio)).total
-    yield (
-        f"tuning the smallest emulator ({model.kind.name}{sized(ratio, 'at')}) on {rows} x {model.workload.length} "
-        f"tokens needs {human_bytes(smallest)}"
-    )
+    smallest = model.tuning(None if model.packed else model.plan(ratio)).total
+    what = "a LoRA on the model" if model.packed else f"the smallest emulator ({model.kind.name}{sized(ratio)})"
+    yield f"tuning {what} on {rows} x {model.workload.length} tokens needs {human_bytes(smallest)}"
     length, shortest = model.workload.length, max(_SHORTEST, model.least_length())
     while length > shortest:
         length = max(shortest, length // 2)
-        if fit := largest_ratio(model.with_workload(replace(model.workload, length=length)), budget):
-            yield f"{rows} x {length} tokens fits{sized(fit.ratio, 'at')} ({human_bytes(fit.need.total)})"
+        if fit := largest(model.with_workload(replace(model.workload, length=length))):
+            yield f"{rows} x {length} tokens fits{sized(fit.ratio)} ({human_bytes(fit.need.total)})"
             return
     yield f"no length fits: even {rows} x {length} tokens needs more"

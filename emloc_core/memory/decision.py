@@ -114,6 +114,8 @@ class Decision:
         Raises:
             EmlocError: none fits; the message says what would.
         """
+        if self.base.packed:
+            raise _no_emulator()
         if self.emulator is None:
             exact = "exact steps fit (emloc train MODEL --exact)" if self.way and self.way.name == EXACT else ""
             advised = "; ".join(filter(None, [exact, *self.advice()]))
@@ -121,8 +123,8 @@ class Decision:
         return self.emulator
 
     def advice(self) -> list[str]:
-        """Return what would fit where no emulator does."""
-        smallest = [way for way in self.ways if way.kind][-1]
+        """Return what would fit where no emulator does, or the base itself, if that is in four bits."""
+        smallest = [way for way in self.ways if way.kind or self.base.packed][-1]
         return list(advice(smallest.model, self.budget.usable))
 
 
@@ -149,13 +151,26 @@ def decide(
     settings = settings or CompressSettings()
     kinds = (settings.kind,) if settings.kind != AUTO else workload.recommended_kinds
     model = MemoryModel(config, workload, CompressSettings(kind=kinds[0]) if settings.kind == AUTO else settings)
-    if settings.ratio is not None:
+    if model.packed:
+        if settings.kind != AUTO:
+            raise _no_emulator()
+        kinds = ()
+    elif settings.ratio is not None:
         model.kind.check(settings)
     budget = budget or Budget(model.inference().total, given=False)
     found = ways(model, kinds, budget.usable, settings.ratio, speed)
     if settings.kind != AUTO:
         found.sort(key=lambda way: way.kind is None)
     return Decision(budget, model, found)
+
+
+def _no_emulator() -> EmlocError:
+    """Return the error for an emulator of a base in four bits."""
+    return EmlocError(
+        "The model is in four bits, and emulators are made from originals.",
+        "Tune a LoRA on it as it is (emloc train), or give the original.",
+        code="unsupported",
+    )
 
 
 def no_way(budget: Budget, advised: Sequence[str]) -> EmlocError:
@@ -188,7 +203,7 @@ def decision_for(request: CompressRequest) -> Decision:
     length = request.settings.max_length or request.tuning.max_length
     rows = {"length": length, "data": request.data, "split": request.split, "columns": request.columns}
     workload = make_workload(config, request.tuning, request.tuned_on, **rows)
-    return decide(config, workload, budget, request.settings)
+    return decide(config, workload, budget, _with_kind(request))
 
 
 def fitted(request: CompressRequest) -> CompressRequest:
@@ -223,6 +238,11 @@ def _told(decision: Decision, chosen: Way) -> Iterator[str]:
     why = f"; {', '.join(reasons)}" if reasons else ""
     yield f"way: {chosen}: {human_bytes(chosen.bytes)}{why}"
     yield f"so: {_STEPS[chosen.name]}"
+
+
+def _with_kind(request: CompressRequest) -> CompressSettings:
+    """Return the settings of a request for a memory: the kind is open where none is named, except for spectra."""
+    return request.settings.settled(spectra=True) if request.keep_spectra is not None else request.settings
 
 
 def too_large_to_make(way: Way, budget: Budget) -> str | None:

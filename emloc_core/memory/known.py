@@ -12,9 +12,11 @@ import torch
 from emloc_core.errors import EmlocError, typed_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import read_config_json
+from emloc_core.layers import MARK, replace_linear
 from emloc_core.memory.cache import Cache, key
 from emloc_core.memory.outline import Outline, described
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.quantised import FourBitLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +59,34 @@ class Known:
             return Outline(self._outlines.values)
 
     @cached_property
+    def packed(self) -> list[str]:
+        """Paths of the Linears that its checkpoint has in four bits; none of an ordinary model.
+
+        Raises:
+            EmlocError: they are packed in another way than the kind nf4 does it, or as for the outline.
+        """
+        settings = self.config.get("quantization_config")
+        if not settings:
+            return []
+        from emloc_core.model.nf4_checkpoints import packed_linears
+
+        return packed_linears(self.outline, settings)
+
+    @cached_property
+    def stored(self) -> Outline:
+        """Its outline with those Linears in four bits.
+
+        Raises:
+            EmlocError: as for these.
+        """
+        if not self.packed:
+            return self.outline
+        found = Outline(self._outlines.values)
+        for path in self.packed:
+            replace_linear(found, path, FourBitLinear)
+        return found
+
+    @cached_property
     def model(self) -> "PreTrainedModel":
         """The model itself, without weights, whose steps can be traced.
 
@@ -86,19 +116,28 @@ def known(config_file: Path) -> Known:
     """Return what is known of the model of a ``config.json``.
 
     Raises:
-        EmlocError: no family declares it, or it is quantised.
+        EmlocError: no family declares it, it is an emulator, or it is quantised and not in four bits.
     """
     raw = read_config_json(config_file)
     family = plugin_manager().family_for(raw)
     if raw.get("quantization_config"):
-        raise EmlocError(
-            f"The model of {config_file} is quantised or an emulator.",
-            "Give the original model; in four bits, it needs what its emulator of the kind nf4 does.",
-            code="unsupported",
-        )
+        _require_base(raw, config_file)
     found = _known(key(raw, family))
     found.config, found.config_file, found.family = raw, config_file, family
     return found
+
+
+def _require_base(raw: Mapping[str, Any], config_file: Path) -> None:
+    """Refuse an emulator, and a base that is quantised to anything but four bits."""
+    from emloc_core.model.nf4_checkpoints import is_in_four_bits
+
+    is_emulator = MARK in raw
+    if is_emulator or not is_in_four_bits(raw):
+        raise EmlocError(
+            f"The model of {config_file} is {'an emulator' if is_emulator else 'quantised, and not in four bits'}.",
+            "Give the original model.",
+            code="unsupported",
+        )
 
 
 @lru_cache(maxsize=8)

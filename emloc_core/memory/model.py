@@ -24,13 +24,15 @@ from emloc_core.emulator.ranks import UNREACHED, RankPlan, allocated
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.experts import is_stack
 from emloc_core.kinds import Kind
+from emloc_core.layers import replace_linear
 from emloc_core.memory import cache
 from emloc_core.memory.known import dtype_of, known
 from emloc_core.memory.workload import Workload
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.overhead import overhead
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.settings import ALL_LINEAR, FACTORS, CompressSettings
+from emloc_core.quantised import FourBitLinear
+from emloc_core.settings import ALL_LINEAR, FACTORS, FOUR_BITS, CompressSettings
 from emloc_core.tuning.trl import lora_config
 
 if TYPE_CHECKING:
@@ -100,6 +102,30 @@ class MemoryModel:
 
     def _method(self) -> Method:
         return method_of(self.settings, self.kind, find_linears(self.model, self.family, self.kind))
+
+    @property
+    def packed(self) -> Sequence[str]:
+        """Paths of the Linears that the base has in four bits; none of an ordinary one."""
+        return self._known.packed
+
+    @property
+    def stored(self) -> Any:
+        """The base's outline as it is stored."""
+        return self._known.stored
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the base's weights; tied ones count once."""
+        found = self.parameters() * self.dtype.itemsize
+        for path in self.packed:
+            weight: Any = self.model.get_submodule(path).weight
+            found += self._four_bits.nbytes(tuple(weight.shape), 0, self.dtype) - weight.numel() * self.dtype.itemsize
+        return found
+
+    @cached_property
+    def _four_bits(self) -> Kind:
+        found: Kind = plugin_manager().algorithm("emulators", FOUR_BITS)()
+        return found
 
     @property
     def linears(self) -> RankPlan:
@@ -285,10 +311,14 @@ class MemoryModel:
         try:
             for path, depth in depths.items():
                 model.set_submodule(path, nn.ModuleList(list(whole[path].children())[:depth]))
-            return copy.deepcopy(model)
+            cut = copy.deepcopy(model)
         finally:
             for path, blocks in whole.items():
                 model.set_submodule(path, blocks)
+        for path in self.packed:
+            if _has(cut, path):
+                replace_linear(cut, path, FourBitLinear)
+        return cut
 
     def _extend(self, trace: "Callable[[Mapping[str, int]], Phases]", plan: RankPlan | None) -> "Phases":
         """Trace a few blocks of each tower, then a period more of each in turn, and extrapolate the difference to all.
@@ -337,7 +367,7 @@ class MemoryModel:
         blocks = dict(self.model.get_submodule(path).named_children())
         if self._deepstack(path):
             return len(blocks)
-        ranks = {} if plan is None else plan.ranks
+        ranks: Mapping[str, int] = dict.fromkeys(self.packed, 0) if plan is None else plan.ranks
         types: Sequence[str] = ()
         if path == list(self.towers)[-1]:  # such as sliding and full attention, in turn
             types = getattr(self.config.get_text_config(), "layer_types", None) or ()

@@ -64,7 +64,7 @@ class MemoryPlan:
     def describe(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
         model, workload, decision = self.model, self.model.workload, self.decision
-        parameters, weights = {"base": model.parameters()}, {"base": model.parameters() * model.dtype.itemsize}
+        parameters, weights = {"base": model.parameters()}, {"base": model.nbytes}
         if self.plan:
             parameters["emulator"] = model.parameters(self.plan)
             weights["emulator"] = model.emulator_bytes(self.plan)
@@ -72,6 +72,7 @@ class MemoryPlan:
             "model": self.name,
             "family": model.family.name,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "in_four_bits": bool(model.packed),
             "workload": {
                 "rows_per_step": workload.rows_per_step,
                 "batch_size": workload.batch_size,

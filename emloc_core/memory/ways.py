@@ -112,10 +112,9 @@ def ways(
         The ways, in order of preference: the base itself, emulators, exact steps.
     """
     rows, sequences = model.workload.rows_per_step, model.workload.sequences_per_row
-    forward, weights = sequences * arithmetic.forward(model), model.parameters() * model.dtype.itemsize
+    forward, weights = sequences * arithmetic.forward(model), model.nbytes
     passes = 3 if model.workload.train.gradient_checkpointing else 2  # forward, perhaps once more, and backward
-    # Exact steps know the likelihood of answers alone: they would undo what was learned from preferences.
-    exact = 0 if model.workload.train.learns_preferences else stages.exact(model).total
+    exact = stages.exact(model).total if model.workload.train.can_be_exact else 0
     one_row = model
     if model.workload.batch_size > 1:
         one_row = model.with_workload(model.workload.one_row_at_a_time())

@@ -32,11 +32,11 @@ def is_in_four_bits(config: Mapping[str, Any]) -> bool:
     return isinstance(settings, Mapping) and settings.get("quant_method") == METHOD and bool(settings.get(_FOUR))
 
 
-def replace_quantised(model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Replace the Linears that a checkpoint has in four bits, by empty layers.
+def packed_linears(model: nn.Module, settings: Mapping[str, Any]) -> list[str]:
+    """Return the paths of the Linears that a checkpoint has in four bits.
 
     Args:
-        model: is changed.
+        model: as its config describes it, or an outline of that.
         settings: its ``quantization_config``.
 
     Raises:
@@ -44,14 +44,20 @@ def replace_quantised(model: nn.Module, settings: Mapping[str, Any]) -> None:
     """
     if wrong := [name for name, value in _READABLE.items() if settings.get(name) != value]:
         raise EmlocError(
-            f"Only NF4 with double quantisation is streamed; the model has {wrong[0]} {settings.get(wrong[0])!r}.",
+            "Of quantised models, NF4 with double quantisation alone is planned and streamed; the model has "
+            f"{wrong[0]} {settings.get(wrong[0])!r}.",
             "Give the original model, or an emulator of the kind nf4.",
             code="unsupported",
         )
     skipped = settings.get("llm_int8_skip_modules") or ["lm_head"]
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and should_convert_module(path, skipped):
-            replace_linear(model, path, FourBitLinear)
+    linears = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [path for path in linears if should_convert_module(path, skipped)]
+
+
+def replace_quantised(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Replace the Linears of :func:`packed_linears` by empty layers, in a model that is changed."""
+    for path in packed_linears(model, settings):
+        replace_linear(model, path, FourBitLinear)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # as transformers marks it: TRL asks for it
 
 

@@ -15,6 +15,7 @@ COMMANDS = (
     "chat",
     "compress",
     "correct",
+    "cut",
     "doctor",
     "eval",
     "export",
@@ -34,7 +35,7 @@ COMMANDS = (
 
 #: The built-in algorithms by their hook, so that a name can be checked without torch.
 ALGORITHMS = {
-    "emulators": ("low-rank", "nf4", "low-rank-nf4", "1.6-bit+repair", "2.7-bit"),
+    "emulators": ("low-rank", "nf4", "low-rank-nf4", "1.6-bit+repair", "2.7-bit", "1.6-bit"),
     "corrections": ("emloc",),
 }
 
@@ -64,7 +65,9 @@ def emloc_emulators() -> dict[str, Callable[..., Any]]:
     """Offer factors as in the paper and in four bits, weights in four bits and on a few levels."""
     from emloc_core import kinds
 
-    found = (kinds.LowRank, kinds.NF4, kinds.FourBitLowRank, kinds.RepairedThreeLevels, kinds.SixLevels)
+    found = (
+        kinds.LowRank, kinds.NF4, kinds.FourBitLowRank, kinds.RepairedThreeLevels, kinds.SixLevels, kinds.ThreeLevels,
+    )  # fmt: skip
     return {kind.name: kind for kind in found}
 
 

@@ -47,6 +47,12 @@ def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish:
     way = recipe.way or (None if _is_open(recipe) else "emulator")
     asked = {"requests": [request.to_json() for request in requests], "way": way, "compare": _may_compare(recipe)}
     (found,) = call(f"{__name__}:decision", asked)
+    if recipe.merge and found["in_four_bits"]:
+        raise EmlocError(
+            f"{recipe.model.base} is in four bits, and a LoRA is merged into the original.",
+            "Leave the merge out, and give the original to `emloc merge --base` afterwards.",
+            code="unsupported",
+        )
     for line in found["told"]:
         tell(line)
     changes: dict[str, Any] = {
@@ -87,8 +93,8 @@ def decision(requests: list[str], way: str | None, *, compare: bool) -> dict[str
         compare: whether another emulator may be tried besides.
 
     Returns:
-        The way; the rows of a step, as settings of stage 2; kind and ratio of the emulator, if there is one, of the
-        others, and of the one to try besides; and what to tell people.
+        The way; whether the base is in four bits; the rows of a step, as settings of stage 2; kind and ratio of the
+        emulator, if there is one, of the others, and of the one to try besides; and what to tell people.
 
     Raises:
         EmlocError: an emulator does not fit.
@@ -106,6 +112,7 @@ def decision(requests: list[str], way: str | None, *, compare: bool) -> dict[str
     other = made.alternative if chosen.kind and compare else None
     return {
         "way": chosen.key,
+        "in_four_bits": bool(made.base.packed),
         "rows": {"batch_size": chosen.micro_batch, "accumulation": chosen.accumulation},
         "emulator": _emulator(chosen.kind, chosen.ratio),
         "others": [_emulator(each.kind, each.ratio) for each in ways if each],

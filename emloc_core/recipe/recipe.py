@@ -143,8 +143,11 @@ class Recipe(Settings):
     def _way_has_its_settings(self) -> "Recipe":
         if not self.makes_emulator and self.polish is not None:
             raise ValueError(f"polish follows an emulator's LoRA, and way is {self.way!r}; leave it out")
-        if self.way == "exact" and self.train.learns_preferences:
-            raise ValueError("exact steps know the likelihood of answers alone, and train.objective is 'dpo'")
+        if (self.way == "exact" or self.polish is not None) and not self.train.can_be_exact:
+            raise ValueError(
+                "exact steps (polish) know the likelihood of answers, and LoRAs alone: leave them out, or "
+                "train.objective and the modules that are trained themselves"
+            )
         return self
 
     @model_validator(mode="after")
@@ -168,13 +171,6 @@ class Recipe(Settings):
                     raise ValueError(f"alternatives.{name}.{key}: all are judged on the same rows; set {FIRST}.{key}")
             if settings.model_dump(exclude=set(SHARED)) == self.compress.model_dump(exclude=set(SHARED)):
                 raise ValueError(f"alternatives.{name} is the emulator of {FIRST} once more; change or leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _no_exact_preferences(self) -> "Recipe":
-        if self.polish is not None and self.train.learns_preferences:
-            objective = self.train.objective
-            raise ValueError(f"polish knows the likelihood of answers alone, and train.objective is {objective!r}")
         return self
 
     @model_validator(mode="after")

@@ -95,7 +95,7 @@ class ExactTrain(Train):
                 "Train by DPO on an emulator or an ordinary model.",
                 code="unsupported",
             )
-        if isinstance(settings, TrainSettings) and settings.trains_modules:
+        if settings.trains_modules:
             raise _no_modules("modules")
         if others := [name for name in _ORDINARY if name in settings.extra]:
             raise EmlocError(f"Exact steps do not know {', '.join(others)}.", "Leave it out.")

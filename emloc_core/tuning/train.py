@@ -161,7 +161,7 @@ class Train:
         """Return the base that is evaluated with the LoRA, if there is one."""
         if not evaluation.on_base:
             return None
-        if isinstance(self.settings, TrainSettings) and self.settings.trains_modules:
+        if self.settings.trains_modules:
             raise EmlocError(
                 "The base is evaluated with LoRAs alone, and embeddings or the output layer are trained too.",
                 "Leave out --eval-base.",

@@ -242,10 +242,10 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     m, n = 64, 128
     inputs = 4 * (n**2 + 3 * m**2)  # of down_proj, and of what q, k and v, o, and gate and up read
     factorising = 8 * (4 * n**2 + 3 * m * n)
-    held = 2 * (4 * m**2 + 3 * m * n)  # of the block's factors, at half of the parameters
+    held = 4 * (4 * m**2 + 3 * m * n)  # of the block's factors, at the largest ranks
     expected = [
         ({"kind": "nf4"}, 4 * (4 * n**2 + 4 * m * n)),
-        ({"kind": "2.7-bit", "samples": 64}, 4 * (4 * n**2 + 4 * m * n)),
+        ({"kind": "1.6-bit"}, 4 * (4 * n**2 + 4 * m * n)),
         ({"kind": "low-rank-nf4", "allocator": "uniform"}, factorising + 4 * n * (2 * n + m)),
         ({"kind": "1.6-bit+repair"}, factorising + 4 * n * (2 * n + m)),
         ({"kind": "low-rank-nf4", "calibration": "base", "samples": 32}, factorising + inputs),
@@ -262,11 +262,11 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     spectra = MemoryModel(file, workload(), CompressSettings(calibration="base", allocator="global"))
     even = MemoryModel(file, workload(), CompressSettings(calibration="base", allocator="uniform"))
     found, plain = (streamed.compress(model, model.plan(0.5)).terms["statistics"] for model in (spectra, even))
-    assert found - plain == held
+    assert found - plain == held  # at the largest ranks, since the emulator is cut from them
     fitted = MemoryModel(file, workload(), CompressSettings(kind="low-rank", refine=0))
-    assert streamed.compress(fitted, fitted.plan(0.5)).terms["statistics"] - plain == held
+    assert streamed.compress(fitted, fitted.plan(0.5)).terms["statistics"] - plain == held // 2
     repaired = MemoryModel(file, workload(), CompressSettings(kind="1.6-bit+repair", allocator="global"))
-    first = factorising + inputs + held + 4 * (5 * n**2 + 4 * m * n)  # and rounding, in the pass before
+    first = factorising + inputs + held // 2 + 4 * (5 * n**2 + 4 * m * n)  # and rounding, in the pass before
     assert streamed.compress(repaired, repaired.plan(0.5)).terms["statistics"] == first
     even = MemoryModel(file, workload(), CompressSettings(allocator="uniform", refine=1))
     plan = even.plan(0.9)
@@ -432,7 +432,7 @@ def test_other_mistakes(tiny_model: Path, tiny_emulator: Path, tmp_path: Path) -
             model_of(**{name: value})
     with pytest.raises(EmlocError, match="The model has no blocks"):
         model_of(num_hidden_layers=0)
-    with pytest.raises(EmlocError, match="quantised or an emulator"):
+    with pytest.raises(EmlocError, match="is an emulator"):
         MemoryModel(tiny_emulator / "config.json", workload())
     with pytest.raises(EmlocError, match="images cannot be planned"):
         MemoryModel(tiny_model / "config.json", workload(images=1))

@@ -67,7 +67,8 @@ def stages(install, tiny_model, rows_file, tmp_path_factory):
     base, rows = ("--base", tiny_model), ("--data", rows_file)
     tuning = ("--steps", "1", "--batch-size", "2", "--no-bf16")
     told = [
-        run("compress", tiny_model, *rows, *SMALL, "-o", place / "emulator"),
+        run("compress", tiny_model, *rows, *SMALL, "--keep-spectra", place / "spectra", "-o", place / "emulator"),
+        run("cut", place / "spectra", *base, "--ratio", "0.4", "-o", place / "smaller"),
         run("train", place / "emulator", *rows, *tuning, "-o", place / "adapter"),
         run("correct", place / "adapter", *base, "-o", place / "corrected"),
         run("merge", place / "corrected", *base, "-o", place / "merged"),
@@ -95,6 +96,7 @@ def commands(stages, tiny_model, rows_file, tmp_path):
         ("families",),
         ("families", "new", "phi9", "-o", tmp_path / "plugin"),
         ("compress", tiny_model, *rows, *SMALL, *dry),
+        ("cut", stages / "spectra", *base, *dry),
         ("train", stages / "emulator", *rows, *dry),
         ("correct", stages / "adapter", *base, *dry),
         ("merge", stages / "corrected", *base, *dry),

@@ -3,16 +3,19 @@
 import pytest
 import torch
 from emloc_llama import LLAMA
-from support.models import save_tiny_model
+from support.evaluation import metrics_of
+from support.models import save_in_four_bits, save_tiny_model
+from support.planned import workload
 from transformers import AutoModelForCausalLM
 
+from emloc_core import plan
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.merge import Merge
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
+from emloc_core.evaluation.new_task import write_task
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.output import MANIFEST
+from emloc_core.files.documents import read_json, write_json
+from emloc_core.memory.model import MemoryModel
 from emloc_core.requests import CorrectRequest
 from emloc_core.settings import CompressSettings, PolishSettings, TrainSettings
 from emloc_core.stages.perform import prepare
@@ -22,16 +25,23 @@ from emloc_core.tuning.train import Train
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    return save_tiny_model(LLAMA.tiny_configs[0], tmp_path_factory.mktemp("original") / "base")
+    wide = LLAMA.tiny_configs[0] | {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+    }  # kernels of bitsandbytes take 64 columns
+    return save_tiny_model(wide, tmp_path_factory.mktemp("original") / "base")
 
 
 @pytest.fixture(scope="module")
-def adapter(original, rows_file, tmp_path_factory):
-    """A LoRA on the original in four bits, which nothing says is from it."""
-    directory = tmp_path_factory.mktemp("four_bits")
-    settings = CompressSettings(kind="nf4", calibration="none")
-    packed = Compress(Checkpoint(original), load_rows(str(rows_file)), directory / "packed", settings).run()
-    (packed / MANIFEST).unlink()
+def packed(original, tmp_path_factory):
+    """The original as bitsandbytes packs it, which nothing says is from it."""
+    return save_in_four_bits(original, tmp_path_factory.mktemp("four_bits") / "packed")
+
+
+@pytest.fixture(scope="module")
+def adapter(packed, rows_file, tmp_path_factory):
+    """A LoRA on that."""
+    directory = tmp_path_factory.mktemp("adapter")
     settings = TrainSettings(steps=2, batch_size=4, learning_rate=0.01)
     return Adapter(Train(packed, str(rows_file), directory / "adapter", settings).run())
 
@@ -77,3 +87,71 @@ def test_there_is_nothing_to_correct_which_is_said(adapter, original, tmp_path, 
     assert all(torch.equal(lora.a, adapter.loras[path].a) for path, lora in corrected.loras.items())
     if named:
         Merge(corrected, Checkpoint(original), tmp_path / "merged").run()
+
+
+def test_its_lora_needs_what_one_on_an_emulator_in_four_bits_does(original, packed):
+    model = MemoryModel(packed / "config.json", workload())
+    emulator = MemoryModel(original / "config.json", workload(), CompressSettings(kind="nf4"))
+    assert model.tuning().terms == emulator.tuning(emulator.plan()).terms
+    assert model.nbytes == emulator.emulator_bytes(emulator.plan()) < emulator.nbytes
+    # On disk bitsandbytes also describes every packed weight in JSON.
+    stored = sum(tensor.nbytes for key, tensor in Checkpoint(packed).tensors.items() if "bitsandbytes__" not in key)
+    assert model.nbytes == stored
+
+
+def test_the_plan_is_a_lora_on_it_as_it_is(packed, emloc):
+    code, out, err = emloc("plan", packed, "--memory", "4GiB", "--device", "cpu", "--no-measure")
+    assert code == 0, err
+    assert "in four bits and float32" in out
+    assert f"emloc train {packed}" in out
+    ways = [way.name for way in plan(packed, memory="4GiB", device="cpu").decision.ways]
+    assert ways == ["LoRA on the base", "exact steps"]
+
+
+def test_too_little_memory_is_told_what_fits(packed, emloc):
+    shorter = {"length": 64, "batch_size": 1, "accumulation": 8, "objective": "dpo"}
+    needed = plan(packed, device="cpu", **shorter).decision.ways[0].bytes
+    code, _, err = emloc("plan", packed, "--memory", needed, "--headroom", 0, "--device", "cpu", "--objective", "dpo")
+    assert code == 1
+    assert "tuning a LoRA on the model on 1 x 256 tokens needs" in err
+    assert "1 x 64 tokens fits (" in err
+
+
+@pytest.mark.parametrize("more", [("--kind", "nf4"), ("--ratio", 0.5)])
+def test_no_emulator_is_made_of_it(more, packed, emloc):
+    code, _, err = emloc("plan", packed, *more)
+    assert code == 1
+    assert "emulators are made from originals" in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"bnb_4bit_quant_type": "fp4"}, "NF4 with double quantisation alone"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, "quantised, and not in four bits"),
+    ],
+)
+def test_other_quantised_models_are_not_planned(settings, reason, packed, tmp_path):
+    config = read_json(packed / "config.json")
+    config["quantization_config"] |= settings
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(EmlocError, match=reason):
+        plan(tmp_path)
+
+
+@pytest.mark.usefixtures("calls_here")
+def test_it_is_tuned_and_answers(packed, rows_file, tmp_path, emloc):
+    asked = ("tune", packed, "--data", rows_file, "--memory", "4GiB", "--steps", 1, "-o", tmp_path / "tuned")
+    code, _, err = emloc(*asked, "--merge")
+    assert code == 1
+    assert "a LoRA is merged into the original" in err
+    assert not (tmp_path / "tuned").exists()
+    code, _, err = emloc(*asked)
+    assert code == 0, err
+    assert len(read_json(tmp_path / "tuned" / "answers.json")["answers"]) == 5
+
+
+def test_it_is_evaluated(packed, adapter, rows_file, tmp_path):
+    task = write_task("completion_nll", rows_file, tmp_path / "nll.yaml")
+    alone, tuned = (metrics_of(packed, str(task), lora, limit=8)[0] for lora in (None, adapter.directory))
+    assert tuned["metrics"]["nll"]["value"] != alone["metrics"]["nll"]["value"] > 0

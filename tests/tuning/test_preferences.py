@@ -101,7 +101,7 @@ def test_exact_steps_know_no_preferences(tiny_model, tmp_path):
     recipe = tmp_path / "recipe.toml"
     tables = '[model]\nbase = "b"\n[data]\ntrain = "d.jsonl"\n[train]\nobjective = "dpo"\n[polish]\nsteps = 2\n'
     recipe.write_text(tables)
-    with pytest.raises(EmlocError, match="polish knows the likelihood of answers alone"):
+    with pytest.raises(EmlocError, match=r"exact steps \(polish\) know the likelihood of answers"):
         load_recipe(recipe)
 
 
