@@ -7,7 +7,7 @@ switches all such entry points off.
 
 from importlib import import_module
 
-from emloc_core.when_imported import when_imported
+from emloc_core.compat.imports import when_imported
 
 #: When this package has been imported, emulators can be registered with it.
 _WATCHED = "transformers.quantizers"

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
-from emloc_core.tested import TESTED
+from emloc_core.compat.tested import TESTED
 
 #: Modules whose names are not those of their packages.
 _MODULES = {"pillow": "PIL", "protobuf": "google.protobuf"}

@@ -7,14 +7,12 @@ PEFT's own check is made where it wraps a model, in any script; see :func:`refus
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
-from importlib import import_module
 from typing import Any
 
 from torch import nn
 
+from emloc_core.compat.peft import check_adapters
 from emloc_core.errors import EmlocError
-from emloc_core.when_imported import when_imported
 
 #: Fields of LoraConfig that may have any value: they do not change what a trained LoRA computes.
 _FREE = {
@@ -37,8 +35,6 @@ _WHY = {
     "fan_in_fan_out": "the weight is stored transposed",
     "kasa_config": "KaSA changes the weight by its singular values, which differ on the emulator",
 }
-#: PEFT's module that puts adapters of every kind into a model.
-_WRAPS = "peft.tuners.tuners_utils"
 REMEDY = "Train an ordinary LoRA, without these settings."
 
 
@@ -102,20 +98,11 @@ def refuse_others(is_emulator: Callable[[nn.Module], bool]) -> None:
         is_emulator: whether a model is one.
     """
 
-    def check() -> None:
-        tuner: Any = import_module(_WRAPS).BaseTuner
-        inject = tuner.inject_adapter
+    def check(model: nn.Module, config: dict[str, Any]) -> None:
+        if is_emulator(model):
+            require(field_problems(config) or module_problems(config, model))
 
-        @wraps(inject)
-        def checked(self: Any, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> Any:
-            if is_emulator(model):
-                config = self.peft_config[adapter_name].to_dict()
-                require(field_problems(config) or module_problems(config, model))
-            return inject(self, model, adapter_name, *args, **options)
-
-        tuner.inject_adapter = checked
-
-    when_imported(_WRAPS, check)
+    check_adapters(check)
 
 
 def require(problems: Iterable[str]) -> None:

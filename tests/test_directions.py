@@ -6,8 +6,8 @@ from support.paths import ROOT
 
 #: Import layers, from what everything may import to what nothing may. Those in one layer do not import each other.
 FLOORS = [
-    ["errors", "family", "hookspecs", "keywords", "tested", "when_imported"],
-    ["processes", "units", "trainer_fields", "settings", "layout", "algorithms"],
+    ["errors", "family", "hookspecs", "keywords"],
+    ["compat", "processes", "units", "trainer_fields", "settings", "layout", "algorithms"],
     ["experts", "quantised", "transfer", "requests", "report"],
     ["layers"],
     ["lowrank", "kinds"],

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from emloc_core import doctor
+from emloc_core.compat.tested import TESTED
 from emloc_core.doctor import Check
-from emloc_core.tested import TESTED
 
 
 def test_it_imports_the_standard_library_alone():

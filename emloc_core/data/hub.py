@@ -1,9 +1,10 @@
 """Rows of a hub dataset; :mod:`emloc_core.data.rows` parses them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from emloc_core.compat.huggingface_hub import offline
 from emloc_core.errors import EmlocError
 
 _PATIENCE = 10.0  # seconds to wait for the hub
@@ -42,21 +43,18 @@ def read_data_set(source: str, split: str) -> Iterator[Any]:
 @contextmanager
 def _offline_if_unreachable(source: str) -> Iterator[None]:
     """Ask the hub once; if it does not answer, use the cache only, without half a minute of retries."""
-    import datasets.config
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    saved = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    found: AbstractContextManager[None] = nullcontext()
     try:
         HfApi().dataset_info(source, timeout=_PATIENCE)
     except (HfHubHTTPError, HFValidationError):
         pass  # load_dataset reports what is wrong with the name
     except Exception:  # whatever the HTTP library of this version of huggingface_hub raises without a connection
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
+        found = offline()
+    with found:
         yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = saved
 
 
 def undecoded(found: Any) -> Any:

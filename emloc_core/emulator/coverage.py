@@ -113,7 +113,7 @@ def matrices(model: nn.Module) -> Iterator[str]:
         fused = any(weight.ndim == 3 and min(weight.shape) > 1 for weight in own)
         # transformers' Conv1D is a Linear; its class would have to be imported.
         multiplies = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if multiplies or (fused and not isinstance(module, nn.modules.conv._ConvNd)):
+        if multiplies or (fused and not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)):
             yield path
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.factorize import Factors
+from emloc_core.compat.torch import tree_map
 
 #: Calibration rows that are passed through a block again for every Linear.
 PROBES = 8

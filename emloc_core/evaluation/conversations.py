@@ -7,6 +7,7 @@ of the conversation before the last answer, in the model's own chat template.
 from itertools import count
 from typing import Any
 
+from emloc_core.compat.lm_eval import ask
 from emloc_core.data.chat_template import encode_conversation
 from emloc_core.data.rows import parse_row
 from emloc_core.errors import EmlocError
@@ -39,4 +40,4 @@ def ask_conversations(task: Any, tokenizer: Any) -> None:
 
     if task.config.num_fewshot:
         raise EmlocError(f"The task {task.task_name} asks conversations of several turns.", "Leave out num_fewshot.")
-    task.fewshot_context = context
+    ask(task, context)

@@ -1,6 +1,6 @@
 """lm-eval's model for images and text, extended to score answers to prompts with images.
 
-lm-eval 0.4.13 generates from images, but raises NotImplementedError for likelihoods. All use of its internals is here.
+lm-eval 0.4.13 generates from images, but raises NotImplementedError for likelihoods.
 The model's inputs are those of TRL's collator in tuning: prompt and images go through the processor, answers
 separately through the tokenizer, both without further special tokens.
 """
@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from lm_eval.models.hf_vlms import HFMultimodalLM
 from torch.nn import functional
 
+from emloc_core.compat.lm_eval import GivenProcessor
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.images import PLACEHOLDER
 
@@ -20,7 +21,7 @@ from emloc_core.evaluation.images import PLACEHOLDER
 _Scored = tuple[tuple[int, ...], list[tuple[int, list[int]]]]
 
 
-class ImageTextLM(HFMultimodalLM):
+class ImageTextLM(GivenProcessor, HFMultimodalLM):
     """An image-text model with its processor, for tasks with ``doc_to_image``.
 
     Args:
@@ -28,9 +29,6 @@ class ImageTextLM(HFMultimodalLM):
         tokenizer: its processor (lm-eval's name for the argument).
         settings: arguments of ``lm_eval.models.huggingface.HFLM``.
     """
-
-    def _create_tokenizer(self, _pretrained: Any, tokenizer: Any, **_: Any) -> None:
-        self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer  # lm-eval drops a processor that it is given
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render messages, with each ``<image>`` replaced by the model's own mark.

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from emloc_core.compat.lm_eval import answer_tokens
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.evaluation.conversations import ask_conversations, asks_conversations
 from emloc_core.evaluation.images import shows_pictures
@@ -253,7 +254,7 @@ def _tokens(lm: Any, context: str, continuation: str | None = None, shown: Any =
     if continuation is None:  # rolling: all of the text, after lm-eval's prefix token
         return len(lm.tok_encode(context))
     if context:
-        return len(lm._encode_pair(context, continuation)[1])
+        return len(answer_tokens(lm, context, continuation))
     tokens = lm.tok_encode(continuation, add_special_tokens=False)
     return len(tokens) - (tokens[0] == lm.prefix_token_id)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from emloc_core.compat.lm_eval import load_yaml, sandbox_templates
 from emloc_core.errors import EmlocError, did_you_mean, typed_line
 from emloc_core.evaluation.images import find_pictures, hash_pictures, picture_directory, shows_pictures
 from emloc_core.files.inputs import Inputs
@@ -64,11 +65,10 @@ def load_task(spec: TaskSpec) -> list[Any]:
             requests are built (see :func:`emloc_core.evaluation.images.find_pictures`).
     """
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._yaml_loader import load_yaml  # no public loader resolves `!function` and lets data_files be set
 
     where = spec.path or f"lm-eval's task {spec.name}"
     directory = Path()
-    _sandbox_templates()
+    sandbox_templates()
     try:
         if spec.path is None:
             loaded = TaskManager().load([spec.name])
@@ -92,19 +92,6 @@ def load_task(spec: TaskSpec) -> list[Any]:
     for task in filter(shows_pictures, tasks):
         find_pictures(task, directory)
     return tasks
-
-
-def _sandbox_templates() -> None:
-    """Make lm-eval render templates in a sandbox, so that a template cannot run Python code."""
-    from jinja2.sandbox import SandboxedEnvironment
-    from lm_eval import utils
-
-    if not isinstance(utils.env, SandboxedEnvironment):
-        plain = utils.env
-        utils.env = SandboxedEnvironment(
-            loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
-        )
-        utils.env.filters.update(plain.filters)
 
 
 def is_conversational(task: Any) -> bool:

@@ -55,12 +55,12 @@ def _in_appearance(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     meta = {id(parameter): parameter for parameter in model.parameters()}
     stood_for = {}  # by id; the stand-ins are kept, so that no other object gets theirs
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in list(module.named_parameters(recurse=False)):
             stand_in = nn.Parameter(nothing.to(parameter.dtype).expand(parameter.shape), requires_grad=False)
             stood_for[id(stand_in)] = stand_in, meta[id(parameter)]
-            module._parameters[name] = stand_in
+            setattr(module, name, stand_in)
     yield
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in stood_for:
-                module._parameters[name] = stood_for[id(parameter)][1]
+                setattr(module, name, stood_for[id(parameter)][1])

@@ -19,6 +19,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from emloc_core.compat.peft import WRAPPER
+from emloc_core.compat.torch import written
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.head import Head, counted, known, shifted_labels
@@ -28,8 +30,6 @@ from emloc_core.model.parking import Parking
 from emloc_core.model.skeleton import Skeleton
 
 _HEAD = "the head"
-#: What PEFT puts into the names of a Linear's parameters when it gets a LoRA.
-_WRAPPER = "base_layer."
 
 
 class ExactSteps:
@@ -148,16 +148,16 @@ class ExactSteps:
         module = self.model.get_submodule(unit)
         body = _Body(module, module.forward)
         names = {
-            name.replace(_WRAPPER, ""): f"unit.{name}"
+            name.replace(WRAPPER, ""): f"unit.{name}"
             for name, parameter in module.named_parameters()
             if not parameter.requires_grad
         }
 
         def run(*args: Any, **kwargs: Any) -> Any:
             lent = {names[name]: tensor for name, tensor in self.weights.at(unit).items()}
-            written = _versions(module)
+            before = written(module)
             result = functional_call(body, lent, args, kwargs, tie_weights=False)
-            if _versions(module) != written:
+            if written(module) != before:
                 raise EmlocError(
                     f"{unit} writes to a buffer in its forward, and would do so again when it is recomputed.",
                     "Train this model by ordinary steps.",
@@ -213,7 +213,3 @@ class _Randomness:
 
 def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-
-def _versions(module: nn.Module) -> list[tuple[int, int]]:
-    return [(id(buffer), buffer._version) for buffer in module.buffers()]

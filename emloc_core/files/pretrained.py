@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoConfig, dynamic_module_utils
+from transformers import AutoConfig
 
+from emloc_core.compat.transformers import never_ask_for_code
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.documents import read_object
 from emloc_core.files.limits import limited
@@ -42,9 +43,7 @@ _FLASH = {f"flash_attention_{version}" for version in (2, 3, 4)}
 #: Quantisation methods whose loaders read only the model's own files.
 _QUANTISED = {"emloc", "bitsandbytes"}
 
-# Our arguments do not reach classes that are loaded for a part of a model. Transformers then prompts on the terminal
-# for this many seconds; with 0 it raises instead.
-dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+never_ask_for_code()
 bound_templates()
 
 

@@ -1,7 +1,7 @@
 """Limits on rendering chat templates, which are programs that come with a model.
 
 Transformers runs them in Jinja's sandbox, which keeps them away from the machine, but not from running forever or
-filling memory. Everything that renders them, TRL and lm-eval included, compiles them with one transformers function.
+filling memory.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
-from transformers.utils import chat_template_utils
-
+from emloc_core.compat.transformers import Compile, wrap_template_compiler
 from emloc_core.errors import EmlocError
 from emloc_core.files.limits import limited
 
@@ -42,9 +41,6 @@ def rendering() -> Iterator[None]:
             _is_bounded.reset(before)
 
 
-_compile = chat_template_utils._compile_jinja_template
-
-
 class _Bounded:
     """A compiled Jinja template that is rendered within limits."""
 
@@ -66,12 +62,15 @@ class _Bounded:
             yield from self._template.generate(*args, **values)
 
 
-@lru_cache
-def _compile_bounded(chat_template: str) -> _Bounded:
-    with limited(_WHAT, SECONDS, NBYTES):  # compiling computes constants
-        return _Bounded(_compile(chat_template))
+def _bounded(compile_template: Compile) -> Compile:
+    @lru_cache
+    def compile_bounded(chat_template: str) -> _Bounded:
+        with limited(_WHAT, SECONDS, NBYTES):  # compiling computes constants
+            return _Bounded(compile_template(chat_template))
+
+    return compile_bounded
 
 
 def bound_templates() -> None:
     """Make transformers render chat templates within limits from now on."""
-    chat_template_utils._compile_jinja_template = _compile_bounded
+    wrap_template_compiler(_bounded)

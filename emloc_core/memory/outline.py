@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+
+from emloc_core.compat.torch import children
 
 #: Classes that are asked for; an outline's modules are instances of these, and have the names of their own.
-_CLASSES = {"linear": nn.Linear, "convolution": _ConvNd, "list": nn.ModuleList, "other": nn.Module}
+_CLASSES = {
+    "linear": nn.Linear,
+    "convolution": nn.Conv1d,
+    "transposed": nn.ConvTranspose1d,
+    "list": nn.ModuleList,
+    "other": nn.Module,
+}
 
 
 class Config(SimpleNamespace):
@@ -77,20 +84,15 @@ def _is_part(value: Any) -> bool:
 def _described(module: nn.Module, path: str, names: dict[int, str]) -> dict[str, Any]:
     """Return a module with all below it, in order; ``names`` has the parameters seen so far: tied ones are one."""
     parameters = []
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            first = names.setdefault(id(parameter), f"{path}{name}")
-            parameters.append([name, first, list(parameter.shape), str(parameter.dtype).removeprefix("torch.")])
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        first = names.setdefault(id(parameter), f"{path}{name}")
+        parameters.append([name, first, list(parameter.shape), str(parameter.dtype).removeprefix("torch.")])
     return {
         "class": type(module).__name__,
         "kind": next(kind for kind, base in _CLASSES.items() if isinstance(module, base)),
         "attributes": {name: value for name, value in vars(module).items() if _is_plain(name, value)},
         "parameters": parameters,
-        "modules": [
-            [name, _described(child, f"{path}{name}.", names)]
-            for name, child in module._modules.items()
-            if child is not None
-        ],
+        "modules": [[name, _described(child, f"{path}{name}.", names)] for name, child in children(module)],
     }
 
 

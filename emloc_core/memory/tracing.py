@@ -8,15 +8,16 @@ memory that a kernel uses within one operation (``docs/memory.md``).
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from emloc_core.memory.fake import fake, fake_inputs, fused_tiles, without_contents
+from emloc_core.compat.torch import TorchDispatchMode, is_device_call, storage_id, tree_leaves
+from emloc_core.compat.trl import fuse_loss, tile_width, tiles_in_place
+from emloc_core.memory.fake import fake, fake_inputs, without_contents
 
 #: Bytes by kind: weights, adapter, gradients, kv_cache, logits, activations (all else).
 Composition = Counter[str]
@@ -44,7 +45,7 @@ class Ledger(TorchDispatchMode):
         self._now: Composition = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # two thirds of all calls
+        if is_device_call(func):  # two thirds of all calls
             return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
@@ -55,7 +56,7 @@ class Ledger(TorchDispatchMode):
 
     def enter(self, tensor: torch.Tensor, kind: str) -> None:
         """Add a tensor as of this kind, or change its kind."""
-        key = tensor.untyped_storage()._cdata
+        key = storage_id(tensor.untyped_storage())
         if key in self._alive:
             size, before, reference = self._alive[key]
             self._alive[key] = (size, kind, reference)
@@ -66,7 +67,7 @@ class Ledger(TorchDispatchMode):
 
     def _add(self, tensor: torch.Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_id(storage), storage.nbytes()
         if key not in self._alive:
             self._alive[key] = (size, kind, weakref.ref(storage, lambda _: self._remove(key)))
             self._now[kind] += size
@@ -106,16 +107,14 @@ def trace_training(
         Peaks of the phases: the towers' forward passes, the loss, and the backward passes of each tower's last block,
         of the blocks between, and of the first.
     """
-    from trl.trainer.utils import add_fused_lm_head
-
     base: Any = model.get_base_model()  # type: ignore[operator]
     model.train()
     if checkpointing:  # enabled as TRL and the trainer do
         model.enable_input_require_grads()  # type: ignore[operator]
         base.activation_checkpointing_enable()
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    fuse_loss(base)
     blocks = {path: len(base.get_submodule(path)) for path in towers}
-    with fake(inputs) as mode, fused_tiles(fused_loss):
+    with fake(inputs) as mode, tiles_in_place() if fused_loss else nullcontext():
         parameters = without_contents(model, mode)
         with Ledger(_widths(base)) as ledger:
             _enter_parameters(ledger, parameters)
@@ -173,10 +172,8 @@ class _EnteredCache(DynamicCache):
 
 def _widths(model: Any) -> list[int]:
     """Return the possible widths of logits: the vocabulary's, and those of TRL's tiles."""
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as TILE
-
-    vocabulary = model.config.get_text_config().vocab_size
-    return [vocabulary, *([TILE, vocabulary % TILE] if vocabulary > TILE else [TILE])]
+    vocabulary, tile = model.config.get_text_config().vocab_size, tile_width()
+    return [vocabulary, *([tile, vocabulary % tile] if vocabulary > tile else [tile])]
 
 
 def _enter_parameters(ledger: Ledger, parameters: Sequence[nn.Parameter]) -> None:

@@ -1,13 +1,11 @@
 """A model whose parameters are loaded on demand.
 
 The skeleton is an ordinary transformers model on the meta device, with its buffers (rotary tables) computed.
-Checkpoint keys are not module names (legacy prefixes, fused tensors), so tensors are mapped and converted by
-transformers' own machinery. That API is semi-public; besides :mod:`emloc_core.model.nf4_checkpoints`, this is the only
-module that touches it.
+Checkpoint keys are not module names (legacy prefixes, fused tensors): tensors are mapped and converted as transformers
+does it (:class:`~emloc_core.compat.transformers.TensorLoader`).
 """
 
 import contextlib
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,16 +14,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import logging as transformers_logging
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
 
+from emloc_core.compat.transformers import TensorLoader
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
@@ -83,27 +73,14 @@ class Skeleton:
                 setattr(module, name, absent)
         self._replaced: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._reader = ReadAhead()
-        self._mapping: list[Any] = [*get_model_conversion_mapping(self.model), *conversions]
+        self._loader = TensorLoader(self.model, conversions)
         self._sources = self._map_keys()
         # Buffers in the checkpoint (a router's bias, say) are small, and loaded from the start.
         self._read([name for name, _ in self.model.named_buffers() if name in self._sources])
 
     def _map_keys(self) -> dict[str, list[str]]:
         """Map every parameter and buffer to the checkpoint keys of the tensors that it is made from."""
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        expected = self.model.state_dict()
-        found: dict[str, list[str]] = defaultdict(list)
-        for key in self.checkpoint.tensors:
-            target, pattern = rename_source_key(key, renamings, converters, self.model.base_model_prefix, expected)
-            if target not in expected and key in expected:
-                target, pattern = key, None
-            found[target].append(key)
-            if pattern is not None:  # one tensor of the checkpoint may be split into several parameters
-                first, *others = by_pattern[pattern].target_patterns
-                for other in others:
-                    found[target.replace(first, other)].append(key)
+        found = self._loader.sources(self.checkpoint.tensors)
         missing = [name for name, _ in self.model.named_parameters() if self.tied.get(name, name) not in found]
         if missing:
             raise EmlocError(
@@ -120,7 +97,7 @@ class Skeleton:
                     "Give the original, unquantised model.",
                     code="unsupported",
                 )
-        return dict(found)
+        return found
 
     def sources(self, parameter: str) -> list[str]:
         """Return the checkpoint keys of the tensors that ``parameter`` is made from, or is tied to."""
@@ -177,19 +154,15 @@ class Skeleton:
         keys = sorted({key for name in names for key in self._sources[name]})
         if not keys:
             return
-        settings = LoadStateDictConfig(
-            dtype=self.dtype, weight_mapping=self._mapping, device_map={"": str(self.device)}
-        )
-        with self.checkpoint.slices(keys) as slices, _quiet_and_sequential():
-            info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
-        for name, problem in info.conversion_errors.items():
-            reason = problem.partition("\nError:")[0].strip().splitlines()[-1]
+        with self.checkpoint.slices(keys) as slices:
+            problems, mismatched = self._loader.load(slices, self.dtype, self.device)
+        for name, reason in problems.items():
             raise EmlocError(
                 f"{name} cannot be made from the tensors in {self.checkpoint.directory} ({reason}).",
                 "Download or copy the model again.",
                 code="damaged",
             )
-        for name, shape, expected in info.mismatched_keys:
+        for name, shape, expected in mismatched:
             raise EmlocError(
                 f"{name} in {self.checkpoint.directory} has shape {tuple(shape)}; the config says {tuple(expected)}.",
                 "Check that the config.json belongs to this checkpoint.",
@@ -255,22 +228,3 @@ def _most_common_dtype(checkpoint: Checkpoint) -> torch.dtype:
         if DTYPES[tensor.dtype].is_floating_point:
             sizes[DTYPES[tensor.dtype]] += tensor.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
-
-
-@contextlib.contextmanager
-def _quiet_and_sequential() -> Iterator[None]:
-    """Load without a progress bar per part, and without a thread pool that would read beyond the memory limit."""
-    variable = "HF_DEACTIVATE_ASYNC_LOAD"
-    saved = os.environ.get(variable)
-    os.environ[variable] = "1"
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bar:
-            transformers_logging.enable_progress_bar()
-        if saved is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = saved

@@ -226,7 +226,7 @@ def _experts(block: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield what holds experts in a block, and how many: fused weights of three dimensions, or a list of modules."""
     for name, module in block.named_modules():
         fused = [p for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1]
-        if fused and not isinstance(module, nn.modules.conv._ConvNd):
+        if fused and not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
             yield name, fused[0].shape[0]
         elif isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules()):
             yield name, len(module)

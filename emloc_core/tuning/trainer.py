@@ -19,9 +19,9 @@ from transformers import (
 from transformers.trainer_callback import TrainerState
 from trl import DPOTrainer, KTOTrainer, SFTTrainer
 
+from emloc_core.compat.trl import counted_tokens_alone
 from emloc_core.errors import EmlocError
 from emloc_core.tuning.evaluation import BASE_LOSS, BaseLoss
-from emloc_core.tuning.trl import counted_tokens_alone
 
 SETTINGS = "The training settings do not work"
 DIVERGED = "Lower the learning rate, or train without bf16."

@@ -1,12 +1,10 @@
 """Converts the settings of stage 2 to TRL's and PEFT's configs."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
+from emloc_core.compat.transformers import use_one_gpu
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.settings import ALL_LINEAR, DEFAULT_EPOCHS, StepSettings, TrainSettings
 
@@ -114,8 +112,7 @@ def trainer_config(
         save_total_limit=2,
         **{**own, "use_cpu": use_cpu, **named, **settings.extra, **fixed},
     )
-    if config.n_gpu > 1:  # several GPUs are for `accelerate launch`: nn.DataParallel would change the batch
-        config._n_gpu = 1
+    use_one_gpu(config)  # several are for `accelerate launch`
     return config
 
 
@@ -174,16 +171,3 @@ def lora_settings(config: "LoraConfig") -> dict[str, Any]:
     if isinstance(targets, str) and targets != ALL_LINEAR:
         raise EmlocError(f"target_modules = {targets!r} is a pattern.", "Give a list of modules, or all-linear.")
     return found
-
-
-@contextmanager
-def counted_tokens_alone() -> Iterator[None]:
-    """Have TRL project only the tokens that count in the loss on the vocabulary.
-
-    It does so where it has Triton; elsewhere it projects all tokens, so as not to change shapes, and drops the others:
-    in rows of prompt and completion most of them, for a third of a small model's step.
-    """
-    from trl.trainer import utils
-
-    with mock.patch.object(utils, "_use_triton", return_value=True, create=True):
-        yield

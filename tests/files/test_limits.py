@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.models import tiny_tokenizer
 from transformers import AutoConfig
+from transformers.utils import chat_template_utils
 
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
@@ -40,7 +41,7 @@ BOMBS = {
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "SECONDS", 0.5)
     monkeypatch.setattr(templates, "NBYTES", 256 << 20)
-    templates._compile_bounded.cache_clear()
+    chat_template_utils._compile_jinja_template.cache_clear()
 
 
 @pytest.mark.usefixtures("soon")
@@ -62,7 +63,9 @@ def test_what_a_template_writes_is_bounded() -> None:
 
 def test_an_ordinary_template_says_the_same() -> None:
     tokenizer = tiny_tokenizer()
-    expected = templates._compile(tokenizer.chat_template).render(messages=MESSAGES, **tokenizer.special_tokens_map)
+    expected = chat_template_utils._compile_jinja_template(tokenizer.chat_template)._template.render(
+        messages=MESSAGES, **tokenizer.special_tokens_map
+    )
     assert tokenizer.apply_chat_template(MESSAGES, tokenize=False) == expected
 
 

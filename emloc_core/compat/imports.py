@@ -1,4 +1,7 @@
-"""Does something as soon as a module has been imported, which costs nothing where it never is."""
+"""Python's import system: does something as soon as a module has been imported, which costs nothing where it never is.
+
+The standard library has no hook for this (PEP 369, which proposed one, was withdrawn). ``sys.meta_path`` is public.
+"""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -1,0 +1,38 @@
+"""PEFT: a check of what is put into a model, in any script, and the name of what it wraps."""
+
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from emloc_core.compat.imports import when_imported
+from emloc_core.compat.private import private
+
+#: What PEFT puts into the names of a Linear's parameters when it gets a LoRA.
+WRAPPER = "base_layer."
+#: PEFT's module that puts adapters of every kind into a model.
+_WRAPS = "peft.tuners.tuners_utils"
+
+
+def check_adapters(check: Callable[[nn.Module, dict[str, Any]], None]) -> None:
+    """Call ``check`` with the model and the config before PEFT puts an adapter into a model; it raises to refuse it.
+
+    PEFT has no hook for it. All its ways lead through this method: ``get_peft_model``, ``PeftModel.from_pretrained``
+    and ``inject_adapter_in_model``.
+    """
+
+    def wrap() -> None:
+        with private("peft"):
+            tuner: Any = import_module(_WRAPS).BaseTuner
+            inject = tuner.inject_adapter
+
+        @wraps(inject)
+        def checked(self: Any, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> Any:
+            check(model, self.peft_config[adapter_name].to_dict())
+            return inject(self, model, adapter_name, *args, **options)
+
+        tuner.inject_adapter = checked
+
+    when_imported(_WRAPS, wrap)

@@ -1,0 +1,109 @@
+"""torch: fake tensors, which have shapes but no contents; storages, versions of buffers, and modules as they are kept.
+
+``FakeTensorMode`` is what ``torch.export`` and ``torch.compile`` run on, and lies in a private package all the same.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_core.compat.private import patched, private
+
+with private("torch"):
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensor,
+        FakeTensorMode,
+    )
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "tree_leaves", "tree_map"]
+
+
+@contextmanager
+def fake_tensors(*, whole_numbers: bool) -> Iterator[FakeTensorMode]:
+    """Make all tensors that are created in the context fake.
+
+    Args:
+        whole_numbers: whether known integers keep their contents; see :class:`_WholeNumbers`.
+    """
+    kind = _WholeNumbers if whole_numbers else FakeTensorMode
+    # Models check that there are as many image tokens as image features, which fake tensors cannot tell.
+    unchecked = patched("torch", "torch", _check_tensor_all_with=lambda *_, **__: None)
+    # transformers' product of each expert with its tokens takes real tensors in fp32, but not fake ones.
+    experts = patched("transformers", "transformers.integrations.moe", _grouped_mm=_first_expert)
+    with unchecked, experts, kind(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+class _WholeNumbers(FakeTensorMode):
+    """Fake tensors, except that integers from ``arange``, or computed from known integers, have their contents.
+
+    For models that read the number of patches from an image's grid, or the positions of its tokens in a row. Large
+    tensors, such as a mask of all pairs of tokens, are fake too.
+    """
+
+    _LARGEST = 1 << 22  # elements
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known = all(_is_known(tensor) for tensor in given)
+        if not known or not (given or func is torch.ops.aten.arange.default):
+            if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+                args = (args[0], _without_masks(args[1]), *args[2:])
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        try:
+            made = super().__torch_dispatch__(func, types, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.is_floating_point() or tensor.numel() > self._LARGEST for tensor in tensors):
+            return made
+        return func(*args, **kwargs)
+
+
+def _is_known(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and not tensor.is_floating_point()
+
+
+def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Return indices with every known mask replaced by the indices of its elements."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool and _is_known(index):
+            found += index.nonzero().unbind(1)
+        else:
+            found.append(index)
+    return found
+
+
+def _first_expert(tokens: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+    """Multiply all tokens by the first expert: the same result size, the same tensors saved."""
+    with torch.autocast("cpu", enabled=False):
+        return tokens.to(weight.dtype) @ weight[0]
+
+
+def is_device_call(operation: Any) -> bool:
+    """Return whether an operation that a ``TorchDispatchMode`` sees asks for a tensor's device: most of them do."""
+    return operation is torch.ops.prim.device.default
+
+
+def children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules right below one, with their names, also those twice that ``named_children`` gives once."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """Return a number that no other storage has while this one lives; addresses of fake ones are all 0."""
+    return storage._cdata
+
+
+def written(module: nn.Module) -> list[tuple[int, int]]:
+    """Return what changes when one of a module's buffers is replaced, or written to in place."""
+    return [(id(buffer), buffer._version) for buffer in module.buffers()]

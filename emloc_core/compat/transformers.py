@@ -1,0 +1,132 @@
+"""transformers: the compiling of chat templates, code of models, and the loading of a checkpoint's tensors by name.
+
+``transformers`` is imported in functions: its base classes of models take two seconds, and text is tokenized without.
+"""
+
+import contextlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from emloc_core.compat.private import private
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, TrainingArguments
+
+#: From the text of a template to what renders it: ``render``, ``generate`` and ``environment`` of Jinja's templates.
+Compile = Callable[[str], Any]
+
+
+def wrap_template_compiler(wrap: Callable[[Compile], Compile]) -> None:
+    """Have all chat templates compiled by ``wrap`` of transformers' own function, those of TRL and lm-eval included.
+
+    There is no hook for it: a template is a program that comes with a model, and its time and memory have no limits.
+    """
+    from transformers.utils import chat_template_utils
+
+    templates: Any = chat_template_utils
+    with private("transformers"):
+        templates._compile_jinja_template = wrap(templates._compile_jinja_template)
+
+
+def never_ask_for_code() -> None:
+    """Have transformers refuse a model that comes with code, where it would ask on the terminal for 15 seconds.
+
+    ``trust_remote_code=False`` says the same, but does not reach the classes that are loaded for a part of a model.
+    """
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+
+
+def use_one_gpu(config: "TrainingArguments") -> None:
+    """Have a trainer use one GPU of several: it would split the batch by ``nn.DataParallel``, and no field says no."""
+    if config.n_gpu > 1:
+        config._n_gpu = 1
+
+
+class TensorLoader:
+    """Makes a model's parameters and buffers of a checkpoint's tensors, some at a time.
+
+    Keys are not module names (legacy prefixes, fused tensors): they are mapped and converted as ``from_pretrained``
+    does it. These functions are importable, but no documentation promises them.
+
+    Args:
+        model: whose parameters are replaced where tensors are loaded.
+        conversions: entries besides transformers' own, for its ``weight_mapping``.
+    """
+
+    def __init__(self, model: "PreTrainedModel", conversions: Iterable[Any] = ()) -> None:
+        with private("transformers"):
+            from transformers.conversion_mapping import get_model_conversion_mapping
+        self._model = model
+        self._mapping = [*get_model_conversion_mapping(model), *conversions]
+
+    def sources(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        """Return the keys of the tensors that each parameter or buffer is made from, by its name."""
+        with private("transformers"):
+            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        expected = self._model.state_dict()
+        found: dict[str, list[str]] = defaultdict(list)
+        for key in keys:
+            target, pattern = rename_source_key(key, renamings, converters, self._model.base_model_prefix, expected)
+            if target not in expected and key in expected:
+                target, pattern = key, None
+            found[target].append(key)
+            if pattern is not None:  # one tensor of the checkpoint may be split into several parameters
+                first, *others = by_pattern[pattern].target_patterns
+                for other in others:
+                    found[target.replace(first, other)].append(key)
+        return dict(found)
+
+    def load(
+        self, tensors: dict[str, Any], dtype: "torch.dtype", device: "torch.device"
+    ) -> tuple[dict[str, str], list[tuple[str, Any, Any]]]:
+        """Load tensors into the model.
+
+        Args:
+            tensors: tensors, or safetensors' slices, by key.
+            dtype: of the parameters.
+            device: likewise.
+
+        Returns:
+            Why parameters could not be made, by name; and the names of those whose shape, given next, is not the
+            model's, given last.
+        """
+        with private("transformers"):
+            from transformers.core_model_loading import convert_and_load_state_dict_in_model
+            from transformers.modeling_utils import LoadStateDictConfig
+        settings = LoadStateDictConfig(dtype=dtype, weight_mapping=self._mapping, device_map={"": str(device)})
+        with _quiet_and_sequential():
+            info, _ = convert_and_load_state_dict_in_model(self._model, tensors, settings)
+        problems = {
+            name: problem.partition("\nError:")[0].strip().splitlines()[-1]
+            for name, problem in info.conversion_errors.items()
+        }
+        return problems, list(info.mismatched_keys)
+
+
+@contextlib.contextmanager
+def _quiet_and_sequential() -> Iterator[None]:
+    """Load without a progress bar per part, and without a thread pool that would read beyond the memory limit."""
+    from transformers import logging
+
+    variable = "HF_DEACTIVATE_ASYNC_LOAD"
+    saved = os.environ.get(variable)
+    os.environ[variable] = "1"
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+        if saved is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = saved

@@ -1,0 +1,155 @@
+"""What ``compat/torch.py`` needs of torch."""
+
+import subprocess
+import sys
+import weakref
+
+import torch
+from support.contracts import contract
+from torch import nn
+
+from emloc_core.compat import torch as compat
+
+
+@contract("torch", "torch.fake_tensors")
+def test_fake_tensors_have_shapes_and_a_device_but_take_no_room():
+    with compat.fake_tensors(whole_numbers=False):
+        big = torch.empty(1 << 20, 1 << 20)
+        product = big @ big
+        assert product.shape == big.shape, "a fake product has another shape"
+        assert product.fake_device.type == "cpu", "a fake tensor has no fake_device"
+        assert product.untyped_storage().nbytes() == 4 << 40, "a fake storage does not say its size"
+    assert isinstance(product, compat.FakeTensor), "tensors that are made in FakeTensorMode are not fake"
+
+
+@contract("torch", "torch.fake_tensors")
+def test_buffers_and_parameters_become_fake():
+    with compat.fake_tensors(whole_numbers=False) as mode:
+        assert isinstance(mode.from_tensor(torch.ones(2)), compat.FakeTensor), "from_tensor makes no fake tensor"
+        weight = nn.Parameter(torch.empty(3, 2))
+        loss = nn.functional.linear(torch.ones(4, 2), weight).sum()
+        loss.backward()
+        assert weight.grad is not None
+        assert weight.grad.shape == (3, 2), "fake parameters get no gradient"
+
+
+@contract("torch", "torch.fake_tensors")
+def test_whole_numbers_are_known():
+    with compat.fake_tensors(whole_numbers=True):
+        places = torch.arange(6).reshape(2, 3)
+        assert (places.sum(1) + 1).tolist() == [4, 13], "integers computed from arange are not known"
+        chosen = torch.zeros(2, 3)[places > 2]
+        assert chosen.shape == (3,), "a known mask does not give the shape of what it selects"
+        assert isinstance(chosen, compat.FakeTensor), "numbers that are not whole are real"
+
+
+@contract("torch", "torch.fake_tensors")
+def test_checks_of_contents_are_left_out():
+    with compat.fake_tensors(whole_numbers=False):
+        torch._check_tensor_all(torch.ones(2) > 2, lambda: "unequal")
+
+
+@contract("transformers", "torch.fake_tensors")
+def test_fused_experts_run_on_fake_tensors():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = MixtralConfig(vocab_size=9, num_local_experts=4, num_key_value_heads=1, **sizes)
+    model = MixtralForCausalLM._from_config(config, experts_implementation="grouped_mm")
+    with compat.fake_tensors(whole_numbers=False) as mode:
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, mode.from_tensor(buffer))
+        logits = model(input_ids=torch.zeros(2, 3, dtype=torch.int64)).logits
+        assert logits.shape == (2, 3, 9), "the products of experts do not go through moe._grouped_mm"
+
+
+@contract("torch", "torch.TorchDispatchMode")
+def test_a_dispatch_mode_sees_every_operation():
+    seen = []
+
+    class Watch(compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if compat.is_device_call(func):
+                seen.append("device")
+                return args[0].fake_device
+            seen.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with compat.fake_tensors(whole_numbers=False), Watch():
+        weight = nn.Parameter(torch.empty(2, 2))
+        (torch.empty(2, 2) @ weight).sum().backward()
+    assert seen.count(torch.ops.aten.mm) == 2, f"products are not seen once each: {seen}"
+    assert "device" in seen, f"to ask for a device is not prim.device: {seen}"
+
+
+@contract("torch", "torch.storage_id")
+def test_a_storage_has_a_number_and_tells_when_it_goes():
+    with compat.fake_tensors(whole_numbers=False):
+        tensor, other = torch.empty(3), torch.empty(3)
+        number = compat.storage_id(tensor.untyped_storage())
+        assert number == compat.storage_id(tensor.view(1, 3).untyped_storage()), "a view has another storage"
+        assert number != compat.storage_id(other.untyped_storage()), "two storages have one number"
+        gone = []
+        kept = weakref.ref(tensor.untyped_storage(), gone.append)
+        assert not gone, "a storage's object does not live as long as the storage"
+        del tensor
+        assert gone == [kept], "a weak reference is not told that a storage is freed"
+
+
+@contract("torch", "torch.written")
+def test_a_write_to_a_buffer_is_noticed():
+    module = nn.BatchNorm1d(2)
+    before = compat.written(module)
+    assert compat.written(module) == before
+    module(torch.ones(3, 2))
+    assert compat.written(module) != before, "a buffer's _version does not count what is written in place"
+
+
+@contract("torch", "torch.children")
+def test_a_module_that_is_there_twice_is_listed_twice():
+    shared = nn.Linear(1, 1)
+    found = compat.children(nn.ModuleList([shared, shared]))
+    assert found == [("0", shared), ("1", shared)], "_modules does not hold the modules right below"
+
+
+def test_importing_torch_runs_the_entry_point():
+    """By it, plain transformers loads emulators; see ``emloc_core/autoload.py``."""
+    script = "import sys, torch; print('emloc_core.autoload' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    with contract("torch", "imports.when_imported"):
+        assert done.stdout == "True\n", "importing torch does not run entry points of the group torch.backends"
+
+
+@contract("torch", "torch (exact/steps.py)")
+def test_of_the_nodes_that_are_ready_the_one_made_last_runs_first():
+    """So the last block of all micro-batches is recomputed before the block before it is."""
+    order = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, name):
+            ctx.name = name
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            order.append(ctx.name)
+            return gradient, None
+
+    x = torch.ones((), requires_grad=True)
+    first = [Node.apply(x, f"block 1 of {row}") for row in "ab"]
+    second = [Node.apply(each, f"block 2 of {row}") for each, row in zip(first, "ab", strict=True)]
+    torch.stack(second).sum().backward()
+    assert order == ["block 2 of b", "block 2 of a", "block 1 of b", "block 1 of a"], f"autograd runs {order}"
+
+
+@contract("torch", "torch.tree_leaves, torch.tree_map")
+def test_trees_are_tuples_lists_and_dicts():
+    tree = (torch.ones(2), [1, {"a": torch.zeros(1)}])
+    doubled = compat.tree_map(lambda each: each * 2, tree)
+    assert type(doubled) is tuple, "tree_map does not keep what a tree is of"
+    assert [each for each in compat.tree_leaves(doubled) if isinstance(each, int)] == [2], "tree_leaves leaves some out"
+    assert doubled[1][1]["a"].shape == (1,)

@@ -1,0 +1,71 @@
+"""What ``compat/trl.py`` needs of TRL."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.contracts import contract
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl.kernels import chunked_logprob
+
+from emloc_core.compat import trl
+
+
+@pytest.fixture
+def model() -> Any:
+    """A Llama with TRL's loss, whose vocabulary takes two tiles."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    made = LlamaForCausalLM(LlamaConfig(vocab_size=40_000, **sizes)).requires_grad_(False)
+    made.get_input_embeddings().requires_grad_()
+    with contract("trl", "trl.fuse_loss"):
+        trl.fuse_loss(made)
+    return made
+
+
+def loss_of(model: Any) -> Any:
+    ids = torch.arange(8)[None]
+    labels = ids.masked_fill(ids < 6, -100)
+    return model(input_ids=ids, labels=labels, fused_lm_head=True)
+
+
+@contract("trl", "trl.fuse_loss")
+def test_the_loss_is_of_the_labels(model):
+    found = loss_of(model)
+    assert {"log_probs", "entropy", "is_top1"} <= found.keys(), "the loss does not return what SFTTrainer asks for"
+    plain = torch.nn.functional.cross_entropy(
+        model.lm_head(model.model(torch.arange(8)[None]).last_hidden_state)[0, 5:7], torch.arange(8)[6:]
+    )
+    assert torch.allclose(-found.log_probs.sum() / 2, plain), "log_probs are not those of the labels"
+
+
+@contract("trl", "trl.counted_tokens_alone")
+def test_only_counted_tokens_are_projected(model, monkeypatch):
+    rows = []
+    tile = chunked_logprob._forward_tile
+    monkeypatch.setattr(chunked_logprob, "_forward_tile", lambda z, *a, **k: rows.append(len(z)) or tile(z, *a, **k))
+    loss_of(model)
+    with trl.counted_tokens_alone():
+        loss_of(model)
+    assert rows == [7, 7, 2, 2], f"_use_triton no longer decides that only labelled tokens are projected: {rows}"
+
+
+@contract("trl", "trl.tile_width")
+def test_the_vocabulary_is_projected_in_tiles(model, monkeypatch):
+    widths = []
+    tile = chunked_logprob._forward_tile
+    monkeypatch.setattr(
+        chunked_logprob, "_forward_tile", lambda z, *a, **k: widths.append(z.shape[1]) or tile(z, *a, **k)
+    )
+    loss_of(model)
+    width = trl.tile_width()
+    assert widths == [width, 40_000 - width], f"tiles have other widths than _CHUNKED_LOGPROB_CHUNK_SIZE: {widths}"
+
+
+@contract("trl", "trl.tiles_in_place")
+def test_tiles_are_reduced_by_functions_that_can_be_left_out(model):
+    """With gradients of the hidden states, which take the product with the vocabulary's rows."""
+    with trl.tiles_in_place():
+        found = loss_of(model)
+        (-found.log_probs.sum()).backward()
+    gradient = model.get_input_embeddings().weight.grad
+    assert not gradient.any(), "tiles are not reduced by _forward_tile, _backward_tile and _addmm_fp32 alone"

@@ -1,0 +1,20 @@
+"""Contracts with other libraries: what of theirs, that they do not promise, ``emloc_core/compat`` needs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import pytest
+
+from emloc_core.errors import typed_line
+
+
+@contextmanager
+def contract(library: str, dependent: str) -> Iterator[None]:
+    """Fail, where the test fails, with one sentence: what has changed in a library, and what in ``compat`` needs it."""
+    try:
+        yield
+    except Exception as error:
+        what = str(error).splitlines()[0] if isinstance(error, AssertionError) else typed_line(error)
+        told = f"{library} {version(library)}: {what}. compat.{dependent} depends on it."
+        raise pytest.fail.Exception(told, pytrace=False) from None
