@@ -88,6 +88,8 @@ class Family:
         tiny_inputs: given a tiny model's config, returns the keyword arguments of a forward pass of one row with an
             image, if the conformance kit cannot make them up: tensors, including ``input_ids`` of shape (1, T).
         gguf: how to write it for llama.cpp; None if that is not declared.
+        observed: records of what no plugin declares of it (:mod:`emloc_core.observed.record`); they go into the
+            ``emloc.json`` of all that is made with it.
     """
 
     __pydantic_config__ = CHECKED
@@ -103,6 +105,7 @@ class Family:
     tiny_configs: Sequence[Mapping[str, Any]] = ()
     tiny_inputs: Callable[[Any], Mapping[str, Any]] | None = None
     gguf: Gguf | None = field(default=None, repr=False)
+    observed: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
 
     def with_nested(self, inner: "Family", path: str) -> "Family":
         """Return the family with the declaration of ``inner`` added; its model without head is at ``path`` here.
@@ -121,6 +124,7 @@ class Family:
             keep_dense={**{moved(pattern): reason for pattern, reason in inner.keep_dense.items()}, **self.keep_dense},
             taps={**{moved(pattern): tap for pattern, tap in inner.taps.items()}, **self.taps},
             nested={},
+            observed=(*self.observed, *inner.observed),
         )
 
     def lora_targets(self) -> list[str]:

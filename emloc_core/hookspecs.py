@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import click
@@ -16,15 +16,21 @@ if TYPE_CHECKING:
     from emloc_core.family import Family
     from emloc_core.layout import Layout
 
-API_VERSION = 3
+API_VERSION = 4
 
 hookspec = pluggy.HookspecMarker("emloc")
 hookimpl = pluggy.HookimplMarker("emloc")
 
 
 @hookspec
-def emloc_families() -> "Sequence[Family]":  # type: ignore[empty-body]
-    """Declare model families. Called once, when the plugin is loaded: import nothing heavy here.
+def emloc_families(config: "Mapping[str, Any] | None") -> "Sequence[Family]":  # type: ignore[empty-body]
+    """Declare model families. Called when the plugin is loaded, with None: import nothing heavy then.
+
+    A plugin that takes ``config`` is called again for a model whose type no plugin declares. The first that returns a
+    family for it is believed; the last one asked is emloc's own, which looks at a tiny model of that config.
+
+    Args:
+        config: the content of the model's ``config.json``.
 
     Returns:
         The families. Names and model types are unique among all plugins.

@@ -7,7 +7,7 @@ from support.paths import ROOT
 #: Import layers, from what everything may import to what nothing may. Those in one layer do not import each other.
 FLOORS = [
     ["errors", "family", "hookspecs", "keywords"],
-    ["compat", "processes", "units", "trainer_fields", "settings", "layout", "algorithms"],
+    ["compat", "observed.record", "processes", "units", "trainer_fields", "settings", "layout", "algorithms"],
     ["experts", "quantised", "transfer", "requests", "report"],
     ["layers"],
     ["lowrank", "kinds"],
@@ -18,7 +18,7 @@ FLOORS = [
     ["memory"],
     ["stages", "registry", "recipe", "conformance", "doctor"],
     ["api", "testing", "scaffold", "zoo"],
-    ["cli"],
+    ["cli", "observed"],
     ["__init__", "__main__"],
 ]
 

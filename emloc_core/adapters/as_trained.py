@@ -52,9 +52,7 @@ class AsTrained:
         moments = hash_moments(self.adapter.directory, files)
         request = {"adapter": self.adapter.fingerprint(files), **moments, "base": fingerprint}
         inputs = {"adapter": str(self.adapter.directory.absolute()), "base": self.base.name}
-        return Output(
-            self._path, "corrected-adapter", request, inputs=inputs, files=files, loader=self.family.auto_class
-        )
+        return Output(self._path, "corrected-adapter", request, inputs=inputs, files=files, family=self.family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be done."""

@@ -120,8 +120,8 @@ class Correct:
             "base": self.base.name,
             "emulator": self.emulator.name,
         }
-        device, loader = self.skeleton.device.type, self.family.auto_class
-        return Output(self._path, "corrected-adapter", request, device, inputs, files, loader)
+        device = self.skeleton.device.type
+        return Output(self._path, "corrected-adapter", request, device, inputs, files, self.family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be done."""

@@ -76,8 +76,7 @@ class Merge:
         require_base(self.adapter, self.base, fingerprint, allow_uncorrected=self._allow_uncorrected)
         request = {"adapter": self.adapter.fingerprint(files), "base": fingerprint}
         inputs = {"adapter": str(self.adapter.directory.absolute()), "base": self.base.name}
-        loader = self.family.auto_class
-        return Output(self._path, "checkpoint", request, inputs=inputs, files=files, loader=loader)
+        return Output(self._path, "checkpoint", request, inputs=inputs, files=files, family=self.family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be written."""

@@ -12,6 +12,7 @@ from types import FrameType
 import rich_click as click
 
 from emloc_core import __version__
+from emloc_core.cli.verbosity import set_for_now, showing_families
 from emloc_core.errors import EmlocError, printable, typed_line
 from emloc_core.plugins.builtin import COMMANDS
 from emloc_core.processes.environment import hush_libraries, settle
@@ -42,7 +43,9 @@ def _plugin_commands() -> dict[str, click.Command]:
 @click.group(cls=PluggableGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="emloc")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-def cli() -> None:
+@click.option("--strict-families", is_flag=True, help="Refuse models that no plugin declares.")
+@click.pass_context
+def cli(context: click.Context, *, strict_families: bool) -> None:
     """Fine-tune a large model in the memory that inference needs.
 
     tune does all of it in the memory that there is. Stage by stage: plan says what fits. compress makes an emulator, a
@@ -50,9 +53,12 @@ def cli() -> None:
     (optional) trains it a few exact steps there; merge adds it to the weights; eval compares them all. run does
     everything from one recipe.
     """
-    from emloc_core.plugins.manager import is_on
+    from emloc_core.plugins.manager import STRICT, is_on
 
     hush_libraries()
+    if strict_families:
+        context.with_resource(set_for_now(STRICT, "1"))
+    context.with_resource(showing_families())
     if is_on("EMLOC_STRICT_PLUGINS"):  # a broken plugin ends every command, even one that needs no plugin
         _plugin_commands()
 

@@ -12,7 +12,7 @@ import rich_click as click
 
 from emloc_core.cli.console import announce, print_json, progress
 from emloc_core.cli.following import following
-from emloc_core.cli.verbosity import Verbosity, set_up_libraries, verbosity
+from emloc_core.cli.verbosity import Verbosity, set_up_libraries, showing_families, verbosity
 from emloc_core.files.documents import read_json
 from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
@@ -82,7 +82,8 @@ def perform(request: str, tell: Callable[[dict[str, Any]], Any]) -> str:
     """
     asked = request_from_json(request)
     reporter = Reporter(asked.stage, asked.output, lambda event: tell(asdict(event)))
-    _finish(asked, _prepare(asked), reporter)
+    with showing_families():
+        _finish(asked, _prepare(asked), reporter)
     return "done"
 
 

@@ -1,8 +1,10 @@
 """The amount of output of a command: ``--quiet``, ``--verbose``, or neither."""
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -38,24 +40,46 @@ def verbosity_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def _chooses(level: Verbosity) -> Callable[[click.Context, click.Parameter, bool], None]:
     def choose(context: click.Context, _: click.Parameter, given: bool) -> None:
         if given:
-            before = os.environ.get(VARIABLE)
-            os.environ[VARIABLE] = level.value
-            context.call_on_close(lambda: _restore(before))
+            context.with_resource(set_for_now(VARIABLE, level.value))
 
     return choose
 
 
-def _restore(before: str | None) -> None:
-    if before is None:
-        os.environ.pop(VARIABLE, None)
-    else:
-        os.environ[VARIABLE] = before
+@contextmanager
+def set_for_now(variable: str, value: str) -> Iterator[None]:
+    """Set an environment variable, for this process and those that it starts, while a command runs."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+@contextmanager
+def showing_families() -> Iterator[None]:
+    """Say on stderr, while a command runs, what is observed of models that no plugin declares."""
+    logger, handler = logging.getLogger("emloc.families"), _Said()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Said(logging.Handler):
+    """Prints a message as a line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if verbosity() is not Verbosity.QUIET:
+            click.echo(record.getMessage(), err=True)
 
 
 def set_up_libraries(*, on_terminal: bool) -> None:
     """Let transformers, datasets and the hub's library say as much: bars on terminals alone, logs when verbose."""
-    import logging
-
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     level = verbosity()

@@ -160,7 +160,7 @@ class Compress:
 
     def _output(self, path: Path, kind: str, request: dict[str, Any]) -> Output:
         inputs = {"base": self.base.name, **({"data": self._data} if self._data else {})}
-        return Output(path, kind, request, self.skeleton.device.type, inputs, self._files, self.family.auto_class)
+        return Output(path, kind, request, self.skeleton.device.type, inputs, self._files, self.family)
 
     def _encode(self, rows: list[Row], processing: Processing) -> list[Sample]:
         limits = Limits.of(self.skeleton.model.config)

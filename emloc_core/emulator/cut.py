@@ -69,8 +69,8 @@ class Cut:
             "settings": {**spectra.settings, **self.settings.model_dump()},
             "spectra": spectra.fingerprint(files),
         }
-        loader = self.family.auto_class
-        return Output(self._path, "emulator", request, inputs={"base": base.name}, files=files, loader=loader)
+        inputs = {"base": base.name}
+        return Output(self._path, "emulator", request, inputs=inputs, files=files, family=self.family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be made: bytes, and the rank of every Linear."""

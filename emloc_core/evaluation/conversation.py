@@ -15,6 +15,7 @@ from emloc_core.data.messages import IMAGE, Message, in_parts
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.system import load_system
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.output import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 
 
@@ -171,5 +172,6 @@ def open_conversation(model: str, adapter: Path | None = None, **settings: Any) 
 
 
 def _reads_images(checkpoint: Checkpoint) -> bool:
+    plugin_manager().recall(read_manifest(checkpoint.directory))
     family = plugin_manager().family_for(checkpoint.config)
     return family.modality != "text" and any(checkpoint.directory.glob("*processor_config.json"))

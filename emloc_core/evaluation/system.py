@@ -42,10 +42,12 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
 
     from emloc_core.data.tokenize import load_processor, load_tokenizer
     from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.files.output import read_manifest
     from emloc_core.files.pretrained import load_model
     from emloc_core.plugins.manager import plugin_manager
 
     checkpoint = Checkpoint(model)
+    plugin_manager().recall(read_manifest(model))
     family = plugin_manager().family_for(checkpoint.config)
     if images and family.modality == "text":
         raise EmlocError(f"A task shows images, and models of the family {family.name} read text only.",

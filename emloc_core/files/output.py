@@ -23,8 +23,10 @@ from emloc_core.files.card import CARD, card
 from emloc_core.files.documents import read_object, write_json
 from emloc_core.files.meter import Meter
 from emloc_core.files.workspace import Workspace, remove_at_once
+from emloc_core.observed.record import DECLARATIONS
 
 if TYPE_CHECKING:
+    from emloc_core.family import Family
     from emloc_core.files.inputs import Inputs
 
 MANIFEST = "emloc.json"
@@ -126,7 +128,7 @@ class Output:
         inputs: role, such as ``base`` -> path or hub id of that input. Not part of the request: an input that has moved
             is the same input.
         files: the files that are read to make it, as they were when hashed for the request.
-        loader: the transformers class that loads the base, for the card.
+        family: of the base: its class is named on the card, and what was observed of it goes into the manifest.
 
     Use :meth:`is_finished` first, then :meth:`build`.
     """
@@ -139,7 +141,7 @@ class Output:
         device: str = "cpu",
         inputs: Mapping[str, str] | None = None,
         files: "Inputs | None" = None,
-        loader: str = "AutoModelForCausalLM",
+        family: "Family | None" = None,
     ) -> None:
         self.path = Path(path)
         if not self.path.name or self.path.name == "..":
@@ -147,7 +149,9 @@ class Output:
         self.kind = kind
         self.request = json.loads(json.dumps(request))
         self._inputs = dict(inputs or {})
-        self._files, self._loader = files, loader
+        self._files = files
+        self._loader = family.auto_class if family else "AutoModelForCausalLM"
+        self._declarations = [dict(record) for record in family.observed] if family else []
         self._versions = {**versions(), "device": device}
         self._workspace = Workspace(self.path)
         self.staging = self._workspace.content
@@ -285,6 +289,7 @@ class Output:
             "result": self.result,
             "versions": self._versions,
         }
+        manifest |= {DECLARATIONS: self._declarations} if self._declarations else {}
         self._write_card(manifest)
         write_json(self.staging / MANIFEST, manifest)
         write_json(self.staging / TIMING, self.timing)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
@@ -67,9 +67,14 @@ def directory() -> Path | None:
         return None
 
 
-def key(*parts: Any) -> str:
-    """Return a digest of values whose text tells all of them apart, of versions, and of the code."""
-    text = json.dumps([_versions(), _code(), *parts], sort_keys=True, default=_plain)
+def key(*parts: Any, code: Sequence[str] = _CODE) -> str:
+    """Return a digest of values whose text tells all of them apart, of versions, and of the code.
+
+    Args:
+        parts: the values.
+        code: the packages and modules that decide what is kept.
+    """
+    text = json.dumps([_versions(), _code(tuple(code)), *parts], sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
@@ -100,9 +105,9 @@ def _versions() -> dict[str, str]:
 
 
 @cache
-def _code() -> str:
+def _code(parts: tuple[str, ...]) -> str:
     root, total = Path(__file__).parents[1], hashlib.sha256()
-    for part in _CODE:
+    for part in parts:
         place = root / part
         for path in sorted(place.glob("*.py")) if place.is_dir() else [place]:
             total.update(path.read_bytes())

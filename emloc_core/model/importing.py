@@ -74,8 +74,8 @@ class Import:
             "files": files.hash(source.side_files()),
             "layout": self.layout.name,
         }
-        loader = plugin_manager().family_for(self.config).auto_class
-        return Output(self._path, "checkpoint", request, inputs={"source": source.name}, files=files, loader=loader)
+        family = plugin_manager().family_for(self.config)
+        return Output(self._path, "checkpoint", request, inputs={"source": source.name}, files=files, family=family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be written."""

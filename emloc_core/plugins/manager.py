@@ -2,12 +2,13 @@
 
 With pluggy's own loader, one plugin's ImportError ends the program, and its hook calls end at the first plugin that
 raises, so entry points are loaded and plugins are called one by one here. ``EMLOC_STRICT_PLUGINS=1`` raises instead
-of isolating; ``EMLOC_TRACE_PLUGINS=1`` prints every hook call. Empty or ``0`` counts as unset.
+of isolating; ``EMLOC_TRACE_PLUGINS=1`` prints every hook call; ``EMLOC_STRICT_FAMILIES=1`` refuses models that no
+plugin declares by its model type. Empty or ``0`` counts as unset.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,10 +23,15 @@ from emloc_core import hookspecs
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family, require_types
 from emloc_core.layout import Layout
+from emloc_core.observed.record import DECLARATIONS, digest, from_record
 from emloc_core.plugins import builtin
 from emloc_core.plugins.builtin import ALGORITHMS, COMMANDS
 
 PROJECT = GROUP = "emloc"
+#: The variable that refuses families that are observed.
+STRICT = "EMLOC_STRICT_FAMILIES"
+#: The plugin that declares a model by looking at it, where no other does.
+OBSERVED = EntryPoint("observed", "emloc_core.observed.plugin", GROUP)
 Declared = TypeVar("Declared", Family, Layout)
 
 
@@ -47,6 +53,8 @@ class PluginManager(pluggy.PluginManager):
         self.add_hookspecs(hookspecs)
         self.reports: list[PluginReport] = []
         self._families: dict[str, Family] = {}
+        #: Those of single configs, by digest.
+        self._observed: dict[str, Family] = {}
         self._layouts: dict[str, Layout] = {}
         self._commands: dict[str, click.Command] = {}
         self._told: set[str] = set()
@@ -61,7 +69,7 @@ class PluginManager(pluggy.PluginManager):
             EmlocError: a plugin is broken and ``EMLOC_STRICT_PLUGINS`` is set.
         """
         for entry in sorted(entries, key=_order):
-            report = PluginReport(entry.name, entry.dist.name if entry.dist else "unknown")
+            report = PluginReport(entry.name, _distribution(entry))
             try:
                 families = self._load_one(entry)
                 report = replace(report, families=tuple(family.name for family in families))
@@ -77,7 +85,7 @@ class PluginManager(pluggy.PluginManager):
         try:
             self._check_hook_names(plugin)
             taken: list[Family | Layout] = [*self._families.values(), *self._layouts.values()]
-            families = self._declared(plugin, "emloc_families", Family, taken)
+            families = self._declared(plugin, "emloc_families", Family, taken, config=None)
             layouts = self._declared(plugin, "emloc_layouts", Layout, taken)
             commands = self._commands_of(plugin)
         except BaseException:
@@ -99,9 +107,11 @@ class PluginManager(pluggy.PluginManager):
             if caller.name not in known:
                 raise TypeError(f"there is no hook {caller.name!r}.{did_you_mean(caller.name, known)}")
 
-    def _declared(self, plugin: Any, hook: str, kind: type[Declared], taken: list[Family | Layout]) -> list[Declared]:
+    def _declared(
+        self, plugin: Any, hook: str, kind: type[Declared], taken: list[Family | Layout], **arguments: Any
+    ) -> list[Declared]:
         """Return a plugin's declarations and add them to ``taken``, whose model types and names must not recur."""
-        declared = [item for found in self._call(plugin, hook) for item in found]
+        declared = [item for found in self._call(plugin, hook, **arguments) for item in found]
         for item in declared:
             if not isinstance(item, kind):
                 raise TypeError(f"{hook} returned {type(item).__name__}, not {kind.__name__}")
@@ -139,19 +149,33 @@ class PluginManager(pluggy.PluginManager):
         finally:
             self._families = installed
 
-    def family_for(self, config: Mapping[str, Any]) -> Family:
+    def family_for(self, config: Mapping[str, Any], *, observe: bool = True) -> Family:
         """Return the family that declares the ``model_type`` of a config, including the models nested in it.
+
+        Where none does, plugins are asked for a declaration of this very config: the last one observes a tiny model.
 
         Args:
             config: the content of a ``config.json``.
+            observe: whether to ask for it; else only what is declared by model type counts.
 
         Raises:
-            EmlocError: none does; the message lists the families and how to add one.
+            EmlocError: there is none; the message says why, and how to add one.
         """
-        return self._resolve(config)
+        return self._resolve(config, observe=observe and not is_on(STRICT))
 
-    def _resolve(self, config: Mapping[str, Any], where: str = "") -> Family:
-        family = self._declaring(config.get("model_type"), where)
+    def recall(self, manifest: Mapping[str, Any] | None) -> None:
+        """Use the observed declarations that an output was made with, rather than look again.
+
+        Args:
+            manifest: the output's; None for what is no output.
+        """
+        records = (manifest or {}).get(DECLARATIONS)
+        for record in records if isinstance(records, list) else ():
+            with suppress(TypeError, ValueError, KeyError, AttributeError):  # it is damaged: look again
+                self._observed[str(record["config"])] = from_record(record)
+
+    def _resolve(self, config: Mapping[str, Any], where: str = "", *, observe: bool) -> Family:
+        family = self._declaring(config, where, observe=observe)
         for part, path in family.nested.items():
             inner = config.get(part)
             if not isinstance(inner, Mapping):
@@ -159,10 +183,12 @@ class PluginManager(pluggy.PluginManager):
                     f"The config of this {config['model_type']!r} has no {part}, which describes the model inside it.",
                     "Save the model again with transformers, which writes that part in full.",
                 )
-            family = family.with_nested(self._resolve(inner, f", the {part} of this {config['model_type']!r}"), path)
+            told = f", the {part} of this {config['model_type']!r}"
+            family = family.with_nested(self._resolve(inner, told, observe=observe), path)
         return family
 
-    def _declaring(self, model_type: Any, where: str) -> Family:
+    def _declaring(self, config: Mapping[str, Any], where: str, *, observe: bool) -> Family:
+        model_type = config.get("model_type")
         if not isinstance(model_type, str):
             raise EmlocError(f"The model type{where} is {model_type!r}, not a name.", "Correct the config.json.")
         for family in self._families.values():
@@ -176,6 +202,8 @@ class PluginManager(pluggy.PluginManager):
                     "Run `emloc import MODEL -o DIRECTORY` first, and give that directory.",
                     code="unsupported",
                 )
+        if observe and (found := self._declared_for(config)):
+            return found
         known = "; ".join(f"{family.name} ({', '.join(sorted(family.model_types))})" for family in self.families())
         raise EmlocError(
             f"No installed family declares the model type {model_type!r}{where}. Known: {known or 'none'}.",
@@ -183,6 +211,19 @@ class PluginManager(pluggy.PluginManager):
             "`emloc families new NAME` writes the package around it (docs/plugins.md).",
             code="unsupported",
         )
+
+    def _declared_for(self, config: Mapping[str, Any]) -> Family | None:
+        """Return a declaration of one config: of an earlier call or output, or of the first plugin that has one."""
+        place = digest(config)
+        for plugin in reversed(self.hook.emloc_families.get_hookimpls()):  # as pluggy calls them
+            if place in self._observed:
+                break
+            if "config" in plugin.argnames:
+                taken: list[Family | Layout] = [*self._families.values(), *self._layouts.values()]
+                for family in self._declared(plugin.plugin, "emloc_families", Family, taken, config=config):
+                    if config["model_type"] in family.model_types:
+                        self._observed[place] = family
+        return self._observed.get(place)
 
     def layout_for(self, config: Mapping[str, Any]) -> Layout:
         """Return the layout that reads checkpoints of the ``model_type`` of a config.
@@ -309,7 +350,13 @@ def _not_offered(hook: str, name: str, offered: Iterable[str]) -> EmlocError:
 
 def _order(entry: EntryPoint) -> tuple[bool, str]:
     """Sort emloc's own plugins first: if two declare the same, the later one is broken, which is then never ours."""
-    return (entry.dist is None or entry.dist.name != PROJECT, entry.name)
+    return (_distribution(entry) != PROJECT, entry.name)
+
+
+def _distribution(entry: EntryPoint) -> str:
+    if entry is OBSERVED:
+        return PROJECT
+    return entry.dist.name if entry.dist else "unknown"
 
 
 def _broken(report: PluginReport, error: BaseException) -> PluginReport:
@@ -332,5 +379,5 @@ def plugin_manager() -> PluginManager:
     """Return the process's plugin manager, with the built-in algorithms and every installed plugin loaded."""
     manager = PluginManager()
     manager.register(builtin, name="emloc_core")
-    manager.load(list(entry_points(group=GROUP)))
+    manager.load([OBSERVED, *entry_points(group=GROUP)])
     return manager

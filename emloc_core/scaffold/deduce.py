@@ -122,7 +122,7 @@ def with_nested(family: Family, config: Any) -> Family:
         section = getattr(config, part, None)
         inner = None
         with suppress(EmlocError):  # no family declares it
-            inner = plugin_manager().family_for(section.to_dict()) if section is not None else None
+            inner = plugin_manager().family_for(section.to_dict(), observe=False) if section is not None else None
         path = _stands_at(inner, family) if inner else None
         if inner is None or path is None:
             continue

@@ -34,11 +34,12 @@ from emloc_core.scaffold.shrink import TINY_PARAMETERS, shrink
 from emloc_core.scaffold.stored import keep_dense, stored_otherwise
 
 
-def scaffold(config_file: Path) -> Draft:
+def scaffold(config_file: Path, *, alone: bool = False) -> Draft:
     """Return a draft of the family that would declare the model of a config.
 
     Args:
         config_file: a ``config.json``. No weights are read.
+        alone: draft it for this very config: no switch of it is flipped, and nothing is taken from other families.
 
     Raises:
         EmlocError: transformers lacks the architecture, it is none that can be compressed, or the config cannot be
@@ -47,7 +48,7 @@ def scaffold(config_file: Path) -> Draft:
     config = load_config(config_file)
     family = _empty_family(config)
     with under_test(family):
-        found = _Scaffold(config, family)
+        found = _Scaffold(config, family, alone=alone)
     return found.draft()
 
 
@@ -61,8 +62,8 @@ def check_draft(draft: Draft) -> Draft:
 class _Scaffold:
     """What is known about one architecture: the model that was asked for, without weights, and a tiny one that ran."""
 
-    def __init__(self, config: Any, family: Family) -> None:
-        self.config, self.family = config, family
+    def __init__(self, config: Any, family: Family, *, alone: bool) -> None:
+        self.config, self.family, self.alone = config, family, alone
         self.type: str = config.model_type
         self.notes: list[str] = []
         self.model = self._without_weights()
@@ -76,7 +77,8 @@ class _Scaffold:
         self.tiny = plain(config) if self.model.num_parameters() <= TINY_PARAMETERS else shrink(config)
         self.given, self.probe, self.seen = self._observe(self._tiny_model())
         self.tinies = [self.tiny]
-        self.seen.with_branches(list(self._branches()))
+        if not alone:
+            self.seen.with_branches(list(self._branches()))
         keep_dense(self.seen.stacks, stored_otherwise(self.seen.model, self.family, self.seen.stacks))
 
     def _on_meta(self, config: Any) -> PreTrainedModel:
@@ -153,7 +155,8 @@ class _Scaffold:
             tiny_configs=self.tinies,
             tiny_inputs=self.probe.make,
         )
-        family = deduce.with_nested(family, self.config)
+        if not self.alone:
+            family = deduce.with_nested(family, self.config)
         return Draft(family, self._summary(family), [*notes, *deduce.doubts(self.seen)], self.probe.source)
 
     def _without_lora(self) -> dict[str, str]:

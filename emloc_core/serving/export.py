@@ -82,7 +82,7 @@ class Export:
             request["adapter"] = self.adapter.fingerprint(files)
             inputs["adapter"] = str(self.adapter.directory.absolute())
         kind = "gguf" if self.settings.gguf else "served-adapter"
-        return Output(self._path, kind, request, inputs=inputs, files=files, loader=self.family.auto_class)
+        return Output(self._path, kind, request, inputs=inputs, files=files, family=self.family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be written."""

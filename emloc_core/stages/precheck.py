@@ -11,11 +11,14 @@ from emloc_core.data.mixture import weights
 from emloc_core.data.rows import require_source
 from emloc_core.files.checkpoint import Checkpoint, require_name
 from emloc_core.files.lora import require_lora
+from emloc_core.files.output import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Request
 from emloc_core.settings import AUTO, FREE
 from emloc_core.units import parse_bytes
 
+#: Fields that name what may be an output of an earlier stage.
+_INPUTS = ("model", "base", "adapter", "emulator", "spectra", "source")
 #: Settings that name an algorithm, and the hook that offers it.
 _NAMED = {"kind": "emulators", "correction": "corrections"}
 
@@ -30,15 +33,20 @@ def precheck(request: Request) -> None:
     if (memory := getattr(asked, "memory", None)) not in (None, FREE):
         parse_bytes(memory)
     check_names(getattr(asked, "settings", None))
+    systems = list(getattr(asked, "systems", ()))
+    for each in (asked, *systems):
+        for made in filter(None, (getattr(each, field, None) for field in _INPUTS)):
+            plugin_manager().recall(read_manifest(Path(made)))
     if adapter := getattr(asked, "adapter", None):
         require_lora(adapter)
-    systems = [system.model for system in getattr(asked, "systems", ())]
-    for name in filter(None, (*(getattr(asked, field, None) for field in ("model", "base")), *systems)):
-        check_model(name)
     if source := getattr(asked, "source", None):
         check_place(source)
     for rows in (getattr(asked, "data", None), getattr(asked, "selection_data", None)):
         check_rows(rows)
+    for name in filter(
+        None, (*(getattr(asked, field, None) for field in ("model", "base")), *(each.model for each in systems))
+    ):
+        check_model(name)  # last: a model that no plugin declares is looked at
 
 
 def check_names(settings: Any) -> None:

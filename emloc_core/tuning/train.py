@@ -241,7 +241,7 @@ class Train:
         files = Inputs(self.path.resolve().parent)
         request = self._request(files, state.num_processes) if state.is_main_process else {}
         device, made_from = config.device.type, self._inputs()
-        output = Output(self.path, "adapter", request, device, made_from, files, self.family.auto_class)
+        output = Output(self.path, "adapter", request, device, made_from, files, self.family)
         (finished,) = broadcast_object_list([state.is_main_process and output.is_finished()])
         if finished:
             return self.path

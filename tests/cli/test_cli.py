@@ -37,7 +37,7 @@ def truncated(model, tmp_path):
 
 
 def wrong_type(model, tmp_path):
-    config = json.loads((model / "config.json").read_text()) | {"model_type": "gpt_neox"}
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "bart"}
     return change(model, tmp_path, config__json=json.dumps(config).encode())
 
 
@@ -60,7 +60,7 @@ def without_a_tensor(model, tmp_path):
         (truncated, "it is truncated"),
         (
             wrong_type,
-            "No installed family declares the model type 'gpt_neox'. Known: ",
+            "No plugin declares the model type 'bart', and looking at it is not enough: 'bart' is an encoder-decoder",
         ),
         (without_a_tensor, "lacks 1 of the model's tensors (model.layers.2.mlp.down_proj.weight)"),
     ],

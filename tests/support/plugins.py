@@ -83,7 +83,7 @@ BROKEN = {
     "wrong argument": """
         from emloc_core.hookspecs import hookimpl
         @hookimpl
-        def emloc_families(config):
+        def emloc_families(configuration):
             return []
     """,
     "raising commands": """

@@ -424,7 +424,7 @@ def test_steps_and_epochs_contradict_each_other():
     ("damage", "complaint"),
     [
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
-        (lambda path: (path / "config.json").write_text('{"model_type": "bert"}'), "No installed family declares"),
+        (lambda path: (path / "config.json").write_text('{"model_type": "bart"}'), "No plugin declares"),
         (lambda path: (path / "tokenizer.json").unlink(), "has no tokenizer"),
         (lambda path: os.truncate(path / "model.safetensors", 5000), "model.safetensors"),
     ],

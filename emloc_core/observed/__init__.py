@@ -1,0 +1,1 @@
+"""Declares a model that no plugin declares, by looking at a tiny model of its config."""

@@ -1,0 +1,98 @@
+"""Looks at a tiny model of a config, checks what it sees as the conformance kit does, and keeps it in the cache."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+from emloc_core.memory.cache import Cache, key
+from emloc_core.observed.record import digest, from_record, to_record
+from emloc_core.units import human_seconds
+
+if TYPE_CHECKING:
+    from emloc_core.scaffold.draft import Draft
+
+_LOGGER = logging.getLogger("emloc.families")
+#: The code that decides what is seen, and whether it is accepted.
+_CODE = ("observed", "scaffold", "conformance", "emulator", "model", "adapters", "family.py", "experts.py")
+
+
+def declaration(content: Mapping[str, Any]) -> Family:
+    """Return the declaration of one config: as it is kept, or as a tiny model of it shows.
+
+    Args:
+        content: of a ``config.json``.
+
+    Raises:
+        EmlocError: the model has to be looked at by a person; says why, and which command drafts a plugin.
+    """
+    kept = Cache(f"{key(digest(content), code=_CODE)}-declaration")
+    with suppress(TypeError, ValueError, KeyError, AttributeError):
+        return from_record(kept.values)
+    began = time.perf_counter()
+    draft = _draft(content)
+    _require_checks(draft)
+    record = to_record(draft.family, content, _found(draft.family))
+    took = human_seconds(time.perf_counter() - began)
+    _LOGGER.warning("No plugin declares %r; observed: %s, %s.", content["model_type"], record["found"], took)
+    kept.add(record)
+    return from_record(record)
+
+
+def _draft(content: Mapping[str, Any]) -> "Draft":
+    from emloc_core.scaffold.scaffold import scaffold
+
+    with TemporaryDirectory(prefix="emloc-observed-") as directory:
+        file = Path(directory) / "config.json"
+        plain = {name: value for name, value in content.items() if name != "quantization_config"}
+        file.write_text(json.dumps(plain), encoding="utf-8")
+        try:
+            draft = scaffold(file, alone=True)
+        except EmlocError as error:
+            reason = str(error.args[0]).replace(str(file), "its config.json")
+            raise EmlocError(_cannot(content, reason), error.fix, code=error.code) from error
+    if doubts := [note.removeprefix("Edit: ") for note in draft.notes if note.startswith("Edit: ")]:
+        raise _needs_a_plugin(content, doubts[0])
+    return draft
+
+
+def _require_checks(draft: "Draft") -> None:
+    from emloc_core.conformance.checks import EACH
+    from emloc_core.conformance.tiny import TinyModel
+
+    (tiny,) = draft.family.tiny_configs
+    with TemporaryDirectory(prefix="emloc-observed-") as directory:
+        subject = TinyModel(draft.family, tiny, "tiny", Path(directory) / "tiny")
+        for check in EACH:
+            result = check.on(subject)
+            if not result.passed:
+                raise _needs_a_plugin(tiny, f"on a tiny model, the check {result.check!r} fails: {result.message}")
+
+
+def _cannot(content: Mapping[str, Any], reason: str) -> str:
+    return f"No plugin declares the model type {content['model_type']!r}, and looking at it is not enough: {reason}"
+
+
+def _needs_a_plugin(content: Mapping[str, Any], reason: str) -> EmlocError:
+    name = content["model_type"].replace("-", "_")
+    return EmlocError(
+        _cannot(content, reason),
+        f"`emloc families new {name} --from MODEL` drafts a plugin, and says in it what to edit (docs/plugins.md).",
+        code="plugin",
+    )
+
+
+def _found(family: Family) -> str:
+    """Say what was seen: ``7 Linears in 4 input groups per block``, for every tower."""
+    parts = []
+    for tower in family.towers:
+        linears = sum(map(len, tower.input_groups))
+        where = "per block" if len(family.towers) == 1 else f"per block of {tower.blocks}"
+        parts.append(f"{linears} Linears in {len(tower.input_groups)} input groups {where}")
+    return f"{'; '.join(parts)}, all checks passed"

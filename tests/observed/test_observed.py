@@ -1,0 +1,155 @@
+"""Models that no plugin declares: observed, checked, kept, and used again by later stages and processes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from emloc_llama import TINY
+from support.models import save_tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from emloc_core.errors import EmlocError
+from emloc_core.files.output import read_manifest
+from emloc_core.observed import look
+from emloc_core.observed.record import DECLARATIONS, digest, from_record, to_record
+from emloc_core.plugins.manager import STRICT, plugin_manager
+
+thorough = pytest.mark.thorough
+#: Attention and MLP in parallel, one after the other, with norms behind them; fused Linears; a tower of another name.
+TYPES = ("granite", *(pytest.param(name, marks=thorough) for name in ("gpt_neox", "olmo2", "opt", "falcon", "cohere")))
+#: What these call the sizes.
+OTHER_NAMES = {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
+TRAIN = ("--steps", 2, "--lr", "1e-2")
+
+
+def model_of(model_type: str, directory: Path) -> Path:
+    return save_tiny_model({"model_type": model_type, **TINY, **OTHER_NAMES.get(model_type, {})}, directory)
+
+
+def content(model_type: str, **settings: object) -> dict:
+    """The content of the config.json of a model type, as a user has it."""
+    return json.loads(AutoConfig.for_model(model_type, **settings).to_json_string(use_diff=False))
+
+
+@pytest.fixture(autouse=True)
+def a_new_process():
+    """Forget what other tests observed."""
+    plugin_manager()._observed.clear()
+    yield
+    plugin_manager()._observed.clear()
+
+
+@pytest.fixture
+def never_again(monkeypatch) -> Callable[[], None]:
+    """Begin a new process, as far as families go, in which looking at a model is an error."""
+
+    def begin() -> None:
+        plugin_manager()._observed.clear()
+        monkeypatch.setattr(look, "_draft", lambda *_: pytest.fail("the model was looked at again"))
+
+    return begin
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_stage_runs_and_later_ones_use_the_declaration_that_was_stored(
+    model_type, emloc, rows_file, tmp_path, never_again
+):
+    model = model_of(model_type, tmp_path / "model")
+    data = ("--data", rows_file)
+    code, _, err = emloc("compress", model, *data, "-o", tmp_path / "emulator", "--samples", 8, "--selection", 4)
+    assert code == 0, err
+    assert f"No plugin declares '{model_type}'; observed: " in err
+    assert "all checks passed" in err
+    never_again()
+    steps = (
+        ("train", tmp_path / "emulator", *data, "-o", tmp_path / "adapter", *TRAIN),
+        ("correct", tmp_path / "adapter", "-o", tmp_path / "corrected"),
+        ("polish", tmp_path / "corrected", *data, "-o", tmp_path / "polished", *TRAIN),
+        ("merge", tmp_path / "polished", "-o", tmp_path / "merged"),
+        ("export", tmp_path / "polished", "-o", tmp_path / "served"),
+    )
+    for step in steps:
+        never_again()
+        code, _, err = emloc(*step)
+        assert code == 0, err
+        assert "No plugin declares" not in err
+    outputs = ("emulator", "adapter", "corrected", "polished", "merged", "served")
+    stored = [read_manifest(tmp_path / name)[DECLARATIONS] for name in outputs]
+    assert all(each == stored[0] for each in stored)
+    assert stored[0][0]["config"] == digest(json.loads((model / "config.json").read_text()))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.model_type == model_type
+
+
+def test_strictness_refuses_what_would_be_observed_and_what_was(emloc, rows_file, tmp_path, monkeypatch):
+    model = model_of("granite", tmp_path / "model")
+    compress = ("compress", model, "--data", rows_file, "-o", tmp_path / "emulator", "--kind", "nf4", "--selection", 4)
+    code, _, err = emloc("--strict-families", *compress)
+    assert (code, "No installed family declares the model type 'granite'" in err) == (1, True)
+    assert emloc(*compress)[0] == 0  # the option holds for one command
+    monkeypatch.setenv(STRICT, "1")
+    code, _, err = emloc("train", tmp_path / "emulator", "--data", rows_file, "-o", tmp_path / "adapter", *TRAIN)
+    assert (code, "No installed family declares the model type 'granite'" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason", "code"),
+    [
+        ("gpt2", "a Conv1D, which keeps its weight transposed", "unsupported"),
+        ("bart", "is an encoder-decoder", "unsupported"),
+        ("clip", "neither a causal language model nor an image-text model", "unsupported"),
+        ("cpmant", "`emloc families new cpmant --from MODEL` drafts a plugin", "plugin"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_the_reason(model_type, reason, code):
+    with pytest.raises(EmlocError, match="No plugin declares the model type") as refused:
+        plugin_manager().family_for(content(model_type))
+    assert reason in str(refused.value)
+    assert refused.value.code == code
+
+
+def test_what_was_observed_is_kept_by_config(tmp_path, monkeypatch, never_again):
+    monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
+    parallel, serial = (content("stablelm", use_parallel_residual=each) for each in (True, False))
+    found = [plugin_manager().family_for(each) for each in (parallel, serial)]
+    assert [len(family.towers[0].input_groups[0]) for family in found] == [5, 3]  # gate and up read it too, or do not
+    never_again()
+    assert [plugin_manager().family_for(each) for each in (parallel, serial)] == found
+    with pytest.raises(pytest.fail.Exception):
+        plugin_manager().family_for({**serial, "num_hidden_layers": 3})
+
+
+def test_a_record_is_the_same_for_what_is_made_from_the_model():
+    base = content("granite")
+    emulator = {
+        **base,
+        "quantization_config": {"ranks": {}},
+        "emloc_kind": "nf4",
+        "dtype": "bfloat16",
+        "transformers_version": "9",
+    }
+    assert digest(base) == digest(emulator)
+    assert digest(base) != digest({**base, "hidden_size": 64})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("auto_class",), "Trainer"),
+        (("auto_class",), "pipeline"),
+        (("modality",), "video"),
+        (("towers",), [{"name": "language"}]),
+        (("keep_dense",), ["lm_head"]),
+    ],
+)
+def test_a_record_that_a_stranger_changed_is_not_used(path, value, tmp_path):
+    config = content("granite")
+    family = plugin_manager().family_for(config)
+    record = to_record(family, config, "seen")
+    assert from_record(record).towers == family.towers
+    (name,) = path
+    record["family"][name] = value
+    (tmp_path / "emloc.json").write_text(json.dumps({"kind": "emulator", DECLARATIONS: [record, 5, {}]}))
+    plugin_manager()._observed.clear()
+    plugin_manager().recall(read_manifest(tmp_path))
+    assert not plugin_manager()._observed
