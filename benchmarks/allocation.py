@@ -1,6 +1,7 @@
 """Loss of untuned emulators of equal size by how their ranks are allocated: SmolLM2-135M on the demo's messages.
 
-Per seed (of the draw of calibration rows) the model is decomposed once; every ratio and allocator is cut from that.
+Per seed (of the draw of calibration rows) the model is decomposed once, on its own activations; as the first k of the
+best factors are those of rank k, every ratio and allocator is cut from that.
 Beside `uniform` and `global`, `energies` is `global` with every sensitivity 1: what the spectra alone are worth. The
 loss is the mean NLL per token of the right answers of held-out messages, whose names, items, numbers and wordings stand
 in no calibration row. Factors are multiplied in fp32 and the forward is in bf16, the dtype of the published SmolLM2.
@@ -8,7 +9,7 @@ in no calibration row. Factors are multiplied in fp32 and the forward is in bf16
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,16 @@ from harness import goal, in_process, markdown, write_results
 from loss import nll
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from emloc_core.algorithms.allocation import Shape, Spectrum, global_budget, uniform
+from emloc_core.algorithms.allocation import Shape, Spectrum, global_budget, largest_rank, uniform
+from emloc_core.algorithms.factorize import Factors, factorize
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
 from emloc_core.emulator.compress import Compress
-from emloc_core.emulator.declared import find_linears
-from emloc_core.emulator.ranks import RankPlan, allocated
-from emloc_core.emulator.spectra import Spectra
+from emloc_core.emulator.decompose import Decomposition
+from emloc_core.emulator.ranks import LinearPlan, RankPlan, allocated
+from emloc_core.emulator.sensitivity import PROBES
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.plugins.manager import plugin_manager
+from emloc_core.kinds.kind import each
 from emloc_core.settings import CompressSettings
 
 
@@ -45,13 +47,15 @@ def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[s
     root = Path(directory)
     base = Checkpoint(root / "base")
     data = load_rows(str(root / "data" / "train.jsonl"))
-    spectra_at = root / f"spectra-{seed}"
-    Compress(base, data, root / f"emulator-{seed}", CompressSettings(seed=seed), spectra_at).run()
-    spectra = Spectra(spectra_at)
+    settings = CompressSettings(kind="low-rank", calibration="base", allocator="uniform", seed=seed)
+    job = Compress(base, data, root / f"emulator-{seed}", settings)
+    found, whole = job.method.linears, Whole()
+    largest = {linear.path: largest_rank(linear.out_features, linear.in_features) for linear in found.candidates}
+    how = (found.with_ranks(largest), job.samples, each(factorize), lambda *_: None)
+    Decomposition(job.skeleton, job.family, *how).run(whole, PROBES)
     model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.bfloat16).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(base.directory)
     held_out = encode(load_rows(str(root / "data" / "test.jsonl"))[:rows], tokenizer)
-    found = spectra.reached(find_linears(model, plugin_manager().family_for(base.config)))
     results: list[dict[str, Any]] = []
 
     def record(ratio: float, allocator: str, parameters: float) -> None:
@@ -62,19 +66,41 @@ def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[s
     record(1.0, "base", 1.0)
     for ratio in ratios:
         for name, allocate in ALLOCATORS.items():
-            plan = allocated(found, ratio, allocate, spectra.spectrum)
-            emulate(model, spectra, plan)
+            plan = allocated(found, ratio, allocate, whole.spectrum)
+            emulate(model, whole, plan)
             before, after = plan.parameters()
             record(ratio, name, after / before)
     return {"results": results}
 
 
-def emulate(model: PreTrainedModel, spectra: Spectra, plan: RankPlan) -> None:
+class Whole:
+    """The factors of all Linears at the largest useful ranks, in memory, as a decomposition stores them."""
+
+    def __init__(self) -> None:
+        self.factors: dict[str, Factors] = {}
+        self._sensitivities: dict[str, float] = {}
+
+    def is_written(self, _block: str) -> bool:
+        """Say that a block is still to be done."""
+        return False
+
+    def write(self, _block: str, factors: Mapping[str, Factors], sensitivities: Mapping[str, float]) -> None:
+        """Keep a block's factors."""
+        self.factors.update(factors)
+        self._sensitivities.update(sensitivities)
+
+    def spectrum(self, linear: LinearPlan) -> Spectrum:
+        """Return a Linear's, for an allocator."""
+        energies = self.factors[linear.path].spectrum
+        return Spectrum(linear.path, linear.block, energies, self._sensitivities[linear.path])
+
+
+def emulate(model: PreTrainedModel, whole: Whole, plan: RankPlan) -> None:
     """Give every planned Linear the product of its factors for a weight: it answers as in the emulator."""
     for linear in plan.linears:
         if linear.rank is not None:
-            factors = spectra.cut(linear)
-            model.get_parameter(f"{linear.path}.weight").data.copy_(factors.u @ factors.v)
+            u, v = (getattr(whole.factors[linear.path], name) for name in ("u", "v"))
+            model.get_parameter(f"{linear.path}.weight").data.copy_(u[:, : linear.rank] @ v[: linear.rank])
 
 
 def main() -> None:

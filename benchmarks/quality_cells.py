@@ -19,7 +19,7 @@ RECOMMENDED = dict.fromkeys(TEXTS, _OF_TEXT) | {PICTURES: {**_OF_TEXT, 0.17: ("l
 #: What a recipe tries beside it, by task and memory.
 ALTERNATIVES = {(task, 0.17): ("2.7-bit", 0.17) for task in TEXTS}
 #: What else there is below four bits.
-RIVALS = (("2.7-bit", 0.17), ("1.6-bit", 0.11))
+RIVALS = (("2.7-bit", 0.17),)
 #: From the literature, for text; see ``quality_baselines.py``.
 BASELINES = (
     ("pruned-nf4", 0.17),
@@ -45,7 +45,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1.6-bit+repair-refined": {"kind": "1.6-bit+repair", "refine": 1},
     "1.6-bit+repair-global": {"kind": "1.6-bit+repair", "allocator": "global"},
     "2.7-bit-64": {"kind": "2.7-bit", "samples": 64},
-    "1.6-bit-256": {"kind": "1.6-bit", "samples": 256},
 }
 #: Memories that variants of a kind are measured at.
 VARIED = {
@@ -54,7 +53,6 @@ VARIED = {
     "low-rank-nf4": (0.17, 0.11),
     "1.6-bit+repair": (0.17,),
     "2.7-bit": (0.17,),
-    "1.6-bit": (0.11,),
 }
 #: Those with factors, which are measured without exact steps.
 LOW_RANK = [name for name in VARIANTS if name.startswith("low-rank")]

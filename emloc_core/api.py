@@ -23,7 +23,6 @@ from emloc_core.errors import EmlocError
 from emloc_core.keywords import (
     CompressKwargs,
     CorrectKwargs,
-    CutKwargs,
     EvalRowsKwargs,
     EvaluateKwargs,
     ExactKwargs,
@@ -78,7 +77,6 @@ def compress(  # noqa: PLR0913 - all by keyword
     split: str = "train",
     columns: ColumnNames | None = None,
     skip_bad_rows: bool = False,
-    keep_spectra: Name | None = None,
     device: str = "auto",
     progress: OnProgress | None = None,
     **settings: Unpack[CompressKwargs],
@@ -98,7 +96,6 @@ def compress(  # noqa: PLR0913 - all by keyword
         split: split of a saved or hub dataset.
         columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
         skip_bad_rows: leave out rows that cannot be read, instead of raising.
-        keep_spectra: directory to keep spectra in, from which :func:`cut` makes other ratios.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         progress: called after every block.
         settings: see :class:`~emloc_core.settings.CompressSettings`: ``ratio``, ``samples``, ...
@@ -114,31 +111,8 @@ def compress(  # noqa: PLR0913 - all by keyword
         **_read(data, exclude, split, columns),
     }
     sizing |= {"memory": memory, "headroom": headroom, "tuned_on": tuned_on}
-    more = {"keep_spectra": keep_spectra, "device": device, **sizing}
+    more = {"device": device, **sizing}
     return _perform(make_request("compress", settings, **content, **more), progress)
-
-
-def cut(
-    spectra: Name,
-    output: Name,
-    *,
-    base: Name | None = None,
-    progress: OnProgress | None = None,
-    **settings: Unpack[CutKwargs],
-) -> Result[EmulatorResult]:
-    """Cut an emulator of any ratio from spectra, without calibrating again.
-
-    Args:
-        spectra: directory that :func:`compress` kept spectra in.
-        output: directory of the emulator.
-        base: the model that they were made from; by default the one that they name.
-        progress: called after every block.
-        settings: see :class:`~emloc_core.settings.CutSettings`: ``ratio``, ``allocator``.
-
-    Raises:
-        EmlocError: the spectra are of another base, or cannot be cut with these settings.
-    """
-    return _perform(make_request("cut", settings, spectra=spectra, output=output, base=base), progress)
 
 
 def train(  # noqa: PLR0913 - all by keyword

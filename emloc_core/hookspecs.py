@@ -57,6 +57,7 @@ def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-
         own ``factorize``, like :func:`emloc_core.algorithms.factorize.factorize`.
 
     Example:
+        ```python
         from emloc_core.hookspecs import hookimpl
 
 
@@ -67,13 +68,13 @@ def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-
             # Factors rounded to multiples of 2^-8; stored and loaded as those of the kind low-rank.
             class Coarse(LowRank):
                 name = "coarse"
-                can_be_cut = False
 
                 def pack(self, weight, stand_in, dtype):
                     parts = super().pack(weight, stand_in, dtype)
                     return {key: (part * 256).round() / 256 for key, part in parts.items()}
 
             return {"coarse": Coarse}  # emloc compress --kind coarse
+        ```
     """
 
 
@@ -88,6 +89,7 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
         limit), and ``loras`` is a list with one Lora per clamp.
 
     Example:
+        ```python
         from emloc_core.hookspecs import hookimpl
 
 
@@ -103,6 +105,7 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
         @hookimpl
         def emloc_corrections():
             return {"shrinking": shrinking}  # emloc correct --correction shrinking
+        ```
     """
 
 
@@ -142,7 +145,7 @@ def emloc_stage_done(stage: str, output: "Path", manifest: "dict[str, Any]") -> 
     """Observe that a stage's output is finished, now or by an earlier run.
 
     Args:
-        stage: the stage: ``import``, ``compress``, ``cut``, ``train``, ``correct``, ``polish``, ``merge``, ``export``
+        stage: the stage: ``import``, ``compress``, ``train``, ``correct``, ``polish``, ``merge``, ``export``
             or ``eval``.
         output: the finished directory.
         manifest: the content of its ``emloc.json``.

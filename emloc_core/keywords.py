@@ -19,13 +19,6 @@ class CompressKwargs(TypedDict, total=False):
     refine: int | None
 
 
-class CutKwargs(TypedDict, total=False):
-    """Of :class:`CutSettings`."""
-
-    ratio: float | None
-    allocator: Literal["uniform", "global"] | None
-
-
 class TrainKwargs(TypedDict, total=False):
     """Of :class:`TrainSettings`."""
 

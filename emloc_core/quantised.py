@@ -144,6 +144,7 @@ class FewLevelsLinear(PackedLinear):
 
     def parts(self) -> Iterator[Part]:
         """Yield codes and scales."""
+        levels.bytes_table(self.levels, self.dtype)  # there already where a pass is traced without contents
         codes, scales = levels.sizes(self.levels, *self.shape)
         yield "weight", (codes, 1), torch.uint8
         yield "weight_scales", (self.out_features, scales // self.out_features), torch.bfloat16

@@ -18,7 +18,6 @@ from emloc_core.settings import (
     Columns,
     CompressSettings,
     CorrectSettings,
-    CutSettings,
     ExactSettings,
     ExportSettings,
     PolishSettings,
@@ -79,7 +78,6 @@ class CompressRequest(Request):
     headroom: str | None = Field(None, description="What stays free of `memory`, such as 2GiB, 8% or 0.")
     tuned_on: Literal["auto", "cuda", "cpu"] = Field("auto", description="The device that `memory` is of.")
     tuning: TrainSettings = Field(TrainSettings(), description="With `memory`: how the emulator will be tuned.")
-    keep_spectra: Path | None = Field(None, description="Directory to keep spectra in, for `cut`.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto.")
     settings: CompressSettings = CompressSettings()
 
@@ -93,15 +91,6 @@ class CompressRequest(Request):
             raise ValueError("headroom needs memory")
         _require_use(self.tuning, "memory", used=self.memory is not None)
         return self
-
-
-class CutRequest(Request):
-    """Cut an emulator of any ratio from spectra."""
-
-    stage = "cut"
-    spectra: Path = Field(description="Directory that `compress` kept spectra in.")
-    base: str | None = Field(None, description="Directory or hub id; by default the model that the spectra name.")
-    settings: CutSettings = CutSettings()
 
 
 class EvalRows(Settings):
@@ -232,7 +221,6 @@ REQUESTS: dict[str, type[Request]] = {
     for request in (
         ImportRequest,
         CompressRequest,
-        CutRequest,
         TrainRequest,
         CorrectRequest,
         PolishRequest,

@@ -92,24 +92,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class CutSettings(Settings):
-    """The size of an emulator, and how it is distributed."""
-
-    ratio: float | None = Field(
-        None, gt=0, lt=1, description="Fraction of the compressed Linears' parameters to keep, 0.6 by default."
-    )
-    allocator: Allocator | None = Field(
-        None,
-        description="Rank allocator: 'uniform', the default, uses the same ratio everywhere, as in the paper; 'global' "
-        "gives more rank to Linears whose error disturbs their block more, within the same parameter count.",
-    )
-
-
 #: Calibration rows that every kind takes at least, where the user does not say.
 SAMPLES = 64
 
 
-class CompressSettings(CutSettings):
+class CompressSettings(Settings):
     """How an emulator is made."""
 
     ratio: float | None = Field(
@@ -127,7 +114,7 @@ class CompressSettings(CutSettings):
     kind: str = Field(
         AUTO,
         description="Kind of emulator: 'nf4' (four bits), '1.6-bit+repair' (three levels and factors of the error), "
-        "'low-rank-nf4' (factors in four bits), '2.7-bit', '1.6-bit' or 'low-rank'. 'auto': the best for --memory; "
+        "'low-rank-nf4' (factors in four bits), '2.7-bit' or 'low-rank'. 'auto': the best for --memory; "
         "without that 'nf4', or 'low-rank' with a ratio.",
     )
     paper: bool = Field(
@@ -164,11 +151,11 @@ class CompressSettings(CutSettings):
             raise ValueError(f"the paper's way has {other[0]} = {PAPER[other[0]]!r}; leave out {other[0]} or paper")
         return values | PAPER
 
-    def settled(self, *, spectra: bool = False) -> Self:
-        """Return the settings with a kind where no memory chooses it. Spectra that are kept are those of factors."""
+    def settled(self) -> Self:
+        """Return the settings with a kind where no memory chooses it."""
         if self.kind != AUTO:
             return self
-        factors = spectra or self.ratio is not None or self.allocator is not None
+        factors = self.ratio is not None or self.allocator is not None
         return self.model_copy(update={"kind": FACTORS if factors else FOUR_BITS})
 
 

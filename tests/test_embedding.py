@@ -199,13 +199,11 @@ def test_what_a_killed_run_was_doing_is_not_what_it_does(tmp_path):
     assert doing(tmp_path) is None
 
 
-def test_results_have_the_keys_of_their_types(emulator, tiny_model, tmp_path):
+def test_results_have_the_keys_of_their_types(emulator, tmp_path):
     adapter = emloc.train(emulator, ROWS, tmp_path / "a", evaluation={"split": 0.1, "on_base": True}, **TRAIN)
     corrected = emloc.correct(adapter, device="cpu")
-    spectra = tmp_path / "spectra"
-    emloc.compress(tiny_model, ROWS, tmp_path / "e", keep_spectra=spectra, **COMPRESS)
     made = {
-        "EmulatorResult": [emulator, emloc.cut(spectra, tmp_path / "c", ratio=0.5)],
+        "EmulatorResult": [emulator],
         "AdapterResult": [adapter, emloc.train(emulator, ROWS, tmp_path / "b", **TRAIN)],
         "CorrectionResult": [corrected, emloc.correct(adapter, tmp_path / "d", device="cpu", clamp=1)],
         "MergeResult": [emloc.merge(corrected, tmp_path / "m")],

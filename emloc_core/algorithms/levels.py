@@ -7,7 +7,7 @@ five of three levels (1.6 bits), three of six (2.7).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import torch
 from torch.nn import functional
@@ -114,9 +114,12 @@ def unpack(
 ) -> torch.Tensor:
     """Return the matrix of this shape and dtype that was packed; see :meth:`Rounded.pack`."""
     m, n = shape
-    table = torch.tensor(_table(levels), dtype=dtype, device=codes.device)
-    found = _at(table, codes.int()).flatten()[: m * n].view(m, n)
-    return found * _spread(scales.to(dtype), n)
+    table = bytes_table(levels, dtype).to(codes.device, non_blocking=True)
+    matrix = _at(table, codes.flatten().int()).flatten()[: m * n].view(m, n)
+    groups, scales = n // GROUP, scales.to(dtype)
+    matrix[:, : groups * GROUP].unflatten(1, (groups, GROUP)).mul_(scales[:, :groups, None])
+    matrix[:, groups * GROUP :].mul_(scales[:, groups:])  # the rest of a row
+    return matrix
 
 
 def product(
@@ -247,8 +250,9 @@ def _pack(indices: torch.Tensor, levels: int) -> torch.Tensor:
     return (flat * weights).sum(1, dtype=torch.int32).to(torch.uint8)[:, None]
 
 
-@lru_cache
-def _table(levels: int) -> tuple[tuple[float, ...], ...]:
-    """Return the levels that every byte stands for; not as a tensor, which might be one of a traced forward."""
-    values = LEVELS[levels]
-    return tuple(tuple(values[byte // levels**at % levels] for at in range(digits(levels))) for byte in range(256))
+@cache
+def bytes_table(levels: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the levels that every byte stands for, (256, digits), on the CPU."""
+    values = torch.tensor(LEVELS[levels], dtype=dtype, device="cpu")
+    powers = levels ** torch.arange(digits(levels), device="cpu")
+    return values[torch.arange(256, device="cpu")[:, None] // powers % levels]

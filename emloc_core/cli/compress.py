@@ -21,8 +21,6 @@ from emloc_core.settings import MEMORY_SETTINGS, CompressSettings, TrainSettings
               help="File with rows to leave out, such as test rows; repeatable.")  # fmt: skip
 @split
 @skip
-@click.option("--keep-spectra", type=click.Path(path_type=Path), metavar="DIRECTORY",
-              help="Keep what emloc cut makes other ratios of in seconds; as large as the Linears.")  # fmt: skip
 @click.option("--memory", metavar="SIZE", help="Memory to tune in, such as 24GiB: chooses --kind and --ratio, as emloc "
               "plan does.")  # fmt: skip
 @headroom

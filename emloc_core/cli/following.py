@@ -9,7 +9,6 @@ from emloc_core.files.output import learned_preferences, read_manifest
 from emloc_core.requests import (
     CompressRequest,
     CorrectRequest,
-    CutRequest,
     EvaluateRequest,
     ImportRequest,
     MergeRequest,
@@ -54,8 +53,6 @@ def following(request: Request, result: Result) -> list[str]:
             shape = result.result.get("tuning", {})
             how += flags(tuning.model_dump(exclude_unset=True) | same | shape)
             found = [join("train", output, *rows(data), *how, "-o", _beside(output, "adapter"))]
-        case CutRequest():
-            found = [join("train", output, *rows(None), "-o", _beside(output, "adapter"))]
         case TrainRequest(model=model) if _is_emulator(model):
             found = [join("correct", output, "-o", _beside(output, "corrected"))]
         case TrainRequest() | PolishRequest():

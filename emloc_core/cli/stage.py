@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
@@ -13,11 +12,9 @@ import rich_click as click
 from emloc_core.cli.console import announce, print_json, progress
 from emloc_core.cli.following import following
 from emloc_core.cli.verbosity import Verbosity, set_up_libraries, showing_families, verbosity
-from emloc_core.files.documents import read_json
 from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
-from emloc_core.files.meter import peak_memory
-from emloc_core.files.output import MANIFEST, TIMING
+from emloc_core.files.output import MANIFEST
 from emloc_core.report.towers import place, short_names
 from emloc_core.report.verdict import verdict
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 _DOING = {
     "import": "Importing",
     "compress": "Compressing",
-    "cut": "Cutting",
     "train": "Training",
     "correct": "Correcting",
     "polish": "Polishing",
@@ -132,19 +128,18 @@ def describe(request: str) -> dict[str, Any]:
 
 def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
     """Return lines that say what a stage would do."""
-    if stage in ("compress", "cut"):
+    if stage == "compress":
         yield f"{content['base']}: family {content['family']}, {human_bytes(content['base_bytes'])}"
         ranks = sum(linear["rank"] is not None for linear in content["linears"])
         yield f"emulator: {human_bytes(content['emulator_bytes'])}; {ranks} Linears become:"
         yield from (f"  {line}" for line in content["summary"])
-        if content.get("ranks_by_spectra"):
+        if content["ranks_by_spectra"]:
             yield "  (shared out evenly; calibration will share out the same size by need)"
-        if "calibration_rows" in content:
-            yield (
-                f"rows: {content['calibration_rows']} calibration ({content['calibration_tokens']:,} tokens), "
-                f"{content['selection_rows']} selection, {content['tuning_rows']} left for tuning"
-            )
-            yield f"calibration: {_CALIBRATIONS[content['calibration']]}"
+        yield (
+            f"rows: {content['calibration_rows']} calibration ({content['calibration_tokens']:,} tokens), "
+            f"{content['selection_rows']} selection, {content['tuning_rows']} left for tuning"
+        )
+        yield f"calibration: {_CALIBRATIONS[content['calibration']]}"
     elif stage in ("train", "polish"):
         yield f"{content['model']}: family {content['family']}, {human_bytes(content['model_bytes'])}"
         yield f"rows: {content['rows']} to train on, {content['excluded_rows']} left out"
@@ -178,9 +173,8 @@ def _lengths(content: Mapping[str, Any]) -> Iterable[str]:
 def summary(request: Request, result: Result) -> list[str]:
     """Return the lines to print for a finished stage."""
     found = result.result
-    if request.stage in ("compress", "cut"):
-        calibration = result.manifest["request"]["settings"].get("calibration")
-        return [*_errors(found, calibration), *_spectra(getattr(request, "keep_spectra", None))]
+    if request.stage == "compress":
+        return _errors(found, result.manifest["request"]["settings"].get("calibration"))
     if request.stage in ("train", "polish"):
         loss = found["train_loss"]  # unknown where training stopped early, before a loss was logged
         mean = "" if loss is None else f"mean loss {loss:.4f}, "
@@ -258,11 +252,3 @@ def _errors(found: Mapping[str, Any], calibration: str | None) -> list[str]:
     lines += [f"  {kind:<{width}} {sum(of) / len(of):.3f}  {max(of):.3f}" for kind, of in kinds]
     lines.append(f"base {human_bytes(found['bytes']['base'])} -> emulator {human_bytes(found['bytes']['emulator'])}")
     return lines
-
-
-def _spectra(directory: Path | None) -> list[str]:
-    if directory is None:
-        return []
-    timing = read_json(directory / TIMING)
-    took = f"{human_seconds(timing['seconds'])}, peak memory {human_bytes(peak_memory(timing) or 0)}"
-    return [f"spectra for cutting other ratios: {directory}  ({took})"]

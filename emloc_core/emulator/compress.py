@@ -1,7 +1,7 @@
 """Stage 1: makes the emulator from the base, block by block, and writes it as an ordinary checkpoint.
 
-If all ranks are known beforehand, a block's factors are written as soon as it is factorised. If ranks depend on
-calibration, or spectra are kept, the model is decomposed once at the largest ranks and then cut.
+What stands in for a block's weights is written as soon as it is fitted. Where ranks depend on calibration, a pass
+before gathers the spectra that they are shared out by.
 """
 
 import hashlib
@@ -30,7 +30,6 @@ from emloc_core.data.rows import (
 from emloc_core.data.sets import draw
 from emloc_core.data.tokenize import Processing, Sample, encode, load_processing
 from emloc_core.emulator.coverage import Coverage, coverage
-from emloc_core.emulator.cut import Cut, cut_blocks, describe_emulator
 from emloc_core.emulator.declared import block_paths, find_linears
 from emloc_core.emulator.decompose import Decomposition, Progress
 from emloc_core.emulator.files import EmulatorFiles, weight_keys
@@ -38,22 +37,19 @@ from emloc_core.emulator.method import method_of
 from emloc_core.emulator.pack import pack_blocks
 from emloc_core.emulator.ranks import NO_EXPERTS, RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES, RATIO
-from emloc_core.emulator.spectra import KIND, Spectra, SpectraFiles, at_largest_ranks
-from emloc_core.errors import EmlocError
+from emloc_core.emulator.spectra import Spectra
 from emloc_core.family import Family
 from emloc_core.files.card import data_name
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
-from emloc_core.files.shards import remove_damaged, tensor_bytes
-from emloc_core.files.workspace import remove_at_once
+from emloc_core.files.shards import tensor_bytes
 from emloc_core.kinds import Kind
-from emloc_core.kinds.kind import each
 from emloc_core.model.device import choose_device
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import CompressRequest
-from emloc_core.settings import CompressSettings, CutSettings
+from emloc_core.settings import CompressSettings
 
 
 class Compress:
@@ -64,7 +60,6 @@ class Compress:
         rows: the user's rows.
         output: directory of the emulator.
         settings: how it is made.
-        spectra: directory to keep spectra in, for other ratios; None keeps none.
         device: device of weights, activations and statistics.
         data: name of the rows' source, for the card.
         tuning: the rows of a step that it was planned for, if it was planned for a memory.
@@ -85,7 +80,6 @@ class Compress:
         rows: Sequence[Row],
         output: Path,
         settings: CompressSettings,
-        spectra: Path | None = None,
         device: torch.device | str = "cpu",
         data: str | None = None,
         tuning: dict[str, int] | None = None,
@@ -94,26 +88,14 @@ class Compress:
         self.family: Family = plugin_manager().family_for(base.config)
         base.require_unquantised()
         self.skeleton = Skeleton(base, self.family, device)
-        settings = settings.settled(spectra=spectra is not None)
+        settings = settings.settled()
         self.kind: Kind = plugin_manager().algorithm("emulators", settings.kind)()
         self.kind.check(settings)
         distinct = len({row.key for row in rows})
         linears = self._linears(self.kind)
-        self.method = method_of(settings, self.kind, linears, rows=distinct, keeps_spectra=spectra is not None)
+        self.method = method_of(settings, self.kind, linears, rows=distinct)
         self._keeps_fewer = self.method.settings.selection < settings.selection
         self.settings = settings = self.method.settings
-        if spectra and not self.kind.can_be_cut:
-            raise EmlocError(
-                f"An emulator of the kind {settings.kind!r} cannot be cut from spectra.", "Leave out --keep-spectra."
-            )
-        if spectra and spectra.resolve().is_relative_to(output.resolve()):
-            raise EmlocError(f"Spectra in {spectra} would be in the emulator's directory.", "Give another directory.")
-        if spectra and settings.calibration == "propagated":
-            raise EmlocError(
-                "Spectra can only be kept when calibrating on the base's activations: propagated factors depend on the "
-                "ranks of earlier layers, so other ranks need another run.",
-                "Use --calibration base, or leave out --keep-spectra.",
-            )
         found = self.method.linears
         self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
         self.blocks = block_paths(self.skeleton.model, self.family)
@@ -127,7 +109,7 @@ class Compress:
         self._encode(self.rows.selection, processing)
         weight_keys(self.skeleton, self.plan)  # a checkpoint or a kind that is not for this model is refused at once
         self.kind.config(self.plan.ranks, self.skeleton.model, self.skeleton.dtype)
-        self._path, self._spectra_path = output, spectra
+        self._path = output
         self._files = Inputs(output.resolve().parent)
 
     def _linears(self, kind: Kind | None = None, *, on_inputs: bool = False) -> RankPlan:
@@ -144,23 +126,8 @@ class Compress:
             "tokenized_rows": _digest(self.samples),  # the tokenizer or chat template may change while the rows do not
             "selection": [row.key for row in self.rows.selection],
         }
-        return self._output(self._path, "emulator", request)
-
-    @cached_property
-    def spectra(self) -> Output | None:
-        """The directory to keep spectra in; None keeps none."""
-        return self._spectra_output(self._spectra_path) if self._spectra_path else None
-
-    def _spectra_output(self, path: Path) -> Output:
-        settings = {
-            name: value for name, value in self.settings.model_dump().items() if name not in CutSettings.model_fields
-        }
-        request = {**self.output.request, "settings": settings}
-        return self._output(path, KIND, request)
-
-    def _output(self, path: Path, kind: str, request: dict[str, Any]) -> Output:
         inputs = {"base": self.base.name, **({"data": self._data} if self._data else {})}
-        return Output(path, kind, request, self.skeleton.device.type, inputs, self._files, self.family)
+        return Output(self._path, "emulator", request, self.skeleton.device.type, inputs, self._files, self.family)
 
     def _encode(self, rows: list[Row], processing: Processing) -> list[Sample]:
         limits = Limits.of(self.skeleton.model.config)
@@ -168,8 +135,19 @@ class Compress:
 
     def describe(self) -> dict[str, Any]:
         """Return what would be made: bytes, the rank of every Linear, rows."""
+        dtype = self.skeleton.dtype
+        replaced = [each for each in self.plan.planned if each.rank is not None]
+        saved = sum(each.numbers * dtype.itemsize - each.nbytes(self.kind, dtype) for each in replaced)
         return {
-            **describe_emulator(self.base, self.family, self.plan, self.skeleton, self._path, self.kind),
+            "output": str(self._path),
+            "kind": self.kind.name,
+            "family": self.family.name,
+            "base": str(self.base.directory),
+            "base_bytes": self.base.nbytes,
+            "emulator_bytes": self.base.nbytes - saved,
+            "linears": [each.describe() for each in self.plan.planned],
+            "kept_dense": [vars(kept) for kept in self.plan.kept],
+            "summary": self.plan.lines(self.kind),
             "calibration": self.settings.calibration,
             "calibration_rows": len(self.rows.calibration),
             "selection_rows": len(self.rows.selection),
@@ -177,19 +155,8 @@ class Compress:
             "calibration_tokens": self._tokens,
             "ranks_by_spectra": self.method.by_spectra,
             "coverage": self.coverage.describe(),
-            "finished": self.is_finished(),
+            "finished": self.output.is_finished(),
         }
-
-    def is_finished(self) -> bool:
-        """Return whether the emulator is already finished; see ``Output.is_finished``."""
-        if self.spectra is None:
-            return self.output.is_finished()
-        return self.spectra.is_finished() and self._cut_kept().output.is_finished()
-
-    def _cut_kept(self) -> Cut:
-        assert self.spectra is not None
-        settings = CutSettings(ratio=self.settings.ratio, allocator=self.settings.allocator)
-        return Cut(Spectra(self.spectra.path), self.base, self.output.path, settings)
 
     @property
     def warnings(self) -> list[str]:
@@ -209,29 +176,20 @@ class Compress:
         Args:
             progress: called with a block's path, the number of blocks done, and the total.
         """
-        if self.spectra:
-            self._decompose(self.spectra, progress)
-            return self._cut_kept().run(progress)
         if self.output.is_finished():
             if self._tuning:
                 self.output.note("tuning", self._tuning)
             return self.output.path
         with self.output.build() as staging:
-            first_pass = staging / ".spectra"  # hidden: removed when the emulator is published
-            if remove_damaged(first_pass.glob("*.safetensors")):
-                remove_at_once(first_pass)
-            spectra, plan = None, self.plan
+            plan = self.plan
             if self.method.by_spectra:
                 first, progress = _in_two_passes(progress)
-                spectra = self._decompose(self._spectra_output(first_pass), first)
-                plan = self._allocated(spectra)
+                plan = self._allocated(staging, first)
             files = EmulatorFiles(self.skeleton, plan, self.blocks, staging, self.kind)
             if self.settings.calibration == "none":
                 pack_blocks(files, progress)
             elif self.settings.calibration == "propagated":
                 self._decomposition(plan, progress, staging).propagate(files)
-            elif spectra and self.method.is_cut:
-                cut_blocks(spectra, files, progress)
             else:
                 self._decomposition(plan, progress, staging).run(files)
             self._write_rows(staging)
@@ -241,24 +199,17 @@ class Compress:
             self.output.result = {**known, **left_out, **files.finish(self._tokens)}
         return self.output.path
 
-    def _allocated(self, spectra: Spectra) -> RankPlan:
+    def _allocated(self, staging: Path, progress: Progress) -> RankPlan:
+        """Return the plan with ranks by spectra, which are gathered unless an interrupted run has."""
+        spectra = Spectra(self.blocks, staging / ".spectra")  # hidden: removed when the emulator is published
+        if not spectra.are_complete:
+            on_inputs = self.kind.keeps_weight  # what is decomposed is what rounding left of it
+            found = self._linears(on_inputs=on_inputs).without_experts(NO_EXPERTS)
+            how = (self.samples, self.kind.decomposing(self.kind.factorize), progress, self.kind.name)
+            first = Decomposition(self.skeleton, self.family, allocated(found, RATIO, uniform), *how)
+            first.run(spectra, PROBES)
         found = spectra.reached(self._linears(self.kind))
         return allocated(found, self.settings.ratio, self.method.allocate, spectra.spectrum, self.kind)
-
-    def _decompose(self, output: Output, progress: Progress) -> Spectra:
-        factors = self.method.is_cut
-        if not output.is_finished():
-            with output.build() as staging:
-                fit = each(self.kind.factorize) if factors else self.kind.decomposing(self.kind.factorize)
-                on_inputs = self.kind.keeps_weight  # what is decomposed is what rounding left of it
-                found = self._linears(on_inputs=on_inputs).without_experts(NO_EXPERTS)
-                plan = at_largest_ranks(found) if factors else allocated(found, RATIO, uniform)
-                files = SpectraFiles(self.skeleton, self.blocks, staging, factors=factors)
-                how = (fit, progress, self.kind.name)
-                Decomposition(self.skeleton, self.family, plan, self.samples, *how).run(files, PROBES)
-                self._write_rows(staging)
-                output.result = {"family": self.family.name, **files.finish(plan, self._tokens)}
-        return Spectra(output.path, factors=factors)
 
     def _decomposition(self, plan: RankPlan, progress: Progress, staging: Path) -> Decomposition:
         rounding = self.kind.rounding(self.kind.factorize)
@@ -291,7 +242,7 @@ def prepare(request: CompressRequest) -> Compress:
     tuning = request.tuning.model_dump(include={"batch_size", "accumulation"}, exclude_unset=True)
     if tuning and request.settings.max_length:
         tuning["max_length"] = request.settings.max_length
-    job = Compress(base, rows, request.output, request.settings, request.keep_spectra, device, name, tuning)
+    job = Compress(base, rows, request.output, request.settings, device, name, tuning)
     job.skipped = skipped or []
     return job
 

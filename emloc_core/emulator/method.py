@@ -1,7 +1,6 @@
 """Fills in the settings that the user left open, by the kind of emulator and by the model.
 
-Stacks of experts become smaller on the base's activations alone, and spectra that are kept for other ratios are those
-of the base's activations.
+Stacks of experts become smaller on the base's activations alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,11 +49,6 @@ class Method:
         """Whether a first pass decomposes the model, since ranks are known only then."""
         return self.kind.has_factors and wants_spectra(self.allocate)
 
-    @property
-    def is_cut(self) -> bool:
-        """Whether spectra hold the emulator's factors; if not, they give its ranks to another pass."""
-        return self.kind.can_be_cut and self.settings.calibration == "base"
-
 
 def method_of(
     settings: CompressSettings,
@@ -62,7 +56,6 @@ def method_of(
     linears: RankPlan,
     *,
     rows: int | None = None,
-    keeps_spectra: bool = False,
 ) -> Method:
     """Return how an emulator is made.
 
@@ -71,12 +64,11 @@ def method_of(
         kind: of the emulator.
         linears: the Linears and experts of the model that this kind makes smaller.
         rows: number of distinct rows; None: there are enough.
-        keeps_spectra: whether spectra are kept.
 
     Raises:
         EmlocError: stand-ins are to be refined that are not fitted to what the emulator computes.
     """
-    usual = "base" if keeps_spectra or linears.has_experts else kind.calibration
+    usual = "base" if linears.has_experts else kind.calibration
     calibration = settings.calibration or usual
     if settings.refine and calibration != "propagated":
         raise EmlocError(
@@ -100,7 +92,7 @@ def method_of(
     method = Method(kind, completed, allocate, linears)
     if calibration == "propagated":
         return replace(method, linears=linears.without_experts("error-propagating calibration is for Linears alone"))
-    if keeps_spectra or method.by_spectra:
+    if method.by_spectra:
         return replace(method, linears=linears.without_experts(NO_EXPERTS))
     return method
 

@@ -23,7 +23,6 @@ Manifest = Mapping[str, Any]
 #: Kind -> heading, library, relation to the base, and tags, in the hub's terms.
 _KINDS = {
     "emulator": ("Emulator of {}", "transformers", None, ["low-rank"]),
-    "spectra": ("Spectra of {}", None, None, []),
     "adapter": ("LoRA for {}", "peft", "adapter", ["lora"]),
     "corrected-adapter": ("LoRA for {}", "peft", "adapter", ["lora"]),
     "served-adapter": ("LoRA for {}", "peft", "adapter", ["lora"]),
@@ -175,8 +174,6 @@ def _scores(line: list[Manifest], table: str | None) -> Iterator[str]:
 def _use(manifest: Manifest, line: list[Manifest], base: str | None, loader: str) -> Iterator[str]:
     kind = manifest["kind"]
     load = f'{loader}.from_pretrained("{{}}", dtype="auto")'
-    if kind == "spectra":
-        yield "## Use it\n\n```sh\nemloc cut DIRECTORY --ratio 0.5 -o emulator\n```\n"
     if kind == "gguf":
         what = "--model BASE.gguf --lora adapter.gguf" if "adapter" in manifest["request"] else "--model model.gguf"
         yield f"## Use it\n\n```sh\nllama-server {what}\n```\n"

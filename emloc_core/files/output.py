@@ -365,7 +365,6 @@ _ROLES = {
     "model": "the model",
     "adapter": "the adapter",
     "emulator": "the emulator",
-    "spectra": "the spectra",
     "source": "the source",
 }
 

@@ -195,17 +195,12 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappi
             writer.write(key, tensor)
 
 
-def remove_damaged(shards: Iterable[Path]) -> bool:
-    """Remove files of :func:`write_shard` that are not what was written, and say so on stderr.
-
-    Returns:
-        Whether there were any. Paths that do not exist do not count.
-    """
-    damaged = [shard for shard in shards if shard.exists() and not is_intact(shard)]
-    for shard in damaged:
-        click.echo(f"emloc: {shard} is damaged and will be made again.", err=True)
-        shard.unlink()
-    return bool(damaged)
+def remove_damaged(shards: Iterable[Path]) -> None:
+    """Remove files of :func:`write_shard` that are not what was written, and say so on stderr."""
+    for shard in shards:
+        if shard.exists() and not is_intact(shard):
+            click.echo(f"emloc: {shard} is damaged and will be made again.", err=True)
+            shard.unlink()
 
 
 def is_intact(shard: Path) -> bool:

@@ -6,7 +6,7 @@ many bytes it takes. Everything else (streaming, resuming, training, correction,
 
 from emloc_core.kinds.factors import FourBitLowRank, LowRank
 from emloc_core.kinds.kind import Factorize, Fit, Kind, Movable, Pair
-from emloc_core.kinds.levels import FewLevels, SixLevels, ThreeLevels
+from emloc_core.kinds.levels import FewLevels, SixLevels
 from emloc_core.kinds.nf4 import NF4
 from emloc_core.kinds.repair import RepairedThreeLevels
 
@@ -24,7 +24,6 @@ __all__ = [
     "Pair",
     "RepairedThreeLevels",
     "SixLevels",
-    "ThreeLevels",
 ]
 
 #: Kinds in the order in which they are recommended, the first whose tuning fits: ``docs/evidence.md`` says why. The

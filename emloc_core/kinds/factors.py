@@ -53,7 +53,7 @@ class LowRank(Kind):
 
     name = "low-rank"
     calibration, allocator = "propagated", "global"
-    has_experts = can_be_cut = True
+    has_experts = True
     refine = 3
 
     def movable(self, stand_in: Factors) -> MovableFactors:

@@ -50,7 +50,6 @@ class Kind(ABC):
         ratio: the size where the user does not say.
         smallest_ratio, largest_ratio: those that are looked for; above the largest hardly anything is saved.
         has_experts: whether fused experts become factors too; otherwise they stay dense.
-        can_be_cut: whether emulators of any ratio can be cut from spectra.
         calibration: what stand-ins are fitted to where the user does not say.
         allocator: name of the rank allocator where the user does not say and errors are propagated; otherwise it is
             ``uniform``.
@@ -70,7 +69,6 @@ class Kind(ABC):
     smallest_ratio: float = 0.01
     largest_ratio: float = 0.99
     has_experts: bool = False
-    can_be_cut: bool = False
     calibration: Literal["base", "propagated"] = "base"
     allocator: Allocator = "uniform"
     samples: int = SAMPLES

@@ -132,10 +132,3 @@ class SixLevels(FewLevels):
     name = "2.7-bit"
     samples = 256
     levels = 6
-
-
-class ThreeLevels(FewLevels):
-    """1.6 bits a number."""
-
-    name = "1.6-bit"
-    levels = 3

@@ -70,7 +70,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
         if propagated:
             own += _PRODUCT * all_rows * (base + emulator)
             single += _fitted(linears, all_rows, kind)
-        elif not (model.method.by_spectra and model.method.is_cut):
+        else:
             own += _PRODUCT * all_rows * base
             single += _decomposed(linears, all_rows, kind)
         if settings.refine:

@@ -203,7 +203,7 @@ def decision_for(request: CompressRequest) -> Decision:
     length = request.settings.max_length or request.tuning.max_length
     rows = {"length": length, "data": request.data, "split": request.split, "columns": request.columns}
     workload = make_workload(config, request.tuning, request.tuned_on, **rows)
-    return decide(config, workload, budget, _with_kind(request))
+    return decide(config, workload, budget, request.settings)
 
 
 def fitted(request: CompressRequest) -> CompressRequest:
@@ -238,11 +238,6 @@ def _told(decision: Decision, chosen: Way) -> Iterator[str]:
     why = f"; {', '.join(reasons)}" if reasons else ""
     yield f"way: {chosen}: {human_bytes(chosen.bytes)}{why}"
     yield f"so: {_STEPS[chosen.name]}"
-
-
-def _with_kind(request: CompressRequest) -> CompressSettings:
-    """Return the settings of a request for a memory: the kind is open where none is named, except for spectra."""
-    return request.settings.settled(spectra=True) if request.keep_spectra is not None else request.settings
 
 
 def too_large_to_make(way: Way, budget: Budget) -> str | None:

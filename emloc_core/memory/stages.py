@@ -33,8 +33,8 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     - where a weight is rounded with feedback, in place of all that (beside factors, if that is more): its inputs' Gram,
       which massive tokens widen to fp64, in fp32, and its factor, ``4 * 4 n^2``, beside factors one more; and of all
       weights of the group the weight, what is left of it, and what it becomes, ``4 * 4 m n``.
-    - where ranks or levels are shared out by spectra, at least what the pass before needs: statistics as without
-      propagation, and the block's factors, fp32: at the largest ranks, or for another pass at half of the parameters.
+    - where ranks are shared out by spectra, at least what the pass before needs: statistics as without propagation,
+      and the block's factors, fp32, at half of the parameters.
       Where factors stand for a rounding error, what rounding needs, too.
     - where factors are refined, at least what that needs for a block's: fp32, as they are, moved, with a gradient and
       Adam's moments; and multiplied out in the model's dtype, with a gradient.
@@ -54,9 +54,8 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
         needs += [_rounding(plan.in_block(block), model.kind.has_factors) for block in blocks]
     statistics = max(needs, default=0)
     if model.method.by_spectra:
-        share = 1 if model.method.is_cut else RATIO
         repaired = model.kind.has_factors and model.kind.keeps_weight
-        statistics = max(statistics, *(_decomposition(plan, block, weight, share, repaired) for block in blocks))
+        statistics = max(statistics, *(_decomposition(plan, block, weight, repaired) for block in blocks))
     if settings.refine and not model.kind.keeps_weight:
         statistics = max(statistics, *(_refinement(plan, block, weight) for block in blocks))
     terms = {
@@ -113,10 +112,10 @@ def _statistics(plan: RankPlan, block: str, itemsize: int, propagated: bool) -> 
     return work + held + (_largest_group(plan.in_block(block)) if propagated else sum(grams.values()))
 
 
-def _decomposition(plan: RankPlan, block: str, itemsize: int, share: float, repaired: bool) -> int:
-    # Factors are held until sensitivities are measured; at the largest ranks they have as many numbers as the weights.
+def _decomposition(plan: RankPlan, block: str, itemsize: int, repaired: bool) -> int:
+    # Factors are held until sensitivities are measured.
     linears = plan.in_block(block)
-    held = int(4 * share * sum(linear.numbers for linear in linears))
+    held = int(4 * RATIO * sum(linear.numbers for linear in linears))
     rounding = _rounding(linears, factors=True) if repaired else 0
     return _statistics(plan, block, itemsize, propagated=False) + held + rounding
 

@@ -15,7 +15,6 @@ COMMANDS = (
     "chat",
     "compress",
     "correct",
-    "cut",
     "doctor",
     "eval",
     "export",
@@ -35,7 +34,7 @@ COMMANDS = (
 
 #: The built-in algorithms by their hook, so that a name can be checked without torch.
 ALGORITHMS = {
-    "emulators": ("low-rank", "nf4", "low-rank-nf4", "1.6-bit+repair", "2.7-bit", "1.6-bit"),
+    "emulators": ("low-rank", "nf4", "low-rank-nf4", "1.6-bit+repair", "2.7-bit"),
     "corrections": ("emloc",),
 }
 
@@ -65,9 +64,7 @@ def emloc_emulators() -> dict[str, Callable[..., Any]]:
     """Offer factors as in the paper and in four bits, weights in four bits and on a few levels."""
     from emloc_core import kinds
 
-    found = (
-        kinds.LowRank, kinds.NF4, kinds.FourBitLowRank, kinds.RepairedThreeLevels, kinds.SixLevels, kinds.ThreeLevels,
-    )  # fmt: skip
+    found = (kinds.LowRank, kinds.NF4, kinds.FourBitLowRank, kinds.RepairedThreeLevels, kinds.SixLevels)
     return {kind.name: kind for kind in found}
 
 

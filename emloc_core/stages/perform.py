@@ -14,7 +14,6 @@ from emloc_core.stages.result import Result
 _MODULES = {
     "import": "emloc_core.model.importing",
     "compress": "emloc_core.emulator.compress",
-    "cut": "emloc_core.emulator.cut",
     "train": "emloc_core.tuning.exact",
     "correct": "emloc_core.adapters.correct",
     "polish": "emloc_core.tuning.exact",

@@ -26,7 +26,7 @@ class LinearResult(TypedDict):
 
 
 class EmulatorResult(TypedDict):
-    """What ``compress`` and ``cut`` found. ``tokens`` are those of the calibration rows."""
+    """What ``compress`` found. ``tokens`` are those of the calibration rows."""
 
     family: str
     base: str

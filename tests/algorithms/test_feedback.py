@@ -9,7 +9,7 @@ from emloc_core.algorithms import levels
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.feedback import Damped, damped, descended, with_feedback
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.kinds import NF4, FourBitLowRank, RepairedThreeLevels, SixLevels, ThreeLevels
+from emloc_core.kinds import NF4, FourBitLowRank, RepairedThreeLevels, SixLevels
 
 
 def draw(*shape, seed=0):
@@ -129,7 +129,7 @@ def test_scales_are_those_of_least_squares(m, n, count, seed):
 
 
 @pytest.mark.parametrize(
-    "kind", [NF4(), SixLevels(), ThreeLevels(), RepairedThreeLevels(), FourBitLowRank()], ids=lambda kind: kind.name
+    "kind", [NF4(), SixLevels(), RepairedThreeLevels(), FourBitLowRank()], ids=lambda kind: kind.name
 )
 def test_matrices_with_the_same_inputs_are_rounded_together_as_one_by_one(kind):
     gram = Gram("input", 300)

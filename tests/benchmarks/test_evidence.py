@@ -62,7 +62,7 @@ def test_what_was_measured_of_a_smaller_emulator_is_a_lower_bound():
     assert measured("low-rank-nf4", min(known)) == known[min(known)]
     assert measured("low-rank-nf4", 0.99) == known[max(known)]
     assert measured("nf4", None) == RECOVERY["nf4"][0]
-    assert measured("1.6-bit", None) is None
+    assert measured("unmeasured", None) is None
 
 
 def test_a_recommended_kind_carries_more_over_than_the_next():

@@ -17,7 +17,6 @@ from chaos.supervise import Run
 _SHARDS = {
     "base": "base/model-00002-of-00003.safetensors",
     "emulator": "emulator/model-00002-of-00004.safetensors",
-    "spectra": "spectra/spectra-00002-of-00003.safetensors",
     "adapter": "adapter/adapter_model.safetensors",
     "corrected adapter": "corrected/adapter_model.safetensors",
     "foreign model": "foreign/model-00001-of-00002.safetensors",
@@ -75,9 +74,8 @@ def _scale(name: str, good: Path) -> None:
 
 
 _USES = {
-    "base": ("compress", "compress, spectra kept", "cut", "correct", "merge"),
+    "base": ("compress", "correct", "merge"),
     "emulator": ("train", "correct"),
-    "spectra": ("cut",),
     "adapter": ("correct",),
     "corrected adapter": ("merge",),
     "foreign model": ("import",),

@@ -31,8 +31,6 @@ from chaos.spoil import (
 COMMANDS = {
     "plan": "plan model --length 8 --ratio 0.5",
     "compress": "compress model --data rows.jsonl --samples 4 --selection 2 -o out",
-    "spectra": "compress model --data rows.jsonl --samples 4 --selection 2 --keep-spectra kept -o out",
-    "cut": "cut spectra --base model --ratio 0.3 -o out",
     "train": "train emulator --data rows.jsonl --steps 1 --rank 2 -o out",
     "correct": "correct adapter --base model --emulator emulator --clamp 1 -o out",
     "choose": "correct adapter --base model --emulator emulator --clamp auto -o out",
@@ -179,11 +177,10 @@ _SHARD_NAMES = [
 
 
 def shards() -> Cases:
-    """Return files of weights: the base's, the emulator's, spectra and adapters."""
+    """Return files of weights: the base's, the emulator's and adapters."""
     readers = {
         "model": ("merge", "compress", "correct"),
         "emulator": ("train", "correct"),
-        "spectra": ("cut",),
         "corrected": ("merge",),
         "adapter": ("correct",),
     }
@@ -223,7 +220,7 @@ def changed_weights() -> Cases:
             {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}
         )
 
-    for where, command in {"spectra": "cut", "corrected": "merge", "adapter": "correct", "emulator": "train"}.items():
+    for where, command in {"corrected": "merge", "adapter": "correct", "emulator": "train"}.items():
         yield Case("changed weights", f"{where}: a flipped bit", edit_bytes(where, flip), command)
         yield Case("changed weights", f"{where}: doubled", edit_tensors(where, times(2)), command)
     for where, command in {"model": "merge", "emulator": "correct"}.items():
@@ -234,7 +231,6 @@ def changed_weights() -> Cases:
             "model": "compress",
             "corrected": "merge",
             "adapter": "correct",
-            "spectra": "cut",
         }.items():
             fine = where == "model" and factor == 1e38  # its norms give zeros, for which all factors are right
             yield Case(
@@ -474,7 +470,7 @@ def adapters() -> Cases:
 
 def manifests() -> Cases:
     """Return manifests of what stages made."""
-    readers = {"spectra": "cut", "emulator": "correct", "corrected": "merge", "adapter": "correct"}
+    readers = {"emulator": "correct", "corrected": "merge", "adapter": "correct"}
     for where, command in readers.items():
         manifest = f"{where}/emloc.json"
         for name, text in _ODD_JSON.items():
@@ -486,10 +482,6 @@ def manifests() -> Cases:
                     "manifest", f"{where}: {field} = {value!r}", edit_json(manifest, put(field, value=value)), command
                 )
     fields = {
-        "spectra": {
-            "request": ("base", "settings", "calibration", "selection"),
-            "result": ("blocks", "unreached", "tokens", "linears"),
-        },
         "emulator": {"request": ("base", "settings")},
         "corrected": {"request": ("base",)},
         "adapter": {"request": ("model",)},
@@ -499,14 +491,8 @@ def manifests() -> Cases:
             for name in names:
                 manifest = f"{where}/emloc.json"
                 unread = {
-                    ("spectra", "settings"),
-                    ("spectra", "unreached"),
-                    ("spectra", "tokens"),
                     ("corrected", "base"),
                     ("adapter", "model"),
-                    ("spectra", "linears"),
-                    ("spectra", "calibration"),
-                    ("spectra", "selection"),
                 }
                 for value in (None, 3, "text", ["a"], {"a": 1}):
                     spoil = edit_json(manifest, put(part, name, value=value))
@@ -705,8 +691,6 @@ def settings() -> Cases:
         "correct adapter --base model --clamp nan -o out",
         "correct adapter --base model --emulator model --clamp 1 -o out",
         "correct adapter --base model --selection-data rows.jsonl --clamp auto -o adapter",
-        "cut emulator --base model -o out",
-        "cut spectra --base emulator -o out",
         "train adapter --data rows.jsonl -o out",
         "train emulator --data rows.jsonl --steps 1 --lr nan -o out",
         "train emulator --data rows.jsonl --steps 1 --set evil=1 -o out",
@@ -759,7 +743,7 @@ def _database() -> bytes:
 
 def file_sizes() -> Cases:
     """Return limits on the size of files, which the disk may not have."""
-    for command in ("compress", "spectra", "cut", "merge", "correct", "train"):
+    for command in ("compress", "merge", "correct", "train"):
         for limit in (0, 200, 5_000, 50_000):
             small = limit == 50_000
             yield Case("file size", f"at most {limit} bytes", lambda _: None, command, harmless=small, file_size=limit)

@@ -57,7 +57,7 @@ def _make_good(place: Path) -> None:
         shutil.rmtree(place / "whole")
         write_jsonl(place / "rows.jsonl", example_rows()[:40])
         lines = (
-            "compress model --data rows.jsonl --samples 4 --selection 2 --keep-spectra spectra -o emulator",
+            "compress model --data rows.jsonl --samples 4 --selection 2 --paper -o emulator",
             "train emulator --data rows.jsonl --steps 1 --rank 2 -o adapter",
             "correct adapter --base model --clamp 1 -o corrected",
         )

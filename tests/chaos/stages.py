@@ -55,19 +55,6 @@ STAGES = {
             "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --ratio 0.3 -o {place}/out",
         ),
         Stage(
-            "compress, spectra kept",
-            "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --keep-spectra {place}/kept"
-            " -o {place}/out",
-            "compress {good}/base --data {good}/rows.jsonl --samples 5 --selection 3 --keep-spectra {place}/kept"
-            " -o {place}/out",
-            ("out", "kept"),
-        ),
-        Stage(
-            "cut",
-            "cut {good}/spectra --base {good}/base --ratio 0.5 -o {place}/out",
-            "cut {good}/spectra --base {good}/base --ratio 0.3 -o {place}/out",
-        ),
-        Stage(
             "train",
             "train {good}/emulator --data {good}/rows.jsonl --steps 2 --save-steps 1 --logging-steps 2 --rank 2"
             " --batch-size 2 --no-bf16 -o {place}/out",
@@ -125,8 +112,7 @@ class Bench:
         self.good.mkdir(parents=True)
         made = supervise(lambda: _make_models(self.good), self.root)
         for command in (
-            "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --keep-spectra {good}/spectra"
-            " -o {good}/emulator",
+            "compress {good}/base --data {good}/rows.jsonl --samples 6 --selection 3 --paper -o {good}/emulator",
             "train {good}/emulator --data {good}/rows.jsonl --steps 2 --rank 2 --batch-size 2 --no-bf16 --lr 1e-2"
             " -o {good}/adapter",
             "correct {good}/adapter --base {good}/base --clamp 1 -o {good}/corrected",

@@ -21,7 +21,7 @@ def campaign(*arguments):
 @pytest.mark.thorough
 @needs_kernel
 def test_a_part_of_the_campaign():
-    stages = ["compress", "cut", "train", "correct", "polish", "merge", "import"]
+    stages = ["compress", "train", "correct", "polish", "merge", "import"]
     kinds = ["kills", "kills-before-another", "syncs", "signals", "disks", "writers", "changes"]
     chosen = [f"--stage={stage}" for stage in stages] + [f"--kind={kind}" for kind in kinds]
     done = campaign(*chosen, "--sample=10")

@@ -47,7 +47,6 @@ def test_the_printed_commands_lead_from_the_emulator_to_an_answer(emloc, tiny_mo
     ("stage", "content", "first"),
     [
         ("import", {"source": "x"}, "emloc plan out --memory 24GiB"),
-        ("cut", {"spectra": "x"}, "emloc train out --data train.jsonl -o adapter"),
         (
             "compress",
             {"model": "m", "data": "org/set", "split": "sft", "exclude": ("x.jsonl",), "settings": {"max_length": 9}},

@@ -272,8 +272,7 @@ def test_compress_takes_the_recommended_kind(shallow_model: Path, rows_file: Pat
     assert "note: an ordinary LoRA on the model itself fits too" in note
     assert f"emloc train {shallow_model} --batch-size 8 --accumulation 1" in note
     assert "note" not in run(*options, *one, *ALL, least).stderr
-    assert chosen(least, "--kind", "1.6-bit") == "1.6-bit"
-    assert chosen(least, "--keep-spectra", tmp_path / "spectra") == "low-rank"
+    assert chosen(least, "--kind", "2.7-bit") == "2.7-bit"
     assert plan(shallow_model, "--data", rows_file, *one, *ALL, least)["kind"] == "nf4"
     assert plan(shallow_model, "--data", rows_file, "--ratio", 0.5)["kind"] == "low-rank"
     assert "Write the unit: 24GiB" in refused(*options, "--memory", "24")

@@ -59,7 +59,7 @@ def place(tmp_path_factory, tiny_model: Path) -> Path:
         ("plan missing", "There is no model at missing"),
         ("plan model --memory 12", "Write the unit"),
         ("plan model --batch-size 0", "batch_size = 0"),
-        ("plan model --kind six-bit", "'six-bit' among the emulators: 1.6-bit"),
+        ("plan model --kind six-bit", "'six-bit' among the emulators: 1.6-bit+repair"),
         ("plan model --data none.jsonl", "There is no file none.jsonl"),
         ("compress odd --data rows.jsonl -o o", "'odd'"),
         ("compress missing --data rows.jsonl -o o", "There is no model at missing"),

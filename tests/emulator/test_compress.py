@@ -136,20 +136,18 @@ def test_another_request_does_not_overwrite(tiny_model, rows_file, emulator):
         compress(tiny_model, rows_file, emulator, SETTINGS.model_copy(update={"ratio": 0.3}))
 
 
-@pytest.mark.parametrize("spectra", [None, "spectra"])
-def test_another_tokenization_of_the_same_rows_is_another_request(tiny_model, tmp_path, spectra):
+def test_another_tokenization_of_the_same_rows_is_another_request(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     turns = [{"role": "user", "content": "animal: cat."}, {"role": "assistant", "content": "a red cat runs."}]
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}])
-    kept = spectra and tmp_path / spectra
 
     def job():
         settings = CompressSettings(samples=1, selection=0)
-        return Compress(Checkpoint(model), load_rows(str(rows)), tmp_path / "emulator", settings, kept)
+        return Compress(Checkpoint(model), load_rows(str(rows)), tmp_path / "emulator", settings)
 
     job().run()
     (model / "README.md").write_text("Not the model's business.")
-    assert job().is_finished()
+    assert job().output.is_finished()
     (model / "chat_template.jinja").write_text(f"the {CHAT_TEMPLATE}")
     with pytest.raises(EmlocError, match="what the tokenizer makes of the rows differs"):
         job().run()

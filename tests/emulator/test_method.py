@@ -12,7 +12,7 @@ from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.method import usual_samples
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.kinds import NF4, FourBitLowRank, LowRank, ThreeLevels
+from emloc_core.kinds import NF4, FourBitLowRank, LowRank, SixLevels
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings
@@ -26,16 +26,16 @@ def bases(tmp_path_factory):
     return {name: save_tiny_model(family.tiny_configs[0], place / name) for name, family in families.items()}
 
 
-def made_with(base, rows_file, output, spectra=None, **chosen):
+def made_with(base, rows_file, output, **chosen):
     settings = CompressSettings(samples=4, selection=2, **chosen)
-    job = Compress(Checkpoint(base), load_rows(str(rows_file)), output, settings, spectra)
+    job = Compress(Checkpoint(base), load_rows(str(rows_file)), output, settings)
     found = job.output.request["settings"]  # what is recorded, so that other defaults are another request
     return found["calibration"], found["allocator"], found["refine"]
 
 
 USUAL = {
     kind.name: (kind.calibration, kind.allocator, kind.refine or 0)
-    for kind in (LowRank, NF4, FourBitLowRank, ThreeLevels)
+    for kind in (LowRank, NF4, FourBitLowRank, SixLevels)
 }
 
 
@@ -49,10 +49,6 @@ def test_experts_become_smaller_by_default(bases, rows_file, tmp_path):
     assert made_with(bases["experts"], rows_file, tmp_path / "four", kind="low-rank-nf4")[0] == "propagated"
 
 
-def test_spectra_are_of_the_base(bases, rows_file, tmp_path):
-    assert made_with(bases["dense"], rows_file, tmp_path / "out", tmp_path / "spectra") == ("base", "uniform", 0)
-
-
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [
@@ -60,8 +56,8 @@ def test_spectra_are_of_the_base(bases, rows_file, tmp_path):
         ({"paper": True}, ("base", "uniform", 0)),
         ({"calibration": "base", "allocator": "global"}, ("base", "global", 0)),
         ({"calibration": "propagated", "allocator": "uniform", "refine": 2}, ("propagated", "uniform", 2)),
-        ({"kind": "1.6-bit", "calibration": "base"}, ("base", "uniform", 0)),
-        ({"kind": "1.6-bit", "refine": 0}, ("propagated", "uniform", 0)),
+        ({"kind": "2.7-bit", "calibration": "base"}, ("base", "uniform", 0)),
+        ({"kind": "2.7-bit", "refine": 0}, ("propagated", "uniform", 0)),
     ],
 )
 def test_what_the_user_says_holds(bases, rows_file, tmp_path, chosen, expected):

@@ -17,7 +17,7 @@ from emloc_core.model.hooks import forward_hooks
 from emloc_core.settings import CompressSettings
 
 
-@pytest.fixture(scope="module", params=["1.6-bit", "2.7-bit", "low-rank"])
+@pytest.fixture(scope="module", params=["2.7-bit", "low-rank"])
 def emulators(request, tiny_model, rows_file, tmp_path_factory):
     """Emulators without refinement and with it, and their job; scales are off at first, to leave something to gain."""
     scales, found = levels._scales, []
@@ -107,7 +107,7 @@ def test_gradients_do_not_vanish_in_half_precision(tiny_model, rows_file, tmp_pa
     ("chosen", "message"),
     [
         ({"kind": "low-rank-nf4", "refine": 2}, "'low-rank-nf4' cannot be refined"),
-        ({"kind": "1.6-bit", "refine": 2, "calibration": "base"}, "needs the inputs that a block has in the emulator"),
+        ({"kind": "2.7-bit", "refine": 2, "calibration": "base"}, "needs the inputs that a block has in the emulator"),
         ({"kind": "low-rank", "refine": 2, "calibration": "base"}, "needs the inputs that a block has in the emulator"),
     ],
 )

@@ -58,10 +58,10 @@ def adapter(emulator, rows_file, tmp_path_factory) -> Path:
     return finetune(emulator, rows_file, tmp_path_factory.mktemp("adapters") / emulator.name)
 
 
-def compress(base, rows_file, output, spectra=None, **settings):
+def compress(base, rows_file, output, **settings):
     plain = {"samples": 24, "selection": 8, "ratio": 0.6, "calibration": "base", "allocator": "uniform"}
     chosen = CompressSettings(**{**plain, **settings})
-    return Compress(Checkpoint(base), load_rows(str(rows_file)), output, chosen, spectra).run()
+    return Compress(Checkpoint(base), load_rows(str(rows_file)), output, chosen).run()
 
 
 def finetune(model, rows_file, output, **settings):
@@ -275,20 +275,10 @@ def test_a_mixture_that_sees_is_tuned_without_the_loss_that_balances_experts(row
 
 
 @pytest.mark.parametrize(
-    "way", ["spectra", "default", *(pytest.param(way, marks=pytest.mark.thorough) for way in ("propagated", "global"))]
+    "way", ["default", *(pytest.param(way, marks=pytest.mark.thorough) for way in ("propagated", "global"))]
 )
-def test_every_way_to_make_an_emulator_takes_images(base, rows_file, emulator, tmp_path, way):
-    if way == "spectra":
-        made = compress(base, rows_file, tmp_path / "made", tmp_path / "spectra")
-        assert {path.name for path in (made / "images").iterdir()} == {
-            path.name for path in (emulator / "images").iterdir()
-        }
-        one, other = (read_manifest(directory)["result"]["linears"] for directory in (made, emulator))
-        assert [entry["rank"] for entry in one] == [entry["rank"] for entry in other]
-        assert [entry["relative_error"] for entry in one] == pytest.approx(
-            [entry["relative_error"] for entry in other], rel=1e-3
-        )
-    elif way == "propagated":
+def test_every_way_to_make_an_emulator_takes_images(base, rows_file, tmp_path, way):
+    if way == "propagated":
         made = compress(base, rows_file, tmp_path / "made", calibration="propagated")
     elif way == "global":
         made = compress(base, rows_file, tmp_path / "made", allocator="global")

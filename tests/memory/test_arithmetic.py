@@ -91,7 +91,7 @@ def test_without_images_their_tower_computes_nothing(tmp_path: Path) -> None:
     [
         {"kind": "nf4"},
         pytest.param({"kind": "2.7-bit"}, marks=pytest.mark.thorough),
-        {"kind": "1.6-bit", "refine": 0},
+        {"kind": "2.7-bit", "refine": 0},
         {"kind": "low-rank"},
         pytest.param({"kind": "low-rank", "allocator": "uniform"}, marks=pytest.mark.thorough),
         pytest.param({"kind": "low-rank", "calibration": "base"}, marks=pytest.mark.thorough),

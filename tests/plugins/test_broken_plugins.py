@@ -67,8 +67,7 @@ def stages(install, tiny_model, rows_file, tmp_path_factory):
     base, rows = ("--base", tiny_model), ("--data", rows_file)
     tuning = ("--steps", "1", "--batch-size", "2", "--no-bf16")
     told = [
-        run("compress", tiny_model, *rows, *SMALL, "--keep-spectra", place / "spectra", "-o", place / "emulator"),
-        run("cut", place / "spectra", *base, "--ratio", "0.4", "-o", place / "smaller"),
+        run("compress", tiny_model, *rows, *SMALL, "-o", place / "emulator"),
         run("train", place / "emulator", *rows, *tuning, "-o", place / "adapter"),
         run("correct", place / "adapter", *base, "-o", place / "corrected"),
         run("merge", place / "corrected", *base, "-o", place / "merged"),
@@ -96,7 +95,6 @@ def commands(stages, tiny_model, rows_file, tmp_path):
         ("families",),
         ("families", "new", "phi9", "-o", tmp_path / "plugin"),
         ("compress", tiny_model, *rows, *SMALL, *dry),
-        ("cut", stages / "spectra", *base, *dry),
         ("train", stages / "emulator", *rows, *dry),
         ("correct", stages / "adapter", *base, *dry),
         ("merge", stages / "corrected", *base, *dry),

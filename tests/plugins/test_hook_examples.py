@@ -1,12 +1,14 @@
-"""The examples of docs/hooks.md are whole plugins: each is loaded, and does what it says in a real run."""
+"""The examples in the docstrings of hooks are whole plugins: each is loaded, and does what it says in a real run."""
 
+import inspect
 import re
+import textwrap
 from types import ModuleType
 
 import pytest
 import torch
-from support.paths import DOCS
 
+from emloc_core import hookspecs
 from emloc_core.algorithms import Lora
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
@@ -15,7 +17,11 @@ from emloc_core.files.output import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", (DOCS / "hooks.md").read_text(), re.DOTALL)
+EXAMPLES = [
+    textwrap.dedent(source)
+    for hook in vars(hookspecs).values()
+    for source in re.findall(r"```python\n(.*?)```", inspect.getdoc(hook) or "", re.DOTALL)
+]
 
 
 @pytest.fixture

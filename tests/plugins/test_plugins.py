@@ -210,7 +210,7 @@ def test_an_observer_cannot_change_what_it_observes(entry):
             manifest["result"].clear()
     """)])  # fmt: skip
     manifest = {"result": {"bytes": 1}}
-    manager.notify("emloc_stage_done", stage="cut", output=Path("cut"), manifest=manifest)
+    manager.notify("emloc_stage_done", stage="merge", output=Path("merged"), manifest=manifest)
     assert manifest == {"result": {"bytes": 1}}
     assert manager.reports[0].error is None
 
@@ -255,43 +255,6 @@ def test_nothing_is_traced_or_raised_unless_asked_for(entry, value, monkeypatch,
             monkeypatch.setenv(variable, value)
     PluginManager().load([entry(GOOD), entry(BROKEN["wrong type"])])
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.fixture
-def generate(monkeypatch):
-    """The module that writes the pages of the documentation."""
-    monkeypatch.syspath_prepend(DOCS)
-    import generate
-
-    return generate
-
-
-def test_every_hook_and_every_argument_is_documented(generate):
-    hooks = {name: hook for name, hook in vars(plugins.hookspecs).items() if name.startswith("emloc_")}
-    assert {"emloc_families", "emloc_stage_done"} <= set(hooks)
-    page = (DOCS / "hooks.md").read_text()
-    for name, hook in hooks.items():
-        section = "\n".join(generate.hook_section(name, hook))
-        assert section in page
-        arguments = hook.__code__.co_varnames[: hook.__code__.co_argcount]
-        assert section.startswith(f"## `{name}({', '.join(arguments)})`")
-        assert all(f"| `{argument}` | `" in section for argument in arguments)
-
-
-def test_an_undocumented_argument_is_refused(generate):
-    def emloc_new(known, forgotten) -> None:
-        """Observe.
-
-        Args:
-            known: an argument.
-        """
-
-    def emloc_given() -> "list[str]":
-        """Offer something, without saying what."""
-
-    for hook in (emloc_new, emloc_given):
-        with pytest.raises(ValueError, match=f"{hook.__name__}: describe"):
-            generate.hook_section(hook.__name__, hook)
 
 
 def test_a_plugin_with_a_broken_entry_is_listed_as_broken(entry, emloc, monkeypatch, tmp_path):

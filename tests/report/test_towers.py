@@ -30,7 +30,7 @@ def test_the_summary_of_compress_averages_no_two_towers(tmp_path):
     ]
     result = {"linears": linears, "bytes": {"base": 2000, "emulator": 1000}}
     (tmp_path / MANIFEST).write_text(json.dumps({"request": {"settings": {}}, "result": result}))
-    request = make_request("cut", spectra="spectra", output=tmp_path)
+    request = make_request("compress", model="model", data="rows.jsonl", output=tmp_path)
     assert [line.split() for line in summary(request, Result(tmp_path))[1:-1]] == [
         ["vision_tower", "q_proj", "0.250", "0.375"],
         ["language_model", "q_proj", "0.500", "0.500"],

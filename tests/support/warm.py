@@ -15,7 +15,6 @@ for name in (
     "emloc_core.adapters.correct",
     "emloc_core.adapters.merge",
     "emloc_core.emulator.compress",
-    "emloc_core.emulator.cut",
     "emloc_core.evaluation.evaluate",
     "emloc_core.memory.show",
     "emloc_core.model.importing",
