@@ -1,7 +1,8 @@
-"""Refuses input groups whose Linears receive different tensors, on the first rows that pass through a block.
+"""Refuses input groups whose Linears receive different tensors, on any row that passes through a block.
 
 The statistics of a group are those of one of its Linears. Where a model's config takes another branch than those that
-its family was tested on, the others would be fitted to inputs that they never see, and no number would tell.
+its family was tested on, or where a long row takes another than a short one, the others would be fitted to inputs that
+they never see, and no number would tell.
 """
 
 from collections import defaultdict
@@ -17,13 +18,10 @@ from emloc_core.family import Family
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.streaming import Stream
 
-#: Rows that are looked at.
-ROWS = 2
-
 
 @contextmanager
 def requiring_shared_inputs(stream: Stream, planned: Sequence[LinearPlan], family: Family) -> Iterator[None]:
-    """Watch the first samples pass through a block, and compare what the Linears of each group were given.
+    """Watch the samples pass through a block, and compare what the Linears of each group are given.
 
     Args:
         stream: samples wait at the block.
@@ -34,32 +32,73 @@ def requiring_shared_inputs(stream: Stream, planned: Sequence[LinearPlan], famil
         EmlocError: at the end, if two Linears of a group received different tensors.
     """
     groups = [group for group in _groups(planned) if len(group) > 1]
-    seen: dict[tuple[int, str], list[torch.Tensor]] = defaultdict(list)
-    watched = stream.here[:ROWS]
+    seen: dict[tuple[int, tuple[str, ...]], _Shared] = {}
+    members = {group[0].group: [linear.path for linear in group] for group in groups}
+    differing: list[tuple[str, LinearPlan]] = []
 
     def watching(linear: LinearPlan) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            if stream.sample in watched:
-                given = args[0] if isinstance(linear.tap, str) else linear.tap(module, args, output)
-                seen[stream.sample, linear.path].append(given.clone())  # what follows may write into it
+            given = args[0] if isinstance(linear.tap, str) else linear.tap(module, args, output)
+            shared = seen.setdefault((stream.sample, linear.group), _Shared(members[linear.group]))
+            if not shared.agrees(linear.path, given):
+                differing.append((shared.first, linear))
 
         return hook
 
     modules = stream.skeleton.model.get_submodule
     with forward_hooks((modules(linear.path), watching(linear)) for group in groups for linear in group):
         yield
-    for sample in watched:
-        for group in groups:
-            first, *others = [linear for linear in group if (sample, linear.path) in seen] or group[:1]
-            for other in others:
-                if not alike(seen[sample, first.path], seen[sample, other.path]):
-                    raise EmlocError(
-                        f"The family {family.name!r} declares that {first.path} and {other.path} read the same input, "
-                        "and in this model they do not: the factors of one would be fitted to the input of the other.",
-                        f"Put {other.path.removeprefix(f'{other.block}.')} into an input group of its own in the "
-                        "plugin, and add a tiny config of such a model (docs/plugins.md).",
-                        code="plugin",
-                    )
+    for linear in (linear for group in groups for linear in group):
+        those = [shared for (_, group), shared in seen.items() if group == linear.group]
+        differing += [(shared.first, linear) for shared in those if not shared.ran_as_often(linear.path)]
+    for first, other in differing:
+        raise EmlocError(
+            f"The family {family.name!r} declares that {first} and {other.path} read the same input, and in this "
+            "model they do not: the factors of one would be fitted to the input of the other.",
+            f"Put {other.path.removeprefix(f'{other.block}.')} into an input group of its own in the plugin, and add a "
+            "tiny config of such a model (docs/plugins.md).",
+            code="plugin",
+        )
+
+
+class _Shared:
+    """What the Linears of a group are given in one forward.
+
+    Args:
+        group: their paths.
+
+    Attributes:
+        first: path of the one that ran first.
+    """
+
+    first = ""
+
+    def __init__(self, group: Sequence[str]) -> None:
+        self._calls = dict.fromkeys(group, 0)
+        self._given: dict[int, tuple[torch.Tensor, int]] = {}
+
+    def agrees(self, path: str, given: torch.Tensor) -> bool:
+        """Say whether a Linear is given what the first one was given at its call of this number.
+
+        That is kept until the others have run, and not copied, which would take memory for every waiting sample: if it
+        was written into since, it is another input.
+        """
+        self.first = self.first or path
+        call = self._calls[path]
+        self._calls[path] += 1
+        if path == self.first:
+            self._given[call] = (given, given._version)
+            return True
+        before, version = self._given.get(call, (None, None))
+        if before is None or before._version != version:
+            return False
+        if min(self._calls.values()) > call:
+            del self._given[call]
+        return before is given or torch.equal(before, given)
+
+    def ran_as_often(self, path: str) -> bool:
+        """Say whether a Linear ran as often as the first one, or not at all."""
+        return self._calls[path] in (0, self._calls[self.first])
 
 
 def alike(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:

@@ -1,13 +1,18 @@
 """A model that takes another branch than the one its family was declared on is refused, not fitted to wrong inputs."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from emloc_llama import TINY
 from support.models import save_tiny_model
+from torch import nn
 
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
+from emloc_core.emulator.ranks import LinearPlan
+from emloc_core.emulator.shared_inputs import requiring_shared_inputs
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.files.checkpoint import Checkpoint
@@ -68,3 +73,32 @@ def test_a_declaration_is_held_against_the_users_model_before_it_is_tuned(falcon
     with plugin_manager().declaring(replace(FALCON, towers=[tower])), pytest.raises(EmlocError) as caught:
         Train(falcon[1], str(rows_file), tmp_path / "adapter", TrainSettings(steps=1))
     assert caught.value.code == "plugin"
+
+
+class Late(nn.Module):
+    """Two Linears that read one tensor, or equal ones, in all rows but the third, where it has changed in between."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.one, self.other, self.change = nn.Linear(4, 4), nn.Linear(4, 4), change
+
+    def forward(self, x):
+        found = self.one(x)
+        return found + self.other(self.change(x) if len(x) == 3 else x.view_as(x))
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 1, lambda x: x.mul_(2)], ids=["another", "in place"])
+def test_every_row_is_looked_at(change):
+    model = nn.ModuleDict({"block": Late(change)})
+    group = ("block.one", "block.other")
+    planned = [LinearPlan(path, "block", group, 4, 4, None, "input") for path in group]
+    stream = SimpleNamespace(skeleton=SimpleNamespace(model=model), sample=0)
+
+    def run(lengths):
+        with torch.no_grad(), requiring_shared_inputs(stream, planned, FALCON):
+            for stream.sample, length in enumerate(lengths):
+                model["block"](torch.randn(length, 4))
+
+    run([1, 2, 4])
+    with pytest.raises(EmlocError, match=r"block\.one and block\.other read the same input"):
+        run([1, 2, 4, 3])
