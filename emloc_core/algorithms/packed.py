@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from emloc_core.errors import EmlocError
+
 
 def product(x: torch.Tensor, unpack: Callable[..., torch.Tensor], *parts: torch.Tensor) -> torch.Tensor:
     """Return ``x M^T``, (..., m), in the dtype of M, (m, n), or of autocast where that is on. M gets no gradient.
@@ -14,7 +16,16 @@ def product(x: torch.Tensor, unpack: Callable[..., torch.Tensor], *parts: torch.
         x: (..., n), any floating dtype.
         unpack: returns M from its parts.
         parts: of M.
+
+    Raises:
+        EmlocError: x is of whole numbers.
     """
+    if not x.is_floating_point():
+        raise EmlocError(
+            "A packed Linear was given whole numbers: the model's code casts its inputs to the dtype of its weight.",
+            "List that Linear in keep_dense of the family's declaration, or choose the kind 'low-rank'.",
+            code="unsupported",
+        )
     found: torch.Tensor = _Product.apply(x, unpack, *parts)
     return found
 

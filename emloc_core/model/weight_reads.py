@@ -1,7 +1,8 @@
 """Finds Linears whose weight some module's code reads without calling them, as it does to hand it to a fused kernel.
 
-On an emulator such code would read a factor in place of the weight. A forward on a CPU need not show it: the kernel may
-be for a GPU, or for training alone. So the source is read, not run.
+On an emulator such code would read a factor in place of the weight, and what is cast to the weight's dtype would become
+whole numbers where that is packed. A forward on a CPU need not show it: the kernel may be for a GPU, or for training
+alone. So the source is read, not run.
 """
 
 import ast
@@ -58,10 +59,16 @@ def _module_reads(module: str) -> dict[str, frozenset[str]]:
 
 
 def _weights(method: ast.FunctionDef) -> Iterator[str]:
-    """Yield ``a.b`` for every ``self.a.b.weight`` of a method, except where only its dtype or the like is asked for."""
+    """Yield ``a.b`` for every ``self.a.b.weight`` of a method, except where only its shape or the like is asked for.
+
+    Its dtype may be asked for, except by what is cast to it.
+    """
     harmless: set[ast.AST] = set()
+    casts: set[ast.AST] = set()
     for node in ast.walk(method):
-        if isinstance(node, ast.Attribute) and node.attr in _HARMLESS:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("to", "type"):
+            casts.update([*node.args, *(keyword.value for keyword in node.keywords)])
+        if isinstance(node, ast.Attribute) and node.attr in _HARMLESS and node not in casts:
             harmless.add(node.value)
         elif (
             isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr")

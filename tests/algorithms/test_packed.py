@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from emloc_core.algorithms.packed import product
+from emloc_core.errors import EmlocError
 
 
 def through(multiply, x, size):
@@ -36,3 +37,9 @@ def test_without_autocast_the_matrix_decides(dtype):
     x, matrix = torch.randn(5, 32), torch.randn(16, 32, dtype=dtype)
     found = product(x, lambda part: part, matrix)
     torch.testing.assert_close(found, functional.linear(x.to(dtype), matrix), rtol=0, atol=0)
+
+
+def test_whole_numbers_are_refused():
+    """Code that casts inputs to the dtype of its weight makes them of what is packed."""
+    with pytest.raises(EmlocError, match="whole numbers"):
+        product(torch.ones(2, 3, dtype=torch.uint8), lambda: torch.ones(4, 3))
