@@ -1,0 +1,207 @@
+"""Attacks on weights: shared, tied, parametrised, read without a call, cast to, changed by every forward."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
+
+from attacks.architecture import ATTACKS, HIDDEN, WIDTH, Attack, Block, attack
+
+
+@attack(tied={f"model.layers.{index}.mlp.up.weight": f"model.layers.{index}.mlp.gate.weight" for index in range(3)})
+class TiedWithinABlock(Block):
+    """Two Linears of a block have one weight, and different inputs."""
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.mlp.up.weight = self.mlp.gate.weight
+
+    def feed(self, x):
+        return self.mlp.down(functional.silu(self.mlp.gate(x)) * self.mlp.up(x.flip(-1)))
+
+
+def _with_one_linear() -> list[nn.Module]:
+    blocks = [Block(index) for index in range(3)]
+    for block in blocks[1:]:
+        block.mlp.down = blocks[0].mlp.down
+    return blocks
+
+
+def _with_one_weight() -> list[nn.Module]:
+    blocks = [Block(index) for index in range(3)]
+    for block in blocks[1:]:
+        block.mlp.down.weight = blocks[0].mlp.down.weight
+    return blocks
+
+
+_TIED = {f"model.layers.{index}.mlp.down.{part}": f"model.layers.0.mlp.down.{part}"
+         for index in (1, 2) for part in ("weight", "bias")}  # fmt: skip
+ATTACKS["OneLinearInAllBlocks"] = Attack(_with_one_linear, tied=_TIED)
+ATTACKS["OneWeightInAllBlocks"] = Attack(
+    _with_one_weight, tied={name: source for name, source in _TIED.items() if name.endswith("weight")}
+)
+
+
+@attack(right=True)
+class CalledTwice(Block):
+    """A Linear runs twice in a forward, on its own result."""
+
+    def attend(self, x):
+        found = super().attend(x)
+        return found + self.attention.o(found)
+
+
+@attack()
+class CalledTwiceAtTheEnd(Block):
+    """Only the last block calls a Linear twice."""
+
+    def feed(self, x):
+        return self.mlp(self.mlp(x)) if self.index == 2 else self.mlp(x)
+
+
+@attack(right=True)
+class ReadWithoutACall(Block):
+    """The weight of a Linear is used, and the Linear never called."""
+
+    def feed(self, x):
+        up = functional.linear(x, self.mlp.up.weight, self.mlp.up.bias)
+        return self.mlp.down(functional.silu(self.mlp.gate(x)) * up)
+
+
+@attack()
+class CalledAndReadByAnotherName(Block):
+    """A square Linear is called, and its weight also read by a name that no source of the block shows."""
+
+    def attend(self, x):
+        found = super().attend(x)
+        square = getattr(self.attention, "o")  # noqa: B009
+        return found + functional.linear(found, getattr(square, "weight").T)  # noqa: B009
+
+
+@attack()
+class CastToADtypeByAnotherName(Block):
+    """The input is cast to the dtype of the weight, which packed weights have not."""
+
+    def feed(self, x):
+        weight = getattr(self.mlp.up, "weight")  # noqa: B009
+        return self.mlp.down(functional.silu(self.mlp.gate(x)) * self.mlp.up((8 * x).to(weight.dtype)))
+
+
+@attack(right=True)
+class CastToADtype(Block):
+    """The same, as transformers has it."""
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.scores = nn.Linear(WIDTH, HIDDEN)
+
+    def feed(self, x):
+        return self.mlp.down(functional.silu(self.scores((8 * x).to(self.scores.weight.dtype))) * self.mlp.up(x))
+
+
+@attack(right=True)
+class CalledByItsForward(Block):
+    """Hooks see nothing of a Linear whose forward is called itself."""
+
+    def feed(self, x):
+        return self.mlp.down(functional.silu(self.mlp.gate.forward(x)) * self.mlp.up(x))
+
+
+@attack()
+class CalledByItsForwardAtTheEnd(Block):
+    """Hooks see the Linear in all blocks but the last."""
+
+    def feed(self, x):
+        gate = self.mlp.gate.forward(x) if self.index == 2 else self.mlp.gate(x)
+        return self.mlp.down(functional.silu(gate) * self.mlp.up(x))
+
+
+@attack(right=True)
+class CalledByKeyword(Block):
+    """Hooks see no positional argument."""
+
+    def feed(self, x):
+        return self.mlp.down(input=functional.silu(self.mlp.gate(x)) * self.mlp.up(input=x))
+
+
+@attack()
+class WithWeightNorm(Block):
+    """The weight is computed from two parameters."""
+
+    def __init__(self, index):
+        super().__init__(index)
+        weight_norm(self.mlp.down)
+
+
+class _Scaled(nn.Linear):
+    """A Linear that scales its result by its input."""
+
+    def forward(self, input):
+        return super().forward(input) * input.mean(-1, keepdim=True)
+
+
+@attack(right=True)
+class ScaledByItsInput(Block):
+    """A subclass of Linear computes more than W x + b."""
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.mlp.up = _Scaled(WIDTH, HIDDEN)
+
+
+@attack(right=True)
+class ScaledBehind(Block):
+    """What a Linear returns is scaled by its input, outside of it."""
+
+    def feed(self, x):
+        return self.mlp(x) * x.mean(-1, keepdim=True)
+
+
+@attack()
+class WithAdapters(Block):
+    """Adapters with the names of PEFT's are part of the block."""
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.mlp.lora_A, self.mlp.lora_B = nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, WIDTH, bias=False)
+
+    def feed(self, x):
+        return self.mlp(x) + self.mlp.lora_B(self.mlp.lora_A(x))
+
+
+@attack()
+class PartlyUnread(Block):
+    """Half of what a Linear returns is thrown away."""
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.wide = nn.Linear(WIDTH, 2 * HIDDEN)
+
+    def feed(self, x):
+        return self.mlp.down(self.wide(x)[..., :HIDDEN] * self.mlp.up(x))
+
+
+@attack()
+class KeepsAMean(Block):
+    """Every forward changes a buffer, which the next one reads."""
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def feed(self, x):
+        found = self.mlp(x - self.mean)
+        self.mean.mul_(0.5).add_(x.detach().mean((0, 1)), alpha=0.5)
+        return found
+
+
+@attack()
+class CountsItsCalls(Block):
+    """From the 40th forward on, one Linear reads another input."""
+
+    calls = 0
+
+    def feed(self, x):
+        self.calls += 1
+        other = x.flip(-1) if self.calls > 40 else x
+        return self.mlp.down(functional.silu(self.mlp.gate(x)) * self.mlp.up(other))
