@@ -30,8 +30,8 @@ from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.ranks import LinearPlan, RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.kinds.kind import each
 from emloc_core.settings import CompressSettings
+from emloc_core.standins.format import each
 
 
 def energies(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spectrum]) -> list[int]:

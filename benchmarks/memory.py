@@ -69,18 +69,18 @@ def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:
 
     from emloc_core.emulator.declared import plan_ranks
     from emloc_core.files.documents import read_json, write_json
-    from emloc_core.layers import FORMAT_VERSION, METHOD, replace_linears
     from emloc_core.plugins.manager import plugin_manager
+    from emloc_core.standins import LowRank
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     ranks = plan_ranks(model, plugin_manager().family_for({"model_type": "llama"}), ratio).ranks
-    replace_linears(model, ranks)
+    LowRank().replace(model, ranks)
     for path in ranks:
         for parameter in (model.get_submodule(path).weight, model.get_submodule(path).V):
             torch.nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(base).save_pretrained(target)
-    quantisation = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "ranks": ranks}
+    quantisation = LowRank().config(ranks, model, model.dtype)
     config = Path(target) / "config.json"
     write_json(config, {**read_json(config), "quantization_config": quantisation})
     return {}

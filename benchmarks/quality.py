@@ -112,13 +112,14 @@ def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: "
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.plugins.manager import plugin_manager
     from emloc_core.settings import CompressSettings
+    from emloc_core.standins.registry import format_named
 
     plugin_manager().register(svd)
     given = {"kind": cell.kind, "seed": cell.seed, "selection": 0} | VARIANTS.get(cell.kind, {})
     if cell.ratio is not None:
         given["ratio"] = cell.ratio
     given["kind"] = given.pop("factorizer", given["kind"])
-    usual = plugin_manager().algorithm("emulators", given["kind"])().samples
+    usual = format_named(given["kind"]).samples
     samples = load_rows(str(rows["calibration"]))[: given.get("samples", usual)]
     settings = CompressSettings(**given | {"samples": len(samples)})
     compress = Compress(Checkpoint(base), samples, place / "emulator", settings)

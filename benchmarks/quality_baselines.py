@@ -100,7 +100,7 @@ def _part(weight: torch.Tensor, key: str, outputs: Features, inputs: Features) -
 
 def pruned_nf4(base: Any, memory: float, rows: Sequence[Any]) -> StandIn:
     """Leave out as many heads and channels as four bits do not save."""
-    from emloc_core.algorithms import nf4
+    from emloc_core.standins import nf4
 
     found = pruned(base, memory / _FOUR_BITS, rows)
     for weight in _weights(found.model):

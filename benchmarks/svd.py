@@ -13,7 +13,7 @@ from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
 from emloc_core.hookspecs import hookimpl
-from emloc_core.kinds import LowRank
+from emloc_core.standins import LowRank
 
 #: The power of the inputs' sizes that ASVD scales by (arXiv 2312.05821, section 3.2).
 ALPHA = 0.5

@@ -1,4 +1,4 @@
-"""Lets transformers load emulators without ``import emloc_core.lowrank``, by torch's entry point ``torch.backends``.
+"""Lets transformers load emulators without an import of ours, by torch's entry point ``torch.backends``.
 
 torch calls :func:`watch` when it has been imported, long before a model is loaded. Importing transformers then
 would cost every program that uses torch a second, so its import is watched for. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``
@@ -19,4 +19,4 @@ def watch() -> None:
 
 
 def _register() -> None:
-    import_module("emloc_core.lowrank")
+    import_module("emloc_core.standins.quantizer")

@@ -52,9 +52,9 @@ def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-
     """Provide kinds of emulator, selected by ``--kind`` of ``compress``. Called when one is needed.
 
     Returns:
-        By name, subclasses of ``emloc_core.kinds.Kind``: how the stand-in for a weight is made, stored, read back by
-        transformers and by ``correct``, and how many bytes it takes. A format whose stand-ins are factors may bring its
-        own ``factorize``, like :func:`emloc_core.algorithms.factorize.factorize`.
+        By name, subclasses of ``emloc_core.standins.Format``: how the stand-in for a weight is made, stored, read back
+        by transformers and by ``correct``, and how many bytes it takes. A format whose stand-ins are factors may bring
+        its own ``factorize``, like :func:`emloc_core.algorithms.factorize.factorize`.
 
     Example:
         ```python
@@ -63,14 +63,14 @@ def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-
 
         @hookimpl
         def emloc_emulators():
-            from emloc_core.kinds import LowRank
+            from emloc_core.standins import LowRank
 
             # Factors rounded to multiples of 2^-8; stored and loaded as those of the kind low-rank.
             class Coarse(LowRank):
                 name = "coarse"
 
-                def pack(self, weight, stand_in, dtype):
-                    parts = super().pack(weight, stand_in, dtype)
+                def pack(self, stand_in, dtype):
+                    parts = super().pack(stand_in, dtype)
                     return {key: (part * 256).round() / 256 for key, part in parts.items()}
 
             return {"coarse": Coarse}  # emloc compress --kind coarse

@@ -25,7 +25,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-import emloc_core.lowrank  # noqa: F401 - loads emulators, even where the entry point torch.backends is off
+import emloc_core.standins.quantizer  # noqa: F401 - loads emulators, even where the entry point torch.backends is off
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 

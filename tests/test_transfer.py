@@ -8,7 +8,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapte
 from support.models import save_in_four_bits
 from transformers import AutoModelForCausalLM
 
-import emloc_core.lowrank  # noqa: F401 - so that emulators load
+import emloc_core.standins.quantizer  # noqa: F401 - so that emulators load
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
@@ -74,7 +74,7 @@ def test_an_ordinary_model_takes_what_peft_does(tiny_model, tmp_path, in_four_bi
 
 def test_loading_an_emulator_does_not_import_peft(tiny_emulator):
     code = (
-        "import sys, emloc_core.lowrank; from transformers import AutoModelForCausalLM as m; "
+        "import sys, emloc_core.standins.quantizer; from transformers import AutoModelForCausalLM as m; "
         f"m.from_pretrained({str(tiny_emulator)!r}); sys.exit('peft.tuners' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

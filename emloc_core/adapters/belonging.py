@@ -12,7 +12,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.manifest import manifest_value
 from emloc_core.files.output import read_manifest
-from emloc_core.layers import MARK
+from emloc_core.standins.format import MARK
 
 
 def require_shapes(adapter: Adapter, model: nn.Module) -> None:

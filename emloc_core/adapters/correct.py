@@ -38,7 +38,6 @@ from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT, manifest_value
 from emloc_core.files.output import Output, made_from
-from emloc_core.kinds import Kind, LowRank
 from emloc_core.model.device import choose_device
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.skeleton import Skeleton
@@ -47,6 +46,8 @@ from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import CorrectRequest
 from emloc_core.settings import PAPER_CLAMP, CorrectSettings, Loss
+from emloc_core.standins import Format, LowRank
+from emloc_core.standins.registry import format_named
 
 
 class Correct:
@@ -85,7 +86,7 @@ class Correct:
         of_the_paper = manifest_value(manifest, self.emulator.directory, "request.settings.paper", bool)
         if of_the_paper and "clamp" not in settings.model_fields_set:
             self.settings = settings.model_copy(update={"clamp": PAPER_CLAMP})
-        self.kind: Kind = plugin_manager().algorithm("emulators", kind or LowRank.name)()
+        self.kind: Format = format_named(kind or LowRank.name)
         self._path, self._selection_data = output, selection_data
         self.family = plugin_manager().family_for(base.config)
         self.skeleton = Skeleton(base, self.family, device)

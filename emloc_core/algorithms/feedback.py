@@ -8,13 +8,12 @@ every number again, as is best while all others stay (QuantEase: Behdin et al., 
 Rows are rounded independently, so matrices that share their inputs can be rounded as one, stacked.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
 import torch
 
-from emloc_core.algorithms import nf4
 from emloc_core.algorithms.statistics import Gram
 
 #: Added to the diagonal, as a fraction of its mean: directions that no calibration row has count a little.
@@ -170,77 +169,38 @@ def descended(matrix: torch.Tensor, rounded: torch.Tensor, gram: Damped, nearest
     return found.T
 
 
-def rounded(matrices: Sequence[torch.Tensor], gram: Damped, passes: int = PASSES) -> list[torch.Tensor]:
-    """Return matrices with the same inputs in four bits, as they are after being packed and unpacked.
-
-    The scale of a block of numbers is that of its largest, which is kept as it is, so that packing finds it again.
-
-    Args:
-        matrices: M, (m, n), any floating dtype.
-        gram: of their inputs.
-        passes: of descent.
-
-    Returns:
-        Q, (m, n), in fp32: :func:`emloc_core.algorithms.nf4.rounded` gives it back unchanged.
-    """
-    matrices = [matrix.float() for matrix in matrices]
-    spread, largest = (torch.cat(parts) for parts in zip(*map(_blocks, matrices), strict=True))
-    found = _to_scales(torch.cat(matrices), gram, spread, largest, passes)
-    return [nf4.rounded(part) for part in found.split([len(matrix) for matrix in matrices])]
-
-
-def rounded_to_scales(
-    matrices: Sequence[torch.Tensor], gram: Damped, scales: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Return matrices with the same inputs in four bits, whose blocks have scales that are given.
-
-    Args:
-        matrices: M, (m, n), any floating dtype.
-        gram: of their inputs.
-        scales: of the blocks of each, (ceil(m n / 64),), in fp32.
-
-    Returns:
-        Codes, two a byte, (ceil(m n / 2), 1), uint8: :func:`emloc_core.algorithms.nf4.unpack` reads them.
-    """
-    spread = torch.cat([_spread(of, matrix.shape) for of, matrix in zip(scales, matrices, strict=True)])
-    found = _to_scales(torch.cat([matrix.float() for matrix in matrices]), gram, spread) / spread
-    return [nf4.codes(part) for part in found.split([len(matrix) for matrix in matrices])]
-
-
-def _to_scales(
+def to_levels(
     matrix: torch.Tensor,
     gram: Damped,
+    levels: tuple[torch.Tensor, torch.Tensor],
     scales: torch.Tensor,
     kept: torch.Tensor | None = None,
     passes: int = PASSES,
 ) -> torch.Tensor:
-    """Round a matrix to four bits times the scale of every number, (m, n); ``kept`` says which stay as they are."""
-    levels, middles = nf4.levels(matrix.device)
+    """Round a matrix to levels that are the same everywhere, times the scale of every number.
+
+    Args:
+        matrix: M, (m, n), in fp32.
+        gram: of its inputs.
+        levels: ascending, and the middles between them, in fp32.
+        scales: of every number, (m, n), not 0.
+        kept: which numbers stay as they are, (m, n); None: none.
+        passes: of descent.
+
+    Returns:
+        Q, (m, n), in fp32.
+    """
+    values, middles = levels
     of_column = scales.T.contiguous().unbind()
     stays = None if kept is None else kept.T.contiguous().unbind()
     numbers = matrix.T.contiguous().unbind()
 
-    def nearest(values: torch.Tensor, column: int) -> torch.Tensor:
-        scale = of_column[column]
-        found = levels.index_select(0, torch.bucketize(values / scale, middles)).mul_(scale)
-        return found if stays is None else torch.where(stays[column], numbers[column], found)
+    def nearest(column: torch.Tensor, at: int) -> torch.Tensor:
+        scale = of_column[at]
+        found = values.index_select(0, torch.bucketize(column / scale, middles)).mul_(scale)
+        return found if stays is None else torch.where(stays[at], numbers[at], found)
 
     found = with_feedback(matrix, gram, nearest)
     for _ in range(passes):
         found = descended(matrix, found, gram, nearest)
     return found
-
-
-def _blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scale of every number's block, and where the block's largest number is; both (m, n)."""
-    size, count = matrix.shape, matrix.numel()
-    padded = torch.nn.functional.pad(matrix.flatten(), (0, -count % nf4.BLOCK)).view(-1, nf4.BLOCK)
-    scales, at = padded.abs().max(1, keepdim=True)
-    largest = torch.zeros_like(padded, dtype=torch.bool).scatter_(1, at, value=True)
-    return _spread(scales.flatten(), size), largest.flatten()[:count].view(size)
-
-
-def _spread(scales: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Return the scale of every number, not 0, in the shape of the matrix."""
-    scales = scales.where(scales != 0, torch.finfo(scales.dtype).tiny)
-    return scales.repeat_interleave(nf4.BLOCK)[: size.numel()].view(size)

@@ -1,19 +1,16 @@
-"""Matrices on a few levels: fewer than four bits a number, rounded with feedback.
+"""Rounding matrices to a few levels, with feedback.
 
 The levels are those that normally distributed numbers are best rounded to (Max, 1960, "Quantizing for minimum
-distortion"; Lloyd, 1982), times a scale that :data:`GROUP` neighbours in a row share. Codes are the digits of a byte:
-five of three levels (1.6 bits), three of six (2.7).
+distortion"; Lloyd, 1982), times a scale that :data:`GROUP` neighbours in a row share.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 
 import torch
 from torch.nn import functional
 
-from emloc_core.algorithms import packed
-from emloc_core.algorithms.feedback import DAMPING, PASSES, Damped, descended, threads_for, with_feedback
+from emloc_core.algorithms.feedback import PASSES, Damped, descended, threads_for, with_feedback
 
 #: The levels of a standard normal distribution, by how many there are.
 LEVELS = {
@@ -22,35 +19,14 @@ LEVELS = {
 }
 #: Numbers of a row that share a scale, which is in bf16.
 GROUP = 256
-#: Damping by the number of levels, where not :data:`DAMPING`. Feedback moves errors to where calibration rows have
-#: next to no inputs. Tuning moves inputs there, and a LoRA uses the errors that it meets, which the base does not have.
-#: With three levels, all errors are so large that this gains on one task what it costs on another.
-_DAMPING = {6: 0.1}
+#: How Grams are damped (``docs/decisions/0020-six-levels-have-more-damping.md``). Feedback moves errors to where rows
+#: have next to no inputs. Tuning moves inputs there, and a LoRA uses the errors that it meets, which the base does not
+#: have.
+DAMPING = 0.1
 #: Scales that are tried, times the root mean square of a group: rounding with the best of them loses least.
 _SCALES = torch.linspace(0.5, 1.5, 21)
 #: Numbers for which they are tried at a time: few enough to stay in a processor's cache.
 _NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 24}
-
-
-def digits(levels: int) -> int:
-    """Return how many codes a byte holds."""
-    return max(count for count in range(1, 9) if levels**count <= 256)
-
-
-def sizes(levels: int, m: int, n: int) -> tuple[int, int]:
-    """Return the numbers of bytes of codes and of scales of a matrix of this shape."""
-    return -(-m * n // digits(levels)), m * -(-n // GROUP)
-
-
-def level_bytes(levels: int, shape: tuple[int, int]) -> int:
-    """Return the bytes of a packed matrix of this shape: its codes, and two for every scale."""
-    codes, scales = sizes(levels, *shape)
-    return codes + 2 * scales
-
-
-def damping(levels: int) -> float:
-    """Return how Grams are damped for so many levels; see :class:`~emloc_core.algorithms.feedback.Damped`."""
-    return _DAMPING.get(levels, DAMPING)
 
 
 @dataclass(frozen=True)
@@ -70,11 +46,7 @@ class Rounded:
     def numbers(self) -> torch.Tensor:
         """Return the matrix, (m, n), in fp32."""
         values, _ = _levels(self.levels, self.scales.float())
-        return _at(values, self.indices) * _spread(self.scales.float(), self.indices.shape[1])
-
-    def pack(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return codes, (bytes, 1), uint8, and the scales; see :func:`unpack`."""
-        return _pack(self.indices, self.levels), self.scales
+        return at(values, self.indices) * _spread(self.scales.float(), self.indices.shape[1])
 
     def split(self, rows: Sequence[int]) -> "list[Rounded]":
         """Return the matrices that it is stacked of, by their numbers of rows."""
@@ -101,43 +73,12 @@ def rounded(
     grid = _Grid(levels, _scales(matrix, levels) if scales is None else scales, matrix.shape[1])
     indices = grid.indices(with_feedback(matrix, gram, grid.nearest))
     for _ in range(passes):
-        units = _at(grid.values, indices)
+        units = at(grid.values, indices)
         with gram.matrix() as whole:
             better = _fitted(matrix, units, whole, grid.scales)
         grid = _Grid(levels, better, matrix.shape[1])
         indices = grid.indices(descended(matrix, units * grid.spread, gram, grid.nearest))
     return Rounded(indices, grid.scales, levels)
-
-
-def unpack(
-    codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], levels: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return the matrix of this shape and dtype that was packed; see :meth:`Rounded.pack`."""
-    m, n = shape
-    table = bytes_table(levels, dtype).to(codes.device, non_blocking=True)
-    matrix = _at(table, codes.flatten().int()).flatten()[: m * n].view(m, n)
-    groups, scales = n // GROUP, scales.to(dtype)
-    matrix[:, : groups * GROUP].unflatten(1, (groups, GROUP)).mul_(scales[:, :groups, None])
-    matrix[:, groups * GROUP :].mul_(scales[:, groups:])  # the rest of a row
-    return matrix
-
-
-def product(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], levels: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return ``x M^T``, (..., m), for x (..., n) and a packed matrix M, (m, n), which gets no gradient.
-
-    M is unpacked here, and once more in the backward pass, so that it is never kept.
-
-    Args:
-        x: any floating dtype.
-        codes, scales: see :meth:`Rounded.pack`.
-        shape: (m, n).
-        levels: how many.
-        dtype: that M is unpacked to, and the product computed in.
-    """
-    how = partial(unpack, shape=shape, levels=levels, dtype=dtype)
-    return packed.product(x, how, codes, scales)
 
 
 class _Grid:
@@ -175,7 +116,7 @@ def _indices(numbers: torch.Tensor, middles: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _at(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def at(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Return ``values[indices]``, which takes several times as long on a CPU."""
     return values.index_select(0, indices.flatten()).view(*indices.shape, *values.shape[1:])
 
@@ -196,7 +137,7 @@ def _scales_of_rows(matrix: torch.Tensor, levels: int) -> torch.Tensor:
     for share in _SCALES.tolist():
         scale = (share * typical).clamp(min=tiny).bfloat16()
         spread = scale.float()[..., None]
-        lost = (_at(values, _indices(padded / spread, middles)) * spread - padded).square()
+        lost = (at(values, _indices(padded / spread, middles)) * spread - padded).square()
         lost = (lost * (padded != 0)).sum(2)  # padding, and zeros, which no even number of levels has
         best, least = torch.where(lost < least, scale, best), torch.minimum(lost, least)
     return best
@@ -240,19 +181,3 @@ def _levels(levels: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """Return the levels, and the middles between them, on the device of ``like`` and in its dtype."""
     values = torch.tensor(LEVELS[levels]).to(like)
     return values, (values[1:] + values[:-1]) / 2
-
-
-def _pack(indices: torch.Tensor, levels: int) -> torch.Tensor:
-    count = digits(levels)
-    flat = indices.flatten().int()
-    flat = functional.pad(flat, (0, -len(flat) % count)).view(-1, count)
-    weights = levels ** torch.arange(count, dtype=torch.int32, device=flat.device)
-    return (flat * weights).sum(1, dtype=torch.int32).to(torch.uint8)[:, None]
-
-
-@cache
-def bytes_table(levels: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the levels that every byte stands for, (256, digits), on the CPU."""
-    values = torch.tensor(LEVELS[levels], dtype=dtype, device="cpu")
-    powers = levels ** torch.arange(digits(levels), device="cpu")
-    return values[torch.arange(256, device="cpu")[:, None] // powers % levels]

@@ -14,7 +14,7 @@ from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.unread import unread_features
 from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError, first_line
-from emloc_core.layers import LowRankLinear, replace_linears
+from emloc_core.standins.low_rank import LowRank, LowRankLinear
 
 #: Largest difference of activations and of logits, relative to the largest of them. In fp32, families in the tree are
 #: at most 1e-6 apart.
@@ -176,7 +176,7 @@ def full_rank(subject: TinyModel) -> str:
     factors = subject.decomposed.factors
     model = copy.deepcopy(subject.whole)
     biases = {path: model.get_submodule(path).bias for path in factors}
-    replace_linears(model, {path: found.u.shape[1] for path, found in factors.items()})
+    LowRank().replace(model, {path: found.u.shape[1] for path, found in factors.items()})
     with torch.no_grad():
         for path, found in factors.items():
             layer = model.get_submodule(path)

@@ -14,9 +14,9 @@ from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.family import Family
-from emloc_core.kinds.kind import each
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.skeleton import Skeleton
+from emloc_core.standins.format import each
 
 
 @dataclass

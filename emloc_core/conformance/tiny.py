@@ -25,10 +25,11 @@ from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.pretrained import load_model, new_model
-from emloc_core.kinds import Kind, LowRank
 from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings
+from emloc_core.standins import Format, LowRank
+from emloc_core.standins.registry import format_named
 
 RATIO = 0.5
 _NOISE = 0.1  # of weights, beside how the model initialises them
@@ -145,7 +146,7 @@ class TinyModel(Subject):
     @cached_property
     def emulator(self) -> Path:
         """The emulator, from the samples with images too."""
-        kind: Kind = plugin_manager().algorithm("emulators", self.kind)()
+        kind: Format = format_named(self.kind)
         size = {"ratio": min(RATIO, kind.largest_ratio)} if kind.has_factors else {}
         settings = CompressSettings(kind=self.kind, samples=1, selection=0, **size)
         stage = Compress(self.base, text_rows(self.samples), self.directory / "emulator", settings)

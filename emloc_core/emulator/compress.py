@@ -44,12 +44,13 @@ from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.files.shards import tensor_bytes
-from emloc_core.kinds import Kind
 from emloc_core.model.device import choose_device
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import CompressRequest
 from emloc_core.settings import CompressSettings
+from emloc_core.standins import Format
+from emloc_core.standins.registry import format_named
 
 
 class Compress:
@@ -89,7 +90,7 @@ class Compress:
         base.require_unquantised()
         self.skeleton = Skeleton(base, self.family, device)
         settings = settings.settled()
-        self.kind: Kind = plugin_manager().algorithm("emulators", settings.kind)()
+        self.kind: Format = format_named(settings.kind)
         self.kind.check(settings)
         distinct = len({row.key for row in rows})
         linears = self._linears(self.kind)
@@ -112,7 +113,7 @@ class Compress:
         self._path = output
         self._files = Inputs(output.resolve().parent)
 
-    def _linears(self, kind: Kind | None = None, *, on_inputs: bool = False) -> RankPlan:
+    def _linears(self, kind: Format | None = None, *, on_inputs: bool = False) -> RankPlan:
         found = find_linears(self.skeleton.model, self.family, kind)
         return found.on_inputs() if on_inputs or wants_inputs(self.kind.factorize) else found
 

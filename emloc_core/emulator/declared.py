@@ -11,9 +11,9 @@ from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.statistics import cheaper_side
 from emloc_core.emulator.ranks import ExpertsPlan, Kept, LinearPlan, RankPlan, allocated
 from emloc_core.errors import EmlocError
-from emloc_core.experts import stacks
 from emloc_core.family import Family
-from emloc_core.kinds import Kind
+from emloc_core.standins import Format
+from emloc_core.standins.experts import stacks
 
 
 def block_paths(model: nn.Module, family: Family) -> list[str]:
@@ -45,7 +45,7 @@ def block_paths(model: nn.Module, family: Family) -> list[str]:
     return found
 
 
-def find_linears(model: nn.Module, family: Family, kind: Kind | None = None) -> RankPlan:
+def find_linears(model: nn.Module, family: Family, kind: Format | None = None) -> RankPlan:
     """Resolve a family's declaration on a model: every Linear that it names, without ranks.
 
     Args:

@@ -25,7 +25,6 @@ from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.emulator.shared_inputs import requiring_shared_inputs
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.kinds import Fit, Kind, Pair
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.lockstep import Forward
 from emloc_core.model.parking import Parking
@@ -33,6 +32,7 @@ from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.standins import Fit, Format, Pair
 
 #: Called with a block's path, the number of blocks done, and the total.
 Progress = Callable[[str, int, int], None]
@@ -89,7 +89,7 @@ class Decomposition:
         fit: Fit,
         progress: Progress,
         name: str = "low-rank",
-        kind: Kind | None = None,
+        kind: Format | None = None,
         refine: int = 0,
         directory: Path | None = None,
     ) -> None:

@@ -16,7 +16,7 @@ from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator.ranks import ExpertsPlan, LinearPlan
 from emloc_core.errors import EmlocError
-from emloc_core.experts import activate, stacks
+from emloc_core.standins.experts import activate, stacks
 
 
 @dataclass(frozen=True)

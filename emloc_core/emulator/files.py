@@ -5,7 +5,7 @@ the shards. The last shard holds all tensors of the base that are not factorised
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,16 @@ from emloc_core.emulator.experts import StackedFactors
 from emloc_core.emulator.propagation import Pairs
 from emloc_core.emulator.ranks import UNREACHED, RankPlan
 from emloc_core.errors import EmlocError
-from emloc_core.experts import factor_names
 from emloc_core.files.checkpoint import INDEX, Checkpoint
 from emloc_core.files.documents import write_json
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
-from emloc_core.kinds import Kind, LowRank, Pair
-from emloc_core.layers import MARK
 from emloc_core.model.skeleton import Skeleton
+from emloc_core.standins import Format, LowRank, Pair
+from emloc_core.standins.experts import factor_names
+from emloc_core.standins.format import MARK
 
 _ERRORS = "emloc.relative_errors"  # in the metadata of a block's shard
 
@@ -43,7 +43,7 @@ class EmulatorFiles:
     """
 
     def __init__(
-        self, skeleton: Skeleton, plan: RankPlan, blocks: list[str], staging: Path, kind: Kind | None = None
+        self, skeleton: Skeleton, plan: RankPlan, blocks: list[str], staging: Path, kind: Format | None = None
     ) -> None:
         self.kind = kind or LowRank()
         self.skeleton, self.base, self.plan = skeleton, skeleton.checkpoint, plan
@@ -67,21 +67,25 @@ class EmulatorFiles:
             if isinstance(found, StackedFactors):
                 tensors.update(zip(factor_names(path), (found.u, found.v), strict=True))
             else:
-                tensors.update(self.kind.pack(self.keys[path], found, self._dtype(path)))
+                prefix = self.keys[path].removesuffix("weight")
+                parts = self.kind.pack(found, self._dtype(path))
+                tensors.update((f"{prefix}{name}", part) for name, part in parts.items())
         errors = {path: found.relative_error() for path, found in factors.items()}
         write_shard(self._shard(block), dict(sorted(tensors.items())), {_ERRORS: json.dumps(errors)})
 
     def read(self, block: str) -> Pairs:
         """Return U and V of a block's Linears by module path, as written."""
         tensors = load_file(self._shard(block), str(self.skeleton.device))
-        return {linear.path: self._pair(linear.path, tensors) for linear in self.plan.in_block(block)}
+        keys = {linear.path: self.kind.keys(self.keys[linear.path]) for linear in self.plan.in_block(block)}
+        return {path: self._pair(path, [tensors[key] for key in of]) for path, of in keys.items()}
 
     def as_read(self, path: str, factors: Factors) -> Pair:
         """Return U and V of a Linear as :meth:`read` will once they are written."""
-        return self._pair(path, self.kind.pack(self.keys[path], factors, self._dtype(path)))
+        parts = self.kind.pack(factors, self._dtype(path))
+        return self._pair(path, [parts[name] for name in self.kind.names()])
 
-    def _pair(self, path: str, tensors: Mapping[str, torch.Tensor]) -> Pair:
-        parts = [tensors[key].to(self.skeleton.device) for key in self.kind.keys(self.keys[path])]
+    def _pair(self, path: str, tensors: Sequence[torch.Tensor]) -> Pair:
+        parts = [tensor.to(self.skeleton.device) for tensor in tensors]
         m, n = self.skeleton.model.get_parameter(f"{path}.weight").shape
         return self.kind.unpack(parts, (m, n), self._dtype(path))
 

@@ -10,8 +10,8 @@ from typing import Literal
 from emloc_core.algorithms.allocation import ALLOCATORS, wants_spectra
 from emloc_core.emulator.ranks import NO_EXPERTS, RankPlan
 from emloc_core.errors import EmlocError
-from emloc_core.kinds import Kind
 from emloc_core.settings import SAMPLES, Allocator, CompressSettings
+from emloc_core.standins import Format
 
 #: The allocator of the paper.
 UNIFORM: Allocator = "uniform"
@@ -39,7 +39,7 @@ class Method:
         linears: the Linears and experts of the model, without ranks; dense are those that this way is not for.
     """
 
-    kind: Kind
+    kind: Format
     settings: CompletedSettings
     allocate: Callable[..., Sequence[int]]
     linears: RankPlan
@@ -52,7 +52,7 @@ class Method:
 
 def method_of(
     settings: CompressSettings,
-    kind: Kind,
+    kind: Format,
     linears: RankPlan,
     *,
     rows: int | None = None,
@@ -97,7 +97,7 @@ def method_of(
     return method
 
 
-def usual_samples(kind: Kind, rows: int | None = None) -> int:
+def usual_samples(kind: Format, rows: int | None = None) -> int:
     """Return how many rows a kind is calibrated on where the user does not say.
 
     Args:

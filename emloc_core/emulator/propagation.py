@@ -21,9 +21,9 @@ from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import ROWS, Gram, Side, cheaper_side
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
-from emloc_core.kinds import Pair
 from emloc_core.model.hooks import forwards
 from emloc_core.model.streaming import Stream
+from emloc_core.standins import Pair
 
 #: a: the ridge, as a fraction of the mean diagonal of the emulator's Gram. Pulls R towards the identity.
 RIDGE = 0.02

@@ -9,7 +9,7 @@ import torch
 
 from emloc_core.algorithms.allocation import Spectrum, largest_rank, rank_cap, uniform, wants_spectra
 from emloc_core.errors import EmlocError
-from emloc_core.kinds import Kind
+from emloc_core.standins import Format
 
 #: Ranks of experts are multiples of it: torch multiplies groups whose rows have a multiple of 16 bytes, 8 of bf16.
 _ALIGNED = 8
@@ -55,12 +55,12 @@ class LinearPlan:
         """How many numbers it is, dense."""
         return self.matrices * self.out_features * self.in_features
 
-    def stored(self, kind: Kind | None = None) -> int:
+    def stored(self, kind: Format | None = None) -> int:
         """Return how many numbers stand in for it at its rank: its factors, and the weight where the kind keeps it."""
         factors = (self.rank or 0) * (self.out_features + self.in_features) if kind is None or kind.has_factors else 0
         return self.matrices * factors + (self.numbers if kind and kind.keeps_weight else 0)
 
-    def nbytes(self, kind: Kind, dtype: torch.dtype) -> int:
+    def nbytes(self, kind: Format, dtype: torch.dtype) -> int:
         """Return the bytes of what stands in for it at its rank, in an emulator of a base of this dtype."""
         return self.matrices * kind.nbytes((self.out_features, self.in_features), self.rank or 0, dtype)
 
@@ -137,7 +137,7 @@ class RankPlan:
         """The Linears without a reason to stay dense."""
         return [linear for linear in self.linears if linear.reason is None]
 
-    def with_ranks(self, ranks: Mapping[str, int], kind: Kind | None = None) -> "RankPlan":
+    def with_ranks(self, ranks: Mapping[str, int], kind: Format | None = None) -> "RankPlan":
         """Return the plan with other ranks; Linears without one, or whose factors save nothing, stay dense."""
         return self._each(lambda each: _with_rank(each, ranks.get(each.path), kind))
 
@@ -168,7 +168,7 @@ class RankPlan:
         """Return the plan with the inputs captured where it would be the outputs."""
         return self._each(lambda each: replace(each, tap="input") if each.tap == "output" else each)
 
-    def lines(self, kind: Kind) -> list[str]:
+    def lines(self, kind: Format) -> list[str]:
         """Return lines: number, shape and stand-in of every sort of Linear, then what stays dense, and why."""
         sorts: dict[tuple[str, str, str | None], list[int]] = defaultdict(list)
         for linear in self.planned:
@@ -186,7 +186,7 @@ class RankPlan:
         found += [f"{kept.parameters:,} parameters of {kept.pattern} stay dense: {kept.reason}" for kept in self.kept]
         return found
 
-    def parameters(self, kind: Kind | None = None) -> tuple[int, int]:
+    def parameters(self, kind: Format | None = None) -> tuple[int, int]:
         """Return the number of parameters of the named Linears and experts before and after.
 
         Args:
@@ -202,7 +202,7 @@ def allocated(
     ratio: float | None,
     allocate: Callable[..., Sequence[int]],
     spectrum: Callable[[LinearPlan], Spectrum] | None = None,
-    kind: Kind | None = None,
+    kind: Format | None = None,
 ) -> RankPlan:
     """Return the plan with the ranks that an allocator gives.
 
@@ -255,7 +255,7 @@ def _expert_rank(planned: ExpertsPlan, ratio: float) -> int:
     return max(_ALIGNED, rank - rank % _ALIGNED)
 
 
-def _with_rank(linear: LinearPlan, rank: int | None, kind: Kind | None) -> Any:
+def _with_rank(linear: LinearPlan, rank: int | None, kind: Format | None) -> Any:
     has_factors = kind is None or kind.has_factors
     if has_factors and rank is not None and rank > largest_rank(linear.out_features, linear.in_features):
         return replace(linear, rank=None, reason=NO_SMALLER)

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.emulator.sensitivity import Arguments, hidden_states
-from emloc_core.kinds import Kind, Movable
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.streaming import Stream
+from emloc_core.standins import Format, Movable
 
 #: Rows of a step.
 _ROWS = 4
@@ -32,7 +32,7 @@ def refined(
     stream: Stream,
     block: nn.Module,
     found: Mapping[str, Factors],
-    kind: Kind,
+    kind: Format,
     epochs: int,
     ends: "Ends",
 ) -> dict[str, Factors]:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from emloc_core.exact.head import PIECES
-from emloc_core.experts import experts_per_token, width
 from emloc_core.family import Family, Tower
 from emloc_core.model.lockstep import units
-from emloc_core.quantised import PackedLinear
+from emloc_core.standins.experts import experts_per_token, width
+from emloc_core.standins.layer import PackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

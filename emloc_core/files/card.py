@@ -187,7 +187,7 @@ def _use(manifest: Manifest, line: list[Manifest], base: str | None, loader: str
         return
     imports = [f"from transformers import {loader}, AutoTokenizer\n"]
     if kind == "emulator":
-        imports.insert(0, "import emloc_core.lowrank  # from_pretrained then loads emulators")
+        imports.insert(0, "import emloc_core.standins.quantizer  # from_pretrained then loads emulators")
     code = [f"model = {load.format('DIRECTORY')}"]
     if "adapter" in kind:
         imports.insert(0, "from peft import PeftModel")

@@ -122,7 +122,7 @@ def load_model(name: str, directory: Path, **settings: Any) -> Any:
             which transformers would silently apply.
         Exception: whatever transformers raises.
     """
-    import emloc_core.lowrank  # noqa: F401 - with it, from_pretrained reads emulators too
+    import emloc_core.standins.quantizer  # noqa: F401 - with it, from_pretrained reads emulators too
 
     require_own_files(directory, ["*"])
     config = load_config(directory / "config.json")

@@ -11,9 +11,9 @@ from torch import nn
 from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import PROBES, RATIO
-from emloc_core.experts import experts_per_token
-from emloc_core.kinds import Kind
 from emloc_core.memory.model import MemoryModel
+from emloc_core.standins import Format
+from emloc_core.standins.experts import experts_per_token
 
 #: Operations per number of a matrix and position: a multiplication and an addition.
 _PRODUCT = 2
@@ -105,7 +105,7 @@ def positions(model: MemoryModel, path: str) -> int:
     return model.workload.length
 
 
-def _decomposed(linears: Sequence[LinearPlan], positions: int, kind: Kind | None = None) -> float:
+def _decomposed(linears: Sequence[LinearPlan], positions: int, kind: Format | None = None) -> float:
     """Return what the statistics of a block's own activations take, and the stand-ins that are made of them."""
     sides = sum(linear.out_features**2 for linear in linears if linear.tap == "output")
     inputs = {linear.group: linear.in_features for linear in linears if linear.tap != "output"}
@@ -114,7 +114,7 @@ def _decomposed(linears: Sequence[LinearPlan], positions: int, kind: Kind | None
     return _PRODUCT * positions * sides + spread + sum(_stand_in(linear, kind) for linear in linears)
 
 
-def _fitted(linears: Sequence[LinearPlan], positions: int, kind: Kind) -> float:
+def _fitted(linears: Sequence[LinearPlan], positions: int, kind: Format) -> float:
     """Return what it takes to fit a block's stand-ins, as in :mod:`emloc_core.emulator.propagation`."""
     total = 0.0
     for group in _groups(linears):
@@ -130,7 +130,7 @@ def _groups(linears: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
     return [[linear for linear in linears if linear.group == name] for name in names]
 
 
-def _stand_in(linear: LinearPlan, kind: Kind | None) -> float:
+def _stand_in(linear: LinearPlan, kind: Format | None) -> float:
     """Return what it takes to make what stands in for a weight; without a kind, factors."""
     m, n = linear.out_features, linear.in_features
     factors = _EIGENVECTORS * (m if linear.tap == "output" else n) ** 3
@@ -144,7 +144,7 @@ def _rounded(linear: LinearPlan) -> float:
     return _ROUNDING * linear.out_features * linear.in_features**2
 
 
-def _spread(n: int, kind: Kind) -> float:
+def _spread(n: int, kind: Format) -> float:
     """Return what it takes to spread errors over n inputs: once for all weights of a group, once more for factors."""
     return kind.keeps_weight * (1 + kind.has_factors) * _SPREADING * n**3
 

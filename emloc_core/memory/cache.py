@@ -25,7 +25,7 @@ VARIABLE = "EMLOC_CACHE"
 _MOST = 256
 _PACKAGES = ("emloc", "torch", "transformers", "peft", "trl", "bitsandbytes")
 #: The code that decides what is traced.
-_CODE = ("memory", "model", "kinds", "algorithms", "experts.py", "layers.py", "quantised.py")
+_CODE = ("memory", "model", "standins", "algorithms")
 
 
 class Cache:

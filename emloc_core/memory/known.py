@@ -12,11 +12,12 @@ import torch
 from emloc_core.errors import EmlocError, typed_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import read_config_json
-from emloc_core.layers import MARK, replace_linear
 from emloc_core.memory.cache import Cache, key
 from emloc_core.memory.outline import Outline, described
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.quantised import FourBitLinear
+from emloc_core.standins.format import MARK
+from emloc_core.standins.layer import replace_linear
+from emloc_core.standins.nf4 import FourBitLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,17 +22,17 @@ from emloc_core.emulator.declared import all_linears, find_linears
 from emloc_core.emulator.method import Method, method_of
 from emloc_core.emulator.ranks import UNREACHED, RankPlan, allocated
 from emloc_core.errors import EmlocError, first_line
-from emloc_core.experts import is_stack
-from emloc_core.kinds import Kind
-from emloc_core.layers import replace_linear
 from emloc_core.memory import cache
 from emloc_core.memory.known import dtype_of, known
 from emloc_core.memory.workload import Workload
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.overhead import overhead
-from emloc_core.plugins.manager import plugin_manager
-from emloc_core.quantised import FourBitLinear
 from emloc_core.settings import ALL_LINEAR, FACTORS, FOUR_BITS, CompressSettings
+from emloc_core.standins import Format
+from emloc_core.standins.experts import is_stack
+from emloc_core.standins.layer import replace_linear
+from emloc_core.standins.nf4 import FourBitLinear
+from emloc_core.standins.registry import format_named
 from emloc_core.tuning.trl import lora_config
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class MemoryModel:
 
     def __init__(self, config_file: Path, workload: Workload, settings: CompressSettings | None = None) -> None:
         self.config_file, self.settings = config_file, (settings or CompressSettings(kind=FACTORS)).settled()
-        self.kind: Kind = plugin_manager().algorithm("emulators", self.settings.kind)()
+        self.kind: Format = format_named(self.settings.kind)
         self._known = known(config_file)
         self.family = self._known.family
         self.model: Any = self._known.outline
@@ -123,9 +123,8 @@ class MemoryModel:
         return found
 
     @cached_property
-    def _four_bits(self) -> Kind:
-        found: Kind = plugin_manager().algorithm("emulators", FOUR_BITS)()
-        return found
+    def _four_bits(self) -> Format:
+        return format_named(FOUR_BITS)
 
     @property
     def linears(self) -> RankPlan:
@@ -195,7 +194,7 @@ class MemoryModel:
         """Return the same model with the default emulator of a kind; what was traced of either is known to both."""
         other = copy.copy(self)
         other.settings = CompressSettings(kind=kind)
-        other.kind = plugin_manager().algorithm("emulators", kind)()
+        other.kind = format_named(kind)
         other.method = other._method()
         return other
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from emloc_core.data.limits import Limits
 from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
-from emloc_core.kinds import RECOMMENDED, RECOMMENDED_WITH_IMAGES
 from emloc_core.memory.known import known
 from emloc_core.model.device import choose_device
 from emloc_core.model.image_shape import image_shape
 from emloc_core.requests import Rows
 from emloc_core.settings import TrainSettings
+from emloc_core.standins import RECOMMENDED, RECOMMENDED_WITH_IMAGES
 
 if TYPE_CHECKING:
     from emloc_core.data.tokenize import Sample

@@ -1,7 +1,7 @@
 """Checkpoints in four bits as bitsandbytes writes them, for a model that is loaded part by part.
 
 Its own layers hold a weight and its scales in one object that is made on loading, whole. Here they are ordinary
-parameters (:class:`~emloc_core.quantised.FourBitLinear`), which transformers' loader fills like any others.
+parameters (:class:`~emloc_core.standins.nf4.FourBitLinear`), which transformers' loader fills like any others.
 """
 
 import json
@@ -13,10 +13,9 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from emloc_core.algorithms import nf4
 from emloc_core.errors import EmlocError
-from emloc_core.layers import replace_linear
-from emloc_core.quantised import FourBitLinear
+from emloc_core.standins import nf4
+from emloc_core.standins.layer import replace_linear
 
 METHOD = "bitsandbytes"
 _FOUR = "load_in_4bit"
@@ -57,7 +56,7 @@ def packed_linears(model: nn.Module, settings: Mapping[str, Any]) -> list[str]:
 def replace_quantised(model: nn.Module, settings: Mapping[str, Any]) -> None:
     """Replace the Linears of :func:`packed_linears` by empty layers, in a model that is changed."""
     for path in packed_linears(model, settings):
-        replace_linear(model, path, FourBitLinear)
+        replace_linear(model, path, nf4.FourBitLinear)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # as transformers marks it: TRL asks for it
 
 

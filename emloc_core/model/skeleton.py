@@ -21,11 +21,10 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.pretrained import auto_class, load_config, new_model
 from emloc_core.files.shards import DTYPES
-from emloc_core.layers import METHOD, replace_linears
-from emloc_core.lowrank import EmlocConfig
 from emloc_core.model import nf4_checkpoints
 from emloc_core.model.absent import Absent
 from emloc_core.model.readahead import ReadAhead
+from emloc_core.standins.quantizer import METHOD, EmlocConfig
 
 
 class Skeleton:
@@ -56,8 +55,7 @@ class Skeleton:
         quantisation = checkpoint.config.get("quantization_config") or {}
         method, conversions = quantisation.get("quant_method"), []
         if method == METHOD:
-            emulator = EmlocConfig(**quantisation)
-            replace_linears(self.model, emulator.sizes, emulator.format_version)
+            EmlocConfig(**quantisation).replace(self.model)
         elif method == nf4_checkpoints.METHOD:
             nf4_checkpoints.replace_quantised(self.model, quantisation)
             conversions = nf4_checkpoints.conversions()

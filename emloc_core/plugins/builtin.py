@@ -62,10 +62,10 @@ def named(what: str) -> Iterator[None]:
 @hookimpl
 def emloc_emulators() -> dict[str, Callable[..., Any]]:
     """Offer factors as in the paper and in four bits, weights in four bits and on a few levels."""
-    from emloc_core import kinds
+    from emloc_core import standins
 
-    found = (kinds.LowRank, kinds.NF4, kinds.FourBitLowRank, kinds.RepairedThreeLevels, kinds.SixLevels)
-    return {kind.name: kind for kind in found}
+    found = (standins.LowRank, standins.NF4, standins.FourBitLowRank, standins.RepairedThreeLevels, standins.SixLevels)
+    return {of.name: of for of in found}
 
 
 @hookimpl

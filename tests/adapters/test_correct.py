@@ -15,7 +15,7 @@ from support.adapters import TARGETS, delta, make_adapter
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
-import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import Adapter, config_problems, content_hash
 from emloc_core.adapters.candidates import CANDIDATES, choose, gains
 from emloc_core.adapters.correct import Correct

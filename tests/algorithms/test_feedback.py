@@ -9,7 +9,7 @@ from emloc_core.algorithms import levels
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.feedback import Damped, damped, descended, with_feedback
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.kinds import NF4, FourBitLowRank, RepairedThreeLevels, SixLevels
+from emloc_core.standins import NF4, FourBitLowRank, RepairedThreeLevels, SixLevels
 
 
 def draw(*shape, seed=0):
@@ -139,7 +139,7 @@ def test_matrices_with_the_same_inputs_are_rounded_together_as_one_by_one(kind):
     together = fit(weights, gram, ranks)
     for weight, rank, found in zip(weights, ranks, together, strict=True):
         (alone,) = fit([weight], gram, [rank])
-        packed = [kind.pack("weight", of, torch.float32) for of in (found, alone)]
+        packed = [kind.pack(of, torch.float32) for of in (found, alone)]
         assert all(torch.equal(part, packed[1][name]) for name, part in packed[0].items())
 
 

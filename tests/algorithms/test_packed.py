@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from emloc_core.algorithms.packed import product
 from emloc_core.errors import EmlocError
+from emloc_core.standins.layer import product
 
 
 def through(multiply, x, size):

@@ -8,9 +8,9 @@ from quality_cells import BESIDE, PICTURES
 from quality_cells import RECOMMENDED as BENCHMARKED
 from support.paths import ROOT
 
-from emloc_core.kinds import RECOMMENDED, RECOMMENDED_WITH_IMAGES
 from emloc_core.memory.evidence import ALTERNATIVES, RECOVERY, measured
 from emloc_core.memory.ways import Way
+from emloc_core.standins import RECOMMENDED, RECOMMENDED_WITH_IMAGES
 
 #: Memory of kinds without a ratio, as the benchmark names it.
 MEMORY = {"nf4": 0.28, "2.7-bit": 0.17}

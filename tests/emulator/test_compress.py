@@ -12,7 +12,7 @@ from support.models import CHAT_TEMPLATE
 from support.rows import example_rows, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import emloc_core.lowrank
+import emloc_core.standins.quantizer
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.rows import Row, load_rows
@@ -21,9 +21,9 @@ from emloc_core.emulator.declared import plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
-from emloc_core.layers import LowRankLinear, replace_linears
 from emloc_core.model.hooks import tapped
 from emloc_core.settings import CompressSettings
+from emloc_core.standins.low_rank import LowRank, LowRankLinear
 
 SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, calibration="base", allocator="uniform")
 
@@ -80,7 +80,7 @@ def test_full_rank_in_memory_equals_the_base(tiny_model):
         with tapped(modules, taps, lambda path, x: grams[path].add(x)):
             base(input_ids=ids)
         ranks = {linear.path: min(linear.out_features, linear.in_features) for linear in plan.linears}
-        replace_linears(full, ranks)
+        LowRank().replace(full, ranks)
         for path, rank in ranks.items():
             factors = emloc_core.algorithms.factorize.factorize(base.get_submodule(path).weight, grams[path], rank)
             full.get_submodule(path).weight.copy_(factors.u)

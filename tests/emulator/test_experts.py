@@ -23,14 +23,14 @@ from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.declared import find_linears, plan_ranks
 from emloc_core.emulator.experts import ExpertStatistics
 from emloc_core.errors import EmlocError
-from emloc_core.experts import LowRankExperts, activate, stacks
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.files.pretrained import load_lora
-from emloc_core.layers import replace_linears
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
+from emloc_core.standins import LowRank
+from emloc_core.standins.experts import LowRankExperts, activate, stacks
 from emloc_core.tuning.train import Train
 
 SETTINGS = {**QWEN_MOE.tiny_configs[0], "num_experts": 6}
@@ -66,7 +66,7 @@ def planned(model):
 def test_factors_of_full_rank_are_the_experts(base):
     model = loaded(base)
     full = copy.deepcopy(model)
-    replace_linears(full, {path: min(model.get_parameter(path).shape[1:]) for path in STACKS})
+    LowRank().replace(full, {path: min(model.get_parameter(path).shape[1:]) for path in STACKS})
     for path in STACKS:
         owner, _, name = path.rpartition(".")
         experts = full.get_submodule(owner)

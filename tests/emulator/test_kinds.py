@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
-from emloc_core.algorithms import feedback, nf4
+from emloc_core.algorithms import feedback
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.conformance.stages import adapter_keys, correction, merge, ties, trains
@@ -32,12 +32,13 @@ from emloc_core.files.lora import WEIGHTS
 from emloc_core.files.output import read_manifest
 from emloc_core.files.pretrained import load_lora
 from emloc_core.hookspecs import hookimpl
-from emloc_core.kinds import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
+from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels, nf4
+from emloc_core.standins.low_rank_nf4 import rounded
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import LoraTrainer
 
@@ -192,7 +193,7 @@ def test_four_bits_fitted_to_rows_are_bitsandbytes_own(m, n, zeros, seed):
     gram = Gram("input", n)
     gram.add(inputs)
     fitted = NF4().rounding(factorize)([weight], gram, [0])[0]
-    packed = list(NF4().pack("weight", fitted, torch.float32).values())
+    packed = list(NF4().pack(fitted, torch.float32).values())
     u, v = NF4().unpack(packed, (m, n), torch.float32)  # by bitsandbytes
     assert torch.allclose(u @ v, fitted.u @ fitted.v, atol=1e-5)
     alone = NF4().stand_in(weight)
@@ -206,7 +207,7 @@ def test_four_bits_fitted_to_rows_are_bitsandbytes_own(m, n, zeros, seed):
 def test_what_was_rounded_with_feedback_is_packed_as_it_is(m, n, rows, seed):
     generator = torch.Generator().manual_seed(seed)
     matrix, inputs = torch.randn(m, n, generator=generator), torch.randn(rows, n, generator=generator)
-    found = feedback.rounded([matrix], feedback.Damped(inputs.T @ inputs))[0]
+    found = rounded([matrix], feedback.Damped(inputs.T @ inputs))[0]
     assert torch.equal(nf4.rounded(found), found)
     assert bool(torch.isfinite(found).all())
 
@@ -223,7 +224,7 @@ def test_feedback_lowers_the_error_of_the_outputs(columns):
     def lost(found):
         return float(((matrix - found) @ inputs.T).norm())
 
-    assert lost(feedback.rounded([matrix], feedback.Damped(inputs.T @ inputs))[0]) < 0.7 * lost(nf4.rounded(matrix))
+    assert lost(rounded([matrix], feedback.Damped(inputs.T @ inputs))[0]) < 0.7 * lost(nf4.rounded(matrix))
     assert lost(fitted.u @ fitted.v) < 0.7 * lost(alone.u @ alone.v)
 
 

@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
+from emloc_core.standins.registry import format_named
 
 
 @pytest.fixture(params=["low-rank", "low-rank-nf4", "1.6-bit+repair", "2.7-bit"])
@@ -22,14 +22,14 @@ def made(request, tiny_model, rows_file, tmp_path):
     """A kind, and its emulator."""
     chosen = CompressSettings(kind=request.param, samples=4, selection=2)
     emulator = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen).run()
-    return plugin_manager().algorithm("emulators", request.param)(), emulator
+    return format_named(request.param), emulator
 
 
 def test_a_layer_computes_what_the_dense_one_does(made):
     kind, emulator = made
     model = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
     layer = model.model.layers[0].mlp.down_proj
-    shape, size = (layer.out_features, layer.in_features), layer.rank if kind.name == "low-rank" else layer.size
+    shape, size = (layer.out_features, layer.in_features), layer.rank
     assert sum(part.nbytes for part in layer.parameters()) == kind.nbytes(shape, size, torch.float32)
     x = torch.randn(5, layer.in_features, requires_grad=True)
     found, weights = layer(x), torch.randn(5, layer.out_features)

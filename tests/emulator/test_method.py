@@ -12,10 +12,10 @@ from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.method import usual_samples
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.kinds import NF4, FourBitLowRank, LowRank, SixLevels
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings
+from emloc_core.standins import NF4, FourBitLowRank, LowRank, SixLevels
 
 
 @pytest.fixture(scope="module")

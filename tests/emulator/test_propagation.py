@@ -8,7 +8,7 @@ from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.algorithms import levels
 from emloc_core.algorithms.factorize import factorize, output_error
 from emloc_core.algorithms.feedback import damped
@@ -19,9 +19,10 @@ from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
-from emloc_core.kinds import NF4, RepairedThreeLevels
 from emloc_core.model.hooks import tapped
 from emloc_core.settings import CompressSettings
+from emloc_core.standins import NF4, RepairedThreeLevels
+from emloc_core.standins.levels import pack, unpack
 
 KIND = RepairedThreeLevels()
 
@@ -39,8 +40,8 @@ def drawn(m, n, tokens, seed):
 
 
 def on_levels(weight, gram):
-    codes, scales = levels.rounded(weight, damped(gram, 0.1), 3).pack()
-    return levels.unpack(codes, scales, tuple(weight.shape), 3, torch.float32)
+    codes, scales = pack(levels.rounded(weight, damped(gram, 0.1), 3))
+    return unpack(codes, scales, tuple(weight.shape), 3, torch.float32)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -66,7 +67,7 @@ def test_it_is_better_than_a_repair_of_the_weight_as_it_is_rounded_alone():
 def test_what_is_stored_is_what_was_fitted(shape):
     weight, gram = drawn(*shape, 200, 0)
     found = KIND.rounding(factorize)([weight], gram, [2])[0]
-    packed = KIND.pack("weight", found, torch.float32)
+    packed = KIND.pack(found, torch.float32)
     assert list(packed) == KIND.keys("weight")
     assert sum(part.nbytes for part in packed.values()) == KIND.nbytes(shape, 2, torch.float32)
     read, seen = (u @ v for u, v in (KIND.unpack(list(packed.values()), shape, torch.float32), found.pair()))

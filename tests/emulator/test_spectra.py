@@ -23,11 +23,11 @@ from emloc_core.emulator.spectra import Spectra
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
-from emloc_core.kinds import LowRank
-from emloc_core.kinds.kind import each
-from emloc_core.layers import LowRankLinear
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
+from emloc_core.standins import LowRank
+from emloc_core.standins.format import each
+from emloc_core.standins.low_rank import LowRankLinear
 
 SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, calibration="base", allocator="uniform")
 SHARD = "spectra-00002-of-00003.safetensors"

@@ -10,8 +10,8 @@ from emloc_core.conformance.tiny import TinyModel, on_meta, random_model, tiny_c
 from emloc_core.emulator.declared import block_paths, find_linears
 from emloc_core.exact.need import Positions, step_need
 from emloc_core.family import Family
-from emloc_core.kinds import NF4
 from emloc_core.model.image_shape import count_patches
+from emloc_core.standins import NF4
 
 
 @pytest.mark.parametrize(("family", "settings"), CASES, ids=label)

@@ -27,15 +27,15 @@ from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.declared import find_linears, plan_ranks
 from emloc_core.errors import EmlocError
-from emloc_core.experts import LowRankExperts
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.kinds import LowRank
-from emloc_core.layers import LowRankLinear
 from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.scaffold import scaffold
 from emloc_core.settings import CompressSettings, TrainSettings
+from emloc_core.standins import LowRank
+from emloc_core.standins.experts import LowRankExperts
+from emloc_core.standins.low_rank import LowRankLinear
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trl import lora_config
 

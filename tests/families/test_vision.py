@@ -18,7 +18,7 @@ from support.vision_models import internvl_processor, picture, picture_rows, qwe
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 import emloc_core.tuning.trainer as stage
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.candidates import CANDIDATES

@@ -120,7 +120,7 @@ def test_the_card_shows_code_that_runs(tiny_model, tmp_path):
     assert isinstance(found["model"], PeftModel)
     assert found["tokenizer"].chat_template
     emulator = (tmp_path / "emulator" / "README.md").read_text()
-    assert "import emloc_core.lowrank" in emulator
+    assert "import emloc_core.standins.quantizer" in emulator
     assert "on 8 calibration rows" in emulator
     for part in ("Emulator: low-rank, ratio 0.6", "LoRA: rank 8", "Correction by `emloc`", "| clamp | scale | loss |"):
         assert part in card

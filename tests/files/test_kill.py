@@ -14,8 +14,8 @@ from emloc_core.adapters.merge import Merge
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.kinds import LowRank
 from emloc_core.settings import CompressSettings, CorrectSettings
+from emloc_core.standins import LowRank
 
 
 def make(stage, base, source, output):

@@ -19,7 +19,6 @@ from transformers import AutoConfig
 
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
-from emloc_core.kinds import RECOMMENDED
 from emloc_core.model.skeleton import build_model
 from emloc_core.plugins.manager import PluginManager, plugin_manager
 from emloc_core.registry import registry
@@ -27,6 +26,7 @@ from emloc_core.registry.entry import Entry, Parameters, Preset, read_entry
 from emloc_core.registry.fit import fit
 from emloc_core.registry.registry import find, load_entries, resolve
 from emloc_core.settings import CompressSettings
+from emloc_core.standins import RECOMMENDED
 
 ENTRIES = load_entries()
 

@@ -14,7 +14,7 @@ from support.run import PLAIN_TRAINING
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-import emloc_core.lowrank  # noqa: F401  registers the emulator's loader
+import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint

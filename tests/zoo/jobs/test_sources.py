@@ -10,9 +10,9 @@ from support.processes import drive, files, plan_here
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import TIMING
-from emloc_core.kinds import RECOMMENDED
 from emloc_core.model.importing import Import
 from emloc_core.requests import ImportRequest
+from emloc_core.standins import RECOMMENDED
 from emloc_core.zoo.jobs.job import Job, describe_change, slug, unique
 from emloc_core.zoo.jobs.planning import plan
 from emloc_core.zoo.jobs.sources import Defaults, resolve

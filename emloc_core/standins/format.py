@@ -1,7 +1,7 @@
-"""The contract that every kind of emulator fulfils."""
+"""The contract that every format of emulator fulfils."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -11,6 +11,12 @@ from emloc_core.algorithms.factorize import Factors, factorize
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
 from emloc_core.settings import SAMPLES, Allocator, CompressSettings
+from emloc_core.standins.layer import StandInLinear, layer_bytes, replace_linear
+
+#: The ``quant_method`` of an emulator.
+METHOD = "emloc"
+#: Field of an emulator's config.json with its kind, by which one in four bits differs from a base that is.
+MARK = "emloc_kind"
 
 #: U (m, k) and V (k, n) with U V the matrix that a Linear of the emulator multiplies by.
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -37,11 +43,12 @@ class Movable(Protocol):
         """Return the stand-in with the numbers as they are now."""
 
 
-class Kind(ABC):
-    """One kind of emulator.
+class Format(ABC):
+    """How an emulator keeps what stands in for a weight. Users choose it as the kind of the emulator.
 
     Attributes:
-        name: of the kind.
+        name: of the format; that of the kind for users.
+        layer: what stands in for a Linear in a model.
         factorize: gives the factors of a weight, where there are any.
         taps_inputs: whether factors are fitted to the Gram of the inputs, even where that of the outputs is smaller.
         has_factors: whether a Linear becomes factors of some rank, alone or beside its weight. If not, the kind has one
@@ -61,6 +68,7 @@ class Kind(ABC):
     """
 
     name: str
+    layer: type[StandInLinear]
     factorize: Factorize = staticmethod(factorize)
     taps_inputs: bool = False
     has_factors: bool = True
@@ -123,32 +131,34 @@ class Kind(ABC):
         """Return what stands in for a weight, in words, where ``rank`` is its rank, or those of several ("3 to 7")."""
         return f"rank {rank}"
 
-    @abstractmethod
+    def names(self) -> list[str]:
+        """Return the names of a stand-in's tensors within the Linear; the first is ``weight``."""
+        return list(self.layer.parts((1, 1), 1, torch.float32))
+
     def keys(self, weight: str) -> list[str]:
-        """Return the keys of a stand-in's tensors in the checkpoint; the first is that of the weight."""
+        """Return the keys of a stand-in's tensors in the checkpoint, where that of the weight is known."""
+        return [f"{weight.removesuffix('weight')}{name}" for name in self.names()]
 
     @abstractmethod
-    def pack(self, weight: str, stand_in: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return a stand-in's tensors by their keys.
+    def pack(self, stand_in: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return a stand-in's tensors by their names, on the CPU.
 
         Args:
-            weight: key of the weight in the checkpoint.
-            stand_in: :class:`~emloc_core.algorithms.factorize.Factors`, of the subclass that this kind makes.
+            stand_in: :class:`~emloc_core.algorithms.factorize.Factors`, of the subclass that this format makes.
             dtype: of the base.
         """
 
     @abstractmethod
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
-        """Return U and V of what the checkpoint holds for a Linear.
+        """Return what was packed, as it was rounded.
 
         Args:
-            tensors: in the order of :meth:`keys`.
-            shape: of the weight.
+            tensors: as :meth:`pack` returned them, in the order of the names.
+            shape: of the weight, (m, n).
             dtype: of the base.
         """
 
-    @abstractmethod
-    def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    def config(self, ranks: Mapping[str, int | None], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         """Return the emulator's ``quantization_config``.
 
         Args:
@@ -156,14 +166,20 @@ class Kind(ABC):
             model: the base; meta tensors suffice.
             dtype: of the base.
         """
+        return {"quant_method": METHOD, "format": self.name, "ranks": dict(ranks)}
 
-    @abstractmethod
     def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:
         """Return the bytes of what stands in for a weight of this shape."""
+        return layer_bytes(self.layer, shape, rank, dtype)
 
-    @abstractmethod
-    def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
-        """Replace Linears of a model without weights by layers that need as much memory as the emulator's."""
+    def replace(self, model: nn.Module, ranks: Mapping[str, int | None]) -> None:
+        """Replace Linears of a model by empty layers of this format.
+
+        Raises:
+            EmlocError: the model has no Linear at one of the paths.
+        """
+        for path, rank in ranks.items():
+            replace_linear(model, path, self.layer, rank)
 
 
 def each(factorize: Factorize) -> Fit:
@@ -180,8 +196,3 @@ def whole(weight: torch.Tensor) -> Pair:
     m, n = weight.shape
     identity = torch.eye(min(m, n), dtype=weight.dtype, device=weight.device)
     return (weight, identity) if m >= n else (identity, weight)
-
-
-def beside(weight: str, *names: str) -> list[str]:
-    """Return the key of a weight, and those of other tensors of its Linear."""
-    return [weight, *(f"{weight.removesuffix('weight')}{name}" for name in names)]

@@ -1,28 +1,58 @@
-"""The kind whose stand-in is the weight on three levels, plus low-rank factors of the rounding error in four bits."""
+"""Weights on three levels, plus low-rank factors of the rounding error in four bits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from functools import partial
+from typing import Self
 
 import torch
 from torch import nn
 
-from emloc_core.algorithms import feedback, levels, nf4
+from emloc_core.algorithms import feedback, levels
 from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
-from emloc_core.kinds.factors import in_four_bits, on_its_gram
-from emloc_core.kinds.kind import Factorize, Fit, Kind, Pair, beside, each, whole
-from emloc_core.kinds.levels import MovableScales, PackedWeight
-from emloc_core.layers import METHOD, REPAIRED_VERSION, replace_linears
-from emloc_core.quantised import RepairedLinear
 from emloc_core.settings import CompressSettings
+from emloc_core.standins import nf4
+from emloc_core.standins.format import Factorize, Fit, Format, Pair, each, whole
+from emloc_core.standins.layer import Parts, product
+from emloc_core.standins.levels import FewLevelsLinear, MovableScales, PackedWeight, pack
+from emloc_core.standins.low_rank_nf4 import in_four_bits, on_its_gram, packed_factors, unpack_factors
 
-_LEVELS = RepairedLinear.LEVELS
-#: What they are rounded with: see ``docs/decisions/0020-six-levels-have-more-damping.md``.
-_DAMPING = 0.1
 #: Of descent over the repair, which the next round fits again: more gain nothing.
 _PASSES = 1
+
+
+class RepairedLinear(FewLevelsLinear):
+    """``y = W x + U (V x) + b``: W on three levels beside a low-rank repair of the rounding error, in four bits."""
+
+    LEVELS = 3
+
+    U: nn.Parameter
+    V: nn.Parameter
+    U_scales: nn.Parameter
+    V_scales: nn.Parameter
+
+    @classmethod
+    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
+        """Return codes and scales, of the weight and of both factors of its repair."""
+        (m, n), k = shape, rank or 0
+        return super().parts(shape, None, dtype) | nf4.parts("U", (m, k)) | nf4.parts("V", (k, n))
+
+    @classmethod
+    def unpack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return ``W + U V``."""
+        u, v = unpack_factors(parts[2:], shape, dtype)
+        return super().unpack(*parts[:2], shape=shape, dtype=dtype) + u @ v
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        (m, n), k = self.shape, self.rank or 0
+        weight = partial(super().unpack, shape=self.shape, dtype=self.dtype)
+        inner = nf4.product(input, self.V, self.V_scales, (k, n), self.dtype)
+        repair = nf4.product(inner, self.U, self.U_scales, (m, k), self.dtype)
+        found = product(input, weight, self.weight, self.weight_scales)
+        return (found if self.bias is None else found + self.bias) + repair
 
 
 @dataclass(frozen=True)
@@ -42,7 +72,7 @@ class Repaired(PackedWeight):
         return replace(self, scales=scales)
 
 
-class RepairedThreeLevels(Kind):
+class RepairedThreeLevels(Format):
     """Weights on three levels with a low-rank repair in four bits (as in CALDERA, Saha et al., 2024, arXiv 2405.18886).
 
     Each is fitted in turn to what the other leaves of the weight, and seen as rounded by what is fitted after them.
@@ -50,6 +80,7 @@ class RepairedThreeLevels(Kind):
     """
 
     name = "1.6-bit+repair"
+    layer = RepairedLinear
     taps_inputs = keeps_weight = True
     ratio = 0.23
     smallest_ratio, largest_ratio = 0.2, 0.5
@@ -86,34 +117,16 @@ class RepairedThreeLevels(Kind):
 
     def told(self, rank: str) -> str:
         """The levels of the weight, and the rank of its repair."""
-        return f"{_LEVELS} levels and rank {rank} in four bits"
+        return f"{self.layer.LEVELS} levels and rank {rank} in four bits"
 
-    def keys(self, weight: str) -> list[str]:
-        """The codes replace the weight."""
-        return beside(weight, "weight_scales", "U", "U_scales", "V", "V_scales")
-
-    def pack(self, weight: str, stand_in: Repaired, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
+    def pack(self, stand_in: Repaired, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Return codes and scales, of the weight and of both factors."""
-        parts = (stand_in.codes, stand_in.scales, *nf4.pack(stand_in.u), *nf4.pack(stand_in.v))
-        return dict(zip(self.keys(weight), (part.cpu() for part in parts), strict=True))
+        weight = {"weight": stand_in.codes.cpu(), "weight_scales": stand_in.scales.cpu()}
+        return weight | packed_factors("U", stand_in)
 
     def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
         """Return the sum of weight and repair, and the identity."""
-        codes, scales, u, u_scales, v, v_scales = tensors
-        u, v = nf4.unpack_factors(u, u_scales, v, v_scales, shape, dtype)
-        return whole(levels.unpack(codes, scales, shape, _LEVELS, dtype) + u @ v)
-
-    def config(self, ranks: dict[str, int], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
-        """Say which Linears are repaired; :mod:`emloc_core.lowrank` loads them."""
-        return {"quant_method": METHOD, "format_version": REPAIRED_VERSION, "ranks": ranks}
-
-    def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
-        """Those of a weight on three levels, and of factors in four bits."""
-        return levels.level_bytes(_LEVELS, shape) + nf4.factor_bytes(shape, rank)
-
-    def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
-        """Replace by the layers that an emulator has."""
-        replace_linears(model, ranks, REPAIRED_VERSION)
+        return whole(self.layer.unpack(*tensors, shape=shape, dtype=dtype))
 
 
 def _in_turn(repair: Fit, rounds: int) -> Fit:
@@ -121,18 +134,18 @@ def _in_turn(repair: Fit, rounds: int) -> Fit:
 
     def fit(weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int]) -> list[Repaired]:
         rows = [len(weight) for weight in weights]
-        gram = feedback.damped(inputs, _DAMPING)
+        gram, count = feedback.damped(inputs, levels.DAMPING), RepairedLinear.LEVELS
         stacked = left = torch.cat([weight.float() for weight in weights])
         scales = None
         for _ in range(rounds):
-            found = levels.rounded(left, gram, _LEVELS, scales)
+            found = levels.rounded(left, gram, count, scales)
             numbers, scales = found.numbers(), found.scales
             repairs = repair((stacked - numbers).split(rows), inputs, ranks)
             left = stacked - torch.cat([of.u.float() @ of.v.float() for of in repairs])
         matrix = feedback.single(inputs)
         return [
             Repaired(
-                u := of.u.float(), v := of.v.float(), of.spectrum, *part.pack(), _LEVELS,
+                u := of.u.float(), v := of.v.float(), of.spectrum, *pack(part), count,
                 error=output_error(weight.float(), kept.addmm(u, v), matrix),
             )
             for weight, of, part, kept in zip(weights, repairs, found.split(rows), numbers.split(rows), strict=True)

@@ -1,0 +1,34 @@
+"""What stands in for the weights of a base in its emulator: a module for each format, and what all formats share.
+
+A format decides what is kept of a Linear's weight, how that is fitted, stored and read back, in which layer it
+computes, how many bytes it takes, and what fitting needs. Everything else (streaming, resuming, training, correction,
+merging) is the same for all formats. Users choose one by its name, as the *kind* of the emulator.
+"""
+
+from emloc_core.standins.format import Factorize, Fit, Format, Movable, Pair
+from emloc_core.standins.levels import SixLevels
+from emloc_core.standins.low_rank import LowRank
+from emloc_core.standins.low_rank_nf4 import FourBitLowRank
+from emloc_core.standins.nf4 import NF4
+from emloc_core.standins.repaired import RepairedThreeLevels
+
+__all__ = [
+    "NF4",
+    "RECOMMENDED",
+    "RECOMMENDED_WITH_IMAGES",
+    "Factorize",
+    "Fit",
+    "Format",
+    "FourBitLowRank",
+    "LowRank",
+    "Movable",
+    "Pair",
+    "RepairedThreeLevels",
+    "SixLevels",
+]
+
+#: Kinds in the order in which they are recommended, the first whose tuning fits: ``docs/evidence.md`` says why. The
+#: last is for models whose weights are mostly experts.
+RECOMMENDED = ("nf4", "1.6-bit+repair", "low-rank-nf4", "low-rank")
+#: The same for rows with images, where factors alone are ahead of weights on three levels with a repair.
+RECOMMENDED_WITH_IMAGES = tuple(kind for kind in RECOMMENDED if kind != "1.6-bit+repair")

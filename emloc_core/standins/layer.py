@@ -1,0 +1,166 @@
+"""The layers that stand in for Linears in the model of an emulator, and putting them there."""
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from emloc_core.errors import EmlocError
+
+#: Shape and dtype of what a layer keeps, by the name of the parameter.
+Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class StandInLinear(nn.Linear):
+    """A Linear that keeps something else than its weight: a parameter ``weight``, and perhaps others.
+
+    It is an ``nn.Linear``, so that PEFT puts a LoRA on it as on any Linear, with the keys of the base, and
+    ``all-linear`` finds no inner Linears to target.
+
+    Attributes:
+        rank: of the factors that it keeps; None where it keeps none.
+        dtype: that it computes in.
+    """
+
+    #: Whether what it keeps may be trained, as a weight may.
+    trainable = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate the weight
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.dtype = dtype or torch.get_default_dtype()
+        for name, (shape, kept) in self.parts(self.shape, rank, self.dtype).items():
+            part = torch.empty(*shape, dtype=kept, device=device)
+            self.register_parameter(name, nn.Parameter(part, requires_grad=self.trainable))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    @classmethod
+    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
+        """Return what is kept of a weight of this shape, which is of this dtype on the base; ``weight`` comes first."""
+        raise NotImplementedError
+
+    @staticmethod
+    def unpack(*parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight, of this shape and dtype, that the parts stand for."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight."""
+        return self.out_features, self.in_features
+
+    def kept(self) -> list[torch.Tensor]:
+        """Return what it keeps, in the order of :meth:`parts`."""
+        return [self.get_parameter(name) for name in self.parts(self.shape, self.rank, self.dtype)]
+
+    def unpacked(self) -> torch.Tensor:
+        """Return the weight, (out_features, in_features)."""
+        return self.unpack(*self.kept(), shape=self.shape, dtype=self.dtype)
+
+    def dense(self) -> nn.Linear:
+        """Return the ordinary Linear with the unpacked weight."""
+        weight = self.unpacked()
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, weight.device, weight.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+    def extra_repr(self) -> str:
+        """Describe the layer in the model's printout."""
+        return super().extra_repr() if self.rank is None else f"{super().extra_repr()}, rank={self.rank}"
+
+
+class PackedLinear(StandInLinear):
+    """A Linear whose weight is unpacked in the forward pass, and again in the backward, and never kept."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        found = product(input, partial(self.unpack, shape=self.shape, dtype=self.dtype), *self.kept())
+        return found if self.bias is None else found + self.bias
+
+
+def product(x: torch.Tensor, unpack: Callable[..., torch.Tensor], *parts: torch.Tensor) -> torch.Tensor:
+    """Return ``x M^T``, (..., m), in the dtype of M, (m, n), or of autocast where that is on. M gets no gradient.
+
+    Args:
+        x: (..., n), any floating dtype.
+        unpack: returns M from its parts.
+        parts: of M.
+
+    Raises:
+        EmlocError: x is of whole numbers.
+    """
+    if not x.is_floating_point():
+        raise EmlocError(
+            "A packed Linear was given whole numbers: the model's code casts its inputs to the dtype of its weight.",
+            "List that Linear in keep_dense of the family's declaration, or choose the kind 'low-rank'.",
+            code="unsupported",
+        )
+    found: torch.Tensor = _Product.apply(x, unpack, *parts)
+    return found
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, unpack: Callable[..., torch.Tensor], *parts: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.unpack = unpack
+        matrix = unpack(*parts)
+        return functional.linear(x if torch.is_autocast_enabled(x.device.type) else x.to(matrix.dtype), matrix)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        parts = ctx.saved_tensors  # checkpointing gives them once
+        matrix = ctx.unpack(*parts)
+        if matrix.dtype == torch.float16:  # in which gradients that autocast takes in bf16 would vanish
+            matrix = matrix.to(gradient.dtype)
+        return gradient.to(matrix.dtype) @ matrix, None, *(None for _ in parts)
+
+
+def layer_bytes(layer: type[StandInLinear], shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> int:
+    """Return the bytes of what a layer keeps of a weight of this shape and dtype."""
+    return sum(prod(size) * kept.itemsize for size, kept in layer.parts(shape, rank, dtype).values())
+
+
+def replace_linear(model: nn.Module, path: str, layer: type[StandInLinear], rank: int | None = None) -> None:
+    """Replace one Linear with its empty stand-in, on the same device.
+
+    Args:
+        model: is changed.
+        path: of the Linear.
+        layer: class of the stand-in.
+        rank: of its factors, where it has any.
+
+    Raises:
+        EmlocError: the model has no Linear there.
+    """
+    try:
+        linear = model.get_submodule(path)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise EmlocError(
+            f"The model has no Linear at {path}.", "The emulator belongs to another architecture.", code="mismatch"
+        )
+    device, dtype = linear.weight.device, linear.weight.dtype
+    made = layer(linear.in_features, linear.out_features, rank, linear.bias is not None, device, dtype)
+    if layer.trainable:
+        made.requires_grad_(linear.weight.requires_grad)
+    made.train(linear.training)
+    model.set_submodule(path, made)

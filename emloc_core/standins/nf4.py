@@ -1,0 +1,302 @@
+"""Weights in four bits, NF4 (Dettmers et al., 2023, arXiv 2305.14314), as bitsandbytes has them.
+
+Every 64 numbers share a scale in fp32: a number takes 4.5 bits. Packing what was unpacked in fp32 gives the same bytes
+again. Scales may be packed too, in eight bits ("double quantisation" there): a number then takes 4.13 bits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_core.algorithms import feedback
+from emloc_core.algorithms.factorize import Factors, output_error
+from emloc_core.algorithms.statistics import Gram
+from emloc_core.errors import EmlocError
+from emloc_core.standins import layer
+from emloc_core.standins.format import Factorize, Fit, Format, Pair, whole
+
+#: Numbers that share a scale, and scales that share a range.
+BLOCK, SCALES = 64, 256
+_TYPE = "nf4"
+
+
+class FourBitLinear(layer.PackedLinear):
+    """``y = W x + b`` with W in four bits and its scales in eight, as bitsandbytes has them.
+
+    It is what is streamed and planned; transformers loads bitsandbytes' own layer. ``weight`` is W, packed;
+    ``weight_scales`` and ``weight_ranges`` are those of :func:`unpack_scales`.
+    """
+
+    weight_scales: nn.Parameter
+    weight_ranges: nn.Parameter
+
+    @classmethod
+    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> layer.Parts:  # noqa: ARG003
+        """Return the packed weight."""
+        scale_levels(torch.device("cpu"))  # there already where a pass is traced without contents
+        codes, scales = sizes(*shape)
+        return {
+            "weight": ((codes, 1), torch.uint8),
+            "weight_scales": ((scales,), torch.uint8),
+            "weight_ranges": ((-(-scales // SCALES) + 1,), torch.float32),
+        }
+
+    @staticmethod
+    def unpack(*parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return W."""
+        codes, scales, ranges = parts
+        return unpack(codes, unpack_scales(scales, ranges.float()), shape, dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map (..., in_features) to (..., out_features), in the input's dtype."""
+        scales = unpack_scales(self.weight_scales, self.weight_ranges.float())
+        found = product(input, self.weight, scales, self.shape, self.dtype)
+        return (found if self.bias is None else found + self.bias).to(input.dtype)
+
+
+@dataclass(frozen=True)
+class FourBitWeight(Factors):
+    """A weight in four bits: as U or V, beside the identity, and packed.
+
+    Attributes:
+        codes: two a byte, (ceil(m n / 2), 1), uint8.
+        state: bitsandbytes' ``QuantState``: the scales, in eight bits.
+    """
+
+    codes: torch.Tensor
+    state: Any
+
+
+class NF4(Format):
+    """Weights in four bits as bitsandbytes has them (QLoRA): an ordinary checkpoint that plain transformers loads.
+
+    The scales are bitsandbytes' own. To these, weights are rounded with feedback; without calibration, each number is
+    rounded on its own, as bitsandbytes does.
+    """
+
+    name = "nf4"
+    layer = FourBitLinear
+    has_factors = False
+    calibration = "propagated"
+    needs_rows = False
+    taps_inputs = keeps_weight = True
+    _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+
+    def rounding(self, factorize: Factorize) -> Fit:  # noqa: ARG002
+        """Return what rounds weights with feedback, whatever their rank."""
+
+        def fit(weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int]) -> list[FourBitWeight]:  # noqa: ARG001
+            states = [_quantized(weight.float())[1] for weight in weights]
+            scales = torch.cat([spread(_scales(of), weight.shape) for of, weight in zip(states, weights, strict=True)])
+            found = to_scales(torch.cat([weight.float() for weight in weights]), feedback.damped(inputs), scales)
+            matrix = feedback.single(inputs)
+            return [
+                _stand_in(codes(part), state, partial(output_error, weight, gram=matrix))
+                for weight, part, state in zip(
+                    weights, (found / scales).split([len(weight) for weight in weights]), states, strict=True
+                )
+            ]
+
+        return fit
+
+    def stand_in(self, weight: torch.Tensor) -> FourBitWeight:
+        """Return the weight as bitsandbytes rounds it, with the error of the weight."""
+        return _stand_in(*_quantized(weight), lambda found: _relative(weight, found))
+
+    def told(self, rank: str) -> str:  # noqa: ARG002
+        """Four bits, whatever the rank."""
+        return "four bits"
+
+    def names(self) -> list[str]:
+        """The weight's codes, and the parts of bitsandbytes' ``QuantState``."""
+        return ["weight", *(f"weight.{part}" for part in self._PARTS)]
+
+    def pack(self, stand_in: FourBitWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return the weight in four bits, its scales in eight (double quantisation)."""
+        state = stand_in.state
+        state.dtype = dtype  # that bitsandbytes unpacks to
+        parts = {f"weight.{part}": tensor.cpu() for part, tensor in state.as_dict(packed=True).items()}
+        return {"weight": stand_in.codes.cpu(), **parts}
+
+    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
+        """Return the weight and the identity."""
+        codes, *parts = tensors
+        known = dict(zip(self._PARTS, parts, strict=True))
+        state = kernels().functional.QuantState.from_dict(known, device=codes.device)
+        return whole(_read(codes, state, shape, dtype))
+
+    def config(self, ranks: Mapping[str, int | None], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+        """Return what ``BitsAndBytesConfig`` writes, with every other Linear among those to be skipped.
+
+        Raises:
+            EmlocError: transformers would skip other Linears than these.
+        """
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        skipped = [path for path in linears if path not in ranks]
+        wrong = [path for path in linears if should_convert_module(path, skipped) != (path in ranks)]
+        if wrong:
+            raise EmlocError(f"transformers cannot be told which Linears of this model are in four bits ({wrong[0]}).")
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": _TYPE,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": skipped,
+        }
+
+    def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
+        """Half a byte a number, a byte for every 64, a number for every 256 of these, and tables of 16 and 256."""
+        codes, scales = sizes(*shape)
+        return codes + scales + 4 * -(-scales // SCALES) + 4 * (16 + 256)
+
+
+def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Return bitsandbytes' codes and ``QuantState`` of a weight."""
+    functions = kernels().functional
+    found: tuple[torch.Tensor, Any] = functions.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type=_TYPE
+    )
+    return found
+
+
+def _scales(state: Any) -> torch.Tensor:
+    """Return the scale of every block, fp32, as it is read from eight bits."""
+    found: torch.Tensor = kernels().functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return found
+
+
+def _read(codes: torch.Tensor, state: Any, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    # bitsandbytes takes a single byte of codes for a transposed matrix.
+    found: torch.Tensor = kernels().functional.dequantize_4bit(codes, state).reshape(shape).to(dtype)
+    return found
+
+
+def _stand_in(codes: torch.Tensor, state: Any, error: Callable[[torch.Tensor], float]) -> FourBitWeight:
+    """Return a packed weight; ``error`` gives that of what is read of it."""
+    m, n = state.shape
+    found = _read(codes, state, (m, n), torch.float32)
+    nothing = torch.zeros(min(m, n), dtype=torch.float64)
+    return FourBitWeight(*whole(found), nothing, codes, state, error=error(found))
+
+
+def _relative(weight: torch.Tensor, found: torch.Tensor) -> float:
+    """Return ``||W - What|| / ||W||``: the relative output error on inputs that favour no direction."""
+    lost, kept = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (weight - found, weight))
+    return lost / kept if kept else 0.0
+
+
+def kernels() -> Any:
+    """Return bitsandbytes, which takes a second to import."""
+    import bitsandbytes
+
+    return bitsandbytes
+
+
+def sizes(m: int, n: int) -> tuple[int, int]:
+    """Return the numbers of codes (bytes) and of scales of a packed matrix of this shape."""
+    return -(-m * n // 2), -(-m * n // BLOCK)
+
+
+def parts(name: str, shape: tuple[int, int]) -> layer.Parts:
+    """Return what a layer keeps of a matrix of this name and shape, whose scales are in fp32."""
+    codes, scales = sizes(*shape)
+    return {name: ((codes, 1), torch.uint8), f"{name}_scales": ((scales,), torch.float32)}
+
+
+def pack(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a matrix in four bits.
+
+    Args:
+        matrix: (m, n), any floating dtype.
+
+    Returns:
+        Codes, two a byte, (ceil(m n / 2), 1), uint8; and scales, (ceil(m n / 64),), fp32.
+    """
+    codes, state = kernels().functional.quantize_4bit(
+        matrix.float().contiguous(), blocksize=BLOCK, compress_statistics=False, quant_type=_TYPE
+    )
+    return codes, state.absmax
+
+
+def unpack(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Return the matrix of this shape and dtype that :func:`pack` packed, as rounded."""
+    kernels()  # defines the operation
+    # As one row of an even length: rows of an odd one have no kernel on a CPU, but code that is compiled first.
+    # Kernels on a GPU read scales as fp32, whatever they are: a model may have been cast as a whole.
+    row = torch.ops.bitsandbytes.dequantize_4bit(codes, scales.float(), BLOCK, _TYPE, [2 * codes.numel()], dtype)
+    found: torch.Tensor = row.flatten()[: shape[0] * shape[1]].view(shape)
+    return found
+
+
+def rounded(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix as it is after :func:`pack` and :func:`unpack`, in fp32."""
+    return unpack(*pack(matrix), (matrix.shape[0], matrix.shape[1]), torch.float32)
+
+
+def product(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return ``x M^T``, (..., m), for x (..., n) and a packed matrix M of this shape, unpacked to this dtype."""
+    return layer.product(x, partial(unpack, shape=shape, dtype=dtype), codes, scales)
+
+
+def unpack_scales(codes: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
+    """Return scales that bitsandbytes packed in eight bits, (s,), fp32.
+
+    Args:
+        codes: (s,), uint8.
+        ranges: (ceil(s / 256) + 1,), fp32: the largest of every 256 scales less the mean of all,
+            and that mean.
+    """
+    levels = scale_levels(codes.device)
+    found: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(codes, ranges[:-1], levels, SCALES, ranges.dtype)
+    return found + ranges[-1]
+
+
+@cache
+def scale_levels(device: torch.device) -> torch.Tensor:
+    """Return the 256 numbers in [-1, 1] that the codes of scales stand for."""
+    with torch.device("cpu"):  # whatever device a model is being built on
+        found: torch.Tensor = kernels().functional.create_dynamic_map()
+    return found.to(device)
+
+
+@cache
+def _levels(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the 16 numbers that codes stand for, and the middles between them; fp32."""
+    levels: torch.Tensor = kernels().functional.get_4bit_type(_TYPE, device=device)
+    return levels, (levels[1:] + levels[:-1]) / 2
+
+
+def codes(numbers: torch.Tensor) -> torch.Tensor:
+    """Return numbers in [-1, 1], fp32, (m, n), as the codes of the nearest, two a byte, (ceil(m n / 2), 1), uint8."""
+    _, middles = _levels(numbers.device)
+    flat = torch.bucketize(numbers.flatten(), middles, out_int32=True).to(torch.uint8)
+    pairs = torch.nn.functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)  # the first in the upper half
+    return (pairs[:, :1] << 4) | pairs[:, 1:]
+
+
+def spread(scales: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Return the scale of every number, not 0, in the shape of the matrix."""
+    scales = scales.where(scales != 0, torch.finfo(scales.dtype).tiny)
+    return scales.repeat_interleave(BLOCK)[: size.numel()].view(size)
+
+
+def to_scales(
+    matrix: torch.Tensor,
+    gram: feedback.Damped,
+    scales: torch.Tensor,
+    kept: torch.Tensor | None = None,
+    passes: int = feedback.PASSES,
+) -> torch.Tensor:
+    """Round a matrix to four bits times the scale of every number, (m, n); ``kept`` says which stay as they are."""
+    return feedback.to_levels(matrix, gram, _levels(matrix.device), scales, kept, passes)

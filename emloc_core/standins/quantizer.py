@@ -1,0 +1,108 @@
+"""The integration of emulators into transformers.
+
+After ``import emloc_core.standins.quantizer``, ``AutoModel...from_pretrained`` loads an emulator like any other
+checkpoint: its config has a ``quantization_config`` of method ``emloc``, with its format and what has a stand-in.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from emloc_core.errors import EmlocError
+from emloc_core.standins.experts import LowRankExperts
+from emloc_core.standins.format import MARK, METHOD
+from emloc_core.standins.layer import StandInLinear
+from emloc_core.standins.registry import format_named
+from emloc_core.transfer import refuse_others
+
+
+class EmlocConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of an emulator.
+
+    Args:
+        format: name of its format.
+        ranks: by path of the Linears, and stacks of experts, that have a stand-in: the rank of its factors, or None.
+
+    Raises:
+        EmlocError: no plugin provides the format.
+    """
+
+    def __init__(self, format: str, ranks: dict[str, int | None], **_: Any) -> None:
+        self.quant_method: Any = METHOD
+        self.format, self.ranks = format, ranks
+        format_named(format)
+
+    def replace(self, model: nn.Module) -> None:
+        """Replace what has a stand-in by empty layers.
+
+        Raises:
+            EmlocError: the model has no Linear at one of the paths.
+        """
+        format_named(self.format).replace(model, self.ranks)
+
+
+class EmlocQuantizer(HfQuantizer):
+    """Puts in stand-ins before transformers loads the weights, and checks that every part of them was loaded."""
+
+    requires_calibration = True
+    quantization_config: EmlocConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        self.quantization_config.replace(model)
+        # Uninitialised memory would pass for a weight: remember the parameters, to find those that were not loaded.
+        for _path, layer in _stand_ins(model):
+            layer.emloc_unloaded = _kept(layer)  # type: ignore[assignment]
+            # Transformers would draw missing codes from a normal distribution, and fail; they are told below.
+            layer._is_hf_initialized = isinstance(layer, StandInLinear) and not layer.trainable  # type: ignore[assignment]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        for path, layer in _stand_ins(model):
+            unloaded: Any = layer.emloc_unloaded
+            del layer.emloc_unloaded
+            for name, before in unloaded.items():
+                now = layer.get_parameter(name)
+                if now is before or not getattr(now, "_is_hf_initialized", False):
+                    raise EmlocError(f"The emulator lacks {path}.{name}.", "Make the emulator again.", code="damaged")
+
+    def is_serializable(self) -> bool:
+        """Allow save_pretrained: the factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Allow training adapters."""
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for path, layer in _stand_ins(model):
+            model.set_submodule(path, layer.dense().to(dtype))
+        return model
+
+
+def _stand_ins(model: nn.Module) -> list[tuple[str, StandInLinear | LowRankExperts]]:
+    """Return the modules of a model that are not what they are in the base, with their paths."""
+    kinds = StandInLinear | LowRankExperts
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _kept(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what the files of an emulator hold for a module; those of experts may hold a stack as it is, too."""
+    parts = dict(layer.named_parameters())
+    if isinstance(layer, LowRankExperts):
+        return {name: part for name, part in parts.items() if name.startswith(("U.", "V."))}
+    return parts
+
+
+def _is_emulator(model: nn.Module) -> bool:
+    """Return whether a model is an emulator, also where its layers are bitsandbytes' own."""
+    return hasattr(getattr(model, "config", None), MARK) or bool(_stand_ins(model))
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be imported again under another name
+    register_quantization_config(METHOD)(EmlocConfig)
+    register_quantizer(METHOD)(EmlocQuantizer)
+    refuse_others(_is_emulator)
