@@ -5,6 +5,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from emloc_core.algorithms.products import by_onednn
 from emloc_core.errors import EmlocError
 
 Side = Literal["input", "output"]
@@ -202,6 +203,7 @@ def symmetric_product(rows: torch.Tensor) -> torch.Tensor:
     return _mirrored(product)
 
 
+@by_onednn()
 def _add_product(total: torch.Tensor, rows: torch.Tensor) -> None:
     """Add ``rows^T rows`` to the blocks on and above the diagonal."""
     for block in _blocks(len(total)):

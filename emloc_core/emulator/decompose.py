@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from emloc_core.algorithms.factorize import Factors
+from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.declared import block_paths
@@ -195,6 +196,7 @@ class Decomposition:
             yield
         self._report(block)
 
+    @by_onednn()
     def _factors(self, linears: Sequence[LinearPlan], weights: Sequence[torch.Tensor], gram: Gram) -> list[Factors]:
         """Fit Linears that share a Gram, and check the result, since the kind may be a plugin's."""
         paths = ", ".join(linear.path for linear in linears)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from emloc_core.algorithms.factorize import Factors
+from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import ROWS, Gram, Side, cheaper_side
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
@@ -63,6 +64,7 @@ class PairedMoments:
         if sum(len(x) for x, _ in self._pairs) >= ROWS:
             self._flush()
 
+    @by_onednn()
     def _flush(self) -> None:
         if self._pairs:
             self._cross = self._cross.to(self.emulator.dtype)
@@ -72,6 +74,7 @@ class PairedMoments:
             self._cross.addmm_(x.T, xc)
             self._pairs = []
 
+    @by_onednn()
     def fit(self) -> list[torch.Tensor]:
         """Return W2, (m, n), for every weight: what answers best as the weight does on the base's inputs.
 
@@ -256,6 +259,7 @@ def emulating(stream: Stream, modules: Mapping[str, nn.Module], pairs: Pairs, ro
         own, bias = module.forward, getattr(module, "bias", None)
         factors: list[torch.Tensor] = []
 
+        @by_onednn()
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             if stream.sample < rows or path not in pairs:
                 found: torch.Tensor = own(*args, **kwargs)
