@@ -23,6 +23,7 @@ from emloc_core.algorithms.statistics import ROWS, Gram, Side, cheaper_side
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
 from emloc_core.model.hooks import forwards
+from emloc_core.model.parking import require_own
 from emloc_core.model.streaming import Stream
 from emloc_core.standins import Pair
 
@@ -221,7 +222,9 @@ def _pausing(
         first_of_group = (stream.sample, linear.group) not in reached
         reached.update([(stream.sample, linear.path), (stream.sample, linear.group)])
         if first_of_group:
-            sink(inputs().clone())
+            given = inputs()
+            require_own(given)
+            sink(given.clone())
             stream.pause(places[linear.group], args, inside=True)
 
     def before(linear: LinearPlan) -> Callable[..., None]:

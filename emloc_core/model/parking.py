@@ -7,11 +7,13 @@ sample resumes. From a GPU they go to CPU memory, from there to a file.
 
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from emloc_core.errors import EmlocError
 from emloc_core.files.scratch import ScratchFile
 
 #: Fraction of the device's free memory that waiting samples may fill; the rest is for weights and statistics.
@@ -54,6 +56,16 @@ class Parking:
         """Let tensors that samples share, such as parameters, always stay."""
         self._shared.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
+    @contextmanager
+    def keeping(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Let tensors stay while the context is active, such as a block's parameters, which its Linears may read."""
+        added = {tensor.untyped_storage().data_ptr() for tensor in tensors} - self._shared
+        self._shared |= added
+        try:
+            yield
+        finally:
+            self._shared -= added
+
     def enter(self, sample: int, arguments: Any, hidden: Any = None, *, inside: bool = False) -> None:
         """Park a sample.
 
@@ -62,6 +74,9 @@ class Parking:
             arguments: that it waits with: nested tuples, lists and dicts of anything.
             hidden: the hidden states among them, which are the sample's alone: they stay parked as long as they live.
             inside: whether it waits inside a block.
+
+        Raises:
+            EmlocError: it waits with a tensor of another sample that waits.
         """
         known = [ref for ref in self._hidden.get(sample, ()) if ref() is not None]
         if isinstance(hidden, torch.Tensor):
@@ -72,6 +87,8 @@ class Parking:
             tensors += _tensors(arguments)
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         storages = {pointer: storage for pointer, storage in storages.items() if pointer not in self._shared}
+        for tensor in tensors:
+            require_own(tensor)
         size = sum(storage.nbytes() for storage in storages.values())
         to_file = inside and self._directory is not None
         if not to_file and sum(self._held.values()) + size <= self.limit:
@@ -119,6 +136,20 @@ class Parking:
         for storage in storages:
             storage.resize_(0)
         return moved
+
+
+def require_own(tensor: torch.Tensor) -> None:
+    """Refuse a tensor of a sample that is parked: the running one has no business with it.
+
+    Raises:
+        EmlocError: it is one.
+    """
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise EmlocError(
+            "Two rows wait with one tensor: the model keeps what it computes for one row, and uses it for the next.",
+            "Streaming needs forwards that do not depend on each other; EMLoC is not for this model.",
+            code="unsupported",
+        )
 
 
 def _tensors(arguments: Any) -> Iterator[torch.Tensor]:

@@ -5,7 +5,7 @@ The driver loads a unit, advances every sample that waits at it, frees the unit,
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,11 +54,8 @@ class Stream(Lockstep):
             if unit in following:
                 self.skeleton.read_ahead(following[unit])
             context = visit(unit) if visit else None
-            if context is None:
+            with self.parking.keeping(self.skeleton.model.get_submodule(unit).parameters()), context or nullcontext():
                 yield
-            else:
-                with context:
-                    yield
             self.skeleton.free(unit)
 
         try:

@@ -205,3 +205,19 @@ class CountsItsCalls(Block):
         self.calls += 1
         other = x.flip(-1) if self.calls > 40 else x
         return self.mlp.down(functional.silu(self.mlp.gate(x)) * self.mlp.up(other))
+
+
+@attack()
+class CachesAConstant(Block):
+    """What a Linear reads is computed by the first forward, and kept for all."""
+
+    kept = None
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.constant = nn.Linear(WIDTH, WIDTH)
+
+    def feed(self, x):
+        if self.kept is None:
+            self.kept = torch.linspace(-9, 9, 7 * WIDTH).view(1, 7, WIDTH).cos()
+        return self.mlp(x) + self.constant(self.kept).mean(1, keepdim=True)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from emloc_llama import LLAMA
+from torch import nn
 
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.compress import Compress
@@ -50,6 +51,25 @@ def test_the_models_own_buffers_stay():
     parking = Parking(0, shared=[buffer])
     parking.enter(0, ((buffer,), {}))
     assert torch.equal(buffer, torch.ones(10))
+
+
+def test_a_blocks_parameters_stay_as_long_as_it_is_there(tmp_path):
+    """A Linear may read one, as that of a memory that is learned."""
+    parking, weight = Parking(float("inf"), directory=tmp_path), nn.Parameter(torch.ones(10))
+    with parking.keeping([weight]):
+        parking.enter(0, ((weight,), {}), weight, inside=True)
+        assert weight.untyped_storage().nbytes() == 40
+        parking.leave(0)
+    parking.enter(0, ((row := torch.ones(10),), {}), row, inside=True)
+    assert row.untyped_storage().nbytes() == 0
+
+
+def test_a_tensor_of_another_row_is_refused(tmp_path):
+    """Where a model keeps what it has computed for one row, its bytes are away while that row waits."""
+    parking, kept = Parking(float("inf"), directory=tmp_path), torch.ones(10)
+    parking.enter(0, ((kept,), {}), kept, inside=True)
+    with pytest.raises(EmlocError, match="Two rows wait with one tensor"):
+        parking.enter(1, ((kept,), {}), kept, inside=True)
 
 
 def test_inside_a_block_hidden_states_go_to_a_file(tmp_path):
