@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger("emloc.families")
 #: The code that decides what is seen, and whether it is accepted.
-_CODE = ("observed", "scaffold", "conformance", "emulator", "model", "adapters", "family.py", "experts.py")
+_CODE = ("observed", "scaffold", "conformance", "emulator", "model", "adapters", "standins", "family.py")
 
 
 def declaration(content: Mapping[str, Any]) -> Family:

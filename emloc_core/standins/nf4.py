@@ -137,11 +137,18 @@ class NF4(Format):
         """
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
         skipped = [path for path in linears if path not in ranks]
-        wrong = [path for path in linears if should_convert_module(path, skipped) != (path in ranks)]
-        if wrong:
-            raise EmlocError(f"transformers cannot be told which Linears of this model are in four bits ({wrong[0]}).")
+        dense = [*skipped, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+        for path, module in linears.items():
+            # Of subclasses of Linear, bitsandbytes makes nothing.
+            if (type(module) is nn.Linear and should_convert_module(path, dense)) != (path in ranks):
+                raise EmlocError(
+                    f"transformers cannot be told which Linears of this model are in four bits: {path} "
+                    f"({type(module).__name__}) would {'not be' if path in ranks else 'be, too'}.",
+                    "Choose another --kind.",
+                    code="unsupported",
+                )
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
