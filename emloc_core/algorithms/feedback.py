@@ -131,14 +131,20 @@ def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch
     return found.T
 
 
-def descended(matrix: torch.Tensor, rounded: torch.Tensor, gram: Damped, nearest: Nearest) -> torch.Tensor:
+def descent(matrix: torch.Tensor, rounded: torch.Tensor, gram: Damped) -> torch.Tensor:
+    """Return ``(M - Q) G``, (m, n): where numbers of Q, (m, n), have to move for the loss to fall, and how steeply."""
+    with gram.matrix() as whole:
+        return (whole @ (matrix.T - rounded.T)).T
+
+
+def descended(rounded: torch.Tensor, slopes: torch.Tensor, gram: Damped, nearest: Nearest) -> torch.Tensor:
     """Round every number of a matrix once more, column by column, as is best while the others stay.
 
     The loss, ``tr (M - Q) G (M - Q)^T``, is quadratic in every number, so what is nearest to its minimum is best.
 
     Args:
-        matrix: M, (m, n), in fp32.
-        rounded: Q, (m, n), as it is so far.
+        rounded: Q, (m, n), as it is so far, in fp32.
+        slopes: ``(M - Q) G``, (m, n), which is overwritten; see :func:`descent`.
         gram: G.
         nearest: rounds a column.
 
@@ -146,11 +152,11 @@ def descended(matrix: torch.Tensor, rounded: torch.Tensor, gram: Damped, nearest
         Q, (m, n), in fp32, whose loss is no higher.
     """
     found = rounded.T.clone(memory_format=torch.contiguous_format)  # a column is one stretch of memory
+    slopes = slopes.T.contiguous()
     with gram.matrix() as whole:
-        descent = whole @ (matrix.T - found)
         for start in range(0, len(found), _COLUMNS):
             stop = min(start + _COLUMNS, len(found))
-            block, slope = found[start:stop], descent[start:stop]
+            block, slope = found[start:stop], slopes[start:stop]
             changes = torch.empty_like(block)
             curvature = whole[start:stop, start:stop].contiguous()
             diagonal = curvature.diagonal().tolist()
@@ -158,14 +164,14 @@ def descended(matrix: torch.Tensor, rounded: torch.Tensor, gram: Damped, nearest
                 block.unbind(), slope.unbind(), changes.unbind(), curvature.unbind(), diagonal,
                 range(start, stop), strict=True,
             )  # fmt: skip
-            with threads_for(len(matrix)):
+            with threads_for(found.shape[1]):
                 for index, (numbers, towards, change, row, pivot, place) in enumerate(steps, start=1):
                     values = nearest(towards.div_(pivot).add_(numbers), place)
                     torch.sub(values, numbers, out=change)
                     numbers.copy_(values)
                     if index < len(block):
                         slope[index:].addr_(row[index:], change, alpha=-1)
-            descent[stop:].addmm_(whole[start:stop, stop:].T, changes, alpha=-1)
+            slopes[stop:].addmm_(whole[start:stop, stop:].T, changes, alpha=-1)
     return found.T
 
 
@@ -202,5 +208,5 @@ def to_levels(
 
     found = with_feedback(matrix, gram, nearest)
     for _ in range(passes):
-        found = descended(matrix, found, gram, nearest)
+        found = descended(found, descent(matrix, found, gram), gram, nearest)
     return found

@@ -27,6 +27,8 @@ DAMPING = 0.1
 _SCALES = torch.linspace(0.5, 1.5, 21)
 #: Numbers for which they are tried at a time: few enough to stay in a processor's cache.
 _NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 24}
+#: Numbers of the products of Gram and levels that are held while scales are fitted, of so many rows at least.
+_PRODUCTS, _FEWEST = {"cpu": 1 << 22, "cuda": 1 << 27}, 64
 
 
 @dataclass(frozen=True)
@@ -71,18 +73,23 @@ def rounded(
     """
     matrix = matrix.float()
     grid = _Grid(levels, _scales(matrix, levels) if scales is None else scales, matrix.shape[1])
-    indices = grid.indices(with_feedback(matrix, gram, grid.nearest))
-    for _ in range(passes):
-        units = at(grid.values, indices)
+    found = with_feedback(matrix, gram, grid.nearest)
+    if passes:
         with gram.matrix() as whole:
-            better = _fitted(matrix, units, whole, grid.scales)
+            image = whole @ matrix.T
+    for _ in range(passes):
+        units = grid.units(found.T)
+        with gram.matrix() as whole:
+            better, descent = _fitted(image, units, whole, grid.scales)
         grid = _Grid(levels, better, matrix.shape[1])
-        indices = grid.indices(descended(matrix, units * grid.spread, gram, grid.nearest))
-    return Rounded(indices, grid.scales, levels)
+        found = descended(grid.numbers(units).T, descent.T, gram, grid.nearest)
+    return Rounded(grid.indices(found.T).T.contiguous(), grid.scales, levels)
 
 
 class _Grid:
     """The levels that every number of a matrix may be rounded to: those times the scale of its group.
+
+    Matrices are transposed here, since a column is rounded at a time.
 
     Args:
         levels: how many.
@@ -91,18 +98,35 @@ class _Grid:
     """
 
     def __init__(self, levels: int, scales: torch.Tensor, n: int) -> None:
-        self.scales, self.spread = scales, _spread(scales.float(), n)
-        self.values, self._middles = _levels(levels, self.spread)
-        self._group_scales = scales.float().T.contiguous().unbind()
+        self.scales, self._n = scales, n
+        by_group = scales.float().T.contiguous()
+        self._spread = by_group.repeat_interleave(GROUP, dim=0)[:n]
+        self._values, self._middles = _levels(levels, by_group)
+        #: Of three levels, 0 is between two that are this far away: to round is then quicker than to search.
+        self._step = float(self._values[-1]) if levels == 3 else None
+        sizes = by_group * self._step if self._step else by_group
+        self._of_column = list(zip(sizes.unbind(), sizes.reciprocal().unbind(), strict=True))
+
+    def units(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the level that is nearest to every number, (n, m), without its scale."""
+        if self._step:
+            return (numbers / (self._spread * self._step)).round_().clamp_(-1, 1).mul_(self._step)
+        return at(self._values, self.indices(numbers))
 
     def indices(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the index of the level that is nearest to every number, (m, n)."""
-        return _indices(numbers / self.spread, self._middles)
+        """Return the index of the level that is nearest to every number, (n, m)."""
+        return _indices(numbers / self._spread, self._middles)
+
+    def numbers(self, units: torch.Tensor) -> torch.Tensor:
+        """Return levels, (n, m), times their scales."""
+        return units * self._spread
 
     def nearest(self, numbers: torch.Tensor, column: int) -> torch.Tensor:
         """Round numbers of a column, (m,)."""
-        scale = self._group_scales[column // GROUP]
-        return self.values.index_select(0, torch.bucketize(numbers / scale, self._middles)).mul_(scale)
+        size, inverse = self._of_column[column // GROUP]
+        if self._step:
+            return (numbers * inverse).round_().clamp_(-1, 1).mul_(size)
+        return self._values.index_select(0, torch.bucketize(numbers * inverse, self._middles)).mul_(size)
 
 
 def _indices(numbers: torch.Tensor, middles: torch.Tensor) -> torch.Tensor:
@@ -132,7 +156,8 @@ def _scales_of_rows(matrix: torch.Tensor, levels: int) -> torch.Tensor:
     (m, n), tiny = matrix.shape, torch.finfo(torch.bfloat16).tiny
     values, middles = _levels(levels, matrix)
     padded = functional.pad(matrix, (0, -n % GROUP)).view(m, -1, GROUP)
-    typical = (_by_group(matrix.square()) / _by_group(torch.ones(1, n).to(matrix))).sqrt()
+    counts = torch.tensor([part.stop - part.start for part in _groups(n)]).to(matrix)
+    typical = (padded.square().sum(2) / counts).sqrt()
     best, least = typical.bfloat16(), torch.full_like(typical, torch.inf)
     for share in _SCALES.tolist():
         scale = (share * typical).clamp(min=tiny).bfloat16()
@@ -143,33 +168,49 @@ def _scales_of_rows(matrix: torch.Tensor, levels: int) -> torch.Tensor:
     return best
 
 
-def _fitted(matrix: torch.Tensor, units: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Return the scales, (m, groups), bf16, with which levels that are chosen lose least: least squares, row by row.
+def _fitted(
+    image: torch.Tensor, units: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit scales to levels that are chosen: those that lose least, by least squares, row by row.
 
     A row that would need a scale that is not above 0 keeps its own.
 
     Args:
-        matrix: M, (m, n), in fp32.
-        units: the levels, (m, n), without their scales.
+        image: ``G M^T``, (n, m), in fp32.
+        units: the levels, (n, m), without their scales.
         gram: G, (n, n), positive definite.
-        scales: as they are.
+        scales: as they are, (m, groups), bf16.
+
+    Returns:
+        The scales, (m, groups), bf16; and ``G (M - Q)^T``, (n, m), for the levels with these.
     """
-    (m, n), groups = matrix.shape, scales.shape[1]
-    descent = units * ((matrix - units * _spread(scales.float(), n)) @ gram)
-    curvature = torch.empty(m, groups, groups).to(matrix)
-    for group, start in enumerate(range(0, n, GROUP)):
-        stop = min(start + GROUP, n)
-        curvature[:, group] = _by_group(units[:, start:stop] @ gram[start:stop] * units)
-    diagonal = curvature.diagonal(dim1=1, dim2=2)  # of a group whose levels are all 0, it is 0
-    diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(matrix.dtype).tiny
-    changed = (scales + torch.linalg.solve(curvature.double(), _by_group(descent).double())).bfloat16()
-    usable = (changed > 0) & changed.isfinite()
-    return torch.where(usable.all(1, keepdim=True), changed, scales)
+    (n, m), groups = units.shape, scales.shape[1]
+    found, descent = torch.empty_like(scales), torch.empty_like(image)
+    most = max(_FEWEST, _PRODUCTS.get(gram.device.type, _PRODUCTS["cuda"]) // (groups * n))
+    for rows in (slice(start, start + most) for start in range(0, m, most)):
+        chosen, old = units[:, rows].contiguous(), scales[rows].double()
+        products = [gram[:, part] @ chosen[part] for part in _groups(n)]
+        curvature = torch.stack([_by_group(product * chosen) for product in products]).permute(2, 0, 1).double()
+        slope = _by_group(chosen * image[:, rows]).T.double() - (curvature @ old[..., None])[..., 0]
+        diagonal = curvature.diagonal(dim1=1, dim2=2)  # of a group whose levels are all 0, it is 0
+        diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(image.dtype).tiny
+        changed = (old + torch.linalg.solve(curvature, slope)).to(scales.dtype)
+        usable = ((changed > 0) & changed.isfinite()).all(1, keepdim=True)
+        found[rows] = torch.where(usable, changed, scales[rows])
+        left = image[:, rows].clone()
+        for product, scale in zip(products, found[rows].float().T.contiguous(), strict=True):
+            left.addcmul_(product, scale, value=-1)
+        descent[:, rows] = left
+    return found, descent
+
+
+def _groups(n: int) -> list[slice]:
+    return [slice(start, min(start + GROUP, n)) for start in range(0, n, GROUP)]
 
 
 def _by_group(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the sum of every group of a row, (m, groups)."""
-    return functional.pad(numbers, (0, -numbers.shape[1] % GROUP)).view(len(numbers), -1, GROUP).sum(2)
+    """Return the sum of every group of a column, (groups, m), for numbers (n, m)."""
+    return torch.stack([numbers[part].sum(0) for part in _groups(len(numbers))])
 
 
 def _spread(scales: torch.Tensor, n: int) -> torch.Tensor:

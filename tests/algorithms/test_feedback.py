@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from emloc_core.algorithms import levels
 from emloc_core.algorithms.factorize import factorize
-from emloc_core.algorithms.feedback import Damped, damped, descended, with_feedback
+from emloc_core.algorithms.feedback import Damped, damped, descended, descent, with_feedback
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.standins import NF4, FourBitLowRank, RepairedThreeLevels, SixLevels
 
@@ -41,7 +41,7 @@ def test_no_pass_of_descent_raises_the_loss(m, n, seed):
     found = matrix.round()
     for _ in range(3):
         before = loss(matrix, found, gram)
-        found = descended(matrix, found, gram, to_integers)
+        found = descended(found, descent(matrix, found, gram), gram, to_integers)
         assert loss(matrix, found, gram) <= before * (1 + 1e-5)
         assert torch.equal(found, found.round())
 
@@ -50,7 +50,7 @@ def test_descent_ends_where_no_number_alone_can_be_better():
     matrix, gram = 2 * draw(4, 150), Damped(inputs_gram(150))
     found, before = with_feedback(matrix, gram, to_integers), None
     while before is None or not torch.equal(found, before):
-        before, found = found, descended(matrix, found, gram, to_integers)
+        before, found = found, descended(found, descent(matrix, found, gram), gram, to_integers)
     least = loss(matrix, found, gram)
     for row in range(4):
         for column in range(150):
@@ -70,7 +70,7 @@ def test_descent_finds_the_best_of_all_choices_where_there_are_few():
     plain = matrix.round()
     found = with_feedback(matrix, gram, to_integers)
     for _ in range(5):
-        found = descended(matrix, found, gram, to_integers)
+        found = descended(found, descent(matrix, found, gram), gram, to_integers)
     apart, plain = matrix - found, matrix - plain
     with gram.matrix() as whole:
         reached, rounded = ((each @ whole * each).sum(1) for each in (apart, plain))
@@ -110,9 +110,12 @@ def test_scales_are_those_of_least_squares(m, n, count, seed):
     matrix, gram = draw(m, n, seed=seed), Damped(inputs_gram(n, seed))
     scales = levels._scales(matrix, count)
     grid = levels._Grid(count, scales, n)
-    units = grid.values[grid.indices(matrix)]
+    units = grid.units(matrix.T)
     with gram.matrix() as whole:
-        found = levels._fitted(matrix, units, whole, scales).float()
+        better, descent = levels._fitted(whole @ matrix.T, units, whole, scales)
+        rest = matrix.T - levels._Grid(count, better, n).numbers(units)
+        assert torch.allclose(descent, whole @ rest, atol=1e-4 * float((whole @ matrix.T).abs().max()))
+        found, units = better.float(), units.T
         root = torch.linalg.cholesky(whole.double())
     for row in range(m):
         columns = torch.stack([
@@ -150,7 +153,7 @@ def test_what_only_the_gram_decides_is_computed_once_and_is_the_same():
     assert damped(gram) is first
     assert torch.equal(first.inverse_factor, Damped(before.clone()).inverse_factor)
     with_feedback(draw(3, 90), first, to_integers)
-    descended(draw(3, 90), draw(3, 90).round(), first, to_integers)
+    descended(draw(3, 90).round(), draw(3, 90), first, to_integers)
     assert torch.equal(gram.matrix, before)  # it lends its diagonal, and no more
     gram.add(draw(1, 90))
     assert damped(gram) is not first
