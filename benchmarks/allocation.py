@@ -30,6 +30,7 @@ from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.ranks import LinearPlan, RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.requests import CompressRequest
 from emloc_core.settings import CompressSettings
 from emloc_core.standins.format import each
 
@@ -46,13 +47,13 @@ def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[s
     """Decompose with one draw of calibration rows, and measure every ratio and allocator."""
     root = Path(directory)
     base = Checkpoint(root / "base")
-    data = load_rows(str(root / "data" / "train.jsonl"))
+    place = {"model": str(base.directory), "data": str(root / "data" / "train.jsonl")}
     settings = CompressSettings(kind="low-rank", calibration="base", allocator="uniform", seed=seed)
-    job = Compress(base, data, root / f"emulator-{seed}", settings)
+    job = Compress(CompressRequest(**place, output=root / f"emulator-{seed}", settings=settings))
     found, whole = job.method.linears, Whole()
     largest = {linear.path: largest_rank(linear.out_features, linear.in_features) for linear in found.candidates}
     how = (found.with_ranks(largest), job.samples, each(factorize), lambda *_: None)
-    Decomposition(job.skeleton, job.family, *how).run(whole, PROBES)
+    Decomposition(job.base.skeleton, *how).run(whole, PROBES)
     model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.bfloat16).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(base.directory)
     held_out = encode(load_rows(str(root / "data" / "test.jsonl"))[:rows], tokenizer)

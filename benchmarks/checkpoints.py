@@ -20,8 +20,7 @@ from emloc_core.files.header import TensorInfo
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.files.shards import ShardWriter
-from emloc_core.model.skeleton import Skeleton
-from emloc_core.plugins.manager import plugin_manager
+from emloc_core.model.opened import OpenModel
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
 #: Llama-3.2-1B and Llama-3.1-8B: `num_hidden_layers` is for the caller to say.
@@ -85,8 +84,8 @@ def _values(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[byte
 
 def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoint:
     """Write the factors that an emulator of ``base`` would have, with random values."""
-    family = plugin_manager().family_for(base.config)
-    plan = plan_ranks(Skeleton(base, family).model, family, ratio, uniform)
+    model = OpenModel(base)
+    plan = plan_ranks(model.skeleton.model, model.family, ratio, uniform)
     tensors: dict[str, tuple[int, ...]] = {}
     for linear in plan.linears:
         if linear.path in plan.ranks:
@@ -108,7 +107,7 @@ def write_emulator(directory: Path, base: Checkpoint, ratio: float) -> Checkpoin
 def write_lora(directory: Path, base: Checkpoint, trained_on: Path, rank: int) -> Path:
     """Write a LoRA on every Linear of the blocks, as PEFT saves it, with random values."""
     directory.mkdir()
-    family = plugin_manager().family_for(base.config)
+    family = OpenModel(base).family
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=family.lora_targets(), task_type="CAUSAL_LM")
     config.base_model_name_or_path = str(trained_on.absolute())
     config.save_pretrained(directory)

@@ -28,8 +28,7 @@ def wide_step(work: str, blocks: int) -> dict[str, Any]:
 
     from emloc_core.exact.lora import lora_on
     from emloc_core.exact.steps import ExactSteps
-    from emloc_core.model.skeleton import Skeleton
-    from emloc_core.plugins.manager import plugin_manager
+    from emloc_core.model.opened import open_model
     from emloc_core.settings import TrainSettings
     from emloc_core.tuning.trl import lora_config
 
@@ -37,14 +36,10 @@ def wide_step(work: str, blocks: int) -> dict[str, Any]:
     if not directory.exists():
         write_checkpoint(directory, llama(LLAMA_8B, blocks))
         return {}
-    from emloc_core.files.checkpoint import Checkpoint
-
-    checkpoint = Checkpoint(directory)
-    family = plugin_manager().family_for(checkpoint.config)
-    skeleton = Skeleton(checkpoint, family)
+    model = open_model(str(directory), "cpu")
     imported = resident_bytes()
-    lora: Any = lora_on(skeleton, lora_config(TrainSettings(), family.lora_targets())).train()
-    steps = ExactSteps(lora.get_base_model(), skeleton, [tower.blocks for tower in family.towers])
+    lora: Any = lora_on(model.skeleton, lora_config(TrainSettings(), model.family.lora_targets())).train()
+    steps = ExactSteps(lora.get_base_model(), model.skeleton)
     ids = [torch.randint(128000, (1, TOKENS[1])) for _ in range(TOKENS[0])]
     started = time.perf_counter()
     steps.loss([{"input_ids": each, "labels": each} for each in ids])
@@ -52,7 +47,7 @@ def wide_step(work: str, blocks: int) -> dict[str, Any]:
     reads = steps.weights.reads
     return {
         "blocks": blocks,
-        "checkpoint_bytes": checkpoint.nbytes,
+        "checkpoint_bytes": model.checkpoint.nbytes,
         "imported_bytes": imported,
         "lora_bytes": sum(8 * p.numel() for p in lora.parameters() if p.requires_grad),  # with gradients, fp32
         "boundary_bytes": TOKENS[0] * TOKENS[1] * 4096 * 2 * (blocks + 2),
@@ -66,9 +61,9 @@ def tune(work: str, micro_batches: int, way: str) -> dict[str, Any]:
     """Train SmolLM2 for some steps; return what each took."""
     from transformers import TrainerCallback
 
+    from emloc_core.requests import TrainRequest
     from emloc_core.settings import ExactSettings, TrainSettings
-    from emloc_core.tuning.exact import ExactTrain
-    from emloc_core.tuning.train import Train
+    from emloc_core.tuning.exact import prepare
     from emloc_core.tuning.trainer import LoraTrainer
 
     marks: list[float] = []
@@ -89,9 +84,10 @@ def tune(work: str, micro_batches: int, way: str) -> dict[str, Any]:
     LoraTrainer.__init__ = clocked  # type: ignore[method-assign]
     settings = TrainSettings(steps=STEPS, batch_size=1, accumulation=micro_batches, max_length=LENGTH, logging_steps=1)
     place = Path(work)
-    given: Any = (place / "smollm2", str(place / "rows.jsonl"), place / f"{micro_batches}-{way}", settings)
-    limits = ExactSettings(park="disk" if way == PARKED else "memory")
-    adapter = (Train(*given) if way == ORDINARY else ExactTrain(*given, limits=limits)).run()
+    given: Any = {"model": str(place / "smollm2"), "data": str(place / "rows.jsonl"), "settings": settings}
+    if way != ORDINARY:
+        given |= {"exact": True, "limits": ExactSettings(park="disk" if way == PARKED else "memory")}
+    adapter = prepare(TrainRequest(output=place / f"{micro_batches}-{way}", **given)).run()
     timing = json.loads((adapter / "timing.json").read_text())
     seconds = [end - start for start, end in zip(marks[::2], marks[1::2], strict=True)]
     losses = [entry["loss"] for entry in json.loads((adapter / "log.json").read_text())]

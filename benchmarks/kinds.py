@@ -28,15 +28,15 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def compress(work: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Make an emulator of ``work``/base; return the seconds of its last block, and of the processors' time."""
-    from emloc_core.data.rows import load_rows
     from emloc_core.emulator.compress import Compress
-    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.requests import CompressRequest
     from emloc_core.settings import CompressSettings
 
     place = Path(work)
-    rows = load_rows(str(place / "rows.jsonl"))
     with tempfile.TemporaryDirectory(dir=place) as output:
-        job = Compress(Checkpoint(place / "base"), rows, Path(output) / "emulator", CompressSettings(**settings))
+        given = {"model": str(place / "base"), "data": str(place / "rows.jsonl"), "device": "cpu"}
+        chosen = CompressSettings(**settings)
+        job = Compress(CompressRequest(**given, output=Path(output) / "emulator", settings=chosen))
         ends: list[tuple[float, float]] = []
         job.run(lambda *_: ends.append((time.perf_counter(), time.process_time())))
     (started, used), (ended, more) = ends[-2:]

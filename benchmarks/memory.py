@@ -132,13 +132,14 @@ def tune(model: str, rows: str, output: str, batch: int, length: int, checkpoint
 
     from transformers.models.llama import modeling_llama  # noqa: F401
 
+    from emloc_core.requests import TrainRequest
     from emloc_core.settings import TrainSettings
     from emloc_core.tuning.train import Train
 
     floor = resident_bytes()
     settings = TrainSettings(steps=STEPS, batch_size=batch, max_length=length, gradient_checkpointing=checkpointing)
     with redirect_stdout(sys.stderr):
-        Train(Path(model), rows, Path(output), settings).run()
+        Train(TrainRequest(model=model, data=rows, output=Path(output), settings=settings)).run()
     return {"floor_bytes": floor}
 
 

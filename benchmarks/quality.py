@@ -109,8 +109,8 @@ def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: "
     """Make an emulator, and tune a LoRA on it; return the emulator's share of the memory, and both directories."""
     from emloc_core.data.rows import load_rows
     from emloc_core.emulator.compress import Compress
-    from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.plugins.manager import plugin_manager
+    from emloc_core.requests import CompressRequest
     from emloc_core.settings import CompressSettings
     from emloc_core.standins.registry import format_named
 
@@ -122,7 +122,8 @@ def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: "
     usual = format_named(given["kind"]).samples
     samples = load_rows(str(rows["calibration"]))[: given.get("samples", usual)]
     settings = CompressSettings(**given | {"samples": len(samples)})
-    compress = Compress(Checkpoint(base), samples, place / "emulator", settings)
+    place_of = {"model": str(base), "output": place / "emulator"}
+    compress = Compress(CompressRequest(**place_of, data=samples, settings=settings))
     share = taken(compress)
     emulator = metered("compress", compress.run)
     return share, emulator, trained(emulator, place / "adapter", cell, rows, metered)
@@ -132,26 +133,27 @@ def trained(
     model: Path, output: Path, cell: Cell, rows: dict[str, Path], metered: "Metered", *, exact: bool = False
 ) -> Path:
     """Tune a LoRA on a model by ordinary steps, or by exact ones; return its directory."""
+    from emloc_core.requests import TrainRequest
     from emloc_core.settings import TrainSettings
-    from emloc_core.tuning.exact import ExactTrain
-    from emloc_core.tuning.train import Train
+    from emloc_core.tuning.exact import prepare
 
     how = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": 8}
     settings = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **how)
-    train: type[Train] = ExactTrain if exact else Train
-    adapter: Path = metered("train", train(model, str(rows["tuning"]), output, settings).run)
+    asked = TrainRequest(model=str(model), data=str(rows["tuning"]), output=output, exact=exact, settings=settings)
+    adapter: Path = metered("train", prepare(asked).run)
     return adapter
 
 
 def corrected(adapter: Path, base: Path, rows: dict[str, Path], clamp: float | str, output: Path) -> Path:
     """Carry a LoRA over to the base; return its directory."""
-    from emloc_core.adapters.adapter import Adapter
-    from emloc_core.adapters.correct import Correct
-    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.adapters.correct import prepare
+    from emloc_core.requests import CorrectRequest
     from emloc_core.settings import CorrectSettings
 
-    settings = CorrectSettings(clamp=clamp)
-    return Correct(Adapter(adapter), Checkpoint(base), output, settings, selection_data=rows["selection"]).run()
+    asked = {"adapter": adapter, "base": str(base), "output": output, "settings": CorrectSettings(clamp=clamp)}
+    if clamp == "auto":
+        asked["selection_data"] = rows["selection"]
+    return prepare(CorrectRequest(**asked)).run()
 
 
 def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
@@ -253,18 +255,18 @@ def polished(
     adapter: Path, base: Path, rows: dict[str, Path], steps: int, rate: float, seed: int, output: Path
 ) -> Path:
     """Take exact steps from an adapter; return the directory of the LoRA."""
-    from emloc_core.adapters.adapter import Adapter
-    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.requests import PolishRequest
     from emloc_core.settings import PolishSettings
     from emloc_core.tuning.exact import Polish
 
     settings = PolishSettings(steps=steps, learning_rate=rate, seed=seed + 1000)  # other rows first than in tuning
-    return Polish(Adapter(adapter), Checkpoint(base), str(rows["tuning"]), output, settings).run()
+    place = {"adapter": adapter, "base": str(base), "output": output}
+    return Polish(PolishRequest(**place, data=str(rows["tuning"]), settings=settings)).run()
 
 
 def taken(compress: Any) -> float:
     """Return the share of the base's bytes that the block Linears take in an emulator that is to be made."""
-    dtype = compress.skeleton.dtype
+    dtype = compress.base.skeleton.dtype
     linears = [(linear, (linear.out_features, linear.in_features)) for linear in compress.plan.candidates]
     held = sum(compress.kind.nbytes(shape, linear.rank, dtype) for linear, shape in linears)
     return held / sum(m * n * dtype.itemsize for _, (m, n) in linears)
@@ -275,15 +277,13 @@ class Scores:
 
     def __init__(self, model: Path, rows: Path, limit: int | None = None, dtype: str = "float32") -> None:
         from emloc_core.data.rows import load_rows
-        from emloc_core.data.tokenize import encode, load_processing
-        from emloc_core.files.checkpoint import Checkpoint
+        from emloc_core.data.tokenize import encode
         from emloc_core.files.pretrained import load_model
-        from emloc_core.plugins.manager import plugin_manager
+        from emloc_core.model.opened import open_model
 
-        family = plugin_manager().family_for(Checkpoint(model).config)
-        found = load_rows(str(rows))[:limit]
-        self.samples = encode(found, load_processing(model, family, found))
-        self.load = lambda: load_model(family.auto_class, model, dtype=dtype).eval()
+        opened, kept = open_model(str(model)), load_rows(str(rows))[:limit]
+        self.samples = encode(kept, opened.processing(kept))
+        self.load = lambda: load_model(opened.family.auto_class, model, dtype=dtype).eval()
 
     def of(self, adapter: Path | None) -> dict[str, Any]:
         """Return the loss per token, the share of rows that greedy decoding would write right, and each row's loss."""

@@ -65,12 +65,12 @@ class Parts:
 def compress(work: str) -> dict[str, Any]:
     """Make the emulator of ``work``/base; the wrapped functions are those of this process alone."""
     from emloc_core.algorithms.statistics import Gram
-    from emloc_core.data.rows import load_rows
     from emloc_core.emulator.compress import Compress
     from emloc_core.emulator.files import EmulatorFiles
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.model.skeleton import Skeleton
     from emloc_core.model.streaming import Stream
+    from emloc_core.requests import CompressRequest
     from emloc_core.settings import CompressSettings
 
     place, parts = Path(work), Parts()
@@ -80,7 +80,8 @@ def compress(work: str) -> dict[str, Any]:
     parts.wrap("Gram", Gram, "add", "_flush")
     parts.wrap("forward", Stream, "run")
     settings = CompressSettings(calibration="base", allocator="uniform")
-    job = Compress(Checkpoint(place / "base"), load_rows(str(place / "rows.jsonl")), place / "emulator", settings)
+    given = {"model": str(place / "base"), "data": str(place / "rows.jsonl"), "output": place / "emulator"}
+    job = Compress(CompressRequest(**given, device="cpu", settings=settings))
     parts.wrap("eigen", job, "factorize")
     ends = []
     job.run(lambda *_: ends.append(time.perf_counter()))

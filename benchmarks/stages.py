@@ -33,23 +33,23 @@ def prepare(work: str) -> dict[str, Any]:
 
 
 def correct(work: str) -> dict[str, Any]:
-    from emloc_core.adapters.adapter import Adapter
-    from emloc_core.adapters.correct import Correct
-    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.adapters.correct import prepare
+    from emloc_core.requests import CorrectRequest
     from emloc_core.settings import CorrectSettings
 
-    place, base, floor, start = Path(work), Checkpoint(Path(work) / "base"), _floor(), time.perf_counter()
-    Correct(Adapter(place / "adapter"), base, place / "corrected", CorrectSettings(clamp=CLAMP)).run()
+    place, floor, start = Path(work), _floor(), time.perf_counter()
+    given = {"adapter": place / "adapter", "base": str(place / "base"), "output": place / "corrected"}
+    prepare(CorrectRequest(**given, device="cpu", settings=CorrectSettings(clamp=CLAMP))).run()
     return {"seconds": time.perf_counter() - start, "floor_bytes": floor}
 
 
 def merge(work: str) -> dict[str, Any]:
-    from emloc_core.adapters.adapter import Adapter
     from emloc_core.adapters.merge import Merge
-    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.requests import MergeRequest
 
-    place, base, floor, start = Path(work), Checkpoint(Path(work) / "base"), _floor(), time.perf_counter()
-    Merge(Adapter(place / "corrected"), base, place / "merged").run()
+    place, floor, start = Path(work), _floor(), time.perf_counter()
+    given = {"adapter": place / "corrected", "base": str(place / "base"), "output": place / "merged"}
+    Merge(MergeRequest(**given)).run()
     return {"seconds": time.perf_counter() - start, "floor_bytes": floor}
 
 

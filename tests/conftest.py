@@ -101,14 +101,13 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_emulator(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An emulator of ``tiny_model`` that holds out 12 calibration and 6 selection rows of ``rows_file``."""
-    from emloc_core.data.rows import load_rows
-    from emloc_core.emulator.compress import Compress
-    from emloc_core.files.checkpoint import Checkpoint
+    from support.jobs import compress_job
+
     from emloc_core.settings import CompressSettings
 
     settings = CompressSettings(samples=12, selection=6, ratio=0.6, calibration="base", allocator="uniform")
     output = tmp_path_factory.mktemp("tiny-emulator") / "emulator"
-    return Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), output, settings).run()
+    return compress_job(tiny_model, rows_file, output, settings).run()
 
 
 @dataclass(frozen=True)

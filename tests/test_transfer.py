@@ -5,14 +5,13 @@ import sys
 
 import pytest
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from support.jobs import compress_job
 from support.models import save_in_four_bits
 from transformers import AutoModelForCausalLM
 
 import emloc_core.standins.quantizer  # noqa: F401 - so that emulators load
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CompressSettings
 
 TARGETS = ["q_proj", "down_proj"]
@@ -28,7 +27,7 @@ def load_four_bits(tiny_model, tmp_path_factory):
     """An emulator in four bits, whose layers are bitsandbytes' own."""
     settings = CompressSettings(kind="nf4", calibration="none")
     rows = load_rows([{"text": "a"}])
-    emulator = Compress(Checkpoint(tiny_model), rows, tmp_path_factory.mktemp("nf4") / "emulator", settings).run()
+    emulator = compress_job(tiny_model, rows, tmp_path_factory.mktemp("nf4") / "emulator", settings).run()
     return lambda: AutoModelForCausalLM.from_pretrained(emulator)
 
 

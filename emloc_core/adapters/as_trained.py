@@ -8,28 +8,28 @@ from typing import Any
 from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
 from emloc_core.adapters.belonging import require_base
 from emloc_core.adapters.moments import copy_moments, hash_moments
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output
-from emloc_core.plugins.manager import plugin_manager
+from emloc_core.model.opened import open_model
+from emloc_core.requests import CorrectRequest
 
 
 class AsTrained:
     """Copies an adapter that was trained on no emulator, so that what follows finds it where it expects it.
 
     Args:
+        request: whose output is the copy.
         adapter: the LoRA.
-        base: the model that it was trained on, or the original of that.
-        output: directory of the copy.
 
     Raises:
-        EmlocError: the base has no family.
+        EmlocError: the model that it was trained on, or the original of that, has no family.
     """
 
-    def __init__(self, adapter: Adapter, base: Checkpoint, output: Path) -> None:
-        self.adapter, self.base, self._path = adapter, base, output
-        self.family = plugin_manager().family_for(base.config)
+    def __init__(self, request: CorrectRequest, adapter: Adapter) -> None:
+        self.adapter, self._path = adapter, request.output
+        self.model = open_model(request.base or str(adapter.trained_on), "cpu")
+        self.base = self.model.checkpoint
 
     @property
     def warnings(self) -> list[str]:
@@ -52,7 +52,7 @@ class AsTrained:
         moments = hash_moments(self.adapter.directory, files)
         request = {"adapter": self.adapter.fingerprint(files), **moments, "base": fingerprint}
         inputs = {"adapter": str(self.adapter.directory.absolute()), "base": self.base.name}
-        return Output(self._path, "corrected-adapter", request, inputs=inputs, files=files, family=self.family)
+        return Output(self._path, "corrected-adapter", request, inputs=inputs, files=files, family=self.model.family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be done."""

@@ -30,22 +30,18 @@ from emloc_core.adapters.held_out import summed_loss, with_lora
 from emloc_core.adapters.moments import copy_moments, hash_moments
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
-from emloc_core.data.limits import Limits
 from emloc_core.data.rows import SELECTION, Row, load_rows
-from emloc_core.data.tokenize import Sample, encode, load_processing
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT, manifest_value
 from emloc_core.files.output import Output, made_from
-from emloc_core.model.device import choose_device
 from emloc_core.model.hooks import forward_hooks
-from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.opened import open_model
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import CorrectRequest
-from emloc_core.settings import PAPER_CLAMP, CorrectSettings, Loss
+from emloc_core.settings import PAPER_CLAMP, Loss
 from emloc_core.standins import Format, LowRank
 from emloc_core.standins.registry import format_named
 
@@ -54,49 +50,38 @@ class Correct:
     """Stage 3, after the cheap checks; :meth:`run` writes the corrected adapter.
 
     Args:
-        adapter: a LoRA that was trained on an emulator.
+        request: which LoRA is corrected, and how.
+        adapter: that LoRA, which was trained on an emulator.
+
+    Attributes:
+        emulator: what it was trained on; by default the one that its config names.
         base: the model that the emulator was made from.
-        output: directory of the corrected adapter.
-        settings: ``clamp`` and ``correction``.
-        emulator: the emulator's directory; by default the one that the adapter's config names.
-        selection_data: file with rows to choose the clamp on; by default those that the emulator keeps.
-        device: device of weights and activations.
 
     Raises:
-        EmlocError: adapter, emulator and base do not belong together, or the adapter is already corrected.
+        EmlocError: adapter, emulator and base do not belong together.
     """
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        base: Checkpoint,
-        output: Path,
-        settings: CorrectSettings,
-        emulator: Path | None = None,
-        selection_data: Path | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.adapter, self.base, self.settings = adapter, base, settings
-        require_uncorrected(adapter)
-        base.require_unquantised()
-        self.correct = plugin_manager().algorithm("corrections", settings.correction)
-        self.emulator = find_emulator(adapter, emulator)
+    def __init__(self, request: CorrectRequest, adapter: Adapter) -> None:
+        self.request, self.adapter, self.settings = request, adapter, request.settings
+        self.emulator = find_emulator(adapter, request.emulator)
         manifest = require_emulator(adapter, self.emulator)
-        kind = manifest_value(manifest, self.emulator.directory, "request.settings.kind", str | None)
-        of_the_paper = manifest_value(manifest, self.emulator.directory, "request.settings.paper", bool)
-        if of_the_paper and "clamp" not in settings.model_fields_set:
-            self.settings = settings.model_copy(update={"clamp": PAPER_CLAMP})
-        self.kind: Format = format_named(kind or LowRank.name)
-        self._path, self._selection_data = output, selection_data
-        self.family = plugin_manager().family_for(base.config)
-        self.skeleton = Skeleton(base, self.family, device)
+        self.base = open_model(request.base or made_from(self.emulator.directory, "base"), request.device)
+        self.base.checkpoint.require_unquantised()
+        self.correct = plugin_manager().algorithm("corrections", self.settings.correction)
+
+        def made_with(setting: str, of: Any) -> Any:
+            return manifest_value(manifest, self.emulator.directory, f"request.settings.{setting}", of)
+
+        if made_with("paper", bool) and "clamp" not in self.settings.model_fields_set:
+            self.settings = self.settings.model_copy(update={"clamp": PAPER_CLAMP})
+        kind = made_with("kind", str | None) or LowRank.name
+        self.kind: Format = format_named(kind)
+        self.skeleton = self.base.skeleton
         require_shapes(adapter, self.skeleton.model)
         for name, new in replaced_weights(adapter.replaced, self.skeleton).items():
             self.skeleton.replace(name, new.applied)
-        loss: Loss = manifest_value(manifest, self.emulator.directory, "request.settings.loss", Loss)
-        self.rows = self._rows(selection_data, loss)
-        max_length = manifest_value(manifest, self.emulator.directory, "request.settings.max_length", int | None)
-        self.samples = self._encode(self.rows, max_length)
+        self.rows = self._rows(made_with("loss", Loss))
+        self.samples = self.base.encode(self.rows, made_with("max_length", int | None))
 
     @cached_property
     def output(self) -> Output:
@@ -105,29 +90,29 @@ class Correct:
         Raises:
             EmlocError: adapter, emulator and base do not belong together.
         """
-        files = Inputs(self._path.resolve().parent)
-        emulator, base = self.emulator.fingerprint(files), self.base.fingerprint(files)
-        require_match(self.adapter, self.emulator, emulator, self.base, base)
+        files, base = Inputs(self.request.output.resolve().parent), self.base.checkpoint
+        emulator, original = self.emulator.fingerprint(files), base.fingerprint(files)
+        require_match(self.adapter, self.emulator, emulator, base, original)
         request = {
             "adapter": self.adapter.fingerprint(files),
             **hash_moments(self.adapter.directory, files),
-            "base": base,
+            "base": original,
             "emulator": emulator,
             **self.settings.model_dump(),
-            "selection": [row.key for row in self.rows] if self._selection_data else None,
+            "selection": [row.key for row in self.rows] if self.request.selection_data else None,
         }
         inputs = {
             "adapter": str(self.adapter.directory.absolute()),
-            "base": self.base.name,
+            "base": base.name,
             "emulator": self.emulator.name,
         }
-        device = self.skeleton.device.type
-        return Output(self._path, "corrected-adapter", request, device, inputs, files, self.family)
+        device, family = self.base.device.type, self.base.family
+        return Output(self.request.output, "corrected-adapter", request, device, inputs, files, family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be done."""
         return {
-            "output": str(self._path),
+            "output": str(self.request.output),
             "linears": len(self.adapter.loras),
             "clamp": self.settings.clamp,
             "selection_rows": len(self.samples),
@@ -135,10 +120,10 @@ class Correct:
             "finished": self.output.is_finished(),
         }
 
-    def _rows(self, selection_data: Path | None, loss: Loss) -> list[Row]:
+    def _rows(self, loss: Loss) -> list[Row]:
         if self.settings.clamp != "auto":
             return []
-        path = selection_data or self.emulator.directory / SELECTION
+        path = self.request.selection_data or self.emulator.directory / SELECTION
         if not path.is_file() or not path.stat().st_size:
             raise EmlocError(
                 f"--clamp auto needs rows to compare on, but {path} holds none.",
@@ -146,12 +131,6 @@ class Correct:
                 code="missing",
             )
         return load_rows(str(path), loss=loss)
-
-    def _encode(self, rows: list[Row], max_length: int | None) -> list[Sample]:
-        if not rows:
-            return []
-        processing = load_processing(self.base.directory, self.family, rows)
-        return encode(rows, processing, max_length, Limits.of(self.skeleton.model.config), self.skeleton.dtype)
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
         """Write the corrected adapter.
@@ -173,13 +152,13 @@ class Correct:
                     done += 1
                     progress(path, done, len(self.adapter.loras))
             chosen = 0 if losses is None else choose(losses)
-            config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
+            config = {**self.adapter.config, "base_model_name_or_path": self.base.checkpoint.name}
             # PEFT reads the scale from the config, which is that of the adapter as it was trained.
             loras = {path: found[path][chosen].with_scale(lora.scale) for path, lora in self.adapter.loras.items()}
             corrected = {CORRECTED: str(compared[chosen].clamp)}
             write_adapter(staging, config, loras, corrected, self.adapter.others)
             copy_moments(self.adapter.directory, staging)
-            self.base.copy_processing(staging)
+            self.base.checkpoint.copy_processing(staging)
             result = {**compared[chosen].describe(), "linears": len(loras), **comparison(compared, losses, chosen)}
             self.output.result = {**result, CONTENT: content_hash(staging)}
         return self.output.path
@@ -188,9 +167,9 @@ class Correct:
     def bytes_to_read(self) -> int:
         """Bytes of the base to read: all to compare clamps, only the corrected weights at a fixed clamp."""
         if self.samples:
-            return self.base.nbytes
+            return self.base.checkpoint.nbytes
         keys = {key for path in self.adapter.loras for key in self.skeleton.sources(f"{path}.weight")}
-        return sum(self.base.tensors[key].nbytes for key in keys)
+        return sum(self.base.checkpoint.tensors[key].nbytes for key in keys)
 
     def _candidates(self) -> tuple[Candidate, ...]:
         clamp = self.settings.clamp
@@ -238,7 +217,7 @@ class Correct:
             The LoRAs by path, one per candidate; and the loss, summed over each row's tokens, with the number of
             tokens: (candidates, rows, 2), fp64.
         """
-        stream = Stream(self.skeleton, [tower.blocks for tower in self.family.towers])
+        stream = Stream(self.skeleton)
         rows = len(self.samples)
         candidates: dict[str, list[Lora]] = {}
         loras = self.adapter.loras
@@ -281,21 +260,6 @@ def prepare(request: CorrectRequest) -> Correct | AsTrained:
         EmlocError: the adapter, the emulator, the base or the settings cannot be used.
     """
     adapter = Adapter(request.adapter)
-    base = request.base
     require_uncorrected(adapter)
-    trained_on = adapter.trained_on
-    if request.emulator is None and trained_on and not is_emulator(trained_on):
-        return AsTrained(adapter, open_checkpoint(base or str(trained_on)), request.output)
-    if base is None:
-        emulator = find_emulator(adapter, request.emulator)
-        require_emulator(adapter, emulator)
-        base = made_from(emulator.directory, "base")
-    return Correct(
-        adapter,
-        open_checkpoint(base),
-        request.output,
-        request.settings,
-        request.emulator,
-        request.selection_data,
-        choose_device(request.device),
-    )
+    on_an_emulator = request.emulator or not adapter.trained_on or is_emulator(adapter.trained_on)
+    return Correct(request, adapter) if on_an_emulator else AsTrained(request, adapter)

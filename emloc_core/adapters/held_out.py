@@ -10,7 +10,6 @@ from torch import nn
 
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.tokenize import Sample
-from emloc_core.family import Family
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream
@@ -41,16 +40,15 @@ def with_lora(output: torch.Tensor, inputs: torch.Tensor, lora: Lora) -> torch.T
     return (output + lora.scale * change).to(output.dtype)
 
 
-def mean_loss(skeleton: Skeleton, family: Family, samples: Sequence[Sample], loras: Mapping[str, Lora]) -> float:
+def mean_loss(skeleton: Skeleton, samples: Sequence[Sample], loras: Mapping[str, Lora]) -> float:
     """Return the mean loss per token of a base with a LoRA, in one streamed pass.
 
     Args:
         skeleton: of the base.
-        family: its declaration.
         samples: the held-out rows.
         loras: by module path of the base.
     """
-    stream = Stream(skeleton, [tower.blocks for tower in family.towers])
+    stream = Stream(skeleton)
 
     @contextmanager
     def adapted(unit: str) -> Iterator[None]:

@@ -16,14 +16,14 @@ from emloc_core.adapters.belonging import require_base
 from emloc_core.adapters.dense import Replacement, replaced_weights, require_dense
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
+from emloc_core.files.checkpoint import INDEX, SINGLE
 from emloc_core.files.documents import write_json
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.files.shards import DTYPES, ShardWriter, row_chunks, tensor_bytes
+from emloc_core.model.opened import open_model
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import MergeRequest
 
 #: What becomes of a weight: a LoRA is added, it is replaced, or None: it stays as it is.
@@ -36,31 +36,21 @@ class Merge:
     """A merge, after the cheap checks; :meth:`run` writes the merged checkpoint.
 
     Args:
-        adapter: a corrected adapter, or one trained on the base itself.
-        base: the model that it belongs to.
-        output: directory of the merged checkpoint.
-        allow_uncorrected: merge an adapter that was trained on an emulator without correcting it.
+        request: which adapter is merged: a corrected one, or one trained on the base itself.
 
     Raises:
         EmlocError: the adapter does not belong to the base, or cannot be merged into it.
     """
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        base: Checkpoint,
-        output: Path,
-        *,
-        allow_uncorrected: bool = False,
-    ) -> None:
-        self.adapter, self.base = adapter, base
-        base.require_unquantised("--base")
-        self._path, self._allow_uncorrected = output, allow_uncorrected
-        self.family = plugin_manager().family_for(base.config)
-        skeleton = Skeleton(base, self.family)
+    def __init__(self, request: MergeRequest) -> None:
+        self.request, self.adapter = request, Adapter(request.adapter)
+        self.model = open_model(request.base or self.adapter.base_name, "cpu")
+        self.base = self.model.checkpoint
+        self.base.require_unquantised("--base")
+        skeleton = self.model.skeleton
         self.untied: dict[str, tuple[str, Change]] = {}  # new key -> key that it was tied to, what becomes of it
         self.unties = False
-        require_dense(adapter.replaced, skeleton.model)
+        require_dense(self.adapter.replaced, skeleton.model)
         self.changes: dict[str, Change] = self._by_key(skeleton)
         self._replace(skeleton)
 
@@ -71,17 +61,17 @@ class Merge:
         Raises:
             EmlocError: the adapter does not belong to the base.
         """
-        files = Inputs(self._path.resolve().parent)
+        files = Inputs(self.request.output.resolve().parent)
         fingerprint = self.base.fingerprint(files)
-        require_base(self.adapter, self.base, fingerprint, allow_uncorrected=self._allow_uncorrected)
+        require_base(self.adapter, self.base, fingerprint, allow_uncorrected=self.request.allow_uncorrected)
         request = {"adapter": self.adapter.fingerprint(files), "base": fingerprint}
         inputs = {"adapter": str(self.adapter.directory.absolute()), "base": self.base.name}
-        return Output(self._path, "checkpoint", request, inputs=inputs, files=files, family=self.family)
+        return Output(self.request.output, "checkpoint", request, inputs=inputs, files=files, family=self.model.family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be written."""
         return {
-            "output": str(self._path),
+            "output": str(self.request.output),
             "linears": len(self.adapter.loras),
             "bytes": self.base.nbytes,
             "shards": len(self.base.shards),
@@ -224,11 +214,5 @@ def _untie(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare(request: MergeRequest) -> Merge:
-    """Return the job of a request.
-
-    Raises:
-        EmlocError: the adapter or the base cannot be used.
-    """
-    adapter = Adapter(request.adapter)
-    base = open_checkpoint(request.base or adapter.base_name)
-    return Merge(adapter, base, request.output, allow_uncorrected=request.allow_uncorrected)
+    """Return the job of a request."""
+    return Merge(request)

@@ -12,8 +12,8 @@ from emloc_core.conformance.declaration import linears
 from emloc_core.conformance.forward import logits, observe
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.unread import unread_features
-from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError, first_line
+from emloc_core.model.blocks import block_paths
 from emloc_core.standins.low_rank import LowRank, LowRankLinear
 
 #: Largest difference of activations and of logits, relative to the largest of them. In fp32, families in the tree are

@@ -11,11 +11,11 @@ from emloc_core.conformance.check import Subject, check, require
 from emloc_core.conformance.inputs import tiny_samples
 from emloc_core.conformance.tiny import TinyModel, on_meta, tiny_config
 from emloc_core.emulator.coverage import undeclared
-from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.files.pretrained import auto_class
+from emloc_core.model.blocks import block_paths
 from emloc_core.model.weight_reads import read_without_call
 
 

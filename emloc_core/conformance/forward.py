@@ -13,7 +13,6 @@ from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.ranks import RankPlan
-from emloc_core.family import Family
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.standins.format import each
@@ -127,11 +126,11 @@ def _factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
     return _Traced(found.u, found.v, found.spectrum, gram, weight.clone())
 
 
-def decompose(skeleton: Skeleton, family: Family, plan: RankPlan, samples: Sequence[Sample]) -> Decomposed:
+def decompose(skeleton: Skeleton, plan: RankPlan, samples: Sequence[Sample]) -> Decomposed:
     """Stream the samples through the base as stage 1 does, and factorise every compressed Linear at full rank."""
     full = RankPlan(
         tuple(replace(linear, rank=min(linear.out_features, linear.in_features)) for linear in plan.candidates)
     )
     found = Decomposed()
-    Decomposition(skeleton, family, full, samples, each(_factorize), lambda *_: None).run(found)
+    Decomposition(skeleton, full, samples, each(_factorize), lambda *_: None).run(found)
     return found

@@ -19,14 +19,17 @@ from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samp
 from emloc_core.conformance.tuning import Tuned, tune
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.compress import Compress
-from emloc_core.emulator.declared import block_paths, find_linears
+from emloc_core.emulator.declared import find_linears
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.pretrained import load_model, new_model
+from emloc_core.model.blocks import block_paths
+from emloc_core.model.opened import OpenModel
 from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.requests import CompressRequest, CorrectRequest, MergeRequest
 from emloc_core.settings import CompressSettings, CorrectSettings
 from emloc_core.standins import Format, LowRank
 from emloc_core.standins.registry import format_named
@@ -119,7 +122,7 @@ class TinyModel(Subject):
     @cached_property
     def skeleton(self) -> Skeleton:
         """The base, streamed."""
-        return Skeleton(self.base, self.family)
+        return OpenModel(self.base, self.family).skeleton
 
     @cached_property
     def forward(self) -> Forward:
@@ -141,15 +144,21 @@ class TinyModel(Subject):
     @cached_property
     def decomposed(self) -> Decomposed:
         """What a streamed pass of all samples finds."""
-        return decompose(self.skeleton, self.family, self.plan, self.samples)
+        return decompose(self.skeleton, self.plan, self.samples)
 
     @cached_property
     def emulator(self) -> Path:
         """The emulator, from the samples with images too."""
         kind: Format = format_named(self.kind)
         size = {"ratio": min(RATIO, kind.largest_ratio)} if kind.has_factors else {}
-        settings = CompressSettings(kind=self.kind, samples=1, selection=0, **size)
-        stage = Compress(self.base, text_rows(self.samples), self.directory / "emulator", settings)
+        request = CompressRequest(
+            model=str(self.base.directory),
+            data=text_rows(self.samples),
+            output=self.directory / "emulator",
+            device="cpu",
+            settings=CompressSettings(kind=self.kind, samples=1, selection=0, **size),
+        )
+        stage = Compress(request)
         stage.samples = list(self.samples)
         return stage.run()
 
@@ -172,13 +181,15 @@ class TinyModel(Subject):
     @cached_property
     def corrected(self) -> Path:
         """The LoRA carried over to the base, unclamped."""
-        output = self.directory / "corrected"
-        return Correct(Adapter(self.adapter), self.base, output, CorrectSettings(clamp="none")).run()
+        places = {"base": str(self.base.directory), "output": self.directory / "corrected", "device": "cpu"}
+        request = CorrectRequest(adapter=self.adapter, settings=CorrectSettings(clamp="none"), **places)
+        return Correct(request, Adapter(self.adapter)).run()
 
     @cached_property
     def merged(self) -> Path:
         """The base with the corrected LoRA folded in."""
-        return Merge(Adapter(self.corrected), self.base, self.directory / "merged").run()
+        base, output = str(self.base.directory), self.directory / "merged"
+        return Merge(MergeRequest(adapter=self.corrected, base=base, output=output)).run()
 
 
 def tiny_config(settings: Mapping[str, Any]) -> Any:

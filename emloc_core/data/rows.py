@@ -146,8 +146,8 @@ def load_rows(
 
     Args:
         source: path of the file or directory, id of the dataset, or the rows themselves: mappings, as a
-            ``datasets.Dataset`` yields them. Several sources: a list of them, or a mapping to their weights; see
-            :func:`emloc_core.data.mixture.weighted`.
+            ``datasets.Dataset`` yields them, or rows that were read before. Several sources: a list of them, or a
+            mapping to their weights; see :func:`emloc_core.data.mixture.weighted`.
         split: split of a saved or hub dataset; files have none.
         loss: which answers of a conversation count.
         columns: names that the data have for columns, by the usual names: ``{"prompt": "question"}``. Rows without
@@ -209,6 +209,9 @@ def _parsed(
 ) -> Iterator[Row]:
     told = False
     for number, given in contents:
+        if isinstance(given, Row):
+            yield given
+            continue
         where = f"{source}, row {number}"
         try:
             if isinstance(given, EmlocError):

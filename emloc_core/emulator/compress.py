@@ -5,16 +5,13 @@ before gathers the spectra that they are shared out by.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.factorize import wants_inputs
-from emloc_core.data.limits import Limits
 from emloc_core.data.rows import (
     CALIBRATION,
     SELECTION,
@@ -28,9 +25,9 @@ from emloc_core.data.rows import (
     write_skipped,
 )
 from emloc_core.data.sets import draw
-from emloc_core.data.tokenize import Processing, Sample, encode, load_processing
+from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.coverage import Coverage, coverage
-from emloc_core.emulator.declared import block_paths, find_linears
+from emloc_core.emulator.declared import find_linears
 from emloc_core.emulator.decompose import Decomposition, Progress
 from emloc_core.emulator.files import EmulatorFiles, weight_keys
 from emloc_core.emulator.method import method_of
@@ -38,17 +35,12 @@ from emloc_core.emulator.pack import pack_blocks
 from emloc_core.emulator.ranks import NO_EXPERTS, RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES, RATIO
 from emloc_core.emulator.spectra import Spectra
-from emloc_core.family import Family
 from emloc_core.files.card import data_name
-from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.files.shards import tensor_bytes
-from emloc_core.model.device import choose_device
-from emloc_core.model.skeleton import Skeleton
-from emloc_core.plugins.manager import plugin_manager
+from emloc_core.model.opened import open_model
 from emloc_core.requests import CompressRequest
-from emloc_core.settings import CompressSettings
 from emloc_core.standins import Format
 from emloc_core.standins.registry import format_named
 
@@ -57,39 +49,23 @@ class Compress:
     """Stage 1, after the cheap checks; :meth:`run` makes the emulator.
 
     Args:
-        base: the model.
-        rows: the user's rows.
-        output: directory of the emulator.
-        settings: how it is made.
-        device: device of weights, activations and statistics.
-        data: name of the rows' source, for the card.
-        tuning: the rows of a step that it was planned for, if it was planned for a memory.
+        request: of which model it is made, on which rows, and how. Its kind and ratio are decided.
 
     Attributes:
+        base: the model.
         plan: the ranks; those of ``uniform``, which has the same budget, if the allocator needs spectra.
 
     Raises:
-        EmlocError: the checkpoint, family, data or settings cannot be used; nothing has been written.
+        EmlocError: the model, the rows or the settings cannot be used; nothing has been written.
     """
 
-    #: Rows that could not be used.
-    skipped: Sequence[Skipped] = ()
-
-    def __init__(
-        self,
-        base: Checkpoint,
-        rows: Sequence[Row],
-        output: Path,
-        settings: CompressSettings,
-        device: torch.device | str = "cpu",
-        data: str | None = None,
-        tuning: dict[str, int] | None = None,
-    ) -> None:
-        self.base, self._data, self._tuning = base, data, tuning
-        self.family: Family = plugin_manager().family_for(base.config)
-        base.require_unquantised()
-        self.skeleton = Skeleton(base, self.family, device)
-        settings = settings.settled()
+    def __init__(self, request: CompressRequest) -> None:
+        self.request = request
+        self.base = open_model(request.model, request.device)
+        self.base.checkpoint.require_unquantised()
+        self.skipped: list[Skipped] = []
+        rows = self._read()
+        settings = request.settings.settled()
         self.kind: Format = format_named(settings.kind)
         self.kind.check(settings)
         distinct = len({row.key for row in rows})
@@ -98,54 +74,53 @@ class Compress:
         self._keeps_fewer = self.method.settings.selection < settings.selection
         self.settings = settings = self.method.settings
         found = self.method.linears
-        self.coverage: Coverage = coverage(self.skeleton.model, self.family, found)
-        self.blocks = block_paths(self.skeleton.model, self.family)
+        self.coverage: Coverage = coverage(self.base.skeleton.model, self.base.family, found)
         allocate = uniform if self.method.by_spectra else self.method.allocate
         self.plan: RankPlan = allocated(found, settings.ratio, allocate, kind=self.kind)
         # Weights alone need no calibration: its rows are left for tuning.
         samples = 0 if settings.calibration == "none" else settings.samples
         self.rows = draw(rows, settings.seed, samples, settings.selection)
-        processing = load_processing(base.directory, self.family, rows)
-        self.samples = self._encode(self.rows.calibration, processing)
-        self._encode(self.rows.selection, processing)
-        weight_keys(self.skeleton, self.plan)  # a checkpoint or a kind that is not for this model is refused at once
-        self.kind.config(self.plan.ranks, self.skeleton.model, self.skeleton.dtype)
-        self._path = output
-        self._files = Inputs(output.resolve().parent)
+        self.samples = self.base.encode(self.rows.calibration, settings.max_length)
+        self.base.encode(self.rows.selection, settings.max_length)
+        weight_keys(self.base.skeleton, self.plan)  # a checkpoint or a kind that is not for this model is refused
+        self.kind.config(self.plan.ranks, self.base.skeleton.model, self.base.skeleton.dtype)
+
+    def _read(self) -> list[Row]:
+        asked, skipped = self.request, self.skipped if self.request.skip_bad_rows else None
+        rows = load_rows(asked.data, asked.split, asked.settings.loss, asked.columns, skipped)
+        return without(rows, asked.exclude, asked.split, asked.columns)
 
     def _linears(self, kind: Format | None = None, *, on_inputs: bool = False) -> RankPlan:
-        found = find_linears(self.skeleton.model, self.family, kind)
+        found = find_linears(self.base.skeleton.model, self.base.family, kind)
         return found.on_inputs() if on_inputs or wants_inputs(self.kind.factorize) else found
 
     @cached_property
     def output(self) -> Output:
         """The emulator's directory. The base's files are hashed on first access."""
+        base, files = self.base.checkpoint, Inputs(self.request.output.resolve().parent)
         request = {
-            "base": self.base.fingerprint(self._files),
+            "base": base.fingerprint(files),
             "settings": self.settings.model_dump(),
             "calibration": [row.key for row in self.rows.calibration],
             "tokenized_rows": _digest(self.samples),  # the tokenizer or chat template may change while the rows do not
             "selection": [row.key for row in self.rows.selection],
         }
-        inputs = {"base": self.base.name, **({"data": self._data} if self._data else {})}
-        return Output(self._path, "emulator", request, self.skeleton.device.type, inputs, self._files, self.family)
-
-    def _encode(self, rows: list[Row], processing: Processing) -> list[Sample]:
-        limits = Limits.of(self.skeleton.model.config)
-        return encode(rows, processing, self.settings.max_length, limits, self.skeleton.dtype)
+        inputs = {"base": base.name, "data": data_name(self.request.data)}
+        device, family = self.base.device.type, self.base.family
+        return Output(self.request.output, "emulator", request, device, inputs, files, family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be made: bytes, the rank of every Linear, rows."""
-        dtype = self.skeleton.dtype
+        base, dtype = self.base.checkpoint, self.base.skeleton.dtype
         replaced = [each for each in self.plan.planned if each.rank is not None]
         saved = sum(each.numbers * dtype.itemsize - each.nbytes(self.kind, dtype) for each in replaced)
         return {
-            "output": str(self._path),
+            "output": str(self.request.output),
             "kind": self.kind.name,
-            "family": self.family.name,
-            "base": str(self.base.directory),
-            "base_bytes": self.base.nbytes,
-            "emulator_bytes": self.base.nbytes - saved,
+            "family": self.base.family.name,
+            "base": str(base.directory),
+            "base_bytes": base.nbytes,
+            "emulator_bytes": base.nbytes - saved,
             "linears": [each.describe() for each in self.plan.planned],
             "kept_dense": [vars(kept) for kept in self.plan.kept],
             "summary": self.plan.lines(self.kind),
@@ -178,15 +153,15 @@ class Compress:
             progress: called with a block's path, the number of blocks done, and the total.
         """
         if self.output.is_finished():
-            if self._tuning:
-                self.output.note("tuning", self._tuning)
+            if tuning := self._tuning():
+                self.output.note("tuning", tuning)
             return self.output.path
         with self.output.build() as staging:
             plan = self.plan
             if self.method.by_spectra:
                 first, progress = _in_two_passes(progress)
                 plan = self._allocated(staging, first)
-            files = EmulatorFiles(self.skeleton, plan, self.blocks, staging, self.kind)
+            files = EmulatorFiles(self.base.skeleton, plan, staging, self.kind)
             if self.settings.calibration == "none":
                 pack_blocks(files, progress)
             elif self.settings.calibration == "propagated":
@@ -194,20 +169,22 @@ class Compress:
             else:
                 self._decomposition(plan, progress, staging).run(files)
             self._write_rows(staging)
-            known = {"family": self.family.name, "coverage": self.coverage.describe()}
-            known |= {"tuning": self._tuning} if self._tuning else {}
+            known = {"family": self.base.family.name, "coverage": self.coverage.describe()}
+            known |= {"tuning": tuning} if (tuning := self._tuning()) else {}
             left_out = {"skipped_rows": len(self.skipped)} if self.skipped else {}
             self.output.result = {**known, **left_out, **files.finish(self._tokens)}
         return self.output.path
 
     def _allocated(self, staging: Path, progress: Progress) -> RankPlan:
         """Return the plan with ranks by spectra, which are gathered unless an interrupted run has."""
-        spectra = Spectra(self.blocks, staging / ".spectra")  # hidden: removed when the emulator is published
+        spectra = Spectra(
+            self.base.skeleton.blocks, staging / ".spectra"
+        )  # hidden: removed when the emulator is published
         if not spectra.are_complete:
             on_inputs = self.kind.keeps_weight  # what is decomposed is what rounding left of it
             found = self._linears(on_inputs=on_inputs).without_experts(NO_EXPERTS)
             how = (self.samples, self.kind.decomposing(self.kind.factorize), progress, self.kind.name)
-            first = Decomposition(self.skeleton, self.family, allocated(found, RATIO, uniform), *how)
+            first = Decomposition(self.base.skeleton, allocated(found, RATIO, uniform), *how)
             first.run(spectra, PROBES)
         found = spectra.reached(self._linears(self.kind))
         return allocated(found, self.settings.ratio, self.method.allocate, spectra.spectrum, self.kind)
@@ -215,7 +192,7 @@ class Compress:
     def _decomposition(self, plan: RankPlan, progress: Progress, staging: Path) -> Decomposition:
         rounding = self.kind.rounding(self.kind.factorize)
         how = (rounding, progress, self.kind.name, self.kind, self.settings.refine, staging)
-        return Decomposition(self.skeleton, self.family, plan, self.samples, *how)
+        return Decomposition(self.base.skeleton, plan, self.samples, *how)
 
     def _write_rows(self, staging: Path) -> None:
         write_rows(staging / CALIBRATION, self.rows.calibration)
@@ -223,29 +200,20 @@ class Compress:
         if self.skipped:
             write_skipped(staging / SKIPPED, self.skipped)
 
+    def _tuning(self) -> dict[str, Any]:
+        """Return the rows of a step that the emulator was planned for, if it was planned for a memory."""
+        planned = self.request.tuning.model_dump(include={"batch_size", "accumulation"}, exclude_unset=True)
+        longest = self.request.settings.max_length
+        return {**planned, "max_length": longest} if planned and longest else planned
+
     @property
     def _tokens(self) -> int:
         return sum(len(sample.input_ids) for sample in self.samples)
 
 
 def prepare(request: CompressRequest) -> Compress:
-    """Return the job of a request whose ratio is fixed.
-
-    Raises:
-        EmlocError: the model, the rows or the settings cannot be used.
-    """
-    base = open_checkpoint(request.model)
-    skipped: list[Skipped] | None = [] if request.skip_bad_rows else None
-    read = load_rows(request.data, request.split, request.settings.loss, request.columns, skipped)
-    rows = without(read, request.exclude, request.split, request.columns)
-    device = choose_device(request.device)
-    name = data_name(request.data)
-    tuning = request.tuning.model_dump(include={"batch_size", "accumulation"}, exclude_unset=True)
-    if tuning and request.settings.max_length:
-        tuning["max_length"] = request.settings.max_length
-    job = Compress(base, rows, request.output, request.settings, device, name, tuning)
-    job.skipped = skipped or []
-    return job
+    """Return the job of a request whose kind and ratio are decided."""
+    return Compress(request)
 
 
 def _in_two_passes(progress: Progress) -> tuple[Progress, Progress]:

@@ -17,7 +17,6 @@ from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.tokenize import Sample
-from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.experts import ExpertStatistics
 from emloc_core.emulator.propagation import Pairs, emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
@@ -25,7 +24,6 @@ from emloc_core.emulator.refine import Ends, errors, refined
 from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.emulator.shared_inputs import requiring_shared_inputs
 from emloc_core.errors import EmlocError
-from emloc_core.family import Family
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.lockstep import Forward
 from emloc_core.model.parking import Parking
@@ -68,7 +66,6 @@ class Decomposition:
 
     Args:
         skeleton: the base.
-        family: its declaration.
         plan: the ranks.
         samples: the calibration rows.
         fit: gives the factors of weights.
@@ -84,7 +81,6 @@ class Decomposition:
     def __init__(
         self,
         skeleton: Skeleton,
-        family: Family,
         plan: RankPlan,
         samples: Sequence[Sample],
         fit: Fit,
@@ -94,12 +90,12 @@ class Decomposition:
         refine: int = 0,
         directory: Path | None = None,
     ) -> None:
-        self.skeleton, self.family, self.plan, self.samples = skeleton, family, plan, samples
+        self.skeleton, self.plan, self.samples = skeleton, plan, samples
         self.fit, self.progress, self.name = fit, progress, name
         self.kind, self.refine = kind, refine
-        self.blocks = block_paths(skeleton.model, family)
+        self.blocks = skeleton.blocks
         parking = Parking.on(skeleton.device, skeleton.model.buffers(), directory)
-        self.stream = Stream(skeleton, [tower.blocks for tower in family.towers], parking)
+        self.stream = Stream(skeleton, parking)
 
     def run(self, store: Store, probes: int = 0) -> None:
         """Factorise on the base's own activations.
@@ -159,7 +155,7 @@ class Decomposition:
             modules = {path: self.skeleton.model.get_submodule(path) for path in tapping}
             calls = [self._call(sample) for sample in self.stream.here[:probes]]
             experts = self._experts(block)
-            watching = requiring_shared_inputs(self.stream, planned, self.family)
+            watching = requiring_shared_inputs(self.stream, planned, self.skeleton.family)
             hooks = forward_hooks((each.experts, each.hook) for each in experts)
             with watching, tapped(modules, tapping, sink), hooks:
                 yield
@@ -180,7 +176,7 @@ class Decomposition:
         else:
             ends = Ends(self.stream, block, rows)
             with (
-                requiring_shared_inputs(self.stream, planned, self.family),
+                requiring_shared_inputs(self.stream, planned, self.skeleton.family),
                 ends.waiting() if self.kind and self.refine else nullcontext(),
             ):
                 found = fit_block(self.stream, planned, rows, self._factors, store.as_read, self._blame)

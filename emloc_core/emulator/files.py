@@ -37,19 +37,16 @@ class EmulatorFiles:
     Args:
         skeleton: the base.
         plan: which Linears become factors.
-        blocks: paths of all blocks.
         staging: the directory.
         kind: how what stands in for a weight is stored.
     """
 
-    def __init__(
-        self, skeleton: Skeleton, plan: RankPlan, blocks: list[str], staging: Path, kind: Format | None = None
-    ) -> None:
+    def __init__(self, skeleton: Skeleton, plan: RankPlan, staging: Path, kind: Format | None = None) -> None:
         self.kind = kind or LowRank()
         self.skeleton, self.base, self.plan = skeleton, skeleton.checkpoint, plan
-        self.blocks, self.staging = blocks, staging
+        self.blocks, self.staging = skeleton.blocks, staging
         self.keys = weight_keys(skeleton, plan)
-        remove_damaged(map(self._shard, blocks))  # of an interrupted run
+        remove_damaged(map(self._shard, self.blocks))  # of an interrupted run
 
     def is_written(self, block: str) -> bool:
         """Return whether a block's shard exists."""

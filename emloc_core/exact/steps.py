@@ -39,7 +39,6 @@ class ExactSteps:
         model: the base with a LoRA in its Linears (:func:`emloc_core.exact.lora.lora_on`): the LoRA is real and
             requires gradients, all else is on the meta device and frozen. Its units' forwards are replaced.
         skeleton: of the same base.
-        block_lists: module paths of the lists of blocks, in execution order.
         device: what computes.
         room: bytes of the device in which weights may stay.
         boundaries: where the activations at block boundaries wait; None: on the device.
@@ -55,14 +54,13 @@ class ExactSteps:
         self,
         model: PreTrainedModel,
         skeleton: Skeleton,
-        block_lists: Sequence[str],
         device: torch.device | str = "cpu",
         room: float = 0,
         boundaries: Boundaries | None = None,
     ) -> None:
         self.model, self.device = model, torch.device(device)
         self.boundaries = boundaries or Boundaries()
-        found = units(skeleton.model, block_lists)
+        found = units(skeleton.model, skeleton.block_lists)
         backbone = f"{model.base_model_prefix}."
         self._head_units = [unit for unit in found if not unit.startswith(backbone)]
         if len(self._head_units) == len(found):
@@ -74,7 +72,7 @@ class ExactSteps:
         self._keep(skeleton, skeleton.outside(found))
         inner = [unit for unit in found if unit not in self._head_units]
         parking = Parking.on(self.device, model.buffers())
-        self._lockstep = Lockstep(model, inner, block_lists, parking)
+        self._lockstep = Lockstep(model, inner, skeleton.block_lists, parking)
         for unit in inner:
             self._wrap(unit, checkpointed=True)
         for unit in self._head_units:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import PROBES, RATIO
 from emloc_core.memory.model import MemoryModel
+from emloc_core.model.blocks import block_paths
 from emloc_core.standins import Format
 from emloc_core.standins.experts import experts_per_token
 

@@ -6,12 +6,12 @@ from math import prod
 from typing import Any
 
 from emloc_core.adapters.candidates import CANDIDATES
-from emloc_core.emulator.declared import block_paths
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO
 from emloc_core.exact.need import Positions, linears_in, lora_need, step_need
 from emloc_core.memory.arithmetic import positions
 from emloc_core.memory.model import MemoryModel, Need
+from emloc_core.model.blocks import block_paths
 from emloc_core.model.overhead import overhead
 
 _WIDENED = 16 << 20  # bytes of a weight corrected in fp32 at a time

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from emloc_core.errors import EmlocError, first_line
-from emloc_core.files.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
+from emloc_core.files.checkpoint import INDEX, SINGLE, open_checkpoint
 from emloc_core.files.documents import write_json
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
@@ -41,8 +41,7 @@ class Import:
     """An import that has passed the cheap checks; :meth:`run` writes the native checkpoint.
 
     Args:
-        source: a checkpoint in a layout that an installed plugin reads.
-        output: directory of the native checkpoint.
+        request: which checkpoint is converted; an installed plugin reads its layout.
 
     Attributes:
         layout: the source's layout.
@@ -53,8 +52,9 @@ class Import:
             unknown, missing, or has another shape than the config says; or the output would be inside the source.
     """
 
-    def __init__(self, source: Checkpoint, output: Path) -> None:
-        self.source = source
+    def __init__(self, request: ImportRequest) -> None:
+        self.source = source = open_checkpoint(request.source)
+        self._path = output = request.output
         source.require_unquantised()
         if output.resolve().is_relative_to(source.directory.resolve()):
             raise EmlocError(f"{output} is inside the source, {source.directory}.", "Choose another directory with -o.")
@@ -63,7 +63,6 @@ class Import:
         self._files = self.layout.files(source.config, source.directory)
         self._places = {key: self._place(tensor) for key, tensor in source.tensors.items()}
         self._require_model()
-        self._path = output
 
     @cached_property
     def output(self) -> Output:
@@ -231,9 +230,5 @@ def native_tensors(config: Mapping[str, Any]) -> tuple[dict[str, Shape], dict[st
 
 
 def prepare(request: ImportRequest) -> Import:
-    """Return the job of a request.
-
-    Raises:
-        EmlocError: the source or its layout cannot be used.
-    """
-    return Import(open_checkpoint(request.source), request.output)
+    """Return the job of a request."""
+    return Import(request)

@@ -8,6 +8,8 @@ does it (:class:`~emloc_core.compat.transformers.TensorLoader`).
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from emloc_core.compat.transformers import TensorLoader
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.pretrained import auto_class, load_config, new_model
+from emloc_core.files.pretrained import auto_class, new_model
 from emloc_core.files.shards import DTYPES
 from emloc_core.model import nf4_checkpoints
 from emloc_core.model.absent import Absent
+from emloc_core.model.blocks import block_paths
 from emloc_core.model.readahead import ReadAhead
 from emloc_core.standins.quantizer import METHOD, EmlocConfig
 
@@ -33,23 +36,24 @@ class Skeleton:
     Args:
         checkpoint: the weights.
         family: the declaration, which names the transformers class.
+        config: transformers' config.
         device: device of loaded weights.
 
     Attributes:
         model: the model in eval mode; every parameter on the meta device, requiring no gradient, though it says that it
             is on ``device``.
         dtype: the dtype that weights are loaded in: the checkpoint's own.
+        block_lists: module paths of the lists of blocks, in execution order.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         family: Family,
-        device: torch.device | str = "cpu",
+        config: Any,
+        device: torch.device,
     ) -> None:
-        self.checkpoint = checkpoint
-        self.device = torch.device(device)
-        config = load_config(checkpoint.directory / "config.json")
+        self.checkpoint, self.family, self.device = checkpoint, family, device
         self.dtype = config.dtype or _most_common_dtype(checkpoint)
         self.model = build_model(config, family, self.dtype)
         quantisation = checkpoint.config.get("quantization_config") or {}
@@ -69,12 +73,18 @@ class Skeleton:
             for name, parameter in module.named_parameters(recurse=False):
                 absent = absents.setdefault(parameter, Absent.like(parameter, self.device))  # tied ones stay tied
                 setattr(module, name, absent)
+        self.block_lists = [tower.blocks for tower in family.towers]
         self._replaced: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._reader = ReadAhead()
         self._loader = TensorLoader(self.model, conversions)
         self._sources = self._map_keys()
         # Buffers in the checkpoint (a router's bias, say) are small, and loaded from the start.
         self._read([name for name, _ in self.model.named_buffers() if name in self._sources])
+
+    @cached_property
+    def blocks(self) -> list[str]:
+        """The module paths of all blocks, in execution order; see :func:`emloc_core.model.blocks.block_paths`."""
+        return block_paths(self.model, self.family)
 
     def _map_keys(self) -> dict[str, list[str]]:
         """Map every parameter and buffer to the checkpoint keys of the tensors that it is made from."""
@@ -214,7 +224,7 @@ def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedMo
             code="plugin",
         )
     with init_empty_weights(include_buffers=False):
-        model = new_model(family.auto_class, config, dtype)
+        model = new_model(family.auto_class, deepcopy(config), dtype)  # which may edit it
     model.tie_weights()
     model.eval().requires_grad_(False)
     return model

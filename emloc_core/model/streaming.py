@@ -20,13 +20,13 @@ class Stream(Lockstep):
 
     Args:
         skeleton: the model.
-        block_lists: module paths of the lists of blocks, in execution order.
         parking: storage for the tensors of waiting samples; by default the skeleton's device while there is room.
     """
 
-    def __init__(self, skeleton: Skeleton, block_lists: Sequence[str], parking: Parking | None = None) -> None:
-        parking = parking or Parking.on(skeleton.device, skeleton.model.buffers())
-        super().__init__(skeleton.model, units(skeleton.model, block_lists), block_lists, parking)
+    def __init__(self, skeleton: Skeleton, parking: Parking | None = None) -> None:
+        model, lists = skeleton.model, skeleton.block_lists
+        parking = parking or Parking.on(skeleton.device, model.buffers())
+        super().__init__(model, units(model, lists), lists, parking)
         self.skeleton = skeleton
 
     def run(

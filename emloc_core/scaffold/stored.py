@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.model.opened import OpenModel
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.scaffold.merge import Stack
 
@@ -20,7 +21,7 @@ def stored_otherwise(model: PreTrainedModel, family: Family, stacks: Sequence[St
     """Return the Linears in groups whose factors a checkpoint, as transformers saves it, has no place for -> why."""
     with TemporaryDirectory(prefix="emloc-scaffold-") as directory:
         model.save_pretrained(directory)
-        skeleton = Skeleton(Checkpoint(Path(directory)), family)
+        skeleton = OpenModel(Checkpoint(Path(directory)), family).skeleton
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         grouped = {(stack.path, path) for stack in stacks for group in stack.groups for path in group}
         reasons = {name: _reason(skeleton, name) for name in linears if _place(name, stacks) in grouped}

@@ -8,56 +8,50 @@ from typing import Any
 from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.lora import CONFIG
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.output import Output
-from emloc_core.model.skeleton import Skeleton
-from emloc_core.plugins.manager import plugin_manager
+from emloc_core.model.opened import open_model
 from emloc_core.requests import ExportRequest
 from emloc_core.serving.gguf_files import require_gguf, write_lora, write_model
 from emloc_core.serving.plain import plain, plain_config, warnings
-from emloc_core.settings import ExportSettings
 
 
 class Export:
     """An export, after the cheap checks; :meth:`run` writes it.
 
     Args:
-        base: the model, or the model that the adapter is for.
-        adapter: None to export the model itself.
-        output: directory of the export.
-        settings: its format.
-        allow_uncorrected: export an adapter that was trained on an emulator without correcting it.
+        request: which adapter or model is written, and in which format.
+
+    Attributes:
+        adapter: None where the model itself is exported.
+        model: it, or the model that the adapter is for.
 
     Raises:
-        EmlocError: the adapter does not fit the base, or they cannot be written in this format.
+        EmlocError: the adapter does not fit the model, or they cannot be written in this format.
     """
 
-    def __init__(
-        self,
-        base: Checkpoint,
-        adapter: Adapter | None,
-        output: Path,
-        settings: ExportSettings,
-        *,
-        allow_uncorrected: bool = False,
-    ) -> None:
-        self.base, self.adapter, self.settings = base, adapter, settings
-        self._path, self._allow_uncorrected = output, allow_uncorrected
-        base.require_unquantised("--base" if adapter else "")
-        self.family = plugin_manager().family_for(base.config)
-        if settings.gguf:
-            require_gguf(self.family, base.config)
+    def __init__(self, request: ExportRequest) -> None:
+        self.request, self.settings = request, request.settings
+        adapter = Adapter(Path(request.source)) if (Path(request.source) / CONFIG).is_file() else None
+        if not adapter and (request.base or request.allow_uncorrected):
+            raise EmlocError(
+                f"{request.source} is a model, not an adapter.", "Leave out --base and --allow-uncorrected."
+            )
+        self.adapter = adapter
+        self.model = open_model((request.base or adapter.base_name) if adapter else request.source, "cpu")
+        self.base = self.model.checkpoint
+        self.base.require_unquantised("--base" if adapter else "")
+        if self.settings.gguf:
+            require_gguf(self.model)
         elif adapter is None:
             raise EmlocError(
-                f"{base.directory} is a model, which servers take as it is.",
+                f"{self.base.directory} is a model, which servers take as it is.",
                 "Serve it as it is, or write GGUF with --gguf.",
             )
         if adapter is not None:
-            self.model = Skeleton(base, self.family).model
-            require_shapes(adapter, self.model)
+            require_shapes(adapter, self.model.skeleton.model)
             if adapter.replaced:
                 raise EmlocError(
                     f"{adapter.directory} replaces {', '.join(adapter.replaced)}, which servers take in no adapter.",
@@ -73,22 +67,22 @@ class Export:
         Raises:
             EmlocError: the adapter does not belong to the base.
         """
-        files = Inputs(self._path.resolve().parent)
+        files = Inputs(self.request.output.resolve().parent)
         fingerprint = self.base.fingerprint(files)
         request = {"base": fingerprint, **self.settings.model_dump()}
         inputs = {"base": self.base.name}
         if self.adapter is not None:
-            require_base(self.adapter, self.base, fingerprint, allow_uncorrected=self._allow_uncorrected)
+            require_base(self.adapter, self.base, fingerprint, allow_uncorrected=self.request.allow_uncorrected)
             request["adapter"] = self.adapter.fingerprint(files)
             inputs["adapter"] = str(self.adapter.directory.absolute())
         kind = "gguf" if self.settings.gguf else "served-adapter"
-        return Output(self._path, kind, request, inputs=inputs, files=files, family=self.family)
+        return Output(self.request.output, kind, request, inputs=inputs, files=files, family=self.model.family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be written."""
-        found: dict[str, Any] = {"output": str(self._path), **self.settings.model_dump()}
+        found: dict[str, Any] = {"output": str(self.request.output), **self.settings.model_dump()}
         if self.adapter is not None:
-            found |= {"linears": len(self.loras), "warnings": list(warnings(self.loras, self.family))}
+            found |= {"linears": len(self.loras), "warnings": list(warnings(self.loras, self.model.family))}
         return {**found, "finished": self.output.is_finished()}
 
     def run(self, _progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
@@ -99,30 +93,24 @@ class Export:
             result: dict[str, Any] = {}
             if self.adapter is not None:
                 result = {"linears": len(self.loras), "rank": next(iter(self.loras.values())).a.shape[0]}
-                result["warnings"] = list(warnings(self.loras, self.family))
+                result["warnings"] = list(warnings(self.loras, self.model.family))
             if not self.settings.gguf:
-                config = plain_config(self.loras, self.base.name, (path for path, _ in self.model.named_modules()))
+                config = plain_config(
+                    self.loras, self.base.name, (path for path, _ in self.model.skeleton.model.named_modules())
+                )
                 write_adapter(staging, config, self.loras, {CORRECTED: "exported"})
                 self.base.copy_processing(staging)
                 result[CONTENT] = content_hash(staging)
             elif self.adapter is not None:
                 file = staging / "adapter.gguf"
-                result["tensors"] = write_lora(self.loras, self.base, self.family, file, self.settings.dtype)
+                result["tensors"] = write_lora(self.loras, self.model, file, self.settings.dtype)
             else:
                 file = staging / "model.gguf"
-                result["tensors"] = write_model(self.base, self.family, file, self.settings.dtype)
+                result["tensors"] = write_model(self.model, file, self.settings.dtype)
             self.output.result = result
         return self.output.path
 
 
 def prepare(request: ExportRequest) -> Export:
-    """Return the job of a request.
-
-    Raises:
-        EmlocError: the adapter or the model cannot be used.
-    """
-    adapter = Adapter(request.source) if (Path(request.source) / CONFIG).is_file() else None
-    if not adapter and (request.base or request.allow_uncorrected):
-        raise EmlocError(f"{request.source} is a model, not an adapter.", "Leave out --base and --allow-uncorrected.")
-    base = open_checkpoint((request.base or adapter.base_name) if adapter else request.source)
-    return Export(base, adapter, request.output, request.settings, allow_uncorrected=request.allow_uncorrected)
+    """Return the job of a request."""
+    return Export(request)

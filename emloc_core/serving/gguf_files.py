@@ -11,9 +11,9 @@ import torch
 
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
-from emloc_core.family import Family, Gguf
+from emloc_core.family import Gguf
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.pretrained import load_config
+from emloc_core.model.opened import OpenModel
 from emloc_core.serving.unsupported import unsupported
 from emloc_core.serving.vocabulary import add_vocabulary
 
@@ -27,15 +27,15 @@ _BLOCK = 32  # numbers that q8_0 scales together
 _YARN = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}
 
 
-def require_gguf(family: Family, config: Mapping[str, Any]) -> Gguf:
-    """Return how a family's models are written as GGUF.
+def require_gguf(model: OpenModel) -> Gguf:
+    """Return how a model is written as GGUF.
 
     Raises:
-        EmlocError: the family does not declare it, or the package ``gguf`` is missing.
+        EmlocError: its family does not declare it, or the package ``gguf`` is missing.
     """
-    layout = family.gguf
-    if layout is None or config["model_type"] not in layout.architectures:
-        raise unsupported(f"Models of type {config['model_type']} cannot be written as GGUF here.")
+    layout, model_type = model.family.gguf, model.checkpoint.config["model_type"]
+    if layout is None or model_type not in layout.architectures:
+        raise unsupported(f"Models of type {model_type} cannot be written as GGUF here.")
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -43,46 +43,42 @@ def require_gguf(family: Family, config: Mapping[str, Any]) -> Gguf:
     return layout
 
 
-def write_model(model: Checkpoint, family: Family, target: Path, dtype: str) -> int:
+def write_model(model: OpenModel, target: Path, dtype: str) -> int:
     """Write a model with its tokenizer as one GGUF file, and return the number of its tensors.
 
     Args:
         model: the model, unquantised.
-        family: its family.
         target: path of the file.
         dtype: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
 
     Raises:
         EmlocError: the model or its tokenizer has something that the format does not express.
     """
-    layout = require_gguf(family, model.config)
-    config = load_config(model.directory / "config.json").get_text_config()
+    layout, config = require_gguf(model), model.config.get_text_config()
     writer = _writer(target, layout, config)
     writer.add_type("model")
     _add_sizes(writer, config, dtype)
-    add_vocabulary(writer, model.directory, config.vocab_size, layout)
-    tensors = list(_model_tensors(model, layout, config))
+    add_vocabulary(writer, model.checkpoint.directory, config.vocab_size, layout)
+    tensors = list(_model_tensors(model.checkpoint, layout, config))
     if factors := _rope_factors(config):
         tensors.append(factors)
     _write(writer, tensors, dtype)
     return len(tensors)
 
 
-def write_lora(loras: Mapping[str, Lora], base: Checkpoint, family: Family, target: Path, dtype: str) -> int:
+def write_lora(loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: str) -> int:
     """Write a LoRA for a model as one GGUF file, and return the number of its tensors.
 
     Args:
         loras: by module path, as :func:`emloc_core.serving.plain.plain` returns them.
         base: the model.
-        family: its family.
         target: path of the file.
         dtype: of the matrices.
 
     Raises:
         EmlocError: a LoRA is on a Linear that the format does not name.
     """
-    layout = require_gguf(family, base.config)
-    config = load_config(base.directory / "config.json").get_text_config()
+    layout, config = require_gguf(base), base.config.get_text_config()
     writer = _writer(target, layout, config)
     rank = next(iter(loras.values())).a.shape[0]
     writer.add_type("adapter")

@@ -9,21 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers.trainer_callback import TrainerState
 
 from emloc_core.adapters.held_out import mean_loss
 from emloc_core.algorithms.lora import Lora
-from emloc_core.data.limits import Limits
 from emloc_core.data.rows import Row, load_rows, without
 from emloc_core.data.sets import share_of
-from emloc_core.data.tokenize import load_processing, tokenized
+from emloc_core.data.tokenize import tokenized
 from emloc_core.errors import EmlocError
-from emloc_core.family import Family
-from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.opened import OpenModel
 from emloc_core.requests import EvalRows
 from emloc_core.settings import StepSettings
 
@@ -112,25 +108,19 @@ class BaseLoss:
     """The loss of the base with the LoRA in training, streamed.
 
     Args:
-        base: the model that the emulator was made from.
-        family: its declaration.
+        base: the model that the emulator was made from, or that is trained by exact steps.
         rows: the rows to evaluate. Those whose answer a maximum length cuts away are left out.
         max_length: tokens per row.
-        device: device of weights and activations.
     """
 
-    def __init__(
-        self, base: Checkpoint, family: Family, rows: Sequence[Row], max_length: int | None, device: torch.device
-    ) -> None:
-        self.family, self.skeleton = family, Skeleton(base, family, device)
-        processing = load_processing(base.directory, family, rows)
-        limits = Limits.of(self.skeleton.model.config)
-        found = tokenized(rows, processing, max_length, limits, self.skeleton.dtype)
-        self.samples = [sample for sample in found if any(sample.completion_mask)]
+    def __init__(self, base: OpenModel, rows: Sequence[Row], max_length: int | None) -> None:
+        self.skeleton = base.skeleton
+        samples = tokenized(rows, base.processing(rows), max_length, base.limits, self.skeleton.dtype)
+        self.samples = [sample for sample in samples if any(sample.completion_mask)]
 
     def __call__(self, model: PeftModel) -> float:
         """Return the mean loss per token of the base with the LoRA of ``model``."""
-        return mean_loss(self.skeleton, self.family, self.samples, loras_of(model))
+        return mean_loss(self.skeleton, self.samples, loras_of(model))
 
 
 def loras_of(model: PeftModel) -> dict[str, Lora]:

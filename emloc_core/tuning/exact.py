@@ -20,24 +20,20 @@ from transformers.trainer_utils import EvalLoopOutput
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
 from emloc_core.adapters.moments import FILE, hash_moments, load_moments, tuned_at
-from emloc_core.data.rows import NO_RENAMING
 from emloc_core.data.tokenize import Processing
-from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on
 from emloc_core.exact.need import Positions, lora_need, step_need
 from emloc_core.exact.steps import ExactSteps
-from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, learned_preferences
 from emloc_core.model.nf4_checkpoints import is_in_four_bits
+from emloc_core.model.opened import OpenModel, open_model
 from emloc_core.model.overhead import overhead
-from emloc_core.model.skeleton import Skeleton
-from emloc_core.requests import EvalRows, PolishRequest, Rows, TrainRequest
-from emloc_core.settings import ExactSettings, PolishSettings, StepSettings, TrainSettings
+from emloc_core.requests import EvalRows, PolishRequest, TrainRequest
+from emloc_core.settings import ExactSettings, StepSettings, TrainSettings
 from emloc_core.tuning.evaluation import MODEL_LOSS, BaseLoss
-from emloc_core.tuning.planned import as_planned
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import SETTINGS, LoraTrainer, balance_no_experts, refusing
 from emloc_core.tuning.trl import lora_config
@@ -60,48 +56,30 @@ class ExactTrain(Train):
     """Trains a LoRA on a model that need not fit in memory, to the same result as :class:`Train`.
 
     Args:
-        model: an ordinary checkpoint or an emulator, or its directory.
-        data, output, settings, exclude, split, columns, evaluation, skip_bad_rows: see :class:`Train`. An optimiser
-            step takes ``batch_size x accumulation`` rows, and reads every block twice.
-        limits: what the steps may use.
+        request: see :class:`Train`. An optimiser step takes ``batch_size x accumulation`` rows, and reads every block
+            twice.
 
     Raises:
         EmlocError: as :class:`Train`; or the model is quantised in another way than emulators are, or a setting asks
             for ordinary steps.
     """
 
-    def __init__(
-        self,
-        model: Path | Checkpoint,
-        data: Rows,
-        output: Path,
-        settings: StepSettings,
-        exclude: Sequence[Path] = (),
-        split: str = "train",
-        columns: Mapping[str, str] = NO_RENAMING,
-        limits: ExactSettings = _LIMITS,
-        evaluation: EvalRows = _NONE,
-        *,
-        skip_bad_rows: bool = False,
-    ) -> None:
-        if evaluation.on_base:
+    def __init__(self, request: TrainRequest | PolishRequest) -> None:
+        if request.evaluation.on_base:
             raise EmlocError("Exact steps train on the base, whose loss is evaluated anyway.", "Leave out --eval-base.")
-        super().__init__(
-            model, data, output, settings, exclude, split, columns, evaluation, skip_bad_rows=skip_bad_rows
-        )
+        super().__init__(request)
         if self.settings.learns_preferences:
             raise EmlocError(
                 "Exact steps know the likelihood of answers alone, not preferences.",
                 "Train by DPO on an emulator or an ordinary model.",
                 code="unsupported",
             )
-        if settings.trains_modules:
+        if self.settings.trains_modules:
             raise _no_modules("modules")
-        if others := [name for name in _ORDINARY if name in settings.extra]:
+        if others := [name for name in _ORDINARY if name in self.settings.extra]:
             raise EmlocError(f"Exact steps do not know {', '.join(others)}.", "Leave it out.")
-        self.skeleton = Skeleton(self.model, self.family)
-        self.limits = limits
-        self.memory = parse_bytes(limits.memory) if limits.memory else None
+        self.skeleton, self.limits = self.model.skeleton, request.limits
+        self.memory = parse_bytes(self.limits.memory) if self.limits.memory else None
 
     def _config(self, **fixed: Any) -> TrainingArguments:
         rows = self.settings.batch_size * self.settings.accumulation
@@ -143,9 +121,8 @@ class ExactTrain(Train):
                 patience=self.settings.patience,
                 processing_class=processing,
             )
-        blocks = [tower.blocks for tower in self.family.towers]
         base: Any = lora.get_base_model()
-        steps = ExactSteps(base, self.skeleton, blocks, config.device, room, boundaries)
+        steps = ExactSteps(base, self.skeleton, config.device, room, boundaries)
         trainer.attach(steps, self.settings.batch_size, self.start)
         self._closing.callback(steps.close)
         return trainer
@@ -156,7 +133,7 @@ class ExactTrain(Train):
             return super()._train(config, output, state)
 
     def _held_out(self, config: TrainingArguments) -> BaseLoss:
-        return BaseLoss(self.model, self.family, self.eval_rows, self.settings.max_length, config.device)
+        return BaseLoss(self.model.on(config.device), self.eval_rows, self.settings.max_length)
 
     def _need(self, config: TrainingArguments) -> dict[str, int]:
         """Return what the longest step needs; see :func:`step_need`."""
@@ -166,7 +143,7 @@ class ExactTrain(Train):
             return Positions(sum(largest), largest[0] * self.settings.batch_size)
 
         tokens, patches = most([row.tokens for row in self.sizes]), most([row.patches for row in self.sizes])
-        return step_need(self.skeleton.model, self.family, tokens, patches, self.skeleton.dtype)
+        return step_need(self.skeleton.model, self.model.family, tokens, patches, self.skeleton.dtype)
 
     def _boundaries(self, config: TrainingArguments, need: Mapping[str, int]) -> Boundaries:
         """Say where activations at block boundaries wait.
@@ -198,51 +175,44 @@ class ExactTrain(Train):
 
     def describe(self) -> dict[str, Any]:
         """Return what :meth:`Train.describe` does, and ``step_read_bytes``: every block twice, the rest once."""
-        blocks = block_paths(self.skeleton.model, self.family)
-        keys = {key for block in blocks for name in self.skeleton.names(block) for key in self.skeleton.sources(name)}
-        twice = sum(self.model.tensors[key].nbytes for key in keys)
-        return {**super().describe(), "step_read_bytes": self.model.nbytes + twice}
+        keys = {
+            key
+            for block in self.skeleton.blocks
+            for name in self.skeleton.names(block)
+            for key in self.skeleton.sources(name)
+        }
+        twice = sum(self.model.checkpoint.tensors[key].nbytes for key in keys)
+        return {**super().describe(), "step_read_bytes": self.model.checkpoint.nbytes + twice}
 
 
 class Polish(ExactTrain):
     """Takes exact steps from an adapter; the result is an ordinary adapter of the base.
 
     Args:
-        adapter: of the base: corrected, trained on it or on an emulator of it, or by PEFT alone.
-        base: the model.
-        data, output, settings, exclude, split, columns, limits, evaluation, skip_bad_rows: see :class:`ExactTrain`.
+        request: see :class:`ExactTrain`. The adapter is of the base: corrected, trained on it or on an emulator of it,
+            or by PEFT alone.
 
     Raises:
         EmlocError: as :class:`ExactTrain`; or the adapter does not fit the base.
     """
 
-    def __init__(  # noqa: PLR0913 - most by keyword
-        self,
-        adapter: Adapter,
-        base: Checkpoint,
-        data: Rows,
-        output: Path,
-        settings: PolishSettings,
-        exclude: Sequence[Path] = (),
-        split: str = "train",
-        columns: Mapping[str, str] = NO_RENAMING,
-        limits: ExactSettings = _LIMITS,
-        evaluation: EvalRows = _NONE,
-        *,
-        skip_bad_rows: bool = False,
-    ) -> None:
-        if not is_in_four_bits(base.config):
-            base.require_unquantised("--base")
-        if adapter.replaced:
-            raise _no_modules(", ".join(adapter.replaced))
-        self.adapter, self.start = adapter, adapter.directory
-        self.tuned_at = tuned_at(adapter.directory)
+    def __init__(self, request: PolishRequest) -> None:
+        self.adapter = Adapter(request.adapter)
+        super().__init__(request)
+        require_shapes(self.adapter, self.skeleton.model)
+
+    def _opened(self) -> tuple[OpenModel, StepSettings]:
+        assert isinstance(self.request, PolishRequest)
+        base, settings = open_model(self.request.base or self.adapter.base_name, "cpu"), self.request.settings
+        if not is_in_four_bits(base.checkpoint.config):
+            base.checkpoint.require_unquantised("--base")
+        if self.adapter.replaced:
+            raise _no_modules(", ".join(self.adapter.replaced))
+        self.start, self.tuned_at = self.adapter.directory, tuned_at(self.adapter.directory)
         if settings.learning_rate is None:
             rate = max((self.tuned_at or 0) / 2, TrainSettings().learning_rate)
             settings = settings.model_copy(update={"learning_rate": rate})
-        rows = data, output, settings, exclude, split, columns
-        super().__init__(base, *rows, limits, evaluation, skip_bad_rows=skip_bad_rows)
-        require_shapes(adapter, self.skeleton.model)
+        return base, settings
 
     def describe(self) -> dict[str, Any]:
         """Return what :meth:`ExactTrain.describe` does, and whether the optimiser begins with moments of tuning.
@@ -276,7 +246,8 @@ class Polish(ExactTrain):
         return {**super()._inputs(), "adapter": str(self.adapter.directory.absolute())}
 
     def _require_base(self, files: Inputs) -> None:
-        require_base(self.adapter, self.model, self.model.fingerprint(files), allow_uncorrected=True)
+        base = self.model.checkpoint
+        require_base(self.adapter, base, base.fingerprint(files), allow_uncorrected=True)
 
 
 def _no_modules(names: str) -> EmlocError:
@@ -337,16 +308,6 @@ def prepare(request: TrainRequest | PolishRequest) -> Train:
     Raises:
         EmlocError: from the model, the adapter, the rows or the settings.
     """
-    rows = request.data, request.output
-    more: dict[str, Any] = {"columns": request.columns, "evaluation": request.evaluation}
-    more["skip_bad_rows"] = request.skip_bad_rows
-    others = request.exclude, request.split
     if isinstance(request, PolishRequest):
-        adapter = Adapter(request.adapter)
-        base = open_checkpoint(request.base or adapter.base_name)
-        return Polish(adapter, base, *rows, request.settings, *others, limits=request.limits, **more)
-    model = open_checkpoint(request.model)
-    settings = as_planned(request.settings, model)
-    if request.exact:
-        return ExactTrain(model, *rows, settings, *others, limits=request.limits, **more)
-    return Train(model, *rows, settings, *others, **more)
+        return Polish(request)
+    return ExactTrain(request) if request.exact else Train(request)

@@ -2,30 +2,26 @@
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers import PreTrainedModel
 
 from emloc_core.emulator.declared import all_linears
 from emloc_core.errors import EmlocError, did_you_mean
-from emloc_core.family import Family
-from emloc_core.files.pretrained import load_config
-from emloc_core.model.skeleton import build_model
+from emloc_core.model.opened import OpenModel
 from emloc_core.settings import ALL_LINEAR, TrainSettings
 from emloc_core.transfer import module_problems, require
 from emloc_core.tuning.trl import lora_config
 
 
-def choose_targets(config_file: Path, family: Family, settings: TrainSettings) -> list[str]:
+def choose_targets(model: OpenModel, settings: TrainSettings) -> list[str]:
     """Return the ends of the paths of the modules that get a LoRA, sorted. Reads no weights.
 
     Args:
-        config_file: the model's ``config.json``; an emulator has the same Linears as its base.
-        family: the model's family.
+        model: the model; an emulator has the same Linears as its base.
         settings: settings of the LoRA.
 
     Raises:
@@ -34,27 +30,25 @@ def choose_targets(config_file: Path, family: Family, settings: TrainSettings) -
     chosen = settings.target_modules
     special = settings.rank_pattern or settings.layers_to_transform or settings.trains_modules
     if not chosen and not special:  # a family's own targets have passed the conformance kit
-        return family.lora_targets()
+        return model.family.lora_targets()
     if chosen == [ALL_LINEAR]:
-        chosen = all_linears(build_model(load_config(config_file), family, torch.float32))
-    targets = sorted(set(chosen or family.lora_targets()))
-    require_linears(config_file, family, settings, targets)
+        chosen = all_linears(model.build())
+    targets = sorted(set(chosen or model.family.lora_targets()))
+    require_linears(model.build(), settings, targets)
     return targets
 
 
-def require_linears(config_file: Path, family: Family, settings: TrainSettings, targets: Sequence[str]) -> None:
+def require_linears(model: PreTrainedModel, settings: TrainSettings, targets: Sequence[str]) -> None:
     """Refuse targets that match no module, or on which PEFT would adapt anything but a Linear. Reads no weights.
 
     Args:
-        config_file: the model's ``config.json``; an emulator has the same Linears as its base.
-        family: the model's family.
+        model: the model; it is changed.
         settings: settings of the LoRA.
         targets: ends of module paths.
 
     Raises:
         EmlocError: a target is refused; names the target and the module.
     """
-    model: nn.Module = build_model(load_config(config_file), family, torch.float32)
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = sorted({path.rpartition(".")[2] for path in linears})
     remedy = f"Give ends of paths that match only Linears: {', '.join(names)}."

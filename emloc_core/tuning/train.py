@@ -8,7 +8,7 @@ publishes the directory; the others write their part of the checkpoints into it.
 import atexit
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ from emloc_core.adapters.adapter import content_hash
 from emloc_core.adapters.moments import copy_moments, write_moments
 from emloc_core.data.rows import (
     CALIBRATION,
-    NO_RENAMING,
     SELECTION,
     SKIPPED,
     Skipped,
@@ -35,25 +34,24 @@ from emloc_core.data.rows import (
     without,
     write_skipped,
 )
-from emloc_core.data.tokenize import Processing, load_processing, require_readable
+from emloc_core.data.tokenize import Processing, require_readable
 from emloc_core.emulator.declared import find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.card import data_name
-from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT, manifest_value
 from emloc_core.files.output import Output, made_from, read_manifest
-from emloc_core.files.pretrained import load_config, load_model
-from emloc_core.model.skeleton import Skeleton, build_model
-from emloc_core.plugins.manager import plugin_manager
-from emloc_core.requests import EvalRows, Rows
+from emloc_core.files.pretrained import load_model
+from emloc_core.model.opened import OpenModel, open_model
+from emloc_core.requests import EvalRows, PolishRequest, TrainRequest
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
 from emloc_core.tuning.dataset import make_dataset, measure
 from emloc_core.tuning.evaluation import BaseLoss, divide, is_over, logged, losses_at, trainer_settings
 from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.launcher import require_processes
+from emloc_core.tuning.planned import as_planned
 from emloc_core.tuning.preferences import preference_dataset, require_preferences
 from emloc_core.tuning.targets import choose_targets
 from emloc_core.tuning.trainer import (
@@ -69,7 +67,6 @@ from emloc_core.tuning.trl import check_extra, lora_config, trainer_config
 
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
-_NONE = EvalRows()
 #: Settings that do not affect the result: ever, and without rows to evaluate.
 _WITHOUT_EFFECT, _OF_EVALUATION = {"report_to", "save_steps"}, {"eval_steps", "patience"}
 
@@ -78,16 +75,10 @@ class Train:
     """Stage 2. The constructor makes cheap checks; :meth:`run` trains.
 
     Args:
-        model: an emulator or ordinary checkpoint, or its directory.
-        data: see :func:`emloc_core.data.rows.load_rows`.
-        output: directory for the adapter.
-        settings: how to train.
-        exclude: files with rows not to train on, such as test rows. The emulator's calibration and selection rows are
-            always left out.
-        split: split of a saved or hub dataset.
-        columns: names that the data have for columns, by the usual names.
-        evaluation: rows to evaluate while training, which are not trained on.
-        skip_bad_rows: leave out rows that cannot be read.
+        request: what is trained, on which rows, and how. The rows that an emulator keeps are always left out.
+
+    Attributes:
+        model: an emulator, or an ordinary model.
 
     Raises:
         EmlocError: the model, its family, the data or the settings are wrong.
@@ -100,42 +91,30 @@ class Train:
     #: The caller's own, which the trainer calls too; they are no part of the request.
     callbacks: Sequence[TrainerCallback] = ()
 
-    def __init__(
-        self,
-        model: Path | Checkpoint,
-        data: Rows,
-        output: Path,
-        settings: StepSettings,
-        exclude: Sequence[Path] = (),
-        split: str = "train",
-        columns: Mapping[str, str] = NO_RENAMING,
-        evaluation: EvalRows = _NONE,
-        *,
-        skip_bad_rows: bool = False,
-    ) -> None:
-        self.model = model if isinstance(model, Checkpoint) else Checkpoint(model)
-        _ = self.model.tensors  # finds truncated shards before training
-        self.family = plugin_manager().family_for(self.model.config)
-        find_linears(self._without_weights(), self.family)  # refuses a declaration that does not fit this model
-        self.settings, self.path = settings, output
+    def __init__(self, request: TrainRequest | PolishRequest) -> None:
+        self.request, self.path, evaluation = request, request.output, request.evaluation
+        self.model, settings = self._opened()
+        self.settings: StepSettings = settings
+        _ = self.model.checkpoint.tensors  # finds truncated shards before training
+        find_linears(self._without_weights(), self.model.family)  # refuses a declaration that does not fit this model
         self.is_main_process = True  # until the processes have found each other
         check_extra(settings)
         self.targets = self._targets()
-        self._data = data_name(data)
         self.skipped: list[Skipped] = []
-        rows = load_rows(data, split, settings.loss, columns, self.skipped if skip_bad_rows else None)
-        require_readable(rows, self.family)
-        held_out = [self.model.directory / name for name in (CALIBRATION, SELECTION)]
+        data, split, columns = request.data, request.split, request.columns
+        rows = load_rows(data, split, settings.loss, columns, self.skipped if request.skip_bad_rows else None)
+        require_readable(rows, self.model.family)
+        held_out = [self.model.checkpoint.directory / name for name in (CALIBRATION, SELECTION)]
         known = [path for path in held_out if path.is_file()]
         if self.settings.learns_preferences:
             require_preferences(rows, self.settings)
-            if evaluation != _NONE:
+            if evaluation != EvalRows():
                 raise EmlocError("Preferences are not evaluated while tuning.", "Leave out the rows to evaluate.")
-        kept = without(rows, [*known, *exclude], split, columns)
+        kept = without(rows, [*known, *request.exclude], split, columns)
         self.excluded = len(rows) - len(kept)
         self.rows, self.eval_rows = divide(kept, evaluation, data, split, settings, known, columns)
-        require_readable(self.eval_rows, self.family)
-        self.base = self._base(evaluation)
+        require_readable(self.eval_rows, self.model.family)
+        self.base = self._base()
         if not self.eval_rows and settings.patience is not None:
             raise EmlocError(
                 "There are no rows to evaluate, so patience would never end.",
@@ -147,19 +126,25 @@ class Train:
             why = f"all {len(kept)} that are left are evaluated" if kept else why
             raise EmlocError(f"No row of {source} is left to train on: {why}.", "Give more rows.")
 
+    def _opened(self) -> tuple[OpenModel, StepSettings]:
+        """Return the model, and the settings with what it decides of them."""
+        assert isinstance(self.request, TrainRequest)
+        model = open_model(self.request.model, "cpu")
+        return model, as_planned(self.request.settings, model.checkpoint)
+
     def _without_weights(self) -> PreTrainedModel:
-        if self.model.config.get("quantization_config"):
-            return build_model(load_config(self.model.directory / "config.json"), self.family, torch.float32)
-        return Skeleton(self.model, self.family).model  # refuses weights that are missing, or hold no floats
+        if self.model.checkpoint.config.get("quantization_config"):
+            return self.model.build()
+        return self.model.skeleton.model  # refuses weights that are missing, or hold no floats
 
     def _targets(self) -> list[str]:
         """Return the ends of the paths of modules that get a LoRA, sorted."""
         assert isinstance(self.settings, TrainSettings)
-        return choose_targets(self.model.directory / "config.json", self.family, self.settings)
+        return choose_targets(self.model, self.settings)
 
-    def _base(self, evaluation: EvalRows) -> Checkpoint | None:
+    def _base(self) -> OpenModel | None:
         """Return the base that is evaluated with the LoRA, if there is one."""
-        if not evaluation.on_base:
+        if not self.request.evaluation.on_base:
             return None
         if self.settings.trains_modules:
             raise EmlocError(
@@ -171,7 +156,7 @@ class Train:
             raise EmlocError(
                 "There are no rows to evaluate the base on.", "Give them with --eval-data or --eval-split."
             )
-        return open_checkpoint(evaluation.base or made_from(self.model.directory, "base"))
+        return open_model(self.request.evaluation.base or made_from(self.model.checkpoint.directory, "base"), "cpu")
 
     @property
     def warnings(self) -> list[str]:
@@ -191,8 +176,8 @@ class Train:
         steps = math.ceil(epochs * math.ceil(batches / settings.accumulation))
         return {
             "output": str(self.path),
-            "model": str(self.model.directory),
-            "family": self.family.name,
+            "model": str(self.model.checkpoint.directory),
+            "family": self.model.family.name,
             "rows": len(self.rows),
             "excluded_rows": self.excluded,
             "eval_rows": len(self.eval_rows),
@@ -200,13 +185,12 @@ class Train:
             "steps": settings.steps or steps,
             "learning_rate": settings.learning_rate,
             "target_modules": self.targets,
-            "model_bytes": self.model.nbytes,
+            "model_bytes": self.model.checkpoint.nbytes,
         }
 
     def _processing(self) -> tuple[Processing, int | None, PreTrainedConfig]:
         """Return what turns rows into inputs, their maximum length, and the model's config."""
-        processing = load_processing(self.model.directory, self.family, [*self.rows, *self.eval_rows])
-        return processing, self.settings.max_length, load_config(self.model.directory / "config.json")
+        return self.model.processing([*self.rows, *self.eval_rows]), self.settings.max_length, self.model.config
 
     def _config(self, **fixed: Any) -> TrainingArguments:
         checkpoints = Output(self.path, "adapter", {}).staging / CHECKPOINTS
@@ -241,7 +225,7 @@ class Train:
         files = Inputs(self.path.resolve().parent)
         request = self._request(files, state.num_processes) if state.is_main_process else {}
         device, made_from = config.device.type, self._inputs()
-        output = Output(self.path, "adapter", request, device, made_from, files, self.family)
+        output = Output(self.path, "adapter", request, device, made_from, files, self.model.family)
         (finished,) = broadcast_object_list([state.is_main_process and output.is_finished()])
         if finished:
             return self.path
@@ -254,16 +238,16 @@ class Train:
 
     def _name(self) -> str:
         """Return what the adapter calls its model: a hub id, or the path of an emulator, which `correct` reads."""
-        is_emulator = self.model.config.get("quantization_config") is not None
-        return str(self.model.directory.absolute()) if is_emulator else self.model.name
+        is_emulator = self.model.checkpoint.config.get("quantization_config") is not None
+        return str(self.model.checkpoint.directory.absolute()) if is_emulator else self.model.checkpoint.name
 
     def _inputs(self) -> dict[str, str]:
         """Return the paths of the inputs, for the manifest."""
-        return {"model": self._name(), "data": self._data}
+        return {"model": self._name(), "data": data_name(self.request.data)}
 
     def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
         return {
-            "model": self.model.fingerprint(files),
+            "model": self.model.checkpoint.fingerprint(files),
             "rows": digest(self.rows),
             "settings": self.settings.model_dump(
                 exclude=_WITHOUT_EFFECT | (set() if self.eval_rows else _OF_EVALUATION)
@@ -276,11 +260,10 @@ class Train:
         """Return what the request says of the evaluation: it decides which checkpoint is kept."""
         if self.base is None:
             return {"eval": digest(self.eval_rows)} if self.eval_rows else {}
-        base = self.base.fingerprint(files)
-        manifest = read_manifest(self.model.directory) or {}
-        if manifest_value(manifest, self.model.directory, "request.base", str) != base:
+        base, emulator = self.base.checkpoint.fingerprint(files), self.model.checkpoint.directory
+        if manifest_value(read_manifest(emulator) or {}, emulator, "request.base", str) != base:
             raise EmlocError(
-                f"The emulator {self.model.directory} was made from another base than {self.base.directory}.",
+                f"The emulator {emulator} was made from another base than {self.base.checkpoint.directory}.",
                 "Give the base that it was made from with --base.",
                 code="mismatch",
             )
@@ -308,7 +291,7 @@ class Train:
         trainer.follow(self._progress, self.callbacks)
         if self.eval_rows and (held_out := self._held_out(config)):
             trainer.base_loss = held_out
-        trainer.lora.peft_config["default"].base_model_name_or_path = str(self.model.directory.absolute())
+        trainer.lora.peft_config["default"].base_model_name_or_path = str(self.model.checkpoint.directory.absolute())
         saved = TrainerState.load_from_json(str(resume / STATE)) if resume else None
         if saved and is_over(saved):  # interrupted after the last step: train() might add one
             trainer.restore(saved)
@@ -355,13 +338,13 @@ class Train:
         """Return what evaluates a base, streamed; None if only the model itself is evaluated."""
         if self.base is None:
             return None
-        return BaseLoss(self.base, self.family, self.eval_rows, self.settings.max_length, config.device)
+        return BaseLoss(self.base.on(config.device), self.eval_rows, self.settings.max_length)
 
     def _trainer(self, config: TrainingArguments, dataset: Dataset, processing: Processing) -> LoraSteps:
         assert isinstance(self.settings, TrainSettings)
-        directory = self.model.directory.absolute()
+        directory = self.model.checkpoint.directory.absolute()
         with refusing(f"{directory} cannot be loaded", resumable=True):
-            model = load_model(self.family.auto_class, directory)
+            model = load_model(self.model.family.auto_class, directory)
         balance_no_experts(model.config)
         with refusing(SETTINGS):
             trainer = TRAINERS[self.settings.objective](
@@ -395,7 +378,7 @@ class Train:
             config["target_modules"] = self.targets
         config["base_model_name_or_path"] = self._name()  # only now: PEFT would fetch from the hub what it names
         write_json(staging / "adapter_config.json", config)
-        self.model.copy_processing(staging)
+        self.model.checkpoint.copy_processing(staging)
         write_json(staging / LOG, log)
         if self.skipped:
             write_skipped(staging / SKIPPED, self.skipped)

@@ -12,23 +12,22 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.adapters import TARGETS, delta, make_adapter
+from support.jobs import compress_job, correct_job
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import Adapter, config_problems, content_hash
 from emloc_core.adapters.candidates import CANDIDATES, choose, gains
-from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.held_out import mean_loss
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode, load_processing
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.lora import WEIGHTS
 from emloc_core.files.output import read_manifest
-from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.opened import OpenModel
 from emloc_core.settings import CompressSettings, CorrectSettings
 
 
@@ -43,7 +42,7 @@ def adapter(emulator, tmp_path_factory):
 
 
 def correct(adapter, base, output, clamp="none", **options):
-    job = Correct(Adapter(adapter), Checkpoint(base), output, CorrectSettings(clamp=clamp), **options)
+    job = correct_job(adapter, base, output, CorrectSettings(clamp=clamp), **options)
     return job.run()
 
 
@@ -155,7 +154,7 @@ def test_a_scale_that_wins_is_that_of_what_is_written(tiny_model, adapter, tmp_p
     [None, [], [None], [Lora(torch.zeros(1, 2), torch.zeros(2, 1), 1.0)]],
 )
 def test_a_correction_that_gives_no_loras_is_named(tiny_model, adapter, tmp_path, answer):
-    job = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(clamp=1.0))
+    job = correct_job(adapter, tiny_model, tmp_path / "out", CorrectSettings(clamp=1.0))
     job.correct = lambda *_: answer
     with pytest.raises(
         EmlocError, match=r"correction 'emloc' did not give one LoRA per clamp.* on model\.layers\.0\.mlp\."
@@ -165,7 +164,7 @@ def test_a_correction_that_gives_no_loras_is_named(tiny_model, adapter, tmp_path
 
 
 def test_a_correction_that_raises_is_named(tiny_model, adapter, tmp_path):
-    job = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(clamp=1.0))
+    job = correct_job(adapter, tiny_model, tmp_path / "out", CorrectSettings(clamp=1.0))
     job.correct = lambda *_: 1 // 0
     with pytest.raises(EmlocError, match=r"correction 'emloc', on model\.layers\.0\.\S+, failed \(ZeroDivisionError: "):
         job.run()
@@ -246,9 +245,9 @@ def test_clamps_are_compared_on_the_answers_that_count_in_training(tiny_model, t
                  for row in example_rows()[:9]]  # fmt: skip
     rows = load_rows([{"messages": one + other} for one, other in itertools.pairwise(sentences)], loss="all")
     settings = CompressSettings(samples=4, selection=3, loss="all")
-    emulator = Compress(Checkpoint(tiny_model), rows, tmp_path / "emulator", settings).run()
+    emulator = compress_job(tiny_model, rows, tmp_path / "emulator", settings).run()
     trained = make_adapter(emulator, tmp_path / "adapter")
-    job = Correct(Adapter(trained), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings())
+    job = correct_job(trained, tiny_model, tmp_path / "out", CorrectSettings())
     assert [row.loss for row in job.rows] == ["all"] * 3
     assert all("".join(map(str, sample.completion_mask)).count("01") == 2 for sample in job.samples)
 
@@ -258,9 +257,9 @@ def test_an_emulator_as_in_the_paper_has_its_clamp_unless_another_is_given(
     tiny_model, rows_file, tmp_path, chosen, clamp
 ):
     settings = CompressSettings(paper=True, samples=4, selection=2)
-    emulator = Compress(Checkpoint(tiny_model), load_rows(rows_file), tmp_path / "emulator", settings).run()
+    emulator = compress_job(tiny_model, rows_file, tmp_path / "emulator", settings).run()
     adapter = make_adapter(emulator, tmp_path / "adapter")
-    job = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "out", CorrectSettings(**chosen))
+    job = correct_job(adapter, tiny_model, tmp_path / "out", CorrectSettings(**chosen))
     assert job.output.request["clamp"] == clamp
 
 
@@ -283,7 +282,7 @@ def test_a_loss_that_is_not_finite_is_no_candidate(tiny_model, tiny_emulator, tm
 
 def test_auto_without_held_out_rows_says_what_to_do(tiny_model, rows_file, tmp_path):
     settings = CompressSettings(samples=12, selection=0, ratio=0.6)
-    bare = Compress(Checkpoint(tiny_model), load_rows(rows_file), tmp_path / "emulator", settings).run()
+    bare = compress_job(tiny_model, rows_file, tmp_path / "emulator", settings).run()
     adapter = make_adapter(bare, tmp_path / "adapter")
     with pytest.raises(EmlocError, match="--selection-data"):
         correct(adapter, tiny_model, tmp_path / "out", clamp="auto", emulator=bare)
@@ -323,14 +322,14 @@ def test_nan_in_an_adapter_names_the_tensor(tiny_model, adapter, tmp_path):
 
 def test_a_model_that_computes_all_logits_has_the_same_loss(tiny_model):
     base = Checkpoint(tiny_model)
-    skeleton, family = Skeleton(base, LLAMA), LLAMA
+    skeleton, family = OpenModel(base, LLAMA).skeleton, LLAMA
     rows = load_rows(example_rows()[:4])
     samples = encode(rows, load_processing(tiny_model, family, rows))
-    chosen = mean_loss(skeleton, family, samples, {})
+    chosen = mean_loss(skeleton, samples, {})
     forward = skeleton.model.forward
 
     def of_all_tokens(input_ids, **others):  # by its signature, it cannot leave any out
         return forward(input_ids, **others)
 
     skeleton.model.forward = of_all_tokens
-    assert mean_loss(skeleton, family, samples, {}) == pytest.approx(chosen, rel=1e-5)
+    assert mean_loss(skeleton, samples, {}) == pytest.approx(chosen, rel=1e-5)

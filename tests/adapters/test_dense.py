@@ -7,21 +7,15 @@ import torch
 from emloc_llama import LLAMA
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.jobs import compress_job, correct_job, exact_job, merge_job, polish_job, train_job
 from support.models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from emloc_core.adapters.adapter import WEIGHTS, Adapter
-from emloc_core.adapters.correct import Correct
-from emloc_core.adapters.merge import Merge
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, TrainSettings
-from emloc_core.tuning.exact import ExactTrain, Polish
-from emloc_core.tuning.train import Train
 
 IDS = torch.arange(3, 23)[None]
 WAYS = [
@@ -38,7 +32,7 @@ def models(request, rows_file, tmp_path_factory):
     directory = tmp_path_factory.mktemp("models")
     base = save_tiny_model({**LLAMA.tiny_configs[0], "tie_word_embeddings": request.param}, directory / "base")
     settings = CompressSettings(samples=4, selection=2, ratio=0.5)
-    return base, Compress(Checkpoint(base), load_rows(str(rows_file)), directory / "emulator", settings).run()
+    return base, compress_job(base, rows_file, directory / "emulator", settings).run()
 
 
 def adapter_on(emulator, directory, **settings):
@@ -58,12 +52,12 @@ def adapter_on(emulator, directory, **settings):
 def test_they_are_carried_over_and_merged(models, tmp_path, way):
     base, emulator = models
     adapter = adapter_on(emulator, tmp_path / "adapter", **way)
-    corrected = Correct(Adapter(adapter), Checkpoint(base), tmp_path / "corrected", CorrectSettings(clamp=1)).run()
+    corrected = correct_job(adapter, base, tmp_path / "corrected", CorrectSettings(clamp=1)).run()
     trained, kept = Adapter(adapter).others, Adapter(corrected).others
     assert trained.keys() == kept.keys()
     assert all(torch.equal(kept[key], tensor) for key, tensor in trained.items())
 
-    merged = Merge(Adapter(corrected), Checkpoint(base), tmp_path / "merged").run()
+    merged = merge_job(corrected, base, tmp_path / "merged").run()
     with_adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), corrected).eval()
     with torch.no_grad():
         expected = with_adapter(IDS).logits
@@ -77,7 +71,7 @@ def test_candidates_are_compared_with_them(models, tmp_path):
     """Otherwise a base that lacks what was trained would be judged."""
     base, emulator = models
     adapter = adapter_on(emulator, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
-    job = Correct(Adapter(adapter), Checkpoint(base), tmp_path / "a", CorrectSettings())
+    job = correct_job(adapter, base, tmp_path / "a", CorrectSettings())
     found, losses = job._compare(job._candidates()[:1], lambda *_: None)
     uncorrected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     layers = uncorrected.get_base_model()
@@ -101,18 +95,18 @@ def test_training_trains_saves_and_resumes_them(models, rows_file, tmp_path):
         steps=2, batch_size=4, learning_rate=0.05, bf16=False, modules_to_save="lm_head", layers_to_transform="1",
         rank_pattern="q_proj=2", target_modules="q_proj,v_proj",
     )  # fmt: skip
-    adapter = Adapter(Train(emulator, str(rows_file), tmp_path / "adapter", settings).run())
+    adapter = Adapter(train_job(emulator, rows_file, tmp_path / "adapter", settings).run())
     assert {path: len(lora.a) for path, lora in adapter.loras.items()} == {
         "model.layers.1.self_attn.q_proj": 2, "model.layers.1.self_attn.v_proj": 8,
     }  # fmt: skip
     (new,) = adapter.replaced.values()
     old = AutoModelForCausalLM.from_pretrained(base).lm_head.weight
     assert (new.weight - old).abs().max() > 0.01
-    Merge(adapter, Checkpoint(base), tmp_path / "merged", allow_uncorrected=True).run()
+    merge_job(adapter, base, tmp_path / "merged", allow_uncorrected=True).run()
     with pytest.raises(EmlocError, match="Exact steps train LoRAs alone, and lm_head"):
-        Polish(adapter, Checkpoint(base), str(rows_file), tmp_path / "polished", PolishSettings(steps=1))
+        polish_job(adapter, base, rows_file, tmp_path / "polished", PolishSettings(steps=1))
     with pytest.raises(EmlocError, match="Exact steps train LoRAs alone"):
-        ExactTrain(base, str(rows_file), tmp_path / "exact", settings)
+        exact_job(base, rows_file, tmp_path / "exact", settings)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +120,7 @@ def test_training_trains_saves_and_resumes_them(models, rows_file, tmp_path):
 )
 def test_what_matches_nothing_is_refused_before_training(models, rows_file, tmp_path, settings, message):
     with pytest.raises(EmlocError, match=message):
-        Train(models[1], str(rows_file), tmp_path / "a", TrainSettings(target_modules="q_proj", **settings))
+        train_job(models[1], rows_file, tmp_path / "a", TrainSettings(target_modules="q_proj", **settings))
 
 
 def _with(**tensors):
@@ -151,7 +145,7 @@ def test_what_the_config_does_not_say_is_refused(models, tmp_path, change, messa
     adapter = adapter_on(emulator, tmp_path / "adapter", trainable_token_indices=[5, 9])
     save_file(change(load_file(adapter / WEIGHTS)), adapter / WEIGHTS)
     with pytest.raises(EmlocError, match=message):
-        Correct(Adapter(adapter), Checkpoint(base), tmp_path / "corrected", CorrectSettings(clamp=1))
+        correct_job(adapter, base, tmp_path / "corrected", CorrectSettings(clamp=1))
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(models, tmp_path):
@@ -160,7 +154,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(models, tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": [5, 10**6]}))
     with pytest.raises(EmlocError, match="does not fit"):
-        Merge(Adapter(adapter), Checkpoint(base), tmp_path / "merged")
+        merge_job(adapter, base, tmp_path / "merged")
 
 
 def test_the_plan_counts_what_is_trained(models):

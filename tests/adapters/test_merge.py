@@ -9,14 +9,13 @@ from emloc_llama import LLAMA
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.adapters import TARGETS, delta, make_adapter
+from support.jobs import correct_job, merge_job
 from support.rows import example_rows, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import emloc_core
 from emloc_core.adapters import merge as merging
 from emloc_core.adapters.adapter import Adapter, fingerprint
-from emloc_core.adapters.correct import Correct
-from emloc_core.adapters.merge import Merge
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.header import read_header
@@ -25,7 +24,7 @@ from emloc_core.settings import CorrectSettings
 
 
 def merge(adapter, base, output, **options):
-    return Merge(Adapter(adapter), Checkpoint(base), output, **options).run()
+    return merge_job(adapter, base, output, **options).run()
 
 
 def peft_merged(base, adapter):
@@ -212,7 +211,7 @@ def double_scale(adapter):
 def corrected(tiny_model, tiny_emulator, tmp_path):
     trained = make_adapter(tiny_emulator, tmp_path / "adapter")
     settings = CorrectSettings(clamp=1)
-    return Correct(Adapter(trained), Checkpoint(tiny_model), tmp_path / "corrected", settings).run()
+    return correct_job(trained, tiny_model, tmp_path / "corrected", settings).run()
 
 
 @pytest.mark.parametrize("edit", [double_weights, double_scale])
@@ -240,5 +239,5 @@ def test_an_emulator_that_was_edited_is_refused(tiny_model, tiny_emulator, tmp_p
     content = (emulator / name).read_bytes()
     (emulator / name).write_bytes(content.replace(b"a", b"b") if name[-1] != "s" else content[:-1] + b"\1")
     with pytest.raises(EmlocError) as caught:
-        Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings(clamp=1)).run()
+        correct_job(adapter, tiny_model, tmp_path / "corrected", CorrectSettings(clamp=1)).run()
     assert caught.value.code == "damaged"

@@ -6,13 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.factors import gram_of, output_error
+from support.jobs import compress_job
 from svd import asvd, svd
 
 from emloc_core.algorithms.factorize import factorize, wants_inputs
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
@@ -105,7 +104,7 @@ def test_emulators_of_them_do_worse_than_activation_aware_factors(tiny_model, ro
     try:
         for name in ("low-rank", "svd", "asvd"):
             how = {"calibration": calibration, "allocator": "uniform", "ratio": 0.6, "samples": 4, "selection": 2}
-            job = Compress(Checkpoint(tiny_model), rows, tmp_path / name, CompressSettings(kind=name, **how))
+            job = compress_job(tiny_model, rows, tmp_path / name, CompressSettings(kind=name, **how))
             linears = read_manifest(job.run())["result"]["linears"]
             errors[name] = sum(linear["relative_error"] for linear in linears)
             assert {linear["tap"] for linear in linears} == ({"input"} if name == "asvd" else {"input", "output"})

@@ -12,18 +12,16 @@ import pyarrow.parquet
 import pytest
 from emloc_internvl import INTERNVL
 from PIL import Image
+from support.jobs import compress_job, train_job
 from support.rows import write_jsonl
 from support.vision_models import ask, internvl_processor, picture, picture_rows, save_model
 
 from emloc_core.data.images import Picture
 from emloc_core.data.rows import load_rows, write_rows
 from emloc_core.data.tokenize import encode, load_processing, load_processor
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import MANIFEST
 from emloc_core.settings import CompressSettings, TrainSettings
-from emloc_core.tuning.train import Train
 
 ROW = ask("which colours?", "red and blue.")
 
@@ -137,8 +135,8 @@ def test_a_picture_that_cannot_be_decoded_stops_every_stage_before_it_starts(mod
         encode(rows, load_processing(model, INTERNVL, rows))
     output = tmp_path / "output"
     for stage in (
-        lambda: Compress(Checkpoint(model), rows, output, CompressSettings(samples=1, selection=1)).run(),
-        lambda: Train(model, file, output, TrainSettings(steps=1, bf16=False)).run(),
+        lambda: compress_job(model, rows, output, CompressSettings(samples=1, selection=1)).run(),
+        lambda: train_job(model, file, output, TrainSettings(steps=1, bf16=False)).run(),
     ):
         with pytest.raises(EmlocError, match=expected):
             stage()
@@ -150,9 +148,9 @@ def test_images_for_a_text_model_are_refused(tiny_model: Path, tmp_path: Path):
     complaint = "Row 1 has images, but models of the family llama read only text"
     rows, settings = load_rows(file), CompressSettings(samples=1, selection=1)
     with pytest.raises(EmlocError, match=complaint):
-        Compress(Checkpoint(tiny_model), rows, tmp_path / "output", settings)
+        compress_job(tiny_model, rows, tmp_path / "output", settings)
     with pytest.raises(EmlocError, match=complaint):
-        Train(tiny_model, file, tmp_path / "output", TrainSettings(steps=1))
+        train_job(tiny_model, file, tmp_path / "output", TrainSettings(steps=1))
 
 
 def test_a_model_without_a_processor_is_refused(model: Path, tmp_path: Path):
@@ -178,12 +176,12 @@ def test_a_prompt_that_is_cut_within_its_images_is_refused_or_dropped(model: Pat
     with pytest.raises(EmlocError, match="Row 1: its prompt with its images alone fills the 16 tokens"):
         encode(rows, load_processing(model, INTERNVL, rows), max_length=16)
     settings = TrainSettings(steps=1, batch_size=2, bf16=False, max_length=16)
-    adapter = Train(model, str(file), tmp_path / "a", settings).run()
+    adapter = train_job(model, file, tmp_path / "a", settings).run()
     result = json.loads((adapter / MANIFEST).read_text())["result"]
     assert (result["rows"], result["dropped_rows"]) == (10, 100)  # those without a picture are left
     (tmp_path / "data" / "pictured.jsonl").write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
     with pytest.raises(EmlocError, match="Every row's prompt with its images alone fills the 16 tokens"):
-        Train(model, str(tmp_path / "data" / "pictured.jsonl"), tmp_path / "b", settings).run()
+        train_job(model, tmp_path / "data" / "pictured.jsonl", tmp_path / "b", settings).run()
     assert not (tmp_path / "b").exists()
 
 
@@ -274,7 +272,7 @@ def test_written_rows_hold_their_images_and_read_back(tmp_path: Path):
 def test_kept_rows_with_an_image_outside_the_directory_are_refused(model: Path, tmp_path: Path, way: str):
     file = picture_rows(tmp_path / "data")
     settings = CompressSettings(samples=4, selection=2, ratio=0.6)
-    emulator = Compress(Checkpoint(model), load_rows(str(file)), tmp_path / "emulator", settings).run()
+    emulator = compress_job(model, file, tmp_path / "emulator", settings).run()
     secret = tmp_path / "secret.png"
     secret.write_bytes(PICTURE)
     (emulator / "images" / "link.png").symlink_to(secret)
@@ -282,7 +280,7 @@ def test_kept_rows_with_an_image_outside_the_directory_are_refused(model: Path, 
     write_jsonl(emulator / "selection.jsonl", [ROW | {"images": [image]}])
     for read in (
         lambda: load_rows(str(emulator / "selection.jsonl")),
-        lambda: Train(emulator, str(file), tmp_path / "adapter", TrainSettings(steps=1)),
+        lambda: train_job(emulator, file, tmp_path / "adapter", TrainSettings(steps=1)),
     ):
         with pytest.raises(EmlocError, match=rf"The image {image} is outside {emulator}"):
             read()

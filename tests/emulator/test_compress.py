@@ -8,6 +8,7 @@ import pytest
 import torch
 from emloc_llama import LLAMA
 from safetensors.torch import load_file, save_file
+from support.jobs import compress_job
 from support.models import CHAT_TEMPLATE
 from support.rows import example_rows, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,7 +17,6 @@ import emloc_core.standins.quantizer
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.rows import Row, load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.declared import plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, calibration="bas
 
 
 def compress(model, rows_file, output, settings=SETTINGS):
-    return Compress(Checkpoint(model), load_rows(str(rows_file)), output, settings).run()
+    return compress_job(model, rows_file, output, settings).run()
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def test_loads_with_plain_transformers_at_the_planned_ranks(emulator):
 
 
 def test_reported_errors_are_the_true_ones(tiny_model, rows_file, emulator):
-    job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), emulator, SETTINGS)
+    job = compress_job(tiny_model, rows_file, emulator, SETTINGS)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
     small = AutoModelForCausalLM.from_pretrained(emulator, dtype="auto")
     reported = {row["path"]: row["relative_error"] for row in read_manifest(emulator)["result"]["linears"]}
@@ -109,7 +109,7 @@ def test_held_out_rows_are_kept_beside_it_and_disjoint(emulator, rows_file):
 def test_of_few_rows_fewer_are_kept_unless_asked(tiny_model):
     def job(count: int, **settings):
         rows = [Row(number, **row) for number, row in enumerate(example_rows()[:count], start=1)]
-        found = Compress(Checkpoint(tiny_model), rows, Path("nowhere"), CompressSettings(**settings))
+        found = compress_job(tiny_model, rows, Path("nowhere"), CompressSettings(**settings))
         return [len(each) for each in (found.rows.calibration, found.rows.selection, found.rows.tuning)], found.warnings
 
     sizes, warnings = job(20)
@@ -143,7 +143,7 @@ def test_another_tokenization_of_the_same_rows_is_another_request(tiny_model, tm
 
     def job():
         settings = CompressSettings(samples=1, selection=0)
-        return Compress(Checkpoint(model), load_rows(str(rows)), tmp_path / "emulator", settings)
+        return compress_job(model, rows, tmp_path / "emulator", settings)
 
     job().run()
     (model / "README.md").write_text("Not the model's business.")
@@ -226,7 +226,7 @@ def no_numbers(weight, _gram, rank):
 @pytest.mark.parametrize("factorize", [wrong_shape, no_numbers])
 def test_a_factorizer_that_gives_no_factors_is_named(tiny_model, rows_file, tmp_path, calibration, factorize):
     settings = SETTINGS.model_copy(update={"calibration": calibration})
-    job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "out", settings)
+    job = compress_job(tiny_model, rows_file, tmp_path / "out", settings)
     job.kind.factorize = factorize
     with pytest.raises(EmlocError, match=r"kind 'low-rank' gave model\.layers\.0\.self_attn\.\w+ no"):
         job.run()
@@ -236,7 +236,7 @@ def test_a_factorizer_that_gives_no_factors_is_named(tiny_model, rows_file, tmp_
 @pytest.mark.parametrize("calibration", ["base", "propagated"])
 def test_a_factorizer_that_raises_is_named(tiny_model, rows_file, tmp_path, calibration):
     settings = SETTINGS.model_copy(update={"calibration": calibration})
-    job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "out", settings)
+    job = compress_job(tiny_model, rows_file, tmp_path / "out", settings)
     job.kind.factorize = lambda *_: 1 // 0
     with pytest.raises(EmlocError, match=r"kind 'low-rank', on \S+, failed \(ZeroDivisionError: "):
         job.run()

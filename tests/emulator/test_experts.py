@@ -9,17 +9,14 @@ import pytest
 import torch
 from emloc_qwen import QWEN_MOE
 from safetensors.torch import load_file, save_file
+from support.jobs import compress_job, correct_job, merge_job, train_job
 from support.models import save_tiny_model
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import Correct
-from emloc_core.adapters.merge import Merge
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.declared import find_linears, plan_ranks
 from emloc_core.emulator.experts import ExpertStatistics
 from emloc_core.errors import EmlocError
@@ -31,7 +28,6 @@ from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
 from emloc_core.standins import LowRank
 from emloc_core.standins.experts import LowRankExperts, activate, stacks
-from emloc_core.tuning.train import Train
 
 SETTINGS = {**QWEN_MOE.tiny_configs[0], "num_experts": 6}
 STACKS = [f"model.layers.{index}.mlp.experts.{name}_proj" for index in (1, 2) for name in ("gate_up", "down")]
@@ -49,7 +45,7 @@ def loaded(directory):
 
 def compression(base, rows, output, **settings):
     chosen = CompressSettings(**{"ratio": 0.6, "samples": 12, "selection": 6, **settings})
-    return Compress(Checkpoint(base), load_rows(str(rows)), output, chosen)
+    return compress_job(base, rows, output, chosen)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +130,7 @@ def test_streamed_factors_equal_those_of_a_whole_forward(base, emulator, rows_fi
     job = compression(base, rows_file, emulator)
     model = loaded(base)
     found = {}
-    for block, stacks_of in ((block, job.plan.experts_in_block(block)) for block in job.blocks):
+    for block, stacks_of in ((block, job.plan.experts_in_block(block)) for block in job.base.skeleton.blocks):
         for path, plan in stacks_of.items():
             module = model.get_submodule(path)
             statistics = ExpertStatistics(module, plan, len(job.samples), torch.device("cpu"), lambda error, _: error)
@@ -193,10 +189,10 @@ def test_an_interrupted_run_resumes(base, emulator, rows_file, tmp_path):
 
 def test_a_lora_is_tuned_corrected_and_merged(base, emulator, rows_file, tmp_path):
     train = TrainSettings(steps=6, batch_size=4, learning_rate=1e-2, bf16=False, logging_steps=3)
-    adapter = Train(emulator, str(rows_file), tmp_path / "adapter", train).run()
+    adapter = train_job(emulator, rows_file, tmp_path / "adapter", train).run()
     log = json.loads((adapter / "log.json").read_text())
     assert log[-1]["loss"] < log[0]["loss"]
-    corrected = Correct(Adapter(adapter), Checkpoint(base), tmp_path / "corrected", CorrectSettings(clamp="none")).run()
+    corrected = correct_job(adapter, base, tmp_path / "corrected", CorrectSettings(clamp="none")).run()
     tuned = load_lora(loaded(emulator), adapter).eval()
     carried = load_lora(loaded(base), corrected).eval()
     with torch.no_grad():  # on the LoRA's inputs the base answers as the tuned emulator did
@@ -205,7 +201,7 @@ def test_a_lora_is_tuned_corrected_and_merged(base, emulator, rows_file, tmp_pat
             name = f"base_model.model.{path}"
             expected, actual = (model.get_submodule(name)(lora.a.float()) for model in (tuned, carried))
             assert torch.allclose(actual, expected, atol=1e-5 * float(expected.abs().max()))
-    merged = Merge(Adapter(corrected), Checkpoint(base), tmp_path / "merged").run()
+    merged = merge_job(corrected, base, tmp_path / "merged").run()
     whole, before = loaded(merged), loaded(base)
     with torch.no_grad():
         assert torch.allclose(whole(IDS).logits, carried(IDS).logits, atol=1e-4)

@@ -10,20 +10,18 @@ from bitsandbytes import functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support.jobs import compress_job, correct_job, merge_job, train_job
 from transformers import AutoModelForCausalLM
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.candidates import CANDIDATES
-from emloc_core.adapters.correct import Correct
-from emloc_core.adapters.merge import Merge
 from emloc_core.algorithms import feedback
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.conformance.stages import adapter_keys, correction, merge, ties, trains
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.errors import DiskFullError, EmlocError
@@ -39,7 +37,6 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
 from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels, nf4
 from emloc_core.standins.low_rank_nf4 import rounded
-from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import LoraTrainer
 
 KINDS = {kind.name: kind for kind in (LowRank, NF4, FourBitLowRank, RepairedThreeLevels, SixLevels)}
@@ -54,7 +51,7 @@ SETTINGS = {
 
 def compression(kind, model, rows, output, size=None):
     settings = CompressSettings(kind=kind, samples=12, selection=6, **(SETTINGS[kind] if size is None else size))
-    return Compress(Checkpoint(model), load_rows(str(rows)), output, settings)
+    return compress_job(model, rows, output, settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,7 +73,7 @@ def made(request, tiny_model, rows_file, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
     emulator = compression(request.param, tiny_model, rows_file, place / "emulator").run()
     train = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, save_steps=4, logging_steps=4)
-    adapter = Train(emulator, str(rows_file), place / "adapter", train).run()
+    adapter = train_job(emulator, rows_file, place / "adapter", train).run()
     return KINDS[request.param](), emulator, adapter
 
 
@@ -85,7 +82,7 @@ def test_it_trains_is_corrected_and_merges(made, tiny_model, tmp_path):
     log = json.loads((adapter / "log.json").read_text())
     assert log[-1]["loss"] < log[0]["loss"]
     base = Checkpoint(tiny_model)
-    corrected = Correct(Adapter(adapter), base, tmp_path / "corrected", CorrectSettings(clamp="none")).run()
+    corrected = correct_job(adapter, base, tmp_path / "corrected", CorrectSettings(clamp="none")).run()
     # As in training: to infer on a CPU, bitsandbytes rounds what it multiplies.
     tuned = load_lora(AutoModelForCausalLM.from_pretrained(emulator, dtype="auto"), adapter).train()
     carried = load_lora(AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto"), corrected).eval()
@@ -95,7 +92,7 @@ def test_it_trains_is_corrected_and_merges(made, tiny_model, tmp_path):
             inputs = lora.a.float()
             expected, actual = (model.get_submodule(name)(inputs).float() for model in (tuned, carried))
             assert torch.allclose(actual, expected, atol=1e-5 * float(expected.abs().max())), (kind.name, path)
-    merged = Merge(Adapter(corrected), base, tmp_path / "merged").run()
+    merged = merge_job(corrected, base, tmp_path / "merged").run()
     whole = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval()
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
@@ -104,7 +101,7 @@ def test_it_trains_is_corrected_and_merges(made, tiny_model, tmp_path):
 
 def test_the_clamp_is_chosen(made, tiny_model, tmp_path):
     _, _, adapter = made
-    output = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings()).run()
+    output = correct_job(adapter, tiny_model, tmp_path / "corrected", CorrectSettings()).run()
     assert [(each["clamp"], each["scale"]) for each in read_manifest(output)["result"]["candidates"]] == list(
         CANDIDATES
     )
@@ -168,7 +165,7 @@ def test_reported_errors_are_those_of_what_the_model_holds(made, tiny_model, row
 
 def test_without_calibration_weights_are_rounded_as_bitsandbytes_does(tiny_model, rows_file, tmp_path):
     chosen = CompressSettings(kind="nf4", calibration="none", selection=6)
-    job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen)
+    job = compress_job(tiny_model, rows_file, tmp_path / "emulator", chosen)
     assert not job.rows.calibration
     base, small, kind = Checkpoint(tiny_model), Checkpoint(job.run()), NF4()
     for linear in read_manifest(tmp_path / "emulator")["result"]["linears"]:
@@ -278,16 +275,16 @@ def test_what_has_no_ranks_has_no_ratio(tiny_model, rows_file, tmp_path):
     base, rows = Checkpoint(tiny_model), load_rows(str(rows_file))
     chosen = CompressSettings(kind="nf4", ratio=0.3, allocator="global", samples=4, selection=2)
     with pytest.raises(EmlocError, match="no ratio, allocator"):
-        Compress(base, rows, tmp_path / "emulator", chosen)
+        compress_job(base, rows, tmp_path / "emulator", chosen)
     chosen = CompressSettings(kind="2.7-bit", calibration="none", selection=2)
     with pytest.raises(EmlocError, match=r"kind '2\.7-bit' is fitted to rows"):
-        Compress(base, rows, tmp_path / "emulator", chosen)
+        compress_job(base, rows, tmp_path / "emulator", chosen)
 
 
 def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path):
     known = r"emulators: 1\.6-bit\+repair, 2\.7-bit, low-rank, low-rank-nf4, nf4\."
     with pytest.raises(EmlocError, match=known):
-        Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings(kind="nf5"))
+        compress_job(tiny_model, rows_file, tmp_path / "emulator", CompressSettings(kind="nf5"))
 
 
 def test_an_emulator_says_the_dtype_that_its_base_does_not(tiny_model, rows_file, tmp_path):
@@ -332,7 +329,7 @@ def test_the_conformance_kit_holds_for_every_kind(family, kind, tmp_path):
 def test_training_is_resumed(made, rows_file, monkeypatch):
     _, emulator, adapter = made
     train = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, save_steps=4, logging_steps=4)
-    job = Train(emulator, str(rows_file), adapter.parent / "resumed", train)
+    job = train_job(emulator, rows_file, adapter.parent / "resumed", train)
     step = LoraTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
@@ -370,7 +367,7 @@ def test_a_kind_comes_from_a_plugin(tiny_model, rows_file, tmp_path):
     plugin_manager().register(plugin, "of_a_test")
     try:
         chosen = CompressSettings(kind="mine", samples=4, selection=2)
-        job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen)
+        job = compress_job(tiny_model, rows_file, tmp_path / "emulator", chosen)
         assert isinstance(job.kind, Mine)
         assert read_manifest(job.run())["request"]["settings"]["kind"] == "mine"
     finally:
@@ -427,7 +424,7 @@ def test_a_full_disk_at_the_end_does_not_cost_the_first_pass(tiny_model, rows_fi
     with monkeypatch.context() as patch:
         patch.setattr(EmulatorFiles, "finish", full)
         with pytest.raises(DiskFullError):
-            Compress(Checkpoint(tiny_model), rows, tmp_path / "made", settings).run()
-    made = Compress(Checkpoint(tiny_model), rows, tmp_path / "made", settings).run()
+            compress_job(tiny_model, rows, tmp_path / "made", settings).run()
+    made = compress_job(tiny_model, rows, tmp_path / "made", settings).run()
     assert len(passes) == 1
     assert not (made / ".spectra").exists()

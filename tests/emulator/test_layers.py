@@ -5,14 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.jobs import compress_job
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CompressSettings
 from emloc_core.standins.registry import format_named
 
@@ -21,7 +19,7 @@ from emloc_core.standins.registry import format_named
 def made(request, tiny_model, rows_file, tmp_path):
     """A kind, and its emulator."""
     chosen = CompressSettings(kind=request.param, samples=4, selection=2)
-    emulator = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", chosen).run()
+    emulator = compress_job(tiny_model, rows_file, tmp_path / "emulator", chosen).run()
     return format_named(request.param), emulator
 
 

@@ -4,14 +4,13 @@ import pytest
 from emloc_llama import LLAMA
 from emloc_qwen import QWEN_MOE
 from pydantic import ValidationError
+from support.jobs import compress_job
 from support.models import save_tiny_model
 from support.rows import example_rows, write_jsonl
 
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.method import usual_samples
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings
@@ -28,7 +27,7 @@ def bases(tmp_path_factory):
 
 def made_with(base, rows_file, output, **chosen):
     settings = CompressSettings(samples=4, selection=2, **chosen)
-    job = Compress(Checkpoint(base), load_rows(str(rows_file)), output, settings)
+    job = compress_job(base, rows_file, output, settings)
     found = job.output.request["settings"]  # what is recorded, so that other defaults are another request
     return found["calibration"], found["allocator"], found["refine"]
 
@@ -71,7 +70,7 @@ def test_what_the_user_says_holds(bases, rows_file, tmp_path, chosen, expected):
 def test_where_nothing_chooses_a_kind_it_is_the_best_or_that_of_a_ratio(bases, rows_file, tmp_path, chosen, kind):
     settings = CompressSettings(samples=4, selection=2, **chosen)
     rows = load_rows(str(rows_file))
-    assert Compress(Checkpoint(bases["dense"]), rows, tmp_path / "out", settings).kind.name == kind
+    assert compress_job(bases["dense"], rows, tmp_path / "out", settings).kind.name == kind
     assert MemoryModel(bases["dense"] / "config.json", Workload(batch_size=1, length=16), settings).kind.name == kind
 
 
@@ -95,7 +94,7 @@ def test_a_kind_that_takes_many_rows_leaves_most_of_them_for_tuning(rows, expect
 def test_copies_of_rows_are_not_counted(bases, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [*example_rows(), *example_rows(), *example_rows()])
     settings = CompressSettings(kind="low-rank-nf4")
-    job = Compress(Checkpoint(bases["dense"]), load_rows(str(rows)), tmp_path / "out", settings)
+    job = compress_job(bases["dense"], rows, tmp_path / "out", settings)
     assert len(job.rows.calibration) == job.settings.samples == 40  # a third of 120
 
 
@@ -105,6 +104,6 @@ def test_copies_of_rows_are_not_counted(bases, tmp_path):
 @pytest.mark.parametrize("base", ["dense", "experts"])
 def test_a_plan_is_of_the_emulator_that_is_made(bases, rows_file, tmp_path, base, chosen):
     settings = CompressSettings(samples=4, selection=2, **chosen)
-    job = Compress(Checkpoint(bases[base]), load_rows(str(rows_file)), tmp_path / "out", settings)
+    job = compress_job(bases[base], rows_file, tmp_path / "out", settings)
     model = MemoryModel(bases[base] / "config.json", Workload(batch_size=1, length=16), settings)
     assert model.plan().ranks == job.plan.ranks

@@ -4,17 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
+from support.jobs import compress_job
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.algorithms.factorize import factorize
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.propagation import RIDGE, PairedMoments
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.settings import CompressSettings
 
@@ -125,7 +123,7 @@ def test_the_whole_model_is_closer_to_the_base_on_the_calibration_rows(tiny_mode
     errors = {}
     for calibration in ("base", "propagated"):
         settings = SETTINGS.model_copy(update={"calibration": calibration})
-        job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / calibration, settings)
+        job = compress_job(tiny_model, rows_file, tmp_path / calibration, settings)
         emulator = AutoModelForCausalLM.from_pretrained(job.run(), dtype="auto").eval()
         expected = logits(base, job.samples)
         errors[calibration] = float((logits(emulator, job.samples) - expected).norm() / expected.norm())
@@ -139,9 +137,9 @@ def test_the_whole_model_is_closer_to_the_base_on_the_calibration_rows(tiny_mode
 @pytest.mark.parametrize("chosen", [{"kind": "nf4"}, {"allocator": "uniform", "refine": 0}], ids=str)
 def test_each_row_passes_each_block_once_in_either_stream(tiny_model, rows_file, tmp_path, chosen):
     settings = CompressSettings(samples=5, selection=2, **chosen)
-    job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", settings)
+    job = compress_job(tiny_model, rows_file, tmp_path / "emulator", settings)
     counted = Counter()
-    for index, block in enumerate(job.skeleton.model.model.layers):
+    for index, block in enumerate(job.base.skeleton.model.model.layers):
         block.register_forward_hook(lambda *_, index=index: counted.update([index]))
     job.run()
     assert counted == dict.fromkeys(range(3), 2 * 5)
@@ -176,7 +174,7 @@ def test_linears_that_do_not_run_once_are_refused(tiny_model, rows_file, tmp_pat
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     settings = CompressSettings(samples=3, selection=2, kind="nf4")
     with pytest.raises(EmlocError, match=message):
-        Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", settings).run()
+        compress_job(tiny_model, rows_file, tmp_path / "emulator", settings).run()
 
 
 def test_whichever_of_a_group_runs_first_waits_for_all(tiny_model, rows_file, tmp_path, monkeypatch):
@@ -186,7 +184,7 @@ def test_whichever_of_a_group_runs_first_waits_for_all(tiny_model, rows_file, tm
     places = []
     settings = CompressSettings(samples=3, selection=2, kind="nf4")
     for name in ("declared", "swapped"):
-        places.append(Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / name, settings).run())
+        places.append(compress_job(tiny_model, rows_file, tmp_path / name, settings).run())
         monkeypatch.setattr(LlamaMLP, "forward", swapped)
     shards = sorted(path.name for path in places[0].glob("*.safetensors"))
     assert all((places[0] / name).read_bytes() == (places[1] / name).read_bytes() for name in shards)

@@ -4,14 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from support.jobs import compress_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.algorithms import levels
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.settings import CompressSettings
@@ -26,7 +24,7 @@ def emulators(request, tiny_model, rows_file, tmp_path_factory):
         place = tmp_path_factory.mktemp("refine") / "emulator"
         how = {"samples": 12, "selection": 6, "refine": passes, "calibration": "propagated"}
         chosen = CompressSettings(kind=request.param, **how, **size)
-        job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), place, chosen)
+        job = compress_job(tiny_model, rows_file, place, chosen)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(levels, "rounded", partial(levels.rounded, passes=0))
             patch.setattr(levels, "_scales", lambda *of: (1.3 * scales(*of)).bfloat16())
@@ -95,7 +93,7 @@ def test_gradients_do_not_vanish_in_half_precision(tiny_model, rows_file, tmp_pa
     for passes in (0, 20):
         how = {"samples": 12, "selection": 6, "refine": passes, "calibration": "propagated"}
         chosen = CompressSettings(kind="low-rank", ratio=0.3, **how)
-        job = Compress(Checkpoint(base), load_rows(str(rows_file)), tmp_path / f"{passes}", chosen)
+        job = compress_job(base, rows_file, tmp_path / f"{passes}", chosen)
         expected = hidden(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), job.samples)
         actual = hidden(AutoModelForCausalLM.from_pretrained(job.run(), dtype="auto"), job.samples)
         pairs = [(a.float(), b.float()) for a, b in zip(actual, expected, strict=True)]
@@ -113,4 +111,4 @@ def test_gradients_do_not_vanish_in_half_precision(tiny_model, rows_file, tmp_pa
 )
 def test_what_cannot_be_refined_is_refused(tiny_model, rows_file, tmp_path, chosen, message):
     with pytest.raises(EmlocError, match=message):
-        Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "x", CompressSettings(**chosen))
+        compress_job(tiny_model, rows_file, tmp_path / "x", CompressSettings(**chosen))

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.jobs import compress_job
 from transformers import AutoModelForCausalLM
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
@@ -13,11 +14,8 @@ from emloc_core.algorithms import levels
 from emloc_core.algorithms.factorize import factorize, output_error
 from emloc_core.algorithms.feedback import damped
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.data.rows import load_rows
 from emloc_core.emulator import propagation
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.model.hooks import tapped
 from emloc_core.settings import CompressSettings
@@ -29,7 +27,7 @@ KIND = RepairedThreeLevels()
 
 def compression(model, rows, output, **chosen):
     sets = CompressSettings(**{"kind": KIND.name, "ratio": 0.3, "samples": 4, "selection": 2, **chosen})
-    return Compress(Checkpoint(model), load_rows(str(rows)), output, sets)
+    return compress_job(model, rows, output, sets)
 
 
 def drawn(m, n, tokens, seed):

@@ -6,19 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from emloc_llama import TINY
+from support.jobs import compress_job, train_job
 from support.models import save_tiny_model
 from torch import nn
 
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.emulator.shared_inputs import requiring_shared_inputs
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, TrainSettings
-from emloc_core.tuning.train import Train
 
 GROUPS = [["self_attention.query_key_value", "mlp.dense_h_to_4h"], ["self_attention.dense"], ["mlp.dense_4h_to_h"]]
 #: As it looks where attention and MLP are parallel.
@@ -43,7 +40,7 @@ def falcon(request, tmp_path_factory):
 def compress(falcon, rows_file, output, family=FALCON, calibration="base"):
     with plugin_manager().declaring(family):
         settings = SETTINGS.model_copy(update={"calibration": calibration})
-        return Compress(Checkpoint(falcon), load_rows(str(rows_file)), output, settings).run()
+        return compress_job(falcon, rows_file, output, settings).run()
 
 
 @pytest.mark.parametrize("calibration", ["base", "propagated"])
@@ -71,7 +68,7 @@ def test_a_declaration_is_held_against_the_users_model_before_it_is_tuned(falcon
     """The tiny models of the kit need not be like this one: a Linear in two groups, or what is no Linear here."""
     tower = Tower("language", "transformer.h", [*GROUPS, [path]])
     with plugin_manager().declaring(replace(FALCON, towers=[tower])), pytest.raises(EmlocError) as caught:
-        Train(falcon[1], str(rows_file), tmp_path / "adapter", TrainSettings(steps=1))
+        train_job(falcon[1], rows_file, tmp_path / "adapter", TrainSettings(steps=1))
     assert caught.value.code == "plugin"
 
 

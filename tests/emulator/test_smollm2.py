@@ -6,10 +6,8 @@ import pytest
 import torch
 from emloc_demo.data import write_data
 from emloc_demo.model import write_base
-from emloc_llama import LLAMA
+from support.jobs import compress_job
 
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.model.hooks import tapped
 from emloc_core.model.streaming import Stream
@@ -29,7 +27,7 @@ def test_error_is_at_most_that_of_the_textbook_method_on_every_linear(tmp_path):
     base = Checkpoint(write_base(tmp_path / "base"))
     train, _ = write_data(tmp_path / "data")
     settings = CompressSettings(kind="low-rank", samples=32, selection=8)
-    job = Compress(base, load_rows(str(train)), tmp_path / "emulator", settings)
+    job = compress_job(base, train, tmp_path / "emulator", settings)
     emulator = Checkpoint(job.run())
     ratios = {}
 
@@ -38,12 +36,12 @@ def test_error_is_at_most_that_of_the_textbook_method_on_every_linear(tmp_path):
         planned = job.plan.in_block(block)
         firsts = {linear.path: linear for linear in planned if linear.path == linear.group[0]}
         seen = {path: [] for path in firsts}
-        modules = {path: job.skeleton.model.get_submodule(path) for path in firsts}
+        modules = {path: job.base.skeleton.model.get_submodule(path) for path in firsts}
         with tapped(modules, dict.fromkeys(firsts, "input"), lambda path, x: seen[path].append(x[0].double())):
             yield
         for linear in planned:
             inputs = torch.cat(seen[linear.group[0]])
-            weight = job.skeleton.model.get_parameter(f"{linear.path}.weight").double()
+            weight = job.base.skeleton.model.get_parameter(f"{linear.path}.weight").double()
             with emulator.slices([f"{linear.path}.weight", f"{linear.path}.V"]) as slices:
                 u, v = (tensor[...].double() for tensor in slices.values())
             ours = ((weight - u @ v) @ inputs.T).norm()
@@ -54,9 +52,9 @@ def test_error_is_at_most_that_of_the_textbook_method_on_every_linear(tmp_path):
         return compare(unit) if job.plan.in_block(unit) else None
 
     forwards = [
-        lambda sample=sample: job.skeleton.model(**sample.inputs("cpu"), use_cache=False) for sample in job.samples
+        lambda sample=sample: job.base.skeleton.model(**sample.inputs("cpu"), use_cache=False) for sample in job.samples
     ]
-    Stream(job.skeleton, [LLAMA.towers[0].blocks]).run(forwards, visit, "model.layers.29")
+    Stream(job.base.skeleton).run(forwards, visit, "model.layers.29")
     worst = max(ratios, key=ratios.get)
     print(f"{len(ratios)} Linears; worst ratio {ratios[worst]:.6f} at {worst}")
     assert len(ratios) == 210

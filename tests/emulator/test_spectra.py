@@ -8,13 +8,12 @@ import torch
 from emloc_internvl import INTERNVL
 from safetensors.torch import load_file
 from support.adapters import contents
+from support.jobs import compress_job
 from support.models import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.factorize import Factors, factorize
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.ranks import allocated
@@ -35,7 +34,7 @@ SHARD = "spectra-00002-of-00003.safetensors"
 
 def compression(model, rows_file, output, **changes):
     settings = SETTINGS.model_copy(update=changes)
-    return Compress(Checkpoint(model), load_rows(str(rows_file)), output, settings)
+    return compress_job(model, rows_file, output, settings)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def products(emulator):
 def test_a_spectrum_has_all_energies_and_the_sensitivity_of_the_whole_model(tiny_model, rows_file, tmp_path):
     job = compression(tiny_model, rows_file, tmp_path / "emulator")
     plan = allocated(job.method.linears, RATIO, uniform)
-    spectra, known = Spectra(job.blocks, tmp_path / "spectra"), {}
+    spectra, known = Spectra(job.base.skeleton.blocks, tmp_path / "spectra"), {}
 
     class Both:
         is_written = spectra.is_written
@@ -71,7 +70,7 @@ def test_a_spectrum_has_all_energies_and_the_sensitivity_of_the_whole_model(tiny
             known.update(factors)
             spectra.write(block, factors, sensitivities)
 
-    Decomposition(job.skeleton, job.family, plan, job.samples, each(factorize), lambda *_: None).run(Both(), PROBES)
+    Decomposition(job.base.skeleton, plan, job.samples, each(factorize), lambda *_: None).run(Both(), PROBES)
     assert spectra.are_complete
     samples = job.samples[:PROBES]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()

@@ -14,6 +14,7 @@ from emloc_qwen.vision import QWEN_VL
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from support.evaluation import evaluate, metrics_of, system
+from support.jobs import compress_job
 from support.rows import example_rows, write_jsonl
 from support.vision_models import ask, internvl_processor, picture, qwen_processor, save_model
 from tokenizers import processors
@@ -21,14 +22,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import tokenize
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.evaluate import canonical_systems
 from emloc_core.evaluation.multimodal_lm import ImageTextLM
 from emloc_core.evaluation.new_task import write_task
 from emloc_core.evaluation.system import load_system, run_tasks
 from emloc_core.evaluation.tasks import find_task, load_task
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.settings import CompressSettings
 
@@ -250,7 +249,7 @@ def test_tasks_of_text_run_on_a_model_of_images_too(form, base, tmp_path):
 def test_systems_are_compared_on_tasks_of_both_kinds(internvl, rows_with_pictures, rows_file, tmp_path):
     adapter = random_adapter(internvl, tmp_path / "adapter")
     emulator, settings = tmp_path / "emulator", CompressSettings(samples=8, selection=4, ratio=0.6)
-    Compress(Checkpoint(internvl), load_rows(str(rows_with_pictures)), emulator, settings).run()
+    compress_job(internvl, rows_with_pictures, emulator, settings).run()
     kinds = {"image_nll": rows_with_pictures, "image_choice": rows_with_pictures, "completion_nll": rows_file}
     tasks = [str(write_task(kind, data, tmp_path / f"{kind}.yaml")) for kind, data in kinds.items()]
     systems = canonical_systems(base=str(internvl), emulator=str(emulator), full_lora=adapter)

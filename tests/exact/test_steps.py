@@ -10,12 +10,12 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch.nn.functional import cross_entropy
 
 from emloc_core.conformance.tiny import TinyModel, labels, random_model
-from emloc_core.emulator.declared import block_paths
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.head import PIECES, Head
 from emloc_core.exact.lora import lora_on
 from emloc_core.exact.steps import ExactSteps
+from emloc_core.model.blocks import block_paths
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning.trl import lora_config
@@ -86,8 +86,7 @@ def exact(model, state, dropout=0.0, **options):
     torch.manual_seed(1)
     lora = lora_on(model.skeleton, lora_of(model, dropout)).train()
     set_peft_model_state_dict(lora, state)
-    blocks = [tower.blocks for tower in model.family.towers]
-    return lora, ExactSteps(lora.get_base_model(), model.skeleton, blocks, **options)
+    return lora, ExactSteps(lora.get_base_model(), model.skeleton, **options)
 
 
 def gradients(lora):

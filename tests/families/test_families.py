@@ -14,21 +14,20 @@ from emloc_phi import PHI
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
+from support.jobs import compress_job, merge_job, train_job
 from support.models import tiny_tokenizer
 from support.rows import example_rows, write_jsonl
 from transformers import AutoConfig
 
-from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.merge import Merge
 from emloc_core.conformance import check_family
 from emloc_core.conformance.activations import deviation
 from emloc_core.conformance.inputs import image_inputs, number_tokenizer, text_rows, tiny_samples
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.declared import find_linears, plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.model.skeleton import Skeleton, build_model
+from emloc_core.model.opened import OpenModel
+from emloc_core.model.skeleton import build_model
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.scaffold import scaffold
@@ -36,7 +35,6 @@ from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.standins import LowRank
 from emloc_core.standins.experts import LowRankExperts
 from emloc_core.standins.low_rank import LowRankLinear
-from emloc_core.tuning.train import Train
 from emloc_core.tuning.trl import lora_config
 
 TREE = (LLAMA, QWEN, QWEN_MOE, QWEN_VL, GEMMA, GEMMA_VL, PHI, GLM, INTERNVL)
@@ -65,10 +63,10 @@ def tiny_model(settings):
     return family, model
 
 
-def stream(skeleton, family, rows):
+def stream(skeleton, rows):
     """Return the logits of rows, streamed."""
     forwards = [lambda row=row: skeleton.model(**row, use_cache=False).logits for row in rows]
-    return Stream(skeleton, [tower.blocks for tower in family.towers]).run(forwards)
+    return Stream(skeleton).run(forwards)
 
 
 @pytest.fixture(params=TINY, ids=label)
@@ -76,7 +74,7 @@ def saved(request, tmp_path):
     """A tiny model on disk, its family, and the whole model in memory."""
     family, model = tiny_model(request.param)
     model.save_pretrained(tmp_path)
-    return Skeleton(Checkpoint(tmp_path), family), family, model
+    return OpenModel(Checkpoint(tmp_path), family).skeleton, family, model
 
 
 def text(length: int) -> torch.Tensor:
@@ -138,7 +136,7 @@ def test_streamed_logits_equal_those_of_the_whole_model_bit_for_bit(saved):
     skeleton, family, model = saved
     rows = rows_of(family, model.config)
     with torch.no_grad():
-        for row, logits in zip(rows, stream(skeleton, family, rows), strict=True):
+        for row, logits in zip(rows, stream(skeleton, rows), strict=True):
             assert torch.equal(logits, model(**row, use_cache=False).logits)
             assert bool(logits.isfinite().all())
 
@@ -172,7 +170,7 @@ def moe(tmp_path):
 
 def test_all_of_a_mixture_becomes_smaller_but_its_routers(tmp_path):
     base, model = moe(tmp_path)
-    plan = plan_ranks(Skeleton(Checkpoint(base), QWEN_MOE).model, QWEN_MOE, 0.5)
+    plan = plan_ranks(OpenModel(Checkpoint(base), QWEN_MOE).skeleton.model, QWEN_MOE, 0.5)
     compressed = {path.removeprefix("model.layers.") for path in plan.ranks}
     attention = {f"{index}.self_attn.{name}_proj" for index in range(3) for name in "qkvo"}
     experts = {f"{index}.mlp.experts.{name}_proj" for index in (1, 2) for name in ("gate_up", "down")}
@@ -197,7 +195,7 @@ def test_an_expert_that_no_token_goes_to_does_no_harm(tmp_path):
     assert "model.layers.1.mlp.experts.3.up_proj.weight" in Checkpoint(base).tensors  # as published: one per expert
     rows = load_rows(str(write_jsonl(tmp_path / "rows.jsonl", example_rows())))
     settings = CompressSettings(kind="low-rank", samples=8, selection=0)
-    emulator = Compress(Checkpoint(base), rows, tmp_path / "emulator", settings).run()
+    emulator = compress_job(base, rows, tmp_path / "emulator", settings).run()
     small = transformers.AutoModelForCausalLM.from_pretrained(emulator, dtype="auto").eval()
     with torch.no_grad():
         model(input_ids=text(30))
@@ -229,7 +227,7 @@ def test_a_lora_on_fused_experts_is_refused_before_anything_is_trained(targets, 
     base, _ = moe(tmp_path)
     rows = write_jsonl(tmp_path / "rows.jsonl", example_rows())
     with pytest.raises(EmlocError, match=complaint):
-        Train(base, str(rows), tmp_path / "adapter", TrainSettings(target_modules=targets))
+        train_job(base, rows, tmp_path / "adapter", TrainSettings(target_modules=targets))
 
 
 @pytest.mark.parametrize("settings", QWEN_VL.tiny_configs, ids=label)
@@ -346,7 +344,7 @@ def legacy(request, tmp_path):
 def emulator_of(base, family, config, output):
     """Return an emulator that text and a picture were given for, loaded as anyone would load it."""
     samples = tiny_samples(family, config)
-    stage = Compress(Checkpoint(base), text_rows(samples), output, CompressSettings(samples=1, selection=0, ratio=0.5))
+    stage = compress_job(base, text_rows(samples), output, CompressSettings(samples=1, selection=0, ratio=0.5))
     stage.samples = samples
     return getattr(transformers, family.auto_class).from_pretrained(stage.run(), dtype="auto").eval()
 
@@ -355,7 +353,7 @@ def test_names_of_either_kind_are_streamed(legacy):
     family, model, *directories = legacy
     rows = rows_of(family, model.config)
     for directory in directories:
-        streamed = stream(Skeleton(Checkpoint(directory), family), family, rows)
+        streamed = stream(OpenModel(Checkpoint(directory), family).skeleton, rows)
         with torch.no_grad():
             assert all(
                 torch.equal(a, model(**row, use_cache=False).logits) for a, row in zip(streamed, rows, strict=True)
@@ -381,7 +379,7 @@ def test_merging_keeps_legacy_names(legacy, tmp_path):
         if ".lora_B." in name:
             parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     lora.save_pretrained(tmp_path / "adapter")
-    merged = Merge(Adapter(tmp_path / "adapter"), Checkpoint(base), tmp_path / "merged", allow_uncorrected=True).run()
+    merged = merge_job(tmp_path / "adapter", base, tmp_path / "merged", allow_uncorrected=True).run()
     assert Checkpoint(merged).tensors.keys() == Checkpoint(base).tensors.keys()
     auto_class = getattr(transformers, family.auto_class)
     loaded = auto_class.from_pretrained(merged, dtype="auto").eval()

@@ -12,6 +12,7 @@ from emloc_qwen import QWEN_MOE, QWEN_VL
 from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from support.jobs import compress_job, correct_job, merge_job, train_job
 from support.rows import write_jsonl
 from support.run import PLAIN_TRAINING
 from support.vision_models import internvl_processor, picture, picture_rows, qwen_processor, save_model
@@ -22,17 +23,12 @@ import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loa
 import emloc_core.tuning.trainer as stage
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.candidates import CANDIDATES
-from emloc_core.adapters.correct import Correct
-from emloc_core.adapters.merge import Merge
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode, load_processing
-from emloc_core.emulator.compress import Compress
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import make_workload
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
-from emloc_core.tuning.train import Train
 
 MODELS = {"internvl": (INTERNVL, internvl_processor), "qwen2_5_vl": (QWEN_VL, qwen_processor)}
 
@@ -61,12 +57,12 @@ def adapter(emulator, rows_file, tmp_path_factory) -> Path:
 def compress(base, rows_file, output, **settings):
     plain = {"samples": 24, "selection": 8, "ratio": 0.6, "calibration": "base", "allocator": "uniform"}
     chosen = CompressSettings(**{**plain, **settings})
-    return Compress(Checkpoint(base), load_rows(str(rows_file)), output, chosen).run()
+    return compress_job(base, rows_file, output, chosen).run()
 
 
 def finetune(model, rows_file, output, **settings):
     chosen = TrainSettings(**{"steps": 6, "batch_size": 4, "bf16": False, "learning_rate": 5e-3, **settings})
-    return Train(model, str(rows_file), output, chosen).run()
+    return train_job(model, rows_file, output, chosen).run()
 
 
 def load(directory, adapter=None):
@@ -204,7 +200,7 @@ def test_an_adapter_is_carried_over_and_merged_in_both_towers(base, emulator, ad
     loras = Adapter(adapter).loras
     assert towers(loras) == {"vision", "language"}
     assert all(lora.b.abs().max() > 0 for lora in loras.values())  # gradients reached them all
-    job = Correct(Adapter(adapter), Checkpoint(base), tmp_path / "corrected", CorrectSettings(clamp=clamp))
+    job = correct_job(adapter, base, tmp_path / "corrected", CorrectSettings(clamp=clamp))
     corrected = job.run()
     rows = pictured(rows_file)
     carried = load(base, corrected)
@@ -222,7 +218,7 @@ def test_an_adapter_is_carried_over_and_merged_in_both_towers(base, emulator, ad
             with torch.no_grad():
                 before, after = (model.base_model.model.get_submodule(path)(inputs) for model in (tuned, carried))
             assert torch.allclose(after, before, atol=1e-5 * float(before.abs().max()) + 1e-6), path
-    merged = Merge(Adapter(corrected), Checkpoint(base), tmp_path / "merged").run()
+    merged = merge_job(corrected, base, tmp_path / "merged").run()
     assert torch.allclose(logits(load(merged), merged, rows), expected, atol=1e-4)
     assert not torch.allclose(logits(load(base), base, rows), expected, atol=1e-2)
 

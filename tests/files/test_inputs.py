@@ -5,13 +5,9 @@ import shutil
 
 import pytest
 from support.adapters import make_adapter
+from support.jobs import compress_job, merge_job
 
-from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.merge import Merge
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.settings import CompressSettings
@@ -123,7 +119,7 @@ def base(tiny_model, tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_compress_refuses_a_base_that_changes(base, rows_file, tmp_path, name):
     settings = CompressSettings(samples=4, selection=2, ratio=0.6)
-    job = Compress(Checkpoint(base), load_rows(str(rows_file)), tmp_path / "out", settings)
+    job = compress_job(base, rows_file, tmp_path / "out", settings)
     with pytest.raises(EmlocError, match=rf"base/{name} was changed"):
         job.run(lambda _what, done, _total: replace(base / name) if done == 1 else None)
     assert not (tmp_path / "out").exists()
@@ -133,7 +129,7 @@ def test_compress_refuses_a_base_that_changes(base, rows_file, tmp_path, name):
 @pytest.mark.parametrize("name", ["base/model.safetensors", "adapter/adapter_model.safetensors"])
 def test_merge_refuses_a_base_or_an_adapter_that_changes(base, tmp_path, name):
     adapter = make_adapter(base, tmp_path / "adapter")
-    job = Merge(Adapter(adapter), Checkpoint(base), tmp_path / "out")
+    job = merge_job(adapter, base, tmp_path / "out")
     with pytest.raises(EmlocError, match=rf"{name} was changed"):
         job.run(lambda *_: replace(tmp_path / name))
     assert not (tmp_path / "out").exists()

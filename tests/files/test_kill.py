@@ -5,15 +5,10 @@ import shutil
 import pytest
 import torch
 from support.adapters import contents, make_adapter
+from support.jobs import compress_job, correct_job, merge_job
 from support.killed import kill, run_until_killed
 from transformers import AutoModelForCausalLM
 
-from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import Correct
-from emloc_core.adapters.merge import Merge
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CompressSettings, CorrectSettings
 from emloc_core.standins import LowRank
 
@@ -21,10 +16,10 @@ from emloc_core.standins import LowRank
 def make(stage, base, source, output):
     if stage == "compress":
         settings = CompressSettings(samples=12, selection=6, ratio=0.6, calibration="base")
-        return Compress(Checkpoint(base), load_rows(str(source)), output, settings)
+        return compress_job(base, source, output, settings)
     if stage == "correct":
-        return Correct(Adapter(source), Checkpoint(base), output, CorrectSettings())
-    return Merge(Adapter(source), Checkpoint(base), output)
+        return correct_job(source, base, output, CorrectSettings())
+    return merge_job(source, base, output)
 
 
 def run_until(step, *job):

@@ -10,14 +10,12 @@ from unittest.mock import Mock, patch
 
 import pytest
 from support.adapters import contents, make_adapter
+from support.jobs import merge_job
 from support.killed import kill, run_until_killed
 
-from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.merge import Merge
 from emloc_core.errors import EmlocError
 from emloc_core.files import lock, workspace
 from emloc_core.files import output as publishing
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import write_json
 from emloc_core.files.output import Output, read_manifest
 from emloc_core.files.workspace import Workspace
@@ -208,7 +206,7 @@ def test_a_link_is_no_place_for_an_output(tmp_path, target):
 
 def merge(*job):
     base, adapter, output = job
-    return Merge(Adapter(adapter), Checkpoint(base), output).run()
+    return merge_job(adapter, base, output).run()
 
 
 def merge_until_synced(*job):

@@ -10,13 +10,11 @@ import pytest
 import torch
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN_VL
+from support.jobs import compress_job
 from support.planned import CASES, label, workload, write_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.family import Family
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.memory import arithmetic
 from emloc_core.memory.fake import fake, fake_inputs, without_contents
 from emloc_core.memory.known import known
@@ -109,7 +107,7 @@ def test_stage_one_takes_at_least_as_many(
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"prompt": f"{at} and ", "completion": "word " * 30}) for at in range(30)))
     settings = CompressSettings(samples=_ROWS, selection=2, **chosen)
-    job = Compress(Checkpoint(shallow_model), load_rows(str(rows)), tmp_path / "emulator", settings)
+    job = compress_job(shallow_model, rows, tmp_path / "emulator", settings)
     with counter() as found:
         job.run()
     computed, length = counted(found), sum(len(sample.input_ids) for sample in job.samples) // _ROWS

@@ -11,6 +11,7 @@ import transformers
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
 from peft import get_peft_model
+from support.jobs import train_job
 from support.planned import CASES, HEADLINE, PICTURED, TINY, label, workload, write_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,7 +30,6 @@ from emloc_core.memory.workload import make_workload
 from emloc_core.model.overhead import overhead
 from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.tuning.heap import give_back
-from emloc_core.tuning.train import Train
 from emloc_core.tuning.trl import lora_config
 from emloc_core.units import parse_bytes
 
@@ -57,7 +57,7 @@ def test_parameters_are_counted_exactly(tiny_model: Path, tiny_emulator: Path) -
 
 
 def test_the_terms_of_tuning_are_exact(tiny_model: Path, tiny_emulator: Path, rows_file: Path, tmp_path: Path) -> None:
-    adapter = Train(tiny_emulator, str(rows_file), tmp_path / "a", TrainSettings(steps=1, lora_rank=3)).run()
+    adapter = train_job(tiny_emulator, rows_file, tmp_path / "a", TrainSettings(steps=1, lora_rank=3)).run()
     trained = read_json(adapter / "emloc.json")["result"]["trainable_parameters"]
     model = MemoryModel(tiny_model / "config.json", workload(lora_rank=3))
     need = model.tuning(model.plan(0.6))

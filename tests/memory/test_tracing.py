@@ -10,6 +10,7 @@ import torch
 from emloc_gemma import GEMMA
 from emloc_internvl import INTERNVL
 from emloc_qwen import QWEN, QWEN_MOE, QWEN_VL
+from support.jobs import train_job
 from support.planned import PICTURED, label, workload, write_config
 from support.rows import write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -22,7 +23,6 @@ from emloc_core.memory.tracing import Ledger, Phases
 from emloc_core.memory.workload import Workload
 from emloc_core.model.image_shape import image_shape
 from emloc_core.settings import TrainSettings
-from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import LoraTrainer
 
 
@@ -91,7 +91,7 @@ def test_a_trace_equals_what_the_trainer_allocates(
     monkeypatch.setattr(LoraTrainer, "training_step", followed)
     settings = TrainSettings(steps=2, batch_size=6, gradient_checkpointing=checkpointing, bf16=bf16)
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "animal: cat, colour: red. " * 8}] * 12)
-    Train(tiny_emulator, str(rows), tmp_path / "adapter", settings).run()
+    train_job(tiny_emulator, rows, tmp_path / "adapter", settings).run()
     for (batch, length), real in seen:
         model = MemoryModel(tiny_model / "config.json", Workload(batch, length, 0, settings, "cpu"))
         terms = model.tuning(model.plan(0.6)).terms

@@ -5,16 +5,16 @@ import copy
 import pytest
 import torch
 from emloc_llama import LLAMA
+from support.jobs import compress_job
 from torch import nn
 
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.model.absent import Absent
 from emloc_core.model.device import choose_device
+from emloc_core.model.opened import OpenModel
 from emloc_core.model.parking import Parking
-from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream
 from emloc_core.settings import CompressSettings
 
@@ -88,12 +88,12 @@ def test_inside_a_block_hidden_states_go_to_a_file(tmp_path):
 
 
 def test_logits_are_the_same_when_nothing_may_stay(tiny_model):
-    skeleton = Skeleton(Checkpoint(tiny_model), LLAMA)
+    skeleton = OpenModel(Checkpoint(tiny_model), LLAMA).skeleton
     rows = [torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(length)) for length in (5, 17)]
     forwards = [lambda ids=ids: skeleton.model(input_ids=ids, use_cache=False).logits for ids in rows]
     parking = Parking(0, skeleton.model.buffers())
-    moved = Stream(skeleton, ["model.layers"], parking).run(forwards)
-    kept = Stream(skeleton, ["model.layers"]).run(forwards)
+    moved = Stream(skeleton, parking).run(forwards)
+    kept = Stream(skeleton).run(forwards)
     assert all(torch.equal(one, other) for one, other in zip(moved, kept, strict=True))
 
 
@@ -101,9 +101,9 @@ def test_logits_are_the_same_when_nothing_may_stay(tiny_model):
 def test_an_emulator_is_the_same_when_nothing_may_stay(tiny_model, rows_file, tmp_path, monkeypatch, calibration):
     settings = CompressSettings(samples=4, selection=2, calibration=calibration)
     rows = load_rows(str(rows_file))
-    kept = Compress(Checkpoint(tiny_model), rows, tmp_path / "kept", settings).run()
+    kept = compress_job(tiny_model, rows, tmp_path / "kept", settings).run()
     monkeypatch.setattr(Parking, "on", classmethod(lambda cls, _device, shared, _directory: cls(0, shared)))
-    moved = Compress(Checkpoint(tiny_model), rows, tmp_path / "moved", settings).run()
+    moved = compress_job(tiny_model, rows, tmp_path / "moved", settings).run()
     shards = sorted(path.name for path in kept.glob("*.safetensors"))
     assert len(shards) == 4
     for name in shards:
@@ -111,7 +111,7 @@ def test_an_emulator_is_the_same_when_nothing_may_stay(tiny_model, rows_file, tm
 
 
 def test_an_interrupted_run_does_not_go_on_with_another_kind_of_device(tiny_model, rows_file, tmp_path):
-    job = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", CompressSettings())
+    job = compress_job(tiny_model, rows_file, tmp_path / "emulator", CompressSettings())
 
     def interrupt(_block, done, _total):
         if done == 1:
@@ -126,12 +126,12 @@ def test_an_interrupted_run_does_not_go_on_with_another_kind_of_device(tiny_mode
 
 
 def test_the_next_block_is_read_ahead(tiny_model):
-    skeleton = Skeleton(Checkpoint(tiny_model), LLAMA)
+    skeleton = OpenModel(Checkpoint(tiny_model), LLAMA).skeleton
     asked = []
     want = skeleton._reader.want
     skeleton._reader.want = lambda tensors: asked.append(want(tensors))
     ids = torch.tensor([[5, 6, 7]])
-    stream = Stream(skeleton, ["model.layers"])
+    stream = Stream(skeleton)
     stream.run([lambda: skeleton.model(input_ids=ids, use_cache=False)])
     sizes = [sum(p.numel() * 4 for p in skeleton.model.get_submodule(unit).parameters()) for unit in stream.units[1:]]
     assert [future.result() for future in asked] == sizes

@@ -30,15 +30,13 @@ from support.internvl_chat import (
     sentencepiece_pieces,
     text_config,
 )
+from support.jobs import compress_job, import_job
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from emloc_core.cli import cli, main
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.inputs import Inputs, hash_files
-from emloc_core.model.importing import Import
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 
@@ -66,7 +64,7 @@ def models(tmp_path_factory):
             config = CASES[case]
             model = randomise(InternVLChat(config))
             source = save_source(tmp_path_factory.mktemp("import") / "source", model, config)
-            made[case] = source, model, Import(Checkpoint(source), source.with_name("native")).run()
+            made[case] = source, model, import_job(source, source.with_name("native")).run()
         return made[case]
 
     return make
@@ -147,7 +145,7 @@ def test_the_processor_tiles_images_and_writes_the_source_s_prompt(models, case)
 def test_a_system_message_of_the_config_is_written_where_a_conversation_has_none(models, tmp_path):
     source = shutil.copytree(models("qwen2")[0], tmp_path / "source")
     edit(source, "config.json", system_message='你好 "a"', template="Hermes-2")
-    tokenizer = AutoTokenizer.from_pretrained(Import(Checkpoint(source), tmp_path / "out").run())
+    tokenizer = AutoTokenizer.from_pretrained(import_job(source, tmp_path / "out").run())
     ask = {"role": "user", "content": "hi"}
     system = '<|im_start|>system\n你好 "a"<|im_end|>'
     assert tokenizer.apply_chat_template([ask], tokenize=False) == f"{system}<|im_start|>user\nhi<|im_end|>"
@@ -158,7 +156,7 @@ def test_a_system_message_of_the_config_is_written_where_a_conversation_has_none
 def test_an_imported_model_is_compressed(models, rows_file, tmp_path):
     native = models("internlm2, biases")[2]
     settings = CompressSettings(samples=6, selection=3, ratio=0.6)
-    emulator = Compress(Checkpoint(native), load_rows(str(rows_file)), tmp_path / "emulator", settings).run()
+    emulator = compress_job(native, rows_file, tmp_path / "emulator", settings).run()
     model = AutoModelForImageTextToText.from_pretrained(emulator)
     assert type(model.model.language_model.layers[0].self_attn.q_proj).__name__ == "LowRankLinear"
 
@@ -177,7 +175,7 @@ def test_a_text_model_of_internlm2_becomes_a_llama(tmp_path, bias):
     config = internlm2_config(bias=bias)
     reference = randomise(InternLM2(config))
     source = save_source(tmp_path / "source", reference, config, shards=1)
-    native = Import(Checkpoint(source), tmp_path / "native").run()
+    native = import_job(source, tmp_path / "native").run()
     model, report = AutoModelForCausalLM.from_pretrained(native, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     assert "auto_map" not in "".join(path.read_text() for path in native.glob("*.json"))
@@ -226,32 +224,32 @@ def test_at_most_one_fused_tensor_is_read_at_a_time(models, tmp_path, monkeypatc
             return tensor
 
     monkeypatch.setattr(Checkpoint, "slices", watched)
-    Import(Checkpoint(source), tmp_path / "out").run()
+    import_job(source, tmp_path / "out").run()
     assert sorted(read) == sorted(key for key in weights(source) if "qkv." in key)
 
 
 def test_an_output_of_something_else_is_not_overwritten(source, tmp_path):
-    out = Import(Checkpoint(source), tmp_path / "out").run()
+    out = import_job(source, tmp_path / "out").run()
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert Import(Checkpoint(source), out).run() == out
+    assert import_job(source, out).run() == out
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     edit(source, "tokenizer_config.json", model_max_length=5)
     with pytest.raises(EmlocError, match="made from something else: files"):
-        Import(Checkpoint(source), out).run()
+        import_job(source, out).run()
     edit(source, "config.json", max_dynamic_patch=6)
     with pytest.raises(EmlocError, match=r"made from something else: .*the source differs"):
-        Import(Checkpoint(source), out).run()
+        import_job(source, out).run()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(EmlocError, match="was not written by emloc"):
-        Import(Checkpoint(source), tmp_path / "mine").run()
+        import_job(source, tmp_path / "mine").run()
 
 
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.model.importing import Import
+    from emloc_core.requests import ImportRequest
 
     source, output, kill_at = sys.argv[1:]
 
@@ -259,7 +257,7 @@ KILLED = """
         if done == int(kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Import(Checkpoint(source), Path(output)).run(progress)
+    Import(ImportRequest(source=source, output=Path(output))).run(progress)
 """
 
 
@@ -271,7 +269,7 @@ def test_an_import_that_was_killed_goes_on(models, tmp_path):
     assert not (tmp_path / "out").exists()
     first = tmp_path / ".out.partial" / "content" / "model-00001-of-00002.safetensors"
     written = first.stat().st_mtime_ns
-    out = Import(Checkpoint(source), tmp_path / "out").run()
+    out = import_job(source, tmp_path / "out").run()
     assert (out / first.name).stat().st_mtime_ns == written
     contents = [
         {path.name: path.read_bytes() for path in at.iterdir() if path.name not in ("timing.json", "emloc.json")}

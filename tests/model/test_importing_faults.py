@@ -20,13 +20,13 @@ from support.internvl_chat import (
     text_config,
     write,
 )
+from support.jobs import import_job
 
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.hookspecs import hookimpl
 from emloc_core.layout import Layout
-from emloc_core.model.importing import Import
 from emloc_core.plugins.manager import PluginManager
 
 
@@ -58,14 +58,14 @@ def test_a_tokenizer_that_cannot_be_converted_is_named(source, tmp_path, content
     if content is not None:
         (source / "tokenizer.model").write_bytes(content)
     with pytest.raises(EmlocError, match=named):
-        Import(Checkpoint(source), tmp_path / "out")
+        import_job(source, tmp_path / "out")
 
 
 def test_added_tokens_may_leave_no_gaps(source, tmp_path):
     edit(source, "added_tokens.json", **{"<IMG_CONTEXT>": 318})
     edit(source, "tokenizer_config.json", added_tokens_decoder={})
     with pytest.raises(EmlocError, match="'<IMG_CONTEXT>' the id 318"):
-        Import(Checkpoint(source), tmp_path / "out")
+        import_job(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_added_tokens_may_leave_no_gaps(source, tmp_path):
 def test_what_cannot_be_imported_is_named_and_nothing_is_written(source, tmp_path, file, changes, named):
     edit(source, file, **changes)
     with pytest.raises(EmlocError, match=named):
-        Import(Checkpoint(source), tmp_path / "out").run()
+        import_job(source, tmp_path / "out").run()
     assert not {path.name for path in tmp_path.iterdir()} & {"out", ".out.partial"}
 
 
@@ -111,14 +111,14 @@ def test_what_cannot_be_imported_is_named_and_nothing_is_written(source, tmp_pat
 def test_an_output_within_the_source_is_refused(source, place):
     before = sorted(source.rglob("*"))
     with pytest.raises(EmlocError, match="is inside the source"):
-        Import(Checkpoint(source), source / place)
+        import_job(source, source / place)
     assert sorted(source.rglob("*")) == before
 
 
 def test_all_unsupported_fields_are_named_at_once(source, tmp_path):
     edit(source, "config.json", ps_version="v1", pad2square=True)
     with pytest.raises(EmlocError, match=r"pad2square.*ps_version"):
-        Import(Checkpoint(source), tmp_path / "out")
+        import_job(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("token", ["<img>", "<IMG_CONTEXT>", "<|im_end|>"])
@@ -129,7 +129,7 @@ def test_a_missing_token_is_named(tmp_path, token):
     content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != token]
     write(source, "tokenizer.json", content)
     with pytest.raises(EmlocError, match=f"no token {token}".replace("|", r"\|")):
-        Import(Checkpoint(source), tmp_path / "out")
+        import_job(source, tmp_path / "out")
 
 
 def rewrite(directory, key, change):
@@ -159,7 +159,7 @@ def test_a_checkpoint_with_other_tensors_is_refused_before_anything_is_written(s
     change, named = FAULTS[fault]
     rewrite(source, WO, change)
     with pytest.raises(EmlocError, match=named):
-        Import(Checkpoint(source), tmp_path / "out")
+        import_job(source, tmp_path / "out")
     assert not {path.name for path in tmp_path.iterdir()} & {"out", ".out.partial"}
 
 
@@ -167,11 +167,11 @@ def test_a_truncated_shard_is_named(source, tmp_path):
     shard = Checkpoint(source).shards[1]
     os.truncate(shard, shard.stat().st_size - 10)
     with pytest.raises(EmlocError, match=r"model-00002-of-00002\.safetensors .*truncated"):
-        Import(Checkpoint(source), tmp_path / "out")
+        import_job(source, tmp_path / "out")
 
 
 def test_a_shard_that_shrinks_meanwhile_leaves_nothing_that_looks_finished(source, tmp_path):
-    job = Import(Checkpoint(source), tmp_path / "out")
+    job = import_job(source, tmp_path / "out")
     shard = job.source.shards[1]
 
     def truncate(what, *_):

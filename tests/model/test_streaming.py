@@ -8,13 +8,14 @@ from emloc_llama import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.emulator.declared import block_paths, plan_ranks
+from emloc_core.emulator.declared import plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.model.blocks import block_paths
 from emloc_core.model.hooks import tapped
 from emloc_core.model.lockstep import units
-from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.opened import OpenModel
 from emloc_core.model.streaming import Stream
 
 BLOCKS = ["model.layers"]
@@ -23,7 +24,7 @@ LENGTHS = (5, 17, 9)
 
 @pytest.fixture
 def skeleton(tiny_model):
-    return Skeleton(Checkpoint(tiny_model), LLAMA)
+    return OpenModel(Checkpoint(tiny_model), LLAMA).skeleton
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_what_is_not_loaded_says_where_it_will_be(skeleton):
 
 def test_logits_equal_those_of_the_whole_model_bit_for_bit(tiny_model, skeleton, samples):
     whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
-    stream = Stream(skeleton, BLOCKS)
+    stream = Stream(skeleton)
     forwards = [lambda ids=ids: skeleton.model(input_ids=ids, use_cache=False).logits for ids in samples]
     with torch.no_grad():
         for ids, logits in zip(samples, stream.run(forwards), strict=True):
@@ -76,7 +77,7 @@ def test_statistics_equal_those_of_the_whole_model_bit_for_bit(tiny_model, skele
             yield
 
     forwards = [lambda ids=ids: skeleton.model(input_ids=ids, use_cache=False) for ids in samples]
-    Stream(skeleton, BLOCKS).run(forwards, gather, block_paths(skeleton.model, LLAMA)[-1])
+    Stream(skeleton).run(forwards, gather, block_paths(skeleton.model, LLAMA)[-1])
 
     whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
     modules = {path: whole.get_submodule(path) for path in taps}
@@ -96,7 +97,7 @@ def test_one_unit_is_in_memory_at_a_time(skeleton, samples):
         present = [name for name, parameter in skeleton.model.named_parameters() if not parameter.is_meta]
         assert all(name.startswith(f"{unit}.") for name in present), present
 
-    Stream(skeleton, BLOCKS).run([lambda: skeleton.model(input_ids=samples[0], use_cache=False)], visit)
+    Stream(skeleton).run([lambda: skeleton.model(input_ids=samples[0], use_cache=False)], visit)
     assert len(loaded) == 6
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
@@ -111,14 +112,14 @@ def test_samples_that_skip_units_catch_up(skeleton, samples):
     def whole():
         return skeleton.model(input_ids=samples[0], use_cache=False).logits
 
-    results = Stream(skeleton, BLOCKS).run([short, whole], order.append)
+    results = Stream(skeleton).run([short, whole], order.append)
     assert order == units(skeleton.model, BLOCKS)  # the block waited for the sample that came the long way
     assert [tuple(result.shape) for result in results] == [(1, 1, 32), (1, 5, 128)]
 
 
 def test_blocks_wait_for_a_sample_that_comes_through_what_stands_behind_them_in_the_tree(skeleton, samples):
     """As an image that passes through a projector which the model made after its language model."""
-    stream = Stream(skeleton, BLOCKS)
+    stream = Stream(skeleton)
     embed, seen = skeleton.model.get_input_embeddings(), {}
 
     def text():
@@ -143,7 +144,7 @@ def test_a_module_outside_the_blocks_may_run_again(tiny_model, skeleton, samples
         return model(input_ids=samples[0], use_cache=False).logits + once
 
     order = []
-    (found,) = Stream(skeleton, BLOCKS).run([lambda: forward(skeleton.model)], order.append)
+    (found,) = Stream(skeleton).run([lambda: forward(skeleton.model)], order.append)
     assert order.count("model.embed_tokens") == 2
     whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()
     with torch.no_grad():
@@ -156,7 +157,7 @@ def test_a_block_that_runs_twice_is_refused(skeleton, samples):
         return skeleton.model(input_ids=samples[0], use_cache=False)
 
     with pytest.raises(EmlocError, match="second time"):
-        Stream(skeleton, BLOCKS).run([twice])
+        Stream(skeleton).run([twice])
 
 
 def test_an_error_in_a_forward_reaches_the_caller_and_frees_the_weights(skeleton, samples):
@@ -165,7 +166,7 @@ def test_an_error_in_a_forward_reaches_the_caller_and_frees_the_weights(skeleton
         raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
-        Stream(skeleton, BLOCKS).run([broken, lambda: skeleton.model(input_ids=samples[1], use_cache=False)])
+        Stream(skeleton).run([broken, lambda: skeleton.model(input_ids=samples[1], use_cache=False)])
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
 
@@ -187,9 +188,9 @@ def test_buffers_that_the_checkpoint_holds_are_loaded(tmp_path):
         name="routed", model_types=frozenset({"deepseek_v3"}),
         towers=[Tower(name="language", blocks="model.layers", input_groups=[["self_attn.o_proj"]])],
     )  # fmt: skip
-    skeleton = Skeleton(Checkpoint(tmp_path), family)
+    skeleton = OpenModel(Checkpoint(tmp_path), family).skeleton
     ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(0))
-    (logits,) = Stream(skeleton, BLOCKS).run([lambda: skeleton.model(input_ids=ids, use_cache=False).logits])
+    (logits,) = Stream(skeleton).run([lambda: skeleton.model(input_ids=ids, use_cache=False).logits])
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
     with torch.no_grad():
         assert torch.equal(logits, whole(input_ids=ids, use_cache=False).logits)

@@ -7,11 +7,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.jobs import compress_job
 
 from emloc_core import hookspecs
 from emloc_core.algorithms import Lora
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.plugins.manager import plugin_manager
@@ -48,7 +47,7 @@ def test_every_algorithm_hook_has_one(examples):
 @pytest.mark.usefixtures("examples")
 def test_an_emulator_is_made_by_the_example(tiny_model, rows_file, tmp_path):
     settings = CompressSettings(samples=4, selection=2, ratio=0.5, kind="coarse")
-    path = Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), tmp_path / "emulator", settings).run()
+    path = compress_job(tiny_model, rows_file, tmp_path / "emulator", settings).run()
     result = read_manifest(path)["result"]
     assert len({linear["rank"] for linear in result["linears"]}) > 2
     assert all(0 < linear["relative_error"] < 1 for linear in result["linears"] if linear["rank"])

@@ -15,7 +15,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json
 from emloc_core.files.output import MANIFEST, made_from
-from emloc_core.model.skeleton import Skeleton
+from emloc_core.model.opened import OpenModel
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.recipe.page import RunView, write_page
 from emloc_core.recipe.recipe import Recipe, load_recipe
@@ -168,13 +168,13 @@ def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
     # The losses are those of the base with what was written.
     base = Checkpoint(Path(recipe.model.base))
     family = plugin_manager().family_for(base.config)
-    skeleton = Skeleton(base, family, "cpu")
+    skeleton = OpenModel(base, family, "cpu").skeleton
     rows = load_rows(str(run / "emulator" / SELECTION))
     limits = Limits.of(skeleton.model.config)
     samples = encode(rows, load_processing(base.directory, family, rows), None, limits, skeleton.dtype)
     for name, loss in losses.items():
         loras = Adapter(run / f"corrected{ends[name]}").loras
-        assert mean_loss(skeleton, family, samples, loras) == pytest.approx(loss, abs=2e-6)
+        assert mean_loss(skeleton, samples, loras) == pytest.approx(loss, abs=2e-6)
     end = ends[results["kept"]]
     assert results["final"] == f"merged{end}"
     assert Path(made_from(run / f"merged{end}", "adapter")).name == f"polished{end}"

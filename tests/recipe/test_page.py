@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from support.chromium import Page
+from support.jobs import train_job
 from support.runs import HOSTILE, finished_run
 
 from emloc_core.cli import cli
@@ -16,7 +17,6 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.output import TIMING
 from emloc_core.recipe.page import RunView, write_page
 from emloc_core.settings import TrainSettings
-from emloc_core.tuning.train import Train
 
 
 def test_it_says_what_the_files_say(tmp_path):
@@ -66,7 +66,7 @@ def test_the_command_writes_one_page_with_nothing_unescaped(tmp_path):
 def test_memory_is_planned_for_the_device_that_tuned(tiny_emulator, rows_file, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_emulator, run / "emulator")
-    Train(run / "emulator", str(rows_file), run / "adapter", TrainSettings(steps=1, batch_size=1, bf16=False)).run()
+    train_job(run / "emulator", rows_file, run / "adapter", TrainSettings(steps=1, batch_size=1, bf16=False)).run()
 
     def planned() -> dict[str, int | None]:
         return {stage.name: stage.planned for stage in RunView.read(run).stages}

@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 from support import whole_model as reference
+from support.jobs import compress_job, correct_job, merge_job
 from torch import nn
 
-from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import Correct
-from emloc_core.adapters.merge import Merge
 from emloc_core.conformance.inputs import text_rows
 from emloc_core.conformance.tuning import tune
 from emloc_core.data.tokenize import Sample
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.pretrained import load_model
@@ -106,7 +103,7 @@ class _Run:
         yield from self._apart("the tuned emulator", tuned, reference.with_weights(self.whole, answered))
 
         clamp = CorrectSettings(clamp="none")
-        corrected = Correct(Adapter(adapter), self.base, self.directory / "corrected", clamp).run()
+        corrected = correct_job(adapter, self.base, self.directory / "corrected", clamp).run()
         expected = {path: lora.corrected(weights[path], stand_ins.get(path, weights[path]))
                     for path, lora in learned.items()}  # fmt: skip
         found = reference.loras(corrected)
@@ -116,7 +113,7 @@ class _Run:
             if not _near(lora.delta, expected[path]):
                 yield f"the corrected LoRA of {path} is not the paper's"
 
-        merged = self._load(Merge(Adapter(corrected), self.base, self.directory / "merged").run())
+        merged = self._load(merge_job(corrected, self.base, self.directory / "merged").run())
         by_hand = reference.with_weights(self.whole, {path: weights[path] + expected[path] for path in expected})
         actual, wanted = merged.state_dict(), by_hand.state_dict()
         if odd := actual.keys() ^ wanted.keys():
@@ -127,7 +124,7 @@ class _Run:
         yield from self._apart("the merged model", merged, by_hand)
 
     def _compress(self) -> Path:
-        stage = Compress(self.base, self.texts, self.directory / "emulator", self.settings)
+        stage = compress_job(self.base, self.texts, self.directory / "emulator", self.settings)
         stage.samples = self.samples  # images too, for which a tiny model has no processor
         return stage.run()
 

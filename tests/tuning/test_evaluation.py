@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.jobs import exact_job, polish_job, train_job
 from support.killed import kill, run_until_killed
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,7 +26,6 @@ from emloc_core.recipe.stages import stages
 from emloc_core.requests import EvalRows
 from emloc_core.settings import PolishSettings, TrainSettings
 from emloc_core.tuning.evaluation import BaseLoss, divide, loras_of
-from emloc_core.tuning.exact import ExactTrain, Polish
 from emloc_core.tuning.train import Train
 from emloc_core.tuning.trainer import LoraTrainer
 
@@ -34,7 +34,7 @@ FAST = {"learning_rate": 0.02, "bf16": False, "eval_steps": 4, "logging_steps": 
 
 def train(model, rows, output, evaluated, **changes) -> Path:
     settings = TrainSettings(**{**FAST, "steps": 12, **changes})
-    return Train(model, str(rows), output, settings, evaluation=evaluated).run()
+    return train_job(model, rows, output, settings, evaluation=evaluated).run()
 
 
 def nll(base, adapter, rows) -> float:
@@ -128,13 +128,13 @@ def whole(tiny_emulator, rows_file, held_out, tmp_path_factory) -> Path:
 def test_exact_steps_evaluate_the_base_streamed(trained, tiny_model, rows_file, held_out, tmp_path):
     settings = PolishSettings(steps=4, **{**FAST, "eval_steps": 2})
     asked = EvalRows(data=str(held_out))
-    job = Polish(Adapter(trained), Checkpoint(tiny_model), str(rows_file), tmp_path / "a", settings, evaluation=asked)
+    job = polish_job(trained, tiny_model, rows_file, tmp_path / "a", settings, evaluation=asked)
     result = read_manifest(job.run())["result"]
     assert result["eval_rows"] == 10
     assert result["eval_loss"] == pytest.approx(nll(tiny_model, tmp_path / "a", load_rows(held_out)), rel=1e-5)
     with pytest.raises(EmlocError, match="whose loss is evaluated anyway"):
-        ExactTrain(
-            tiny_model, str(rows_file), tmp_path / "b", TrainSettings(), evaluation=EvalRows(split="0.1", on_base=True)
+        exact_job(
+            tiny_model, rows_file, tmp_path / "b", TrainSettings(), evaluation=EvalRows(split="0.1", on_base=True)
         )
 
 
@@ -160,7 +160,7 @@ def test_a_resumed_polish_knows_the_loss_that_it_began_with(
         settings = PolishSettings(**{**FAST, "steps": 4, "eval_steps": 2, "learning_rate": 0.3})
         asked = EvalRows(data=str(held_out))
         start, base = Adapter(trained), Checkpoint(tiny_model)
-        return Polish(start, base, str(rows_file), tmp_path / name, settings, evaluation=asked).run()
+        return polish_job(start, base, rows_file, tmp_path / name, settings, evaluation=asked).run()
 
     whole = polish("whole")
     step = LoraTrainer.training_step

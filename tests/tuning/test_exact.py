@@ -14,6 +14,7 @@ from emloc_qwen import QWEN_MOE
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.adapters import contents, make_adapter
+from support.jobs import compress_job, correct_job, exact_job, merge_job, polish_job, train_job
 from support.killed import kill, run_until_killed
 from support.models import save_tiny_model
 from support.rows import example_rows, write_jsonl
@@ -21,23 +22,16 @@ from support.vision_models import internvl_processor, picture_rows, save_model
 from transformers import AutoModelForCausalLM
 
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import Correct
-from emloc_core.adapters.merge import Merge
-from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
 from emloc_core.errors import EmlocError
 from emloc_core.exact import boundaries
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.exact.weights import FrozenWeights
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import read_manifest
 from emloc_core.model.overhead import overhead
 from emloc_core.requests import make_request
 from emloc_core.settings import CompressSettings, CorrectSettings, ExactSettings, PolishSettings, TrainSettings
-from emloc_core.tuning.exact import ExactTrain, Polish
-from emloc_core.tuning.train import Train
 
 LIMITS = ExactSettings()
 STEPS = {"learning_rate": 0.02, "bf16": False, "logging_steps": 1, "seed": 3}
@@ -49,9 +43,7 @@ def train_settings(**changes) -> TrainSettings:
 
 def polish(adapter, base, rows, output, exclude=(), limits=None, **changes) -> Path:
     settings = PolishSettings(**{"steps": 6, "save_steps": 2, **STEPS, **changes})
-    return Polish(
-        Adapter(adapter), Checkpoint(base), str(rows), output, settings, exclude, limits=limits or ExactSettings()
-    ).run()
+    return polish_job(adapter, base, rows, output, settings, exclude=exclude, limits=limits or ExactSettings()).run()
 
 
 def losses(directory):
@@ -69,7 +61,7 @@ def require_close(one, other):
 def ordinary(tiny_model, rows_file, tmp_path_factory) -> Path:
     """An adapter of the tiny model by ordinary training."""
     output = tmp_path_factory.mktemp("ordinary") / "adapter"
-    return Train(tiny_model, str(rows_file), output, train_settings()).run()
+    return train_job(tiny_model, rows_file, output, train_settings()).run()
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +73,7 @@ def polished(tiny_model, rows_file, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("sizes", [{}, {"batch_size": 2, "accumulation": 4}])
 def test_training_by_exact_steps_goes_as_ordinary_training(sizes, ordinary, tiny_model, rows_file, tmp_path):
-    exact = ExactTrain(tiny_model, str(rows_file), tmp_path / "a", train_settings(**sizes)).run()
+    exact = exact_job(tiny_model, rows_file, tmp_path / "a", train_settings(**sizes)).run()
     assert losses(exact) == pytest.approx(losses(ordinary), rel=1e-5)
     require_close(exact, ordinary)
     assert read_json(exact / "adapter_config.json") == read_json(ordinary / "adapter_config.json")
@@ -92,8 +84,8 @@ def test_training_by_exact_steps_goes_as_ordinary_training(sizes, ordinary, tiny
 def test_an_emulator_with_experts_is_streamed(rows_file, tmp_path):
     base = save_tiny_model(QWEN_MOE.tiny_configs[0], tmp_path / "base")
     chosen = CompressSettings(kind="low-rank", ratio=0.5, samples=8, selection=4)
-    emulator = Compress(Checkpoint(base), load_rows(str(rows_file)), tmp_path / "emulator", chosen).run()
-    read = read_manifest(ExactTrain(emulator, str(rows_file), tmp_path / "exact", train_settings(steps=1)).run())
+    emulator = compress_job(base, rows_file, tmp_path / "emulator", chosen).run()
+    read = read_manifest(exact_job(emulator, rows_file, tmp_path / "exact", train_settings(steps=1)).run())
     assert read["result"]["steps"] == 1
 
 
@@ -110,15 +102,13 @@ def test_an_emulator_is_streamed_to_the_same_result(kind, rows_file, tmp_path):
     base = save_tiny_model({**LLAMA.tiny_configs[0], "hidden_size": 64, "head_dim": 16}, tmp_path / "base")
     sized = {"ratio": 0.3} if kind == "1.6-bit+repair" else {}
     chosen = CompressSettings(kind=kind, samples=8, selection=4, **sized)
-    emulator = Compress(Checkpoint(base), load_rows(str(rows_file)), tmp_path / "emulator", chosen).run()
-    ordinary = Train(emulator, str(rows_file), tmp_path / "ordinary", train_settings(steps=3)).run()
-    job = ExactTrain(
-        emulator, str(rows_file), tmp_path / "exact", train_settings(steps=3, batch_size=2, accumulation=4)
-    )
+    emulator = compress_job(base, rows_file, tmp_path / "emulator", chosen).run()
+    ordinary = train_job(emulator, rows_file, tmp_path / "ordinary", train_settings(steps=3)).run()
+    job = exact_job(emulator, rows_file, tmp_path / "exact", train_settings(steps=3, batch_size=2, accumulation=4))
     exact = job.run()
     assert losses(exact) == pytest.approx(losses(ordinary), rel=1e-5)
     require_close(exact, ordinary)
-    corrected = Correct(Adapter(exact), Checkpoint(base), tmp_path / "corrected", CorrectSettings(clamp=3)).run()
+    corrected = correct_job(exact, base, tmp_path / "corrected", CorrectSettings(clamp=3)).run()
     assert Adapter(corrected).is_corrected
 
 
@@ -126,7 +116,7 @@ def test_an_emulator_is_streamed_to_the_same_result(kind, rows_file, tmp_path):
 def four_bits(tiny_model, rows_file, tmp_path_factory) -> Path:
     """An emulator of the tiny model in four bits."""
     output = tmp_path_factory.mktemp("four-bits") / "emulator"
-    return Compress(Checkpoint(tiny_model), load_rows(str(rows_file)), output, CompressSettings(kind="nf4")).run()
+    return compress_job(tiny_model, rows_file, output, CompressSettings(kind="nf4")).run()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +128,7 @@ def test_other_four_bits_are_not_streamed(changes, four_bits, rows_file, tmp_pat
     config["quantization_config"] |= changes
     (emulator / "config.json").write_text(json.dumps(config))
     with pytest.raises(EmlocError, match=next(iter(changes))) as caught:
-        ExactTrain(emulator, str(rows_file), tmp_path / "exact", train_settings())
+        exact_job(emulator, rows_file, tmp_path / "exact", train_settings())
     assert caught.value.code == "unsupported"
 
 
@@ -151,7 +141,7 @@ def test_a_model_quantised_by_another_tool_is_refused(tiny_model, rows_file, tmp
     small = {name: tensor.to(torch.float8_e4m3fn) if "proj" in name else tensor for name, tensor in weights.items()}
     save_file(small, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(EmlocError, match="quantised") as caught:
-        ExactTrain(model, str(rows_file), tmp_path / "exact", train_settings())
+        exact_job(model, rows_file, tmp_path / "exact", train_settings())
     assert caught.value.code == "unsupported"
 
 
@@ -175,15 +165,15 @@ def test_four_bits_that_say_something_else_are_not_streamed(change, reason, four
     save_file({**tensors, key: torch.tensor(list(said.encode()), dtype=torch.uint8)}, shard, {"format": "pt"})
     (emulator / "emloc.json").unlink()  # as a stranger's
     with pytest.raises(EmlocError, match=reason) as caught:
-        ExactTrain(emulator, str(rows_file), tmp_path / "exact", train_settings(steps=1)).run()
+        exact_job(emulator, rows_file, tmp_path / "exact", train_settings(steps=1)).run()
     assert caught.value.code == "damaged"
 
 
 def test_rows_with_pictures_are_trained_on_as_ordinarily(tmp_path):
     base = save_model(tmp_path / "base", INTERNVL, "internvl", internvl_processor())
     rows = picture_rows(tmp_path / "rows")
-    one = ExactTrain(base, str(rows), tmp_path / "one", train_settings(steps=2, batch_size=2, accumulation=2)).run()
-    other = Train(base, str(rows), tmp_path / "other", train_settings(steps=2, batch_size=4)).run()
+    one = exact_job(base, rows, tmp_path / "one", train_settings(steps=2, batch_size=2, accumulation=2)).run()
+    other = train_job(base, rows, tmp_path / "other", train_settings(steps=2, batch_size=4)).run()
     assert losses(one) == pytest.approx(losses(other), rel=1e-4)
     require_close(one, other)
 
@@ -208,9 +198,9 @@ def test_polish_takes_half_of_the_learning_rate_of_tuning(ordinary, tiny_model, 
 
 
 def test_polish_goes_on_from_what_train_and_correct_make(ordinary, tiny_model, tiny_emulator, rows_file, tmp_path):
-    tuned = Train(tiny_emulator, str(rows_file), tmp_path / "tuned", train_settings()).run()
+    tuned = train_job(tiny_emulator, rows_file, tmp_path / "tuned", train_settings()).run()
     corrected = tmp_path / "corrected"
-    Correct(Adapter(tuned), Checkpoint(tiny_model), corrected, CorrectSettings(clamp=1)).run()
+    correct_job(tuned, tiny_model, corrected, CorrectSettings(clamp=1)).run()
     before = contents(corrected)
     for adapter in (ordinary, tuned, corrected):
         output = polish(adapter, tiny_model, rows_file, tmp_path / f"polished-{adapter.name}", learning_rate=1e-6)
@@ -222,7 +212,7 @@ def test_polish_goes_on_from_what_train_and_correct_make(ordinary, tiny_model, t
             assert found.config[name] == given.config[name]
         assert found.config["base_model_name_or_path"] == str(tiny_model.absolute())
         assert not found.is_corrected
-        Merge(found, Checkpoint(tiny_model), tmp_path / f"merged-{adapter.name}").run()
+        merge_job(found, tiny_model, tmp_path / f"merged-{adapter.name}").run()
     assert contents(corrected) == before  # as it was
 
 
@@ -254,7 +244,7 @@ def test_the_lora_and_the_process_count_in_the_memory(tiny_model, rows_file, tmp
     for rank in (4, 8):
         settings = train_settings(steps=1, lora_rank=rank)
         limits = ExactSettings(memory="1GiB")
-        adapter = ExactTrain(tiny_model, str(rows_file), tmp_path / f"{rank}", settings, limits=limits).run()
+        adapter = exact_job(tiny_model, rows_file, tmp_path / f"{rank}", settings, limits=limits).run()
         parameters.append(sum(tensor.numel() for tensor in load_file(adapter / "adapter_model.safetensors").values()))
     assert rooms[0] - rooms[1] == 16 * (parameters[1] - parameters[0]) > 0  # values, gradients, two moments
     assert rooms[0] + 16 * parameters[0] < (1 << 30) - overhead("cpu", tuning=True)
@@ -400,6 +390,6 @@ def test_settings_that_cannot_work_are_one_error(changes, complaint, ordinary, t
 
 
 def test_several_processes_are_refused(ordinary, tiny_model, rows_file, tmp_path):
-    job = Polish(Adapter(ordinary), Checkpoint(tiny_model), str(rows_file), tmp_path / "a", PolishSettings())
+    job = polish_job(ordinary, tiny_model, rows_file, tmp_path / "a", PolishSettings())
     with pytest.raises(EmlocError, match="by one process"):
         job._request(Inputs(), 2)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from emloc_llama import LLAMA
 from support.evaluation import metrics_of
+from support.jobs import merge_job, polish_job, train_job
 from support.models import save_in_four_bits, save_tiny_model
 from support.planned import workload
 from transformers import AutoModelForCausalLM
 
 from emloc_core import plan
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.merge import Merge
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.new_task import write_task
 from emloc_core.files.checkpoint import Checkpoint
@@ -19,8 +19,6 @@ from emloc_core.memory.model import MemoryModel
 from emloc_core.requests import CorrectRequest
 from emloc_core.settings import CompressSettings, PolishSettings, TrainSettings
 from emloc_core.stages.perform import prepare
-from emloc_core.tuning.exact import Polish
-from emloc_core.tuning.train import Train
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +41,13 @@ def adapter(packed, rows_file, tmp_path_factory):
     """A LoRA on that."""
     directory = tmp_path_factory.mktemp("adapter")
     settings = TrainSettings(steps=2, batch_size=4, learning_rate=0.01)
-    return Adapter(Train(packed, str(rows_file), directory / "adapter", settings).run())
+    return Adapter(train_job(packed, rows_file, directory / "adapter", settings).run())
 
 
 def test_it_is_merged_into_the_original_that_is_named(adapter, original, tmp_path):
     with pytest.raises(EmlocError, match=r"is quantised.*Give the original, unquantised model with --base"):
-        Merge(adapter, Checkpoint(adapter.base_name), tmp_path / "merged")
-    merged = Merge(adapter, Checkpoint(original), tmp_path / "merged").run()
+        merge_job(adapter, adapter.base_name, tmp_path / "merged")
+    merged = merge_job(adapter, original, tmp_path / "merged").run()
     before, after = (AutoModelForCausalLM.from_pretrained(each).state_dict() for each in (original, merged))
     for path, lora in adapter.loras.items():
         change = lora.scale * lora.b.float() @ lora.a.float()
@@ -61,7 +59,7 @@ def test_another_model_is_not_its_original(adapter, original, tmp_path):
     with torch.no_grad():
         model.model.norm.weight.mul_(1.1)
     model.save_pretrained(tmp_path / "other")
-    job = Merge(adapter, Checkpoint(tmp_path / "other"), tmp_path / "merged")
+    job = merge_job(adapter, tmp_path / "other", tmp_path / "merged")
     with pytest.raises(EmlocError, match="made for another base"):
         job.run()
 
@@ -69,10 +67,10 @@ def test_another_model_is_not_its_original(adapter, original, tmp_path):
 @pytest.mark.parametrize("in_four_bits", [True, False])
 def test_exact_steps_follow_on_either(adapter, original, rows_file, tmp_path, in_four_bits):
     base = Checkpoint(adapter.base_name if in_four_bits else original)
-    polished = Adapter(Polish(adapter, base, str(rows_file), tmp_path / "a", PolishSettings(steps=1)).run())
+    polished = Adapter(polish_job(adapter, base, rows_file, tmp_path / "a", PolishSettings(steps=1)).run())
     assert polished.loras.keys() == adapter.loras.keys()
     if not in_four_bits:
-        Merge(polished, base, tmp_path / "merged").run()
+        merge_job(polished, base, tmp_path / "merged").run()
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -86,7 +84,7 @@ def test_there_is_nothing_to_correct_which_is_said(adapter, original, tmp_path, 
     assert corrected.model_name == (str(original) if named else adapter.model_name)
     assert all(torch.equal(lora.a, adapter.loras[path].a) for path, lora in corrected.loras.items())
     if named:
-        Merge(corrected, Checkpoint(original), tmp_path / "merged").run()
+        merge_job(corrected, original, tmp_path / "merged").run()
 
 
 def test_its_lora_needs_what_one_on_an_emulator_in_four_bits_does(original, packed):

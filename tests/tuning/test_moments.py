@@ -10,17 +10,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support.adapters import contents
+from support.jobs import correct_job, polish_job, train_job
 from torch import nn
 
-from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.moments import FILE, load_moments, tuned_at, write_moments
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.shards import write_shard
 from emloc_core.settings import CorrectSettings, PolishSettings, TrainSettings
-from emloc_core.tuning.exact import Polish
-from emloc_core.tuning.train import Train
 
 RATE, BETAS = 0.01, (0.9, 0.999)
 STEPS = {"learning_rate": RATE, "bf16": False, "logging_steps": 1}
@@ -88,12 +84,12 @@ def test_steps_are_as_small_as_the_gradients_became_and_never_far_beyond_the_rat
 @pytest.fixture(scope="module")
 def tuned(tiny_model, rows_file, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("tuned") / "adapter"
-    return Train(tiny_model, str(rows_file), output, TrainSettings(steps=12, lora_rank=4, **STEPS)).run()
+    return train_job(tiny_model, rows_file, output, TrainSettings(steps=12, lora_rank=4, **STEPS)).run()
 
 
 def polish(adapter, base, rows, output, **changes) -> Path:
     how = PolishSettings(**{"steps": 2, **STEPS, **changes})
-    return Polish(Adapter(adapter), Checkpoint(base), str(rows), output, how).run()
+    return polish_job(adapter, base, rows, output, how).run()
 
 
 def without_moments(adapter, copy) -> Path:
@@ -117,8 +113,8 @@ def test_polish_begins_with_those_of_tuning(tuned, tiny_model, rows_file, tmp_pa
 
 
 def test_they_go_with_the_adapter_from_stage_to_stage(tiny_emulator, tiny_model, rows_file, tmp_path):
-    tuned = Train(tiny_emulator, str(rows_file), tmp_path / "a", TrainSettings(steps=2, lora_rank=4, **STEPS)).run()
-    corrected = Correct(Adapter(tuned), Checkpoint(tiny_model), tmp_path / "c", CorrectSettings(clamp=1)).run()
+    tuned = train_job(tiny_emulator, rows_file, tmp_path / "a", TrainSettings(steps=2, lora_rank=4, **STEPS)).run()
+    corrected = correct_job(tuned, tiny_model, tmp_path / "c", CorrectSettings(clamp=1)).run()
     assert (corrected / FILE).read_bytes() == (tuned / FILE).read_bytes()
     polished = polish(corrected, tiny_model, rows_file, tmp_path / "p")
     names = [set(load_file(directory / FILE)) for directory in (tuned, polished)]
@@ -147,7 +143,7 @@ def test_a_dry_run_says_where_there_are_none(emloc, tuned, rows_file, tmp_path):
 
 def test_an_optimiser_without_second_moments_leaves_none(tiny_model, rows_file, tmp_path):
     how = TrainSettings(steps=1, lora_rank=4, extra={"optim": "sgd"}, **STEPS)
-    plain = Train(tiny_model, str(rows_file), tmp_path / "plain", how).run()
+    plain = train_job(tiny_model, rows_file, tmp_path / "plain", how).run()
     assert not (plain / FILE).exists()
     polish(plain, tiny_model, rows_file, tmp_path / "polished")
 

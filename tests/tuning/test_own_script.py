@@ -7,15 +7,14 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
+from support.jobs import correct_job
 from support.paths import EXAMPLES
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.adapters.correct import Correct
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CorrectSettings
 
 SCRIPT = EXAMPLES / "train_with_your_own_script.py"
@@ -46,7 +45,7 @@ def test_it_trains_an_emulator_and_the_adapter_is_carried_over(
     loras = Adapter(adapter).loras  # the whitelist of what can be carried over passes it
     assert {path.rpartition(".")[2] for path in loras} == TARGETS
     assert len(loras) == 21
-    corrected = Correct(Adapter(adapter), Checkpoint(tiny_model), tmp_path / "corrected", CorrectSettings()).run()
+    corrected = correct_job(adapter, tiny_model, tmp_path / "corrected", CorrectSettings()).run()
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     base = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
@@ -77,7 +76,7 @@ def test_rewards_train_an_emulator_too(tiny_emulator, tiny_model, tmp_path, monk
     runpy.run_path(str(SCRIPT), run_name="__main__")
     loras = Adapter(tmp_path / "a").loras
     assert len(loras) == 21
-    assert Correct(Adapter(tmp_path / "a"), Checkpoint(tiny_model), tmp_path / "c", CorrectSettings()).run()
+    assert correct_job(tmp_path / "a", tiny_model, tmp_path / "c", CorrectSettings()).run()
 
 
 def nll(model, samples) -> float:

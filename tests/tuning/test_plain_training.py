@@ -8,6 +8,7 @@ from datasets import Dataset
 from emloc_llama import TINY
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from support.jobs import compress_job
 from support.models import tiny_tokenizer
 from support.rows import example_rows
 from support.run import PLAIN_TRAINING
@@ -16,8 +17,6 @@ from trl import SFTConfig, SFTTrainer
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.data.rows import load_rows
-from emloc_core.emulator.compress import Compress
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.settings import CompressSettings
 
 CONFIGS = {
@@ -39,7 +38,7 @@ def test_an_emulator_trains_and_its_adapter_loads_onto_the_base(name: str, rows_
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     chosen = CompressSettings(samples=12, selection=6, ratio=0.6)
     rows = load_rows(str(rows_file))
-    directory = Compress(Checkpoint(tmp_path / "base"), rows, tmp_path / "emulator", chosen).run()
+    directory = compress_job(tmp_path / "base", rows, tmp_path / "emulator", chosen).run()
 
     emulator = AutoModelForCausalLM.from_pretrained(directory)
     tied = "tied" in name

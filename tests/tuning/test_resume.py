@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
+from support.jobs import train_job
 
 from emloc_core.settings import TrainSettings
 from emloc_core.tuning.checkpoints import newest_checkpoint, remove_incomplete
@@ -22,7 +23,7 @@ def checkpoint(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempP
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Train, "_write", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            Train(tiny_model, str(rows_file), directory / "adapter", TrainSettings(steps=2, bf16=False)).run()
+            train_job(tiny_model, rows_file, directory / "adapter", TrainSettings(steps=2, bf16=False)).run()
     return directory / ".adapter.partial" / "content" / "checkpoints" / "checkpoint-2"
 
 
@@ -71,7 +72,7 @@ def test_a_card_that_a_killed_run_began_is_written_again(tiny_model: Path, rows_
             raise KeyboardInterrupt
 
     def train() -> Path:
-        return Train(tiny_model, str(rows_file), tmp_path / "adapter", TrainSettings(steps=2, bf16=False)).run()
+        return train_job(tiny_model, rows_file, tmp_path / "adapter", TrainSettings(steps=2, bf16=False)).run()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PeftModel, "save_pretrained", interrupt)

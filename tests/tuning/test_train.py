@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.jobs import train_job
 from support.killed import kill, run_until_killed
 from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
@@ -42,7 +43,7 @@ def settings(**changes) -> TrainSettings:
 
 
 def finetune(*args, **options) -> Path:
-    return Train(*args, **options).run()
+    return train_job(*args, **options).run()
 
 
 def completion_nll(model, tokenizer, rows) -> float:
@@ -219,7 +220,7 @@ def test_a_dry_run_tells_of_long_rows_and_copies(tiny_model, tmp_path, emloc):
     rows.append({"prompt": "cat " * 20, "completion": "a"})
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     lengths = [len(sample.input_ids) for sample in encode(load_rows(path), AutoTokenizer.from_pretrained(tiny_model))]
-    job = Train(tiny_model, str(path), tmp_path / "a", settings(max_length=16))
+    job = train_job(tiny_model, path, tmp_path / "a", settings(max_length=16))
     said = job.describe()
     measured = ("longest_tokens", "longest_row", "cut_rows", "dropped_rows", "duplicate_rows")
     assert [said[name] for name in measured] == [max(lengths), 1 + lengths.index(max(lengths)), 2, 1, 2]
@@ -252,7 +253,7 @@ def test_settings_reach_peft(tiny_model, rows_file, tmp_path):
 
 def test_the_dry_runs_steps_are_the_trainers(tiny_model, rows_file, tmp_path):
     chosen = settings(steps=None, epochs=1.5, batch_size=16, accumulation=3)  # 8 batches, 3 steps per epoch
-    job = Train(tiny_model, str(rows_file), tmp_path / "a", chosen)
+    job = train_job(tiny_model, rows_file, tmp_path / "a", chosen)
     assert read_manifest(job.run())["result"]["steps"] == job.describe()["steps"] == 5
 
 
@@ -410,9 +411,9 @@ def test_a_row_beyond_the_models_limit_is_named(tiny_model, tmp_path):
 
 def test_nothing_left_to_train_on_is_an_error(tiny_model, rows_file, tmp_path):
     with pytest.raises(EmlocError, match="all 120 are calibration, selection or excluded rows"):
-        Train(tiny_model, str(rows_file), tmp_path / "a", settings(), exclude=[rows_file])
+        train_job(tiny_model, rows_file, tmp_path / "a", settings(), exclude=[rows_file])
     with pytest.raises(EmlocError, match=r"There is no file .*test\.jsonl"):
-        Train(tiny_model, str(rows_file), tmp_path / "a", settings(), exclude=[tmp_path / "test.jsonl"])
+        train_job(tiny_model, rows_file, tmp_path / "a", settings(), exclude=[tmp_path / "test.jsonl"])
 
 
 def test_steps_and_epochs_contradict_each_other():
@@ -439,7 +440,7 @@ def test_a_damaged_model_is_one_error(damage, complaint, tiny_model, rows_file, 
 
 def test_bad_rows_are_left_out_counted_and_named(tiny_model, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, *example_rows()[:8]])
-    job = Train(tiny_model, str(rows), tmp_path / "adapter", settings(steps=1), skip_bad_rows=True)
+    job = train_job(tiny_model, rows, tmp_path / "adapter", settings(steps=1), skip_bad_rows=True)
     assert any("are left out: 1, which" in warning for warning in job.warnings)
     adapter = job.run()
     assert read_manifest(adapter)["result"]["skipped_rows"] == 1

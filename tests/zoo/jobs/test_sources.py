@@ -5,12 +5,11 @@ import json
 import pytest
 from support.driver import ForkingDriver
 from support.internvl_chat import InternVLChat, chat_config, randomise, save_source, text_config
+from support.jobs import import_job
 from support.processes import drive, files, plan_here
 
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import TIMING
-from emloc_core.model.importing import Import
 from emloc_core.requests import ImportRequest
 from emloc_core.standins import RECOMMENDED
 from emloc_core.zoo.jobs.job import Job, describe_change, slug, unique
@@ -165,7 +164,7 @@ def test_the_kind_is_chosen_by_a_memory_target():
 def test_an_entry_in_another_layout_is_rewritten_first(tmp_path, rows_file):
     config = chat_config(text_config("qwen2"))
     source = save_source(tmp_path / "source", randomise(InternVLChat(config)), config)
-    native = Import(Checkpoint(source), tmp_path / "native").run()
+    native = import_job(source, tmp_path / "native").run()
     lines = ['id = "mine/chat"', 'family = "internvl"', 'layout = "internvl_chat"', 'checkpoint = "source"']
     lines += ["[presets.default]", "ratio = 0.5", "[config]", 'model_type = "internvl"']
     (tmp_path / "entry.toml").write_text("\n".join(lines))

@@ -1,0 +1,87 @@
+"""A model that a job works with: opened once, and handed on to whatever needs some of it."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from emloc_core.data.limits import Limits
+from emloc_core.data.rows import Row
+from emloc_core.data.tokenize import Processing, Sample, encode, load_processing
+from emloc_core.family import Family
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.pretrained import load_config
+from emloc_core.model.device import choose_device
+from emloc_core.model.skeleton import Skeleton, build_model
+from emloc_core.plugins.manager import plugin_manager
+
+
+class OpenModel:
+    """A checkpoint, its family, and a device; everything else is read when it is first asked for.
+
+    Args:
+        checkpoint: an ordinary model, or an emulator.
+        family: its declaration; by default that of the plugin that declares its model type.
+        device: device of weights and activations.
+
+    Raises:
+        EmlocError: no family declares the model.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, family: Family | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.checkpoint, self.device = checkpoint, torch.device(device)
+        self.family: Family = family or plugin_manager().family_for(checkpoint.config)
+
+    def on(self, device: torch.device) -> "OpenModel":
+        """Return the same model, opened again for another device."""
+        return OpenModel(self.checkpoint, self.family, device)
+
+    @cached_property
+    def config(self) -> Any:
+        """Transformers' config.
+
+        Raises:
+            EmlocError: transformers rejects it.
+        """
+        return load_config(self.checkpoint.directory / "config.json")
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """The model without weights, which are loaded on demand.
+
+        Raises:
+            EmlocError: the checkpoint lacks weights of the model, or does not fit its config.
+        """
+        return Skeleton(self.checkpoint, self.family, self.config, self.device)
+
+    @cached_property
+    def limits(self) -> Limits:
+        """What the config says of rows."""
+        return Limits.of(self.config)
+
+    def build(self) -> PreTrainedModel:
+        """Return another model of this config, fp32 on the meta device, whatever is in the checkpoint."""
+        return build_model(self.config, self.family, torch.float32)
+
+    def processing(self, rows: Sequence[Row]) -> Processing:
+        """Return what turns rows into inputs: see :func:`emloc_core.data.tokenize.load_processing`."""
+        return load_processing(self.checkpoint.directory, self.family, rows)
+
+    def encode(self, rows: Sequence[Row], max_length: int | None) -> list[Sample]:
+        """Return the inputs of rows, one sample each; see :func:`emloc_core.data.tokenize.encode`."""
+        if not rows:
+            return []
+        return encode(rows, self.processing(rows), max_length, self.limits, self.skeleton.dtype)
+
+
+def open_model(name: str, device: str = "auto") -> OpenModel:
+    """Open a model by its directory or hub id, for a device by its name.
+
+    Raises:
+        EmlocError: there is no such model or device, or no family declares it.
+    """
+    return OpenModel(open_checkpoint(name), device=choose_device(device))

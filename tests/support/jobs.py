@@ -1,0 +1,69 @@
+"""Jobs from what tests have: directories, rows and settings."""
+
+from pathlib import Path
+from typing import Any
+
+from emloc_core.adapters.as_trained import AsTrained
+from emloc_core.adapters.correct import Correct, prepare
+from emloc_core.adapters.merge import Merge
+from emloc_core.emulator.compress import Compress
+from emloc_core.model.importing import Import
+from emloc_core.requests import (
+    CompressRequest,
+    CorrectRequest,
+    ImportRequest,
+    MergeRequest,
+    PolishRequest,
+    TrainRequest,
+)
+from emloc_core.settings import CompressSettings, CorrectSettings, PolishSettings, TrainSettings
+from emloc_core.tuning.exact import ExactTrain, Polish
+from emloc_core.tuning.train import Train
+
+
+def compress_job(model: Any, data: Any, output: Path, settings: CompressSettings | None = None) -> Compress:
+    """Stage 1 on the CPU."""
+    place = {"model": _place(model), "output": output, "device": "cpu"}
+    return Compress(CompressRequest(**place, data=_source(data), settings=settings or CompressSettings()))
+
+
+def train_job(model: Any, data: Any, output: Path, settings: TrainSettings, **more: Any) -> Train:
+    """Stage 2 by ordinary steps."""
+    return Train(TrainRequest(model=_place(model), data=_source(data), output=output, settings=settings, **more))
+
+
+def exact_job(model: Any, data: Any, output: Path, settings: TrainSettings, **more: Any) -> ExactTrain:
+    """Stage 2 by exact steps."""
+    place = {"model": _place(model), "output": output}
+    return ExactTrain(TrainRequest(**place, data=_source(data), exact=True, settings=settings, **more))
+
+
+def polish_job(adapter: Any, base: Any, data: Any, output: Path, settings: PolishSettings, **more: Any) -> Polish:
+    """Exact steps from an adapter."""
+    place = {"adapter": _place(adapter), "base": _place(base), "output": output}
+    return Polish(PolishRequest(**place, data=_source(data), settings=settings, **more))
+
+
+def correct_job(adapter: Any, base: Any, output: Path, settings: CorrectSettings, **more: Any) -> Correct | AsTrained:
+    """Stage 3 on the CPU."""
+    place = {"adapter": _place(adapter), "base": _place(base), "output": output, "device": "cpu"}
+    return prepare(CorrectRequest(**place, settings=settings, **more))
+
+
+def merge_job(adapter: Any, base: Any, output: Path, **more: Any) -> Merge:
+    """A merge."""
+    return Merge(MergeRequest(adapter=_place(adapter), base=_place(base), output=output, **more))
+
+
+def import_job(source: Any, output: Path) -> Import:
+    """An import."""
+    return Import(ImportRequest(source=_place(source), output=output))
+
+
+def _place(given: Any) -> str:
+    """Return the directory of a model, an adapter or spectra, open or not."""
+    return str(getattr(given, "directory", given))
+
+
+def _source(data: Any) -> Any:
+    return str(data) if isinstance(data, Path) else data
