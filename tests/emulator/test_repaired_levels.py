@@ -73,6 +73,22 @@ def test_what_is_stored_is_what_was_fitted(shape):
     assert found.relative_error() == pytest.approx(output_error(weight, read, gram.matrix), abs=1e-6)
 
 
+def test_many_tokens_take_one_product_and_get_what_few_get():
+    weight, gram = drawn(48, 32, 200, 0)
+    stored = KIND.pack(KIND.rounding(factorize)([weight], gram, [4])[0], torch.float32)
+    layer = KIND.layer(32, 48, rank=4, bias=False, dtype=torch.float32)
+    layer.load_state_dict(stored)
+    many = torch.randn(20, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)  # 48 * 32 / 80 = 19.2
+    few = many.detach()[:10].requires_grad_()
+    outputs, with_one = layer(few), layer(many)
+    assert torch.equal(with_one, torch.nn.functional.linear(many, layer.unpacked()))
+    assert not torch.equal(with_one[:10], outputs)
+    torch.testing.assert_close(with_one[:10], outputs)
+    outputs.sum().backward()
+    with_one.sum().backward()
+    torch.testing.assert_close(many.grad[:10], few.grad)
+
+
 def test_a_refined_emulator_loses_what_it_says(tiny_model, rows_file, tmp_path):
     """On the inputs that its Linears have in it, behind others with their repairs."""
     job = compression(tiny_model, rows_file, tmp_path / "emulator", refine=1)
