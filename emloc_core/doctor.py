@@ -67,10 +67,11 @@ def _required() -> Iterator[tuple[str, str, str | None]]:
     """Yield the packages that the installed EMLoC asks for: name, least version, and extra."""
     seen = set()
     for text in requires("emloc") or []:
-        match = re.match(r"([\w.-]+)(\[[\w,]+\])?\s*(?:>=\s*([\w.]+))?[^;]*(?:;.*extra\s*==\s*.(\w+).)?", text)
+        match = re.match(r"([\w.-]+)(\[[\w,]+\])?([^;]*)(?:;.*extra\s*==\s*.(\w+).)?", text)
         if match and not match[2] and match[1] not in seen and match[4] not in _DEVELOPMENT:
             seen.add(match[1])
-            yield match[1].replace("_", "-"), match[3] or "0", match[4]
+            least = re.search(r">=\s*([\w.]+)", match[3])
+            yield match[1].replace("_", "-"), least[1] if least else "0", match[4]
 
 
 def _installed(name: str) -> str | None:

@@ -41,7 +41,9 @@ def test_what_raises_and_what_ends_the_process_is_named_and_the_rest_is_still_tr
     ],
 )
 def test_a_package_is_judged_by_its_version_and_its_import(monkeypatch, installed, error, state, text):
-    monkeypatch.setattr(doctor, "requires", lambda _: ["transformers>=5.20", "transformers>=5.24; extra == 'dev'"])
+    monkeypatch.setattr(
+        doctor, "requires", lambda _: ["transformers<5.25,>=5.20", "transformers>=5.24; extra == 'dev'"]
+    )
     monkeypatch.setattr(doctor, "_installed", lambda _: installed)
     monkeypatch.setitem(TESTED, "transformers", ("5.24", "a part"))
     monkeypatch.setattr(doctor, "probe", lambda _: {"transformers": error, "gpus": {}, "plugins": []})

@@ -5,11 +5,9 @@ A range in ``pyproject.toml`` ends at the next of these. ``emloc doctor`` warns 
 
 #: The newest version tested, and what is private there.
 TESTED = {
-    "torch": ("2.13", "fake tensors, by which memory is planned"),
+    "torch": ("2.15", "fake tensors, by which memory is planned"),
     "transformers": ("5.24", "the compiling of chat templates, the loading of tensors by name, and fused experts"),
     "peft": ("0.21", "the place where adapters are put into a model"),
     "trl": ("1.16", "the loss of the tokens that count"),
     "lm-eval": ("0.4.13", "the reading of task files, and its models' tokenizers"),
-    "datasets": ("5.2", "its switch for working offline"),
-    "huggingface_hub": ("2.4", "its switch for working offline"),
 }

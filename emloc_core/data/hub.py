@@ -1,10 +1,8 @@
 """Rows of a hub dataset; :mod:`emloc_core.data.rows` parses them."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from emloc_core.compat.huggingface_hub import offline
 from emloc_core.errors import EmlocError
 
 _PATIENCE = 10.0  # seconds to wait for the hub
@@ -21,14 +19,16 @@ def read_data_set(source: str, split: str) -> Iterator[Any]:
         EmlocError: there is neither a file nor a dataset of this name, or the hub cannot be reached.
     """
     from datasets import load_dataset
+    from huggingface_hub import is_offline_mode
 
     try:
-        with _offline_if_unreachable(source):
-            found = load_dataset(source, split=split)
+        if not is_offline_mode():
+            _require_answer(source)
+        found = load_dataset(source, split=split)
     except ConnectionError as error:
         raise EmlocError(
             f"There is no file {source}, and the hub could not be reached to look for a dataset of that name.",
-            "Check the path, or the connection.",
+            "Check the path, or the connection; with HF_HUB_OFFLINE=1, what was downloaded before is used.",
             code="unavailable",
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
@@ -40,21 +40,21 @@ def read_data_set(source: str, split: str) -> Iterator[Any]:
     yield from undecoded(found)
 
 
-@contextmanager
-def _offline_if_unreachable(source: str) -> Iterator[None]:
-    """Ask the hub once; if it does not answer, use the cache only, without half a minute of retries."""
+def _require_answer(source: str) -> None:
+    """Ask the hub once: ``load_dataset`` would try again for half a minute.
+
+    Raises:
+        ConnectionError: it does not answer.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    found: AbstractContextManager[None] = nullcontext()
     try:
         HfApi().dataset_info(source, timeout=_PATIENCE)
     except (HfHubHTTPError, HFValidationError):
         pass  # load_dataset reports what is wrong with the name
-    except Exception:  # whatever the HTTP library of this version of huggingface_hub raises without a connection
-        found = offline()
-    with found:
-        yield
+    except Exception as error:  # whatever the HTTP library of this version of huggingface_hub raises
+        raise ConnectionError from error
 
 
 def undecoded(found: Any) -> Any:
