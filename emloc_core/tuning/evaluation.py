@@ -97,7 +97,6 @@ def trainer_settings(settings: StepSettings, *, on_base: bool) -> dict[str, Any]
         "save_steps": settings.eval_steps,
         "per_device_eval_batch_size": settings.batch_size,
         "prediction_loss_only": True,
-        "load_best_model_at_end": True,
         "metric_for_best_model": LOSSES[on_base],
         "greater_is_better": False,
         "restore_callback_states_from_checkpoint": True,  # the patience that is left

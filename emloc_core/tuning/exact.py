@@ -16,6 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
@@ -46,9 +47,9 @@ _SHARE = 0.25
 _PINNED = 2
 #: Fields of SFTConfig that ask for another way to take gradients, or for another loss.
 _ORDINARY = (
-    "activation_offloading", "deepspeed", "fp16", "fsdp", "fsdp_config", "gradient_checkpointing_kwargs",
-    "label_smoothing_factor", "liger_kernel_config", "loss_type", "neftune_noise_alpha", "parallelism_config",
-    "router_aux_loss_coef", "torch_compile", "use_liger_kernel",
+    "activation_offloading", "bf16_full_eval", "deepspeed", "fp16", "fp16_full_eval", "fsdp", "fsdp_config",
+    "gradient_checkpointing_kwargs", "label_smoothing_factor", "liger_kernel_config", "loss_type",
+    "neftune_noise_alpha", "parallelism_config", "router_aux_loss_coef", "torch_compile", "use_liger_kernel",
 )  # fmt: skip
 
 
@@ -84,6 +85,7 @@ class ExactTrain(Train):
     def _config(self, **fixed: Any) -> TrainingArguments:
         rows = self.settings.batch_size * self.settings.accumulation
         return super()._config(
+            kind=_StreamedConfig,
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=1,
             activation_checkpointing=False,  # by the engine, with weights that it reads
@@ -262,6 +264,12 @@ def _as_they_are(rows: list[Any]) -> Any:
     return rows
 
 
+class _StreamedConfig(SFTConfig):
+    """TRL's config, for a model that stays where it is: its LoRA is on the device, and the rest is not there."""
+
+    place_model_on_device = False
+
+
 class _ExactTrainer(LoraTrainer):
     """Gets all rows of a step at once, and takes their gradients by exact steps."""
 
@@ -278,9 +286,6 @@ class _ExactTrainer(LoraTrainer):
         if self._start:
             load_moments(self._start, self.lora, optimizer)
         return optimizer
-
-    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        """Leave the model where it is: its LoRA is on the device, and the rest is not there."""
 
     def take_gradients(self, model: Any, inputs: list[Any], num_items_in_batch: Any = None) -> torch.Tensor:  # noqa: ARG002
         """Take the gradients of a step whose rows are ``inputs``, and return its loss."""

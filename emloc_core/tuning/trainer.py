@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import (
@@ -38,7 +39,8 @@ class LoraSteps(Trainer):
     def __init__(self, model: PreTrainedModel | PeftModel, *, patience: int | None = None, **options: Any) -> None:
         stopping = [EarlyStoppingCallback(patience)] if patience and options.get("eval_dataset") is not None else []
         super().__init__(model, callbacks=[_LastStep(), *stopping], **options)
-        self.add_callback(_RestoreLoss(self))
+        self.loss_since_log = _LossSinceLog(self.accelerator)
+        self.add_callback(self.loss_since_log)
         self.add_callback(_BestAtStart())  # after the one that stops early, which would count it as a failure
         for name, parameter in self.lora.named_parameters():
             # TRL rounds the LoRA to bf16 where the model is in four bits. Embeddings and output layers that are trained
@@ -76,6 +78,7 @@ class LoraSteps(Trainer):
         if not bool(torch.isfinite(loss)):  # the trainer itself would log an average and continue
             step = self.state.global_step + 1
             raise EmlocError(f"The loss at step {step} is {loss.item()}.", DIVERGED, code="not-finite")
+        self.loss_since_log.add(loss)
         return loss
 
     def take_gradients(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -112,19 +115,20 @@ class LoraSteps(Trainer):
     def _checkpoint(self, step: int) -> Path:
         return Path(str(self.args.output_dir)) / f"checkpoint-{step}"
 
-    def _load_best_model(self) -> None:
-        """Leave it to :meth:`load_step`: transformers' path of the best checkpoint is from before the output moved."""
-
     def cost(self) -> dict[str, Any]:
         """Return costs of the steps besides time and memory, for ``timing.json``."""
         return {}
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Also save the loss since the last log entry, which the trainer would forget."""
-        sums = self.accelerator.gather(self._tr_loss)
-        self.state.log_history.append({_PENDING: sums.mean().item(), "since": self._globalstep_last_logged})
-        super()._save_checkpoint(*args, **kwargs)
-        self.state.log_history.pop()
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; the loss is that of all steps since the last entry, those before an interruption included."""
+        if "loss" in logs:
+            logs["loss"] = self.loss_since_log.taken(self.state.global_step)
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the LoRA of a checkpoint, and keep in the state, which is saved next, the loss since the last entry."""
+        super().save_model(*args, **kwargs)
+        self.loss_since_log.keep(self.state)
 
 
 class LoraTrainer(LoraSteps, SFTTrainer):
@@ -143,17 +147,39 @@ class LabelTrainer(LoraSteps, KTOTrainer):
 TRAINERS: dict[str, type[LoraSteps]] = {"sft": LoraTrainer, "dpo": PreferenceTrainer, "kto": LabelTrainer}
 
 
-class _RestoreLoss(TrainerCallback):
-    """Restores the loss summed since the last log entry when a run resumes."""
+class _LossSinceLog(TrainerCallback):
+    """The loss summed since the log's last entry. A checkpoint keeps it; the trainer's own sum begins at 0 again."""
 
-    def __init__(self, trainer: LoraSteps) -> None:
-        self._trainer = trainer
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._sum, self._since = torch.zeros((), device=accelerator.device), 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add the loss of a micro-batch, as its share of the step's."""
+        self._sum += loss.detach()
+
+    def taken(self, step: int) -> float:
+        """Return the mean of the steps up to this one, over all processes, and begin anew."""
+        mean = self._over_processes() / (step - self._since)
+        self._sum.zero_()
+        self._since = step
+        return mean
+
+    def keep(self, state: TrainerState) -> None:
+        """Put it into a state that is about to be saved."""
+        state.log_history.append({_PENDING: self._over_processes(), "since": self._since})
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
+        state.log_history.pop()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
         if state.log_history and _PENDING in state.log_history[-1]:
             saved = state.log_history.pop()
-            self._trainer._tr_loss += saved[_PENDING]
-            self._trainer._globalstep_last_logged = int(saved["since"])
+            self._sum += saved[_PENDING]
+            self._since = int(saved["since"])
+
+    def _over_processes(self) -> float:
+        return float(self._accelerator.gather(self._sum).mean())
 
 
 class _BestAtStart(TrainerCallback):

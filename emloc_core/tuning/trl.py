@@ -82,7 +82,13 @@ def _config_class(settings: StepSettings) -> Any:
 
 
 def trainer_config(
-    settings: StepSettings, checkpoints: Path, *, completion_only: bool, use_cpu: bool, **fixed: Any
+    settings: StepSettings,
+    checkpoints: Path,
+    *,
+    completion_only: bool,
+    use_cpu: bool,
+    kind: "type[TrainingArguments] | None" = None,
+    **fixed: Any,
 ) -> "TrainingArguments":
     """Return TRL's config.
 
@@ -92,6 +98,7 @@ def trainer_config(
         completion_only: whether only completions enter the loss, unless it is one of preferences; ``extra`` may
             override it.
         use_cpu: whether there is no accelerator; ``extra`` may override it.
+        kind: another class than TRL's own.
         **fixed: fields that the stage sets itself.
 
     Raises:
@@ -106,7 +113,7 @@ def trainer_config(
         own = {"beta": given["beta"]}
     elif not (settings.extra.get("packing") or settings.extra.get("shuffle_dataset")):
         own["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows are tokenized and have labels
-    config: TrainingArguments = _config_class(settings)(
+    config: TrainingArguments = (kind or _config_class(settings))(
         output_dir=str(checkpoints),
         save_strategy="steps",
         save_total_limit=2,
