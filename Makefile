@@ -16,7 +16,7 @@ export GOMP_SPINCOUNT ?= 10000
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-full demo-vision demo-zoo test test-all test-quick coverage test-browser test-chaos test-slow lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
+.PHONY: setup demo demo-full demo-vision demo-zoo test test-all test-quick coverage test-browser test-chaos test-oldest test-newest test-slow lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
 
 setup: $(STAMP)
 
@@ -58,6 +58,17 @@ test-browser: $(STAMP)  ## the pages that the toolkit writes, looked at in Chrom
 
 test-chaos: $(STAMP)  ## kills, signals, full disks, two writers, changing and hostile inputs, zoos: half an hour, one table
 	PYTHONPATH=tests $(BIN)/python -m chaos --json build/chaos.json
+
+# The ends of the ranges in pyproject.toml: their least versions, and the newest ones, beyond the ranges too.
+test-oldest: OPTIONS = --resolution lowest-direct --requirements pyproject.toml
+test-newest: OPTIONS = --upgrade --requirements build/newest/pyproject.toml
+test-oldest test-newest: test-%:  ## the contracts with libraries, with the oldest and the newest versions of all
+	test -x build/$*/bin/python || $(PYTHON) -m venv build/$*
+	build/$*/bin/python -m pip install --quiet --upgrade uv
+	sed 's/,<[0-9.]*"/"/' pyproject.toml > build/$*/pyproject.toml
+	build/$*/bin/uv pip install --quiet --python build/$* $(OPTIONS) --extra vision 'pytest>=8.4'
+	build/$*/bin/uv pip install --quiet --python build/$* --no-deps --editable .
+	build/$*/bin/python -m pytest tests/compat
 
 test-slow: $(STAMP)  ## the checks that take minutes, on a real model or a cluster
 	$(BIN)/python -m pytest -m slow
