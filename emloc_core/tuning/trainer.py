@@ -159,7 +159,7 @@ class _LossSinceLog(TrainerCallback):
         self._sum += loss.detach()
 
     def taken(self, step: int) -> float:
-        """Return the mean of the steps up to this one, over all processes, and begin anew."""
+        """Return the mean of the steps up to this one, over all processes, and start again from 0."""
         mean = self._over_processes() / (step - self._since)
         self._sum.zero_()
         self._since = step
