@@ -18,6 +18,7 @@ from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.experts import ExpertStatistics
+from emloc_core.emulator.own_forwards import requiring_products
 from emloc_core.emulator.propagation import Pairs, emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.refine import Ends, errors, refined
@@ -156,8 +157,9 @@ class Decomposition:
             calls = [self._call(sample) for sample in self.stream.here[:probes]]
             experts = self._experts(block)
             watching = requiring_shared_inputs(self.stream, planned, self.skeleton.family)
+            products = requiring_products(self.stream, planned, len(self.samples))
             hooks = forward_hooks((each.experts, each.hook) for each in experts)
-            with watching, tapped(modules, tapping, sink), hooks:
+            with watching, products, tapped(modules, tapping, sink), hooks:
                 yield
             factors = self._reached(planned, grams)
             disturbances = sensitivities(unit, calls, factors, self._answering) if calls else {}
@@ -177,6 +179,7 @@ class Decomposition:
             ends = Ends(self.stream, block, rows)
             with (
                 requiring_shared_inputs(self.stream, planned, self.skeleton.family),
+                requiring_products(self.stream, planned, rows),
                 ends.waiting() if self.kind and self.refine else nullcontext(),
             ):
                 found = fit_block(self.stream, planned, rows, self._factors, store.as_read, self._blame)

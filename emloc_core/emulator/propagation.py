@@ -166,11 +166,7 @@ def fit_block(
             for row in here:
                 for sample in (row, row + rows):
                     if stream.step(sample) != first:
-                        raise EmlocError(
-                            f"{first} did not run when its block did.",
-                            "List it in keep_dense of the family's declaration.",
-                            code="plugin",
-                        )
+                        raise _did_not_run(first)
                 try:
                     moments.add(*inputs)
                 except EmlocError as error:
@@ -193,6 +189,11 @@ def fit_block(
             for sample in (row, row + rows):
                 stream.step(sample)
     return found
+
+
+def _did_not_run(path: str) -> EmlocError:
+    fix = "List it in keep_dense of the family's declaration."
+    return EmlocError(f"{path} did not run when its block did.", fix, code="plugin")
 
 
 @contextmanager
@@ -249,6 +250,10 @@ def _pausing(
             )
             stack.callback(registered.remove)
         yield
+    ran = {path for _, path in reached}
+    for linear in planned:
+        if linear.path not in ran:
+            raise _did_not_run(linear.path)
 
 
 @contextmanager

@@ -29,27 +29,28 @@ class Attack:
     """A model that looks like another.
 
     Attributes:
-        blocks: makes them; several lists where there are several stacks.
+        blocks: makes so many of them; several lists where there are several stacks.
         flow: runs them: takes the blocks of every stack and the embedded tokens.
         tied: ``_tied_weights_keys`` of the model.
         right: whether it has to be compressed; if not, it may be refused.
+        config: what the config says besides.
     """
 
-    blocks: Callable[[], Blocks | dict[str, Blocks]]
+    blocks: Callable[[int], Blocks | dict[str, Blocks]]
     flow: Callable[..., torch.Tensor] = run_in_turn
     tied: dict[str, str] = field(default_factory=dict)
     right: bool = False
+    config: dict[str, int] = field(default_factory=dict)
 
 
 ATTACKS: dict[str, Attack] = {}
 
 
 def attack(**options: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Return a decorator that adds a class of blocks as an attack: three of them in turn, numbered from 0."""
+    """Return a decorator that adds a class of blocks as an attack: they run in turn, numbered from 0."""
 
     def decorate(kind: type[nn.Module]) -> type[nn.Module]:
-        count = options.pop("count", 3)
-        ATTACKS[kind.__name__] = Attack(lambda: [kind(index) for index in range(count)], **options)
+        ATTACKS[kind.__name__] = Attack(lambda count: [kind(index) for index in range(count)], **options)
         return kind
 
     return decorate
@@ -139,15 +140,15 @@ class OddForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.attack = ATTACKS[config.attack]
         self._tied_weights_keys = self.attack.tied
-        blocks = self.attack.blocks()
+        blocks = self.attack.blocks(config.num_hidden_layers)
         stacks = blocks if isinstance(blocks, dict) else {"layers": blocks}
         self.model = nn.Module()
-        self.model.embed, self.model.position = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(POSITIONS, WIDTH)
+        self.model.embed, self.model.position = nn.Embedding(config.vocab_size, WIDTH), nn.Embedding(POSITIONS, WIDTH)
         self.stacks = list(stacks)
         for name, stack in stacks.items():
             setattr(self.model, name, nn.ModuleList(stack))
         self.model.norm = nn.LayerNorm(WIDTH)
-        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.lm_head = nn.Linear(WIDTH, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -159,7 +160,7 @@ class OddForCausalLM(PreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def forward(self, input_ids: torch.Tensor, labels: Any = None, **_: Any) -> CausalLMOutput:
-        """Return logits, (1, T, VOCABULARY)."""
+        """Return logits, (1, T, vocabulary)."""
         hidden = self.model.embed(input_ids) + self.model.position(torch.arange(input_ids.shape[1]))[None]
         hidden = self.attack.flow(*(list(getattr(self.model, name)) for name in self.stacks), hidden)
         logits = self.lm_head(self.model.norm(hidden))

@@ -7,7 +7,7 @@ from torch.nn import functional
 from attacks.architecture import ATTACKS, WIDTH, Attack, Attention, Block, Mlp, attack, run_in_turn
 
 
-def blocks(count: int = 3) -> list[nn.Module]:
+def blocks(count: int) -> list[nn.Module]:
     """Return ordinary blocks."""
     return [Block(index) for index in range(count)]
 
@@ -177,12 +177,12 @@ def _middle_by_forward(layers, hidden):
 
 
 ATTACKS["Reversed"] = Attack(blocks, _reversed)
-ATTACKS["Shuffled"] = Attack(lambda: blocks(4), _shuffled)
+ATTACKS["Shuffled"] = Attack(blocks, _shuffled, config={"num_hidden_layers": 4})
 ATTACKS["Looped"] = Attack(blocks, _looped)
 ATTACKS["OneBlockAgain"] = Attack(blocks, _one_again)
 ATTACKS["LastLeftOut"] = Attack(blocks, _last_left_out)
 ATTACKS["OrderByLength"] = Attack(blocks, _by_length)
-ATTACKS["PassedOn"] = Attack(lambda: blocks(4), _passed_on, right=True)
+ATTACKS["PassedOn"] = Attack(blocks, _passed_on, right=True, config={"num_hidden_layers": 4})
 ATTACKS["BlocksByForward"] = Attack(blocks, _by_forward)
 ATTACKS["MiddleBlockByForward"] = Attack(blocks, _middle_by_forward)
 
@@ -231,14 +231,18 @@ def _second_first(first, second, hidden):
     return run_in_turn(first, run_in_turn(second, hidden))
 
 
-def _sharing_towers():
-    shared = blocks()
+def _two_stacks(count):
+    return {"one": blocks(count - 1), "other": blocks(count - 1)}
+
+
+def _sharing_towers(count):
+    shared = blocks(count)
     return {"encoder": shared, "decoder": shared}
 
 
-ATTACKS["TwoDecoders"] = Attack(lambda: {"one": blocks(2), "other": blocks(2)}, _two_decoders, right=True)
-ATTACKS["InBetween"] = Attack(lambda: {"one": blocks(2), "other": blocks(2)}, _in_between)
-ATTACKS["SecondFirst"] = Attack(lambda: {"one": blocks(2), "other": blocks(2)}, _second_first, right=True)
+ATTACKS["TwoDecoders"] = Attack(_two_stacks, _two_decoders, right=True)
+ATTACKS["InBetween"] = Attack(_two_stacks, _in_between)
+ATTACKS["SecondFirst"] = Attack(_two_stacks, _second_first, right=True)
 ATTACKS["TowersThatShareBlocks"] = Attack(
     _sharing_towers, _second_first,
     tied={f"model.decoder.{name}": f"model.encoder.{name}" for index in range(3)

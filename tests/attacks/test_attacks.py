@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.whole_run import REFUSED, RIGHT, WAYS, whole_run
 
-from attacks import flows, inputs, weights  # noqa: F401 - they fill ATTACKS
+from attacks import depths, flows, inputs, weights  # noqa: F401 - they fill ATTACKS
 from attacks.architecture import ATTACKS, VOCABULARY, OddConfig, OddForCausalLM
 from emloc_core.conformance.inputs import as_sample, number_tokenizer
 
@@ -19,7 +19,7 @@ def save(tmp_path):
     """Save a model of an attack, with a tokenizer of numbers, and return its directory."""
 
     def write(name):
-        model = OddForCausalLM(OddConfig(name)).eval()
+        model = OddForCausalLM(OddConfig(name, **ATTACKS[name].config)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -20,15 +20,15 @@ class TiedWithinABlock(Block):
         return self.mlp.down(functional.silu(self.mlp.gate(x)) * self.mlp.up(x.flip(-1)))
 
 
-def _with_one_linear() -> list[nn.Module]:
-    blocks = [Block(index) for index in range(3)]
+def _with_one_linear(count):
+    blocks = [Block(index) for index in range(count)]
     for block in blocks[1:]:
         block.mlp.down = blocks[0].mlp.down
     return blocks
 
 
-def _with_one_weight() -> list[nn.Module]:
-    blocks = [Block(index) for index in range(3)]
+def _with_one_weight(count):
+    blocks = [Block(index) for index in range(count)]
     for block in blocks[1:]:
         block.mlp.down.weight = blocks[0].mlp.down.weight
     return blocks
