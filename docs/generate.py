@@ -99,13 +99,12 @@ def rooms() -> dict[str, str]:
     """Return the first sentence of every package and module directly in the core, the top layer first."""
     order = {room.partition(".")[0]: number for number, floor in enumerate(_floors()) for room in floor}
     paths = [
-        path for path in (ROOT / "emloc_core").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+        path for path in (ROOT / "emloc_core").glob("[!_]*") if path.suffix == ".py" or (path / "__init__.py").exists()
     ]
     paths.sort(key=lambda path: (-order[path.stem], path.name))
     return {
         f"{path.name}/" if path.is_dir() else path.name: _sentence(path / "__init__.py" if path.is_dir() else path)
         for path in paths
-        if not path.stem.startswith("__")
     }
 
 
@@ -224,7 +223,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     HERE / "architecture.md": architecture_page,
     HERE / "decisions" / "index.md": decisions_page,
     HERE / "polish.md": partial(measured, "polish.md", "rates"),
-    ROOT / "emloc_core" / "keywords.py": keywords,
+    ROOT / "emloc_core" / "keywords" / "settings.py": keywords,
     ROOT / "examples" / "first_model.ipynb": notebook,
 }
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from pydantic import ValidationError
 
 from emloc_core.errors import EmlocError
-from emloc_core.keywords import (
+from emloc_core.keywords.settings import (
     CompressKwargs,
     CorrectKwargs,
     EvalRowsKwargs,
@@ -31,6 +31,7 @@ from emloc_core.keywords import (
     RecipeKwargs,
     TrainKwargs,
 )
+from emloc_core.keywords.trainer import PolishAllKwargs, TrainAllKwargs, TrainerFields
 from emloc_core.processes.environment import quiet, settle
 from emloc_core.requests import Request, Rows, System, make_request
 from emloc_core.settings import AUTO, FACTORS, FREE, CompressSettings, TrainSettings, explain
@@ -46,7 +47,6 @@ from emloc_core.stages.result import (
     Result,
     RunResult,
 )
-from emloc_core.trainer_fields import PolishAllKwargs, TrainAllKwargs, TrainerFields
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 
 import emloc_core as emloc
 from emloc_core.files.documents import read_json
+from emloc_core.keywords.trainer import TrainerFields
 from emloc_core.recipe.live import Doing, Live, doing
 from emloc_core.settings import TrainSettings
 from emloc_core.stages import result
-from emloc_core.trainer_fields import TrainerFields
 from emloc_core.tuning.trl import check_extra
 
 ROWS = example_rows()

@@ -25,7 +25,7 @@ from emloc_core.files.output import made_from, read_manifest
 from emloc_core.files.own import require_own_files
 from emloc_core.files.patterns import pattern_problems
 from emloc_core.files.shards import write_shard
-from emloc_core.transfer import REMEDY, field_problems
+from emloc_core.standins.transfer import REMEDY, field_problems
 
 CORRECTED = "emloc.corrected"  # key in the weights' metadata, which remains if the manifest is lost
 _PREFIX = "base_model.model."

@@ -13,7 +13,7 @@ from torch import nn
 
 from emloc_core.errors import EmlocError
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.transfer import dense_modules
+from emloc_core.standins.transfer import dense_modules
 
 #: What PEFT calls a replaced weight, and replaced rows of one, in an adapter's file.
 WEIGHT, ROWS = ".weight", ".token_adapter.trainable_tokens_delta"

@@ -17,7 +17,7 @@ from emloc_core.standins.experts import LowRankExperts
 from emloc_core.standins.format import MARK, METHOD
 from emloc_core.standins.layer import StandInLinear
 from emloc_core.standins.registry import format_named
-from emloc_core.transfer import refuse_others
+from emloc_core.standins.transfer import refuse_others
 
 
 class EmlocConfig(QuantizationConfigMixin):

@@ -13,7 +13,7 @@ from emloc_core.emulator.declared import all_linears
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.model.opened import OpenModel
 from emloc_core.settings import ALL_LINEAR, TrainSettings
-from emloc_core.transfer import module_problems, require
+from emloc_core.standins.transfer import module_problems, require
 from emloc_core.tuning.trl import lora_config
 
 

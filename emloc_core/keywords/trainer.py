@@ -6,7 +6,7 @@ that a later version of TRL adds goes into ``extra``.
 
 from typing import Any, TypedDict
 
-from emloc_core.keywords import PolishKwargs, TrainKwargs
+from emloc_core.keywords.settings import PolishKwargs, TrainKwargs
 
 
 class TrainerFields(TypedDict, total=False):

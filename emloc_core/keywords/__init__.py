@@ -1,0 +1,1 @@
+"""The keywords that Python's functions take, for editors and type checkers."""
