@@ -1,4 +1,4 @@
-"""torch: fake tensors, which have shapes but no contents; storages, versions of buffers, and modules as they are kept.
+"""torch: fake tensors, which have shapes but no contents; storages, writes in place, and modules as they are kept.
 
 ``FakeTensorMode`` is what ``torch.export`` and ``torch.compile`` run on, and lies in a private package all the same.
 """
@@ -104,6 +104,6 @@ def storage_id(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
-def written(module: nn.Module) -> list[tuple[int, int]]:
-    """Return what changes when one of a module's buffers is replaced, or written to in place."""
-    return [(id(buffer), buffer._version) for buffer in module.buffers()]
+def writes(tensor: torch.Tensor) -> int:
+    """Return how often a tensor, or a view of it, was written to in place: autograd counts it."""
+    return tensor._version

@@ -1,4 +1,4 @@
-"""transformers: the compiling of chat templates, code of models, and the loading of a checkpoint's tensors by name.
+"""transformers: chat templates, code of models, fused experts, and the loading of a checkpoint's tensors by name.
 
 ``transformers`` is imported in functions: its base classes of models take two seconds, and text is tokenized without.
 """
@@ -45,6 +45,45 @@ def use_one_gpu(config: "TrainingArguments") -> None:
     """Have a trainer use one GPU of several: it would split the batch by ``nn.DataParallel``, and no field says no."""
     if config.n_gpu > 1:
         config._n_gpu = 1
+
+
+def grouped_product(x: "torch.Tensor", stack: "torch.Tensor", ends: "torch.Tensor") -> "torch.Tensor":
+    """Multiply rows, sorted by expert, each group by its expert's matrix, as transformers' own fused experts do.
+
+    Args:
+        x: (rows, n).
+        stack: (E, m, n).
+        ends: (E), int32: where the rows of each expert end.
+    """
+    from transformers.integrations import moe
+
+    with private("transformers"):
+        product = moe._grouped_linear
+    found: torch.Tensor = product(x, stack, ends)
+    return found
+
+
+def gated(experts: Any, x: "torch.Tensor") -> "torch.Tensor":
+    """Return what a module of fused experts makes of its gate and up products, (rows, 2 i): (rows, i)."""
+    with private("transformers"):
+        gate = experts._apply_gate
+    found: torch.Tensor = gate(x)
+    return found
+
+
+def keep_as_it_is(module: Any) -> None:
+    """Have ``from_pretrained`` draw no initial values for a module: codes in bytes cannot be drawn."""
+    module._is_hf_initialized = True
+
+
+def was_loaded(parameter: Any) -> bool:
+    """Return whether ``from_pretrained`` found a parameter in the files; one that is missing it leaves or draws."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def kept_in_fp32(model: Any) -> list[str]:
+    """Return the ends of paths of modules that ``from_pretrained`` keeps in fp32, and bitsandbytes does not pack."""
+    return list(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
 class TensorLoader:

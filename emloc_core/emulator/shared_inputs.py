@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from emloc_core.compat.torch import writes
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
@@ -87,10 +88,10 @@ class _Shared:
         call = self._calls[path]
         self._calls[path] += 1
         if path == self.first:
-            self._given[call] = (given, given._version)
+            self._given[call] = (given, writes(given))
             return True
         before, version = self._given.get(call, (None, None))
-        if before is None or before._version != version:
+        if before is None or writes(before) != version:
             return False
         if min(self._calls.values()) > call:
             del self._given[call]

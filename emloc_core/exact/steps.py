@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from emloc_core.compat.peft import WRAPPER
-from emloc_core.compat.torch import written
+from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.head import Head, counted, known, shifted_labels
@@ -153,9 +153,9 @@ class ExactSteps:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             lent = {names[name]: tensor for name, tensor in self.weights.at(unit).items()}
-            before = written(module)
+            before = _written(module)
             result = functional_call(body, lent, args, kwargs, tie_weights=False)
-            if written(module) != before:
+            if _written(module) != before:
                 raise EmlocError(
                     f"{unit} writes to a buffer in its forward, and would do so again when it is recomputed.",
                     "Train this model by ordinary steps.",
@@ -211,3 +211,7 @@ class _Randomness:
 
 def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+def _written(module: nn.Module) -> list[tuple[int, int]]:
+    return [(id(buffer), writes(buffer)) for buffer in module.buffers()]

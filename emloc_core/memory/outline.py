@@ -110,7 +110,7 @@ def _fill(module: nn.Module, content: Mapping[str, Any], shared: dict[str, nn.Pa
             empty = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
             shared[first] = nn.Parameter(empty, requires_grad=False)
         module.register_parameter(name, shared[first])
-    if isinstance(module, nn.Linear) and "bias" not in module._parameters:
+    if isinstance(module, nn.Linear) and not hasattr(module, "bias"):
         module.register_parameter("bias", None)
     for name, child in content["modules"]:
         kind = _class(child["class"], child["kind"])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from emloc_core.compat.transformers import gated, grouped_product
 from emloc_core.errors import EmlocError
 
 #: What a module of experts can have besides, and low-rank ones do not.
@@ -53,7 +54,7 @@ def width(experts: nn.Module) -> int:
 
 def activate(experts: Any, up: torch.Tensor) -> torch.Tensor:
     """Return what ``down_proj`` is given: (tokens, i) for the output of the first stack, (tokens, 2 i) with a gate."""
-    found: torch.Tensor = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
+    found: torch.Tensor = gated(experts, up) if experts.has_gate else experts.act_fn(up)
     return found
 
 
@@ -109,11 +110,9 @@ class LowRankExperts(nn.Module):
 
     def _times(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Multiply rows that are sorted by expert, each group by the matrix of its own."""
-        from transformers.integrations import moe
-
         if name not in self.U:
-            return moe._grouped_linear(x, getattr(self, name), ends)
-        return moe._grouped_linear(moe._grouped_linear(x, self.V[name], ends), self.U[name], ends)
+            return grouped_product(x, getattr(self, name), ends)
+        return grouped_product(grouped_product(x, self.V[name], ends), self.U[name], ends)
 
     def dense(self) -> nn.Module:
         """Return an ordinary module of experts with the weights ``U V``."""

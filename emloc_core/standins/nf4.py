@@ -15,6 +15,7 @@ from torch import nn
 from emloc_core.algorithms import feedback
 from emloc_core.algorithms.factorize import Factors, output_error
 from emloc_core.algorithms.statistics import Gram
+from emloc_core.compat.transformers import kept_in_fp32
 from emloc_core.errors import EmlocError
 from emloc_core.standins import layer
 from emloc_core.standins.format import Factorize, Fit, Format, Pair, whole
@@ -139,7 +140,7 @@ class NF4(Format):
 
         linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
         skipped = [path for path in linears if path not in ranks]
-        dense = [*skipped, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+        dense = [*skipped, *kept_in_fp32(model)]
         for path, module in linears.items():
             # Of subclasses of Linear, bitsandbytes makes nothing.
             if (type(module) is nn.Linear and should_convert_module(path, dense)) != (path in ranks):

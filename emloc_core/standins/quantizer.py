@@ -4,7 +4,7 @@ After ``import emloc_core.standins.quantizer``, ``AutoModel...from_pretrained`` 
 checkpoint: its config has a ``quantization_config`` of method ``emloc``, with its format and what has a stand-in.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,12 +12,16 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from emloc_core.compat.transformers import keep_as_it_is, was_loaded
 from emloc_core.errors import EmlocError
 from emloc_core.standins.experts import LowRankExperts
 from emloc_core.standins.format import MARK, METHOD
 from emloc_core.standins.layer import StandInLinear
 from emloc_core.standins.registry import format_named
 from emloc_core.standins.transfer import refuse_others
+
+if TYPE_CHECKING:  # transformers is still being imported where its quantizers are: see emloc_core/autoload.py
+    from transformers import PreTrainedModel
 
 
 class EmlocConfig(QuantizationConfigMixin):
@@ -51,22 +55,32 @@ class EmlocQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: EmlocConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def preprocess_model(self, model: "PreTrainedModel", *args: Any, **options: Any) -> None:
+        """Replace what has a stand-in by empty layers."""
+        super().preprocess_model(model, *args, **options)
         self.quantization_config.replace(model)
         # Uninitialised memory would pass for a weight: remember the parameters, to find those that were not loaded.
         for _path, layer in _stand_ins(model):
             layer.emloc_unloaded = _kept(layer)  # type: ignore[assignment]
             # Transformers would draw missing codes from a normal distribution, and fail; they are told below.
-            layer._is_hf_initialized = isinstance(layer, StandInLinear) and not layer.trainable  # type: ignore[assignment]
+            if isinstance(layer, StandInLinear) and not layer.trainable:
+                keep_as_it_is(layer)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def postprocess_model(self, model: "PreTrainedModel", **options: Any) -> Any:
+        """Check that all parts of the stand-ins were loaded.
+
+        Raises:
+            EmlocError: one was not.
+        """
+        super().postprocess_model(model, **options)
         for path, layer in _stand_ins(model):
             unloaded: Any = layer.emloc_unloaded
             del layer.emloc_unloaded
             for name, before in unloaded.items():
                 now = layer.get_parameter(name)
-                if now is before or not getattr(now, "_is_hf_initialized", False):
+                if now is before or not was_loaded(now):
                     raise EmlocError(f"The emulator lacks {path}.{name}.", "Make the emulator again.", code="damaged")
+        return model
 
     def is_serializable(self) -> bool:
         """Allow save_pretrained: the factors are ordinary parameters."""
@@ -77,9 +91,11 @@ class EmlocQuantizer(HfQuantizer):
         """Allow training adapters."""
         return True
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
+        """Put ordinary Linears and experts in for the stand-ins; their dtype is the model's unless one is given."""
         for path, layer in _stand_ins(model):
-            model.set_submodule(path, layer.dense().to(dtype))
+            model.set_submodule(path, layer.dense().to(dtype or model.config.dtype))
+        self.remove_quantization_config(model)
         return model
 
 

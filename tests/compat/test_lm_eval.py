@@ -37,7 +37,7 @@ def task_file(tmp_path):
     return tmp_path / "task.yaml"
 
 
-@contract("lm-eval", "lm_eval.load_yaml")
+@contract("lm-eval", "compat.lm_eval.load_yaml")
 def test_a_task_is_made_of_a_files_content_and_changed_data(task_file):
     content = lm_eval.load_yaml(task_file)
     assert content.get("doc_to_text") == "{{ q }}", "load_yaml no longer merges includes"
@@ -49,7 +49,7 @@ def test_a_task_is_made_of_a_files_content_and_changed_data(task_file):
     assert asked == [("1+1", "2"), ("2+3", "5")], "a task has other questions and answers than its file says"
 
 
-@contract("lm-eval", "lm_eval.sandbox_templates")
+@contract("lm-eval", "compat.lm_eval.sandbox_templates")
 def test_templates_are_rendered_by_an_environment_that_can_be_replaced(monkeypatch):
     monkeypatch.setattr(utils, "env", utils.env)
     lm_eval.sandbox_templates()
@@ -58,7 +58,7 @@ def test_templates_are_rendered_by_an_environment_that_can_be_replaced(monkeypat
         assert not utils.apply_template("{{ ''.__class__.__mro__ }}", {}), "utils.env does not render templates"
 
 
-@contract("lm-eval", "lm_eval.answer_tokens")
+@contract("lm-eval", "compat.lm_eval.answer_tokens")
 def test_whitespace_at_a_prompts_end_is_scored_with_the_answer(tiny_model):
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,7 +72,7 @@ def test_whitespace_at_a_prompts_end_is_scored_with_the_answer(tiny_model):
     assert seen == [lm_eval.answer_tokens(lm, *arguments)], "_encode_pair gives other tokens than are scored"
 
 
-@contract("lm-eval", "lm_eval.GivenProcessor")
+@contract("lm-eval", "compat.lm_eval.GivenProcessor")
 def test_a_models_processor_is_made_by_a_method():
     given = list(inspect.signature(HFMultimodalLM._create_tokenizer).parameters)
     assert given[:3] == ["self", "pretrained", "tokenizer"], f"_create_tokenizer is called with {given}"
@@ -81,7 +81,7 @@ def test_a_models_processor_is_made_by_a_method():
     )
 
 
-@contract("lm-eval", "lm_eval.ask")
+@contract("lm-eval", "compat.lm_eval.ask")
 def test_requests_ask_what_fewshot_context_returns(task_file):
     content = lm_eval.load_yaml(task_file)
     content["dataset_kwargs"] = {"data_files": {"test": str(task_file.with_name("rows.jsonl"))}}
@@ -95,6 +95,6 @@ def test_requests_ask_what_fewshot_context_returns(task_file):
 
 def test_likelihoods_of_answers_to_images_are_still_missing():
     """Once lm-eval computes them itself, ``ImageTextLM`` can go."""
-    with contract("lm-eval", "lm_eval.GivenProcessor"):
+    with contract("lm-eval", "compat.lm_eval.GivenProcessor"):
         assert "NotImplementedError" in inspect.getsource(HFMultimodalLM.loglikelihood), "it computes likelihoods now"
         assert issubclass(HFMultimodalLM, TemplateLM), "it is no TemplateLM"

@@ -24,7 +24,7 @@ def checked(monkeypatch):
     """A list of the adapters that are put into models, each refused."""
     from peft.tuners.tuners_utils import BaseTuner
 
-    with contract("peft", "peft.check_adapters"):
+    with contract("peft", "compat.peft.check_adapters"):
         monkeypatch.setattr(BaseTuner, "inject_adapter", BaseTuner.inject_adapter)
     found = []
 
@@ -37,7 +37,7 @@ def checked(monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["get_peft_model", "inject_adapter_in_model", "from_pretrained"])
-@contract("peft", "peft.check_adapters")
+@contract("peft", "compat.peft.check_adapters")
 def test_all_ways_to_put_in_an_adapter_are_checked(way, tmp_path, request):
     config = LoraConfig(r=3, target_modules=["q_proj"])
     get_peft_model(LlamaForCausalLM(LlamaConfig(**_SIZES)), config).save_pretrained(tmp_path)
@@ -53,7 +53,7 @@ def test_all_ways_to_put_in_an_adapter_are_checked(way, tmp_path, request):
     assert not any("lora" in name for name, _ in model.named_modules()), f"{way} changes the model before that"
 
 
-@contract("peft", "imports.when_imported")
+@contract("peft", "compat.imports.when_imported")
 def test_adapters_are_put_in_by_a_module_of_their_own():
     called = []
     when_imported(peft._WRAPS, lambda: called.append(True))
@@ -62,7 +62,7 @@ def test_adapters_are_put_in_by_a_module_of_their_own():
 
 def test_a_wrapped_linears_weight_is_named_base_layer():
     """``exact/steps.py`` finds the base's parameters by it."""
-    with contract("peft", "peft.WRAPPER"):
+    with contract("peft", "compat.peft.WRAPPER"):
         wrapped = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
         names = {name for name, _ in wrapped.base_model.model.named_parameters() if "lora" not in name}
         assert names == {f"0.{peft.WRAPPER}weight", f"0.{peft.WRAPPER}bias"}, f"the weight is named {names}"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.contracts import contract
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.utils import chat_template_utils
 
@@ -15,7 +16,7 @@ _SIZES = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "nu
 _TEMPLATE = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
 
 
-@contract("transformers", "transformers.wrap_template_compiler")
+@contract("transformers", "compat.transformers.wrap_template_compiler")
 def test_all_chat_templates_are_compiled_by_one_function(tiny_model, monkeypatch):
     monkeypatch.setattr(chat_template_utils, "_compile_jinja_template", chat_template_utils._compile_jinja_template)
     tokenizer, compiled = AutoTokenizer.from_pretrained(tiny_model), []
@@ -28,7 +29,7 @@ def test_all_chat_templates_are_compiled_by_one_function(tiny_model, monkeypatch
         assert template in compiled, f"apply_chat_template({more}) does not call _compile_jinja_template"
 
 
-@contract("transformers", "transformers.Compile")
+@contract("transformers", "compat.transformers.Compile")
 def test_a_compiled_template_renders_and_generates(tiny_model, monkeypatch):
     """``files/templates.py`` puts an object with these three names in its place."""
     used = set()
@@ -49,17 +50,19 @@ def test_a_compiled_template_renders_and_generates(tiny_model, monkeypatch):
     assert used <= {"render", "generate", "environment"}, f"a compiled template is asked for {sorted(used)}"
 
 
-@contract("transformers", "transformers.never_ask_for_code")
+@contract("transformers", "compat.transformers.never_ask_for_code")
 def test_code_of_a_model_is_refused_without_a_question(tmp_path, monkeypatch):
     transformers.never_ask_for_code()
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks on the terminal"))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(True) or "n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
     (tmp_path / "own.py").write_text("raise SystemExit('was run')")
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoConfig.from_pretrained(tmp_path, local_files_only=True)
+    assert not asked, "TIME_OUT_REMOTE_CODE = 0 does not keep it from asking on the terminal"
 
 
-@contract("transformers", "transformers.use_one_gpu")
+@contract("transformers", "compat.transformers.use_one_gpu")
 def test_a_config_says_how_many_gpus_there_are(tmp_path):
     from transformers import TrainingArguments
 
@@ -86,7 +89,7 @@ def read(model, directory):
     return empty, sources, found
 
 
-@contract("transformers", "transformers.TensorLoader")
+@contract("transformers", "compat.transformers.TensorLoader")
 def test_slices_are_loaded_into_a_model_on_the_meta_device(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=9, tie_word_embeddings=False, **_SIZES))
     model.save_pretrained(tmp_path)
@@ -97,7 +100,7 @@ def test_slices_are_loaded_into_a_model_on_the_meta_device(tmp_path):
         assert torch.equal(found.get_parameter(name), parameter), f"{name} is loaded with other numbers"
 
 
-@contract("transformers", "transformers.TensorLoader")
+@contract("transformers", "compat.transformers.TensorLoader")
 def test_experts_of_their_own_are_loaded_fused(tmp_path):
     model = MixtralForCausalLM(MixtralConfig(vocab_size=9, num_local_experts=2, num_key_value_heads=1, **_SIZES))
     model.save_pretrained(tmp_path)
@@ -108,7 +111,7 @@ def test_experts_of_their_own_are_loaded_fused(tmp_path):
     assert torch.equal(found.get_parameter(name), model.get_parameter(name)), f"{name} is loaded with other numbers"
 
 
-@contract("transformers", "transformers.TensorLoader")
+@contract("transformers", "compat.transformers.TensorLoader")
 def test_what_cannot_be_loaded_is_named(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=9, tie_word_embeddings=False, **_SIZES))
     tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -118,18 +121,20 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     assert told == [("lm_head.weight", (7, 8), (9, 8))], f"a wrong shape is told as {told}"
 
 
-@contract("transformers", "transformers.TensorLoader")
+@contract("transformers", "compat.transformers.TensorLoader")
 def test_tensors_are_read_one_after_another(monkeypatch):
     from transformers import core_model_loading
 
     model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **_SIZES))
-    monkeypatch.setattr(core_model_loading, "ThreadPoolExecutor", lambda *_, **__: pytest.fail("it starts threads"))
+    pool, pools = core_model_loading.ThreadPoolExecutor, []
+    monkeypatch.setattr(core_model_loading, "ThreadPoolExecutor", lambda *a, **k: pools.append(1) or pool(*a, **k))
     tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     found = transformers.TensorLoader(model).load(tensors, torch.float32, torch.device("cpu"))
-    assert found == ({}, []), f"HF_DEACTIVATE_ASYNC_LOAD does not keep the loader from threads: {found}"
+    assert found == ({}, []), f"it cannot load a model's own tensors: {found}"
+    assert not pools, "HF_DEACTIVATE_ASYNC_LOAD does not keep the loader from threads"
 
 
-@contract("transformers", "transformers.TensorLoader")
+@contract("transformers", "compat.transformers.TensorLoader")
 def test_an_operation_that_fails_gives_its_reason_first():
     from transformers.core_model_loading import ConversionOps, WeightConverter
 
@@ -146,3 +151,112 @@ def test_an_operation_that_fails_gives_its_reason_first():
     problems, _ = loader.load(tensors, torch.float32, torch.device("cpu"))
     assert list(problems) == ["lm_head.weight"], f"what could not be made is named {list(problems)}"
     assert "scales are NaN" in problems["lm_head.weight"], f"the reason is {problems['lm_head.weight']!r}"
+
+
+@contract("transformers", "compat.transformers.grouped_product")
+def test_groups_of_rows_are_multiplied_by_a_matrix_each():
+    x, stack = torch.randn(5, 8), torch.randn(2, 4, 8)
+    found = transformers.grouped_product(x, stack, torch.tensor([2, 5], dtype=torch.int32))
+    expected = torch.cat([x[:2] @ stack[0].T, x[2:] @ stack[1].T])
+    assert torch.allclose(found, expected, atol=1e-6), "_grouped_linear gives another product"
+
+
+@contract("transformers", "compat.transformers.gated")
+def test_the_gate_is_the_first_half():
+    """And a module of experts says how it is laid out, as ``standins/experts.py`` asks."""
+    config = MixtralConfig(num_local_experts=2, num_key_value_heads=1, **_SIZES)
+    experts = MixtralForCausalLM(config).model.layers[0].mlp.experts
+    gate, up = x = torch.randn(2, 5, 16)
+    found = transformers.gated(experts, torch.cat([*x], dim=-1))
+    assert torch.allclose(found, nn.functional.silu(gate) * up), "_apply_gate computes something else"
+    layout = {name: getattr(experts, name, None) for name in ("has_gate", "is_transposed", "has_bias")}
+    assert layout == {"has_gate": True, "is_transposed": False, "has_bias": False}, f"experts say {layout}"
+    shapes = [tuple(stack.shape) for stack in (experts.gate_up_proj, experts.down_proj)]
+    assert shapes == [(2, 32, 8), (2, 8, 16)], f"experts are laid out as {shapes}"
+
+
+class Halved(nn.Linear):
+    """A Linear whose weight is made of two parameters, one of them of bytes."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        m, n = like.weight.shape
+        self.weight = nn.Parameter(torch.empty(m, n, dtype=torch.uint8, device="meta"), requires_grad=False)
+        self.scales = nn.Parameter(torch.empty(m, device="meta"))
+        self.register_parameter("bias", None)
+
+
+@pytest.fixture
+def quantised(tmp_path):
+    """A saved model of a quantisation of its own; what its quantizer was asked; and a function that loads it."""
+    from transformers import quantizers
+    from transformers.quantizers import auto
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    asked = []
+
+    class Config(QuantizationConfigMixin):
+        def __init__(self, **_):
+            self.quant_method = "halved"
+
+    class Quantizer(quantizers.HfQuantizer):
+        requires_calibration = True
+
+        def preprocess_model(self, model, *args, **options):
+            super().preprocess_model(model, *args, **options)
+            asked.append("preprocess_model")
+            model.lm_head = Halved(model.lm_head)
+            transformers.keep_as_it_is(model.lm_head)
+
+        def postprocess_model(self, model, **options):
+            super().postprocess_model(model, **options)
+            asked.append("postprocess_model")
+            asked.append({name for name, part in model.named_parameters() if not transformers.was_loaded(part)})
+            return model
+
+        def is_serializable(self):
+            return True
+
+        @property
+        def is_trainable(self):
+            return True
+
+    quantizers.register_quantization_config("halved")(Config)
+    quantizers.register_quantizer("halved")(Quantizer)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, tie_word_embeddings=False, **_SIZES))
+    tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    model.config.architectures = ["LlamaForCausalLM"]
+    content = model.config.to_dict() | {"quantization_config": {"quant_method": "halved"}}
+
+    def load(**others):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        save_file({**tensors, **others}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        return LlamaForCausalLM.from_pretrained(tmp_path)
+
+    yield load, asked
+    for mapping in auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING:
+        mapping.pop("halved", None)
+
+
+@contract("transformers", "standins.quantizer")
+def test_a_quantizer_replaces_layers_before_loading_and_sees_them_afterwards(quantised):
+    load, asked = quantised
+    codes = torch.arange(72, dtype=torch.uint8).reshape(9, 8)
+    model = load(**{"lm_head.weight": codes, "lm_head.scales": torch.ones(9)})
+    assert asked[:2] == ["preprocess_model", "postprocess_model"], f"a quantizer is called as {asked[:2]}"
+    assert torch.equal(model.lm_head.weight, codes), "a replaced layer's codes are not loaded as they are"
+
+
+@contract("transformers", "compat.transformers.was_loaded")
+def test_a_parameter_says_whether_it_was_in_the_files(quantised):
+    load, asked = quantised
+    load(**{"lm_head.weight": torch.zeros(9, 8, dtype=torch.uint8)})
+    assert asked[-1] == {"lm_head.scales"}, f"_is_hf_initialized is not set by loading: missing are {asked[-1]}"
+
+
+@contract("transformers", "compat.transformers.kept_in_fp32")
+def test_models_name_what_they_keep_in_fp32():
+    from transformers import T5ForConditionalGeneration
+
+    found = transformers.kept_in_fp32(T5ForConditionalGeneration)
+    assert found == ["wo"], f"_keep_in_fp32_modules of T5 are {found}"

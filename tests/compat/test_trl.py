@@ -17,7 +17,7 @@ def model() -> Any:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     made = LlamaForCausalLM(LlamaConfig(vocab_size=40_000, **sizes)).requires_grad_(False)
     made.get_input_embeddings().requires_grad_()
-    with contract("trl", "trl.fuse_loss"):
+    with contract("trl", "compat.trl.fuse_loss"):
         trl.fuse_loss(made)
     return made
 
@@ -28,7 +28,7 @@ def loss_of(model: Any) -> Any:
     return model(input_ids=ids, labels=labels, fused_lm_head=True)
 
 
-@contract("trl", "trl.fuse_loss")
+@contract("trl", "compat.trl.fuse_loss")
 def test_the_loss_is_of_the_labels(model):
     found = loss_of(model)
     assert {"log_probs", "entropy", "is_top1"} <= found.keys(), "the loss does not return what SFTTrainer asks for"
@@ -38,7 +38,7 @@ def test_the_loss_is_of_the_labels(model):
     assert torch.allclose(-found.log_probs.sum() / 2, plain), "log_probs are not those of the labels"
 
 
-@contract("trl", "trl.counted_tokens_alone")
+@contract("trl", "compat.trl.counted_tokens_alone")
 def test_only_counted_tokens_are_projected(model, monkeypatch):
     rows = []
     tile = chunked_logprob._forward_tile
@@ -49,7 +49,7 @@ def test_only_counted_tokens_are_projected(model, monkeypatch):
     assert rows == [7, 7, 2, 2], f"_use_triton no longer decides that only labelled tokens are projected: {rows}"
 
 
-@contract("trl", "trl.tile_width")
+@contract("trl", "compat.trl.tile_width")
 def test_the_vocabulary_is_projected_in_tiles(model, monkeypatch):
     widths = []
     tile = chunked_logprob._forward_tile
@@ -61,7 +61,7 @@ def test_the_vocabulary_is_projected_in_tiles(model, monkeypatch):
     assert widths == [width, 40_000 - width], f"tiles have other widths than _CHUNKED_LOGPROB_CHUNK_SIZE: {widths}"
 
 
-@contract("trl", "trl.tiles_in_place")
+@contract("trl", "compat.trl.tiles_in_place")
 def test_tiles_are_reduced_by_functions_that_can_be_left_out(model):
     """With gradients of the hidden states, which take the product with the vocabulary's rows."""
     with trl.tiles_in_place():

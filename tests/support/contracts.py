@@ -1,4 +1,4 @@
-"""Contracts with other libraries: what of theirs, that they do not promise, ``emloc_core/compat`` needs."""
+"""Contracts with other libraries: what EMLoC needs of them, that they do not promise."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from emloc_core.errors import typed_line
 
 @contextmanager
 def contract(library: str, dependent: str) -> Iterator[None]:
-    """Fail, where the test fails, with one sentence: what has changed in a library, and what in ``compat`` needs it."""
+    """Fail, where the test fails, with one sentence: what has changed in a library, and what needs it."""
     try:
         yield
     except Exception as error:
         what = str(error).splitlines()[0] if isinstance(error, AssertionError) else typed_line(error)
-        told = f"{library} {version(library)}: {what}. compat.{dependent} depends on it."
+        told = f"{library} {version(library)}: {what}. emloc_core.{dependent} depends on it."
         raise pytest.fail.Exception(told, pytrace=False) from None

@@ -1,0 +1,34 @@
+"""What ``standins/nf4.py`` needs of bitsandbytes: nothing private, but a layout that no page promises."""
+
+import json
+
+import torch
+from bitsandbytes import functional
+from support.contracts import contract
+
+
+@contract("bitsandbytes", "standins.nf4")
+def test_a_packed_weight_is_codes_scales_and_a_note():
+    weight = torch.randn(32, 64)
+    codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    shapes = {name: tuple(part.shape) for name, part in state.as_dict(packed=True).items() if "__" not in name}
+    expected = {"absmax": (32,), "quant_map": (16,), "nested_absmax": (1,), "nested_quant_map": (256,)}
+    assert shapes == expected, f"a packed weight has the parts {shapes}"
+    assert (codes.shape, codes.dtype) == ((1024, 1), torch.uint8), f"codes are {codes.shape} of {codes.dtype}"
+    note = json.loads(bytes(state.as_dict(packed=True)["quant_state.bitsandbytes__nf4"].tolist()))
+    said = {name: note.get(name) for name in ("quant_type", "blocksize", "nested_blocksize", "shape")}
+    assert said == {"quant_type": "nf4", "blocksize": 64, "nested_blocksize": 256, "shape": [32, 64]}, f"it says {said}"
+    scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    levels = state.code[torch.stack([codes.flatten() >> 4, codes.flatten() & 15], 1).long()].reshape(-1, 64)
+    assert torch.allclose(levels * scales[:, None], functional.dequantize_4bit(codes, state).reshape(-1, 64)), (
+        "numbers are not levels times scales, the first of two in the high bits"
+    )
+
+
+@contract("bitsandbytes", "standins.nf4")
+def test_a_weight_is_read_from_its_parts():
+    weight = torch.randn(32, 64)
+    codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    again = functional.QuantState.from_dict(state.as_dict(packed=True), device=codes.device)
+    same = torch.equal(functional.dequantize_4bit(codes, again), functional.dequantize_4bit(codes, state))
+    assert same, "QuantState.from_dict gives another state"
