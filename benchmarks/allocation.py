@@ -22,7 +22,7 @@ from loss import nll
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from emloc_core.algorithms.allocation import Shape, Spectrum, global_budget, largest_rank, uniform
-from emloc_core.algorithms.factorize import Factors, factorize
+from emloc_core.algorithms.factorize import Factors
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode
 from emloc_core.emulator.compress import Compress
@@ -32,7 +32,7 @@ from emloc_core.emulator.sensitivity import PROBES
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.requests import CompressRequest
 from emloc_core.settings import CompressSettings
-from emloc_core.standins.format import each
+from emloc_core.standins import LowRank
 
 
 def energies(shapes: Sequence[Shape], ratio: float, spectra: Sequence[Spectrum]) -> list[int]:
@@ -52,7 +52,7 @@ def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[s
     job = Compress(CompressRequest(**place, output=root / f"emulator-{seed}", settings=settings))
     found, whole = job.method.linears, Whole()
     largest = {linear.path: largest_rank(linear.out_features, linear.in_features) for linear in found.candidates}
-    how = (found.with_ranks(largest), job.samples, each(factorize), lambda *_: None)
+    how = (found.with_ranks(largest), job.samples, LowRank(), lambda *_: None)
     Decomposition(job.base.skeleton, *how).run(whole, PROBES)
     model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.bfloat16).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(base.directory)
@@ -69,7 +69,7 @@ def measure(directory: str, seed: int, ratios: list[float], rows: int) -> dict[s
         for name, allocate in ALLOCATORS.items():
             plan = allocated(found, ratio, allocate, whole.spectrum)
             emulate(model, whole, plan)
-            before, after = plan.parameters()
+            before, after = plan.parameters(LowRank())
             record(ratio, name, after / before)
     return {"results": results}
 

@@ -268,7 +268,7 @@ def taken(compress: Any) -> float:
     """Return the share of the base's bytes that the block Linears take in an emulator that is to be made."""
     dtype = compress.base.skeleton.dtype
     linears = [(linear, (linear.out_features, linear.in_features)) for linear in compress.plan.candidates]
-    held = sum(compress.kind.nbytes(shape, linear.rank, dtype) for linear, shape in linears)
+    held = sum(compress.format.nbytes(shape, linear.rank, dtype) for linear, shape in linears)
     return held / sum(m * n * dtype.itemsize for _, (m, n) in linears)
 
 

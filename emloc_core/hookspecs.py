@@ -69,8 +69,8 @@ def emloc_emulators() -> "dict[str, Callable[..., Any]]":  # type: ignore[empty-
             class Coarse(LowRank):
                 name = "coarse"
 
-                def pack(self, stand_in, dtype):
-                    parts = super().pack(stand_in, dtype)
+                def pack(self, fitted, dtype):
+                    parts = super().pack(fitted, dtype)
                     return {key: (part * 256).round() / 256 for key, part in parts.items()}
 
             return {"coarse": Coarse}  # emloc compress --kind coarse
@@ -83,10 +83,10 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
     """Provide corrections of a LoRA, selected by ``--correction``. Called when one is needed.
 
     Returns:
-        By name, ``f(weight, u, v, lora, clamps) -> loras``, like ``emloc_core.algorithms.correction.correct_lora``.
-        ``weight`` is the base's, (m, n), ``u`` (m, k) and ``v`` (k, n) are the emulator's factors, ``lora`` is an
-        ``emloc_core.algorithms.Lora``, ``clamps`` are the limits of the correction (0: ``lora`` as it is; None: no
-        limit), and ``loras`` is a list with one Lora per clamp.
+        By name, ``f(weight, emulated, lora, clamps) -> loras``, like
+        ``emloc_core.algorithms.correction.correct_lora``. ``weight`` is the base's, (m, n), ``emulated`` is what stands
+        in for it, an ``emloc_core.standins.StandIn``, ``lora`` is an ``emloc_core.algorithms.Lora``, ``clamps`` are the
+        limits of the correction (0: ``lora`` as it is; None: no limit), and ``loras`` has one Lora per clamp.
 
     Example:
         ```python
@@ -94,10 +94,10 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
 
 
         # Make the LoRA smaller where the emulator is further from the base.
-        def shrinking(weight, u, v, lora, clamps):
+        def shrinking(weight, emulated, lora, clamps):
             from emloc_core.algorithms import Lora
 
-            apart = float((weight - u @ v).norm() / weight.norm())
+            apart = float((weight - emulated.weight()).norm() / weight.norm())
             limits = [3 if clamp is None else clamp for clamp in clamps]
             return [Lora(lora.a, lora.b / (1 + limit * apart), lora.scale) for limit in limits]
 

@@ -6,6 +6,7 @@ the difference from the LoRA's output, so that there the base with the corrected
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -17,18 +18,22 @@ Clamp = float | None
 _WIDENED = 4 << 20  # elements of a weight that are in fp32 at a time
 
 
-def correct_lora(
-    weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor, lora: Lora, clamps: Sequence[Clamp]
-) -> list[Lora]:
-    """Correct a LoRA for the misalignment ``W - U V``, once per clamp.
+class Emulated(Protocol):
+    """What stands in for the weight on the emulator; see :class:`emloc_core.standins.StandIn`."""
+
+    def times(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return ``What Q``, (m, r), for columns Q, (n, r), in their dtype."""
+
+
+def correct_lora(weight: torch.Tensor, emulated: Emulated, lora: Lora, clamps: Sequence[Clamp]) -> list[Lora]:
+    """Correct a LoRA for the misalignment ``W - What``, once per clamp.
 
     With ``A^T = Q D Z^T`` (thin SVD), ``B A = B0 Q^T`` for ``B0 = B Z D``. The misalignment on that subspace is
-    ``E = (W - U V) Q / scale``; column j of E is scaled by ``min(1, clamp * mean|B0[:, j]| / mean|E[:, j]|)``.
+    ``E = (W - What) Q / scale``; column j of E is scaled by ``min(1, clamp * mean|B0[:, j]| / mean|E[:, j]|)``.
 
     Args:
         weight: the base's weight W, (m, n).
-        u: (m, k).
-        v: (k, n).
+        emulated: What, that of the emulator.
         lora: the LoRA trained on the emulator.
         clamps: the paper's code uses 3.
 
@@ -40,7 +45,7 @@ def correct_lora(
     # In fp64: where two values of D are close, rounding mixes their directions, and the clamp is by direction.
     q, d, zh = (part.to(dtype) for part in torch.linalg.svd(lora.a.T.double(), full_matrices=False))
     b0 = (lora.b.to(dtype) @ zh.T) * d
-    error = (_times(weight, q) - _times(u, _times(v, q))) / lora.scale
+    error = (times(weight, q) - emulated.times(q)) / lora.scale
     a = q.T.contiguous().to(lora.a.dtype)
     corrected = []
     for clamp in clamps:
@@ -52,7 +57,7 @@ def correct_lora(
     return corrected
 
 
-def _times(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def times(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Return the product in the columns' dtype; a half-precision matrix is widened some rows at a time."""
     rows = max(1, _WIDENED // matrix.shape[1])
     return torch.cat([part.to(columns.dtype) @ columns for part in matrix.split(rows)])

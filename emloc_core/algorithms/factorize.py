@@ -55,10 +55,6 @@ class Factors:
     spectrum: torch.Tensor
     error: float | None = field(default=None, kw_only=True)
 
-    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the Linear multiplies by as a product of two matrices: these, if nothing is beside them."""
-        return self.u, self.v
-
     def relative_error(self, rank: int | None = None) -> float:
         """Return ``||(W - What) X|| / ||W X||`` on the calibration inputs at any rank, from the spectrum alone.
 

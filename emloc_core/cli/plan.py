@@ -96,7 +96,7 @@ def _show(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
     if planned.plan:
         click.echo(f"emulator: {parameters['emulator'] / 1e9:.3g} billion parameters, "
                    f"{human_bytes(weights['emulator'])}; {len(planned.plan.ranks)} Linears become:")  # fmt: skip
-        for line in planned.plan.lines(planned.model.kind):
+        for line in planned.plan.lines(planned.model.format):
             click.echo(f"  {line}")
     _conclude(planned, asked)
 

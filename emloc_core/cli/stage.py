@@ -130,7 +130,7 @@ def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
     """Return lines that say what a stage would do."""
     if stage == "compress":
         yield f"{content['base']}: family {content['family']}, {human_bytes(content['base_bytes'])}"
-        ranks = sum(linear["rank"] is not None for linear in content["linears"])
+        ranks = sum(linear["reason"] is None for linear in content["linears"])
         yield f"emulator: {human_bytes(content['emulator_bytes'])}; {ranks} Linears become:"
         yield from (f"  {line}" for line in content["summary"])
         if content["ranks_by_spectra"]:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc_core.algorithms.factorize import Factors, factorize
+from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.standins.format import each
+from emloc_core.standins import LowRank
 
 
 @dataclass
@@ -121,9 +121,12 @@ class _Traced(Factors):
     weight: torch.Tensor
 
 
-def _factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
-    found = factorize(weight, gram, rank)
-    return _Traced(found.u, found.v, found.spectrum, gram, weight.clone())
+class _Tracing(LowRank):
+    """Factors that remember what they were made from."""
+
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
+        found = zip(super().fit(weights, gram, ranks), weights, strict=True)
+        return [_Traced(of.u, of.v, of.spectrum, gram, weight.clone()) for of, weight in found]
 
 
 def decompose(skeleton: Skeleton, plan: RankPlan, samples: Sequence[Sample]) -> Decomposed:
@@ -132,5 +135,5 @@ def decompose(skeleton: Skeleton, plan: RankPlan, samples: Sequence[Sample]) -> 
         tuple(replace(linear, rank=min(linear.out_features, linear.in_features)) for linear in plan.candidates)
     )
     found = Decomposed()
-    Decomposition(skeleton, full, samples, each(_factorize), lambda *_: None).run(found)
+    Decomposition(skeleton, full, samples, _Tracing(), lambda *_: None).run(found)
     return found

@@ -29,7 +29,7 @@ def trains(subject: TinyModel) -> str:
     """The emulator is written, loads by plain from_pretrained, and a LoRA on it learns in every Linear it is put on."""
     tuned = subject.tuned
     rows = read_object(subject.emulator / MANIFEST)["result"]["linears"]
-    dense = {row["path"] for row in rows if row["rank"] is None}
+    dense = {row["path"] for row in rows if row["reason"] is not None}
     require(
         [f"{linear.path} stayed dense" for linear in subject.plan.candidates if linear.path in dense],
         "Make the tiny config's layers larger, or, if factors can never be smaller than this weight, list it in "

@@ -31,7 +31,7 @@ from emloc_core.model.skeleton import Skeleton, build_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import CompressRequest, CorrectRequest, MergeRequest
 from emloc_core.settings import CompressSettings, CorrectSettings
-from emloc_core.standins import Format, LowRank
+from emloc_core.standins import LowRank
 from emloc_core.standins.registry import format_named
 
 RATIO = 0.5
@@ -149,8 +149,8 @@ class TinyModel(Subject):
     @cached_property
     def emulator(self) -> Path:
         """The emulator, from the samples with images too."""
-        kind: Format = format_named(self.kind)
-        size = {"ratio": min(RATIO, kind.largest_ratio)} if kind.has_factors else {}
+        ratios = format_named(self.kind).ratios
+        size = {"ratio": min(RATIO, ratios.largest)} if ratios else {}
         request = CompressRequest(
             model=str(self.base.directory),
             data=text_rows(self.samples),

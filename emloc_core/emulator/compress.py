@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.algorithms.allocation import uniform
-from emloc_core.algorithms.factorize import wants_inputs
 from emloc_core.data.rows import (
     CALIBRATION,
     SELECTION,
@@ -41,7 +40,6 @@ from emloc_core.files.output import Output
 from emloc_core.files.shards import tensor_bytes
 from emloc_core.model.opened import open_model
 from emloc_core.requests import CompressRequest
-from emloc_core.standins import Format
 from emloc_core.standins.registry import format_named
 
 
@@ -66,33 +64,28 @@ class Compress:
         self.skipped: list[Skipped] = []
         rows = self._read()
         settings = request.settings.settled()
-        self.kind: Format = format_named(settings.kind)
-        self.kind.check(settings)
+        self.format = format_named(settings.kind)
+        self.format.check(settings)
         distinct = len({row.key for row in rows})
-        linears = self._linears(self.kind)
-        self.method = method_of(settings, self.kind, linears, rows=distinct)
+        linears = find_linears(self.base.skeleton.model, self.base.family, self.format)
+        self.method = method_of(settings, self.format, linears, rows=distinct)
         self._keeps_fewer = self.method.settings.selection < settings.selection
         self.settings = settings = self.method.settings
         found = self.method.linears
         self.coverage: Coverage = coverage(self.base.skeleton.model, self.base.family, found)
-        allocate = uniform if self.method.by_spectra else self.method.allocate
-        self.plan: RankPlan = allocated(found, settings.ratio, allocate, kind=self.kind)
+        self.plan: RankPlan = self.method.plan()
         # Weights alone need no calibration: its rows are left for tuning.
         samples = 0 if settings.calibration == "none" else settings.samples
         self.rows = draw(rows, settings.seed, samples, settings.selection)
         self.samples = self.base.encode(self.rows.calibration, settings.max_length)
         self.base.encode(self.rows.selection, settings.max_length)
         weight_keys(self.base.skeleton, self.plan)  # a checkpoint or a kind that is not for this model is refused
-        self.kind.config(self.plan.ranks, self.base.skeleton.model, self.base.skeleton.dtype)
+        self.format.config(self.plan.ranks, self.base.skeleton.model, self.base.skeleton.dtype)
 
     def _read(self) -> list[Row]:
         asked, skipped = self.request, self.skipped if self.request.skip_bad_rows else None
         rows = load_rows(asked.data, asked.split, asked.settings.loss, asked.columns, skipped)
         return without(rows, asked.exclude, asked.split, asked.columns)
-
-    def _linears(self, kind: Format | None = None, *, on_inputs: bool = False) -> RankPlan:
-        found = find_linears(self.base.skeleton.model, self.base.family, kind)
-        return found.on_inputs() if on_inputs or wants_inputs(self.kind.factorize) else found
 
     @cached_property
     def output(self) -> Output:
@@ -112,18 +105,18 @@ class Compress:
     def describe(self) -> dict[str, Any]:
         """Return what would be made: bytes, the rank of every Linear, rows."""
         base, dtype = self.base.checkpoint, self.base.skeleton.dtype
-        replaced = [each for each in self.plan.planned if each.rank is not None]
-        saved = sum(each.numbers * dtype.itemsize - each.nbytes(self.kind, dtype) for each in replaced)
+        replaced = [each for each in self.plan.planned if each.is_replaced]
+        saved = sum(each.numbers * dtype.itemsize - each.nbytes(self.format, dtype) for each in replaced)
         return {
             "output": str(self.request.output),
-            "kind": self.kind.name,
+            "kind": self.format.name,
             "family": self.base.family.name,
             "base": str(base.directory),
             "base_bytes": base.nbytes,
             "emulator_bytes": base.nbytes - saved,
             "linears": [each.describe() for each in self.plan.planned],
             "kept_dense": [vars(kept) for kept in self.plan.kept],
-            "summary": self.plan.lines(self.kind),
+            "summary": self.plan.lines(self.format),
             "calibration": self.settings.calibration,
             "calibration_rows": len(self.rows.calibration),
             "selection_rows": len(self.rows.selection),
@@ -161,7 +154,7 @@ class Compress:
             if self.method.by_spectra:
                 first, progress = _in_two_passes(progress)
                 plan = self._allocated(staging, first)
-            files = EmulatorFiles(self.base.skeleton, plan, staging, self.kind)
+            files = EmulatorFiles(self.base.skeleton, plan, staging, self.format)
             if self.settings.calibration == "none":
                 pack_blocks(files, progress)
             elif self.settings.calibration == "propagated":
@@ -181,18 +174,15 @@ class Compress:
             self.base.skeleton.blocks, staging / ".spectra"
         )  # hidden: removed when the emulator is published
         if not spectra.are_complete:
-            on_inputs = self.kind.keeps_weight  # what is decomposed is what rounding left of it
-            found = self._linears(on_inputs=on_inputs).without_experts(NO_EXPERTS)
-            how = (self.samples, self.kind.decomposing(self.kind.factorize), progress, self.kind.name)
-            first = Decomposition(self.base.skeleton, allocated(found, RATIO, uniform), *how)
-            first.run(spectra, PROBES)
-        found = spectra.reached(self._linears(self.kind))
-        return allocated(found, self.settings.ratio, self.method.allocate, spectra.spectrum, self.kind)
+            ranking = self.format.ranking()
+            found = find_linears(self.base.skeleton.model, self.base.family, ranking).without_experts(NO_EXPERTS)
+            how = (allocated(found, RATIO, uniform), self.samples, ranking, progress)
+            Decomposition(self.base.skeleton, *how).run(spectra, PROBES)
+        return self.method.plan(spectra=(spectra.reached(self.method.linears), spectra.spectrum))
 
     def _decomposition(self, plan: RankPlan, progress: Progress, staging: Path) -> Decomposition:
-        rounding = self.kind.rounding(self.kind.factorize)
-        how = (rounding, progress, self.kind.name, self.kind, self.settings.refine, staging)
-        return Decomposition(self.base.skeleton, plan, self.samples, *how)
+        how = (plan, self.samples, self.format, progress, self.settings.refine, staging)
+        return Decomposition(self.base.skeleton, *how)
 
     def _write_rows(self, staging: Path) -> None:
         write_rows(staging / CALIBRATION, self.rows.calibration)

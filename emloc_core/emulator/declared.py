@@ -17,13 +17,13 @@ from emloc_core.standins import Format
 from emloc_core.standins.experts import stacks
 
 
-def find_linears(model: nn.Module, family: Family, kind: Format | None = None) -> RankPlan:
+def find_linears(model: nn.Module, family: Family, format: Format | None = None) -> RankPlan:
     """Resolve a family's declaration on a model: every Linear that it names, without ranks.
 
     Args:
         model: the model; meta tensors suffice.
         family: its declaration.
-        kind: of emulator: what it leaves dense has that reason, and inputs are captured where it needs them.
+        format: of the emulator: what it leaves dense has that reason, and activations are captured as it needs them.
 
     Raises:
         EmlocError: the declaration does not fit the model.
@@ -46,11 +46,11 @@ def find_linears(model: nn.Module, family: Family, kind: Format | None = None) -
         raise EmlocError(
             f"The family {family.name!r} names no Linear of this model.", "Update the plugin.", code="plugin"
         )
-    if kind is None:
+    if format is None:
         return plan
-    if not kind.has_experts:
-        plan = plan.without_experts(f"the kind {kind.name!r} is for Linears alone")
-    return plan.on_inputs() if kind.taps_inputs else plan
+    if not format.experts:
+        plan = plan.without_experts(f"the kind {format.name!r} is for Linears alone")
+    return plan.tapped(format.tap)
 
 
 def plan_ranks(

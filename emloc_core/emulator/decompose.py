@@ -1,7 +1,7 @@
-"""One streamed pass of the calibration rows through the base; each block is factorised while they pass through it.
+"""One streamed pass of the calibration rows through the base; each block is fitted while they pass through it.
 
-The factors go to the caller's :class:`Store`: an emulator's shards, or spectra. Rows also pass through blocks that the
-store already holds, since later blocks need their outputs.
+What is fitted goes to the caller's :class:`Store`: an emulator's shards, or spectra. Rows also pass through blocks that
+the store already holds, since later blocks need their outputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,17 +9,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
-from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.experts import ExpertStatistics
 from emloc_core.emulator.own_forwards import requiring_products
-from emloc_core.emulator.propagation import Pairs, emulating, fit_block
+from emloc_core.emulator.propagation import emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.refine import Ends, errors, refined
 from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
@@ -32,20 +31,22 @@ from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.standins import Fit, Format, Pair
+from emloc_core.standins import Format, StandIn
+from emloc_core.standins.format import RankingFormat
+from emloc_core.standins.standin import Fitted
 
 #: Called with a block's path, the number of blocks done, and the total.
 Progress = Callable[[str, int, int], None]
 
 
 class Store(Protocol):
-    """Receives factors, block by block. An incomplete block must never look complete."""
+    """Receives what is fitted, block by block. An incomplete block must never look complete."""
 
     def is_written(self, block: str) -> bool:
-        """Return whether a block's factors have been written."""
+        """Return whether a block's have been written."""
 
-    def write(self, block: str, factors: Mapping[str, Any], sensitivities: Mapping[str, float]) -> None:
-        """Store the factors of a block's Linears, by module path, and of its stacks of experts, by path
+    def write(self, block: str, fitted: Mapping[str, Any], sensitivities: Mapping[str, float]) -> None:
+        """Store what was fitted for a block's Linears, by module path, and for its stacks of experts, by path
         (:class:`~emloc_core.emulator.experts.StackedFactors`); empty for a block that no row passes through.
 
         Sensitivities are given if they were requested; see :mod:`emloc_core.emulator.sensitivity`.
@@ -53,30 +54,28 @@ class Store(Protocol):
 
 
 class ReadableStore(Store, Protocol):
-    """A store whose factors can be read back, for rows to pass through."""
+    """A store that can be read back, for rows to pass through."""
 
-    def read(self, block: str) -> Pairs:
-        """Return U and V of a block's Linears by module path, in the dtype that they were written in."""
+    def read(self, block: str) -> Mapping[str, StandIn]:
+        """Return the stand-ins of a block's Linears by module path, as they were written."""
 
-    def as_read(self, path: str, factors: Factors) -> Pair:
-        """Return U and V of a Linear as :meth:`read` will once they are written."""
+    def as_read(self, path: str, fitted: Fitted) -> StandIn:
+        """Return what was fitted for a Linear as :meth:`read` will once it is written."""
 
 
 class Decomposition:
-    """Factorises every planned Linear of a model.
+    """Fits what stands in for every planned Linear of a model.
 
     Args:
         skeleton: the base.
         plan: the ranks.
         samples: the calibration rows.
-        fit: gives the factors of weights.
+        format: fits stand-ins.
         progress: called after every block.
-        name: of the kind that ``fit`` is of, for messages.
-        kind: of the emulator.
         refine: passes over the rows in which a block's stand-ins are refined; see :mod:`emloc_core.emulator.refine`.
         directory: for a file of what waiting rows hold beyond what they do at blocks; None: that stays in memory.
 
-    Linears that no token reaches get no factors, since there is nothing to fit them to.
+    Linears that no token reaches get no stand-in, since there is nothing to fit it to.
     """
 
     def __init__(
@@ -84,26 +83,24 @@ class Decomposition:
         skeleton: Skeleton,
         plan: RankPlan,
         samples: Sequence[Sample],
-        fit: Fit,
+        format: Format,
         progress: Progress,
-        name: str = "low-rank",
-        kind: Format | None = None,
         refine: int = 0,
         directory: Path | None = None,
     ) -> None:
         self.skeleton, self.plan, self.samples = skeleton, plan, samples
-        self.fit, self.progress, self.name = fit, progress, name
-        self.kind, self.refine = kind, refine
+        self.format, self.progress, self.refine = format, progress, refine
         self.blocks = skeleton.blocks
         parking = Parking.on(skeleton.device, skeleton.model.buffers(), directory)
         self.stream = Stream(skeleton, parking)
 
     def run(self, store: Store, probes: int = 0) -> None:
-        """Factorise on the base's own activations.
+        """Fit to the base's own activations.
 
         Args:
-            store: receives the factors.
-            probes: rows to measure sensitivities with; 0 measures none.
+            store: receives what is fitted.
+            probes: rows to measure sensitivities with; 0 measures none. They ask for a
+                :class:`~emloc_core.standins.format.RankingFormat`.
 
         Raises:
             EmlocError: a weight or an activation is NaN or Inf, or the Linears of an input group read different inputs;
@@ -112,7 +109,7 @@ class Decomposition:
         self._pass([self._forward(sample) for sample in self.samples], store, partial(self._gather, probes))
 
     def propagate(self, store: ReadableStore) -> None:
-        """Factorise on the inputs from the emulator built so far; see :mod:`emloc_core.emulator.propagation`.
+        """Fit to the inputs from the emulator built so far; see :mod:`emloc_core.emulator.propagation`.
 
         Raises:
             EmlocError: as :meth:`run`.
@@ -138,7 +135,7 @@ class Decomposition:
 
     @contextmanager
     def _gather(self, probes: int, store: Store, block: str) -> Iterator[None]:
-        """Factorise a block on the base's own activations, while the samples pass through it."""
+        """Fit a block to the base's own activations, while the samples pass through it."""
         if store.is_written(block):
             yield
         else:
@@ -161,10 +158,13 @@ class Decomposition:
             hooks = forward_hooks((each.experts, each.hook) for each in experts)
             with watching, products, tapped(modules, tapping, sink), hooks:
                 yield
-            factors = self._reached(planned, grams)
-            disturbances = sensitivities(unit, calls, factors, self._answering) if calls else {}
+            fitted: Mapping[str, Any] = self._reached(planned, grams)
+            disturbances: Mapping[str, float] = {}
+            if calls:
+                assert isinstance(self.format, RankingFormat)
+                disturbances = sensitivities(unit, calls, fitted, self.format.cut, self._answering)
             stacked = {path: of for each in experts for path, of in each.factors(self._alone).items()}
-            store.write(block, {**factors, **stacked}, disturbances)
+            store.write(block, {**fitted, **stacked}, disturbances)
         self._report(block)
 
     @contextmanager
@@ -180,55 +180,49 @@ class Decomposition:
             with (
                 requiring_shared_inputs(self.stream, planned, self.skeleton.family),
                 requiring_products(self.stream, planned, rows),
-                ends.waiting() if self.kind and self.refine else nullcontext(),
+                ends.waiting() if self.refine else nullcontext(),
             ):
-                found = fit_block(self.stream, planned, rows, self._factors, store.as_read, self._blame)
-            if self.kind and self.refine:
+                found = fit_block(self.stream, planned, rows, self._fit, store.as_read, self._blame)
+            if self.refine:
                 found = refined(
-                    self.stream, self.skeleton.model.get_submodule(block), found, self.kind, self.refine, ends
+                    self.stream, self.skeleton.model.get_submodule(block), found, self.format, self.refine, ends
                 )
-                pairs = {path: store.as_read(path, of) for path, of in found.items()}
-                with errors(modules) as measured, emulating(self.stream, modules, pairs, rows):
+                stand_ins = {path: store.as_read(path, of) for path, of in found.items()}
+                with errors(modules) as measured, emulating(self.stream, modules, stand_ins, rows):
                     ends.pass_on()
-                found = {path: replace(of, error=measured()[path]) for path, of in found.items()}
+                found = {path: replace(cast(Any, of), error=measured()[path]) for path, of in found.items()}
             store.write(block, found, {})
             yield
         self._report(block)
 
     @by_onednn()
-    def _factors(self, linears: Sequence[LinearPlan], weights: Sequence[torch.Tensor], gram: Gram) -> list[Factors]:
-        """Fit Linears that share a Gram, and check the result, since the kind may be a plugin's."""
+    def _fit(self, linears: Sequence[LinearPlan], weights: Sequence[torch.Tensor], gram: Gram) -> Sequence[Fitted]:
+        """Fit what stands in for Linears that share a Gram; the format may be a plugin's."""
         paths = ", ".join(linear.path for linear in linears)
-        with named(f"The kind {self.name!r}, on {paths},"):
-            found = self.fit(weights, gram, [linear.rank or 0 for linear in linears])
+        with named(f"The kind {self.format.name!r}, on {paths},"):
+            found = self.format.fit(weights, gram, [linear.rank for linear in linears])
         if len(found) != len(linears):
-            found = [None] * len(linears)
-        for linear, of in zip(linears, found, strict=True):
-            m, n = linear.out_features, linear.in_features
-            k = linear.rank or 0 if self.kind is None or self.kind.has_factors else min(m, n)
-            fits = isinstance(of, Factors) and (of.u.shape, of.v.shape) == ((m, k), (k, n))
-            if not fits or not all(bool(torch.isfinite(part).all()) for part in (of.u, of.v, of.spectrum)):
-                raise EmlocError(
-                    f"The kind {self.name!r} gave {linear.path} no finite factors of shapes {(m, k)} and {(k, n)}.",
-                    "Choose another --kind, or update the plugin.",
-                    code="plugin",
-                )
+            raise EmlocError(
+                f"The kind {self.format.name!r} gave {len(found)} stand-ins for {paths}.",
+                "Choose another --kind, or update the plugin.",
+                code="plugin",
+            )
         return found
 
-    def _alone(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Factors:
-        return self._factors([linear], [weight], gram)[0]
+    def _alone(self, linear: LinearPlan, weight: torch.Tensor, gram: Gram) -> Any:
+        return self._fit([linear], [weight], gram)[0]
 
-    def _reached(self, planned: Sequence[LinearPlan], grams: Mapping[str, Gram]) -> dict[str, Factors]:
+    def _reached(self, planned: Sequence[LinearPlan], grams: Mapping[str, Gram]) -> dict[str, Fitted]:
         """Fit the Linears that tokens reached, those that share a Gram together."""
         together: dict[int, list[LinearPlan]] = {}
         for linear in planned:
             if grams[linear.path].tokens:
                 together.setdefault(id(grams[linear.path]), []).append(linear)
-        found: dict[str, Factors] = {}
+        found: dict[str, Fitted] = {}
         for linears in together.values():
             weights = [self._weight(linear.path) for linear in linears]
-            factors = self._factors(linears, weights, grams[linears[0].path])
-            found.update(zip([linear.path for linear in linears], factors, strict=True))
+            fitted = self._fit(linears, weights, grams[linears[0].path])
+            found.update(zip([linear.path for linear in linears], fitted, strict=True))
         return found
 
     def _experts(self, block: str) -> list[ExpertStatistics]:
@@ -243,10 +237,10 @@ class Decomposition:
         with self.stream.arguments(sample) as arguments:
             return copied(arguments)
 
-    def _answering(self, path: str, pair: tuple[torch.Tensor, torch.Tensor]) -> AbstractContextManager[None]:
-        """Compute one Linear's outputs with its factors, for all samples."""
-        u, v = (factor.to(self._weight(path)) for factor in pair)
-        return emulating(self.stream, {path: self.skeleton.model.get_submodule(path)}, {path: (u, v)}, 0)
+    def _answering(self, path: str, stand_in: StandIn) -> AbstractContextManager[None]:
+        """Compute one Linear's outputs with a stand-in, for all samples."""
+        found = stand_in.to(self._weight(path))
+        return emulating(self.stream, {path: self.skeleton.model.get_submodule(path)}, {path: found}, 0)
 
     def _weight(self, path: str) -> torch.Tensor:
         return self.skeleton.model.get_parameter(f"{path}.weight")

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from emloc_core.algorithms.factorize import Factors
 from emloc_core.emulator.experts import StackedFactors
-from emloc_core.emulator.propagation import Pairs
 from emloc_core.emulator.ranks import UNREACHED, RankPlan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, Checkpoint
@@ -24,9 +22,10 @@ from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT
 from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
 from emloc_core.model.skeleton import Skeleton
-from emloc_core.standins import Format, LowRank, Pair
+from emloc_core.standins import Format, StandIn
 from emloc_core.standins.experts import factor_names
 from emloc_core.standins.format import MARK
+from emloc_core.standins.standin import Fitted
 
 _ERRORS = "emloc.relative_errors"  # in the metadata of a block's shard
 
@@ -36,16 +35,16 @@ class EmulatorFiles:
 
     Args:
         skeleton: the base.
-        plan: which Linears become factors.
+        plan: which Linears have stand-ins, and of which ranks.
         staging: the directory.
-        kind: how what stands in for a weight is stored.
+        format: how what stands in for a weight is kept.
     """
 
-    def __init__(self, skeleton: Skeleton, plan: RankPlan, staging: Path, kind: Format | None = None) -> None:
-        self.kind = kind or LowRank()
+    def __init__(self, skeleton: Skeleton, plan: RankPlan, staging: Path, format: Format) -> None:
+        self.format = format
         self.skeleton, self.base, self.plan = skeleton, skeleton.checkpoint, plan
         self.blocks, self.staging = skeleton.blocks, staging
-        self.keys = weight_keys(skeleton, plan)
+        self.keys, self._ranks = weight_keys(skeleton, plan), plan.ranks
         remove_damaged(map(self._shard, self.blocks))  # of an interrupted run
 
     def is_written(self, block: str) -> bool:
@@ -55,36 +54,55 @@ class EmulatorFiles:
     def write(
         self,
         block: str,
-        factors: Mapping[str, Factors | StackedFactors],
+        fitted: Mapping[str, Fitted | StackedFactors],
         _sensitivities: Mapping[str, float],
     ) -> None:
         """Write what stands in for the weights of a block's Linears and experts, by path, and the error of each."""
         tensors: dict[str, torch.Tensor] = {}
-        for path, found in factors.items():
+        for path, found in fitted.items():
             if isinstance(found, StackedFactors):
                 tensors.update(zip(factor_names(path), (found.u, found.v), strict=True))
             else:
                 prefix = self.keys[path].removesuffix("weight")
-                parts = self.kind.pack(found, self._dtype(path))
-                tensors.update((f"{prefix}{name}", part) for name, part in parts.items())
-        errors = {path: found.relative_error() for path, found in factors.items()}
+                tensors.update((f"{prefix}{name}", part) for name, part in self._packed(path, found).items())
+        errors = {path: found.relative_error() for path, found in fitted.items()}
         write_shard(self._shard(block), dict(sorted(tensors.items())), {_ERRORS: json.dumps(errors)})
 
-    def read(self, block: str) -> Pairs:
-        """Return U and V of a block's Linears by module path, as written."""
+    def read(self, block: str) -> dict[str, StandIn]:
+        """Return what stands in for the weights of a block's Linears, by module path, as written."""
         tensors = load_file(self._shard(block), str(self.skeleton.device))
-        keys = {linear.path: self.kind.keys(self.keys[linear.path]) for linear in self.plan.in_block(block)}
-        return {path: self._pair(path, [tensors[key] for key in of]) for path, of in keys.items()}
+        keys = {linear.path: self.format.keys(self.keys[linear.path]) for linear in self.plan.in_block(block)}
+        return {path: self._stand_in(path, [tensors[key] for key in of]) for path, of in keys.items()}
 
-    def as_read(self, path: str, factors: Factors) -> Pair:
-        """Return U and V of a Linear as :meth:`read` will once they are written."""
-        parts = self.kind.pack(factors, self._dtype(path))
-        return self._pair(path, [parts[name] for name in self.kind.names()])
+    def as_read(self, path: str, fitted: Fitted) -> StandIn:
+        """Return what was fitted for a Linear as :meth:`read` will once it is written."""
+        parts = self._packed(path, fitted)
+        return self._stand_in(path, [parts[name] for name in self.format.names()])
 
-    def _pair(self, path: str, tensors: Sequence[torch.Tensor]) -> Pair:
+    def _packed(self, path: str, fitted: Fitted) -> dict[str, torch.Tensor]:
+        """Return the tensors of a stand-in by their names, checked: the format may be a plugin's."""
+        dtype = self._dtype(path)
+        m, n = self.skeleton.model.get_parameter(f"{path}.weight").shape
+        packed = self.format.pack(fitted, dtype)
+        expected = {name: size for name, (size, _) in self.format.parts((m, n), self._ranks[path], dtype).items()}
+        found = {name: tuple(part.shape) for name, part in packed.items()}
+        if packed.keys() != set(self.format.names()) or not expected.items() <= found.items():
+            raise self._refused(path, f"{found} instead of {expected}")
+        if not all(map(_is_finite, packed.values())):
+            raise self._refused(path, "NaN or Inf")
+        return packed
+
+    def _refused(self, path: str, what: str) -> EmlocError:
+        return EmlocError(
+            f"The kind {self.format.name!r} gave {path} {what}.",
+            "Choose another --kind, or update the plugin.",
+            code="plugin",
+        )
+
+    def _stand_in(self, path: str, tensors: Sequence[torch.Tensor]) -> StandIn:
         parts = [tensor.to(self.skeleton.device) for tensor in tensors]
         m, n = self.skeleton.model.get_parameter(f"{path}.weight").shape
-        return self.kind.unpack(parts, (m, n), self._dtype(path))
+        return self.format.read(parts, (m, n), self._dtype(path))
 
     def _dtype(self, path: str) -> torch.dtype:
         return self.skeleton.model.get_parameter(f"{path}.weight").dtype
@@ -109,13 +127,13 @@ class EmulatorFiles:
             )
         self._write_rest(plan)
         self._write_index()
-        settings = self.kind.config(plan.ranks, self.skeleton.model, self.skeleton.dtype)
+        settings = self.format.config(plan.ranks, self.skeleton.model, self.skeleton.dtype)
         # Without a dtype, transformers would take that of the first tensor it finds: of a scale, perhaps.
         dtype = self.base.config.get("dtype") or str(self.skeleton.dtype).removeprefix("torch.")
-        config = {**self.base.config, "dtype": dtype, "quantization_config": settings, MARK: self.kind.name}
+        config = {**self.base.config, "dtype": dtype, "quantization_config": settings, MARK: self.format.name}
         write_json(self.staging / "config.json", config)
         self.base.copy_side_files(self.staging)
-        before, after = plan.parameters(self.kind)
+        before, after = plan.parameters(self.format)
         return {
             "base": self.base.name,
             "parameters": {"compressed_linears_before": before, "compressed_linears_after": after},
@@ -135,7 +153,7 @@ class EmulatorFiles:
     def _write_rest(self, plan: RankPlan) -> None:
         replaced = {self.keys[path] for path in plan.ranks if path in self.keys}
         for each in plan.experts:
-            if each.rank is not None:
+            if each.is_replaced:
                 replaced.update(self.skeleton.sources(each.path))
         kept = {key: tensor for key, tensor in self.base.tensors.items() if key not in replaced}
         layout = {key: (tensor.dtype, tensor.shape) for key, tensor in kept.items()}
@@ -150,6 +168,10 @@ class EmulatorFiles:
                 weight_map[key] = self._name(index)
                 total += tensor.nbytes
         write_json(self.staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def weight_keys(skeleton: Skeleton, plan: RankPlan) -> dict[str, str]:

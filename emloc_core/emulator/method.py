@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from emloc_core.algorithms.allocation import ALLOCATORS, wants_spectra
-from emloc_core.emulator.ranks import NO_EXPERTS, RankPlan
+from emloc_core.algorithms.allocation import ALLOCATORS, Spectrum, uniform, wants_spectra
+from emloc_core.emulator.ranks import NO_EXPERTS, LinearPlan, RankPlan, allocated
 from emloc_core.errors import EmlocError
 from emloc_core.settings import SAMPLES, Allocator, CompressSettings
 from emloc_core.standins import Format
@@ -33,13 +33,13 @@ class Method:
     """How the emulator of a model is made.
 
     Attributes:
-        kind: of the emulator.
+        format: of the emulator.
         settings: those of the user, completed.
         allocate: shares out ranks.
         linears: the Linears and experts of the model, without ranks; dense are those that this way is not for.
     """
 
-    kind: Format
+    format: Format
     settings: CompletedSettings
     allocate: Callable[..., Sequence[int]]
     linears: RankPlan
@@ -47,12 +47,32 @@ class Method:
     @property
     def by_spectra(self) -> bool:
         """Whether a first pass decomposes the model, since ranks are known only then."""
-        return self.kind.has_factors and wants_spectra(self.allocate)
+        return self.format.ratios is not None and wants_spectra(self.allocate)
+
+    def plan(
+        self, ratio: float | None = None, spectra: tuple[RankPlan, Callable[[LinearPlan], Spectrum]] | None = None
+    ) -> RankPlan:
+        """Return what gets a stand-in, with ranks where the format has any.
+
+        Args:
+            ratio: instead of that of the settings.
+            spectra: the Linears that have one, and what returns it, for an allocator that needs them; None: ranks are
+                those of ``uniform``, which has the same budget.
+
+        Raises:
+            EmlocError: at this ratio nothing becomes smaller.
+        """
+        if self.format.ratios is None:
+            return self.linears
+        ratio = ratio or self.settings.ratio
+        if spectra:
+            return allocated(spectra[0], ratio, self.allocate, spectra[1])
+        return allocated(self.linears, ratio, uniform if self.by_spectra else self.allocate)
 
 
 def method_of(
     settings: CompressSettings,
-    kind: Format,
+    format: Format,
     linears: RankPlan,
     *,
     rows: int | None = None,
@@ -61,24 +81,24 @@ def method_of(
 
     Args:
         settings: what the user says.
-        kind: of the emulator.
-        linears: the Linears and experts of the model that this kind makes smaller.
+        format: of the emulator.
+        linears: the Linears and experts of the model that this format makes smaller.
         rows: number of distinct rows; None: there are enough.
 
     Raises:
         EmlocError: stand-ins are to be refined that are not fitted to what the emulator computes.
     """
-    usual = "base" if linears.has_experts else kind.calibration
+    usual = "base" if linears.has_experts else format.calibrations[0]
     calibration = settings.calibration or usual
     if settings.refine and calibration != "propagated":
         raise EmlocError(
             "Refinement needs the inputs that a block has in the emulator.",
             "Leave out --refine, or give --calibration propagated.",
         )
-    refine = kind.refine if settings.refine is None and calibration == "propagated" else settings.refine
-    allocator = settings.allocator or (kind.allocator if calibration == "propagated" else UNIFORM)
-    samples = settings.samples or usual_samples(kind, rows)
-    ratio = settings.ratio or (kind.ratio if kind.has_factors else None)
+    refine = format.refine if settings.refine is None and calibration == "propagated" else settings.refine
+    allocator = settings.allocator or (format.allocator if calibration == "propagated" else UNIFORM)
+    samples = settings.samples or usual_samples(format, rows)
+    ratio = settings.ratio or (format.ratios.default if format.ratios else None)
     found = {
         "ratio": ratio,
         "samples": samples,
@@ -89,7 +109,7 @@ def method_of(
     }
     completed = CompletedSettings(**settings.model_dump() | found)
     allocate = ALLOCATORS[allocator]
-    method = Method(kind, completed, allocate, linears)
+    method = Method(format, completed, allocate, linears)
     if calibration == "propagated":
         return replace(method, linears=linears.without_experts("error-propagating calibration is for Linears alone"))
     if method.by_spectra:
@@ -97,16 +117,16 @@ def method_of(
     return method
 
 
-def usual_samples(kind: Format, rows: int | None = None) -> int:
-    """Return how many rows a kind is calibrated on where the user does not say.
+def usual_samples(format: Format, rows: int | None = None) -> int:
+    """Return how many rows a format is calibrated on where the user does not say.
 
     Args:
-        kind: of the emulator.
+        format: of the emulator.
         rows: number of distinct rows; None: there are enough.
     """
     if rows is None:
-        return kind.samples
-    return min(kind.samples, max(SAMPLES, int(_SHARE * rows)), max(1, rows // 3))  # the others are trained on
+        return format.samples
+    return min(format.samples, max(SAMPLES, int(_SHARE * rows)), max(1, rows // 3))  # the others are trained on
 
 
 def _selection(settings: CompressSettings, rows: int | None) -> int:

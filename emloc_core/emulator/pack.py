@@ -2,11 +2,11 @@
 
 import torch
 
-from emloc_core.algorithms.factorize import Factors
 from emloc_core.emulator.decompose import Progress
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.errors import EmlocError
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.standins.standin import Fitted
 
 
 def pack_blocks(files: EmulatorFiles, progress: Progress) -> None:
@@ -24,10 +24,10 @@ def pack_blocks(files: EmulatorFiles, progress: Progress) -> None:
         plugin_manager().notify("emloc_block_done", stage="compress", path=block, index=index, total=total)
 
 
-def _stand_in(files: EmulatorFiles, path: str) -> Factors:
+def _stand_in(files: EmulatorFiles, path: str) -> Fitted:
     name = f"{path}.weight"
     with files.skeleton.parameters([name]) as loaded:
         weight = loaded[name].detach().clone()
     if not bool(torch.isfinite(weight).all()):
         raise EmlocError(f"{name} in {files.base.directory} holds NaN or Inf.", "Download or copy the model again.")
-    return files.kind.stand_in(weight)
+    return files.format.round(weight)

@@ -10,14 +10,11 @@ passes through the block once in each stream.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import ROWS, Gram, Side, cheaper_side
 from emloc_core.emulator.ranks import LinearPlan
@@ -25,13 +22,11 @@ from emloc_core.errors import EmlocError
 from emloc_core.model.hooks import forwards
 from emloc_core.model.parking import require_own
 from emloc_core.model.streaming import Stream
-from emloc_core.standins import Pair
+from emloc_core.standins import StandIn
+from emloc_core.standins.standin import Fitted
 
 #: a: the ridge, as a fraction of the mean diagonal of the emulator's Gram. Pulls R towards the identity.
 RIDGE = 0.02
-
-#: U (m, k) and V (k, n) by module path, in the dtype that is written.
-Pairs = dict[str, Pair]
 
 
 class PairedMoments:
@@ -130,10 +125,10 @@ def fit_block(
     stream: Stream,
     planned: Sequence[LinearPlan],
     rows: int,
-    factorize: Callable[[Sequence[LinearPlan], Sequence[torch.Tensor], Gram], list[Factors]],
-    read: Callable[[str, Factors], Pair],
+    fit: Callable[[Sequence[LinearPlan], Sequence[torch.Tensor], Gram], Sequence[Fitted]],
+    read: Callable[[str, Fitted], StandIn],
     blame: Callable[[EmlocError, str, int], EmlocError],
-) -> dict[str, Factors]:
+) -> dict[str, Fitted]:
     """Fit all Linears of a block while the samples that wait at it pass through it.
 
     Args:
@@ -141,19 +136,19 @@ def fit_block(
             at the block, with the base's weights; in the end, they have passed through it.
         planned: its Linears, in execution order.
         rows: number of calibration rows; those that do not pass through the block are ignored.
-        factorize: takes Linears, their weights and the Gram of the inputs that all of them have, or of the outputs of
-            a single one.
-        read: takes a Linear's path and its factors, and returns them as they will be read.
+        fit: takes Linears, their weights and the Gram of the inputs that all of them have, or of the outputs of a
+            single one.
+        read: takes a Linear's path and what was fitted, and returns that as it will be read.
         blame: takes an error, a Linear's path and a row's index, and returns the error for the user.
 
     Returns:
-        The factors by module path.
+        What was fitted, by module path.
 
     Raises:
         EmlocError: a Linear did not run, or ran twice, or its inputs are NaN or Inf.
     """
-    found: dict[str, Factors] = {}
-    done: Pairs = {}
+    found: dict[str, Fitted] = {}
+    done: dict[str, StandIn] = {}
     here = [sample for sample in stream.here if sample < rows]
     modules = {linear.path: stream.skeleton.model.get_submodule(linear.path) for linear in planned}
     inputs: list[torch.Tensor] = []
@@ -182,8 +177,8 @@ def fit_block(
             shared = [at for at, side in enumerate(sides) if side == "input"]
             for part in ([shared] if shared else []) + [[at] for at, side in enumerate(sides) if side == "output"]:
                 linears, fitted = [members[at] for at in part], [targets[at] for at in part]
-                factors = factorize(linears, fitted, moments.gram_for(fitted[0], linears[0].tap))
-                found.update(zip([linear.path for linear in linears], factors, strict=True))
+                made = fit(linears, fitted, moments.gram_for(fitted[0], linears[0].tap))
+                found.update(zip([linear.path for linear in linears], made, strict=True))
             done.update({linear.path: read(linear.path, found[linear.path]) for linear in members})
         for row in here:
             for sample in (row, row + rows):
@@ -257,34 +252,25 @@ def _pausing(
 
 
 @contextmanager
-def emulating(stream: Stream, modules: Mapping[str, nn.Module], pairs: Pairs, rows: int) -> Iterator[None]:
+def emulating(
+    stream: Stream, modules: Mapping[str, nn.Module], stand_ins: Mapping[str, StandIn], rows: int
+) -> Iterator[None]:
     """Let Linears answer with their stand-ins for the samples from index ``rows`` on, those of the emulator.
 
-    Linears that have none in ``pairs`` yet compute their own.
+    Linears that have none yet compute their own.
     """
 
     def answer(path: str, module: nn.Module) -> Callable[..., torch.Tensor]:
         own, bias = module.forward, getattr(module, "bias", None)
-        factors: list[torch.Tensor] = []
 
         @by_onednn()
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-            if stream.sample < rows or path not in pairs:
+            if stream.sample < rows or path not in stand_ins:
                 found: torch.Tensor = own(*args, **kwargs)
                 return found
-            if not factors:
-                others = [factor for factor in reversed(pairs[path]) if not _is_identity(factor)]
-                factors.extend(others or pairs[path][:1])
-            *first, last = factors
-            return functional.linear(reduce(functional.linear, first, args[0]), last, bias)
+            return stand_ins[path](args[0], bias)
 
         return forward
 
     with forwards((module, answer(path, module)) for path, module in modules.items()):
         yield
-
-
-def _is_identity(factor: torch.Tensor) -> bool:
-    """Return whether it changes nothing: beside a weight that stands for itself, it need not be multiplied by."""
-    m, n = factor.shape
-    return m == n and bool((factor.diagonal() == 1).all()) and int(factor.count_nonzero()) == m

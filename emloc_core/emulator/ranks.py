@@ -27,7 +27,7 @@ class LinearPlan:
         block: path of the block that holds it.
         group: its input group: paths that read the same input.
         out_features, in_features: shape of the weight.
-        rank: rank of the factors, or number of levels in an emulator that mixes them; None keeps the Linear dense.
+        rank: of its factors, once they have been shared out; None: its stand-in has none, or it stays dense.
         tap: how its activations are captured: ``input``, ``output``, or the family's own function.
         reason: why it is dense.
     """
@@ -55,14 +55,23 @@ class LinearPlan:
         """How many numbers it is, dense."""
         return self.matrices * self.out_features * self.in_features
 
-    def stored(self, kind: Format | None = None) -> int:
-        """Return how many numbers stand in for it at its rank: its factors, and the weight where the kind keeps it."""
-        factors = (self.rank or 0) * (self.out_features + self.in_features) if kind is None or kind.has_factors else 0
-        return self.matrices * factors + (self.numbers if kind and kind.keeps_weight else 0)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight, or of each matrix."""
+        return self.out_features, self.in_features
 
-    def nbytes(self, kind: Format, dtype: torch.dtype) -> int:
-        """Return the bytes of what stands in for it at its rank, in an emulator of a base of this dtype."""
-        return self.matrices * kind.nbytes((self.out_features, self.in_features), self.rank or 0, dtype)
+    @property
+    def is_replaced(self) -> bool:
+        """Whether it gets a stand-in."""
+        return self.reason is None
+
+    def stored(self, format: Format) -> int:
+        """Return how many numbers stand in for it."""
+        return self.matrices * format.numbers(self.shape, self.rank)
+
+    def nbytes(self, format: Format, dtype: torch.dtype) -> int:
+        """Return the bytes of what stands in for it, in an emulator of a base of this dtype."""
+        return self.matrices * format.nbytes(self.shape, self.rank, dtype)
 
 
 @dataclass(frozen=True)
@@ -111,19 +120,19 @@ class RankPlan:
         return (*self.linears, *self.experts)
 
     @property
-    def ranks(self) -> dict[str, int]:
-        """Rank by path, for the Linears and stacks of experts that are compressed."""
-        return {each.path: each.rank for each in self.planned if each.rank is not None}
+    def ranks(self) -> dict[str, int | None]:
+        """Rank by path, of the Linears and stacks of experts that get stand-ins."""
+        return {each.path: each.rank for each in self.planned if each.is_replaced}
 
     def in_block(self, block: str) -> list[LinearPlan]:
-        """Return the compressed Linears of one block."""
-        return [linear for linear in self.linears if linear.block == block and linear.rank is not None]
+        """Return the Linears of one block that get stand-ins."""
+        return [linear for linear in self.linears if linear.block == block and linear.is_replaced]
 
     def experts_in_block(self, block: str) -> dict[str, list[ExpertsPlan]]:
-        """Return the compressed stacks of a block by path of their module."""
+        """Return the stacks of a block that get stand-ins, by path of their module."""
         found: dict[str, list[ExpertsPlan]] = defaultdict(list)
         for each in self.experts:
-            if each.block == block and each.rank is not None:
+            if each.block == block and each.is_replaced:
                 found[each.path.rpartition(".")[0]].append(each)
         return dict(found)
 
@@ -137,15 +146,14 @@ class RankPlan:
         """The Linears without a reason to stay dense."""
         return [linear for linear in self.linears if linear.reason is None]
 
-    def with_ranks(self, ranks: Mapping[str, int], kind: Format | None = None) -> "RankPlan":
-        """Return the plan with other ranks; Linears without one, or whose factors save nothing, stay dense."""
-        return self._each(lambda each: _with_rank(each, ranks.get(each.path), kind))
+    def with_ranks(self, ranks: Mapping[str, int]) -> "RankPlan":
+        """Return the plan with ranks; Linears without one, or whose factors save nothing, stay dense."""
+        return self._each(lambda each: _with_rank(each, ranks.get(each.path)))
 
-    def at_full_rank(self) -> "RankPlan":
-        """Return the plan with every candidate at full rank, which stands for its weight as it is."""
-        return self._each(
-            lambda each: replace(each, rank=min(each.out_features, each.in_features) if each.reason is None else None)
-        )
+    def as_made(self, rows: Sequence[Mapping[str, Any]]) -> "RankPlan":
+        """Return the plan of an emulator, whose manifest describes its Linears like this."""
+        known = {row["path"]: {"rank": row["rank"], "reason": row["reason"]} for row in rows}
+        return self._each(lambda each: replace(each, **known.get(each.path, {})))
 
     def at_caps(self) -> "RankPlan":
         """Return the plan with every rank, a uniform one, at its cap under the allocator ``global``."""
@@ -164,36 +172,31 @@ class RankPlan:
     def _each(self, change: Callable[[Any], Any]) -> "RankPlan":
         return replace(self, linears=tuple(map(change, self.linears)), experts=tuple(map(change, self.experts)))
 
-    def on_inputs(self) -> "RankPlan":
-        """Return the plan with the inputs captured where it would be the outputs."""
-        return self._each(lambda each: replace(each, tap="input") if each.tap == "output" else each)
+    def tapped(self, tap: Callable[[Any], Any]) -> "RankPlan":
+        """Return the plan with activations captured in other ways."""
+        return self._each(lambda each: replace(each, tap=tap(each.tap)))
 
-    def lines(self, kind: Format) -> list[str]:
+    def lines(self, format: Format) -> list[str]:
         """Return lines: number, shape and stand-in of every sort of Linear, then what stays dense, and why."""
         sorts: dict[tuple[str, str, str | None], list[int]] = defaultdict(list)
         for linear in self.planned:
             name, shape = linear.path.rpartition(".")[2], f"{linear.out_features} x {linear.in_features}"
             if isinstance(linear, ExpertsPlan):
                 shape = f"{linear.experts} experts of {shape}"
-            sorts[name, shape, linear.reason if linear.rank is None else None].append(linear.rank or 0)
+            sorts[name, shape, linear.reason].append(linear.rank or 0)
         width = max((len(name) for name, *_ in sorts), default=0)
         found = []
         for (name, shape, why), ranks in sorts.items():
             least, most = min(ranks), max(ranks)
-            become = kind.told(f"{least}" if least == most else f"{least} to {most}")
-            dense = f"dense: {why}" if why else "dense"
-            found.append(f"{len(ranks):4d} x {name:<{width}} {shape} -> {become if least else dense}")
+            become = f"dense: {why}" if why else format.told(f"{least}" if least == most else f"{least} to {most}")
+            found.append(f"{len(ranks):4d} x {name:<{width}} {shape} -> {become}")
         found += [f"{kept.parameters:,} parameters of {kept.pattern} stay dense: {kept.reason}" for kept in self.kept]
         return found
 
-    def parameters(self, kind: Format | None = None) -> tuple[int, int]:
-        """Return the number of parameters of the named Linears and experts before and after.
-
-        Args:
-            kind: of emulator; None: factors alone.
-        """
+    def parameters(self, format: Format) -> tuple[int, int]:
+        """Return the number of parameters of the named Linears and experts before and after."""
         before = sum(linear.numbers for linear in self.planned)
-        after = sum(linear.numbers if linear.rank is None else linear.stored(kind) for linear in self.planned)
+        after = sum(linear.stored(format) if linear.is_replaced else linear.numbers for linear in self.planned)
         return before, after
 
 
@@ -202,22 +205,18 @@ def allocated(
     ratio: float | None,
     allocate: Callable[..., Sequence[int]],
     spectrum: Callable[[LinearPlan], Spectrum] | None = None,
-    kind: Format | None = None,
 ) -> RankPlan:
     """Return the plan with the ranks that an allocator gives.
 
     Args:
         plan: its candidates get ranks.
-        ratio: fraction of their parameters to keep, in (0, 1); None where the kind has no ratio.
+        ratio: fraction of their parameters to keep, in (0, 1).
         allocate: rank allocator; see :mod:`emloc_core.algorithms.allocation`.
         spectrum: returns a Linear's spectrum, for an allocator that needs it.
-        kind: of emulator; None: factors alone.
 
     Raises:
         EmlocError: the ratio is out of range, or the ranks save nothing.
     """
-    if kind is not None and not kind.has_factors:
-        return plan.at_full_rank()
     ratio = require_ratio(ratio)
     linears = plan.candidates
     if not linears:
@@ -230,7 +229,7 @@ def allocated(
     chosen = dict(zip((linear.path for linear in linears), ranks, strict=True))
     # The experts of a stack share a rank, whatever the allocator: they are multiplied by together.
     chosen |= {each.path: _expert_rank(each, ratio) for each in plan.experts if each.reason is None}
-    found = plan.with_ranks(chosen, kind)
+    found = plan.with_ranks(chosen)
     if not found.ranks:
         raise EmlocError("At this ratio nothing becomes smaller.", "Give a smaller --ratio, or another --kind.")
     return found
@@ -255,8 +254,7 @@ def _expert_rank(planned: ExpertsPlan, ratio: float) -> int:
     return max(_ALIGNED, rank - rank % _ALIGNED)
 
 
-def _with_rank(linear: LinearPlan, rank: int | None, kind: Format | None) -> Any:
-    has_factors = kind is None or kind.has_factors
-    if has_factors and rank is not None and rank > largest_rank(linear.out_features, linear.in_features):
+def _with_rank(linear: LinearPlan, rank: int | None) -> Any:
+    if linear.reason is None and (rank is None or rank > largest_rank(*linear.shape)):
         return replace(linear, rank=None, reason=NO_SMALLER)
     return replace(linear, rank=rank)

@@ -16,11 +16,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from emloc_core.algorithms.factorize import Factors
 from emloc_core.emulator.sensitivity import Arguments, hidden_states
 from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.streaming import Stream
-from emloc_core.standins import Format, Movable
+from emloc_core.standins import Format
+from emloc_core.standins.standin import Fitted, Movable
 
 #: Rows of a step.
 _ROWS = 4
@@ -31,20 +31,20 @@ _RATE, _BETAS = 0.01, (0.9, 0.99)
 def refined(
     stream: Stream,
     block: nn.Module,
-    found: Mapping[str, Factors],
-    kind: Format,
+    found: Mapping[str, Fitted],
+    format: Format,
     epochs: int,
     ends: "Ends",
-) -> dict[str, Factors]:
+) -> dict[str, Fitted]:
     """Return the stand-ins of a block after passes over the rows, or as they are if those have not helped.
 
     Args:
         stream, block, ends: see :class:`Refinement`.
         found: the stand-ins by module path.
-        kind: says which of their numbers may move.
+        format: says which of their numbers may move.
         epochs: number of passes.
     """
-    movables = {path: kind.movable(of) for path, of in found.items()}
+    movables = {path: format.movable(of) for path, of in found.items()}
     if not movables or not Refinement(stream, block, movables, ends).run(epochs):
         return dict(found)
     return {path: of.settled() for path, of in movables.items()}

@@ -8,7 +8,6 @@ relative to the token's own length: otherwise the few tokens with massive activa
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.compat.torch import tree_map
+from emloc_core.standins import StandIn
 
 #: Calibration rows that are passed through a block again for every Linear.
 PROBES = 8
@@ -26,12 +26,18 @@ _LEAST = 1e-3  # the smallest relative output error that is meaningful
 
 #: The arguments of a call of a block.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-#: Replaces the weight of the Linear at a path by U and V while the context is active.
-Answering = Callable[[str, tuple[torch.Tensor, torch.Tensor]], AbstractContextManager[None]]
+#: Lets the Linear at a path compute with a stand-in while the context is active.
+Answering = Callable[[str, StandIn], AbstractContextManager[None]]
+#: Returns what stands in for a weight of which these are the factors, at a rank.
+Cutting = Callable[[Factors, int], StandIn]
 
 
 def sensitivities(
-    block: nn.Module, calls: Sequence[Arguments], factors: Mapping[str, Factors], answering: Answering
+    block: nn.Module,
+    calls: Sequence[Arguments],
+    factors: Mapping[str, Factors],
+    cut: Cutting,
+    answering: Answering,
 ) -> dict[str, float]:
     """Return the disturbance of the block's output per unit of a Linear's own squared relative error, by path.
 
@@ -42,30 +48,30 @@ def sensitivities(
         block: the block, with the base's weights.
         calls: arguments that it was called with; see :func:`copied`.
         factors: factors by module path, with at least half of the Linear's parameters.
-        answering: see :data:`Answering`.
+        cut, answering: see :data:`Cutting` and :data:`Answering`.
     """
     references = [hidden_states(block(*args, **kwargs)).float() for args, kwargs in calls]
     found = {}
     for path, whole in factors.items():
-        tried = _at_a_telling_rank(whole)
+        rank = _telling_rank(whole)
         changes = []
-        with answering(path, tried.pair()):
+        with answering(path, cut(whole, rank)):
             for (args, kwargs), reference in zip(calls, references, strict=True):
                 change = (hidden_states(block(*args, **kwargs)).float() - reference).square().sum(-1)
                 changes.append(
                     (change / reference.square().sum(-1).clamp(min=torch.finfo(change.dtype).tiny)).flatten()
                 )
-        error = tried.relative_error(tried.u.shape[1])
+        error = whole.relative_error(rank)
         found[path] = float(torch.cat(changes).mean()) / error**2 if error >= _LEAST else 0.0
     return found
 
 
-def _at_a_telling_rank(factors: Factors) -> Factors:
+def _telling_rank(factors: Factors) -> int:
     (m, largest), n = factors.u.shape, factors.v.shape[1]
     rank = min(largest, uniform([(m, n)], RATIO)[0])
     while rank > 1 and factors.relative_error(rank) < _LEAST:  # there were fewer tokens than ranks, say
         rank //= 2
-    return replace(factors, u=factors.u[:, :rank], v=factors.v[:rank])
+    return rank
 
 
 def hidden_states(output: Any) -> torch.Tensor:

@@ -13,17 +13,11 @@ from emloc_core.emulator.sensitivity import PROBES, RATIO
 from emloc_core.memory.model import MemoryModel
 from emloc_core.model.blocks import block_paths
 from emloc_core.standins import Format
+from emloc_core.standins.costs import groups
 from emloc_core.standins.experts import experts_per_token
 
 #: Operations per number of a matrix and position: a multiplication and an addition.
 _PRODUCT = 2
-#: Operations for the eigenvectors of a symmetric matrix, by its side cubed: 4/3 to make it tridiagonal, 2 to turn its
-#: eigenvectors back (LAPACK's ``dsyevd``). Twice, since that is double precision.
-_EIGENVECTORS = 2 * (4 / 3 + 2)
-#: Operations for rounding with feedback, by m n^2: a pass that spreads errors, and two of coordinate descent.
-_ROUNDING = 7
-#: By n^3: the inverse of the Gram, and the Cholesky factors before and after it.
-_SPREADING = 4 / 3
 
 
 class Operations(NamedTuple):
@@ -52,7 +46,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
     - Refinement passes through the block, forward and backward.
     - Where spectra decide on ranks, there is a pass before, in which some rows pass through a block once per Linear.
     """
-    settings, kind = model.method.settings, model.kind
+    settings = model.method.settings
     own, single = 0, 0.0
     if settings.calibration == "none":
         return Operations(own, single)
@@ -65,14 +59,13 @@ def compress(model: MemoryModel, plan: RankPlan) -> Operations:
             probed = min(PROBES, settings.samples) * per_row
             own += _PRODUCT * base * (all_rows + probed * (1 + len(linears)))
             own -= int(_PRODUCT * probed * (1 - RATIO) * sum(linear.numbers for linear in linears))  # each once, cut
-            single += _decomposed(linears, all_rows)
-            single += sum(_rounded(linear) for linear in linears) * (kind.has_factors and kind.keeps_weight)
+            single += _fitted(linears, all_rows, model.format.ranking())
         if propagated:
             own += _PRODUCT * all_rows * (base + emulator)
-            single += _fitted(linears, all_rows, kind)
+            single += _propagated(linears, all_rows, model.format)
         else:
             own += _PRODUCT * all_rows * base
-            single += _decomposed(linears, all_rows, kind)
+            single += _fitted(linears, all_rows, model.format)
         if settings.refine:
             own += _PRODUCT * all_rows * (emulator + _refinement(linears, settings.refine))
     return Operations(own, single)
@@ -85,11 +78,13 @@ def _matrices(model: MemoryModel, plan: RankPlan | None, root: str = "") -> Iter
     for path, module in model.model.get_submodule(root).named_modules(prefix=root):
         if isinstance(module, nn.Linear):
             linear = known.get(path)
-            yield path, linear.stored(model.kind) if linear and linear.rank else module.weight.numel()
+            replaced = plan and linear and linear.is_replaced
+            yield path, linear.stored(model.format) if replaced and linear else module.weight.numel()
     chosen = experts_per_token(model.config)
     for stack in planned.experts:
         if root in ("", stack.block):
-            yield stack.path, chosen * (stack.stored(model.kind) if stack.rank else stack.numbers) // stack.experts
+            replaced = plan and stack.is_replaced
+            yield stack.path, chosen * (stack.stored(model.format) if replaced else stack.numbers) // stack.experts
 
 
 def positions(model: MemoryModel, path: str) -> int:
@@ -105,48 +100,23 @@ def positions(model: MemoryModel, path: str) -> int:
     return model.workload.length
 
 
-def _decomposed(linears: Sequence[LinearPlan], positions: int, kind: Format | None = None) -> float:
+def _fitted(linears: Sequence[LinearPlan], positions: int, format: Format) -> float:
     """Return what the statistics of a block's own activations take, and the stand-ins that are made of them."""
     sides = sum(linear.out_features**2 for linear in linears if linear.tap == "output")
     inputs = {linear.group: linear.in_features for linear in linears if linear.tap != "output"}
     sides += sum(side**2 for side in inputs.values())
-    spread = sum(_spread(side, kind) for side in inputs.values()) if kind else 0.0
-    return _PRODUCT * positions * sides + spread + sum(_stand_in(linear, kind) for linear in linears)
+    return _PRODUCT * positions * sides + sum(format.fitting_operations(group) for group in groups(linears))
 
 
-def _fitted(linears: Sequence[LinearPlan], positions: int, kind: Format) -> float:
+def _propagated(linears: Sequence[LinearPlan], positions: int, format: Format) -> float:
     """Return what it takes to fit a block's stand-ins, as in :mod:`emloc_core.emulator.propagation`."""
     total = 0.0
-    for group in _groups(linears):
+    for group in groups(linears):
         n, m = group[0].in_features, sum(linear.out_features for linear in group)
         targets = n * n if m >= n else 2 * n * m
         total += _PRODUCT * positions * (n * n + targets) + n**3 / 3 + _PRODUCT * m * n * n
-        total += _spread(n, kind) + sum(_stand_in(linear, kind) for linear in group)
+        total += format.fitting_operations(group)
     return total
-
-
-def _groups(linears: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
-    names = dict.fromkeys(linear.group for linear in linears)
-    return [[linear for linear in linears if linear.group == name] for name in names]
-
-
-def _stand_in(linear: LinearPlan, kind: Format | None) -> float:
-    """Return what it takes to make what stands in for a weight; without a kind, factors."""
-    m, n = linear.out_features, linear.in_features
-    factors = _EIGENVECTORS * (m if linear.tap == "output" else n) ** 3
-    if kind is None:
-        return factors
-    return kind.rounds * (kind.has_factors * factors + kind.keeps_weight * _rounded(linear))
-
-
-def _rounded(linear: LinearPlan) -> float:
-    """Return what it takes to round a weight with feedback."""
-    return _ROUNDING * linear.out_features * linear.in_features**2
-
-
-def _spread(n: int, kind: Format) -> float:
-    """Return what it takes to spread errors over n inputs: once for all weights of a group, once more for factors."""
-    return kind.keeps_weight * (1 + kind.has_factors) * _SPREADING * n**3
 
 
 def _refinement(linears: Sequence[LinearPlan], epochs: int) -> int:
@@ -154,5 +124,5 @@ def _refinement(linears: Sequence[LinearPlan], epochs: int) -> int:
 
     What the first group reads needs no gradient.
     """
-    numbers = [sum(linear.numbers for linear in group) for group in _groups(linears)]
+    numbers = [sum(linear.numbers for linear in group) for group in groups(linears)]
     return (2 + 3 * epochs) * sum(numbers) - epochs * sum(numbers[:1])

@@ -91,7 +91,7 @@ class Fit:
         need: the memory for tuning it.
     """
 
-    ratio: float
+    ratio: float | None
     need: "Need"
 
 
@@ -106,10 +106,14 @@ def largest_ratio(model: "MemoryModel", budget: int) -> Fit | None:
         budget: bytes.
     """
 
+    if (ratios := model.format.ratios) is None:
+        only = model.tuning(model.plan())
+        return Fit(None, only) if only.total <= budget else None
+
     def need(hundredths: int) -> "Need":
         return model.tuning(model.plan(hundredths / 100))
 
-    fits, too_large = round(model.kind.smallest_ratio * 100), round(model.kind.largest_ratio * 100) + 1
+    fits, too_large = round(ratios.smallest * 100), round(ratios.largest * 100) + 1
     if need(fits).total > budget:
         return None
     while too_large - fits > 1:
@@ -134,8 +138,8 @@ def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
         budget: bytes.
     """
 
-    def sized(ratio: float) -> str:
-        return f" at {ratio:g}" if model.kind.has_factors and not model.packed else ""
+    def sized(ratio: float | None) -> str:
+        return "" if ratio is None or model.packed else f" at {ratio:g}"
 
     def largest(shorter: "MemoryModel") -> Fit | None:
         if not model.packed:
@@ -143,9 +147,9 @@ def advice(model: "MemoryModel", budget: int) -> Iterator[str]:
         need = shorter.tuning()
         return Fit(1, need) if need.total <= budget else None
 
-    ratio, rows = model.kind.smallest_ratio, model.workload.batch_size
+    ratio, rows = model.smallest_ratio, model.workload.batch_size
     smallest = model.tuning(None if model.packed else model.plan(ratio)).total
-    what = "a LoRA on the model" if model.packed else f"the smallest emulator ({model.kind.name}{sized(ratio)})"
+    what = "a LoRA on the model" if model.packed else f"the smallest emulator ({model.format.name}{sized(ratio)})"
     yield f"tuning {what} on {rows} x {model.workload.length} tokens needs {human_bytes(smallest)}"
     length, shortest = model.workload.length, max(_SHORTEST, model.least_length())
     while length > shortest:

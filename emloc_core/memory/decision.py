@@ -66,7 +66,7 @@ class Decision:
         fit = largest_ratio(model, self.budget.usable)
         if fit is None:
             return None
-        ratio = fit.ratio if model.kind.has_factors else None
+        ratio = fit.ratio
         return replace(way, model=model, bytes=fit.need.total, kind=kind, ratio=ratio)
 
     def of(self, key: str | None) -> Way:
@@ -156,7 +156,7 @@ def decide(
             raise _no_emulator()
         kinds = ()
     elif settings.ratio is not None:
-        model.kind.check(settings)
+        model.format.check(settings)
     budget = budget or Budget(model.inference().total, given=False)
     found = ways(model, kinds, budget.usable, settings.ratio, speed)
     if settings.kind != AUTO:

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from emloc_core.algorithms.allocation import uniform
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import all_linears, find_linears
 from emloc_core.emulator.method import Method, method_of
-from emloc_core.emulator.ranks import UNREACHED, RankPlan, allocated
+from emloc_core.emulator.ranks import UNREACHED, RankPlan
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.memory import cache
 from emloc_core.memory.known import dtype_of, known
@@ -81,7 +80,7 @@ class MemoryModel:
 
     def __init__(self, config_file: Path, workload: Workload, settings: CompressSettings | None = None) -> None:
         self.config_file, self.settings = config_file, (settings or CompressSettings(kind=FACTORS)).settled()
-        self.kind: Format = format_named(self.settings.kind)
+        self.format = format_named(self.settings.kind)
         self._known = known(config_file)
         self.family = self._known.family
         self.model: Any = self._known.outline
@@ -101,7 +100,7 @@ class MemoryModel:
         self._inputs = self._shape_inputs()
 
     def _method(self) -> Method:
-        return method_of(self.settings, self.kind, find_linears(self.model, self.family, self.kind))
+        return method_of(self.settings, self.format, find_linears(self.model, self.family, self.format))
 
     @property
     def packed(self) -> Sequence[str]:
@@ -119,12 +118,19 @@ class MemoryModel:
         found = self.parameters() * self.dtype.itemsize
         for path in self.packed:
             weight: Any = self.model.get_submodule(path).weight
-            found += self._four_bits.nbytes(tuple(weight.shape), 0, self.dtype) - weight.numel() * self.dtype.itemsize
+            found += (
+                self._four_bits.nbytes(tuple(weight.shape), None, self.dtype) - weight.numel() * self.dtype.itemsize
+            )
         return found
 
     @cached_property
     def _four_bits(self) -> Format:
         return format_named(FOUR_BITS)
+
+    @property
+    def smallest_ratio(self) -> float | None:
+        """The smallest ratio that is looked for; None where the format has none."""
+        return self.format.ratios.smallest if self.format.ratios else None
 
     @property
     def linears(self) -> RankPlan:
@@ -141,7 +147,7 @@ class MemoryModel:
 
         Towers that no row reaches stay dense, as in stage 1: there is nothing to fit stand-ins to.
         """
-        plan = allocated(self.linears, ratio or self.method.settings.ratio, uniform, kind=self.kind)
+        plan = self.method.plan(ratio)
         idle = [each.path for each in plan.planned if each.path.startswith(self._idle_towers)]
         return plan.dense(idle, UNREACHED) if idle else plan
 
@@ -158,10 +164,10 @@ class MemoryModel:
         total = sum(parameter.numel() for parameter in self.model.parameters())
         if plan is None:
             return total
-        before, after = plan.parameters(self.kind)
+        before, after = plan.parameters(self.format)
         return total - before + after
 
-    def weight_bytes(self, ratio: float) -> int:
+    def weight_bytes(self, ratio: float | None) -> int:
         """Return the bytes of the emulator's weights at a ratio."""
         return self.emulator_bytes(self.plan(ratio))
 
@@ -169,8 +175,8 @@ class MemoryModel:
         """Return the bytes of the emulator's weights; tied ones count once."""
         kept = self.parameters() * self.dtype.itemsize
         for each in plan.planned:
-            if each.rank is not None:
-                kept += each.nbytes(self.kind, self.dtype) - each.numbers * self.dtype.itemsize
+            if each.is_replaced:
+                kept += each.nbytes(self.format, self.dtype) - each.numbers * self.dtype.itemsize
         return kept
 
     def adapter_parameters(self) -> int:
@@ -194,7 +200,7 @@ class MemoryModel:
         """Return the same model with the default emulator of a kind; what was traced of either is known to both."""
         other = copy.copy(self)
         other.settings = CompressSettings(kind=kind)
-        other.kind = format_named(kind)
+        other.format = format_named(kind)
         other.method = other._method()
         return other
 
@@ -226,7 +232,7 @@ class MemoryModel:
         of_steps = {"lora_dropout", "gradient_checkpointing", "bf16"}
         of_lora = {"lora_rank", "rank_pattern", "modules_to_save", "trainable_token_indices"}
         lora = train.model_dump(include=of_steps | of_lora)
-        emulator = None if plan is None else (self.kind.name, sorted(plan.ranks.items()))
+        emulator = None if plan is None else (self.format.name, sorted(plan.ranks.items()))
         return cache.key(
             stage, self._inputs, self.workload.device, lora, train.accumulation > 1, self.targets, emulator
         )
@@ -244,7 +250,7 @@ class MemoryModel:
             made: whether they are those of an emulator that exists. If not, and calibration will share them out,
                 activations are those of the highest ranks that a block may come to.
         """
-        shared_out = self.method.by_spectra and self.kind.has_factors and not made
+        shared_out = self.method.by_spectra and not made
         traced = plan.at_caps() if plan and shared_out else plan
         need = self._need_of(self._work("tuning", traced), lambda: self._trace_tuning(traced))
         if plan is None or traced is None:
@@ -262,7 +268,7 @@ class MemoryModel:
         def trace(depths: Mapping[str, int]) -> "Phases":
             model = self._cut(depths)
             if plan is not None:
-                self.kind.replace(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
+                self.format.replace(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
             # Every layer is planned like the few that are traced, of which none might be among those that are chosen.
             train = self.workload.train.model_copy(update={"layers_to_transform": None})
             lora: Any = get_peft_model(
@@ -366,7 +372,8 @@ class MemoryModel:
         blocks = dict(self.model.get_submodule(path).named_children())
         if self._deepstack(path):
             return len(blocks)
-        ranks: Mapping[str, int] = dict.fromkeys(self.packed, 0) if plan is None else plan.ranks
+        ranked = dict.fromkeys(self.packed, 0) if plan is None else plan.ranks
+        ranks = {path: rank or 0 for path, rank in ranked.items()}  # what stays dense has none
         types: Sequence[str] = ()
         if path == list(self.towers)[-1]:  # such as sliding and full attention, in turn
             types = getattr(self.config.get_text_config(), "layer_types", None) or ()

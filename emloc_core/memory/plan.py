@@ -119,7 +119,7 @@ def make_plan(name: str, decision: Decision, *, advise: bool = True) -> MemoryPl
     """
     way = decision.shown
     model = way.model
-    plan = model.plan(way.ratio or model.kind.smallest_ratio) if way.kind else None
+    plan = model.plan(way.ratio) if way.kind else None
     needs = [model.inference(), model.tuning()]
     if plan:
         needs += [stages.compress(model, plan), model.tuning(plan), stages.correct(model, plan)]

@@ -133,11 +133,11 @@ def ways(
         return found
 
     def emulator(kind: str) -> Way:
-        of_kind = sizes if kind == model.kind.name else [each.with_kind(kind) for each in sizes]
+        of_kind = sizes if kind == model.format.name else [each.with_kind(kind) for each in sizes]
         of, chosen, need = _sized(of_kind, budget, ratio)
         plan = of.plan(chosen)
         making = arithmetic.compress(of, plan)
-        size = chosen if of.kind.has_factors else None
+        size = chosen if of.format.ratios else None
         polished = 0 < exact <= budget and exact_steps_pay(kind, size)
         return way(
             POLISHED if polished else EMULATOR,
@@ -175,11 +175,11 @@ def _sized(
         needs = [(of, ratio, of.tuning(of.plan(ratio)).total) for of in sizes]
         return next((each for each in needs if each[2] <= budget), needs[-1])
     model, fit = sizes[0], largest_ratio(sizes[0], budget)
-    if len(sizes) > 1 and (fit is None or (model.kind.has_factors and fit.ratio < _ENOUGH)):
+    if len(sizes) > 1 and (fit is None or (fit.ratio is not None and fit.ratio < _ENOUGH)):
         smaller = largest_ratio(sizes[1], budget)
-        if smaller and (fit is None or smaller.ratio > fit.ratio):
+        if smaller and (fit is None or (smaller.ratio or 0) > (fit.ratio or 0)):
             model, fit = sizes[1], smaller
     if fit:
         return model, fit.ratio, fit.need.total
     model = sizes[-1]
-    return model, model.kind.smallest_ratio, model.tuning(model.plan(model.kind.smallest_ratio)).total
+    return model, model.smallest_ratio, model.tuning(model.plan(model.smallest_ratio)).total

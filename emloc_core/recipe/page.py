@@ -333,8 +333,7 @@ def _planned(made: Mapping[str, Path], ending: str) -> dict[str, int]:
         device = "cuda" if "peak_cuda_bytes" in _read(made[adapter] / TIMING) else "cpu"
         workload = make_workload(config, settings, device, length=settings.max_length, data=rows)
         model = MemoryModel(config, workload, CompressSettings(**compress["request"]["settings"]))
-        ranks = {linear["path"]: linear["rank"] for linear in compress["result"]["linears"] if linear["rank"]}
-        plan = model.linears.with_ranks(ranks, model.kind) if model.kind.has_factors else model.linears.at_full_rank()
+        plan = model.linears.as_made(compress["result"]["linears"])
         request = _read(made[corrected] / MANIFEST)["request"] if corrected in made else {}
         return {
             emulator: streamed.compress(model, plan).total,

@@ -106,5 +106,5 @@ def fit(
         ratio=emulator.ratio,
         micro_batch=emulator.micro_batch,
         tuning=emulator.bytes,
-        emulator=emulator.model.weight_bytes(emulator.ratio or emulator.model.kind.smallest_ratio),
+        emulator=emulator.model.weight_bytes(emulator.ratio),
     )

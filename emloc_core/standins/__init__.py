@@ -5,26 +5,26 @@ computes, how many bytes it takes, and what fitting needs. Everything else (stre
 merging) is the same for all formats. Users choose one by its name, as the *kind* of the emulator.
 """
 
-from emloc_core.standins.format import Factorize, Fit, Format, Movable, Pair
+from emloc_core.standins.format import Format, Ratios
 from emloc_core.standins.levels import SixLevels
 from emloc_core.standins.low_rank import LowRank
 from emloc_core.standins.low_rank_nf4 import FourBitLowRank
 from emloc_core.standins.nf4 import NF4
 from emloc_core.standins.repaired import RepairedThreeLevels
+from emloc_core.standins.standin import Packed, StandIn
 
 __all__ = [
     "NF4",
     "RECOMMENDED",
     "RECOMMENDED_WITH_IMAGES",
-    "Factorize",
-    "Fit",
     "Format",
     "FourBitLowRank",
     "LowRank",
-    "Movable",
-    "Pair",
+    "Packed",
+    "Ratios",
     "RepairedThreeLevels",
     "SixLevels",
+    "StandIn",
 ]
 
 #: Kinds in the order in which they are recommended, the first whose tuning fits: ``docs/evidence.md`` says why. The

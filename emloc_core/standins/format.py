@@ -1,103 +1,79 @@
 """The contract that every format of emulator fulfils."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from emloc_core.algorithms.factorize import Factors, factorize
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
 from emloc_core.settings import SAMPLES, Allocator, CompressSettings
-from emloc_core.standins.layer import StandInLinear, layer_bytes, replace_linear
+from emloc_core.standins import costs
+from emloc_core.standins.costs import Planned
+from emloc_core.standins.layer import Parts, StandInLinear, replace_linear
+from emloc_core.standins.standin import Fitted, Movable, StandIn
 
 #: The ``quant_method`` of an emulator.
 METHOD = "emloc"
 #: Field of an emulator's config.json with its kind, by which one in four bits differs from a base that is.
 MARK = "emloc_kind"
 
-#: U (m, k) and V (k, n) with U V the matrix that a Linear of the emulator multiplies by.
-Pair = tuple[torch.Tensor, torch.Tensor]
-Factorize = Callable[[torch.Tensor, Gram, int], Factors]
-#: Takes weights, the Gram of the inputs that all of them have, or of the outputs of a single one, and their ranks.
-Fit = Callable[[Sequence[torch.Tensor], Gram, Sequence[int]], list[Any]]
-#: Settings that only kinds of more than one size know.
-_OF_RATIO = ("ratio", "allocator")
 
-
-class Movable(Protocol):
-    """A stand-in of which some numbers may still move when those of the whole block are known.
+class Ratios(NamedTuple):
+    """The sizes of an emulator, as shares of the parameters that its factors have.
 
     Attributes:
-        numbers: of any shape, in fp32, of such a size that a step of a hundredth is small.
+        default: where the user does not say.
+        smallest, largest: those that are looked for; above the largest hardly anything is saved.
     """
 
-    numbers: nn.Parameter
-
-    def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return what the Linear multiplies by, (m, n), as it will be read, with a gradient for the numbers."""
-
-    def settled(self) -> Factors:
-        """Return the stand-in with the numbers as they are now."""
+    default: float = 0.6
+    smallest: float = 0.01
+    largest: float = 0.99
 
 
 class Format(ABC):
-    """How an emulator keeps what stands in for a weight. Users choose it as the kind of the emulator.
+    """How an emulator keeps what stands in for a weight. Users choose it by its name, as the kind of the emulator.
 
     Attributes:
-        name: of the format; that of the kind for users.
+        name: the format's.
         layer: what stands in for a Linear in a model.
-        factorize: gives the factors of a weight, where there are any.
-        taps_inputs: whether factors are fitted to the Gram of the inputs, even where that of the outputs is smaller.
-        has_factors: whether a Linear becomes factors of some rank, alone or beside its weight. If not, the kind has one
-            size, and the settings of sizes mean nothing.
-        keeps_weight: whether a Linear keeps its weight, rounded: alone, or beside its factors.
-        ratio: the size where the user does not say.
-        smallest_ratio, largest_ratio: those that are looked for; above the largest hardly anything is saved.
-        has_experts: whether fused experts become factors too; otherwise they stay dense.
-        calibration: what stand-ins are fitted to where the user does not say.
+        ratios: of the factors that it keeps; None: it keeps none, and has one size.
+        calibrations: what stand-ins can be fitted to, the default first: ``propagated``, ``base``, ``none``.
         allocator: name of the rank allocator where the user does not say and errors are propagated; otherwise it is
             ``uniform``.
         samples: number of calibration rows where the user does not say, and has enough; :data:`SAMPLES` or more.
-        needs_rows: whether stand-ins are always fitted to rows. If not, the weight alone can say what becomes of it.
-        rounds: how often the parts of a stand-in are fitted in turn.
         refine: passes over the rows in which a block's stand-ins are refined, where the user does not say; None: they
             cannot be.
+        experts: whether stacks of experts get stand-ins too; otherwise they stay dense.
     """
 
     name: str
     layer: type[StandInLinear]
-    factorize: Factorize = staticmethod(factorize)
-    taps_inputs: bool = False
-    has_factors: bool = True
-    keeps_weight: bool = False
-    ratio: float = 0.6
-    smallest_ratio: float = 0.01
-    largest_ratio: float = 0.99
-    has_experts: bool = False
-    calibration: Literal["base", "propagated"] = "base"
+    ratios: Ratios | None = None
+    calibrations: tuple[str, ...] = ("propagated", "base")
     allocator: Allocator = "uniform"
     samples: int = SAMPLES
-    needs_rows: bool = True
-    rounds: int = 1
     refine: int | None = None
+    experts: bool = False
 
     def check(self, settings: CompressSettings) -> None:
-        """Refuse settings that mean nothing for this kind.
+        """Refuse settings that mean nothing for this format.
 
         Raises:
             EmlocError: names them.
         """
         defaults = CompressSettings()
-        unknown = () if self.has_factors else _OF_RATIO
+        unknown = () if self.ratios else ("ratio", "allocator")
         if given := [name for name in unknown if getattr(settings, name) != getattr(defaults, name)]:
             raise EmlocError(
                 f"An emulator of the kind {self.name!r} has no {', '.join(given)}.",
                 "Leave that out, or choose another --kind.",
             )
-        if settings.calibration == "none" and self.needs_rows:
+        if settings.calibration not in (None, *self.calibrations):
             raise EmlocError(
                 f"An emulator of the kind {self.name!r} is fitted to rows.",
                 "Leave out --calibration none, or give --kind nf4, say.",
@@ -108,48 +84,58 @@ class Format(ABC):
                 "Leave out --refine, or give --kind 2.7-bit, say.",
             )
 
-    def rounding(self, factorize: Factorize) -> Fit:
-        """Return what gives weights' factors as they will be when they have been stored and read."""
-        return each(factorize)
+    def tap(self, tap: Any) -> Any:
+        """Return how a Linear's activations are captured, where its family does it like this; by default as inputs."""
+        return "input" if tap == "output" else tap
 
-    def decomposing(self, factorize: Factorize) -> Fit:
-        """Return what gives factors of what the factors stand for, whose energies tell an allocator what a rank gains.
+    @abstractmethod
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> Sequence[Fitted]:
+        """Return what stands in for weights, as it will be when it has been stored and read.
 
-        It is the weight itself, unless the kind keeps that. :meth:`Factors.pair` has all that stands in for the weight.
+        Args:
+            weights: each (m, n).
+            gram: of the inputs that all of them have, or of the outputs of a single one.
+            ranks: of their factors; None where the format keeps none.
         """
-        return each(factorize)
 
-    def stand_in(self, weight: torch.Tensor) -> Factors:
-        """Return what stands in for a weight, (m, n), by itself; asked of kinds alone that do not need rows."""
+    def round(self, weight: torch.Tensor) -> Fitted:
+        """Return what stands in for a weight, (m, n), by itself; asked of formats alone that are fitted to ``none``."""
         raise NotImplementedError(self.name)
 
-    def movable(self, stand_in: Any) -> Movable:
-        """Return a stand-in as it is refined; asked of kinds alone that can be."""
+    def ranking(self) -> "RankingFormat":
+        """Return the format whose factors tell an allocator what a rank gains; asked of formats alone with ratios."""
+        raise NotImplementedError(self.name)
+
+    def movable(self, fitted: Any) -> Movable:
+        """Return a stand-in as it is refined; asked of formats alone that can be."""
         raise NotImplementedError(self.name)
 
     def told(self, rank: str) -> str:
         """Return what stands in for a weight, in words, where ``rank`` is its rank, or those of several ("3 to 7")."""
-        return f"rank {rank}"
+        return f"rank {rank}" if self.ratios else self.name
+
+    def parts(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:
+        """Return shape and dtype of what is stored of a weight of this shape, by name: what the layer has."""
+        return self.layer.parts(shape, rank, dtype)
 
     def names(self) -> list[str]:
         """Return the names of a stand-in's tensors within the Linear; the first is ``weight``."""
-        return list(self.layer.parts((1, 1), 1, torch.float32))
+        return list(self.parts((1, 1), 1, torch.float32))
 
     def keys(self, weight: str) -> list[str]:
         """Return the keys of a stand-in's tensors in the checkpoint, where that of the weight is known."""
         return [f"{weight.removesuffix('weight')}{name}" for name in self.names()]
 
-    @abstractmethod
-    def pack(self, stand_in: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def pack(self, fitted: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Return a stand-in's tensors by their names, on the CPU.
 
         Args:
-            stand_in: :class:`~emloc_core.algorithms.factorize.Factors`, of the subclass that this format makes.
+            fitted: what :meth:`fit` returned; by default :class:`~emloc_core.standins.standin.Packed`.
             dtype: of the base.
         """
+        return {name: fitted.parts[name].cpu() for name in self.names()}
 
-    @abstractmethod
-    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
+    def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:
         """Return what was packed, as it was rounded.
 
         Args:
@@ -157,20 +143,17 @@ class Format(ABC):
             shape: of the weight, (m, n).
             dtype: of the base.
         """
+        return StandIn(self.layer.unpack(*tensors, shape=shape, dtype=dtype))
 
     def config(self, ranks: Mapping[str, int | None], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         """Return the emulator's ``quantization_config``.
 
         Args:
-            ranks: by module path of the Linears that are replaced.
+            ranks: by module path of the Linears that are replaced; None where the format has none.
             model: the base; meta tensors suffice.
             dtype: of the base.
         """
         return {"quant_method": METHOD, "format": self.name, "ranks": dict(ranks)}
-
-    def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:
-        """Return the bytes of what stands in for a weight of this shape."""
-        return layer_bytes(self.layer, shape, rank, dtype)
 
     def replace(self, model: nn.Module, ranks: Mapping[str, int | None]) -> None:
         """Replace Linears of a model by empty layers of this format.
@@ -181,18 +164,40 @@ class Format(ABC):
         for path, rank in ranks.items():
             replace_linear(model, path, self.layer, rank)
 
+    def nbytes(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> int:
+        """Return the bytes of what stands in for a weight of this shape."""
+        return sum(prod(size) * kept.itemsize for size, kept in self.parts(shape, rank, dtype).values())
 
-def each(factorize: Factorize) -> Fit:
-    """Return what factorises weights one by one."""
+    def numbers(self, shape: tuple[int, int], rank: int | None) -> int:  # noqa: ARG002
+        """Return how many numbers an input is multiplied by."""
+        return shape[0] * shape[1]
 
-    def fit(weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int]) -> list[Factors]:
-        return [factorize(weight, gram, rank) for weight, rank in zip(weights, ranks, strict=True)]
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
+        """Return the peak of fitting the Linears of a block, and its stacks of experts; by default that of rounding.
 
-    return fit
+        Args:
+            linears: with their ranks.
+            propagated: whether errors are propagated.
+            itemsize: of the base's dtype.
+        """
+        return costs.rounding_bytes(linears)
+
+    def refining_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:  # noqa: ARG002
+        """Return the peak of refining the Linears of a block, in place of fitting them."""
+        return 0
+
+    def reading_bytes(self, linears: Sequence[Planned], itemsize: int, *, refined: bool) -> int:
+        """Return the bytes of a block's stand-ins as they are read; refined, they are unpacked and have a gradient."""
+        return (1 + 2 * refined) * itemsize * sum(each.out_features * each.in_features for each in linears)
+
+    def fitting_operations(self, group: Sequence[Planned]) -> float:
+        """Return the operations of fitting Linears that share their inputs; by default those of rounding."""
+        return costs.rounding_operations(group)
 
 
-def whole(weight: torch.Tensor) -> Pair:
-    """Return a weight and the identity, on the side where it is the smaller one."""
-    m, n = weight.shape
-    identity = torch.eye(min(m, n), dtype=weight.dtype, device=weight.device)
-    return (weight, identity) if m >= n else (identity, weight)
+class RankingFormat(Format):
+    """A format whose fitted factors can be cut to any rank: their energies tell what each rank gains."""
+
+    @abstractmethod
+    def cut(self, fitted: Any, rank: int) -> StandIn:
+        """Return what stands in for a weight with fewer ranks, before it is stored."""

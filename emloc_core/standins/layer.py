@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -131,11 +130,6 @@ class _Product(torch.autograd.Function):
         if matrix.dtype == torch.float16:  # in which gradients that autocast takes in bf16 would vanish
             matrix = matrix.to(gradient.dtype)
         return gradient.to(matrix.dtype) @ matrix, None, *(None for _ in parts)
-
-
-def layer_bytes(layer: type[StandInLinear], shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> int:
-    """Return the bytes of what a layer keeps of a weight of this shape and dtype."""
-    return sum(prod(size) * kept.itemsize for size, kept in layer.parts(shape, rank, dtype).values())
 
 
 def replace_linear(model: nn.Module, path: str, layer: type[StandInLinear], rank: int | None = None) -> None:

@@ -4,21 +4,21 @@ Codes are the digits of a byte: three of six levels (2.7 bits), five of three (1
 share a scale.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Self
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from emloc_core.algorithms import feedback, levels
-from emloc_core.algorithms.factorize import Factors, output_error
+from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.levels import GROUP, LEVELS
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.standins.format import Factorize, Fit, Format, Pair, whole
+from emloc_core.standins.format import Format
 from emloc_core.standins.layer import PackedLinear, Parts
+from emloc_core.standins.standin import Packed
 
 
 class FewLevelsLinear(PackedLinear):
@@ -46,7 +46,7 @@ class FewLevelsLinear(PackedLinear):
     def unpack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Return the weight."""
         codes, scales = parts
-        return unpack(codes, scales, shape, cls.LEVELS, dtype)
+        return unpack(codes, scales, dtype, shape, cls.LEVELS)
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""
@@ -59,47 +59,26 @@ class SixLevelsLinear(FewLevelsLinear):
     LEVELS = 6
 
 
-@dataclass(frozen=True)
-class PackedWeight(Factors):
-    """A weight on a few levels: as U or V, beside the identity, and packed.
-
-    Attributes:
-        codes, scales: see :func:`pack`.
-        count: number of levels.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    count: int
-
-    def weight(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return what the Linear multiplies by, (m, n), with these scales in place of its own."""
-        return unpack(self.codes, scales, (self.u.shape[0], self.v.shape[1]), self.count, dtype)
-
-    def with_scales(self, scales: torch.Tensor) -> Self:
-        """Return it with these scales in place of its own."""
-        u, v = whole(self.weight(scales, torch.float32))
-        return replace(self, u=u, v=v, scales=scales)
-
-
 class MovableScales:
     """A weight on a few levels whose scales may still move, by their logarithms.
 
     Args:
         packed: the weight.
+        unpack: returns what the Linear multiplies by, (m, n), from such scales, in a dtype.
     """
 
-    def __init__(self, packed: PackedWeight) -> None:
-        self._packed = packed
-        self.numbers = nn.Parameter(packed.scales.float().log())
+    def __init__(self, packed: Packed, unpack: Callable[[torch.Tensor, torch.dtype], torch.Tensor]) -> None:
+        self._packed, self._unpack = packed, unpack
+        self.numbers = nn.Parameter(packed.parts["weight_scales"].float().log())
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight with the scales as they are now."""
-        return self._packed.weight(self.numbers.exp().bfloat16(), dtype)
+        return self._unpack(self.numbers.exp().bfloat16(), dtype)
 
-    def settled(self) -> PackedWeight:
+    def settled(self) -> Packed:
         """Return it packed."""
-        return self._packed.with_scales(self.numbers.detach().exp().bfloat16())
+        scales = self.numbers.detach().exp().bfloat16()
+        return replace(self._packed, parts={**self._packed.parts, "weight_scales": scales})
 
 
 class SixLevels(Format):
@@ -107,57 +86,46 @@ class SixLevels(Format):
 
     name = "2.7-bit"
     layer = SixLevelsLinear
-    has_factors = False
-    keeps_weight = True
-    calibration = "propagated"
-    taps_inputs = True
     samples = 256
     refine = 3
 
-    def rounding(self, factorize: Factorize) -> Fit:  # noqa: ARG002
-        """Return what rounds weights with feedback, whatever their rank."""
+    def fit(
+        self,
+        weights: Sequence[torch.Tensor],
+        gram: Gram,
+        ranks: Sequence[int | None],  # noqa: ARG002
+    ) -> list[Packed]:
+        """Round weights with feedback."""
+        damped = feedback.damped(gram, levels.DAMPING)
+        found = levels.rounded(torch.cat(list(weights)), damped, self.layer.LEVELS)
+        matrix, made = feedback.single(gram), []
+        for weight, part in zip(weights, found.split([len(weight) for weight in weights]), strict=True):
+            error = output_error(weight, part.numbers(), matrix)
+            made.append(Packed(pack(part), (weight.shape[0], weight.shape[1]), error))
+        return made
 
-        def fit(weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int]) -> list[PackedWeight]:  # noqa: ARG001
-            gram = feedback.damped(inputs, levels.DAMPING)
-            found = levels.rounded(torch.cat(list(weights)), gram, self.layer.LEVELS)
-            matrix, made = feedback.single(inputs), []
-            for weight, part in zip(weights, found.split([len(weight) for weight in weights]), strict=True):
-                numbers = part.numbers()
-                nothing = torch.zeros(min(numbers.shape), dtype=torch.float64)
-                error = output_error(weight, numbers, matrix)
-                made.append(PackedWeight(*whole(numbers), nothing, *pack(part), part.levels, error=error))
-            return made
-
-        return fit
-
-    def movable(self, stand_in: PackedWeight) -> MovableScales:
+    def movable(self, fitted: Packed) -> MovableScales:
         """Let the scales move."""
-        return MovableScales(stand_in)
+        codes, count = fitted.parts["weight"], self.layer.LEVELS
+        return MovableScales(fitted, partial(unpack, codes, shape=fitted.shape, count=count))
 
     def told(self, rank: str) -> str:  # noqa: ARG002
-        """The number of levels, whatever the rank."""
+        """The number of levels."""
         return f"{self.layer.LEVELS} levels"
 
-    def pack(self, stand_in: PackedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
-        """Return the codes and scales."""
-        return {"weight": stand_in.codes.cpu(), "weight_scales": stand_in.scales.cpu()}
 
-    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
-        """Return the weight and the identity."""
-        return whole(self.layer.unpack(*tensors, shape=shape, dtype=dtype))
-
-
-def pack(found: levels.Rounded) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes, (bytes, 1), uint8, and the scales, (m, ceil(n / GROUP)), bf16."""
+def pack(found: levels.Rounded) -> dict[str, torch.Tensor]:
+    """Return codes, (bytes, 1), uint8, and the scales, (m, ceil(n / GROUP)), bf16, by their names in the layer."""
     count = digits(found.levels)
     flat = found.indices.flatten().int()
     flat = functional.pad(flat, (0, -len(flat) % count)).view(-1, count)
     weights = found.levels ** torch.arange(count, dtype=torch.int32, device=flat.device)
-    return (flat * weights).sum(1, dtype=torch.int32).to(torch.uint8)[:, None], found.scales
+    codes = (flat * weights).sum(1, dtype=torch.int32).to(torch.uint8)[:, None]
+    return {"weight": codes, "weight_scales": found.scales}
 
 
 def unpack(
-    codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], count: int, dtype: torch.dtype
+    codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int], count: int
 ) -> torch.Tensor:
     """Return the matrix of this shape and dtype, on so many levels, that :func:`pack` packed."""
     m, n = shape

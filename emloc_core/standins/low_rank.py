@@ -1,17 +1,25 @@
 """Factors in the dtype of the base, as in the paper: ``W`` becomes ``U V``."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from emloc_core.algorithms.factorize import Factors
+from emloc_core.algorithms.factorize import Factors, factorize, wants_inputs
+from emloc_core.algorithms.statistics import Gram
+from emloc_core.standins import costs
+from emloc_core.standins.costs import Planned
 from emloc_core.standins.experts import LowRankExperts, is_stack
-from emloc_core.standins.format import Factorize, Fit, Format, Pair, each
+from emloc_core.standins.format import RankingFormat, Ratios
 from emloc_core.standins.layer import Parts, StandInLinear
+from emloc_core.standins.standin import StandIn
+
+#: Takes a weight, (m, n), a Gram of its inputs or outputs, and a rank.
+Factorize = Callable[[torch.Tensor, Gram, int], Factors]
 
 #: Unit in which refinement moves the numbers of a factor: a share of their root mean square.
 _UNIT = 0.3
@@ -40,31 +48,48 @@ class LowRankLinear(StandInLinear):
         return functional.linear(functional.linear(input, self.V), self.weight, self.bias)
 
 
-class LowRank(Format):
-    """Factors in the dtype of the base."""
+class LowRank(RankingFormat):
+    """Factors in the dtype of the base.
+
+    Attributes:
+        factorize: gives the factors of a weight; a plugin may bring its own.
+    """
 
     name = "low-rank"
-    layer = LowRankLinear
-    calibration, allocator = "propagated", "global"
-    has_experts = True
-    refine = 3
+    layer: type[StandInLinear] = LowRankLinear
+    ratios = Ratios()
+    allocator = "global"
+    refine: int | None = 3
+    experts = True
+    factorize: Factorize = staticmethod(factorize)
 
-    def rounding(self, factorize: Factorize) -> Fit:
-        """Return what factorises weights one by one."""
-        return each(factorize)
+    def tap(self, tap: Any) -> Any:
+        """As the family does it, which captures outputs where these are fewer, unless the factorizer needs inputs."""
+        return super().tap(tap) if wants_inputs(self.factorize) else tap
 
-    def movable(self, stand_in: Factors) -> "MovableFactors":
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
+        """Factorise weights one by one."""
+        return [self.factorize(weight, gram, rank or 0) for weight, rank in zip(weights, ranks, strict=True)]
+
+    def ranking(self) -> RankingFormat:
+        """Return this format: the energies are those of the weight itself."""
+        return self
+
+    def cut(self, fitted: Factors, rank: int) -> StandIn:
+        """Return the first columns of U, and rows of V."""
+        return StandIn(fitted.u[:, :rank], fitted.v[:rank])
+
+    def movable(self, fitted: Factors) -> "MovableFactors":
         """Let both factors move."""
-        return MovableFactors(stand_in)
+        return MovableFactors(fitted)
 
-    def pack(self, stand_in: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def pack(self, fitted: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return both factors."""
-        return {"weight": stand_in.u.to("cpu", dtype), "V": stand_in.v.to("cpu", dtype)}
+        return {"weight": fitted.u.to("cpu", dtype), "V": fitted.v.to("cpu", dtype)}
 
-    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:  # noqa: ARG002
+    def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:  # noqa: ARG002
         """Return both factors."""
-        u, v = tensors
-        return u, v
+        return StandIn(*tensors)
 
     def replace(self, model: nn.Module, ranks: Mapping[str, int | None]) -> None:
         """Replace Linears, and stacks of experts."""
@@ -75,6 +100,30 @@ class LowRank(Format):
         super().replace(model, linears)
         for path, of in experts.items():
             model.set_submodule(path, LowRankExperts(model.get_submodule(path), of))
+
+    def numbers(self, shape: tuple[int, int], rank: int | None) -> int:
+        """``k (m + n)``."""
+        return (rank or 0) * sum(shape)
+
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:
+        """Those of factorising, and the factors of a block's experts, which are held until all are there."""
+        stacks = [each for each in linears if each.matrices > 1]
+        held = sum(each.matrices * self.numbers((each.out_features, each.in_features), each.rank) for each in stacks)
+        return costs.factoring_bytes(linears, propagated=propagated) + held * itemsize
+
+    def refining_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:
+        """Factors in fp32: as they are, moved, with a gradient and Adam's moments; and products, with a gradient."""
+        shapes = [(each.out_features, each.in_features) for each in linears]
+        factors = sum(self.numbers(shape, each.rank) for shape, each in zip(shapes, linears, strict=True))
+        return (6 * 4 + itemsize) * factors + 2 * itemsize * sum(m * n for m, n in shapes)
+
+    def reading_bytes(self, linears: Sequence[Planned], itemsize: int, *, refined: bool) -> int:  # noqa: ARG002
+        """None: factors are not unpacked."""
+        return 0
+
+    def fitting_operations(self, group: Sequence[Planned]) -> float:
+        """Those of factorising."""
+        return costs.factoring_operations(group)
 
 
 class MovableFactors:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,8 +11,10 @@ from emloc_core.algorithms import feedback
 from emloc_core.algorithms.factorize import Factors, output_error, wants_inputs
 from emloc_core.algorithms.statistics import Gram, cheaper_side
 from emloc_core.standins import nf4
-from emloc_core.standins.format import Factorize, Fit, Format, Pair
+from emloc_core.standins.format import RankingFormat
 from emloc_core.standins.layer import PackedLinear, Parts
+from emloc_core.standins.low_rank import Factorize, LowRank
+from emloc_core.standins.standin import StandIn
 
 
 class FourBitLowRankLinear(PackedLinear):
@@ -41,39 +44,44 @@ class FourBitLowRankLinear(PackedLinear):
         return found if self.bias is None else found + self.bias
 
 
-class FourBitLowRank(Format):
+class FourBitLowRank(LowRank):
     """Factors in four bits."""
 
     name = "low-rank-nf4"
     layer = FourBitLowRankLinear
-    calibration, allocator = "propagated", "global"
-    taps_inputs = True
     samples = 256
+    refine = None
+    experts = False
 
-    def rounding(self, factorize: Factorize) -> Fit:
+    def tap(self, tap: Any) -> Any:
+        """Inputs: factors are fitted to them once more, as rounded."""
+        return RankingFormat.tap(self, tap)
+
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Factors]:
         """Round both factors with feedback."""
-        fit = in_four_bits(factorize)
+        matrix = feedback.single(gram)
+        return [
+            replace(found, error=output_error(weight, found.u @ found.v, matrix))
+            for weight, found in zip(weights, in_four_bits(self.factorize, weights, gram, ranks), strict=True)
+        ]
 
-        def measured(weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int]) -> list[Factors]:
-            matrix = feedback.single(inputs)
-            return [
-                replace(found, error=output_error(weight, found.u @ found.v, matrix))
-                for weight, found in zip(weights, fit(weights, inputs, ranks), strict=True)
-            ]
-
-        return measured
+    def ranking(self) -> RankingFormat:
+        """Return factors as they are."""
+        found = LowRank()
+        found.factorize = self.factorize
+        return found
 
     def told(self, rank: str) -> str:
         """The rank of the factors, and their bits."""
         return f"rank {rank} in four bits"
 
-    def pack(self, stand_in: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
+    def pack(self, fitted: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Return both factors' codes and scales."""
-        return packed_factors("weight", stand_in)
+        return packed_factors("weight", fitted)
 
-    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
+    def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:
         """Return both factors, unpacked."""
-        return unpack_factors(tensors, shape, dtype)
+        return StandIn(*unpack_factors(tensors, shape, dtype))
 
 
 def packed_factors(name: str, factors: Factors) -> dict[str, torch.Tensor]:
@@ -93,26 +101,28 @@ def unpack_factors(
     return nf4.unpack(u, u_scales, (m, rank), dtype), nf4.unpack(v, v_scales, (rank, n), dtype)
 
 
-def in_four_bits(factorize: Factorize, passes: int = feedback.PASSES) -> Fit:
-    """Return what rounds U with feedback, fits V to that by least squares, and rounds it with feedback.
+def in_four_bits(
+    factorize: Factorize,
+    weights: Sequence[torch.Tensor],
+    inputs: Gram,
+    ranks: Sequence[int | None],
+    passes: int = feedback.PASSES,
+) -> list[Factors]:
+    """Round U with feedback, fit V to that by least squares, and round it with feedback.
 
     The inputs of U are those of the exact V. The best V for a given U has ``U V x`` nearest to ``W x`` for every x:
     ``V = (U^T U)^-1 U^T W``. The Gram that it takes is that of the inputs. It measures no error.
     """
-
-    def fit(weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int]) -> list[Factors]:
-        matrix = feedback.single(inputs)
-        exact = [on_its_gram(factorize, *of, inputs) for of in zip(weights, ranks, strict=True)]
-        us, vs = [], []
-        for weight, of in zip(weights, exact, strict=True):
-            inner = feedback.Damped(of.v.to(matrix) @ matrix @ of.v.to(matrix).T)
-            u = rounded([of.u], inner, passes)[0].double()
-            us.append(u.float())
-            vs.append(torch.linalg.solve(u.T @ u, u.T @ weight.to(u)))
-        vs = rounded(vs, feedback.damped(inputs), passes)
-        return [replace(of, u=u, v=v) for of, u, v in zip(exact, us, vs, strict=True)]
-
-    return fit
+    matrix = feedback.single(inputs)
+    exact = [on_its_gram(factorize, weight, rank or 0, inputs) for weight, rank in zip(weights, ranks, strict=True)]
+    us, vs = [], []
+    for weight, of in zip(weights, exact, strict=True):
+        inner = feedback.Damped(of.v.to(matrix) @ matrix @ of.v.to(matrix).T)
+        u = rounded([of.u], inner, passes)[0].double()
+        us.append(u.float())
+        vs.append(torch.linalg.solve(u.T @ u, u.T @ weight.to(u)))
+    vs = rounded(vs, feedback.damped(inputs), passes)
+    return [replace(of, u=u, v=v) for of, u, v in zip(exact, us, vs, strict=True)]
 
 
 def on_its_gram(factorize: Factorize, weight: torch.Tensor, rank: int, inputs: Gram) -> Factors:

@@ -4,7 +4,7 @@ Every 64 numbers share a scale in fp32: a number takes 4.5 bits. Packing what wa
 again. Scales may be packed too, in eight bits ("double quantisation" there): a number then takes 4.13 bits.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -13,19 +13,21 @@ import torch
 from torch import nn
 
 from emloc_core.algorithms import feedback
-from emloc_core.algorithms.factorize import Factors, output_error
+from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.compat.transformers import kept_in_fp32
 from emloc_core.errors import EmlocError
-from emloc_core.standins import layer
-from emloc_core.standins.format import Factorize, Fit, Format, Pair, whole
+from emloc_core.standins.format import Format
+from emloc_core.standins.layer import PackedLinear, Parts
+from emloc_core.standins.layer import product as packed_product
+from emloc_core.standins.standin import StandIn
 
 #: Numbers that share a scale, and scales that share a range.
 BLOCK, SCALES = 64, 256
 _TYPE = "nf4"
 
 
-class FourBitLinear(layer.PackedLinear):
+class FourBitLinear(PackedLinear):
     """``y = W x + b`` with W in four bits and its scales in eight, as bitsandbytes has them.
 
     It is what is streamed and planned; transformers loads bitsandbytes' own layer. ``weight`` is W, packed;
@@ -36,7 +38,7 @@ class FourBitLinear(layer.PackedLinear):
     weight_ranges: nn.Parameter
 
     @classmethod
-    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> layer.Parts:  # noqa: ARG003
+    def parts(cls, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG003
         """Return the packed weight."""
         scale_levels(torch.device("cpu"))  # there already where a pass is traced without contents
         codes, scales = sizes(*shape)
@@ -60,16 +62,22 @@ class FourBitLinear(layer.PackedLinear):
 
 
 @dataclass(frozen=True)
-class FourBitWeight(Factors):
-    """A weight in four bits: as U or V, beside the identity, and packed.
+class FourBitWeight:
+    """A weight in four bits.
 
     Attributes:
         codes: two a byte, (ceil(m n / 2), 1), uint8.
         state: bitsandbytes' ``QuantState``: the scales, in eight bits.
+        error: relative, of the outputs.
     """
 
     codes: torch.Tensor
     state: Any
+    error: float
+
+    def relative_error(self) -> float:
+        """Return the error."""
+        return self.error
 
 
 class NF4(Format):
@@ -81,54 +89,60 @@ class NF4(Format):
 
     name = "nf4"
     layer = FourBitLinear
-    has_factors = False
-    calibration = "propagated"
-    needs_rows = False
-    taps_inputs = keeps_weight = True
-    _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+    calibrations = ("propagated", "base", "none")
 
-    def rounding(self, factorize: Factorize) -> Fit:  # noqa: ARG002
-        """Return what rounds weights with feedback, whatever their rank."""
+    def fit(
+        self,
+        weights: Sequence[torch.Tensor],
+        gram: Gram,
+        ranks: Sequence[int | None],  # noqa: ARG002
+    ) -> list[FourBitWeight]:
+        """Round weights with feedback."""
+        states = [_quantized(weight.float())[1] for weight in weights]
+        scales = torch.cat([spread(_scales(of), weight.shape) for of, weight in zip(states, weights, strict=True)])
+        found = to_scales(torch.cat([weight.float() for weight in weights]), feedback.damped(gram), scales) / scales
+        matrix, made = feedback.single(gram), []
+        for weight, part, state in zip(weights, found.split([len(of) for of in weights]), states, strict=True):
+            packed = codes(part)
+            made.append(FourBitWeight(packed, state, output_error(weight, _read(packed, state, torch.float32), matrix)))
+        return made
 
-        def fit(weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int]) -> list[FourBitWeight]:  # noqa: ARG001
-            states = [_quantized(weight.float())[1] for weight in weights]
-            scales = torch.cat([spread(_scales(of), weight.shape) for of, weight in zip(states, weights, strict=True)])
-            found = to_scales(torch.cat([weight.float() for weight in weights]), feedback.damped(inputs), scales)
-            matrix = feedback.single(inputs)
-            return [
-                _stand_in(codes(part), state, partial(output_error, weight, gram=matrix))
-                for weight, part, state in zip(
-                    weights, (found / scales).split([len(weight) for weight in weights]), states, strict=True
-                )
-            ]
-
-        return fit
-
-    def stand_in(self, weight: torch.Tensor) -> FourBitWeight:
+    def round(self, weight: torch.Tensor) -> FourBitWeight:
         """Return the weight as bitsandbytes rounds it, with the error of the weight."""
-        return _stand_in(*_quantized(weight), lambda found: _relative(weight, found))
+        packed, state = _quantized(weight)
+        return FourBitWeight(packed, state, _relative(weight, _read(packed, state, torch.float32)))
 
     def told(self, rank: str) -> str:  # noqa: ARG002
-        """Four bits, whatever the rank."""
+        """Four bits."""
         return "four bits"
 
-    def names(self) -> list[str]:
-        """The weight's codes, and the parts of bitsandbytes' ``QuantState``."""
-        return ["weight", *(f"weight.{part}" for part in self._PARTS)]
+    def parts(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG002
+        """The weight's codes, its scales, the largest of every 256 of these, and the tables of both codes."""
+        codes, scales = sizes(*shape)
+        return {
+            "weight": ((codes, 1), torch.uint8),
+            "weight.absmax": ((scales,), torch.uint8),
+            "weight.quant_map": ((16,), torch.float32),
+            "weight.nested_absmax": ((-(-scales // SCALES),), torch.float32),
+            "weight.nested_quant_map": ((256,), torch.float32),
+        }
 
-    def pack(self, stand_in: FourBitWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def names(self) -> list[str]:
+        """These, and the rest of bitsandbytes' ``QuantState``, as JSON."""
+        return [*super().names(), "weight.quant_state.bitsandbytes__nf4"]
+
+    def pack(self, fitted: FourBitWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return the weight in four bits, its scales in eight (double quantisation)."""
-        state = stand_in.state
+        state = fitted.state
         state.dtype = dtype  # that bitsandbytes unpacks to
         parts = {f"weight.{part}": tensor.cpu() for part, tensor in state.as_dict(packed=True).items()}
-        return {"weight": stand_in.codes.cpu(), **parts}
+        return {"weight": fitted.codes.cpu(), **parts}
 
-    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
-        """Return the weight and the identity."""
-        codes, *parts = tensors
-        known = dict(zip(self._PARTS, parts, strict=True))
-        state = kernels().functional.QuantState.from_dict(known, device=codes.device)
-        return whole(_read(codes, state, shape, dtype))
+    def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:  # noqa: ARG002
+        """Return the weight, by bitsandbytes."""
+        packed, *parts = tensors
+        known = {name.removeprefix("weight."): part for name, part in zip(self.names()[1:], parts, strict=True)}
+        return StandIn(_read(packed, kernels().functional.QuantState.from_dict(known, device=packed.device), dtype))
 
     def config(self, ranks: Mapping[str, int | None], model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         """Return what ``BitsAndBytesConfig`` writes, with every other Linear among those to be skipped.
@@ -161,11 +175,6 @@ class NF4(Format):
             "llm_int8_skip_modules": skipped,
         }
 
-    def nbytes(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:  # noqa: ARG002
-        """Half a byte a number, a byte for every 64, a number for every 256 of these, and tables of 16 and 256."""
-        codes, scales = sizes(*shape)
-        return codes + scales + 4 * -(-scales // SCALES) + 4 * (16 + 256)
-
 
 def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """Return bitsandbytes' codes and ``QuantState`` of a weight."""
@@ -182,18 +191,10 @@ def _scales(state: Any) -> torch.Tensor:
     return found
 
 
-def _read(codes: torch.Tensor, state: Any, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def _read(codes: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     # bitsandbytes takes a single byte of codes for a transposed matrix.
-    found: torch.Tensor = kernels().functional.dequantize_4bit(codes, state).reshape(shape).to(dtype)
+    found: torch.Tensor = kernels().functional.dequantize_4bit(codes, state).reshape(state.shape).to(dtype)
     return found
-
-
-def _stand_in(codes: torch.Tensor, state: Any, error: Callable[[torch.Tensor], float]) -> FourBitWeight:
-    """Return a packed weight; ``error`` gives that of what is read of it."""
-    m, n = state.shape
-    found = _read(codes, state, (m, n), torch.float32)
-    nothing = torch.zeros(min(m, n), dtype=torch.float64)
-    return FourBitWeight(*whole(found), nothing, codes, state, error=error(found))
 
 
 def _relative(weight: torch.Tensor, found: torch.Tensor) -> float:
@@ -214,7 +215,7 @@ def sizes(m: int, n: int) -> tuple[int, int]:
     return -(-m * n // 2), -(-m * n // BLOCK)
 
 
-def parts(name: str, shape: tuple[int, int]) -> layer.Parts:
+def parts(name: str, shape: tuple[int, int]) -> Parts:
     """Return what a layer keeps of a matrix of this name and shape, whose scales are in fp32."""
     codes, scales = sizes(*shape)
     return {name: ((codes, 1), torch.uint8), f"{name}_scales": ((scales,), torch.float32)}
@@ -254,7 +255,7 @@ def product(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
     """Return ``x M^T``, (..., m), for x (..., n) and a packed matrix M of this shape, unpacked to this dtype."""
-    return layer.product(x, partial(unpack, shape=shape, dtype=dtype), codes, scales)
+    return packed_product(x, partial(unpack, shape=shape, dtype=dtype), codes, scales)
 
 
 def unpack_scales(codes: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:

@@ -1,24 +1,28 @@
 """Weights on three levels, plus low-rank factors of the rounding error in four bits."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Self
 
 import torch
 from torch import nn
 
 from emloc_core.algorithms import feedback, levels
-from emloc_core.algorithms.factorize import output_error
+from emloc_core.algorithms.factorize import Factors, factorize, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
 from emloc_core.settings import CompressSettings
-from emloc_core.standins import nf4
-from emloc_core.standins.format import Factorize, Fit, Format, Pair, each, whole
+from emloc_core.standins import costs, nf4
+from emloc_core.standins.costs import Planned
+from emloc_core.standins.format import Format, RankingFormat, Ratios
 from emloc_core.standins.layer import Parts, product
-from emloc_core.standins.levels import FewLevelsLinear, MovableScales, PackedWeight, pack
+from emloc_core.standins.levels import FewLevelsLinear, MovableScales, pack, unpack
+from emloc_core.standins.low_rank import Factorize
 from emloc_core.standins.low_rank_nf4 import in_four_bits, on_its_gram, packed_factors, unpack_factors
+from emloc_core.standins.standin import Packed, StandIn
 
+#: How often the weight and its repair are fitted in turn.
+_ROUNDS = 4
 #: Of descent over the repair, which the next round fits again: more gain nothing.
 _PASSES = 1
 
@@ -58,20 +62,14 @@ class RepairedLinear(FewLevelsLinear):
 
 
 @dataclass(frozen=True)
-class Repaired(PackedWeight):
-    """A weight on a few levels, packed, with factors of the rounding error in fp32, as they are in four bits."""
+class Repaired(Packed):
+    """A weight on a few levels with factors of the rounding error, packed.
 
-    def pair(self) -> Pair:
-        """Return the sum of weight and repair, beside the identity."""
-        return whole(self.weight(self.scales, torch.float32))
+    Attributes:
+        factors: as they are in four bits.
+    """
 
-    def weight(self, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return what the Linear multiplies by, (m, n), with these scales in place of its own."""
-        return super().weight(scales, dtype) + (self.u @ self.v).to(dtype)
-
-    def with_scales(self, scales: torch.Tensor) -> Self:
-        """Return it with these scales in place of its own; the repair stays."""
-        return replace(self, scales=scales)
+    factors: Factors
 
 
 class RepairedThreeLevels(Format):
@@ -83,13 +81,10 @@ class RepairedThreeLevels(Format):
 
     name = "1.6-bit+repair"
     layer = RepairedLinear
-    taps_inputs = keeps_weight = True
-    ratio = 0.23
-    smallest_ratio, largest_ratio = 0.2, 0.5
-    calibration = "propagated"
+    ratios = Ratios(0.23, 0.2, 0.5)
     samples = 256
-    rounds = 4
     refine = 0
+    factorize: Factorize = staticmethod(factorize)
 
     def check(self, settings: CompressSettings) -> None:
         """Refuse a repair that saves next to nothing over weights in four bits.
@@ -98,59 +93,117 @@ class RepairedThreeLevels(Format):
             EmlocError: names the setting.
         """
         super().check(settings)
-        if settings.ratio and settings.ratio > self.largest_ratio:
+        if settings.ratio and settings.ratio > self.ratios.largest:
             raise EmlocError(
                 f"With a repair of ratio {settings.ratio:g}, weights on three levels are hardly smaller than weights "
                 "in four bits.",
-                f"Give --ratio {self.ratio:g}, say, and at most {self.largest_ratio:g}; or --kind nf4.",
+                f"Give --ratio {self.ratios.default:g}, say, and at most {self.ratios.largest:g}; or --kind nf4.",
             )
 
-    def rounding(self, factorize: Factorize) -> Fit:
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Repaired]:
         """Round the weight and factorise the error, then each again, fitted to what the other leaves."""
-        return _in_turn(in_four_bits(factorize, _PASSES), self.rounds)
 
-    def decomposing(self, factorize: Factorize) -> Fit:
-        """Decompose the error of rounding the weight once."""
-        return _in_turn(each(lambda weight, gram, rank: on_its_gram(factorize, weight, rank, gram)), 1)
+        def repairing(left: Sequence[torch.Tensor]) -> list[Factors]:
+            return in_four_bits(self.factorize, left, gram, ranks, _PASSES)
 
-    def movable(self, stand_in: Repaired) -> MovableScales:
+        return [
+            Repaired(pack(part) | packed_factors("U", of), (weight.shape[0], weight.shape[1]), error, of)
+            for weight, part, of, error in _in_turn(weights, gram, repairing, _ROUNDS)
+        ]
+
+    def ranking(self) -> RankingFormat:
+        """Return factors of the error of rounding once."""
+        found = _Residual()
+        found.factorize = self.factorize
+        return found
+
+    def movable(self, fitted: Repaired) -> MovableScales:
         """Let the scales move, and not the repair."""
-        return MovableScales(stand_in)
+        codes, repair = fitted.parts["weight"], fitted.factors.u.float() @ fitted.factors.v.float()
+
+        def unpacked(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            return unpack(codes, scales, dtype, fitted.shape, self.layer.LEVELS) + repair.to(dtype)
+
+        return MovableScales(fitted, unpacked)
 
     def told(self, rank: str) -> str:
         """The levels of the weight, and the rank of its repair."""
         return f"{self.layer.LEVELS} levels and rank {rank} in four bits"
 
-    def pack(self, stand_in: Repaired, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
-        """Return codes and scales, of the weight and of both factors."""
-        weight = {"weight": stand_in.codes.cpu(), "weight_scales": stand_in.scales.cpu()}
-        return weight | packed_factors("U", stand_in)
+    def numbers(self, shape: tuple[int, int], rank: int | None) -> int:
+        """Those of the weight, and of its repair."""
+        return super().numbers(shape, rank) + (rank or 0) * sum(shape)
 
-    def unpack(self, tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Pair:
-        """Return the sum of weight and repair, and the identity."""
-        return whole(self.layer.unpack(*tensors, shape=shape, dtype=dtype))
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
+        """Those of factorising, or of rounding beside factors."""
+        rounding = costs.rounding_bytes(linears, factors=True)
+        return max(costs.factoring_bytes(linears, propagated=propagated), rounding)
+
+    def fitting_operations(self, group: Sequence[Planned]) -> float:
+        """Those of every round; errors are spread for the weights, and for the factors."""
+        rounding = costs.rounding_operations(group, _ROUNDS) + costs.spreading_operations(group)
+        return _ROUNDS * costs.factoring_operations(group) + rounding
 
 
-def _in_turn(repair: Fit, rounds: int) -> Fit:
-    """Return what rounds weights to three levels and factorises the errors, so many times."""
+@dataclass(frozen=True)
+class _ResidualFactors(Factors):
+    """Factors of the rounding error of a weight, beside what it was rounded to, (m, n)."""
 
-    def fit(weights: Sequence[torch.Tensor], inputs: Gram, ranks: Sequence[int]) -> list[Repaired]:
-        rows = [len(weight) for weight in weights]
-        gram, count = feedback.damped(inputs, levels.DAMPING), RepairedLinear.LEVELS
-        stacked = left = torch.cat([weight.float() for weight in weights])
-        scales = None
-        for _ in range(rounds):
-            found = levels.rounded(left, gram, count, scales)
-            numbers, scales = found.numbers(), found.scales
-            repairs = repair((stacked - numbers).split(rows), inputs, ranks)
-            left = stacked - torch.cat([of.u.float() @ of.v.float() for of in repairs])
-        matrix = feedback.single(inputs)
+    kept: torch.Tensor
+
+
+class _Residual(RankingFormat):
+    """Weights on three levels, and factors of the error in full precision."""
+
+    name = "1.6-bit+repair"
+    layer = RepairedLinear
+    factorize: Factorize = staticmethod(factorize)
+
+    def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[_ResidualFactors]:
+        """Round once, and factorise the error."""
+
+        def repairing(left: Sequence[torch.Tensor]) -> list[Factors]:
+            pairs = zip(left, ranks, strict=True)
+            return [on_its_gram(self.factorize, weight, rank or 0, gram) for weight, rank in pairs]
+
         return [
-            Repaired(
-                u := of.u.float(), v := of.v.float(), of.spectrum, *pack(part), count,
-                error=output_error(weight.float(), kept.addmm(u, v), matrix),
-            )
-            for weight, of, part, kept in zip(weights, repairs, found.split(rows), numbers.split(rows), strict=True)
-        ]  # fmt: skip
+            _ResidualFactors(of.u.float(), of.v.float(), of.spectrum, part.numbers(), error=error)
+            for _weight, part, of, error in _in_turn(weights, gram, repairing, 1)
+        ]
 
-    return fit
+    def cut(self, fitted: _ResidualFactors, rank: int) -> StandIn:
+        """Return the rounded weight with a repair of that rank."""
+        return StandIn(fitted.kept + fitted.u[:, :rank] @ fitted.v[:rank])
+
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
+        """Those of factorising, and of rounding beside factors."""
+        return costs.factoring_bytes(linears, propagated=propagated) + costs.rounding_bytes(linears, factors=True)
+
+    def fitting_operations(self, group: Sequence[Planned]) -> float:
+        """Those of factorising once, and of rounding."""
+        return costs.factoring_operations(group) + costs.rounding_operations(group)
+
+
+def _in_turn(
+    weights: Sequence[torch.Tensor],
+    inputs: Gram,
+    repairing: Callable[[Sequence[torch.Tensor]], list[Factors]],
+    rounds: int,
+) -> Iterator[tuple[torch.Tensor, levels.Rounded, Factors, float]]:
+    """Round weights to three levels, and factorise the errors, so many times.
+
+    Yields:
+        Each weight, what it is rounded to, the factors beside that, and the relative error of the outputs.
+    """
+    rows = [len(weight) for weight in weights]
+    gram = feedback.damped(inputs, levels.DAMPING)
+    stacked = left = torch.cat([weight.float() for weight in weights])
+    scales = None
+    for _ in range(rounds):
+        found = levels.rounded(left, gram, RepairedLinear.LEVELS, scales)
+        numbers, scales = found.numbers(), found.scales
+        repairs = repairing((stacked - numbers).split(rows))
+        left = stacked - torch.cat([of.u.float() @ of.v.float() for of in repairs])
+    matrix = feedback.single(inputs)
+    for weight, of, part, kept in zip(weights, repairs, found.split(rows), numbers.split(rows), strict=True):
+        yield weight, part, of, output_error(weight.float(), kept.addmm(of.u.float(), of.v.float()), matrix)

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emloc_core.algorithms import levels
-from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.feedback import Damped, damped, descended, descent, with_feedback
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.standins import NF4, FourBitLowRank, RepairedThreeLevels, SixLevels
@@ -138,7 +137,7 @@ def test_matrices_with_the_same_inputs_are_rounded_together_as_one_by_one(kind):
     gram = Gram("input", 300)
     gram.add(draw(400, 300) @ draw(300, 300, seed=1))
     weights, ranks = [draw(m, 300, seed=m) for m in (40, 24, 70)], [6, 4, 9]
-    fit = kind.rounding(factorize)
+    fit = kind.fit
     together = fit(weights, gram, ranks)
     for weight, rank, found in zip(weights, ranks, together, strict=True):
         (alone,) = fit([weight], gram, [rank])

@@ -20,11 +20,11 @@ def draw(*shape, seed=0):
 
 
 def rounded(matrix, gram, count):
-    return pack(levels.rounded(matrix, Damped(gram, levels.DAMPING), count))
+    return pack(levels.rounded(matrix, Damped(gram, levels.DAMPING), count)).values()
 
 
 def unpacked(matrix, gram, count):
-    return unpack(*rounded(matrix, gram, count), tuple(matrix.shape), count, torch.float32)
+    return unpack(*rounded(matrix, gram, count), torch.float32, tuple(matrix.shape), count)
 
 
 @pytest.mark.parametrize("count", LEVELS)
@@ -51,7 +51,7 @@ def test_without_feedback_every_number_is_rounded_to_the_nearest(m, n, count, po
     matrix = draw(m, n, seed=seed) * 10**power
     codes, scales = rounded(matrix, torch.eye(n), count)
     assert (codes.numel(), scales.numel()) == (-(-m * n // digits(count)), m * -(-n // GROUP))
-    found = unpack(codes, scales, (m, n), count, torch.float32)
+    found = unpack(codes, scales, torch.float32, (m, n), count)
     choices = scales.float().repeat_interleave(GROUP, 1)[:, :n, None] * torch.tensor(LEVELS[count])
     nearest = (choices - matrix[..., None]).abs().amin(-1)
     assert torch.allclose((found - matrix).abs(), nearest, rtol=1e-4, atol=1e-5 * 10**power)
@@ -100,8 +100,8 @@ def test_with_six_levels_errors_stay_out_of_directions_without_inputs():
 def test_what_is_traced_leaves_no_trace():
     codes, scales = rounded(draw(4, 6), torch.eye(6), 6)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        unpack(codes, scales, (4, 6), 6, torch.float32)
-    assert not isinstance(unpack(codes, scales, (4, 6), 6, torch.float32), FakeTensor)
+        unpack(codes, scales, torch.float32, (4, 6), 6)
+    assert not isinstance(unpack(codes, scales, torch.float32, (4, 6), 6), FakeTensor)
 
 
 @pytest.mark.parametrize("n", [1, 300, 1000])

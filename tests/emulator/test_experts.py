@@ -242,7 +242,7 @@ def test_missing_factors_are_found(emulator, tmp_path):
 def test_experts_stay_dense_where_there_are_no_factors_for_them(base, rows_file, tmp_path, settings, reason):
     job = compression(base, rows_file, tmp_path / "emulator", **settings)
     assert not set(STACKS) & job.plan.ranks.keys()
-    lines = "\n".join(job.plan.lines(job.kind))
+    lines = "\n".join(job.plan.lines(job.format))
     assert f"2 x gate_up_proj 6 experts of 32 x 32 -> dense: {reason}" in lines
 
 

@@ -57,10 +57,10 @@ def compression(kind, model, rows, output, size=None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_a_size_of_its_own(kind, tiny_model, rows_file, tmp_path):
     job = compression(kind, tiny_model, rows_file, tmp_path / "emulator", size={})
-    assert job.settings.ratio == (KINDS[kind].ratio if KINDS[kind].has_factors else None)
+    assert job.settings.ratio == (KINDS[kind].ratios.default if KINDS[kind].ratios else None)
     assert job.plan.ranks
-    if KINDS[kind].has_factors:
-        given = compression(kind, tiny_model, rows_file, tmp_path / "emulator", {"ratio": KINDS[kind].ratio})
+    if KINDS[kind].ratios:
+        given = compression(kind, tiny_model, rows_file, tmp_path / "emulator", {"ratio": KINDS[kind].ratios.default})
         assert given.output.request == job.output.request
     else:
         with pytest.raises(EmlocError, match="has no ratio"):
@@ -175,8 +175,14 @@ def test_without_calibration_weights_are_rounded_as_bitsandbytes_does(tiny_model
         codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
         assert torch.equal(tensors[0], codes)
         assert torch.equal(tensors[1], state.absmax)
-        u, v = kind.unpack(tensors, shape, torch.float32)
-        assert linear["relative_error"] == pytest.approx(float((weight - u @ v).norm() / weight.norm()), rel=1e-4)
+        found = kind.read(tensors, shape, torch.float32).weight()
+        assert linear["relative_error"] == pytest.approx(float((weight - found).norm() / weight.norm()), rel=1e-4)
+
+
+def as_read(fitted, m, n):
+    """What bitsandbytes unpacks of a weight in four bits."""
+    packed = list(NF4().pack(fitted, torch.float32).values())
+    return NF4().read(packed, (m, n), torch.float32).weight()
 
 
 @settings(max_examples=30, deadline=None)
@@ -189,12 +195,8 @@ def test_four_bits_fitted_to_rows_are_bitsandbytes_own(m, n, zeros, seed):
         weight[m // 2 :] = 0
     gram = Gram("input", n)
     gram.add(inputs)
-    fitted = NF4().rounding(factorize)([weight], gram, [0])[0]
-    packed = list(NF4().pack(fitted, torch.float32).values())
-    u, v = NF4().unpack(packed, (m, n), torch.float32)  # by bitsandbytes
-    assert torch.allclose(u @ v, fitted.u @ fitted.v, atol=1e-5)
-    alone = NF4().stand_in(weight)
-    lost = [float(((weight - each) @ inputs.T).norm()) for each in (u @ v, alone.u @ alone.v)]
+    fitted, alone = NF4().fit([weight], gram, [None])[0], NF4().round(weight)
+    lost = [float(((weight - of) @ inputs.T).norm()) for of in (as_read(fitted, m, n), as_read(alone, m, n))]
     assert lost[0] <= 1.01 * lost[1] + 1e-6
     assert fitted.relative_error() == pytest.approx(lost[0] / float((weight @ inputs.T).norm()), rel=1e-2, abs=1e-6)
 
@@ -216,13 +218,13 @@ def test_feedback_lowers_the_error_of_the_outputs(columns):
     inputs = torch.randn(1000, columns, generator=generator) @ mixing
     matrix, gram = torch.randn(40, columns, generator=generator), Gram("input", columns)
     gram.add(inputs)
-    fitted, alone = NF4().rounding(factorize)([matrix], gram, [0])[0], NF4().stand_in(matrix)
+    fitted, alone = NF4().fit([matrix], gram, [None])[0], NF4().round(matrix)
 
     def lost(found):
         return float(((matrix - found) @ inputs.T).norm())
 
     assert lost(rounded([matrix], feedback.Damped(inputs.T @ inputs))[0]) < 0.7 * lost(nf4.rounded(matrix))
-    assert lost(fitted.u @ fitted.v) < 0.7 * lost(alone.u @ alone.v)
+    assert lost(as_read(fitted, 40, columns)) < 0.7 * lost(as_read(alone, 40, columns))
 
 
 @settings(max_examples=30, deadline=None)
@@ -255,7 +257,7 @@ def test_v_makes_up_for_the_rounding_of_u():
     gram, outputs = Gram("input", 128), Gram("output", 96)
     gram.add(inputs)
     outputs.add(inputs @ weight.T)
-    fitted = FourBitLowRank().rounding(factorize)([weight], gram, [40])[0]
+    fitted = FourBitLowRank().fit([weight], gram, [40])[0]
     exact = factorize(weight, outputs, 40)
     apart = nf4.rounded(exact.u) @ nf4.rounded(exact.v)
 
@@ -368,7 +370,7 @@ def test_a_kind_comes_from_a_plugin(tiny_model, rows_file, tmp_path):
     try:
         chosen = CompressSettings(kind="mine", samples=4, selection=2)
         job = compress_job(tiny_model, rows_file, tmp_path / "emulator", chosen)
-        assert isinstance(job.kind, Mine)
+        assert isinstance(job.format, Mine)
         assert read_manifest(job.run())["request"]["settings"]["kind"] == "mine"
     finally:
         plugin_manager().unregister(plugin)

@@ -33,7 +33,7 @@ def made_with(base, rows_file, output, **chosen):
 
 
 USUAL = {
-    kind.name: (kind.calibration, kind.allocator, kind.refine or 0)
+    kind.name: (kind.calibrations[0], kind.allocator, kind.refine or 0)
     for kind in (LowRank, NF4, FourBitLowRank, SixLevels)
 }
 
@@ -70,8 +70,8 @@ def test_what_the_user_says_holds(bases, rows_file, tmp_path, chosen, expected):
 def test_where_nothing_chooses_a_kind_it_is_the_best_or_that_of_a_ratio(bases, rows_file, tmp_path, chosen, kind):
     settings = CompressSettings(samples=4, selection=2, **chosen)
     rows = load_rows(str(rows_file))
-    assert compress_job(bases["dense"], rows, tmp_path / "out", settings).kind.name == kind
-    assert MemoryModel(bases["dense"] / "config.json", Workload(batch_size=1, length=16), settings).kind.name == kind
+    assert compress_job(bases["dense"], rows, tmp_path / "out", settings).format.name == kind
+    assert MemoryModel(bases["dense"] / "config.json", Workload(batch_size=1, length=16), settings).format.name == kind
 
 
 @pytest.mark.parametrize("other", [{"kind": "nf4"}, {"calibration": "propagated"}, {"allocator": "global"}])

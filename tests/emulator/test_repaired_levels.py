@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.algorithms import levels
-from emloc_core.algorithms.factorize import factorize, output_error
+from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.feedback import damped
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator import propagation
@@ -19,7 +19,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.output import read_manifest
 from emloc_core.model.hooks import tapped
 from emloc_core.settings import CompressSettings
-from emloc_core.standins import NF4, RepairedThreeLevels
+from emloc_core.standins import NF4, RepairedThreeLevels, repaired
 from emloc_core.standins.levels import pack, unpack
 
 KIND = RepairedThreeLevels()
@@ -38,8 +38,8 @@ def drawn(m, n, tokens, seed):
 
 
 def on_levels(weight, gram):
-    codes, scales = pack(levels.rounded(weight, damped(gram, 0.1), 3))
-    return unpack(codes, scales, tuple(weight.shape), 3, torch.float32)
+    packed = pack(levels.rounded(weight, damped(gram, 0.1), 3))
+    return unpack(*packed.values(), torch.float32, tuple(weight.shape), 3)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -47,10 +47,10 @@ def on_levels(weight, gram):
 def test_the_error_falls_with_the_rank_and_with_every_round(m, n, seed, monkeypatch):
     weight, gram = drawn(m, n, 200, seed)
     errors = [output_error(weight, on_levels(weight, gram), gram.matrix)]
-    errors += [KIND.rounding(factorize)([weight], gram, [rank])[0].relative_error() for rank in (2, 8, 32)]
+    errors += [KIND.fit([weight], gram, [rank])[0].relative_error() for rank in (2, 8, 32)]
     assert all(after < before for before, after in pairwise(errors))
-    monkeypatch.setattr(RepairedThreeLevels, "rounds", 1)
-    assert KIND.rounding(factorize)([weight], gram, [8])[0].relative_error() > errors[2]
+    monkeypatch.setattr(repaired, "_ROUNDS", 1)
+    assert KIND.fit([weight], gram, [8])[0].relative_error() > errors[2]
 
 
 def test_it_is_better_than_a_repair_of_the_weight_as_it_is_rounded_alone():
@@ -58,24 +58,23 @@ def test_it_is_better_than_a_repair_of_the_weight_as_it_is_rounded_alone():
     lost = (weight - on_levels(weight, gram)).double() @ torch.linalg.cholesky(gram.matrix.double())
     least = float(torch.linalg.svdvals(lost)[8:].norm())  # of any repair of that rank, in fp64
     least /= float((weight.double() @ torch.linalg.cholesky(gram.matrix.double())).norm())
-    assert KIND.rounding(factorize)([weight], gram, [8])[0].relative_error() < least
+    assert KIND.fit([weight], gram, [8])[0].relative_error() < least
 
 
 @pytest.mark.parametrize("shape", [(96, 33), (17, 130), (5, 3)])
 def test_what_is_stored_is_what_was_fitted(shape):
     weight, gram = drawn(*shape, 200, 0)
-    found = KIND.rounding(factorize)([weight], gram, [2])[0]
+    found = KIND.fit([weight], gram, [2])[0]
     packed = KIND.pack(found, torch.float32)
     assert list(packed) == KIND.keys("weight")
     assert sum(part.nbytes for part in packed.values()) == KIND.nbytes(shape, 2, torch.float32)
-    read, seen = (u @ v for u, v in (KIND.unpack(list(packed.values()), shape, torch.float32), found.pair()))
-    assert torch.equal(read, seen)
+    read = KIND.read(list(packed.values()), shape, torch.float32).weight()
     assert found.relative_error() == pytest.approx(output_error(weight, read, gram.matrix), abs=1e-6)
 
 
 def test_many_tokens_take_one_product_and_get_what_few_get():
     weight, gram = drawn(48, 32, 200, 0)
-    stored = KIND.pack(KIND.rounding(factorize)([weight], gram, [4])[0], torch.float32)
+    stored = KIND.pack(KIND.fit([weight], gram, [4])[0], torch.float32)
     layer = KIND.layer(32, 48, rank=4, bias=False, dtype=torch.float32)
     layer.load_state_dict(stored)
     many = torch.randn(20, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)  # 48 * 32 / 80 = 19.2
@@ -116,17 +115,17 @@ def test_linears_of_a_block_are_fitted_to_those_before_them_with_their_repairs(
 ):
     blocks, emulating = [], propagation.emulating
 
-    def watched(stream, modules, pairs, rows):
-        blocks.append(pairs)
-        return emulating(stream, modules, pairs, rows)
+    def watched(stream, modules, stand_ins, rows):
+        blocks.append(stand_ins)
+        return emulating(stream, modules, stand_ins, rows)
 
     monkeypatch.setattr(propagation, "emulating", watched)
     job = compression(tiny_model, rows_file, tmp_path / "emulator")
     model = AutoModelForCausalLM.from_pretrained(job.run(), dtype="auto")
-    seen = {path: pair for pairs in blocks for path, pair in pairs.items()}
+    seen = {path: of for stand_ins in blocks for path, of in stand_ins.items()}
     assert len(seen) == 3 * 7
-    for path, (u, v) in seen.items():
-        assert torch.allclose(u @ v, model.get_submodule(path).unpacked(), atol=1e-6)
+    for path, of in seen.items():
+        assert torch.allclose(of.weight(), model.get_submodule(path).unpacked(), atol=1e-6)
 
 
 def test_refinement_moves_scales_alone(tiny_model, rows_file, tmp_path):
@@ -142,9 +141,8 @@ def test_what_a_rank_gains_is_what_is_left_of_the_rounding_error():
     weight, gram = drawn(96, 64, 200, 0)
     outputs = float(((weight @ gram.matrix) * weight).sum())
     for rank in (4, 16):
-        found = KIND.decomposing(factorize)([weight], gram, [rank])[0]
-        u, v = found.pair()
-        left = output_error(weight, u @ v, gram.matrix) ** 2 * outputs
+        found = KIND.ranking().fit([weight], gram, [rank])[0]
+        left = output_error(weight, KIND.ranking().cut(found, rank).weight(), gram.matrix) ** 2 * outputs
         assert float(found.spectrum[rank:].sum()) == pytest.approx(left, rel=1e-3)
     assert float(found.spectrum.sum()) < 0.2 * outputs  # it is that of the error, and not of the weight
 
@@ -175,7 +173,7 @@ def test_what_is_refused(tiny_model, rows_file, tmp_path, chosen, complaint):
 
 def test_the_largest_is_smaller_than_weights_in_four_bits():
     for m, n in ((576, 576), (4096, 1024), (3072, 8192)):
-        rank = int(KIND.largest_ratio * m * n / (m + n))
+        rank = int(KIND.ratios.largest * m * n / (m + n))
         assert KIND.nbytes((m, n), rank, torch.bfloat16) < NF4().nbytes((m, n), 0, torch.bfloat16)
 
 

@@ -13,7 +13,7 @@ from support.models import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from emloc_core.algorithms.allocation import uniform
-from emloc_core.algorithms.factorize import Factors, factorize
+from emloc_core.algorithms.factorize import Factors
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.emulator.ranks import allocated
@@ -25,7 +25,6 @@ from emloc_core.files.output import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 from emloc_core.standins import LowRank
-from emloc_core.standins.format import each
 from emloc_core.standins.low_rank import LowRankLinear
 
 SETTINGS = CompressSettings(samples=12, selection=6, ratio=0.6, calibration="base", allocator="uniform")
@@ -70,7 +69,7 @@ def test_a_spectrum_has_all_energies_and_the_sensitivity_of_the_whole_model(tiny
             known.update(factors)
             spectra.write(block, factors, sensitivities)
 
-    Decomposition(job.base.skeleton, plan, job.samples, each(factorize), lambda *_: None).run(Both(), PROBES)
+    Decomposition(job.base.skeleton, plan, job.samples, LowRank(), lambda *_: None).run(Both(), PROBES)
     assert spectra.are_complete
     samples = job.samples[:PROBES]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").eval()

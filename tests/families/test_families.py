@@ -176,7 +176,7 @@ def test_all_of_a_mixture_becomes_smaller_but_its_routers(tmp_path):
     experts = {f"{index}.mlp.experts.{name}_proj" for index in (1, 2) for name in ("gate_up", "down")}
     dense_layer = {f"0.mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert compressed == attention | dense_layer | experts
-    before, _ = plan.parameters()
+    before, _ = plan.parameters(LowRank())
     kept = {kept.pattern: kept.parameters for kept in plan.kept}
     assert kept == {"model.layers.*.mlp.gate": 2 * 4 * 32, "lm_head": 128 * 32}
     others = sum(parameter.numel() for name, parameter in model.named_parameters() if "norm" in name or "embed" in name)

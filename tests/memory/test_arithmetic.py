@@ -20,6 +20,7 @@ from emloc_core.memory.fake import fake, fake_inputs, without_contents
 from emloc_core.memory.known import known
 from emloc_core.memory.model import MemoryModel
 from emloc_core.settings import CompressSettings
+from emloc_core.standins import costs
 
 _ROWS = 24
 
@@ -70,7 +71,7 @@ def test_a_forward_pass_is_counted_exactly(family: Family, settings: dict[str, A
 def test_an_emulator_has_its_own(kind: str, tmp_path: Path) -> None:
     planned = plan_of(INTERNVL, INTERNVL.tiny_configs[0], tmp_path / "model", kind=kind)
     plan, model = planned.plan(0.3), copy.deepcopy(known(planned.config_file).model)
-    planned.kind.replace(model, plan.ranks)
+    planned.format.replace(model, plan.ranks)
     assert 2 * arithmetic.forward(planned, plan) == of_a_forward(planned, model)
 
 
@@ -103,7 +104,7 @@ def test_stage_one_takes_at_least_as_many(
     chosen: dict[str, Any], shallow_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for uncounted in ("_EIGENVECTORS", "_ROUNDING", "_SPREADING"):  # by torch, which knows products alone
-        monkeypatch.setattr(arithmetic, uncounted, 0)
+        monkeypatch.setattr(costs, uncounted, 0)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"prompt": f"{at} and ", "completion": "word " * 30}) for at in range(30)))
     settings = CompressSettings(samples=_ROWS, selection=2, **chosen)

@@ -35,7 +35,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     follow = MemoryModel._follow
 
     def followed(self: MemoryModel, *args: Any) -> Phases:
-        found.append(self.kind.name)
+        found.append(self.format.name)
         return follow(self, *args)
 
     monkeypatch.setattr(MemoryModel, "_follow", followed)

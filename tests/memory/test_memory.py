@@ -282,16 +282,15 @@ def test_the_sums_of_stage_three_by_hand(tmp_path: Path) -> None:
     model = MemoryModel(file, workload(length=20), CompressSettings(selection=5))
     itemsize, hidden, inner = model.dtype.itemsize, 64, 128
     plan = model.plan(0.5)
-    rank = max(each.rank for each in plan.linears if each.out_features == inner)
     block = 4 * hidden**2 + 3 * hidden * inner + 5 * hidden  # with two norms and three biases
     need = streamed.correct(model, plan)
     assert need.terms["activations"] == 5 * 10 * 20 * hidden * itemsize
     assert need.terms["logits"] == 20 * 96 * (itemsize + 8)
-    assert need.terms["weights"] - (16 << 20) == (block + rank * (hidden + inner)) * itemsize
+    assert need.terms["weights"] - (16 << 20) == (block + hidden * inner) * itemsize  # as four bits are read
     assert need.terms["adapter"] == 4 * 4 * model.adapter_parameters()
     fixed = streamed.correct(model, plan, 3)
     assert fixed.terms.keys() == {"weights", "adapter", "overhead"}
-    assert fixed.terms["weights"] - (16 << 20) == (hidden * inner + rank * (hidden + inner)) * itemsize
+    assert fixed.terms["weights"] - (16 << 20) == 2 * hidden * inner * itemsize
     assert fixed.terms["adapter"] == 2 * 4 * model.adapter_parameters()
 
 

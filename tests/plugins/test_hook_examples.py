@@ -15,6 +15,7 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
+from emloc_core.standins import StandIn
 
 EXAMPLES = [
     textwrap.dedent(source)
@@ -59,7 +60,7 @@ def test_an_emulator_is_made_by_the_example(tiny_model, rows_file, tmp_path):
 def test_the_correction_of_the_examples_answers_for_every_clamp(examples):
     lora = Lora(torch.randn(2, 8), torch.randn(12, 2), 1.0)
     found = examples.algorithm("corrections", "shrinking")(
-        torch.randn(12, 8), torch.randn(12, 3), torch.randn(3, 8), lora, [0, 1, None]
+        torch.randn(12, 8), StandIn(torch.randn(12, 3), torch.randn(3, 8)), lora, [0, 1, None]
     )
     assert torch.equal(found[0].b, lora.b)
     assert found[1].b.norm() < lora.b.norm()

@@ -1,0 +1,98 @@
+"""What it takes to fit stand-ins, by formula, from shapes: bytes at the peak, and operations (``docs/memory.md``)."""
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, Protocol
+
+#: Operations for the eigenvectors of a symmetric matrix, by its side cubed: 4/3 to make it tridiagonal, 2 to turn its
+#: eigenvectors back (LAPACK's ``dsyevd``). Twice, since that is double precision.
+_EIGENVECTORS = 2 * (4 / 3 + 2)
+#: Operations for rounding with feedback, by m n^2: a pass that spreads errors, and two of coordinate descent.
+_ROUNDING = 7
+#: By n^3: the inverse of the Gram, and the Cholesky factors before and after it.
+_SPREADING = 4 / 3
+
+
+class Planned(Protocol):
+    """A Linear, or a stack of matrices, that gets a stand-in; see :class:`emloc_core.emulator.ranks.LinearPlan`."""
+
+    @property
+    def group(self) -> Hashable:
+        """What it shares its inputs with."""
+
+    @property
+    def out_features(self) -> int:
+        """Rows of its weight, m."""
+
+    @property
+    def in_features(self) -> int:
+        """Columns of its weight, n."""
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of its factors."""
+
+    @property
+    def tap(self) -> Any:
+        """How its activations are captured: ``output``, or as inputs."""
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices of this shape it is."""
+
+
+def groups(linears: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield the Linears that share their inputs."""
+    for name in dict.fromkeys(linear.group for linear in linears):
+        yield [linear for linear in linears if linear.group == name]
+
+
+def rounding_bytes(linears: Sequence[Planned], *, factors: bool = False) -> int:
+    """Return the peak of rounding a block's weights with feedback.
+
+    The inputs' Gram, which massive tokens widen to fp64, in fp32, and its factor, ``4 * 4 n^2``, beside factors one
+    more; and of all weights of the group the weight, what is left of it, and what it becomes, ``4 * 4 m n``.
+    """
+    return max((4 * ((4 + factors) * n**2 + 4 * m * n) for m, n in _outputs(linears)), default=0)
+
+
+def factoring_bytes(linears: Sequence[Planned], *, propagated: bool) -> int:
+    """Return the peak of factorising the weights of a block, and its stacks of experts.
+
+    The Grams of the block's input groups and outputs, fp32, ``4 s^2`` each, with s the side; and the largest
+    factorisation, in fp64: ``8 (4 s^2 + 3 m n)`` bytes for the Gram, the eigenvectors and LAPACK's workspace
+    (``dsyevd``: ``2 s^2``), and for the weight, its image and the factors. Where errors are propagated, in place of the
+    Grams one group's, its Cholesky factor and what its targets need, ``4 n (2 n + min(n, m))``, with m its outputs.
+    """
+    grams: dict[Hashable, int] = {}
+    work = 0
+    for at, each in enumerate(linears):
+        m, n = each.out_features, each.in_features
+        side = m if each.tap == "output" else n
+        shares = each.matrices == 1 and each.tap != "output"  # the Gram of its inputs, with its group
+        grams[each.group if shares else at] = 4 * each.matrices * side**2
+        work = max(work, 8 * (4 * side**2 + 3 * m * n))
+    largest = max((4 * n * (2 * n + min(n, m)) for m, n in _outputs(linears)), default=0)
+    return work + (largest if propagated else sum(grams.values()))
+
+
+def rounding_operations(group: Sequence[Planned], times: int = 1) -> float:
+    """Return what it takes to round Linears that share their inputs so many times; errors are spread in one way."""
+    rounded = sum(_ROUNDING * each.out_features * each.in_features**2 for each in group)
+    return spreading_operations(group) + times * rounded
+
+
+def spreading_operations(group: Sequence[Planned]) -> float:
+    """Return what it takes to spread errors over the inputs of a group."""
+    return _SPREADING * group[0].in_features ** 3
+
+
+def factoring_operations(group: Sequence[Planned]) -> float:
+    """Return what it takes to factorise Linears."""
+    sides = (each.out_features if each.tap == "output" else each.in_features for each in group)
+    return sum(_EIGENVECTORS * side**3 for side in sides)
+
+
+def _outputs(linears: Sequence[Planned]) -> Iterator[tuple[int, int]]:
+    """Yield how many outputs the Linears of every input group have, and how many inputs."""
+    for group in groups([each for each in linears if each.matrices == 1]):
+        yield sum(each.out_features for each in group), group[0].in_features
