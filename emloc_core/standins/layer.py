@@ -64,7 +64,7 @@ class StandInLinear(nn.Linear):
 
     def kept(self) -> list[torch.Tensor]:
         """Return what it keeps, in the order of :meth:`parts`."""
-        return [self.get_parameter(name) for name in self.parts(self.shape, self.rank, self.dtype)]
+        return [getattr(self, name) for name in self.parts(self.shape, self.rank, self.dtype)]
 
     def unpacked(self) -> torch.Tensor:
         """Return the weight, (out_features, in_features)."""
