@@ -1,4 +1,4 @@
-"""Tests for plugins that declare families: a conformance kit, and a pytest plugin that emloc installs.
+"""Tests for plugins: a conformance kit for families and formats, and a pytest plugin that emloc installs.
 
 Three lines in a test file check everything that a declaration promises, one test per tiny config and check::
 
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emloc_core.conformance import CheckResult, check_family
+from emloc_core.conformance import CheckResult, check_family, check_format
 from emloc_core.family import Family
 
 if TYPE_CHECKING:
     from emloc_core.conformance.check import Check, Subject
 
-__all__ = ["CheckResult", "check_family", "conformance_tests"]
+__all__ = ["CheckResult", "check_family", "check_format", "conformance_tests"]
 
 
 def conformance_tests(family: Family) -> Callable[..., None]:

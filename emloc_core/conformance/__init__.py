@@ -1,4 +1,4 @@
-"""The conformance kit: checks a family's declaration on its own tiny models.
+"""The conformance kit: checks a family's declaration on its own tiny models, and formats of emulator on one of them.
 
 Checks go through the stages that users run, on files in a temporary directory. From a test, use
 :mod:`emloc_core.testing`; from the command line, ``emloc families check NAME``.
@@ -9,9 +9,14 @@ from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emloc_core.conformance.check import Check, CheckResult
+from emloc_core.errors import EmlocError
 from emloc_core.family import Family
+
+if TYPE_CHECKING:
+    from emloc_core.standins import Format
 
 #: Called with the last check, the number of checks done, and the total.
 Progress = Callable[[str, int, int], None]
@@ -40,4 +45,32 @@ def check_family(family: Family, progress: Progress = lambda *_: None) -> list[C
     return results
 
 
-__all__ = ["Check", "CheckResult", "Progress", "check_family"]
+def check_format(format: "Format", progress: Progress = lambda *_: None) -> list[CheckResult]:
+    """Run every check on a format of emulator: on random weights, and through the stages on a tiny text model.
+
+    Args:
+        format: as a plugin provides it; it need not be installed.
+        progress: called after every check.
+
+    Returns:
+        One result per check. Failed checks raise nothing.
+
+    Raises:
+        EmlocError: no installed family has a tiny text model.
+    """
+    from emloc_core.conformance.formats import CHECKS, TinyEmulator, offered
+    from emloc_core.plugins.manager import plugin_manager
+
+    families = (of for of in plugin_manager().families() if of.modality == "text" and of.tiny_configs)
+    if (family := next(families, None)) is None:
+        raise EmlocError("No installed family has a tiny text model to check a format on.", "Install a plugin.")
+    with tempfile.TemporaryDirectory(prefix="emloc-check-") as directory, offered(format):
+        subject = TinyEmulator(format, family, family.tiny_configs[0], Path(directory))
+        results: list[CheckResult] = []
+        for check in CHECKS:
+            results.append(check.on(subject))
+            progress(check.name, len(results), len(CHECKS))
+    return results
+
+
+__all__ = ["Check", "CheckResult", "Progress", "check_family", "check_format"]

@@ -6,6 +6,7 @@ merging) is the same for all formats. Users choose one by its name, as the *kind
 """
 
 from emloc_core.standins.format import Format, Ratios
+from emloc_core.standins.layer import PackedLinear, StandInLinear
 from emloc_core.standins.levels import SixLevels
 from emloc_core.standins.low_rank import LowRank
 from emloc_core.standins.low_rank_nf4 import FourBitLowRank
@@ -21,10 +22,12 @@ __all__ = [
     "FourBitLowRank",
     "LowRank",
     "Packed",
+    "PackedLinear",
     "Ratios",
     "RepairedThreeLevels",
     "SixLevels",
     "StandIn",
+    "StandInLinear",
 ]
 
 #: Kinds in the order in which they are recommended, the first whose tuning fits: ``docs/evidence.md`` says why. The

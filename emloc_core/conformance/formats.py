@@ -1,0 +1,146 @@
+"""Checks of a format of emulator: on weights drawn at random, and through the stages on a tiny model."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from emloc_core.algorithms.factorize import output_error
+from emloc_core.algorithms.statistics import Gram
+from emloc_core.conformance.check import check, require
+from emloc_core.conformance.stages import ABSOLUTE, correction, merge, trains
+from emloc_core.conformance.tiny import TinyModel
+from emloc_core.errors import EmlocError
+from emloc_core.family import Family
+from emloc_core.hookspecs import hookimpl
+from emloc_core.memory.model import MemoryModel
+from emloc_core.memory.stages import compress
+from emloc_core.memory.workload import Workload
+from emloc_core.plugins.manager import plugin_manager
+from emloc_core.settings import CompressSettings
+from emloc_core.standins import Format
+
+#: Shapes of the weights: wider than high, higher than wide, and without whole groups of numbers.
+_SHAPES = ((48, 300), (130, 64), (17, 33))
+_RANK = 6
+#: As far as an error may lie from the one that is reported.
+_APART = 1e-2
+
+
+class TinyEmulator(TinyModel):
+    """A format, and a tiny model of a family whose emulator has it.
+
+    Args:
+        format: the format.
+        family, settings: see :class:`TinyModel`.
+        directory: where files go; it is made.
+    """
+
+    def __init__(self, format: Format, family: Family, settings: Mapping[str, Any], directory: Path) -> None:
+        super().__init__(family, settings, f"the format {format.name}", directory, format.name)
+        self.format = format
+
+    def fitted(self) -> Iterator[tuple[torch.Tensor, Gram, int | None, Any]]:
+        """Yield weights, the Grams that they are fitted to, their ranks, and what is fitted, one by one."""
+        for at, (m, n) in enumerate(_SHAPES):
+            generator = torch.Generator().manual_seed(at)
+            gram = Gram("input", n)
+            gram.add(torch.randn(2 * n, n, generator=generator) * torch.logspace(0, -1, n))
+            weight, rank = torch.randn(m, n, generator=generator), _RANK if self.format.ratios else None
+            (found,) = self.format.fit([weight], gram, [rank])
+            yield weight, gram, rank, found
+
+
+@contextmanager
+def offered(format: Format) -> Iterator[None]:
+    """Let stages find a format by its name, whether a plugin provides it or not."""
+
+    class Offer:
+        @hookimpl
+        def emloc_emulators(self) -> dict[str, Any]:
+            return {format.name: lambda: format}
+
+    try:
+        plugin_manager().algorithm("emulators", format.name)
+    except EmlocError:
+        offer = Offer()
+        plugin_manager().register(offer, f"the format {format.name}")
+        try:
+            yield
+        finally:
+            plugin_manager().unregister(offer)
+    else:
+        yield
+
+
+@check()
+def stored(subject: TinyEmulator) -> None:
+    """What is packed has the names, shapes, dtypes and bytes that the format declares."""
+    problems = []
+    for weight, _, rank, found in subject.fitted():
+        shape, packed = (weight.shape[0], weight.shape[1]), subject.format.pack(found, weight.dtype)
+        if list(packed) != subject.format.names():
+            problems.append(f"pack gives {list(packed)}, and names {subject.format.names()}")
+        for name, (size, dtype) in subject.format.parts(shape, rank, weight.dtype).items():
+            part = packed.get(name)
+            if part is not None and (tuple(part.shape), part.dtype) != (tuple(size), dtype):
+                problems.append(f"{name} is {part.dtype} {tuple(part.shape)}, and declared as {dtype} {tuple(size)}")
+    require(problems, "Correct parts of the layer: they are what is loaded, and what memory is planned by.")
+
+
+@check(stored)
+def read(subject: TinyEmulator) -> None:
+    """What is read back is finite, and as far from the weight as the format says."""
+    problems = []
+    for weight, gram, _, found in subject.fitted():
+        shape = (weight.shape[0], weight.shape[1])
+        stand_in = subject.format.read(list(subject.format.pack(found, weight.dtype).values()), shape, weight.dtype)
+        if not stand_in.is_finite():
+            problems.append("NaN or Inf is read")
+            continue
+        actual, said = output_error(weight, stand_in.weight(), gram.matrix), found.relative_error()
+        if not abs(actual - said) <= _APART:
+            problems.append(f"the relative error of the outputs is {actual:.4f}, and said to be {said:.4f}")
+    require(problems, "Measure the error of what will be read: see emloc_core.algorithms.factorize.output_error.")
+
+
+@check(read)
+def layer(subject: TinyEmulator) -> str | None:
+    """The layer computes what is read, with the gradient of its input, and is made dense by it."""
+    if set(subject.format.names()) != set(subject.format.layer.parts((1, 1), 1, torch.float32)):
+        return "Its files are loaded by another layer than its own."
+    problems = []
+    for weight, _, rank, found in subject.fitted():
+        (m, n), packed = weight.shape, subject.format.pack(found, weight.dtype)
+        made = subject.format.layer(n, m, rank, bias=True, dtype=weight.dtype)
+        made.load_state_dict({**packed, "bias": torch.linspace(-1, 1, m)})
+        whole = subject.format.read(list(packed.values()), (m, n), weight.dtype).weight()
+        x = torch.randn(5, n, requires_grad=True)
+        outputs, weights = made(x), torch.randn(5, m)
+        (gradient,) = torch.autograd.grad((outputs * weights).sum(), x)
+        for what, one, other in (
+            ("outputs", outputs, functional.linear(x, whole, made.bias)),
+            ("the gradient of the inputs", gradient, weights @ whole),
+            ("the weight of the dense Linear", made.dense().weight, whole),
+        ):
+            if not torch.allclose(one, other, rtol=1e-4, atol=ABSOLUTE * float(other.abs().max()) * 10):
+                problems.append(f"{what} are not those of the weight that is read")
+    require(problems, "unpack and read have to give the same weight; forward has to multiply by it.")
+    return None
+
+
+@check(trains)
+def planned(subject: TinyEmulator) -> str:
+    """The memory of making and of tuning the emulator is planned."""
+    settings = CompressSettings(kind=subject.format.name)
+    model = MemoryModel(subject.base.directory / "config.json", Workload(batch_size=1, length=16), settings)
+    plan = model.plan()
+    making, tuning = compress(model, plan).total, model.tuning(plan).total
+    return f"Making it takes {making} bytes, and tuning it {tuning}."
+
+
+#: In the order in which problems are best fixed.
+CHECKS = (stored, read, layer, trains, correction, merge, planned)

@@ -1,0 +1,104 @@
+"""A format of emulator that a plugin brings: made, loaded, trained, corrected and planned like a built-in one."""
+
+import json
+
+import pytest
+import torch
+from support import eight_bits
+from support.eight_bits import EightBitLinear, EightBits
+from transformers import AutoModelForCausalLM
+
+from emloc_core.errors import EmlocError
+from emloc_core.plugins.manager import plugin_manager
+from emloc_core.standins import Packed
+from emloc_core.testing import check_format
+
+
+@pytest.fixture
+def installed():
+    """The plugin, as its entry point loads it."""
+    plugin_manager().register(eight_bits, "eight_bits")
+    yield
+    plugin_manager().unregister(eight_bits)
+
+
+def run(emloc, *arguments):
+    code, out, err = emloc(*arguments)
+    assert code == 0, err
+    return out
+
+
+def test_it_passes_the_checks():
+    results = check_format(EightBits())
+    assert [str(result) for result in results if not result.passed] == []
+    assert [result.check for result in results] == [
+        "stored", "read", "layer", "trains", "correction", "merge", "planned"
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("installed")
+def test_every_stage_takes_it(emloc, tiny_model, rows_file, tmp_path):
+    common = ("--data", rows_file, "--samples", 4, "--selection", 2, "--kind", "8-bit")
+    said = run(emloc, "compress", tiny_model, *common, "-o", tmp_path / "emulator", "--dry-run")
+    assert "-> eight bits" in said
+    planned = json.loads(run(emloc, "plan", tiny_model, "--kind", "8-bit", "--memory", "1GiB", "--json"))
+    assert planned["kind"] == "8-bit"
+    run(emloc, "compress", tiny_model, *common, "-o", tmp_path / "emulator")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "emulator", dtype="auto")
+    layers = [module for module in model.modules() if isinstance(module, EightBitLinear)]
+    assert len(layers) == 21
+    assert {layer.weight.dtype for layer in layers} == {torch.int8}
+    tuning = ("--steps", 2, "--batch-size", 2, "--no-bf16")
+    run(emloc, "train", tmp_path / "emulator", "--data", rows_file, *tuning, "-o", tmp_path / "adapter")
+    run(emloc, "correct", tmp_path / "adapter", "--base", tiny_model, "-o", tmp_path / "corrected")
+    run(emloc, "merge", tmp_path / "corrected", "--base", tiny_model, "-o", tmp_path / "merged")
+    exact = ("--steps", 1, "--batch-size", 2, "--no-bf16", "--exact")
+    run(emloc, "train", tmp_path / "emulator", "--data", rows_file, *exact, "-o", tmp_path / "streamed")
+
+
+def test_without_its_plugin_an_emulator_says_what_is_missing(emloc, tiny_model, rows_file, tmp_path):
+    plugin_manager().register(eight_bits, "eight_bits")
+    try:
+        common = ("--data", rows_file, "--selection", 2, "--kind", "8-bit", "--calibration", "none")
+        run(emloc, "compress", tiny_model, *common, "-o", tmp_path / "emulator")
+    finally:
+        plugin_manager().unregister(eight_bits)
+    with pytest.raises(EmlocError, match=r"no '8-bit' among the emulators"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "emulator", dtype="auto")
+
+
+class Coarse(EightBits):
+    """Says that it makes no error."""
+
+    def fit(self, weights, gram, ranks):
+        found = super().fit(weights, gram, ranks)
+        return [Packed(of.parts, of.shape, 0.5) for of in found]
+
+
+class Wide(EightBits):
+    """Stores scales in another dtype than its layer has."""
+
+    def pack(self, fitted, dtype):
+        parts = super().pack(fitted, dtype)
+        return {**parts, "weight_scales": parts["weight_scales"].double()}
+
+
+class Other(EightBits):
+    """Reads another weight than its layer unpacks."""
+
+    class layer(EightBitLinear):  # noqa: N801
+        def forward(self, input):
+            return 1.01 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    ("format", "check", "said"),
+    [
+        (Coarse, "read", "and said to be 0.5000"),
+        (Wide, "stored", "weight_scales is torch.float64"),
+        (Other, "layer", "outputs are not those of the weight that is read"),
+    ],
+)
+def test_a_check_says_what_is_wrong(format, check, said):
+    failed = {result.check: str(result) for result in check_format(format()) if not result.passed}
+    assert said in failed[check]
