@@ -119,13 +119,6 @@ def _finish(
     return result
 
 
-def describe(request: str) -> dict[str, Any]:
-    """Return what a stage would do: ``request`` is JSON."""
-    from emloc_core.stages.perform import prepare
-
-    return prepare(request_from_json(request)).describe()
-
-
 def _planned(stage: str, content: Mapping[str, Any]) -> Iterable[str]:
     """Return lines that say what a stage would do."""
     if stage == "compress":

@@ -14,9 +14,7 @@ from emloc_core.data.limits import Limits
 from emloc_core.data.messages import IMAGE, Message, in_parts
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.system import load_system
-from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
-from emloc_core.files.output import read_manifest
-from emloc_core.plugins.manager import plugin_manager
+from emloc_core.files.checkpoint import open_checkpoint
 
 
 class Conversation:
@@ -167,11 +165,4 @@ def open_conversation(model: str, adapter: Path | None = None, **settings: Any) 
         from emloc_core.adapters.adapter import Adapter
 
         adapter, model = Path(model), Adapter(model).model_name
-    checkpoint = open_checkpoint(model)
-    return Conversation(*load_system(checkpoint.directory, adapter, images=_reads_images(checkpoint)), **settings)
-
-
-def _reads_images(checkpoint: Checkpoint) -> bool:
-    plugin_manager().recall(read_manifest(checkpoint.directory))
-    family = plugin_manager().family_for(checkpoint.config)
-    return family.modality != "text" and any(checkpoint.directory.glob("*processor_config.json"))
+    return Conversation(*load_system(open_checkpoint(model).directory, adapter, images=None), **settings)

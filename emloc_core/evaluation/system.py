@@ -24,7 +24,7 @@ SAMPLES = 6
 _WHOLE, _PART = 0.9, 0.6
 
 
-def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> tuple[Any, Any]:
+def load_system(model: Path, adapter: Path | None, *, images: bool | None = False) -> tuple[Any, Any]:
     """Load a model, its adapter if there is one, and its tokenizer; on the GPU if there is one.
 
     Where the model does not fit the GPU, the layers that do not wait in CPU memory, and are copied when they are used.
@@ -32,7 +32,8 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
     Args:
         model: directory of the model.
         adapter: directory of a PEFT adapter.
-        images: whether there are images: then the model's processor is returned, which contains the tokenizer.
+        images: whether there are images: then the model's processor is returned, which contains the tokenizer. None:
+            it is returned if the model reads images and has one.
 
     Raises:
         EmlocError: the model cannot be loaded, does not fit in memory, does not read images or has no processor though
@@ -49,6 +50,8 @@ def load_system(model: Path, adapter: Path | None, *, images: bool = False) -> t
     checkpoint = Checkpoint(model)
     plugin_manager().recall(read_manifest(model))
     family = plugin_manager().family_for(checkpoint.config)
+    if images is None:
+        images = family.modality != "text" and any(model.glob("*processor_config.json"))
     if images and family.modality == "text":
         raise EmlocError(f"A task shows images, and models of the family {family.name} read text only.",
                          code="mismatch")  # fmt: skip

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,9 @@ from emloc_core.memory.workload import Workload, make_workload
 from emloc_core.requests import CompressRequest
 from emloc_core.settings import AUTO, CompressSettings, TrainSettings
 from emloc_core.units import human_bytes
+
+if TYPE_CHECKING:
+    from emloc_core.emulator.compress import Compress
 
 _STEPS = {
     ORDINARY: "train an ordinary LoRA on the model",
@@ -228,6 +232,13 @@ def fitted(request: CompressRequest) -> CompressRequest:
         click.echo(f"warning: {warning}", err=True)
     settings, tuning = sized(request.settings, way), shaped(request.tuning, way)
     return request.model_copy(update={"memory": None, "headroom": None, "settings": settings, "tuning": tuning})
+
+
+def prepare(request: CompressRequest) -> "Compress":
+    """Return the job of a request, with the emulator that is decided on where it has a memory."""
+    from emloc_core.emulator.compress import Compress
+
+    return Compress(fitted(request))
 
 
 def _told(decision: Decision, chosen: Way) -> Iterator[str]:

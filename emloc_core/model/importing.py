@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from emloc_core.errors import EmlocError, first_line
+from emloc_core.family import Family
 from emloc_core.files.checkpoint import INDEX, SINGLE, open_checkpoint
 from emloc_core.files.documents import write_json
 from emloc_core.files.header import TensorInfo, read_header
@@ -62,6 +63,7 @@ class Import:
         self.config = self.layout.config(source.config, source.directory)
         self._files = self.layout.files(source.config, source.directory)
         self._places = {key: self._place(tensor) for key, tensor in source.tensors.items()}
+        self.family: Family = plugin_manager().family_for(self.config)
         self._require_model()
 
     @cached_property
@@ -73,8 +75,8 @@ class Import:
             "files": files.hash(source.side_files()),
             "layout": self.layout.name,
         }
-        family = plugin_manager().family_for(self.config)
-        return Output(self._path, "checkpoint", request, inputs={"source": source.name}, files=files, family=family)
+        named = {"source": source.name}
+        return Output(self._path, "checkpoint", request, inputs=named, files=files, family=self.family)
 
     def describe(self) -> dict[str, Any]:
         """Return what would be written."""
@@ -119,7 +121,7 @@ class Import:
     def _require_model(self) -> None:
         """Require exactly the native model's tensors, in their shapes."""
         remedy = "Check that the checkpoint is complete and that its config.json belongs to it."
-        shapes, tied = native_tensors(self.config)
+        shapes, tied = native_tensors(self.config, self.family)
         taken: dict[str, str] = {}
         for key, place in self._places.items():
             where = f"{key} in {self.source.tensors[key].shard}"
@@ -208,16 +210,16 @@ class Import:
                 write_json(staging / name, content)
 
 
-def native_tensors(config: Mapping[str, Any]) -> tuple[dict[str, Shape], dict[str, str]]:
+def native_tensors(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Shape], dict[str, str]]:
     """Return the shapes of all tensors of a config's model by name, and which are tied to which.
 
     Args:
         config: the content of a ``config.json``.
+        family: its declaration.
 
     Raises:
-        EmlocError: no family declares the model type, or transformers rejects the config.
+        EmlocError: transformers rejects the config.
     """
-    family = plugin_manager().family_for(config)
     try:
         model = build_model(make_config(deepcopy(dict(config))), family, torch.float32)  # it edits them
     except Exception as error:  # transformers' checks of a config raise exceptions of any type

@@ -32,7 +32,7 @@ from emloc_core.recipe.stages import (
 from emloc_core.stages.progress import ProgressEvent
 
 #: Functions that run and describe a stage in its own process.
-PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.cli.stage:describe"
+PERFORM, DESCRIBE = "emloc_core.cli.stage:perform", "emloc_core.stages.perform:describe"
 
 #: Keeps the stages from showing what they do.
 _QUIET = {"EMLOC_VERBOSITY": "quiet"}

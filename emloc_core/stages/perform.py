@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
-from emloc_core.requests import CompressRequest, Request
+from emloc_core.requests import Request, request_from_json
 from emloc_core.stages.precheck import precheck
 from emloc_core.stages.result import Result
 
 #: The module of each stage, whose ``prepare`` turns a request into a job. Imported on demand: stages need torch.
 _MODULES = {
     "import": "emloc_core.model.importing",
-    "compress": "emloc_core.emulator.compress",
+    "compress": "emloc_core.memory.decision",
     "train": "emloc_core.tuning.exact",
     "correct": "emloc_core.adapters.correct",
     "polish": "emloc_core.tuning.exact",
@@ -57,12 +57,13 @@ def prepare(request: Request) -> Job:
         EmlocError: the request cannot be met; nothing has been written.
     """
     precheck(request)
-    if isinstance(request, CompressRequest):
-        from emloc_core.memory.decision import fitted
-
-        request = fitted(request)
     job: Job = import_module(_MODULES[request.stage]).prepare(request)
     return job
+
+
+def describe(request: str) -> dict[str, Any]:
+    """Return what the stage of a request, which is JSON, would do."""
+    return prepare(request_from_json(request)).describe()
 
 
 def warnings_of(job: Job) -> list[str]:
