@@ -14,6 +14,7 @@ from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.unread import unread_features
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.model.blocks import block_paths
+from emloc_core.standins.experts import factor_names
 from emloc_core.standins.low_rank import LowRank, LowRankLinear
 
 #: Largest difference of activations and of logits, relative to the largest of them. In fp32, families in the tree are
@@ -130,6 +131,13 @@ def deviation(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.detach() - expected.detach()).abs().max()) / scale if scale else float(actual.abs().max())
 
 
+def _full(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return U and V of full rank whose products are a stack of matrices, (E, m, n)."""
+    m, n = stack.shape[1:]
+    identity = torch.eye(min(m, n)).expand(len(stack), -1, -1)
+    return (identity, stack) if m <= n else (stack, identity)
+
+
 @check(taps)
 def outputs(subject: TinyModel) -> None:
     """The model reads every output feature of each Linear."""
@@ -176,7 +184,9 @@ def full_rank(subject: TinyModel) -> str:
     factors = subject.decomposed.factors
     model = copy.deepcopy(subject.whole)
     biases = {path: model.get_submodule(path).bias for path in factors}
-    LowRank().replace(model, {path: found.u.shape[1] for path, found in factors.items()})
+    stacks = {each.path: _full(model.get_parameter(each.path)) for each in subject.plan.experts if each.reason is None}
+    ranks = {path: found.u.shape[1] for path, found in factors.items()}
+    LowRank().replace(model, {**ranks, **{path: u.shape[-1] for path, (u, _) in stacks.items()}})
     with torch.no_grad():
         for path, found in factors.items():
             layer = model.get_submodule(path)
@@ -185,6 +195,9 @@ def full_rank(subject: TinyModel) -> str:
             layer.V.copy_(found.v)
             if layer.bias is not None:
                 layer.bias.copy_(biases[path])
+        for path, found in stacks.items():
+            for name, factor in zip(factor_names(path), found, strict=True):
+                model.get_parameter(name).copy_(factor)
     try:
         actual = [logits(model, sample) for sample in subject.samples]
     except (RuntimeError, AttributeError) as error:

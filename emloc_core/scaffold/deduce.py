@@ -61,7 +61,7 @@ def towers(seen: Observation, idle: Mapping[str, str], notes: list[str]) -> list
             notes.append(f"Check: {told} of {stack.path} gets no LoRA by default: {why}.")
         ends = list(dict.fromkeys(target for target in targets.values() if target))
         plain = not left_out and all("." not in end for end in ends)
-        found.append(Tower(name, stack.path, stack.groups, None if plain else ends))
+        found.append(Tower(name, stack.path, stack.groups, None if plain else ends, stack.experts or ()))
     return found
 
 

@@ -12,11 +12,13 @@ class Stack:
         path: of the list.
         groups: paths of Linears within a block; those of one group read the same input. In order of execution.
         dense: paths within a block of what cannot be compressed, each with the reason.
+        experts: paths within a block of fused experts of a known layout.
     """
 
     path: str
     groups: list[list[str]] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
+    experts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class Block:
         order: paths of its Linears, in order of execution.
         alike: pairs of these that read the same input.
         dense: paths within it of what cannot be compressed, each with the reason.
+        experts: paths within it of fused experts of a known layout.
     """
 
     order: Sequence[str]
     alike: frozenset[frozenset[str]]
     dense: Mapping[str, str]
+    experts: Sequence[str] = ()
 
 
 def merged(path: str, blocks: Sequence[Block]) -> Stack:
@@ -44,6 +48,8 @@ def merged(path: str, blocks: Sequence[Block]) -> Stack:
     stack = Stack(path)
     for block in blocks:
         stack.dense |= block.dense
+    known = dict.fromkeys(name for block in blocks for name in block.experts)
+    stack.experts = [name for name in known if not is_within(name, stack.dense)]
     orders = [[name for name in block.order if not is_within(name, stack.dense)] for block in blocks]
     for name in dict.fromkeys(name for order in orders for name in order):
         group = next((found for found in stack.groups if all(_share(name, other, blocks) for other in found)), None)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from emloc_core.errors import EmlocError, typed_line
+from emloc_core.standins.experts import computes_as_experts
 from emloc_core.model.weight_reads import read_without_call
 from emloc_core.scaffold.merge import Block, is_within, merged
 
@@ -78,6 +79,7 @@ class Observation:
         self._order: list[str] = []
         self._inputs: dict[str, torch.Tensor] = {}
         self._odd: set[str] = set()
+        self._known_experts: set[str] = set()
         self._read = read_without_call(model)
         with self._watching(), torch.no_grad():
             try:
@@ -131,8 +133,17 @@ class Observation:
 
             return hook
 
+        def experts(path: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                known = computes_as_experts(module, args, output)
+                (self._known_experts.add if known and self.calls[path] == 1 else self._known_experts.discard)(path)
+
+            return hook
+
         with ExitStack() as stack:
             for path, module in self.model.named_modules():
+                if _stacked(module):
+                    stack.callback(module.register_forward_hook(experts(path)).remove)
                 stack.callback(module.register_forward_pre_hook(enter(path)).remove)
                 if isinstance(module, nn.Linear):
                     stack.callback(module.register_forward_hook(leave(path)).remove)
@@ -159,7 +170,8 @@ class Observation:
         order = [name for name in self._called_in(at) if not is_within(name, dense)]
         inputs = {name: self._inputs[f"{at}.{name}"] for name in order}
         alike = (frozenset(pair) for pair in combinations(order, 2) if _equal(*(inputs[name] for name in pair)))
-        return Block(order, frozenset(alike), dense)
+        known = [name for name, _ in _experts(block) if f"{at}.{name}" in self._known_experts]
+        return Block(order, frozenset(alike), dense, known)
 
     def _called_in(self, block: str) -> list[str]:
         """Return the Linears of a block in order of execution, as paths within it."""
@@ -173,6 +185,8 @@ class Observation:
         for name, module in block.named_modules():
             path = f"{at}.{name}"
             if is_within(name, dense):
+                continue
+            if path in self._known_experts:
                 continue
             if name in experts:
                 dense[name] = LISTED if isinstance(module, nn.ModuleList) else ROUTED
@@ -225,8 +239,14 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _experts(block: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield what holds experts in a block, and how many: fused weights of three dimensions, or a list of modules."""
     for name, module in block.named_modules():
-        fused = [p for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1]
-        if fused and not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-            yield name, fused[0].shape[0]
+        if stacked := _stacked(module):
+            yield name, stacked[0].shape[0]
         elif isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules()):
             yield name, len(module)
+
+
+def _stacked(module: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of three dimensions that a module multiplies by."""
+    convolves = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
+    own = () if convolves else module.parameters(recurse=False)
+    return [weight for weight in own if weight.ndim == 3 and min(weight.shape) > 1]

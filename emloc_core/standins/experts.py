@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from emloc_core.compat.transformers import gated, grouped_product
 from emloc_core.errors import EmlocError
@@ -50,6 +51,27 @@ def experts_per_token(config: Any) -> int:
 def width(experts: nn.Module) -> int:
     """Return how many numbers go into and out of the matrices of one expert, factors included."""
     return sum(sum(parameter.shape[1:]) for parameter in experts.parameters() if parameter.ndim == 3)
+
+
+def computes_as_experts(module: Any, args: tuple[Any, ...], output: Any) -> bool:
+    """Return whether what a module computed is what experts compute that can be factorised.
+
+    Args:
+        module: with weights.
+        args: of its call: hidden states (tokens, n), indices of experts (tokens, top), their weights (tokens, top).
+        output: of that call.
+    """
+    try:
+        up, down = (getattr(module, name) for name in stacks(module))
+        hidden, index, weights = args
+        wanted = torch.zeros_like(output)
+        for expert in index.unique().tolist():
+            token, place = torch.where(index == expert)
+            inner = activate(module, linear(hidden[token], up[expert]))
+            wanted.index_add_(0, token, linear(inner, down[expert]) * weights[token, place, None])
+    except Exception:  # an unknown module, which may lack anything
+        return False
+    return bool(torch.allclose(output, wanted, rtol=1e-4, atol=1e-5))
 
 
 def activate(experts: Any, up: torch.Tensor) -> torch.Tensor:

@@ -142,7 +142,7 @@ def test_families_in_the_tree_are_found_again(save, model_type):
     known = plugin_manager().family_for(config)
     with plugin_manager().declaring(declared(draft)):
         found = plugin_manager().family_for(config)
-    experts = any("experts" in name for name in found.keep_dense)
+    experts = any(tower.experts for tower in found.towers)
     expected = {
         blocks: [group for group in listed if not (experts and group[0].startswith("mlp."))]  # all layers have experts
         for blocks, listed in groups(known).items()
@@ -169,11 +169,11 @@ def test_mergers_between_the_blocks_of_a_tower_are_no_tower(save):
     assert [result.check for result in check_family(declared(draft)) if not result.passed] == []
 
 
-def test_experts_stay_dense_and_get_no_lora(save):
+def test_fused_experts_of_a_known_layout_are_compressed_and_get_no_lora(save):
     """PEFT takes the names of MLPs for those of experts, in some model types."""
     draft = scaffold(save("deepseek_v3"))
     (tower,) = draft.family.towers
-    assert draft.family.keep_dense["model.layers.*.mlp.experts"] == ROUTED
+    assert tower.experts == ["mlp.experts"]
     assert ["mlp.gate_proj", "mlp.up_proj"] in tower.input_groups  # of the layers without experts
     assert ["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"] in tower.input_groups
     assert "o_proj" in tower.lora_targets
