@@ -195,8 +195,8 @@ def full_rank(subject: TinyModel) -> str:
             layer.V.copy_(found.v)
             if layer.bias is not None:
                 layer.bias.copy_(biases[path])
-        for path, found in stacks.items():
-            for name, factor in zip(factor_names(path), found, strict=True):
+        for path, pair in stacks.items():
+            for name, factor in zip(factor_names(path), pair, strict=True):
                 model.get_parameter(name).copy_(factor)
     try:
         actual = [logits(model, sample) for sample in subject.samples]

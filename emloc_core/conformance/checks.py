@@ -20,6 +20,7 @@ EACH = (
     activations.outputs,
     activations.statistics,
     activations.full_rank,
+    stages.packed,
     stages.trains,
     stages.adapter_keys,
     stages.correction,

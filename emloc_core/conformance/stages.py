@@ -9,10 +9,12 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.conformance.activations import statistics
+from emloc_core.conformance.activations import TOLERANCE, deviation, statistics
 from emloc_core.conformance.check import check, require
+from emloc_core.conformance.forward import logits
 from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.tuning import STEPS
+from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_object
 from emloc_core.files.lora import WEIGHTS
 from emloc_core.files.output import MANIFEST
@@ -20,8 +22,29 @@ from emloc_core.files.pretrained import load_lora
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 
+#: A kind of emulator whose weights no code but its own layers' can read.
+PACKED = "low-rank-nf4"
 #: As far as two roads to one fp32 weight or activation may lie apart: relative to the largest number, and absolute.
 RELATIVE, ABSOLUTE = 1e-5, 1e-6
+
+
+@check(statistics)
+def packed(subject: TinyModel) -> str | None:
+    """An emulator of packed weights answers as it does with these weights unpacked."""
+    try:
+        directory = subject.emulator_of(PACKED)
+    except EmlocError as error:
+        return f"There is no emulator of the kind {PACKED}: {error.args[0]}"
+    model = subject.load(directory)
+    answers = [logits(model, sample) for sample in subject.samples]
+    model = model.dequantize()
+    apart = [deviation(answer, logits(model, sample)) for answer, sample in zip(answers, subject.samples, strict=True)]
+    require(
+        [f"unpacked, the emulator answers otherwise, by {value:.1e} of the largest logit" for value in apart
+         if not value <= TOLERANCE],
+        "Some module uses the weight of a Linear, or its dtype, without calling it: list that Linear in keep_dense.",
+    )  # fmt: skip
+    return None
 
 
 @check(statistics)

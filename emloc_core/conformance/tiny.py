@@ -149,14 +149,18 @@ class TinyModel(Subject):
     @cached_property
     def emulator(self) -> Path:
         """The emulator, from the samples with images too."""
-        ratios = format_named(self.kind).ratios
+        return self.emulator_of(self.kind)
+
+    def emulator_of(self, kind: str) -> Path:
+        """Make an emulator of any kind."""
+        ratios = format_named(kind).ratios
         size = {"ratio": min(RATIO, ratios.largest)} if ratios else {}
         request = CompressRequest(
             model=str(self.base.directory),
             data=text_rows(self.samples),
-            output=self.directory / "emulator",
+            output=self.directory / f"emulator-{kind}",
             device="cpu",
-            settings=CompressSettings(kind=self.kind, samples=1, selection=0, **size),
+            settings=CompressSettings(kind=kind, samples=1, selection=0, **size),
         )
         stage = Compress(request)
         stage.samples = list(self.samples)

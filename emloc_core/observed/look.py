@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def declaration(content: Mapping[str, Any]) -> Family:
     began = time.perf_counter()
     draft = _draft(content)
     _require_checks(draft)
-    record = to_record(draft.family, content, _found(draft.family))
+    record = to_record(draft.family, content, _found(draft))
     took = human_seconds(time.perf_counter() - began)
     _LOGGER.warning("No plugin declares %r; observed: %s, %s.", content["model_type"], record["found"], took)
     kept.add(record)
@@ -70,7 +71,8 @@ def _require_checks(draft: "Draft") -> None:
 
     (tiny,) = draft.family.tiny_configs
     with TemporaryDirectory(prefix="emloc-observed-") as directory:
-        subject = TinyModel(draft.family, tiny, "tiny", Path(directory) / "tiny")
+        family = replace(draft.family, modality="text") if draft.text_only else draft.family
+        subject = TinyModel(family, tiny, "tiny", Path(directory) / "tiny")
         for check in EACH:
             result = check.on(subject)
             if not result.passed:
@@ -90,11 +92,12 @@ def _needs_a_plugin(content: Mapping[str, Any], reason: str) -> EmlocError:
     )
 
 
-def _found(family: Family) -> str:
+def _found(draft: "Draft") -> str:
     """Say what was seen: ``7 Linears in 4 input groups per block``, for every tower."""
-    parts = []
+    family, parts = draft.family, []
     for tower in family.towers:
         linears = sum(map(len, tower.input_groups))
         where = "per block" if len(family.towers) == 1 else f"per block of {tower.blocks}"
         parts.append(f"{linears} Linears in {len(tower.input_groups)} input groups {where}")
-    return f"{'; '.join(parts)}, all checks passed"
+    told = " on text alone, since no image could be made up from the config" if draft.text_only else ""
+    return f"{'; '.join(parts)}, all checks passed{told}"

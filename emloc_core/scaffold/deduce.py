@@ -160,7 +160,7 @@ def doubts(seen: Observation) -> Iterator[str]:
         if any(word in path for word in _OTHER_ROWS):
             yield f"Check: {path} is kept dense: rows of text and images do not reach it."
             continue
-        yield f"Edit: the forward that was observed did not reach {path}: declare it as a tower to have it compressed."
+        yield f"More: the forward that was observed did not reach {path}: declare it as a tower to have it compressed."
     lists = [stack.path for stack in seen.stacks]
     for unit in units(seen.model, lists):
         if seen.calls[unit] > 1 and unit.rpartition(".")[0] in lists:

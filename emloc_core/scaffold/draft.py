@@ -18,8 +18,9 @@ class Draft:
     Attributes:
         family: the declaration.
         summary: sentences about the model that it was observed on.
-        notes: what the observation could not decide: each begins with ``Check`` (look whether it is right) or
-            ``Edit`` (the conformance kit will not accept it as it is).
+        notes: what a person may want to know: each begins with ``Note``, ``Check`` (look whether it is right), ``More``
+            (what would compress more of the model), or ``Edit`` (the conformance kit will not accept it as it is).
+        text_only: whether the model takes images, and none could be made up for it.
         inputs: source of the body of the family's ``tiny_inputs``, where it has any.
     """
 
@@ -27,6 +28,7 @@ class Draft:
     summary: str
     notes: list[str] = field(default_factory=list)
     inputs: Sequence[str] = ()
+    text_only: bool = False
 
     @property
     def source(self) -> str:

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from emloc_core.errors import EmlocError, typed_line
-from emloc_core.standins.experts import computes_as_experts
 from emloc_core.model.weight_reads import read_without_call
 from emloc_core.scaffold.merge import Block, is_within, merged
+from emloc_core.standins.experts import computes_as_experts
 
 ROUTED = "each expert sees only the tokens that are routed to it"
 ROUTER = "routes tokens to experts"

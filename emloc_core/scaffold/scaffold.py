@@ -19,6 +19,7 @@ from emloc_core.conformance.conditions import under_test
 from emloc_core.conformance.inputs import as_sample, tiny_samples
 from emloc_core.conformance.tiny import random_model
 from emloc_core.data.tokenize import Sample
+from emloc_core.emulator.coverage import undeclared
 from emloc_core.emulator.declared import find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
@@ -124,7 +125,7 @@ class _Scaffold:
                 continue
             if failures and name == "text":
                 self.notes.append(
-                    f"Edit: no image could be made up that the tiny model takes ({'; '.join(failures)}). Declare "
+                    f"More: no image could be made up that the tiny model takes ({'; '.join(failures)}). Declare "
                     "tiny_inputs, and the towers that text does not reach."
                 )
             return name, probe, seen
@@ -157,7 +158,9 @@ class _Scaffold:
         )
         if not self.alone:
             family = deduce.with_nested(family, self.config)
-        return Draft(family, self._summary(family), [*notes, *deduce.doubts(self.seen)], self.probe.source)
+        summary = self._summary(family, notes)
+        text_only = family.modality != "text" and self.given == "text"
+        return Draft(family, summary, [*notes, *deduce.doubts(self.seen)], self.probe.source, text_only)
 
     def _without_lora(self) -> dict[str, str]:
         """Return the Linears that a LoRA would be for nothing on -> why."""
@@ -174,15 +177,18 @@ class _Scaffold:
             if self.type in other.model_types:
                 yield f"Check: the family {other.name!r} declares {self.type} already; beside it this one is refused."
 
-    def _summary(self, family: Family) -> str:
-        """Say what the declaration covers, of the model that was asked for.
+    def _summary(self, family: Family, notes: list[str]) -> str:
+        """Say what the declaration covers, of the model that was asked for; note what it lacks.
 
         Raises:
             EmlocError: it does not fit that model.
         """
         with plugin_manager().declaring(family):
             resolved = plugin_manager().family_for(self.config.to_dict())
-        linears = find_linears(self.model, resolved).candidates
+        plan = find_linears(self.model, resolved)
+        if left := undeclared(self.model, resolved, plan.planned):
+            notes.append(f"Edit: {left[0]} ({len(left)} in all) is in no group: the tiny model has no such block.")
+        linears = plan.candidates
         blocks = {linear.block for linear in linears}
         held = sum(linear.out_features * linear.in_features for linear in linears)
         return (
