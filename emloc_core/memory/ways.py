@@ -1,10 +1,11 @@
 """The ways to tune a model within a memory: what each needs, reads and computes per optimiser step.
 
 Every way takes the same rows per step. If the batch does not fit, or leaves room only for a small emulator, gradients
-are accumulated one row at a time instead: activations take less memory, and the result is the same.
+are accumulated over micro-batches instead, of as many rows as fit: activations take less memory, and the result is the
+same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -115,10 +116,8 @@ def ways(
     forward, weights = sequences * arithmetic.forward(model), model.nbytes
     passes = 3 if model.workload.train.gradient_checkpointing else 2  # forward, perhaps once more, and backward
     exact = stages.exact(model).total if model.workload.train.can_be_exact else 0
-    one_row = model
-    if model.workload.batch_size > 1:
-        one_row = model.with_workload(model.workload.one_row_at_a_time())
-    sizes = [model] if one_row is model else [model, one_row]
+    workload = model.workload
+    sizes = [model, *(model.with_workload(workload.at_once(rows)) for rows in workload.micro_batches)]
 
     def way(name: str, of: MemoryModel, need: int, **other: Any) -> Way:
         known = {"flops": float(rows * passes * forward), "read_bytes": 0, **other}
@@ -126,11 +125,8 @@ def ways(
         return Way(name, of, need, need <= budget, seconds=seconds, **known)
 
     def ordinary() -> Way:
-        for of in sizes:
-            found = way(ORDINARY, of, of.tuning().total)
-            if found.fits:
-                break
-        return found
+        of = _most_rows(sizes, lambda of: of.tuning().total <= budget)
+        return way(ORDINARY, of, of.tuning().total)
 
     def emulator(kind: str) -> Way:
         of_kind = sizes if kind == model.format.name else [each.with_kind(kind) for each in sizes]
@@ -157,7 +153,7 @@ def ways(
         if found[-1].fits:
             break
     if exact:
-        found.append(way(EXACT, one_row, exact, read_bytes=2 * weights, flops=float(rows * 3 * forward)))
+        found.append(way(EXACT, sizes[-1], exact, read_bytes=2 * weights, flops=float(rows * 3 * forward)))
     return found
 
 
@@ -167,19 +163,44 @@ def _sized(
     """Return how the largest emulator that fits is tuned, its ratio, and what that needs; of the smallest if none fits.
 
     Args:
-        sizes: the batch at once, and one row at a time, which is taken where that leaves more room.
+        sizes: the batch at once, and smaller micro-batches, which are taken where they leave more room.
         budget: bytes that may be used.
         ratio: the emulator's, instead of the largest.
     """
+
+    def need(of: MemoryModel, at: float | None) -> int:
+        return of.tuning(of.plan(at)).total
+
     if ratio is not None:
-        needs = [(of, ratio, of.tuning(of.plan(ratio)).total) for of in sizes]
-        return next((each for each in needs if each[2] <= budget), needs[-1])
-    model, fit = sizes[0], largest_ratio(sizes[0], budget)
-    if len(sizes) > 1 and (fit is None or (fit.ratio is not None and fit.ratio < _ENOUGH)):
-        smaller = largest_ratio(sizes[1], budget)
-        if smaller and (fit is None or (smaller.ratio or 0) > (fit.ratio or 0)):
-            model, fit = sizes[1], smaller
-    if fit:
-        return model, fit.ratio, fit.need.total
-    model = sizes[-1]
-    return model, model.smallest_ratio, model.tuning(model.plan(model.smallest_ratio)).total
+        of = _most_rows(sizes, lambda of: need(of, ratio) <= budget)
+        return of, ratio, need(of, ratio)
+
+    def largest(of: MemoryModel) -> float:
+        """Return the largest ratio that fits, 1 where there is but one size, and 0 where nothing fits."""
+        fit = largest_ratio(of, budget)
+        return 0.0 if fit is None else 1.0 if fit.ratio is None else fit.ratio
+
+    ratios = sizes[0].format.ratios
+    enough = min(_ENOUGH, ratios.largest) if ratios else 1.0
+    of = _most_rows(sizes, lambda of: largest(of) >= enough)
+    of = max(sizes[0], of, key=largest)  # the first of equal ones
+    found = largest(of) if ratios else None
+    if not largest(of):
+        of, found = sizes[-1], sizes[-1].smallest_ratio
+    return of, found, need(of, found)
+
+
+def _most_rows(sizes: Sequence[MemoryModel], fits: Callable[[MemoryModel], bool]) -> MemoryModel:
+    """Return the largest micro-batch that fits, or the smallest of all if none does.
+
+    Args:
+        sizes: from the largest to the smallest; what fits one, fits those after it.
+        fits: whether one does; it takes seconds, so those between are asked only if the smallest does.
+    """
+    first, *others = sizes
+    if not others or fits(first):
+        return first
+    *between, least = others
+    if not fits(least):
+        return least
+    return next((of for of in between if fits(of)), least)

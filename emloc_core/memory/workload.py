@@ -58,10 +58,20 @@ class Workload:
         """Kinds of emulator, the best for such rows first."""
         return RECOMMENDED_WITH_IMAGES if self.images else RECOMMENDED
 
-    def one_row_at_a_time(self) -> "Workload":
-        """Return it with as many rows per step, whose gradients are accumulated one by one."""
-        train = self.train.model_copy(update={"batch_size": 1, "accumulation": self.rows_per_step})
-        return replace(self, batch_size=1, train=train)
+    @property
+    def micro_batches(self) -> list[int]:
+        """Fewer rows at once that a step can be taken in, the most first: half of the batch, a quarter, and so on.
+
+        KTO compares the rows of a micro-batch, so it needs two.
+        """
+        halves = [self.batch_size >> times for times in range(1, self.batch_size.bit_length())]
+        least = 2 if self.train.objective == "kto" else 1
+        return [rows for rows in halves if rows >= least and self.rows_per_step % rows == 0]
+
+    def at_once(self, rows: int) -> "Workload":
+        """Return it with as many rows per step, whose gradients are accumulated over micro-batches of so many rows."""
+        train = self.train.model_copy(update={"batch_size": rows, "accumulation": self.rows_per_step // rows})
+        return replace(self, batch_size=rows, train=train)
 
 
 def make_workload(
@@ -75,6 +85,7 @@ def make_workload(
     data: Rows | None = None,
     split: str = "train",
     columns: Mapping[str, str] = _USUAL,
+    skip_bad_rows: bool = False,
 ) -> Workload:
     """Return the workload to plan for.
 
@@ -89,6 +100,7 @@ def make_workload(
         data: rows; the longest sets the length, and the row with most pixels the images.
         split: split of a saved or hub dataset.
         columns: names that the data have for columns, by the usual names.
+        skip_bad_rows: leave out rows that cannot be read.
 
     Raises:
         EmlocError: there is no tokenizer, or it cannot handle a row.
@@ -101,7 +113,7 @@ def make_workload(
     if data is not None:
         from emloc_core.data.tokenize import load_processing, tokenized
 
-        rows = load_rows(data, split, columns=columns)
+        rows = load_rows(data, split, columns=columns, skipped=[] if skip_bad_rows else None)
         processing = load_processing(config_file.parent, family, rows)
         answers = [row for each in rows for row in (each.answers() if train.learns_preferences else (each,))]
         length, counted, largest = _measure(tokenized(answers, processing, length, limits), config)
