@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import (
     EarlyStoppingCallback,
@@ -18,11 +19,12 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_callback import TrainerState
-from trl import DPOTrainer, KTOTrainer, SFTTrainer
+from trl import DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 
 from emloc_core.compat.trl import counted_tokens_alone
 from emloc_core.errors import EmlocError
 from emloc_core.tuning.evaluation import BASE_LOSS, BaseLoss
+from emloc_core.tuning.preferences import with_mismatched
 
 SETTINGS = "The training settings do not work"
 DIVERGED = "Lower the learning rate, or train without bf16."
@@ -138,9 +140,17 @@ class LoraTrainer(LoraSteps, SFTTrainer):
 class PreferenceTrainer(LoraSteps, DPOTrainer):
     """TRL's trainer for preferences, for a LoRA; the reference is the model with the LoRA switched off."""
 
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        """Return the dataset as it is: tokenized."""
+        return dataset
+
 
 class LabelTrainer(LoraSteps, KTOTrainer):
     """TRL's trainer for answers that are wanted or not, for a LoRA; with the same reference."""
+
+    def _prepare_dataset(self, dataset: Dataset, _processing: Any, args: KTOConfig, _name: str) -> Dataset:
+        """Return the dataset, which is tokenized, with what the distance to the reference is estimated from."""
+        return with_mismatched(dataset, args.per_device_train_batch_size) if self.calculate_KL else dataset
 
 
 #: By objective.

@@ -1,5 +1,6 @@
 """Samples hold exactly the tokens that TRL would train on, and rows that cannot be used are named."""
 
+import copy
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -7,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.models import CHAT_TEMPLATE
 from support.rows import example_rows
 from tokenizers import normalizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from emloc_core.data.chat_template import encode_conversation, encode_conversations
 from emloc_core.data.limits import Limits
 from emloc_core.data.rows import Row, load_rows
 from emloc_core.data.tokenize import Sample, encode, load_tokenizer
@@ -305,3 +310,21 @@ def test_rows_are_tokenized_together_as_each_by_itself(tokenizer):
     )
     with pytest.raises(EmlocError, match=r"Row 301: .*rejects it \(no tools\)"):
         encode([*several, refused], tokenizer)
+
+
+PIECES = st.sampled_from(["a", "b", " ", ".", "<", "<user>", "<assistant>", "</s>", "<s>"])
+ASKED = st.lists(st.lists(PIECES, min_size=1, max_size=8).map("".join), min_size=2, max_size=4)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns=ASKED, greeting=st.sampled_from(["", "<assistant>", "<assistant> so: ", "so: "]))
+def test_answers_start_where_whole_prompts_end(tokenizer, turns, greeting):
+    """As TRL finds it, which tokenizes the whole prompt once more; also where rows hold special tokens."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
+    rows = [Row(1, prompt=messages[:-1], completion=[{"role": "assistant", "content": messages[-1]["content"]}])]
+    other = copy.copy(tokenizer)
+    other.chat_template = CHAT_TEMPLATE.replace("<assistant>", greeting)
+    (found,) = encode_conversations(rows, other)
+    ids, mask = encode_conversation(rows[0], other)
+    assert found == (ids, mask)
