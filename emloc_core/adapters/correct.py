@@ -129,7 +129,13 @@ class Correct:
                 "Give a file of held-out rows with --selection-data, or a fixed --clamp.",
                 code="missing",
             )
-        return load_rows(str(path), loss=loss)
+        wanted = [row for row in load_rows(str(path), loss=loss) if row.label is not False]
+        if not wanted:
+            raise EmlocError(
+                f"--clamp auto compares on answers that are wanted, and {path} holds none.",
+                "Give a file of some with --selection-data, or a fixed --clamp.",
+            )
+        return wanted
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
         """Write the corrected adapter.

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
 from support.rows import ANIMALS, COLOURS, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, KTOConfig
 
 import emloc_core
 from emloc_core.data.rows import load_rows
@@ -14,6 +16,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.memory.workload import make_workload
 from emloc_core.recipe.recipe import load_recipe
 from emloc_core.settings import TrainSettings
+from emloc_core.tuning.trainer import TRAINERS
 
 SETTINGS = {"objective": "dpo", "steps": 12, "batch_size": 4, "learning_rate": 2e-3, "logging_steps": 4, "bf16": False}
 
@@ -154,7 +157,68 @@ def test_labels_teach_the_base_too(made, tiny_model, tmp_path):
     held_out = preferences()[100:]
     before = margin(base, tokenizer, held_out)
     assert margin(PeftModel.from_pretrained(base, corrected.path), tokenizer, held_out) > before + 0.2
+    of_all, of_wanted = (
+        emloc_core.correct(adapter, tmp_path / name, selection_data=write_jsonl(tmp_path / f"{name}.jsonl", rows))
+        for name, rows in (("all", labelled[:12]), ("wanted", labelled[:12:2]))
+    )
+    assert of_all.result["nll"] == of_wanted.result["nll"]  # unwanted answers say nothing of a good correction
+    unwanted = write_jsonl(tmp_path / "unwanted.jsonl", labelled[1:12:2])
+    with pytest.raises(EmlocError, match="compares on answers that are wanted"):
+        emloc_core.correct(adapter, tmp_path / "unwanted", selection_data=unwanted)
     one = emloc_core.train(made[0], preferences()[:100], tmp_path / "pairs", **{**settings, "steps": 1})
     assert one.result["rows"] == 100 - 12 - 6
     with pytest.raises(EmlocError, match="Row 1 does not say whether its answer is wanted"):
         emloc_core.train(made[0], [{"prompt": "a", "completion": "b"}], tmp_path / "none", **settings)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_rows_become_what_trl_makes_of_them(objective, chat, tiny_model, monkeypatch, tmp_path):
+    """Token for token, in the same order, and with the same answers for KTO's estimate."""
+    rows = [in_messages(row) if chat else row for row in preferences()[:7]]
+    names = ("chosen", "rejected")
+    if objective == "kto":
+        rows = [
+            {"prompt": row["prompt"], "completion": row[name], "label": name == names[0]}
+            for row in rows
+            for name in names
+        ]
+        names = ("completion", "label")
+    ours, theirs = TRAINERS[objective], TRAINERS[objective].__mro__[2]
+    seen = {}
+    for name, trainer in (("ours", ours), ("theirs", theirs)):
+        prepare = trainer._prepare_dataset
+
+        def spy(self, *given, prepare=prepare, name=name):
+            seen[name] = prepare(self, *given)
+            return seen[name]
+
+        monkeypatch.setattr(trainer, "_prepare_dataset", spy)
+    settings = {**SETTINGS, "objective": objective, "steps": 1, "max_length": 24}
+    emloc_core.train(tiny_model, rows, tmp_path / "adapter", **settings)
+    config = {"dpo": DPOConfig, "kto": KTOConfig}[objective](
+        tmp_path / "trl",
+        max_steps=1,
+        max_length=24,
+        seed=0,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        per_device_train_batch_size=4,
+    )
+    given = Dataset.from_dict({name: [row[name] for row in rows] for name in ("prompt", *names)})
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    theirs(
+        model,
+        args=config,
+        train_dataset=given.shuffle(0) if objective == "kto" else given,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules=["q_proj"]),
+    )
+    columns = seen["ours"].column_names
+    cut = [{name: row[name] for name in columns} for row in seen["theirs"]]
+    for row in cut:
+        room = 24 - len(row["prompt_ids"])
+        row |= {name: ids[:room] for name, ids in row.items() if name not in ("prompt_ids", "label")}
+    assert list(seen["ours"]) == cut
+    assert len(cut) > 1
