@@ -121,20 +121,20 @@ def merge(model: MemoryModel) -> Need:
     return Need("merge", terms, "a weight's rows")
 
 
-def exact(model: MemoryModel, rows: int | None = None) -> Need:
-    """Return what exact steps need, one row at a time: see ``step_need``; the LoRA with its optimiser; and torch.
+def exact(model: MemoryModel, rows: int | None = None, at_once: int = 1) -> Need:
+    """Return what exact steps need: see ``step_need``; the LoRA with its optimiser; and torch.
 
     What they keep at block boundaries moves from a GPU to the CPU's memory, where it does not fit.
 
     Args:
         model: the model's memory.
         rows: rows of an optimiser step; None: those of the workload.
+        at_once: rows of a micro-batch.
     """
     rows, device = rows or model.workload.rows_per_step, model.workload.device
     tokens, patches = model.workload.length, model.workload.images * model.image.patches if model.image else 0
-    need = step_need(
-        model.stored, model.family, Positions(rows * tokens, tokens), Positions(rows * patches, patches), model.dtype
-    )
+    text, pictures = (Positions(rows * each, at_once * each) for each in (tokens, patches))
+    need = step_need(model.stored, model.family, text, pictures, model.dtype)
     boundaries = 0 if device == "cuda" else need["boundaries"]
     terms = {
         "weights": need["weights"] + need["unpacked"],

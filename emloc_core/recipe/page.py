@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emloc_core import __version__
 from emloc_core.errors import EmlocError, printable
@@ -25,6 +25,9 @@ from emloc_core.report.pages import environment, publish_page
 from emloc_core.report.table import rows as table_rows
 from emloc_core.report.verdict import verdict
 from emloc_core.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from emloc_core.memory.model import MemoryModel
 
 #: What the stages of a recipe do, by the directories that they write.
 PURPOSES = {
@@ -315,32 +318,59 @@ def _name(given: str) -> str:
 
 
 def _planned(made: Mapping[str, Path], ending: str) -> dict[str, int]:
-    """Return the bytes that the memory plan says for an emulator's stages, where the base's config is still there."""
+    """Return the bytes that the memory plan says for the stages of a LoRA, where the base's config is still there."""
+    from emloc_core.memory import stages as streamed
+
+    emulator, adapter, corrected, polished = (
+        f"{name}{ending}" for name in ("emulator", "adapter", "corrected", "polished")
+    )
+    try:
+        tuned = read_json(made[adapter] / MANIFEST)
+        model = _model(made.get(emulator), made[adapter], tuned)
+        found = {f"merged{ending}": streamed.merge(model).total, "full_lora": model.tuning().total}
+        if polished in made:
+            steps = read_json(made[polished] / MANIFEST)["request"]["settings"]
+            rows = steps["batch_size"]
+            found[polished] = streamed.exact(model, rows * steps["accumulation"], rows).total
+        if emulator not in made:
+            exact = tuned["request"].get("exact", False)
+            rows = model.workload.batch_size
+            need = streamed.exact(model, at_once=rows) if exact else model.tuning()
+            return {**found, adapter: need.total}
+        plan = model.linears.as_made(read_json(made[emulator] / MANIFEST)["result"]["linears"])
+        request = _read(made[corrected] / MANIFEST)["request"] if corrected in made else {}
+        return {
+            **found,
+            emulator: streamed.compress(model, plan).total,
+            adapter: model.tuning(plan, made=True).total,
+            corrected: streamed.correct(model, plan, request.get("clamp")).total,
+        }
+    except (EmlocError, KeyError, StopIteration, TypeError, ValueError, OSError):  # the page is of use without a plan
+        return {}
+
+
+def _model(emulator: Path | None, adapter: Path, tuned: Mapping[str, Any]) -> "MemoryModel":
+    """Return the memory of the base on the rows that were tuned on: the longest, or where there are images, those kept.
+
+    Raises:
+        KeyError, StopIteration, OSError: something is missing.
+    """
     from emloc_core.data.rows import CALIBRATION, SELECTION
     from emloc_core.files.output import made_from
-    from emloc_core.memory import stages as streamed
     from emloc_core.memory.model import MemoryModel
     from emloc_core.memory.workload import make_workload
     from emloc_core.settings import CompressSettings, TrainSettings
 
-    emulator, adapter, corrected = (f"{name}{ending}" for name in ("emulator", "adapter", "corrected"))
-    try:
-        compress, train = (read_json(made[name] / MANIFEST) for name in (emulator, adapter))
-        config = Path(made_from(made[emulator], "base")) / "config.json"
-        settings = TrainSettings(**train["request"]["settings"])
-        kept = (made[emulator] / name for name in (CALIBRATION, SELECTION))
-        rows = next(str(path) for path in kept if path.stat().st_size)  # without calibration there are no such rows
-        device = "cuda" if "peak_cuda_bytes" in _read(made[adapter] / TIMING) else "cpu"
-        workload = make_workload(config, settings, device, length=settings.max_length, data=rows)
-        model = MemoryModel(config, workload, CompressSettings(**compress["request"]["settings"]))
-        plan = model.linears.as_made(compress["result"]["linears"])
-        request = _read(made[corrected] / MANIFEST)["request"] if corrected in made else {}
-        return {
-            emulator: streamed.compress(model, plan).total,
-            adapter: model.tuning(plan, made=True).total,
-            corrected: streamed.correct(model, plan, request.get("clamp")).total,
-            f"merged{ending}": streamed.merge(model).total,
-            "full_lora": model.tuning().total,
-        }
-    except (EmlocError, KeyError, StopIteration, TypeError, ValueError, OSError):  # the page is of use without a plan
-        return {}
+    config = Path(made_from(emulator, "base") if emulator else made_from(adapter, "model")) / "config.json"
+    settings = TrainSettings(**tuned["request"]["settings"])
+    device = "cuda" if "peak_cuda_bytes" in _read(adapter / TIMING) else "cpu"
+    if emulator is None:
+        workload = make_workload(config, settings, device, length=tuned["result"]["longest_tokens"])
+        if workload.images:
+            raise KeyError("images")  # nothing says how many a row has
+        return MemoryModel(config, workload)
+    kept = (emulator / name for name in (CALIBRATION, SELECTION))
+    rows = next(str(path) for path in kept if path.stat().st_size)  # without calibration there are no such rows
+    workload = make_workload(config, settings, device, length=settings.max_length, data=rows)
+    made = read_json(emulator / MANIFEST)["request"]["settings"]
+    return MemoryModel(config, workload, CompressSettings(**made))

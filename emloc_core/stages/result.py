@@ -45,6 +45,7 @@ class AdapterResult(TypedDict):
     train_loss: float | None
     rows: int
     dropped_rows: int
+    longest_tokens: int
     excluded_rows: int
     trainable_parameters: int
     target_modules: list[str]

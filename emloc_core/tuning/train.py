@@ -327,6 +327,7 @@ class Train:
             "train_loss": _mean_loss(log),
             "rows": len(self.rows) - dropped,
             "dropped_rows": dropped,
+            "longest_tokens": max(size.tokens for size in self.sizes),
             "excluded_rows": self.excluded,
             **({"skipped_rows": len(self.skipped)} if self.skipped else {}),
             "trainable_parameters": trainer.lora.get_nb_trainable_parameters()[0],

@@ -12,9 +12,11 @@ from support.chromium import Page
 from support.jobs import train_job
 from support.runs import HOSTILE, finished_run
 
+from emloc_core import merge, plan, polish, train
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import TIMING
+from emloc_core.memory.ways import EXACT, ORDINARY
 from emloc_core.recipe.page import RunView, write_page
 from emloc_core.settings import TrainSettings
 
@@ -76,6 +78,20 @@ def test_memory_is_planned_for_the_device_that_tuned(tiny_emulator, rows_file, t
     timing = run / "adapter" / TIMING
     timing.write_text(json.dumps({**json.loads(timing.read_text()), "peak_cuda_bytes": 1}))
     assert planned()["adapter"] != on_cpu["adapter"]  # by the context of CUDA, and without the imports
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_memory_is_planned_where_the_model_itself_is_tuned(tiny_model, rows_file, tmp_path, exact):
+    run, shape = tmp_path / "run", {"batch_size": 2, "bf16": False}
+    adapter = train(tiny_model, str(rows_file), run / "adapter", exact=exact, steps=1, **shape)
+    polish(adapter, str(rows_file), run / "polished", steps=1, **shape)
+    merge(adapter, run / "merged")
+    planned = {stage.name: stage.planned for stage in RunView.read(run).stages}
+    assert planned.keys() == {"adapter", "polished", "merged"}
+    asked = plan(tiny_model, data=str(rows_file), memory="8GiB", device="cpu", **shape)
+    lora, steps = (next(way.bytes for way in asked.decision.ways if way.name == name) for name in (ORDINARY, EXACT))
+    assert planned["polished"] > steps  # which is planned one row at a time
+    assert planned["adapter"] == (planned["polished"] if exact else lora)
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
