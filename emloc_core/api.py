@@ -514,7 +514,7 @@ def run(recipe: Name, *, progress: OnProgress | None = None, **sections: Unpack[
     return RunResult(load_recipe(Path(recipe), sections).output)
 
 
-def tune(
+def tune(  # noqa: PLR0913 - all by keyword
     model: Name,
     data: Rows,
     output: Name,
@@ -524,6 +524,8 @@ def tune(
     merge: bool = False,
     split: str = "train",
     columns: ColumnNames | None = None,
+    skip_bad_rows: bool = False,
+    paper: bool = False,
     progress: OnProgress | None = None,
     **settings: Unpack[TrainAllKwargs],
 ) -> RunResult:
@@ -542,6 +544,8 @@ def tune(
         merge: write the merged model too.
         split: split of a saved or hub dataset.
         columns: names that the rows have for columns, by the usual names: ``{"prompt": "question"}``.
+        skip_bad_rows: leave out rows that cannot be read, instead of raising.
+        paper: make the emulator as in the paper, for reference: low-rank factors, even where an ordinary LoRA fits.
         progress: called after every item of every stage; by default the stages show theirs on stderr.
         settings: see :func:`train`: ``steps``, ``learning_rate``, ...
 
@@ -558,13 +562,15 @@ def tune(
     with quiet() if progress else nullcontext():
         asked = Tune(
             model=fspath(model),
-            data=by_name(data, Path(output), split, columns or {}),
+            data=by_name(data, Path(output), split, columns or {}, skip_bad_rows=skip_bad_rows),
             output=Path(output),
             memory=memory,
             headroom=headroom,
             merge=merge,
             split=split,
             columns=columns or {},
+            skip_bad_rows=skip_bad_rows,
+            paper=paper,
             settings=_train_settings(_with_extra(settings)),
         )
         asked.run(tell=logging.getLogger("emloc.tune").info, progress=progress)

@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run
-from emloc_core.cli.options import TRAIN_FLAGS, data, given, headroom, options, split
+from emloc_core.cli.options import TRAIN_FLAGS, data, given, headroom, options, skip, split
 from emloc_core.cli.recipes import reporting, show, show_plan
 from emloc_core.cli.verbosity import Verbosity, verbosity, verbosity_options
 from emloc_core.errors import EmlocError
@@ -22,6 +22,9 @@ from emloc_core.settings import FREE, TrainSettings
 @headroom
 @click.option("--merge", is_flag=True, help="Write the merged model too.")
 @split
+@skip
+@click.option("--paper", is_flag=True, help="Make the emulator as in the paper, for reference: low-rank factors, even "
+              "where an ordinary LoRA fits.")  # fmt: skip
 @options(TrainSettings, TRAIN_FLAGS, skip=["extra"])
 @verbosity_options
 @dry_run
@@ -42,8 +45,8 @@ def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
     if recipe:
         click.echo(f"{output / 'recipe.toml'} is there: resuming it.", err=True)
     if dry_run:
-        recipe, told = (recipe, []) if recipe else asked.plan()
-        for line in told:
+        recipe, lines = (recipe, []) if recipe else asked.plan()
+        for line in lines:
             click.echo(line, err=as_json)
         show_plan(recipe, as_json)
         return

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -205,7 +205,8 @@ def decision_for(request: CompressRequest) -> Decision:
     budget = Budget.parse(request.memory, request.headroom, request.tuned_on)
     config = open_checkpoint(request.model).directory / "config.json"
     length = request.settings.max_length or request.tuning.max_length
-    rows = {"length": length, "data": request.data, "split": request.split, "columns": request.columns}
+    rows: dict[str, Any] = {"length": length, "data": request.data, "split": request.split, "columns": request.columns}
+    rows["skip_bad_rows"] = request.skip_bad_rows
     workload = make_workload(config, request.tuning, request.tuned_on, **rows)
     return decide(config, workload, budget, request.settings)
 

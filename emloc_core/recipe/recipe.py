@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_toml
 from emloc_core.files.hub import check_repository
+from emloc_core.requests import SKIP
 from emloc_core.settings import (
     Columns,
     CompressSettings,
@@ -61,6 +62,7 @@ class DataSection(Settings):
     )
     split: str = Field("train", description="Split of a saved or hub dataset.")
     columns: Columns = Field({}, description="Names that the rows have for columns, by TRL's names.")
+    skip_bad_rows: bool = Field(False, description=SKIP)
     calibration: str | None = Field(
         None, description="File with other rows for calibration and selection; by default they come from ``train``."
     )

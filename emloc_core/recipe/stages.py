@@ -145,6 +145,7 @@ def compress_request(recipe: Recipe, attempt: Attempt) -> CompressRequest:
         data=data.calibration or data.train,
         split=data.split,
         columns=data.columns,
+        skip_bad_rows=data.skip_bad_rows,
         exclude=(*_held_out(recipe, attempt), *(Path(name) for name in [data.eval] if name and not data.eval_split)),
         output=attempt.place("emulator"),
         settings=attempt.settings,
@@ -201,6 +202,7 @@ def rest(recipe: Recipe) -> list[Stage]:
             data=data.train,
             split=data.split,
             columns=data.columns,
+            skip_bad_rows=data.skip_bad_rows,
             exclude=(*test, attempt.place("emulator") / CALIBRATION, selection),
             evaluation=_evaluation(recipe),
             output=attempt.place("polished"),
@@ -233,7 +235,7 @@ def rest(recipe: Recipe) -> list[Stage]:
 def _train(recipe: Recipe, model: str, output: Path, exclude: tuple[Path, ...], **more: Any) -> TrainRequest:
     data = recipe.data
     rows = {"data": data.train, "split": data.split, "columns": data.columns, "exclude": exclude}
-    usual = {"evaluation": _evaluation(recipe), "settings": recipe.train}
+    usual = {"skip_bad_rows": data.skip_bad_rows, "evaluation": _evaluation(recipe), "settings": recipe.train}
     return TrainRequest(model=model, output=output, **rows, **(usual | more))
 
 

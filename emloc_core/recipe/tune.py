@@ -14,20 +14,31 @@ from pydantic import Field
 
 from emloc_core.data.images import IMAGES
 from emloc_core.data.mixture import weights
-from emloc_core.data.rows import NO_RENAMING, digest, load_rows, write_rows
+from emloc_core.data.rows import (
+    NO_RENAMING,
+    SKIPPED,
+    Row,
+    Skipped,
+    digest,
+    load_rows,
+    told,
+    write_rows,
+    write_skipped,
+)
 from emloc_core.data.sets import draw
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.recipe.decided import decided
+from emloc_core.recipe.overview import write_overview
 from emloc_core.recipe.page import write_page
 from emloc_core.recipe.recipe import AnswersSection, DataSection, ModelSection, Recipe, load_recipe
 from emloc_core.recipe.run import run_recipe
-from emloc_core.requests import COLUMNS, Rows
-from emloc_core.settings import FREE, Columns, Settings, TrainSettings
+from emloc_core.requests import COLUMNS, SKIP, Rows
+from emloc_core.settings import FREE, Columns, CompressSettings, Settings, TrainSettings
 
 RECIPE, ASKED, ROWS, HELD_OUT, PAGE = "recipe.toml", "tune.json", "rows.jsonl", "held_out.jsonl", "report.html"
 #: What is written before all that was asked for is.
-_FIRST = {ROWS, HELD_OUT, RECIPE, IMAGES}
+_FIRST = {ROWS, SKIPPED, HELD_OUT, RECIPE, IMAGES}
 #: Rows that are never tuned on, and answered before and after.
 _ANSWERED = 5
 
@@ -45,6 +56,8 @@ class Tune(Settings):
     headroom: str | None = Field(None, description="How much of it stays free.")
     split: str = Field("train", description="Split of a saved or hub dataset.")
     columns: Columns = Field({}, description=COLUMNS)
+    skip_bad_rows: bool = Field(False, description=SKIP)
+    paper: bool = Field(False, description="Make the emulator as in the paper, for reference.")
     merge: bool = Field(False, description="Write the merged model too.")
     settings: TrainSettings = TrainSettings()
 
@@ -64,12 +77,13 @@ class Tune(Settings):
                 or a stage failed; the message names it, and earlier stages are kept.
         """
         if self.started() is None:
-            recipe, told = self.plan()
-            for line in told:
+            recipe, lines = self.plan()
+            for line in lines:
                 tell(line)
-            self._write(recipe, told)
+            self._write(recipe, lines)
         results = run_recipe(self.output / RECIPE, **reporting)
         write_page(self.output, self.output / PAGE)
+        write_overview(self.output, results["final"])
         return results
 
     def started(self) -> Recipe | None:
@@ -98,27 +112,40 @@ class Tune(Settings):
         Raises:
             EmlocError: see :meth:`run`.
         """
-        load_rows(self.data, self.split, columns=self.columns)  # what is wrong with a row is said at once
-        told: list[str] = []
+        skipped: list[Skipped] = []
+        self._rows(skipped)  # what is wrong with a row is said at once
+        lines = told(skipped)
+        emulator = {"compress": CompressSettings(paper=True)} if self.paper else {}
         recipe = Recipe(
             output=str(self.output.absolute()),
             model=ModelSection(base=_place(self.model), memory=self.memory, headroom=self.headroom),
-            data=DataSection(train=self._sources(), split=self.split, columns=self.columns, test=[]),
+            data=DataSection(
+                train=self._sources(),
+                split=self.split,
+                columns=self.columns,
+                skip_bad_rows=self.skip_bad_rows,
+                test=[],
+            ),
+            **emulator,
             train=self.settings,
             merge=self.merge,
             answers=AnswersSection(rows=HELD_OUT),
         )
-        return decided(recipe, told.append, adds_polish=True), told
+        return decided(recipe, lines.append, adds_polish=True), lines
 
-    def _write(self, recipe: Recipe, told: Iterable[str]) -> None:
+    def _rows(self, skipped: list[Skipped]) -> list[Row]:
+        """Return the rows; what is skipped is added to the list, if anything may be."""
+        return load_rows(self.data, self.split, columns=self.columns, skipped=skipped if self.skip_bad_rows else None)
+
+    def _write(self, recipe: Recipe, lines: Iterable[str]) -> None:
         """Write the rows that are held out, the recipe, with paths relative to it, and at last what was asked for."""
         self.output.mkdir(parents=True, exist_ok=True)
-        rows = load_rows(self.data, self.split, columns=self.columns)
+        rows = [row for row in self._rows([]) if row.label is not False]  # answers that are wanted
         few = min(_ANSWERED, max(1, len({row.key for row in rows}) // 4))
         write_rows(self.output / HELD_OUT, draw(rows, self.settings.seed, 0, few).selection)
         content = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         content["output"], content["data"]["test"] = ".", [HELD_OUT]
-        comments = "".join(f"# {line}\n" for line in told)
+        comments = "".join(f"# {line}\n" for line in lines)
         head = f"# Written by `emloc tune`. Edit it, and run `emloc run` on it.\n{comments}\n"
         (self.output / RECIPE).write_text(head + tomli_w.dumps(content), encoding="utf-8")
         write_json(self.output / ASKED, self._asked())
@@ -131,12 +158,19 @@ class Tune(Settings):
 
     def _asked(self) -> dict[str, Any]:
         """Return what was asked for, in JSON values."""
-        own = self.model_dump(include={"memory", "headroom", "split", "columns", "merge"})
+        own = self.model_dump(include={"memory", "headroom", "split", "columns", "skip_bad_rows", "paper", "merge"})
         given = self.settings.model_dump(mode="json", exclude_unset=True)
         return {"model": _place(self.model), "data": self._sources(), **own, "settings": given}
 
 
-def by_name(data: Rows, output: Path, split: str = "train", columns: Mapping[str, str] = NO_RENAMING) -> Any:
+def by_name(
+    data: Rows,
+    output: Path,
+    split: str = "train",
+    columns: Mapping[str, str] = NO_RENAMING,
+    *,
+    skip_bad_rows: bool = False,
+) -> Any:
     """Return rows by the names of their files or data sets; those in memory are written to the output first.
 
     Raises:
@@ -146,7 +180,9 @@ def by_name(data: Rows, output: Path, split: str = "train", columns: Mapping[str
         return fspath(data)
     if weights(data) is not None:
         return data
-    rows, file = load_rows(data, split, columns=columns), output / ROWS
+    skipped: list[Skipped] = []
+    rows = load_rows(data, split, columns=columns, skipped=skipped if skip_bad_rows else None)
+    file = output / ROWS
     if file.is_file():
         if digest(load_rows(file)) != digest(rows):
             raise EmlocError(
@@ -155,6 +191,8 @@ def by_name(data: Rows, output: Path, split: str = "train", columns: Mapping[str
         return str(file)
     output.mkdir(parents=True, exist_ok=True)
     write_rows(file, rows)
+    if skipped:
+        write_skipped(output / SKIPPED, skipped)
     return str(file)
 
 

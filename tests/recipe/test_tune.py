@@ -49,6 +49,10 @@ def test_an_ordinary_lora_where_it_fits(emloc, shallow_model, rows_file, tmp_pat
     assert any(each["before"] != each["after"] for each in answers)
     assert read_json(out / "adapter" / MANIFEST)["result"]["rows"] == len(load_rows(str(rows_file))) - 5
     assert (out / "report.html").is_file()
+    card = (out / "README.md").read_text()
+    assert 'PeftModel.from_pretrained(base, "adapter")' in card
+    assert "- LoRA: rank 8" in card
+    assert "- `recipe.toml`: what was decided" in card
     assert not (out / "merged").exists()
     assert f"emloc chat {out / 'adapter'}" in told
 
@@ -113,3 +117,34 @@ def test_what_is_refused(emloc, shallow_model, rows_file, tmp_path, monkeypatch)
         assert code != 0
         assert said in err
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_are_left_out_and_counted(emloc, shallow_model, rows_file, tmp_path):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "tuned"
+    data.write_text(rows_file.read_text() + '{"prompt": 3}\n{"prompt": \n')
+    asked = ("tune", shallow_model, "--data", data, "-o", out, "--memory", "4GiB", *FLAGS)
+    code, _, err = emloc(*asked)
+    assert code == 1
+    assert "row 121" in err
+    code, _, err = emloc(*asked, "--skip-bad-rows")
+    assert code == 0, err
+    assert "rows that cannot be used are left out: 2" in err
+    assert read_json(out / "adapter" / MANIFEST)["result"]["skipped_rows"] == 2
+    assert [json.loads(line)["row"] for line in (out / "adapter" / "skipped_rows.jsonl").open()] == [121, 122]
+
+
+def test_bad_rows_in_memory_are_left_out(shallow_model, tmp_path):
+    rows = [{"prompt": f"say {number}", "completion": f" {number}"} for number in range(40)]
+    emloc_api.tune(shallow_model, [*rows, {}], tmp_path / "tuned", memory="4GiB", skip_bad_rows=True, **QUICK)
+    assert len(load_rows(str(tmp_path / "tuned" / "rows.jsonl"))) == 40
+    assert json.loads((tmp_path / "tuned" / "skipped_rows.jsonl").read_text())["row"] == 41
+
+
+def test_the_papers_way_even_where_a_lora_fits(emloc, shallow_model, rows_file, tmp_path):
+    out = tmp_path / "tuned"
+    asked = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)
+    code, _, err = emloc(*asked, "--paper")
+    assert code == 0, err
+    made = read_json(out / "emulator" / MANIFEST)["request"]["settings"]
+    assert (made["kind"], made["calibration"], made["paper"]) == ("low-rank", "base", True)
+    assert read_json(out / "corrected" / MANIFEST)["request"]["clamp"] == 3
