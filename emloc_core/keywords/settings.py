@@ -114,6 +114,7 @@ class DataKwargs(TypedDict, total=False):
     train: str | list[str] | dict[str, float]
     split: str
     columns: str | dict[str, str]
+    skip_bad_rows: bool
     calibration: str | None
     eval: str | None
     eval_split: str | float | None

@@ -85,8 +85,12 @@ class Export:
             found |= {"linears": len(self.loras), "warnings": list(warnings(self.loras, self.model.family))}
         return {**found, "finished": self.output.is_finished()}
 
-    def run(self, _progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
-        """Write the export; an interrupted one starts again."""
+    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> Path:
+        """Write the export; an interrupted one starts again.
+
+        Args:
+            progress: called with a tensor's name, the number done, and the total; an adapter for servers is one file.
+        """
         if self.output.is_finished():
             return self.output.path
         with self.output.build() as staging:
@@ -101,12 +105,13 @@ class Export:
                 write_adapter(staging, config, self.loras, {CORRECTED: "exported"})
                 self.base.copy_processing(staging)
                 result[CONTENT] = content_hash(staging)
+                progress("adapter", 1, 1)
             elif self.adapter is not None:
                 file = staging / "adapter.gguf"
-                result["tensors"] = write_lora(self.loras, self.model, file, self.settings.dtype)
+                result["tensors"] = write_lora(self.loras, self.model, file, self.settings.dtype, progress)
             else:
                 file = staging / "model.gguf"
-                result["tensors"] = write_model(self.model, file, self.settings.dtype)
+                result["tensors"] = write_model(self.model, file, self.settings.dtype, progress)
             self.output.result = result
         return self.output.path
 

@@ -1,7 +1,7 @@
 """GGUF files of a model and of a LoRA, written a tensor at a time."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Name of a tensor in the file, its shape, and a function that reads it.
 _Tensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
+#: Called with the name of a tensor that is written, the number of those, and of all.
+_Progress = Callable[[str, int, int], None]
 _BLOCK = 32  # numbers that q8_0 scales together
 #: What YaRN can set besides, and the values that readers take.
 _YARN = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}
@@ -43,13 +45,18 @@ def require_gguf(model: OpenModel) -> Gguf:
     return layout
 
 
-def write_model(model: OpenModel, target: Path, dtype: str) -> int:
+def _silent(*_: Any) -> None:
+    """Report nothing."""
+
+
+def write_model(model: OpenModel, target: Path, dtype: str, progress: _Progress = _silent) -> int:
     """Write a model with its tokenizer as one GGUF file, and return the number of its tensors.
 
     Args:
         model: the model, unquantised.
         target: path of the file.
         dtype: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+        progress: called for every tensor that is written.
 
     Raises:
         EmlocError: the model or its tokenizer has something that the format does not express.
@@ -62,11 +69,13 @@ def write_model(model: OpenModel, target: Path, dtype: str) -> int:
     tensors = list(_model_tensors(model.checkpoint, layout, config))
     if factors := _rope_factors(config):
         tensors.append(factors)
-    _write(writer, tensors, dtype)
+    _write(writer, tensors, dtype, progress)
     return len(tensors)
 
 
-def write_lora(loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: str) -> int:
+def write_lora(
+    loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: str, progress: _Progress = _silent
+) -> int:
     """Write a LoRA for a model as one GGUF file, and return the number of its tensors.
 
     Args:
@@ -74,6 +83,7 @@ def write_lora(loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: 
         base: the model.
         target: path of the file.
         dtype: of the matrices.
+        progress: called for every tensor that is written.
 
     Raises:
         EmlocError: a LoRA is on a Linear that the format does not name.
@@ -91,7 +101,7 @@ def write_lora(loras: Mapping[str, Lora], base: OpenModel, target: Path, dtype: 
         b = _paired(lora.b, path, layout, config)
         tensors += [(f"{name}.lora_a", tuple(lora.a.shape), lambda a=lora.a: a)]  # type: ignore[misc]
         tensors += [(f"{name}.lora_b", tuple(b.shape), lambda b=b: b)]  # type: ignore[misc]
-    _write(writer, tensors, "f32" if dtype == "q8_0" else dtype)
+    _write(writer, tensors, "f32" if dtype == "q8_0" else dtype, progress)
     return len(tensors)
 
 
@@ -197,7 +207,7 @@ def _paired(tensor: torch.Tensor, path: str, layout: Gguf, config: Any) -> torch
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
-def _write(writer: "GGUFWriter", tensors: Iterable[_Tensor], dtype: str) -> None:
+def _write(writer: "GGUFWriter", tensors: Sequence[_Tensor], dtype: str, progress: _Progress) -> None:
     """Write the header, and then one tensor after the other."""
     from gguf import GGMLQuantizationType, quantize
     from gguf.quants import quant_shape_to_byte_shape
@@ -216,6 +226,7 @@ def _write(writer: "GGUFWriter", tensors: Iterable[_Tensor], dtype: str) -> None
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, shape, read in tensors:
+        for done, (name, shape, read) in enumerate(tensors, 1):
             data = quantize(numpy.ascontiguousarray(read().float().numpy()), kind(shape))
             writer.write_tensor_data(numpy.ascontiguousarray(data).view(numpy.uint8))
+            progress(name, done, len(tensors))

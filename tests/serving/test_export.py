@@ -117,7 +117,10 @@ def test_what_was_tuned_on_an_emulator_is_corrected_first(tiny_emulator, rows_fi
 @pytest.mark.parametrize("settings", [LLAMA.tiny_configs[0], LLAMA.tiny_configs[1]], ids=["llama", "tied"])
 def test_transformers_reads_the_model_back(settings, tmp_path):
     model = byte_level(save_tiny_model(settings, tmp_path / "plain"), tmp_path / "model")
-    made = emloc_core.export(model, tmp_path / "made", gguf=True, dtype="f32")
+    events = []
+    made = emloc_core.export(model, tmp_path / "made", gguf=True, dtype="f32", progress=events.append)
+    assert [event.step for event in events] == list(range(1, made.result["tensors"] + 1))
+    assert {event.total for event in events} == {made.result["tensors"]}
     back = AutoModelForCausalLM.from_pretrained(made.path, gguf_file="model.gguf", dtype=torch.float32)
     ids = torch.arange(12)[None]
     with torch.no_grad():
