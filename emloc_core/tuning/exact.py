@@ -14,7 +14,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
@@ -81,6 +81,9 @@ class ExactTrain(Train):
             raise EmlocError(f"Exact steps do not know {', '.join(others)}.", "Leave it out.")
         self.skeleton, self.limits = self.model.skeleton, request.limits
         self.memory = parse_bytes(self.limits.memory) if self.limits.memory else None
+
+    def _require_checkpointing(self, model: PreTrainedModel) -> None:
+        """Ask for nothing: the engine itself computes blocks again."""
 
     def _config(self, **fixed: Any) -> TrainingArguments:
         rows = self.settings.batch_size * self.settings.accumulation

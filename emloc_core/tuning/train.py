@@ -96,7 +96,9 @@ class Train:
         self.model, settings = self._opened()
         self.settings: StepSettings = settings
         _ = self.model.checkpoint.tensors  # finds truncated shards before training
-        find_linears(self._without_weights(), self.model.family)  # refuses a declaration that does not fit this model
+        without_weights = self._without_weights()
+        find_linears(without_weights, self.model.family)  # refuses a declaration that does not fit this model
+        self._require_checkpointing(without_weights)
         self.is_main_process = True  # until the processes have found each other
         check_extra(settings)
         self.targets = self._targets()
@@ -131,6 +133,15 @@ class Train:
         assert isinstance(self.request, TrainRequest)
         model = open_model(self.request.model, "cpu")
         return model, as_planned(self.request.settings, model.checkpoint)
+
+    def _require_checkpointing(self, model: PreTrainedModel) -> None:
+        assert isinstance(self.settings, TrainSettings)
+        if self.settings.gradient_checkpointing and not model.supports_gradient_checkpointing:
+            raise EmlocError(
+                f"Transformers cannot recompute the activations of a {type(model).__name__}.",
+                "Give --no-gradient-checkpointing: it takes more memory.",
+                code="unsupported",
+            )
 
     def _without_weights(self) -> PreTrainedModel:
         if self.model.checkpoint.config.get("quantization_config"):

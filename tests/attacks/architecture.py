@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 WIDTH, HIDDEN, HEADS, VOCABULARY, POSITIONS = 32, 48, 4, 96, 96
 Blocks = Sequence[nn.Module]
@@ -129,6 +129,27 @@ class OddConfig(PreTrainedConfig):
         super().__init__(**{**sizes, "num_hidden_layers": 3, "num_attention_heads": HEADS, **others})
 
 
+class OddModel(nn.Module):
+    """An attack's model without its head."""
+
+    def __init__(self, config: OddConfig) -> None:
+        super().__init__()
+        self.attack = ATTACKS[config.attack]
+        blocks = self.attack.blocks(config.num_hidden_layers)
+        stacks = blocks if isinstance(blocks, dict) else {"layers": blocks}
+        self.embed, self.position = nn.Embedding(config.vocab_size, WIDTH), nn.Embedding(POSITIONS, WIDTH)
+        self.stacks = list(stacks)
+        for name, stack in stacks.items():
+            setattr(self, name, nn.ModuleList(stack))
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> BaseModelOutput:
+        """Return hidden states, (1, T, WIDTH)."""
+        hidden = self.embed(input_ids) + self.position(torch.arange(input_ids.shape[1]))[None]
+        hidden = self.attack.flow(*(list(getattr(self, name)) for name in self.stacks), hidden)
+        return BaseModelOutput(self.norm(hidden))
+
+
 class OddForCausalLM(PreTrainedModel, GenerationMixin):
     """The model of an attack."""
 
@@ -138,16 +159,8 @@ class OddForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: OddConfig) -> None:
         super().__init__(config)
-        self.attack = ATTACKS[config.attack]
-        self._tied_weights_keys = self.attack.tied
-        blocks = self.attack.blocks(config.num_hidden_layers)
-        stacks = blocks if isinstance(blocks, dict) else {"layers": blocks}
-        self.model = nn.Module()
-        self.model.embed, self.model.position = nn.Embedding(config.vocab_size, WIDTH), nn.Embedding(POSITIONS, WIDTH)
-        self.stacks = list(stacks)
-        for name, stack in stacks.items():
-            setattr(self.model, name, nn.ModuleList(stack))
-        self.model.norm = nn.LayerNorm(WIDTH)
+        self._tied_weights_keys = ATTACKS[config.attack].tied
+        self.model = OddModel(config)
         self.lm_head = nn.Linear(WIDTH, config.vocab_size, bias=False)
         self.post_init()
 
@@ -161,9 +174,7 @@ class OddForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids: torch.Tensor, labels: Any = None, **_: Any) -> CausalLMOutput:
         """Return logits, (1, T, vocabulary)."""
-        hidden = self.model.embed(input_ids) + self.model.position(torch.arange(input_ids.shape[1]))[None]
-        hidden = self.attack.flow(*(list(getattr(self.model, name)) for name in self.stacks), hidden)
-        logits = self.lm_head(self.model.norm(hidden))
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
         loss = None
         if labels is not None:
             loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

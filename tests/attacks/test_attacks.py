@@ -1,12 +1,17 @@
 """A model type that no plugin declares is never silently wrong: its run is right by the reference, or refused."""
 
+import json
+
 import pytest
 import torch
+from support import whole_model as reference
 from support.whole_run import REFUSED, RIGHT, WAYS, whole_run
 
+import emloc_core as emloc
 from attacks import depths, flows, inputs, weights  # noqa: F401 - they fill ATTACKS
 from attacks.architecture import ATTACKS, VOCABULARY, OddConfig, OddForCausalLM
 from emloc_core.conformance.inputs import as_sample, number_tokenizer
+from emloc_core.files.pretrained import load_model
 
 #: Tokens of the rows: some are longer than those that a model is looked at with.
 LENGTHS = (13, 24, 40, 18, 61, 35)
@@ -47,3 +52,30 @@ def test_a_model_that_no_plugin_declares_is_right_or_refused(save, tmp_path, nam
         assert verdict.outcome in ([RIGHT] if ATTACKS[name].right else [RIGHT, REFUSED]), (way, verdict)
         if verdict.outcome == REFUSED:
             assert verdict.why
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["nf4", "low-rank"])
+def test_the_stages_as_users_call_them_are_right_too(save, tmp_path, kind):
+    """Defaults, TRL's trainer, and a correction that is chosen on held-out rows; each stage finds what was observed."""
+    base, data = save("ParallelByIndex"), tmp_path / "rows.jsonl"
+    numbers = torch.randint(3, VOCABULARY, (60, 12), generator=torch.Generator().manual_seed(2)).tolist()
+    lines = [
+        {"prompt": " ".join(map(str, row[:8])), "completion": " " + " ".join(map(str, row[8:]))} for row in numbers
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    emulator = emloc.compress(base, data, tmp_path / "emulator", kind=kind, samples=16, selection=8)
+    settings = {"steps": 3, "lora_rank": 4}
+    with pytest.raises(emloc.EmlocError, match="cannot recompute the activations of a OddForCausalLM"):
+        emloc.train(emulator, data, tmp_path / "adapter", **settings)
+    adapter = emloc.train(emulator, data, tmp_path / "adapter", **settings, gradient_checkpointing=False)
+    corrected = emloc.correct(adapter, tmp_path / "corrected", base=base)
+    merged = emloc.merge(corrected, tmp_path / "merged", base=base)
+    whole = load_model("AutoModelForCausalLM", base).eval()
+    loras = reference.loras(tmp_path / "corrected")
+    by_hand = {path: whole.get_submodule(path).weight + lora.delta for path, lora in loras.items()}
+    wanted, row = reference.with_weights(whole, by_hand), [{"input_ids": torch.tensor([numbers[0]])}]
+    found = load_model("AutoModelForCausalLM", tmp_path / "merged").eval()
+    torch.testing.assert_close(reference.logits(found, row), reference.logits(wanted, row), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(reference.logits(found, row)[0], reference.logits(whole, row)[0], atol=1e-4)
+    assert str(merged) == str(tmp_path / "merged")

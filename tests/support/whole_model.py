@@ -45,18 +45,10 @@ def output_error(weight: torch.Tensor, stand_in: torch.Tensor, x: torch.Tensor, 
     return float((exact - given @ stand_in.double().T).norm() / exact.norm().clamp(min=1e-30))
 
 
-def least_error(weight: torch.Tensor, x: torch.Tensor, given: torch.Tensor, rank: int) -> float:
-    """Return the least output error of any matrix of a rank: what is no function of x', and what the rank cuts off.
-
-    Where x' is x, it is what the paper's factors reach (Eckart and Young).
-    """
-    exact = x @ weight.double().T
-    left = torch.linalg.svd(given, full_matrices=False)
-    seen = left.U[:, 1e-9 * left.S[0] < left.S]
-    fitted = seen.T @ exact  # in coordinates of the tokens that x' tells apart
-    energies = torch.linalg.svdvals(fitted).square()
-    unseen = (exact.square().sum() - fitted.square().sum()).clamp(min=0)
-    return float(((unseen + energies[rank:].sum()) / exact.square().sum().clamp(min=1e-60)).sqrt())
+def least_error(weight: torch.Tensor, x: torch.Tensor, rank: int) -> float:
+    """Return the least output error of any matrix of a rank (Eckart and Young): what the paper's factors reach."""
+    energies = torch.linalg.svdvals(x @ weight.double().T).square()
+    return float((energies[rank:].sum() / energies.sum().clamp(min=1e-60)).sqrt())
 
 
 def in_four_bits(weight: torch.Tensor) -> torch.Tensor:
