@@ -26,6 +26,9 @@ RESOLUTION = 400
 #: Columns of a block, and products with the matrix, of the Krylov space that dominant eigenvectors are sought in.
 _BLOCK, _DEPTH = 16, 6
 
+#: Columns beyond the rank, and products with the matrix, of the power iteration in :func:`leading`.
+_MORE, _POWERS = 16, 6
+
 #: An eigenvector has converged if ``||M q - e q||`` is below this many times e.
 _CONVERGED = 1e-6
 
@@ -107,6 +110,31 @@ def factorize(weight: torch.Tensor, gram: Gram, rank: int) -> Factors:
         found = solve(weight.to(whole), whole, heavy[:0], rank)
     assert found is not None
     return found
+
+
+def leading(weight: torch.Tensor, gram: torch.Tensor, rank: int, start: torch.Tensor | None = None) -> torch.Tensor:
+    """Return nearly the optimal U, for what is rounded coarsely anyway: in a fraction of the time of :func:`factorize`.
+
+    A block power iteration on ``W G W^T`` (Halko, Martinsson and Tropp, 2011, arXiv 0909.4061), which is not formed.
+
+    Args:
+        weight: W, (m, n), in fp32.
+        gram: G, of the inputs, (n, n), in fp32.
+        rank: k, at most min(m, n).
+        start: U of a matrix that is not far from this one, (m, k), where there is one.
+
+    Returns:
+        U, (m, k), orthonormal columns. Those of ``U^T W`` are uncorrelated: ``U^T W G W^T U`` is diagonal.
+    """
+    m, columns = len(weight), min(rank + _MORE, *weight.shape)
+    known = 0 if start is None else rank
+    more = torch.randn(m, columns - known, generator=torch.Generator().manual_seed(0)).to(weight)
+    basis = more if start is None else torch.cat([start, more], dim=1)
+    for _ in range(_POWERS):
+        basis = torch.linalg.qr(weight @ (gram @ (weight.T @ basis))).Q
+    inner = weight.T @ basis
+    _, rotation = torch.linalg.eigh(inner.T @ (gram @ inner))
+    return basis @ rotation.flip(1)[:, :rank]
 
 
 def _on_outputs(weight: torch.Tensor, rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> Factors | None:

@@ -106,7 +106,6 @@ def in_four_bits(
     weights: Sequence[torch.Tensor],
     inputs: Gram,
     ranks: Sequence[int | None],
-    passes: int = feedback.PASSES,
 ) -> list[Factors]:
     """Round U with feedback, fit V to that by least squares, and round it with feedback.
 
@@ -118,10 +117,10 @@ def in_four_bits(
     us, vs = [], []
     for weight, of in zip(weights, exact, strict=True):
         inner = feedback.Damped(of.v.to(matrix) @ matrix @ of.v.to(matrix).T)
-        u = rounded([of.u], inner, passes)[0].double()
+        u = rounded([of.u], inner)[0].double()
         us.append(u.float())
         vs.append(torch.linalg.solve(u.T @ u, u.T @ weight.to(u)))
-    vs = rounded(vs, feedback.damped(inputs), passes)
+    vs = rounded(vs, feedback.damped(inputs))
     return [replace(of, u=u, v=v) for of, u, v in zip(exact, us, vs, strict=True)]
 
 

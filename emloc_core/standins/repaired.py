@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from emloc_core.algorithms import feedback, levels
-from emloc_core.algorithms.factorize import Factors, factorize, output_error
+from emloc_core.algorithms.factorize import Factors, factorize, leading, output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.errors import EmlocError
 from emloc_core.settings import CompressSettings
@@ -18,7 +18,7 @@ from emloc_core.standins.format import Format, RankingFormat, Ratios
 from emloc_core.standins.layer import Parts, product
 from emloc_core.standins.levels import FewLevelsLinear, MovableScales, pack, unpack
 from emloc_core.standins.low_rank import Factorize
-from emloc_core.standins.low_rank_nf4 import in_four_bits, on_its_gram, packed_factors, unpack_factors
+from emloc_core.standins.low_rank_nf4 import on_its_gram, packed_factors, rounded, unpack_factors
 from emloc_core.standins.standin import Packed, StandIn
 
 #: How often the weight and its repair are fitted in turn.
@@ -103,8 +103,18 @@ class RepairedThreeLevels(Format):
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> list[Repaired]:
         """Round the weight and factorise the error, then each again, fitted to what the other leaves."""
 
+        matrix = feedback.single(gram)
+        directions: list[torch.Tensor | None] = [None] * len(weights)
+
         def repairing(left: Sequence[torch.Tensor]) -> list[Factors]:
-            return in_four_bits(self.factorize, left, gram, ranks, _PASSES)
+            """Begin with the directions of the round before; their inputs are uncorrelated, so U needs no feedback."""
+            sought = zip(left, ranks, directions, strict=True)
+            found = [leading(weight, matrix, rank or 0, before) for weight, rank, before in sought]
+            directions[:] = found
+            us = [nf4.rounded(u) for u in found]
+            vs = [torch.linalg.solve(u.T @ u, u.T @ weight) for u, weight in zip(us, left, strict=True)]
+            vs = rounded(vs, feedback.damped(gram), _PASSES)
+            return [Factors(u, v, torch.zeros(min(len(u), v.shape[1]))) for u, v in zip(us, vs, strict=True)]
 
         return [
             Repaired(pack(part) | packed_factors("U", of), (weight.shape[0], weight.shape[1]), error, of)
