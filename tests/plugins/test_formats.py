@@ -1,17 +1,29 @@
-"""A format of emulator that a plugin brings: made, loaded, trained, corrected and planned like a built-in one."""
+"""The format of emulator of docs/plugins.md: made, loaded, trained, corrected and planned like a built-in one."""
 
 import json
+from types import ModuleType
 
 import pytest
 import torch
-from support import eight_bits
-from support.eight_bits import EightBitLinear, EightBits
+from support.paths import DOCS
 from transformers import AutoModelForCausalLM
 
 from emloc_core.errors import EmlocError
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins import Packed
 from emloc_core.testing import check_format
+
+
+def module_of_the_page():
+    """The plugin's module, with the code of the page."""
+    section = (DOCS / "plugins.md").read_text(encoding="utf-8").partition("## A format of emulator")[2]
+    found = ModuleType("eight_bits")
+    exec(section.partition("```python\n")[2].partition("```")[0], vars(found))
+    return found
+
+
+eight_bits = module_of_the_page()
+EightBits, EightBitLinear = eight_bits.EightBits, eight_bits.EightBitLinear
 
 
 @pytest.fixture
@@ -40,7 +52,7 @@ def test_it_passes_the_checks():
 def test_every_stage_takes_it(emloc, tiny_model, rows_file, tmp_path):
     common = ("--data", rows_file, "--samples", 4, "--selection", 2, "--kind", "8-bit")
     said = run(emloc, "compress", tiny_model, *common, "-o", tmp_path / "emulator", "--dry-run")
-    assert "-> eight bits" in said
+    assert "-> 8-bit" in said
     planned = json.loads(run(emloc, "plan", tiny_model, "--kind", "8-bit", "--memory", "1GiB", "--json"))
     assert planned["kind"] == "8-bit"
     run(emloc, "compress", tiny_model, *common, "-o", tmp_path / "emulator")
@@ -59,7 +71,7 @@ def test_every_stage_takes_it(emloc, tiny_model, rows_file, tmp_path):
 def test_without_its_plugin_an_emulator_says_what_is_missing(emloc, tiny_model, rows_file, tmp_path):
     plugin_manager().register(eight_bits, "eight_bits")
     try:
-        common = ("--data", rows_file, "--selection", 2, "--kind", "8-bit", "--calibration", "none")
+        common = ("--data", rows_file, "--samples", 4, "--selection", 2, "--kind", "8-bit")
         run(emloc, "compress", tiny_model, *common, "-o", tmp_path / "emulator")
     finally:
         plugin_manager().unregister(eight_bits)
