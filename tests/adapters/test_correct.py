@@ -237,7 +237,7 @@ def test_another_emulator_is_refused(tiny_model, adapter, tmp_path):
 def test_an_adapter_of_the_base_itself_needs_no_correction(tiny_model, tmp_path):
     on_base = make_adapter(tiny_model, tmp_path / "on_base")
     with pytest.raises(EmlocError, match="not an emulator"):
-        correct(on_base, tiny_model, tmp_path / "out")
+        correct(on_base, tiny_model, tmp_path / "out", emulator=tiny_model)
 
 
 def test_clamps_are_compared_on_the_answers_that_count_in_training(tiny_model, tmp_path):
