@@ -45,7 +45,7 @@ def compress(work: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 def planned(work: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return what ``emloc plan`` says that this takes."""
-    from emloc_core.memory import arithmetic, speed, stages
+    from emloc_core.memory import arithmetic, speed, streamed
     from emloc_core.memory.model import MemoryModel
     from emloc_core.memory.workload import make_workload
     from emloc_core.settings import CompressSettings, TrainSettings
@@ -57,7 +57,7 @@ def planned(work: str, settings: dict[str, Any]) -> dict[str, Any]:
     operations, machine = arithmetic.compress(model, plan), speed.measure("cpu", config.parent)
     assert machine
     return {
-        "planned_bytes": stages.compress(model, plan).total,
+        "planned_bytes": streamed.compress(model, plan).total,
         "planned_block_seconds": machine.seconds(operations.own, 0, operations.single) / BLOCKS,
     }
 

@@ -13,8 +13,8 @@ from harness import goal, in_process, markdown, write_results
 
 from emloc_core.zoo.convert import convert
 from emloc_core.zoo.engines.local import LocalEngine
-from emloc_core.zoo.jobs.job import Job
-from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.jobs.job import ZooJob
+from emloc_core.zoo.jobs.task import Demand
 from emloc_core.zoo.state.record import JobRecord
 from emloc_core.zoo.state.store import Store
 
@@ -67,7 +67,7 @@ def compress_all(root: str, workers: int) -> dict[str, Any]:
     """Make the emulators of all models; return the seconds from the first start to the last end, and of all in all."""
     settings = {"samples": 32, "selection": 8}
     jobs = [
-        Job(name=path.name, model=str(path), data=f"{root}/rows.jsonl", compress=settings)
+        ZooJob(name=path.name, model=str(path), data=f"{root}/rows.jsonl", compress=settings)
         for path in sorted((Path(root) / "models").iterdir())
     ]
     started = time.perf_counter()
@@ -83,8 +83,8 @@ def drive_trivial(root: str, count: int) -> dict[str, Any]:
     names = [f"job-{number}" for number in range(count)]
     processor, clock = time.process_time(), time.perf_counter()
     with closing(Store(Path(root) / "trivial", create=True)) as store:
-        store.add([Job(name=name, model="none/none") for name in names], names)
-        store.plan(dict.fromkeys(names, Needs(memory=0, disk=0)))
+        store.add([ZooJob(name=name, model="none/none") for name in names], names)
+        store.plan(dict.fromkeys(names, Demand(memory=0, disk=0)))
     _convert([], Path(root) / "trivial", 2, IdleEngine)
     return {
         "driver_ms": (time.process_time() - processor) * 1e3 / count,
@@ -92,7 +92,7 @@ def drive_trivial(root: str, count: int) -> dict[str, Any]:
     }
 
 
-def _convert(jobs: list[Job], zoo: Path, workers: int, engine: type[LocalEngine] = LocalEngine) -> list[JobRecord]:
+def _convert(jobs: list[ZooJob], zoo: Path, workers: int, engine: type[LocalEngine] = LocalEngine) -> list[JobRecord]:
     records = convert(jobs, zoo, lambda lock: engine(workers, inherited=[lock]))
     assert all(record.state == "done" for record in records), [record.attempts for record in records]
     return records

@@ -13,7 +13,7 @@ from emloc_core.cli.console import progress
 from emloc_core.memory.budget import Budget
 from emloc_core.memory.decision import Decision, decide
 from emloc_core.memory.model import MemoryModel
-from emloc_core.memory.stages import compress
+from emloc_core.memory.streamed import compress
 from emloc_core.memory.ways import EXACT, ORDINARY
 from emloc_core.memory.workload import make_workload
 from emloc_core.registry.entry import Entry

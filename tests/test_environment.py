@@ -10,7 +10,7 @@ from support.paths import ROOT
 from emloc_core.processes.call import call
 from emloc_core.processes.environment import VARIABLES, settle
 from emloc_core.zoo.engines.engine import environment
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 
 
 def seen() -> dict[str, str | None]:
@@ -34,7 +34,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("unset")
 def test_they_are_set_everywhere() -> None:
     assert seen_by_a_child() == VARIABLES
-    assert environment(Job(name="x", model="x"), {}).items() >= VARIABLES.items()
+    assert environment(ZooJob(name="x", model="x"), {}).items() >= VARIABLES.items()
     settle()
     assert seen() == VARIABLES
 
@@ -44,7 +44,7 @@ def test_what_the_user_sets_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     mine = {**VARIABLES, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
     assert seen_by_a_child() == mine
-    assert environment(Job(name="x", model="x"), dict(os.environ)).items() >= mine.items()
+    assert environment(ZooJob(name="x", model="x"), dict(os.environ)).items() >= mine.items()
     settle()
     assert seen() == mine
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from emloc_core.conformance import activations, declaration, stages
+from emloc_core.conformance import activations, declaration, written
 from emloc_core.conformance.check import Check, Subject
 from emloc_core.conformance.declaration import Declaration
 from emloc_core.conformance.tiny import TinyModel, labels
@@ -20,13 +20,13 @@ EACH = (
     activations.outputs,
     activations.statistics,
     activations.full_rank,
-    stages.packed,
-    stages.trains,
-    stages.adapter_keys,
-    stages.correction,
-    stages.merge,
-    stages.memory,
-    stages.ties,
+    written.packed,
+    written.trains,
+    written.adapter_keys,
+    written.correction,
+    written.merge,
+    written.memory,
+    written.ties,
 )
 
 

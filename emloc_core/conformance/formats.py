@@ -11,13 +11,13 @@ from torch.nn import functional
 from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.conformance.check import check, require
-from emloc_core.conformance.stages import ABSOLUTE, correction, merge, trains
 from emloc_core.conformance.tiny import TinyModel
+from emloc_core.conformance.written import ABSOLUTE, correction, merge, trains
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.hookspecs import hookimpl
 from emloc_core.memory.model import MemoryModel
-from emloc_core.memory.stages import compress
+from emloc_core.memory.streamed import compress
 from emloc_core.memory.workload import Workload
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emloc_core.emulator.ranks import RankPlan
-from emloc_core.memory import stages
+from emloc_core.memory import streamed
 from emloc_core.memory.budget import Budget
 from emloc_core.memory.decision import Decision, too_large_to_make
 from emloc_core.memory.model import MemoryModel, Need
@@ -122,8 +122,8 @@ def make_plan(name: str, decision: Decision, *, advise: bool = True) -> MemoryPl
     plan = model.plan(way.ratio) if way.kind else None
     needs = [model.inference(), model.tuning()]
     if plan:
-        needs += [stages.compress(model, plan), model.tuning(plan), stages.correct(model, plan)]
+        needs += [streamed.compress(model, plan), model.tuning(plan), streamed.correct(model, plan)]
     if way.name in (POLISHED, EXACT):
-        needs.append(stages.exact(model))
+        needs.append(streamed.exact(model))
     advice = [] if decision.way or not advise else decision.advice()
-    return MemoryPlan(name, decision, way, [*needs, stages.merge(model)], plan, advice)
+    return MemoryPlan(name, decision, way, [*needs, streamed.merge(model)], plan, advice)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from emloc_core.memory import arithmetic, stages
+from emloc_core.memory import arithmetic, streamed
 from emloc_core.memory.budget import largest_ratio
 from emloc_core.memory.evidence import Recovery, alternative_to, exact_steps_pay, measured
 from emloc_core.memory.model import MemoryModel
@@ -115,7 +115,7 @@ def ways(
     rows, sequences = model.workload.rows_per_step, model.workload.sequences_per_row
     forward, weights = sequences * arithmetic.forward(model), model.nbytes
     passes = 3 if model.workload.train.gradient_checkpointing else 2  # forward, perhaps once more, and backward
-    exact = stages.exact(model).total if model.workload.train.can_be_exact else 0
+    exact = streamed.exact(model).total if model.workload.train.can_be_exact else 0
     workload = model.workload
     sizes = [model, *(model.with_workload(workload.at_once(rows)) for rows in workload.micro_batches)]
 
@@ -142,7 +142,7 @@ def ways(
             kind=kind,
             ratio=size,
             flops=float(rows * passes * sequences * arithmetic.forward(of, plan)),
-            compress_bytes=stages.compress(of, plan).total,
+            compress_bytes=streamed.compress(of, plan).total,
             compress_flops=float(sum(making)),
             compress_seconds=speed.seconds(making.own, weights, making.single) if speed else None,
         )

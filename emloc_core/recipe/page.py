@@ -319,7 +319,7 @@ def _name(given: str) -> str:
 
 def _planned(made: Mapping[str, Path], ending: str) -> dict[str, int]:
     """Return the bytes that the memory plan says for the stages of a LoRA, where the base's config is still there."""
-    from emloc_core.memory import stages as streamed
+    from emloc_core.memory import streamed
 
     emulator, adapter, corrected, polished = (
         f"{name}{ending}" for name in ("emulator", "adapter", "corrected", "polished")

@@ -25,7 +25,7 @@ from emloc_core.data.tokenize import Processing
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on
-from emloc_core.exact.need import Positions, lora_need, step_need
+from emloc_core.exact.memory import Positions, lora_need, step_need
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, learned_preferences

@@ -11,10 +11,10 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST
 from emloc_core.zoo.driver import RESERVE, Driver, Event, free_bytes, written
 from emloc_core.zoo.engines.engine import Engine
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import OUTCOME
 from emloc_core.zoo.jobs.planning import Advance, plan
-from emloc_core.zoo.jobs.task import JOBS, Needs
+from emloc_core.zoo.jobs.task import JOBS, Demand
 from emloc_core.zoo.retry import Limits
 from emloc_core.zoo.state.lock import driving
 from emloc_core.zoo.state.record import JobRecord
@@ -23,7 +23,7 @@ from emloc_core.zoo.state.timing import estimate
 
 
 def convert(
-    jobs: Sequence[Job],
+    jobs: Sequence[ZooJob],
     directory: Path,
     make_engine: Callable[[int], Engine],
     limits: Limits | None = None,
@@ -77,7 +77,7 @@ class Preview:
 
     name: str
     state: str
-    needs: Needs
+    needs: Demand
     seconds: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Preview:
         return asdict(self)
 
 
-def preview(jobs: Sequence[Job], directory: Path, advance: Advance = lambda *_: None) -> list[Preview]:
+def preview(jobs: Sequence[ZooJob], directory: Path, advance: Advance = lambda *_: None) -> list[Preview]:
     """Return what converting the jobs would do, in order; nothing is made.
 
     Raises:
@@ -154,5 +154,5 @@ def _is_gone(record: JobRecord, zoo: Path) -> bool:
     return not whole and ((place / OUTCOME).is_file() or not place.is_dir())
 
 
-def _known(records: Sequence[JobRecord]) -> dict[str, Needs]:
+def _known(records: Sequence[JobRecord]) -> dict[str, Demand]:
     return {each.fingerprint: each.needs for each in records if each.needs is not None and not each.needs.reason}

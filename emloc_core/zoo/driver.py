@@ -19,9 +19,9 @@ from emloc_core.files.workspace import Workspace
 from emloc_core.units import human_bytes, human_seconds
 from emloc_core.zoo.engines.engine import Engine, NoRoomError
 from emloc_core.zoo.jobs.faults import classify, describe
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import Outcome
-from emloc_core.zoo.jobs.task import JOBS, Needs, Task
+from emloc_core.zoo.jobs.task import JOBS, Demand, Task
 from emloc_core.zoo.retry import Limits, Retry, after
 from emloc_core.zoo.state.record import JobRecord
 from emloc_core.zoo.state.store import Store
@@ -36,8 +36,8 @@ _SHORTEST, _LONGEST = 0.005, 0.25  # seconds between looks
 class _Progress:
     """A job that is not finished."""
 
-    job: Job
-    needs: Needs
+    job: ZooJob
+    needs: Demand
     attempts: int
     failures: int = 0
     not_before: float = 0.0
@@ -219,7 +219,7 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(next(each for each in (place, *place.parents) if each.is_dir())).free
 
 
-def written(zoo: Path, name: str, needs: Needs | None) -> int:
+def written(zoo: Path, name: str, needs: Demand | None) -> int:
     """Return how many bytes a finished job takes; the plan's where its outputs are in a cluster's storage."""
     place = zoo / JOBS / name
     if not any(place.glob(f"*/{MANIFEST}")):
@@ -228,11 +228,11 @@ def written(zoo: Path, name: str, needs: Needs | None) -> int:
 
 
 def _progress(record: JobRecord) -> _Progress:
-    needs = record.needs or Needs()
+    needs = record.needs or Demand()
     if record.smaller:
         needs = replace(needs, memory=None)
     return _Progress(record.smaller or record.job, needs, len(record.attempts))
 
 
-def _disk(needs: Needs | None) -> int:
+def _disk(needs: Demand | None) -> int:
     return (needs.disk if needs else None) or 0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from emloc_core.zoo.jobs.job import Job, describe_change
+from emloc_core.zoo.jobs.job import ZooJob, describe_change
 from emloc_core.zoo.jobs.outcome import Outcome
 
 
@@ -37,10 +37,10 @@ class Retry:
     again: bool
     note: str = ""
     delay: float = 0.0
-    smaller: Job | None = None
+    smaller: ZooJob | None = None
 
 
-def after(outcome: Outcome, job: Job, failures: int, limits: Limits) -> Retry:
+def after(outcome: Outcome, job: ZooJob, failures: int, limits: Limits) -> Retry:
     """Return what to do after a failure.
 
     Out of memory: again, smaller, if that is possible. Input and output: again after a while. A lost worker: again at

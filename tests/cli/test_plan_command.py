@@ -217,7 +217,7 @@ def test_a_first_stage_that_needs_more_than_tuning_is_a_warning(
     options = ("--length", 16, "--batch-size", 1, "--device", "cuda", *ALL, budget)
     for beyond, warned in ((0, False), (1, True)):
         monkeypatch.setattr(
-            "emloc_core.memory.stages.compress", lambda *_, n=beyond: Need("compress", {"weights": int(budget) + n})
+            "emloc_core.memory.streamed.compress", lambda *_, n=beyond: Need("compress", {"weights": int(budget) + n})
         )
         shown = run("plan", shallow_model, *options).stdout
         assert ("run it with --device cpu" in shown) == warned
@@ -371,7 +371,7 @@ def test_compress_takes_a_budget(shallow_model: Path, rows_file: Path, tmp_path:
 def test_compress_warns_where_making_takes_more_than_tuning(
     shallow_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, warns: bool
 ) -> None:
-    monkeypatch.setattr("emloc_core.memory.stages.compress", lambda *_: Need("compress", {"weights": 10**12}, "all"))
+    monkeypatch.setattr("emloc_core.memory.streamed.compress", lambda *_: Need("compress", {"weights": 10**12}, "all"))
     budget = tuning_need(shallow_model, 0.35, data=rows_file, batch_size=4)
     argv = ["compress", shallow_model, "--data", rows_file, *ALL, budget, "--batch-size", 4, "--kind", "low-rank"]
     result = run(*argv, "--device", device, "--dry-run", "-o", tmp_path / "emulator")

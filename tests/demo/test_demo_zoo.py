@@ -18,7 +18,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import TIMING
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import Outcome
 from emloc_core.zoo.jobs.sources import Defaults, resolve
 from emloc_core.zoo.state.store import Store
@@ -81,7 +81,7 @@ def finished(zoo, **files):
     for name, content in files.items():
         (emulator / f"{name}.json").write_text(content)
     with closing(Store(zoo, create=True)) as store:
-        store.add([Job(name="one", model="m")], ["f"])
+        store.add([ZooJob(name="one", model="m")], ["f"])
         store.start("one", 1, "logs/one.1.log")
         store.finish("one", 1, 1.0, Outcome(None, result={"bytes": {"emulator": 5}}))
     return zoo
@@ -106,7 +106,7 @@ def test_says_what_went_otherwise(tmp_path, monkeypatch, name, good):
     """The damaged model must fail, the others must not."""
     monkeypatch.setattr(emloc_demo.zoo.command, "emloc", lambda *_, **__: None)
     with closing(Store(tmp_path, create=True)) as store:
-        store.add([Job(name=name, model="m")], ["f"])
+        store.add([ZooJob(name=name, model="m")], ["f"])
         store.start(name, 1, "log")
         store.finish(name, 1, 1.0, Outcome(None))
     if good:

@@ -19,8 +19,8 @@ from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.algorithms import feedback
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.conformance.stages import adapter_keys, correction, merge, ties, trains
 from emloc_core.conformance.tiny import TinyModel
+from emloc_core.conformance.written import adapter_keys, correction, merge, ties, trains
 from emloc_core.data.rows import load_rows
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.files import EmulatorFiles

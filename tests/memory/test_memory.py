@@ -20,7 +20,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import read_json
-from emloc_core.memory import stages as streamed
+from emloc_core.memory import streamed
 from emloc_core.memory.budget import Budget, advice, largest_ratio
 from emloc_core.memory.decision import decide
 from emloc_core.memory.known import _known as known_before

@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 from emloc_core.zoo.convert import convert
 from emloc_core.zoo.engines.local import LocalEngine
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.planning import answer
-from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.jobs.task import Demand
 from emloc_core.zoo.retry import Limits
 from emloc_core.zoo.state.store import Store
 
@@ -35,7 +35,7 @@ class WaitingEngine(LocalEngine):
 
 
 def waiting(name, seconds=0):
-    return Job(name=name, model=f"none/{name}", data=str(seconds))
+    return ZooJob(name=name, model=f"none/{name}", data=str(seconds))
 
 
 def plan_here(jobs, cache_dir, known=(), _=None):
@@ -60,7 +60,7 @@ def wait(zoo, jobs, *, engine=WaitingEngine, **options):
     names = [job.name for job in jobs]
     with closing(Store(zoo, create=True)) as store:
         store.add(jobs, names)
-        store.plan(dict.fromkeys(names, Needs(memory=0, disk=0)))
+        store.plan(dict.fromkeys(names, Demand(memory=0, disk=0)))
     return drive(zoo, [], engine=engine, **options)
 
 

@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import Outcome
-from emloc_core.zoo.jobs.task import LOGS, Needs
+from emloc_core.zoo.jobs.task import LOGS, Demand
 from emloc_core.zoo.state.store import Store
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
@@ -62,15 +62,15 @@ def result(seed: int = 1, blocks: int = 24, whole: bool = True) -> dict[str, Any
     return found
 
 
-def add(store: Store, name: str, fingerprint: str | None = None, **settings: Any) -> Job:
+def add(store: Store, name: str, fingerprint: str | None = None, **settings: Any) -> ZooJob:
     """Add a job that waits."""
     given = {"model": f"/models/{name}", "data": "/data/rows.jsonl", **settings}
-    job = Job(name=name, **given)
+    job = ZooJob(name=name, **given)
     store.add([job], [fingerprint or f"{name}-fingerprint"])
     return job
 
 
-def run(store: Store, job: Job, outcome: Outcome, number: int = 1, log: bytes = b"", **end: Any) -> None:
+def run(store: Store, job: ZooJob, outcome: Outcome, number: int = 1, log: bytes = b"", **end: Any) -> None:
     """Let an attempt at a job begin and end."""
     path = store.directory / LOGS / f"{job.name}.{number}.log"
     path.parent.mkdir(exist_ok=True)
@@ -104,7 +104,7 @@ def all_states(directory: Path) -> Path:
     run(store, tried, Outcome("input/output", "\x1b[31mThe disk did not answer."), again=True, log=b"slow\n")
     add(store, "the-same-again", "tiny-alpaca-1B-fingerprint")
     add(store, "waits")
-    store.plan({"waits": Needs(memory=8_000_000_000, disk=20_000_000_000, base=16_000_000_000, emulator=9_600_000_000,
+    store.plan({"waits": Demand(memory=8_000_000_000, disk=20_000_000_000, base=16_000_000_000, emulator=9_600_000_000,
                                inference=17_000_000_000, tuning=15_000_000_000)})  # fmt: skip
     add(store, "cut-off")
     (directory / LOGS / "cut-off.1.log").write_bytes(b"block 3 of 24\n")

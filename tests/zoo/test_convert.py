@@ -26,9 +26,9 @@ from emloc_core.hookspecs import hookimpl
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.engines.worker import run
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.sources import Defaults, resolve
-from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.jobs.task import Demand
 from emloc_core.zoo.state.lock import is_driven
 from emloc_core.zoo.state.store import Store
 from emloc_core.zoo.state.timing import estimate
@@ -191,10 +191,10 @@ def test_time_is_told_by_what_was_done_and_else_is_unknown(place):
     records = Store(place / "zoo").records()
     done = {record.job.name: record for record in records}
     took = [record.result["stages"]["emulator"]["seconds"] for record in records if record.state == "done"]
-    needs = Needs(base=2 * done["copy"].result["bytes"]["base"])
+    needs = Demand(base=2 * done["copy"].result["bytes"]["base"])
     assert estimate(done["first"].job, needs, records) == pytest.approx(2 * median(took))  # of equally large bases
     assert estimate(done["whole-way"].job, needs, [done["copy"]]) is None
-    assert estimate(done["first"].job, Needs(), records) is None
+    assert estimate(done["first"].job, Demand(), records) is None
 
 
 @pytest.mark.usefixtures("converted")
@@ -237,7 +237,7 @@ def test_a_dry_run_makes_nothing_and_refuses_what_the_disk_cannot_hold(place, tm
 
 
 def test_a_job_without_rows_is_bad_input(tmp_path):
-    outcome = run(Job(name="a", model="org/a"), tmp_path)
+    outcome = run(ZooJob(name="a", model="org/a"), tmp_path)
     assert (outcome.cause, outcome.message) == (
         "bad input", "a has no rows to calibrate on. Give --data, or data of its own."
     )  # fmt: skip

@@ -11,7 +11,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.inputs import hash_files
 from emloc_core.zoo.convert import convert, preview
 from emloc_core.zoo.driver import Driver
-from emloc_core.zoo.jobs.task import Needs, Task
+from emloc_core.zoo.jobs.task import Demand, Task
 from emloc_core.zoo.retry import Limits
 from emloc_core.zoo.state.store import Store
 
@@ -152,7 +152,7 @@ def test_what_planning_has_hashed_is_not_read_again(tmp_path, monkeypatch):
     weights = tmp_path / "weights"
     weights.write_text("content")
     known = hash_files([weights], tmp_path)
-    place = Task(waiting("a"), 1, Needs()).lay_out(tmp_path)
+    place = Task(waiting("a"), 1, Demand()).lay_out(tmp_path)
     monkeypatch.setattr("hashlib.file_digest", None)
     assert hash_files([weights], place) == known
 
@@ -168,7 +168,9 @@ def run_with_needs(zoo, needs, *, workers=4, memory=1000, tell=lambda *_: None, 
 
 
 def test_as_many_run_side_by_side_as_memory_holds(tmp_path):
-    needs = {name: Needs(memory=memory) for name, memory in {"a": 400, "b": 500, "c": 600, "d": 100, "e": None}.items()}
+    needs = {
+        name: Demand(memory=memory) for name, memory in {"a": 400, "b": 500, "c": 600, "d": 100, "e": None}.items()
+    }
     running, together = set(), set()
 
     def tell(name, state, _):
@@ -183,8 +185,8 @@ def test_as_many_run_side_by_side_as_memory_holds(tmp_path):
 
 def test_what_never_fits_fails_and_the_others_finish(tmp_path):
     needs = {
-        "memory": Needs(memory=1001), "disk": Needs(memory=1, disk=1 << 60), "limit": Needs(memory=1, disk=200),
-        "fits": Needs(memory=1, disk=60), "too": Needs(memory=1, disk=60),
+        "memory": Demand(memory=1001), "disk": Demand(memory=1, disk=1 << 60), "limit": Demand(memory=1, disk=200),
+        "fits": Demand(memory=1, disk=60), "too": Demand(memory=1, disk=60),
     }  # fmt: skip
     records = run_with_needs(tmp_path, needs, workers=1, disk=100)
     assert {name: causes(record) for name, record in records.items()} == {
@@ -200,9 +202,9 @@ def test_what_is_done_takes_what_its_files_take(tmp_path):
     for name in ("before", "now", "next"):
         (tmp_path / "jobs" / name / "emulator").mkdir(parents=True)
         (tmp_path / "jobs" / name / "emulator/emloc.json").write_bytes(b"x" * 10_000)
-    needs = Needs(memory=1, disk=900_000)
+    needs = Demand(memory=1, disk=900_000)
     run_with_needs(tmp_path, {"before": needs})
-    later = {"now": needs, "next": needs, "too": Needs(memory=1, disk=990_000)}
+    later = {"now": needs, "next": needs, "too": Demand(memory=1, disk=990_000)}
     records = run_with_needs(tmp_path, later, workers=1, disk=1_000_000)
     assert {name: causes(record) for name, record in records.items()} == {
         "before": [None], "now": [None], "next": [None], "too": ["disk"],
@@ -211,7 +213,7 @@ def test_what_is_done_takes_what_its_files_take(tmp_path):
 
 def test_what_is_done_and_gone_is_done_again(tmp_path, monkeypatch):
     job, emulator = waiting("a"), tmp_path / "jobs/a/emulator"
-    monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [("a", Needs(memory=0, disk=0))])
+    monkeypatch.setattr("emloc_core.zoo.convert.plan", lambda *_: [("a", Demand(memory=0, disk=0))])
 
     def state():
         (seen,) = preview([job], tmp_path)

@@ -18,7 +18,7 @@ from emloc_core.recipe.recipe import EvalSection
 from emloc_core.registry.entry import read_entry
 from emloc_core.registry.registry import load_entries
 from emloc_core.settings import CompressSettings, PolishSettings, TrainSettings
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.planning import needs
 
 ENTRY = """
@@ -168,7 +168,7 @@ def test_a_dry_run_says_what_would_fail(tiny_model, rows_file, tmp_path, options
 
 
 def test_a_job_that_polishes_needs_room_for_it(tiny_model, rows_file):
-    job = Job(name="job", model=str(tiny_model), data=str(rows_file), train=TrainSettings(batch_size=1))
+    job = ZooJob(name="job", model=str(tiny_model), data=str(rows_file), train=TrainSettings(batch_size=1))
     compared = job.model_copy(update={"eval": EvalSection(tasks=["task.yaml"], full_lora=True)})
     steps = PolishSettings(batch_size=1, accumulation=100_000)  # all of whose boundaries wait
     alone, with_bound, polished = (needs(each) for each in (job, compared, job.model_copy(update={"polish": steps})))

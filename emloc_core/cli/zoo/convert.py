@@ -20,8 +20,8 @@ from emloc_core.units import human_bytes, human_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from emloc_core.zoo.engines.engine import Engine
-    from emloc_core.zoo.jobs.job import Job
-    from emloc_core.zoo.jobs.task import Needs
+    from emloc_core.zoo.jobs.job import ZooJob
+    from emloc_core.zoo.jobs.task import Demand
 
 _UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -115,7 +115,9 @@ def _said(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _convert(jobs: "list[Job]", zoo: Path, make_engine: "Callable[[int], Engine]", limits: Any, as_json: bool) -> None:
+def _convert(
+    jobs: "list[ZooJob]", zoo: Path, make_engine: "Callable[[int], Engine]", limits: Any, as_json: bool
+) -> None:
     from emloc_core.zoo.convert import convert
 
     with progress("Planning") as advance, _told() as tell:
@@ -159,7 +161,7 @@ def _told() -> Iterator[Callable[[str, str, str], None]]:
         yield tell
 
 
-def _describe(jobs: "list[Job]", zoo: Path, disk: int | None, memory: int | None, as_json: bool) -> None:
+def _describe(jobs: "list[ZooJob]", zoo: Path, disk: int | None, memory: int | None, as_json: bool) -> None:
     from emloc_core.zoo.convert import preview, require_room
 
     with progress("Planning") as advance:
@@ -199,7 +201,7 @@ def _describe(jobs: "list[Job]", zoo: Path, disk: int | None, memory: int | None
         )
 
 
-def _refused(job: "Job", needs: "Needs", memory: int | None) -> str:
+def _refused(job: "ZooJob", needs: "Demand", memory: int | None) -> str:
     """Return why a job cannot run, or an empty string if it can."""
     if job.data is None:
         return "no rows to calibrate on"

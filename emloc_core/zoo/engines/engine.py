@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from emloc_core.errors import EmlocError
 from emloc_core.processes.environment import VARIABLES
 from emloc_core.processes.lifetime import child_environment
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import OUTCOME, Cause, Outcome
 from emloc_core.zoo.jobs.task import JOB, Task
 
@@ -53,7 +53,7 @@ class Engine(Protocol):
 
 
 def start_worker(
-    job: Job,
+    job: ZooJob,
     place: Path,
     log: Path,
     inherited: Sequence[int],
@@ -85,7 +85,7 @@ def start_worker(
         )
 
 
-def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+def environment(job: ZooJob, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return a worker's environment, for the process that starts it: threads as the job says, no network if offline."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(job.threads))
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "1") if job.offline else {}

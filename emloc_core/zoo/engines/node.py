@@ -21,7 +21,7 @@ from emloc_core import __version__
 from emloc_core.zoo.engines.engine import start_worker
 from emloc_core.zoo.engines.storage import Storage, fetch_input
 from emloc_core.zoo.jobs.faults import ended, memory_kills
-from emloc_core.zoo.jobs.job import BYTES, Job
+from emloc_core.zoo.jobs.job import BYTES, ZooJob
 from emloc_core.zoo.jobs.outcome import Outcome, read_outcome
 from emloc_core.zoo.jobs.task import JOB, JOBS, write_job
 from emloc_core.zoo.state.lock import try_lock
@@ -64,15 +64,15 @@ def perform(order: Order) -> dict[str, Any]:
     if order.version != __version__:
         said = f"{host} has emloc {__version__} and the driver {order.version}: install the same one everywhere."
         return Outcome("bad input", said, host=host).to_dict()
-    job = Job.model_validate_json(order.job)
+    job = ZooJob.model_validate_json(order.job)
     outcome = _on_shared_disk(order, job) if order.storage is None else _by_storage(order, job)
     return replace(outcome, host=host).to_dict()
 
 
-def _on_shared_disk(order: Order, job: Job) -> Outcome:
+def _on_shared_disk(order: Order, job: ZooJob) -> Outcome:
     place, log = Path(order.zoo) / JOBS / job.name, Path(order.zoo) / order.log
     try:
-        seen = Job.model_validate_json((place / JOB).read_text(encoding="utf-8"))
+        seen = ZooJob.model_validate_json((place / JOB).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         seen = None
     if seen != job:
@@ -92,7 +92,7 @@ def _on_shared_disk(order: Order, job: Job) -> Outcome:
             worker.end()
 
 
-def _by_storage(order: Order, job: Job) -> Outcome:
+def _by_storage(order: Order, job: ZooJob) -> Outcome:
     assert order.storage is not None
     storage = Storage(order.storage)
     # Another attempt at the same job on this node resumes what is there.
@@ -128,7 +128,7 @@ def _by_storage(order: Order, job: Job) -> Outcome:
         return outcome
 
 
-def output_names(job: Job, inputs: Mapping[str, str]) -> dict[str, str]:
+def output_names(job: ZooJob, inputs: Mapping[str, str]) -> dict[str, str]:
     """Return the names in the storage of a job's outputs, by stage, in order: ``jobs/NAME/STAGE-HASH``.
 
     The hash covers everything that led to the output: another job of the same name has outputs of its own, and a job
@@ -149,7 +149,7 @@ def _publish(storage: Storage, outputs: dict[Path, str]) -> None:
             storage.publish(output, name)
 
 
-def _with_inputs(job: Job, inputs: dict[str, str], storage: Storage, place: Path) -> Job:
+def _with_inputs(job: ZooJob, inputs: dict[str, str], storage: Storage, place: Path) -> ZooJob:
     """Return the job with what is not on this machine fetched from the storage."""
 
     def here(path: str | None) -> str | None:
@@ -183,7 +183,7 @@ def _alone(place: Path) -> Iterator[int | None]:
 class _Worker:
     """The worker's process, the leader of its own group."""
 
-    def __init__(self, job: Job, place: Path, log: Path, lock: int) -> None:
+    def __init__(self, job: ZooJob, place: Path, log: Path, lock: int) -> None:
         self._place, self._kills = place, memory_kills()
         self._process = start_worker(job, place, log, [lock])
 

@@ -20,12 +20,12 @@ from emloc_core.processes.environment import hush_libraries
 from emloc_core.processes.lifetime import die_with, end_with_parent
 from emloc_core.recipe.stages import Stage
 from emloc_core.zoo.jobs.faults import classify, describe, ended, exit_code, memory_kills
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import OUTCOME, Outcome, read_outcome
 from emloc_core.zoo.jobs.result import collect
 
 
-def run(job: Job, directory: Path) -> Outcome:
+def run(job: ZooJob, directory: Path) -> Outcome:
     """Do the job's stages, in order, each unless it is there already; return how it ended."""
     if job.data is None:
         return Outcome("bad input", f"{job.name} has no rows to calibrate on. Give --data, or data of its own.")
@@ -103,7 +103,7 @@ def main(job_file: str) -> int:
         end_with_parent(signal.SIGTERM)
     hush_libraries()
     path = Path(job_file).absolute()
-    outcome = run(Job.model_validate_json(path.read_text(encoding="utf-8")), path.parent)
+    outcome = run(ZooJob.model_validate_json(path.read_text(encoding="utf-8")), path.parent)
     with contextlib.suppress(OSError):
         write_json(path.with_name(OUTCOME), outcome.to_dict())
     return exit_code(outcome.cause)

@@ -21,7 +21,7 @@ _NATIVE = "native"  # the output with the model that was rewritten
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
 
-class Job(Settings):
+class ZooJob(Settings):
     """What is done to one model; frozen, and JSON both ways (``model_dump_json``, ``model_validate_json``).
 
     Where there is a ``layout``, the model is rewritten before anything else. Without ``train`` the job ends with the
@@ -91,7 +91,7 @@ class Job(Settings):
             content["eval"]["tasks"] = [_task_fingerprint(task, cache_dir) for task in self.eval.tasks]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def smaller(self, stage: str) -> "Job | None":
+    def smaller(self, stage: str) -> "ZooJob | None":
         """Return the job with less memory for ``stage`` (an output's name), or None where it cannot be made smaller.
 
         ``emulator``: half of the calibration rows, or of the fewest that a kind takes by default. ``adapter`` and
@@ -159,7 +159,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "".join(last)).lstrip("._-")[:90] or "model"
 
 
-def unique(jobs: Sequence[Job]) -> list[Job]:
+def unique(jobs: Sequence[ZooJob]) -> list[ZooJob]:
     """Return the jobs with names of their own: the second of a name gets ``-2``, and so on, in order."""
     taken: set[str] = set()
     found = []
@@ -173,7 +173,7 @@ def unique(jobs: Sequence[Job]) -> list[Job]:
     return found
 
 
-def describe_change(before: Job, after: Job) -> str:
+def describe_change(before: ZooJob, after: ZooJob) -> str:
     """Say how a job was made smaller: ``train.batch_size 8 -> 4``."""
     old, new = _flat(before.model_dump()), _flat(after.model_dump())
     changed = [key for key in old if old[key] != new.get(key)]

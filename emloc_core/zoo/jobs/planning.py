@@ -13,8 +13,8 @@ from typing import Any
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import write_json
 from emloc_core.processes.call import ProcessDiedError, call
-from emloc_core.zoo.jobs.job import Job
-from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.jobs.job import ZooJob
+from emloc_core.zoo.jobs.task import Demand
 
 #: What a stage writes besides weights: rows, tokenizer, logs, manifests. In bytes, a generous round figure.
 _SIDE_FILES = 32 << 20
@@ -22,8 +22,8 @@ Advance = Callable[[str, int, int], None]
 
 
 def plan(
-    jobs: Sequence[Job], cache_dir: Path, known: Collection[str] = (), advance: Advance = lambda *_: None
-) -> list[tuple[str, Needs | None]]:
+    jobs: Sequence[ZooJob], cache_dir: Path, known: Collection[str] = (), advance: Advance = lambda *_: None
+) -> list[tuple[str, Demand | None]]:
     """Return the fingerprint of every job, and what it needs.
 
     Args:
@@ -37,7 +37,7 @@ def plan(
     """
     if not jobs:
         return []
-    found: list[tuple[str, Needs | None]] = []
+    found: list[tuple[str, Demand | None]] = []
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if any(job.offline for job in jobs) else {}
     asked = {
         "jobs": [job.model_dump(mode="json") for job in jobs],
@@ -48,7 +48,7 @@ def plan(
     answers = call("emloc_core.zoo.jobs.planning:answers", asked, environment=offline, cwd=cache_dir)
     try:
         for job, (fingerprint, needs) in zip(jobs, answers, strict=False):
-            found.append((fingerprint, Needs(**needs) if needs else None))
+            found.append((fingerprint, Demand(**needs) if needs else None))
             advance(job.name, len(found), len(jobs))
         next(answers, None)
     except ProcessDiedError as error:
@@ -60,14 +60,14 @@ def plan(
     return found
 
 
-def needs(job: Job) -> Needs:
+def needs(job: ZooJob) -> Demand:
     """Return what a job needs on the CPU, by the memory plan; imports torch.
 
     disk: the emulator; its LoRA, twice, and the trainer's last two checkpoints with their optimiser states; as much
     for every other LoRA: polished, the upper bound of an evaluation, and the controls of polishing; the merged
     checkpoint; the model rewritten, where it has to be; and its download, unless the hub's cache has (part of) it.
     """
-    from emloc_core.memory import stages as streamed
+    from emloc_core.memory import streamed
     from emloc_core.memory.model import MemoryModel
     from emloc_core.memory.workload import make_workload
     from emloc_core.settings import TrainSettings
@@ -98,11 +98,11 @@ def needs(job: Job) -> Needs:
         if job.eval:
             peaks.append(inference)
             peaks += [model.tuning().total] if job.eval.full_lora else []
-    return Needs(max(peaks), disk, base, emulator, inference, tuning)
+    return Demand(max(peaks), disk, base, emulator, inference, tuning)
 
 
 @contextlib.contextmanager
-def _config(job: Job) -> Iterator[Path]:
+def _config(job: ZooJob) -> Iterator[Path]:
     """Give the ``config.json`` that a job's stages will read."""
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.plugins.manager import plugin_manager
@@ -122,7 +122,7 @@ def _config(job: Job) -> Iterator[Path]:
             yield file
 
 
-def _is_fetched(job: Job) -> bool:
+def _is_fetched(job: ZooJob) -> bool:
     """Say whether a job downloads its model. One of which the cache has a part counts as there."""
     if job.offline or Path(job.model).exists():
         return False
@@ -133,22 +133,22 @@ def _is_fetched(job: Job) -> bool:
     return not any(isinstance(try_to_load_from_cache(name, file, revision=revision or None), str) for file in weights)
 
 
-def answer(job: Job, cache_dir: Path, known: Collection[str]) -> tuple[str, Needs | None]:
+def answer(job: ZooJob, cache_dir: Path, known: Collection[str]) -> tuple[str, Demand | None]:
     """Return the fingerprint of one job, and what it needs, as :func:`plan` does; imports torch."""
     try:
         fingerprint = job.fingerprint(cache_dir)
     except EmlocError as error:  # the worker will meet it too, and say so
-        return f"{job.name}: {error}", Needs(reason=str(error))
+        return f"{job.name}: {error}", Demand(reason=str(error))
     if fingerprint in known:
         return fingerprint, None
     try:
         return fingerprint, needs(job)
     except Exception as error:
-        return fingerprint, Needs(reason=str(error).strip() or type(error).__name__)
+        return fingerprint, Demand(reason=str(error).strip() or type(error).__name__)
 
 
 def answers(jobs: list[dict[str, Any]], cache_dir: str, known: list[str]) -> Iterator[tuple[str, Any]]:
     """Answer several jobs, one after another, in JSON values: what :func:`plan` calls in a process of its own."""
     for content in jobs:
-        fingerprint, found = answer(Job(**content), Path(cache_dir), set(known))
+        fingerprint, found = answer(ZooJob(**content), Path(cache_dir), set(known))
         yield fingerprint, found and asdict(found)

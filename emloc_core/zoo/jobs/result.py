@@ -5,13 +5,13 @@ from typing import Any
 
 from emloc_core.files.documents import read_json
 from emloc_core.files.output import MANIFEST, TIMING
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 
 #: What the result keeps of each Linear of an emulator.
 _LINEAR = ("path", "rank", "in_features", "out_features", "relative_error", "reason")
 
 
-def collect(job: Job, directory: Path) -> dict[str, Any]:
+def collect(job: ZooJob, directory: Path) -> dict[str, Any]:
     """Return the result of a job whose stages are all finished.
 
     Args:

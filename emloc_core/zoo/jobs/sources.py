@@ -25,7 +25,7 @@ from emloc_core.settings import (
     TrainSettings,
     explain,
 )
-from emloc_core.zoo.jobs.job import NAME, Job, slug, unique
+from emloc_core.zoo.jobs.job import NAME, ZooJob, slug, unique
 
 
 class JobSection(Settings):
@@ -92,7 +92,7 @@ class Defaults:
     registry: Sequence[Path] = ()
 
 
-def resolve(sources: Iterable[str], defaults: Defaults) -> list[Job]:
+def resolve(sources: Iterable[str], defaults: Defaults) -> list[ZooJob]:
     """Return the jobs of all sources, in order, with names of their own.
 
     A job with rows of its own is compressed, trained and corrected, and compared where it says on what; one that has
@@ -103,7 +103,7 @@ def resolve(sources: Iterable[str], defaults: Defaults) -> list[Job]:
             command line are not there; or a kind of emulator is to be chosen for no memory.
     """
     defaults = replace(defaults, data=_rows(defaults.data))
-    jobs: list[Job] = []
+    jobs: list[ZooJob] = []
     for source in sources:
         path = Path(source).expanduser()
         if path.is_dir():
@@ -138,8 +138,8 @@ def _is_model(directory: Path) -> bool:
     return (directory / "config.json").is_file() or any(directory.glob("*.safetensors"))
 
 
-def _plain(model: Path, defaults: Defaults) -> Job:
-    return Job(
+def _plain(model: Path, defaults: Defaults) -> ZooJob:
+    return ZooJob(
         name=slug(str(model.absolute())),
         model=str(model.absolute()),
         data=defaults.data,
@@ -162,7 +162,7 @@ def _rows(data: str | None) -> str | None:
     return data
 
 
-def _from_entry(entry: Entry, defaults: Defaults) -> Job:
+def _from_entry(entry: Entry, defaults: Defaults) -> ZooJob:
     name = defaults.preset or "default"
     own = entry.data
     tasks = [entry.path(task) for task in own.tasks] if own else []
@@ -170,7 +170,7 @@ def _from_entry(entry: Entry, defaults: Defaults) -> Job:
         require_data_alone(task, entry.file.parent)
     compress, train = resolve_preset(entry, name, given=defaults.compress)
     where = entry.model if entry.checkpoint or not entry.revision else f"{entry.id}@{entry.revision}"
-    return Job(
+    return ZooJob(
         name=slug(entry.id),
         model=where,
         layout=entry.layout,
@@ -187,18 +187,18 @@ def _from_entry(entry: Entry, defaults: Defaults) -> Job:
     )
 
 
-def _read_jobs(path: Path, defaults: Defaults) -> Iterator[Job]:
+def _read_jobs(path: Path, defaults: Defaults) -> Iterator[ZooJob]:
     layouts = {entry.id: entry.layout for entry in load_entries(defaults.registry)}
     try:
         for section in JobsFile(**read_toml(path, "file of jobs")).job:
             layout = layouts.get(section.model.partition("@")[0])
             yield _from_section(section, path, defaults).model_copy(update={"layout": layout})
     except ValidationError as error:
-        model = next((kind for kind in (JobsFile, CompressSettings) if kind.__name__ == error.title), Job)
+        model = next((kind for kind in (JobsFile, CompressSettings) if kind.__name__ == error.title), ZooJob)
         raise EmlocError(f"{path}: {explain(error, model)}", "Fix these settings.") from None
 
 
-def _from_section(section: JobSection, file: Path, defaults: Defaults) -> Job:
+def _from_section(section: JobSection, file: Path, defaults: Defaults) -> ZooJob:
     model = _inside(file, section.model, MODEL_ID)
     own = None if section.data is None else _inside(file, section.data, DATA_ID)
     ratio = {} if section.ratio is None else {"ratio": section.ratio}
@@ -206,7 +206,7 @@ def _from_section(section: JobSection, file: Path, defaults: Defaults) -> Job:
     evaluation = section.eval and section.eval.model_copy(
         update={"tasks": [_inside(file, task, TASK_NAME) for task in section.eval.tasks]}
     )
-    return Job(
+    return ZooJob(
         name=section.name or slug(section.model),
         model=model,
         data=own or defaults.data,

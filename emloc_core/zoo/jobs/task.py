@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emloc_core.files.output import HASHES
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 
 JOBS, LOGS, JOB = "jobs", "logs", "job.json"
 
 
 @dataclass(frozen=True)
-class Needs:
+class Demand:
     """What a job needs, by the plan; None where the plan could not tell.
 
     Attributes:
@@ -37,9 +37,9 @@ class Needs:
 class Task:
     """A job that is to be started: as it is this time (smaller than asked for, perhaps), and what it needs."""
 
-    job: Job
+    job: ZooJob
     attempt: int
-    needs: Needs
+    needs: Demand
 
     def directory(self, zoo: Path) -> Path:
         """Return where the outputs go."""
@@ -62,7 +62,7 @@ class Task:
         return f"{LOGS}/{self.job.name}.{self.attempt}.log"
 
 
-def write_job(job: Job, place: Path) -> None:
+def write_job(job: ZooJob, place: Path) -> None:
     """Make the directory of a job's outputs, and write the job file there."""
     place.mkdir(parents=True, exist_ok=True)
     (place / JOB).write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from emloc_core.files.meter import peak_memory
 from emloc_core.report.error_plot import Strip, finite, strips
 from emloc_core.report.table import COSTS, rows
 from emloc_core.units import human_bytes, human_seconds
-from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.jobs.task import Demand
 from emloc_core.zoo.report.log_end import log_end
 from emloc_core.zoo.state.record import Attempt, JobRecord
 
@@ -157,7 +157,7 @@ class JobView:
 
         Measured are a GPU's peak where the stage ran on one, and the process's otherwise.
         """
-        needs = self.record.needs or Needs()
+        needs = self.record.needs or Demand()
         base = self.result.get("systems", {}).get("base", {}).get("peak_bytes")
         making, tuning = (self.stages.get(name, {}).get("peak_bytes") for name in ("emulator", "adapter"))
         found = [

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from emloc_core.zoo.jobs.job import Job
-from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.jobs.job import ZooJob
+from emloc_core.zoo.jobs.task import Demand
 
 State = Literal["waiting", "running", "done", "failed", "duplicate", "interrupted"]
 
@@ -44,12 +44,12 @@ class JobRecord:
         result: of a finished job; see :func:`emloc_core.zoo.jobs.result.collect`.
     """
 
-    job: Job
+    job: ZooJob
     fingerprint: str
     state: State
     duplicate_of: str | None = None
-    smaller: Job | None = None
-    needs: Needs | None = None
+    smaller: ZooJob | None = None
+    needs: Demand | None = None
     result: dict[str, Any] = field(default_factory=dict)
     attempts: list[Attempt] = field(default_factory=list)
 

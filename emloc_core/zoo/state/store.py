@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import DiskFullError, EmlocError
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import Outcome
-from emloc_core.zoo.jobs.task import JOBS, Needs
+from emloc_core.zoo.jobs.task import JOBS, Demand
 from emloc_core.zoo.state.lock import is_driven
 from emloc_core.zoo.state.record import Attempt, JobRecord, State
 
@@ -68,7 +68,7 @@ class Store:
                 remedy = "Restore it, or choose another zoo."
             raise EmlocError(f"{path} cannot be opened ({error}).", remedy) from error
 
-    def add(self, jobs: Sequence[Job], fingerprints: Sequence[str]) -> None:
+    def add(self, jobs: Sequence[ZooJob], fingerprints: Sequence[str]) -> None:
         """Add jobs that are not there yet, in order; one whose fingerprint another job has becomes its duplicate.
 
         A job that is not done and whose model, data or settings have changed is replaced, and what it made is removed;
@@ -84,7 +84,7 @@ class Store:
             for job in changed:
                 _remove(self.directory / JOBS / job.name)
 
-    def _add(self, job: Job, fingerprint: str) -> bool:
+    def _add(self, job: ZooJob, fingerprint: str) -> bool:
         """Add a job, and say whether there was another one of that name."""
         row = self._one("SELECT state, fingerprint FROM jobs WHERE name = ?", job.name)
         if row and row[0] == "done":
@@ -158,7 +158,7 @@ class Store:
         change = "UPDATE jobs SET state = 'waiting', result = '{}' WHERE name = ?"
         self._apply(*((change, (name,)) for name in names))
 
-    def plan(self, needs: dict[str, Needs]) -> None:
+    def plan(self, needs: dict[str, Demand]) -> None:
         """Keep what jobs need, by name."""
         change = "UPDATE jobs SET needs = ? WHERE name = ?"
         self._apply(*((change, (json.dumps(asdict(need)), name)) for name, need in needs.items()))
@@ -179,7 +179,7 @@ class Store:
         outcome: Outcome,
         *,
         again: bool = False,
-        smaller: Job | None = None,
+        smaller: ZooJob | None = None,
     ) -> None:
         """Say how an attempt ended, and whether the job waits for another one, ``smaller`` perhaps."""
         state = "done" if outcome.cause is None else "waiting" if again else "failed"
@@ -214,15 +214,15 @@ class Store:
                 attempts.setdefault(name, []).append(Attempt(*fields))
         records = []
         for job, fingerprint, state, duplicate_of, smaller, needs, result in jobs:
-            content = Job.model_validate_json(job)
+            content = ZooJob.model_validate_json(job)
             records.append(
                 JobRecord(
                     content,
                     fingerprint,
                     state,
                     duplicate_of,
-                    Job.model_validate_json(smaller) if smaller else None,
-                    Needs(**json.loads(needs)) if needs else None,
+                    ZooJob.model_validate_json(smaller) if smaller else None,
+                    Demand(**json.loads(needs)) if needs else None,
                     json.loads(result),
                     attempts.get(content.name, []),
                 )

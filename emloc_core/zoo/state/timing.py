@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from emloc_core.zoo.jobs.job import Job
-from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.jobs.job import ZooJob
+from emloc_core.zoo.jobs.task import Demand
 from emloc_core.zoo.state.record import JobRecord
 
 
-def estimate(job: Job, needs: Needs, records: Sequence[JobRecord]) -> float | None:
+def estimate(job: ZooJob, needs: Demand, records: Sequence[JobRecord]) -> float | None:
     """Return the seconds that a job will take, or None where a stage of it has never been finished in this zoo.
 
     A stage's time is taken to grow with the base's bytes: the median of seconds a byte, of the finished jobs, times

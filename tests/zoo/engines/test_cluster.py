@@ -26,8 +26,8 @@ from emloc_core.zoo.engines.engine import NoRoomError
 from emloc_core.zoo.engines.local import LocalEngine
 from emloc_core.zoo.engines.node import Order, output_names, perform
 from emloc_core.zoo.engines.storage import Storage, input_name, share
-from emloc_core.zoo.jobs.job import Job
-from emloc_core.zoo.jobs.task import Needs, Task, write_job
+from emloc_core.zoo.jobs.job import ZooJob
+from emloc_core.zoo.jobs.task import Demand, Task, write_job
 from emloc_core.zoo.state.store import Store
 
 NODE = {"num_cpus": 1, "memory": 4 << 30, "object_store_memory": 80 << 20, "include_dashboard": False}
@@ -52,7 +52,7 @@ def jobs(tiny_model, rows_file, tmp_path_factory):
     models, found = tmp_path_factory.mktemp("zoo-models"), []
     for name in ("first", "other", "broken", "again"):
         model = Path(shutil.copytree(tiny_model, models / name))
-        found.append(Job(name=name, model=str(model), data=str(rows_file), compress=SMALL, offline=True))
+        found.append(ZooJob(name=name, model=str(model), data=str(rows_file), compress=SMALL, offline=True))
     (models / "other" / "generation_config.json").write_text("{}")  # else it were the first again
     shard = models / "broken" / "model.safetensors"
     os.truncate(shard, shard.stat().st_size // 2)
@@ -203,7 +203,7 @@ def test_fetches_what_a_node_does_not_have(jobs, tmp_path):
 
 
 def test_another_job_of_the_name_has_outputs_of_its_own():
-    job = Job(name="a", model="org/model", data="rows.jsonl", train={"batch_size": 4}, eval={"tasks": ["arc_easy"]})
+    job = ZooJob(name="a", model="org/model", data="rows.jsonl", train={"batch_size": 4}, eval={"tasks": ["arc_easy"]})
     names = output_names(job, {"rows.jsonl": "inputs/1"})
     assert list(names) == ["emulator", "adapter", "corrected", "evaluation"]
     assert names == output_names(job.model_copy(update={"offline": True}), {"rows.jsonl": "inputs/1"})
@@ -266,7 +266,7 @@ def engine(monkeypatch):
 
 
 def task(threads=1, memory=1 << 30):
-    return Task(Job(name="a", model="none", threads=threads), 1, Needs(memory=memory))
+    return Task(ZooJob(name="a", model="none", threads=threads), 1, Demand(memory=memory))
 
 
 def test_asks_for_what_the_plan_says(engine):
@@ -322,7 +322,7 @@ def test_an_output_that_is_not_seen_is_not_believed(engine, jobs, tmp_path):
     from emloc_core.zoo.jobs.outcome import Outcome
 
     made = engine((True, {"CPU": 1.0}))
-    handle = RayHandle(Task(jobs[0], 1, Needs()), tmp_path, {}, {}, _done(None))
+    handle = RayHandle(Task(jobs[0], 1, Demand()), tmp_path, {}, {}, _done(None))
     outcome = made._seen(Outcome(None, host="far"), handle)
     assert outcome.cause == "input/output"
     emulator = tmp_path / "jobs" / "first" / "emulator"

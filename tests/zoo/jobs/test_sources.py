@@ -12,7 +12,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.output import TIMING
 from emloc_core.requests import ImportRequest
 from emloc_core.standins import RECOMMENDED
-from emloc_core.zoo.jobs.job import Job, describe_change, slug, unique
+from emloc_core.zoo.jobs.job import ZooJob, describe_change, slug, unique
 from emloc_core.zoo.jobs.planning import plan
 from emloc_core.zoo.jobs.sources import Defaults, resolve
 from emloc_core.zoo.state.store import Store
@@ -262,7 +262,7 @@ def test_rows_that_are_not_there(models, data, monkeypatch):
 def test_a_download_is_counted_unless_it_is_there(tmp_path, monkeypatch):
     hub, name = tmp_path / "hub", "HuggingFaceTB/SmolLM2-135M"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
-    job = Job(name="a", model=f"{name}@main", data="org/rows")
+    job = ZooJob(name="a", model=f"{name}@main", data="org/rows")
     ((_, fetched),) = plan_here([job], tmp_path)
     ((_, offline),) = plan_here([job.model_copy(update={"offline": True})], tmp_path)
     assert fetched.disk == offline.disk + fetched.base
@@ -279,17 +279,17 @@ def test_names_are_directories_anywhere():
     assert slug("/models/../..") == "models"
     assert slug("///") == "model"
     assert slug("x" * 300) == "x" * 90
-    jobs = [Job(name=name, model="a/b") for name in ("A", "a", "a-2")]
+    jobs = [ZooJob(name=name, model="a/b") for name in ("A", "a", "a-2")]
     assert [job.name for job in unique(jobs)] == ["A", "a-2", "a-2-2"]
 
 
 def test_a_fingerprint_is_of_all_that_decides_the_outputs(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("1")
-    job = Job(name="a", model="org/model@1", data=str(rows))
+    job = ZooJob(name="a", model="org/model@1", data=str(rows))
 
     def changed(**settings):
-        return Job(**{**job.model_dump(), **settings}).fingerprint(tmp_path)
+        return ZooJob(**{**job.model_dump(), **settings}).fingerprint(tmp_path)
 
     before = job.fingerprint(tmp_path)
     assert changed(name="b", offline=True) == before
@@ -309,7 +309,7 @@ def test_a_fingerprint_is_of_what_rows_say_and_show(tmp_path):
         (tmp_path / name).write_text(json.dumps({"images": ["shown.png"], "messages": turns}))
 
     def fingerprint(name="rows.jsonl"):
-        job = Job(name="a", model="org/model", data=str(tmp_path / name), test=[str(tmp_path / "test.jsonl")])
+        job = ZooJob(name="a", model="org/model", data=str(tmp_path / name), test=[str(tmp_path / "test.jsonl")])
         return job.fingerprint(tmp_path)
 
     found = []
@@ -323,7 +323,7 @@ def test_a_fingerprint_is_of_what_rows_say_and_show(tmp_path):
 
 def test_a_fingerprint_is_of_what_tasks_ask(tmp_path):
     task, rows = tmp_path / "task.yaml", tmp_path / "rows.jsonl"
-    job = Job(name="a", model="org/model", data="org/rows", train={}, eval={"tasks": [str(task), "arc_easy"]})
+    job = ZooJob(name="a", model="org/model", data="org/rows", train={}, eval={"tasks": [str(task), "arc_easy"]})
     found = [job.fingerprint(tmp_path)]
     task.write_text("task: own\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\n")
     found.append(job.fingerprint(tmp_path))
@@ -336,11 +336,11 @@ def test_a_fingerprint_is_of_what_tasks_ask(tmp_path):
 
 
 def test_smaller_is_what_the_stage_can_give():
-    job = Job(name="a", model="a/b", data="a/b", train={"batch_size": 8}, eval={"tasks": ["x"]})
+    job = ZooJob(name="a", model="a/b", data="a/b", train={"batch_size": 8}, eval={"tasks": ["x"]})
     assert describe_change(job, job.smaller("emulator")) == "compress.samples default -> 32"
     assert job.smaller("emulator").smaller("emulator").compress.samples == 16
     change = describe_change(job, job.smaller("adapter"))
     assert change == "train.batch_size 8 -> 4, train.accumulation 1 -> 2"
     assert describe_change(job, job.smaller("evaluation")) == "eval.batch_size 8 -> 4"
     assert job.smaller("merged") is None
-    assert Job(name="a", model="a/b", compress={"samples": 1}).smaller("emulator") is None
+    assert ZooJob(name="a", model="a/b", compress={"samples": 1}).smaller("emulator") is None

@@ -12,9 +12,9 @@ from support.processes import wait, waiting
 
 from emloc_core.cli import cli
 from emloc_core.errors import EmlocError
-from emloc_core.zoo.jobs.job import Job
+from emloc_core.zoo.jobs.job import ZooJob
 from emloc_core.zoo.jobs.outcome import Outcome
-from emloc_core.zoo.jobs.task import Needs
+from emloc_core.zoo.jobs.task import Demand
 from emloc_core.zoo.state.lock import driving, is_driven
 from emloc_core.zoo.state.store import Store
 
@@ -33,15 +33,15 @@ def states(store):
 
 
 def test_what_is_kept_is_what_was_said(store):
-    job = Job(name="a", model="org/a", data="org/rows", train={"steps": 3}, merge=True)
+    job = ZooJob(name="a", model="org/a", data="org/rows", train={"steps": 3}, merge=True)
     store.add([job], ["1"])
-    store.plan({"a": Needs(1, 2, 3, 4)})
+    store.plan({"a": Demand(1, 2, 3, 4)})
     store.start("a", 1, "logs/a.1.log")
     store.finish("a", 1, 1.5, FAILED, again=True, smaller=job.smaller("emulator"))
     store.start("a", 2, "logs/a.2.log")
     store.finish("a", 2, 2.5, Outcome(None, result={"ratio": 0.6}, host="there"))
     (record,) = Store(store.directory).records()
-    assert (record.job, record.fingerprint, record.state, record.needs) == (job, "1", "done", Needs(1, 2, 3, 4))
+    assert (record.job, record.fingerprint, record.state, record.needs) == (job, "1", "done", Demand(1, 2, 3, 4))
     assert record.smaller.compress.samples == 32
     assert record.result == {"ratio": 0.6}
     first, second = record.attempts
@@ -94,14 +94,14 @@ def test_a_finished_job_is_not_replaced_and_nothing_is_added(store):
 
 
 def test_a_failed_job_waits_again_and_forgets_what_was_of_another_model(store):
-    job = Job(name="a", model="org/a")
+    job = ZooJob(name="a", model="org/a")
     store.add([job], ["1"])
-    store.plan({"a": Needs(memory=5)})
+    store.plan({"a": Demand(memory=5)})
     store.start("a", 1, "log")
     store.finish("a", 1, 1.0, FAILED, smaller=job.smaller("emulator"))
     store.add([job], ["1"])
     (record,) = store.records()
-    assert (record.state, record.needs, record.smaller.compress.samples) == ("waiting", Needs(memory=5), 32)
+    assert (record.state, record.needs, record.smaller.compress.samples) == ("waiting", Demand(memory=5), 32)
     store.add([job], ["2"])
     (record,) = store.records()
     assert (record.needs, record.smaller, len(record.attempts)) == (None, None, 1)

@@ -6,7 +6,7 @@ from math import prod
 from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.emulator.ranks import ExpertsPlan, LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO
-from emloc_core.exact.need import Positions, linears_in, lora_need, step_need
+from emloc_core.exact.memory import Positions, linears_in, lora_need, step_need
 from emloc_core.memory.arithmetic import positions
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.model.blocks import block_paths
