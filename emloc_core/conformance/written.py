@@ -9,7 +9,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.conformance.activations import TOLERANCE, deviation, statistics
+from emloc_core.conformance.activations import deviation, statistics, tolerated
 from emloc_core.conformance.check import check, require
 from emloc_core.conformance.forward import logits
 from emloc_core.conformance.tiny import TinyModel
@@ -39,9 +39,10 @@ def packed(subject: TinyModel) -> str | None:
     answers = [logits(model, sample) for sample in subject.samples]
     model = model.dequantize()
     apart = [deviation(answer, logits(model, sample)) for answer, sample in zip(answers, subject.samples, strict=True)]
+    allowed = tolerated(subject, apart)
     require(
         [f"unpacked, the emulator answers otherwise, by {value:.1e} of the largest logit" for value in apart
-         if not value <= TOLERANCE],
+         if not value <= allowed],
         "Some module uses the weight of a Linear, or its dtype, without calling it: list that Linear in keep_dense.",
     )  # fmt: skip
     return None

@@ -224,8 +224,7 @@ def without_gradient(model: PreTrainedModel, inputs: Mapping[str, Any]) -> set[s
     """
     model = copy.deepcopy(model)  # some keep a state, which would hold on to the graph
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    weights = [module.weight for module in linears.values() if module.weight.requires_grad]
-    names = [path for path, module in linears.items() if module.weight.requires_grad]
+    names, weights = list(linears), [module.weight.requires_grad_() for module in linears.values()]
     with torch.enable_grad():
         loss = model(**inputs, use_cache=False).logits.float().square().mean()
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)

@@ -36,8 +36,8 @@ def probes(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Callab
         yield "an image as the config describes it", lambda: Probe(image_inputs(config))
         for layout in layouts(config):
             yield f"pixels of {list(layout['pixel_values'].tensor.shape)}", partial(_laid_out, model, layout)
-    text = tiny_samples(replace(family, modality="text"), config)[-1]
-    yield "text", lambda: Probe(text.inputs("cpu"))
+    for text in tiny_samples(replace(family, modality="text"), config)[-1:]:
+        yield "text", partial(Probe, text.inputs("cpu"))
 
 
 def _laid_out(model: PreTrainedModel, layout: Mapping[str, Made]) -> Probe:

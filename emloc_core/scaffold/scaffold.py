@@ -18,6 +18,7 @@ from emloc_core.conformance.branches import layouts, other_branches
 from emloc_core.conformance.conditions import under_test
 from emloc_core.conformance.inputs import as_sample, tiny_samples
 from emloc_core.conformance.tiny import random_model
+from emloc_core.conformance.unread import unread_features
 from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.coverage import undeclared
 from emloc_core.emulator.declared import find_linears
@@ -32,7 +33,7 @@ from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import Observation, block_lists, without_gradient
 from emloc_core.scaffold.probe import Probe, probes
 from emloc_core.scaffold.shrink import TINY_PARAMETERS, shrink
-from emloc_core.scaffold.stored import keep_dense, stored_otherwise
+from emloc_core.scaffold.stored import UNREAD, is_grouped, keep_dense, stored_otherwise
 
 
 def scaffold(config_file: Path, *, alone: bool = False) -> Draft:
@@ -81,6 +82,8 @@ class _Scaffold:
         if not alone:
             self.seen.with_branches(list(self._branches()))
         keep_dense(self.seen.stacks, stored_otherwise(self.seen.model, self.family, self.seen.stacks))
+        unread = unread_features(self.seen.model, [as_sample(self.probe.inputs, 0)], self._grouped())
+        keep_dense(self.seen.stacks, dict.fromkeys(unread, UNREAD))
 
     def _on_meta(self, config: Any) -> PreTrainedModel:
         """Return a model on the meta device, with its buffers: only its modules are looked at."""
@@ -165,12 +168,13 @@ class _Scaffold:
     def _without_lora(self) -> dict[str, str]:
         """Return the Linears that a LoRA would be for nothing on -> why."""
         constant = without_gradient(self.seen.model, self.probe.inputs)
-        stacks = [f"{stack.path}." for stack in self.seen.stacks]
+        lost = lost_by_peft(self.seen.model, self._grouped())
+        return dict.fromkeys(constant, deduce.CONSTANT) | dict.fromkeys(lost, deduce.LOST)
+
+    def _grouped(self) -> list[str]:
+        """Return the paths of the Linears that are to be compressed."""
         names = [name for name, module in self.seen.model.named_modules() if isinstance(module, nn.Linear)]
-        inside = [name for name in names if any(name.startswith(stack) for stack in stacks)]
-        return dict.fromkeys(constant, deduce.CONSTANT) | dict.fromkeys(
-            lost_by_peft(self.seen.model, inside), deduce.LOST
-        )
+        return [name for name in names if is_grouped(name, self.seen.stacks)]
 
     def _registered(self) -> Iterator[str]:
         for other in plugin_manager().families():

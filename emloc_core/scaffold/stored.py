@@ -14,6 +14,7 @@ from emloc_core.model.skeleton import Skeleton
 from emloc_core.scaffold.merge import Stack
 
 TOGETHER = "the checkpoint stores it together with other weights"
+UNREAD = "nothing reads some of its outputs"
 UNNAMED = "its name in the checkpoint does not end in .weight, which factors stand beside"
 
 
@@ -23,9 +24,14 @@ def stored_otherwise(model: PreTrainedModel, family: Family, stacks: Sequence[St
         model.save_pretrained(directory)
         skeleton = OpenModel(Checkpoint(Path(directory)), family).skeleton
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        grouped = {(stack.path, path) for stack in stacks for group in stack.groups for path in group}
-        reasons = {name: _reason(skeleton, name) for name in linears if _place(name, stacks) in grouped}
+        reasons = {name: _reason(skeleton, name) for name in linears if is_grouped(name, stacks)}
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+def is_grouped(linear: str, stacks: Sequence[Stack]) -> bool:
+    """Return whether a Linear is in a group of some stack."""
+    found = _place(linear, stacks)
+    return any(found == (stack.path, path) for stack in stacks for group in stack.groups for path in group)
 
 
 def _place(linear: str, stacks: Sequence[Stack]) -> tuple[str, str] | None:

@@ -14,6 +14,8 @@ from emloc_core.files.output import read_manifest
 from emloc_core.observed import look
 from emloc_core.observed.record import DECLARATIONS, digest, from_record, to_record
 from emloc_core.plugins.manager import STRICT, plugin_manager
+from emloc_core.scaffold.observe import ROUTED
+from emloc_core.scaffold.stored import UNREAD
 
 thorough = pytest.mark.thorough
 #: Attention and MLP in parallel, one after the other, with norms behind them; fused Linears; a tower of another name.
@@ -153,3 +155,57 @@ def test_a_record_that_a_stranger_changed_is_not_used(path, value, tmp_path):
     plugin_manager()._observed.clear()
     plugin_manager().recall(read_manifest(tmp_path))
     assert not plugin_manager()._observed
+
+
+def test_fused_experts_are_compressed_where_a_forward_shows_that_their_layout_is_known(monkeypatch):
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = content("mixtral")
+    (tower,) = plugin_manager().family_for(config).towers
+    assert tower.experts == ["mlp.experts"]
+    plain = MixtralExperts.forward
+    monkeypatch.setattr(MixtralExperts, "forward", lambda self, *args: 2 * plain(self, *args))
+    plugin_manager()._observed.clear()
+    family = plugin_manager().family_for(config)
+    assert not family.towers[0].experts
+    assert family.keep_dense["model.layers.*.mlp.experts"] == ROUTED
+
+
+def test_a_cast_to_the_dtype_of_a_weight_by_another_name_is_found_by_an_emulator_of_packed_weights(monkeypatch):
+    from transformers.models.granite.modeling_granite import GraniteMLP
+
+    def forward(self, hidden):
+        weight = self.up_proj.weight
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden.to(weight.dtype)))
+
+    monkeypatch.setattr(GraniteMLP, "forward", forward)
+    with pytest.raises(EmlocError, match="the check 'packed' fails"):
+        plugin_manager().family_for(content("granite"))
+
+
+@thorough
+def test_where_no_image_can_be_made_up_the_language_tower_is_observed_on_text_and_that_is_said():
+    family = plugin_manager().family_for(content("git"))
+    assert [tower.name for tower in family.towers] == ["language"]
+    assert family.modality == "image-text"
+    assert "on text alone, since no image could be made up" in family.observed[0]["found"]
+
+
+@thorough
+def test_a_model_that_takes_no_row_without_an_image_is_observed_with_one():
+    towers = plugin_manager().family_for(content("blip-2")).towers
+    assert [tower.blocks.partition(".")[0] for tower in towers] == ["vision_model", "qformer", "language_model"]
+
+
+@thorough
+def test_a_linear_of_which_nothing_reads_some_outputs_stays_dense():
+    family = plugin_manager().family_for(content("deepseek_v4"))
+    assert family.keep_dense["model.layers.*.self_attn.compressor.kv_proj"] == UNREAD
+
+
+def test_a_block_that_no_tiny_model_has_is_refused(monkeypatch):
+    from emloc_core.scaffold import scaffold
+
+    monkeypatch.setattr(scaffold, "undeclared", lambda *_: ["model.layers.7.odd_proj"])
+    with pytest.raises(EmlocError, match=r"model.layers.7.odd_proj \(1 in all\) is in no group"):
+        plugin_manager().family_for(content("granite"))
