@@ -199,7 +199,7 @@ def _pausing(
     rows: int,
     sink: Callable[[torch.Tensor], None],
 ) -> Iterator[None]:
-    """Pause every sample where it reaches an input group, once a copy of the group's inputs has gone to ``sink``.
+    """Give ``sink`` a copy of what every sample feeds an input group, and pause the sample there.
 
     It waits at the path of the group's first Linear, whichever of them runs first.
     """

@@ -80,7 +80,7 @@ class Head:
 
 
 def known(hidden: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return ``value`` so that its backward pass hands on ``gradient``, which was computed before, to ``hidden``."""
+    """Return ``value`` as computed from ``hidden``, with a backward pass that gives ``hidden`` a known gradient."""
     connected: torch.Tensor = _Known.apply(hidden, gradient, value)
     return connected
 

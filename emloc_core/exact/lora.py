@@ -47,9 +47,9 @@ def lora_on(skeleton: Skeleton, lora: LoraConfig | Path, device: torch.device | 
 
 @contextmanager
 def _in_appearance(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Put frozen parameters on the CPU, at the cost of one number each.
+    """Let frozen parameters look as if they were on the CPU; each takes the memory of a single number.
 
-    PEFT puts a LoRA where the weight is, and on the meta device its initial values would be lost.
+    PEFT makes a LoRA on the device of its weight. On the meta device it would have no initial values.
     """
     nothing = torch.full((), torch.nan, dtype=dtype)
     meta = {id(parameter): parameter for parameter in model.parameters()}

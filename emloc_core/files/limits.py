@@ -38,7 +38,7 @@ def limited(what: str, seconds: float, nbytes: int) -> Iterator[None]:
             raise
         raise EmlocError(
             f"{what} takes more than {nbytes >> 20} MiB of memory, or than there is.",
-            "Free some memory; if there is enough, do not use it: it is damaged, or made to ask for so much.",
+            "Free some memory. If enough is free, do not use the file: it is damaged, or meant to do harm.",
             code="refused",
         ) from error  # the zoo tries again smaller where memory ran out
 

@@ -104,7 +104,7 @@ class LocalEngine:
             self.stop(handle)
 
     def _forget(self, handle: LocalHandle) -> None:
-        """Free the worker's place, and kill what is left of its process group."""
+        """Let another worker start in its place, and kill the processes that it left running."""
         self._running.remove(handle)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(handle.process.pid, signal.SIGKILL)

@@ -155,7 +155,7 @@ def fetch_input(storage: Storage, name: str, directory: Path) -> Path:
 
 
 def input_name(path: Path) -> str:
-    """Return the name under which an input is stored, which changes when one of its files does."""
+    """Return the name under which an input is stored: another one as soon as one of its files has changed."""
     seen = hashlib.sha256(str(path.absolute()).encode())
     for file in _files(path):
         status = file.stat()
