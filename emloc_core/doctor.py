@@ -51,12 +51,12 @@ class Check:
 
 def examine() -> list[Check]:
     """Check everything."""
-    found = probe([*(_module(name) for name, *_ in _required() if _installed(name)), "plugins", "gpus"])
-    gpus = found.pop("gpus", {})
-    plugins = found.pop("plugins", {})
+    tried = probe([*(_module(name) for name, *_ in _required() if _installed(name)), "plugins", "gpus"])
+    gpus = tried.pop("gpus", {})
+    plugins = tried.pop("plugins", {})
     return [
         Check("system", "python", "ok", f"{platform.python_version()} on {platform.platform()}"),
-        *_packages(found),
+        *_packages(tried),
         *_gpu(gpus),
         *_room(),
         *_plugins(plugins),
@@ -86,12 +86,12 @@ def _module(name: str) -> str:
     return _MODULES.get(name, name.replace("-", "_"))
 
 
-def _packages(found: dict[str, Any]) -> Iterator[Check]:
+def _packages(tried: dict[str, Any]) -> Iterator[Check]:
     yield Check("packages", "emloc", "ok", version("emloc"))
     for name, least, extra in _required():
         installed = _installed(name)
         tested, private = TESTED.get(name, (None, ""))
-        error = found.get(_module(name))
+        error = tried.get(_module(name))
         if installed is None:
             missing = f"not installed (for it: pip install 'emloc[{extra}]')"
             yield Check(
@@ -115,17 +115,17 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in re.match(r"[\d.]*", text)[0].split(".") if part]  # type: ignore[index]
 
 
-def _gpu(found: Any) -> Iterator[Check]:
+def _gpu(gpus: Any) -> Iterator[Check]:
     driver = _driver()
-    if isinstance(found, str):  # torch does not even import, which is said already
-        yield Check("gpu", "torch", "error", f"cannot ask for GPUs: {found}")
+    if isinstance(gpus, str):  # torch does not even import, which is said already
+        yield Check("gpu", "torch", "error", f"cannot ask for GPUs: {gpus}")
         return
-    for each in found.get("devices", []):
+    for each in gpus.get("devices", []):
         size = f"{_size(each['free'])} of {_size(each['total'])} free"
-        yield Check("gpu", each["name"], "ok", f"{size}, CUDA {found['cuda']}, driver {driver or 'unknown'}")
-    if not found.get("devices"):
+        yield Check("gpu", each["name"], "ok", f"{size}, CUDA {gpus['cuda']}, driver {driver or 'unknown'}")
+    if not gpus.get("devices"):
         if driver:
-            built = f"was built for CUDA {found['cuda']}" if found.get("cuda") else "was built for CPUs"
+            built = f"was built for CUDA {gpus['cuda']}" if gpus.get("cuda") else "was built for CPUs"
             yield Check(
                 "gpu", "cuda", "warning", f"the driver {driver} shows a GPU that torch cannot use: torch {built}"
             )
@@ -180,11 +180,11 @@ def _memory() -> tuple[int, int] | None:
     return min(free, max(0, limit - used)), min(total, limit)
 
 
-def _plugins(found: Any) -> Iterator[Check]:
-    if isinstance(found, str):
-        yield Check("plugins", "all", "error", f"cannot be loaded: {found}")
+def _plugins(reports: Any) -> Iterator[Check]:
+    if isinstance(reports, str):
+        yield Check("plugins", "all", "error", f"cannot be loaded: {reports}")
         return
-    for each in found:
+    for each in reports:
         state: State = "error" if each["error"] else "ok"
         told = each["error"] or ", ".join(each["families"]) or "no families"
         yield Check("plugins", each["name"], state, f"{each['distribution']}: {told}")
@@ -200,7 +200,7 @@ def probe(names: Iterable[str]) -> dict[str, Any]:
     Args:
         names: modules to import, ``plugins`` and ``gpus``.
     """
-    waiting, found = list(names), dict[str, Any]()
+    waiting, answers = list(names), dict[str, Any]()
     while waiting:
         command = [sys.executable, "-m", "emloc_core.doctor", "--probe", *waiting]
         try:
@@ -211,30 +211,30 @@ def probe(names: Iterable[str]) -> dict[str, Any]:
         for line in output.splitlines():
             if line.startswith('{"probed":'):
                 told = json.loads(line)
-                found[told["probed"]] = told["found"]
-        left = [name for name in waiting if name not in found]
+                answers[told["probed"]] = told["found"]
+        left = [name for name in waiting if name not in answers]
         if left:
-            found[left[0]] = how
+            answers[left[0]] = how
         waiting = left[1:]
-    return found
+    return answers
 
 
 def _probes(names: Iterable[str]) -> None:
     """Try each in this process, and print what was found: the error of a module's import, or None."""
     for name in names:
-        found: Any = None
+        answer: Any = None
         try:
             if name == "gpus":
-                found = _gpus()
+                answer = _gpus()
             elif name == "plugins":
                 from emloc_core.plugins.manager import plugin_manager
 
-                found = [asdict(report) for report in plugin_manager().reports]
+                answer = [asdict(report) for report in plugin_manager().reports]
             else:
                 import_module(name)
         except (Exception, SystemExit) as error:
-            found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        print(json.dumps({"probed": name, "found": found}), flush=True)  # noqa: T201 - the parent reads it
+            answer = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        print(json.dumps({"probed": name, "found": answer}), flush=True)  # noqa: T201 - the parent reads it
 
 
 def _gpus() -> dict[str, Any]:

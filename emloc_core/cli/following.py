@@ -40,10 +40,10 @@ def following(request: Request, result: Result) -> list[str]:
     output = result.path
     chat = join("chat", output)
     merge = join("merge", output, "-o", _beside(output, "merged"))
-    found: list[str] = []
+    commands: list[str] = []
     match request:
         case ImportRequest():
-            found = [join("plan", output, "--memory", "24GiB")]
+            commands = [join("plan", output, "--memory", "24GiB")]
         case CompressRequest(
             data=data, tuning=tuning, settings=settings, split=split, columns=columns, exclude=exclude
         ):
@@ -52,20 +52,20 @@ def following(request: Request, result: Result) -> list[str]:
             how = [*read_as(split, columns), *left_out]
             shape = result.result.get("tuning", {})
             how += flags(tuning.model_dump(exclude_unset=True) | same | shape)
-            found = [join("train", output, *rows(data), *how, "-o", _beside(output, "adapter"))]
+            commands = [join("train", output, *rows(data), *how, "-o", _beside(output, "adapter"))]
         case TrainRequest(model=model) if _is_emulator(model):
-            found = [join("correct", output, "-o", _beside(output, "corrected"))]
+            commands = [join("correct", output, "-o", _beside(output, "corrected"))]
         case TrainRequest() | PolishRequest():
-            found = [chat, merge]
+            commands = [chat, merge]
         case CorrectRequest(adapter=adapter):
             polish = join("polish", output, *rows(None), "-o", _beside(output, "polished"))
-            found = [chat, *([] if learned_preferences(adapter) else [polish]), merge]
+            commands = [chat, *([] if learned_preferences(adapter) else [polish]), merge]
         case MergeRequest():
-            found = [chat]
+            commands = [chat]
         case EvaluateRequest(systems=systems):
             last = systems[-1]
-            found = [join("chat", last.model, *([last.adapter] if last.adapter else []))]
-    return found
+            commands = [join("chat", last.model, *([last.adapter] if last.adapter else []))]
+    return commands
 
 
 def rows(data: Any) -> list[str]:
@@ -75,15 +75,15 @@ def rows(data: Any) -> list[str]:
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
     """Return the options for settings."""
-    found: list[str] = []
+    options: list[str] = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            found.append(f"--{flag}" if value else f"--no-{flag}")
+            options.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
             text = [f"{key}={each}" for key, each in value.items()] if isinstance(value, dict) else value
-            found += [f"--{flag}", ",".join(map(str, text)) if isinstance(text, list) else str(text)]
-    return found
+            options += [f"--{flag}", ",".join(map(str, text)) if isinstance(text, list) else str(text)]
+    return options
 
 
 def _beside(output: Path, name: str) -> Path:

@@ -165,32 +165,32 @@ def _lengths(content: Mapping[str, Any]) -> Iterable[str]:
 
 def summary(request: Request, result: Result) -> list[str]:
     """Return the lines to print for a finished stage."""
-    found = result.result
+    made = result.result
     if request.stage == "compress":
-        return _errors(found, result.manifest["request"]["settings"].get("calibration"))
+        return _errors(made, result.manifest["request"]["settings"].get("calibration"))
     if request.stage in ("train", "polish"):
-        loss = found["train_loss"]  # unknown where training stopped early, before a loss was logged
+        loss = made["train_loss"]  # unknown where training stopped early, before a loss was logged
         mean = "" if loss is None else f"mean loss {loss:.4f}, "
         lines = [
-            f"{found['steps']} steps on {found['rows']} rows ({found['excluded_rows']} left out): "
-            f"{mean}{found['trainable_parameters']:,} trainable parameters"
+            f"{made['steps']} steps on {made['rows']} rows ({made['excluded_rows']} left out): "
+            f"{mean}{made['trainable_parameters']:,} trainable parameters"
         ]
-        if (best := found.get("best_step")) is not None:
+        if (best := made.get("best_step")) is not None:
             kept = f"the best checkpoint, of step {best}" if best else "the adapter as it was: no step made it better"
-            on_base = f", {found['eval_base_loss']:.4f} on the base" if "eval_base_loss" in found else ""
-            lines.append(f"kept {kept}; loss {found['eval_loss']:.4f} on {found['eval_rows']} held-out rows{on_base}")
-        if found["dropped_rows"]:
-            lines.append(f"{found['dropped_rows']} rows dropped: the maximum length leaves no completion")
+            on_base = f", {made['eval_base_loss']:.4f} on the base" if "eval_base_loss" in made else ""
+            lines.append(f"kept {kept}; loss {made['eval_loss']:.4f} on {made['eval_rows']} held-out rows{on_base}")
+        if made["dropped_rows"]:
+            lines.append(f"{made['dropped_rows']} rows dropped: the maximum length leaves no completion")
         if read := result.timing.get("read_bytes"):
             waited = human_seconds(result.timing["waited_seconds"])
             lines.append(f"{human_bytes(read)} of weights read; the steps waited {waited} for them")
         return lines
     if request.stage == "correct":
         return [
-            f"LoRA on {found['linears']} Linears: {verdict(found)}",
-            *map(_candidate, found.get("candidates", [])),
+            f"LoRA on {made['linears']} Linears: {verdict(made)}",
+            *map(_candidate, made.get("candidates", [])),
         ]
-    return _written(request.stage, found)
+    return _written(request.stage, made)
 
 
 def _candidate(row: Mapping[str, Any]) -> str:
@@ -202,16 +202,16 @@ def _candidate(row: Mapping[str, Any]) -> str:
     return f"{line}, {row['gain']:+.3f} ± {2 * error:.3f} nats gained per row" if error else line
 
 
-def _written(stage: str, found: Mapping[str, Any]) -> list[str]:
+def _written(stage: str, made: Mapping[str, Any]) -> list[str]:
     """Return the lines for a stage that rewrites what is there."""
     if stage == "merge":
-        return [f"{found['merged_linears']} Linears merged into {human_bytes(found['bytes'])}"]
+        return [f"{made['merged_linears']} Linears merged into {human_bytes(made['bytes'])}"]
     if stage == "export":
-        what = f"{found['linears']} LoRAs of rank {found['rank']}" if "linears" in found else "the model"
-        count = f" in {found['tensors']} tensors of GGUF" if "tensors" in found else ""
-        return [f"{what}{count}", *(f"warning: {text}" for text in found.get("warnings", []))]
+        what = f"{made['linears']} LoRAs of rank {made['rank']}" if "linears" in made else "the model"
+        count = f" in {made['tensors']} tensors of GGUF" if "tensors" in made else ""
+        return [f"{what}{count}", *(f"warning: {text}" for text in made.get("warnings", []))]
     if stage == "import":
-        return [f"{found['layout']} to {found['model_type']}: {human_bytes(found['bytes'])}, {found['split']} split"]
+        return [f"{made['layout']} to {made['model_type']}: {human_bytes(made['bytes'])}, {made['split']} split"]
     return []
 
 
@@ -230,10 +230,10 @@ def _print_scores(request: EvaluateRequest, result: Result) -> None:
         click.echo(line)
 
 
-def _errors(found: Mapping[str, Any], calibration: str | None) -> list[str]:
+def _errors(made: Mapping[str, Any], calibration: str | None) -> list[str]:
     """Return lines with the relative errors of a finished emulator, per kind of Linear."""
     errors: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for linear in found["linears"]:
+    for linear in made["linears"]:
         if linear["relative_error"] is not None:
             tower, _, kind = place(linear["path"])
             errors[tower, kind].append(linear["relative_error"])
@@ -243,5 +243,5 @@ def _errors(found: Mapping[str, Any], calibration: str | None) -> list[str]:
     lines = [f"relative {of} (mean, worst):"]
     width = max((len(kind) for kind, _ in kinds), default=0)
     lines += [f"  {kind:<{width}} {sum(of) / len(of):.3f}  {max(of):.3f}" for kind, of in kinds]
-    lines.append(f"base {human_bytes(found['bytes']['base'])} -> emulator {human_bytes(found['bytes']['emulator'])}")
+    lines.append(f"base {human_bytes(made['bytes']['base'])} -> emulator {human_bytes(made['bytes']['emulator'])}")
     return lines

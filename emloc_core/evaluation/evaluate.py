@@ -46,7 +46,7 @@ def canonical_systems(
             raise EmlocError(f"--{option} {value} needs the base model.", "Add --base.")
     if adapter is not None and base is None and emulator is None:
         raise EmlocError(f"--adapter {adapter} needs a model.", "Add --emulator, --base or both.")
-    found: dict[str, tuple[str | None, Path | None]] = {
+    known: dict[str, tuple[str | None, Path | None]] = {
         "base": (base, None),
         "emulator": (emulator, None),
         "emulator+lora": (emulator if adapter else None, adapter),
@@ -56,7 +56,7 @@ def canonical_systems(
         "merged": (merged, None),
         "full_lora": (base if full_lora else None, full_lora),
     }
-    ordered = [(name, *found[name]) for name in ORDER if name in found]
+    ordered = [(name, *known[name]) for name in ORDER if name in known]
     return [System(name=name, model=model, adapter=lora) for name, model, lora in ordered if model is not None]
 
 
@@ -81,9 +81,9 @@ def _check_adapters(systems: Sequence[System], files: Inputs) -> None:
             continue
         corrected = system.name == "base+corrected"
         if system.name not in _ON_THE_BASE and Adapter(system.adapter).is_corrected != corrected:
-            found, option = ("not corrected", "--corrected") if corrected else ("corrected", "--adapter")
+            state, option = ("not corrected", "--corrected") if corrected else ("corrected", "--adapter")
             raise EmlocError(
-                f"{option} {system.adapter} is {found}.",
+                f"{option} {system.adapter} is {state}.",
                 "Give the adapter from `emloc train` as --adapter, and the one from `emloc correct` as --corrected.",
                 code="mismatch",
             )
@@ -202,8 +202,8 @@ class Evaluate:
                 f"The system {system.name} cannot be evaluated: {error}", code=error.code, resumable=done
             ) from None
         log.unlink(missing_ok=True)
-        found: dict[str, Any] = result
-        return found
+        answer: dict[str, Any] = result
+        return answer
 
 
 def prepare(request: EvaluateRequest) -> Evaluate:
@@ -272,20 +272,20 @@ def _combine(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Combine the systems' results, with one name per metric."""
     first = next(iter(parts.values()))["tasks"]
     owners: dict[str, list[str]] = {}
-    for task, found in first.items():
-        for metric in found["metrics"]:
+    for task, scored in first.items():
+        for metric in scored["metrics"]:
             owners.setdefault(metric, []).append(task)
     metrics, systems, stderr = {}, {}, {}
     for name, part in parts.items():
         row, errors = {}, {}
-        for task, found in part["tasks"].items():
-            for metric, value in found["metrics"].items():
+        for task, scored in part["tasks"].items():
+            for metric, value in scored["metrics"].items():
                 label = metric if len(owners[metric]) == 1 else f"{task}.{metric}"
                 metrics[label] = {"task": task, "higher_is_better": value["higher_is_better"]}
                 row[label], errors[label] = value["value"], value["stderr"]
         systems[name] = {**row, "seconds": part["seconds"], "peak_bytes": part["peak_bytes"]}
         stderr[name] = errors
-    tasks = {name: {key: found[key] for key in ("output_type", "rows")} for name, found in first.items()}
+    tasks = {name: {key: scored[key] for key in ("output_type", "rows")} for name, scored in first.items()}
     return {"systems": systems, "stderr": stderr, "metrics": metrics, "tasks": tasks}
 
 

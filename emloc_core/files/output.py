@@ -40,13 +40,13 @@ _NO_ROOM = 256 << 10  # bytes; with less free, a failure is attributed to the fu
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that affect an output."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in ("emloc", "torch", "transformers", "peft", "trl", "safetensors"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -61,8 +61,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     manifest = read_object(path)
     for name, kind in (("kind", str), ("request", dict), ("result", dict)):
         if not isinstance(manifest.get(name, kind()), kind):
-            found = type(manifest[name]).__name__
-            raise EmlocError(f"{path} is damaged: its {name} is a {found}.", "Restore the file.", code="damaged")
+            given = type(manifest[name]).__name__
+            raise EmlocError(f"{path} is damaged: its {name} is a {given}.", "Restore the file.", code="damaged")
     return manifest
 
 
@@ -76,10 +76,10 @@ def made_from(directory: Path, role: str) -> str:
     Raises:
         EmlocError: its manifest does not name it.
     """
-    found = (read_manifest(directory) or {}).get("inputs", {})
-    if not isinstance(found, dict) or not isinstance(found.get(role), str):
+    inputs = (read_manifest(directory) or {}).get("inputs", {})
+    if not isinstance(inputs, dict) or not isinstance(inputs.get(role), str):
         raise EmlocError(f"{directory} does not say what its {role} is.", f"Give the {role}.", code="missing")
-    name: str = found[role]
+    name: str = inputs[role]
     return name
 
 
@@ -102,19 +102,19 @@ def learned_preferences(adapter: Path) -> bool:
 
 def _parents(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the manifests of the outputs among the inputs, and of those among theirs, the oldest first."""
-    found: dict[Path, dict[str, Any]] = {}
+    manifests: dict[Path, dict[str, Any]] = {}
 
     def add(inputs: Any) -> None:
         for role in ("emulator", "model", "adapter"):
             directory = Path(inputs.get(role, "")).resolve()
-            if role not in inputs or directory in found or not (manifest := read_manifest(directory)):
+            if role not in inputs or directory in manifests or not (manifest := read_manifest(directory)):
                 continue
-            found[directory] = manifest  # now, in case that it names itself
+            manifests[directory] = manifest  # now, in case that it names itself
             add(manifest["inputs"])
-            found[directory] = found.pop(directory)  # its own parents come first
+            manifests[directory] = manifests.pop(directory)  # its own parents come first
 
     add(inputs)
-    return list(found.values())
+    return list(manifests.values())
 
 
 class Output:
@@ -372,8 +372,8 @@ _ROLES = {
 def _differences(old: Any, new: Any, at: str = "") -> str:
     """Name the settings in which two requests differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = (_differences(old.get(key), new.get(key), f"{at}.{key}" if at else key) for key in sorted({*old, *new}))
-        return "; ".join(text for text in found if text)
+        texts = (_differences(old.get(key), new.get(key), f"{at}.{key}" if at else key) for key in sorted({*old, *new}))
+        return "; ".join(text for text in texts if text)
     if old == new:
         return ""
     if isinstance(new, list) or _is_hash(old) or _is_hash(new):  # their values help nobody

@@ -46,35 +46,35 @@ def decided(recipe: Recipe, tell: Callable[[str], None] = _echo, *, adds_polish:
         precheck(request)
     way = recipe.way or (None if _is_open(recipe) else "emulator")
     asked = {"requests": [request.to_json() for request in requests], "way": way, "compare": _may_compare(recipe)}
-    (found,) = call(f"{__name__}:decision", asked)
-    if recipe.merge and found["in_four_bits"]:
+    (plan,) = call(f"{__name__}:decision", asked)
+    if recipe.merge and plan["in_four_bits"]:
         raise EmlocError(
             f"{recipe.model.base} is in four bits, and a LoRA is merged into the original.",
             "Leave the merge out, and give the original to `emloc merge --base` afterwards.",
             code="unsupported",
         )
-    for line in found["told"]:
+    for line in plan["told"]:
         tell(line)
     changes: dict[str, Any] = {
         "model": recipe.model.model_copy(update={"memory": None, "headroom": None}),
-        "way": found["way"],
-        "train": recipe.train.model_copy(update=found["rows"]),
-        "compress": recipe.compress.model_copy(update=found["emulator"]),
+        "way": plan["way"],
+        "train": recipe.train.model_copy(update=plan["rows"]),
+        "compress": recipe.compress.model_copy(update=plan["emulator"]),
     }
-    if adds_polish and found["polished"] and recipe.polish is None:
+    if adds_polish and plan["polished"] and recipe.polish is None:
         changes["polish"] = one_row_at_a_time(PolishSettings(batch_size=recipe.train.batch_size,
                                                              accumulation=recipe.train.accumulation))  # fmt: skip
     elif recipe.polish and "batch_size" not in recipe.polish.model_fields_set:
         changes["polish"] = one_row_at_a_time(recipe.polish)
-    if other := found["alternative"]:
+    if other := plan["alternative"]:
         tell(
-            f"Evidence is divided between {found['emulator']['kind']} and {other['kind']}: both are tried. To make "
-            f"one, set compress.kind = {found['emulator']['kind']!r}."
+            f"Evidence is divided between {plan['emulator']['kind']} and {other['kind']}: both are tried. To make "
+            f"one, set compress.kind = {plan['emulator']['kind']!r}."
         )
         given = recipe.compress.model_dump(include=set(_OWN), exclude_unset=True)
         changes["alternatives"] = {other["kind"]: CompressSettings(**other, **given)}
     elif recipe.makes_emulator:
-        sizes = zip(recipe.alternatives.items(), found["others"], strict=True)
+        sizes = zip(recipe.alternatives.items(), plan["others"], strict=True)
         changes["alternatives"] = {name: each.model_copy(update=size) for (name, each), size in sizes}
     return recipe.model_copy(update=changes)
 

@@ -77,8 +77,8 @@ class StageView:
     @property
     def settings(self) -> list[tuple[str, Any]]:
         """The settings that it had, by name."""
-        found = self.manifest.get("request", {}).get("settings", {})
-        return [(name, value) for name, value in found.items() if value not in (None, {}, [])]
+        settings = self.manifest.get("request", {}).get("settings", {})
+        return [(name, value) for name, value in settings.items() if value not in (None, {}, [])]
 
     @property
     def losses(self) -> list[Line]:
@@ -130,8 +130,8 @@ class RunView:
             EmlocError: no stage is finished there.
         """
         made = sorted(run.iterdir(), key=_order) if run.is_dir() else []
-        found = {path.name: path for path in made if _order(path)[0] < len(PURPOSES) and (path / MANIFEST).is_file()}
-        if whole and not found:
+        finished = {path.name: path for path in made if _order(path)[0] < len(PURPOSES) and (path / MANIFEST).is_file()}
+        if whole and not finished:
             raise EmlocError(
                 f"{run} holds no finished stage of a run.", "Give the output directory of `emloc run`.", code="missing"
             )
@@ -139,10 +139,10 @@ class RunView:
         tried = results.get("selection_losses", [FIRST])
         # Those of the kept emulator come last: the plans of the base's stages are theirs.
         order = sorted(tried, key=lambda name: name == results.get("kept"))
-        planned = {name: size for each in order if whole for name, size in _planned(found, suffix(each)).items()}
+        planned = {name: size for each in order if whole for name, size in _planned(finished, suffix(each)).items()}
         stages = [
             StageView(name, read_json(path / MANIFEST), _read(path / TIMING), _log(path), planned.get(name))
-            for name, path in found.items()
+            for name, path in finished.items()
         ]
         return cls(run.resolve().name, stages, results, _read(run / ANSWERS).get("answers", []))
 
@@ -175,8 +175,8 @@ class RunView:
     @property
     def bytes(self) -> tuple[int, int] | None:
         """Bytes of the base and of the emulator."""
-        found = self._result(f"emulator{self.suffix}").get("bytes")
-        return (found["base"], found["emulator"]) if found else None
+        sizes = self._result(f"emulator{self.suffix}").get("bytes")
+        return (sizes["base"], sizes["emulator"]) if sizes else None
 
     @property
     def errors(self) -> list[Strip]:
@@ -199,7 +199,7 @@ class RunView:
         ratio = f", ratio {made['ratio']:g}" if isinstance(made.get("ratio"), int | float) else ""
         used = [stage.manifest.get("versions", {}) for stage in self.stages]
         versions = {name: list(dict.fromkeys(str(each[name]) for each in used if name in each)) for name in _VERSIONS}
-        found = {
+        facts = {
             "base": _name(inputs.get("base") or tuned.get("model", "")),
             "data": _name(tuned.get("data") or inputs.get("data", "")),
             "emulator": f"{made['kind']}{ratio}" if made.get("kind") else "",
@@ -208,7 +208,7 @@ class RunView:
             else "",
             "versions": ", ".join(f"{name} {' and '.join(each)}" for name, each in versions.items() if each),
         }
-        return [(name, value) for name, value in found.items() if value]
+        return [(name, value) for name, value in facts.items() if value]
 
     @property
     def verdict(self) -> str:
@@ -229,15 +229,15 @@ class RunView:
         """A row for every system: its name, and by metric the value, half of its interval, and whether it is best."""
         systems = self.results.get("systems", {})
         spreads = self.results.get("stderr", {})
-        found = []
+        rows = []
         for row in table_rows(systems, self.results.get("metrics")) if systems else []:
             cells = {}
             for metric in self.metrics:
                 spread = spreads.get(row["system"], {}).get(metric)
                 half = _HALF * spread if isinstance(spread, int | float) else None
                 cells[metric] = row[metric], half, metric in row["best"]
-            found.append({"system": row["system"], "cells": cells})
-        return found
+            rows.append({"system": row["system"], "cells": cells})
+        return rows
 
     @property
     def metrics(self) -> list[str]:
@@ -327,20 +327,20 @@ def _planned(made: Mapping[str, Path], ending: str) -> dict[str, int]:
     try:
         tuned = read_json(made[adapter] / MANIFEST)
         model = _model(made.get(emulator), made[adapter], tuned)
-        found = {f"merged{ending}": streamed.merge(model).total, "full_lora": model.tuning().total}
+        peaks = {f"merged{ending}": streamed.merge(model).total, "full_lora": model.tuning().total}
         if polished in made:
             steps = read_json(made[polished] / MANIFEST)["request"]["settings"]
             rows = steps["batch_size"]
-            found[polished] = streamed.exact(model, rows * steps["accumulation"], rows).total
+            peaks[polished] = streamed.exact(model, rows * steps["accumulation"], rows).total
         if emulator not in made:
             exact = tuned["request"].get("exact", False)
             rows = model.workload.batch_size
             need = streamed.exact(model, at_once=rows) if exact else model.tuning()
-            return {**found, adapter: need.total}
+            return {**peaks, adapter: need.total}
         plan = model.linears.as_made(read_json(made[emulator] / MANIFEST)["result"]["linears"])
         request = _read(made[corrected] / MANIFEST)["request"] if corrected in made else {}
         return {
-            **found,
+            **peaks,
             emulator: streamed.compress(model, plan).total,
             adapter: model.tuning(plan, made=True).total,
             corrected: streamed.correct(model, plan, request.get("clamp")).total,

@@ -268,7 +268,7 @@ def _as_they_are(rows: list[Any]) -> Any:
 
 
 class _StreamedConfig(SFTConfig):
-    """TRL's config, for a model that stays where it is: its LoRA is on the device, and its weights are read when needed."""
+    """TRL's config, for a model that stays where it is: its weights are read when they are needed."""
 
     place_model_on_device = False
 
