@@ -1,6 +1,8 @@
 """What ``compat/lm_eval.py`` needs of lm-eval."""
 
 import inspect
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from jinja2.exceptions import SecurityError
@@ -73,12 +75,19 @@ def test_whitespace_at_a_prompts_end_is_scored_with_the_answer(tiny_model):
 
 
 @contract("lm-eval", "compat.lm_eval.GivenProcessor")
-def test_a_models_processor_is_made_by_a_method():
-    given = list(inspect.signature(HFMultimodalLM._create_tokenizer).parameters)
-    assert given[:3] == ["self", "pretrained", "tokenizer"], f"_create_tokenizer is called with {given}"
-    assert "._create_tokenizer(" in inspect.getsource(HFMultimodalLM.__mro__[1].__init__), (
-        "HFLM does not call _create_tokenizer"
-    )
+def test_a_models_processor_is_made_by_a_method(tiny_model):
+    """It is given the processor, and may keep it."""
+    from transformers import AutoModelForCausalLM
+
+    class Model(lm_eval.GivenProcessor, HFMultimodalLM):
+        pass
+
+    processor = SimpleNamespace(tokenizer=None)
+    seen = []
+    Model.tokenizer = property(lambda self: seen.append(self.processor) or 1 / 0, lambda *_: None)
+    with suppress(ZeroDivisionError):
+        Model(AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer=processor)
+    assert seen == [processor], "_create_tokenizer is not called with the processor before the tokenizer is used"
 
 
 @contract("lm-eval", "compat.lm_eval.ask")

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
-from emloc_core.errors import typed_line
+from emloc_core.errors import EmlocError, first_line, typed_line
 
 
 @contextmanager
@@ -15,6 +15,7 @@ def contract(library: str, dependent: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what = str(error).splitlines()[0] if isinstance(error, AssertionError) else typed_line(error)
+        cause = error.__cause__ if isinstance(error, EmlocError) and error.__cause__ else error
+        what = first_line(cause) if isinstance(cause, AssertionError) else typed_line(cause)
         told = f"{library} {version(library)}: {what}. emloc_core.{dependent} depends on it."
         raise pytest.fail.Exception(told, pytrace=False) from None
