@@ -1,4 +1,4 @@
-"""TRL: the loss, of which only the tokens that count are projected, and the tiles that its memory is planned by."""
+"""TRL: the loss of the tokens that count, the tiles that its memory is planned by, and datasets that are tokenized."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,3 +45,14 @@ def tiles_in_place() -> Iterator[None]:
     kernels = "trl.kernels.chunked_logprob"
     with patched("trl", kernels, _forward_tile=in_place, _backward_tile=in_place, _addmm_fp32=in_place):
         yield
+
+
+class TokenizedDataset:
+    """For subclasses of TRL's trainers for preferences, which would tokenize their datasets row by row."""
+
+    def prepared(self, dataset: Any, args: Any) -> Any:  # noqa: ARG002
+        """Return what is trained on: the dataset that was given, by default."""
+        return dataset
+
+    def _prepare_dataset(self, dataset: Any, _processing: Any, args: Any, _name: str) -> Any:
+        return self.prepared(dataset, args)

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer_callback import TrainerState
 from trl import DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 
-from emloc_core.compat.trl import counted_tokens_alone
+from emloc_core.compat.trl import TokenizedDataset, counted_tokens_alone
 from emloc_core.errors import EmlocError
 from emloc_core.tuning.evaluation import BASE_LOSS, BaseLoss
 from emloc_core.tuning.preferences import with_mismatched
@@ -137,18 +137,14 @@ class LoraTrainer(LoraSteps, SFTTrainer):
     """TRL's trainer for answers, for a LoRA."""
 
 
-class PreferenceTrainer(LoraSteps, DPOTrainer):
+class PreferenceTrainer(LoraSteps, TokenizedDataset, DPOTrainer):
     """TRL's trainer for preferences, for a LoRA; the reference is the model with the LoRA switched off."""
 
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        """Return the dataset as it is: tokenized."""
-        return dataset
 
-
-class LabelTrainer(LoraSteps, KTOTrainer):
+class LabelTrainer(LoraSteps, TokenizedDataset, KTOTrainer):
     """TRL's trainer for answers that are wanted or not, for a LoRA; with the same reference."""
 
-    def _prepare_dataset(self, dataset: Dataset, _processing: Any, args: KTOConfig, _name: str) -> Dataset:
+    def prepared(self, dataset: Dataset, args: KTOConfig) -> Dataset:
         """Return the dataset, which is tokenized, with what the distance to the reference is estimated from."""
         return with_mismatched(dataset, args.per_device_train_batch_size) if self.calculate_KL else dataset
 

@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from support.contracts import contract
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.kernels import chunked_logprob
 
 from emloc_core.compat import trl
@@ -69,3 +72,29 @@ def test_tiles_are_reduced_by_functions_that_can_be_left_out(model):
         (-found.log_probs.sum()).backward()
     gradient = model.get_input_embeddings().weight.grad
     assert not gradient.any(), "tiles are not reduced by _forward_tile, _backward_tile and _addmm_fp32 alone"
+
+
+class SeenError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(DPOTrainer, DPOConfig), (KTOTrainer, KTOConfig)])
+@contract("trl", "compat.trl.TokenizedDataset")
+def test_a_dataset_of_preferences_is_prepared_by_a_method(trainer, config, tiny_model, tmp_path):
+    class Tokenized(trl.TokenizedDataset, trainer):
+        def prepared(self, dataset, args):
+            raise SeenError(dataset, args.beta)
+
+    rows = Dataset.from_list([{"prompt_ids": [1]}])
+    seen = ()
+    try:
+        Tokenized(
+            AutoModelForCausalLM.from_pretrained(tiny_model),
+            args=config(str(tmp_path), beta=0.3, use_cpu=True, bf16=False),
+            train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(tiny_model),
+            peft_config=LoraConfig(target_modules=["q_proj"]),
+        )
+    except SeenError as error:
+        seen = error.args
+    assert seen == (rows, 0.3), "_prepare_dataset is not called with the dataset and the config"
