@@ -77,5 +77,6 @@ class AsTrained:
             self.output.result = {
                 "clamp": 0, "scale": 1.0, "linears": len(self.adapter.loras), CONTENT: content_hash(staging)
             }  # fmt: skip
+            self.output.made = "Left as it was trained: not on an emulator."
         progress("copied", 1, 1)
         return self.output.path

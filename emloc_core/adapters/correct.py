@@ -40,6 +40,7 @@ from emloc_core.model.opened import open_model
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
+from emloc_core.report.verdict import verdict
 from emloc_core.requests import CorrectRequest
 from emloc_core.settings import PAPER_CLAMP, Loss
 from emloc_core.standins import LowRank
@@ -166,6 +167,7 @@ class Correct:
             self.base.checkpoint.copy_processing(staging)
             result = {**compared[chosen].describe(), "linears": len(loras), **comparison(compared, losses, chosen)}
             self.output.result = {**result, CONTENT: content_hash(staging)}
+            self.output.made = f"Correction by `{self.settings.correction}`: {verdict(result)}."
         return self.output.path
 
     @property

@@ -138,6 +138,7 @@ class Merge:
                 "untied": sorted(self.untied),
                 "bytes": sum((staging / shard.name).stat().st_size for shard in self.base.shards),
             }
+            self.output.made = f"Merge: the LoRA is added to {len(self.adapter.loras)} of the base's Linears."
         return self.output.path
 
     def _write_shards(self, staging: Path, progress: Callable[[str, int, int], None]) -> None:

@@ -5,7 +5,7 @@ before gathers the spectra that they are shared out by.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import find_linears
 from emloc_core.emulator.decompose import Decomposition, Progress
 from emloc_core.emulator.files import EmulatorFiles, weight_keys
-from emloc_core.emulator.method import method_of
+from emloc_core.emulator.method import CompletedSettings, method_of
 from emloc_core.emulator.pack import pack_blocks
 from emloc_core.emulator.ranks import NO_EXPERTS, RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES, RATIO
@@ -166,6 +166,7 @@ class Compress:
             known |= {"tuning": tuning} if (tuning := self._tuning()) else {}
             left_out = {"skipped_rows": len(self.skipped)} if self.skipped else {}
             self.output.result = {**known, **left_out, **files.finish(self._tokens)}
+            self.output.made = described(self.settings, self.output.result)
         return self.output.path
 
     def _allocated(self, staging: Path, progress: Progress) -> RankPlan:
@@ -204,6 +205,25 @@ class Compress:
 def prepare(request: CompressRequest) -> Compress:
     """Return the job of a request whose kind and ratio are decided."""
     return Compress(request)
+
+
+def described(settings: CompletedSettings, result: Mapping[str, Any]) -> str:
+    """Return what the card of an emulator says of it.
+
+    Args:
+        settings: how it was made.
+        result: the manifest's.
+    """
+    errors = [each["relative_error"] for each in result["linears"] if each["relative_error"] is not None]
+    told = f"Emulator: {settings.kind}"
+    if settings.ratio:
+        told += f", ratio {settings.ratio}, ranks by `{settings.allocator}`"
+    told += f"; {result['bytes']['emulator']:,} of the base's {result['bytes']['base']:,} bytes"
+    if errors:
+        rows = f"relative output error on {settings.samples} calibration rows"
+        of = "relative error of the weights" if settings.calibration == "none" else rows
+        told += f"; {of} {sum(errors) / len(errors):.3f} (mean), {max(errors):.3f} (worst)"
+    return f"{told}."
 
 
 def _in_two_passes(progress: Progress) -> tuple[Progress, Progress]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import printable
-from emloc_core.report.verdict import verdict
 
 CARD = "README.md"
 #: The card of the model that a checkpoint was made from, in that checkpoint.
@@ -96,66 +95,14 @@ def _front_matter(base: str | None, library: str | None, relation: str | None, t
 
 
 def _made(line: list[Manifest], base: str | None) -> Iterator[str]:
-    """Yield a line of Markdown per stage."""
+    """Yield a line of Markdown per stage: what it says itself of how its output was made."""
     if base:
         yield f"- Base: `{_shown(base)}`.\n"
     for manifest in line:
-        request, result = manifest.get("request") or {}, manifest.get("result") or {}
-        settings = request.get("settings") or {}
-        text = _DESCRIPTIONS.get(manifest.get("kind", ""), lambda *_: "")(request, settings, result)
-        if text:
+        made = manifest.get("made")
+        if isinstance(made, str) and made:
             rows = (manifest.get("inputs") or {}).get("data")
-            yield f"- {text}{f' Rows from `{_shown(rows)}`.' if isinstance(rows, str) else ''}\n"
-
-
-def _emulator(_request: Manifest, settings: Manifest, result: Manifest) -> str:
-    errors = [each["relative_error"] for each in result.get("linears", []) if each.get("relative_error") is not None]
-    told = f"Emulator: {settings.get('kind', 'low-rank')}"
-    if settings.get("ratio"):
-        told += f", ratio {settings['ratio']}, ranks by `{settings.get('allocator')}`"
-    told += f"; {result['bytes']['emulator']:,} of the base's {result['bytes']['base']:,} bytes"
-    if errors:
-        rows = f"relative output error on {settings.get('samples')} calibration rows"
-        of = "relative error of the weights" if settings.get("calibration") == "none" else rows
-        told += f"; {of} {sum(errors) / len(errors):.3f} (mean), {max(errors):.3f} (worst)"
-    return f"{told}."
-
-
-def _tuned(request: Manifest, settings: Manifest, result: Manifest) -> str:
-    where = "exact steps on the base" if request.get("exact") else "steps"
-    rows = settings.get("batch_size", 0) * settings.get("accumulation", 1) * request.get("processes", 1)
-    told = f"{result.get('steps')} {where} of {rows} rows at a learning rate of {settings.get('learning_rate')}"
-    loss = result.get("train_loss")
-    if settings.get("objective", "sft") != "sft":
-        told += f", by {settings['objective'].upper()} with beta {settings.get('beta')}"
-    told += f", on {result.get('rows')} rows" + (f", mean loss {loss:.4f}" if isinstance(loss, float) else "")
-    if "adapter" in request:
-        kept = ", which did not make it better: it was kept as it was" if result.get("best_step") == 0 else ""
-        return f"Polish: {told}{kept}."
-    targets = ", ".join(f"`{_shown(target)}`" for target in result.get("target_modules", []))
-    return (
-        f"LoRA: rank {settings.get('lora_rank')}, alpha {settings.get('lora_alpha')}, on {targets}; {told}, with TRL."
-    )
-
-
-def _corrected(request: Manifest, _settings: Manifest, result: Manifest) -> str:
-    return f"Correction by `{_shown(str(request.get('correction')))}`: {verdict(result)}."
-
-
-def _checkpoint(request: Manifest, _settings: Manifest, result: Manifest) -> str:
-    if "source" in request:
-        return f"Rewritten from the layout `{_shown(str(request.get('layout')))}` for transformers' own classes."
-    return f"Merge: the LoRA is added to {result.get('merged_linears')} of the base's Linears."
-
-
-_DESCRIPTIONS = {
-    "emulator": _emulator,
-    "adapter": _tuned,
-    "corrected-adapter": _corrected,
-    "served-adapter": lambda _request, _settings, result: f"Export: one rank, {result.get('rank')}, and a scale of 1.",
-    "gguf": lambda request, _settings, _result: f"Export: GGUF, matrices in {request.get('dtype')}.",
-    "checkpoint": _checkpoint,
-}
+            yield f"- {printable(made)}{f' Rows from `{_shown(rows)}`.' if isinstance(rows, str) else ''}\n"
 
 
 def _scores(line: list[Manifest], table: str | None) -> Iterator[str]:

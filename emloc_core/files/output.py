@@ -155,6 +155,8 @@ class Output:
         self._versions = {**versions(), "device": device}
         self._workspace = Workspace(self.path)
         self.staging = self._workspace.content
+        #: A sentence in Markdown for cards: what the stage did. It holds no paths, since cards are published.
+        self.made = ""
         self.result: dict[str, Any] = {}
         self.timing: dict[str, Any] = {}
 
@@ -287,6 +289,7 @@ class Output:
             "inputs": self._inputs,
             "request": self.request,
             "result": self.result,
+            "made": self.made,
             "versions": self._versions,
         }
         manifest |= {DECLARATIONS: self._declarations} if self._declarations else {}

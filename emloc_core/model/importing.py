@@ -169,6 +169,7 @@ class Import:
                 "split": self.splits,
                 "bytes": self.source.nbytes,
             }
+            self.output.made = f"Rewritten from the layout `{self.layout.name}` for transformers' own classes."
         return self.output.path
 
     def _write_shard(self, source: Path, target: Path) -> None:

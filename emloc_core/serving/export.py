@@ -113,6 +113,8 @@ class Export:
                 file = staging / "model.gguf"
                 result["tensors"] = write_model(self.model, file, self.settings.dtype, progress)
             self.output.result = result
+            how = f"GGUF, matrices in {self.settings.dtype}" if self.settings.gguf else f"one rank, {result['rank']}"
+            self.output.made = f"Export: {how}{'' if self.settings.gguf else ', and a scale of 1'}."
         return self.output.path
 
 

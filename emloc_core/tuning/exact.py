@@ -35,7 +35,7 @@ from emloc_core.model.overhead import overhead
 from emloc_core.requests import EvalRows, PolishRequest, TrainRequest
 from emloc_core.settings import ExactSettings, StepSettings, TrainSettings
 from emloc_core.tuning.evaluation import MODEL_LOSS, BaseLoss
-from emloc_core.tuning.train import Train
+from emloc_core.tuning.train import Train, steps_described
 from emloc_core.tuning.trainer import SETTINGS, LoraTrainer, balance_no_experts, refusing
 from emloc_core.tuning.trl import lora_config
 from emloc_core.units import human_bytes, parse_bytes
@@ -249,6 +249,10 @@ class Polish(ExactTrain):
 
     def _inputs(self) -> dict[str, str]:
         return {**super()._inputs(), "adapter": str(self.adapter.directory.absolute())}
+
+    def _described(self, request: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+        kept = ", which did not make it better: it was kept as it was" if result.get("best_step") == 0 else ""
+        return f"Polish: {steps_described(self.settings, request, result)}{kept}."
 
     def _require_base(self, files: Inputs) -> None:
         base = self.model.checkpoint

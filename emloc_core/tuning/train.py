@@ -8,7 +8,7 @@ publishes the directory; the others write their part of the checkpoints into it.
 import atexit
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -245,7 +245,16 @@ class Train:
             output.result = self._train(config, output, state)
             if state.is_main_process:
                 output.result[CONTENT] = content_hash(output.staging)
+                output.made = self._described(request, output.result)
         return self.path
+
+    def _described(self, request: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+        """Return what the card says of the steps, and of the LoRA."""
+        settings = self.settings
+        assert isinstance(settings, TrainSettings)
+        on = ", ".join(f"`{target}`" for target in self.targets)
+        steps = steps_described(settings, request, result)
+        return f"LoRA: rank {settings.lora_rank}, alpha {settings.lora_alpha}, on {on}; {steps}, with TRL."
 
     def _name(self) -> str:
         """Return what the adapter calls its model: a hub id, or the path of an emulator, which `correct` reads."""
@@ -406,3 +415,19 @@ def _mean_loss(log: list[dict[str, float]]) -> float | None:
     ends = [0, *(entry["step"] for entry in trained)]
     total = sum(entry["loss"] * (end - start) for entry, start, end in zip(trained, ends, ends[1:], strict=False))
     return total / ends[-1] if trained else None
+
+
+def steps_described(settings: StepSettings, request: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """Return what a card says of the steps.
+
+    Args:
+        settings: how they were taken.
+        request, result: the manifest's.
+    """
+    where = "exact steps on the base" if request.get("exact") else "steps"
+    rows = settings.batch_size * settings.accumulation * request["processes"]
+    told = f"{result['steps']} {where} of {rows} rows at a learning rate of {settings.learning_rate}"
+    if settings.learns_preferences and isinstance(settings, TrainSettings):
+        told += f", by {settings.objective.upper()} with beta {settings.beta}"
+    loss = result["train_loss"]
+    return f"{told}, on {result['rows']} rows" + ("" if loss is None else f", mean loss {loss:.4f}")

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from emloc_core.emulator.compress import described
+from emloc_core.emulator.method import CompletedSettings
 from emloc_core.files.card import CARD, card
 from emloc_core.files.output import MANIFEST, Output
 
@@ -22,24 +24,18 @@ CORRECTED = {
 }
 
 
-def test_a_scaled_lora_is_not_called_kept_as_it_was():
-    text = card(CORRECTED, [], "AutoModelForCausalLM")
+def test_candidates_are_told_apart_and_the_stage_says_what_it_did():
+    text = card({**CORRECTED, "made": "Correction by `paper`:\nscale 0.85."}, [], "AutoModelForCausalLM")
     assert "| 0 | 1 | 1.2500 |" in text
     assert "| 0 | 0.85 | 1.1250 |" in text
-    assert "scale 0.85, the surest of 2 candidates" in text
-    kept = card({**CORRECTED, "result": {**CORRECTED["result"], "scale": 1.0}}, [], "AutoModelForCausalLM")
-    assert "kept as trained" in kept
+    assert "- Correction by `paper`: scale 0.85.\n" in text
 
 
 @pytest.mark.parametrize(("calibration", "of"), [("none", "of the weights"), ("base", "on 64 calibration rows")])
 def test_an_error_is_of_what_was_measured(calibration, of):
-    emulator = {
-        "kind": "emulator",
-        "inputs": {"base": "organisation/model"},
-        "request": {"settings": {"kind": "nf4", "samples": 64, "calibration": calibration}},
-        "result": {"linears": [{"relative_error": 0.25}], "bytes": {"base": 8, "emulator": 2}},
-    }
-    text = card(emulator, [], "AutoModelForCausalLM")
+    usual = {"samples": 64, "allocator": "uniform", "refine": 0}
+    settings = CompletedSettings(kind="nf4", calibration=calibration, **usual)
+    text = described(settings, {"linears": [{"relative_error": 0.25}], "bytes": {"base": 8, "emulator": 2}})
     assert ("relative error of the weights 0.250" in text) == (calibration == "none")
     assert of in text
 
@@ -50,10 +46,9 @@ def test_an_error_is_of_what_was_measured(calibration, of):
         {"kind": "emulator", "inputs": {"model": "PARENT"}},
         {"kind": "emulator"},
         {"kind": "emulator", "inputs": [], "request": {}, "result": {}},
-        {"kind": "emulator", "inputs": {"model": 3}, "result": {"bytes": 1}},
-        {"kind": "emulator", "inputs": {}, "result": {"linears": [{"relative_error": "x"}], "bytes": {}}},
-        {"kind": "emulator", "inputs": {}, "request": {"settings": 5}, "result": {"linears": 7}},
-        {"kind": "adapter", "inputs": {}, "request": {"settings": {"objective": 5}}, "result": {"target_modules": 1}},
+        {"kind": "emulator", "inputs": {"model": 3}, "result": {"candidates": 1}},
+        {"kind": "emulator", "inputs": {}, "made": 5},
+        {"kind": "adapter", "inputs": {}, "made": {"LoRA": 1}, "result": {"candidates": [{}]}},
     ],
 )
 def test_a_strange_parent_is_left_out(manifest, tmp_path):
