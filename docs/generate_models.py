@@ -11,6 +11,7 @@ from pathlib import Path
 
 from emloc_core.cli.console import progress
 from emloc_core.memory.budget import Budget
+from emloc_core.memory.cards import CARDS, Card
 from emloc_core.memory.decision import Decision, decide
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.streamed import compress
@@ -19,13 +20,21 @@ from emloc_core.memory.workload import make_workload
 from emloc_core.registry.entry import Entry
 from emloc_core.registry.registry import load_entries
 from emloc_core.settings import CompressSettings
-from emloc_core.units import human_bytes
+from emloc_core.units import human_bytes, human_seconds
 
 PAGE = Path(__file__).parent / "models.md"
-#: Memory of the GPUs, in 10^9 bytes.
-CARDS = (12, 16, 24, 48, 80)
+#: Memory of cards without a name, in 10^9 bytes.
+SMALL = (12,)
+#: Those with one, whose times are computed.
+NAMED = [CARDS[name] for name in ("RTX 4080", "RTX 4090", "L40S", "A100")]
 #: Tokens per row of the workload, which is one row.
 LENGTH = 1024
+
+
+def named(card: Card) -> str:
+    """Return the heading of a card."""
+    return f"{card.memory // 10**9} GB ({card.name})"
+
 
 INTRODUCTION = f"""# Models
 
@@ -45,6 +54,9 @@ the terms. All figures are predictions; none has been measured on a GPU yet.
 | compress | making that emulator, block by block |
 | 12 GB to 80 GB | what `plan` decides: the kind, at its ratio; `whole`: an ordinary LoRA; `exact` steps; `-`: none |
 
+Times are those of an optimiser step, **computed** from the card's published figures, as by
+`emloc plan ID --card "RTX 4090"`: it takes at least that long.
+
 The tuned LoRA is used on the model itself. With less memory than the column `inference` shows, that needs offloading
 or quantisation.
 
@@ -52,7 +64,7 @@ GLM-4-0414 has no entry: we found no published parameter count, and no source th
 InternVL3-9B has no entry either: its language model is an InternLM3-8B, which `emloc import` cannot rewrite, and we
 found no source for the size of its vocabulary in that checkpoint.
 """
-HEADINGS = ["model", "inference", "LoRA", "EMLoC", "compress", *(f"{card} GB" for card in CARDS)]
+HEADINGS = ["model", "inference", "LoRA", "EMLoC", "compress", *(f"{size} GB" for size in SMALL), *map(named, NAMED)]
 
 
 def figures(entry: Entry) -> dict[str, str]:
@@ -68,19 +80,22 @@ def figures(entry: Entry) -> dict[str, str]:
             "EMLoC": human_bytes(model.tuning(plan).total),
             "compress": human_bytes(compress(model, plan).total),
         }
-        for card in CARDS:
-            found[f"{card} GB"] = cell(decide(file, workload, Budget.parse(f"{card}GB")))
+        for size in SMALL:
+            found[f"{size} GB"] = cell(decide(file, workload, Budget.parse(f"{size}GB")))
+        for card in NAMED:
+            found[named(card)] = cell(decide(file, workload, Budget.parse(str(card.memory)), speed=card.speed))
     return found
 
 
 def cell(decision: Decision) -> str:
-    """Return a decision in a word or two."""
+    """Return a decision in a word or two, with the time of a step where the card has a name."""
     way = decision.way
     if way is None:
         return "-"
+    time = "" if way.seconds is None else f", {human_seconds(way.seconds)}"
     if way.kind is None:
-        return {ORDINARY: "whole", EXACT: "exact"}[way.name]
-    return way.kind if way.ratio is None else f"{way.kind} {way.ratio:g}"
+        return {ORDINARY: "whole", EXACT: "exact"}[way.name] + time
+    return (way.kind if way.ratio is None else f"{way.kind} {way.ratio:g}") + time
 
 
 def page(entries: list[Entry], found: Mapping[str, Mapping[str, str]]) -> str:

@@ -415,6 +415,7 @@ def plan(  # noqa: PLR0913 - all by keyword
     images: int | None = None,
     image_size: str | None = None,
     device: str = "auto",
+    card: str | None = None,
     measure: bool = False,
     **settings: Unpack[PlanKwargs],
 ) -> "MemoryPlan":
@@ -433,6 +434,7 @@ def plan(  # noqa: PLR0913 - all by keyword
         images: images per row. Default: those of the rows, or 1 for an image-text model.
         image_size: ``WIDTHxHEIGHT`` of every image in pixels, for a model that takes any size.
         device: device whose memory is planned: ``cuda``, ``cpu``, or ``auto``, the one that this machine tunes on.
+        card: a GPU by name, such as ``RTX 4090``: its memory, unless one is given, and times by its published figures.
         measure: measure this machine for about a second, to estimate the time of a step; has no effect without such a
             device. Reading is measured on the model's files, if they are on this machine.
         settings: those of :class:`~emloc_core.settings.TrainSettings` in ``emloc_core.settings.MEMORY_SETTINGS``.
@@ -447,6 +449,12 @@ def plan(  # noqa: PLR0913 - all by keyword
     from emloc_core.registry.registry import config_of
     from emloc_core.stages.precheck import check_names, check_rows
 
+    gpu = None
+    if card is not None:
+        from emloc_core.memory.cards import find_card
+
+        gpu = find_card(card)
+        device, memory = "cuda", memory or str(gpu.memory)
     budget = Budget.named(memory, headroom, device)
     train, names = _train_settings(settings), columns or {}
     size = parse_size(image_size) if image_size is not None else None
@@ -465,10 +473,10 @@ def plan(  # noqa: PLR0913 - all by keyword
         workload = make_workload(
             file, train, device, length=length, images=images, image_size=size, data=data, split=split, columns=names
         )
-        speed = measure_speed(workload.device, file.parent) if measure else None
+        speed = gpu.speed if gpu else measure_speed(workload.device, file.parent) if measure else None
         emulator = CompressSettings(kind=kind, **{} if ratio is None else {"ratio": ratio})
         decision = decide(file, workload, budget, emulator, speed)
-        return make_plan(fspath(model), decision, advise=ratio is None)
+        return make_plan(fspath(model), decision, card=gpu.name if gpu else None, advise=ratio is None)
 
 
 def push(

@@ -37,7 +37,9 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Return a duration as ``4.2 s``, ``42 s``, ``3 min 05 s`` or ``2 h 07 min``."""
+    """Return a duration as ``35 ms``, ``4.2 s``, ``42 s``, ``3 min 05 s`` or ``2 h 07 min``."""
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 @options(TrainSettings, skip=set(TrainSettings.model_fields) - set(MEMORY_SETTINGS))
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
               help="Which memory to plan: a GPU's, or the process's; auto: a GPU's if there is one here.")  # fmt: skip
+@click.option("--card", metavar="NAME", help="A GPU, such as 'RTX 4090': plan its memory, unless --memory says "
+              "another, and compute times from its published figures. Known: RTX 4080, RTX 3090, "
+              "RTX 4090, L40S, A100, H100.")  # fmt: skip
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure this machine for about a "
               "second, and show how long a step takes at least.")  # fmt: skip
 @click.option("--figure", type=click.Path(path_type=Path), metavar="FILE",
@@ -102,7 +105,8 @@ def _show(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
 
 
 def _show_ways(planned: "MemoryPlan") -> None:
-    click.echo("ways to tune:")
+    computed = f"; times are computed from the published figures of {planned.card}" if planned.card else ""
+    click.echo(f"ways to tune{computed}:")
     for way in planned.decision.ways:
         reads = f", reads {human_bytes(way.read_bytes)} of weights per step" if way.read_bytes else ""
         time = "" if way.seconds is None else f", a step takes at least {human_seconds(way.seconds)}"

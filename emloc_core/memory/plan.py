@@ -23,6 +23,7 @@ class MemoryPlan:
         needs: memory of each stage of that way, in order.
         plan: the emulator's ranks; None without an emulator.
         advice: what would fit, where no way does.
+        card: name of the GPU whose published figures times are computed from; None: this machine's.
     """
 
     name: str
@@ -31,6 +32,7 @@ class MemoryPlan:
     needs: Sequence[Need]
     plan: RankPlan | None
     advice: Sequence[str]
+    card: str | None = None
 
     @property
     def model(self) -> MemoryModel:
@@ -92,6 +94,7 @@ class MemoryPlan:
             "budget": "given" if self.budget.given else "inference on the base",
             "best": decision.way.name if decision.way else None,
             "fits": decision.way is not None,
+            "card": self.card,
             "kind": self.way.kind,
             "ratio": self.way.ratio,
             "ways": [way.describe() for way in decision.ways],
@@ -109,12 +112,13 @@ class MemoryPlan:
         }
 
 
-def make_plan(name: str, decision: Decision, *, advise: bool = True) -> MemoryPlan:
+def make_plan(name: str, decision: Decision, *, card: str | None = None, advise: bool = True) -> MemoryPlan:
     """Return the plan that a decision makes for a model.
 
     Args:
         name: the user's name for the model.
         decision: how to tune it.
+        card: name of the GPU that times are computed for.
         advise: compute what would fit, where no way does.
     """
     way = decision.shown
@@ -126,4 +130,4 @@ def make_plan(name: str, decision: Decision, *, advise: bool = True) -> MemoryPl
     if way.name in (POLISHED, EXACT):
         needs.append(streamed.exact(model))
     advice = [] if decision.way or not advise else decision.advice()
-    return MemoryPlan(name, decision, way, [*needs, streamed.merge(model)], plan, advice)
+    return MemoryPlan(name, decision, way, [*needs, streamed.merge(model)], plan, advice, card)

@@ -173,6 +173,32 @@ def test_a_low_ratio_is_a_warning_and_fewer_rows_at_once_make_room(shallow_model
     assert f"emloc train {shallow_model} --data train.jsonl --batch-size 4 --accumulation 2 --max-length 64" in shown
 
 
+def test_a_card_that_is_not_here(shallow_model: Path) -> None:
+    found = plan(shallow_model, "--length", 64, "--card", "rtx4090")
+    assert (found["card"], found["memory_bytes"]) == ("RTX 4090", 24 * 10**9)
+    assert [way["seconds"] for way in found["ways"] if not way["read_bytes"]] == [
+        way["flops"] / 165.2e12 for way in found["ways"] if not way["read_bytes"]
+    ]
+    assert plan(shallow_model, "--length", 64, "--card", "A100", "--memory", "4GiB")["memory_bytes"] == 4 << 30
+    shown = run("plan", shallow_model, "--length", 64, "--card", "H100").stdout
+    assert "times are computed from the published figures of H100" in shown
+    assert "Did you mean 'RTX 4090'?" in refused("plan", shallow_model, "--card", "RTX 5090")
+
+
+def test_a_micro_batch_is_as_large_as_fits(shallow_model: Path) -> None:
+    for rows in (4, 2):
+        config = shallow_model / "config.json"
+        workload = make_workload(config, TrainSettings(batch_size=8), "cpu", length=64).at_once(rows)
+        needed = MemoryModel(config, workload).tuning().total
+        found = plan(shallow_model, "--length", 64, "--batch-size", 8, "--device", "cpu", *ALL, needed)
+        assert (found["ways"][0]["micro_batch"], found["ways"][0]["accumulation"]) == (rows, 8 // rows)
+
+
+def test_kto_needs_two_rows_at_once(shallow_model: Path) -> None:
+    told = refused("plan", shallow_model, "--length", 64, "--objective", "kto", "--device", "cpu", *ALL, "100MB")
+    assert "on 2 x 64 tokens needs" in told
+
+
 def test_the_recommended_kind_is_the_first_that_fits(shallow_model: Path) -> None:
     config = shallow_model / "config.json"
     workload = make_workload(config, TrainSettings(batch_size=1), length=16)

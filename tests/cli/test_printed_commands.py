@@ -50,6 +50,19 @@ def test_they_run_and_make_what_was_decided(kind: str | None, emloc, shallow_mod
         assert made["adapter"]["batch_size"] == 2
 
 
+@pytest.mark.thorough
+def test_every_stage_stays_within_the_memory(emloc, shallow_model: Path, rows: Path) -> None:
+    config = shallow_model / "config.json"
+    found = decide(config, make_workload(config, TRAIN, length=16, data=str(rows)), Budget(2**40)).ways
+    emulator = next(way for way in found if way.kind)
+    memory = int(max(emulator.bytes, emulator.compress_bytes) / 0.95) + 1
+    for command in printed(emloc, shallow_model, rows, memory, "--kind", emulator.kind):
+        subprocess.run([sys.executable, "-m", "emloc_core", *command[1:]], check=True, capture_output=True)
+    peaks = {path.parent.name: peak_memory(read_json(path)) for path in Path().glob("*/timing.json")}
+    assert peaks.keys() == {"emulator", "adapter", "corrected"}
+    assert max(peaks.values()) <= memory
+
+
 def test_tuning_stays_within_the_memory(emloc, shallow_model: Path, rows: Path) -> None:
     config = shallow_model / "config.json"
     workload = make_workload(config, TRAIN, length=16, data=str(rows))

@@ -348,7 +348,8 @@ def test_the_page_of_models_is_about_these_entries(monkeypatch: pytest.MonkeyPat
         fits = dict(zip(generate_models.HEADINGS, row, strict=True))
         for preset in entry.presets.values():  # a memory target that is a card's is one that an emulator is needed for
             if preset.memory not in (None, "inference"):
-                assert fits[preset.memory.replace("GB", " GB")] not in ("whole", "-"), entry.id
+                (shown,) = (cell for name, cell in fits.items() if name.startswith(preset.memory.replace("GB", " GB")))
+                assert shown.partition(",")[0] not in ("whole", "-"), entry.id
     entry = find("SmolLM2-135M")[0]
     figures = generate_models.figures(entry)
     row = f"| `{entry.id}` | {' | '.join(figures[column] for column in generate_models.HEADINGS[1:])} |"

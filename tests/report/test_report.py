@@ -70,7 +70,7 @@ def test_bytes_for_reading(count, text):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0.04, "0.0 s"),
+        (0.04, "40 ms"),
         (9.97, "10 s"),
         (59.6, "60 s"),
         (125, "2 min 05 s"),
