@@ -74,7 +74,7 @@ def test_what_depends_on_something_else_is_traced(
     elif change == "version":
         monkeypatch.setattr(kept, "version", lambda package: f"{package} 99")
     elif change == "code":
-        monkeypatch.setattr(kept, "_code", lambda: "other")
+        monkeypatch.setattr(kept, "_code", lambda _: "other")
     else:
         family = replace(MemoryModel(file, load).family, keep_dense={"model.layers.0.*": "first"})
         monkeypatch.setattr(known.plugin_manager(), "family_for", lambda _: family)

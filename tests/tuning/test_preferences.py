@@ -184,7 +184,7 @@ def test_rows_become_what_trl_makes_of_them(objective, chat, tiny_model, monkeyp
             for name in names
         ]
         names = ("completion", "label")
-    ours, theirs = TRAINERS[objective], TRAINERS[objective].__mro__[2]
+    ours, theirs = TRAINERS[objective], TRAINERS[objective].__bases__[-1]
     seen = {}
     for name, trainer in (("ours", ours), ("theirs", theirs)):
         prepare = trainer._prepare_dataset
