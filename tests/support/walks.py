@@ -25,6 +25,8 @@ from support.paths import ROOT
 STARTS = ("emulator.compress", "tuning.exact", "adapters.correct")
 #: Classes that stand for the model or the adapter.
 MODELS = {"Adapter", "Checkpoint", "Family", "OpenModel", "Skeleton"}
+#: What finds out what is known of a model: its family, its config, and what loads its weights.
+OPENERS = ("family_for", "load_config", "Skeleton")
 #: How code names each format of emulator.
 FORMATS = {"low-rank": "LowRank|low-rank", "nf4": "(?i)nf4", "levels": r"(?i)\blevels\b", "experts": r"(?i)experts"}
 Function = ast.FunctionDef
@@ -77,6 +79,11 @@ class Code:
             for node in tree.body
             if isinstance(node, Function | ast.ClassDef)
         }
+
+    def calls(self, name: str) -> int:
+        """Return in how many places a function of this name is called."""
+        called = (node.func for tree in self.trees.values() for node in ast.walk(tree) if isinstance(node, ast.Call))
+        return sum(getattr(func, "attr", getattr(func, "id", None)) == name for func in called)
 
     def classes(self, at: tuple[str, str]) -> Iterator[tuple[str, ast.ClassDef]]:
         """Yield a class and those that it inherits from, each with its module."""
@@ -311,6 +318,7 @@ def count(checkout: Path) -> dict[str, object]:
         "layers": _declared_layers(checkout),
         "floors of modules": 1 + max(floor_of.values()),
         "walks": {name: figures_of(walk(code, Stop(name, "", "prepare")), floor_of) for name in STARTS},
+        "calls that open a model": {name: code.calls(name) for name in OPENERS},
         "modules that know a format": {
             name: sum(bool(re.search(pattern, text)) for text in source.values()) for name, pattern in FORMATS.items()
         },
