@@ -23,6 +23,7 @@ SCRIPTS = {
     "preferences.sh": ["tuned/adapter"],
     "spreadsheet.sh": ["tuned/merged"],
     "four_bits.sh": ["tuned/adapter", "tuned/answers.json", "merged"],
+    "no_plugin.sh": ["tuned/adapter", "merged"],
     "own_script.py": ["corrected"],
     "notebook.ipynb": ["tuned/adapter", "adapter-corrected"],
     "zoo.sh": ["zoo/one", "zoo/two", "zoo/three"],
@@ -52,6 +53,9 @@ def prepare(script: str) -> None:
         Path("model").unlink()
         save_model(Path("model"), INTERNVL, "internvl", internvl_processor())
         picture_rows(Path("pictures"), text_rows=False)
+    elif script == "no_plugin.sh":
+        Path("model").unlink()
+        save_tiny_model(LLAMA.tiny_configs[0] | {"model_type": "granite"}, Path("model"))
     elif script == "four_bits.sh":
         Path("model").unlink()
         wide = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}  # as bitsandbytes' kernels need

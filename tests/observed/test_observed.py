@@ -1,6 +1,8 @@
 """Models that no plugin declares: observed, checked, kept, and used again by later stages and processes."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,3 +211,16 @@ def test_a_block_that_no_tiny_model_has_is_refused(monkeypatch):
     monkeypatch.setattr(scaffold, "undeclared", lambda *_: ["model.layers.7.odd_proj"])
     with pytest.raises(EmlocError, match=r"model.layers.7.odd_proj \(1 in all\) is in no group"):
         plugin_manager().family_for(content("granite"))
+
+
+@thorough
+def test_a_zoo_converts_a_model_that_no_plugin_declares(rows_file, tmp_path):
+    """Its worker is another process, as on a cluster."""
+    model_of("olmo2", tmp_path / "models" / "olmo")
+    command = ["zoo", "convert", tmp_path / "models", "--data", rows_file, "-o", tmp_path / "zoo", "--samples", "8"]
+    done = subprocess.run(
+        [sys.executable, "-m", "emloc_core", *map(str, command)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (emulator,) = (tmp_path / "zoo").rglob("emulator/emloc.json")
+    assert read_manifest(emulator.parent)[DECLARATIONS][0]["family"]["model_types"] == ["olmo2"]
