@@ -48,25 +48,6 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Gguf:
-    """What llama.cpp calls the parts of a text model, for ``emloc export --gguf``.
-
-    Attributes:
-        architectures: ``model_type`` -> llama.cpp's name of the architecture, as in the package ``gguf``.
-        paired: ends of the paths of Linears whose outputs llama.cpp rotates in adjacent pairs, where transformers
-            rotates the halves of a head: their rows are reordered.
-        splits: how a byte-level tokenizer splits text before BPE -> llama.cpp's name for that. The key joins the
-            pre-tokenizer's parts by ``+``: the regular expression of a split, ``digits``, and ``words`` for GPT-2's.
-    """
-
-    __pydantic_config__ = CHECKED
-
-    architectures: Mapping[str, str]
-    paired: Sequence[str] = ()
-    splits: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Family:
     """An architecture, or several with the same declaration.
 
@@ -87,7 +68,6 @@ class Family:
             least one per model type.
         tiny_inputs: given a tiny model's config, returns the keyword arguments of a forward pass of one row with an
             image, if the conformance kit cannot make them up: tensors, including ``input_ids`` of shape (1, T).
-        gguf: how to write it for llama.cpp; None if that is not declared.
         observed: records of what no plugin declares of it (:mod:`emloc_core.observed.record`); they go into the
             ``emloc.json`` of all that is made with it.
     """
@@ -104,7 +84,6 @@ class Family:
     nested: Mapping[str, str] = field(default_factory=dict)
     tiny_configs: Sequence[Mapping[str, Any]] = ()
     tiny_inputs: Callable[[Any], Mapping[str, Any]] | None = None
-    gguf: Gguf | None = field(default=None, repr=False)
     observed: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
 
     def with_nested(self, inner: "Family", path: str) -> "Family":

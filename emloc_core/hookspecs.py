@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import click
 
     from emloc_core.family import Family
-    from emloc_core.layout import Layout
+    from emloc_core.layout import Gguf, Layout
 
 API_VERSION = 4
 
@@ -44,6 +44,15 @@ def emloc_layouts() -> "Sequence[Layout]":  # type: ignore[empty-body]
     Returns:
         The layouts, as ``emloc_core.layout.Layout``. Their names and the model types that they read are unique among
         all plugins, and no family declares those model types.
+    """
+
+
+@hookspec
+def emloc_gguf() -> "Sequence[Gguf]":  # type: ignore[empty-body]
+    """Declare how text models are written for llama.cpp, by ``emloc export --gguf``. Called when one is.
+
+    Returns:
+        Declarations, as ``emloc_core.layout.Gguf``; the first that names a model type is taken.
     """
 
 

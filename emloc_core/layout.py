@@ -1,11 +1,12 @@
-"""A plugin's declaration of checkpoints that transformers' own classes cannot read. Data; imports no torch.
+"""A plugin's declaration of other layouts than transformers' own. Data; imports no torch.
 
-They hold the same weights under other names, some of them fused; ``emloc import`` converts them to the native layout.
+They hold the same weights under other names, some of them fused: checkpoints that ``emloc import`` converts to the
+native layout, and GGUF, which ``emloc export`` writes.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,22 @@ class Layout:
             if match := re.fullmatch(pattern, key):
                 return [match.expand(target)], None
         return None
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """What llama.cpp calls the parts of a text model, for ``emloc export --gguf``.
+
+    Attributes:
+        architectures: ``model_type`` -> llama.cpp's name of the architecture, as in the package ``gguf``.
+        paired: ends of the paths of Linears whose outputs llama.cpp rotates in adjacent pairs, where transformers
+            rotates the halves of a head: their rows are reordered.
+        splits: how a byte-level tokenizer splits text before BPE -> llama.cpp's name for that. The key joins the
+            pre-tokenizer's parts by ``+``: the regular expression of a split, ``digits``, and ``words`` for GPT-2's.
+    """
+
+    __pydantic_config__ = CHECKED
+
+    architectures: Mapping[str, str]
+    paired: Sequence[str] = ()
+    splits: Mapping[str, str] = field(default_factory=dict)

@@ -24,6 +24,9 @@ def unread_features(model: nn.Module, samples: Sequence[Sample], linears: Iterab
     Returns:
         By path of a Linear that has such features: which of them are, (out_features,), bool.
     """
+    linears = list(linears)
+    if not linears:
+        return {}
     silent = {path: ~reached for path, reached in _reached(model, samples, linears).items() if not reached.all()}
     before = [logits(model, sample) for sample in samples] if silent else []
 

@@ -22,7 +22,7 @@ import pluggy
 from emloc_core import hookspecs
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family, require_types
-from emloc_core.layout import Layout
+from emloc_core.layout import Gguf, Layout
 from emloc_core.observed.record import DECLARATIONS, digest, from_record
 from emloc_core.plugins import builtin
 from emloc_core.plugins.builtin import ALGORITHMS, COMMANDS
@@ -249,6 +249,17 @@ class PluginManager(pluggy.PluginManager):
             "Install a plugin that declares the layout (the hook emloc_layouts).",
             code="unsupported",
         )
+
+    def gguf_for(self, model_type: str) -> Gguf | None:
+        """Return how models of a type are written as GGUF; None where no plugin says."""
+        for owner, plugin in self.list_name_plugin():
+            try:
+                found = [each for declared in self._call(plugin, "emloc_gguf") for each in declared]
+                if layout := next((each for each in found if model_type in each.architectures), None):
+                    return layout
+            except (Exception, SystemExit) as error:
+                self.set_aside(owner, error)
+        return None
 
     def commands(self) -> dict[str, click.Command]:
         """Return the plugins' commands by name."""

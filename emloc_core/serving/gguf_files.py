@@ -11,9 +11,10 @@ import torch
 
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
-from emloc_core.family import Gguf
 from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.layout import Gguf
 from emloc_core.model.opened import OpenModel
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.serving.unsupported import unsupported
 from emloc_core.serving.vocabulary import add_vocabulary
 
@@ -33,10 +34,11 @@ def require_gguf(model: OpenModel) -> Gguf:
     """Return how a model is written as GGUF.
 
     Raises:
-        EmlocError: its family does not declare it, or the package ``gguf`` is missing.
+        EmlocError: no plugin declares it, or the package ``gguf`` is missing.
     """
-    layout, model_type = model.family.gguf, model.checkpoint.config["model_type"]
-    if layout is None or model_type not in layout.architectures:
+    model_type = model.checkpoint.config["model_type"]
+    layout = plugin_manager().gguf_for(model_type)
+    if layout is None:
         raise unsupported(f"Models of type {model_type} cannot be written as GGUF here.")
     try:
         import gguf  # noqa: F401

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.data.tokenize import load_tokenizer
-from emloc_core.family import Gguf
 from emloc_core.files.documents import read_object
+from emloc_core.layout import Gguf
 from emloc_core.serving.unsupported import unsupported
 
 _ONLY = "Only byte-level BPE, as in tokenizer.json of Llama 3, SmolLM and Qwen, is written."
@@ -58,7 +58,7 @@ def _parts(found: Any) -> Iterator[dict[str, Any]]:
 
 
 def _key(part: dict[str, Any]) -> str | None:
-    """Return what a step does to the text; see :class:`emloc_core.family.Gguf`."""
+    """Return what a step does to the text; see :class:`emloc_core.layout.Gguf`."""
     if part["type"] == "Split":
         return str(part["pattern"].get("Regex", part["pattern"]))
     if part["type"] == "ByteLevel":

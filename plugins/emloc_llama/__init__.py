@@ -1,7 +1,8 @@
 """The Llama family: Llama 2 and 3.x, SmolLM and Mistral share one block layout."""
 
-from emloc_core.family import Family, Gguf, Tower
+from emloc_core.family import Family, Tower
 from emloc_core.hookspecs import hookimpl
+from emloc_core.layout import Gguf
 
 #: Sizes of a tiny model, which other families use too.
 TINY = {
@@ -44,11 +45,12 @@ LLAMA = Family(
         {"model_type": "llama", **TINY, "tie_word_embeddings": True},  # as in Llama 3.2 and SmolLM
         {"model_type": "mistral", **TINY},
     ],
-    gguf=Gguf(
-        architectures={"llama": "llama", "mistral": "llama"},
-        paired=["self_attn.q_proj", "self_attn.k_proj"],
-        splits={"words": "gpt-2", "digits+words": "smollm", LLAMA3_SPLIT: "llama-bpe"},
-    ),
+)
+
+GGUF = Gguf(
+    architectures={"llama": "llama", "mistral": "llama"},
+    paired=["self_attn.q_proj", "self_attn.k_proj"],
+    splits={"words": "gpt-2", "digits+words": "smollm", LLAMA3_SPLIT: "llama-bpe"},
 )
 
 
@@ -56,3 +58,9 @@ LLAMA = Family(
 def emloc_families() -> list[Family]:
     """Declare the family."""
     return [LLAMA]
+
+
+@hookimpl
+def emloc_gguf() -> list[Gguf]:
+    """Declare how they are written for llama.cpp."""
+    return [GGUF]

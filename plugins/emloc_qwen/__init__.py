@@ -2,7 +2,8 @@
 
 from emloc_core.family import Family
 from emloc_core.hookspecs import hookimpl
-from emloc_qwen.text import QWEN, QWEN_MOE
+from emloc_core.layout import Gguf
+from emloc_qwen.text import GGUF, QWEN, QWEN_MOE
 from emloc_qwen.vision import QWEN_VL
 
 
@@ -10,3 +11,9 @@ from emloc_qwen.vision import QWEN_VL
 def emloc_families() -> list[Family]:
     """Declare the families."""
     return [QWEN, QWEN_MOE, QWEN_VL]
+
+
+@hookimpl
+def emloc_gguf() -> list[Gguf]:
+    """Declare how they are written for llama.cpp."""
+    return [GGUF]

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from emloc_llama import LLAMA, TINY
 
-from emloc_core.family import Family, Gguf
+from emloc_core.family import Family
+from emloc_core.layout import Gguf
 
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 
@@ -25,8 +26,9 @@ QWEN: Family = replace(
         {"model_type": "qwen2", **TINY, "tie_word_embeddings": False},
         {"model_type": "qwen3", **TINY, "head_dim": 8, "tie_word_embeddings": True},
     ],
-    gguf=Gguf({"qwen2": "qwen2", "qwen3": "qwen3"}, splits={"words": "gpt-2", SPLIT: "qwen2"}),
 )
+
+GGUF = Gguf({"qwen2": "qwen2", "qwen3": "qwen3"}, splits={"words": "gpt-2", SPLIT: "qwen2"})
 
 #: Qwen3-MoE has experts instead of most MLPs; the MLPs of its dense layers (``mlp_only_layers``,
 #: ``decoder_sparse_step``) are ordinary.
@@ -51,5 +53,4 @@ QWEN_MOE: Family = replace(
             "mlp_only_layers": [0],
         }
     ],
-    gguf=None,
 )

@@ -102,7 +102,7 @@ def test_strictness_refuses_what_would_be_observed_and_what_was(emloc, rows_file
         ("gpt2", "a Conv1D, which keeps its weight transposed", "unsupported"),
         ("bart", "is an encoder-decoder", "unsupported"),
         ("clip", "neither a causal language model nor an image-text model", "unsupported"),
-        ("cpmant", "`emloc families new cpmant --from MODEL` drafts a plugin", "plugin"),
+        ("mllama", "`emloc families new mllama --from MODEL` drafts a plugin", "plugin"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_reason(model_type, reason, code):
