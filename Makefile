@@ -95,8 +95,8 @@ bench-factorize-full: $(STAMP)  ## the factorisation at the full widths of Llama
 docs: $(STAMP)  ## write the pages that are generated from the code
 	$(BIN)/python docs/generate.py
 
-families-survey: $(STAMP)  ## try every architecture of transformers by scaffold and kit; resumes
-	$(BIN)/python docs/survey_families.py
+families-survey: $(STAMP)  ## run a tiny model of every architecture of transformers, compress to merge; resumes
+	PYTHONPATH=tests $(BIN)/python -m survey
 
 site: $(STAMP)  ## the documentation as a web site in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -95,7 +95,7 @@ def _plan_group(model: nn.Module, family: Family, block: str, group: Sequence[st
                 "The declaration does not fit this model: update the plugin.",
                 code="plugin",
             )
-        m, n = module.out_features, module.in_features
+        m, n = int(module.out_features), int(module.in_features)  # some models compute them as tensors
         tap = next((tap for pattern, tap in family.taps.items() if fnmatchcase(path, pattern)), cheaper_side(m, n))
         reason = next((reason for pattern, reason in family.keep_dense.items() if fnmatchcase(path, pattern)), None)
         planned.append(LinearPlan(path, block, present, m, n, None, tap, reason))

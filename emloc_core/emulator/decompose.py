@@ -91,7 +91,10 @@ class Decomposition:
         self.skeleton, self.plan, self.samples = skeleton, plan, samples
         self.format, self.progress, self.refine = format, progress, refine
         self.blocks = skeleton.blocks
-        parking = Parking.on(skeleton.device, skeleton.model.buffers(), directory)
+        own = (
+            tensor for sample in samples for tensor in sample.others.values()
+        )  # base and emulator are given the same
+        parking = Parking.on(skeleton.device, [*skeleton.model.buffers(), *own], directory)
         self.stream = Stream(skeleton, parking)
 
     def run(self, store: Store, probes: int = 0) -> None:

@@ -72,12 +72,18 @@ def effective_weight(linear: nn.Linear) -> torch.Tensor:
         return (found if linear.bias is None else found - linear.bias.float()).T.contiguous()
 
 
+def stacks(experts: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the stacks of matrices, (E, m, n), that a module of experts in factors multiplies by, by name."""
+    return {name: (u @ experts.V[name]).detach() for name, u in experts.U.items()}
+
+
 def with_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> Any:
-    """Return a copy of the model with these weights of Linears, by path."""
+    """Return a copy of the model with these weights of Linears, by path, and stacks of experts, by name."""
     model = copy.deepcopy(model)
+    names = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for path, weight in weights.items():
-            model.get_submodule(path).weight.copy_(weight)
+            (names[path] if path in names else model.get_submodule(path).weight).copy_(weight)
     return model
 
 

@@ -19,6 +19,7 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.pretrained import load_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings
+from emloc_core.standins.experts import LowRankExperts
 
 RIGHT, REFUSED, WRONG, CRASHED = "right", "refused", "wrong", "crashed"
 #: How far two ways to compute the same in fp32 may lie apart, relative to the largest number.
@@ -29,7 +30,7 @@ OF_LOGITS = 1e-3
 #: squares. On the emulator's inputs, kinds that round with feedback are measured by plain rounding.
 OF_BASE, OF_EMULATOR = (1e-3, 1e-3), (0.5, 0.1)
 #: Models whose weights are off by a rounding, to see how far it takes the logits.
-NUDGES = 4
+NUDGES = 8
 #: What these kinds do at least: every number rounded on its own.
 PLAIN = {"nf4": reference.in_four_bits, "1.6-bit+repair": reference.on_three_levels}
 #: Ways to make an emulator: by name, the kind and its settings.
@@ -92,15 +93,18 @@ class _Run:
         if not stand_ins:
             yield "nothing was compressed"
         yield from self._poor(emulator, weights, stand_ins)
-        patched = reference.with_weights(self.whole, stand_ins)
-        yield from self._apart("the emulator", emulator, patched)
+        modules = [(path, each) for path, each in emulator.named_modules() if isinstance(each, LowRankExperts)]
+        experts = {f"{path}.{name}": stack for path, each in modules for name, stack in reference.stacks(each).items()}
+        yield from self._apart("the emulator", emulator, reference.with_weights(self.whole, experts | stand_ins))
 
         tuned = _as_in_training(tune(emulator, self.family.lora_targets(), self.samples).model)
         adapter = self.directory / "adapter"
         tuned.save_pretrained(adapter, save_embedding_layers=False)
         learned = reference.loras(adapter)
-        answered = stand_ins | {path: (weights | stand_ins)[path] + lora.delta for path, lora in learned.items()}
-        yield from self._apart("the tuned emulator", tuned, reference.with_weights(self.whole, answered))
+        answered = {path: (weights | stand_ins)[path] + lora.delta for path, lora in learned.items()}
+        yield from self._apart(
+            "the tuned emulator", tuned, reference.with_weights(self.whole, experts | stand_ins | answered)
+        )
 
         clamp = CorrectSettings(clamp="none")
         corrected = correct_job(adapter, self.base, self.directory / "corrected", clamp).run()
@@ -130,19 +134,26 @@ class _Run:
 
     def _poor(self, emulator: Any, weights: Weights, stand_ins: Weights) -> Iterator[str]:
         """Yield Linears whose stand-in is not what the formulas say, or worse than rounding without looking at rows."""
-        given = reference.inputs_of(self.whole, self.rows, stand_ins)
+        problems = self._poor_on(self.whole, emulator, weights, stand_ins)
+        for seed in range(NUDGES):
+            if not problems:
+                return
+            # Where tokens or experts are chosen, the least rounding may choose others.
+            nudged = self._poor_on(reference.nudged(self.whole, seed), emulator, weights, stand_ins)
+            problems = {path: problem for path, problem in problems.items() if path in nudged}
+        yield from problems.values()
+
+    def _poor_on(self, whole: Any, emulator: Any, weights: Weights, stand_ins: Weights) -> dict[str, str]:
+        given = reference.inputs_of(whole, self.rows, stand_ins)
         later = reference.inputs_of(emulator, self.rows, stand_ins)
-        kind, settings = self.settings.kind, self.settings
+        kind, calibration = self.settings.kind, self.settings.calibration
+        found = {}
         for path, stand_in in stand_ins.items():
-            if settings.calibration == "none":
-                if kind == "nf4" and not _near(stand_in, reference.in_four_bits(weights[path])):
-                    yield f"{path} is not its weight in four bits"
-                continue
             if path not in given:
-                yield f"{path} was compressed, and no row reaches it"
+                found[path] = f"{path} was compressed, and no row reaches it"
                 continue
             weight, x = weights[path], given[path]
-            x_later = x if settings.calibration == "base" else later[path]
+            x_later = x if calibration == "base" else later[path]
             if x_later.shape != x.shape:  # other tokens were chosen
                 continue
             error = reference.output_error(weight, stand_in, x, x_later)
@@ -152,9 +163,10 @@ class _Run:
                 # Fitted by ridge regression, which does no worse than the weight itself, and then cut to the rank.
                 allowed = reference.output_error(weight, weight, x, x_later)
                 allowed += reference.least_error(weight, x_later, emulator.get_submodule(path).rank)
-            share, above = OF_BASE if settings.calibration == "base" else OF_EMULATOR
+            share, above = OF_BASE if calibration == "base" else OF_EMULATOR
             if not error <= allowed * (1 + share) + above:
-                yield f"{path} has an output error of {error:.4f}, where {allowed:.4f} is possible"
+                found[path] = f"{path} has an output error of {error:.4f}, where {allowed:.4f} is possible"
+        return found
 
     def _apart(self, name: str, model: Any, by_hand: Any) -> Iterator[str]:
         """Yield where a model does not answer as the base patched by hand does, by more than rounding can explain."""

@@ -1,0 +1,96 @@
+"""The results of the survey, and the page that is written from them."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from support.paths import DOCS, ROOT
+from support.whole_run import CRASHED, REFUSED, RIGHT, WRONG
+
+RESULTS = ROOT / "benchmarks" / "results" / "survey.jsonl"
+PAGE = DOCS / "survey.md"
+CLASSES = ("text", "image-text")
+OTHER, MISSING = "no decoder", "package missing"
+#: What refusals say of models that EMLoC is not for, and of those that could not be built here.
+_SAY = {"is an encoder-decoder": OTHER, "neither a causal language model nor": OTHER,
+        "was not found in your environment": MISSING}  # fmt: skip
+#: What every refusal says.
+_ALWAYS = ("and looking at it is not enough: ", "on a tiny model, ")
+INTRODUCTION = """# Survey of architectures
+
+Written by `make families-survey`, from `benchmarks/results/survey.jsonl`. For every model type of transformers
+{version} that has a class for causal language models, or for images and text: a tiny model, declared by looking at
+another tiny model, is compressed, tuned, corrected and merged ({ways}). Each result is compared with a reference that
+streams nothing: ordinary forwards of the whole model, the paper's formulas, and the base patched by hand.
+
+The configs are the defaults of their classes, with what `tests/survey/configs.toml` adds where no model runs from
+these. They show one branch of an architecture; `emloc compress` checks on your rows what its Linears receive.
+
+| outcome | meaning |
+| --- | --- |
+| right | every stage gives what the reference gives |
+| refused | not compressed, with a reason |
+| wrong | a result differs from the reference, without a word |
+| crashed | an error that is no reason |
+| no decoder | not a decoder-only model: an encoder-decoder, for example |
+| package missing | transformers builds the model with a package that was not installed |
+"""
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """Return the last result of every model type, sorted by name."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
+    found = [json.loads(line) for line in lines]
+    return dict(sorted({result["type"]: result for result in found}.items()))
+
+
+def outcome(result: Mapping[str, Any]) -> str:
+    """Return the outcome that the page names; a way that is refused beside others that are right is no refusal."""
+    found: str = result["outcome"]
+    if found == REFUSED:
+        found = next((other for text, other in _SAY.items() if text in result["why"]), REFUSED)
+    return RIGHT if found == REFUSED and RIGHT in result.get("ways", {}).values() else found
+
+
+def write() -> None:
+    """Keep the last line of every model type, and write the page."""
+    found = results()
+    RESULTS.write_text("".join(json.dumps(result) + "\n" for result in found.values()))
+    PAGE.write_text(page(found.values()))
+
+
+def page(found: Iterable[Mapping[str, Any]]) -> str:
+    """Return the page in Markdown."""
+    known = list(found)
+    version = known[0]["transformers"]
+    ways = list(dict.fromkeys(way for result in known for way in result.get("ways", ())))
+    lines = [INTRODUCTION.format(version=version, ways="; ".join(ways))]
+    columns = (RIGHT, REFUSED, WRONG, CRASHED, OTHER, MISSING)
+    lines += [f"| class | types | {' | '.join(columns)} | right, of decoders |", f"| --- |{' ---: |' * 8}"]
+    for name in CLASSES:
+        counts = Counter(outcome(result) for result in known if result["class"] == name)
+        links = [f"[{counts[each]}](#{each}-{name})" if each in (REFUSED, WRONG, CRASHED) and counts[each]
+                 else str(counts[each]) for each in columns]  # fmt: skip
+        share = counts[RIGHT] / max(counts.total() - counts[OTHER], 1)
+        lines.append(f"| {name} | {counts.total()} | {' | '.join(links)} | {share:.2f} |")
+    for each in (WRONG, CRASHED, REFUSED):
+        for name in CLASSES:
+            those = [result for result in known if result["class"] == name and outcome(result) == each]
+            if those:
+                lines += ["", f"## {each.capitalize()}, {name}", "", "| model type | why |", "| --- | --- |"]
+                lines += [f"| {result['type']} | {_cell(result['why'])} |" for result in those]
+    right = [result for result in known if outcome(result) == RIGHT]
+    partly = {way: [result["type"] for result in right if result["ways"][way] != RIGHT] for way in ways}
+    if any(partly.values()):
+        lines += ["", "## Right, but refused in one way", "", "| way | model types |", "| --- | --- |"]
+        lines += [f"| {way} | {', '.join(types)} |" for way, types in partly.items() if types]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    for told in _ALWAYS:
+        text = text.replace(told, "")
+    text = re.sub(r"^No plugin declares the model type '[^']*', ", "", text)
+    return text.replace("|", "/").replace("<", "").replace(">", "")[:240]
