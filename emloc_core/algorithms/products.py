@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 _LOWER = "bf16"
-_SIDE = 256  # of the matrices that are tried
+_SIDE = 128  # of the matrices that are tried
 #: Relative error of a product: some 4e-7 in single precision, and 2e-3 where numbers are rounded to bfloat16 first.
 _SINGLE = 2e-6
 
