@@ -99,12 +99,10 @@ class NF4(Format):
     ) -> list[FourBitWeight]:
         """Round weights with feedback."""
         states = [_quantized(weight.float())[1] for weight in weights]
-        scales = torch.cat([spread(_scales(of), weight.shape) for of, weight in zip(states, weights, strict=True)])
-        found = to_scales(torch.cat([weight.float() for weight in weights]), feedback.damped(gram), scales) / scales
         matrix, made = feedback.single(gram), []
-        for weight, part, state in zip(weights, found.split([len(of) for of in weights]), states, strict=True):
-            packed = codes(part)
-            made.append(FourBitWeight(packed, state, output_error(weight, _read(packed, state, torch.float32), matrix)))
+        for weight, packed, state in zip(weights, _rounded_to(states, weights, gram), states, strict=True):
+            error = output_error(weight, _read(packed, state, torch.float32), matrix)
+            made.append(FourBitWeight(packed, state, error))
         return made
 
     def round(self, weight: torch.Tensor) -> FourBitWeight:
@@ -189,6 +187,13 @@ def _scales(state: Any) -> torch.Tensor:
     """Return the scale of every block, fp32, as it is read from eight bits."""
     found: torch.Tensor = kernels().functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     return found
+
+
+def _rounded_to(states: Sequence[Any], weights: Sequence[torch.Tensor], gram: Gram) -> list[torch.Tensor]:
+    """Return the codes of weights that are rounded with feedback, to scales that they have already."""
+    scales = torch.cat([spread(_scales(of), weight.shape) for of, weight in zip(states, weights, strict=True)])
+    found = to_scales(torch.cat([weight.float() for weight in weights]), feedback.damped(gram), scales) / scales
+    return [codes(part) for part in found.split([len(weight) for weight in weights])]
 
 
 def _read(codes: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
