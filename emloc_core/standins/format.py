@@ -187,8 +187,11 @@ class Format(ABC):
         return 0
 
     def reading_bytes(self, linears: Sequence[Planned], itemsize: int, *, refined: bool) -> int:
-        """Return the bytes of a block's stand-ins as they are read; refined, they are unpacked and have a gradient."""
-        return (1 + 2 * refined) * itemsize * sum(each.out_features * each.in_features for each in linears)
+        """Return the bytes of a block's stand-ins as they are read; refined, three times more.
+
+        For refinement they are unpacked, as they are and without what moves, and have a gradient.
+        """
+        return (1 + 3 * refined) * itemsize * sum(each.out_features * each.in_features for each in linears)
 
     def fitting_operations(self, group: Sequence[Planned]) -> float:
         """Return the operations of fitting Linears that share their inputs; by default those of rounding."""
