@@ -24,8 +24,9 @@ def test_fake_tensors_have_shapes_and_a_device_but_take_no_room():
 
 @contract("torch", "compat.torch.fake_tensors")
 def test_buffers_and_parameters_become_fake():
+    buffer = torch.ones(2)
     with compat.fake_tensors(whole_numbers=False) as mode:
-        assert isinstance(mode.from_tensor(torch.ones(2)), compat.FakeTensor), "from_tensor makes no fake tensor"
+        assert isinstance(mode.from_tensor(buffer), compat.FakeTensor), "from_tensor makes no fake tensor"
         weight = nn.Parameter(torch.empty(3, 2))
         loss = nn.functional.linear(torch.ones(4, 2), weight).sum()
         loss.backward()
