@@ -84,7 +84,7 @@ def _in_all_ways(family: Family, config: Any, directory: Path) -> dict[str, Verd
 
 def _texts(config: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Yield rows of ordinary tokens."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or max(LENGTHS)
+    longest = max(getattr(config.get_text_config(), "max_position_embeddings", None) or 0, 0) or max(LENGTHS)
     ordinary = torch.tensor(sorted(set(range(vocabulary(config))) - special_tokens(config.to_dict())))
     for seed, length in enumerate(LENGTHS):
         generator = torch.Generator().manual_seed(seed)
