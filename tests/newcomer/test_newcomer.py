@@ -26,19 +26,16 @@ SCRIPTS = {
     "no_plugin.sh": ["tuned/adapter", "merged"],
     "own_script.py": ["corrected"],
     "notebook.ipynb": ["tuned/adapter", "adapter-corrected"],
-    "zoo.sh": ["zoo/one", "zoo/two", "zoo/three"],
+    "zoo.sh": ["zoo/jobs/one", "zoo/jobs/two", "zoo/jobs/three"],
 }
 ROWS = example_rows()[:48]
 
 
 @pytest.fixture
 def here(tmp_path: Path, shallow_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh directory with a model, three models, and rows of every form."""
+    """A fresh directory with a model, and rows of every form."""
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(shallow_model)
-    Path("models").mkdir()
-    for name in ("one", "two", "three"):
-        Path("models", name).symlink_to(shallow_model)
     write_jsonl(Path("train.jsonl"), ROWS)
     wrong = [{**row, "rejected": " no."} for row in ROWS]
     write_jsonl(Path("preferences.jsonl"), [{**row, "chosen": row.pop("completion")} for row in wrong])
@@ -56,6 +53,11 @@ def prepare(script: str) -> None:
     elif script == "no_plugin.sh":
         Path("model").unlink()
         save_tiny_model(LLAMA.tiny_configs[0] | {"model_type": "granite"}, Path("model"))
+    elif script == "zoo.sh":
+        for name, width in (("one", 32), ("two", 48), ("three", 64)):
+            save_tiny_model(
+                LLAMA.tiny_configs[0] | {"num_hidden_layers": 1, "intermediate_size": width}, Path("models") / name
+            )
     elif script == "four_bits.sh":
         Path("model").unlink()
         wide = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}  # as bitsandbytes' kernels need
