@@ -417,13 +417,13 @@ def test_the_command_lists_what_fails_and_exits_with_1(emloc):
         code, out, err = emloc("families", "check", "halved")
     assert code == 1
     assert "halved, all: 3 of 3 checks passed" in out
-    assert "halved, llama: 1 of 14 checks passed" in out
+    assert "halved, llama: 1 of 15 checks passed" in out
     assert "FAILED linears: model.layers.0.mlp.down_proj is a Linear that is neither" in out
     assert "or to keep_dense with the reason" in out
     blocked = [check.name for check in checks.EACH[2:]]  # all that need it, in one line
     assert f"  Not run, since checks that they depend on failed: {', '.join(blocked)}.\n" in out
     assert out.count("Not run") == out.count("FAILED") == 1
-    assert "13 of 17 checks failed" in err
+    assert "14 of 18 checks failed" in err
 
 
 def test_the_command_speaks_json(emloc):
@@ -477,7 +477,7 @@ def test_a_plugins_tests_are_one_a_check_and_say_how_to_mend(pytester):
         """
     )
     result = pytester.runpytest_inprocess("-v", "-p", "no:cacheprovider", "-k", "mistral-builds or mistral-linears")
-    result.assert_outcomes(passed=1, failed=1, deselected=43)
+    result.assert_outcomes(passed=1, failed=1, deselected=46)
     result.stdout.fnmatch_lines(
         [
             "*test_mine?mistral-builds? PASSED*",
