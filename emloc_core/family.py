@@ -10,6 +10,20 @@ from typing import Any, Literal
 Tap = Literal["input", "output"] | Callable[[Any, tuple[Any, ...], Any], Any]
 
 
+#: Sizes of a tiny model under the names that most configs have: ``{"model_type": "my_model", **TINY}``.
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
 #: How :func:`require_types` checks a declaration.
 CHECKED = {"strict": True, "revalidate_instances": "always"}
 _SHORT = Repr()

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from emloc_llama import LLAMA, TINY
+from emloc_llama import LLAMA
 
-from emloc_core.family import Family
+from emloc_core.family import TINY, Family
 from emloc_core.hookspecs import hookimpl
 
 GLM = replace(

@@ -3,9 +3,7 @@
 The projector between them is small, and everything that the language model sees passes through it: it stays dense.
 """
 
-from emloc_llama import TINY
-
-from emloc_core.family import Family, Tower
+from emloc_core.family import TINY, Family, Tower
 from emloc_core.hookspecs import hookimpl
 from emloc_core.layout import Layout
 from emloc_internvl.chat_layout import INTERNVL_CHAT

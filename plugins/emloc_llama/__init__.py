@@ -1,22 +1,8 @@
 """The Llama family: Llama 2 and 3.x, SmolLM and Mistral share one block layout."""
 
-from emloc_core.family import Family, Tower
+from emloc_core.family import TINY, Family, Tower
 from emloc_core.hookspecs import hookimpl
 from emloc_core.layout import Gguf
-
-#: Sizes of a tiny model, which other families use too.
-TINY = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 
 #: How Llama 3's tokenizer splits text, from its tokenizer.json.
 LLAMA3_SPLIT = (

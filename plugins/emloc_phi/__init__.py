@@ -5,9 +5,9 @@ Queries, keys and values are one Linear, and so are gate and up.
 
 from dataclasses import replace
 
-from emloc_llama import LLAMA, TINY
+from emloc_llama import LLAMA
 
-from emloc_core.family import Family
+from emloc_core.family import TINY, Family
 from emloc_core.hookspecs import hookimpl
 
 PHI = replace(

@@ -5,9 +5,9 @@ Qwen2 and Qwen2.5 have biases on q/k/v, and windows on some layers alone; Qwen3 
 
 from dataclasses import replace
 
-from emloc_llama import LLAMA, TINY
+from emloc_llama import LLAMA
 
-from emloc_core.family import Family
+from emloc_core.family import TINY, Family
 from emloc_core.layout import Gguf
 
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}

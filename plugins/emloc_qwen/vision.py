@@ -8,9 +8,9 @@ blocks of the language model put out.
 from dataclasses import replace
 from typing import Any
 
-from emloc_llama import LLAMA, TINY
+from emloc_llama import LLAMA
 
-from emloc_core.family import Family, Tower
+from emloc_core.family import TINY, Family, Tower
 
 _MERGER = "small, and everything that is seen passes through it"
 

@@ -3,7 +3,6 @@
 import pytest
 import quality_baselines as baselines
 import torch
-from emloc_llama import TINY
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.adapters import make_adapter
@@ -12,6 +11,7 @@ from support.rows import example_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from emloc_core.adapters.moments import FILE
+from emloc_core.family import TINY
 from emloc_core.files.shards import write_shard
 
 IDS = torch.arange(24)[None] % 120

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emloc_internvl import INTERNVL
-from emloc_llama import LLAMA, TINY
+from emloc_llama import LLAMA
 from emloc_qwen import QWEN, QWEN_MOE
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama as llama
 from emloc_core.conformance import check_family, checks
 from emloc_core.conformance.check import Subject, check
 from emloc_core.conformance.tuning import Tuned
-from emloc_core.family import Tower
+from emloc_core.family import TINY, Tower
 from emloc_core.files.lora import WEIGHTS
 from emloc_core.memory.model import MemoryModel
 from emloc_core.plugins import manager as plugins

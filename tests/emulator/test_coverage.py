@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from emloc_llama import LLAMA, TINY
+from emloc_llama import LLAMA
 from emloc_qwen import QWEN_MOE
 from support.models import save_tiny_model
 
@@ -12,6 +12,7 @@ import emloc_core
 from emloc_core.conformance.tiny import on_meta, tiny_config
 from emloc_core.emulator.coverage import coverage
 from emloc_core.emulator.declared import find_linears
+from emloc_core.family import TINY
 from emloc_core.files.output import read_manifest
 from emloc_core.plugins.manager import plugin_manager
 

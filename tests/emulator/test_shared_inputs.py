@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from emloc_llama import TINY
 from support.jobs import compress_job, train_job
 from support.models import save_tiny_model
 from torch import nn
@@ -13,7 +12,7 @@ from torch import nn
 from emloc_core.emulator.ranks import LinearPlan
 from emloc_core.emulator.shared_inputs import requiring_shared_inputs
 from emloc_core.errors import EmlocError
-from emloc_core.family import Family, Tower
+from emloc_core.family import TINY, Family, Tower
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, TrainSettings
 

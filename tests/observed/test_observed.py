@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from emloc_llama import TINY
 from support.models import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_core.errors import EmlocError
+from emloc_core.family import TINY
 from emloc_core.files.output import read_manifest
 from emloc_core.observed import look
 from emloc_core.observed.record import DECLARATIONS, digest, from_record, to_record

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from emloc_llama import TINY
 from support.paths import ROOT
 from torch import nn
 from transformers import AutoConfig
@@ -17,7 +16,7 @@ from transformers import AutoConfig
 from emloc_core.cli import cli
 from emloc_core.conformance import check_family
 from emloc_core.errors import EmlocError
-from emloc_core.family import Family
+from emloc_core.family import TINY, Family
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold import merge
 from emloc_core.scaffold.config_arguments import make_config

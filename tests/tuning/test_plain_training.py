@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from emloc_llama import TINY
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from support.jobs import compress_job
@@ -17,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.data.rows import load_rows
+from emloc_core.family import TINY
 from emloc_core.settings import CompressSettings
 
 CONFIGS = {
