@@ -5,6 +5,7 @@ They are tokenized here, in batches and once; TRL would do it row by row. A test
 
 from collections.abc import Iterable, Sequence
 
+import numpy
 import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedConfig
@@ -81,7 +82,8 @@ def preference_dataset(
         labelled = [each for of_row in kept for each in of_row]
         table = _table(("prompt_ids", "completion_ids"), (_divided([sample]) for _, sample in labelled))
         labels = pyarrow.array([label for label, _ in labelled])
-        return Dataset(table.append_column("label", labels)).shuffle(settings.seed), sizes
+        order = numpy.random.default_rng(settings.seed).permutation(len(labelled))  # that of Dataset.shuffle
+        return Dataset(table.append_column("label", labels).take(order)), sizes
     pairs = (_divided([sample for _, sample in of_row]) for of_row in kept)
     return Dataset(_table(("prompt_ids", "chosen_ids", "rejected_ids"), pairs)), sizes
 
@@ -103,8 +105,9 @@ def with_mismatched(dataset: Dataset, batch_size: int) -> Dataset:
 
     From these it estimates how far the model has moved (arXiv 2402.01306, section 4.1).
     """
-    answers, others = dataset.with_format("numpy")["completion_ids"][:], []
-    for start in range(0, len(dataset), batch_size):
-        batch = list(answers[start : start + batch_size])
-        others += [batch[-1], *batch[:-1]]
-    return dataset.add_column("KL_completion_ids", others, feature=dataset.features["completion_ids"])
+    rows = numpy.arange(len(dataset))
+    first = rows - rows % batch_size
+    last = numpy.minimum(first + batch_size, len(dataset)) - 1
+    others = numpy.where(rows == first, last, rows - 1)
+    table = dataset.data.table.combine_chunks()
+    return Dataset(table.append_column("KL_completion_ids", table["completion_ids"].take(others)))
