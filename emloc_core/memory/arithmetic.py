@@ -33,8 +33,13 @@ class Operations(NamedTuple):
 
 
 def forward(model: MemoryModel, plan: RankPlan | None = None) -> int:
-    """Return the operations of one row's forward pass through the base, or through a plan's emulator."""
-    return _PRODUCT * sum(numbers * positions(model, path) for path, numbers in _matrices(model, plan))
+    """Return the operations of one row's forward pass, in its batch, through the base, or through a plan's emulator."""
+    products = sum(numbers * positions(model, path) for path, numbers in _matrices(model, plan))
+    rows = model.workload.batch_size
+    for linear in plan.linears if plan else ():
+        if linear.is_replaced:
+            products -= model.format.spared(linear.shape, linear.rank, rows * positions(model, linear.path)) // rows
+    return _PRODUCT * products
 
 
 def compress(model: MemoryModel, plan: RankPlan) -> Operations:

@@ -172,6 +172,10 @@ class Format(ABC):
         """Return how many numbers an input is multiplied by."""
         return shape[0] * shape[1]
 
+    def spared(self, shape: tuple[int, int], rank: int | None, inputs: int) -> int:  # noqa: ARG002
+        """Return how many of those products so many inputs do not take, since they share some."""
+        return 0
+
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Return the peak of fitting the Linears of a block, and its stacks of experts; by default that of rounding.
 

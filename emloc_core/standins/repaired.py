@@ -144,6 +144,10 @@ class RepairedThreeLevels(Format):
         """Those of the weight, and of its repair."""
         return super().numbers(shape, rank) + (rank or 0) * sum(shape)
 
+    def spared(self, shape: tuple[int, int], rank: int | None, inputs: int) -> int:
+        """Those of the repair, but its factors': many inputs are multiplied by the sum."""
+        return (rank or 0) * max(0, inputs * sum(shape) - shape[0] * shape[1])
+
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Those of factorising, or of rounding beside factors."""
         rounding = costs.rounding_bytes(linears, factors=True)
