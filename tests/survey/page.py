@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -93,4 +94,5 @@ def _cell(text: str) -> str:
     for told in _ALWAYS:
         text = text.replace(told, "")
     text = re.sub(r"^No plugin declares the model type '[^']*', ", "", text)
-    return text.replace("|", "/").replace("<", "").replace(">", "")[:240]
+    text = re.sub(r"^The config of this '[^']*' cannot be shrunk to a tiny one: ", "cannot be shrunk: ", text)
+    return textwrap.shorten(text.replace("|", "/").replace("<", "").replace(">", ""), 120, placeholder=" ...")
