@@ -50,7 +50,7 @@ def test_they_run_and_make_what_was_decided(kind: str | None, emloc, shallow_mod
         assert made["adapter"]["batch_size"] == 2
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_every_stage_stays_within_the_memory(emloc, shallow_model: Path, rows: Path) -> None:
     config = shallow_model / "config.json"
     found = decide(config, make_workload(config, TRAIN, length=16, data=str(rows)), Budget(2**40)).ways

@@ -86,7 +86,7 @@ def test_a_newcomer(script: str, here: Path, emloc) -> None:
     assert [name for name in SCRIPTS[script] if not (here / name).exists()] == []
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_newcomer_with_processes_of_their_own(script: str, here: Path) -> None:
     """As above, as they would run it: a shell or an interpreter, with nothing of the test's in it."""
