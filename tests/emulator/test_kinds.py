@@ -315,7 +315,7 @@ def test_plain_transformers_loads_four_bit_weights(tiny_model, rows_file, tmp_pa
         ("internvl", "low-rank-nf4"),
         *(
             pytest.param(family, kind, marks=pytest.mark.thorough)
-            for family, kind in product(["llama", "internvl"], ["nf4", "1.6-bit+repair", "low-rank-nf4", "1.6-bit"])
+            for family, kind in product(["llama", "internvl"], ["nf4", "1.6-bit+repair", "low-rank-nf4", "2.7-bit"])
             if (family, kind) not in (("llama", "1.6-bit+repair"), ("internvl", "low-rank-nf4"))
         ),
     ],
