@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -249,6 +250,7 @@ def test_a_data_set_of_the_hub_gives_its_images_undecoded(tmp_path: Path, monkey
         found = datasets.Dataset.from_list(
             named, features=datasets.Features({"messages": features["messages"], column: feature})
         )
+        monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, found=found, **__: found)
         loaded = load_rows("someone/pictures")
         local = load_rows(write_row(tmp_path))
