@@ -42,7 +42,11 @@ class Head:
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
+        from transformers import PreTrainedModel
+
         self.model, self.backbone = model, model.base_model
+        #: The backbone, and models in it: some pass over the backbone, and call the decoder that it holds.
+        self._models = [module for module in self.backbone.modules() if isinstance(module, PreTrainedModel)]
         self._vocabulary: int = model.config.get_text_config().vocab_size
 
     def loss(
@@ -74,7 +78,7 @@ class Head:
     def _logits(self, outputs: Any, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the model's own forward makes of hidden states, (1, n, d): logits, (1, n, vocabulary)."""
         given = type(outputs)(last_hidden_state=hidden)
-        with forwards([(self.backbone, lambda *_args, **_kwargs: given)]):
+        with forwards([(module, lambda *_args, **_kwargs: given) for module in self._models]):
             logits: torch.Tensor = type(self.model).forward(self.model, use_cache=False).logits
         return logits
 

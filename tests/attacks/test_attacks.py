@@ -43,7 +43,7 @@ def rows():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.thorough) for name in ATTACKS]
+    "name", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in ATTACKS]
 )
 def test_a_model_that_no_plugin_declares_is_right_or_refused(save, tmp_path, name):
     base = save(name)

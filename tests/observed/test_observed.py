@@ -21,7 +21,7 @@ from emloc_core.scaffold.stored import UNREAD
 
 thorough = pytest.mark.thorough
 #: Attention and MLP in parallel, one after the other, with norms behind them; fused Linears; a tower of another name.
-TYPES = ("granite", *(pytest.param(name, marks=thorough) for name in ("gpt_neox", "olmo2", "opt", "falcon", "cohere")))
+TYPES = ("granite", *(pytest.param(name, marks=thorough) for name in ("gpt_neox", "olmo2", "opt", "bloom", "cohere")))
 #: What these call the sizes.
 OTHER_NAMES = {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
 TRAIN = ("--steps", 2, "--lr", "1e-2")
