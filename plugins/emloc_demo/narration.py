@@ -27,8 +27,10 @@ def happening(event: ProgressEvent) -> str:
         case "train":
             loss = "" if event.loss is None else f", loss {event.loss:.2f}"
             return f"step {event.step} of {total} on the emulator alone{loss}{left}"
-        case "eval":
+        case "eval" if event.what:
             return f"asking {event.what}, {current} of {total}: which answers are right?"
+        case "eval":
+            return "counting the right answers"
     return BEGINNING.get(event.stage, event.stage)
 
 
