@@ -1,7 +1,7 @@
 """The cells that ``quality.py`` measures, the most telling first."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
 
@@ -66,6 +66,13 @@ BYTES |= {name: BYTES[how["kind"]] for name, how in VARIANTS.items() if how["kin
 BESIDE = {GONE: 0.26, "1.6-bit+repair": 0.105}
 BESIDE |= {name: BESIDE[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BESIDE}
 FULL, SCRATCH = "full", "exact"
+#: The usual base of a task; a larger one, of another family; the usual rank, and where the LoRA is.
+DEMO, GEMMA = "demo", "gemma-3-270m"
+MODELS = {DEMO: "SmolLM2 135M", GEMMA: "Gemma 3 270M"}
+RANK, ALL, ATTENTION = 8, "all", "attention"
+SHORTER, LONGER = 30, 240
+#: The task of wider cells, where emulators differ most.
+WIDER_TASK = "arithmetic"
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,9 @@ class Cell:
         seed: of the rows and of the tuning.
         steps: of the tuning.
         learning_rate: of the tuning.
+        model: ``demo``, the usual base of the task; or another one.
+        rank: of the LoRA; its alpha is twice that.
+        targets: where the LoRA is: on ``all`` block Linears, or on those of ``attention`` alone.
     """
 
     task: str
@@ -88,6 +98,26 @@ class Cell:
     seed: int
     steps: int
     learning_rate: float
+    model: str = DEMO
+    rank: int = RANK
+    targets: str = ALL
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Cell":
+        """Return the cell of a measurement, which leaves out what is as usual."""
+        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What describes the cell, without what is as usual."""
+        return {field.name: value for field in fields(self)
+                if (value := getattr(self, field.name)) != field.default}  # fmt: skip
+
+    @property
+    def is_wider(self) -> bool:
+        """Whether it leaves the usual set-up: another model, length, rank or place of the LoRA."""
+        usual = {STEPS, STEPS + EXACT[-1], EXACT[-1]}
+        return (self.model, self.rank, self.targets) != (DEMO, RANK, ALL) or self.steps not in usual
 
     @property
     def ratio(self) -> float | None:
@@ -106,7 +136,9 @@ class Cell:
     @property
     def name(self) -> str:
         """A name for its directory."""
-        return f"{self.task}-{self.kind}-{self.memory:g}-{self.seed}-{self.steps}-{self.learning_rate:g}"
+        usual = f"{self.task}-{self.kind}-{self.memory:g}-{self.seed}-{self.steps}-{self.learning_rate:g}"
+        other = {"model": self.model, "rank": f"rank{self.rank}", "targets": self.targets}
+        return "-".join([usual, *(text for name, text in other.items() if name in self.given)])
 
 
 def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
@@ -148,6 +180,31 @@ def cells(seeds: int, known: Sequence[dict[str, Any]]) -> Iterator[Cell]:
         for way in (*recommended, *RIVALS, *plain, *variants):
             yield from (Cell(task, *way, seed, STEPS, rate) for rate in likely(task, *way))
         yield Cell(task, SCRATCH, 1, seed, EXACT[-1], LEARNING_RATES[task][0])
+
+
+def wider_ways() -> list[tuple[str, float]]:
+    """Return kind and memory of the emulators of wider cells."""
+    return [RECOMMENDED[WIDER_TASK][memory] for memory in (0.17, 0.28)]
+
+
+def wider_cells() -> Iterator[Cell]:
+    """Return the cells beyond the usual set-up, the most telling first: one task, one seed.
+
+    All ways have one learning rate, which is best for the base at the usual length and rank.
+    """
+    control, (small, usual) = (FULL, 1), wider_ways()
+
+    def measured(ways: Sequence[tuple[str, float]], steps: int, **other: Any) -> Iterator[Cell]:
+        for way in ways:
+            yield Cell(WIDER_TASK, *way, 0, steps, LEARNING_RATES[WIDER_TASK][0], **other)
+
+    yield from measured([control, small, usual], STEPS, model=GEMMA)
+    yield from measured([control], STEPS + EXACT[-1], model=GEMMA)  # what exact steps are compared with
+    yield from measured([control, small, usual], LONGER)
+    yield from measured([control], LONGER + EXACT[-1])
+    others: Sequence[dict[str, Any]] = ({"rank": 64}, {"targets": ATTENTION}, {}, {"rank": 16}, {"rank": 4})
+    for other in others:
+        yield from measured([control, small], SHORTER, **other)
 
 
 def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: float, steps: int = STEPS) -> float:

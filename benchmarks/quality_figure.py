@@ -1,4 +1,4 @@
-"""The two figures of ``docs/evidence.md``: recovery over memory, and the loss of the base over time.
+"""The figures of ``docs/evidence.md``: recovery over memory, over the steps of two models; the base's loss over time.
 
 ``python benchmarks/quality_figure.py`` draws them from the results that are there.
 """
@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from harness import RESULTS
-from quality_cells import FULL
+from quality_cells import ALL, DEMO, FULL, MODELS, RANK, Cell
 from quality_rows import TEXTS
 
 DOCS = RESULTS.parents[1] / "docs"
@@ -22,18 +22,20 @@ _TIMED = (
 )  # fmt: skip
 
 
-def draw(recovery: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> None:
-    """Draw ``docs/recovery.svg`` and ``docs/loss.svg``.
+def draw(recovery: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], wider: Sequence[dict[str, Any]]) -> None:
+    """Draw ``docs/recovery.svg``, ``docs/loss.svg`` and ``docs/trend.svg``.
 
     Args:
         recovery: means over seeds, see ``quality_report.py``.
         rows: the measurements, each at the learning rate that is best for its way.
+        wider: recovery with other models and lengths, see ``quality_wider.py``.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    for name, draw_on, data in (("recovery", _draw_recovery, recovery), ("loss", _draw_loss, rows)):
+    figures = (("recovery", _draw_recovery, recovery), ("loss", _draw_loss, rows), ("trend", _draw_trend, wider))
+    for name, draw_on, data in figures:
         drawing = Figure(figsize=(7, 4), layout="constrained")
         FigureCanvasSVG(drawing)
         axes = drawing.subplots()
@@ -83,6 +85,27 @@ def _draw_loss(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.legend(frameon=False)
 
 
+def _draw_trend(axes: Any, wider: Sequence[dict[str, Any]]) -> None:
+    """Draw the recovery over the steps of tuning, by model and memory; of the usual LoRA."""
+    lines: dict[tuple[str, float, str], list[tuple[int, float]]] = {}
+    for row in wider:
+        if (row["rank"], row["targets"]) == (RANK, ALL):
+            for system in ("auto", "polish20"):
+                if row[system] is not None:
+                    lines.setdefault((row["model"], row["memory"], system), []).append((row["steps"], row[system]))
+    colours = {memory: f"C{index}" for index, memory in enumerate(sorted({memory for _, memory, _ in lines}))}
+    for (model, memory, system), points in lines.items():
+        label = f"{MODELS[model]} at {memory:g}" + (", and 20 exact steps" if system == "polish20" else "")
+        style = {"linestyle": "-" if system == "auto" else ":", "marker": "o" if model == DEMO else "s"}
+        axes.plot(*zip(*sorted(points), strict=True), label=label, color=colours[memory], **style)
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="steps of tuning", ylabel="recovery", xscale="log")
+    axes.xaxis.set_major_locator(_at(sorted({row["steps"] for row in wider})))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.legend(frameon=False, loc="lower right")
+
+
 def _at(ticks: Sequence[float]) -> Any:
     from matplotlib.ticker import FixedLocator
 
@@ -99,7 +122,8 @@ def _times(row: dict[str, Any]) -> Iterator[tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    from quality_report import Table
+    from quality_table import Table
 
     results = json.loads((RESULTS / "quality.json").read_text())
-    draw(results["recovery"], Table(results["rows"]).best)
+    usual = [row for row in results["rows"] if not Cell.of(row).is_wider]
+    draw(results["recovery"], Table(usual).best, results["wider"])

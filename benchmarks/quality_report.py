@@ -2,8 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -15,7 +14,6 @@ from quality_cells import (
     MEMORIES,
     RECOMMENDED,
     SCRATCH,
-    STEPS,
     TASKS,
     VARIANTS,
     Cell,
@@ -23,63 +21,11 @@ from quality_cells import (
 )
 from quality_figure import draw
 from quality_rows import TEXTS
+from quality_table import Table
+from quality_wider import wider_rows, wider_table
 
 #: Recovery that is aimed at, by memory: without exact steps, and with 20.
 GOALS = {0.6: (0.95, 0.97), 0.28: (0.95, 0.97), 0.17: (0.85, 0.95), 0.11: (0.75, 0.92)}
-
-#: Measurements that differ in nothing of this are of one way, at several learning rates.
-_WAY = ("task", "base", "kind", "memory", "steps", "seed")
-
-
-class Table:
-    """The measurements by what is asked of them.
-
-    Attributes:
-        rows: all of them.
-        best: of those that differ in their learning rate alone, the best by their selection rows.
-    """
-
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows = rows
-        ways: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-        for row in rows:
-            ways.setdefault(tuple(row[key] for key in _WAY), []).append(row)
-        self.best = [best_of(found) for found in ways.values()]
-
-    def losses(self, row: dict[str, Any], steps: int) -> tuple[float, float] | None:
-        """Return the loss of a cell's base alone, and with a LoRA of so many steps with its seed, or None."""
-        wanted = {**row, "kind": FULL, "memory": 1, "steps": steps}
-        found = next((each["systems"] for each in self.best if all(each[key] == wanted[key] for key in _WAY)), None)
-        return found and (found["base"]["nll"], found[FULL]["nll"])
-
-    def recovery(self, row: dict[str, Any], system: str) -> float | None:
-        """Return the recovery of a system of a cell; the LoRA on the base has as many steps in all.
-
-        Exact steps from scratch are compared with what polishing is compared with, to stand beside it.
-        """
-        steps = STEPS + (EXACT[-1] if system.startswith("polish") or system == SCRATCH else 0)
-        losses = self.losses(row, steps)
-        if losses is None or system not in row["systems"]:
-            return None
-        base, full = losses
-        return (base - row["systems"][system]["nll"]) / (base - full)
-
-    def told(self, row: dict[str, Any], system: str) -> str:
-        """Return the loss of a system of a cell, and its recovery in brackets; nothing where it was not measured."""
-        recovery = self.recovery(row, system)
-        return "" if recovery is None else f"{row['systems'][system]['nll']:.3f} ({recovery:.3f})"
-
-    def recoveries(self, task: str, kind: str, memory: float, system: str) -> list[float]:
-        """Return the recovery with every base and seed that was measured."""
-        wanted = (task, kind, memory)
-        matching = [row for row in self.best if (row["task"], row["kind"], row["memory"]) == wanted]
-        return self.recoveries_of(matching, system)
-
-    def recoveries_of(self, rows: Iterable[dict[str, Any]], system: str) -> list[float]:
-        """Return the recovery of a system in these measurements, where it is known."""
-        found = [self.recovery(row, system) for row in rows]
-        return [each for each in found if each is not None]
-
 
 #: What is reported of every cell, by its name there.
 SYSTEMS = ("uncorrected", "paper", "auto", "polish10", "polish20")
@@ -287,8 +233,9 @@ def stage_table(table: Table) -> str:
     return markdown(["task", "kind", "memory", "steps", *shown], lines)
 
 
-def report(rows: list[dict[str, Any]]) -> None:
+def report(everything: list[dict[str, Any]]) -> None:
     """Write the results that there are: recovery, goals, and a line for every cell."""
+    rows = [row for row in everything if not Cell.of(row).is_wider]
     table = Table(rows)
     recovery = recovery_rows(table)
     goals = []
@@ -305,7 +252,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         systems = row["systems"]
         shown = [systems[name]["nll"] if name in systems else "-" for name in ("emulator", "tuned", *SYSTEMS)]
         alone, own = (systems[name]["nll"] if name in systems else "-" for name in ("base", row["kind"]))
-        cell = Cell(*(row[field.name] for field in fields(Cell)))
+        cell = Cell.of(row)
         lines.append([row["task"], row["base"], row["kind"], row["memory"], cell.arithmetic, row["seed"], row["steps"],
                       row["learning_rate"],
                       alone, own, *shown, chosen(row) or "-",
@@ -327,11 +274,13 @@ def report(rows: list[dict[str, Any]]) -> None:
         if found:
             text += f"\n\nNats per answer above {title}, with 95 % intervals:\n\n"
             text += markdown(list(found[0]), [[str(value) for value in row.values()] for row in found])
+    wider = wider_rows(Table(everything))
+    text += f"\n\nRecovery with another model, length, rank or place of the LoRA:\n\n{wider_table(wider)}"
     for system in dict.fromkeys(row["system"] for row in paired):
         own = [row for row in paired if row["system"] == system]
         worse = [f"{row['task']} {row['memory']:g} {row['other']}" for row in own if row["low"] > 0]
         goals.append(goal(f"ways within the same memory that are better than {system}", "none",
                           ", ".join(worse) or "none", not worse))  # fmt: skip
-    known = {"recovery": recovery, "paired": paired, "variants": variants}
-    write_results("quality", "make bench-quality", rows, goals, text, **known)
-    draw(recovery, table.best)
+    known = {"recovery": recovery, "paired": paired, "variants": variants, "wider": wider}
+    write_results("quality", "make bench-quality", everything, goals, text, **known)
+    draw(recovery, table.best, wider)

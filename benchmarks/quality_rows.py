@@ -32,7 +32,7 @@ _SOURCES = {
 _FEELINGS = {"negative": (-4.0, -1.0), "neutral": (-0.4, 0.4), "positive": (1.5, 4.0)}
 
 
-def make_sets(task: str, seed: int, directory: Path) -> dict[str, list[Row]]:
+def make_sets(task: str, seed: int, directory: Path, tuning: int = SIZES["tuning"]) -> dict[str, list[Row]]:
     """Return the rows of a task: ``calibration``, ``selection``, ``tuning`` and ``test``.
 
     Kinds that are calibrated on fewer rows take the first of these.
@@ -41,6 +41,7 @@ def make_sets(task: str, seed: int, directory: Path) -> dict[str, list[Row]]:
         task: a key of :data:`TEXTS`.
         seed: of the draw of all sets but ``test``.
         directory: where downloaded archives are kept.
+        tuning: how many rows to tune on, if there are as many; the usual ones are the first.
     """
     pool, test = TEXTS[task](directory)
     test = distinct(test)[:TEST]
@@ -53,6 +54,7 @@ def make_sets(task: str, seed: int, directory: Path) -> dict[str, list[Row]]:
         found[name] = pool[start : start + size]
         start += size
     found["calibration"] += pool[start : start + FURTHER]
+    found["tuning"] += pool[start + FURTHER :][: tuning - SIZES["tuning"]]
     return found
 
 
@@ -60,6 +62,12 @@ def conversation(instruction: str, question: str, answer: str) -> Row:
     """Return a row of TRL's conversational form."""
     texts = {"system": instruction, "user": question, "assistant": answer}
     return {"messages": [{"role": role, "content": text} for role, text in texts.items()]}
+
+
+def without_chat(row: Row) -> Row:
+    """Return a conversation as a prompt and its completion, for models without a chat template."""
+    instruction, asked, answer = (message["content"] for message in row["messages"])
+    return {"prompt": f"{instruction}\n\n{asked}\n\n", "completion": answer}
 
 
 def question(row: Row) -> str:

@@ -32,19 +32,29 @@ def write_base(directory: str | Path) -> Path:
     """Write the model and its tokenizer to ``directory`` as an HF checkpoint in fp32, and return the directory.
 
     The package carries the weights in Q4_1, four bits each, so what is written is dequantised from that and is not
-    bit for bit the published SmolLM2. The directory is built beside its place and renamed when it is whole.
+    bit for bit the published SmolLM2.
 
     Raises:
         EmlocError: the package or ``gguf`` is missing, or something is at ``directory`` already.
     """
+    return write_checkpoint(find_gguf(), directory)
+
+
+def write_checkpoint(source: Path, directory: str | Path) -> Path:
+    """Write the model and the tokenizer of a GGUF file to ``directory`` in fp32, and return the directory.
+
+    It is built beside its place and renamed when it is whole.
+
+    Raises:
+        EmlocError: ``gguf`` is missing, or something is at ``directory`` already.
+    """
     directory = Path(directory)
     if directory.exists():
         raise EmlocError(f"{directory} exists already.", "Choose another directory, or remove this one.")
-    source = find_gguf()
     try:
         importlib.metadata.version("gguf")
     except importlib.metadata.PackageNotFoundError:
-        raise EmlocError("Reading the demo's model needs the package gguf.", "pip install 'emloc[demo]'") from None
+        raise EmlocError("Reading this model needs the package gguf.", "pip install 'emloc[demo]'") from None
 
     import torch
 

@@ -4,8 +4,10 @@ import json
 from statistics import mean
 
 import pytest
-from quality_cells import BESIDE, PICTURES
+from quality_cells import BESIDE, PICTURES, Cell
 from quality_cells import RECOMMENDED as BENCHMARKED
+from quality_report import recovery_rows
+from quality_table import Table
 from support.paths import ROOT
 
 from emloc_core.memory.evidence import ALTERNATIVES, RECOVERY, measured
@@ -26,6 +28,12 @@ def test_plans_say_what_was_measured(kind, ratio):
         means = {row["task"]: row["mean"] for row in rows if (row["system"], row["memory"]) == wanted}
         found = [means[task] for task in TASKS]
         assert told == pytest.approx(mean(found), abs=0.005)
+
+
+def test_what_is_recommended_is_from_the_measurements_of_the_usual_set_up():
+    results = json.loads((ROOT / "benchmarks/results/quality.json").read_text())
+    usual = [row for row in results["rows"] if not Cell.of(row).is_wider]
+    assert recovery_rows(Table(usual)) == results["recovery"]
 
 
 def test_trying_two_kinds_was_ahead_of_either_on_some_task():

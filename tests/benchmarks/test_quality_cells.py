@@ -1,7 +1,9 @@
 """The cells of ``benchmarks/quality.py``: what a share of the memory means for each kind of stand-in."""
 
+from dataclasses import replace
+
 import pytest
-from quality_cells import BYTES, GONE, VARIANTS, Cell, cells
+from quality_cells import ATTENTION, BYTES, GEMMA, GONE, VARIANTS, Cell, cells, wider_cells
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,25 @@ def test_a_ratio_takes_the_memory_that_is_asked_for(kind, memory, ratio, arithme
 
 
 def test_no_cell_is_listed_twice_and_every_variant_is_measured():
-    found = list(cells(3, []))
+    found = [*cells(3, []), *wider_cells()]
     assert len({cell.name for cell in found}) == len(found)
     assert {cell.kind for cell in found} >= (set(VARIANTS) | set(BYTES)) - {GONE}
+
+
+def test_a_name_tells_what_leaves_the_usual_set_up():
+    usual = Cell("arithmetic", "nf4", 0.28, 0, 60, 2e-3)
+    assert usual.name == "arithmetic-nf4-0.28-0-60-0.002"
+    other = replace(usual, model=GEMMA, rank=64, targets=ATTENTION)
+    assert other.name == "arithmetic-nf4-0.28-0-60-0.002-gemma-3-270m-rank64-attention"
+
+
+def test_a_measurement_gives_its_cell_whatever_it_leaves_out():
+    usual = Cell("arithmetic", "nf4", 0.28, 0, 60, 2e-3)
+    assert set(usual.given) == {"task", "kind", "memory", "seed", "steps", "learning_rate"}
+    for cell in (usual, replace(usual, rank=64)):
+        assert Cell.of({**cell.given, "systems": {}}) == cell
+
+
+def test_no_usual_cell_is_wider():
+    assert not any(cell.is_wider for cell in cells(3, []))
+    assert all(cell.is_wider for cell in wider_cells())

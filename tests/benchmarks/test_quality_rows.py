@@ -45,6 +45,19 @@ def test_no_question_is_in_two_sets_and_test_rows_are_the_same_for_all_seeds(arc
     assert first["tuning"] != second["tuning"]
 
 
+def test_more_rows_to_tune_on_begin_with_the_usual_ones_and_are_in_no_other_set():
+    usual, more = (quality_rows.make_sets("arithmetic", 0, Path(), size) for size in (640, 1920))
+    assert {name: rows[: len(usual[name])] for name, rows in more.items()} == usual
+    asked = [{quality_rows.question(row) for row in rows} for rows in more.values()]
+    assert len(more["tuning"]) == 1920
+    assert len(set.union(*asked)) == sum(map(len, more.values()))
+
+
+def test_a_conversation_becomes_a_prompt_and_its_completion():
+    row = quality_rows.conversation("Answer.", "Who?", "Ada.")
+    assert quality_rows.without_chat(row) == {"prompt": "Answer.\n\nWho?\n\n", "completion": "Ada."}
+
+
 def test_no_picture_is_in_two_sets_and_those_for_testing_are_the_same_for_all_seeds(tmp_path):
     first, second = (quality_pictures.picture_sets(seed, tmp_path) for seed in (0, 1))
     sizes = {**quality_rows.SIZES, "selection": quality_pictures.SELECTION, "test": quality_rows.TEST}

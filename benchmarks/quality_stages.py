@@ -1,0 +1,136 @@
+"""The stages of the toolkit as ``quality.py`` runs them, what they take, and the loss of what they give."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from quality_cells import ATTENTION, EXACT, Cell
+
+from emloc_core.files.meter import Meter
+
+
+class Metered:
+    """Calls functions, and keeps what each took: seconds, and the process's peak memory meanwhile."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, dict[str, float]] = {}
+
+    def __call__(self, stage: str, function: Callable[[], Any]) -> Any:
+        """Call a function without arguments as a stage."""
+        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
+        meter = Meter()
+        found = function()
+        taken = meter.read()
+        self.stages[stage] = {name: taken[name] for name in ("seconds", "peak_rss_bytes")}
+        return found
+
+
+def trained(
+    model: Path, output: Path, cell: Cell, rows: dict[str, Path], metered: Metered, *, exact: bool = False
+) -> Path:
+    """Tune a LoRA on a model by ordinary steps, or by exact ones; return its directory."""
+    from emloc_core.requests import TrainRequest
+    from emloc_core.settings import TrainSettings
+    from emloc_core.tuning.exact import prepare
+
+    how = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": cell.rank, "lora_alpha": 2 * cell.rank}
+    if cell.targets == ATTENTION:
+        how["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    settings = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **how)
+    asked = TrainRequest(model=str(model), data=str(rows["tuning"]), output=output, exact=exact, settings=settings)
+    adapter: Path = metered("train", prepare(asked).run)
+    return adapter
+
+
+def corrected(adapter: Path, base: Path, rows: dict[str, Path], clamp: float | str, output: Path) -> Path:
+    """Carry a LoRA over to the base; return its directory."""
+    from emloc_core.adapters.correct import prepare
+    from emloc_core.requests import CorrectRequest
+    from emloc_core.settings import CorrectSettings
+
+    asked = {"adapter": adapter, "base": str(base), "output": output, "settings": CorrectSettings(clamp=clamp)}
+    if clamp == "auto":
+        asked["selection_data"] = rows["selection"]
+    return prepare(CorrectRequest(**asked)).run()
+
+
+def polish(
+    cell: Cell, adapter: Path, base: Path, rows: dict[str, Path], metered: Metered
+) -> tuple[float, dict[str, Path]]:
+    """Take exact steps from an adapter; return their learning rate, and the results by name.
+
+    The rate is half of that of tuning, or a quarter: the better of the two by the loss on the selection rows.
+    """
+    selection = Scores(base, rows["selection"])
+
+    def steps(count: int, rate: float) -> Path:
+        output = adapter.with_name(f"polish{count}-{rate:g}")
+        return metered(f"polish{count}", lambda: polished(adapter, base, rows, count, rate, cell.seed, output))
+
+    *fewer, most = EXACT
+    # Stages with as many steps share a name: what the last one took is kept.
+    tried = {rate: steps(most, rate) for rate in (cell.learning_rate / 2, cell.learning_rate / 4)}
+    rate = min(tried, key=lambda rate: selection.of(tried[rate])["nll"])
+    found = {most: tried[rate]} | {count: steps(count, rate) for count in fewer}
+    return rate, {f"polish{count}": path for count, path in sorted(found.items())}
+
+
+def polished(
+    adapter: Path, base: Path, rows: dict[str, Path], steps: int, rate: float, seed: int, output: Path
+) -> Path:
+    """Take exact steps from an adapter; return the directory of the LoRA."""
+    from emloc_core.requests import PolishRequest
+    from emloc_core.settings import PolishSettings
+    from emloc_core.tuning.exact import Polish
+
+    settings = PolishSettings(steps=steps, learning_rate=rate, seed=seed + 1000)  # other rows first than in tuning
+    place = {"adapter": adapter, "base": str(base), "output": output}
+    return Polish(PolishRequest(**place, data=str(rows["tuning"]), settings=settings)).run()
+
+
+def taken(compress: Any) -> float:
+    """Return the share of the base's bytes that the block Linears take in an emulator that is to be made."""
+    dtype = compress.base.skeleton.dtype
+    linears = [(linear, (linear.out_features, linear.in_features)) for linear in compress.plan.candidates]
+    held = sum(compress.format.nbytes(shape, linear.rank, dtype) for linear, shape in linears)
+    return held / sum(m * n * dtype.itemsize for _, (m, n) in linears)
+
+
+class Scores:
+    """Losses of a model with different LoRAs on the same rows."""
+
+    def __init__(self, model: Path, rows: Path, limit: int | None = None, dtype: str = "float32") -> None:
+        from emloc_core.data.rows import load_rows
+        from emloc_core.data.tokenize import encode
+        from emloc_core.files.pretrained import load_model
+        from emloc_core.model.opened import open_model
+
+        opened, kept = open_model(str(model)), load_rows(str(rows))[:limit]
+        self.samples = encode(kept, opened.processing(kept))
+        self.load = lambda: load_model(opened.family.auto_class, model, dtype=dtype).eval()
+
+    def of(self, adapter: Path | None) -> dict[str, Any]:
+        """Return the loss per token, the share of rows that greedy decoding would write right, and each row's loss."""
+        import torch
+        from torch.nn import functional
+
+        from emloc_core.files.pretrained import load_lora
+
+        model = self.load()
+        model = load_lora(model, adapter) if adapter else model
+        losses, tokens, exact = [], 0, 0
+        with torch.no_grad():
+            for sample in self.samples:
+                inputs = sample.inputs("cpu")
+                counted = torch.tensor(sample.completion_mask[1:], dtype=torch.bool)
+                targets = inputs["input_ids"][0, 1:][counted]
+                last = {"use_cache": False, "logits_to_keep": len(targets) + 1}  # answers end their rows
+                logits = model(**inputs, **last).logits[0, :-1].float()
+                losses.append(float(functional.cross_entropy(logits, targets, reduction="sum")))
+                tokens += len(targets)
+                exact += bool((logits.argmax(-1) == targets).all())
+        return {
+            "nll": round(sum(losses) / tokens, 5),
+            "exact_match": round(exact / len(losses), 4),
+            "losses": " ".join(f"{loss:.3f}" for loss in losses),  # in one line of the results
+        }

@@ -1,0 +1,62 @@
+"""Recovery beyond the usual set-up of ``quality.py``: another model, more steps, other ranks and places of the LoRA."""
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from harness import markdown
+from quality_cells import ALL, FULL, MODELS, RANK, STEPS, WIDER_TASK, Cell, wider_ways
+from quality_table import Table
+
+SYSTEMS = ("uncorrected", "auto", "polish20")
+
+
+def wider_rows(table: Table) -> list[dict[str, Any]]:
+    """Return ``wider``: the recovery of every wider cell and, to stand beside them, of the usual cells like them.
+
+    With exact steps it is known where a LoRA on the base was measured that has as many in all. ``reach`` is half the
+    95 % interval of ``auto``, over the test rows of both.
+    """
+    usual = {(WIDER_TASK, *way, 0, STEPS, RANK, ALL) for way in wider_ways()}
+    found = []
+    for row in table.best:
+        cell = Cell.of(row)
+        of_usual = (cell.task, cell.kind, cell.memory, cell.seed, cell.steps, cell.rank, cell.targets) in usual
+        if cell.kind == FULL or not (cell.is_wider or of_usual):
+            continue
+        recoveries = {system: table.recovery(row, system) for system in SYSTEMS}
+        if recoveries["auto"] is None:
+            continue
+        known = {name: None if value is None else round(value, 4) for name, value in recoveries.items()}
+        found.append({"model": cell.model, "steps": cell.steps, "rank": cell.rank, "targets": cell.targets,
+                      "kind": cell.kind, "memory": cell.memory, "learning_rate": cell.learning_rate, **known,
+                      "reach": _reach(table, row)})  # fmt: skip
+    return sorted(found, key=lambda row: (row["targets"] != ALL, row["rank"] != RANK, row["rank"], row["model"],
+                                          row["steps"], -row["memory"]))  # fmt: skip
+
+
+def _reach(table: Table, row: dict[str, Any]) -> float:
+    """Return half of the 95 % interval of a cell's recovery with ``auto``, paired by test rows."""
+    control = table.control(row, row["steps"])
+    assert control is not None
+    base, full, own = (_losses(each) for each in (control["base"], control[FULL], row["systems"]["auto"]))
+    behind = [a - b for a, b in zip(own, full, strict=True)]
+    return round(1.96 * stdev(behind) / len(behind) ** 0.5 / (mean(base) - mean(full)), 4)
+
+
+def _losses(system: dict[str, Any]) -> list[float]:
+    return list(map(float, system["losses"].split()))
+
+
+def wider_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows in Markdown."""
+    header = ["model", "steps", "LoRA", "stand-in", "memory", "learning rate", "uncorrected", "`auto`", "95 %",
+              "and 20 exact steps"]  # fmt: skip
+    lines = []
+    for row in rows:
+        lora = f"rank {row['rank']}" + ("" if row["targets"] == ALL else f", {row['targets']} alone")
+        shown = ["" if row[name] is None else f"{row[name]:.3f}" for name in SYSTEMS]
+        shown.insert(2, f"± {row['reach']:.3f}")
+        lines.append([MODELS[row["model"]], str(row["steps"]), lora, f"`{row['kind']}`", f"{row['memory']:g}",
+                      f"{row['learning_rate']:g}", *shown])  # fmt: skip
+    return markdown(header, lines)

@@ -1,0 +1,49 @@
+"""What ``benchmarks/quality.py`` says of other models, lengths, ranks and places of the LoRA."""
+
+import pytest
+from quality_cells import FULL
+from quality_table import Table
+from quality_wider import wider_rows
+
+
+def loss(*losses):
+    return {"nll": sum(losses) / len(losses), "losses": " ".join(map(str, losses))}
+
+
+def cell(kind, memory, systems, steps=240, **other):
+    return {"task": "arithmetic", "kind": kind, "memory": memory, "base": "a", "seed": 0, "steps": steps,
+            "learning_rate": 2e-3, "systems": systems, **other}  # fmt: skip
+
+
+def control(full, steps=240, **other):
+    return cell(FULL, 1, {"base": loss(9.0, 9.0), FULL: loss(full, full)}, steps, **other)
+
+
+def emulated(steps=240, **other):
+    systems = {"uncorrected": loss(3.0, 4.0), "auto": loss(2.0, 4.0), "polish20": loss(2.0, 2.0)}
+    return cell("nf4", 0.28, systems, steps, **other)
+
+
+def test_each_cell_is_compared_with_a_lora_of_its_own_steps_rank_and_place():
+    rows = [control(1.0), control(5.0, rank=64), control(6.0, targets="attention"), control(7.0, steps=60)]
+    rows += [emulated(), emulated(rank=64), emulated(targets="attention"), emulated(steps=60)]
+    found = {(row["steps"], row["rank"], row["targets"]): row["auto"] for row in wider_rows(Table(rows))}
+    assert found == {
+        (240, 8, "all"): 6 / 8, (240, 64, "all"): 6 / 4, (240, 8, "attention"): 6 / 3, (60, 8, "all"): 6 / 2,
+    }  # fmt: skip
+
+
+def test_exact_steps_are_compared_with_as_many_in_all_or_not_at_all():
+    (found,) = wider_rows(Table([control(1.0), emulated()]))
+    assert found["polish20"] is None
+    (found,) = wider_rows(Table([control(1.0), control(0.0, steps=260), emulated()]))
+    assert (found["auto"], found["polish20"]) == (6 / 8, pytest.approx(7 / 9, abs=1e-4))
+
+
+def test_the_interval_is_of_differences_between_the_same_rows():
+    (found,) = wider_rows(Table([control(1.0), emulated()]))
+    assert found["reach"] == pytest.approx(1.96 * 1.0 / 8, abs=1e-4)  # 1 and 3 behind, of 8 that there are to gain
+
+
+def test_a_cell_without_its_control_is_left_out():
+    assert wider_rows(Table([control(1.0), emulated(rank=64)])) == []
