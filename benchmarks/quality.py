@@ -13,8 +13,8 @@ learning rates the one with the least loss of the base on the selection rows cou
 (``quality_baselines.py``) are carried over as they are. The loss is the NLL per token of the answers of 160 test rows;
 that of the emulator itself, which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
 
-Wider cells leave that set-up in one thing each: another model, more steps, another rank or place of the LoRA. They are
-of one task, one seed and one learning rate, with fewer rows to test and to select on.
+Wider cells are of another model, more steps, or another rank or place of the LoRA; of one task, one seed and one
+learning rate, with fewer rows to test and to select on. Those of more steps, ranks and places have few rows per step.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
 the base gains over the base alone: ``(base - x) / (base - full)``; all three on the same base, with the same seed.
@@ -36,13 +36,13 @@ from harness import RESULTS, in_process
 from quality_bases import base_of, digest
 from quality_cells import (
     BASELINES,
+    BATCH,
     EXACT,
     FULL,
     GEMMA,
     LOW_RANK,
     PICTURES,
     SCRATCH,
-    SHORTER,
     VARIANTS,
     Cell,
     cells,
@@ -80,7 +80,7 @@ def write_rows(place: Path, cell: Cell, root: Path) -> dict[str, Path]:
     if cell.task == PICTURES:
         sets = picture_sets(cell.seed, root)
     else:
-        sets = make_sets(cell.task, cell.seed, root, max(SIZES["tuning"], 8 * cell.steps))
+        sets = make_sets(cell.task, cell.seed, root, max(SIZES["tuning"], cell.batch * cell.steps))
     if cell.is_wider:
         sets |= {name: sets[name][:size] for name, size in FEWER.items()}
     if cell.model == GEMMA:
@@ -167,19 +167,19 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
 
 
 def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
-    """As :func:`emulated`, and less of it: no clamp of the paper's, exact steps of one length and rate or none."""
+    """As :func:`emulated`, and less of it: no clamp of the paper's, exact steps of one length and rate, or none."""
     from emloc_core.files.output import read_manifest
 
     metered = Metered()
     share, emulator, adapter = tuned(base, place, cell, rows, metered)
     auto = metered("auto", lambda: corrected(adapter, base, rows, "auto", place / "auto"))
     on_base = Scores(base, rows["test"])
-    systems = {"tuned": Scores(emulator, rows["test"]).of(adapter), "uncorrected": on_base.of(adapter)}
+    systems = {"tuned": Scores(emulator, rows["test"], 40).of(adapter), "uncorrected": on_base.of(adapter)}
     chosen = (read_manifest(auto) or {})["result"]
     changed = chosen["clamp"] or chosen.get("scale", 1) != 1
     systems["auto"] = on_base.of(auto) if changed else systems["uncorrected"]
     exact: dict[str, Any] = {}
-    if cell.steps > SHORTER:
+    if cell.batch == BATCH:
         name, rate = f"polish{EXACT[-1]}", cell.learning_rate / 2
         carried_on = metered(name, lambda: polished(auto, base, rows, EXACT[-1], rate, cell.seed, place / name))
         systems[name] = on_base.of(carried_on)

@@ -66,11 +66,12 @@ BYTES |= {name: BYTES[how["kind"]] for name, how in VARIANTS.items() if how["kin
 BESIDE = {GONE: 0.26, "1.6-bit+repair": 0.105}
 BESIDE |= {name: BESIDE[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BESIDE}
 FULL, SCRATCH = "full", "exact"
-#: The usual base of a task; a larger one, of another family; the usual rank, and where the LoRA is.
+#: The usual base of a task; a larger one, of another family; and what is usual of the LoRA and its steps.
 DEMO, GEMMA = "demo", "gemma-3-270m"
 MODELS = {DEMO: "SmolLM2 135M", GEMMA: "Gemma 3 270M"}
-RANK, ALL, ATTENTION = 8, "all", "attention"
-SHORTER, LONGER = 30, 240
+BATCH, RANK, ALL, ATTENTION = 8, 8, "all", "attention"
+#: Steps of the longest cells, and rows per step where many steps, or many ways, are to cost little.
+LONGER, FEW_ROWS = 240, 2
 #: The task of wider cells, where emulators differ most.
 WIDER_TASK = "arithmetic"
 
@@ -88,6 +89,7 @@ class Cell:
         steps: of the tuning.
         learning_rate: of the tuning.
         model: ``demo``, the usual base of the task; or another one.
+        batch: rows per step.
         rank: of the LoRA; its alpha is twice that.
         targets: where the LoRA is: on ``all`` block Linears, or on those of ``attention`` alone.
     """
@@ -99,6 +101,7 @@ class Cell:
     steps: int
     learning_rate: float
     model: str = DEMO
+    batch: int = BATCH
     rank: int = RANK
     targets: str = ALL
 
@@ -115,9 +118,9 @@ class Cell:
 
     @property
     def is_wider(self) -> bool:
-        """Whether it leaves the usual set-up: another model, length, rank or place of the LoRA."""
-        usual = {STEPS, STEPS + EXACT[-1], EXACT[-1]}
-        return (self.model, self.rank, self.targets) != (DEMO, RANK, ALL) or self.steps not in usual
+        """Whether it leaves the usual set-up: another model, length, batch, rank or place of the LoRA."""
+        lengths, further = {STEPS, STEPS + EXACT[-1], EXACT[-1]}, {"model", "batch", "rank", "targets"}
+        return self.steps not in lengths or not further.isdisjoint(self.given)
 
     @property
     def ratio(self) -> float | None:
@@ -137,7 +140,8 @@ class Cell:
     def name(self) -> str:
         """A name for its directory."""
         usual = f"{self.task}-{self.kind}-{self.memory:g}-{self.seed}-{self.steps}-{self.learning_rate:g}"
-        other = {"model": self.model, "rank": f"rank{self.rank}", "targets": self.targets}
+        other = {"model": self.model, "batch": f"batch{self.batch}", "rank": f"rank{self.rank}",
+                 "targets": self.targets}  # fmt: skip
         return "-".join([usual, *(text for name, text in other.items() if name in self.given)])
 
 
@@ -188,23 +192,27 @@ def wider_ways() -> list[tuple[str, float]]:
 
 
 def wider_cells() -> Iterator[Cell]:
-    """Return the cells beyond the usual set-up, the most telling first: one task, one seed.
+    """Return the cells beyond the usual set-up, the most telling first: one task, one seed, one learning rate.
 
-    All ways have one learning rate, which is best for the base at the usual length and rank.
+    The larger model has the usual steps, and the usual model many steps, or many ranks and places, with few rows each.
     """
     control, (small, usual) = (FULL, 1), wider_ways()
+    rate, lower, _ = LEARNING_RATES[WIDER_TASK]
 
-    def measured(ways: Sequence[tuple[str, float]], steps: int, **other: Any) -> Iterator[Cell]:
-        for way in ways:
-            yield Cell(WIDER_TASK, *way, 0, steps, LEARNING_RATES[WIDER_TASK][0], **other)
+    def larger(way: tuple[str, float], steps: int = STEPS) -> Cell:
+        return Cell(WIDER_TASK, *way, 0, steps, rate, model=GEMMA)
 
-    yield from measured([control, small, usual], STEPS, model=GEMMA)
-    yield from measured([control], STEPS + EXACT[-1], model=GEMMA)  # what exact steps are compared with
-    yield from measured([control, small, usual], LONGER)
-    yield from measured([control], LONGER + EXACT[-1])
-    others: Sequence[dict[str, Any]] = ({"rank": 64}, {"targets": ATTENTION}, {}, {"rank": 16}, {"rank": 4})
+    def few_rows(way: tuple[str, float], steps: int = STEPS, **other: Any) -> Cell:
+        return Cell(WIDER_TASK, *way, 0, steps, lower, batch=FEW_ROWS, **other)
+
+    yield from map(larger, (control, small, usual))
+    for steps in (LONGER, STEPS):
+        yield from (few_rows(way, steps) for way in (control, small))
+    yield larger(control, STEPS + EXACT[-1])  # what exact steps are compared with
+    others: Sequence[dict[str, Any]] = ({"rank": 64}, {"targets": ATTENTION}, {"rank": 16}, {"rank": 4})
     for other in others:
-        yield from measured([control, small], SHORTER, **other)
+        yield from (few_rows(way, **other) for way in (control, small))
+    yield from (few_rows(usual, steps) for steps in (LONGER, STEPS))
 
 
 def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: float, steps: int = STEPS) -> float:

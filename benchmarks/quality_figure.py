@@ -87,15 +87,19 @@ def _draw_loss(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 def _draw_trend(axes: Any, wider: Sequence[dict[str, Any]]) -> None:
     """Draw the recovery over the steps of tuning, by model and memory; of the usual LoRA."""
-    lines: dict[tuple[str, float, str], list[tuple[int, float]]] = {}
+    lines: dict[tuple[str, int, float, str], list[tuple[int, float]]] = {}
     for row in wider:
         if (row["rank"], row["targets"]) == (RANK, ALL):
             for system in ("auto", "polish20"):
                 if row[system] is not None:
-                    lines.setdefault((row["model"], row["memory"], system), []).append((row["steps"], row[system]))
-    colours = {memory: f"C{index}" for index, memory in enumerate(sorted({memory for _, memory, _ in lines}))}
-    for (model, memory, system), points in lines.items():
-        label = f"{MODELS[model]} at {memory:g}" + (", and 20 exact steps" if system == "polish20" else "")
+                    lines.setdefault((row["model"], row["batch"], row["memory"], system), []).append(
+                        (row["steps"], row[system])
+                    )
+    colours = {memory: f"C{index}" for index, memory in enumerate(sorted({memory for _, _, memory, _ in lines}))}
+    for (model, batch, memory, system), points in lines.items():
+        label = f"{MODELS[model]}, {batch} rows per step, at {memory:g}" + (
+            ", and 20 exact steps" if system == "polish20" else ""
+        )
         style = {"linestyle": "-" if system == "auto" else ":", "marker": "o" if model == DEMO else "s"}
         axes.plot(*zip(*sorted(points), strict=True), label=label, color=colours[memory], **style)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")

@@ -33,7 +33,8 @@ def trained(
     from emloc_core.settings import TrainSettings
     from emloc_core.tuning.exact import prepare
 
-    how = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": cell.rank, "lora_alpha": 2 * cell.rank}
+    how = {"gradient_checkpointing": False, "logging_steps": 1, "lora_rank": cell.rank, "lora_alpha": 2 * cell.rank,
+           "batch_size": cell.batch}  # fmt: skip
     if cell.targets == ATTENTION:
         how["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     settings = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **how)

@@ -7,7 +7,7 @@ from typing import Any
 from quality_cells import EXACT, FULL, SCRATCH, STEPS, Cell, best_of
 
 #: Measurements that differ in nothing of this are of one way, at several learning rates.
-_WAY = ("task", "base", "kind", "memory", "steps", "seed", "rank", "targets")
+_WAY = ("task", "base", "kind", "memory", "steps", "seed", "batch", "rank", "targets")
 
 
 class Table:

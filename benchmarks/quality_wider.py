@@ -5,10 +5,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from harness import markdown
-from quality_cells import ALL, FULL, MODELS, RANK, STEPS, WIDER_TASK, Cell, wider_ways
+from quality_cells import ALL, BATCH, FULL, MODELS, RANK, STEPS, WIDER_TASK, Cell, wider_ways
 from quality_table import Table
 
 SYSTEMS = ("uncorrected", "auto", "polish20")
+#: What is told of a cell.
+DESCRIBED = ("model", "steps", "batch", "rank", "targets", "kind", "memory", "learning_rate")
 
 
 def wider_rows(table: Table) -> list[dict[str, Any]]:
@@ -17,22 +19,26 @@ def wider_rows(table: Table) -> list[dict[str, Any]]:
     With exact steps it is known where a LoRA on the base was measured that has as many in all. ``reach`` is half the
     95 % interval of ``auto``, over the test rows of both.
     """
-    usual = {(WIDER_TASK, *way, 0, STEPS, RANK, ALL) for way in wider_ways()}
+    usual = {(WIDER_TASK, *way, 0, STEPS, BATCH) for way in wider_ways()}
     found = []
     for row in table.best:
         cell = Cell.of(row)
-        of_usual = (cell.task, cell.kind, cell.memory, cell.seed, cell.steps, cell.rank, cell.targets) in usual
+        of_usual = (cell.task, cell.kind, cell.memory, cell.seed, cell.steps, cell.batch) in usual
         if cell.kind == FULL or not (cell.is_wider or of_usual):
             continue
         recoveries = {system: table.recovery(row, system) for system in SYSTEMS}
         if recoveries["auto"] is None:
             continue
         known = {name: None if value is None else round(value, 4) for name, value in recoveries.items()}
-        found.append({"model": cell.model, "steps": cell.steps, "rank": cell.rank, "targets": cell.targets,
-                      "kind": cell.kind, "memory": cell.memory, "learning_rate": cell.learning_rate, **known,
-                      "reach": _reach(table, row)})  # fmt: skip
-    return sorted(found, key=lambda row: (row["targets"] != ALL, row["rank"] != RANK, row["rank"], row["model"],
-                                          row["steps"], -row["memory"]))  # fmt: skip
+        described = {name: getattr(cell, name) for name in DESCRIBED}
+        found.append({**described, **known, "reach": _reach(table, row)})
+    return sorted(found, key=_place)
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what orders rows: by place and rank of the LoRA, the usual ones first, and there by model and length."""
+    return (row["targets"] != ALL, row["rank"] != RANK, row["rank"], -row["batch"], row["model"], row["steps"],
+            -row["memory"])  # fmt: skip
 
 
 def _reach(table: Table, row: dict[str, Any]) -> float:
@@ -50,13 +56,14 @@ def _losses(system: dict[str, Any]) -> list[float]:
 
 def wider_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows in Markdown."""
-    header = ["model", "steps", "LoRA", "stand-in", "memory", "learning rate", "uncorrected", "`auto`", "95 %",
-              "and 20 exact steps"]  # fmt: skip
+    header = ["model", "steps", "rows per step", "LoRA", "stand-in", "memory", "learning rate", "uncorrected",
+              "`auto`", "95 %", "and 20 exact steps"]  # fmt: skip
     lines = []
     for row in rows:
         lora = f"rank {row['rank']}" + ("" if row["targets"] == ALL else f", {row['targets']} alone")
+        told = [MODELS[row["model"]], str(row["steps"]), str(row["batch"]), lora, f"`{row['kind']}`"]
+        told += [f"{row['memory']:g}", f"{row['learning_rate']:g}"]
         shown = ["" if row[name] is None else f"{row[name]:.3f}" for name in SYSTEMS]
         shown.insert(2, f"± {row['reach']:.3f}")
-        lines.append([MODELS[row["model"]], str(row["steps"]), lora, f"`{row['kind']}`", f"{row['memory']:g}",
-                      f"{row['learning_rate']:g}", *shown])  # fmt: skip
+        lines.append([*told, *shown])
     return markdown(header, lines)

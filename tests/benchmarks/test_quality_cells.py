@@ -31,8 +31,8 @@ def test_no_cell_is_listed_twice_and_every_variant_is_measured():
 def test_a_name_tells_what_leaves_the_usual_set_up():
     usual = Cell("arithmetic", "nf4", 0.28, 0, 60, 2e-3)
     assert usual.name == "arithmetic-nf4-0.28-0-60-0.002"
-    other = replace(usual, model=GEMMA, rank=64, targets=ATTENTION)
-    assert other.name == "arithmetic-nf4-0.28-0-60-0.002-gemma-3-270m-rank64-attention"
+    other = replace(usual, model=GEMMA, batch=2, rank=64, targets=ATTENTION)
+    assert other.name == "arithmetic-nf4-0.28-0-60-0.002-gemma-3-270m-batch2-rank64-attention"
 
 
 def test_a_measurement_gives_its_cell_whatever_it_leaves_out():

@@ -24,12 +24,20 @@ def emulated(steps=240, **other):
     return cell("nf4", 0.28, systems, steps, **other)
 
 
-def test_each_cell_is_compared_with_a_lora_of_its_own_steps_rank_and_place():
-    rows = [control(1.0), control(5.0, rank=64), control(6.0, targets="attention"), control(7.0, steps=60)]
-    rows += [emulated(), emulated(rank=64), emulated(targets="attention"), emulated(steps=60)]
-    found = {(row["steps"], row["rank"], row["targets"]): row["auto"] for row in wider_rows(Table(rows))}
+def test_each_cell_is_compared_with_a_lora_of_its_own_steps_batch_rank_and_place():
+    rows = [
+        control(1.0),
+        control(5.0, rank=64),
+        control(6.0, targets="attention"),
+        control(7.0, steps=60),
+        control(4.0, batch=2),
+    ]
+    rows += [emulated(), emulated(rank=64), emulated(targets="attention"), emulated(steps=60), emulated(batch=2)]
+    keys = ("steps", "batch", "rank", "targets")
+    found = {tuple(row[key] for key in keys): row["auto"] for row in wider_rows(Table(rows))}
     assert found == {
-        (240, 8, "all"): 6 / 8, (240, 64, "all"): 6 / 4, (240, 8, "attention"): 6 / 3, (60, 8, "all"): 6 / 2,
+        (240, 8, 8, "all"): 6 / 8, (240, 8, 64, "all"): 6 / 4, (240, 8, 8, "attention"): 6 / 3,
+        (60, 8, 8, "all"): 6 / 2, (240, 2, 8, "all"): 6 / 5,
     }  # fmt: skip
 
 
