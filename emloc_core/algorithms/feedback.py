@@ -5,7 +5,8 @@ the error of a column is spread over those not rounded yet, in proportion to how
 Columns with the largest inputs come first, while the most others are left. Then passes of coordinate descent round
 every number again, as is best while all others stay (QuantEase: Behdin et al., 2023, arXiv 2309.01885).
 
-Rows are rounded independently, so matrices that share their inputs can be rounded as one, stacked.
+Rows are rounded independently, so matrices that share their inputs can be rounded as one, stacked; and a tall one, some
+rows at a time, so that less is held beside it.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ _COLUMNS = 64  # whose errors are passed on together
 #: Rows from which several threads help with a column. With fewer, they mostly wait for each other: on two cores that
 #: other processes use too, 1536 rows took ten times as long with two threads as with one.
 _SHARED = 4096
+#: Rows that are rounded at a time. A GPU needs more of them to be busy.
+ROWS = {"cpu": _SHARED, "cuda": 1 << 14}
 
 #: Takes numbers, (m,), and the index of their column, and returns them rounded.
 Nearest = Callable[[torch.Tensor, int], torch.Tensor]
@@ -95,6 +98,12 @@ def threads_for(rows: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def some_rows(matrix: torch.Tensor) -> Iterator[slice]:
+    """Yield the rows of a matrix, as many as are rounded at a time."""
+    most = ROWS.get(matrix.device.type, ROWS["cuda"])
+    yield from (slice(start, start + most) for start in range(0, len(matrix), most))
 
 
 def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch.Tensor:
@@ -196,15 +205,29 @@ def to_levels(
     Returns:
         Q, (m, n), in fp32.
     """
+    found = torch.empty_like(matrix)
+    for rows in some_rows(matrix):
+        stay = None if kept is None else kept[rows]
+        found[rows] = _to_levels(matrix[rows], gram, levels, scales[rows], stay, passes)
+    return found
+
+
+def _to_levels(
+    matrix: torch.Tensor,
+    gram: Damped,
+    levels: tuple[torch.Tensor, torch.Tensor],
+    scales: torch.Tensor,
+    kept: torch.Tensor | None,
+    passes: int,
+) -> torch.Tensor:
     values, middles = levels
     of_column = scales.T.contiguous().unbind()
-    stays = None if kept is None else kept.T.contiguous().unbind()
-    numbers = matrix.T.contiguous().unbind()
+    stays = kept if kept is None else list(zip(kept.T.contiguous(), matrix.T.contiguous(), strict=True))
 
     def nearest(column: torch.Tensor, at: int) -> torch.Tensor:
         scale = of_column[at]
         found = values.index_select(0, torch.bucketize(column / scale, middles)).mul_(scale)
-        return found if stays is None else torch.where(stays[at], numbers[at], found)
+        return torch.where(stays[at][0], stays[at][1], found) if stays else found
 
     found = with_feedback(matrix, gram, nearest)
     for _ in range(passes):

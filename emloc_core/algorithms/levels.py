@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from emloc_core.algorithms.feedback import PASSES, Damped, descended, threads_for, with_feedback
+from emloc_core.algorithms.feedback import PASSES, Damped, descended, some_rows, threads_for, with_feedback
 
 #: The levels of a standard normal distribution, by how many there are.
 LEVELS = {
@@ -71,7 +71,17 @@ def rounded(
         scales: to begin with, (m, ceil(n / GROUP)), bf16, where better ones than those are known.
         passes: of descent.
     """
-    matrix = matrix.float()
+    indices = torch.empty(matrix.shape, dtype=torch.int32, device=matrix.device)
+    best = torch.empty(len(matrix), -(-matrix.shape[1] // GROUP), dtype=torch.bfloat16, device=matrix.device)
+    for rows in some_rows(matrix):
+        given = None if scales is None else scales[rows]
+        indices[rows], best[rows] = _rounded(matrix[rows].float(), gram, levels, given, passes)
+    return Rounded(indices, best, levels)
+
+
+def _rounded(
+    matrix: torch.Tensor, gram: Damped, levels: int, scales: torch.Tensor | None, passes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     grid = _Grid(levels, _scales(matrix, levels) if scales is None else scales, matrix.shape[1])
     found = with_feedback(matrix, gram, grid.nearest)
     if passes:
@@ -83,7 +93,7 @@ def rounded(
             better, descent = _fitted(image, units, whole, grid.scales)
         grid = _Grid(levels, better, matrix.shape[1])
         found = descended(grid.numbers(units).T, descent.T, gram, grid.nearest)
-    return Rounded(grid.indices(found.T).T.contiguous(), grid.scales, levels)
+    return grid.indices(found.T).T, grid.scales
 
 
 class _Grid:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emloc_core.algorithms import levels
+from emloc_core.algorithms import feedback, levels
 from emloc_core.algorithms.feedback import Damped, damped, descended, descent, with_feedback
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.standins import NF4, FourBitLowRank, RepairedThreeLevels, SixLevels
@@ -156,3 +156,17 @@ def test_what_only_the_gram_decides_is_computed_once_and_is_the_same():
     assert torch.equal(gram.matrix, before)  # it lends its diagonal, and no more
     gram.add(draw(1, 90))
     assert damped(gram) is not first
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_some_rows_at_a_time_round_to_what_all_do(count, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    matrix, inputs = torch.randn(50, 40, generator=generator), torch.randn(90, 40, generator=generator)
+    gram, levels_of_four_bits = Damped(inputs.T @ inputs), (torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 31)[1::2])
+    scales = matrix.abs().amax(1, keepdim=True).expand_as(matrix)
+    whole = levels.rounded(matrix, gram, count), feedback.to_levels(matrix, gram, levels_of_four_bits, scales)
+    monkeypatch.setitem(feedback.ROWS, "cpu", 16)
+    parts = levels.rounded(matrix, gram, count), feedback.to_levels(matrix, gram, levels_of_four_bits, scales)
+    assert torch.equal(whole[0].indices, parts[0].indices)
+    assert torch.equal(whole[0].scales, parts[0].scales)
+    assert torch.equal(whole[1], parts[1])
