@@ -44,7 +44,8 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
         "weights": max(outside, *blocks.values()) * weight,
         "statistics": max(needs),
         "activations": (1 + propagated + bool(settings.refine)) * settings.samples * _waiting(model),
-        "overhead": overhead(model.workload.device, tuning=False),
+        # Rows of many lengths need as many kernels as tuning.
+        "overhead": overhead(model.workload.device, tuning=True),
     }
     if propagated:
         refined = bool(settings.refine)

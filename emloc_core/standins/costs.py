@@ -3,6 +3,8 @@
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
+from emloc_core.algorithms.feedback import ROWS
+
 #: Operations for the eigenvectors of a symmetric matrix, by its side cubed: 4/3 to make it tridiagonal, 2 to turn its
 #: eigenvectors back (LAPACK's ``dsyevd``). Twice, since that is double precision.
 _EIGENVECTORS = 2 * (4 / 3 + 2)
@@ -46,13 +48,20 @@ def groups(linears: Sequence[Any]) -> Iterator[list[Any]]:
         yield [linear for linear in linears if linear.group == name]
 
 
-def rounding_bytes(linears: Sequence[Planned], *, factors: bool = False) -> int:
-    """Return the peak of rounding a block's weights with feedback.
+def rounding_bytes(linears: Sequence[Planned], *, grams: int = 4, copies: int = 7, at_once: int = 0) -> int:
+    """Return the peak of rounding a block's weights with feedback, ``4 (g n^2 + c m n + a r n)``.
 
-    The inputs' Gram, which massive tokens widen to fp64, in fp32, and its factor, ``4 * 4 n^2``, beside factors one
-    more; and of all weights of the group the weight, what is left of it, and what it becomes, ``4 * 4 m n``.
+    Args:
+        linears: of the block.
+        grams: g, matrices of the size of the inputs' Gram: that itself, which massive tokens widen to fp64, and its
+            factor.
+        copies: c, matrices of the size of all weights of a group, m rows: what is fitted, the weights as they become,
+            their scales, and what is on the way from one to the other.
+        at_once: a, the same of as many rows as are rounded at a time, r.
     """
-    return max((4 * ((4 + factors) * n**2 + 4 * m * n) for m, n in _outputs(linears)), default=0)
+    most = max(ROWS.values())
+    outputs = _outputs(linears)
+    return max((4 * (grams * n**2 + (copies * m + at_once * min(m, most)) * n) for m, n in outputs), default=0)
 
 
 def factoring_bytes(linears: Sequence[Planned], *, propagated: bool) -> int:

@@ -16,6 +16,8 @@ from emloc_core.algorithms import feedback, levels
 from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.levels import GROUP, LEVELS
 from emloc_core.algorithms.statistics import Gram
+from emloc_core.standins import costs
+from emloc_core.standins.costs import Planned
 from emloc_core.standins.format import Format
 from emloc_core.standins.layer import PackedLinear, Parts
 from emloc_core.standins.standin import Packed
@@ -108,6 +110,10 @@ class SixLevels(Format):
         """Let the scales move."""
         codes, count = fitted.parts["weight"], self.layer.LEVELS
         return MovableScales(fitted, partial(unpack, codes, shape=fitted.shape, count=count))
+
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
+        """Those of rounding, which holds most of the rows that are rounded at a time: their scales are fitted too."""
+        return costs.rounding_bytes(linears, copies=6, at_once=8)
 
     def told(self, rank: str) -> str:  # noqa: ARG002
         """The number of levels."""

@@ -150,8 +150,7 @@ class RepairedThreeLevels(Format):
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Those of factorising, or of rounding beside factors."""
-        rounding = costs.rounding_bytes(linears, factors=True)
-        return max(costs.factoring_bytes(linears, propagated=propagated), rounding)
+        return max(costs.factoring_bytes(linears, propagated=propagated), _rounding_bytes(linears))
 
     def fitting_operations(self, group: Sequence[Planned]) -> float:
         """Those of every round; errors are spread for the weights, and for the factors."""
@@ -191,11 +190,15 @@ class _Residual(RankingFormat):
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Those of factorising, and of rounding beside factors."""
-        return costs.factoring_bytes(linears, propagated=propagated) + costs.rounding_bytes(linears, factors=True)
+        return costs.factoring_bytes(linears, propagated=propagated) + _rounding_bytes(linears)
 
     def fitting_operations(self, group: Sequence[Planned]) -> float:
         """Those of factorising once, and of rounding."""
         return costs.factoring_operations(group) + costs.rounding_operations(group)
+
+
+def _rounding_bytes(linears: Sequence[Planned]) -> int:
+    return costs.rounding_bytes(linears, grams=6, copies=10, at_once=8)
 
 
 def _in_turn(
