@@ -89,6 +89,11 @@ def _first_expert(tokens: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor
         return tokens.to(weight.dtype) @ weight[0]
 
 
+def has_contents(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has numbers, and not only a shape."""
+    return not isinstance(tensor, FakeTensor) and not tensor.is_meta
+
+
 def is_device_call(operation: Any) -> bool:
     """Return whether an operation that a ``TorchDispatchMode`` sees asks for a tensor's device: most of them do."""
     return operation is torch.ops.prim.device.default

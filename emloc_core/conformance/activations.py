@@ -15,7 +15,7 @@ from emloc_core.conformance.tiny import TinyModel
 from emloc_core.conformance.unread import unread_features
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.model.blocks import block_paths
-from emloc_core.standins.experts import factor_names
+from emloc_core.standins.experts import matrices, part_name
 from emloc_core.standins.low_rank import LowRank, LowRankLinear
 
 #: Largest difference of activations and of logits, relative to the largest of them. In fp32, families in the tree are
@@ -201,7 +201,8 @@ def full_rank(subject: TinyModel) -> str:
     factors = subject.decomposed.factors
     model = copy.deepcopy(subject.whole)
     biases = {path: model.get_submodule(path).bias for path in factors}
-    stacks = {each.path: _full(model.get_parameter(each.path)) for each in subject.plan.experts if each.reason is None}
+    experts = [each for each in subject.plan.experts if each.reason is None]
+    stacks = {each.path: _full(matrices(model.get_submodule(each.owner), each.name)) for each in experts}
     ranks = {path: found.u.shape[1] for path, found in factors.items()}
     LowRank().replace(model, {**ranks, **{path: u.shape[-1] for path, (u, _) in stacks.items()}})
     with torch.no_grad():
@@ -213,8 +214,8 @@ def full_rank(subject: TinyModel) -> str:
             if layer.bias is not None:
                 layer.bias.copy_(biases[path])
         for path, pair in stacks.items():
-            for name, factor in zip(factor_names(path), pair, strict=True):
-                model.get_parameter(name).copy_(factor)
+            for part, factor in zip(LowRankLinear.parts((1, 1), 1, torch.float32), pair, strict=True):
+                model.get_parameter(part_name(path, part)).copy_(factor)
     try:
         actual = [logits(model, sample) for sample in subject.samples]
     except (RuntimeError, AttributeError) as error:

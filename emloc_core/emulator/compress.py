@@ -64,11 +64,12 @@ class Compress:
         self.skipped: list[Skipped] = []
         rows = self._read()
         settings = request.settings.settled()
-        self.format = format_named(settings.kind)
-        self.format.check(settings)
+        format = format_named(settings.kind)
+        format.check(settings)
         distinct = len({row.key for row in rows})
-        linears = find_linears(self.base.skeleton.model, self.base.family, self.format)
-        self.method = method_of(settings, self.format, linears, rows=distinct)
+        linears = find_linears(self.base.skeleton.model, self.base.family, format)
+        self.method = method_of(settings, format, linears, rows=distinct)
+        self.format = self.method.format
         self._keeps_fewer = self.method.settings.selection < settings.selection
         self.settings = settings = self.method.settings
         found = self.method.linears

@@ -14,7 +14,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.model.blocks import block_paths
 from emloc_core.standins import Format
-from emloc_core.standins.experts import stacks
+from emloc_core.standins.experts import matrices, stacks
 
 
 def find_linears(model: nn.Module, family: Family, format: Format | None = None) -> RankPlan:
@@ -110,7 +110,7 @@ def _plan_experts(model: nn.Module, family: Family, block: str, path: str) -> li
     reason = next((reason for pattern, reason in family.keep_dense.items() if fnmatchcase(owner, pattern)), None)
     found = []
     for name in stacks(experts):
-        count, m, n = experts.get_parameter(name).shape
+        count, m, n = matrices(experts, name).shape
         found.append(
             ExpertsPlan(f"{owner}.{name}", block, (owner,), m, n, None, cheaper_side(m, n), reason, experts=count)
         )

@@ -47,7 +47,7 @@ class Store(Protocol):
 
     def write(self, block: str, fitted: Mapping[str, Any], sensitivities: Mapping[str, float]) -> None:
         """Store what was fitted for a block's Linears, by module path, and for its stacks of experts, by path
-        (:class:`~emloc_core.emulator.experts.StackedFactors`); empty for a block that no row passes through.
+        (:class:`~emloc_core.emulator.experts.Stacked`); empty for a block that no row passes through.
 
         Sensitivities are given if they were requested; see :mod:`emloc_core.emulator.sensitivity`.
         """
@@ -166,7 +166,8 @@ class Decomposition:
             if calls:
                 assert isinstance(self.format, RankingFormat)
                 disturbances = sensitivities(unit, calls, fitted, self.format.cut, self._answering)
-            stacked = {path: of for each in experts for path, of in each.factors(self._alone).items()}
+            pack = partial(self.format.pack, dtype=self.skeleton.dtype)
+            stacked = {path: of for each in experts for path, of in each.fitted(self._alone, pack).items()}
             store.write(block, {**fitted, **stacked}, disturbances)
         self._report(block)
 

@@ -1,42 +1,49 @@
-"""Factors of fused experts, fitted to the tokens that the router sends to each.
+"""Stand-ins for fused experts, fitted to the tokens that the router sends to each.
 
 An expert that fewer tokens reach than its activations have features is fitted to tokens of the whole layer besides, as
 if they had been sent to it: as many as are missing, evenly spaced over all rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.nn.functional import linear
 
-from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator.ranks import ExpertsPlan, LinearPlan
 from emloc_core.errors import EmlocError
-from emloc_core.standins.experts import activate, stacks
+from emloc_core.standins.experts import activate, matrices, stacks, with_bias
+from emloc_core.standins.standin import Fitted
 
 
 @dataclass(frozen=True)
-class StackedFactors:
-    """Factors of a stack of matrices, in the dtype of the base, on the CPU.
+class Stacked:
+    """What stands in for a stack of matrices.
 
     Attributes:
-        u: (E, m, k).
-        v: (E, k, n).
-        lost, energy: of the outputs on the calibration tokens of all experts: what the factors lose, and all.
+        parts: those of every matrix by their names, with a leading E, on the CPU.
+        error: the root mean square over the experts of ``||(W - What) X|| / ||W X||``, each on its tokens.
     """
 
-    u: torch.Tensor
-    v: torch.Tensor
-    lost: float
-    energy: float
+    parts: dict[str, torch.Tensor]
+    error: float
 
     def relative_error(self) -> float:
-        """Return ``||(W - What) X|| / ||W X||`` over the experts, each on its tokens."""
-        return (self.lost / self.energy) ** 0.5 if self.energy > 0 else 0.0
+        """Return the error."""
+        return self.error
+
+
+def stacked(fitted: Iterable[Fitted], pack: Callable[[Fitted], Mapping[str, torch.Tensor]]) -> Stacked:
+    """Return what was fitted for the matrices of a stack, one by one, packed."""
+    packed, errors = [], []
+    for each in fitted:
+        packed.append(pack(each))
+        errors.append(each.relative_error())
+    parts = {name: torch.stack([of[name] for of in packed]) for name in packed[0]}
+    return Stacked(parts, (sum(error**2 for error in errors) / len(errors)) ** 0.5)
 
 
 class ExpertStatistics:
@@ -78,23 +85,28 @@ class ExpertStatistics:
             self._add(expert, hidden[(index == expert).any(dim=-1)])
 
     def _add(self, expert: int, x: torch.Tensor) -> None:
-        up = functional.linear(x, getattr(self.experts, self._up)[expert])
-        inner = activate(self.experts, up)
+        up = linear(x, matrices(self.experts, self._up)[expert])
+        inner = activate(self.experts, with_bias(self.experts, self._up, up, expert))
         self._tokens[expert] += len(x)
         for each in self.planned:
             inputs = x if each.path.endswith(f".{self._up}") else inner
             if each.tap == "output":
-                inputs = up if inputs is x else functional.linear(inner, getattr(self.experts, self._down)[expert])
+                inputs = up if inputs is x else linear(inner, matrices(self.experts, self._down)[expert])
             try:
                 self._grams[each.path][expert].add(inputs)
             except EmlocError as error:
                 raise self._blame(error, each.path) from None
 
-    def factors(self, factorize: Callable[[LinearPlan, torch.Tensor, Gram], Factors]) -> dict[str, StackedFactors]:
-        """Return the factors by path of the stack; none where no token reaches the layer.
+    def fitted(
+        self,
+        fit: Callable[[LinearPlan, torch.Tensor, Gram], Fitted],
+        pack: Callable[[Fitted], Mapping[str, torch.Tensor]],
+    ) -> dict[str, Stacked]:
+        """Return what stands in for the stacks, by path; nothing where no token reaches the layer.
 
         Args:
-            factorize: takes the plan, an expert's matrix and its Gram.
+            fit: takes the plan, an expert's matrix and its Gram.
+            pack: takes what was fitted for a matrix.
         """
         if not any(self._tokens):
             return {}
@@ -102,20 +114,12 @@ class ExpertStatistics:
         for expert, tokens in enumerate(self._tokens):
             if tokens < self._enough:
                 self._add(expert, _spread(layer, self._enough - tokens))
-        return {each.path: self._stack(each, factorize) for each in self.planned}
+        return {each.path: stacked(self._each(each, fit), pack) for each in self.planned}
 
-    def _stack(
-        self, planned: ExpertsPlan, factorize: Callable[[LinearPlan, torch.Tensor, Gram], Factors]
-    ) -> StackedFactors:
-        weight = getattr(self.experts, planned.path.rpartition(".")[2])
-        (count, m, n), k = weight.shape, planned.rank or 0
-        u, v = (torch.empty(shape, dtype=weight.dtype) for shape in ((count, m, k), (count, k, n)))
-        lost = energy = 0.0
+    def _each(self, planned: ExpertsPlan, fit: Callable[[LinearPlan, torch.Tensor, Gram], Fitted]) -> Iterator[Fitted]:
+        name = planned.name
         for expert, gram in enumerate(self._grams[planned.path]):
-            found = factorize(planned, weight[expert], gram)
-            u[expert], v[expert] = found.u, found.v
-            lost, energy = lost + float(found.spectrum[k:].sum()), energy + float(found.spectrum.sum())
-        return StackedFactors(u, v, lost, energy)
+            yield fit(planned, matrices(self.experts, name)[expert], gram)
 
 
 def _spread(rows: torch.Tensor, count: int) -> torch.Tensor:

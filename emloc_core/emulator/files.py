@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from emloc_core.emulator.experts import StackedFactors
+from emloc_core.emulator.experts import Stacked
 from emloc_core.emulator.ranks import UNREACHED, RankPlan
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import INDEX, Checkpoint
@@ -23,7 +23,7 @@ from emloc_core.files.manifest import CONTENT
 from emloc_core.files.shards import ShardWriter, remove_damaged, write_shard
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.standins import Format, StandIn
-from emloc_core.standins.experts import factor_names
+from emloc_core.standins.experts import part_name
 from emloc_core.standins.format import MARK
 from emloc_core.standins.standin import Fitted
 
@@ -44,7 +44,8 @@ class EmulatorFiles:
         self.format = format
         self.skeleton, self.base, self.plan = skeleton, skeleton.checkpoint, plan
         self.blocks, self.staging = skeleton.blocks, staging
-        self.keys, self._ranks = weight_keys(skeleton, plan), plan.ranks
+        self.keys = weight_keys(skeleton, plan)
+        self._planned = {each.path: each for each in plan.planned}
         remove_damaged(map(self._shard, self.blocks))  # of an interrupted run
 
     def is_written(self, block: str) -> bool:
@@ -54,14 +55,15 @@ class EmulatorFiles:
     def write(
         self,
         block: str,
-        fitted: Mapping[str, Fitted | StackedFactors],
+        fitted: Mapping[str, Fitted | Stacked],
         _sensitivities: Mapping[str, float],
     ) -> None:
         """Write what stands in for the weights of a block's Linears and experts, by path, and the error of each."""
         tensors: dict[str, torch.Tensor] = {}
         for path, found in fitted.items():
-            if isinstance(found, StackedFactors):
-                tensors.update(zip(factor_names(path), (found.u, found.v), strict=True))
+            if isinstance(found, Stacked):
+                parts = self._checked(path, found.parts, self._planned[path].matrices)
+                tensors.update((part_name(path, name), part) for name, part in parts.items())
             else:
                 prefix = self.keys[path].removesuffix("weight")
                 tensors.update((f"{prefix}{name}", part) for name, part in self._packed(path, found).items())
@@ -80,11 +82,13 @@ class EmulatorFiles:
         return self._stand_in(path, [parts[name] for name in self.format.names()])
 
     def _packed(self, path: str, fitted: Fitted) -> dict[str, torch.Tensor]:
-        """Return the tensors of a stand-in by their names, checked: the format may be a plugin's."""
-        dtype = self._dtype(path)
-        m, n = self.skeleton.model.get_parameter(f"{path}.weight").shape
-        packed = self.format.pack(fitted, dtype)
-        expected = {name: size for name, (size, _) in self.format.parts((m, n), self._ranks[path], dtype).items()}
+        """Return the tensors of a stand-in by their names."""
+        return self._checked(path, self.format.pack(fitted, self._dtype(path)))
+
+    def _checked(self, path: str, packed: dict[str, torch.Tensor], *experts: int) -> dict[str, torch.Tensor]:
+        """Return packed tensors, checked: the format may be a plugin's. Those of a stack have a leading E."""
+        parts = self.format.parts(self._planned[path].shape, self._planned[path].rank, self._dtype(path))
+        expected = {name: (*experts, *size) for name, (size, _) in parts.items()}
         found = {name: tuple(part.shape) for name, part in packed.items()}
         if packed.keys() != set(self.format.names()) or not expected.items() <= found.items():
             raise self._refused(path, f"{found} instead of {expected}")
@@ -101,11 +105,11 @@ class EmulatorFiles:
 
     def _stand_in(self, path: str, tensors: Sequence[torch.Tensor]) -> StandIn:
         parts = [tensor.to(self.skeleton.device) for tensor in tensors]
-        m, n = self.skeleton.model.get_parameter(f"{path}.weight").shape
-        return self.format.read(parts, (m, n), self._dtype(path))
+        return self.format.read(parts, self._planned[path].shape, self._dtype(path))
 
     def _dtype(self, path: str) -> torch.dtype:
-        return self.skeleton.model.get_parameter(f"{path}.weight").dtype
+        name = path if path not in self.keys else f"{path}.weight"
+        return self.skeleton.model.get_parameter(name).dtype
 
     def finish(self, tokens: int) -> dict[str, Any]:
         """Write everything but the factors, once all blocks and the rows are written; return the manifest's result.

@@ -89,6 +89,7 @@ def method_of(
         EmlocError: stand-ins are to be refined that are not fitted to what the emulator computes.
     """
     usual = "base" if linears.has_experts else format.calibrations[0]
+    format = format.with_experts() if linears.has_experts else format
     calibration = settings.calibration or usual
     if settings.refine and calibration != "propagated":
         raise EmlocError(

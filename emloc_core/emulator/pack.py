@@ -1,8 +1,13 @@
-"""Emulators without calibration: made from the weights alone, one Linear in memory at a time."""
+"""Emulators without calibration: made from the weights alone, one Linear or stack of experts in memory at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from emloc_core.emulator.decompose import Progress
+from emloc_core.emulator.experts import Stacked, stacked
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.errors import EmlocError
 from emloc_core.plugins.manager import plugin_manager
@@ -19,15 +24,30 @@ def pack_blocks(files: EmulatorFiles, progress: Progress) -> None:
     for index, block in enumerate(files.blocks):
         if not files.is_written(block):
             paths = [linear.path for linear in files.plan.in_block(block)]
-            files.write(block, {path: _stand_in(files, path) for path in paths}, {})
+            found: dict[str, Fitted | Stacked] = {path: _stand_in(files, path) for path in paths}
+            for owner, planned in files.plan.experts_in_block(block).items():
+                found |= {each.path: _stack(files, owner, each.path) for each in planned}
+            files.write(block, found, {})
         progress(block, index + 1, total)
         plugin_manager().notify("emloc_block_done", stage="compress", path=block, index=index, total=total)
 
 
 def _stand_in(files: EmulatorFiles, path: str) -> Fitted:
-    name = f"{path}.weight"
+    with _loaded(files, f"{path}.weight") as weight:
+        return files.format.round(weight)
+
+
+def _stack(files: EmulatorFiles, owner: str, path: str) -> Stacked:
+    experts = files.skeleton.model.get_submodule(owner)
+    with _loaded(files, path) as stack:
+        matrices = (each.T if experts.is_transposed else each for each in stack)
+        return stacked(map(files.format.round, matrices), partial(files.format.pack, dtype=stack.dtype))
+
+
+@contextmanager
+def _loaded(files: EmulatorFiles, name: str) -> Iterator[torch.Tensor]:
     with files.skeleton.parameters([name]) as loaded:
-        weight = loaded[name].detach().clone()
-    if not bool(torch.isfinite(weight).all()):
-        raise EmlocError(f"{name} in {files.base.directory} holds NaN or Inf.", "Download or copy the model again.")
-    return files.format.round(weight)
+        weight = loaded[name].detach()
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+            raise EmlocError(f"{name} in {files.base.directory} holds NaN or Inf.", "Download or copy the model again.")
+        yield weight

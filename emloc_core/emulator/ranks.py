@@ -86,6 +86,16 @@ class ExpertsPlan(LinearPlan):
     experts: int = 1
 
     @property
+    def owner(self) -> str:
+        """Path of the module that holds it."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """Name of the parameter in that module."""
+        return self.path.rpartition(".")[2]
+
+    @property
     def matrices(self) -> int:
         """How many matrices of this shape it is."""
         return self.experts
@@ -133,7 +143,7 @@ class RankPlan:
         found: dict[str, list[ExpertsPlan]] = defaultdict(list)
         for each in self.experts:
             if each.block == block and each.is_replaced:
-                found[each.path.rpartition(".")[0]].append(each)
+                found[each.owner].append(each)
         return dict(found)
 
     @property

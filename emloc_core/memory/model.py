@@ -80,13 +80,13 @@ class MemoryModel:
 
     def __init__(self, config_file: Path, workload: Workload, settings: CompressSettings | None = None) -> None:
         self.config_file, self.settings = config_file, (settings or CompressSettings(kind=FACTORS)).settled()
-        self.format = format_named(self.settings.kind)
         self._known = known(config_file)
         self.family = self._known.family
         self.model: Any = self._known.outline
         self.config = self.model.config
         self.dtype = dtype_of(config_file, self.config)
         self.method = self._method()
+        self.format = self.method.format
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         self._take(workload)
 
@@ -100,7 +100,8 @@ class MemoryModel:
         self._inputs = self._shape_inputs()
 
     def _method(self) -> Method:
-        return method_of(self.settings, self.format, find_linears(self.model, self.family, self.format))
+        format = format_named(self.settings.kind)
+        return method_of(self.settings, format, find_linears(self.model, self.family, format))
 
     @property
     def packed(self) -> Sequence[str]:
@@ -200,8 +201,8 @@ class MemoryModel:
         """Return the same model with the default emulator of a kind; what was traced of either is known to both."""
         other = copy.copy(self)
         other.settings = CompressSettings(kind=kind)
-        other.format = format_named(kind)
         other.method = other._method()
+        other.format = other.method.format
         return other
 
     def least_length(self) -> int:

@@ -30,8 +30,7 @@ __all__ = [
     "StandInLinear",
 ]
 
-#: Kinds in the order in which they are recommended, the first whose tuning fits: ``docs/evidence.md`` says why. The
-#: last is for models whose weights are mostly experts.
+#: Kinds in the order in which they are recommended, the first whose tuning fits: ``docs/evidence.md`` says why.
 RECOMMENDED = ("nf4", "1.6-bit+repair", "low-rank-nf4", "low-rank")
 #: The same for rows with images, where factors alone are ahead of weights on three levels with a repair.
 RECOMMENDED_WITH_IMAGES = tuple(kind for kind in RECOMMENDED if kind != "1.6-bit+repair")

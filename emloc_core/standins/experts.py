@@ -1,11 +1,13 @@
-"""Fused experts: what transformers computes with them, and the same with low-rank factors.
+"""Fused experts: what transformers computes with them, and the same with stand-ins for their matrices.
 
 transformers keeps the experts of a layer as two stacks of matrices in one module: ``gate_up_proj`` (E, 2 i, n), or
-``up_proj`` (E, i, n) without a gate, and ``down_proj`` (E, n, i). A router sends every token to a few of them.
+``up_proj`` (E, i, n) without a gate, and ``down_proj`` (E, n, i). Some models keep them transposed, add a bias to each
+product, or normalise what an expert returns. A router sends every token to a few of them.
 """
 
 import copy
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,9 +15,10 @@ from torch.nn.functional import linear
 
 from emloc_core.compat.transformers import gated, grouped_product
 from emloc_core.errors import EmlocError
+from emloc_core.standins.layer import StandInLinear
 
-#: What a module of experts can have besides, and low-rank ones do not.
-_UNKNOWN = ("is_transposed", "has_bias", "has_post_expert_norm")
+#: What transformers says of every module of fused experts that it can compute in several ways.
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
 
 
 def stacks(experts: nn.Module) -> tuple[str, str]:
@@ -25,10 +28,10 @@ def stacks(experts: nn.Module) -> tuple[str, str]:
         EmlocError: it computes something else with its weights.
     """
     names = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
-    if not all(is_stack(experts, name) for name in names) or any(getattr(experts, name, False) for name in _UNKNOWN):
+    if not all(hasattr(experts, flag) for flag in _FLAGS) or not all(is_stack(experts, name) for name in names):
         raise EmlocError(
-            f"A {type(experts).__name__} is not laid out as experts that can be factorised: {' and '.join(names)}, "
-            "stacked, without biases.",
+            f"A {type(experts).__name__} is not laid out as experts that stand-ins are known for: "
+            f"{' and '.join(names)}, stacked, in a class that transformers marks as experts.",
             "List it in keep_dense of the family's declaration instead.",
             code="plugin",
         )
@@ -43,6 +46,12 @@ def is_stack(model: nn.Module, path: str) -> bool:
         return False
 
 
+def matrices(experts: Any, name: str) -> torch.Tensor:
+    """Return a stack, (E, m, n), whichever way it is kept."""
+    found: torch.Tensor = experts.get_parameter(name)
+    return found.mT if experts.is_transposed else found
+
+
 def experts_per_token(config: Any) -> int:
     """Return how many experts a router sends every token to; 1 for a model without experts."""
     return getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
@@ -53,8 +62,14 @@ def width(experts: nn.Module) -> int:
     return sum(sum(parameter.shape[1:]) for parameter in experts.parameters() if parameter.ndim == 3)
 
 
+def activate(experts: Any, up: torch.Tensor) -> torch.Tensor:
+    """Return what ``down_proj`` is given: (tokens, i) for the output of the first stack, (tokens, 2 i) with a gate."""
+    found: torch.Tensor = gated(experts, up) if experts.has_gate else experts.act_fn(up)
+    return found
+
+
 def computes_as_experts(module: Any, args: tuple[Any, ...], output: Any) -> bool:
-    """Return whether what a module computed is what experts compute that can be factorised.
+    """Return whether what a module computed is what experts compute that stand-ins are known for.
 
     Args:
         module: with weights.
@@ -62,54 +77,63 @@ def computes_as_experts(module: Any, args: tuple[Any, ...], output: Any) -> bool
         output: of that call.
     """
     try:
-        up, down = (getattr(module, name) for name in stacks(module))
+        up, down = stacks(module)
         hidden, index, weights = args
         wanted = torch.zeros_like(output)
         for expert in index.unique().tolist():
             token, place = torch.where(index == expert)
-            inner = activate(module, linear(hidden[token], up[expert]))
-            wanted.index_add_(0, token, linear(inner, down[expert]) * weights[token, place, None])
+            inner = activate(module, _times(module, up, expert, hidden[token]))
+            found = _times(module, down, expert, inner)
+            wanted.index_add_(0, token, _normed(module, found) * weights[token, place, None])
     except Exception:  # an unknown module, which may lack anything
         return False
     return bool(torch.allclose(output, wanted, rtol=1e-4, atol=1e-5))
 
 
-def activate(experts: Any, up: torch.Tensor) -> torch.Tensor:
-    """Return what ``down_proj`` is given: (tokens, i) for the output of the first stack, (tokens, 2 i) with a gate."""
-    found: torch.Tensor = gated(experts, up) if experts.has_gate else experts.act_fn(up)
-    return found
-
-
-def factor_names(path: str) -> tuple[str, str]:
-    """Return the names of the parameters U and V that stand in for the stack at a path."""
+def part_name(path: str, part: str) -> str:
+    """Return the name of the parameter that holds a part of what stands in for the stack at a path."""
     owner, _, name = path.rpartition(".")
-    return f"{owner}.U.{name}", f"{owner}.V.{name}"
+    return f"{owner}.{part}.{name}"
 
 
-class LowRankExperts(nn.Module):
-    """Experts whose matrices are products of two: a stack U (E, m, k) and a stack V (E, k, n) for each stack (E, m, n).
+class StandInExperts(nn.Module):
+    """Experts whose stacks are kept as a layer keeps the weight of a Linear: each of its parts, with a leading E.
+
+    The parts of ``down_proj`` are ``weight.down_proj``, ``weight_scales.down_proj`` and so on, of matrices (m, n)
+    whichever way the base keeps them. Every matrix is packed by itself: no byte belongs to two.
 
     Args:
-        experts: the module that it replaces. Its weights are given up.
-        ranks: k by the name of the stack; a stack without one stays as it is.
+        experts: the module that it replaces. Its stacks are given up; all else that it has is taken over.
+        layer: what keeps matrices, and multiplies by them.
+        ranks: of the factors, by the name of the stack; None where the layer keeps none. A stack that is not there
+            stays as it is.
     """
 
-    def __init__(self, experts: Any, ranks: dict[str, int]) -> None:
+    def __init__(self, experts: Any, layer: type[StandInLinear], ranks: Mapping[str, int | None]) -> None:
         super().__init__()
-        self.num_experts = experts.num_experts
-        self.U, self.V = nn.ParameterDict(), nn.ParameterDict()
-        for name in stacks(experts):
-            stack = getattr(experts, name)
-            count, m, n = stack.shape
-            if rank := ranks.get(name):
-                for factor, shape in ((self.U, (count, m, rank)), (self.V, (count, rank, n))):
-                    empty = torch.empty(shape, dtype=stack.dtype, device=stack.device)
-                    factor[name] = nn.Parameter(empty, requires_grad=False)
+        self.num_experts, self.layer, self.ranks = experts.num_experts, layer, dict(ranks)
+        self.is_transposed, self.has_bias = experts.is_transposed, experts.has_bias
+        for name, parameter in list(experts.named_parameters(recurse=False)):
+            if name in ranks:
+                self._keep(name, matrices(experts, name))
             else:
-                self.register_parameter(name, stack)
-            setattr(experts, name, nn.Parameter(torch.empty_like(stack, device="meta"), requires_grad=False))
-        # For its activation. In a list, so that it is no part of this module.
+                self.register_parameter(name, parameter)
+        for name, module in experts.named_children():
+            self.add_module(name, module)
+        for name in stacks(experts):
+            empty = torch.empty_like(experts.get_parameter(name), device="meta")
+            setattr(experts, name, nn.Parameter(empty, requires_grad=False))
+        # For what it computes between its stacks. In a list, so that it is no part of this module.
         self._replaced = [experts]
+        self.train(experts.training)
+
+    def _keep(self, name: str, stack: torch.Tensor) -> None:
+        count, m, n = stack.shape
+        for part, (size, dtype) in self.layer.parts((m, n), self.ranks[name], stack.dtype).items():
+            if not hasattr(self, part):
+                self.add_module(part, nn.ParameterDict())
+            empty = torch.empty(count, *size, dtype=dtype, device=stack.device)
+            cast(nn.ParameterDict, self.get_submodule(part))[name] = nn.Parameter(empty, requires_grad=False)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -126,20 +150,65 @@ class LowRankExperts(nn.Module):
         experts = torch.arange(self.num_experts, device=chosen.device)
         ends = torch.searchsorted(chosen, experts, right=True).to(torch.int32)
         up, down = stacks(self._replaced[0])
-        inner = activate(self._replaced[0], self._times(up, hidden_states[order // top], ends))
-        found = self._times(down, inner, ends) * top_k_weights.reshape(-1)[order, None]
-        return found[order.argsort()].view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
+        inner = activate(self._replaced[0], self._times(up, hidden_states[order // top], chosen, ends))
+        found = _normed(self._replaced[0], self._times(down, inner, chosen, ends))
+        found = found * top_k_weights.reshape(-1)[order, None]
+        return found[order.argsort()].view(*top_k_index.shape, found.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
-    def _times(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Multiply rows that are sorted by expert, each group by the matrix of its own."""
-        if name not in self.U:
-            return grouped_product(x, getattr(self, name), ends)
-        return grouped_product(grouped_product(x, self.V[name], ends), self.U[name], ends)
+    def _times(self, name: str, x: torch.Tensor, chosen: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Multiply rows that are sorted by expert, each group by the matrix of its own, and add its bias."""
+        if name in self.ranks:
+            found = self.layer.grouped(x, ends, *self.kept(name), shape=self._shape(name), dtype=self._dtype(name))
+        else:
+            found = grouped_product(x, matrices(self, name), ends)
+        return with_bias(self, name, found, chosen)
+
+    def kept(self, name: str) -> list[torch.Tensor]:
+        """Return what is kept of a stack, in the order of the layer's parts."""
+        parts = self.layer.parts(self._shape(name), self.ranks[name], self._dtype(name))
+        return [self.get_parameter(f"{part}.{name}") for part in parts]
+
+    def stand_ins(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that stand in for stacks, by name; what the base has besides is not among them."""
+        return {name: part for name, part in self.named_parameters() if name.partition(".")[2] in self.ranks}
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        _, m, n = matrices(self._replaced[0], name).shape
+        return m, n
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._replaced[0].get_parameter(name).dtype
 
     def dense(self) -> nn.Module:
-        """Return an ordinary module of experts with the weights ``U V``."""
+        """Return an ordinary module of experts with the matrices that the stand-ins stand for."""
         experts = copy.deepcopy(self._replaced[0])
-        for name in stacks(experts):
-            weight = self.U[name] @ self.V[name] if name in self.U else getattr(self, name)
-            setattr(experts, name, nn.Parameter(weight.detach().clone(), requires_grad=False))
+        own = dict(self.named_parameters())
+        for name in [name for name, _ in experts.named_parameters()]:
+            if name in self.ranks:
+                stack = self.layer.unpack_stack(*self.kept(name), shape=self._shape(name), dtype=self._dtype(name))
+                weight = stack.mT.contiguous() if self.is_transposed else stack
+            else:
+                weight = own[name]
+            owner, _, last = name.rpartition(".")
+            setattr(experts.get_submodule(owner), last, nn.Parameter(weight.detach().clone(), requires_grad=False))
         return experts
+
+    def extra_repr(self) -> str:
+        """Describe the module in the model's printout."""
+        shapes = ("{} x {}".format(*self._shape(name)) for name in self.ranks)
+        return f"{self.num_experts} experts of {', '.join(shapes)}, as in {self.layer.__name__}"
+
+
+def _times(experts: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    return with_bias(experts, name, linear(x, matrices(experts, name)[expert]), expert)
+
+
+def with_bias(experts: Any, name: str, found: torch.Tensor, expert: int | torch.Tensor) -> torch.Tensor:
+    """Add the bias of an expert, or of the expert of every row."""
+    return found + experts.get_parameter(f"{name}_bias")[expert] if experts.has_bias else found
+
+
+def _normed(experts: Any, found: torch.Tensor) -> torch.Tensor:
+    """Return what experts return, normalised where their module has a norm for it."""
+    norm = experts.post_expert_norm if experts.has_post_expert_norm else None
+    return found if norm is None else norm(found)

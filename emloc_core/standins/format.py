@@ -1,6 +1,7 @@
 """The contract that every format of emulator fulfils."""
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.settings import SAMPLES, Allocator, CompressSettings
 from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
+from emloc_core.standins.experts import StandInExperts, is_stack, part_name
 from emloc_core.standins.layer import Parts, StandInLinear, replace_linear
 from emloc_core.standins.standin import Fitted, Movable, StandIn
 
@@ -126,6 +128,14 @@ class Format(ABC):
         """Return the keys of a stand-in's tensors in the checkpoint, where that of the weight is known."""
         return [f"{weight.removesuffix('weight')}{name}" for name in self.names()]
 
+    def stack_keys(self, path: str) -> list[str]:
+        """Return the keys of what stands in for the stack of experts at a path, in the order of :meth:`names`."""
+        return [part_name(path, name) for name in self.names()]
+
+    def with_experts(self) -> "Format":
+        """Return the format of an emulator in which stacks of experts have stand-ins too."""
+        return self
+
     def pack(self, fitted: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Return a stand-in's tensors by their names, on the CPU.
 
@@ -156,13 +166,20 @@ class Format(ABC):
         return {"quant_method": METHOD, "format": self.name, "ranks": dict(ranks)}
 
     def replace(self, model: nn.Module, ranks: Mapping[str, int | None]) -> None:
-        """Replace Linears of a model by empty layers of this format.
+        """Replace Linears of a model, and stacks of experts, by empty layers of this format.
 
         Raises:
-            EmlocError: the model has no Linear at one of the paths.
+            EmlocError: the model has no Linear, or stack, at one of the paths.
         """
+        experts = defaultdict[str, dict[str, int | None]](dict)
         for path, rank in ranks.items():
-            replace_linear(model, path, self.layer, rank)
+            owner, _, name = path.rpartition(".")
+            if is_stack(model, path):
+                experts[owner][name] = rank
+            else:
+                replace_linear(model, path, self.layer, rank)
+        for owner, of in experts.items():
+            model.set_submodule(owner, StandInExperts(model.get_submodule(owner), self.layer, of))
 
     def nbytes(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> int:
         """Return the bytes of what stands in for a weight of this shape."""

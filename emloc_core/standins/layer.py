@@ -1,6 +1,6 @@
 """The layers that stand in for Linears in the model of an emulator, and putting them there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,8 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from emloc_core.compat.torch import has_contents
+from emloc_core.compat.transformers import grouped_product
 from emloc_core.errors import EmlocError
 
+#: Bytes that the matrices of experts, unpacked, may take at a time; a single one may be larger.
+_UNPACKED = 256 << 20
 #: Shape and dtype of what a layer keeps, by the name of the parameter.
 Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -56,6 +60,31 @@ class StandInLinear(nn.Linear):
     def unpack(*parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Return the weight, of this shape and dtype, that the parts stand for."""
         raise NotImplementedError
+
+    @classmethod
+    def unpack_stack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return matrices of this shape and dtype, (E, m, n), from their parts, which have a leading E."""
+        return torch.stack([cls.unpack(*of, shape=shape, dtype=dtype) for of in zip(*parts, strict=True)])
+
+    @classmethod
+    def grouped(
+        cls, x: torch.Tensor, ends: torch.Tensor, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Multiply rows that are sorted by expert, each group by the matrix of its own.
+
+        Args:
+            x: (rows, n).
+            ends: (E), int32: where the rows of each expert end.
+            parts: of the matrices, with a leading E.
+            shape, dtype: of a matrix.
+
+        Returns:
+            (rows, m). Parts get no gradient.
+        """
+        unpack = partial(cls.unpack_stack, shape=shape, dtype=dtype)
+        most = max(1, _UNPACKED // (shape[0] * shape[1] * dtype.itemsize))
+        found: torch.Tensor = _GroupedProduct.apply(x, ends, unpack, most, *parts)
+        return found
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -130,6 +159,51 @@ class _Product(torch.autograd.Function):
         if matrix.dtype == torch.float16:  # in which gradients that autocast takes in bf16 would vanish
             matrix = matrix.to(gradient.dtype)
         return gradient.to(matrix.dtype) @ matrix, None, *(None for _ in parts)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Rows times the matrices of their experts, of which only those that have rows are unpacked, some at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        ends: torch.Tensor,
+        unpack: Callable[..., torch.Tensor],
+        most: int,
+        *parts: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(ends, *parts)
+        ctx.unpack, ctx.most = unpack, most
+        found = [grouped_product(x[rows], unpack(*of), at) for rows, at, of in _hit(ends, most, parts, len(x))]
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ends, *parts = ctx.saved_tensors  # checkpointing gives them once
+        chunks = _hit(ends, ctx.most, parts, len(gradient))
+        found = [grouped_product(gradient[rows], ctx.unpack(*of).mT, at) for rows, at, of in chunks]
+        return torch.cat(found), None, None, None, *(None for _ in parts)
+
+
+def _hit(
+    ends: torch.Tensor, most: int, parts: Sequence[torch.Tensor], rows: int
+) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
+    """Yield the experts that have rows, at most so many at a time: their rows, where these end, and their parts.
+
+    Where nothing but shapes is known, the first chunk stands for all: the same result size, the same peak.
+    """
+    if not has_contents(ends):
+        yield slice(0, rows), ends[:most], [part[:most] for part in parts]
+        return
+    last = ends.tolist()
+    first = [0, *last[:-1]]
+    hit = [expert for expert, (start, stop) in enumerate(zip(first, last, strict=True)) if stop > start]
+    for at in range(0, max(1, len(hit)), most):
+        experts = hit[at : at + most] or [0]  # rows of no expert have a width too
+        index = torch.tensor(experts, device=ends.device)
+        start, stop = first[experts[0]], last[experts[-1]]
+        yield slice(start, stop), ends[index] - start, [part[index] for part in parts]
 
 
 def replace_linear(model: nn.Module, path: str, layer: type[StandInLinear], rank: int | None = None) -> None:

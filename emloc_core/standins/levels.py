@@ -50,6 +50,12 @@ class FewLevelsLinear(PackedLinear):
         codes, scales = parts
         return unpack(codes, scales, dtype, shape, cls.LEVELS)
 
+    @classmethod
+    def unpack_stack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return all at once."""
+        codes, scales = parts
+        return unpack(codes, scales, dtype, shape, cls.LEVELS)
+
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""
         return f"{super().extra_repr()}, {self.LEVELS} levels"
@@ -90,6 +96,7 @@ class SixLevels(Format):
     layer = SixLevelsLinear
     samples = 256
     refine = 3
+    experts = True
 
     def fit(
         self,
@@ -133,13 +140,14 @@ def pack(found: levels.Rounded) -> dict[str, torch.Tensor]:
 def unpack(
     codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int], count: int
 ) -> torch.Tensor:
-    """Return the matrix of this shape and dtype, on so many levels, that :func:`pack` packed."""
+    """Return the matrix of this shape and dtype, on so many levels, that :func:`pack` packed; or a stack of them."""
     m, n = shape
     table = bytes_table(count, dtype).to(codes.device, non_blocking=True)
-    matrix = levels.at(table, codes.flatten().int()).flatten()[: m * n].view(m, n)
+    numbers = levels.at(table, codes.flatten().int()).view(*codes.shape[:-2], -1)
+    matrix = numbers[..., : m * n].unflatten(-1, (m, n))
     groups, scales = n // GROUP, scales.to(dtype)
-    matrix[:, : groups * GROUP].unflatten(1, (groups, GROUP)).mul_(scales[:, :groups, None])
-    matrix[:, groups * GROUP :].mul_(scales[:, groups:])  # the rest of a row
+    matrix[..., : groups * GROUP].unflatten(-1, (groups, GROUP)).mul_(scales[..., :groups, None])
+    matrix[..., groups * GROUP :].mul_(scales[..., groups:])  # the rest of a row
     return matrix
 
 

@@ -1,7 +1,6 @@
 """Factors in the dtype of the base, as in the paper: ``W`` becomes ``U V``."""
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch.nn import functional
 
 from emloc_core.algorithms.factorize import Factors, factorize, wants_inputs
 from emloc_core.algorithms.statistics import Gram
+from emloc_core.compat.transformers import grouped_product
 from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
-from emloc_core.standins.experts import LowRankExperts, is_stack
 from emloc_core.standins.format import RankingFormat, Ratios
 from emloc_core.standins.layer import Parts, StandInLinear
 from emloc_core.standins.standin import StandIn
@@ -42,6 +41,19 @@ class LowRankLinear(StandInLinear):
         """Return ``U V``."""
         u, v = parts
         return u @ v
+
+    @classmethod
+    def grouped(
+        cls,
+        x: torch.Tensor,
+        ends: torch.Tensor,
+        *parts: torch.Tensor,
+        shape: tuple[int, int],  # noqa: ARG003
+        dtype: torch.dtype,  # noqa: ARG003
+    ) -> torch.Tensor:
+        """Multiply by one factor after the other."""
+        u, v = parts
+        return grouped_product(grouped_product(x, v, ends), u, ends)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -90,16 +102,6 @@ class LowRank(RankingFormat):
     def read(self, tensors: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> StandIn:  # noqa: ARG002
         """Return both factors."""
         return StandIn(*tensors)
-
-    def replace(self, model: nn.Module, ranks: Mapping[str, int | None]) -> None:
-        """Replace Linears, and stacks of experts."""
-        linears, experts = dict(ranks), defaultdict[str, dict[str, int]](dict)
-        for path in [path for path in ranks if is_stack(model, path)]:
-            owner, _, name = path.rpartition(".")
-            experts[owner][name] = linears.pop(path) or 0
-        super().replace(model, linears)
-        for path, of in experts.items():
-            model.set_submodule(path, LowRankExperts(model.get_submodule(path), of))
 
     def numbers(self, shape: tuple[int, int], rank: int | None) -> int:
         """``k (m + n)``."""

@@ -51,7 +51,6 @@ class FourBitLowRank(LowRank):
     layer = FourBitLowRankLinear
     samples = 256
     refine = None
-    experts = False
 
     def tap(self, tap: Any) -> Any:
         """Inputs: factors are fitted to them once more, as rounded."""

@@ -54,6 +54,20 @@ class FourBitLinear(PackedLinear):
         codes, scales, ranges = parts
         return unpack(codes, unpack_scales(scales, ranges.float()), shape, dtype)
 
+    @classmethod
+    def unpack_stack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return matrices; at once where neither a scale nor a range of scales is of two of them."""
+        codes, scales, ranges = parts
+        count, (m, n) = len(codes), shape
+        if m * n % (BLOCK * SCALES):
+            return super().unpack_stack(*parts, shape=shape, dtype=dtype)
+        levels = scale_levels(codes.device)
+        of_blocks = torch.ops.bitsandbytes.dequantize_blockwise(
+            scales.flatten(), ranges[:, :-1].float().flatten(), levels, SCALES, torch.float32
+        )
+        spread = of_blocks.view(count, -1) + ranges[:, -1:].float()
+        return unpack(codes.view(-1, 1), spread.flatten(), (count * m, n), dtype).view(count, m, n)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features), in the input's dtype."""
         scales = unpack_scales(self.weight_scales, self.weight_ranges.float())
@@ -80,8 +94,8 @@ class FourBitWeight:
         return self.error
 
 
-class NF4(Format):
-    """Weights in four bits as bitsandbytes has them (QLoRA): an ordinary checkpoint that plain transformers loads.
+class PackedNF4(Format):
+    """Weights in four bits, and stacks of experts, whose checkpoint is one of ours: bitsandbytes packs Linears alone.
 
     The scales are bitsandbytes' own. To these, weights are rounded with feedback; without calibration, each number is
     rounded on its own, as bitsandbytes does.
@@ -90,6 +104,7 @@ class NF4(Format):
     name = "nf4"
     layer = FourBitLinear
     calibrations = ("propagated", "base", "none")
+    experts = True
 
     def fit(
         self,
@@ -113,6 +128,20 @@ class NF4(Format):
     def told(self, rank: str) -> str:  # noqa: ARG002
         """Four bits."""
         return "four bits"
+
+    def pack(self, fitted: FourBitWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        """Return the weight in four bits, its scales in eight (double quantisation), and the ranges of these."""
+        state = fitted.state
+        ranges = torch.cat([state.state2.absmax, state.offset.reshape(1).to(state.state2.absmax)])
+        return {"weight": fitted.codes.cpu(), "weight_scales": state.absmax.cpu(), "weight_ranges": ranges.cpu()}
+
+
+class NF4(PackedNF4):
+    """The same as bitsandbytes has it (QLoRA): an ordinary checkpoint that plain transformers loads."""
+
+    def with_experts(self) -> Format:
+        """Return what packs experts too."""
+        return PackedNF4()
 
     def parts(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG002
         """The weight's codes, its scales, the largest of every 256 of these, and the tables of both codes."""

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emloc_core.compat.transformers import keep_as_it_is, was_loaded
 from emloc_core.errors import EmlocError
-from emloc_core.standins.experts import LowRankExperts
+from emloc_core.standins.experts import StandInExperts
 from emloc_core.standins.format import MARK, METHOD
 from emloc_core.standins.layer import StandInLinear
 from emloc_core.standins.registry import format_named
@@ -63,7 +63,10 @@ class EmlocQuantizer(HfQuantizer):
         for _path, layer in _stand_ins(model):
             layer.emloc_unloaded = _kept(layer)  # type: ignore[assignment]
             # Transformers would draw missing codes from a normal distribution, and fail; they are told below.
-            if isinstance(layer, StandInLinear) and not layer.trainable:
+            if isinstance(layer, StandInExperts):
+                for stacked in (each for each in layer.children() if isinstance(each, nn.ParameterDict)):
+                    keep_as_it_is(stacked)
+            elif not layer.trainable:
                 keep_as_it_is(layer)
 
     def postprocess_model(self, model: "PreTrainedModel", **options: Any) -> Any:
@@ -99,18 +102,15 @@ class EmlocQuantizer(HfQuantizer):
         return model
 
 
-def _stand_ins(model: nn.Module) -> list[tuple[str, StandInLinear | LowRankExperts]]:
+def _stand_ins(model: nn.Module) -> list[tuple[str, StandInLinear | StandInExperts]]:
     """Return the modules of a model that are not what they are in the base, with their paths."""
-    kinds = StandInLinear | LowRankExperts
+    kinds = StandInLinear | StandInExperts
     return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def _kept(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Return what the files of an emulator hold for a module; those of experts may hold a stack as it is, too."""
-    parts = dict(layer.named_parameters())
-    if isinstance(layer, LowRankExperts):
-        return {name: part for name, part in parts.items() if name.startswith(("U.", "V."))}
-    return parts
+    return layer.stand_ins() if isinstance(layer, StandInExperts) else dict(layer.named_parameters())
 
 
 def _is_emulator(model: nn.Module) -> bool:

@@ -49,6 +49,15 @@ class RepairedLinear(FewLevelsLinear):
         u, v = unpack_factors(parts[2:], shape, dtype)
         return super().unpack(*parts[:2], shape=shape, dtype=dtype) + u @ v
 
+    @classmethod
+    def unpack_stack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return ``W + U V`` of all, the sums one by one."""
+        found = super().unpack_stack(*parts[:2], shape=shape, dtype=dtype)
+        for matrix, *of in zip(found, *parts[2:], strict=True):
+            u, v = unpack_factors(of, shape, dtype)
+            matrix.add_(u @ v)
+        return found
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
         (m, n), k = self.shape, self.rank or 0
@@ -84,6 +93,7 @@ class RepairedThreeLevels(Format):
     ratios = Ratios(0.23, 0.2, 0.5)
     samples = 256
     refine = 0
+    experts = True
     factorize: Factorize = staticmethod(factorize)
 
     def check(self, settings: CompressSettings) -> None:

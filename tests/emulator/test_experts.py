@@ -27,7 +27,9 @@ from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.settings import CompressSettings, CorrectSettings, TrainSettings
 from emloc_core.standins import LowRank
-from emloc_core.standins.experts import LowRankExperts, activate, stacks
+from emloc_core.standins.experts import StandInExperts, activate, stacks
+from emloc_core.standins.format import MARK
+from emloc_core.standins.registry import format_named
 
 SETTINGS = {**QWEN_MOE.tiny_configs[0], "num_experts": 6}
 STACKS = [f"model.layers.{index}.mlp.experts.{name}_proj" for index in (1, 2) for name in ("gate_up", "down")]
@@ -53,10 +55,27 @@ def emulator(base, rows_file, tmp_path_factory):
     return compression(base, rows_file, tmp_path_factory.mktemp("emulator") / "emulator").run()
 
 
+KINDS = ("nf4", "2.7-bit", "1.6-bit+repair", "low-rank-nf4")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def packed(request, base, rows_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("packed") / "emulator"
+    return compress_job(base, rows_file, output, CompressSettings(kind=request.param, samples=12, selection=6)).run()
+
+
 def planned(model):
     """Return the plan of the stacks of the model's second layer."""
     plan = plan_ranks(model, QWEN_MOE, 0.6)
     return plan.experts_in_block("model.layers.1")["model.layers.1.mlp.experts"]
+
+
+def pack(fitted):
+    return LowRank().pack(fitted, torch.float32)
+
+
+def product_of(stacked, expert):
+    return stacked.parts["weight"][expert] @ stacked.parts["V"][expert]
 
 
 def test_factors_of_full_rank_are_the_experts(base):
@@ -67,7 +86,7 @@ def test_factors_of_full_rank_are_the_experts(base):
         owner, _, name = path.rpartition(".")
         experts = full.get_submodule(owner)
         u, s, v = torch.linalg.svd(model.get_parameter(path), full_matrices=False)
-        experts.U[name].copy_(u * s[:, None])
+        experts.weight[name].copy_(u * s[:, None])
         experts.V[name].copy_(v)
     with torch.no_grad():
         expected = model(IDS).logits
@@ -87,7 +106,7 @@ def test_an_expert_is_fitted_to_its_own_tokens_where_they_are_many(base):
         found = ExpertStatistics(experts, plan, 2, torch.device("cpu"), lambda error, _: error)
         for half in (slice(0, 200), slice(200, 400)):
             found.hook(experts, (hidden[half], index[half], None), None)
-        stacked = found.factors(lambda each, weight, gram: factorize(weight, gram, each.rank))
+        stacked = found.fitted(lambda each, weight, gram: factorize(weight, gram, each.rank), pack)
         assert (up.tap, down.tap) == ("output", "input")
         for expert in range(6):
             x = hidden[(index == expert).any(dim=-1)]
@@ -100,10 +119,8 @@ def test_an_expert_is_fitted_to_its_own_tokens_where_they_are_many(base):
                 gram = Gram(each.tap, each.out_features if each.tap == "output" else each.in_features)
                 gram.add(linear(inputs, weight) if each.tap == "output" else inputs)
                 alone = factorize(weight, gram, each.rank)
-                product = stacked[each.path].u[expert] @ stacked[each.path].v[expert]
+                product = product_of(stacked[each.path], expert)
                 assert torch.allclose(product, alone.u @ alone.v, atol=1e-5)
-    energy = sum(linear(hidden[(index == e).any(-1)], experts.gate_up_proj[e]).square().sum() for e in range(6))
-    assert stacked[up.path].energy == pytest.approx(float(energy), rel=1e-4)
 
 
 def test_an_expert_without_tokens_is_fitted_to_those_of_the_layer(base):
@@ -115,15 +132,15 @@ def test_an_expert_without_tokens_is_fitted_to_those_of_the_layer(base):
     with torch.no_grad():
         found = ExpertStatistics(experts, plan, 1, torch.device("cpu"), lambda error, _: error)
         found.hook(experts, (hidden, index, None), None)
-        stacked = found.factors(lambda each, weight, gram: factorize(weight, gram, each.rank))
+        stacked = found.fitted(lambda each, weight, gram: factorize(weight, gram, each.rank), pack)
         for expert in range(6):
             weight = experts.gate_up_proj[expert]
-            product = stacked[up.path].u[expert] @ stacked[up.path].v[expert]
+            product = product_of(stacked[up.path], expert)
             assert up.rank < 32
             assert torch.allclose(linear(hidden, product), linear(hidden, weight), atol=1e-4)
             assert not torch.allclose(product, weight, atol=1e-2)
         empty = ExpertStatistics(experts, plan, 1, torch.device("cpu"), lambda error, _: error)
-        assert empty.factors(lambda *_: None) == {}
+        assert empty.fitted(lambda *_: None, pack) == {}
 
 
 def test_streamed_factors_equal_those_of_a_whole_forward(base, emulator, rows_file):
@@ -141,14 +158,14 @@ def test_streamed_factors_equal_those_of_a_whole_forward(base, emulator, rows_fi
             model(**sample.inputs("cpu"), use_cache=False)
         whole = {}
         for statistics in found.values():
-            whole |= statistics.factors(lambda each, weight, gram: factorize(weight, gram, each.rank))
+            whole |= statistics.fitted(lambda each, weight, gram: factorize(weight, gram, each.rank), pack)
     small = loaded(emulator)
     assert whole.keys() == set(STACKS)
     for path, of in whole.items():
         owner, _, name = path.rpartition(".")
         experts = small.get_submodule(owner)
-        assert torch.equal(experts.U[name], of.u)
-        assert torch.equal(experts.V[name], of.v)
+        assert torch.equal(experts.weight[name], of.parts["weight"])
+        assert torch.equal(experts.V[name], of.parts["V"])
 
 
 def test_the_plan_s_bytes_are_the_written_ones(base, emulator, rows_file):
@@ -215,7 +232,7 @@ def test_the_emulator_is_saved_and_loaded_again(emulator, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(tmp_path / "again")(IDS).logits, small(IDS).logits)
         dense = loaded(emulator).dequantize()
-        assert not any(isinstance(module, LowRankExperts) for module in dense.modules())
+        assert not any(isinstance(module, StandInExperts) for module in dense.modules())
         assert torch.allclose(dense(IDS).logits, loaded(emulator)(IDS).logits, atol=1e-5)
 
 
@@ -231,10 +248,53 @@ def test_missing_factors_are_found(emulator, tmp_path):
         loaded(tmp_path / "emulator")
 
 
+def test_packed_experts_are_planned_loaded_and_saved(base, packed, rows_file, tmp_path):
+    kind = Checkpoint(packed).config[MARK]
+    job = compress_job(base, rows_file, packed, CompressSettings(kind=kind, samples=12, selection=6))
+    written = Checkpoint(packed)
+    assert job.describe()["emulator_bytes"] == written.nbytes < Checkpoint(base).nbytes
+    model = MemoryModel(base / "config.json", Workload(batch_size=1, length=32), CompressSettings(kind=kind))
+    assert model.emulator_bytes(model.plan()) == written.nbytes
+    small = loaded(packed)
+    assert written.config["quantization_config"]["quant_method"] == "emloc"
+    assert sum(isinstance(module, StandInExperts) for module in small.modules()) == 2
+    small.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        logits = small(IDS).logits
+        assert torch.equal(loaded(tmp_path / "again")(IDS).logits, logits)
+        dense = loaded(packed).dequantize()
+        assert not any(isinstance(module, StandInExperts) for module in dense.modules())
+        assert torch.allclose(dense(IDS).logits, logits, atol=1e-5)
+        apart = float((logits - loaded(base)(IDS).logits).norm() / loaded(base)(IDS).logits.norm())
+    assert 1e-4 < apart < 1
+
+
+def test_a_lora_on_packed_experts_is_trained_corrected_and_merged(base, packed, rows_file, tmp_path):
+    train = TrainSettings(steps=2, batch_size=2, learning_rate=1e-2, bf16=False, logging_steps=1)
+    adapter = train_job(packed, rows_file, tmp_path / "adapter", train).run()
+    corrected = correct_job(adapter, base, tmp_path / "corrected", CorrectSettings(clamp="none")).run()
+    whole, before = loaded(merge_job(corrected, base, tmp_path / "merged").run()), loaded(base)
+    with torch.no_grad():
+        assert not torch.allclose(whole(IDS).logits, before(IDS).logits, atol=1e-4)
+    for path in STACKS:
+        assert torch.equal(whole.get_parameter(path), before.get_parameter(path))
+
+
+def test_experts_are_rounded_without_calibration(base, rows_file, tmp_path):
+    settings = CompressSettings(kind="nf4", calibration="none", selection=6)
+    small = loaded(compress_job(base, rows_file, tmp_path / "emulator", settings).run())
+    before, after = (model.model.layers[1].mlp.experts for model in (loaded(base), small))
+    with torch.no_grad():
+        for name in ("gate_up_proj", "down_proj"):
+            for expert, matrix in enumerate(before.get_parameter(name)):
+                alone = format_named("nf4").with_experts().round(matrix)
+                for part, tensor in format_named("nf4").with_experts().pack(alone, torch.float32).items():
+                    assert torch.equal(after.get_parameter(f"{part}.{name}")[expert], tensor)
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"kind": "low-rank-nf4"}, "the kind 'low-rank-nf4' is for Linears alone"),
         ({"calibration": "propagated"}, "error-propagating calibration is for Linears alone"),
         ({"allocator": "global"}, "spectra are of Linears alone"),
     ],
@@ -249,9 +309,9 @@ def test_experts_stay_dense_where_there_are_no_factors_for_them(base, rows_file,
 def test_experts_of_another_layout_are_refused(base):
     model = loaded(base)
     experts = model.model.layers[1].mlp.experts
-    experts.has_bias = True
+    del experts.is_transposed
     with pytest.raises(EmlocError, match="Qwen3MoeExperts is not laid out"):
         stacks(experts)
     kept = replace(QWEN_MOE, keep_dense={**QWEN_MOE.keep_dense, "model.layers.*.mlp.experts": "for this test"})
-    experts.has_bias = False
+    experts.is_transposed = False
     assert {each.reason for each in find_linears(model, kept).experts} == {"for this test"}

@@ -45,7 +45,7 @@ def test_the_kind_decides(bases, rows_file, tmp_path, kind):
 
 def test_experts_become_smaller_by_default(bases, rows_file, tmp_path):
     assert made_with(bases["experts"], rows_file, tmp_path / "out", kind="low-rank") == ("base", "uniform", 0)
-    assert made_with(bases["experts"], rows_file, tmp_path / "four", kind="low-rank-nf4")[0] == "propagated"
+    assert made_with(bases["experts"], rows_file, tmp_path / "four", kind="low-rank-nf4")[0] == "base"
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.scaffold import scaffold
 from emloc_core.settings import CompressSettings, TrainSettings
 from emloc_core.standins import LowRank
-from emloc_core.standins.experts import LowRankExperts
+from emloc_core.standins.experts import StandInExperts
 from emloc_core.standins.low_rank import LowRankLinear
 from emloc_core.tuning.trl import lora_config
 
@@ -286,7 +286,7 @@ def test_factors_of_experts_are_found_beside_legacy_names(tmp_path):
     experts = "language_model.model.layers.1.mlp.experts.0.up_proj.weight"
     assert experts in Checkpoint(tmp_path / "base").tensors
     small = emulator_of(tmp_path / "base", family, model.config, tmp_path / "emulator")
-    assert sum(isinstance(module, LowRankExperts) for module in small.modules()) == 2
+    assert sum(isinstance(module, StandInExperts) for module in small.modules()) == 2
     assert experts not in Checkpoint(tmp_path / "emulator").tensors
     with torch.no_grad():
         assert bool(small(**with_images(model.config)).logits.isfinite().all())

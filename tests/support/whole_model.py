@@ -72,9 +72,10 @@ def effective_weight(linear: nn.Linear) -> torch.Tensor:
         return (found if linear.bias is None else found - linear.bias.float()).T.contiguous()
 
 
-def stacks(experts: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the stacks of matrices, (E, m, n), that a module of experts in factors multiplies by, by name."""
-    return {name: (u @ experts.V[name]).detach() for name, u in experts.U.items()}
+def stacks(experts: Any) -> dict[str, torch.Tensor]:
+    """Return the stacks of matrices that stand-ins of experts stand for, as the base keeps them, by name."""
+    dense = experts.dense()
+    return {name: dense.get_parameter(name).detach() for name in experts.ranks}
 
 
 def with_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> Any:

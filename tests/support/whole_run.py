@@ -19,7 +19,7 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.pretrained import load_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings
-from emloc_core.standins.experts import LowRankExperts
+from emloc_core.standins.experts import StandInExperts
 
 RIGHT, REFUSED, WRONG, CRASHED = "right", "refused", "wrong", "crashed"
 #: How far two ways to compute the same in fp32 may lie apart, relative to the largest number.
@@ -93,7 +93,7 @@ class _Run:
         if not stand_ins:
             yield "nothing was compressed"
         yield from self._poor(emulator, weights, stand_ins)
-        modules = [(path, each) for path, each in emulator.named_modules() if isinstance(each, LowRankExperts)]
+        modules = [(path, each) for path, each in emulator.named_modules() if isinstance(each, StandInExperts)]
         experts = {f"{path}.{name}": stack for path, each in modules for name, stack in reference.stacks(each).items()}
         yield from self._apart("the emulator", emulator, reference.with_weights(self.whole, experts | stand_ins))
 

@@ -1,0 +1,158 @@
+"""Stand-ins for stacks of experts, on every layout that transformers has: they compute what their dense module does."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.aria.modeling_aria import AriaExperts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from emloc_core.algorithms.statistics import Gram
+from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels, layer
+from emloc_core.standins.experts import StandInExperts, computes_as_experts, matrices, stacks
+
+EXPERTS, HIDDEN, INNER = 5, 64, 40
+FORMATS = (NF4().with_experts(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), LowRank())
+LAYOUTS = {
+    "usual": (Qwen3MoeExperts, {"num_experts": EXPERTS, "moe_intermediate_size": INNER, "hidden_act": "silu"}),
+    "transposed": (AriaExperts, {"moe_num_experts": EXPERTS, "intermediate_size": INNER}),
+    "biases": (  # and an interleaved, clamped gate
+        GptOssExperts,
+        {"num_local_experts": EXPERTS, "intermediate_size": INNER, "swiglu_alpha": 1.7, "swiglu_limit": 1.5},
+    ),
+    "norm": (
+        MuseSparkExperts,
+        {"num_local_experts": EXPERTS, "moe_hidden_size": HIDDEN, "moe_intermediate_size": INNER,
+         "hidden_act": "silu", "post_norm_eps": 1e-6},
+    ),
+    "no gate": (
+        NemotronHExperts,
+        {"n_routed_experts": EXPERTS, "moe_latent_size": None, "moe_intermediate_size": INNER,
+         "mlp_hidden_act": "relu2"},
+    ),
+}  # fmt: skip
+BY_NAME = {"ids": lambda format: format.name}
+
+
+def experts_of(layout):
+    kind, fields = LAYOUTS[layout]
+    made = kind(SimpleNamespace(hidden_size=HIDDEN, _experts_implementation="grouped_mm", **fields))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
+    return made.requires_grad_(requires_grad=False)
+
+
+def tokens(used=EXPERTS):
+    draw = torch.Generator().manual_seed(1)
+    hidden = torch.randn(30, HIDDEN, generator=draw).requires_grad_()
+    index = torch.stack([torch.randperm(used, generator=draw)[:2] for _ in range(30)])
+    return hidden, index, torch.rand(30, 2, generator=draw)
+
+
+def rounded(matrix, format):
+    """Return the parts of a matrix, fitted to inputs that favour no direction."""
+    gram = Gram("input", matrix.shape[1])
+    gram.add(torch.eye(matrix.shape[1]))
+    (found,) = format.fit([matrix], gram, [16 if format.ratios else None])
+    return format.pack(found, torch.float32)
+
+
+def packed(experts, format):
+    """Return stand-ins for both stacks of the experts, which are given up."""
+    fitted = {name: [rounded(each, format) for each in matrices(experts, name).clone()] for name in stacks(experts)}
+    made = StandInExperts(experts, format.layer, dict.fromkeys(fitted, 16 if format.ratios else None))
+    for name, each in fitted.items():
+        for part in format.names():
+            made.get_parameter(f"{part}.{name}").copy_(torch.stack([of[part] for of in each]))
+    return made
+
+
+def outputs(module, hidden, index, weights):
+    found = module(hidden, index, weights)
+    towards = torch.linspace(-1, 1, found.numel()).view_as(found)
+    return found, *torch.autograd.grad((found * towards).sum(), hidden)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("format", FORMATS, **BY_NAME)
+def test_outputs_and_gradients_are_those_of_the_dense_experts(layout, format):
+    made = packed(experts_of(layout), format)
+    found, expected = outputs(made, *tokens()), outputs(made.dense(), *tokens())
+    for one, other in zip(found, expected, strict=True):
+        if isinstance(format, LowRank) and not isinstance(format, FourBitLowRank):  # two products instead of one
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(one, other)
+    found, base = found[0].detach(), experts_of(layout)(*tokens()).detach()
+    assert 1e-3 < float((found - base).norm() / base.norm()) < 1.5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stacks_at_full_precision_are_the_base(layout):
+    experts = experts_of(layout)
+    up, down = stacks(experts)
+    kept = experts.get_parameter(up)
+    made = StandInExperts(experts, LowRank.layer, {down: INNER})
+    assert made.get_parameter(up) is kept
+    u, s, v = torch.linalg.svd(matrices(experts_of(layout), down), full_matrices=False)
+    made.get_parameter(f"weight.{down}").copy_(u * s[:, None])
+    made.get_parameter(f"V.{down}").copy_(v)
+    for one, other in zip(outputs(made, *tokens()), outputs(experts_of(layout), *tokens()), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS, **BY_NAME)
+def test_few_experts_at_a_time_give_the_same_bits(format, monkeypatch):
+    made = packed(experts_of("usual"), format)
+    whole = outputs(made, *tokens())
+    monkeypatch.setattr(layer, "_UNPACKED", 2 * 4 * 2 * INNER * HIDDEN)  # two of the first stack, four of the second
+    for one, other in zip(outputs(made, *tokens()), whole, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_experts_without_tokens_are_not_unpacked(monkeypatch):
+    made, seen = packed(experts_of("usual"), SixLevels()), []
+    unpack = made.layer.unpack_stack
+
+    def watched(*parts, **how):
+        seen.append(len(parts[0]))
+        return unpack(*parts, **how)
+
+    monkeypatch.setattr(made.layer, "unpack_stack", watched)
+    outputs(made, *tokens(used=2))
+    assert seen == [2] * 4  # of both stacks, forward and backward
+    assert made(*(part[:0] for part in tokens())).shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("format", FORMATS, **BY_NAME)
+@pytest.mark.parametrize(("m", "n"), [(48, 64), (17, 33), (128, 256)])
+def test_a_stack_is_unpacked_as_its_matrices(format, m, n):
+    draw = torch.Generator().manual_seed(0)
+    each = [rounded(torch.randn(m, n, generator=draw), format) for _ in range(3)]
+    parts = [torch.stack([of[name] for of in each]) for name in format.names()]
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = format.layer.unpack_stack(*parts, shape=(m, n), dtype=dtype)
+        for matrix, of in zip(whole, each, strict=True):
+            assert torch.equal(matrix, format.layer.unpack(*of.values(), shape=(m, n), dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_are_known_by_what_they_compute(layout):
+    experts, given = experts_of(layout), tuple(part.detach() for part in tokens())
+    output = experts(*given)
+    assert computes_as_experts(experts, given, output)
+    assert not computes_as_experts(experts, given, output + 0.01)
+    del experts.has_bias  # as in a class that transformers does not mark
+    assert not computes_as_experts(experts, given, output)
+
+
+def test_a_module_without_marks_is_none():
+    bare = nn.Module()
+    bare.gate_up_proj, bare.down_proj = (nn.Parameter(torch.zeros(EXPERTS, HIDDEN, HIDDEN)) for _ in "ab")
+    assert not computes_as_experts(bare, tokens(), torch.zeros(30, HIDDEN))
