@@ -110,10 +110,8 @@ def _show_ways(planned: "MemoryPlan") -> None:
     for way in planned.decision.ways:
         reads = f", reads {human_bytes(way.read_bytes)} of weights per step" if way.read_bytes else ""
         time = "" if way.seconds is None else f", a step takes at least {human_seconds(way.seconds)}"
-        making = way.compress_seconds
-        first = "" if making is None else f", making the emulator at least {human_seconds(making)}"
         verdict = "fits" if way.fits else "does not fit"
-        click.echo(f"  {way!s:<65} {human_bytes(way.bytes):>8}  {verdict}{reads}{time}{first}")
+        click.echo(f"  {way!s:<65} {human_bytes(way.bytes):>8}  {verdict}{reads}{time}")
 
 
 def _conclude(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:

@@ -20,32 +20,30 @@ class Card:
         name: of it.
         memory: bytes.
         bf16: operations of matrix products in bfloat16 in a second, in 10^12.
-        fp32: the same in single precision.
         pcie: its generation.
     """
 
     name: str
     memory: int
     bf16: float
-    fp32: float
     pcie: int = 4
 
     @property
     def speed(self) -> Speed:
         """What it does in a second at most; weights are read from the machine's memory."""
-        return Speed(self.bf16 * 1e12, self.fp32 * 1e12, _PCIE[self.pcie])
+        return Speed(self.bf16 * 1e12, _PCIE[self.pcie])
 
 
 #: In order of memory.
 CARDS = {
     card.name: card
     for card in (
-        Card("RTX 4080", 16 * 10**9, 97.5, 48.7),
-        Card("RTX 3090", 24 * 10**9, 71, 35.6),
-        Card("RTX 4090", 24 * 10**9, 165.2, 82.6),
-        Card("L40S", 48 * 10**9, 362, 91.6),
-        Card("A100", 80 * 10**9, 312, 19.5),
-        Card("H100", 80 * 10**9, 989.4, 66.9, pcie=5),
+        Card("RTX 4080", 16 * 10**9, 97.5),
+        Card("RTX 3090", 24 * 10**9, 71),
+        Card("RTX 4090", 24 * 10**9, 165.2),
+        Card("L40S", 48 * 10**9, 362),
+        Card("A100", 80 * 10**9, 312),
+        Card("H100", 80 * 10**9, 989.4, pcie=5),
     )
 }
 

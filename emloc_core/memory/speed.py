@@ -23,23 +23,20 @@ class Speed:
 
     Attributes:
         flops: operations of matrix products in bfloat16 on the device that computes.
-        single: the same in single precision.
         read: bytes of weights that reach that device; None if the weights are not on this machine.
     """
 
     flops: float
-    single: float
     read: float | None
 
-    def seconds(self, flops: float, read_bytes: int, single: float = 0.0) -> float | None:
+    def seconds(self, flops: float, read_bytes: int) -> float | None:
         """Return how long it takes at least: reading overlaps with arithmetic. None if reading is not known.
 
         Args:
             flops: operations in bfloat16.
             read_bytes: bytes of weights that are read.
-            single: operations in single precision.
         """
-        arithmetic = flops / self.flops + single / self.single
+        arithmetic = flops / self.flops
         if not read_bytes:
             return arithmetic
         return None if self.read is None else max(arithmetic, read_bytes / self.read)
@@ -63,16 +60,16 @@ def measure(device: str, weights: Path) -> Speed | None:
         read = _reading(shards) if shards else None
         if read is not None and device == "cuda":
             read = min(read, _transfer())
-        return Speed(_product(device, torch.bfloat16), _product(device, torch.float32), read)
+        return Speed(_product(device), read)
     except Exception as error:
         if is_out_of_memory(error):
             return None
         raise
 
 
-def _product(device: str, dtype: torch.dtype) -> float:
+def _product(device: str) -> float:
     side = _SIDES[device]
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
 
     def multiply() -> int:
         torch.mm(left, right)

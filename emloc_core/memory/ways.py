@@ -36,9 +36,7 @@ class Way:
         read_bytes: bytes of weights read from disk or RAM per optimiser step.
         flops: arithmetic per optimiser step; recomputation counts.
         compress_bytes: peak memory of stage 1, which makes the emulator; 0 without one.
-        compress_flops: arithmetic of stage 1, which makes the emulator; 0 without one.
         seconds: how long an optimiser step takes at least on this machine; None if that was not measured.
-        compress_seconds: how long stage 1 takes at least, likewise.
     """
 
     name: str
@@ -50,9 +48,7 @@ class Way:
     read_bytes: int = 0
     flops: float = 0.0
     compress_bytes: int = 0
-    compress_flops: float = 0.0
     seconds: float | None = None
-    compress_seconds: float | None = None
 
     @property
     def key(self) -> str:
@@ -132,7 +128,6 @@ def ways(
         of_kind = sizes if kind == model.format.name else [each.with_kind(kind) for each in sizes]
         of, chosen, need = _sized(of_kind, budget, ratio)
         plan = of.plan(chosen)
-        making = arithmetic.compress(of, plan)
         size = chosen if of.format.ratios else None
         polished = 0 < exact <= budget and exact_steps_pay(kind, size)
         return way(
@@ -143,8 +138,6 @@ def ways(
             ratio=size,
             flops=float(rows * passes * sequences * arithmetic.forward(of, plan)),
             compress_bytes=streamed.compress(of, plan).total,
-            compress_flops=float(sum(making)),
-            compress_seconds=speed.seconds(making.own, weights, making.single) if speed else None,
         )
 
     found = [ordinary()]

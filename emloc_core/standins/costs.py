@@ -1,17 +1,9 @@
-"""What it takes to fit stand-ins, by formula, from shapes: bytes at the peak, and operations (``docs/memory.md``)."""
+"""What it takes to fit stand-ins, by formula, from shapes: bytes at the peak (``docs/memory.md``)."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 from emloc_core.algorithms.feedback import ROWS
-
-#: Operations for the eigenvectors of a symmetric matrix, by its side cubed: 4/3 to make it tridiagonal, 2 to turn its
-#: eigenvectors back (LAPACK's ``dsyevd``). Twice, since that is double precision.
-_EIGENVECTORS = 2 * (4 / 3 + 2)
-#: Operations for rounding with feedback, by m n^2: a pass that spreads errors, and two of coordinate descent.
-_ROUNDING = 7
-#: By n^3: the inverse of the Gram, and the Cholesky factors before and after it.
-_SPREADING = 4 / 3
 
 
 class Planned(Protocol):
@@ -82,23 +74,6 @@ def factoring_bytes(linears: Sequence[Planned], *, propagated: bool) -> int:
         work = max(work, 8 * (4 * side**2 + 3 * m * n))
     largest = max((4 * n * (2 * n + min(n, m)) for m, n in _outputs(linears)), default=0)
     return work + (largest if propagated else sum(grams.values()))
-
-
-def rounding_operations(group: Sequence[Planned], times: int = 1) -> float:
-    """Return what it takes to round Linears that share their inputs so many times; errors are spread in one way."""
-    rounded = sum(_ROUNDING * each.out_features * each.in_features**2 for each in group)
-    return spreading_operations(group) + times * rounded
-
-
-def spreading_operations(group: Sequence[Planned]) -> float:
-    """Return what it takes to spread errors over the inputs of a group."""
-    return _SPREADING * group[0].in_features ** 3
-
-
-def factoring_operations(group: Sequence[Planned]) -> float:
-    """Return what it takes to factorise Linears."""
-    sides = (each.out_features if each.tap == "output" else each.in_features for each in group)
-    return sum(_EIGENVECTORS * side**3 for side in sides)
 
 
 def _outputs(linears: Sequence[Planned]) -> Iterator[tuple[int, int]]:

@@ -214,10 +214,6 @@ class Format(ABC):
         """
         return (1 + 3 * refined) * itemsize * sum(each.out_features * each.in_features for each in linears)
 
-    def fitting_operations(self, group: Sequence[Planned]) -> float:
-        """Return the operations of fitting Linears that share their inputs; by default those of rounding."""
-        return costs.rounding_operations(group)
-
 
 class RankingFormat(Format):
     """A format whose fitted factors can be cut to any rank: their energies tell what each rank gains."""

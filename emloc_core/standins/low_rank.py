@@ -123,10 +123,6 @@ class LowRank(RankingFormat):
         """None: factors are not unpacked."""
         return 0
 
-    def fitting_operations(self, group: Sequence[Planned]) -> float:
-        """Those of factorising."""
-        return costs.factoring_operations(group)
-
 
 class MovableFactors:
     """Two factors whose numbers may all move, in units of a share of the size that they have at first.

@@ -162,11 +162,6 @@ class RepairedThreeLevels(Format):
         """Those of factorising, or of rounding beside factors."""
         return max(costs.factoring_bytes(linears, propagated=propagated), _rounding_bytes(linears))
 
-    def fitting_operations(self, group: Sequence[Planned]) -> float:
-        """Those of every round; errors are spread for the weights, and for the factors."""
-        rounding = costs.rounding_operations(group, _ROUNDS) + costs.spreading_operations(group)
-        return _ROUNDS * costs.factoring_operations(group) + rounding
-
 
 @dataclass(frozen=True)
 class _ResidualFactors(Factors):
@@ -201,10 +196,6 @@ class _Residual(RankingFormat):
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Those of factorising, and of rounding beside factors."""
         return costs.factoring_bytes(linears, propagated=propagated) + _rounding_bytes(linears)
-
-    def fitting_operations(self, group: Sequence[Planned]) -> float:
-        """Those of factorising once, and of rounding."""
-        return costs.factoring_operations(group) + costs.rounding_operations(group)
 
 
 def _rounding_bytes(linears: Sequence[Planned]) -> int:

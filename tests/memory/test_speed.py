@@ -11,14 +11,12 @@ from emloc_core.memory.speed import Speed, measure
 
 
 def test_reading_and_arithmetic_overlap() -> None:
-    machine = Speed(flops=100.0, single=5.0, read=10.0)
+    machine = Speed(flops=100.0, read=10.0)
     assert machine.seconds(500.0, 0) == 5
     assert machine.seconds(500.0, 20) == 5
     assert machine.seconds(500.0, 200) == 20
-    assert machine.seconds(500.0, 20, 10.0) == 7
-    assert machine.seconds(500.0, 200, 10.0) == 20
-    assert Speed(100.0, 5.0, None).seconds(500.0, 0) == 5
-    assert Speed(100.0, 5.0, None).seconds(500.0, 1) is None
+    assert Speed(100.0, None).seconds(500.0, 0) == 5
+    assert Speed(100.0, None).seconds(500.0, 1) is None
 
 
 def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +31,7 @@ def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.read is not None
     assert found.read > 0
     assert without.read is None
-    assert min(found.flops, found.single, without.flops, without.single) > 0
+    assert min(found.flops, without.flops) > 0
     monkeypatch.setattr(speed.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1}))
     beyond_memory = measure("cpu", tmp_path)
     assert beyond_memory is not None
