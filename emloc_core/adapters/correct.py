@@ -159,6 +159,7 @@ class Correct:
                     progress(path, done, len(self.adapter.loras))
             chosen = 0 if losses is None else choose(losses)
             config = {**self.adapter.config, "base_model_name_or_path": self.base.checkpoint.name}
+            config["fan_in_fan_out"] = any(self.skeleton.is_transposed(key) for key in self._keys())
             # PEFT reads the scale from the config, which is that of the adapter as it was trained.
             loras = {path: found[path][chosen].with_scale(lora.scale) for path, lora in self.adapter.loras.items()}
             corrected = {CORRECTED: str(compared[chosen].clamp)}
@@ -175,8 +176,11 @@ class Correct:
         """Bytes of the base to read: all to compare clamps, only the corrected weights at a fixed clamp."""
         if self.samples:
             return self.base.checkpoint.nbytes
-        keys = {key for path in self.adapter.loras for key in self.skeleton.sources(f"{path}.weight")}
-        return sum(self.base.checkpoint.tensors[key].nbytes for key in keys)
+        return sum(self.base.checkpoint.tensors[key].nbytes for key in self._keys())
+
+    def _keys(self) -> set[str]:
+        """Return the keys of the weights that have a LoRA."""
+        return {key for path in self.adapter.loras for key in self.skeleton.sources(f"{path}.weight")}
 
     def _candidates(self) -> tuple[Candidate, ...]:
         clamp = self.settings.clamp

@@ -90,20 +90,21 @@ class Merge:
                     "The adapter belongs to another architecture.",
                     code="mismatch",
                 )
-            if len(keys) != 1 or self.base.tensors[keys[0]].shape != expected:
-                shapes = [self.base.tensors[key].shape for key in keys]
+            if len(keys) != 1 or skeleton.shape_of(keys[0]) != expected:
+                shapes = [skeleton.shape_of(key) for key in keys]
                 raise EmlocError(
                     f"The LoRA on {path} is for a weight of shape {expected}; the base has {shapes} in {keys}.",
                     "The adapter belongs to another model, or save the base with save_pretrained first.",
                     code="mismatch",
                 )
+            change = lora.transposed() if skeleton.is_transposed(keys[0]) else lora
             if name not in skeleton.tied:
-                found[keys[0]] = lora
+                found[keys[0]] = change
             elif stored := skeleton.stored(name):  # tied in the config, but stored in the file too
-                found[stored[0]] = lora
+                found[stored[0]] = change
                 self.unties = True
             else:
-                self.untied[name] = (keys[0], lora)
+                self.untied[name] = (keys[0], change)
                 self.unties = True
         return found
 

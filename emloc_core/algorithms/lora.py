@@ -23,6 +23,10 @@ class Lora:
         """Return it on a device."""
         return Lora(self.a.to(device), self.b.to(device), self.scale)
 
+    def transposed(self) -> "Lora":
+        """Return the LoRA that adds to the transposed weight what this one adds to the weight."""
+        return Lora(self.b.T, self.a.T, self.scale)
+
     def scaled(self, factor: float) -> "Lora":
         """Return it with its output multiplied, on the same tensors."""
         return Lora(self.a, self.b, self.scale * factor)

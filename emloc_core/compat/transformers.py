@@ -86,6 +86,15 @@ def kept_in_fp32(model: Any) -> list[str]:
     return list(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
+def laid_out_otherwise(model: Any, method: str) -> list[str]:
+    """Return the paths of modules that ``from_pretrained`` replaces by others in a model quantised by this method."""
+    with private("transformers"):
+        from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+    known: dict[str, Any] = MODULES_TO_PATCH_FOR_QUANTIZATION
+    methods = {name: entry["quantization_methods"] for name, entry in known.items()}
+    return [path for path, module in model.named_modules() if method in methods.get(type(module).__name__, ())]
+
+
 class TensorLoader:
     """Makes a model's parameters and buffers of a checkpoint's tensors, some at a time.
 

@@ -124,7 +124,7 @@ def layer(subject: TinyEmulator) -> str | None:
         for what, one, other in (
             ("outputs", outputs, functional.linear(x, whole, made.bias)),
             ("the gradient of the inputs", gradient, weights @ whole),
-            ("the weight of the dense Linear", made.dense().weight, whole),
+            ("the weight of the dense Linear", made.dense().get_parameter("weight"), whole),
         ):
             if not torch.allclose(one, other, rtol=1e-4, atol=ABSOLUTE * float(other.abs().max()) * 10):
                 problems.append(f"{what} are not those of the weight that is read")

@@ -33,6 +33,7 @@ from emloc_core.requests import CompressRequest, CorrectRequest, MergeRequest
 from emloc_core.settings import CompressSettings, CorrectSettings
 from emloc_core.standins import LowRank
 from emloc_core.standins.registry import format_named
+from emloc_core.standins.transposed import as_linears
 
 RATIO = 0.5
 _NOISE = 0.1  # of weights, beside how the model initialises them
@@ -116,8 +117,8 @@ class TinyModel(Subject):
 
     @cached_property
     def whole(self) -> Any:
-        """The base in memory."""
-        return self.load(self.base.directory)
+        """The base in memory, its Conv1D as Linears."""
+        return as_linears(self.load(self.base.directory))
 
     @cached_property
     def skeleton(self) -> Skeleton:

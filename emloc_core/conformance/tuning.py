@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from emloc_core.data.tokenize import Sample
 from emloc_core.errors import EmlocError
 from emloc_core.settings import TrainSettings
+from emloc_core.standins.transposed import as_linear
 from emloc_core.tuning.trl import lora_config
 
 STEPS = 2
@@ -59,7 +60,7 @@ def tune(model: nn.Module, targets: list[str], samples: Sequence[Sample]) -> Tun
                 f"PEFT cannot put a LoRA on {', '.join(targets)} ({error}).", "Correct lora_targets of the towers."
             ) from error
         for path, module in tuned.model.named_modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), nn.Linear):
+            if isinstance(module, BaseTunerLayer) and not isinstance(as_linear(module.get_base_layer()), nn.Linear):
                 tuned.odd[path.removeprefix(_PREFIX)] = type(module.get_base_layer()).__name__
         _train(tuned, samples)
     tuned.model.eval()

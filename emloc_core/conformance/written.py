@@ -21,6 +21,7 @@ from emloc_core.files.output import MANIFEST
 from emloc_core.files.pretrained import load_lora
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
+from emloc_core.standins.transposed import as_linears
 
 #: A kind of emulator whose weights no code but its own layers' can read.
 PACKED = "low-rank-nf4"
@@ -116,8 +117,8 @@ def correction(subject: TinyModel) -> None:
 @check(correction)
 def merge(subject: TinyModel) -> None:
     """The merged checkpoint holds what PEFT's merge_and_unload gives, and every other tensor as it was."""
-    expected = _on_base(subject, subject.corrected).merge_and_unload().state_dict()
-    actual = subject.load(subject.merged).state_dict()
+    expected = as_linears(_on_base(subject, subject.corrected).merge_and_unload()).state_dict()
+    actual = as_linears(subject.load(subject.merged)).state_dict()
     problems = [f"only one of them has {key}" for key in sorted(expected.keys() ^ actual.keys())]
     problems += [
         f"{key} is not what PEFT's merge_and_unload gives"

@@ -111,9 +111,7 @@ def matrices(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         own = module.parameters(recurse=False)
         fused = any(weight.ndim == 3 and min(weight.shape) > 1 for weight in own)
-        # transformers' Conv1D is a Linear; its class would have to be imported.
-        multiplies = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if multiplies or (fused and not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)):
+        if isinstance(module, nn.Linear) or (fused and not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)):
             yield path
 
 

@@ -50,6 +50,9 @@ def find_linears(model: nn.Module, family: Family, format: Format | None = None)
         return plan
     if not format.experts:
         plan = plan.without_experts(f"the kind {format.name!r} is for Linears alone")
+    for linear in plan.candidates:
+        if reason := format.leaves(linear.path, model.get_submodule(linear.path)):
+            plan = plan.dense([linear.path], reason)
     return plan.tapped(format.tap)
 
 

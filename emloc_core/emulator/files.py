@@ -188,7 +188,7 @@ def weight_keys(skeleton: Skeleton, plan: RankPlan) -> dict[str, str]:
     for path in plan.ranks.keys() - {each.path for each in plan.experts}:
         keys = skeleton.sources(f"{path}.weight")
         shape = tuple(skeleton.model.get_parameter(f"{path}.weight").shape)
-        if len(keys) != 1 or skeleton.checkpoint.tensors[keys[0]].shape != shape:
+        if len(keys) != 1 or skeleton.shape_of(keys[0]) != shape:
             raise EmlocError(
                 f"The checkpoint stores {path} together with other weights ({', '.join(keys)}).",
                 "Save the model with transformers' save_pretrained first.",

@@ -87,10 +87,13 @@ def _described(module: nn.Module, path: str, names: dict[int, str]) -> dict[str,
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         first = names.setdefault(id(parameter), f"{path}{name}")
         parameters.append([name, first, list(parameter.shape), str(parameter.dtype).removeprefix("torch.")])
+    attributes = {name: value for name, value in vars(module).items() if _is_plain(name, value)}
+    if isinstance(module, nn.Linear):  # some models compute them, as other numbers than Python's
+        attributes |= {name: int(getattr(module, name)) for name in ("in_features", "out_features")}
     return {
         "class": type(module).__name__,
         "kind": next(kind for kind, base in _CLASSES.items() if isinstance(module, base)),
-        "attributes": {name: value for name, value in vars(module).items() if _is_plain(name, value)},
+        "attributes": attributes,
         "parameters": parameters,
         "modules": [[name, _described(child, f"{path}{name}.", names)] for name, child in children(module)],
     }

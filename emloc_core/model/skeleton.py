@@ -28,6 +28,7 @@ from emloc_core.model.absent import Absent
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.readahead import ReadAhead
 from emloc_core.standins.quantizer import METHOD, EmlocConfig
+from emloc_core.standins.transposed import TransposedLinear, as_linears
 
 
 class Skeleton:
@@ -78,6 +79,8 @@ class Skeleton:
         self._reader = ReadAhead()
         self._loader = TensorLoader(self.model, conversions)
         self._sources = self._map_keys()
+        transposed = (path for path, module in self.model.named_modules() if isinstance(module, TransposedLinear))
+        self._transposed = {key for path in transposed for key in self.sources(f"{path}.weight")}
         # Buffers in the checkpoint (a router's bias, say) are small, and loaded from the start.
         self._read([name for name, _ in self.model.named_buffers() if name in self._sources])
 
@@ -114,6 +117,15 @@ class Skeleton:
     def stored(self, parameter: str) -> list[str]:
         """Return the keys of tensors that the checkpoint holds for ``parameter`` itself, tied or not."""
         return self._sources.get(parameter, [])
+
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a tensor of the checkpoint; that of a Linear's weight is (out_features, in_features)."""
+        shape = self.checkpoint.tensors[key].shape
+        return shape[::-1] if self.is_transposed(key) else shape
+
+    def is_transposed(self, key: str) -> bool:
+        """Return whether a tensor of the checkpoint is the weight of a Linear, transposed."""
+        return key in self._transposed
 
     def names(self, module: str) -> list[str]:
         """Return the names of the parameters of the submodule at path ``module``."""
@@ -163,7 +175,8 @@ class Skeleton:
         if not keys:
             return
         with self.checkpoint.slices(keys) as slices:
-            problems, mismatched = self._loader.load(slices, self.dtype, self.device)
+            tensors = {key: found[...].T if self.is_transposed(key) else found for key, found in slices.items()}
+            problems, mismatched = self._loader.load(tensors, self.dtype, self.device)
         for name, reason in problems.items():
             raise EmlocError(
                 f"{name} cannot be made from the tensors in {self.checkpoint.directory} ({reason}).",
@@ -212,7 +225,7 @@ class Skeleton:
 
 
 def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model of a config in eval mode: frozen parameters on the meta device, computed buffers.
+    """Return the model of a config in eval mode: frozen parameters on the meta device, computed buffers, no Conv1D.
 
     Raises:
         EmlocError: transformers does not have the class that the family declares.
@@ -224,7 +237,7 @@ def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedMo
             code="plugin",
         )
     with init_empty_weights(include_buffers=False):
-        model = new_model(family.auto_class, deepcopy(config), dtype)  # which may edit it
+        model = as_linears(new_model(family.auto_class, deepcopy(config), dtype))  # which may edit it
     model.tie_weights()
     model.eval().requires_grad_(False)
     return model

@@ -13,6 +13,7 @@ from emloc_core.family import Family, Tower
 from emloc_core.model.lockstep import units
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.observe import DOUBTFUL, Observation
+from emloc_core.scaffold.stored import is_grouped
 
 HEAD = "each of its outputs is a token's logit"
 OUTSIDE = "outside the blocks, and small"
@@ -45,10 +46,7 @@ def towers(seen: Observation, idle: Mapping[str, str], notes: list[str]) -> list
             "EMLoC factors only nn.Linear: use another model.",
             code="unsupported",
         )
-    paths = {path for stack in stacks for group in stack.groups for path in group}
-    compressed = {name for stack in stacks for name in seen.calls if name.startswith(f"{stack.path}.")
-                  and name.removeprefix(f"{stack.path}.").partition(".")[2] in paths}  # fmt: skip
-    trained = compressed - set(idle)
+    trained = {name for name in seen.calls if is_grouped(name, stacks)} - set(idle)
     names = _tower_names([stack.path for stack in stacks])
     found = []
     for name, stack in zip(names, stacks, strict=True):

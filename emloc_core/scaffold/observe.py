@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from emloc_core.errors import EmlocError, typed_line
 from emloc_core.model.weight_reads import read_without_call
@@ -21,7 +20,6 @@ from emloc_core.standins.experts import computes_as_experts
 ROUTED = "each expert sees only the tokens that are routed to it"
 ROUTER = "routes tokens to experts"
 GATE = "a gate of a single output"
-CONV1D = "a Conv1D, which keeps its weight transposed: no nn.Linear"
 UNCALLED = "its weight is used without calling it, or this forward did not reach it"
 READ = "its weight is read without calling it, as for a fused kernel, which would get a factor instead"
 LISTED = "in a list inside the block, as experts are"
@@ -31,7 +29,7 @@ DOUBTFUL = (UNCALLED, LISTED, OTHER)
 
 
 def block_lists(model: nn.Module) -> list[str]:
-    """Return the paths of the outermost lists of alike modules that hold Linears (or Conv1D): the candidates."""
+    """Return the paths of the outermost lists of alike modules that hold Linears: the candidates."""
     found: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in found):
@@ -50,7 +48,7 @@ def _share_layout(blocks: nn.ModuleList) -> bool:
 
 
 def _holds_linears(block: nn.Module) -> bool:
-    return any(isinstance(module, nn.Linear | Conv1D) for module in block.modules() if module is not block)
+    return any(isinstance(module, nn.Linear) for module in block.modules() if module is not block)
 
 
 class Observation:
@@ -190,8 +188,6 @@ class Observation:
                 continue
             if name in experts:
                 dense[name] = LISTED if isinstance(module, nn.ModuleList) else ROUTED
-            elif isinstance(module, Conv1D):
-                dense[name] = CONV1D
             elif isinstance(module, nn.Linear):
                 reason = self._reason(path, name, module, experts)
                 if reason:

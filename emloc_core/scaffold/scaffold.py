@@ -34,6 +34,7 @@ from emloc_core.scaffold.observe import Observation, block_lists, without_gradie
 from emloc_core.scaffold.probe import Probe, probes
 from emloc_core.scaffold.shrink import TINY_PARAMETERS, shrink
 from emloc_core.scaffold.stored import UNREAD, is_grouped, keep_dense, stored_otherwise
+from emloc_core.standins.transposed import as_linears
 
 
 def scaffold(config_file: Path, *, alone: bool = False) -> Draft:
@@ -77,11 +78,12 @@ class _Scaffold:
                 code="unsupported",
             )
         self.tiny = plain(config) if self.model.num_parameters() <= TINY_PARAMETERS else shrink(config)
-        self.given, self.probe, self.seen = self._observe(self._tiny_model())
+        saved = self._tiny_model()
+        self.given, self.probe, self.seen = self._observe(as_linears(copy.deepcopy(saved)))
         self.tinies = [self.tiny]
         if not alone:
             self.seen.with_branches(list(self._branches()))
-        keep_dense(self.seen.stacks, stored_otherwise(self.seen.model, self.family, self.seen.stacks))
+        keep_dense(self.seen.stacks, stored_otherwise(saved, self.family, self.seen.stacks))
         unread = unread_features(self.seen.model, [as_sample(self.probe.inputs, 0)], self._grouped())
         keep_dense(self.seen.stacks, dict.fromkeys(unread, UNREAD))
 
@@ -89,7 +91,7 @@ class _Scaffold:
         """Return a model on the meta device, with its buffers: only its modules are looked at."""
         with torch.device("meta"):
             model = new_model(self.family.auto_class, copy.deepcopy(config), torch.float32)
-        return model.eval()
+        return as_linears(model).eval()
 
     def _without_weights(self) -> PreTrainedModel:
         try:

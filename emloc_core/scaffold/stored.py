@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,7 +14,7 @@ from emloc_core.model.opened import OpenModel
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.scaffold.merge import Stack
 
-TOGETHER = "the checkpoint stores it together with other weights"
+OTHERWISE = "the checkpoint stores it together with other weights, or in another order"
 UNREAD = "nothing reads some of its outputs"
 UNNAMED = "its name in the checkpoint does not end in .weight, which factors stand beside"
 
@@ -23,8 +24,8 @@ def stored_otherwise(model: PreTrainedModel, family: Family, stacks: Sequence[St
     with TemporaryDirectory(prefix="emloc-scaffold-") as directory:
         model.save_pretrained(directory)
         skeleton = OpenModel(Checkpoint(Path(directory)), family).skeleton
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        reasons = {name: _reason(skeleton, name) for name in linears if is_grouped(name, stacks)}
+        linears = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
+        reasons = {name: _reason(skeleton, name, model) for name in linears if is_grouped(name, stacks)}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -42,12 +43,11 @@ def _place(linear: str, stacks: Sequence[Stack]) -> tuple[str, str] | None:
     return None
 
 
-def _reason(skeleton: Skeleton, path: str) -> str | None:
-    weight = f"{path}.weight"
-    keys = skeleton.sources(weight)
-    shape = tuple(skeleton.model.get_parameter(weight).shape)
-    if len(keys) != 1 or tuple(skeleton.checkpoint.tensors[keys[0]].shape) != shape:
-        return TOGETHER
+def _reason(skeleton: Skeleton, path: str, model: PreTrainedModel) -> str | None:
+    keys = skeleton.sources(f"{path}.weight")
+    with skeleton.checkpoint.slices(keys) as stored:
+        if not all(torch.equal(tensor[...], model.get_parameter(f"{path}.weight")) for tensor in stored.values()):
+            return OTHERWISE
     return None if keys[0].endswith(".weight") else UNNAMED
 
 

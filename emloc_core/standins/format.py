@@ -90,6 +90,15 @@ class Format(ABC):
         """Return how a Linear's activations are captured, where its family does it like this; by default as inputs."""
         return "input" if tap == "output" else tap
 
+    def leaves(self, path: str, linear: nn.Module) -> str | None:  # noqa: ARG002
+        """Return why a Linear of a base stays dense in this format; None: it gets a stand-in.
+
+        Args:
+            path: of the Linear.
+            linear: it, or its outline, whose class has the same name.
+        """
+        return None
+
     @abstractmethod
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> Sequence[Fitted]:
         """Return what stands in for weights, as it will be when it has been stored and read.

@@ -11,6 +11,7 @@ from torch.nn import functional
 from emloc_core.compat.torch import has_contents
 from emloc_core.compat.transformers import grouped_product
 from emloc_core.errors import EmlocError
+from emloc_core.standins.transposed import TransposedLinear, as_conv1d, as_linear
 
 #: Bytes that the matrices of experts, unpacked, may take at a time; a single one may be larger.
 _UNPACKED = 256 << 20
@@ -27,10 +28,12 @@ class StandInLinear(nn.Linear):
     Attributes:
         rank: of the factors that it keeps; None where it keeps none.
         dtype: that it computes in.
+        transposed: whether the base has a Conv1D in its place.
     """
 
     #: Whether what it keeps may be trained, as a weight may.
     trainable = False
+    transposed = False
 
     def __init__(
         self,
@@ -99,15 +102,15 @@ class StandInLinear(nn.Linear):
         """Return the weight, (out_features, in_features)."""
         return self.unpack(*self.kept(), shape=self.shape, dtype=self.dtype)
 
-    def dense(self) -> nn.Linear:
-        """Return the ordinary Linear with the unpacked weight."""
+    def dense(self) -> nn.Module:
+        """Return what the base has in its place, with the unpacked weight: an ordinary Linear, or a Conv1D."""
         weight = self.unpacked()
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, weight.device, weight.dtype)
         with torch.no_grad():
             linear.weight.copy_(weight)
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
-        return linear
+        return as_conv1d(linear) if self.transposed else linear
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""
@@ -219,7 +222,7 @@ def replace_linear(model: nn.Module, path: str, layer: type[StandInLinear], rank
         EmlocError: the model has no Linear there.
     """
     try:
-        linear = model.get_submodule(path)
+        linear = as_linear(model.get_submodule(path))
     except AttributeError:
         linear = None
     if not isinstance(linear, nn.Linear):
@@ -230,5 +233,6 @@ def replace_linear(model: nn.Module, path: str, layer: type[StandInLinear], rank
     made = layer(linear.in_features, linear.out_features, rank, linear.bias is not None, device, dtype)
     if layer.trainable:
         made.requires_grad_(linear.weight.requires_grad)
+    made.transposed = isinstance(linear, TransposedLinear)
     made.train(linear.training)
     model.set_submodule(path, made)

@@ -4,6 +4,7 @@ Every 64 numbers share a scale in fp32: a number takes 4.5 bits. Packing what wa
 again. Scales may be packed too, in eight bits ("double quantisation" there): a number then takes 4.13 bits.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,16 +16,19 @@ from torch import nn
 from emloc_core.algorithms import feedback
 from emloc_core.algorithms.factorize import output_error
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.compat.transformers import kept_in_fp32
+from emloc_core.compat.transformers import kept_in_fp32, laid_out_otherwise
 from emloc_core.errors import EmlocError
 from emloc_core.standins.format import Format
 from emloc_core.standins.layer import PackedLinear, Parts
 from emloc_core.standins.layer import product as packed_product
 from emloc_core.standins.standin import StandIn
+from emloc_core.standins.transposed import TransposedLinear
 
 #: Numbers that share a scale, and scales that share a range.
 BLOCK, SCALES = 64, 256
 _TYPE = "nf4"
+#: Paths in which transformers finds the name of the weight before it gets to that.
+_MISLEADING = re.compile(r"weight(\.|$)")
 
 
 class FourBitLinear(PackedLinear):
@@ -106,6 +110,13 @@ class PackedNF4(Format):
     calibrations = ("propagated", "base", "none")
     experts = True
 
+    def leaves(self, path: str, linear: nn.Module) -> str | None:
+        """Leave Linears that bitsandbytes does not pack, and those whose parts transformers does not find."""
+        kind = type(linear).__name__
+        if kind not in (nn.Linear.__name__, TransposedLinear.__name__):
+            return f"bitsandbytes packs no {kind}"
+        return "transformers would look for its scales elsewhere, by its name" if _MISLEADING.search(path) else None
+
     def fit(
         self,
         weights: Sequence[torch.Tensor],
@@ -175,21 +186,23 @@ class NF4(PackedNF4):
         """Return what ``BitsAndBytesConfig`` writes, with every other Linear among those to be skipped.
 
         Raises:
-            EmlocError: transformers would skip other Linears than these.
+            EmlocError: transformers would skip other Linears than these, or lay out other modules otherwise.
         """
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        if other := laid_out_otherwise(model, "bitsandbytes"):
+            raise _unreadable(f"transformers lays out {other[0]} otherwise where a model is in four bits.")
+        if not ranks:
+            path, linear = next(iter(linears.items()))
+            raise _unreadable(f"no Linear of this model can be in four bits: {path}: {self.leaves(path, linear)}.")
         skipped = [path for path in linears if path not in ranks]
         dense = [*skipped, *kept_in_fp32(model)]
         for path, module in linears.items():
-            # Of subclasses of Linear, bitsandbytes makes nothing.
-            if (type(module) is nn.Linear and should_convert_module(path, dense)) != (path in ranks):
-                raise EmlocError(
+            if (self.leaves(path, module) is None and should_convert_module(path, dense)) != (path in ranks):
+                raise _unreadable(
                     f"transformers cannot be told which Linears of this model are in four bits: {path} "
-                    f"({type(module).__name__}) would {'not be' if path in ranks else 'be, too'}.",
-                    "Choose another --kind.",
-                    code="unsupported",
+                    f"({type(module).__name__}) would {'not be' if path in ranks else 'be, too'}."
                 )
         return {
             "quant_method": "bitsandbytes",
@@ -201,6 +214,14 @@ class NF4(PackedNF4):
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": skipped,
         }
+
+
+def _unreadable(reason: str) -> EmlocError:
+    return EmlocError(
+        f"transformers could not read an emulator of the kind nf4: {reason}",
+        "Choose another --kind.",
+        code="unsupported",
+    )
 
 
 def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:

@@ -16,7 +16,7 @@ from emloc_core.errors import EmlocError
 
 #: Fields of LoraConfig that may have any value: they do not change what a trained LoRA computes.
 _FREE = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
     "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "target_modules", "task_type", "peft_type",
 }  # fmt: skip
@@ -32,7 +32,6 @@ _WHY = {
     "init_lora_weights": "this initialisation reads or splits the weight, which is a factor on the emulator",
     "bias": "trained biases belong to the emulator",
     "lora_bias": "a trained bias belongs to the emulator",
-    "fan_in_fan_out": "the weight is stored transposed",
     "kasa_config": "KaSA changes the weight by its singular values, which differ on the emulator",
 }
 REMEDY = "Train an ordinary LoRA, without these settings."

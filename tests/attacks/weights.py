@@ -169,6 +169,18 @@ class WithAdapters(Block):
         return self.mlp(x) + self.mlp.lora_B(self.mlp.lora_A(x))
 
 
+@attack(right=True)
+class NamedLikeAWeight(Block):
+    """The name of a Linear ends as that of its weight does, which readers of packed checkpoints take for that."""
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.gate_weight = nn.Linear(WIDTH, WIDTH)
+
+    def feed(self, x):
+        return self.mlp(x) * self.gate_weight(x).sigmoid()
+
+
 @attack()
 class PartlyUnread(Block):
     """Half of what a Linear returns is thrown away."""

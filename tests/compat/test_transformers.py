@@ -260,3 +260,15 @@ def test_models_name_what_they_keep_in_fp32():
 
     found = transformers.kept_in_fp32(T5ForConditionalGeneration)
     assert found == ["wo"], f"_keep_in_fp32_modules of T5 are {found}"
+
+
+@contract("transformers", "compat.transformers.laid_out_otherwise")
+def test_models_whose_modules_quantisation_replaces_are_known():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(**_SIZES, num_local_experts=2, vocab_size=9, head_dim=8, num_key_value_heads=1)
+    with torch.device("meta"):
+        model = Llama4ForCausalLM(config)
+    found = transformers.laid_out_otherwise(model, "bitsandbytes")
+    assert found == ["model.layers.0.feed_forward.experts"], f"of Llama 4, bitsandbytes replaces {found}"
+    assert not transformers.laid_out_otherwise(model, "emloc")

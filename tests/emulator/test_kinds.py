@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.jobs import compress_job, correct_job, merge_job, train_job
+from support.models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
@@ -25,6 +26,7 @@ from emloc_core.data.rows import load_rows
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.errors import DiskFullError, EmlocError
+from emloc_core.family import TINY
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.lora import WEIGHTS
 from emloc_core.files.output import read_manifest
@@ -287,6 +289,22 @@ def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path
     known = r"emulators: 1\.6-bit\+repair, 2\.7-bit, low-rank, low-rank-nf4, nf4\."
     with pytest.raises(EmlocError, match=known):
         compress_job(tiny_model, rows_file, tmp_path / "emulator", CompressSettings(kind="nf5"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("falcon", "no Linear of this model can be in four bits: .*: bitsandbytes packs no FalconLinear"),
+        ("llama4_text", "transformers lays out model.layers.0.feed_forward.experts otherwise"),
+    ],
+)
+def test_four_bits_that_transformers_could_not_read_are_refused_before_any_work(
+    model_type, reason, rows_file, tmp_path
+):
+    sizes = {"num_local_experts": 2, "intermediate_size_mlp": 64, "head_dim": 8} if model_type != "falcon" else {}
+    model = save_tiny_model({"model_type": model_type, **TINY, **sizes}, tmp_path / "model")
+    with pytest.raises(EmlocError, match=reason):
+        compress_job(model, rows_file, tmp_path / "emulator", CompressSettings(kind="nf4"))
 
 
 def test_an_emulator_says_the_dtype_that_its_base_does_not(tiny_model, rows_file, tmp_path):

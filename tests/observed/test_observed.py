@@ -20,8 +20,13 @@ from emloc_core.scaffold.observe import ROUTED
 from emloc_core.scaffold.stored import UNREAD
 
 thorough = pytest.mark.thorough
-#: Attention and MLP in parallel, one after the other, with norms behind them; fused Linears; a tower of another name.
-TYPES = ("granite", *(pytest.param(name, marks=thorough) for name in ("gpt_neox", "olmo2", "opt", "bloom", "cohere")))
+#: Attention and MLP in parallel, one after the other, with norms behind them; fused Linears; a tower of another name;
+#: transposed weights.
+TYPES = (
+    "granite",
+    "gpt2",
+    *(pytest.param(name, marks=thorough) for name in ("gpt_neox", "olmo2", "opt", "bloom", "cohere")),
+)
 #: What these call the sizes.
 OTHER_NAMES = {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
 TRAIN = ("--steps", 2, "--lr", "1e-2")
@@ -99,7 +104,6 @@ def test_strictness_refuses_what_would_be_observed_and_what_was(emloc, rows_file
 @pytest.mark.parametrize(
     ("model_type", "reason", "code"),
     [
-        ("gpt2", "a Conv1D, which keeps its weight transposed", "unsupported"),
         ("bart", "is an encoder-decoder", "unsupported"),
         ("clip", "neither a causal language model nor an image-text model", "unsupported"),
         ("mllama", "`emloc families new mllama --from MODEL` drafts a plugin", "plugin"),

@@ -15,6 +15,7 @@ import torch
 from bitsandbytes import functional
 from safetensors.torch import load_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -23,6 +24,11 @@ def logits(model: Any, rows: Sequence[Inputs]) -> list[torch.Tensor]:
     """Return the logits of every row, (1, T, vocabulary)."""
     with torch.no_grad():
         return [model(**row, use_cache=False).logits.float() for row in rows]
+
+
+def weight_of(linear: nn.Module) -> torch.Tensor:
+    """Return what a Linear, or a Conv1D, multiplies by, (m, n): its weight, or a view of that."""
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
 
 def inputs_of(model: Any, rows: Sequence[Inputs], linears: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -84,7 +90,10 @@ def with_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> Any:
     names = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for path, weight in weights.items():
-            (names[path] if path in names else model.get_submodule(path).weight).copy_(weight)
+            if path in names:
+                names[path].copy_(weight)
+            else:
+                weight_of(model.get_submodule(path)).copy_(weight)
     return model
 
 

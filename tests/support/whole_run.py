@@ -10,6 +10,7 @@ import torch
 from support import whole_model as reference
 from support.jobs import compress_job, correct_job, merge_job
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from emloc_core.conformance.inputs import text_rows
 from emloc_core.conformance.tuning import tune
@@ -87,7 +88,7 @@ class _Run:
     def problems(self) -> Iterator[str]:
         """Yield what is wrong, stage by stage."""
         emulator = self._load(self._compress())
-        weights = {path: module.weight.detach().clone() for path, module in _linears(self.whole)}
+        weights = {path: reference.weight_of(module).detach().clone() for path, module in _linears(self.whole)}
         stand_ins = {path: reference.effective_weight(module) for path, module in _linears(emulator)
                      if type(module) is not type(self.whole.get_submodule(path))}  # fmt: skip
         if not stand_ins:
@@ -184,13 +185,17 @@ class _Run:
 
 def _as_in_training(model: Any) -> Any:
     """Let Linears compute as in training: bitsandbytes rounds more where it only infers on a CPU."""
-    for module in model.modules():
-        module.training |= isinstance(module, nn.Linear)
+
+    def train(linear: nn.Module, _args: object) -> None:
+        linear.train()  # again and again: a model's own code may put its parts in eval mode
+
+    for _, linear in _linears(model):
+        linear.register_forward_pre_hook(train)
     return model
 
 
-def _linears(model: Any) -> list[tuple[str, nn.Linear]]:
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+def _linears(model: Any) -> list[tuple[str, nn.Linear | Conv1D]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 def _near(actual: torch.Tensor, wanted: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
