@@ -70,7 +70,8 @@ class Family:
         model_types: values of ``model_type`` in ``config.json`` that the declaration covers.
         towers: the stacks of blocks, in execution order.
         auto_class: the transformers class that builds the model.
-        modality: ``text`` or ``image-text``.
+        modality: what the model reads, ``text`` or ``image-text``; or ``text-to-image``, if it makes pictures.
+        objective: what its models learn: ``tokens``, or one that a plugin provides (``emloc_objectives``).
         keep_dense: glob patterns of module paths that are never compressed, each with its reason.
         taps: glob pattern of module path -> how the activations of these Linears are captured, where the default
             (the cheaper of input and output) would be wrong.
@@ -92,7 +93,8 @@ class Family:
     model_types: frozenset[str] | set[str]
     towers: Sequence[Tower]
     auto_class: str = "AutoModelForCausalLM"
-    modality: Literal["text", "image-text"] = "text"
+    modality: Literal["text", "image-text", "text-to-image"] = "text"
+    objective: str = "tokens"
     keep_dense: Mapping[str, str] = field(default_factory=dict)
     taps: Mapping[str, Tap] = field(default_factory=dict)
     nested: Mapping[str, str] = field(default_factory=dict)

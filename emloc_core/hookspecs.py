@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from emloc_core.family import Family
     from emloc_core.layout import Gguf, Layout
+    from emloc_core.objective import Objective
 
 API_VERSION = 4
 
@@ -115,6 +116,16 @@ def emloc_corrections() -> "dict[str, Callable[..., Any]]":  # type: ignore[empt
         def emloc_corrections():
             return {"shrinking": shrinking}  # emloc correct --correction shrinking
         ```
+    """
+
+
+@hookspec
+def emloc_objectives() -> "dict[str, Callable[[], Objective]]":  # type: ignore[empty-body]
+    """Provide what models learn, other than tokens. Called when a model is opened whose config does not say that
+    it is one of transformers: import nothing heavy.
+
+    Returns:
+        By the name that families give in ``objective``: classes of :class:`emloc_core.objective.Objective`.
     """
 
 

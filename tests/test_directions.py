@@ -6,7 +6,7 @@ from support.paths import ROOT
 
 #: Import layers, from what everything may import to what nothing may. Those in one layer do not import each other.
 FLOORS = [
-    ["errors", "family", "hookspecs", "keywords"],
+    ["errors", "family", "hookspecs", "keywords", "objective"],
     ["compat", "observed.record", "processes", "units", "settings", "layout", "algorithms"],
     ["standins", "requests", "report"],
     ["plugins"],
@@ -16,7 +16,7 @@ FLOORS = [
     ["model"],
     ["exact", "emulator", "adapters", "stages.precheck"],
     ["tuning", "serving", "evaluation"],
-    ["memory"],
+    ["memory", "tokens"],
     ["stages", "registry", "recipe", "conformance", "doctor"],
     ["api", "testing", "scaffold", "zoo"],
     ["cli", "observed"],

@@ -73,7 +73,7 @@ class AsTrained:
             config = {**self.adapter.config, "base_model_name_or_path": self.base.name}
             write_adapter(staging, config, self.adapter.loras, {CORRECTED: "0"}, self.adapter.others)
             copy_moments(self.adapter.directory, staging)
-            self.base.copy_processing(staging)
+            self.model.objective.accompany(self.base, staging)
             self.output.result = {
                 "clamp": 0, "scale": 1.0, "linears": len(self.adapter.loras), CONTENT: content_hash(staging)
             }  # fmt: skip

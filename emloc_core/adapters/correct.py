@@ -7,7 +7,7 @@ candidates in one streamed pass over the base, so that memory never exceeds that
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from emloc_core.adapters.belonging import (
 )
 from emloc_core.adapters.candidates import CANDIDATES, Candidate, choose, comparison
 from emloc_core.adapters.dense import replaced_weights
-from emloc_core.adapters.held_out import summed_loss, with_lora
+from emloc_core.adapters.held_out import with_lora
 from emloc_core.adapters.moments import copy_moments, hash_moments
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
@@ -81,7 +81,7 @@ class Correct:
         for name, new in replaced_weights(adapter.replaced, self.skeleton).items():
             self.skeleton.replace(name, new.applied)
         self.rows = self._rows(made_with("loss", Loss))
-        self.samples = self.base.encode(self.rows, made_with("max_length", int | None))
+        self.samples = self.base.samples(self.rows, made_with("max_length", int | None), "selection")
 
     @cached_property
     def output(self) -> Output:
@@ -165,7 +165,7 @@ class Correct:
             corrected = {CORRECTED: str(compared[chosen].clamp)}
             write_adapter(staging, config, loras, corrected, self.adapter.others)
             copy_moments(self.adapter.directory, staging)
-            self.base.checkpoint.copy_processing(staging)
+            self.base.objective.accompany(self.base.checkpoint, staging)
             result = {**compared[chosen].describe(), "linears": len(loras), **comparison(compared, losses, chosen)}
             self.output.result = {**result, CONTENT: content_hash(staging)}
             self.output.made = f"Correction by `{self.settings.correction}`: {verdict(result)}."
@@ -255,7 +255,7 @@ class Correct:
         def visit(unit: str) -> Any:
             return adapted([path for path in loras if path == unit or path.startswith(f"{unit}.")])
 
-        forwards = [summed_loss(self.skeleton, sample) for sample in self.samples]
+        forwards = [partial(sample.loss, self.skeleton.model, self.skeleton.device) for sample in self.samples]
         results = torch.stack(stream.run(forwards * len(compared), visit)).reshape(len(compared), rows, 2)
         return candidates, results
 

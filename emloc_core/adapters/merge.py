@@ -16,7 +16,6 @@ from emloc_core.adapters.belonging import require_base
 from emloc_core.adapters.dense import Replacement, replaced_weights, require_dense
 from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import INDEX, SINGLE
 from emloc_core.files.documents import write_json
 from emloc_core.files.header import TensorInfo, read_header
 from emloc_core.files.inputs import Inputs
@@ -194,7 +193,7 @@ class Merge:
 
     def _write_side_files(self, staging: Path) -> None:
         self.base.copy_side_files(staging)
-        for name in ("config.json", INDEX):
+        for name in ("config.json", self.base.index):
             if (self.base.directory / name).is_file():
                 (staging / name).write_bytes((self.base.directory / name).read_bytes())
         if not self.unties:
@@ -204,8 +203,8 @@ class Merge:
         last = self.base.shards[-1].name
         weight_map = {key: tensor.shard.name for key, tensor in self.base.tensors.items()}
         weight_map.update(dict.fromkeys(self.untied, last))
-        if last != SINGLE:
-            write_json(staging / INDEX, {"metadata": {}, "weight_map": weight_map})
+        if last != self.base.single:
+            write_json(staging / self.base.index, {"metadata": {}, "weight_map": weight_map})
 
 
 def _untie(config: dict[str, Any]) -> dict[str, Any]:

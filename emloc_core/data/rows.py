@@ -35,7 +35,7 @@ SKIPPED = "skipped_rows.jsonl"
 
 _FORMS = (
     "Each row needs `text`, or `prompt` and `completion` (or `chosen` and `rejected`), or `messages` that end in an "
-    "assistant turn."
+    "assistant turn; to learn pictures, `prompt` and `image`."
 )
 _CONVERSION = {"Alpaca": "instruction, input and output", "ShareGPT": "conversations"}
 _HERE = Path()
@@ -45,7 +45,7 @@ NO_RENAMING: Mapping[str, str] = {}
 
 @dataclass(frozen=True)
 class Row:
-    """One example: either ``text``, or ``prompt`` and ``completion``, both strings or both messages.
+    """One example: ``text``; ``prompt`` and ``completion``, both strings or both messages; or a picture and its prompt.
 
     Attributes:
         number: position of the row in its source, from 1; the line in a JSONL file.
@@ -56,6 +56,7 @@ class Row:
         source: file or dataset that it is from, if there are several.
         rejected: of a preference, the answer that ``completion`` is preferred to.
         label: whether the completion is wanted, where the row says so.
+        weight: of a picture in the loss.
     """
 
     number: int
@@ -68,6 +69,7 @@ class Row:
     source: str = field(default="", compare=False)
     rejected: Content | None = None
     label: bool | None = None
+    weight: float = 1.0
 
     @property
     def name(self) -> str:
@@ -76,9 +78,11 @@ class Row:
 
     @property
     def form(self) -> str:
-        """Return ``text``, ``prompt and completion`` or ``conversation``."""
+        """Return ``text``, ``prompt and completion``, ``conversation``, or ``picture``: a prompt and its image."""
         if self.text is not None:
             return "text"
+        if self.completion is None:
+            return "picture"
         return "prompt and completion" if isinstance(self.prompt, str) else "conversation"
 
     def answers(self) -> tuple["Row", ...]:
@@ -99,6 +103,9 @@ class Row:
         """Return the row as TRL's columns; images as :class:`Picture`."""
         if self.text is not None:
             return {"text": self.text}
+        if self.form == "picture":
+            assert self.images
+            return {"prompt": self.prompt, "image": self.images[0], "weight": self.weight}
         images = {} if self.images is None else {"images": list(self.images)}
         tools = {} if self.tools is None else {"tools": self.tools}
         rejected = {} if self.rejected is None else {"rejected": self.rejected}
@@ -368,12 +375,23 @@ def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *,
         if len(turns) == 1:
             raise EmlocError(f"{where}: `messages` has nothing before the assistant turn.", _FORMS)
         row = Row(number, prompt=turns[:-1], completion=turns[-1:])
+    elif has >= {"prompt", "image"}:
+        return _picture(content, where, number, directory, confined=confined)
     elif "text" in has:
         row = Row(number, text=parse_string(content["text"], f"{where}: `text`"))
     else:
         raise EmlocError(f"{where}: has the columns {sorted(has)}.", _FORMS)
     row = _with_images(row, _pictures(content, where, directory, confined=confined), where)
     return replace(row, tools=_tools(content["tools"], row, where)) if "tools" in has else row
+
+
+def _picture(content: dict[str, Any], where: str, number: int, directory: Path, *, confined: bool) -> Row:
+    weight = content.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise EmlocError(f"{where}: `weight` is {weight!r}, not a number above 0.", "Correct it, or leave it out.")
+    prompt = parse_string(content["prompt"], f"{where}: `prompt`")
+    images = _pictures(content, where, directory, confined=confined)
+    return Row(number, prompt=prompt, images=images, weight=float(weight))
 
 
 def _rejected(content: dict[str, Any], chosen: Content, where: str) -> Content | None:

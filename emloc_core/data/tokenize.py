@@ -5,6 +5,7 @@ added to plain text, the chat template (:mod:`emloc_core.data.chat_template`), t
 A test compares the two. Rows with images go through the model's own processor, in TRL's own collator.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jinja2 import TemplateError
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from emloc_core.data.chat_template import Encoded, common_prefix, encode_conversations, from_start, require_template
@@ -56,6 +58,29 @@ class Sample:
         ids = torch.tensor([self.input_ids], dtype=torch.int64, device=device)
         others = {name: tensor.to(device) for name, tensor in self.others.items()}
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **others}
+
+    @property
+    def size(self) -> int:
+        """T."""
+        return len(self.input_ids)
+
+    def run(self, model: Any, device: torch.device | str) -> Any:
+        """Pass through a model, and return its outputs."""
+        return model(**self.inputs(device), use_cache=False)
+
+    def loss(self, model: Any, device: torch.device | str) -> torch.Tensor:
+        """Pass through a model; return the loss, summed over the tokens that count, and their number, (2,), fp64.
+
+        Only their logits are computed, where the model can leave out the others.
+        """
+        chooses = "logits_to_keep" in inspect.signature(model.forward).parameters
+        inputs = self.inputs(device)
+        before = torch.tensor(self.completion_mask[1:], device=device).nonzero()[:, 0]  # predict the next
+        chosen = {"logits_to_keep": before} if chooses else {}
+        logits = model(**inputs, **chosen, use_cache=False).logits[0]
+        targets = inputs["input_ids"][0, before + 1]
+        loss = nn.functional.cross_entropy((logits if chooses else logits[before]).float(), targets, reduction="sum")
+        return torch.tensor([float(loss), len(before)], dtype=torch.float64)
 
 
 def load_processing(directory: Path, family: Family, rows: Sequence[Row]) -> Processing:
@@ -123,11 +148,18 @@ def require_readable(rows: Iterable[Row], family: Family) -> None:
     Raises:
         EmlocError: there is such a row; names the first.
     """
+    rows = list(rows)
     pictured = next((row for row in rows if row.images), None)
     if pictured and family.modality == "text":
         raise EmlocError(
             f"{pictured.name} has images, but models of the family {family.name} read only text.",
             "Give a model for images and text, or rows without images.",
+            code="mismatch",
+        )
+    if drawn := next((row for row in rows if row.form == "picture"), None):
+        raise EmlocError(
+            f"{drawn.name} is a picture and its prompt, but models of the family {family.name} read pictures alone.",
+            "Give a model that makes pictures, or rows with an answer: messages, or prompt and completion.",
             code="mismatch",
         )
 

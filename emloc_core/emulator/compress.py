@@ -24,7 +24,6 @@ from emloc_core.data.rows import (
     write_skipped,
 )
 from emloc_core.data.sets import draw
-from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import find_linears
 from emloc_core.emulator.decompose import Decomposition, Progress
@@ -39,6 +38,7 @@ from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
 from emloc_core.files.shards import tensor_bytes
 from emloc_core.model.opened import open_model
+from emloc_core.objective import Sample
 from emloc_core.requests import CompressRequest
 from emloc_core.standins.registry import format_named
 
@@ -78,8 +78,8 @@ class Compress:
         # Weights alone need no calibration: its rows are left for tuning.
         samples = 0 if settings.calibration == "none" else settings.samples
         self.rows = draw(rows, settings.seed, samples, settings.selection)
-        self.samples = self.base.encode(self.rows.calibration, settings.max_length)
-        self.base.encode(self.rows.selection, settings.max_length)
+        self.samples = self.base.samples(self.rows.calibration, settings.max_length)
+        self.base.samples(self.rows.selection, settings.max_length, "selection")
         weight_keys(self.base.skeleton, self.plan)  # a checkpoint or a kind that is not for this model is refused
         self.format.config(self.plan.ranks, self.base.skeleton.model, self.base.skeleton.dtype)
 
@@ -200,7 +200,7 @@ class Compress:
 
     @property
     def _tokens(self) -> int:
-        return sum(len(sample.input_ids) for sample in self.samples)
+        return sum(sample.size for sample in self.samples)
 
 
 def prepare(request: CompressRequest) -> Compress:

@@ -15,7 +15,6 @@ import torch
 
 from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.experts import ExpertStatistics
 from emloc_core.emulator.own_forwards import requiring_products
 from emloc_core.emulator.propagation import emulating, fit_block
@@ -29,6 +28,7 @@ from emloc_core.model.lockstep import Forward
 from emloc_core.model.parking import Parking
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream
+from emloc_core.objective import Sample
 from emloc_core.plugins.builtin import named
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins import Format, StandIn
@@ -132,7 +132,7 @@ class Decomposition:
 
     def _forward(self, sample: Sample) -> Forward:
         def forward() -> None:
-            self.skeleton.model(**sample.inputs(self.skeleton.device), use_cache=False)
+            sample.run(self.skeleton.model, self.skeleton.device)
 
         return forward
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from emloc_core.emulator.experts import Stacked
 from emloc_core.emulator.ranks import UNREACHED, RankPlan
 from emloc_core.errors import EmlocError
-from emloc_core.files.checkpoint import INDEX, Checkpoint
+from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import write_json
 from emloc_core.files.header import read_header
 from emloc_core.files.inputs import Inputs
@@ -149,7 +149,7 @@ class EmulatorFiles:
 
     def _name(self, index: int) -> str:
         """Return the name of shard ``index``, counted from 0: one per block, and one for the rest."""
-        return f"model-{index + 1:05d}-of-{len(self.blocks) + 1:05d}.safetensors"
+        return f"{self.base.objective.weights}-{index + 1:05d}-of-{len(self.blocks) + 1:05d}.safetensors"
 
     def _shard(self, block: str) -> Path:
         return self.staging / self._name(self.blocks.index(block))
@@ -171,7 +171,7 @@ class EmulatorFiles:
             for key, tensor in read_header(self.staging / self._name(index))[0].items():
                 weight_map[key] = self._name(index)
                 total += tensor.nbytes
-        write_json(self.staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(self.staging / self.base.index, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -75,9 +75,15 @@ def _telling_rank(factors: Factors) -> int:
 
 
 def hidden_states(output: Any) -> torch.Tensor:
-    """Return the hidden states that a block passes on, (..., features)."""
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
-    return hidden
+    """Return the hidden states that a block passes on, (..., features): those of all its streams, one after the other.
+
+    Streams have equally many features; any other tensor, such as the weights of attention, is none.
+    """
+    given = output if isinstance(output, tuple | list) else [output]
+    tensors = [each for each in given if isinstance(each, torch.Tensor)]
+    first = tensors[0]
+    streams = [each for each in tensors if each.ndim == first.ndim and each.shape[-1] == first.shape[-1]]
+    return first if len(streams) == 1 else torch.cat([each.reshape(-1, first.shape[-1]) for each in streams])
 
 
 def copied(arguments: Arguments) -> Arguments:

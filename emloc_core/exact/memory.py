@@ -9,6 +9,7 @@ from torch import nn
 from emloc_core.exact.head import PIECES
 from emloc_core.family import Family, Tower
 from emloc_core.model.lockstep import units
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins.experts import experts_per_token, width
 from emloc_core.standins.layer import PackedLinear
 
@@ -65,7 +66,7 @@ def step_need(
         widest = max(_width(block, tower, experts_per_token(model.config)) for block in blocks)
         activations = max(activations, positions.at_once * widest)
     packed = [each.in_features * each.out_features for each in model.modules() if isinstance(each, PackedLinear)]
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = plugin_manager().objective_of(family).vocabulary(model.config)
     return {
         "weights": max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True)),
         "boundaries": boundaries * dtype.itemsize,

@@ -61,23 +61,16 @@ class ExactSteps:
         self.model, self.device = model, torch.device(device)
         self.boundaries = boundaries or Boundaries()
         found = units(skeleton.model, skeleton.block_lists)
-        backbone = f"{model.base_model_prefix}."
-        self._head_units = [unit for unit in found if not unit.startswith(backbone)]
-        if len(self._head_units) == len(found):
-            raise EmlocError(
-                f"{type(model).__name__} has no backbone apart from its head, so that its loss cannot be streamed.",
-                "Train it by ordinary steps.",
-            )
+        head_units = self.head_units(found)
         self.weights = FrozenWeights(skeleton, found, self.device, room, self.boundaries.reserved)
         self._keep(skeleton, skeleton.outside(found))
-        inner = [unit for unit in found if unit not in self._head_units]
+        inner = [unit for unit in found if unit not in head_units]
         parking = Parking.on(self.device, model.buffers())
         self._lockstep = Lockstep(model, inner, skeleton.block_lists, parking)
         for unit in inner:
             self._wrap(unit, checkpointed=True)
-        for unit in self._head_units:
+        for unit in head_units:
             self._wrap(unit, checkpointed=False)
-        self._head = Head(model)
 
     def loss(self, batches: Sequence[Mapping[str, Any]], *, autocast: bool = False) -> torch.Tensor:
         """Add the gradients of a step's mean loss to the LoRA's, and return that loss.
@@ -92,7 +85,7 @@ class ExactSteps:
         Raises:
             EmlocError: a block runs twice or writes to a buffer, no token counts, or the base has changed.
         """
-        tokens = sum(counted(batch) for batch in batches)
+        tokens = sum(self.counted(batch) for batch in batches)
         if not tokens:
             raise EmlocError("No token of a step counts in its loss.", "Give rows with completions.")
         randomness = _Randomness(len(batches), self.device)
@@ -100,7 +93,7 @@ class ExactSteps:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
             try:
                 # The last micro-batch first: the backward then starts with the first, and sums in the ordinary order.
-                forwards = [self._forward(batch, 1 / tokens) for batch in reversed(batches)]
+                forwards = [self.forward(batch, 1 / tokens) for batch in reversed(batches)]
                 with randomness.kept():
                     losses = self._lockstep.advance(forwards, self._at, around=randomness.of)
                 total = torch.stack(losses).sum()
@@ -114,9 +107,32 @@ class ExactSteps:
         self.weights.close()
         self.boundaries.close()
 
-    def _forward(self, batch: Mapping[str, Any], weight: float) -> Callable[[], torch.Tensor]:
+    def head_units(self, found: Sequence[str]) -> list[str]:
+        """Return the units outside the backbone, whose weights the loss reads in pieces: they are not recomputed.
+
+        Args:
+            found: all units.
+        """
+        backbone = f"{self.model.base_model_prefix}."
+        head_units = [unit for unit in found if not unit.startswith(backbone)]
+        if len(head_units) == len(found):
+            raise EmlocError(
+                f"{type(self.model).__name__} has no backbone apart from its head, so that its loss cannot be "
+                "streamed.",
+                "Train it by ordinary steps.",
+            )
+        self._head = Head(self.model)
+        return head_units
+
+    def counted(self, batch: Mapping[str, Any]) -> int:
+        """Return over how many tokens of a micro-batch the loss is a mean."""
+        return counted(batch)
+
+    def forward(self, batch: Mapping[str, Any], weight: float) -> Callable[[], torch.Tensor]:
+        """Return a forward of a micro-batch, in lockstep with the others: its summed loss, times ``weight``."""
+
         def forward() -> torch.Tensor:
-            inputs = {name: _moved(value, self.device) for name, value in batch.items()}
+            inputs = self.moved(batch)
             labels = shifted_labels(inputs)
             given = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
             outputs = self.model.base_model(**given, use_cache=False)
@@ -126,6 +142,10 @@ class ExactSteps:
                 return known(*taken)
 
         return forward
+
+    def moved(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a micro-batch on the device."""
+        return {name: _moved(value, self.device) for name, value in batch.items()}
 
     @contextmanager
     def _at(self, unit: str) -> Iterator[None]:

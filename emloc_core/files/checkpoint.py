@@ -17,9 +17,10 @@ from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import require_unchanged
 from emloc_core.files.output import read_manifest
 from emloc_core.files.own import require_own_files
+from emloc_core.plugins.manager import plugin_manager
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+#: What transformers calls the index, and the only file of weights.
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: The files to fetch and copy: neither pickled weights nor other formats.
 FILE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 #: The rows that an emulator keeps, and their images: without them it is not what its manifest says.
@@ -59,6 +60,10 @@ class Checkpoint:
                 f"{self.directory} has no config.json.", "Give a Hugging Face model directory.", code="missing"
             )
         self.config = read_config_json(self.directory / "config.json")
+        self.objective = plugin_manager().objective_for(self.config)
+        #: The names of its only file of weights, and of the index of several.
+        self.single = f"{self.objective.weights}.safetensors"
+        self.index = f"{self.single}.index.json"
 
     def require_unquantised(self, option: str = "") -> None:
         """Refuse a checkpoint that is quantised or an emulator, since its tensors are not the weights themselves.
@@ -80,13 +85,13 @@ class Checkpoint:
     @cached_property
     def shards(self) -> list[Path]:
         """The safetensors files, sorted by name."""
-        index = self.directory / INDEX
+        index = self.directory / self.index
         if not index.is_file():
-            single = self.directory / SINGLE
+            single = self.directory / self.single
             if single.is_file():
                 return [single]
             raise EmlocError(
-                f"{self.directory} has neither {SINGLE} nor {INDEX}.",
+                f"{self.directory} has neither {self.single} nor {self.index}.",
                 "Only safetensors checkpoints are supported; convert pickled weights with save_pretrained first.",
                 code="missing",
             )
@@ -95,7 +100,7 @@ class Checkpoint:
     @cached_property
     def _weight_map(self) -> dict[str, str]:
         """The index: key of a tensor -> name of its shard. Empty for a single file, which has no index."""
-        index = self.directory / INDEX
+        index = self.directory / self.index
         if not index.is_file():
             return {}
         weight_map = read_object(index).get("weight_map")
@@ -126,7 +131,7 @@ class Checkpoint:
         for key, name in self._weight_map.items():
             if key not in found or found[key].shard.name != name:
                 raise EmlocError(
-                    f"{self.directory / name} lacks {key}, which {INDEX} says it holds.",
+                    f"{self.directory / name} lacks {key}, which {self.index} says it holds.",
                     "Download or copy the model again.",
                     code="damaged",
                 )
@@ -174,12 +179,12 @@ class Checkpoint:
 
     @property
     def _model_files(self) -> list[Path]:
-        names = ["config.json", *([INDEX] if (self.directory / INDEX).is_file() else [])]
+        names = ["config.json", *([self.index] if (self.directory / self.index).is_file() else [])]
         return [self.directory / name for name in names] + self.shards
 
     def side_files(self) -> list[Path]:
         """Return the files that belong to the model besides its weights and config: tokenizer, templates, licence."""
-        skipped = {"config.json", INDEX, "emloc.json", "timing.json", *(shard.name for shard in self.shards)}
+        skipped = {"config.json", self.index, "emloc.json", "timing.json", *(shard.name for shard in self.shards)}
         return sorted(
             path
             for path in self.directory.iterdir()
@@ -205,15 +210,16 @@ class Checkpoint:
 
 
 def read_config_json(path: Path) -> dict[str, Any]:
-    """Return the content of a model's ``config.json``.
+    """Return the content of a model's ``config.json``; what names its architecture is its ``model_type``.
 
     Raises:
-        EmlocError: it cannot be read, or has no ``model_type``.
+        EmlocError: it cannot be read, or nothing in it names an architecture.
     """
     config = read_object(path)
-    if not isinstance(config.get("model_type"), str):
+    model_type = config.get(plugin_manager().objective_for(config).type_key)
+    if not isinstance(model_type, str):
         raise EmlocError(f"{path} has no model_type.", "Give a Hugging Face model directory, or its config.json.")
-    return config
+    return {**config, "model_type": model_type}
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -225,7 +231,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         EmlocError: there is no such directory, and no such model could be fetched.
     """
     if Path(model).exists():
-        return Checkpoint(model)
+        return Checkpoint(_of_several(Path(model)))
     with _from_hub(model):
         from huggingface_hub import snapshot_download
 
@@ -233,7 +239,16 @@ def open_checkpoint(model: str) -> Checkpoint:
         directory = snapshot_download(
             name, revision=revision, allow_patterns=[*FILE_PATTERNS, *_ROWS], ignore_patterns=OTHER_LAYOUTS
         )
-        return Checkpoint(directory, name)
+        return Checkpoint(_of_several(Path(directory)), name)
+
+
+def _of_several(directory: Path) -> Path:
+    """Return where the model is that is trained, in a directory that may hold several."""
+    if not (directory / "config.json").is_file():
+        for objective in plugin_manager().objectives().values():
+            if objective.folder and (directory / objective.folder / "config.json").is_file():
+                return directory / objective.folder
+    return directory
 
 
 def require_name(model: str) -> None:
@@ -277,6 +292,7 @@ def find_config(model: str) -> Path:
     if path.is_file():
         return path
     if path.exists():
+        path = _of_several(path)
         if not (path / "config.json").is_file():
             raise EmlocError(
                 f"{path} has no config.json.", "Give a Hugging Face model directory, or a config.json.", code="missing"

@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from emloc_core.data.limits import Limits
 from emloc_core.data.rows import Row
-from emloc_core.data.tokenize import Processing, Sample, encode, load_processing
+from emloc_core.data.tokenize import Processing, load_processing
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
-from emloc_core.files.pretrained import load_config
 from emloc_core.model.device import choose_device
 from emloc_core.model.skeleton import Skeleton, build_model
+from emloc_core.objective import Purpose, Sample
 from emloc_core.plugins.manager import plugin_manager
 
 
@@ -35,6 +35,7 @@ class OpenModel:
     ) -> None:
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.family: Family = family or plugin_manager().family_for(checkpoint.config)
+        self.objective = plugin_manager().objective_of(self.family)
 
     def on(self, device: torch.device) -> "OpenModel":
         """Return the same model, opened again for another device."""
@@ -42,12 +43,12 @@ class OpenModel:
 
     @cached_property
     def config(self) -> Any:
-        """Transformers' config.
+        """Transformers' config, or that of another library.
 
         Raises:
-            EmlocError: transformers rejects it.
+            EmlocError: the library rejects it.
         """
-        return load_config(self.checkpoint.directory / "config.json")
+        return self.objective.config(self.checkpoint.directory / "config.json")
 
     @cached_property
     def skeleton(self) -> Skeleton:
@@ -71,11 +72,11 @@ class OpenModel:
         """Return what turns rows into inputs: see :func:`emloc_core.data.tokenize.load_processing`."""
         return load_processing(self.checkpoint.directory, self.family, rows)
 
-    def encode(self, rows: Sequence[Row], max_length: int | None) -> list[Sample]:
-        """Return the inputs of rows, one sample each; see :func:`emloc_core.data.tokenize.encode`."""
-        if not rows:
-            return []
-        return encode(rows, self.processing(rows), max_length, self.limits, self.skeleton.dtype)
+    def samples(
+        self, rows: Sequence[Row], max_length: int | None, purpose: Purpose = "calibration"
+    ) -> Sequence[Sample]:
+        """Return the samples of rows; see :meth:`emloc_core.objective.Objective.samples`."""
+        return self.objective.samples(self, rows, max_length, purpose) if rows else []
 
 
 def open_model(name: str, device: str = "auto") -> OpenModel:

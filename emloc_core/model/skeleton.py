@@ -17,16 +17,15 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
-from emloc_core.compat.transformers import TensorLoader
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.pretrained import auto_class, new_model
 from emloc_core.files.shards import DTYPES
 from emloc_core.model import nf4_checkpoints
 from emloc_core.model.absent import Absent
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.readahead import ReadAhead
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins.quantizer import METHOD, EmlocConfig
 from emloc_core.standins.transposed import TransposedLinear, as_linears
 
@@ -77,7 +76,7 @@ class Skeleton:
         self.block_lists = [tower.blocks for tower in family.towers]
         self._replaced: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._reader = ReadAhead()
-        self._loader = TensorLoader(self.model, conversions)
+        self._loader = checkpoint.objective.tensor_loader(self.model, conversions)
         self._sources = self._map_keys()
         transposed = (path for path, module in self.model.named_modules() if isinstance(module, TransposedLinear))
         self._transposed = {key for path in transposed for key in self.sources(f"{path}.weight")}
@@ -228,17 +227,13 @@ def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedMo
     """Return the model of a config in eval mode: frozen parameters on the meta device, computed buffers, no Conv1D.
 
     Raises:
-        EmlocError: transformers does not have the class that the family declares.
+        EmlocError: its library does not have the class that the family declares.
     """
-    if auto_class(family.auto_class) is None:
-        raise EmlocError(
-            f"The family {family.name!r} declares the class {family.auto_class}, which transformers does not have.",
-            "Correct auto_class in its plugin, or uninstall the plugin.",
-            code="plugin",
-        )
+    objective = plugin_manager().objective_of(family)
     with init_empty_weights(include_buffers=False):
-        model = as_linears(new_model(family.auto_class, deepcopy(config), dtype))  # which may edit it
-    model.tie_weights()
+        model = as_linears(objective.build(family, deepcopy(config), dtype))  # which may edit it
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
     model.eval().requires_grad_(False)
     return model
 

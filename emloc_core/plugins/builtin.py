@@ -5,6 +5,7 @@ Each function imports its algorithm when it is called: algorithms need torch, bu
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from emloc_core.errors import EmlocError, typed_line
@@ -36,6 +37,7 @@ COMMANDS = (
 ALGORITHMS = {
     "emulators": ("low-rank", "nf4", "low-rank-nf4", "1.6-bit+repair", "2.7-bit"),
     "corrections": ("emloc",),
+    "objectives": ("tokens",),
 }
 
 
@@ -74,3 +76,9 @@ def emloc_corrections() -> dict[str, Callable[..., Any]]:
     from emloc_core.algorithms.correction import correct_lora
 
     return {"emloc": correct_lora}
+
+
+@hookimpl
+def emloc_objectives() -> dict[str, Callable[..., Any]]:
+    """Provide tokens, which know of everything above this module."""
+    return {"tokens": import_module("emloc_core.tokens").TokenObjective}

@@ -23,6 +23,7 @@ from emloc_core import hookspecs
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.family import Family, require_types
 from emloc_core.layout import Gguf, Layout
+from emloc_core.objective import Objective
 from emloc_core.observed.record import DECLARATIONS, digest, from_record
 from emloc_core.plugins import builtin
 from emloc_core.plugins.builtin import ALGORITHMS, COMMANDS
@@ -30,6 +31,8 @@ from emloc_core.plugins.builtin import ALGORITHMS, COMMANDS
 PROJECT = GROUP = "emloc"
 #: The variable that refuses families that are observed.
 STRICT = "EMLOC_STRICT_FAMILIES"
+#: The core's own objective.
+TOKENS = "tokens"
 #: The plugin that declares a model by looking at it, where no other does.
 OBSERVED = EntryPoint("observed", "emloc_core.observed.plugin", GROUP)
 Declared = TypeVar("Declared", Family, Layout)
@@ -57,6 +60,7 @@ class PluginManager(pluggy.PluginManager):
         self._observed: dict[str, Family] = {}
         self._layouts: dict[str, Layout] = {}
         self._commands: dict[str, click.Command] = {}
+        self._objectives: dict[str, Objective] = {}
         self._told: set[str] = set()
         if is_on("EMLOC_TRACE_PLUGINS"):
             self.trace.root.setwriter(lambda text: click.echo(f"emloc: {text}", err=True, nl=False))
@@ -282,6 +286,38 @@ class PluginManager(pluggy.PluginManager):
         if name not in offered:
             raise _not_offered(hook, name, offered)
         return offered[name]
+
+    def objective_for(self, config: Mapping[str, Any]) -> Objective:
+        """Return what models with such a config learn, by the key in it that names their architecture.
+
+        Args:
+            config: the content of a ``config.json``.
+        """
+        found = self.objectives()
+        others = (objective for name, objective in found.items() if name != TOKENS)
+        return next((each for each in others if each.type_key in config), found[TOKENS])
+
+    def objective_of(self, family: Family) -> Objective:
+        """Return what the models of a family learn.
+
+        Raises:
+            EmlocError: no plugin provides it.
+        """
+        found = self.objectives()
+        if family.objective not in found:
+            raise _not_offered("objectives", family.objective, found)
+        return found[family.objective]
+
+    def objectives(self) -> dict[str, Objective]:
+        """Return what models may learn, by name."""
+        if not self._objectives:
+            for owner, plugin in self.list_name_plugin():
+                try:
+                    made = self._algorithms_of(plugin, "objectives", dict(self._objectives))
+                    self._objectives.update((name, each()) for name, each in made.items())
+                except (Exception, SystemExit) as error:
+                    self.set_aside(owner, error)
+        return self._objectives
 
     def require(self, hook: str, name: str) -> None:
         """Refuse the name of an algorithm that no plugin provides; imports torch only for those of other plugins.

@@ -9,7 +9,7 @@ from typing import Any
 
 from emloc_core.data.mixture import weights
 from emloc_core.data.rows import require_source
-from emloc_core.files.checkpoint import Checkpoint, require_name
+from emloc_core.files.checkpoint import open_checkpoint, require_name
 from emloc_core.files.lora import require_lora
 from emloc_core.files.output import read_manifest
 from emloc_core.plugins.manager import plugin_manager
@@ -72,7 +72,7 @@ def check_model(name: str) -> None:
     """
     check_place(name)
     if Path(name).exists():
-        plugin_manager().family_for(Checkpoint(name).config)
+        plugin_manager().family_for(open_checkpoint(name).config)
 
 
 def check_place(name: str) -> None:

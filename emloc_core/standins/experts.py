@@ -54,7 +54,8 @@ def matrices(experts: Any, name: str) -> torch.Tensor:
 
 def experts_per_token(config: Any) -> int:
     """Return how many experts a router sends every token to; 1 for a model without experts."""
-    return getattr(config.get_text_config(), "num_experts_per_tok", None) or 1
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_experts_per_tok", None) or 1
 
 
 def width(experts: nn.Module) -> int:

@@ -17,7 +17,6 @@ from emloc_core.adapters.held_out import mean_loss
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import Row, load_rows, without
 from emloc_core.data.sets import share_of
-from emloc_core.data.tokenize import tokenized
 from emloc_core.errors import EmlocError
 from emloc_core.model.opened import OpenModel
 from emloc_core.requests import EvalRows
@@ -114,8 +113,7 @@ class BaseLoss:
 
     def __init__(self, base: OpenModel, rows: Sequence[Row], max_length: int | None) -> None:
         self.skeleton = base.skeleton
-        samples = tokenized(rows, base.processing(rows), max_length, base.limits, self.skeleton.dtype)
-        self.samples = [sample for sample in samples if any(sample.completion_mask)]
+        self.samples = base.samples(rows, max_length, "evaluation")
 
     def __call__(self, model: PeftModel) -> float:
         """Return the mean loss per token of the base with the LoRA of ``model``."""

@@ -8,12 +8,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
@@ -21,12 +20,10 @@ from trl import SFTConfig
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.belonging import require_base, require_shapes
 from emloc_core.adapters.moments import FILE, hash_moments, load_moments, tuned_at
-from emloc_core.data.tokenize import Processing
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on
 from emloc_core.exact.memory import Positions, lora_need, step_need
-from emloc_core.exact.steps import ExactSteps
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, learned_preferences
 from emloc_core.model.nf4_checkpoints import is_in_four_bits
@@ -36,9 +33,12 @@ from emloc_core.requests import EvalRows, PolishRequest, TrainRequest
 from emloc_core.settings import ExactSettings, StepSettings, TrainSettings
 from emloc_core.tuning.evaluation import MODEL_LOSS, BaseLoss
 from emloc_core.tuning.train import Train, steps_described
-from emloc_core.tuning.trainer import SETTINGS, LoraTrainer, balance_no_experts, refusing
+from emloc_core.tuning.trainer import SETTINGS, LoraSteps, LoraTrainer, balance_no_experts, refusing
 from emloc_core.tuning.trl import lora_config
 from emloc_core.units import human_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from emloc_core.exact.steps import ExactSteps
 
 _LIMITS, _NONE = ExactSettings(), EvalRows()
 #: Share of a GPU's free memory that they may fill before they are moved to the CPU's.
@@ -88,7 +88,7 @@ class ExactTrain(Train):
     def _config(self, **fixed: Any) -> TrainingArguments:
         rows = self.settings.batch_size * self.settings.accumulation
         return super()._config(
-            kind=_StreamedConfig,
+            exact=True,
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=1,
             activation_checkpointing=False,  # by the engine, with weights that it reads
@@ -105,29 +105,21 @@ class ExactTrain(Train):
         if self.start:
             return self.start
         assert isinstance(self.settings, TrainSettings)
-        return lora_config(self.settings, self.targets)
+        return lora_config(self.settings, self.targets, self.model.objective.task)
 
-    def _trainer(self, config: TrainingArguments, dataset: Dataset, processing: Processing) -> LoraTrainer:
+    def _trainer(self, config: TrainingArguments, **given: Any) -> LoraSteps:
         set_seed(config.seed)  # as TRL does before it makes a LoRA
         with refusing(SETTINGS):
             lora = lora_on(self.skeleton, self._lora(), config.device)
-        balance_no_experts(lora.config)
         trained = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
         need = {**self._need(config), "lora": lora_need(trained)}
         boundaries = self._boundaries(config, need)  # which may be refused, before the trainer makes a directory
         besides = overhead("cuda" if config.device.type == "cuda" else "cpu", tuning=True)
         room = 0 if self.memory is None else self.memory - sum(need.values()) - besides
         with refusing(SETTINGS):
-            trainer = _ExactTrainer(
-                lora,
-                args=config,
-                train_dataset=dataset,
-                eval_dataset=self.eval_dataset,
-                patience=self.settings.patience,
-                processing_class=processing,
-            )
+            trainer: Any = self.model.objective.exact_trainer()(lora, args=config, **given)
         base: Any = lora.get_base_model()
-        steps = ExactSteps(base, self.skeleton, config.device, room, boundaries)
+        steps = self.model.objective.exact_steps()(base, self.skeleton, config.device, room, boundaries)
         trainer.attach(steps, self.settings.batch_size, self.start)
         self._closing.callback(steps.close)
         return trainer
@@ -271,16 +263,16 @@ def _as_they_are(rows: list[Any]) -> Any:
     return rows
 
 
-class _StreamedConfig(SFTConfig):
+class StreamedConfig(SFTConfig):
     """TRL's config, for a model that stays where it is: its weights are read when they are needed."""
 
     place_model_on_device = False
 
 
-class _ExactTrainer(LoraTrainer):
-    """Gets all rows of a step at once, and takes their gradients by exact steps."""
+class Streamed(LoraSteps):
+    """A trainer that gets all rows of a step at once, and takes their gradients by exact steps."""
 
-    def attach(self, steps: ExactSteps, micro_batch: int, start: Path | None) -> None:
+    def attach(self, steps: "ExactSteps", micro_batch: int, start: Path | None) -> None:
         """Take gradients by these steps, ``micro_batch`` rows at a time, from an adapter or from scratch."""
         self._steps, self._micro_batch, self._start = steps, micro_batch, start
         collate: Any = self.data_collator
@@ -312,6 +304,14 @@ class _ExactTrainer(LoraTrainer):
         """Return how much was read, and how long the steps waited for it."""
         weights = self._steps.weights
         return {"read_bytes": weights.bytes_read, "waited_seconds": round(weights.waited, 3)}
+
+
+class StreamedTrainer(Streamed, LoraTrainer):
+    """TRL's, for answers."""
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        balance_no_experts(model.config)
+        super().__init__(model, **options)
 
 
 def prepare(request: TrainRequest | PolishRequest) -> Train:

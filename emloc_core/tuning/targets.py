@@ -34,17 +34,20 @@ def choose_targets(model: OpenModel, settings: TrainSettings) -> list[str]:
     if chosen == [ALL_LINEAR]:
         chosen = all_linears(model.build())
     targets = sorted(set(chosen or model.family.lora_targets()))
-    require_linears(model.build(), settings, targets)
+    require_linears(model.build(), settings, targets, model.objective.task)
     return targets
 
 
-def require_linears(model: PreTrainedModel, settings: TrainSettings, targets: Sequence[str]) -> None:
+def require_linears(
+    model: PreTrainedModel, settings: TrainSettings, targets: Sequence[str], task: str | None = "CAUSAL_LM"
+) -> None:
     """Refuse targets that match no module, or on which PEFT would adapt anything but a Linear. Reads no weights.
 
     Args:
         model: the model; it is changed.
         settings: settings of the LoRA.
         targets: ends of module paths.
+        task: PEFT's name for it.
 
     Raises:
         EmlocError: a target is refused; names the target and the module.
@@ -62,7 +65,7 @@ def require_linears(model: PreTrainedModel, settings: TrainSettings, targets: Se
     theirs = "Leave out the targets that match them."
     try:  # for some model types PEFT maps targets to others, such as fused experts
         with warnings.catch_warnings(action="ignore"):
-            config = lora_config(settings, list(targets))
+            config = lora_config(settings, list(targets), task)
             lora = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise EmlocError(f"PEFT refuses these targets: {error}", theirs) from error

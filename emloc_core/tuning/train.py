@@ -10,15 +10,13 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from emloc_core.adapters.adapter import content_hash
@@ -34,7 +32,6 @@ from emloc_core.data.rows import (
     without,
     write_skipped,
 )
-from emloc_core.data.tokenize import Processing, require_readable
 from emloc_core.emulator.declared import find_linears
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.card import data_name
@@ -42,28 +39,22 @@ from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT, manifest_value
 from emloc_core.files.output import Output, made_from, read_manifest
-from emloc_core.files.pretrained import load_model
 from emloc_core.model.opened import OpenModel, open_model
 from emloc_core.requests import EvalRows, PolishRequest, TrainRequest
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
 from emloc_core.tuning.checkpoints import STATE, newest_checkpoint, remove_incomplete
-from emloc_core.tuning.dataset import make_dataset, measure
 from emloc_core.tuning.evaluation import BaseLoss, divide, is_over, logged, losses_at, trainer_settings
-from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.launcher import require_processes
 from emloc_core.tuning.planned import as_planned
-from emloc_core.tuning.preferences import preference_dataset, require_preferences
+from emloc_core.tuning.preferences import require_preferences
 from emloc_core.tuning.targets import choose_targets
 from emloc_core.tuning.trainer import (
     DIVERGED,
     SETTINGS,
-    TRAINERS,
     LoraSteps,
     Progress,
-    balance_no_experts,
     refusing,
 )
-from emloc_core.tuning.trl import check_extra, lora_config, trainer_config
 
 LOG = "log.json"
 CHECKPOINTS = "checkpoints"  # the trainer's, while it runs
@@ -100,14 +91,14 @@ class Train:
         find_linears(without_weights, self.model.family)  # refuses a declaration that does not fit this model
         self._require_checkpointing(without_weights)
         self.is_main_process = True  # until the processes have found each other
-        check_extra(settings)
+        self.model.objective.check(settings)
         self.targets = self._targets()
         self.skipped: list[Skipped] = []
         data, split, columns = request.data, request.split, request.columns
         rows = load_rows(data, split, settings.loss, columns, self.skipped if request.skip_bad_rows else None)
-        require_readable(rows, self.model.family)
+        self.model.objective.require_rows(rows, self.model.family)
         held_out = [self.model.checkpoint.directory / name for name in (CALIBRATION, SELECTION)]
-        known = [path for path in held_out if path.is_file()]
+        known = [path for path in held_out if path.is_file() and self.model.objective.keeps_rows]
         if self.settings.learns_preferences:
             require_preferences(rows, self.settings)
             if evaluation != EvalRows():
@@ -115,7 +106,7 @@ class Train:
         kept = without(rows, [*known, *request.exclude], split, columns)
         self.excluded = len(rows) - len(kept)
         self.rows, self.eval_rows = divide(kept, evaluation, data, split, settings, known, columns)
-        require_readable(self.eval_rows, self.model.family)
+        self.model.objective.require_rows(self.eval_rows, self.model.family)
         self.base = self._base()
         if not self.eval_rows and settings.patience is not None:
             raise EmlocError(
@@ -136,7 +127,8 @@ class Train:
 
     def _require_checkpointing(self, model: PreTrainedModel) -> None:
         assert isinstance(self.settings, TrainSettings)
-        if self.settings.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        supported = getattr(model, "supports_gradient_checkpointing", True)
+        if self.settings.gradient_checkpointing and not supported:
             raise EmlocError(
                 f"Transformers cannot recompute the activations of a {type(model).__name__}.",
                 "Give --no-gradient-checkpointing: it takes more memory.",
@@ -192,29 +184,19 @@ class Train:
             "rows": len(self.rows),
             "excluded_rows": self.excluded,
             "eval_rows": len(self.eval_rows),
-            **measure(self.rows, *self._processing()),
+            **self.model.objective.measure(self.model, self.rows, self.eval_rows, settings),
             "steps": settings.steps or steps,
             "learning_rate": settings.learning_rate,
             "target_modules": self.targets,
             "model_bytes": self.model.checkpoint.nbytes,
         }
 
-    def _processing(self) -> tuple[Processing, int | None, PreTrainedConfig]:
-        """Return what turns rows into inputs, their maximum length, and the model's config."""
-        return self.model.processing([*self.rows, *self.eval_rows]), self.settings.max_length, self.model.config
-
-    def _config(self, **fixed: Any) -> TrainingArguments:
+    def _config(self, *, exact: bool = False, **fixed: Any) -> TrainingArguments:
         checkpoints = Output(self.path, "adapter", {}).staging / CHECKPOINTS
         if self.eval_rows:
             fixed = {**trainer_settings(self.settings, on_base=self.base is not None), **fixed}
         with refusing(SETTINGS):
-            return trainer_config(
-                self.settings,
-                checkpoints,
-                completion_only=self.rows[0].form != "text",
-                use_cpu=not torch.accelerator.is_available(),
-                **fixed,
-            )
+            return self.model.objective.arguments(self.settings, checkpoints, self.rows, exact=exact, **fixed)
 
     def run(self, progress: Progress | None = None) -> Path:
         """Train, or resume an interrupted run.
@@ -298,16 +280,10 @@ class Train:
         resume = newest_checkpoint(checkpoints)
         if self.eval_rows and self.start:
             config.eval_on_start = resume is None
-        processing = self._processing()
-        counted = getattr(config, "completion_only_loss", True)
-        sft = partial(make_dataset, completion_only=counted)
-        preferences = partial(preference_dataset, settings=self.settings)
-        dataset, self.sizes = (preferences if self.settings.learns_preferences else sft)(self.rows, *processing)
-        dropped = len(self.rows) - len(self.sizes)
-        self.eval_dataset = sft(self.eval_rows, *processing)[0] if self.eval_rows else None
-        if isinstance(processing[0], ProcessorMixin):  # the collator makes all inputs of the model
-            config.remove_unused_columns = False
-        trainer = self._trainer(config, dataset, processing[0])
+        data = self.model.objective.datasets(self.model, self.rows, self.eval_rows, self.settings, config)
+        self.sizes, dropped = data.sizes, len(self.rows) - len(data.sizes)
+        given = {"patience": self.settings.patience, "processing_class": data.processing}
+        trainer = self._trainer(config, train_dataset=data.train, eval_dataset=data.evaluated, **given)
         trainer.follow(self._progress, self.callbacks)
         if self.eval_rows and (held_out := self._held_out(config)):
             trainer.base_loss = held_out
@@ -361,25 +337,8 @@ class Train:
             return None
         return BaseLoss(self.base.on(config.device), self.eval_rows, self.settings.max_length)
 
-    def _trainer(self, config: TrainingArguments, dataset: Dataset, processing: Processing) -> LoraSteps:
-        assert isinstance(self.settings, TrainSettings)
-        directory = self.model.checkpoint.directory.absolute()
-        with refusing(f"{directory} cannot be loaded", resumable=True):
-            model = load_model(self.model.family.auto_class, directory)
-        balance_no_experts(model.config)
-        with refusing(SETTINGS):
-            trainer = TRAINERS[self.settings.objective](
-                model,
-                args=config,
-                train_dataset=dataset,
-                eval_dataset=self.eval_dataset,
-                patience=self.settings.patience,
-                processing_class=processing,
-                peft_config=lora_config(self.settings, self.targets),
-            )
-        if config.use_cpu:  # the loss follows, with the peak
-            backbone: Any = trainer.lora.get_base_model().base_model
-            backbone.register_forward_hook(give_back)
+    def _trainer(self, config: TrainingArguments, **given: Any) -> LoraSteps:
+        trainer: Any = self.model.objective.trainer(self.model, self.settings, self.targets, config, **given)
         return trainer
 
     def _write(self, trainer: LoraSteps, staging: Path, log: list[dict[str, float]], kept: Path | None) -> None:
@@ -399,7 +358,7 @@ class Train:
             config["target_modules"] = self.targets
         config["base_model_name_or_path"] = self._name()  # only now: PEFT would fetch from the hub what it names
         write_json(staging / "adapter_config.json", config)
-        self.model.checkpoint.copy_processing(staging)
+        self.model.objective.accompany(self.model.checkpoint, staging)
         write_json(staging / LOG, log)
         if self.skipped:
             write_skipped(staging / SKIPPED, self.skipped)

@@ -104,27 +104,29 @@ def trainer_config(
     Raises:
         ValueError: from TRL or transformers: settings conflict with each other or with the machine.
     """
-    given = dict(settings)
-    named = {field: given[setting] for setting, field in _NAMED.items() if setting in given}
-    named["max_steps"] = settings.steps or -1
-    named["num_train_epochs"] = given.get("epochs") or DEFAULT_EPOCHS
     own: dict[str, Any] = {"completion_only_loss": completion_only}
     if settings.learns_preferences:
-        own = {"beta": given["beta"]}
+        own = {"beta": dict(settings)["beta"]}
     elif not (settings.extra.get("packing") or settings.extra.get("shuffle_dataset")):
         own["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows are tokenized and have labels
     config: TrainingArguments = (kind or _config_class(settings))(
-        output_dir=str(checkpoints),
-        save_strategy="steps",
-        save_total_limit=2,
-        **{**own, "use_cpu": use_cpu, **named, **settings.extra, **fixed},
+        **{**trainer_fields(settings, checkpoints), **own, "use_cpu": use_cpu, **settings.extra, **fixed}
     )
     use_one_gpu(config)  # several are for `accelerate launch`
     return config
 
 
-def lora_config(settings: TrainSettings, target_modules: list[str]) -> "LoraConfig":
-    """Return PEFT's config, with these ends of module paths as its targets."""
+def trainer_fields(settings: StepSettings, checkpoints: Path) -> dict[str, Any]:
+    """Return the settings as fields of a trainer's config, with what any trainer here is told of its checkpoints."""
+    given = dict(settings)
+    named = {field: given[setting] for setting, field in _NAMED.items() if setting in given}
+    named["max_steps"] = settings.steps or -1
+    named["num_train_epochs"] = given.get("epochs") or DEFAULT_EPOCHS
+    return {"output_dir": str(checkpoints), "save_strategy": "steps", "save_total_limit": 2, **named}
+
+
+def lora_config(settings: TrainSettings, target_modules: list[str], task: str | None = "CAUSAL_LM") -> "LoraConfig":
+    """Return PEFT's config, with these ends of module paths as its targets, for what PEFT calls the task."""
     from peft import LoraConfig
 
     alpha = settings.lora_alpha  # some readers of PEFT's config expect an integer if it can be one
@@ -138,7 +140,7 @@ def lora_config(settings: TrainSettings, target_modules: list[str]) -> "LoraConf
         layers_to_transform=settings.layers_to_transform,
         modules_to_save=settings.modules_to_save,
         trainable_token_indices=settings.trainable_token_indices,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
 
 

@@ -23,6 +23,7 @@ from emloc_core.tuning.trl import lora_config
 MODELS = {
     label: (family, config)
     for family in plugin_manager().families()
+    if family.objective == "tokens"
     for label, config in zip(labels(family), family.tiny_configs, strict=True)
 }
 FIRST = next(label for label in MODELS if label.startswith("llama"))

@@ -1,0 +1,155 @@
+"""What a model learns: all that the stages need to know of a model besides its blocks and Linears.
+
+The core's own objective is ``tokens`` (:mod:`emloc_core.tokens`). Plugins provide others by the hook
+``emloc_objectives``, and their families name them. Imports nothing heavy.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from emloc_core.data.rows import Row
+    from emloc_core.family import Family
+    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.model.opened import OpenModel
+    from emloc_core.settings import StepSettings
+
+#: What samples are for. Where something is drawn for a row, such as noise, it is drawn again for each.
+Purpose = Literal["calibration", "selection", "evaluation"]
+
+
+class Sample(Protocol):
+    """One forward of a model, and what it should answer."""
+
+    @property
+    def row(self) -> int:
+        """The number of the row that it was made from."""
+
+    @property
+    def others(self) -> "Mapping[str, torch.Tensor]":
+        """Tensors that every forward of the sample gets as they are."""
+
+    @property
+    def size(self) -> int:
+        """How many positions it has: tokens, say."""
+
+    def inputs(self, device: "torch.device | str") -> "dict[str, torch.Tensor]":
+        """Return the tensors that the model gets."""
+
+    def run(self, model: Any, device: "torch.device | str") -> Any:
+        """Pass through the model, and return what it answers."""
+
+    def loss(self, model: Any, device: "torch.device | str") -> "torch.Tensor":
+        """Pass through the model; return the summed loss, and how many numbers of it are summed: (2,), fp64."""
+
+
+class Datasets(NamedTuple):
+    """What a trainer gets.
+
+    Attributes:
+        train: the rows to train on.
+        evaluated: those to evaluate; None without any.
+        sizes: of each row that is trained on; rows that cannot be are left out.
+        processing: what the trainer calls its ``processing_class``; None without one.
+    """
+
+    train: Any
+    evaluated: Any
+    sizes: list[Any]
+    processing: Any
+
+
+class Objective(Protocol):
+    """What the stages ask for. It is made without arguments.
+
+    Attributes:
+        type_key: the key of ``config.json`` that names the architecture.
+        weights: how the names of files of weights begin: ``model`` as in ``model.safetensors``.
+        folder: where this model is in a directory of several; empty if it has one of its own.
+        keeps_rows: whether rows that an emulator is calibrated on, or that its correction is chosen on, are never tuned
+            on. If not, what is drawn for them differs.
+        task: PEFT's name for it, if it has one.
+    """
+
+    type_key: str
+    weights: str
+    folder: str
+    keeps_rows: bool
+    task: str | None
+
+    def config(self, path: "Path") -> Any:
+        """Return the library's config for a ``config.json``; its ``dtype`` may be None."""
+
+    def build(self, family: "Family", config: Any, dtype: "torch.dtype") -> Any:
+        """Return the model of a config, with initial weights; called where parameters take no memory."""
+
+    def tensor_loader(self, model: Any, conversions: Sequence[Any]) -> Any:
+        """Return what makes parameters of a checkpoint's tensors, with the methods of
+        :class:`emloc_core.compat.transformers.TensorLoader`."""
+
+    def require_rows(self, rows: "Sequence[Row]", family: "Family") -> None:
+        """Refuse rows that the models of a family cannot learn from."""
+
+    def samples(
+        self, model: "OpenModel", rows: "Sequence[Row]", max_length: int | None, purpose: Purpose
+    ) -> "Sequence[Sample]":
+        """Return the samples of rows, in the order of the rows; of rows to evaluate, those without any are left out."""
+
+    def accompany(self, checkpoint: "Checkpoint", adapter: "Path") -> None:
+        """Write into the directory of an adapter what its users need beside it."""
+
+    def check(self, settings: "StepSettings") -> None:
+        """Refuse settings that training has no use for."""
+
+    def measure(
+        self, model: "OpenModel", rows: "Sequence[Row]", evaluated: "Sequence[Row]", settings: "StepSettings"
+    ) -> dict[str, int]:
+        """Return what a dry run says of the rows to train on."""
+
+    def arguments(
+        self,
+        settings: "StepSettings",
+        checkpoints: "Path",
+        rows: "Sequence[Row]",
+        *,
+        exact: bool,
+        **fixed: Any,
+    ) -> "TrainingArguments":
+        """Return the trainer's arguments: the settings, and what the stage itself sets."""
+
+    def datasets(
+        self,
+        model: "OpenModel",
+        rows: "Sequence[Row]",
+        evaluated: "Sequence[Row]",
+        settings: "StepSettings",
+        arguments: "TrainingArguments",
+    ) -> Datasets:
+        """Return rows as the trainer takes them; arguments that depend on them are set."""
+
+    def trainer(
+        self, model: "OpenModel", settings: "StepSettings", targets: Sequence[str], arguments: Any, **given: Any
+    ) -> "Trainer":
+        """Return the trainer of a new LoRA on the model in memory: an ``emloc_core.tuning.trainer.LoraSteps``.
+
+        Args:
+            model: an emulator, or an ordinary model.
+            settings: how to train.
+            targets: ends of the paths of modules that get a LoRA.
+            arguments: the trainer's.
+            given: what the trainer is given besides.
+        """
+
+    def exact_trainer(self) -> type[Any]:
+        """Return the class of trainers of exact steps: ``emloc_core.tuning.exact.Streamed``, and one that trains."""
+
+    def exact_steps(self) -> type[Any]:
+        """Return what takes the gradients of exact steps: a subclass of ``emloc_core.exact.steps.ExactSteps``."""
+
+    def vocabulary(self, config: Any) -> int:
+        """Return how many logits a position has at once; 0 without any."""

@@ -1,0 +1,182 @@
+"""The core's own objective: tokens, each predicted from those before it, by models of transformers.
+
+Everything is imported where it is used, since the objective of every config is asked for.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emloc_core.objective import Datasets, Purpose, Sample
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainingArguments
+
+    from emloc_core.data.rows import Row
+    from emloc_core.family import Family
+    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.model.opened import OpenModel
+    from emloc_core.settings import StepSettings
+    from emloc_core.tuning.trainer import LoraSteps
+
+
+class TokenObjective:
+    """See :class:`emloc_core.objective.Objective`."""
+
+    type_key, weights, folder = "model_type", "model", ""
+    keeps_rows = True
+    task = "CAUSAL_LM"
+
+    def config(self, path: Path) -> Any:
+        """Return transformers' config."""
+        from emloc_core.files.pretrained import load_config
+
+        return load_config(path)
+
+    def build(self, family: "Family", config: Any, dtype: "torch.dtype") -> Any:
+        """Return a model of transformers.
+
+        Raises:
+            EmlocError: transformers does not have the class that the family declares, or cannot build it.
+        """
+        from emloc_core.errors import EmlocError
+        from emloc_core.files.pretrained import auto_class, new_model
+
+        if auto_class(family.auto_class) is None:
+            raise EmlocError(
+                f"The family {family.name!r} declares the class {family.auto_class}, which transformers does not have.",
+                "Correct auto_class in its plugin, or uninstall the plugin.",
+                code="plugin",
+            )
+        return new_model(family.auto_class, config, dtype)
+
+    def tensor_loader(self, model: Any, conversions: Sequence[Any]) -> Any:
+        """Return what maps and converts tensors as ``from_pretrained`` does."""
+        from emloc_core.compat.transformers import TensorLoader
+
+        return TensorLoader(model, conversions)
+
+    def require_rows(self, rows: "Sequence[Row]", family: "Family") -> None:
+        """Refuse pictures where models read only text."""
+        from emloc_core.data.tokenize import require_readable
+
+        require_readable(rows, family)
+
+    def samples(
+        self, model: "OpenModel", rows: "Sequence[Row]", max_length: int | None, purpose: Purpose
+    ) -> Sequence[Sample]:
+        """Return a sample per row; of those that are evaluated, rows whose answer is cut away are left out."""
+        from emloc_core.data.tokenize import encode, tokenized
+
+        how = (model.processing(rows), max_length, model.limits, model.skeleton.dtype)
+        if purpose == "evaluation":
+            return [sample for sample in tokenized(rows, *how) if any(sample.completion_mask)]
+        return encode(rows, *how)
+
+    def accompany(self, checkpoint: "Checkpoint", adapter: Path) -> None:
+        """Copy the tokenizer."""
+        checkpoint.copy_processing(adapter)
+
+    def check(self, settings: "StepSettings") -> None:
+        """Refuse ``extra`` fields that are not TRL's."""
+        from emloc_core.tuning.trl import check_extra
+
+        check_extra(settings)
+
+    def measure(
+        self, model: "OpenModel", rows: "Sequence[Row]", evaluated: "Sequence[Row]", settings: "StepSettings"
+    ) -> dict[str, int]:
+        """Return how long rows are; see :func:`emloc_core.tuning.dataset.measure`."""
+        from emloc_core.tuning.dataset import measure
+
+        return measure(rows, model.processing([*rows, *evaluated]), settings.max_length, model.config)
+
+    def arguments(
+        self, settings: "StepSettings", checkpoints: Path, rows: "Sequence[Row]", *, exact: bool, **fixed: Any
+    ) -> "TrainingArguments":
+        """Return TRL's config."""
+        import torch
+
+        from emloc_core.tuning.exact import StreamedConfig
+        from emloc_core.tuning.trl import trainer_config
+
+        return trainer_config(
+            settings,
+            checkpoints,
+            completion_only=rows[0].form != "text",
+            use_cpu=not torch.accelerator.is_available(),
+            kind=StreamedConfig if exact else None,
+            **fixed,
+        )
+
+    def datasets(
+        self,
+        model: "OpenModel",
+        rows: "Sequence[Row]",
+        evaluated: "Sequence[Row]",
+        settings: "StepSettings",
+        arguments: "TrainingArguments",
+    ) -> Datasets:
+        """Return tokenized rows, or with images what TRL's collator takes."""
+        from functools import partial
+
+        from transformers import ProcessorMixin
+
+        from emloc_core.tuning.dataset import make_dataset
+        from emloc_core.tuning.preferences import preference_dataset
+
+        processing = model.processing([*rows, *evaluated])
+        how = (processing, settings.max_length, model.config)
+        sft = partial(make_dataset, completion_only=getattr(arguments, "completion_only_loss", True))
+        preferences = partial(preference_dataset, settings=settings)
+        train, sizes = (preferences if settings.learns_preferences else sft)(rows, *how)
+        held_out = sft(evaluated, *how)[0] if evaluated else None
+        if isinstance(processing, ProcessorMixin):  # the collator makes all inputs of the model
+            arguments.remove_unused_columns = False
+        return Datasets(train, held_out, sizes, processing)
+
+    def trainer(
+        self, model: "OpenModel", settings: "StepSettings", targets: Sequence[str], arguments: Any, **given: Any
+    ) -> "LoraSteps":
+        """Return TRL's trainer.
+
+        Raises:
+            EmlocError: the model cannot be loaded, or the settings conflict.
+        """
+        from emloc_core.files.pretrained import load_model
+        from emloc_core.settings import TrainSettings
+        from emloc_core.tuning.heap import give_back
+        from emloc_core.tuning.trainer import SETTINGS, TRAINERS, balance_no_experts, refusing
+        from emloc_core.tuning.trl import lora_config
+
+        assert isinstance(settings, TrainSettings)
+        directory = model.checkpoint.directory.absolute()
+        with refusing(f"{directory} cannot be loaded", resumable=True):
+            loaded = load_model(model.family.auto_class, directory)
+        balance_no_experts(loaded.config)
+        with refusing(SETTINGS):
+            trainer = TRAINERS[settings.objective](
+                loaded, args=arguments, peft_config=lora_config(settings, list(targets), self.task), **given
+            )
+        if arguments.use_cpu:  # the loss follows, with the peak
+            backbone: Any = trainer.lora.get_base_model().base_model
+            backbone.register_forward_hook(give_back)
+        return trainer
+
+    def exact_trainer(self) -> type[Any]:
+        """Return TRL's trainer, streamed."""
+        from emloc_core.tuning.exact import StreamedTrainer
+
+        return StreamedTrainer
+
+    def exact_steps(self) -> type[Any]:
+        """Return what computes the loss of tokens in pieces."""
+        from emloc_core.exact.steps import ExactSteps
+
+        return ExactSteps
+
+    def vocabulary(self, config: Any) -> int:
+        """Return the number of words."""
+        size: int = config.get_text_config().vocab_size
+        return size

@@ -1,0 +1,118 @@
+"""How the transformers of diffusers are called: noisy pictures, prompts and times as each class takes them.
+
+One class here per class there. Pictures are latents of shape (B, C, h, w), ``sigma`` is the share of noise in them,
+(B,), 0 to 1, and prompts are tensors by name, (B, ...). What the model answers is compared with ``noise - pictures``,
+the velocity of flow matching (Esser et al., 2024, arXiv 2403.03206).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from emloc_core.errors import EmlocError
+
+#: The guidance that models distilled for it are tuned at, as in diffusers' scripts.
+GUIDANCE = 3.5
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Call(Protocol):
+    """How a class is called.
+
+    Attributes:
+        pipeline_class: the pipeline whose prompts and pictures the class is given.
+        density: how times are drawn, as in diffusers' scripts: ``uniform`` or ``logit-normal``.
+        patch: sides of pictures are multiples of so many latents.
+    """
+
+    pipeline_class: str
+    density: str
+    patch: int
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        """Return C, the channels of pictures as latents."""
+
+    def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
+        """Return one prompt as the pipeline encodes it: tensors without batch."""
+
+    def arguments(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, prompt: Tensors, config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return what a forward is given."""
+
+    def answer(self, output: Any) -> torch.Tensor:
+        """Return what a forward answers, in the shape of :meth:`target`."""
+
+    def target(self, velocity: torch.Tensor) -> torch.Tensor:
+        """Return what it should answer, of ``noise - pictures``, (B, C, h, w)."""
+
+    def made_up(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a prompt of five tokens, for tiny models."""
+
+
+def packed(latents: torch.Tensor) -> torch.Tensor:
+    """Return patches of 2 x 2 latents as tokens: (B, h/2 * w/2, 4 C)."""
+    b, c, h, w = latents.shape
+    return latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
+
+
+def positions(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Return the positions of height x width patches: (height * width, 3), the first of them 0."""
+    grid = torch.zeros(height, width, 3, device=device)
+    grid[..., 1] += torch.arange(height, device=device)[:, None]
+    grid[..., 2] += torch.arange(width, device=device)[None]
+    return grid.reshape(-1, 3)
+
+
+class Flux:
+    """FLUX.1: packed pictures, time from 0 to 1, a pooled prompt besides."""
+
+    pipeline_class, density, patch = "FluxPipeline", "uniform", 2
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        return int(config["in_channels"]) // 4
+
+    def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
+        length = min(512, pipe.tokenizer_2.model_max_length)
+        tokens, pooled, _ = pipe.encode_prompt(text, text, max_sequence_length=length)
+        return {"tokens": tokens[0], "pooled": pooled[0]}
+
+    def arguments(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, prompt: Tensors, config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        guided = {"guidance": torch.full_like(sigma, GUIDANCE)} if config.get("guidance_embeds") else {}
+        height, width = noisy.shape[2] // 2, noisy.shape[3] // 2
+        return {
+            "hidden_states": packed(noisy),
+            "timestep": sigma,
+            "encoder_hidden_states": prompt["tokens"],
+            "pooled_projections": prompt["pooled"],
+            "txt_ids": torch.zeros(prompt["tokens"].shape[1], 3, device=noisy.device),
+            "img_ids": positions(height, width, noisy.device),
+            **guided,
+        }
+
+    def answer(self, output: Any) -> torch.Tensor:
+        found: torch.Tensor = output[0]
+        return found
+
+    def target(self, velocity: torch.Tensor) -> torch.Tensor:
+        return packed(velocity)
+
+    def made_up(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {"tokens": (5, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
+
+
+_CALLS: dict[str, Call] = {"FluxTransformer2DModel": Flux()}
+
+
+def call_of(class_name: str) -> Call:
+    """Return how a class of diffusers is called.
+
+    Raises:
+        EmlocError: it is not known.
+    """
+    if class_name not in _CALLS:
+        raise EmlocError(f"It is not known how a {class_name} is called.", f"Known: {', '.join(_CALLS)}.")
+    return _CALLS[class_name]

@@ -1,0 +1,182 @@
+"""Rows as what the transformer learns from: pictures as latents, prompts as embeddings; encoded once, and kept.
+
+The encoders are larger than many a transformer, and there is no need for them while it is trained. What they answer is
+kept in the user's cache directory, by the content of picture, prompt and encoder.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from emloc_core.data.rows import Row
+from emloc_core.errors import EmlocError
+from emloc_core.files.inputs import Inputs
+from emloc_core.memory.cache import directory as cache_directory
+from emloc_core.model.device import choose_device
+from emloc_diffusers.calls import Call
+from emloc_diffusers.pipeline import Parts
+
+#: Pixels of a picture, at most, where the user does not say.
+_PIXELS = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as the transformer learns from it.
+
+    Attributes:
+        row: its number.
+        latents: (C, h, w), fp32.
+        prompt: tensors by name, without batch.
+        weight: in the loss.
+        key: of its content.
+    """
+
+    row: int
+    latents: torch.Tensor
+    prompt: Mapping[str, torch.Tensor]
+    weight: float
+    key: str
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What rows of one forward have in common."""
+        return tuple(self.latents.shape), *(tuple(each.shape) for each in self.prompt.values())
+
+
+class Encoder:
+    """Encodes rows for a transformer.
+
+    Args:
+        parts: of its pipeline. Without a VAE, the transformer learns the pixels themselves.
+        call: how it is called.
+        config: its config.
+        tokens: patches of a picture, at most; larger ones are scaled down. None: a million pixels.
+    """
+
+    def __init__(self, parts: Parts, call: Call, config: Mapping[str, Any], tokens: int | None) -> None:
+        self.parts, self.call, self.config, self.tokens = parts, call, config, tokens
+        self.device = choose_device("auto")
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Return rows, encoded.
+
+        Raises:
+            EmlocError: a picture cannot be read, or is smaller than a patch; or a part cannot be loaded.
+        """
+        place = cache_directory()
+        if place is None:
+            with TemporaryDirectory() as directory:
+                return self._encode(rows, Path(directory))
+        place = place / "encoded"
+        place.mkdir(parents=True, exist_ok=True)
+        return self._encode(rows, place)
+
+    def _encode(self, rows: Sequence[Row], place: Path) -> list[Encoded]:
+        files = Inputs(place)
+        read = files.hash(file for name in self.parts.readers for file in self.parts.files(name))
+        drawn = files.hash(self.parts.files("vae")) if self.parts.has("vae") else "pixels"
+        prompts = {
+            row.number: place / f"{_digest(self.call.pipeline_class, read, row.prompt)}.safetensors" for row in rows
+        }
+        size = f"{self.tokens}-{self.call.channels(self.config)}-{self.call.patch}"
+        pictures = {row.number: place / f"{_digest(drawn, size, _image(row).sha256)}.safetensors" for row in rows}
+        if missing := [row for row in rows if not prompts[row.number].exists()]:
+            with self.parts.reading(self.call.pipeline_class, self.device) as pipe, torch.no_grad():
+                for row in missing:
+                    found = self.call.prompt(pipe, str(row.prompt))
+                    _keep({name: each.cpu() for name, each in found.items()}, prompts[row.number])
+        if missing := [row for row in rows if not pictures[row.number].exists()]:
+            vae = self.parts.load("vae").to(self.device) if self.parts.has("vae") else None
+            with torch.no_grad():
+                for row in missing:
+                    _keep({"latents": self._latents(row, vae)}, pictures[row.number])
+        return [
+            Encoded(
+                row.number,
+                load_file(pictures[row.number])["latents"],
+                load_file(prompts[row.number]),
+                row.weight,
+                row.key,
+            )
+            for row in rows
+        ]
+
+    def _latents(self, row: Row, vae: Any) -> torch.Tensor:
+        """Return a picture as latents, (C, h, w), on the CPU."""
+        pixels = self._pixels(row, _factor(vae))
+        if vae is None:
+            return pixels
+        given = pixels[None].to(self.device, vae.dtype)
+        found = vae.encode(given[:, :, None] if _is_for_films(vae) else given).latent_dist.mode()
+        return normalised(found, vae)[0].float().cpu()
+
+    def _pixels(self, row: Row, factor: int) -> torch.Tensor:
+        """Return a picture, (C, H, W), from -1 to 1: scaled down to the most patches, and cut to whole ones."""
+        import numpy
+
+        image = _image(row).read()
+        if factor == 1 and self.call.channels(self.config) == 1:
+            image = image.convert("L")
+        side = factor * self.call.patch  # of a patch, in pixels
+        most = _PIXELS if self.tokens is None else self.tokens * side * side
+        scale = min(1.0, (most / (image.width * image.height)) ** 0.5)
+        width, height = (round(each * scale) // side * side for each in image.size)
+        if not width or not height:
+            raise EmlocError(f"{row.name}: its picture is smaller than a patch of {side} pixels.", "Leave it out.")
+        if scale < 1:
+            image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))))
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        array = numpy.asarray(image.crop((left, top, left + width, top + height)), dtype=numpy.float32)
+        pixels = torch.from_numpy(array.reshape(height, width, -1)).permute(2, 0, 1) / 127.5 - 1
+        if factor == 1 and len(pixels) != self.call.channels(self.config):
+            raise EmlocError(
+                f"{row.name}: its picture has {len(pixels)} channels, and the transformer learns "
+                f"{self.call.channels(self.config)}, of a pipeline without a VAE.",
+                "Give the whole pipeline.",
+            )
+        return pixels.contiguous()
+
+
+def normalised(latents: torch.Tensor, vae: Any) -> torch.Tensor:
+    """Return latents of a VAE as transformers learn them: (B, C, h, w)."""
+    config = vae.config
+    if _is_for_films(vae):
+        spread = (config.latents_mean, config.latents_std)
+        mean, std = (torch.tensor(each).to(latents).view(1, -1, 1, 1, 1) for each in spread)
+        return ((latents - mean) / std)[:, :, 0]
+    return (latents - (config.shift_factor or 0)) * config.scaling_factor
+
+
+def _is_for_films(vae: Any) -> bool:
+    """Return whether a VAE encodes films, of which a picture is one of a single frame."""
+    return hasattr(vae, "temperal_downsample")  # diffusers' own spelling
+
+
+def _factor(vae: Any) -> int:
+    """Return how many pixels a latent is wide."""
+    if vae is None:
+        return 1
+    return 2 ** (len(vae.temperal_downsample) if _is_for_films(vae) else len(vae.config.block_out_channels) - 1)
+
+
+def _image(row: Row) -> Any:
+    assert row.images
+    return row.images[0]
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+
+
+def _keep(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors under a temporary name, and rename the file when it is complete."""
+    unfinished = path.with_suffix(f".{torch.randint(1 << 30, ()).item()}.tmp")
+    save_file({name: each.contiguous() for name, each in tensors.items()}, unfinished)
+    unfinished.rename(path)

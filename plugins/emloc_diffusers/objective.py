@@ -1,0 +1,161 @@
+"""Flow matching as an objective. Imports nothing heavy: it is asked for whenever a config is not transformers'."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emloc_core.errors import EmlocError
+from emloc_core.objective import Datasets, Purpose, Sample
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainingArguments
+
+    from emloc_core.data.rows import Row
+    from emloc_core.family import Family
+    from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.model.opened import OpenModel
+    from emloc_core.settings import StepSettings
+    from emloc_diffusers.encoding import Encoded
+
+#: Draws of noise and time for every row. Modulations read one vector per draw, whatever the picture's size.
+_DRAWS = {"calibration": 16, "selection": 8, "evaluation": 8}
+
+
+class FlowMatching:
+    """See :class:`emloc_core.objective.Objective`."""
+
+    type_key, weights, folder = "_class_name", "diffusion_pytorch_model", "transformer"
+    keeps_rows = False
+    task = None
+
+    def config(self, path: Path) -> Any:
+        """Return diffusers' config."""
+        from emloc_diffusers.transformer import read_config
+
+        return read_config(path)
+
+    def build(self, family: "Family", config: Any, dtype: "torch.dtype") -> Any:
+        """Return a transformer of diffusers."""
+        from emloc_diffusers.pretrained import new_transformer
+
+        return new_transformer(family.auto_class, config, dtype)
+
+    def tensor_loader(self, model: Any, conversions: Sequence[Any]) -> Any:
+        """Return what puts every tensor where its key says."""
+        from emloc_diffusers.transformer import TensorsByName
+
+        return TensorsByName(model)
+
+    def require_rows(self, rows: "Sequence[Row]", family: "Family") -> None:
+        """Refuse anything but pictures with prompts."""
+        if other := next((row for row in rows if row.form != "picture"), None):
+            raise EmlocError(
+                f"{other.name} is a row of {other.form}, but models of the family {family.name} make pictures.",
+                "Give rows of `prompt` and `image`.",
+                code="mismatch",
+            )
+
+    def samples(
+        self, model: "OpenModel", rows: "Sequence[Row]", max_length: int | None, purpose: Purpose
+    ) -> Sequence[Sample]:
+        """Return several draws of every row."""
+        from emloc_diffusers.calls import call_of
+        from emloc_diffusers.flow import draws
+
+        call = call_of(model.family.auto_class)
+        return draws(encoded(model, rows, max_length), call, times(model), _DRAWS[purpose], purpose)
+
+    def accompany(self, checkpoint: "Checkpoint", adapter: Path) -> None:
+        """Write the LoRA in the form that pipelines load."""
+        from emloc_diffusers.lora_file import write_for_pipelines
+
+        write_for_pipelines(adapter)
+
+    def check(self, settings: "StepSettings") -> None:
+        """Refuse what only text has."""
+        if settings.learns_preferences or settings.trains_modules:
+            raise EmlocError("Pictures are learned as they are, by a LoRA.", "Leave out preferences and modules.")
+        if settings.extra:
+            raise EmlocError(
+                f"There is no {sorted(settings.extra)[0]} where pictures are learned.",
+                "Leave it out.",
+                code="unsupported",
+            )
+
+    def measure(
+        self, model: "OpenModel", rows: "Sequence[Row]", evaluated: "Sequence[Row]", settings: "StepSettings"
+    ) -> dict[str, int]:
+        """Return how many patches the largest picture has."""
+        found = self.samples(model, rows, settings.max_length, "selection")
+        largest = max(found, key=lambda sample: sample.size)
+        return {"longest_tokens": largest.size, "longest_row": largest.row}
+
+    def arguments(
+        self, settings: "StepSettings", checkpoints: Path, rows: "Sequence[Row]", *, exact: bool, **fixed: Any
+    ) -> "TrainingArguments":
+        """Return transformers' arguments."""
+        from emloc_diffusers.training import arguments
+
+        return arguments(settings, checkpoints, exact=exact, **fixed)
+
+    def datasets(
+        self,
+        model: "OpenModel",
+        rows: "Sequence[Row]",
+        evaluated: "Sequence[Row]",
+        settings: "StepSettings",
+        arguments: "TrainingArguments",
+    ) -> Datasets:
+        """Return rows, encoded."""
+        from emloc_diffusers.training import Pictures, sizes
+
+        train = Pictures(encoded(model, rows, settings.max_length), times(model), model.family.auto_class)
+        held_out = None
+        if evaluated:
+            drawn = self.samples(model, evaluated, settings.max_length, "evaluation")
+            held_out = Pictures(drawn, times(model), model.family.auto_class)
+        return Datasets(train, held_out, sizes(train), None)
+
+    def trainer(
+        self, model: "OpenModel", settings: "StepSettings", targets: Sequence[str], arguments: Any, **given: Any
+    ) -> Any:
+        """Return a trainer of a new LoRA."""
+        from emloc_diffusers.training import new_trainer
+
+        return new_trainer(model, settings, targets, arguments, **given)
+
+    def exact_trainer(self) -> type[Any]:
+        """Return a trainer of the same, streamed."""
+        from emloc_diffusers.training import StreamedFlowTrainer
+
+        return StreamedFlowTrainer
+
+    def exact_steps(self) -> type[Any]:
+        """Return what recomputes every unit: there is no head."""
+        from emloc_diffusers.training import ExactFlow
+
+        return ExactFlow
+
+    def vocabulary(self, config: Any) -> int:
+        """Return 0."""
+        return 0
+
+
+def encoded(model: "OpenModel", rows: "Sequence[Row]", tokens: int | None) -> "list[Encoded]":
+    """Return rows, encoded by the pipeline of a transformer, or of an emulator's base; large pictures scaled down."""
+    from emloc_diffusers.calls import call_of
+    from emloc_diffusers.encoding import Encoder
+    from emloc_diffusers.pipeline import Parts, pipeline_of
+
+    parts = Parts(pipeline_of(model.checkpoint))
+    return Encoder(parts, call_of(model.family.auto_class), model.config, tokens).encode(rows)
+
+
+def times(model: "OpenModel") -> Any:
+    """Return how times are drawn."""
+    from emloc_diffusers.calls import call_of
+    from emloc_diffusers.flow import Times
+    from emloc_diffusers.pipeline import Parts, pipeline_of
+
+    return Times.of(call_of(model.family.auto_class), Parts(pipeline_of(model.checkpoint)).scheduler())

@@ -1,0 +1,90 @@
+"""The pipeline that a transformer belongs to: its encoders, and how times are spaced.
+
+A pipeline's directory has a ``model_index.json`` and a folder per part; the transformer is one of them. An emulator's
+pipeline is that of its base.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
+from emloc_core.files.documents import read_object
+from emloc_core.files.output import made_from, read_manifest
+from emloc_diffusers.pretrained import load_part
+
+INDEX = "model_index.json"
+#: The parts that read prompts.
+_READERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+def pipeline_of(checkpoint: Checkpoint) -> Path:
+    """Return the directory of the pipeline that a transformer, or the base of an emulator, is part of.
+
+    Raises:
+        EmlocError: it is part of none.
+    """
+    directory = checkpoint.directory.absolute()
+    manifest = read_manifest(directory)
+    if manifest is not None and manifest.get("kind") == "emulator":
+        directory = open_checkpoint(made_from(directory, "base")).directory.absolute()
+    if not (directory.parent / INDEX).is_file():
+        raise EmlocError(
+            f"{directory} is part of no pipeline, so that pictures and prompts cannot be encoded.",
+            f"Give the directory of the pipeline, with its {INDEX}, or the transformer in it.",
+            code="missing",
+        )
+    return directory.parent
+
+
+class Parts:
+    """The parts of a pipeline, but its transformer.
+
+    Args:
+        directory: of the pipeline.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.index = read_object(directory / INDEX)
+
+    def has(self, name: str) -> bool:
+        """Return whether there is such a part."""
+        named = self.index.get(name)
+        return isinstance(named, list) and len(named) == 2 and named[1] is not None
+
+    @property
+    def readers(self) -> list[str]:
+        """The names of the parts that read prompts."""
+        return [name for name in _READERS if self.has(name)]
+
+    def files(self, name: str) -> list[Path]:
+        """Return the files of a part that shape what it does."""
+        return sorted(path for path in (self.directory / name).iterdir() if path.suffix in (".json", ".safetensors",
+                      ".model", ".txt"))  # fmt: skip
+
+    def load(self, name: str) -> Any:
+        """Return a part; see :func:`emloc_diffusers.pretrained.load_part`."""
+        library, class_name = self.index[name]
+        return load_part(str(library), str(class_name), self.directory / name)
+
+    @contextmanager
+    def reading(self, class_name: str, device: torch.device) -> Iterator[Any]:
+        """Yield the pipeline with what encodes prompts alone, on a device; it is dropped at the end."""
+        import diffusers
+
+        kind = getattr(diffusers, class_name)
+        required, optional = kind._get_signature_keys(kind)
+        known = {*required, *optional}
+        parts = {name: self.load(name) for name in self.readers if name in known}
+        yield kind(**{**dict.fromkeys(required - parts.keys()), **parts}).to(device)
+
+    def scheduler(self) -> dict[str, Any]:
+        """Return the config of the scheduler."""
+        path = self.directory / "scheduler" / "scheduler_config.json"
+        return json.loads(path.read_text()) if path.is_file() else {}

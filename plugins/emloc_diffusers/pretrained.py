@@ -1,0 +1,87 @@
+"""The only place here where transformers and parts of pipelines are built and loaded.
+
+As in :mod:`emloc_core.files.pretrained`: no code of their own is run, no pickle is read, nothing is downloaded.
+"""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from emloc_core.errors import EmlocError, first_line
+from emloc_core.files.limits import limited
+from emloc_core.files.own import require_own_files
+
+if TYPE_CHECKING:
+    import torch
+
+#: Limits for building a model without weights: seconds, and bytes.
+_SECONDS, _BYTES = 60.0, 4 << 30
+
+
+def new_transformer(class_name: str, config: Mapping[str, Any], dtype: "torch.dtype") -> Any:
+    """Return a transformer with initial weights.
+
+    Raises:
+        EmlocError: diffusers does not have the class, or cannot build it.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, class_name, None)
+    if kind is None:
+        raise EmlocError(f"This version of diffusers has no {class_name}.", "pip install --upgrade diffusers")
+    taken = inspect.signature(kind.__init__).parameters  # an emulator's config has more
+    known = {name: value for name, value in config.items() if name in taken}
+    try:
+        with limited("Building the model of this config", _SECONDS, _BYTES):
+            model = kind.from_config(known)
+    except EmlocError:
+        raise
+    except Exception as error:  # sizes that do not fit each other, negative ones, ...
+        raise EmlocError(
+            f"diffusers cannot build {class_name} from the config ({first_line(error)}).",
+            "Check that the config.json belongs to the model.",
+        ) from error
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    return model
+
+
+def load_part(library: str, class_name: str, directory: Path) -> Any:
+    """Return a part of a pipeline, in the dtype that it is stored in.
+
+    Args:
+        library, class_name: as the pipeline's index names them.
+        directory: of the part.
+
+    Raises:
+        EmlocError: neither transformers nor diffusers has the class, or the part cannot be loaded.
+    """
+    import diffusers
+    import transformers
+
+    libraries: dict[str, Any] = {"transformers": transformers, "diffusers": diffusers}
+    kind = getattr(libraries.get(library), class_name, None)
+    if not hasattr(kind, "from_pretrained"):
+        raise EmlocError(
+            f"{directory} is a {library}.{class_name}, which neither transformers nor diffusers has.",
+            "Use a pipeline without code of its own.",
+            code="refused",
+        )
+    require_own_files(directory, ["*"])
+    settings: dict[str, Any] = {"local_files_only": True}
+    if library == "transformers":
+        settings["trust_remote_code"] = False
+    if hasattr(kind, "forward"):
+        settings |= (
+            {"use_safetensors": True, "torch_dtype": "auto"} if library == "transformers" else {"use_safetensors": True}
+        )
+    try:
+        return kind.from_pretrained(str(directory), **settings)
+    except Exception as error:  # whatever the libraries raise of a damaged file
+        raise EmlocError(
+            f"{directory} cannot be loaded ({first_line(error)}).", "Download or copy it again.", code="damaged"
+        ) from error

@@ -1,0 +1,163 @@
+"""Trains a LoRA on pictures, by transformers' Trainer: on the model in memory, or by exact steps.
+
+Noise and times are drawn where rows become batches, from torch's global state, which the Trainer saves and restores.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch.utils.data import Dataset
+from transformers import TrainingArguments, set_seed
+
+from emloc_core.compat.transformers import use_one_gpu
+from emloc_core.exact.steps import ExactSteps
+from emloc_core.model.opened import OpenModel
+from emloc_core.settings import StepSettings, TrainSettings
+from emloc_core.tuning.dataset import RowSize
+from emloc_core.tuning.exact import Streamed
+from emloc_core.tuning.trainer import SETTINGS, LoraSteps, refusing
+from emloc_core.tuning.trl import lora_config, trainer_fields
+from emloc_diffusers.calls import call_of
+from emloc_diffusers.encoding import Encoded
+from emloc_diffusers.flow import Drawn, Times, squared_error
+
+#: In a batch: its groups of pictures of one shape.
+GROUPS = "groups"
+
+
+class StreamedArguments(TrainingArguments):
+    """Transformers' arguments, for a model that stays where it is: its weights are read when they are needed."""
+
+    place_model_on_device = False
+
+
+def arguments(settings: StepSettings, checkpoints: Path, *, exact: bool, **fixed: Any) -> TrainingArguments:
+    """Return the trainer's arguments; see :meth:`emloc_core.objective.Objective.arguments`."""
+    fields = trainer_fields(settings, checkpoints)
+    fields |= {"use_cpu": not torch.accelerator.is_available(), "remove_unused_columns": False, **fixed}
+    for name in ("max_length", "activation_checkpointing"):  # of text, and by diffusers' own means
+        fields.pop(name, None)
+    found = (StreamedArguments if exact else TrainingArguments)(label_names=[GROUPS], **fields)
+    use_one_gpu(found)
+    return found
+
+
+class Pictures(Dataset[Encoded | Drawn]):
+    """Rows to learn from, or draws of rows that are evaluated, for which noise and times stay the same.
+
+    Args:
+        rows: the rows, or draws.
+        times: how the times of rows are drawn.
+        class_name: of the transformer.
+    """
+
+    def __init__(self, rows: Sequence[Encoded] | Sequence[Drawn], times: Times, class_name: str) -> None:
+        self.rows, self.times, self.call = rows, times, call_of(class_name)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded | Drawn:
+        return self.rows[index]
+
+    def collate(self, rows: Sequence[Encoded | Drawn]) -> dict[str, list[dict[str, Any]]]:
+        """Return a batch: groups of rows of one shape, each with noise and times."""
+        together: dict[Any, list[Drawn]] = {}
+        for row in rows:
+            drawn = row if isinstance(row, Drawn) else self._drawn(row)
+            together.setdefault(drawn.encoded.shape, []).append(drawn)
+        return {GROUPS: [_batch(group) for group in together.values()]}
+
+    def _drawn(self, row: Encoded) -> Drawn:
+        """Draw noise and a time from the global state."""
+        seed = int(torch.randint(2**63 - 1, ()))
+        return Drawn(row, self.call, float(self.times.at(torch.rand(1))), seed)
+
+
+def _batch(group: Sequence[Drawn]) -> dict[str, Any]:
+    inputs = [each.inputs("cpu") for each in group]
+    found = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
+    drawn = {name: found.pop(name) for name in ("latents", "noise", "sigma")}
+    return {**drawn, "prompt": found, "weight": torch.tensor([each.encoded.weight for each in group])}
+
+
+def sizes(pictures: Pictures) -> list[RowSize]:
+    """Return the positions of every row: those of its picture, and of the longest part of its prompt."""
+    found = []
+    for row in pictures.rows:
+        encoded = row.encoded if isinstance(row, Drawn) else row
+        _, height, width = encoded.latents.shape
+        tokens = height * width // pictures.call.patch**2 + max(len(each) for each in encoded.prompt.values())
+        found.append(RowSize(tokens, tokens))
+    return found
+
+
+class FlowTrainer(LoraSteps):
+    """Transformers' trainer for a LoRA, of the velocity."""
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        pictures: Pictures = options["train_dataset"]
+        self.call = pictures.call
+        super().__init__(model, data_collator=pictures.collate, **options)
+        self.model_accepts_loss_kwargs = False  # it counts no tokens
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ARG002
+    ) -> Any:
+        """Return the mean loss of a batch's pictures."""
+        plain = self.accelerator.unwrap_model(model)
+        loss = torch.cat([squared_error(plain, self.call, **group) for group in inputs[GROUPS]]).mean()
+        return (loss, {}) if return_outputs else loss
+
+
+class StreamedFlowTrainer(Streamed, FlowTrainer):
+    """The same, by exact steps."""
+
+
+class ExactFlow(ExactSteps):
+    """Exact steps of the velocity: there is no head, so that every unit is recomputed."""
+
+    def head_units(self, found: Sequence[str]) -> list[str]:  # noqa: ARG002
+        """Return none."""
+        self._call = call_of(type(self.model).__name__)
+        return []
+
+    def loss(self, batches: Sequence[Mapping[str, Any]], *, autocast: bool = False) -> torch.Tensor:
+        """Add the gradients of a step's mean loss; every group of pictures of one shape is a micro-batch."""
+        return super().loss([group for batch in batches for group in batch[GROUPS]], autocast=autocast)
+
+    def counted(self, batch: Mapping[str, Any]) -> int:
+        """Return the number of pictures."""
+        return len(batch["latents"])
+
+    def forward(self, batch: Mapping[str, Any], weight: float) -> Callable[[], torch.Tensor]:
+        """Return a forward of a group: its summed loss, times ``weight``."""
+
+        def forward() -> torch.Tensor:
+            with self.boundaries.keeping():
+                return weight * squared_error(self.model, self._call, **self.moved(batch)).sum()
+
+        return forward
+
+
+def new_trainer(
+    model: OpenModel, settings: StepSettings, targets: Sequence[str], arguments: TrainingArguments, **given: Any
+) -> FlowTrainer:
+    """Return the trainer of a new LoRA; see :meth:`emloc_core.objective.Objective.trainer`."""
+    assert isinstance(settings, TrainSettings)
+    skeleton = model.skeleton
+    skeleton.load_parameters([name for name, _ in skeleton.model.named_parameters()])
+    transformer: Any = skeleton.model
+    if settings.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    set_seed(arguments.seed)
+    with refusing(SETTINGS):
+        lora = get_peft_model(transformer, lora_config(settings, list(targets), None))
+        return FlowTrainer(lora, args=arguments, **given)

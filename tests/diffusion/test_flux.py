@@ -1,0 +1,139 @@
+"""FLUX.1 through all stages: streamed forwards, exact gradients, files that pipelines load."""
+
+import diffusers
+import pytest
+import torch
+from emloc_diffusers.flow import squared_error
+from emloc_diffusers.lora_file import FILE
+from emloc_diffusers.training import ExactFlow
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from support.pipelines import flux_pipeline, picture_rows
+
+import emloc_core as emloc
+from emloc_core.data.rows import load_rows
+from emloc_core.errors import EmlocError
+from emloc_core.exact.lora import lora_on
+from emloc_core.files.pretrained import load_lora
+from emloc_core.model.opened import open_model
+from emloc_core.model.streaming import Stream
+from emloc_core.settings import TrainSettings
+from emloc_core.tuning.trl import lora_config
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A pipeline, rows, and what the stages make of them."""
+    place = tmp_path_factory.mktemp("flux")
+    pipeline, rows = flux_pipeline(place / "pipeline"), picture_rows(place / "rows")
+    emulator = emloc.compress(str(pipeline), rows, str(place / "emulator"), samples=3, selection=2, ratio=0.5)
+    adapter = emloc.train(emulator, rows, str(place / "adapter"), steps=3, batch_size=2, lora_rank=2, lora_alpha=4)
+    corrected = emloc.correct(adapter, output=str(place / "corrected"))
+    polished = emloc.polish(corrected, rows, str(place / "polished"), steps=2, batch_size=2, accumulation=2)
+    merged = emloc.merge(polished, str(place / "merged"))
+    return {"pipeline": pipeline, "rows": rows, "emulator": emulator, "adapter": adapter, "corrected": corrected,
+            "polished": polished, "merged": merged}  # fmt: skip
+
+
+@pytest.fixture
+def base(made):
+    return open_model(str(made["pipeline"]), "cpu")
+
+
+def whole(made):
+    return diffusers.FluxTransformer2DModel.from_pretrained(str(made["pipeline"] / "transformer")).eval()
+
+
+def drawn(model, made, purpose="selection"):
+    return model.samples(load_rows(made["rows"]), None, purpose)
+
+
+def test_a_streamed_forward_is_that_of_the_model_in_memory(made, base):
+    model, samples = whole(made), drawn(base, made)
+    streamed = Stream(base.skeleton).run(
+        [lambda sample=sample: sample.run(base.skeleton.model, "cpu") for sample in samples]
+    )
+    with torch.no_grad():
+        assert all(
+            torch.equal(sample.run(model, "cpu"), found) for sample, found in zip(samples, streamed, strict=True)
+        )
+
+
+def test_draws_differ_by_purpose_and_not_by_call(made, base):
+    one, again, other = (drawn(base, made, purpose) for purpose in ("selection", "selection", "calibration"))
+    assert all(torch.equal(a.inputs("cpu")["noise"], b.inputs("cpu")["noise"]) for a, b in zip(one, again, strict=True))
+    assert not {sample.seed for sample in one} & {sample.seed for sample in other}
+    assert {sample.row for sample in one} == set(range(1, 7))
+    sigmas = [sample.sigma for sample in other if sample.row == 1]
+    assert len(sigmas) == 16
+    assert [int(16 * sigma) for sigma in sigmas] == list(range(16))  # over the whole range
+
+
+def test_exact_gradients_are_those_of_the_ordinary_step_and_every_block_is_read_twice(made, base):
+    def batch(sample):
+        given = sample.inputs("cpu")
+        first = {name: given.pop(name) for name in ("latents", "noise", "sigma")}
+        return {**first, "prompt": given, "weight": torch.tensor([sample.encoded.weight])}
+
+    batches = [batch(sample) for sample in drawn(base, made)[::7]]
+    settings = lora_config(TrainSettings(lora_rank=3), base.family.lora_targets(), None)
+    ordinary = get_peft_model(whole(made), settings)
+    for name, parameter in ordinary.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    call = drawn(base, made)[0].call
+    loss = sum(squared_error(ordinary, call, **given).sum() for given in batches) / len(batches)
+    loss.backward()
+    lora = lora_on(base.skeleton, settings)
+    set_peft_model_state_dict(lora, get_peft_model_state_dict(ordinary))
+    steps = ExactFlow(lora.get_base_model(), base.skeleton)
+    assert torch.allclose(steps.loss([{"groups": [given]} for given in batches]), loss, rtol=1e-6)
+    expected = {name: each.grad for name, each in ordinary.named_parameters() if each.requires_grad}
+    found = {name: each.grad for name, each in lora.named_parameters() if each.requires_grad}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-7), name
+    assert {block: steps.weights.reads[block] for block in base.skeleton.blocks} == dict.fromkeys(
+        base.skeleton.blocks, 2
+    )
+    steps.close()
+
+
+def test_pipelines_load_the_lora_exactly(made):
+    pipeline = diffusers.FluxPipeline.from_pretrained(str(made["pipeline"]))
+    pipeline.load_lora_weights(str(made["polished"]), weight_name=FILE)
+    ours = load_lora(whole(made), made["polished"].path)
+    merged = diffusers.FluxTransformer2DModel.from_pretrained(str(made["merged"]))
+    sample = drawn(open_model(str(made["pipeline"]), "cpu"), made)[0]
+    with torch.no_grad():
+        loaded, expected, folded, plain = (
+            sample.run(each, "cpu") for each in (pipeline.transformer, ours, merged, whole(made))
+        )
+    assert torch.allclose(loaded, expected, atol=1e-6)
+    assert torch.allclose(folded, expected, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-3
+    assert all(key.startswith("transformer.") for key in load_file(made["polished"].path / FILE))
+
+
+def test_the_emulator_is_smaller_and_is_what_is_trained_on(made):
+    result = made["emulator"].result
+    assert result["bytes"]["emulator"] < 0.7 * result["bytes"]["base"]
+    assert made["adapter"].result["excluded_rows"] == 0  # few rows: other noise is drawn for them instead
+    assert made["adapter"].result["rows"] == 6
+
+
+def test_rows_of_text_are_refused(made):
+    with pytest.raises(EmlocError, match="make pictures"):
+        emloc.train(str(made["pipeline"]), [{"text": "once upon a time"}], "never", steps=1)
+
+
+def test_pictures_are_refused_by_models_of_text(made, tiny_model):
+    with pytest.raises(EmlocError, match="has images"):
+        emloc.train(str(tiny_model), made["rows"], "never", steps=1)
+
+
+def test_a_transformer_without_its_pipeline_is_refused(made, tmp_path):
+    alone = tmp_path / "alone"
+    whole(made).save_pretrained(alone)
+    with pytest.raises(EmlocError, match="part of no pipeline"):
+        emloc.compress(str(alone), made["rows"], str(tmp_path / "emulator"), samples=2, selection=2)
