@@ -1,8 +1,9 @@
 """The frozen weights of a model that does not fit: one unit at a time, the next one read in the background.
 
 Forwards and backwards ask for units in the same order every time, so what followed a unit the last time is read ahead.
-Units that fit the room given stay. On a GPU, units are kept in pinned memory of the CPU where there is room for them,
-and copied on a stream of their own; a computation waits for its own unit alone.
+Units that fit the room given stay. For a GPU, units are kept in pinned memory of the CPU where there is room for them;
+the others pass through one pinned buffer. Each is copied as one, on a stream of its own; a computation waits for its
+own unit alone.
 """
 
 import time
@@ -16,6 +17,7 @@ import psutil
 import torch
 
 from emloc_core.errors import EmlocError
+from emloc_core.exact.pinned import PinnedMemory
 from emloc_core.model.skeleton import Skeleton
 
 #: Share of the CPU's free memory that copies of units may fill, pinned for the GPU.
@@ -24,9 +26,10 @@ _PINNED_SHARE = 0.5
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A unit on the device: its parameters by name, and on a GPU the event that ends their copy."""
+    """A unit on the device: its parameters by name; on a GPU the buffer that they lie in, and what ends its copy."""
 
     tensors: Mapping[str, torch.Tensor]
+    buffer: torch.Tensor | None = None
     copied: "torch.cuda.Event | None" = None
 
     @property
@@ -63,8 +66,7 @@ class FrozenWeights:
         self._followed: dict[tuple[str | None, str], str] = {}
         self._ahead: tuple[str, Future[_Loaded]] | None = None
         self._staying: dict[str, _Loaded] = {}
-        self._pinned: dict[str, Mapping[str, torch.Tensor]] = {}
-        self._pinned_room = _PINNED_SHARE * (psutil.virtual_memory().available - reserved)
+        self._pinned = PinnedMemory(_PINNED_SHARE * (psutil.virtual_memory().available - reserved))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="frozen-weights")
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._stamps = {shard: _stamp(shard) for shard in skeleton.checkpoint.shards}
@@ -110,8 +112,8 @@ class FrozenWeights:
         if loaded.copied is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(loaded.copied)
-            for tensor in loaded.tensors.values():
-                tensor.record_stream(stream)  # freed in this stream's order, not in that of the copy
+            assert loaded.buffer is not None
+            loaded.buffer.record_stream(stream)  # freed in this stream's order, not in that of the copy
         if loaded.nbytes <= self.room:
             self.room -= loaded.nbytes
             self._staying[unit] = loaded
@@ -124,15 +126,16 @@ class FrozenWeights:
             unit: the unit.
             left: on a GPU, the end of all that is computed with units that were asked for before the one in use.
         """
-        tensors = self._pinned.get(unit) or self._read(unit)
         self.reads[unit] += 1
-        self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
         if self._side is None or left is None:
+            tensors = self._read(unit)
+            self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
             return _Loaded(tensors)
-        left.synchronize()  # their memory is free only then; the CPU, which runs ahead of a GPU, would take more
-        with torch.cuda.stream(self._side):
-            copies = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
-            return _Loaded(copies, self._side.record_event())
+        pinned = self._pinned.unit(unit, lambda: self._read(unit))
+        self.bytes_read += pinned.layout.nbytes
+        left.synchronize()  # its memory is free only then; the CPU, which runs ahead of a GPU, would take more
+        buffer = pinned.copy(self.device, self._side)
+        return _Loaded(pinned.layout.tensors(buffer), buffer, pinned.copied)
 
     def _read(self, unit: str) -> Mapping[str, torch.Tensor]:
         with self.skeleton.parameters(self._names[unit]) as found:
@@ -144,16 +147,7 @@ class FrozenWeights:
                     "Restore the model, and run the same command again.",
                     resumable=True,
                 )
-        size = sum(_pinned(tensor.nbytes) for tensor in tensors.values())
-        if self._side is not None and size <= self._pinned_room:
-            self._pinned_room -= size
-            self._pinned[unit] = tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return tensors
-
-
-def _pinned(nbytes: int) -> int:
-    """Return what torch takes of the CPU's memory to pin so many bytes: the next power of two."""
-    return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

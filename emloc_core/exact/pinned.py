@@ -1,0 +1,108 @@
+"""Units in pinned memory of the CPU, from which a GPU copies them as fast as the bus allows.
+
+The tensors of a unit lie in one buffer, so that they are pinned and copied as one. Units that fit the room stay; the
+others pass through one more buffer.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+#: Where tensors may begin in a buffer: at multiples of so many bytes, as GPUs like it.
+_ALIGNMENT = 512
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Layout:
+    """Where the tensors of a unit lie in a buffer.
+
+    Args:
+        tensors: by name, of any shapes and dtypes.
+
+    Attributes:
+        nbytes: of the buffer.
+    """
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._places: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
+        self.nbytes = 0
+        for name, tensor in tensors.items():
+            self._places[name] = self.nbytes, tensor.shape, tensor.dtype
+            self.nbytes += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+    def tensors(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the tensors that lie in a buffer, (nbytes or more,), uint8."""
+        return {
+            name: buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            for name, (start, shape, dtype) in self._places.items()
+        }
+
+
+@dataclass
+class Pinned:
+    """A unit in pinned memory, and on a GPU the event that ends its last copy from there."""
+
+    layout: Layout
+    memory: torch.Tensor
+    copied: "torch.cuda.Event | None" = None
+
+    def copy(self, device: torch.device, stream: "torch.cuda.Stream") -> torch.Tensor:
+        """Begin to copy it to a GPU on a stream; return the buffer there, which is whole after ``copied``."""
+        with torch.cuda.stream(stream):
+            buffer = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=device)
+            buffer.copy_(self.memory[: self.layout.nbytes], non_blocking=True)
+            self.copied = stream.record_event()
+        return buffer
+
+
+class PinnedMemory:
+    """Units by name, each read once where there is room.
+
+    Args:
+        room: bytes of the CPU's memory that units may fill to stay.
+    """
+
+    def __init__(self, room: float) -> None:
+        self._room = room
+        self._staying: dict[str, Pinned] = {}
+        self._passing: Pinned | None = None
+
+    def unit(self, name: str, read: Callable[[], Tensors]) -> Pinned:
+        """Return a unit, in memory that may be another one's after the next call; ``read`` returns its tensors."""
+        if name in self._staying:
+            return self._staying[name]
+        tensors = read()
+        layout = Layout(tensors)
+        if _taken(layout.nbytes) <= self._room:
+            self._room -= _taken(layout.nbytes)
+            found = self._staying[name] = Pinned(layout, _buffer(layout.nbytes))
+        else:
+            found = self._passing = self._through(layout)
+        for tensor, place in layout.tensors(found.memory).items():
+            place.copy_(tensors[tensor])
+        return found
+
+    def _through(self, layout: Layout) -> Pinned:
+        """Return the buffer that units pass through, once the one before has left it."""
+        before = self._passing
+        if before is None or before.memory.nbytes < layout.nbytes:
+            return Pinned(layout, _buffer(layout.nbytes))
+        if before.copied is not None:
+            before.copied.synchronize()
+        return Pinned(layout, before.memory)
+
+    def clear(self) -> None:
+        """Forget all units."""
+        self._staying.clear()
+        self._passing = None
+
+
+def _buffer(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _taken(nbytes: int) -> int:
+    """Return what torch takes of the CPU's memory to pin so many bytes: the next power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
