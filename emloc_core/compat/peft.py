@@ -36,3 +36,14 @@ def check_adapters(check: Callable[[nn.Module, dict[str, Any]], None]) -> None:
         tuner.inject_adapter = checked
 
     when_imported(_WRAPS, wrap)
+
+
+def leave_casts_to_autocast(model: nn.Module) -> None:
+    """Let LoRAs in fp32 take inputs in 16 bits as they are, for passes under autocast: it casts the LoRAs.
+
+    PEFT casts inputs to fp32, which autocast casts back: two more copies of every input, one of them kept until the
+    backward pass.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):  # as peft.helpers.disable_input_dtype_casting
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from emloc_core.compat.peft import leave_casts_to_autocast
 from emloc_core.compat.torch import TorchDispatchMode, is_device_call, storage_id, tree_leaves
 from emloc_core.compat.trl import fuse_loss, tile_width, tiles_in_place
 from emloc_core.memory.fake import fake, fake_inputs, without_contents
@@ -109,6 +110,8 @@ def trace_training(
     """
     base: Any = model.get_base_model()  # type: ignore[operator]
     model.train()
+    if bf16:
+        leave_casts_to_autocast(model)
     if checkpointing:  # enabled as TRL and the trainer do
         model.enable_input_require_grads()  # type: ignore[operator]
         base.activation_checkpointing_enable()

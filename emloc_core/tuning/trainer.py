@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer_callback import TrainerState
 from trl import DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 
+from emloc_core.compat.peft import leave_casts_to_autocast
 from emloc_core.compat.trl import TokenizedDataset, counted_tokens_alone
 from emloc_core.errors import EmlocError
 from emloc_core.tuning.evaluation import BASE_LOSS, BaseLoss
@@ -43,6 +44,8 @@ class LoraSteps(Trainer):
         super().__init__(model, callbacks=[_LastStep(), *stopping], **options)
         self.loss_since_log = _LossSinceLog(self.accelerator)
         self.add_callback(self.loss_since_log)
+        if self.args.bf16:
+            leave_casts_to_autocast(self.lora)
         self.add_callback(_BestAtStart())  # after the one that stops early, which would count it as a failure
         for name, parameter in self.lora.named_parameters():
             # TRL rounds the LoRA to bf16 where the model is in four bits. Embeddings and output layers that are trained
