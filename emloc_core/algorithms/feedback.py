@@ -11,10 +11,14 @@ rows at a time, so that less is held beside it.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
+from emloc_core.algorithms.grid import Grid
 from emloc_core.algorithms.statistics import Gram
 
 #: Added to the diagonal, as a fraction of its mean: directions that no calibration row has count a little.
@@ -119,25 +123,34 @@ def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch
     """
     # Transposed, so that a column is one stretch of memory.
     work = matrix.T[gram.order]
-    spread, places = gram.inverse_factor, gram.order.tolist()
+    spread = gram.inverse_factor
     for start in range(0, len(work), _COLUMNS):
         stop = min(start + _COLUMNS, len(work))
         block = work[start:stop]
         errors = torch.empty_like(block)
-        factor = spread[start:stop, start:stop].contiguous()
-        diagonal = factor.diagonal().tolist()
-        steps = zip(block.unbind(), errors.unbind(), factor.unbind(), diagonal, places[start:stop], strict=True)
-        with threads_for(len(matrix)):
-            for index, (numbers, error, row, pivot, place) in enumerate(steps, start=1):
-                values = nearest(numbers, place)
-                torch.sub(numbers, values, out=error).div_(pivot)
-                numbers.copy_(values)
-                if index < len(block):
-                    block[index:].addr_(row[index:], error, alpha=-1)
+        _round_block(block, errors, spread[start:stop, start:stop].contiguous(), gram.order[start:stop], nearest)
         work[stop:].addmm_(spread[start:stop, stop:].T, errors, alpha=-1)
     found = torch.empty_like(work)
     found[gram.order] = work
     return found.T
+
+
+def _round_block(
+    block: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, places: torch.Tensor, nearest: Nearest
+) -> None:
+    """Round columns in place; see :func:`emloc_core.algorithms.kernels.round_block`, which does this on a GPU."""
+    if (kernels := kernels_for(block, nearest)) is not None:
+        return kernels.round_block(block, errors, factor, places, nearest)
+    diagonal = factor.diagonal().tolist()
+    steps = zip(block.unbind(), errors.unbind(), factor.unbind(), diagonal, places.tolist(), strict=True)
+    with threads_for(block.shape[1]):
+        for index, (numbers, error, row, pivot, place) in enumerate(steps, start=1):
+            values = nearest(numbers, place)
+            torch.sub(numbers, values, out=error).div_(pivot)
+            numbers.copy_(values)
+            if index < len(block):
+                block[index:].addr_(row[index:], error, alpha=-1)
+    return None
 
 
 def descent(matrix: torch.Tensor, rounded: torch.Tensor, gram: Damped) -> torch.Tensor:
@@ -165,29 +178,53 @@ def descended(rounded: torch.Tensor, slopes: torch.Tensor, gram: Damped, nearest
     with gram.matrix() as whole:
         for start in range(0, len(found), _COLUMNS):
             stop = min(start + _COLUMNS, len(found))
-            block, slope = found[start:stop], slopes[start:stop]
-            changes = torch.empty_like(block)
+            block, changes = found[start:stop], torch.empty_like(found[start:stop])
             curvature = whole[start:stop, start:stop].contiguous()
-            diagonal = curvature.diagonal().tolist()
-            steps = zip(
-                block.unbind(), slope.unbind(), changes.unbind(), curvature.unbind(), diagonal,
-                range(start, stop), strict=True,
-            )  # fmt: skip
-            with threads_for(found.shape[1]):
-                for index, (numbers, towards, change, row, pivot, place) in enumerate(steps, start=1):
-                    values = nearest(towards.div_(pivot).add_(numbers), place)
-                    torch.sub(values, numbers, out=change)
-                    numbers.copy_(values)
-                    if index < len(block):
-                        slope[index:].addr_(row[index:], change, alpha=-1)
+            _descend_block(block, slopes[start:stop], changes, curvature, start, nearest)
             slopes[stop:].addmm_(whole[start:stop, stop:].T, changes, alpha=-1)
     return found.T
+
+
+def _descend_block(
+    block: torch.Tensor,
+    slopes: torch.Tensor,
+    changes: torch.Tensor,
+    curvature: torch.Tensor,
+    start: int,
+    nearest: Nearest,
+) -> None:
+    """Round columns once more; see :func:`emloc_core.algorithms.kernels.descend_block`, which does this on a GPU."""
+    if (kernels := kernels_for(block, nearest)) is not None:
+        return kernels.descend_block(block, slopes, changes, curvature, start, nearest)
+    diagonal = curvature.diagonal().tolist()
+    steps = zip(block.unbind(), slopes.unbind(), changes.unbind(), curvature.unbind(), diagonal, strict=True)
+    with threads_for(block.shape[1]):
+        for index, (numbers, towards, change, row, pivot) in enumerate(steps):
+            values = nearest(towards.div_(pivot).add_(numbers), start + index)
+            torch.sub(values, numbers, out=change)
+            numbers.copy_(values)
+            if index + 1 < len(block):
+                slopes[index + 1 :].addr_(row[index + 1 :], change, alpha=-1)
+    return None
+
+
+def kernels_for(numbers: torch.Tensor, nearest: Nearest) -> Any:
+    """Return the module of kernels where they can round such numbers, and None elsewhere."""
+    if numbers.is_cuda and isinstance(nearest, Grid) and has_triton():
+        return import_module("emloc_core.algorithms.kernels")
+    return None
+
+
+@cache
+def has_triton() -> bool:
+    """Return whether kernels for GPUs can be compiled: on Linux, torch for CUDA brings Triton along."""
+    return find_spec("triton") is not None
 
 
 def to_levels(
     matrix: torch.Tensor,
     gram: Damped,
-    levels: tuple[torch.Tensor, torch.Tensor],
+    levels: torch.Tensor,
     scales: torch.Tensor,
     kept: torch.Tensor | None = None,
     passes: int = PASSES,
@@ -197,7 +234,7 @@ def to_levels(
     Args:
         matrix: M, (m, n), in fp32.
         gram: of its inputs.
-        levels: ascending, and the middles between them, in fp32.
+        levels: ascending, in fp32.
         scales: of every number, (m, n), not 0.
         kept: which numbers stay as they are, (m, n); None: none.
         passes: of descent.
@@ -215,21 +252,14 @@ def to_levels(
 def _to_levels(
     matrix: torch.Tensor,
     gram: Damped,
-    levels: tuple[torch.Tensor, torch.Tensor],
+    levels: torch.Tensor,
     scales: torch.Tensor,
     kept: torch.Tensor | None,
     passes: int,
 ) -> torch.Tensor:
-    values, middles = levels
-    of_column = scales.T.contiguous().unbind()
-    stays = kept if kept is None else list(zip(kept.T.contiguous(), matrix.T.contiguous(), strict=True))
-
-    def nearest(column: torch.Tensor, at: int) -> torch.Tensor:
-        scale = of_column[at]
-        found = values.index_select(0, torch.bucketize(column / scale, middles)).mul_(scale)
-        return torch.where(stays[at][0], stays[at][1], found) if stays else found
-
-    found = with_feedback(matrix, gram, nearest)
+    stay = None if kept is None else (kept.T.contiguous(), matrix.T.contiguous())
+    grid = Grid(levels, scales.T.contiguous(), kept=stay)
+    found = with_feedback(matrix, gram, grid)
     for _ in range(passes):
-        found = descended(found, descent(matrix, found, gram), gram, nearest)
+        found = descended(found, descent(matrix, found, gram), gram, grid)
     return found

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from emloc_core.algorithms.feedback import PASSES, Damped, descended, some_rows, threads_for, with_feedback
+from emloc_core.algorithms.grid import Grid, middles
 
 #: The levels of a standard normal distribution, by how many there are.
 LEVELS = {
@@ -83,37 +84,38 @@ def _rounded(
     matrix: torch.Tensor, gram: Damped, levels: int, scales: torch.Tensor | None, passes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grid = _Grid(levels, _scales(matrix, levels) if scales is None else scales, matrix.shape[1])
-    found = with_feedback(matrix, gram, grid.nearest)
+    found = with_feedback(matrix, gram, grid)
     if passes:
         with gram.matrix() as whole:
             image = whole @ matrix.T
     for _ in range(passes):
         units = grid.units(found.T)
         with gram.matrix() as whole:
-            better, descent = _fitted(image, units, whole, grid.scales)
+            better, descent = _fitted(image, units, whole, grid.stored)
         grid = _Grid(levels, better, matrix.shape[1])
-        found = descended(grid.numbers(units).T, descent.T, gram, grid.nearest)
-    return grid.indices(found.T).T, grid.scales
+        found = descended(grid.numbers(units).T, descent.T, gram, grid)
+    return grid.indices(found.T).T, grid.stored
 
 
-class _Grid:
+class _Grid(Grid):
     """The levels that every number of a matrix may be rounded to: those times the scale of its group.
-
-    Matrices are transposed here, since a column is rounded at a time.
 
     Args:
         levels: how many.
         scales: of the groups, (m, groups), bf16.
         n: numbers of a row.
+
+    Attributes:
+        stored: the scales as they were given.
     """
 
     def __init__(self, levels: int, scales: torch.Tensor, n: int) -> None:
-        self.scales, self._n = scales, n
         by_group = scales.float().T.contiguous()
+        super().__init__(torch.tensor(LEVELS[levels]).to(by_group), by_group, GROUP)
+        self.stored = scales
         self._spread = by_group.repeat_interleave(GROUP, dim=0)[:n]
-        self._values, self._middles = _levels(levels, by_group)
         #: Of three levels, 0 is between two that are this far away: to round is then quicker than to search.
-        self._step = float(self._values[-1]) if levels == 3 else None
+        self._step = float(self.levels[-1]) if levels == 3 else None
         sizes = by_group * self._step if self._step else by_group
         self._of_column = list(zip(sizes.unbind(), sizes.reciprocal().unbind(), strict=True))
 
@@ -121,22 +123,22 @@ class _Grid:
         """Return the level that is nearest to every number, (n, m), without its scale."""
         if self._step:
             return (numbers / (self._spread * self._step)).round_().clamp_(-1, 1).mul_(self._step)
-        return at(self._values, self.indices(numbers))
+        return at(self.levels, self.indices(numbers))
 
     def indices(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the index of the level that is nearest to every number, (n, m)."""
-        return _indices(numbers / self._spread, self._middles)
+        return _indices(numbers / self._spread, self.middles)
 
     def numbers(self, units: torch.Tensor) -> torch.Tensor:
         """Return levels, (n, m), times their scales."""
         return units * self._spread
 
-    def nearest(self, numbers: torch.Tensor, column: int) -> torch.Tensor:
-        """Round numbers of a column, (m,)."""
+    def __call__(self, numbers: torch.Tensor, column: int) -> torch.Tensor:
+        """Return numbers of a column, (m,), rounded."""
         size, inverse = self._of_column[column // GROUP]
         if self._step:
             return (numbers * inverse).round_().clamp_(-1, 1).mul_(size)
-        return self._values.index_select(0, torch.bucketize(numbers * inverse, self._middles)).mul_(size)
+        return self.levels.index_select(0, torch.bucketize(numbers * inverse, self.middles)).mul_(size)
 
 
 def _indices(numbers: torch.Tensor, middles: torch.Tensor) -> torch.Tensor:
@@ -231,4 +233,4 @@ def _spread(scales: torch.Tensor, n: int) -> torch.Tensor:
 def _levels(levels: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the levels, and the middles between them, on the device of ``like`` and in its dtype."""
     values = torch.tensor(LEVELS[levels]).to(like)
-    return values, (values[1:] + values[:-1]) / 2
+    return values, middles(values)

@@ -142,6 +142,10 @@ def unpack(
 ) -> torch.Tensor:
     """Return the matrix of this shape and dtype, on so many levels, that :func:`pack` packed; or a stack of them."""
     m, n = shape
+    if codes.is_cuda and not scales.requires_grad and feedback.has_triton():
+        from emloc_core.standins.kernels import unpack_levels
+
+        return unpack_levels(codes, scales, dtype, m, n, count, digits(count))
     table = bytes_table(count, dtype).to(codes.device, non_blocking=True)
     numbers = levels.at(table, codes.flatten().int()).view(*codes.shape[:-2], -1)
     matrix = numbers[..., : m * n].unflatten(-1, (m, n))

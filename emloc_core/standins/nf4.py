@@ -15,6 +15,7 @@ from torch import nn
 
 from emloc_core.algorithms import feedback
 from emloc_core.algorithms.factorize import output_error
+from emloc_core.algorithms.grid import middles
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.compat.transformers import kept_in_fp32, laid_out_otherwise
 from emloc_core.errors import EmlocError
@@ -335,16 +336,15 @@ def scale_levels(device: torch.device) -> torch.Tensor:
 
 
 @cache
-def _levels(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the 16 numbers that codes stand for, and the middles between them; fp32."""
+def _levels(device: torch.device) -> torch.Tensor:
+    """Return the 16 numbers that codes stand for, ascending, fp32."""
     levels: torch.Tensor = kernels().functional.get_4bit_type(_TYPE, device=device)
-    return levels, (levels[1:] + levels[:-1]) / 2
+    return levels
 
 
 def codes(numbers: torch.Tensor) -> torch.Tensor:
     """Return numbers in [-1, 1], fp32, (m, n), as the codes of the nearest, two a byte, (ceil(m n / 2), 1), uint8."""
-    _, middles = _levels(numbers.device)
-    flat = torch.bucketize(numbers.flatten(), middles, out_int32=True).to(torch.uint8)
+    flat = torch.bucketize(numbers.flatten(), middles(_levels(numbers.device)), out_int32=True).to(torch.uint8)
     pairs = torch.nn.functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)  # the first in the upper half
     return (pairs[:, :1] << 4) | pairs[:, 1:]
 

@@ -162,7 +162,7 @@ def test_what_only_the_gram_decides_is_computed_once_and_is_the_same():
 def test_some_rows_at_a_time_round_to_what_all_do(count, monkeypatch):
     generator = torch.Generator().manual_seed(3)
     matrix, inputs = torch.randn(50, 40, generator=generator), torch.randn(90, 40, generator=generator)
-    gram, levels_of_four_bits = Damped(inputs.T @ inputs), (torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 31)[1::2])
+    gram, levels_of_four_bits = Damped(inputs.T @ inputs), torch.linspace(-1, 1, 16)
     scales = matrix.abs().amax(1, keepdim=True).expand_as(matrix)
     whole = levels.rounded(matrix, gram, count), feedback.to_levels(matrix, gram, levels_of_four_bits, scales)
     monkeypatch.setitem(feedback.ROWS, "cpu", 16)

@@ -1,0 +1,123 @@
+"""Kernels for GPUs: a block of columns rounded with feedback, in one launch in place of some thirty per column.
+
+A program has a few rows of the matrix, one per lane, with all columns of the block in its registers.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from triton import language as tl
+
+from emloc_core.algorithms.grid import Grid
+
+_ROWS = 32
+
+
+def round_block(
+    block: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, places: torch.Tensor, grid: Grid
+) -> None:
+    """Round a block of columns, each after the errors of those before it are passed on.
+
+    Args:
+        block: numbers, transposed, (k, m), fp32; becomes what they are rounded to.
+        errors: (k, m); becomes the errors, each by its pivot.
+        factor: of the inverse of the Gram, (k, k), upper triangular, contiguous.
+        places: of the columns in the matrix, (k,), int64.
+        grid: what to round to.
+    """
+    _launch(_round, (block, errors), factor, places, grid)
+
+
+def descend_block(
+    block: torch.Tensor,
+    slopes: torch.Tensor,
+    changes: torch.Tensor,
+    curvature: torch.Tensor,
+    start: int,
+    grid: Grid,
+) -> None:
+    """Round a block of columns once more, each as is best after those before it were.
+
+    Args:
+        block: what they are rounded to, transposed, (k, m), fp32; becomes what is better.
+        slopes: of the loss, (k, m).
+        changes: (k, m); becomes by how much the numbers were changed.
+        curvature: of the Gram, (k, k), contiguous.
+        start: the place of the first column in the matrix.
+        grid: what to round to.
+    """
+    _launch(_descend, (block, slopes, changes), curvature, start, grid)
+
+
+def _launch(
+    kernel: Any, numbers: tuple[torch.Tensor, ...], weights: torch.Tensor, places: torch.Tensor | int, grid: Grid
+) -> None:
+    k, m = numbers[0].shape
+    kept, originals = grid.kept or (grid.scales, grid.scales)  # which are not read then
+    kernel[triton.cdiv(m, _ROWS),](
+        *numbers, weights, places, grid.levels, grid.middles, grid.scales, kept, originals, m, k, grid.width,
+        LEVELS=len(grid.levels), KEPT=grid.kept is not None, COLUMNS=triton.next_power_of_2(k), ROWS=_ROWS,
+        num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _nearest(numbers, place, row, inside, levels, middles, scales, kept, originals, m, width, LEVELS, KEPT):
+    scale = tl.load(scales + place // width * m + row, mask=inside, other=1)
+    unit = numbers / scale
+    index = tl.zeros_like(unit).to(tl.int32)
+    for middle in tl.static_range(LEVELS - 1):
+        index += (unit > tl.load(middles + middle)).to(tl.int32)
+    found = tl.load(levels + index) * scale
+    if KEPT:
+        stays = tl.load(kept + place * m + row, mask=inside, other=0)
+        found = tl.where(stays, tl.load(originals + place * m + row, mask=inside, other=0), found)
+    return found
+
+
+@triton.jit
+def _round(
+    block, errors, factor, places, levels, middles, scales, kept, originals, m, k, width,
+    LEVELS: tl.constexpr, KEPT: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < m
+    column = tl.arange(0, COLUMNS)
+    at = column[:, None] * m + row[None, :]
+    there = (column < k)[:, None] & inside[None, :]
+    numbers = tl.load(block + at, mask=there, other=0)
+    for index in range(k):
+        chosen = (column == index)[:, None]
+        number = tl.sum(tl.where(chosen, numbers, 0), 0)
+        place = tl.load(places + index)
+        value = _nearest(number, place, row, inside, levels, middles, scales, kept, originals, m, width, LEVELS, KEPT)
+        error = (number - value) / tl.load(factor + index * k + index)
+        tl.store(errors + index * m + row, error, mask=inside)
+        later = tl.load(factor + index * k + column, mask=(column > index) & (column < k), other=0)
+        numbers = tl.where(chosen, value[None, :], numbers - later[:, None] * error[None, :])
+    tl.store(block + at, numbers, mask=there)
+
+
+@triton.jit
+def _descend(
+    block, slopes, changes, curvature, start, levels, middles, scales, kept, originals, m, k, width,
+    LEVELS: tl.constexpr, KEPT: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < m
+    column = tl.arange(0, COLUMNS)
+    there = (column < k)[:, None] & inside[None, :]
+    towards = tl.load(slopes + column[:, None] * m + row[None, :], mask=there, other=0)
+    for index in range(k):
+        slope = tl.sum(tl.where((column == index)[:, None], towards, 0), 0)
+        number = tl.load(block + index * m + row, mask=inside, other=0)
+        value = _nearest(
+            slope / tl.load(curvature + index * k + index) + number,
+            start + index, row, inside, levels, middles, scales, kept, originals, m, width, LEVELS, KEPT,
+        )  # fmt: skip
+        change = value - number
+        tl.store(block + index * m + row, value, mask=inside)
+        tl.store(changes + index * m + row, change, mask=inside)
+        later = tl.load(curvature + index * k + column, mask=(column > index) & (column < k), other=0)
+        towards -= later[:, None] * change[None, :]

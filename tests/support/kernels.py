@@ -1,0 +1,38 @@
+"""Compiles all of Triton's kernels for real cards, without one: ``python -m support.kernels CAPABILITY...``.
+
+In a process of its own, since that of the tests has Triton's interpreter run them.
+"""
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from emloc_core.algorithms import kernels as rounding
+from emloc_core.algorithms.levels import GROUP
+from emloc_core.standins import kernels as unpacking
+
+
+def sources():
+    """Yield every kernel as it is called: its name, and its source with types and constants."""
+    grid = {"levels": "*fp32", "middles": "*fp32", "scales": "*fp32", "originals": "*fp32"}
+    sizes = {"m": "i32", "k": "i32", "width": "i32"}
+    block = {"block": "*fp32", "errors": "*fp32", "factor": "*fp32", "places": "*i64"}
+    again = {"block": "*fp32", "slopes": "*fp32", "changes": "*fp32", "curvature": "*fp32", "start": "i32"}
+    for count, kept in (16, "*i1"), (3, "*fp32"):
+        types = grid | {"kept": kept} | sizes
+        values = {"LEVELS": count, "KEPT": kept == "*i1", "COLUMNS": 64, "ROWS": 32}
+        yield f"round {count}", ASTSource(rounding._round, block | types, values), 1
+        yield f"descend {count}", ASTSource(rounding._descend, again | types, values), 1
+    for dtype in "bf16", "fp16", "fp32":
+        types = {"codes": "*u8", "scales": "*bf16", "levels": f"*{dtype}", "matrix": f"*{dtype}", "n": "i32"}
+        values = {"COUNT": 6, "DIGITS": 3, "GROUP": GROUP, "BLOCK": 1024}
+        yield f"unpack {dtype}", ASTSource(unpacking._unpack, types | {"groups": "i32"}, values), 4
+
+
+if __name__ == "__main__":
+    for capability in map(int, sys.argv[1:]):
+        for name, source, warps in sources():
+            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+            print(capability, name, len(made.asm["cubin"]), made.metadata.shared)
