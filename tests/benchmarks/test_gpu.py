@@ -1,0 +1,12 @@
+"""The benchmark of a GPU runs, in shapes that tell nothing."""
+
+import pytest
+from gpu import SECTIONS, run
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("section", sorted(SECTIONS.keys() - {"stage1"}))
+def test_every_section_gives_rows(section):
+    rows = run(section, small=True)["rows"]
+    assert rows
+    assert all(row.keys() == rows[0].keys() for row in rows)

@@ -1,0 +1,103 @@
+"""What a GPU computes is what the CPU does: layers, fitting, exact steps from pinned memory, stages."""
+
+import pytest
+import torch
+from torch import nn
+
+from emloc_core.algorithms.statistics import Gram
+from emloc_core.emulator.compress import Compress
+from emloc_core.exact.lora import lora_on
+from emloc_core.exact.steps import ExactSteps
+from emloc_core.exact.weights import FrozenWeights
+from emloc_core.model.device import choose_device
+from emloc_core.model.opened import open_model
+from emloc_core.requests import CompressRequest
+from emloc_core.settings import CompressSettings, TrainSettings
+from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevels, SixLevels
+from emloc_core.tuning.trl import lora_config
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+FORMATS = [NF4(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), LowRank()]
+M, N = 320, 576
+
+
+def layer(format, dtype, device):
+    """The layer of the format with random codes."""
+    model = nn.Sequential(nn.Linear(N, M, bias=False, dtype=dtype))
+    format.replace(model, {"0": 64 if format.ratios else None})
+    generator = torch.Generator().manual_seed(0)
+    for part in model.parameters():
+        if part.dtype == torch.uint8:
+            part.data.random_(
+                0, 6**3, generator=generator
+            )  # a code of three numbers on six levels, or of five on three
+        else:
+            part.data.uniform_(0.01, 0.05, generator=generator)
+    return model[0].to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_a_layer_computes_what_it_does_on_the_cpu(format, dtype):
+    here, there = layer(format, dtype, "cpu"), layer(format, dtype, "cuda")
+    if isinstance(format, SixLevels):
+        assert torch.equal(there.unpacked().cpu(), here.unpacked())
+    x = torch.randn(33, N, dtype=dtype)
+    given = [x.clone().requires_grad_(), x.to("cuda").requires_grad_()]
+    outputs = [each(input) for each, input in zip((here, there), given, strict=True)]
+    for output in outputs:
+        output.float().square().sum().backward()
+    for cpu, gpu in (outputs, [input.grad for input in given]):
+        assert (gpu.cpu() - cpu).norm() <= 0.02 * cpu.norm()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_what_is_fitted_is_as_good(format):
+    weight, inputs, errors = torch.randn(M, N) / N**0.5, torch.randn(4 * N, N), []
+    for device in ("cpu", "cuda"):
+        gram = Gram("input", N)
+        gram.add(inputs.to(device))
+        (found,) = format.fit([weight.to(device)], gram, [64])
+        errors.append(found.error or found.relative_error())
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+def test_units_come_from_pinned_memory_as_they_are(tiny_model):
+    skeleton = open_model(str(tiny_model), "cpu").skeleton
+    expected = {}
+    for block in skeleton.blocks:
+        with skeleton.parameters(skeleton.names(block)) as found:
+            expected[block] = {name.removeprefix(f"{block}."): tensor.clone() for name, tensor in found.items()}
+    for reserved in (0, float("inf")):  # all stay in pinned memory, or pass through one buffer
+        weights = FrozenWeights(skeleton, skeleton.blocks, torch.device("cuda"), reserved=reserved)
+        for block in skeleton.blocks * 3:
+            given = weights.at(block)
+            assert all(torch.equal(given[name].cpu(), tensor) for name, tensor in expected[block].items())
+        weights.close()
+
+
+def test_exact_steps_have_the_gradients_of_the_cpu(tiny_model):
+    model = open_model(str(tiny_model), "cpu")
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 40, (3, 1, 20))]
+    gradients = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        lora = lora_on(model.skeleton, lora_config(TrainSettings(), model.family.lora_targets()), device).train()
+        for name, parameter in lora.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        steps = ExactSteps(lora.get_base_model(), model.skeleton, torch.device(device))
+        steps.loss(batches)
+        gradients.append([p.grad.cpu() for p in lora.parameters() if p.grad is not None])
+        steps.close()
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*gradients, strict=True))
+
+
+def test_an_emulator_is_made_on_the_gpu_by_default(tiny_model, rows_file, tmp_path):
+    assert choose_device("auto").type == "cuda"
+    settings = CompressSettings(kind="2.7-bit", samples=8, selection=0)
+    places = {"model": str(tiny_model), "data": str(rows_file), "output": tmp_path / "emulator"}
+    made = Compress(CompressRequest(**places, settings=settings)).run()
+    skeleton = open_model(str(made), "cuda").skeleton
+    skeleton.load(skeleton.blocks[0])
+    assert all(parameter.is_cuda for parameter in skeleton.model.get_submodule(skeleton.blocks[0]).parameters())
