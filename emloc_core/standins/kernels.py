@@ -21,21 +21,21 @@ _BLOCK = 1024
 def unpack_levels(
     codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, m: int, n: int, count: int, digits: int
 ) -> torch.Tensor:
-    """Return a matrix, (m, n), as :func:`emloc_core.standins.levels.unpack` does, bit for bit.
+    """Return a matrix, (m, n), or a stack of them, as :func:`emloc_core.standins.levels.unpack` does, bit for bit.
 
     Args:
-        codes: uint8, as many as there are bytes.
-        scales: (m, ceil(n / GROUP)), bf16.
+        codes: (..., bytes, 1), uint8, contiguous.
+        scales: (..., m, ceil(n / GROUP)), bf16, contiguous.
         dtype: of the matrix.
         m: its rows.
         n: its columns.
         count: of levels.
         digits: codes of a byte.
     """
-    matrix = torch.empty(m, n, dtype=dtype, device=codes.device)
-    grid = (m, triton.cdiv(n, _BLOCK))
+    matrix = torch.empty(*codes.shape[:-2], m, n, dtype=dtype, device=codes.device)
+    grid = (matrix.numel() // max(1, n), triton.cdiv(n, _BLOCK))
     _unpack[grid](
-        codes, scales, _levels(count, dtype, codes.device), matrix, n, scales.stride(0),
+        codes, scales, _levels(count, dtype, codes.device), matrix, codes.shape[-2], m, n, scales.shape[-1],
         COUNT=count, DIGITS=digits, GROUP=GROUP, BLOCK=_BLOCK,
     )  # fmt: skip
     return matrix
@@ -43,7 +43,7 @@ def unpack_levels(
 
 @unpack_levels.register_fake
 def _(codes: torch.Tensor, _scales: torch.Tensor, dtype: torch.dtype, m: int, n: int, *_: int) -> torch.Tensor:
-    return codes.new_empty(m, n, dtype=dtype)
+    return codes.new_empty(*codes.shape[:-2], m, n, dtype=dtype)
 
 
 @cache
@@ -53,16 +53,16 @@ def _levels(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
 
 @triton.jit
 def _unpack(
-    codes, scales, levels, matrix, n, groups,
+    codes, scales, levels, matrix, nbytes, m, n, groups,
     COUNT: tl.constexpr, DIGITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < n
-    at = row * n + column
-    code = tl.load(codes + at // DIGITS, mask=inside, other=0).to(tl.int32)
+    at = row % m * n + column  # in its own matrix: no byte is of two of them
+    code = tl.load(codes + row // m * nbytes + at // DIGITS, mask=inside, other=0).to(tl.int32)
     for digit in tl.static_range(1, DIGITS):
         code = tl.where(at % DIGITS >= digit, code // COUNT, code)
     level = tl.load(levels + code % COUNT)
     scale = tl.load(scales + row * groups + column // GROUP, mask=inside, other=0).to(level.dtype)
-    tl.store(matrix + at, level * scale, mask=inside)
+    tl.store(matrix + row * n + column, level * scale, mask=inside)

@@ -145,7 +145,7 @@ def unpack(
     if codes.is_cuda and not scales.requires_grad and feedback.has_triton():
         from emloc_core.standins.kernels import unpack_levels
 
-        return unpack_levels(codes, scales, dtype, m, n, count, digits(count))
+        return unpack_levels(codes.contiguous(), scales.contiguous(), dtype, m, n, count, digits(count))
     table = bytes_table(count, dtype).to(codes.device, non_blocking=True)
     numbers = levels.at(table, codes.flatten().int()).view(*codes.shape[:-2], -1)
     matrix = numbers[..., : m * n].unflatten(-1, (m, n))

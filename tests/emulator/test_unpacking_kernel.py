@@ -14,17 +14,18 @@ from emloc_core.standins import kernels
 from emloc_core.standins.levels import digits, unpack
 
 
-def packed(m, n, count):
-    codes = torch.randint(count ** digits(count), (-(-m * n // digits(count)), 1), dtype=torch.uint8)
-    return codes, torch.rand(m, -(-n // GROUP)).bfloat16()
+def packed(m, n, count, *stack):
+    codes = torch.randint(count ** digits(count), (*stack, -(-m * n // digits(count)), 1), dtype=torch.uint8)
+    return codes, torch.rand(*stack, m, -(-n // GROUP)).bfloat16()
 
 
 # The interpreter truncates to bf16, where a GPU rounds.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("count", LEVELS)
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["matrix", "stack"])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 300), (3, 1280)], ids=str)
-def test_it_unpacks_what_torch_does(shape, count, dtype):
-    codes, scales = packed(*shape, count)
+def test_it_unpacks_what_torch_does(shape, stack, count, dtype):
+    codes, scales = packed(*shape, count, *stack)
     found = kernels.unpack_levels(codes, scales, dtype, *shape, count, digits(count))
     assert torch.equal(found, unpack(codes, scales, dtype, shape, count))
 

@@ -26,9 +26,10 @@ def sources():
         yield f"round {count}", ASTSource(rounding._round, block | types, values), 1
         yield f"descend {count}", ASTSource(rounding._descend, again | types, values), 1
     for dtype in "bf16", "fp16", "fp32":
-        types = {"codes": "*u8", "scales": "*bf16", "levels": f"*{dtype}", "matrix": f"*{dtype}", "n": "i32"}
+        types = {"codes": "*u8", "scales": "*bf16", "levels": f"*{dtype}", "matrix": f"*{dtype}"}
+        types |= {"nbytes": "i32", "m": "i32", "n": "i32", "groups": "i32"}
         values = {"COUNT": 6, "DIGITS": 3, "GROUP": GROUP, "BLOCK": 1024}
-        yield f"unpack {dtype}", ASTSource(unpacking._unpack, types | {"groups": "i32"}, values), 4
+        yield f"unpack {dtype}", ASTSource(unpacking._unpack, types, values), 4
 
 
 if __name__ == "__main__":
