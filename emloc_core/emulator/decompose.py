@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from torch import nn
 
 from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.emulator.experts import ExpertStatistics
+from emloc_core.emulator.experts import ExpertFitting, Stacked, emulated
 from emloc_core.emulator.own_forwards import requiring_products
 from emloc_core.emulator.propagation import emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
@@ -58,6 +59,9 @@ class ReadableStore(Store, Protocol):
 
     def read(self, block: str) -> Mapping[str, StandIn]:
         """Return the stand-ins of a block's Linears by module path, as they were written."""
+
+    def read_stacks(self, block: str) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Return the parts of what stands in for a block's stacks of experts, by path and by name, as written."""
 
     def as_read(self, path: str, fitted: Fitted) -> StandIn:
         """Return what was fitted for a Linear as :meth:`read` will once it is written."""
@@ -152,22 +156,21 @@ class Decomposition:
                 except EmlocError as error:
                     raise self._blame(error, path, self.stream.sample) from None
 
-            unit = self.skeleton.model.get_submodule(block)
-            modules = {path: self.skeleton.model.get_submodule(path) for path in tapping}
+            model, experts = self.skeleton.model, self._experts(block)
+            unit = model.get_submodule(block)
+            modules = {path: model.get_submodule(path) for path in tapping}
+            routed = [(model.get_submodule(path), self._keeping(path, of)) for path, of in experts.items()]
             calls = [self._call(sample) for sample in self.stream.here[:probes]]
-            experts = self._experts(block)
             watching = requiring_shared_inputs(self.stream, planned, self.skeleton.family)
             products = requiring_products(self.stream, planned, len(self.samples))
-            hooks = forward_hooks((each.experts, each.hook) for each in experts)
-            with watching, products, tapped(modules, tapping, sink), hooks:
+            with watching, products, tapped(modules, tapping, sink), forward_hooks(routed):
                 yield
             fitted: Mapping[str, Any] = self._reached(planned, grams)
             disturbances: Mapping[str, float] = {}
             if calls:
                 assert isinstance(self.format, RankingFormat)
                 disturbances = sensitivities(unit, calls, fitted, self.format.cut, self._answering)
-            pack = partial(self.format.pack, dtype=self.skeleton.dtype)
-            stacked = {path: of for each in experts for path, of in each.fitted(self._alone, pack).items()}
+            stacked = {path: of for each in experts.values() for path, of in each.fit().items()}
             store.write(block, {**fitted, **stacked}, disturbances)
         self._report(block)
 
@@ -175,29 +178,54 @@ class Decomposition:
     def _propagate(self, store: ReadableStore, block: str) -> Iterator[None]:
         """Pass the samples through a block, half of them through its stand-ins, which are fitted to them first."""
         rows, planned = len(self.samples), self.plan.in_block(block)
-        modules = {linear.path: self.skeleton.model.get_submodule(linear.path) for linear in planned}
+        linears = {linear.path: self.skeleton.model.get_submodule(linear.path) for linear in planned}
+        routed = {path: self.skeleton.model.get_submodule(path) for path in self.plan.experts_in_block(block)}
         if store.is_written(block):
-            with emulating(self.stream, modules, store.read(block), rows):
+            experts = self._emulated(block, store.read_stacks(block))
+            known = emulating(self.stream, linears, store.read(block), rows)
+            with known, emulating(self.stream, routed, experts, rows):
                 yield
         else:
-            ends = Ends(self.stream, block, rows)
+            ends, stops = Ends(self.stream, block, rows), self._experts(block)
             with (
                 requiring_shared_inputs(self.stream, planned, self.skeleton.family),
                 requiring_products(self.stream, planned, rows),
                 ends.waiting() if self.refine else nullcontext(),
             ):
-                found = fit_block(self.stream, planned, rows, self._fit, store.as_read, self._blame)
+                found = fit_block(self.stream, planned, stops, rows, self._fit, store.as_read, self._blame)
             if self.refine:
-                found = refined(
-                    self.stream, self.skeleton.model.get_submodule(block), found, self.format, self.refine, ends
-                )
-                stand_ins = {path: store.as_read(path, of) for path, of in found.items()}
-                with errors(modules) as measured, emulating(self.stream, modules, stand_ins, rows):
-                    ends.pass_on()
-                found = {path: replace(cast(Any, of), error=measured()[path]) for path, of in found.items()}
+                found = self._refined(block, found, linears, routed, ends, store)
             store.write(block, found, {})
             yield
         self._report(block)
+
+    def _refined(
+        self,
+        block: str,
+        found: Mapping[str, Any],
+        linears: Mapping[str, nn.Module],
+        routed: Mapping[str, nn.Module],
+        ends: Ends,
+        store: ReadableStore,
+    ) -> dict[str, Any]:
+        """Return what was fitted for a block with its Linears refined, and let the samples of the emulator pass on."""
+        unit, rows = self.skeleton.model.get_submodule(block), len(self.samples)
+        stacks = {path: of for path, of in found.items() if isinstance(of, Stacked)}
+        fitted = {path: of for path, of in found.items() if path not in stacks}
+        experts = self._emulated(block, {path: of.parts for path, of in stacks.items()})
+        with emulating(self.stream, routed, experts, rows):
+            fitted = refined(self.stream, unit, fitted, self.format, self.refine, ends)
+            stand_ins = {path: store.as_read(path, of) for path, of in fitted.items()}
+            with errors(linears) as measured, emulating(self.stream, linears, stand_ins, rows):
+                ends.pass_on()
+        return stacks | {path: replace(cast(Any, of), error=measured()[path]) for path, of in fitted.items()}
+
+    def _emulated(
+        self, block: str, stacks: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> dict[str, Callable[..., torch.Tensor]]:
+        """Return what computes as a block's experts in the emulator, by path, from the parts of its stacks."""
+        model, planned = self.skeleton.model, self.plan.experts_in_block(block)
+        return {path: emulated(model.get_submodule(path), of, self.format, stacks) for path, of in planned.items()}
 
     @by_onednn()
     def _fit(self, linears: Sequence[LinearPlan], weights: Sequence[torch.Tensor], gram: Gram) -> Sequence[Fitted]:
@@ -229,13 +257,22 @@ class Decomposition:
             found.update(zip([linear.path for linear in linears], fitted, strict=True))
         return found
 
-    def _experts(self, block: str) -> list[ExpertStatistics]:
-        def blame(error: EmlocError, path: str) -> EmlocError:
-            return self._blame(error, path, self.stream.sample)
+    def _experts(self, block: str) -> dict[str, ExpertFitting]:
+        model, planned = self.skeleton.model, self.plan.experts_in_block(block)
+        return {
+            path: ExpertFitting(model.get_submodule(path), of, self.format, self._alone) for path, of in planned.items()
+        }
 
-        model, rows, device = self.skeleton.model, len(self.stream.here), self.skeleton.device
-        planned = self.plan.experts_in_block(block)
-        return [ExpertStatistics(model.get_submodule(path), of, rows, device, blame) for path, of in planned.items()]
+    def _keeping(self, path: str, experts: ExpertFitting) -> Callable[..., None]:
+        """Return a hook that has the tokens of each row kept."""
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+            try:
+                experts.add(*args[:2])
+            except EmlocError as error:
+                raise self._blame(error, path, self.stream.sample) from None
+
+        return keep
 
     def _call(self, sample: int) -> Arguments:
         with self.stream.arguments(sample) as arguments:

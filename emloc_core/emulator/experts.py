@@ -1,21 +1,27 @@
-"""Stand-ins for fused experts, fitted to the tokens that the router sends to each.
+"""Stand-ins for fused experts, each fitted to the tokens that the base's router sends to it.
 
-An expert that fewer tokens reach than its activations have features is fitted to tokens of the whole layer besides, as
-if they had been sent to it: as many as are missing, evenly spaced over all rows.
+The tokens of a layer are kept, and experts are fitted one by one: their matrices have statistics of their own, which
+for all experts at once would take more than the layer. An expert that fewer tokens reach than its activations have
+features is fitted to tokens of the whole layer besides, as if they had been sent to it: as many as are missing, evenly
+spaced over all rows.
+
+Where errors are propagated, every token has an input in the base and one in the emulator. What an expert makes of
+either is defined wherever the token is sent; it is fitted to those that the base sends to it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import linear
 
 from emloc_core.algorithms.statistics import Gram
+from emloc_core.emulator.propagation import PairedMoments
 from emloc_core.emulator.ranks import ExpertsPlan, LinearPlan
 from emloc_core.errors import EmlocError
-from emloc_core.standins.experts import activate, matrices, stacks, with_bias
+from emloc_core.standins import Format
+from emloc_core.standins.experts import StandInExperts, activate, matrices, stacks, with_bias
 from emloc_core.standins.standin import Fitted
 
 
@@ -36,94 +42,128 @@ class Stacked:
         return self.error
 
 
-def stacked(fitted: Iterable[Fitted], pack: Callable[[Fitted], Mapping[str, torch.Tensor]]) -> Stacked:
-    """Return what was fitted for the matrices of a stack, one by one, packed."""
-    packed, errors = [], []
-    for each in fitted:
-        packed.append(pack(each))
-        errors.append(each.relative_error())
-    parts = {name: torch.stack([of[name] for of in packed]) for name in packed[0]}
+def stacked(matrices: Sequence[Mapping[str, torch.Tensor]], errors: Sequence[float]) -> Stacked:
+    """Return the packed matrices of a stack, each with its relative error, as one."""
+    parts = {name: torch.stack([of[name] for of in matrices]) for name in matrices[0]}
     return Stacked(parts, (sum(error**2 for error in errors) / len(errors)) ** 0.5)
 
 
-class ExpertStatistics:
-    """The Grams of a layer's experts, gathered by a forward hook on their module.
+class ExpertFitting:
+    """Keeps the tokens that pass through the experts of a layer, and fits what stands in for their stacks.
 
     Args:
-        experts: the module, whose weights are loaded when it is called.
-        planned: its stacks that become factors.
-        samples: number of rows that will pass through it.
-        blame: returns the error for the user; takes an error and the path of a stack.
+        experts: the module, with weights.
+        planned: its stacks that get stand-ins.
+        format: of the emulator.
+        fit: takes the plan, a matrix and the Gram of its inputs or outputs; by the format.
     """
 
     def __init__(
         self,
         experts: Any,
         planned: Sequence[ExpertsPlan],
-        samples: int,
-        device: torch.device,
-        blame: Callable[[EmlocError, str], EmlocError],
-    ) -> None:
-        self.experts, self.planned, self._blame = experts, planned, blame
-        self._up, self._down = stacks(experts)
-        count = planned[0].experts
-        sizes = {each.path: each.out_features if each.tap == "output" else each.in_features for each in planned}
-        self._grams = {
-            each.path: [Gram(each.tap, sizes[each.path], device=device) for _ in range(count)] for each in planned
-        }
-        #: An expert that fewer tokens reach needs others.
-        self._enough = max(sizes.values())
-        self._quota = -(-self._enough // max(1, samples))  # tokens of a row that are kept for such experts
-        self._kept: list[torch.Tensor] = []
-        self._tokens = [0] * count
-
-    def hook(self, _module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-        """Take in one call of the module, whose arguments are hidden states (tokens, n) and indices (tokens, top)."""
-        hidden, index = args[0].detach(), args[1]
-        self._kept.append(_spread(hidden, self._quota).clone())
-        for expert in index.unique().tolist():
-            self._add(expert, hidden[(index == expert).any(dim=-1)])
-
-    def _add(self, expert: int, x: torch.Tensor) -> None:
-        up = linear(x, matrices(self.experts, self._up)[expert])
-        inner = activate(self.experts, with_bias(self.experts, self._up, up, expert))
-        self._tokens[expert] += len(x)
-        for each in self.planned:
-            inputs = x if each.path.endswith(f".{self._up}") else inner
-            if each.tap == "output":
-                inputs = up if inputs is x else linear(inner, matrices(self.experts, self._down)[expert])
-            try:
-                self._grams[each.path][expert].add(inputs)
-            except EmlocError as error:
-                raise self._blame(error, each.path) from None
-
-    def fitted(
-        self,
+        format: Format,
         fit: Callable[[LinearPlan, torch.Tensor, Gram], Fitted],
-        pack: Callable[[Fitted], Mapping[str, torch.Tensor]],
-    ) -> dict[str, Stacked]:
-        """Return what stands in for the stacks, by path; nothing where no token reaches the layer.
+    ) -> None:
+        self._experts, self._planned = experts, {each.name: each for each in planned}
+        self._format, self._fit = format, fit
+        sizes = (each.out_features if each.tap == "output" else each.in_features for each in planned)
+        #: An expert that fewer tokens reach needs others.
+        self._enough = max(sizes)
+        self._tokens: list[tuple[torch.Tensor, ...]] = []
+        self._packed: dict[str, list[Mapping[str, torch.Tensor]]] = {name: [] for name in self._planned}
+        self._errors: dict[str, list[float]] = {name: [] for name in self._planned}
+
+    def add(self, *given: torch.Tensor) -> None:
+        """Keep the tokens of a row.
 
         Args:
-            fit: takes the plan, an expert's matrix and its Gram.
-            pack: takes what was fitted for a matrix.
+            given: what the experts are given in the base, (tokens, n), and the experts that it sends them to,
+                (tokens, top); and where errors are propagated the same in the emulator, whose choices do not count.
+
+        Raises:
+            EmlocError: they hold NaN or Inf; the caller adds the row.
         """
-        if not any(self._tokens):
+        kept = given[:3]
+        if not all(bool(torch.isfinite(each).all()) for each in kept):
+            raise EmlocError("NaN or Inf among the activations", code="not-finite")
+        self._tokens.append(tuple(each.detach().clone() for each in kept))
+
+    def fit(self) -> dict[str, Stacked]:
+        """Return what stands in for the stacks, by path; nothing where no token reaches the layer.
+
+        Raises:
+            EmlocError: what an expert computes is NaN or Inf.
+        """
+        if not self._tokens:
             return {}
-        layer = torch.cat(self._kept)
-        for expert, tokens in enumerate(self._tokens):
-            if tokens < self._enough:
-                self._add(expert, _spread(layer, self._enough - tokens))
-        return {each.path: stacked(self._each(each, fit), pack) for each in self.planned}
+        hidden, index, *others = (torch.cat(rows) for rows in zip(*self._tokens, strict=True))
+        self._tokens = []
+        up, down = stacks(self._experts)
+        for expert in range(self._experts.num_experts):
+            chosen = (index == expert).any(dim=-1).nonzero()[:, 0]
+            if len(chosen) < self._enough:
+                chosen = torch.cat([chosen, _spread(len(hidden), self._enough - len(chosen)).to(chosen)])
+            inner = self._through(up, expert, [of[chosen] for of in (hidden, *others)])
+            biased = (with_bias(self._experts, up, of, expert) for of in inner)
+            self._through(down, expert, [activate(self._experts, of) for of in biased])
+        return {each.path: stacked(self._packed[name], self._errors[name]) for name, each in self._planned.items()}
 
-    def _each(self, planned: ExpertsPlan, fit: Callable[[LinearPlan, torch.Tensor, Gram], Fitted]) -> Iterator[Fitted]:
-        name = planned.name
-        for expert, gram in enumerate(self._grams[planned.path]):
-            yield fit(planned, matrices(self.experts, name)[expert], gram)
+    def settle(self) -> tuple[dict[str, Stacked], dict[str, Callable[..., torch.Tensor]]]:
+        """Return what stands in for the stacks, and what computes with it in the emulator, by path of the module."""
+        planned, found = list(self._planned.values()), self.fit()
+        parts = {path: of.parts for path, of in found.items()}
+        return found, {planned[0].owner: emulated(self._experts, planned, self._format, parts)}
+
+    def _through(self, name: str, expert: int, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Fit a matrix to its inputs, in the base and perhaps in the emulator; return what becomes of them there."""
+        weight = matrices(self._experts, name)[expert]
+        x, *emulated = inputs
+        planned = self._planned.get(name)
+        if planned is None:
+            return [linear(of, weight) for of in inputs]
+        try:
+            target, gram = _statistics(weight, planned.tap, *inputs)
+        except EmlocError as error:
+            raise EmlocError(
+                f"{error}: of expert {expert} of {planned.owner}.",
+                "Check the weights up to this layer; a half-precision model may overflow there.",
+                code=error.code,
+            ) from None
+        fitted = self._fit(planned, target, gram)
+        packed = self._format.pack(fitted, weight.dtype)
+        self._packed[name].append(packed)
+        self._errors[name].append(fitted.relative_error())
+        parts = [packed[part].to(weight.device) for part in self._format.names()] if emulated else []
+        return [linear(x, weight), *(self._format.read(parts, planned.shape, weight.dtype)(xc) for xc in emulated)]
 
 
-def _spread(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Return so many of the rows, (t, n), evenly spaced; all, if there are fewer."""
-    if count >= len(rows):
-        return rows
-    return rows[torch.arange(count, device=rows.device) * len(rows) // count]
+def emulated(
+    experts: Any, planned: Sequence[ExpertsPlan], format: Format, parts: Mapping[str, Mapping[str, torch.Tensor]]
+) -> StandInExperts:
+    """Return what computes as the experts do in the emulator, with the parts of its stacks, by their paths."""
+    found = StandInExperts(experts, format.layer, {each.name: each.rank for each in planned})
+    for each in planned:
+        device = experts.get_parameter(each.name).device
+        found.load(each.name, {name: part.to(device) for name, part in parts[each.path].items()})
+    return found
+
+
+def _statistics(
+    weight: torch.Tensor, tap: Any, x: torch.Tensor, emulated: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Gram]:
+    """Return what to fit, the weight or what answers as it does on the emulator's inputs, and the Gram to fit it to."""
+    if emulated is not None:
+        moments = PairedMoments([weight])
+        moments.add(x, emulated)
+        (target,) = moments.fit()
+        return target, moments.gram_for(target, tap)
+    activations = linear(x, weight) if tap == "output" else x
+    gram = Gram(tap, activations.shape[1], device=weight.device)
+    gram.add(activations)
+    return weight, gram
+
+
+def _spread(rows: int, count: int) -> torch.Tensor:
+    """Return the indices of so many rows, evenly spaced; all, if there are fewer."""
+    return torch.arange(min(count, rows)) * rows // max(1, min(count, rows))

@@ -76,6 +76,12 @@ class EmulatorFiles:
         keys = {linear.path: self.format.keys(self.keys[linear.path]) for linear in self.plan.in_block(block)}
         return {path: self._stand_in(path, [tensors[key] for key in of]) for path, of in keys.items()}
 
+    def read_stacks(self, block: str) -> dict[str, dict[str, torch.Tensor]]:
+        """Return the parts of what stands in for a block's stacks of experts, by path and by name, as written."""
+        tensors, names = load_file(self._shard(block), str(self.skeleton.device)), self.format.names()
+        paths = [each.path for of in self.plan.experts_in_block(block).values() for each in of]
+        return {path: {name: tensors[part_name(path, name)] for name in names} for path in paths}
+
     def as_read(self, path: str, fitted: Fitted) -> StandIn:
         """Return what was fitted for a Linear as :meth:`read` will once it is written."""
         parts = self._packed(path, fitted)

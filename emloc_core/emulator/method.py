@@ -1,7 +1,4 @@
-"""Fills in the settings that the user left open, by the kind of emulator and by the model.
-
-Stacks of experts become smaller on the base's activations alone.
-"""
+"""Fills in the settings that the user left open, by the kind of emulator and by the model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -88,16 +85,16 @@ def method_of(
     Raises:
         EmlocError: stand-ins are to be refined that are not fitted to what the emulator computes.
     """
-    usual = "base" if linears.has_experts else format.calibrations[0]
     format = format.with_experts() if linears.has_experts else format
-    calibration = settings.calibration or usual
+    calibration = settings.calibration or format.calibrations[0]
     if settings.refine and calibration != "propagated":
         raise EmlocError(
             "Refinement needs the inputs that a block has in the emulator.",
             "Leave out --refine, or give --calibration propagated.",
         )
     refine = format.refine if settings.refine is None and calibration == "propagated" else settings.refine
-    allocator = settings.allocator or (format.allocator if calibration == "propagated" else UNIFORM)
+    shared_out = calibration == "propagated" and not linears.has_experts
+    allocator = settings.allocator or (format.allocator if shared_out else UNIFORM)
     samples = settings.samples or usual_samples(format, rows)
     ratio = settings.ratio or (format.ratios.default if format.ratios else None)
     found = {
@@ -111,8 +108,6 @@ def method_of(
     completed = CompletedSettings(**settings.model_dump() | found)
     allocate = ALLOCATORS[allocator]
     method = Method(format, completed, allocate, linears)
-    if calibration == "propagated":
-        return replace(method, linears=linears.without_experts("error-propagating calibration is for Linears alone"))
     if method.by_spectra:
         return replace(method, linears=linears.without_experts(NO_EXPERTS))
     return method

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
@@ -40,8 +39,9 @@ def _stand_in(files: EmulatorFiles, path: str) -> Fitted:
 def _stack(files: EmulatorFiles, owner: str, path: str) -> Stacked:
     experts = files.skeleton.model.get_submodule(owner)
     with _loaded(files, path) as stack:
-        matrices = (each.T if experts.is_transposed else each for each in stack)
-        return stacked(map(files.format.round, matrices), partial(files.format.pack, dtype=stack.dtype))
+        rounded = [files.format.round(each.T if experts.is_transposed else each) for each in stack]
+        packed = [files.format.pack(each, stack.dtype) for each in rounded]
+        return stacked(packed, [each.relative_error() for each in rounded])
 
 
 @contextmanager

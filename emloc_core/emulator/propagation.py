@@ -10,7 +10,7 @@ passes through the block once in each stream.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from emloc_core.model.hooks import forwards
 from emloc_core.model.parking import require_own
 from emloc_core.model.streaming import Stream
 from emloc_core.standins import StandIn
+from emloc_core.standins.costs import groups
 from emloc_core.standins.standin import Fitted
 
 #: a: the ridge, as a fraction of the mean diagonal of the emulator's Gram. Pulls R towards the identity.
@@ -121,65 +122,112 @@ def _solved(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
 
 
+class Stop(Protocol):
+    """A place in a block where rows wait until what stands in for its weights is fitted to what they bring there."""
+
+    def add(self, *given: torch.Tensor) -> None:
+        """Take in what a row brings: what it computes with in the base, then the same in the emulator."""
+
+    def settle(self) -> tuple[Mapping[str, Any], Mapping[str, Callable[..., torch.Tensor]]]:
+        """Return what was fitted, by path, and what computes with it instead of modules, by theirs."""
+
+
+class _Group:
+    """Linears that share their inputs; see :func:`fit_block`."""
+
+    def __init__(
+        self,
+        members: Sequence[LinearPlan],
+        model: nn.Module,
+        fit: Callable[[Sequence[LinearPlan], Sequence[torch.Tensor], Gram], Sequence[Fitted]],
+        read: Callable[[str, Fitted], StandIn],
+    ) -> None:
+        self._members, self._fit, self._read = members, fit, read
+        self._moments = PairedMoments([model.get_parameter(f"{each.path}.weight").detach() for each in members])
+
+    def add(self, *given: torch.Tensor) -> None:
+        self._moments.add(*given)
+
+    def settle(self) -> tuple[dict[str, Fitted], dict[str, StandIn]]:
+        try:
+            targets = self._moments.fit()
+        except EmlocError as error:
+            raise EmlocError(
+                f"{error}: the inputs of {self._members[0].path}.",
+                "Check the weights up to this layer.",
+                code=error.code,
+            ) from None
+        found: dict[str, Fitted] = {}
+        moments, taps = self._moments, [linear.tap for linear in self._members]
+        sides = [moments.side(fitted, tap) for fitted, tap in zip(targets, taps, strict=True)]
+        shared = [at for at, side in enumerate(sides) if side == "input"]
+        for part in ([shared] if shared else []) + [[at] for at, side in enumerate(sides) if side == "output"]:
+            linears, fitted = [self._members[at] for at in part], [targets[at] for at in part]
+            made = self._fit(linears, fitted, moments.gram_for(fitted[0], linears[0].tap))
+            found.update(zip([linear.path for linear in linears], made, strict=True))
+        return found, {linear.path: self._read(linear.path, found[linear.path]) for linear in self._members}
+
+
 def fit_block(
     stream: Stream,
     planned: Sequence[LinearPlan],
+    experts: Mapping[str, Stop],
     rows: int,
     fit: Callable[[Sequence[LinearPlan], Sequence[torch.Tensor], Gram], Sequence[Fitted]],
     read: Callable[[str, Fitted], StandIn],
     blame: Callable[[EmlocError, str, int], EmlocError],
-) -> dict[str, Fitted]:
-    """Fit all Linears of a block while the samples that wait at it pass through it.
+) -> dict[str, Any]:
+    """Fit all Linears and experts of a block while the samples that wait at it pass through it.
 
     Args:
         stream: samples ``0 .. rows - 1`` pass through the base, ``rows .. 2 rows - 1`` through the emulator. They are
             at the block, with the base's weights; in the end, they have passed through it.
-        planned: its Linears, in execution order.
+        planned: its Linears.
+        experts: what fits its experts, by path of their module.
         rows: number of calibration rows; those that do not pass through the block are ignored.
         fit: takes Linears, their weights and the Gram of the inputs that all of them have, or of the outputs of a
             single one.
         read: takes a Linear's path and what was fitted, and returns that as it will be read.
-        blame: takes an error, a Linear's path and a row's index, and returns the error for the user.
+        blame: takes an error, a path and a row's index, and returns the error for the user.
 
     Returns:
-        What was fitted, by module path.
+        What was fitted, by path.
 
     Raises:
         EmlocError: a Linear did not run, or ran twice, or its inputs are NaN or Inf.
     """
-    found: dict[str, Fitted] = {}
-    done: dict[str, StandIn] = {}
+    found: dict[str, Any] = {}
+    done: dict[str, Any] = {}
     here = [sample for sample in stream.here if sample < rows]
-    modules = {linear.path: stream.skeleton.model.get_submodule(linear.path) for linear in planned}
-    inputs: list[torch.Tensor] = []
-    with emulating(stream, modules, done, rows), _pausing(stream, modules, planned, rows, inputs.append):
-        for group in dict.fromkeys(linear.group for linear in planned):
-            members = [linear for linear in planned if linear.group == group]
-            first = members[0].path
-            weights = [stream.skeleton.model.get_parameter(f"{linear.path}.weight").detach() for linear in members]
-            moments = PairedMoments(weights)
+    model = stream.skeleton.model
+    modules = {path: model.get_submodule(path) for path in [*(linear.path for linear in planned), *experts]}
+    members = {group[0].path: group for group in groups(planned)}
+    left = [*members, *experts]
+    brought: list[Sequence[torch.Tensor]] = []
+    with (
+        emulating(stream, modules, done, rows),
+        _pausing(stream, modules, planned, list(experts), rows, brought.append),
+    ):
+        while left:
+            stop: Stop | None = None
+            place = left[0]
             for row in here:
                 for sample in (row, row + rows):
-                    if stream.step(sample) != first:
-                        raise _did_not_run(first)
+                    reached = stream.step(sample)
+                    if reached != place and (stop or reached not in left):
+                        raise _did_not_run(place)
+                    place = reached
+                stop = stop or experts.get(place) or _Group(members[place], model, fit, read)
                 try:
-                    moments.add(*inputs)
+                    stop.add(*brought[0], *brought[1])
                 except EmlocError as error:
-                    raise blame(error, first, row) from None
-                inputs.clear()
-            try:
-                targets = moments.fit()
-            except EmlocError as error:
-                raise EmlocError(
-                    f"{error}: the inputs of {first}.", "Check the weights up to this layer.", code=error.code
-                ) from None
-            sides = [moments.side(fitted, linear.tap) for linear, fitted in zip(members, targets, strict=True)]
-            shared = [at for at, side in enumerate(sides) if side == "input"]
-            for part in ([shared] if shared else []) + [[at] for at, side in enumerate(sides) if side == "output"]:
-                linears, fitted = [members[at] for at in part], [targets[at] for at in part]
-                made = fit(linears, fitted, moments.gram_for(fitted[0], linears[0].tap))
-                found.update(zip([linear.path for linear in linears], made, strict=True))
-            done.update({linear.path: read(linear.path, found[linear.path]) for linear in members})
+                    raise blame(error, place, row) from None
+                brought.clear()
+            assert stop is not None
+            left.remove(place)
+            made, answers = stop.settle()
+            found.update(made)
+            done.update(answers)
         for row in here:
             for sample in (row, row + rows):
                 stream.step(sample)
@@ -196,41 +244,43 @@ def _pausing(
     stream: Stream,
     modules: Mapping[str, nn.Module],
     planned: Sequence[LinearPlan],
+    experts: Sequence[str],
     rows: int,
-    sink: Callable[[torch.Tensor], None],
+    sink: Callable[[Sequence[torch.Tensor]], None],
 ) -> Iterator[None]:
-    """Give ``sink`` a copy of what every sample feeds an input group, and pause the sample there.
+    """Give ``sink`` a copy of what every sample feeds an input group, or experts, and pause the sample there.
 
-    It waits at the path of the group's first Linear, whichever of them runs first.
+    It waits at the path of the group's first Linear, whichever of them runs first, or at that of the experts.
     """
     reached: set[tuple[int, Any]] = set()
     places: dict[tuple[str, ...], str] = {}
     for linear in planned:
         places.setdefault(linear.group, linear.path)
 
-    def reaching(linear: LinearPlan, inputs: Callable[[], torch.Tensor], args: Any) -> None:
-        if (stream.sample, linear.path) in reached:
+    def reaching(path: str, group: tuple[str, ...], inputs: Callable[[], Sequence[torch.Tensor]], args: Any) -> None:
+        if (stream.sample, path) in reached:
             raise EmlocError(
-                f"{linear.path} ran twice in one forward of its block.",
+                f"{path} ran twice in one forward of its block.",
                 "List it in keep_dense of the family's declaration.",
                 code="plugin",
             )
-        first_of_group = (stream.sample, linear.group) not in reached
-        reached.update([(stream.sample, linear.path), (stream.sample, linear.group)])
+        first_of_group = (stream.sample, group) not in reached
+        reached.update([(stream.sample, path), (stream.sample, group)])
         if first_of_group:
             given = inputs()
-            require_own(given)
-            sink(given.clone())
-            stream.pause(places[linear.group], args, inside=True)
+            for each in given:
+                require_own(each)
+            sink([each.clone() for each in given])
+            stream.pause(places.get(group, path), args, inside=True)
 
-    def before(linear: LinearPlan) -> Callable[..., None]:
-        return lambda _module, args: reaching(linear, lambda: args[0], args)
+    def before(path: str, group: tuple[str, ...], count: int) -> Callable[..., None]:
+        return lambda _module, args: reaching(path, group, lambda: args[:count], args)
 
     def after(linear: LinearPlan) -> Callable[..., Any]:
         """The family's own function needs the output, which a sample of the emulator must compute once more."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            reaching(linear, lambda: linear.tap(module, args, output), (*args, output))
+            reaching(linear.path, linear.group, lambda: [linear.tap(module, args, output)], (*args, output))
             return module.forward(*args) if stream.sample >= rows else None
 
         return hook
@@ -239,11 +289,13 @@ def _pausing(
         for linear in planned:
             module = modules[linear.path]
             registered = (
-                module.register_forward_pre_hook(before(linear))
+                module.register_forward_pre_hook(before(linear.path, linear.group, 1))
                 if isinstance(linear.tap, str)
                 else module.register_forward_hook(after(linear))
             )
             stack.callback(registered.remove)
+        for path in experts:  # tokens, and where they are sent
+            stack.callback(modules[path].register_forward_pre_hook(before(path, (path,), 2)).remove)
         yield
     ran = {path for _, path in reached}
     for linear in planned:
@@ -253,11 +305,11 @@ def _pausing(
 
 @contextmanager
 def emulating(
-    stream: Stream, modules: Mapping[str, nn.Module], stand_ins: Mapping[str, StandIn], rows: int
+    stream: Stream, modules: Mapping[str, nn.Module], stand_ins: Mapping[str, Callable[..., torch.Tensor]], rows: int
 ) -> Iterator[None]:
-    """Let Linears answer with their stand-ins for the samples from index ``rows`` on, those of the emulator.
+    """Let Linears and experts answer with their stand-ins for the samples from index ``rows`` on, the emulator's.
 
-    Linears that have none yet compute their own.
+    Those that have none yet compute their own.
     """
 
     def answer(path: str, module: nn.Module) -> Callable[..., torch.Tensor]:
@@ -268,7 +320,8 @@ def emulating(
             if stream.sample < rows or path not in stand_ins:
                 found: torch.Tensor = own(*args, **kwargs)
                 return found
-            return stand_ins[path](args[0], bias)
+            stand_in = stand_ins[path]
+            return stand_in(args[0], bias) if isinstance(stand_in, StandIn) else stand_in(*args, **kwargs)
 
         return forward
 

@@ -104,7 +104,7 @@ class StandInExperts(nn.Module):
     whichever way the base keeps them. Every matrix is packed by itself: no byte belongs to two.
 
     Args:
-        experts: the module that it replaces. Its stacks are given up; all else that it has is taken over.
+        experts: the module that it replaces, all of which but its stacks it takes over.
         layer: what keeps matrices, and multiplies by them.
         ranks: of the factors, by the name of the stack; None where the layer keeps none. A stack that is not there
             stays as it is.
@@ -121,9 +121,6 @@ class StandInExperts(nn.Module):
                 self.register_parameter(name, parameter)
         for name, module in experts.named_children():
             self.add_module(name, module)
-        for name in stacks(experts):
-            empty = torch.empty_like(experts.get_parameter(name), device="meta")
-            setattr(experts, name, nn.Parameter(empty, requires_grad=False))
         # For what it computes between its stacks. In a list, so that it is no part of this module.
         self._replaced = [experts]
         self.train(experts.training)
@@ -133,8 +130,12 @@ class StandInExperts(nn.Module):
         for part, (size, dtype) in self.layer.parts((m, n), self.ranks[name], stack.dtype).items():
             if not hasattr(self, part):
                 self.add_module(part, nn.ParameterDict())
-            empty = torch.empty(count, *size, dtype=dtype, device=stack.device)
-            cast(nn.ParameterDict, self.get_submodule(part))[name] = nn.Parameter(empty, requires_grad=False)
+            self.load(name, {part: torch.empty(count, *size, dtype=dtype, device=stack.device)})
+
+    def load(self, name: str, parts: Mapping[str, torch.Tensor]) -> None:
+        """Let these parts, by their names, stand in for a stack."""
+        for part, tensor in parts.items():
+            cast(nn.ParameterDict, self.get_submodule(part))[name] = nn.Parameter(tensor, requires_grad=False)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -202,6 +203,21 @@ class StandInExperts(nn.Module):
 
 def _times(experts: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
     return with_bias(experts, name, linear(x, matrices(experts, name)[expert]), expert)
+
+
+def replace_experts(model: nn.Module, path: str, layer: type[StandInLinear], ranks: Mapping[str, int | None]) -> None:
+    """Replace a module of experts with empty stand-ins for its stacks, which are given up.
+
+    Args:
+        model: is changed.
+        path: of the module.
+        layer, ranks: see :class:`StandInExperts`.
+    """
+    experts = model.get_submodule(path)
+    model.set_submodule(path, StandInExperts(experts, layer, ranks))
+    for name in stacks(experts):
+        empty = torch.empty_like(experts.get_parameter(name), device="meta")
+        setattr(experts, name, nn.Parameter(empty, requires_grad=False))
 
 
 def with_bias(experts: Any, name: str, found: torch.Tensor, expert: int | torch.Tensor) -> torch.Tensor:

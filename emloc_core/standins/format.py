@@ -14,7 +14,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.settings import SAMPLES, Allocator, CompressSettings
 from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
-from emloc_core.standins.experts import StandInExperts, is_stack, part_name
+from emloc_core.standins.experts import is_stack, replace_experts
 from emloc_core.standins.layer import Parts, StandInLinear, replace_linear
 from emloc_core.standins.standin import Fitted, Movable, StandIn
 
@@ -137,10 +137,6 @@ class Format(ABC):
         """Return the keys of a stand-in's tensors in the checkpoint, where that of the weight is known."""
         return [f"{weight.removesuffix('weight')}{name}" for name in self.names()]
 
-    def stack_keys(self, path: str) -> list[str]:
-        """Return the keys of what stands in for the stack of experts at a path, in the order of :meth:`names`."""
-        return [part_name(path, name) for name in self.names()]
-
     def with_experts(self) -> "Format":
         """Return the format of an emulator in which stacks of experts have stand-ins too."""
         return self
@@ -188,7 +184,7 @@ class Format(ABC):
             else:
                 replace_linear(model, path, self.layer, rank)
         for owner, of in experts.items():
-            model.set_submodule(owner, StandInExperts(model.get_submodule(owner), self.layer, of))
+            replace_experts(model, owner, self.layer, of)
 
     def nbytes(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> int:
         """Return the bytes of what stands in for a weight of this shape."""

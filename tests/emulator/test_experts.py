@@ -18,7 +18,7 @@ from emloc_core.adapters.adapter import Adapter
 from emloc_core.algorithms.factorize import factorize
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator.declared import find_linears, plan_ranks
-from emloc_core.emulator.experts import ExpertStatistics
+from emloc_core.emulator.experts import ExpertFitting
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.output import read_manifest
@@ -70,10 +70,6 @@ def planned(model):
     return plan.experts_in_block("model.layers.1")["model.layers.1.mlp.experts"]
 
 
-def pack(fitted):
-    return LowRank().pack(fitted, torch.float32)
-
-
 def product_of(stacked, expert):
     return stacked.parts["weight"][expert] @ stacked.parts["V"][expert]
 
@@ -96,6 +92,10 @@ def test_factors_of_full_rank_are_the_experts(base):
     assert torch.allclose(dense.down_proj, model.model.layers[1].mlp.experts.down_proj, atol=1e-5)
 
 
+def fitting(experts, plan):
+    return ExpertFitting(experts, plan, LowRank(), lambda each, weight, gram: factorize(weight, gram, each.rank))
+
+
 def test_an_expert_is_fitted_to_its_own_tokens_where_they_are_many(base):
     experts = loaded(base).model.layers[1].mlp.experts
     up, down = plan = planned(loaded(base))
@@ -103,10 +103,10 @@ def test_an_expert_is_fitted_to_its_own_tokens_where_they_are_many(base):
     hidden = torch.randn(400, 32, generator=generator)
     index = torch.randint(6, (400, 2), generator=generator)
     with torch.no_grad():
-        found = ExpertStatistics(experts, plan, 2, torch.device("cpu"), lambda error, _: error)
+        found = fitting(experts, plan)
         for half in (slice(0, 200), slice(200, 400)):
-            found.hook(experts, (hidden[half], index[half], None), None)
-        stacked = found.fitted(lambda each, weight, gram: factorize(weight, gram, each.rank), pack)
+            found.add(hidden[half], index[half])
+        stacked = found.fit()
         assert (up.tap, down.tap) == ("output", "input")
         for expert in range(6):
             x = hidden[(index == expert).any(dim=-1)]
@@ -119,8 +119,7 @@ def test_an_expert_is_fitted_to_its_own_tokens_where_they_are_many(base):
                 gram = Gram(each.tap, each.out_features if each.tap == "output" else each.in_features)
                 gram.add(linear(inputs, weight) if each.tap == "output" else inputs)
                 alone = factorize(weight, gram, each.rank)
-                product = product_of(stacked[each.path], expert)
-                assert torch.allclose(product, alone.u @ alone.v, atol=1e-5)
+                assert torch.allclose(product_of(stacked[each.path], expert), alone.u @ alone.v, atol=1e-5)
 
 
 def test_an_expert_without_tokens_is_fitted_to_those_of_the_layer(base):
@@ -130,36 +129,62 @@ def test_an_expert_without_tokens_is_fitted_to_those_of_the_layer(base):
     hidden = torch.randn(300, 4, generator=torch.Generator().manual_seed(2)) @ direction.T  # 4 of 32 directions
     index = torch.zeros(300, 1, dtype=torch.int64)  # the first expert gets all
     with torch.no_grad():
-        found = ExpertStatistics(experts, plan, 1, torch.device("cpu"), lambda error, _: error)
-        found.hook(experts, (hidden, index, None), None)
-        stacked = found.fitted(lambda each, weight, gram: factorize(weight, gram, each.rank), pack)
+        found = fitting(experts, plan)
+        found.add(hidden, index)
+        stacked = found.fit()
         for expert in range(6):
             weight = experts.gate_up_proj[expert]
             product = product_of(stacked[up.path], expert)
             assert up.rank < 32
             assert torch.allclose(linear(hidden, product), linear(hidden, weight), atol=1e-4)
             assert not torch.allclose(product, weight, atol=1e-2)
-        empty = ExpertStatistics(experts, plan, 1, torch.device("cpu"), lambda error, _: error)
-        assert empty.fitted(lambda *_: None, pack) == {}
+        assert fitting(experts, plan).fit() == {}
 
 
-def test_streamed_factors_equal_those_of_a_whole_forward(base, emulator, rows_file):
-    job = compression(base, rows_file, emulator)
+def test_an_expert_answers_on_the_emulator_s_inputs_as_on_the_base_s(base):
+    """Its inputs in the emulator are those of the base in other directions: what is fitted turns them back."""
+    experts = loaded(base).model.layers[1].mlp.experts
+    plan = [replace(each, rank=min(each.shape)) for each in planned(loaded(base))]
+    generator = torch.Generator().manual_seed(0)
+    hidden, turn = (torch.randn(count, 32, generator=generator) for count in (600, 32))
+    turn = torch.linalg.qr(turn).Q
+    index = torch.randint(6, (600, 2), generator=generator)
+    weights = torch.rand(600, 2, generator=generator)
+    with torch.no_grad():
+        found = fitting(experts, plan)
+        found.add(hidden, index, hidden @ turn, index)
+        _, answers = found.settle()
+        expected = experts(hidden, index, weights)
+        answered = answers["model.layers.1.mlp.experts"](hidden @ turn, index, weights)
+        uncorrected = experts(hidden @ turn, index, weights)
+    lost, before = ((of - expected).norm() / expected.norm() for of in (answered, uncorrected))
+    assert float(lost) < 0.05
+    assert float(before) > 0.5
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_activations_that_are_not_numbers_name_the_row(base, bad):
+    found = fitting(loaded(base).model.layers[1].mlp.experts, planned(loaded(base)))
+    with pytest.raises(EmlocError, match="NaN or Inf among the activations"):
+        found.add(torch.full((3, 32), bad), torch.zeros(3, 2, dtype=torch.int64))
+
+
+def test_streamed_factors_equal_those_of_a_whole_forward(base, rows_file, tmp_path):
+    job = compression(base, rows_file, tmp_path / "emulator", calibration="base")
     model = loaded(base)
     found = {}
     for block, stacks_of in ((block, job.plan.experts_in_block(block)) for block in job.base.skeleton.blocks):
         for path, plan in stacks_of.items():
             module = model.get_submodule(path)
-            statistics = ExpertStatistics(module, plan, len(job.samples), torch.device("cpu"), lambda error, _: error)
-            module.register_forward_hook(statistics.hook)
-            found[block] = statistics
+            found[block] = statistics = fitting(module, plan)
+            module.register_forward_hook(lambda _, args, __, of=statistics: of.add(*args[:2]))
     with torch.no_grad():
         for sample in job.samples:
             model(**sample.inputs("cpu"), use_cache=False)
         whole = {}
         for statistics in found.values():
-            whole |= statistics.fitted(lambda each, weight, gram: factorize(weight, gram, each.rank), pack)
-    small = loaded(emulator)
+            whole |= statistics.fit()
+    small = loaded(job.run())
     assert whole.keys() == set(STACKS)
     for path, of in whole.items():
         owner, _, name = path.rpartition(".")
@@ -295,7 +320,6 @@ def test_experts_are_rounded_without_calibration(base, rows_file, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"calibration": "propagated"}, "error-propagating calibration is for Linears alone"),
         ({"allocator": "global"}, "spectra are of Linears alone"),
     ],
 )

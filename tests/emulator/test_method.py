@@ -44,8 +44,8 @@ def test_the_kind_decides(bases, rows_file, tmp_path, kind):
 
 
 def test_experts_become_smaller_by_default(bases, rows_file, tmp_path):
-    assert made_with(bases["experts"], rows_file, tmp_path / "out", kind="low-rank") == ("base", "uniform", 0)
-    assert made_with(bases["experts"], rows_file, tmp_path / "four", kind="low-rank-nf4")[0] == "base"
+    assert made_with(bases["experts"], rows_file, tmp_path / "out", kind="low-rank") == ("propagated", "uniform", 3)
+    assert made_with(bases["experts"], rows_file, tmp_path / "four", kind="nf4") == USUAL["nf4"]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_way_of_the_paper_is_not_mixed_with_another(other):
 
 def test_the_base_s_activations_say_nothing_of_a_block_to_refine(bases, rows_file, tmp_path):
     with pytest.raises(EmlocError, match="needs the inputs that a block has in the emulator"):
-        made_with(bases["experts"], rows_file, tmp_path / "out", kind="low-rank", refine=2)
+        made_with(bases["experts"], rows_file, tmp_path / "out", kind="low-rank", calibration="base", refine=2)
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(None, 256), (2000, 256), (600, 150), (200, 64), (120, 40)])
