@@ -153,3 +153,38 @@ class Objective(Protocol):
 
     def vocabulary(self, config: Any) -> int:
         """Return how many logits a position has at once; 0 without any."""
+
+    def trial(self) -> "Trial":
+        """Return what the conformance kit makes tiny models with."""
+
+
+class Trial(Protocol):
+    """What the conformance kit asks for: tiny models, and what they are run on."""
+
+    def has_class(self, name: str) -> bool:
+        """Return whether the library has the class that a family declares."""
+
+    def config(self, settings: "Mapping[str, Any]") -> Any:
+        """Return the library's config of a tiny config.
+
+        Raises:
+            EmlocError: the library refuses it.
+        """
+
+    def samples(self, family: "Family", config: Any) -> "Sequence[Sample]":
+        """Return what a tiny model is run on."""
+
+    def rows(self, samples: Sequence[Any]) -> "list[Row]":
+        """Return rows that a stage can be given in their place."""
+
+    def save(self, model: Any, config: Any, directory: "Path") -> None:
+        """Write a tiny model, with all that the stages need beside it."""
+
+    def load(self, family: "Family", directory: "Path") -> Any:
+        """Return the model or emulator in a directory, as its users load it."""
+
+    def unpacked(self, model: Any) -> Any:
+        """Return an emulator in memory with ordinary weights."""
+
+    def loss(self, model: Any, sample: Any) -> "torch.Tensor":
+        """Return a loss of what a model answers, with its gradient."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emloc_core.objective import Datasets, Purpose, Sample
+from emloc_core.objective import Datasets, Purpose, Sample, Trial
 
 if TYPE_CHECKING:
     import torch
@@ -180,3 +180,9 @@ class TokenObjective:
         """Return the number of words."""
         size: int = config.get_text_config().vocab_size
         return size
+
+    def trial(self) -> Trial:
+        """Return what makes tiny models of transformers."""
+        from emloc_core.conformance.trial import TokenTrial
+
+        return TokenTrial()

@@ -16,9 +16,9 @@ FLOORS = [
     ["model"],
     ["exact", "emulator", "adapters", "stages.precheck"],
     ["tuning", "serving", "evaluation"],
-    ["memory", "tokens"],
+    ["memory"],
     ["stages", "registry", "recipe", "conformance", "doctor"],
-    ["api", "testing", "scaffold", "zoo"],
+    ["api", "testing", "scaffold", "zoo", "tokens"],
     ["cli", "observed"],
 ]
 

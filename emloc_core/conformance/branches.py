@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from emloc_core.conformance.tiny import random_model, tiny_config
-from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.shared_inputs import alike
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.model.hooks import forward_hooks
+from emloc_core.objective import Sample
 
 #: The path of each distinct block's list, and its Linears by the input that they read, in order of execution.
 Layout = frozenset[tuple[str, tuple[frozenset[str], ...]]]
@@ -51,7 +51,7 @@ def layout(model: nn.Module, samples: Sequence[Sample]) -> Layout:
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     with forward_hooks((module, watching(path)) for path, module in linears.items()), torch.no_grad():
         for sample in samples:
-            model(**sample.inputs("cpu"), use_cache=False)
+            sample.run(model, "cpu")
     blocks: dict[tuple[str, str], list[list[str]]] = defaultdict(list)
     for path, inputs in seen.items():
         match = _BLOCK.fullmatch(path)
@@ -82,12 +82,12 @@ def other_branches(
         The switch as ``section.name=value``, the tiny config with it, and its model. Switches with which transformers
         refuses the config, or the model does not run, are left out.
     """
-    config = tiny_config(settings)
+    config = tiny_config(settings, family)
     model = random_model(family, config)
     for path, value in _switches(config.to_dict(), model):
         with suppress(Exception):  # an unknown model's code, on a value that nobody vouches for
             flipped = _with(settings, path, value)
-            other = tiny_config(flipped)
+            other = tiny_config(flipped, family)
             changed = random_model(family, other)
             found = layout(changed, make_samples(other))
             if not found <= known:
@@ -150,6 +150,6 @@ def _with(settings: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dic
 def layouts(family: Family, settings: Mapping[str, Any], make_samples: Callable[[Any], Sequence[Sample]]) -> Layout:
     """Return the layout of a tiny config's model; empty where it does not run, which other checks tell."""
     with suppress(EmlocError, ValueError, TypeError, IndexError, KeyError, RuntimeError):
-        config = tiny_config(settings)
+        config = tiny_config(settings, family)
         return layout(random_model(family, config), make_samples(config))
     return frozenset()

@@ -8,15 +8,14 @@ from torch import nn
 
 from emloc_core.conformance.branches import layouts, other_branches
 from emloc_core.conformance.check import Subject, check, require
-from emloc_core.conformance.inputs import tiny_samples
-from emloc_core.conformance.tiny import TinyModel, on_meta, tiny_config
+from emloc_core.conformance.tiny import TinyModel, on_meta, tiny_config, trial_of
 from emloc_core.emulator.coverage import undeclared
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family, Tower
-from emloc_core.files.pretrained import auto_class
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.weight_reads import read_without_call
+from emloc_core.plugins.manager import TOKENS
 
 
 class Declaration(Subject):
@@ -28,16 +27,17 @@ class Declaration(Subject):
     @cached_property
     def models(self) -> list[nn.Module]:
         """All tiny models, without weights."""
-        return [on_meta(self.declared, tiny_config(settings)) for settings in self.declared.tiny_configs]
+        return [on_meta(self.declared, tiny_config(settings, self.declared)) for settings in self.declared.tiny_configs]
 
 
 @check()
 def model_types(subject: Declaration) -> None:
     """Every model type has a tiny config, and transformers has the class that builds it."""
     family = subject.declared
-    if not hasattr(auto_class(family.auto_class), "from_config"):
+    library = "transformers" if family.objective == TOKENS else "The family's library"
+    if not trial_of(family).has_class(family.auto_class):
         raise EmlocError(
-            f"transformers has no class {family.auto_class!r} that builds models from configs.",
+            f"{library} has no class {family.auto_class!r} that builds models from configs.",
             "Set auto_class to one such as AutoModelForCausalLM or AutoModelForImageTextToText.",
         )
     odd = [settings for settings in family.tiny_configs if not isinstance(settings, Mapping)]
@@ -83,7 +83,7 @@ def branches(subject: Declaration) -> None:
     family = subject.declared
     for model_type in sorted(family.model_types):
         found = [settings for settings in family.tiny_configs if settings["model_type"] == model_type]
-        make = partial(tiny_samples, family)
+        make = partial(trial_of(family).samples, family)
         known = frozenset().union(*(layouts(family, settings, make) for settings in found))
         for settings in found if known else ():
             require(

@@ -10,11 +10,11 @@ from torch import nn
 
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.decompose import Decomposition
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.skeleton import Skeleton
+from emloc_core.objective import Sample
 from emloc_core.standins import LowRank
 
 
@@ -82,10 +82,15 @@ def observe(
 
 
 def logits(model: Any, sample: Sample) -> torch.Tensor:
-    """Return a sample's logits, (1, T, vocabulary)."""
+    """Return what a model answers to a sample: its logits, (1, T, vocabulary), where it is one of tokens."""
     with torch.no_grad():
-        found: torch.Tensor = model(**sample.inputs("cpu"), use_cache=False).logits
-    return found
+        return answer(model, sample)
+
+
+def answer(model: Any, sample: Sample) -> torch.Tensor:
+    """Return the same, with its gradient."""
+    found = sample.run(model, "cpu")
+    return found if isinstance(found, torch.Tensor) else found.logits
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,18 @@ from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.conformance.check import Subject
 from emloc_core.conformance.forward import Decomposed, Forward, decompose, observe
-from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
+from emloc_core.conformance.trial import label
 from emloc_core.conformance.tuning import Tuned, tune
-from emloc_core.data.tokenize import Sample
 from emloc_core.emulator.compress import Compress
 from emloc_core.emulator.declared import find_linears
 from emloc_core.emulator.ranks import RankPlan
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint
-from emloc_core.files.pretrained import load_model, new_model
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.opened import OpenModel
 from emloc_core.model.skeleton import Skeleton, build_model
+from emloc_core.objective import Sample, Trial
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import CompressRequest, CorrectRequest, MergeRequest
 from emloc_core.settings import CompressSettings, CorrectSettings
@@ -41,20 +40,13 @@ _NOISE = 0.1  # of weights, beside how the model initialises them
 
 def labels(family: Family) -> list[str]:
     """Return a readable name for every tiny config: the model types in it, numbered where several are alike."""
-    names = [_label(config) for config in family.tiny_configs]
+    names = [label(config) for config in family.tiny_configs]
     counts: Counter[str] = Counter()
     found = []
     for name in names:
         counts[name] += 1
         found.append(name if counts[name] == 1 else f"{name}-{counts[name]}")
     return found
-
-
-def _label(config: Mapping[str, Any]) -> str:
-    if not isinstance(config, Mapping):
-        return "no-mapping"
-    inner = [part["model_type"] for part in config.values() if isinstance(part, Mapping) and "model_type" in part]
-    return "+".join(str(name) for name in [config.get("model_type"), *inner])
 
 
 class TinyModel(Subject):
@@ -76,12 +68,12 @@ class TinyModel(Subject):
 
     @cached_property
     def config(self) -> Any:
-        """Transformers' config.
+        """The library's config.
 
         Raises:
-            EmlocError: transformers refuses it.
+            EmlocError: the library refuses it.
         """
-        return tiny_config(self.settings)
+        return tiny_config(self.settings, self.declared)
 
     @cached_property
     def family(self) -> Family:
@@ -99,21 +91,20 @@ class TinyModel(Subject):
         return find_linears(self.meta, self.family)
 
     @cached_property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[Any]:
         """What the model is run on."""
-        return tiny_samples(self.family, self.config)
+        return list(trial_of(self.family).samples(self.family, self.config))
 
     @cached_property
     def base(self) -> Checkpoint:
         """The model on disk, fp32, with a tokenizer."""
         model = random_model(self.family, self.config)
-        model.save_pretrained(self.directory / "base")
-        number_tokenizer(self.config).save_pretrained(self.directory / "base")
+        trial_of(self.family).save(model, self.config, self.directory / "base")
         return Checkpoint(self.directory / "base")
 
     def load(self, directory: Path) -> Any:
-        """Return a model by transformers' ``from_pretrained``, in eval mode."""
-        return load_model(self.family.auto_class, directory).eval()
+        """Return a model as its users load it, in eval mode."""
+        return trial_of(self.family).load(self.family, directory).eval()
 
     @cached_property
     def whole(self) -> Any:
@@ -158,14 +149,12 @@ class TinyModel(Subject):
         size = {"ratio": min(RATIO, ratios.largest)} if ratios else {}
         request = CompressRequest(
             model=str(self.base.directory),
-            data=text_rows(self.samples),
+            data=trial_of(self.family).rows(self.samples),
             output=self.directory / f"emulator-{kind}",
             device="cpu",
             settings=CompressSettings(kind=kind, samples=1, selection=0, **size),
         )
-        stage = Compress(request)
-        stage.samples = list(self.samples)
-        return stage.run()
+        return _Compress(request, self.samples).run()
 
     @cached_property
     def tuned(self) -> Tuned:
@@ -174,7 +163,8 @@ class TinyModel(Subject):
         Raises:
             EmlocError: PEFT refuses the targets.
         """
-        return tune(self.load(self.emulator), self.family.lora_targets(), self.samples)
+        loss, task = trial_of(self.family).loss, plugin_manager().objective_of(self.family).task
+        return tune(self.load(self.emulator), self.family.lora_targets(), self.samples, loss, task)
 
     @cached_property
     def adapter(self) -> Path:
@@ -197,25 +187,35 @@ class TinyModel(Subject):
         return Merge(MergeRequest(adapter=self.corrected, base=base, output=output)).run()
 
 
-def tiny_config(settings: Mapping[str, Any]) -> Any:
-    """Return transformers' config of a tiny config.
+class _Compress(Compress):
+    """Stage 1 on samples that are made up.
+
+    Args:
+        request: whose rows stand for them.
+        given: the samples.
+    """
+
+    def __init__(self, request: CompressRequest, given: Sequence[Sample]) -> None:
+        self._given = given
+        super().__init__(request)
+
+    def _sampled(self) -> Sequence[Sample]:
+        return self._given
+
+
+def trial_of(family: Family) -> Trial:
+    """Return what makes tiny models of a family."""
+    return plugin_manager().objective_of(family).trial()
+
+
+def tiny_config(settings: Mapping[str, Any], family: Family | None = None) -> Any:
+    """Return the library's config of a tiny config; of transformers where no family is given.
 
     Raises:
-        EmlocError: transformers refuses it.
+        EmlocError: the library refuses it.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    if (name := settings.get("model_type")) not in CONFIG_MAPPING:
-        raise EmlocError(
-            f"transformers has no model type {name!r}.", "Declare the model_type that config.json has (model_types)."
-        )
-    try:
-        return AutoConfig.for_model(**copy.deepcopy(dict(settings)))
-    except Exception as error:  # whatever transformers' own checks of a config raise
-        raise EmlocError(
-            f"transformers refuses the tiny config of {_label(settings)!r} ({first_line(error)}).",
-            "Correct that entry of tiny_configs: its keys are those of the model's config class.",
-        ) from error
+    trial = trial_of(family) if family else plugin_manager().objective_for({}).trial()
+    return trial.config(settings)
 
 
 def on_meta(family: Family, config: Any) -> nn.Module:
@@ -237,7 +237,7 @@ def random_model(family: Family, config: Any) -> Any:
     """Return a model in fp32 and eval mode, seeded; no weight hides by being zero or one, as those of norms would."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = new_model(family.auto_class, copy.deepcopy(config), torch.float32)
+        model = plugin_manager().objective_of(family).build(family, copy.deepcopy(config), torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(_NOISE * torch.randn_like(parameter))

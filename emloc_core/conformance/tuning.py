@@ -1,6 +1,6 @@
 """Takes a few steps of an ordinary LoRA with plain PEFT, and records the losses and gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,15 +8,16 @@ import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn.functional import cross_entropy
 
-from emloc_core.data.tokenize import Sample
+from emloc_core.conformance.trial import TokenTrial
 from emloc_core.errors import EmlocError
 from emloc_core.settings import TrainSettings
 from emloc_core.standins.transposed import as_linear
 from emloc_core.tuning.trl import lora_config
 
 STEPS = 2
+#: The loss of a model on a sample, with its gradient.
+Loss = Callable[[Any, Any], torch.Tensor]
 _LEARNING_RATE = 1e-2
 _PREFIX = "base_model.model."
 
@@ -38,13 +39,21 @@ class Tuned:
     untouched: list[str] = field(default_factory=list)
 
 
-def tune(model: nn.Module, targets: list[str], samples: Sequence[Sample]) -> Tuned:
+def tune(
+    model: nn.Module,
+    targets: list[str],
+    samples: Sequence[Any],
+    loss: Loss | None = None,
+    task: str | None = "CAUSAL_LM",
+) -> Tuned:
     """Train a LoRA with the toolkit's own settings.
 
     Args:
         model: an emulator, or any other.
         targets: the family's.
         samples: all of them are one batch.
+        loss: of a model on a sample; that of tokens by default.
+        task: PEFT's name for it.
 
     Raises:
         EmlocError: there are no targets, or PEFT refuses them.
@@ -54,7 +63,7 @@ def tune(model: nn.Module, targets: list[str], samples: Sequence[Sample]) -> Tun
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:
-            tuned = Tuned(get_peft_model(model, lora_config(TrainSettings(lora_rank=4), targets)))
+            tuned = Tuned(get_peft_model(model, lora_config(TrainSettings(lora_rank=4), targets, task)))
         except ValueError as error:
             raise EmlocError(
                 f"PEFT cannot put a LoRA on {', '.join(targets)} ({error}).", "Correct lora_targets of the towers."
@@ -62,12 +71,12 @@ def tune(model: nn.Module, targets: list[str], samples: Sequence[Sample]) -> Tun
         for path, module in tuned.model.named_modules():
             if isinstance(module, BaseTunerLayer) and not isinstance(as_linear(module.get_base_layer()), nn.Linear):
                 tuned.odd[path.removeprefix(_PREFIX)] = type(module.get_base_layer()).__name__
-        _train(tuned, samples)
+        _train(tuned, samples, loss or TokenTrial().loss)
     tuned.model.eval()
     return tuned
 
 
-def _train(tuned: Tuned, samples: Sequence[Sample]) -> None:
+def _train(tuned: Tuned, samples: Sequence[Any], loss_of: Loss) -> None:
     lora = tuned.model
     optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=_LEARNING_RATE)
     for step in range(STEPS):
@@ -76,7 +85,7 @@ def _train(tuned: Tuned, samples: Sequence[Sample]) -> None:
         lora.train(step > 0)
         for module in lora.modules():
             module.training |= isinstance(module, nn.Linear)
-        loss = torch.stack([_loss(lora, sample) for sample in samples]).mean()
+        loss = torch.stack([loss_of(lora, sample) for sample in samples]).mean()
         loss.backward()
         tuned.losses.append(float(loss))
         if not step:  # B is zero and A has no gradient yet
@@ -87,8 +96,3 @@ def _train(tuned: Tuned, samples: Sequence[Sample]) -> None:
             ]
         optimizer.step()
         optimizer.zero_grad()
-
-
-def _loss(model: nn.Module, sample: Sample) -> torch.Tensor:
-    inputs = sample.inputs("cpu")
-    return cross_entropy(model(**inputs, use_cache=False).logits[0, :-1].float(), inputs["input_ids"][0, 1:])

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc_core.conformance.forward import logits
-from emloc_core.data.tokenize import Sample
+from emloc_core.conformance.forward import answer, logits
 from emloc_core.model.hooks import forward_hooks
+from emloc_core.objective import Sample
 
 _INSTEAD = (float("nan"), 1e3, -1e3)
 
@@ -58,7 +58,7 @@ def _reached(model: nn.Module, samples: Sequence[Sample], linears: Iterable[str]
     with torch.enable_grad(), forward_hooks((module, probing(path)) for path, module in modules.items()):
         for sample in samples:
             probes.clear()
-            outcome = model(**sample.inputs("cpu"), use_cache=False).logits.square().sum()
+            outcome = answer(model, sample).square().sum()
             gradients = torch.autograd.grad(outcome, [probe for _, probe in probes], allow_unused=True)
             for (path, _), gradient in zip(probes, gradients, strict=True):
                 if gradient is not None:

@@ -9,10 +9,10 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from emloc_core.adapters.adapter import Adapter
-from emloc_core.conformance.activations import deviation, statistics, tolerated
+from emloc_core.conformance.activations import before_the_end, deviation, statistics, tolerated
 from emloc_core.conformance.check import check, require
 from emloc_core.conformance.forward import logits
-from emloc_core.conformance.tiny import TinyModel
+from emloc_core.conformance.tiny import TinyModel, trial_of
 from emloc_core.conformance.tuning import STEPS
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_object
@@ -21,6 +21,7 @@ from emloc_core.files.output import MANIFEST
 from emloc_core.files.pretrained import load_lora
 from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
+from emloc_core.plugins.manager import TOKENS
 from emloc_core.standins.transposed import as_linears
 
 #: A kind of emulator whose weights no code but its own layers' can read.
@@ -38,7 +39,7 @@ def packed(subject: TinyModel) -> str | None:
         return f"There is no emulator of the kind {PACKED}: {error.args[0]}"
     model = subject.load(directory)
     answers = [logits(model, sample) for sample in subject.samples]
-    model = model.dequantize()
+    model = trial_of(subject.family).unpacked(model)
     apart = [deviation(answer, logits(model, sample)) for answer, sample in zip(answers, subject.samples, strict=True)]
     allowed = tolerated(subject, apart)
     require(
@@ -70,7 +71,7 @@ def trains(subject: TinyModel) -> str:
         "Correct the sizes of the tiny config.",
     )
     require(
-        [f"the LoRA on {path} got no gradient" for path in tuned.untouched],
+        [f"the LoRA on {path} got no gradient" for path in before_the_end(subject, tuned.untouched)],
         "Leave it out of lora_targets: what it computes does not reach the loss, or no row reaches it.",
     )
     return f"The loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {STEPS} steps."
@@ -139,6 +140,8 @@ def merge(subject: TinyModel) -> None:
 @check(trains)
 def memory(subject: TinyModel) -> str:
     """The memory plan counts the parameters of base and emulator exactly."""
+    if subject.family.objective != TOKENS:
+        return "Plans are for models of tokens."
     planned = MemoryModel(subject.base.directory / "config.json", Workload(batch_size=1, length=16))
     ranks = read_object(subject.emulator / "config.json")["quantization_config"]["ranks"]
     counts = {

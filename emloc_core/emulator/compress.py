@@ -5,7 +5,7 @@ before gathers the spectra that they are shared out by.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,7 @@ class Compress:
         # Weights alone need no calibration: its rows are left for tuning.
         samples = 0 if settings.calibration == "none" else settings.samples
         self.rows = draw(rows, settings.seed, samples, settings.selection)
-        self.samples = self.base.samples(self.rows.calibration, settings.max_length)
-        self.base.samples(self.rows.selection, settings.max_length, "selection")
+        self.samples = self._sampled()
         weight_keys(self.base.skeleton, self.plan)  # a checkpoint or a kind that is not for this model is refused
         self.format.config(self.plan.ranks, self.base.skeleton.model, self.base.skeleton.dtype)
 
@@ -87,6 +86,11 @@ class Compress:
         asked, skipped = self.request, self.skipped if self.request.skip_bad_rows else None
         rows = load_rows(asked.data, asked.split, asked.settings.loss, asked.columns, skipped)
         return without(rows, asked.exclude, asked.split, asked.columns)
+
+    def _sampled(self) -> Sequence[Sample]:
+        """Return the calibration rows as samples; those of the correction must be readable too."""
+        self.base.samples(self.rows.selection, self.settings.max_length, "selection")
+        return self.base.samples(self.rows.calibration, self.settings.max_length)
 
     @cached_property
     def output(self) -> Output:

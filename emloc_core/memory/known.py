@@ -14,7 +14,7 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.memory.cache import Cache, key
 from emloc_core.memory.outline import Outline, described
-from emloc_core.plugins.manager import plugin_manager
+from emloc_core.plugins.manager import TOKENS, plugin_manager
 from emloc_core.standins.format import MARK
 from emloc_core.standins.layer import replace_linear
 from emloc_core.standins.nf4 import FourBitLinear
@@ -121,6 +121,12 @@ def known(config_file: Path) -> Known:
     """
     raw = read_config_json(config_file)
     family = plugin_manager().family_for(raw)
+    if family.objective != TOKENS:
+        raise EmlocError(
+            f"The memory of a {raw['model_type']} is not planned: plans are for models of tokens.",
+            "Name the kind of emulator yourself: emloc compress --kind.",
+            code="unsupported",
+        )
     if raw.get("quantization_config"):
         _require_base(raw, config_file)
     found = _known(key(raw, family))

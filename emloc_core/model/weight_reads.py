@@ -17,8 +17,10 @@ from torch import nn
 
 #: Attributes of a weight that do not depend on what it holds.
 _HARMLESS = {"dtype", "device", "shape", "size", "ndim", "requires_grad", "is_meta"}
-#: Methods that run before the weights are there.
-_BEFORE = re.compile(r"__init__|_?init_weights|_?initialize_weights|reset_parameters|tie_weights|from_config")
+#: Methods that no forward calls: they run before the weights are there, or when a user asks for another layout of them.
+_APART = re.compile(
+    r"__init__|_?init_weights|_?initialize_weights|reset_parameters|tie_weights|from_config|(un)?fuse_\w+"
+)
 
 
 def read_without_call(model: nn.Module) -> dict[str, str]:
@@ -53,7 +55,7 @@ def _module_reads(module: str) -> dict[str, frozenset[str]]:
     found: dict[str, set[str]] = defaultdict(set)
     for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
         for method in kind.body:
-            if isinstance(method, ast.FunctionDef) and not _BEFORE.fullmatch(method.name):
+            if isinstance(method, ast.FunctionDef) and not _APART.fullmatch(method.name):
                 found[kind.name].update(_weights(method))
     return {name: frozenset(paths) for name, paths in found.items()}
 

@@ -21,12 +21,12 @@ class Call(Protocol):
     """How a class is called.
 
     Attributes:
-        pipeline_class: the pipeline whose prompts and pictures the class is given.
+        pipelines: the classes of pipelines whose prompts and pictures the class is given.
         density: how times are drawn, as in diffusers' scripts: ``uniform`` or ``logit-normal``.
         patch: sides of pictures are multiples of so many latents.
     """
 
-    pipeline_class: str
+    pipelines: tuple[str, ...]
     density: str
     patch: int
 
@@ -68,7 +68,7 @@ def positions(height: int, width: int, device: torch.device) -> torch.Tensor:
 class Flux:
     """FLUX.1: packed pictures, time from 0 to 1, a pooled prompt besides."""
 
-    pipeline_class, density, patch = "FluxPipeline", "uniform", 2
+    pipelines, density, patch = ("FluxPipeline",), "uniform", 2
 
     def channels(self, config: Mapping[str, Any]) -> int:
         return int(config["in_channels"]) // 4
@@ -104,7 +104,142 @@ class Flux:
         return {"tokens": (5, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
 
 
-_CALLS: dict[str, Call] = {"FluxTransformer2DModel": Flux()}
+class Flux2:
+    """FLUX.2: the VAE packs the pictures; positions have four parts, of which prompts have the last."""
+
+    pipelines, density, patch = ("Flux2Pipeline", "Flux2KleinPipeline"), "uniform", 1
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        return int(config["in_channels"])
+
+    def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
+        return {"tokens": pipe.encode_prompt(text)[0][0]}
+
+    def arguments(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, prompt: Tensors, config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        guided = config.get("guidance_embeds", True)
+        rows, length, device = len(noisy), prompt["tokens"].shape[1], noisy.device
+        of_patches = torch.nn.functional.pad(positions(noisy.shape[2], noisy.shape[3], device), (0, 1))
+        of_tokens = torch.nn.functional.pad(torch.arange(length, device=device)[:, None].float(), (3, 0))
+        return {
+            "hidden_states": noisy.flatten(2).mT,
+            "timestep": sigma,
+            "guidance": torch.full_like(sigma, GUIDANCE) if guided else None,
+            "encoder_hidden_states": prompt["tokens"],
+            "txt_ids": of_tokens.expand(rows, -1, -1),
+            "img_ids": of_patches.expand(rows, -1, -1),
+        }
+
+    def answer(self, output: Any) -> torch.Tensor:
+        found: torch.Tensor = output[0]
+        return found
+
+    def target(self, velocity: torch.Tensor) -> torch.Tensor:
+        return velocity.flatten(2).mT
+
+    def made_up(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {"tokens": (5, config["joint_attention_dim"])}
+
+
+class StableDiffusion3:
+    """Stable Diffusion 3 and 3.5: time from 0 to 1000; the model packs the pictures itself."""
+
+    pipelines, density, patch = ("StableDiffusion3Pipeline",), "logit-normal", 2
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        return int(config["in_channels"])
+
+    def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
+        tokens, _, pooled, _ = pipe.encode_prompt(text, text, text, do_classifier_free_guidance=False)
+        return {"tokens": tokens[0], "pooled": pooled[0]}
+
+    def arguments(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, prompt: Tensors, config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": noisy,
+            "timestep": 1000 * sigma,
+            "encoder_hidden_states": prompt["tokens"],
+            "pooled_projections": prompt["pooled"],
+        }
+
+    def answer(self, output: Any) -> torch.Tensor:
+        found: torch.Tensor = output[0]
+        return found
+
+    def target(self, velocity: torch.Tensor) -> torch.Tensor:
+        return velocity
+
+    def made_up(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {"tokens": (5, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
+
+
+class QwenImage:
+    """Qwen-Image: packed pictures, whose shapes the model is told; prompts are as long as they are."""
+
+    pipelines, density, patch = ("QwenImagePipeline",), "uniform", 2
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        return int(config["in_channels"]) // 4
+
+    def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
+        return {"tokens": pipe.encode_prompt(text)[0][0]}
+
+    def arguments(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, prompt: Tensors, config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": packed(noisy),
+            "timestep": sigma,
+            "encoder_hidden_states": prompt["tokens"],
+            "img_shapes": [[(1, noisy.shape[2] // 2, noisy.shape[3] // 2)]] * len(noisy),
+        }
+
+    def answer(self, output: Any) -> torch.Tensor:
+        found: torch.Tensor = output[0]
+        return found
+
+    def target(self, velocity: torch.Tensor) -> torch.Tensor:
+        return packed(velocity)
+
+    def made_up(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {"tokens": (5, config["joint_attention_dim"])}
+
+
+class ZImage:
+    """Z-Image: lists of pictures and prompts; time runs from noise at 0, and so does the answer's sign."""
+
+    pipelines, density, patch = ("ZImagePipeline",), "uniform", 2
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        return int(config["in_channels"])
+
+    def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
+        return {"tokens": pipe.encode_prompt(text, do_classifier_free_guidance=False)[0][0]}
+
+    def arguments(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, prompt: Tensors, config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {"x": list(noisy[:, :, None]), "t": 1 - sigma, "cap_feats": list(prompt["tokens"])}
+
+    def answer(self, output: Any) -> torch.Tensor:
+        return torch.stack(list(output[0]))[:, :, 0]
+
+    def target(self, velocity: torch.Tensor) -> torch.Tensor:
+        return -velocity
+
+    def made_up(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {"tokens": (5, config["cap_feat_dim"])}
+
+
+_CALLS: dict[str, Call] = {
+    "FluxTransformer2DModel": Flux(),
+    "Flux2Transformer2DModel": Flux2(),
+    "SD3Transformer2DModel": StableDiffusion3(),
+    "QwenImageTransformer2DModel": QwenImage(),
+    "ZImageTransformer2DModel": ZImage(),
+}
 
 
 def call_of(class_name: str) -> Call:

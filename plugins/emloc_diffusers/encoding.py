@@ -83,12 +83,12 @@ class Encoder:
         read = files.hash(file for name in self.parts.readers for file in self.parts.files(name))
         drawn = files.hash(self.parts.files("vae")) if self.parts.has("vae") else "pixels"
         prompts = {
-            row.number: place / f"{_digest(self.call.pipeline_class, read, row.prompt)}.safetensors" for row in rows
+            row.number: place / f"{_digest(self.parts.class_name, read, row.prompt)}.safetensors" for row in rows
         }
         size = f"{self.tokens}-{self.call.channels(self.config)}-{self.call.patch}"
         pictures = {row.number: place / f"{_digest(drawn, size, _image(row).sha256)}.safetensors" for row in rows}
         if missing := [row for row in rows if not prompts[row.number].exists()]:
-            with self.parts.reading(self.call.pipeline_class, self.device) as pipe, torch.no_grad():
+            with self.parts.reading(self.call.pipelines, self.device) as pipe, torch.no_grad():
                 for row in missing:
                     found = self.call.prompt(pipe, str(row.prompt))
                     _keep({name: each.cpu() for name, each in found.items()}, prompts[row.number])
@@ -151,6 +151,13 @@ def normalised(latents: torch.Tensor, vae: Any) -> torch.Tensor:
         spread = (config.latents_mean, config.latents_std)
         mean, std = (torch.tensor(each).to(latents).view(1, -1, 1, 1, 1) for each in spread)
         return ((latents - mean) / std)[:, :, 0]
+    if _packs(vae):
+        b, c, h, w = latents.shape
+        latents = (
+            latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+        )
+        mean, variance = (each.view(1, -1, 1, 1).to(latents) for each in (vae.bn.running_mean, vae.bn.running_var))
+        return (latents - mean) / (variance + config.batch_norm_eps).sqrt()
     return (latents - (config.shift_factor or 0)) * config.scaling_factor
 
 
@@ -159,11 +166,17 @@ def _is_for_films(vae: Any) -> bool:
     return hasattr(vae, "temperal_downsample")  # diffusers' own spelling
 
 
+def _packs(vae: Any) -> bool:
+    """Return whether patches of 2 x 2 latents are normalised as one."""
+    return hasattr(vae, "bn")
+
+
 def _factor(vae: Any) -> int:
     """Return how many pixels a latent is wide."""
     if vae is None:
         return 1
-    return 2 ** (len(vae.temperal_downsample) if _is_for_films(vae) else len(vae.config.block_out_channels) - 1)
+    halved = len(vae.temperal_downsample) if _is_for_films(vae) else len(vae.config.block_out_channels) - 1
+    return 2 ** (halved + _packs(vae))
 
 
 def _image(row: Row) -> Any:

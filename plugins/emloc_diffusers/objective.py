@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.objective import Datasets, Purpose, Sample
+from emloc_core.objective import Datasets, Purpose, Sample, Trial
 
 if TYPE_CHECKING:
     import torch
@@ -140,6 +140,12 @@ class FlowMatching:
     def vocabulary(self, config: Any) -> int:
         """Return 0."""
         return 0
+
+    def trial(self) -> Trial:
+        """Return what makes tiny transformers."""
+        from emloc_diffusers.trial import FlowTrial
+
+        return FlowTrial()
 
 
 def encoded(model: "OpenModel", rows: "Sequence[Row]", tokens: int | None) -> "list[Encoded]":

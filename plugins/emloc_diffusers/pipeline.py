@@ -5,7 +5,7 @@ pipeline is that of its base.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class Parts:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.index = read_object(directory / INDEX)
+        #: The class of the pipeline.
+        self.class_name = str(self.index.get("_class_name"))
 
     def has(self, name: str) -> bool:
         """Return whether there is such a part."""
@@ -74,11 +76,25 @@ class Parts:
         return load_part(str(library), str(class_name), self.directory / name)
 
     @contextmanager
-    def reading(self, class_name: str, device: torch.device) -> Iterator[Any]:
-        """Yield the pipeline with what encodes prompts alone, on a device; it is dropped at the end."""
+    def reading(self, classes: Sequence[str], device: torch.device) -> Iterator[Any]:
+        """Yield the pipeline with what encodes prompts alone, on a device; it is dropped at the end.
+
+        Args:
+            classes: one of which the pipeline is.
+            device: where to encode.
+
+        Raises:
+            EmlocError: it is another one, or a part cannot be loaded.
+        """
         import diffusers
 
-        kind = getattr(diffusers, class_name)
+        if self.class_name not in classes:
+            raise EmlocError(
+                f"{self.directory} is a {self.class_name}; how pictures are learned is known of {', '.join(classes)}.",
+                "Give another pipeline.",
+                code="unsupported",
+            )
+        kind = getattr(diffusers, self.class_name)
         required, optional = kind._get_signature_keys(kind)
         known = {*required, *optional}
         parts = {name: self.load(name) for name in self.readers if name in known}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from emloc_core.compat.torch import tree_map
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.files.limits import limited
 from emloc_core.files.own import require_own_files
@@ -47,7 +48,15 @@ def new_transformer(class_name: str, config: Mapping[str, Any], dtype: "torch.dt
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    for module in model.children():
+        if next(module.parameters(), None) is None:
+            module.register_forward_hook(_copied)
     return model
+
+
+def _copied(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """Copy what a module without weights answers, a table of positions that it keeps: samples wait with their own."""
+    return tree_map(lambda each: each.clone() if hasattr(each, "clone") else each, output)
 
 
 def load_part(library: str, class_name: str, directory: Path) -> Any:

@@ -26,13 +26,7 @@ from emloc_core.testing import conformance_tests
 pytest_plugins = ["pytester"]
 
 # One test a tiny config and check, of every family that is installed.
-globals().update(
-    {
-        f"test_{family.name}": conformance_tests(family)
-        for family in plugin_manager().families()
-        if family.objective == "tokens"
-    }
-)
+globals().update({f"test_{family.name}": conformance_tests(family) for family in plugin_manager().families()})
 
 ONE = replace(LLAMA, model_types=frozenset({"llama"}), tiny_configs=LLAMA.tiny_configs[:1])
 GROUPS = ONE.towers[0].input_groups

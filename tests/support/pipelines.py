@@ -34,7 +34,7 @@ def flux_pipeline(directory: Path, settings: dict[str, Any] | None = None, *, va
     """Write a FLUX.1 pipeline; without a VAE it makes the pixels themselves."""
     torch.manual_seed(0)
     config = {**(settings or FLUX.tiny_configs[0])}
-    config.pop("_class_name", None)
+    config.pop("model_type", None)
     width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
     clip = CLIPTextConfig(vocab_size=16, hidden_size=pooled, intermediate_size=32, num_hidden_layers=1,
                           num_attention_heads=2, max_position_embeddings=8, eos_token_id=2)  # fmt: skip

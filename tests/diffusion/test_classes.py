@@ -1,0 +1,73 @@
+"""Every class of transformers: streamed while nothing may stay on the device, and exact gradients."""
+
+from functools import cache
+
+import pytest
+import torch
+from emloc_diffusers.families import FAMILIES
+from emloc_diffusers.training import ExactFlow, Pictures
+from emloc_diffusers.trial import FlowTrial
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+from emloc_core.conformance.tiny import TinyModel, labels
+from emloc_core.exact.lora import lora_on
+from emloc_core.model.parking import Parking
+from emloc_core.model.streaming import Stream
+from emloc_core.settings import TrainSettings
+from emloc_core.tuning.trl import lora_config
+
+MODELS = {
+    label: (family, config)
+    for family in FAMILIES
+    for label, config in zip(labels(family), family.tiny_configs, strict=True)
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A function of a label: the tiny model, saved once."""
+
+    @cache
+    def make(label):
+        return TinyModel(*MODELS[label], label, tmp_path_factory.mktemp(label))
+
+    return make
+
+
+@pytest.mark.parametrize("label", MODELS)
+def test_rows_wait_with_tensors_of_their_own(label, tiny):
+    """On a full GPU what waits is moved to the CPU's memory: two rows may not share it."""
+    model = tiny(label)
+    own = [tensor for row in model.samples for tensor in row.others.values()]
+    stream = Stream(model.skeleton, Parking(0, [*model.skeleton.model.buffers(), *own]))
+    found = stream.run([lambda row=row: row.run(model.skeleton.model, "cpu") for row in model.samples])
+    assert all(torch.equal(one, other) for one, other in zip(found, model.forward.logits, strict=True))
+
+
+@pytest.mark.parametrize("label", MODELS)
+def test_exact_gradients_are_those_of_the_ordinary_step_and_every_block_is_read_twice(label, tiny):
+    model = tiny(label)
+    batch = Pictures(model.samples, None, model.family.auto_class).collate(model.samples)
+    assert len(batch["groups"]) == 2  # of two shapes, two pictures each
+    settings = lora_config(TrainSettings(lora_rank=3), model.family.lora_targets(), None)
+    ordinary = get_peft_model(model.load(model.base.directory), settings)
+    for name, parameter in ordinary.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    loss = torch.stack([FlowTrial().loss(ordinary, sample) for sample in model.samples]).mean()
+    loss.backward()
+    lora = lora_on(model.skeleton, settings)
+    set_peft_model_state_dict(lora, get_peft_model_state_dict(ordinary))
+    steps = ExactFlow(lora.get_base_model(), model.skeleton)
+    assert torch.allclose(steps.loss([batch]), loss, rtol=1e-5)
+    expected = {name: each.grad for name, each in ordinary.named_parameters() if each.requires_grad}
+    found = {name: each.grad for name, each in lora.named_parameters() if each.requires_grad}
+    assert found.keys() == expected.keys()
+    largest = max(float(each.abs().max()) for each in expected.values() if each is not None)
+    for name, gradient in expected.items():
+        if gradient is None:  # of a stream that ends there
+            assert found[name] is None
+        else:
+            assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-5 * largest), name
+    assert {steps.weights.reads[block] for block in model.skeleton.blocks} == {2}
+    steps.close()
