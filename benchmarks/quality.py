@@ -14,7 +14,7 @@ learning rates the one with the least loss of the base on the selection rows cou
 that of the emulator itself, which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
 
 Wider cells are of another model, more steps, or another rank or place of the LoRA; of one task, one seed and one
-learning rate, with fewer rows to test and to select on. Those of more steps, ranks and places have few rows per step.
+learning rate, with fewer rows to test and to select on. Those of more steps have one row per step.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
 the base gains over the base alone: ``(base - x) / (base - full)``; all three on the same base, with the same seed.
@@ -36,7 +36,6 @@ from harness import RESULTS, in_process
 from quality_bases import base_of, digest
 from quality_cells import (
     BASELINES,
-    BATCH,
     EXACT,
     FULL,
     GEMMA,
@@ -97,8 +96,20 @@ def control(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[
     adapter = trained(base, place / "adapter", cell, rows, metered, exact=cell.kind == SCRATCH)
     scored = Scores(base, rows["test"])
     selection = Scores(base, rows["selection"]).of(adapter)["nll"]
-    systems = {"base": scored.of(None), cell.kind: scored.of(adapter)}
+    systems = {"base": base_scores(scored, place, cell), cell.kind: scored.of(adapter)}
     return {"systems": systems, "selection": selection, "stages": metered.stages}
+
+
+def base_scores(scored: Scores, place: Path, cell: Cell) -> dict[str, Any]:
+    """Return the loss of the base alone; that of wider cells of one model is kept, and measured once."""
+    kept = place.with_name(f"scores-{cell.model}-{cell.task}.json")
+    if cell.is_wider and kept.exists():
+        known: dict[str, Any] = json.loads(kept.read_text())
+        return known
+    found = scored.of(None)
+    if cell.is_wider:
+        kept.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: Metered) -> tuple[float, Path, Path]:
@@ -179,7 +190,7 @@ def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[st
     changed = chosen["clamp"] or chosen.get("scale", 1) != 1
     systems["auto"] = on_base.of(auto) if changed else systems["uncorrected"]
     exact: dict[str, Any] = {}
-    if cell.batch == BATCH:
+    if {"batch", "rank", "targets"}.isdisjoint(cell.given):
         name, rate = f"polish{EXACT[-1]}", cell.learning_rate / 2
         carried_on = metered(name, lambda: polished(auto, base, rows, EXACT[-1], rate, cell.seed, place / name))
         systems[name] = on_base.of(carried_on)

@@ -70,8 +70,8 @@ FULL, SCRATCH = "full", "exact"
 DEMO, GEMMA = "demo", "gemma-3-270m"
 MODELS = {DEMO: "SmolLM2 135M", GEMMA: "Gemma 3 270M"}
 BATCH, RANK, ALL, ATTENTION = 8, 8, "all", "attention"
-#: Steps of the longest cells, and rows per step where many steps, or many ways, are to cost little.
-LONGER, FEW_ROWS = 240, 2
+#: Steps of longer cells, which have one row each.
+LONGER = 240
 #: The task of wider cells, where emulators differ most.
 WIDER_TASK = "arithmetic"
 
@@ -192,27 +192,21 @@ def wider_ways() -> list[tuple[str, float]]:
 
 
 def wider_cells() -> Iterator[Cell]:
-    """Return the cells beyond the usual set-up, the most telling first: one task, one seed, one learning rate.
-
-    The larger model has the usual steps, and the usual model many steps, or many ranks and places, with few rows each.
-    """
+    """Return the cells beyond the usual set-up, the most telling first: one task, one seed, one learning rate."""
     control, (small, usual) = (FULL, 1), wider_ways()
     rate, lower, _ = LEARNING_RATES[WIDER_TASK]
 
     def larger(way: tuple[str, float], steps: int = STEPS) -> Cell:
-        return Cell(WIDER_TASK, *way, 0, steps, rate, model=GEMMA)
+        return Cell(WIDER_TASK, *way, 0, steps, rate, GEMMA)
 
-    def few_rows(way: tuple[str, float], steps: int = STEPS, **other: Any) -> Cell:
-        return Cell(WIDER_TASK, *way, 0, steps, lower, batch=FEW_ROWS, **other)
-
-    yield from map(larger, (control, small, usual))
-    for steps in (LONGER, STEPS):
-        yield from (few_rows(way, steps) for way in (control, small))
+    yield from map(larger, (control, small))
+    for way in (small, control):
+        yield Cell(WIDER_TASK, *way, 0, LONGER, lower, GEMMA, batch=1)
+    yield larger(usual)
     yield larger(control, STEPS + EXACT[-1])  # what exact steps are compared with
     others: Sequence[dict[str, Any]] = ({"rank": 64}, {"targets": ATTENTION}, {"rank": 16}, {"rank": 4})
-    for other in others:
-        yield from (few_rows(way, **other) for way in (control, small))
-    yield from (few_rows(usual, steps) for steps in (LONGER, STEPS))
+    for other, way in product(others, (control, small)):
+        yield Cell(WIDER_TASK, *way, 0, STEPS, rate, **other)
 
 
 def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: float, steps: int = STEPS) -> float:
