@@ -42,10 +42,26 @@ class Stacked:
         return self.error
 
 
-def stacked(matrices: Sequence[Mapping[str, torch.Tensor]], errors: Sequence[float]) -> Stacked:
-    """Return the packed matrices of a stack, each with its relative error, as one."""
-    parts = {name: torch.stack([of[name] for of in matrices]) for name in matrices[0]}
-    return Stacked(parts, (sum(error**2 for error in errors) / len(errors)) ** 0.5)
+class Stack:
+    """The packed matrices of a stack, as they come.
+
+    Args:
+        count: how many there will be.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._parts: dict[str, torch.Tensor] = {}
+        self._count, self._squared, self._done = count, 0.0, 0
+
+    def add(self, packed: Mapping[str, torch.Tensor], error: float) -> None:
+        """Take in the parts of the next matrix, with its relative error."""
+        for name, part in packed.items():
+            self._parts.setdefault(name, part.new_empty(self._count, *part.shape))[self._done] = part
+        self._done, self._squared = self._done + 1, self._squared + error**2
+
+    def whole(self) -> Stacked:
+        """Return all of them."""
+        return Stacked(self._parts, (self._squared / self._count) ** 0.5)
 
 
 class ExpertFitting:
@@ -70,9 +86,8 @@ class ExpertFitting:
         sizes = (each.out_features if each.tap == "output" else each.in_features for each in planned)
         #: An expert that fewer tokens reach needs others.
         self._enough = max(sizes)
-        self._tokens: list[tuple[torch.Tensor, ...]] = []
-        self._packed: dict[str, list[Mapping[str, torch.Tensor]]] = {name: [] for name in self._planned}
-        self._errors: dict[str, list[float]] = {name: [] for name in self._planned}
+        self._tokens: list[list[torch.Tensor]] = []
+        self._stacks = {name: Stack(each.experts) for name, each in self._planned.items()}
 
     def add(self, *given: torch.Tensor) -> None:
         """Keep the tokens of a row.
@@ -87,7 +102,9 @@ class ExpertFitting:
         kept = given[:3]
         if not all(bool(torch.isfinite(each).all()) for each in kept):
             raise EmlocError("NaN or Inf among the activations", code="not-finite")
-        self._tokens.append(tuple(each.detach().clone() for each in kept))
+        self._tokens = self._tokens or [[] for _ in kept]
+        for rows, each in zip(self._tokens, kept, strict=True):
+            rows.append(each.detach().clone())
 
     def fit(self) -> dict[str, Stacked]:
         """Return what stands in for the stacks, by path; nothing where no token reaches the layer.
@@ -97,8 +114,7 @@ class ExpertFitting:
         """
         if not self._tokens:
             return {}
-        hidden, index, *others = (torch.cat(rows) for rows in zip(*self._tokens, strict=True))
-        self._tokens = []
+        hidden, index, *others = [torch.cat(self._tokens.pop(0)) for _ in self._tokens.copy()]
         up, down = stacks(self._experts)
         for expert in range(self._experts.num_experts):
             chosen = (index == expert).any(dim=-1).nonzero()[:, 0]
@@ -107,7 +123,7 @@ class ExpertFitting:
             inner = self._through(up, expert, [of[chosen] for of in (hidden, *others)])
             biased = (with_bias(self._experts, up, of, expert) for of in inner)
             self._through(down, expert, [activate(self._experts, of) for of in biased])
-        return {each.path: stacked(self._packed[name], self._errors[name]) for name, each in self._planned.items()}
+        return {each.path: self._stacks[name].whole() for name, each in self._planned.items()}
 
     def settle(self) -> tuple[dict[str, Stacked], dict[str, Callable[..., torch.Tensor]]]:
         """Return what stands in for the stacks, and what computes with it in the emulator, by path of the module."""
@@ -132,8 +148,7 @@ class ExpertFitting:
             ) from None
         fitted = self._fit(planned, target, gram)
         packed = self._format.pack(fitted, weight.dtype)
-        self._packed[name].append(packed)
-        self._errors[name].append(fitted.relative_error())
+        self._stacks[name].add(packed, fitted.relative_error())
         parts = [packed[part].to(weight.device) for part in self._format.names()] if emulated else []
         return [linear(x, weight), *(self._format.read(parts, planned.shape, weight.dtype)(xc) for xc in emulated)]
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from emloc_core.emulator.decompose import Progress
-from emloc_core.emulator.experts import Stacked, stacked
+from emloc_core.emulator.experts import Stack, Stacked
 from emloc_core.emulator.files import EmulatorFiles
 from emloc_core.errors import EmlocError
 from emloc_core.plugins.manager import plugin_manager
@@ -39,9 +39,11 @@ def _stand_in(files: EmulatorFiles, path: str) -> Fitted:
 def _stack(files: EmulatorFiles, owner: str, path: str) -> Stacked:
     experts = files.skeleton.model.get_submodule(owner)
     with _loaded(files, path) as stack:
-        rounded = [files.format.round(each.T if experts.is_transposed else each) for each in stack]
-        packed = [files.format.pack(each, stack.dtype) for each in rounded]
-        return stacked(packed, [each.relative_error() for each in rounded])
+        found = Stack(len(stack))
+        for each in stack:
+            rounded = files.format.round(each.T if experts.is_transposed else each)
+            found.add(files.format.pack(rounded, stack.dtype), rounded.relative_error())
+        return found.whole()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The memory of an exact step, by formula, from shapes alone (``docs/memory.md``)."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from emloc_core.exact.head import PIECES
 from emloc_core.family import Family, Tower
 from emloc_core.model.lockstep import units
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.standins.experts import experts_per_token, width
+from emloc_core.standins.experts import StandInExperts, experts_per_token, width
 from emloc_core.standins.layer import PackedLinear
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def step_need(
         - boundaries: the hidden states before every block, of all that passes through a tower.
         - ends: those behind the last block, and their gradient.
         - activations: those of one block, of one micro-batch, in the tower where they are largest.
-        - unpacked: the largest matrix of an emulator whose weights are packed, as it is computed with.
+        - unpacked: the largest matrix of an emulator whose weights are packed, as it is computed with, or as many
+            experts as are unpacked at a time.
         - logits: one piece of them, as large as on a GPU, in fp32, with its gradient.
     """
     lists = [tower.blocks for tower in family.towers]
@@ -65,14 +67,15 @@ def step_need(
         boundaries, ends = boundaries + len(blocks) * hidden, ends + 2 * hidden
         widest = max(_width(block, tower, experts_per_token(model.config)) for block in blocks)
         activations = max(activations, positions.at_once * widest)
-    packed = [each.in_features * each.out_features for each in model.modules() if isinstance(each, PackedLinear)]
+    packed = [dtype.itemsize * prod(each.shape) for each in model.modules() if isinstance(each, PackedLinear)]
+    packed += [each.unpacked_bytes for each in model.modules() if isinstance(each, StandInExperts)]
     vocabulary = plugin_manager().objective_of(family).vocabulary(model.config)
     return {
         "weights": max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True)),
         "boundaries": boundaries * dtype.itemsize,
         "ends": ends * dtype.itemsize,
         "activations": _COPIES * activations * dtype.itemsize,
-        "unpacked": max(packed, default=0) * dtype.itemsize,
+        "unpacked": max(packed, default=0),
         "logits": 8 * min(max(PIECES.values()), tokens.at_once * vocabulary),
     }
 

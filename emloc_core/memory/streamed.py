@@ -1,6 +1,7 @@
 """Memory of the stages that never hold a complete model, estimated by formula from shapes (``docs/memory.md``)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 from emloc_core.adapters.candidates import CANDIDATES
@@ -11,6 +12,8 @@ from emloc_core.memory.arithmetic import positions
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.overhead import overhead
+from emloc_core.standins.experts import experts_per_token
+from emloc_core.standins.layer import unpacked_bytes
 
 _WIDENED = 16 << 20  # bytes of a weight corrected in fp32 at a time
 _MERGED = 2 << 20  # bytes of a weight merged at a time
@@ -23,10 +26,11 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
       embedding, the output projection).
     - statistics: what fitting a block takes, by the format (:mod:`emloc_core.standins.costs`); with refinement at least
       what that takes, and with ranks shared out by spectra at least what the pass before does: fitting factors, and the
-      block's at half of the parameters, fp32.
+      block's at half of the parameters, fp32. Experts are fitted one by one, to tokens that are kept for it.
     - activations: the images and the hidden states of the samples, in the model's dtype; where errors are propagated
       twice, those of the base and of the emulator; a third time for refinement, as the base's block passes them on.
-    - stand-ins: where errors are propagated, the block's as rows pass through them.
+    - stand-ins: where errors are propagated, the block's as rows pass through them; those of experts stay packed, but
+      for some.
 
     Without calibration it is far less: one Linear at a time.
     """
@@ -34,8 +38,9 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     blocks, outside = _units(model)
     settings = model.method.settings
     propagated = settings.calibration == "propagated"
-    linears = {block: [*plan.in_block(block), *_stacks(plan, block)] for block in blocks}
-    needs = [model.format.fitting_bytes(of, propagated=propagated, itemsize=weight) for of in linears.values()]
+    linears = {block: plan.in_block(block) for block in blocks}
+    needs = [_fitting_experts(model, of) for block in blocks for of in plan.experts_in_block(block).values()]
+    needs += [model.format.fitting_bytes(of, propagated=propagated, itemsize=weight) for of in linears.values()]
     if model.method.by_spectra:
         needs += [_ranking(model, of) for of in linears.values()]
     if settings.refine:
@@ -49,7 +54,8 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     }
     if propagated:
         refined = bool(settings.refine)
-        terms["stand-ins"] = max(model.format.reading_bytes(of, weight, refined=refined) for of in linears.values())
+        read = {block: model.format.reading_bytes(of, weight, refined=refined) for block, of in linears.items()}
+        terms["stand-ins"] = max(held + _packed_experts(model, plan, block) for block, held in read.items())
     return Need("compress", {term: need for term, need in terms.items() if need}, "the largest block")
 
 
@@ -71,13 +77,32 @@ def _waiting(model: MemoryModel) -> int:
     return (pixels + max(hidden)) * model.dtype.itemsize
 
 
-def _stacks(plan: RankPlan, block: str) -> list[ExpertsPlan]:
-    return [each for stacks in plan.experts_in_block(block).values() for each in stacks]
+def _fitting_experts(model: MemoryModel, stacks: Sequence[ExpertsPlan]) -> int:
+    """Return the peak of fitting a layer's experts: all of them packed, one being fitted, and the tokens of all rows.
+
+    Tokens are kept as the base has them, and where errors are propagated as the emulator has them, and one kind of them
+    once more while the rows are joined; for every token there are 8 bytes for each of its experts.
+    """
+    settings, itemsize = model.method.settings, model.dtype.itemsize
+    propagated = settings.calibration == "propagated"
+    alone = [[replace(each, experts=1)] for each in stacks]
+    fitting = max(model.format.fitting_bytes(of, propagated=propagated, itemsize=itemsize) for of in alone)
+    hidden = max(each.out_features if each.name == "down_proj" else each.in_features for each in stacks)
+    a_token = (2 + propagated) * hidden * itemsize + 2 * 8 * experts_per_token(model.config)
+    tokens = settings.samples * positions(model, stacks[0].path) * a_token
+    return fitting + tokens + sum(each.nbytes(model.format, model.dtype) for each in stacks)
+
+
+def _packed_experts(model: MemoryModel, plan: RankPlan, block: str) -> int:
+    """Return the bytes of a block's experts as rows pass through them: packed, and some of them unpacked."""
+    stacks = [each for of in plan.experts_in_block(block).values() for each in of]
+    unpacked = [unpacked_bytes(each.shape, each.experts, model.dtype) for each in stacks]
+    return sum(each.nbytes(model.format, model.dtype) for each in stacks) + max(unpacked, default=0)
 
 
 def _ranking(model: MemoryModel, linears: Sequence[LinearPlan]) -> int:
     # Factors are held until sensitivities are measured.
-    held = int(4 * RATIO * sum(linear.numbers for linear in linears if linear.matrices == 1))
+    held = int(4 * RATIO * sum(linear.numbers for linear in linears))
     itemsize = model.dtype.itemsize
     return model.format.ranking().fitting_bytes(linears, propagated=False, itemsize=itemsize) + held
 

@@ -7,7 +7,7 @@ from emloc_core.algorithms.feedback import ROWS
 
 
 class Planned(Protocol):
-    """A Linear, or a stack of matrices, that gets a stand-in; see :class:`emloc_core.emulator.ranks.LinearPlan`."""
+    """A Linear that gets a stand-in, or one matrix of a stack; see :class:`emloc_core.emulator.ranks.LinearPlan`."""
 
     @property
     def group(self) -> Hashable:
@@ -28,10 +28,6 @@ class Planned(Protocol):
     @property
     def tap(self) -> Any:
         """How its activations are captured: ``output``, or as inputs."""
-
-    @property
-    def matrices(self) -> int:
-        """How many matrices of this shape it is."""
 
 
 def groups(linears: Sequence[Any]) -> Iterator[list[Any]]:
@@ -57,7 +53,7 @@ def rounding_bytes(linears: Sequence[Planned], *, grams: int = 4, copies: int = 
 
 
 def factoring_bytes(linears: Sequence[Planned], *, propagated: bool) -> int:
-    """Return the peak of factorising the weights of a block, and its stacks of experts.
+    """Return the peak of factorising the weights of a block.
 
     The Grams of the block's input groups and outputs, fp32, ``4 s^2`` each, with s the side; and the largest
     factorisation, in fp64: ``8 (4 s^2 + 3 m n)`` bytes for the Gram, the eigenvectors and LAPACK's workspace
@@ -69,8 +65,7 @@ def factoring_bytes(linears: Sequence[Planned], *, propagated: bool) -> int:
     for at, each in enumerate(linears):
         m, n = each.out_features, each.in_features
         side = m if each.tap == "output" else n
-        shares = each.matrices == 1 and each.tap != "output"  # the Gram of its inputs, with its group
-        grams[each.group if shares else at] = 4 * each.matrices * side**2
+        grams[at if each.tap == "output" else each.group] = 4 * side**2  # of inputs, a group has one
         work = max(work, 8 * (4 * side**2 + 3 * m * n))
     largest = max((4 * n * (2 * n + min(n, m)) for m, n in _outputs(linears)), default=0)
     return work + (largest if propagated else sum(grams.values()))
@@ -78,5 +73,5 @@ def factoring_bytes(linears: Sequence[Planned], *, propagated: bool) -> int:
 
 def _outputs(linears: Sequence[Planned]) -> Iterator[tuple[int, int]]:
     """Yield how many outputs the Linears of every input group have, and how many inputs."""
-    for group in groups([each for each in linears if each.matrices == 1]):
+    for group in groups(linears):
         yield sum(each.out_features for each in group), group[0].in_features

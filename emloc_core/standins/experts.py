@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from emloc_core.compat.transformers import gated, grouped_product
 from emloc_core.errors import EmlocError
-from emloc_core.standins.layer import StandInLinear
+from emloc_core.standins.layer import StandInLinear, unpacked_bytes
 
 #: What transformers says of every module of fused experts that it can compute in several ways.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
@@ -48,7 +48,7 @@ def is_stack(model: nn.Module, path: str) -> bool:
 
 def matrices(experts: Any, name: str) -> torch.Tensor:
     """Return a stack, (E, m, n), whichever way it is kept."""
-    found: torch.Tensor = experts.get_parameter(name)
+    found: torch.Tensor = getattr(experts, name)  # perhaps lent for a call, and no parameter
     return found.mT if experts.is_transposed else found
 
 
@@ -60,7 +60,9 @@ def experts_per_token(config: Any) -> int:
 
 def width(experts: nn.Module) -> int:
     """Return how many numbers go into and out of the matrices of one expert, factors included."""
-    return sum(sum(parameter.shape[1:]) for parameter in experts.parameters() if parameter.ndim == 3)
+    if isinstance(experts, StandInExperts):
+        return experts.width
+    return sum(sum(matrices(experts, name).shape[1:]) for name in stacks(experts))
 
 
 def activate(experts: Any, up: torch.Tensor) -> torch.Tensor:
@@ -168,11 +170,22 @@ class StandInExperts(nn.Module):
     def kept(self, name: str) -> list[torch.Tensor]:
         """Return what is kept of a stack, in the order of the layer's parts."""
         parts = self.layer.parts(self._shape(name), self.ranks[name], self._dtype(name))
-        return [self.get_parameter(f"{part}.{name}") for part in parts]
+        return [getattr(self, part)[name] for part in parts]  # perhaps lent for a call, and no parameters
 
     def stand_ins(self) -> dict[str, nn.Parameter]:
         """Return the parameters that stand in for stacks, by name; what the base has besides is not among them."""
         return {name: part for name, part in self.named_parameters() if name.partition(".")[2] in self.ranks}
+
+    @property
+    def width(self) -> int:
+        """How many numbers go into and out of the matrices of one expert, factors included."""
+        return width(self._replaced[0]) + 2 * sum(rank or 0 for rank in self.ranks.values())
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """What of a stack is unpacked at a time."""
+        stacks_of = ((self._shape(name), self._dtype(name)) for name in self.ranks)
+        return max(unpacked_bytes(shape, self.num_experts, dtype) for shape, dtype in stacks_of)
 
     def _shape(self, name: str) -> tuple[int, int]:
         _, m, n = matrices(self._replaced[0], name).shape
@@ -222,7 +235,7 @@ def replace_experts(model: nn.Module, path: str, layer: type[StandInLinear], ran
 
 def with_bias(experts: Any, name: str, found: torch.Tensor, expert: int | torch.Tensor) -> torch.Tensor:
     """Add the bias of an expert, or of the expert of every row."""
-    return found + experts.get_parameter(f"{name}_bias")[expert] if experts.has_bias else found
+    return found + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else found
 
 
 def _normed(experts: Any, found: torch.Tensor) -> torch.Tensor:

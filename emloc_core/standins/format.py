@@ -199,7 +199,7 @@ class Format(ABC):
         return 0
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
-        """Return the peak of fitting the Linears of a block, and its stacks of experts; by default that of rounding.
+        """Return the peak of fitting the Linears of a block, or a matrix of a stack; by default that of rounding.
 
         Args:
             linears: with their ranks.

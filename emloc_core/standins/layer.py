@@ -85,7 +85,7 @@ class StandInLinear(nn.Linear):
             (rows, m). Parts get no gradient.
         """
         unpack = partial(cls.unpack_stack, shape=shape, dtype=dtype)
-        most = max(1, _UNPACKED // (shape[0] * shape[1] * dtype.itemsize))
+        most = _most(shape, dtype)
         found: torch.Tensor = _GroupedProduct.apply(x, ends, unpack, most, *parts)
         return found
 
@@ -162,6 +162,16 @@ class _Product(torch.autograd.Function):
         if matrix.dtype == torch.float16:  # in which gradients that autocast takes in bf16 would vanish
             matrix = matrix.to(gradient.dtype)
         return gradient.to(matrix.dtype) @ matrix, None, *(None for _ in parts)
+
+
+def _most(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Return how many matrices of experts are unpacked at a time."""
+    return max(1, _UNPACKED // (shape[0] * shape[1] * dtype.itemsize))
+
+
+def unpacked_bytes(shape: tuple[int, int], count: int, dtype: torch.dtype) -> int:
+    """Return what the matrices take that are unpacked at a time, of a stack of so many."""
+    return min(count, _most(shape, dtype)) * shape[0] * shape[1] * dtype.itemsize
 
 
 class _GroupedProduct(torch.autograd.Function):

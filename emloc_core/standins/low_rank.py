@@ -107,11 +107,9 @@ class LowRank(RankingFormat):
         """``k (m + n)``."""
         return (rank or 0) * sum(shape)
 
-    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:
-        """Those of factorising, and the factors of a block's experts, which are held until all are there."""
-        stacks = [each for each in linears if each.matrices > 1]
-        held = sum(each.matrices * self.numbers((each.out_features, each.in_features), each.rank) for each in stacks)
-        return costs.factoring_bytes(linears, propagated=propagated) + held * itemsize
+    def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
+        """Those of factorising."""
+        return costs.factoring_bytes(linears, propagated=propagated)
 
     def refining_bytes(self, linears: Sequence[Planned], itemsize: int) -> int:
         """Factors in fp32: as they are, moved, with a gradient and Adam's moments; and products, with a gradient."""

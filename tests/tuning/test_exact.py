@@ -81,12 +81,14 @@ def test_training_by_exact_steps_goes_as_ordinary_training(sizes, ordinary, tiny
     assert read_manifest(exact)["request"]["exact"] is True
 
 
-def test_an_emulator_with_experts_is_streamed(rows_file, tmp_path):
+@pytest.mark.parametrize("kind", ["low-rank", "nf4", pytest.param("1.6-bit+repair", marks=pytest.mark.thorough)])
+def test_an_emulator_with_experts_is_streamed(kind, rows_file, tmp_path):
     base = save_tiny_model(QWEN_MOE.tiny_configs[0], tmp_path / "base")
-    chosen = CompressSettings(kind="low-rank", ratio=0.5, samples=8, selection=4)
-    emulator = compress_job(base, rows_file, tmp_path / "emulator", chosen).run()
-    read = read_manifest(exact_job(emulator, rows_file, tmp_path / "exact", train_settings(steps=1)).run())
-    assert read["result"]["steps"] == 1
+    emulator = compress_job(base, rows_file, tmp_path / "emulator", CompressSettings(kind=kind, samples=8)).run()
+    ordinary = train_job(emulator, rows_file, tmp_path / "ordinary", train_settings(steps=2)).run()
+    exact = exact_job(emulator, rows_file, tmp_path / "exact", train_settings(steps=2)).run()
+    assert losses(exact) == pytest.approx(losses(ordinary), rel=1e-5)
+    require_close(exact, ordinary)
 
 
 @pytest.mark.parametrize(
