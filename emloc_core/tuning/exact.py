@@ -95,9 +95,12 @@ class ExactTrain(Train):
             **fixed,
         )
 
-    def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
-        if processes > 1:
+    def _require_processes(self, started: int) -> None:
+        if started > 1:
             raise EmlocError("Exact steps are taken by one process.", "Start it without a launcher.")
+        super()._require_processes(started)
+
+    def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
         return {**super()._request(files, processes), "exact": True}
 
     def _lora(self) -> Any:

@@ -1,5 +1,6 @@
-"""Detects a launcher that asked for several processes: on a CPU, ``accelerate launch`` starts only one."""
+"""What launchers of several processes ask for that training does not do; refused in every process alike."""
 
+import os
 import re
 
 import psutil
@@ -10,14 +11,23 @@ _ASKED = re.compile(r"--num[_-]processes[= ](\d+)")
 
 
 def require_processes(started: int) -> None:
-    """Refuse to train in fewer processes than were asked for: the batch would be smaller than meant.
+    """Refuse to train in fewer processes than were asked for: on a CPU, ``accelerate launch`` starts only one.
+
+    The batch would be smaller than meant. Weights that FSDP splits over processes would be lost after the last step,
+    since one process alone writes the adapter.
 
     Args:
         started: processes that train.
 
     Raises:
-        EmlocError: ``accelerate launch`` was told to start more than one, and this one is alone.
+        EmlocError: ``accelerate launch`` was told to start more than one, and this one is alone; or to use FSDP.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"}:
+        raise EmlocError(
+            "FSDP splits weights over processes, and the adapter would be written by one of them.",
+            "Start the processes without FSDP: each then holds an emulator, which is small.",
+            code="unsupported",
+        )
     try:
         parent = psutil.Process().parent()
         command = " ".join(parent.cmdline()) if parent else ""

@@ -31,6 +31,7 @@ _NAMED = {
 #: Fields of SFTConfig that this stage sets itself, and why.
 _FIXED = {
     **dict.fromkeys(("output_dir", "save_total_limit"), "-o names the output"),
+    **dict.fromkeys(("fsdp", "fsdp_config"), "one process writes the adapter, so all of it has to be there"),
     "push_to_hub": "`emloc push` uploads the finished directory, and so does --push",
     **dict.fromkeys(
         ("save_strategy", "save_only_model", "resume_from_checkpoint", "load_best_model_at_end", "logging_strategy"),

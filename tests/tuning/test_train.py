@@ -324,7 +324,7 @@ def test_two_processes_make_one_adapter(tiny_model, rows_file, tmp_path):
     assert len(Adapter(tmp_path / "a").loras) == 21
 
 
-def test_fewer_processes_than_accelerate_was_asked_for_are_refused(monkeypatch):
+def test_what_launchers_ask_for_in_vain_is_refused(monkeypatch):
     def launched(*command):
         parent = SimpleNamespace(cmdline=lambda: list(command))
         monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
@@ -337,6 +337,9 @@ def test_fewer_processes_than_accelerate_was_asked_for_are_refused(monkeypatch):
     require_processes(1)
     launched("bash")
     require_processes(1)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(EmlocError, match="FSDP splits weights over processes"):
+        require_processes(2)
 
 
 # The command line
