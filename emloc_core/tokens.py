@@ -145,8 +145,8 @@ class TokenObjective:
             EmlocError: the model cannot be loaded, or the settings conflict.
         """
         from emloc_core.files.pretrained import load_model
+        from emloc_core.processes.heap import give_back
         from emloc_core.settings import TrainSettings
-        from emloc_core.tuning.heap import give_back
         from emloc_core.tuning.trainer import SETTINGS, TRAINERS, balance_no_experts, refusing
         from emloc_core.tuning.trl import lora_config
 

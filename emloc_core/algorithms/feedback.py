@@ -165,7 +165,7 @@ def descended(rounded: torch.Tensor, slopes: torch.Tensor, gram: Damped, nearest
     The loss, ``tr (M - Q) G (M - Q)^T``, is quadratic in every number, so what is nearest to its minimum is best.
 
     Args:
-        rounded: Q, (m, n), as it is so far, in fp32.
+        rounded: Q, (m, n), as it is so far, in fp32, which is overwritten.
         slopes: ``(M - Q) G``, (m, n), which is overwritten; see :func:`descent`.
         gram: G.
         nearest: rounds a column.
@@ -173,8 +173,7 @@ def descended(rounded: torch.Tensor, slopes: torch.Tensor, gram: Damped, nearest
     Returns:
         Q, (m, n), in fp32, whose loss is no higher.
     """
-    found = rounded.T.clone(memory_format=torch.contiguous_format)  # a column is one stretch of memory
-    slopes = slopes.T.contiguous()
+    found, slopes = rounded.T.contiguous(), slopes.T.contiguous()  # a column is one stretch of memory
     with gram.matrix() as whole:
         for start in range(0, len(found), _COLUMNS):
             stop = min(start + _COLUMNS, len(found))

@@ -89,11 +89,12 @@ def _rounded(
         with gram.matrix() as whole:
             image = whole @ matrix.T
     for _ in range(passes):
-        units = grid.units(found.T)
+        found = grid.units(found.T)
         with gram.matrix() as whole:
-            better, descent = _fitted(image, units, whole, grid.stored)
+            better, descent = _fitted(image, found, whole, grid.stored)
+        del grid
         grid = _Grid(levels, better, matrix.shape[1])
-        found = descended(grid.numbers(units).T, descent.T, gram, grid)
+        found = descended(grid.numbers(found).T, descent.T, gram, grid)
     return grid.indices(found.T).T, grid.stored
 
 
@@ -122,7 +123,7 @@ class _Grid(Grid):
     def units(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the level that is nearest to every number, (n, m), without its scale."""
         if self._step:
-            return (numbers / (self._spread * self._step)).round_().clamp_(-1, 1).mul_(self._step)
+            return (numbers / self._spread).div_(self._step).round_().clamp_(-1, 1).mul_(self._step)
         return at(self.levels, self.indices(numbers))
 
     def indices(self, numbers: torch.Tensor) -> torch.Tensor:
@@ -130,8 +131,8 @@ class _Grid(Grid):
         return _indices(numbers / self._spread, self.middles)
 
     def numbers(self, units: torch.Tensor) -> torch.Tensor:
-        """Return levels, (n, m), times their scales."""
-        return units * self._spread
+        """Multiply levels, (n, m), by their scales, in their place."""
+        return units.mul_(self._spread)
 
     def __call__(self, numbers: torch.Tensor, column: int) -> torch.Tensor:
         """Return numbers of a column, (m,), rounded."""

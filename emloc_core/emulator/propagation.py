@@ -22,6 +22,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.model.hooks import forwards
 from emloc_core.model.parking import require_own
 from emloc_core.model.streaming import Stream
+from emloc_core.processes.heap import give_back
 from emloc_core.standins import StandIn
 from emloc_core.standins.costs import groups
 from emloc_core.standins.standin import Fitted
@@ -225,6 +226,7 @@ def fit_block(
                 brought.clear()
             assert stop is not None
             left.remove(place)
+            give_back()
             made, answers = stop.settle()
             found.update(made)
             done.update(answers)

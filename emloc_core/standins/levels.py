@@ -120,7 +120,7 @@ class SixLevels(Format):
 
     def fitting_bytes(self, linears: Sequence[Planned], *, propagated: bool, itemsize: int) -> int:  # noqa: ARG002
         """Those of rounding, which holds most of the rows that are rounded at a time: their scales are fitted too."""
-        return costs.rounding_bytes(linears, copies=6, at_once=8)
+        return costs.rounding_bytes(linears, copies=6, at_once=5)
 
     def told(self, rank: str) -> str:  # noqa: ARG002
         """The number of levels."""

@@ -199,7 +199,7 @@ class _Residual(RankingFormat):
 
 
 def _rounding_bytes(linears: Sequence[Planned]) -> int:
-    return costs.rounding_bytes(linears, grams=6, copies=10, at_once=8)
+    return costs.rounding_bytes(linears, grams=6, copies=10, at_once=6)
 
 
 def _in_turn(
@@ -221,7 +221,9 @@ def _in_turn(
         found = levels.rounded(left, gram, RepairedLinear.LEVELS, scales)
         numbers, scales = found.numbers(), found.scales
         repairs = repairing((stacked - numbers).split(rows))
-        left = stacked - torch.cat([of.u.float() @ of.v.float() for of in repairs])
+        left = stacked.clone()
+        for part_left, of in zip(left.split(rows), repairs, strict=True):
+            part_left.addmm_(of.u.float(), of.v.float(), alpha=-1)
     matrix = feedback.single(inputs)
     for weight, of, part, kept in zip(weights, repairs, found.split(rows), numbers.split(rows), strict=True):
         yield weight, part, of, output_error(weight.float(), kept.addmm(of.u.float(), of.v.float()), matrix)

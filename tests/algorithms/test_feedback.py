@@ -49,7 +49,8 @@ def test_descent_ends_where_no_number_alone_can_be_better():
     matrix, gram = 2 * draw(4, 150), Damped(inputs_gram(150))
     found, before = with_feedback(matrix, gram, to_integers), None
     while before is None or not torch.equal(found, before):
-        before, found = found, descended(found, descent(matrix, found, gram), gram, to_integers)
+        before, slopes = found, descent(matrix, found, gram)
+        found = descended(found.clone(), slopes, gram, to_integers)
     least = loss(matrix, found, gram)
     for row in range(4):
         for column in range(150):
@@ -112,7 +113,7 @@ def test_scales_are_those_of_least_squares(m, n, count, seed):
     units = grid.units(matrix.T)
     with gram.matrix() as whole:
         better, descent = levels._fitted(whole @ matrix.T, units, whole, scales)
-        rest = matrix.T - levels._Grid(count, better, n).numbers(units)
+        rest = matrix.T - levels._Grid(count, better, n).numbers(units.clone())
         assert torch.allclose(descent, whole @ rest, atol=1e-4 * float((whole @ matrix.T).abs().max()))
         found, units = better.float(), units.T
         root = torch.linalg.cholesky(whole.double())

@@ -28,8 +28,8 @@ from emloc_core.memory.model import TERMS, MemoryModel
 from emloc_core.memory.plan import make_plan
 from emloc_core.memory.workload import make_workload
 from emloc_core.model.overhead import overhead
+from emloc_core.processes.heap import give_back
 from emloc_core.settings import CompressSettings, TrainSettings
-from emloc_core.tuning.heap import give_back
 from emloc_core.tuning.trl import lora_config
 from emloc_core.units import parse_bytes
 
@@ -244,10 +244,10 @@ def test_the_sums_of_stage_one_by_hand(tmp_path: Path) -> None:
     factorising = 8 * (4 * n**2 + 3 * m * n)
     held = 2 * (4 * m**2 + 3 * m * n)  # of the block's factors, at half of the parameters
     gate_and_up = 2 * n * m  # which are rounded as one; all of their rows at a time
-    repairing = 4 * (6 * m**2 + (10 + 8) * gate_and_up)
+    repairing = 4 * (6 * m**2 + (10 + 6) * gate_and_up)
     expected = [
         ({"kind": "nf4"}, 4 * (4 * m**2 + 7 * gate_and_up)),
-        ({"kind": "2.7-bit", "samples": 64}, 4 * (4 * m**2 + (6 + 8) * gate_and_up)),
+        ({"kind": "2.7-bit", "samples": 64}, 4 * (4 * m**2 + (6 + 5) * gate_and_up)),
         ({"kind": "low-rank-nf4", "allocator": "uniform"}, factorising + 4 * n * (2 * n + m)),
         ({"kind": "1.6-bit+repair"}, repairing),
         ({"kind": "low-rank-nf4", "calibration": "base", "samples": 32}, factorising + inputs),
