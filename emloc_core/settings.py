@@ -142,6 +142,12 @@ class CompressSettings(Settings):
         description="Passes that bring each block's outputs closer to the base's; 3 by default where that helps.",
     )
 
+    keep: Literal["head"] | None = Field(
+        None,
+        description="'head': leave the output layer and the token embeddings as they are in the base; by default they "
+        "are packed where the Linears are.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _of_the_paper(cls, values: Any) -> Any:
@@ -157,6 +163,10 @@ class CompressSettings(Settings):
             return self
         factors = self.ratio is not None or self.allocator is not None
         return self.model_copy(update={"kind": FACTORS if factors else FOUR_BITS})
+
+    def for_tuning(self, tuning: "TrainSettings") -> Self:
+        """Return the settings of an emulator that is tuned like this: what is trained itself stays dense."""
+        return self.model_copy(update={"keep": "head"}) if tuning.trains_modules else self
 
 
 #: The target for every Linear but the output layer, as in PEFT.

@@ -28,6 +28,7 @@ from emloc_core.adapters.candidates import CANDIDATES, Candidate, choose, compar
 from emloc_core.adapters.dense import replaced_weights
 from emloc_core.adapters.held_out import with_lora
 from emloc_core.adapters.moments import copy_moments, hash_moments
+from emloc_core.adapters.stand_ins import StandIns
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import SELECTION, Row, load_rows
@@ -43,8 +44,6 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.report.verdict import verdict
 from emloc_core.requests import CorrectRequest
 from emloc_core.settings import PAPER_CLAMP, Loss
-from emloc_core.standins import LowRank
-from emloc_core.standins.registry import format_named
 
 
 class Correct:
@@ -75,7 +74,7 @@ class Correct:
 
         if made_with("paper", bool) and "clamp" not in self.settings.model_fields_set:
             self.settings = self.settings.model_copy(update={"clamp": PAPER_CLAMP})
-        self.format = format_named(made_with("kind", str | None) or LowRank.name)
+        self.stand_ins = StandIns(self.emulator)
         self.skeleton = self.base.skeleton
         require_shapes(adapter, self.skeleton.model)
         for name, new in replaced_weights(adapter.replaced, self.skeleton).items():
@@ -195,14 +194,11 @@ class Correct:
         return [corrected[candidate.clamp].scaled(candidate.scale) for candidate in compared]
 
     def _clamped(self, path: str, weight: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
-        keys = self.format.keys(self.skeleton.sources(f"{path}.weight")[0])
-        if keys[1] not in self.emulator.tensors:  # also dense on the emulator: nothing to correct
+        emulated = self.stand_ins.of(self.skeleton.sources(f"{path}.weight")[0], path, weight)
+        if emulated is None:  # also dense on the emulator: nothing to correct
             return [lora] * len(clamps)
-        with self.emulator.slices(keys) as slices:
-            tensors = [slices[key][...].to(weight.device) for key in keys]
-            emulated = self.format.read(tensors, (weight.shape[0], weight.shape[1]), weight.dtype)
-            with named(f"The correction {self.settings.correction!r}, on {path},"):
-                corrected: Any = self.correct(weight, emulated, lora.to(weight.device), clamps)
+        with named(f"The correction {self.settings.correction!r}, on {path},"):
+            corrected: Any = self.correct(weight, emulated, lora.to(weight.device), clamps)
         if not isinstance(corrected, list) or [_shapes(each) for each in corrected] != [_shapes(lora)] * len(clamps):
             raise EmlocError(
                 f"The correction {self.settings.correction!r} did not give one LoRA per clamp, in the shapes of the "

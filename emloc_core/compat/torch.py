@@ -5,7 +5,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -97,6 +97,33 @@ def has_contents(tensor: torch.Tensor) -> bool:
 def is_device_call(operation: Any) -> bool:
     """Return whether an operation that a ``TorchDispatchMode`` sees asks for a tensor's device: most of them do."""
     return operation is torch.ops.prim.device.default
+
+
+class HollowTensor(torch.Tensor):
+    """A tensor with a shape, a dtype and a device, and no numbers: its subclass says what operations on it give."""
+
+    with private("torch"):
+        __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def hollow(cls, size: Sequence[int], like: torch.Tensor) -> Self:
+        """Return one of this shape, with the dtype and the device of another tensor."""
+        with private("torch"):
+            make: Any = torch.Tensor._make_wrapper_subclass
+        found: Self = make(cls, size, dtype=like.dtype, device=like.device)
+        return found
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return cls.given(func, *args)
+
+    @classmethod
+    def given(cls, operation: Any, *args: Any) -> Any:
+        """Return what an operation of ``torch.ops.aten`` gives, of which one of these tensors is an argument."""
+        raise NotImplementedError
 
 
 def children(module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -76,6 +76,19 @@ def keep_as_it_is(module: Any) -> None:
     module._is_hf_initialized = True
 
 
+def retie(model: Any, ties: dict[str, str]) -> None:
+    """Have a model tie these parameters, each to another one, by their names, in place of what its class names."""
+    model.all_tied_weights_keys = ties
+    model._tied_weights_keys = dict(ties)  # is read again by save_pretrained
+
+
+def tie_as_its_class_does(model: Any) -> None:
+    """Tie the parameters of a model that its class names, whatever was tied instead."""
+    vars(model).pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights()
+
+
 def was_loaded(parameter: Any) -> bool:
     """Return whether ``from_pretrained`` found a parameter in the files; one that is missing it leaves or draws."""
     return getattr(parameter, "_is_hf_initialized", False)

@@ -23,6 +23,7 @@ from emloc_core.memory.model import MemoryModel
 from emloc_core.memory.workload import Workload
 from emloc_core.plugins.manager import TOKENS
 from emloc_core.standins.transposed import as_linears
+from emloc_core.standins.vocabulary import PackedLayer
 
 #: A kind of emulator whose weights no code but its own layers' can read.
 PACKED = "low-rank-nf4"
@@ -167,9 +168,12 @@ def ties(subject: TinyModel) -> str:
     for kind, directory in (("emulator", subject.emulator), ("merged checkpoint", subject.merged)):
         model = subject.load(directory)
         for name, source in pairs.items():
-            if model.get_parameter(name) is not model.get_parameter(source):
+            layers = [model.get_submodule(each.removesuffix(".weight")) for each in (name, source)]
+            packed = all(isinstance(layer, PackedLayer) for layer in layers)
+            first, other = (layer.codes if packed else layer.weight for layer in layers)
+            if first is not other:
                 problems.append(f"{name} is tied to {source} in the base, and not in the {kind}")
-            elif not torch.equal(model.get_parameter(name), subject.whole.get_parameter(name)):
+            elif not packed and not torch.equal(first, subject.whole.get_parameter(name)):
                 problems.append(f"{name} of the {kind} is not the base's")
-    require(problems, "Keep tied modules dense, and out of lora_targets: list them in keep_dense.")
+    require(problems, "Keep them out of input_groups and lora_targets.")
     return f"Tied: {', '.join(pairs)}." if pairs else "Nothing is tied in this config."

@@ -33,6 +33,7 @@ from emloc_core.emulator.pack import pack_blocks
 from emloc_core.emulator.ranks import NO_EXPERTS, RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES, RATIO
 from emloc_core.emulator.spectra import Spectra
+from emloc_core.emulator.vocabulary import pack_vocabulary
 from emloc_core.files.card import data_name
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output
@@ -63,7 +64,7 @@ class Compress:
         self.base.checkpoint.require_unquantised()
         self.skipped: list[Skipped] = []
         rows = self._read()
-        settings = request.settings.settled()
+        settings = request.settings.for_tuning(request.tuning).settled()
         format = format_named(settings.kind)
         format.check(settings)
         distinct = len({row.key for row in rows})
@@ -112,6 +113,7 @@ class Compress:
         base, dtype = self.base.checkpoint, self.base.skeleton.dtype
         replaced = [each for each in self.plan.planned if each.is_replaced]
         saved = sum(each.numbers * dtype.itemsize - each.nbytes(self.format, dtype) for each in replaced)
+        saved += sum(each.saved(dtype) for each in self.plan.vocabulary)
         return {
             "output": str(self.request.output),
             "kind": self.format.name,
@@ -120,6 +122,7 @@ class Compress:
             "base_bytes": base.nbytes,
             "emulator_bytes": base.nbytes - saved,
             "linears": [each.describe() for each in self.plan.planned],
+            "vocabulary": [each.describe() for each in self.plan.vocabulary],
             "kept_dense": [vars(kept) for kept in self.plan.kept],
             "summary": self.plan.lines(self.format),
             "calibration": self.settings.calibration,
@@ -160,6 +163,8 @@ class Compress:
                 first, progress = _in_two_passes(progress)
                 plan = self._allocated(staging, first)
             files = EmulatorFiles(self.base.skeleton, plan, staging, self.format)
+            calibrated = self.settings.calibration != "none"
+            pack_vocabulary(files, [each for each in plan.vocabulary if not (calibrated and each.is_fitted)])
             if self.settings.calibration == "none":
                 pack_blocks(files, progress)
             elif self.settings.calibration == "propagated":
@@ -182,6 +187,7 @@ class Compress:
         if not spectra.are_complete:
             ranking = self.format.ranking()
             found = find_linears(self.base.skeleton.model, self.base.family, ranking).without_experts(NO_EXPERTS)
+            found = found.without_vocabulary()
             how = (allocated(found, RATIO, uniform), self.samples, ranking, progress)
             Decomposition(self.base.skeleton, *how).run(spectra, PROBES)
         return self.method.plan(spectra=(spectra.reached(self.method.linears), spectra.spectrum))

@@ -14,6 +14,7 @@ from torch import nn
 
 from emloc_core.emulator.declared import kept_by
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
+from emloc_core.emulator.vocabulary import packings, vocabulary_layers
 from emloc_core.family import Family
 
 #: Below this compressible share of the parameters, an emulator of any ratio is more than half of the model.
@@ -94,15 +95,19 @@ def coverage(model: nn.Module, family: Family, plan: RankPlan) -> Coverage:
         total += parameter.numel()
     experts = [each for each in plan.experts if each.reason is None]
     compressed = {linear.path for linear in plan.candidates} | {each.group[0] for each in experts}
-    held = sum(each.numbers for each in (*plan.candidates, *experts))
+    compressed |= packings(plan.vocabulary).keys()
+    held = sum(each.numbers for each in (*plan.candidates, *experts)) + sum(each.numbers for each in plan.vocabulary)
     rest = {path: size for path, size in sizes.items() if path not in compressed}
     open_ = {path: sizes.get(path, 0) for path in undeclared(model, family, plan.planned)}
     return Coverage(family.name, held / total if total else 0.0, _parts(open_, total), _parts(rest, total))
 
 
 def undeclared(model: nn.Module, family: Family, planned: Sequence[LinearPlan]) -> list[str]:
-    """Return the paths of Linears and of fused experts that are in no input group and kept dense by no pattern."""
-    known = {path for each in planned for path in (each.path, *each.group)}
+    """Return the paths of Linears and of fused experts that are in no input group and kept dense by no pattern.
+
+    The output layer is no family's affair.
+    """
+    known = {path for each in planned for path in (each.path, *each.group)} | vocabulary_layers(model).keys()
     return [path for path in matrices(model) if path not in known and kept_by(path, family) is None]
 
 

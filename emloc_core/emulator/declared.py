@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from emloc_core.algorithms.allocation import uniform
 from emloc_core.algorithms.statistics import cheaper_side
 from emloc_core.emulator.ranks import ExpertsPlan, Kept, LinearPlan, RankPlan, allocated
+from emloc_core.emulator.vocabulary import find_vocabulary
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.model.blocks import block_paths
@@ -53,6 +55,8 @@ def find_linears(model: nn.Module, family: Family, format: Format | None = None)
     for linear in plan.candidates:
         if reason := format.leaves(linear.path, model.get_submodule(linear.path)):
             plan = plan.dense([linear.path], reason)
+    if format.packs_vocabulary and plan.ranks:
+        plan = replace(plan, vocabulary=find_vocabulary(model, lambda path: kept_by(path, family)))
     return plan.tapped(format.tap)
 
 

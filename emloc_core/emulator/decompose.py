@@ -17,12 +17,14 @@ from torch import nn
 from emloc_core.algorithms.products import by_onednn
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.emulator.experts import ExpertFitting, Stacked, emulated
+from emloc_core.emulator.head import fit_head
 from emloc_core.emulator.own_forwards import requiring_products
 from emloc_core.emulator.propagation import emulating, fit_block
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
 from emloc_core.emulator.refine import Ends, errors, refined
 from emloc_core.emulator.sensitivity import Arguments, copied, sensitivities
 from emloc_core.emulator.shared_inputs import requiring_shared_inputs
+from emloc_core.emulator.vocabulary import VocabularyPlan, looking_up
 from emloc_core.errors import EmlocError
 from emloc_core.model.hooks import forward_hooks, tapped
 from emloc_core.model.lockstep import Forward
@@ -65,6 +67,9 @@ class ReadableStore(Store, Protocol):
 
     def as_read(self, path: str, fitted: Fitted) -> StandIn:
         """Return what was fitted for a Linear as :meth:`read` will once it is written."""
+
+    def matrix(self, path: str) -> Mapping[str, torch.Tensor]:
+        """Return the parts of packed embeddings."""
 
 
 class Decomposition:
@@ -125,14 +130,36 @@ class Decomposition:
         self._pass(forwards * 2, store, self._propagate)  # through the base, and through the emulator
 
     def _pass(self, forwards: list[Forward], store: Any, visit_block: Callable[[Any, str], Any]) -> None:
+        vocabulary = {self._unit(each): each for each in self.plan.vocabulary}
+        last = self.blocks[-1]
+        for unit, each in vocabulary.items():
+            if each.is_fitted and not store.is_written(each.path):
+                last = unit
+
         def visit(unit: str) -> Any:
             self._require_finite(unit)
-            return visit_block(store, unit) if unit in self.blocks else None
+            if unit in self.blocks:
+                return visit_block(store, unit)
+            if unit == last:
+                return self._fitting_head(store, vocabulary[unit])
+            if unit in vocabulary and len(forwards) > len(self.samples):
+                found = store.matrix(vocabulary[unit].path)
+                return looking_up(self.stream, vocabulary[unit], found, len(self.samples))
+            return None
 
-        self.stream.run(forwards, visit, self.blocks[-1])
+        self.stream.run(forwards, visit, last)
         for block in self.blocks:
             if not store.is_written(block):  # no row passed through it: a vision tower and text rows, say
                 store.write(block, {}, {})
+
+    def _unit(self, plan: VocabularyPlan) -> str:
+        """Return the unit that a layer of the vocabulary is, or is part of."""
+        return next(unit for unit in self.stream.units if f"{plan.path}.".startswith(f"{unit}."))
+
+    @contextmanager
+    def _fitting_head(self, store: Store, plan: VocabularyPlan) -> Iterator[None]:
+        store.write(plan.path, {plan.path: fit_head(self.stream, plan, len(self.samples), self._blame)}, {})
+        yield
 
     def _forward(self, sample: Sample) -> Forward:
         def forward() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from emloc_core.emulator.experts import Stacked
 from emloc_core.emulator.ranks import UNREACHED, RankPlan
+from emloc_core.emulator.vocabulary import packings
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.documents import write_json
@@ -26,6 +27,7 @@ from emloc_core.standins import Format, StandIn
 from emloc_core.standins.experts import part_name
 from emloc_core.standins.format import MARK
 from emloc_core.standins.standin import Fitted
+from emloc_core.standins.vocabulary import PARTS
 
 _ERRORS = "emloc.relative_errors"  # in the metadata of a block's shard
 
@@ -43,10 +45,12 @@ class EmulatorFiles:
     def __init__(self, skeleton: Skeleton, plan: RankPlan, staging: Path, format: Format) -> None:
         self.format = format
         self.skeleton, self.base, self.plan = skeleton, skeleton.checkpoint, plan
+        self._vocabulary = {each.path: each for each in plan.vocabulary}
         self.blocks, self.staging = skeleton.blocks, staging
+        self.units = [*self.blocks, *self._vocabulary]  # a shard for each
         self.keys = weight_keys(skeleton, plan)
         self._planned = {each.path: each for each in plan.planned}
-        remove_damaged(map(self._shard, self.blocks))  # of an interrupted run
+        remove_damaged(map(self._shard, self.units))  # of an interrupted run
 
     def is_written(self, block: str) -> bool:
         """Return whether a block's shard exists."""
@@ -55,7 +59,7 @@ class EmulatorFiles:
     def write(
         self,
         block: str,
-        fitted: Mapping[str, Fitted | Stacked],
+        fitted: Mapping[str, Any],
         _sensitivities: Mapping[str, float],
     ) -> None:
         """Write what stands in for the weights of a block's Linears and experts, by path, and the error of each."""
@@ -64,6 +68,8 @@ class EmulatorFiles:
             if isinstance(found, Stacked):
                 parts = self._checked(path, found.parts, self._planned[path].matrices)
                 tensors.update((part_name(path, name), part) for name, part in parts.items())
+            elif path in self._vocabulary:
+                tensors.update(zip(self._matrix_keys(path), (found.parts[name].cpu() for name in PARTS), strict=True))
             else:
                 prefix = self.keys[path].removesuffix("weight")
                 tensors.update((f"{prefix}{name}", part) for name, part in self._packed(path, found).items())
@@ -81,6 +87,14 @@ class EmulatorFiles:
         tensors, names = load_file(self._shard(block), str(self.skeleton.device)), self.format.names()
         paths = [each.path for of in self.plan.experts_in_block(block).values() for each in of]
         return {path: {name: tensors[part_name(path, name)] for name in names} for path in paths}
+
+    def matrix(self, path: str) -> dict[str, torch.Tensor]:
+        """Return a packed matrix of the vocabulary, as written: its parts by their names."""
+        tensors = load_file(self._shard(path), str(self.skeleton.device))
+        return {name: tensors[key] for name, key in zip(PARTS, self._matrix_keys(path), strict=True)}
+
+    def _matrix_keys(self, path: str) -> list[str]:
+        return [f"{self.keys[path].removesuffix('weight')}{name}" for name in PARTS]
 
     def as_read(self, path: str, fitted: Fitted) -> StandIn:
         """Return what was fitted for a Linear as :meth:`read` will once it is written."""
@@ -127,8 +141,8 @@ class EmulatorFiles:
             EmlocError: no Linear has factors.
         """
         errors: dict[str, float] = {}
-        for block in self.blocks:
-            errors.update(json.loads(read_header(self._shard(block))[1][_ERRORS]))
+        for unit in self.units:
+            errors.update(json.loads(read_header(self._shard(unit))[1][_ERRORS]))
         plan = self.plan.dense(self.plan.ranks.keys() - errors.keys(), UNREACHED)
         if not plan.ranks:
             raise EmlocError(
@@ -139,6 +153,8 @@ class EmulatorFiles:
         self._write_index()
         settings = self.format.config(plan.ranks, self.skeleton.model, self.skeleton.dtype)
         # Without a dtype, transformers would take that of the first tensor it finds: of a scale, perhaps.
+        if plan.vocabulary:
+            settings["vocabulary"] = packings(plan.vocabulary)
         dtype = self.base.config.get("dtype") or str(self.skeleton.dtype).removeprefix("torch.")
         config = {**self.base.config, "dtype": dtype, "quantization_config": settings, MARK: self.format.name}
         write_json(self.staging / "config.json", config)
@@ -151,29 +167,32 @@ class EmulatorFiles:
             "tokens": tokens,
             CONTENT: Checkpoint(self.staging).content_hash(Inputs()),
             "linears": [{**each.describe(), "relative_error": errors.get(each.path)} for each in plan.planned],
+            "vocabulary": [{**each.describe(), "relative_error": errors[each.path]} for each in plan.vocabulary],
         }
 
     def _name(self, index: int) -> str:
-        """Return the name of shard ``index``, counted from 0: one per block, and one for the rest."""
-        return f"{self.base.objective.weights}-{index + 1:05d}-of-{len(self.blocks) + 1:05d}.safetensors"
+        """Return the name of shard ``index``, counted from 0: one per unit, and one for the rest."""
+        return f"{self.base.objective.weights}-{index + 1:05d}-of-{len(self.units) + 1:05d}.safetensors"
 
-    def _shard(self, block: str) -> Path:
-        return self.staging / self._name(self.blocks.index(block))
+    def _shard(self, unit: str) -> Path:
+        return self.staging / self._name(self.units.index(unit))
 
     def _write_rest(self, plan: RankPlan) -> None:
         replaced = {self.keys[path] for path in plan.ranks if path in self.keys}
+        for name in (f"{path}.weight" for path in packings(plan.vocabulary)):
+            replaced.update(self.skeleton.sources(name) + self.skeleton.stored(name))
         for each in plan.experts:
             if each.is_replaced:
                 replaced.update(self.skeleton.sources(each.path))
         kept = {key: tensor for key, tensor in self.base.tensors.items() if key not in replaced}
         layout = {key: (tensor.dtype, tensor.shape) for key, tensor in kept.items()}
-        with ShardWriter(self.staging / self._name(len(self.blocks)), layout) as writer:
+        with ShardWriter(self.staging / self._name(len(self.units)), layout) as writer:
             for key, tensor in kept.items():
                 writer.copy(key, tensor)
 
     def _write_index(self) -> None:
         weight_map, total = {}, 0
-        for index in range(len(self.blocks) + 1):
+        for index in range(len(self.units) + 1):
             for key, tensor in read_header(self.staging / self._name(index))[0].items():
                 weight_map[key] = self._name(index)
                 total += tensor.nbytes
@@ -185,13 +204,14 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def weight_keys(skeleton: Skeleton, plan: RankPlan) -> dict[str, str]:
-    """Return the key of every planned Linear's weight by module path.
+    """Return the key of the weight of every planned Linear, and of the vocabulary's layers, by module path.
 
     Raises:
-        EmlocError: the checkpoint stores a planned Linear fused with other weights.
+        EmlocError: the checkpoint stores one fused with other weights.
     """
     found = {}
-    for path in plan.ranks.keys() - {each.path for each in plan.experts}:
+    linears = plan.ranks.keys() - {each.path for each in plan.experts}
+    for path in (*linears, *(each.path for each in plan.vocabulary)):
         keys = skeleton.sources(f"{path}.weight")
         shape = tuple(skeleton.model.get_parameter(f"{path}.weight").shape)
         if len(keys) != 1 or skeleton.shape_of(keys[0]) != shape:

@@ -85,7 +85,8 @@ def method_of(
     Raises:
         EmlocError: stand-ins are to be refined that are not fitted to what the emulator computes.
     """
-    format = format.with_experts() if linears.has_experts else format
+    linears = linears.without_vocabulary() if settings.keep else linears
+    format = format.own() if linears.has_experts or linears.vocabulary else format
     calibration = settings.calibration or format.calibrations[0]
     if settings.refine and calibration != "propagated":
         raise EmlocError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from emloc_core.algorithms.allocation import Spectrum, largest_rank, rank_cap, uniform, wants_spectra
+from emloc_core.emulator.vocabulary import VocabularyPlan
 from emloc_core.errors import EmlocError
 from emloc_core.standins import Format
 
@@ -118,11 +119,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What happens to the Linears and experts that a family names, in execution order, and what it keeps dense."""
+    """What happens to the Linears and experts that a family names, in execution order, and what it keeps dense.
+
+    ``vocabulary`` are the matrices of output layer and embeddings that are packed.
+    """
 
     linears: tuple[LinearPlan, ...]
     kept: tuple[Kept, ...] = ()
     experts: tuple[ExpertsPlan, ...] = ()
+    vocabulary: tuple[VocabularyPlan, ...] = ()
 
     @property
     def planned(self) -> tuple[LinearPlan, ...]:
@@ -179,6 +184,10 @@ class RankPlan:
         """Return the plan with all experts kept dense, for that reason unless there is another one."""
         return self.dense([each.path for each in self.experts if each.reason is None], reason)
 
+    def without_vocabulary(self) -> "RankPlan":
+        """Return the plan with output layer and embeddings dense."""
+        return replace(self, vocabulary=())
+
     def _each(self, change: Callable[[Any], Any]) -> "RankPlan":
         return replace(self, linears=tuple(map(change, self.linears)), experts=tuple(map(change, self.experts)))
 
@@ -200,6 +209,7 @@ class RankPlan:
             least, most = min(ranks), max(ranks)
             become = f"dense: {why}" if why else format.told(f"{least}" if least == most else f"{least} to {most}")
             found.append(f"{len(ranks):4d} x {name:<{width}} {shape} -> {become}")
+        found += [f"   1 x {each}" for each in self.vocabulary]
         found += [f"{kept.parameters:,} parameters of {kept.pattern} stay dense: {kept.reason}" for kept in self.kept]
         return found
 

@@ -17,6 +17,7 @@ class CompressKwargs(TypedDict, total=False):
     seed: int
     calibration: Literal["none", "base", "propagated"] | None
     refine: int | None
+    keep: Literal["head"] | None
 
 
 class TrainKwargs(TypedDict, total=False):

@@ -56,7 +56,9 @@ class Decision:
     def alternative(self) -> Way | None:
         """The emulator of a kind that gave the base more on some task than the best one, if it fits too."""
         best = self.emulator
-        return self.like(best, CompressSettings(kind=best.alternative)) if best and best.alternative else None
+        if best is None or not best.alternative:
+            return None
+        return self.like(best, CompressSettings(kind=best.alternative, keep=best.model.settings.keep))
 
     def like(self, way: Way, settings: CompressSettings) -> Way | None:
         """Return a way with the largest emulator that other settings make, on as many rows at once; None if none fits.
@@ -154,7 +156,8 @@ def decide(
     """
     settings = settings or CompressSettings()
     kinds = (settings.kind,) if settings.kind != AUTO else workload.recommended_kinds
-    model = MemoryModel(config, workload, CompressSettings(kind=kinds[0]) if settings.kind == AUTO else settings)
+    usual = CompressSettings(kind=kinds[0], keep=settings.keep)
+    model = MemoryModel(config, workload, usual if settings.kind == AUTO else settings)
     if model.packed:
         if settings.kind != AUTO:
             raise _no_emulator()

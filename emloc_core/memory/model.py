@@ -20,6 +20,7 @@ from emloc_core.emulator.coverage import Coverage, coverage
 from emloc_core.emulator.declared import all_linears, find_linears
 from emloc_core.emulator.method import Method, method_of
 from emloc_core.emulator.ranks import UNREACHED, RankPlan
+from emloc_core.emulator.vocabulary import packings
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.memory import cache
 from emloc_core.memory.known import dtype_of, known
@@ -32,6 +33,7 @@ from emloc_core.standins.experts import is_stack
 from emloc_core.standins.layer import replace_linear
 from emloc_core.standins.nf4 import FourBitLinear
 from emloc_core.standins.registry import format_named
+from emloc_core.standins.vocabulary import replace_vocabulary
 from emloc_core.tuning.trl import lora_config
 
 if TYPE_CHECKING:
@@ -85,10 +87,10 @@ class MemoryModel:
         self.model: Any = self._known.outline
         self.config = self.model.config
         self.dtype = dtype_of(config_file, self.config)
-        self.method = self._method()
-        self.format = self.method.format
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         self._take(workload)
+        self.method = self._method()
+        self.format = self.method.format
 
     def _take(self, workload: Workload) -> None:
         self.workload = workload
@@ -101,7 +103,8 @@ class MemoryModel:
 
     def _method(self) -> Method:
         format = format_named(self.settings.kind)
-        return method_of(self.settings, format, find_linears(self.model, self.family, format))
+        settings = self.settings.for_tuning(self.workload.train)
+        return method_of(settings, format, find_linears(self.model, self.family, format))
 
     @property
     def packed(self) -> Sequence[str]:
@@ -178,7 +181,7 @@ class MemoryModel:
         for each in plan.planned:
             if each.is_replaced:
                 kept += each.nbytes(self.format, self.dtype) - each.numbers * self.dtype.itemsize
-        return kept
+        return kept - sum(each.saved(self.dtype) for each in plan.vocabulary)
 
     def adapter_parameters(self) -> int:
         """Return the number of LoRA parameters: ``r (m + n)`` for each Linear with a LoRA."""
@@ -195,12 +198,15 @@ class MemoryModel:
         for name in ("_apart", "_idle_towers"):  # those of this workload
             vars(other).pop(name, None)
         other._take(workload)
+        if workload.train.trains_modules != self.workload.train.trains_modules:
+            other.method = other._method()
+            other.format = other.method.format
         return other
 
     def with_kind(self, kind: str) -> "MemoryModel":
         """Return the same model with the default emulator of a kind; what was traced of either is known to both."""
         other = copy.copy(self)
-        other.settings = CompressSettings(kind=kind)
+        other.settings = CompressSettings(kind=kind, keep=self.settings.keep)
         other.method = other._method()
         other.format = other.method.format
         return other
@@ -233,7 +239,7 @@ class MemoryModel:
         of_steps = {"lora_dropout", "gradient_checkpointing", "bf16"}
         of_lora = {"lora_rank", "rank_pattern", "modules_to_save", "trainable_token_indices"}
         lora = train.model_dump(include=of_steps | of_lora)
-        emulator = None if plan is None else (self.format.name, sorted(plan.ranks.items()))
+        emulator = None if plan is None else (self.format.name, sorted(plan.ranks.items()), packings(plan.vocabulary))
         return cache.key(
             stage, self._inputs, self.workload.device, lora, train.accumulation > 1, self.targets, emulator
         )
@@ -270,6 +276,7 @@ class MemoryModel:
             model = self._cut(depths)
             if plan is not None:
                 self.format.replace(model, {path: rank for path, rank in plan.ranks.items() if _has(model, path)})
+                replace_vocabulary(model, packings(plan.vocabulary))
             # Every layer is planned like the few that are traced, of which none might be among those that are chosen.
             train = self.workload.train.model_copy(update={"layers_to_transform": None})
             lora: Any = get_peft_model(

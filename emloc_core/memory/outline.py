@@ -17,6 +17,7 @@ from emloc_core.compat.torch import children
 #: Classes that are asked for; an outline's modules are instances of these, and have the names of their own.
 _CLASSES = {
     "linear": nn.Linear,
+    "embedding": nn.Embedding,
     "convolution": nn.Conv1d,
     "transposed": nn.ConvTranspose1d,
     "list": nn.ModuleList,
@@ -42,13 +43,17 @@ class Outline(nn.Module):
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         super().__init__()
-        self.config, self._head = _config(content["config"]), content["head"]
+        self.config, self._head, self._embedding = _config(content["config"]), content["head"], content["embedding"]
         shared: dict[str, nn.Parameter] = {}
         _fill(self, content["model"], shared)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the output projection, if there is one."""
         return None if self._head is None else self.get_submodule(self._head)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the token embeddings, if there are any."""
+        return None if self._embedding is None else self.get_submodule(self._embedding)
 
 
 def described(model: Any) -> dict[str, Any]:
@@ -58,9 +63,10 @@ def described(model: Any) -> dict[str, Any]:
         model: transformers' model; meta tensors suffice.
     """
     names: dict[int, str] = {}
-    head = model.get_output_embeddings()
-    path = next((path for path, module in model.named_modules() if module is head), None)
-    return {"config": _config_values(model.config), "head": path, "model": _described(model, "", names)}
+    paths = {id(module): path for path, module in model.named_modules()}
+    ends = {"head": model.get_output_embeddings(), "embedding": model.get_input_embeddings()}
+    found = {name: paths.get(id(module)) for name, module in ends.items()}
+    return {"config": _config_values(model.config), **found, "model": _described(model, "", names)}
 
 
 def _config_values(config: Any) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from emloc_core.requests import CompressRequest, request_from_json
 from emloc_core.settings import AUTO, CompressSettings, PolishSettings
 from emloc_core.stages.precheck import precheck
 
-#: What may be set of an emulator whose kind is open: the rows, and nothing of how it is made from them. An alternative
-#: has the first ones of its own.
-_OWN = ("samples", "seed")
+#: What may be set of an emulator whose kind is open: the rows, and what stays dense. An alternative has the first ones
+#: of its own.
+_OWN = ("samples", "seed", "keep")
 _OF_ROWS = {"kind", *_OWN, *SHARED}
 
 

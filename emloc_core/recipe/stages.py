@@ -101,9 +101,12 @@ def suffix(attempt: str) -> str:
 
 def attempts(recipe: Recipe) -> list[Attempt]:
     """Return the emulators that a recipe tries, in order, or would try if it made one."""
-    first = _of_one_loss(recipe.compress, recipe.train)
+    first = _of_one_loss(recipe.compress, recipe.train).for_tuning(recipe.train)
     common = {key: getattr(first, key) for key in SHARED} | {"selection": 0}  # judged on the rows of the first
-    others = {name: settings.model_copy(update=common) for name, settings in recipe.alternatives.items()}
+    others = {
+        name: settings.model_copy(update=common).for_tuning(recipe.train)
+        for name, settings in recipe.alternatives.items()
+    }
     return [Attempt(Path(recipe.output), name, settings) for name, settings in {FIRST: first, **others}.items()]
 
 

@@ -15,7 +15,6 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.scaffold.observe import DOUBTFUL, Observation
 from emloc_core.scaffold.stored import is_grouped
 
-HEAD = "each of its outputs is a token's logit"
 OUTSIDE = "outside the blocks, and small"
 UNREACHED = "not reached by the forward that was observed"
 CONSTANT = "no gradient reaches it"
@@ -104,10 +103,10 @@ def dense(seen: Observation) -> dict[str, str]:
     for unit in units(model, [stack.path for stack in seen.stacks]):
         module = model.get_submodule(unit)
         listed = any(unit.startswith(f"{path}.") for path in seen.lists)
-        paths = set() if listed else set(matrices(module))
+        paths = set() if listed or module is head else set(matrices(module))
         if paths:
             skipped = any(path.startswith(f"{unit}.") for path in seen.unreached)
-            reason = UNREACHED if skipped else HEAD if module is head else OUTSIDE
+            reason = UNREACHED if skipped else OUTSIDE
             found |= dict.fromkeys([unit] * ("" in paths) + [f"{unit}.*"] * bool(paths - {""}), reason)
     for stack in seen.stacks:
         found |= {f"{stack.path}.*.{path}": reason for path, reason in stack.dense.items()}

@@ -15,7 +15,7 @@ from emloc_core.settings import SAMPLES, Allocator, CompressSettings
 from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
 from emloc_core.standins.experts import is_stack, replace_experts
-from emloc_core.standins.layer import Parts, StandInLinear, replace_linear
+from emloc_core.standins.layer import PackedLinear, Parts, StandInLinear, replace_linear
 from emloc_core.standins.standin import Fitted, Movable, StandIn
 
 #: The ``quant_method`` of an emulator.
@@ -99,6 +99,15 @@ class Format(ABC):
         """
         return None
 
+    def own(self) -> "Format":
+        """Return the format in a checkpoint of ours, in which more may be packed than Linears of blocks."""
+        return self
+
+    @property
+    def packs_vocabulary(self) -> bool:
+        """Whether output layer and embeddings are packed too: where the Linears are."""
+        return issubclass(self.layer, PackedLinear)
+
     @abstractmethod
     def fit(self, weights: Sequence[torch.Tensor], gram: Gram, ranks: Sequence[int | None]) -> Sequence[Fitted]:
         """Return what stands in for weights, as it will be when it has been stored and read.
@@ -136,10 +145,6 @@ class Format(ABC):
     def keys(self, weight: str) -> list[str]:
         """Return the keys of a stand-in's tensors in the checkpoint, where that of the weight is known."""
         return [f"{weight.removesuffix('weight')}{name}" for name in self.names()]
-
-    def with_experts(self) -> "Format":
-        """Return the format of an emulator in which stacks of experts have stand-ins too."""
-        return self
 
     def pack(self, fitted: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Return a stand-in's tensors by their names, on the CPU.

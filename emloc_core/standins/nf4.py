@@ -100,7 +100,7 @@ class FourBitWeight:
 
 
 class PackedNF4(Format):
-    """Weights in four bits, and stacks of experts, whose checkpoint is one of ours: bitsandbytes packs Linears alone.
+    """Weights in four bits, in a checkpoint of ours, in which more may be packed than the Linears of blocks.
 
     The scales are bitsandbytes' own. To these, weights are rounded with feedback; without calibration, each number is
     rounded on its own, as bitsandbytes does.
@@ -151,8 +151,8 @@ class PackedNF4(Format):
 class NF4(PackedNF4):
     """The same as bitsandbytes has it (QLoRA): an ordinary checkpoint that plain transformers loads."""
 
-    def with_experts(self) -> Format:
-        """Return what packs experts too."""
+    def own(self) -> Format:
+        """Return the format in a checkpoint of ours: bitsandbytes packs Linears alone."""
         return PackedNF4()
 
     def parts(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG002

@@ -12,13 +12,14 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from emloc_core.compat.transformers import keep_as_it_is, was_loaded
+from emloc_core.compat.transformers import keep_as_it_is, tie_as_its_class_does, was_loaded
 from emloc_core.errors import EmlocError
 from emloc_core.standins.experts import StandInExperts
 from emloc_core.standins.format import MARK, METHOD
 from emloc_core.standins.layer import StandInLinear
 from emloc_core.standins.registry import format_named
 from emloc_core.standins.transfer import refuse_others
+from emloc_core.standins.vocabulary import PackedEmbedding, replace_vocabulary
 
 if TYPE_CHECKING:  # transformers is still being imported where its quantizers are: see emloc_core/autoload.py
     from transformers import PreTrainedModel
@@ -30,23 +31,27 @@ class EmlocConfig(QuantizationConfigMixin):
     Args:
         format: name of its format.
         ranks: by path of the Linears, and stacks of experts, that have a stand-in: the rank of its factors, or None.
+        vocabulary: by path of the output layer and the embeddings, where they are packed: how.
 
     Raises:
         EmlocError: no plugin provides the format.
     """
 
-    def __init__(self, format: str, ranks: dict[str, int | None], **_: Any) -> None:
+    def __init__(
+        self, format: str, ranks: dict[str, int | None], vocabulary: dict[str, str] | None = None, **_: Any
+    ) -> None:
         self.quant_method: Any = METHOD
-        self.format, self.ranks = format, ranks
+        self.format, self.ranks, self.vocabulary = format, ranks, vocabulary or {}
         format_named(format)
 
     def replace(self, model: nn.Module) -> None:
         """Replace what has a stand-in by empty layers.
 
         Raises:
-            EmlocError: the model has no Linear at one of the paths.
+            EmlocError: the model has no such module at one of the paths.
         """
         format_named(self.format).replace(model, self.ranks)
+        replace_vocabulary(model, self.vocabulary)
 
 
 class EmlocQuantizer(HfQuantizer):
@@ -66,7 +71,7 @@ class EmlocQuantizer(HfQuantizer):
             if isinstance(layer, StandInExperts):
                 for stacked in (each for each in layer.children() if isinstance(each, nn.ParameterDict)):
                     keep_as_it_is(stacked)
-            elif not layer.trainable:
+            elif isinstance(layer, StandInLinear) and not layer.trainable:
                 keep_as_it_is(layer)
 
     def postprocess_model(self, model: "PreTrainedModel", **options: Any) -> Any:
@@ -98,13 +103,14 @@ class EmlocQuantizer(HfQuantizer):
         """Put ordinary Linears and experts in for the stand-ins; their dtype is the model's unless one is given."""
         for path, layer in _stand_ins(model):
             model.set_submodule(path, layer.dense().to(dtype or model.config.dtype))
+        tie_as_its_class_does(model)
         self.remove_quantization_config(model)
         return model
 
 
-def _stand_ins(model: nn.Module) -> list[tuple[str, StandInLinear | StandInExperts]]:
+def _stand_ins(model: nn.Module) -> list[tuple[str, StandInLinear | StandInExperts | PackedEmbedding]]:
     """Return the modules of a model that are not what they are in the base, with their paths."""
-    kinds = StandInLinear | StandInExperts
+    kinds = StandInLinear | StandInExperts | PackedEmbedding
     return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
 
 

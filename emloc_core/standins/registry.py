@@ -1,7 +1,10 @@
 """The formats by name: built-in ones, and those of plugins."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from emloc_core.plugins.manager import plugin_manager
-from emloc_core.standins.format import Format
+from emloc_core.standins.format import MARK, METHOD, Format
 
 
 def format_named(name: str) -> Format:
@@ -12,3 +15,13 @@ def format_named(name: str) -> Format:
     """
     found: Format = plugin_manager().algorithm("emulators", name)()
     return found
+
+
+def format_of(config: Mapping[str, Any]) -> Format:
+    """Return the format of an emulator, by its ``config.json``.
+
+    Raises:
+        EmlocError: no plugin provides it.
+    """
+    found = format_named(config[MARK])
+    return found.own() if config["quantization_config"]["quant_method"] == METHOD else found

@@ -6,13 +6,14 @@ PEFT's own check is made where it wraps a model, in any script; see :func:`refus
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from emloc_core.compat.peft import check_adapters
 from emloc_core.errors import EmlocError
+from emloc_core.standins.vocabulary import PackedLayer
 
 #: Fields of LoraConfig that may have any value: they do not change what a trained LoRA computes.
 _FREE = {
@@ -71,21 +72,25 @@ def dense_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if any(module is each for each in found)}
 
 
-def module_problems(config: Mapping[str, Any], model: nn.Module) -> list[str]:
+def module_problems(config: Mapping[str, Any], model: nn.Module, packed: Collection[str] = ()) -> list[str]:
     """Return the reasons why modules that this PEFT config trains themselves cannot be transferred.
 
     Args:
         config: of a LoRA.
         model: that is wrapped; its weights may be on the meta device.
+        packed: paths of its layers that are packed in the emulator, where the model here has none.
     """
     dense = dense_modules(model)
+    packed = {*packed, *(path for path, module in dense.items() if isinstance(module, PackedLayer))}
     saved = config.get("modules_to_save") or []
     tokens = config.get("trainable_token_indices") or {}
     named = [*saved, *(tokens if isinstance(tokens, Mapping) else ())]
-    wrong = sorted({
-        path for path, _ in model.named_modules() for name in named
-        if f".{path}".endswith(f".{name}") and path not in dense
-    })  # fmt: skip
+    paths = sorted({path for path, _ in model.named_modules() for name in named if f".{path}".endswith(f".{name}")})
+    if tokens and not isinstance(tokens, Mapping):  # those of the embeddings
+        paths += packed
+    if packed and any(path in dense for path in paths):
+        return [f"{' and '.join(sorted(packed))} cannot be trained where packed; an emulator made with --keep head can"]
+    wrong = [path for path in paths if path not in dense]
     may = f"only {' and '.join(dense)} can be trained themselves" if dense else "no module can be trained itself"
     return [f"{path} is another one on the emulator than on the base; {may}" for path in wrong[:1]]
 

@@ -1,7 +1,7 @@
 """Checks where PEFT would put a LoRA, without weights: only a LoRA on a Linear can be corrected and merged."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -14,6 +14,7 @@ from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.model.opened import OpenModel
 from emloc_core.settings import ALL_LINEAR, TrainSettings
 from emloc_core.standins.transfer import module_problems, require
+from emloc_core.standins.vocabulary import packed_layers
 from emloc_core.tuning.trl import lora_config
 
 
@@ -34,12 +35,17 @@ def choose_targets(model: OpenModel, settings: TrainSettings) -> list[str]:
     if chosen == [ALL_LINEAR]:
         chosen = all_linears(model.build())
     targets = sorted(set(chosen or model.family.lora_targets()))
-    require_linears(model.build(), settings, targets, model.objective.task)
+    packed = packed_layers(model.checkpoint.config)
+    require_linears(model.build(), settings, targets, model.objective.task, packed)
     return targets
 
 
 def require_linears(
-    model: PreTrainedModel, settings: TrainSettings, targets: Sequence[str], task: str | None = "CAUSAL_LM"
+    model: PreTrainedModel,
+    settings: TrainSettings,
+    targets: Sequence[str],
+    task: str | None = "CAUSAL_LM",
+    packed: Collection[str] = (),
 ) -> None:
     """Refuse targets that match no module, or on which PEFT would adapt anything but a Linear. Reads no weights.
 
@@ -48,6 +54,7 @@ def require_linears(
         settings: settings of the LoRA.
         targets: ends of module paths.
         task: PEFT's name for it.
+        packed: paths of output layer and embeddings, where the emulator has them packed.
 
     Raises:
         EmlocError: a target is refused; names the target and the module.
@@ -70,7 +77,7 @@ def require_linears(
     except ValueError as error:
         raise EmlocError(f"PEFT refuses these targets: {error}", theirs) from error
     _require_matches(lora, settings)
-    require(module_problems(config.to_dict(), model))
+    require(module_problems(config.to_dict(), model, packed))
     for path, module in lora.named_modules():
         if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear):
             where = path.removeprefix("base_model.model.").removesuffix(".base_layer")

@@ -25,7 +25,6 @@ LLAMA = Family(
             ],
         )
     ],
-    keep_dense={"lm_head": "often tied to the embedding, and each of its outputs is a token's logit"},
     tiny_configs=[
         {"model_type": "llama", **TINY},
         {"model_type": "llama", **TINY, "tie_word_embeddings": True},  # as in Llama 3.2 and SmolLM

@@ -39,7 +39,6 @@ QWEN_MOE: Family = replace(
     # PEFT takes the names of MLPs for those of experts, in this model type, and would put the LoRA on these.
     towers=[replace(LLAMA.towers[0], experts=["mlp.experts"], lora_targets=["q_proj", "k_proj", "v_proj", "o_proj"])],
     keep_dense={
-        **LLAMA.keep_dense,
         "model.layers.*.mlp.gate": "small, and an error in it sends tokens to other experts",
     },
     tiny_configs=[

@@ -59,7 +59,6 @@ QWEN_VL = Family(
         replace(LLAMA.towers[0], blocks="model.language_model.layers"),
     ],
     keep_dense={
-        **LLAMA.keep_dense,
         "model.visual.merger.*": _MERGER,
         "model.visual.deepstack_merger_list.*": _MERGER,
     },

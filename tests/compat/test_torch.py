@@ -154,3 +154,22 @@ def test_trees_are_tuples_lists_and_dicts():
     assert type(doubled) is tuple, "tree_map does not keep what a tree is of"
     assert [each for each in compat.tree_leaves(doubled) if isinstance(each, int)] == [2], "tree_leaves leaves some out"
     assert doubled[1][1]["a"].shape == (1,)
+
+
+@contract("torch", "compat.torch.HollowTensor")
+def test_a_tensor_without_numbers_says_what_operations_give():
+    asked = []
+
+    class Seven(compat.HollowTensor):
+        @classmethod
+        def given(cls, operation, *args):
+            asked.append((operation, len(args)))
+            return torch.full((2, 3), 7.0)
+
+    made = Seven.hollow((4, 3), torch.zeros(1, dtype=torch.bfloat16))
+    assert (made.shape, made.dtype) == ((4, 3), torch.bfloat16), "it has another shape or dtype"
+    assert not made.requires_grad, "it asks for a gradient"
+    assert torch.equal(made[1:3], torch.full((2, 3), 7.0)), "its slices are not what it says"
+    nn.functional.embedding(torch.tensor([1, 2]), made)
+    aten = torch.ops.aten
+    assert [each for each, _ in asked] == [aten.slice.Tensor, aten.embedding.default], f"it is asked for {asked}"

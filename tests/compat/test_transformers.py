@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.contracts import contract
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -272,3 +272,26 @@ def test_models_whose_modules_quantisation_replaces_are_known():
     found = transformers.laid_out_otherwise(model, "bitsandbytes")
     assert found == ["model.layers.0.feed_forward.experts"], f"of Llama 4, bitsandbytes replaces {found}"
     assert not transformers.laid_out_otherwise(model, "emloc")
+
+
+@contract("transformers", "compat.transformers.retie")
+def test_parameters_are_tied_under_other_names_and_saved_once(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, tie_word_embeddings=True, **_SIZES))
+    for layer in (model.lm_head, model.model.embed_tokens):
+        layer.codes = layer.weight
+        del layer.weight
+    transformers.retie(model, {"lm_head.codes": "model.embed_tokens.codes"})
+    model.tie_weights()
+    assert model.lm_head.codes is model.model.embed_tokens.codes, "what is tied is not read from all_tied_weights_keys"
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {key for key in saved if "codes" in key} == {"model.embed_tokens.codes"}, "tied parameters are saved twice"
+
+
+@contract("transformers", "compat.transformers.tie_as_its_class_does")
+def test_a_model_is_tied_again_as_its_class_says():
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, tie_word_embeddings=True, **_SIZES))
+    transformers.retie(model, {})
+    model.lm_head.weight = nn.Parameter(torch.zeros(9, 8))
+    transformers.tie_as_its_class_does(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "it is not tied as _tied_weights_keys says"

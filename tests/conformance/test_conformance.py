@@ -95,7 +95,7 @@ DECLARATIONS = [
     ("linears", with_groups(*GROUPS[:3]), "mlp.down_proj is a Linear that is neither in an input group nor kept"),
     ("linears", with_groups(*GROUPS, ["mlp.up_proj"]), "model.layers.0.mlp.up_proj stands in several input groups"),
     ("linears", replace(ONE, keep_dense={"*": "no reason"}), "names no Linear"),
-    ("linears", replace(ONE, keep_dense={}), "lm_head is a Linear outside the blocks that is not kept dense"),
+    ("linears", replace(INTERNVL, keep_dense={}), "linear_1 is a Linear outside the blocks that is not kept dense"),
     ("linears", replace(ONE, keep_dense={**LLAMA.keep_dense, "*.up_proj": "no reason"}),
      "mlp.up_proj of model.layers is in an input group, and kept dense"),
     ("linears", replace(INTERNVL, towers=()), "model.vision_tower.encoder.layer is a list of blocks that no tower"),

@@ -16,7 +16,7 @@ from emloc_core.standins import NF4, FourBitLowRank, LowRank, RepairedThreeLevel
 from emloc_core.standins.experts import StandInExperts, computes_as_experts, matrices, stacks
 
 EXPERTS, HIDDEN, INNER = 5, 64, 40
-FORMATS = (NF4().with_experts(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), LowRank())
+FORMATS = (NF4().own(), SixLevels(), RepairedThreeLevels(), FourBitLowRank(), LowRank())
 LAYOUTS = {
     "usual": (Qwen3MoeExperts, {"num_experts": EXPERTS, "moe_intermediate_size": INNER, "hidden_act": "silu"}),
     "transposed": (AriaExperts, {"moe_num_experts": EXPERTS, "intermediate_size": INNER}),

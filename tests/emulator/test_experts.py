@@ -312,8 +312,8 @@ def test_experts_are_rounded_without_calibration(base, rows_file, tmp_path):
     with torch.no_grad():
         for name in ("gate_up_proj", "down_proj"):
             for expert, matrix in enumerate(before.get_parameter(name)):
-                alone = format_named("nf4").with_experts().round(matrix)
-                for part, tensor in format_named("nf4").with_experts().pack(alone, torch.float32).items():
+                alone = format_named("nf4").own().round(matrix)
+                for part, tensor in format_named("nf4").own().pack(alone, torch.float32).items():
                     assert torch.equal(after.get_parameter(f"{part}.{name}")[expert], tensor)
 
 
