@@ -110,7 +110,7 @@ def test_the_series_are_complete() -> None:
         "Llama-3.2-": ["1B", "3B"],
         "Llama-3.3-": ["70B-Instruct"],
         "Qwen2.5-": ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"],
-        "Qwen3-": ["0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B"],
+        "Qwen3-": ["0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B", "235B-A22B"],
         "Qwen2.5-VL-": ["3B-Instruct", "7B-Instruct", "32B-Instruct", "72B-Instruct"],
         "InternVL2_5-": ["1B", "2B", "4B", "8B", "26B", "38B", "78B"],
         "InternVL3-": ["1B", "2B", "8B", "14B", "38B", "78B"],
@@ -121,6 +121,8 @@ def test_the_series_are_complete() -> None:
         "Phi-4-mini-": ["instruct"],
         "glm-4-": ["9b-chat-hf"],
         "phi-": ["4"],
+        "Mixtral-": ["8x7B-v0.1"],
+        "gpt-oss-": ["20b", "120b"],
     }
     assert names == {series + size for series, ends in sizes.items() for size in ends}
     assert all(entry.layout == ("internvl_chat" if entry.family == "internvl" else None) for entry in ENTRIES)
