@@ -1,4 +1,4 @@
-"""The demo's zoo: a small model of every kind, SmolLM2, a damaged copy, and a duplicate.
+"""The demo's zoo: a small model of every sort, SmolLM2, a damaged copy, and a duplicate.
 
 The small ones have random weights from a seed: what is shown is the converting. They share a tokenizer that is learned
 from the demo's messages.
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SMOLLM2, BROKEN, AGAIN, PICTURES = "smollm2-135m-instruct", "llama-broken", "mistral-again", "internvl-pictures"
+EXPERTS = "qwen3-moe"
+#: The kinds that the mixture of experts becomes besides ``nf4``.
+OTHER_KINDS = ("2.7-bit", "1.6-bit+repair", "low-rank-nf4", "low-rank")
 JOBS = "zoo.toml"
 _VOCABULARY = 768
 #: Tokens by their meaning in a config; those of images are never met in these rows.
@@ -188,7 +191,10 @@ def _damage(model: Path, place: Path) -> None:
 
 
 def _jobs(names: list[str]) -> str:
-    """Return the file of jobs: the first small model goes the whole way, the others end with the emulator."""
+    """Return the file of jobs: the first small model goes the whole way, the others end with the emulator.
+
+    The mixture of experts becomes an emulator of every kind.
+    """
     whole_way = [
         "train = { steps = 10, batch_size = 4 }",
         "merge = true",
@@ -198,10 +204,17 @@ def _jobs(names: list[str]) -> str:
     sections = []
     for name in names:
         rows = "pictures/calibration.jsonl" if name == PICTURES else "data/train.jsonl"
-        lines = [f'model = "models/{name}"', f'data = "{rows}"', "compress = { samples = 16, selection = 8 }"]
         rest = whole_way if name == next(iter(SMALL)) else ["train = false"]
-        sections.append("\n".join(["[[job]]", *lines, *rest]))
+        for kind in ("nf4", *OTHER_KINDS) if name == EXPERTS else ("nf4",):
+            lines = [f'model = "models/{name}"', f'data = "{rows}"']
+            lines.append(f'compress = {{ kind = "{kind}", samples = 16, selection = 8 }}')
+            sections.append("\n".join(["[[job]]", *_named(name, kind), *lines, *rest]))
     return "\n\n".join(["# The demo's zoo. Paths are relative to this file.", *sections]) + "\n"
+
+
+def _named(model: str, kind: str) -> list[str]:
+    """Return the line that names a job, where it is not the model's name."""
+    return [f'name = "{model}-{kind.replace("+", "-")}"'] if kind in OTHER_KINDS else []
 
 
 @contextmanager
