@@ -40,7 +40,7 @@ CASES = [
 
 
 def write_models(place: str) -> dict[str, Any]:
-    """Write the bases, and rows of which three in four are cut at the maximum length."""
+    """Write the bases, and the rows."""
     import torch
     from emloc_demo.model import write_base
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -53,13 +53,18 @@ def write_models(place: str) -> dict[str, Any]:
                                       eos_token_id=2, pad_token_id=2, tie_word_embeddings=False, **shape)  # fmt: skip
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(work / name)
         tokenizer.save_pretrained(work / name)
+    write_rows(work / "rows.jsonl")
+    return {}
+
+
+def write_rows(path: Path) -> None:
+    """Write rows of which three in four are cut at the maximum length."""
     draw = random.Random(0)
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
-    with (work / "rows.jsonl").open("w") as file:
+    with path.open("w") as file:
         for row in range(64):
             text = " ".join(draw.choice(words) for _ in range(2200 if row % 4 else 200))
             file.write(json.dumps({"text": f"{text} {row}"}) + "\n")
-    return {}
 
 
 def write_emulator(base: str, ratio: float, target: str) -> dict[str, Any]:

@@ -40,8 +40,8 @@ class Tower:
         input_groups: paths of Linears within a block. The Linears of one group read the same input, so their
             statistics are gathered once. Every compressed Linear is in exactly one group; paths that a given model
             lacks are ignored.
-        experts: paths within a block of modules that hold fused experts, as transformers does, in two stacks of
-            matrices without biases: ``gate_up_proj`` (or ``up_proj``) and ``down_proj``. A LoRA is never put on them.
+        experts: paths within a block of modules that hold fused experts, as transformers marks them, in two stacks of
+            matrices: ``gate_up_proj`` (or ``up_proj``) and ``down_proj``. A LoRA is never put on them.
         lora_targets: modules that a LoRA is put on by default: ends of their paths, long enough to be unambiguous.
             None means the last part of every path in ``input_groups``; an empty sequence, that the tower gets none.
     """

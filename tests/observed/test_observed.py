@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from support.jobs import compress_job
 from support.models import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,6 +20,8 @@ from emloc_core.observed.record import DECLARATIONS, digest, from_record, to_rec
 from emloc_core.plugins.manager import STRICT, plugin_manager
 from emloc_core.scaffold.observe import ROUTED
 from emloc_core.scaffold.stored import UNREAD
+from emloc_core.settings import CompressSettings
+from emloc_core.standins.experts import StandInExperts
 
 thorough = pytest.mark.thorough
 #: Attention and MLP in parallel, one after the other, with norms behind them; fused Linears; a tower of another name;
@@ -175,6 +179,40 @@ def test_fused_experts_are_compressed_where_a_forward_shows_that_their_layout_is
     family = plugin_manager().family_for(config)
     assert not family.towers[0].experts
     assert family.keep_dense["model.layers.*.mlp.experts"] == ROUTED
+
+
+@pytest.mark.parametrize(
+    ("model_type", "compressed"),
+    [  # transposed, with biases; transposed; with a norm; in a class that transformers does not mark
+        ("gpt_oss", True),
+        *(pytest.param(name, True, marks=thorough) for name in ("aria_text", "muse_spark")),
+        pytest.param("llama4_text", False, marks=thorough),
+    ],
+)
+def test_experts_of_other_layouts_are_compressed_too_or_stay_dense_for_a_reason(model_type, compressed):
+    family = plugin_manager().family_for(content(model_type))
+    experts = [path for tower in family.towers for path in tower.experts]
+    assert experts == (["mlp.experts"] if compressed else [])
+    assert compressed == (ROUTED not in family.keep_dense.values())
+
+
+def test_experts_of_another_layout_are_packed_and_loaded(rows_file, tmp_path):
+    sizes = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", *["full_attention"] * 2],
+    }
+    base = save_tiny_model({"model_type": "gpt_oss", **TINY, **sizes}, tmp_path / "base")
+    emulator = compress_job(base, rows_file, tmp_path / "emulator", CompressSettings(samples=4, selection=2)).run()
+    small, ids = AutoModelForCausalLM.from_pretrained(emulator).eval(), torch.arange(5, 40)[None]
+    stacks = [module for module in small.modules() if isinstance(module, StandInExperts)]
+    assert [sorted(each.ranks) for each in stacks] == [["down_proj", "gate_up_proj"]] * 3
+    small.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        logits = small(ids).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()(ids).logits, logits)
+        exact = AutoModelForCausalLM.from_pretrained(base).eval()(ids).logits
+    assert 1e-3 < float((logits - exact).norm() / exact.norm()) < 0.5
 
 
 def test_a_cast_to_the_dtype_of_a_weight_by_another_name_is_found_by_an_emulator_of_packed_weights(monkeypatch):
