@@ -1,8 +1,13 @@
-"""Processor time until a command answers, its children's included, beside that of importing torch and transformers."""
+"""Processor time until a command answers, its children's included, beside that of importing torch and transformers.
+
+Of training it is the time for one step on 20,000 rows of a hundred words, with a model whose step costs nothing.
+"""
 
 import json
 import os
+import random
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +21,15 @@ RUNS = 3
 PYTHON, EMLOC = [sys.executable, "-c"], [str(Path(sys.executable).with_name("emloc"))]
 ENTRY = "meta-llama/Llama-3.1-8B"
 RECIPE = '[model]\nbase = "base"\nmemory = "1GiB"\n[data]\ntrain = "rows.jsonl"\n[train]\nmax_length = 256\n'
+#: Rows of each form, as `emloc train` takes them.
+FIRST_STEPS = {"prompt and completion": [], "conversations": [], "preferences": ["--objective", "dpo"]}
+#: A model of the base's tokenizer whose step costs nothing.
+SMALL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 49152}  # fmt: skip
+WORDS = (
+    "the of customer order ship delay refund please reply number account invoice payment date when where how can you",
+    "help me with my device it stopped working yesterday after update screen battery charger",
+)
 #: Commands by what they are, with the most seconds that they are to take; the first three have no goal of their own.
 COMMANDS: dict[str, tuple[list[str], float | None]] = {
     "python -c pass": ([*PYTHON, "pass"], None),
@@ -34,6 +48,27 @@ COMMANDS: dict[str, tuple[list[str], float | None]] = {
     "emloc plan, a registry entry, 12 GiB": ([*EMLOC, "plan", ENTRY, "--memory", "12GiB"], 3.0),
     "emloc plan, a local model": ([*EMLOC, "plan", "base", "--memory", "1GiB"], 3.0),
     "emloc run --dry-run": ([*EMLOC, "run", "recipe.toml", "--dry-run"], 6.0),
+    **{
+        f"emloc train, 20,000 {form}": (
+            [
+                *EMLOC,
+                "train",
+                "small",
+                "--data",
+                f"{form}.jsonl",
+                "--steps",
+                "1",
+                "--batch-size",
+                "2",
+                "--no-bf16",
+                "-o",
+                "adapter",
+                *options,
+            ],
+            8.0,
+        )
+        for form, options in FIRST_STEPS.items()
+    },
 }
 #: Those that keep what they find for the next time.
 KEEPING = ("emloc plan", "emloc run")
@@ -49,6 +84,7 @@ def least_seconds(command: Sequence[str], place: Path, cache: Path | None) -> fl
     """
     found = []
     for _ in range(RUNS):
+        shutil.rmtree(place / "adapter", ignore_errors=True)
         with TemporaryDirectory() as new:
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             environment = {**os.environ, "COLUMNS": "100", "EMLOC_CACHE": str(cache or new)}
@@ -56,6 +92,37 @@ def least_seconds(command: Sequence[str], place: Path, cache: Path | None) -> fl
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
         found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return min(found)
+
+
+def write_many_rows(place: Path) -> None:
+    """Write 20,000 rows of each form, and the model that is trained on them."""
+    draw, known = random.Random(0), " ".join(WORDS).split()
+
+    def said(words: int) -> str:
+        return " ".join(draw.choices(known, k=words))
+
+    asked = [(f"{said(60)} {number}?", f" {said(40)}.", f" {said(40)}.") for number in range(20_000)]
+
+    def turn(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    rows: dict[str, list[dict[str, Any]]] = {
+        "prompt and completion": [{"prompt": prompt, "completion": answer} for prompt, answer, _ in asked],
+        "conversations": [{"messages": turn("user", a) + turn("assistant", b)} for a, b, _ in asked],
+        "preferences": [
+            {"prompt": turn("user", a), "chosen": turn("assistant", b), "rejected": turn("assistant", c)}
+            for a, b, c in asked
+        ],
+    }
+    for form, of_form in rows.items():
+        (place / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_form))
+    model = (
+        f"import torch; from transformers import AutoConfig, AutoModelForCausalLM as Auto;"
+        f"Auto.from_config(AutoConfig.for_model(**{SMALL!r}), dtype=torch.float32).save_pretrained('small')"
+    )
+    subprocess.run([*PYTHON, model], cwd=place, check=True, stdout=subprocess.DEVNULL)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(place / "base" / name, place / "small" / name)
 
 
 def main() -> None:
@@ -71,6 +138,7 @@ def main() -> None:
         (place / "recipe.toml").write_text(RECIPE)
         write = f"from emloc_demo.model import write_base; write_base({str(place / 'base')!r})"
         subprocess.run([*PYTHON, write], check=True, stdout=subprocess.DEVNULL)
+        write_many_rows(place)
         for name, (command, allowed) in COMMANDS.items():
             times: dict[str, Path | None] = {name: None}
             if name.startswith(KEEPING):

@@ -15,6 +15,7 @@ from emloc_core.cli.verbosity import Verbosity, set_up_libraries, showing_famili
 from emloc_core.files.hub import check_repository
 from emloc_core.files.hub import push as upload
 from emloc_core.files.output import MANIFEST
+from emloc_core.processes.environment import without_collections
 from emloc_core.report.towers import place, short_names
 from emloc_core.report.verdict import verdict
 from emloc_core.requests import EvaluateRequest, Request, request_from_json
@@ -83,6 +84,7 @@ def perform(request: str, tell: Callable[[dict[str, Any]], Any]) -> str:
     return "done"
 
 
+@without_collections()
 def _prepare(request: Request, push: str | None = None) -> "Job":
     from emloc_core.stages.perform import prepare, warnings_of
 

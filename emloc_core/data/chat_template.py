@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emloc_core.data.messages import Message
 from emloc_core.data.rows import Row
+from emloc_core.data.starts import common_prefix, starts_in_templates
 from emloc_core.errors import EmlocError
 from emloc_core.files.templates import rendering
 
@@ -46,42 +47,7 @@ def _last_answers(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> li
         asked: Any = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
         texts: Any = tokenizer.apply_chat_template(conversations, tokenize=False)
     ids: Any = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [from_start(*each) for each in zip(ids, _starts(asked, texts, ids, tokenizer), strict=True)]
-
-
-def _starts(
-    asked: Sequence[str], texts: Sequence[str], ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """Return how many tokens every prompt has in common with its conversation.
-
-    Special tokens (``<|im_start|>``, say) are found before a text is split into others. So all before the last one of a
-    prompt is the same in both, and only what begins with it is tokenized by itself: the same few words in most rows.
-
-    Args:
-        asked: the prompts.
-        texts: the conversations.
-        ids: their token ids.
-        tokenizer: whose they are.
-    """
-    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()
-               if token.special and not (token.normalized or token.single_word)}  # fmt: skip
-    longest_first = sorted(map(re.escape, special), key=len, reverse=True)
-    pattern = re.compile("|".join(longest_first) or r"(?!)")
-    ends = []
-    for prompt, text, whole in zip(asked, texts, ids, strict=True):
-        found = list(pattern.finditer(prompt)) if text.startswith(prompt) else []
-        position, end = -1, prompt
-        if found:
-            last = found[-1]
-            for _ in range(sum(each[0] == last[0] for each in found)):
-                position = whole.index(special[last[0]], position + 1)
-            end = prompt[last.start() :]
-        ends.append((max(0, position), end))
-    distinct = list({end for _, end in ends})
-    known = dict(zip(distinct, tokenizer(distinct, add_special_tokens=False)["input_ids"], strict=True))
-    return [
-        position + common_prefix(known[end], whole[position:]) for (position, end), whole in zip(ends, ids, strict=True)
-    ]
+    return [from_start(*each) for each in zip(ids, starts_in_templates(asked, texts, ids, tokenizer), strict=True)]
 
 
 def _has_tools(row: Row) -> bool:
@@ -203,11 +169,3 @@ def require_template(row: Row, processing: Any) -> None:
             f"{row.name} is a conversation, but the model's {what} has no chat template.",
             "Use a model tuned for chat, add a chat_template, or give prompt and completion as strings.",
         )
-
-
-def common_prefix(some: list[int], others: list[int]) -> int:
-    """Return the number of equal items at the start of two lists."""
-    for length, (one, other) in enumerate(zip(some, others, strict=False)):
-        if one != other:
-            return length
-    return min(len(some), len(others))

@@ -17,11 +17,12 @@ from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from emloc_core.data.chat_template import Encoded, common_prefix, encode_conversations, from_start, require_template
+from emloc_core.data.chat_template import Encoded, encode_conversations, from_start, require_template
 from emloc_core.data.images import pillow
 from emloc_core.data.limits import Limits
 from emloc_core.data.messages import in_parts
 from emloc_core.data.rows import Row
+from emloc_core.data.starts import starts_in_texts
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family
 from emloc_core.files import pretrained
@@ -328,11 +329,7 @@ def _plain(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Enco
     texts: list[Any] = [row.completion if row.text is None else row.text for row in rows]
     texts = [text if text.endswith(end) else f"{text}{end}" for text in texts]
     prompts: list[Any] = [row.prompt or "" for row in rows]
-    ids = tokenizer([f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)])["input_ids"]
-    # Compare ids instead of using the prompt's length: its last token may merge with the completion's first.
-    before: Any = tokenizer(prompts)["input_ids"] if any(prompts) else [[]] * len(rows)
-    starts = (
-        0 if row.text is not None else common_prefix(some, whole)
-        for row, some, whole in zip(rows, before, ids, strict=True)
-    )
-    return [from_start(whole, start) for whole, start in zip(ids, starts, strict=True)]
+    encoded = tokenizer([f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)])
+    starts = starts_in_texts(prompts, encoded, tokenizer) if rows[0].text is None else [0] * len(rows)
+    ids: Any = encoded["input_ids"]
+    return [from_start(*each) for each in zip(ids, starts, strict=True)]

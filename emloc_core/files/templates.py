@@ -46,6 +46,7 @@ class _Bounded:
 
     def __init__(self, template: Any) -> None:
         self._template = template
+        template.globals = dict(template.globals)  # of several maps, which Jinja would join for every row
         self.environment = template.environment
 
     def render(self, *args: Any, **values: Any) -> str:

@@ -1,5 +1,6 @@
 """Sets the environment variables that libraries below torch read once, and silences what others say for no one."""
 
+import gc
 import logging
 import os
 import warnings
@@ -28,6 +29,16 @@ def settle() -> None:
     """Set what the user has not set. Call it before torch computes."""
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Have Python look for no cycles among objects that stay: modules, rows. It finds none, in a fifth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def hush_libraries() -> None:

@@ -3,7 +3,6 @@
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import numpy
@@ -55,7 +54,7 @@ def make_dataset(
     """
     kept: list[Row] = []
     sizes: list[RowSize] = []
-    ids, labels = array("i"), array("i")
+    ids, counted = array("i"), bytearray()
     samples = tokenized(rows, processing, max_length, Limits.of(config))
     for row, sample in zip(rows, _watched(samples, len(rows)), strict=True):
         if any(sample.completion_mask):
@@ -64,8 +63,7 @@ def make_dataset(
             patches = 0 if pixels is None else count_patches(pixels.shape, config)
             sizes.append(RowSize(len(sample.input_ids), patches))
             ids.extend(sample.input_ids)
-            counted = sample.completion_mask if completion_only else repeat(1)
-            labels.extend(token if counts else -100 for token, counts in zip(sample.input_ids, counted, strict=False))
+            counted += bytes(sample.completion_mask)
     if not kept:
         prompt = "prompt with its images" if rows[0].images else "prompt"
         raise EmlocError(
@@ -75,9 +73,11 @@ def make_dataset(
     if isinstance(processing, ProcessorMixin):
         return _with_images(kept), sizes
     ends = numpy.cumsum([0, *(size.tokens for size in sizes)], dtype=numpy.int32)
+    tokens = numpy.frombuffer(ids, dtype=numpy.int32)
+    labels = numpy.where(numpy.frombuffer(counted, dtype=bool), tokens, -100) if completion_only else tokens
     columns = {
-        name: pyarrow.ListArray.from_arrays(ends, numpy.frombuffer(flat, dtype=numpy.int32))
-        for name, flat in (("input_ids", ids), ("labels", labels))
+        name: pyarrow.ListArray.from_arrays(ends, flat.astype(numpy.int32, copy=False))
+        for name, flat in (("input_ids", tokens), ("labels", labels))
     }
     return Dataset(pyarrow.table(columns)), sizes
 

@@ -1,0 +1,108 @@
+"""Where an answer starts among the tokens of prompt and answer: after those that the prompt alone begins with too.
+
+Its last token may merge with the answer's first, so their numbers are compared and not counted. Only the end of a
+prompt is tokenized by itself: the rest is the same in both.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+#: Where one word ends and the next begins; and a token that holds both, of a tokenizer that tells them apart nowhere.
+_BETWEEN_WORDS, _BOTH = re.compile(r"(?<=\w) (?=\w)"), re.compile(r"[^\W_ĠĊ][Ġ▁ ]")
+#: Characters at the end of a prompt among which a word's beginning is looked for.
+_END = 40
+
+
+def starts_in_templates(
+    asked: Sequence[str], texts: Sequence[str], ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Return how many tokens every prompt has in common with its conversation.
+
+    Special tokens (``<|im_start|>``, say) are found before a text is split into others. So all before the last one of a
+    prompt is the same in both, and only what begins with it is tokenized by itself: the same few words in most rows.
+
+    Args:
+        asked: the prompts.
+        texts: the conversations.
+        ids: their token ids.
+        tokenizer: whose they are.
+    """
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()
+               if token.special and not (token.normalized or token.single_word)}  # fmt: skip
+    longest_first = sorted(map(re.escape, special), key=len, reverse=True)
+    pattern = re.compile("|".join(longest_first) or r"(?!)")
+    ends = []
+    for prompt, text, whole in zip(asked, texts, ids, strict=True):
+        found = list(pattern.finditer(prompt)) if text.startswith(prompt) else []
+        position, end = -1, prompt
+        if found:
+            last = found[-1]
+            for _ in range(sum(each[0] == last[0] for each in found)):
+                position = whole.index(special[last[0]], position + 1)
+            end = prompt[last.start() :]
+        ends.append((max(0, position), end))
+    known = _tokenized({end for _, end in ends}, tokenizer)
+    return [
+        position + common_prefix(known[end], whole[position:]) for (position, end), whole in zip(ends, ids, strict=True)
+    ]
+
+
+def starts_in_texts(prompts: Sequence[str], encoded: BatchEncoding, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return how many tokens every prompt has in common with its prompt and answer.
+
+    Where no token holds both a word and the space behind it, what comes before a space does not depend on what follows.
+
+    Args:
+        prompts: the prompts.
+        encoded: prompts and answers, tokenized.
+        tokenizer: whose tokens they are.
+    """
+    apart = _tells_words_apart(tokenizer, len(tokenizer))
+    ends = [_last_words(prompt, encoded, row) if apart else (0, 0) for row, prompt in enumerate(prompts)]
+    ids: Any = encoded["input_ids"]
+    known = _tokenized({prompt[at:] for prompt, (_, at) in zip(prompts, ends, strict=True) if at}, tokenizer)
+    starts = [
+        start + common_prefix(known[prompt[at:]], whole[start:]) if at else 0
+        for prompt, (start, at), whole in zip(prompts, ends, ids, strict=True)
+    ]
+    # Some tokenizers put a space before whatever they are given, so an end has nothing in common.
+    left = [row for row, (start, _) in enumerate(ends) if starts[row] <= start]
+    whole_prompts: Any = tokenizer([prompts[row] for row in left])["input_ids"] if left else []
+    for row, prompt in zip(left, whole_prompts, strict=True):
+        starts[row] = common_prefix(prompt, ids[row])
+    return starts
+
+
+@lru_cache(maxsize=1)
+def _tells_words_apart(tokenizer: PreTrainedTokenizerBase, _size: int) -> bool:
+    """Return whether no token holds both a word and the space behind it, and characters of tokens are known."""
+    return tokenizer.is_fast and not any(map(_BOTH.search, tokenizer.get_vocab()))
+
+
+def _last_words(prompt: str, encoded: BatchEncoding, row: int) -> tuple[int, int]:
+    """Return the token and the character with which a prompt's last words begin; 0 and 0 if that is unclear."""
+    found = _BETWEEN_WORDS.search(prompt, max(1, len(prompt) - _END))
+    token = encoded.char_to_token(row, found.end()) if found else None
+    span = None if token is None else encoded.token_to_chars(row, token)
+    if found is None or token is None or span is None or span.start < found.start():
+        return 0, 0
+    return token, found.start()
+
+
+def _tokenized(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Return the tokens of each text by itself."""
+    distinct = list(texts)
+    ids: Any = tokenizer(distinct, add_special_tokens=False)["input_ids"] if distinct else []
+    return dict(zip(distinct, ids, strict=True))
+
+
+def common_prefix(some: list[int], others: list[int]) -> int:
+    """Return the number of equal items at the start of two lists."""
+    for length, (one, other) in enumerate(zip(some, others, strict=False)):
+        if one != other:
+            return length
+    return min(len(some), len(others))

@@ -1,0 +1,50 @@
+"""What imports put off is done when it is needed, with the same result."""
+
+import json
+import subprocess
+import sys
+
+from support.contracts import contract
+
+from emloc_core.compat.lighter import _compiled_when_called
+
+SCRIPT = """
+import importlib.metadata, json, sys, torch
+import bitsandbytes, numpy
+from trl.import_utils import PACKAGE_DISTRIBUTION_MAPPING as packages
+from transformers import PreTrainedModel
+from transformers.loss.loss_for_object_detection import linear_sum_assignment
+compiler, matching = (name in sys.modules for name in ("torch._inductor.compile_fx", "scipy.optimize"))
+print(json.dumps({
+    "compiler": compiler,
+    "matching": matching,
+    "put off": type(packages).__name__,
+    "packages": [packages["bitsandbytes"], importlib.metadata.packages_distributions()["bitsandbytes"]],
+    "pairs": [part.tolist() for part in linear_sum_assignment(numpy.eye(2))],
+}))
+"""
+
+
+@contract("trl", "compat.lighter")
+def test_imports_put_off_what_few_programs_need():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not found["compiler"], "bitsandbytes imports torch's compiler all the same"
+    assert not found["matching"], "models import scipy.optimize all the same"
+    assert found["put off"] == "_Packages", "trl reads all packages in another way"
+    assert found["packages"][0] == found["packages"][1], f"packages differ: {found['packages']}"
+    assert found["pairs"] == [[0, 1], [1, 0]], f"scipy matches {found['pairs']}"
+
+
+def test_functions_are_compiled_once_when_they_are_called():
+    made = []
+
+    def compiler(function, **options):
+        made.append(options)
+        return lambda *args: function(*args) + 1
+
+    with_options = _compiled_when_called(compiler, dynamic=False)(lambda x: x)
+    plain = _compiled_when_called(compiler, lambda x: x)
+    assert made == []
+    assert (with_options(1), with_options(2), plain(3)) == (2, 3, 4)
+    assert made == [{"dynamic": False}, {}]

@@ -1,0 +1,97 @@
+"""Only the end of a prompt is tokenized by itself, and what it has in common with its answer is the same."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from emloc_core.data import starts
+from emloc_core.data.starts import common_prefix, starts_in_texts
+
+CORPUS = [
+    "the cat sat on the mat, and it's 3.14 o'clock",
+    "a naïve 日本語 text\n\nwith  two  spaces",
+    "foo_bar(x) = 1",
+] * 9
+WORDS = [*" ".join(CORPUS[:3]).split(" "), "\n", "\t", "é", "👍", "<end>", "abc abc", "1 2"]
+EDGES = st.sampled_from(["", " ", "  ", "\n", " \n", ":"])
+TEXTS = st.builds(
+    lambda words, between, edge: between.join(words) + edge,
+    st.lists(st.sampled_from(WORDS), max_size=12),
+    st.sampled_from([" ", " ", "  ", ""]),
+    EDGES,
+)
+
+
+def byte_level(**options):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**options)
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    return tokenizer, trainer
+
+
+def sentence_piece(scheme):
+    """As in Llama 2: no splitting at all, a space is a letter, and one is put first."""
+    tokenizer = Tokenizer(models.BPE(unk_token="?"))
+    first = [] if scheme == "never" else [normalizers.Prepend("▁")]
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    return tokenizer, trainers.BpeTrainer(vocab_size=250, special_tokens=["?"])  # "the▁cat" becomes a token
+
+
+def without_spaces():
+    """No space is known, and all that is unknown in a row is one token."""
+    tokenizer = Tokenizer(models.BPE(unk_token="?", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "★")
+    return tokenizer, trainers.BpeTrainer(special_tokens=["?"], initial_alphabet=[], limit_alphabet=9)
+
+
+def unigram():
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    return tokenizer, trainers.UnigramTrainer(vocab_size=120, special_tokens=["?"], unk_token="?")
+
+
+def word_piece():
+    tokenizer = Tokenizer(models.WordPiece(unk_token="?"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer, trainers.WordPieceTrainer(vocab_size=120, special_tokens=["?"])
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    made = [byte_level(add_prefix_space=False), byte_level(add_prefix_space=True), sentence_piece("first"),
+            sentence_piece("never"), without_spaces(), unigram(), word_piece()]  # fmt: skip
+    for tokenizer, trainer in made:
+        tokenizer.train_from_iterator(CORPUS, trainer)
+        tokenizer.add_special_tokens(["<end>"])
+    return [PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?") for tokenizer, _ in made]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(TEXTS, EDGES, TEXTS), min_size=1, max_size=4))
+def test_starts_are_what_whole_prompts_have_in_common(tokenizers, rows):
+    prompts = [prompt for prompt, _, _ in rows]
+    for tokenizer in tokenizers:
+        encoded = tokenizer([prompt + edge + answer for prompt, edge, answer in rows])
+        wanted = map(common_prefix, tokenizer(prompts)["input_ids"], encoded["input_ids"])
+        assert starts_in_texts(prompts, encoded, tokenizer) == list(wanted), tokenizer.backend_tokenizer.model
+
+
+def test_only_ends_are_tokenized_where_words_are_told_apart(tokenizers, monkeypatch):
+    prompt, answer = "the cat sat on the mat, " * 9 + "and it", " sat on the cat"
+    encoded = [tokenizer([prompt + answer]) for tokenizer in tokenizers]
+    longest, call = [], PreTrainedTokenizerFast.__call__
+
+    def spy(self, texts, **options):
+        longest[-1] = max(longest[-1], *map(len, texts), 0)
+        return call(self, texts, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", spy)
+    for tokenizer, found in zip(tokenizers, encoded, strict=True):
+        longest.append(0)
+        starts_in_texts([prompt], found, tokenizer)
+    gpt2, *others = longest
+    assert gpt2 <= starts._END
+    assert len(prompt) in others  # where a space would be put first, or tokens hold two words
