@@ -221,14 +221,18 @@ class TrainSettings(StepSettings):
     """How the LoRA is trained."""
 
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    objective: Literal["sft", "dpo", "kto"] = Field(
+    objective: Literal["sft", "dpo", "kto", "orpo"] = Field(
         "sft",
         description="Training objective: 'sft' learns the answers; 'dpo' (direct preference optimisation) learns to "
         "prefer each row's chosen answer to its rejected one, with the model without the LoRA as the reference; 'kto' "
-        "learns from single answers, each with a label: wanted or not.",
+        "learns from single answers, each with a label: wanted or not; 'orpo' learns each row's chosen answer, and to "
+        "prefer it, without a reference.",
     )
     beta: float = Field(
-        0.1, gt=0, description="With dpo and kto: how much deviating from the model without the LoRA costs."
+        0.1,
+        gt=0,
+        description="With dpo and kto: how much deviating from the model without the LoRA costs. With orpo: how much "
+        "preferring counts beside the likelihood of chosen answers.",
     )
     epochs: float | None = Field(None, gt=0, description="Passes over the rows; 3 by default, unless steps are given.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations to save memory.")

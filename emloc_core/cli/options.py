@@ -117,8 +117,8 @@ def rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for the rows to train on, and ``--set`` for any other field of SFTConfig."""
     for option in (
         click.option("--set", "extra", multiple=True, metavar="KEY=VALUE",
-                     help="Any other field of SFTConfig (with the objective dpo, of DPOConfig, with kto of KTOConfig); "
-                     "repeatable."),
+                     help="Any other field of SFTConfig (with the objective dpo or orpo, of DPOConfig, with kto of "
+                     "KTOConfig); repeatable."),
         click.option("--exclude", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
                      help="File with rows not to train on, such as test rows; repeatable."),
         skip,

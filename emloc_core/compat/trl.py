@@ -1,6 +1,6 @@
-"""TRL: the loss of the tokens that count, the tiles that its memory is planned by, and datasets that are tokenized."""
+"""TRL: losses of the tokens that count, the tiles that their memory is planned by, and datasets that are tokenized."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,31 @@ def tiles_in_place() -> Iterator[None]:
     kernels = "trl.kernels.chunked_logprob"
     with patched("trl", kernels, _forward_tile=in_place, _backward_tile=in_place, _addmm_fp32=in_place):
         yield
+
+
+def mean_log_probs(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """Return the mean log-probability per token of answers, (rows), of a model in ``DPOTrainer``.
+
+    Only the tokens that count are projected on the vocabulary, as in its own loss.
+
+    Args:
+        model: the model.
+        inputs: what its collator made; ``completion_mask`` says which tokens count.
+    """
+    counted = inputs["completion_mask"]
+    given = {name: value for name, value in inputs.items() if name != "completion_mask"}
+    labels = inputs["input_ids"].masked_fill(counted == 0, -100)
+    with private("trl"):
+        log_probs = model(**given, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    return log_probs.sum(1) / counted[:, 1:].sum(1)
+
+
+def note(trainer: Any, **values: Any) -> None:
+    """Have a trainer of TRL's log the mean of values, by name, with its next entry."""
+    with private("trl"):
+        metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    for name, value in values.items():
+        metrics[name].append(trainer.accelerator.gather(value.detach()).mean().item())
 
 
 class TokenizedDataset:

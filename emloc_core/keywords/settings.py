@@ -37,7 +37,7 @@ class TrainKwargs(TypedDict, total=False):
     eval_steps: int
     patience: int | None
     extra: dict[str, Any]
-    objective: Literal["sft", "dpo", "kto"]
+    objective: Literal["sft", "dpo", "kto", "orpo"]
     beta: float
     epochs: float | None
     gradient_checkpointing: bool
@@ -161,7 +161,7 @@ class RecipeKwargs(TypedDict, total=False):
 class PlanKwargs(TypedDict, total=False):
     """Of :class:`TrainSettings`."""
 
-    objective: Literal["sft", "dpo", "kto"]
+    objective: Literal["sft", "dpo", "kto", "orpo"]
     batch_size: int
     accumulation: int
     gradient_checkpointing: bool

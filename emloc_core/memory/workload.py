@@ -51,7 +51,7 @@ class Workload:
     @property
     def sequences_per_row(self) -> int:
         """Sequences that a row is: with preferences, one with the chosen answer and one with the rejected one."""
-        return 2 if self.train.objective == "dpo" else 1
+        return 2 if self.train.objective in ("dpo", "orpo") else 1
 
     @property
     def recommended_kinds(self) -> tuple[str, ...]:

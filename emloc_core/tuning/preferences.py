@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy
 import pyarrow
+import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig
 from transformers.utils.logging import tqdm
@@ -25,7 +26,8 @@ def require_preferences(rows: Iterable[Row], settings: StepSettings) -> None:
     Raises:
         EmlocError: a row has no rejected answer, or no label, or has images or tools; names the first.
     """
-    labels = getattr(settings, "objective", "") == "kto"
+    objective: str = getattr(settings, "objective", "")
+    labels = objective == "kto"
     for row in rows:
         if labels and row.rejected is None and row.label is None:
             raise EmlocError(
@@ -35,7 +37,8 @@ def require_preferences(rows: Iterable[Row], settings: StepSettings) -> None:
         if not labels and row.rejected is None:
             raise EmlocError(
                 f"Row {row.number} has no rejected answer.",
-                "DPO needs rows of `prompt`, `chosen` and `rejected`; train on answers alone with the objective sft.",
+                f"{objective.upper()} needs rows of `prompt`, `chosen` and `rejected`; train on answers alone with the "
+                "objective sft.",
             )
         if row.images or row.tools:
             raise EmlocError(
@@ -111,3 +114,21 @@ def with_mismatched(dataset: Dataset, batch_size: int) -> Dataset:
     others = numpy.where(rows == first, last, rows - 1)
     table = dataset.data.table.combine_chunks()
     return Dataset(table.append_column("KL_completion_ids", table["completion_ids"].take(others)))
+
+
+def odds_ratio_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return ORPO's loss: that of chosen answers, less the log-sigmoid of the odds ratio, weighted.
+
+    Hong et al., arXiv 2403.07691, equations 4, 6 and 7.
+
+    Args:
+        chosen, rejected: mean log-probability per token of each answer, (rows).
+        beta: the weight, their lambda.
+    """
+
+    def log_odds(log_prob: torch.Tensor) -> torch.Tensor:
+        below_one = log_prob.float().clamp(max=-1e-6)  # or the odds would be infinite
+        return below_one - torch.log(-torch.expm1(below_one))
+
+    ratio = log_odds(chosen) - log_odds(rejected)
+    return (-chosen - beta * torch.nn.functional.logsigmoid(ratio)).mean()

@@ -22,10 +22,10 @@ from transformers.trainer_callback import TrainerState
 from trl import DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 
 from emloc_core.compat.peft import leave_casts_to_autocast
-from emloc_core.compat.trl import TokenizedDataset, counted_tokens_alone
+from emloc_core.compat.trl import TokenizedDataset, counted_tokens_alone, mean_log_probs, note
 from emloc_core.errors import EmlocError
-from emloc_core.tuning.evaluation import BASE_LOSS, BaseLoss
-from emloc_core.tuning.preferences import with_mismatched
+from emloc_core.tuning.evaluation import BASE_LOSS, MARGIN, BaseLoss
+from emloc_core.tuning.preferences import odds_ratio_loss, with_mismatched
 
 SETTINGS = "The training settings do not work"
 DIVERGED = "Lower the learning rate, or train without bf16."
@@ -152,8 +152,26 @@ class LabelTrainer(LoraSteps, TokenizedDataset, KTOTrainer):
         return with_mismatched(dataset, args.per_device_train_batch_size) if self.calculate_KL else dataset
 
 
+class OddsTrainer(PreferenceTrainer):
+    """ORPO, on TRL's trainer for preferences, of which it uses no reference.
+
+    TRL's own trainer for it is an experiment, which holds the logits of all tokens of both answers several times over.
+    """
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
+        """Return the loss of a batch: chosen answers, then rejected ones."""
+        chosen, rejected = mean_log_probs(model, inputs).chunk(2)
+        note(self, **{MARGIN: self.beta * (chosen - rejected)})
+        return odds_ratio_loss(chosen, rejected, self.beta)
+
+
 #: By objective.
-TRAINERS: dict[str, type[LoraSteps]] = {"sft": LoraTrainer, "dpo": PreferenceTrainer, "kto": LabelTrainer}
+TRAINERS: dict[str, type[LoraSteps]] = {
+    "sft": LoraTrainer,
+    "dpo": PreferenceTrainer,
+    "kto": LabelTrainer,
+    "orpo": OddsTrainer,
+}
 
 
 class _LossSinceLog(TrainerCallback):

@@ -48,6 +48,12 @@ _FIXED = {
     ),
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "the model is loaded before the trainer is made"),
 }  # fmt: skip
+#: Fields of DPOConfig that ORPO, whose loss is one and has no reference, does not read.
+_OF_DPO = {
+    "loss_type", "loss_weights", "label_smoothing", "ld_alpha", "discopop_tau", "f_divergence_type",
+    "f_alpha_divergence_coef", "use_weighting", "precompute_ref_log_probs", "precompute_ref_batch_size",
+    "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "use_liger_kernel",
+}  # fmt: skip
 
 
 def check_extra(settings: StepSettings) -> None:
@@ -70,6 +76,8 @@ def check_extra(settings: StepSettings) -> None:
             )
         if name in _FIXED:
             raise EmlocError(f"{name} cannot be set: {_FIXED[name]}.", "Leave it out.")
+        if getattr(settings, "objective", "") == "orpo" and name in _OF_DPO:
+            raise EmlocError(f"ORPO has no {name}.", "Leave it out, or use the objective dpo.")
         if name not in known:
             told = f"{kind.__name__} has no field {name!r}.{did_you_mean(name, known)}"
             raise EmlocError(told, f"See TRL's {kind.__name__}.")
@@ -79,7 +87,7 @@ def _config_class(settings: StepSettings) -> Any:
     """Return TRL's class of configs for an objective."""
     from trl import DPOConfig, KTOConfig, SFTConfig
 
-    return {"dpo": DPOConfig, "kto": KTOConfig}.get(getattr(settings, "objective", ""), SFTConfig)
+    return {"dpo": DPOConfig, "kto": KTOConfig, "orpo": DPOConfig}.get(getattr(settings, "objective", ""), SFTConfig)
 
 
 def trainer_config(

@@ -1,6 +1,7 @@
-"""DPO on an emulator: TRL's own loss, a reference without the LoRA, and an adapter that is corrected as any other."""
+"""Preferences on an emulator: a reference without the LoRA, or none, and an adapter that is corrected as any other."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from support.rows import ANIMALS, COLOURS, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, KTOConfig
+from trl.experimental.orpo import ORPOTrainer
 
 import emloc_core
 from emloc_core.data.rows import load_rows
@@ -16,6 +18,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.memory.workload import make_workload
 from emloc_core.recipe.recipe import load_recipe
 from emloc_core.settings import TrainSettings
+from emloc_core.tuning.preferences import odds_ratio_loss
 from emloc_core.tuning.trainer import TRAINERS
 
 SETTINGS = {"objective": "dpo", "steps": 12, "batch_size": 4, "learning_rate": 2e-3, "logging_steps": 4, "bf16": False}
@@ -169,6 +172,36 @@ def test_labels_teach_the_base_too(made, tiny_model, tmp_path):
     assert one.result["rows"] == 100 - 12 - 6
     with pytest.raises(EmlocError, match="Row 1 does not say whether its answer is wanted"):
         emloc_core.train(made[0], [{"prompt": "a", "completion": "b"}], tmp_path / "none", **settings)
+
+
+def test_odds_teach_the_base_too(made, tiny_model, tmp_path):
+    """By ORPO, without a reference: the first loss is that of the answers and of odds, and margins are logged."""
+    settings = {**SETTINGS, "objective": "orpo", "beta": 0.5}
+    adapter = emloc_core.train(made[0], preferences()[:100], tmp_path / "odds", **settings)
+    corrected = emloc_core.correct(adapter, clamp=1)
+    tokenizer, base = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    held_out = preferences()[100:]
+    before = margin(base, tokenizer, held_out)
+    assert margin(PeftModel.from_pretrained(base, corrected.path), tokenizer, held_out) > before + 0.2
+    log = json.loads((adapter.path / "log.json").read_text())
+    assert log[-1]["rewards/margins"] > log[0]["rewards/margins"]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert "by ORPO with beta 0.5" in (corrected.path / "README.md").read_text()
+    with pytest.raises(EmlocError, match="ORPO has no loss_type"):
+        emloc_core.train(made[0], preferences(), tmp_path / "x", extra={"loss_type": "ipo"}, **settings)
+    with pytest.raises(EmlocError, match="ORPO needs rows of"):
+        emloc_core.train(made[0], [{"prompt": "a", "completion": "b"}], tmp_path / "none", **settings)
+
+
+def test_the_odds_ratio_is_that_of_trl():
+    """On the same log-probabilities; and an answer that is certain has finite gradients."""
+    chosen, rejected = torch.tensor([-0.02, -1.5, -9.0]), torch.tensor([-0.3, -0.01, -30.0])
+    trainer = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device="cpu"))
+    theirs = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0]
+    assert odds_ratio_loss(chosen, rejected, 0.3).item() == pytest.approx((-chosen - theirs).mean().item(), rel=1e-5)
+    certain = torch.zeros(1, requires_grad=True)
+    odds_ratio_loss(certain, torch.tensor([-1.0]), 0.3).backward()
+    assert certain.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("chat", [False, True])
