@@ -26,6 +26,8 @@ from emloc_core.standins import Format
 #: Shapes of the weights: wider than high, higher than wide, and without whole groups of numbers.
 _SHAPES = ((48, 300), (130, 64), (17, 33))
 _RANK = 6
+#: Shape of the matrices of a stack, and their rank: torch multiplies groups by rows of a multiple of 16 bytes.
+_STACKED, _ALIGNED = (48, 64), 8
 #: As far as an error may lie from the one that is reported.
 _APART = 1e-2
 
@@ -132,6 +134,32 @@ def layer(subject: TinyEmulator) -> str | None:
     return None
 
 
+@check(read)
+def experts(subject: TinyEmulator) -> str | None:
+    """Stacked, with a leading E, the parts of matrices multiply the rows of each expert by its own."""
+    if not subject.format.experts:
+        return "Stacks of experts stay dense in it."
+    format, (m, n), problems = subject.format.own(), _STACKED, []
+    gram, draw = Gram("input", n), torch.Generator().manual_seed(0)
+    gram.add(torch.randn(2 * n, n, generator=draw))
+    fitted = format.fit(list(torch.randn(3, m, n, generator=draw)), gram, [_ALIGNED if format.ratios else None] * 3)
+    packed = [list(format.pack(each, torch.float32).values()) for each in fitted]
+    first, _, last = (format.read(parts, (m, n), torch.float32).weight() for parts in packed)
+    x, weights = torch.randn(5, n, requires_grad=True), torch.randn(5, m)
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    parts = [torch.stack(of) for of in zip(*packed, strict=True)]
+    outputs = format.layer.grouped(x, ends, *parts, shape=(m, n), dtype=torch.float32)
+    (gradient,) = torch.autograd.grad((outputs * weights).sum(), x)
+    for what, one, other in (
+        ("outputs", outputs, torch.cat([x[:2] @ first.T, x[2:] @ last.T])),
+        ("the gradient of the inputs", gradient, torch.cat([weights[:2] @ first, weights[2:] @ last])),
+    ):
+        if not torch.allclose(one, other, rtol=1e-4, atol=ABSOLUTE * float(other.abs().max()) * 10):
+            problems.append(f"{what} are not those of the matrices that are read")
+    require(problems, "unpack_stack has to give the matrices that read gives; or leave experts dense: experts = False.")
+    return None
+
+
 @check(trains)
 def planned(subject: TinyEmulator) -> str:
     """The memory of making and of tuning the emulator is planned."""
@@ -143,4 +171,4 @@ def planned(subject: TinyEmulator) -> str:
 
 
 #: In the order in which problems are best fixed.
-CHECKS = (stored, read, layer, trains, correction, merge, planned)
+CHECKS = (stored, read, layer, experts, trains, correction, merge, planned)

@@ -44,7 +44,7 @@ def test_it_passes_the_checks():
     results = check_format(EightBits())
     assert [str(result) for result in results if not result.passed] == []
     assert [result.check for result in results] == [
-        "stored", "read", "layer", "trains", "correction", "merge", "planned"
+        "stored", "read", "layer", "experts", "trains", "correction", "merge", "planned"
     ]  # fmt: skip
 
 
@@ -96,16 +96,30 @@ class Wide(EightBits):
 
 
 class Other(EightBits):
-    """Reads another weight than its layer unpacks."""
+    """Reads another weight than its layer unpacks, and packs experts too."""
+
+    experts = True
 
     class layer(EightBitLinear):  # noqa: N801
         def forward(self, input):
             return 1.01 * super().forward(input)
 
 
+class Crossed(EightBits):
+    """Gives experts each other's matrices."""
+
+    experts = True
+
+    class layer(EightBitLinear):  # noqa: N801
+        @classmethod
+        def unpack_stack(cls, *parts, **how):
+            return super().unpack_stack(*parts, **how).flip(0)
+
+
 @pytest.mark.parametrize(
     ("format", "check", "said"),
     [
+        (Crossed, "experts", "outputs are not those of the matrices that are read"),
         (Coarse, "read", "and said to be 0.5000"),
         (Wide, "stored", "weight_scales is torch.float64"),
         (Other, "layer", "outputs are not those of the weight that is read"),
@@ -114,3 +128,4 @@ class Other(EightBits):
 def test_a_check_says_what_is_wrong(format, check, said):
     failed = {result.check: str(result) for result in check_format(format()) if not result.passed}
     assert said in failed[check]
+    assert ("experts" in failed) == (format is not Other)
