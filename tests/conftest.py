@@ -1,6 +1,7 @@
 """A tiny Llama with a real tokenizer, and rows that it can learn; virtual environments with the built wheel."""
 
 import fcntl
+import gc
 import os
 import signal
 import subprocess
@@ -37,10 +38,21 @@ LONG = ("zoo/test_convert.py", "memory", "tuning", "emulator", "evaluation", "re
         "scaffold", "chaos", "families", "demo", "plugins", "exact")  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # of every family, one tiny config is checked with every change
+        case = getattr(item, "callspec", None)
+        if case and item.path.parent.name == "conformance" and case.params.get("index", 0) > 0:
+            item.add_marker(pytest.mark.thorough)
     places = {ROOT / "tests" / name: index for index, name in enumerate(LONG)}
     rest = len(LONG)
     items.sort(key=lambda item: min((places.get(path, rest) for path in (item.path, *item.path.parents)), default=rest))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what is imported, which stays: that took an eighth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -94,6 +94,7 @@ def test_an_adapter_that_does_not_belong_is_refused(made, tmp_path):
 
 
 @pytest.mark.usefixtures("calls_here")
+@pytest.mark.thorough
 def test_systems_are_compared(made, tiny_model, rows_file, tmp_path):
     emulator, adapter, corrected, merged = made
     task = write_task("completion_nll", rows_file, tmp_path / "loss.yaml")

@@ -31,6 +31,7 @@ def test_pypi_takes_both_distributions_of_the_version_that_the_changelog_has(whe
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+@pytest.mark.thorough
 def test_the_doctor_finds_nothing_wrong_with_it(environment, tmp_path):
     told = json.loads(environment.run("emloc", "doctor", "--json", cwd=tmp_path))
     assert told["healthy"]

@@ -20,6 +20,7 @@ def campaign(*arguments):
 
 @pytest.mark.thorough
 @needs_kernel
+@pytest.mark.slow
 def test_a_part_of_the_campaign():
     stages = ["compress", "train", "correct", "polish", "merge", "import"]
     kinds = ["kills", "kills-before-another", "syncs", "signals", "disks", "writers", "changes"]

@@ -32,7 +32,9 @@ def printed(emloc, model: Path, rows: Path, memory: int, *more: object) -> list[
     return [shlex.split(line) for line in out.splitlines() if line.startswith("  emloc ")]
 
 
-@pytest.mark.parametrize("kind", ["nf4", "1.6-bit+repair", None])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("nf4", "1.6-bit+repair")), None]
+)
 def test_they_run_and_make_what_was_decided(kind: str | None, emloc, shallow_model: Path, rows: Path) -> None:
     commands = printed(emloc, shallow_model, rows, 2**32, "--headroom", 0, *(["--kind", kind] if kind else []))
     for command in commands:

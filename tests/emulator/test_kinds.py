@@ -348,6 +348,11 @@ def test_the_conformance_kit_holds_for_every_kind(family, kind, tmp_path):
         assert result.passed, result
 
 
+@pytest.mark.parametrize(
+    "made",
+    [pytest.param(kind, marks=() if kind in ("nf4", "1.6-bit+repair") else pytest.mark.thorough) for kind in KINDS],
+    indirect=True,
+)
 def test_training_is_resumed(made, rows_file, monkeypatch):
     _, emulator, adapter = made
     train = TrainSettings(steps=8, batch_size=4, learning_rate=1e-2, save_steps=4, logging_steps=4)
@@ -396,6 +401,7 @@ def test_a_kind_comes_from_a_plugin(tiny_model, rows_file, tmp_path):
         plugin_manager().unregister(plugin)
 
 
+@pytest.mark.thorough
 def test_commands_take_a_kind(emloc, tiny_model, rows_file, tmp_path):
     sized = {}
     for kind in ("low-rank", "nf4", "low-rank-nf4"):

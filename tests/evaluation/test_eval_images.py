@@ -246,6 +246,7 @@ def test_tasks_of_text_run_on_a_model_of_images_too(form, base, tmp_path):
 
 
 @pytest.mark.usefixtures("calls_here")
+@pytest.mark.thorough
 def test_systems_are_compared_on_tasks_of_both_kinds(internvl, rows_with_pictures, rows_file, tmp_path):
     adapter = random_adapter(internvl, tmp_path / "adapter")
     emulator, settings = tmp_path / "emulator", CompressSettings(samples=8, selection=4, ratio=0.6)

@@ -359,6 +359,7 @@ def test_names_of_either_kind_are_streamed(legacy):
             )
 
 
+@pytest.mark.thorough
 def test_the_emulator_of_legacy_names_is_that_of_module_names(legacy, tmp_path):
     family, model, *directories = legacy
     emulators = [emulator_of(base, family, model.config, tmp_path / f"emulator-{base.name}") for base in directories]

@@ -195,7 +195,7 @@ def test_an_image_gives_pixels_in_the_models_dtype(base, rows_file):
     assert {tensor.dtype for name, tensor in inputs.items() if name != "pixel_values"} == {torch.int64}
 
 
-@pytest.mark.parametrize("clamp", ["auto", "none"])
+@pytest.mark.parametrize("clamp", ["auto", pytest.param("none", marks=pytest.mark.thorough)])
 def test_an_adapter_is_carried_over_and_merged_in_both_towers(base, emulator, adapter, rows_file, tmp_path, clamp):
     loras = Adapter(adapter).loras
     assert towers(loras) == {"vision", "language"}
@@ -287,6 +287,7 @@ def test_every_way_to_make_an_emulator_takes_images(base, rows_file, tmp_path, w
     assert torch.isfinite(logits(load(made), base, pictured(rows_file))).all()
 
 
+@pytest.mark.thorough
 def test_an_interrupted_tuning_goes_on_to_the_same_adapter(emulator, adapter, rows_file, tmp_path, monkeypatch):
     step, done = stage.LoraTrainer.training_step, []
 

@@ -56,6 +56,7 @@ def test_from_a_base_on_the_hub_to_an_adapter_on_the_hub(hub, tiny_model, tmp_pa
     assert not hub.private["people/merged"]
 
 
+@pytest.mark.thorough
 def test_an_emulator_from_the_hub_is_tuned_and_corrected(hub, tiny_model, tmp_path):
     hub.add(BASE, tiny_model)
     emulator = emloc_core.compress(BASE, example_rows(), tmp_path / "emulator", samples=8, selection=4)
@@ -68,6 +69,7 @@ def test_an_emulator_from_the_hub_is_tuned_and_corrected(hub, tiny_model, tmp_pa
     assert emloc_core.correct(adapter).result["candidates"][0]["rows"] == 4
 
 
+@pytest.mark.thorough
 def test_a_local_base_gets_its_name_on_the_hub(hub, tiny_model, tmp_path):
     made = corrected(tiny_model, tmp_path)
     emloc_core.push(made, ADAPTER, base=BASE)

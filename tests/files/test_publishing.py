@@ -89,6 +89,7 @@ def killed_everywhere(tmp_path, monkeypatch):
     return attempt
 
 
+@pytest.mark.thorough
 def test_whatever_is_run_after_a_kill_at_any_line(killed_everywhere, tmp_path):
     again, refused = tmp_path / "again", 0
     for place in killed_everywhere(lambda place: build(place, "A")):

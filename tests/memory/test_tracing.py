@@ -156,16 +156,19 @@ def test_a_trace_equals_a_step_of_experts(tmp_path: Path) -> None:
     ("family", "settings"),
     [
         (QWEN, QWEN.tiny_configs[1]),
-        (GEMMA, GEMMA.tiny_configs[0]),
         PICTURED[0],
         *(
             pytest.param(*case, marks=pytest.mark.thorough)
-            for case in ((QWEN_MOE, {**QWEN_MOE.tiny_configs[0], "mlp_only_layers": []}), *PICTURED[1:])
+            for case in (
+                (GEMMA, GEMMA.tiny_configs[0]),
+                (QWEN_MOE, {**QWEN_MOE.tiny_configs[0], "mlp_only_layers": []}),
+                *PICTURED[1:],
+            )
         ),
     ],
     ids=label,
 )
-@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_few_blocks_extended_equal_all_blocks(
     family: Family, settings: dict, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,6 +261,7 @@ KILLED = """
 """
 
 
+@pytest.mark.thorough
 def test_an_import_that_was_killed_goes_on(models, tmp_path):
     source, _, whole = models("internlm2")
     command = [sys.executable, "-c", textwrap.dedent(KILLED), source, tmp_path / "out", "1"]

@@ -29,7 +29,8 @@ thorough = pytest.mark.thorough
 TYPES = (
     "granite",
     "gpt2",
-    *(pytest.param(name, marks=thorough) for name in ("gpt_neox", "olmo2", "opt", "bloom", "cohere")),
+    *(pytest.param(name, marks=thorough) for name in ("gpt_neox", "opt")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("olmo2", "bloom", "cohere")),
 )
 #: What these call the sizes.
 OTHER_NAMES = {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
@@ -148,10 +149,10 @@ def test_a_record_is_the_same_for_what_is_made_from_the_model():
     ("path", "value"),
     [
         (("auto_class",), "Trainer"),
-        (("auto_class",), "pipeline"),
-        (("modality",), "video"),
+        pytest.param(("auto_class",), "pipeline", marks=thorough),
+        pytest.param(("modality",), "video", marks=thorough),
         (("towers",), [{"name": "language"}]),
-        (("keep_dense",), ["lm_head"]),
+        pytest.param(("keep_dense",), ["lm_head"], marks=thorough),
     ],
 )
 def test_a_record_that_a_stranger_changed_is_not_used(path, value, tmp_path):
@@ -255,7 +256,7 @@ def test_a_block_that_no_tiny_model_has_is_refused(monkeypatch):
         plugin_manager().family_for(content("granite"))
 
 
-@thorough
+@pytest.mark.slow
 def test_a_zoo_converts_a_model_that_no_plugin_declares(rows_file, tmp_path):
     """Its worker is another process, as on a cluster."""
     model_of("olmo2", tmp_path / "models" / "olmo")

@@ -122,7 +122,14 @@ def broken(request, install):
     plugin_manager.cache_clear()
 
 
-@pytest.mark.parametrize("broken", SOURCES, indirect=True)
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param(name, marks=() if name in ("import error", "raising hook") else pytest.mark.thorough)
+        for name in SOURCES
+    ],
+    indirect=True,
+)
 def test_every_command_works_beside_a_broken_plugin(broken, commands):
     for argv in commands:
         assert run(*argv)

@@ -198,6 +198,7 @@ def test_a_run_judges_all_on_rows_that_none_has_seen(emloc, write, tmp_path):
 
 
 @pytest.mark.usefixtures("calls_here")
+@pytest.mark.thorough
 def test_an_alternative_may_be_added_to_a_finished_run(emloc, write, tmp_path):
     write()
     alone = ["--set", "alternatives={}"]

@@ -164,6 +164,7 @@ def test_what_is_learned_from_preferences_is_not_compared(write):
 
 
 @pytest.mark.usefixtures("calls_here")
+@pytest.mark.thorough
 def test_a_run_of_an_open_kind_keeps_the_better_of_both(emloc, write, tmp_path):
     write()
     code, out, err = emloc("run", tmp_path / "recipe.toml", "--dry-run", "--json")

@@ -80,7 +80,7 @@ def test_memory_is_planned_for_the_device_that_tuned(tiny_emulator, rows_file, t
     assert planned()["adapter"] != on_cpu["adapter"]  # by the context of CUDA, and without the imports
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("exact", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_memory_is_planned_where_the_model_itself_is_tuned(tiny_model, rows_file, tmp_path, exact):
     run, shape = tmp_path / "run", {"batch_size": 2, "bf16": False}
     adapter = train(tiny_model, str(rows_file), run / "adapter", exact=exact, steps=1, **shape)

@@ -133,6 +133,7 @@ def test_bad_rows_are_left_out_and_counted(emloc, shallow_model, rows_file, tmp_
     assert [json.loads(line)["row"] for line in (out / "adapter" / "skipped_rows.jsonl").open()] == [121, 122]
 
 
+@pytest.mark.thorough
 def test_bad_rows_in_memory_are_left_out(shallow_model, tmp_path):
     rows = [{"prompt": f"say {number}", "completion": f" {number}"} for number in range(40)]
     emloc_api.tune(shallow_model, [*rows, {}], tmp_path / "tuned", memory="4GiB", skip_bad_rows=True, **QUICK)
@@ -140,6 +141,7 @@ def test_bad_rows_in_memory_are_left_out(shallow_model, tmp_path):
     assert json.loads((tmp_path / "tuned" / "skipped_rows.jsonl").read_text())["row"] == 41
 
 
+@pytest.mark.thorough
 def test_the_papers_way_even_where_a_lora_fits(emloc, shallow_model, rows_file, tmp_path):
     out = tmp_path / "tuned"
     asked = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", "4GiB", *FLAGS)

@@ -32,7 +32,10 @@ thorough = pytest.mark.thorough
 TEXT = ("gpt_neox", "gemma3_text", "phi3", "mistral", "olmo2")
 #: idefics3 asks a model without weights where it is; lfm2_vl takes a list of patches, with a mask and their grid.
 IMAGES = ("llava", "gemma3", "llava_onevision", "idefics3", "lfm2_vl")
-MORE = [pytest.param(name, marks=thorough) for name in (*TEXT[1:], *IMAGES[1:])]
+MORE = [
+    *(pytest.param(name, marks=thorough) for name in (*TEXT[1:3], *IMAGES[3:])),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in (*TEXT[3:], *IMAGES[1:3])),
+]
 #: What a config of Qwen4-Exp needs besides, to have an indexer.
 QWEN4_EXP = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256}
 #: What a config.json of Qwen3-VL says beyond the defaults.
@@ -71,7 +74,7 @@ def groups(family: Family) -> dict[str, list[list[str]]]:
     return {tower.blocks: [list(group) for group in tower.input_groups] for tower in family.towers}
 
 
-@pytest.mark.parametrize("model_type", [TEXT[0], IMAGES[0], *MORE])
+@pytest.mark.parametrize("model_type", [TEXT[0], pytest.param(IMAGES[0], marks=thorough), *MORE])
 def test_the_kit_accepts_the_draft_without_an_edit(save, model_type):
     draft = scaffold(save(model_type))
     results = check_family(declared(draft))
@@ -161,6 +164,7 @@ def test_a_model_inside_is_taken_from_the_family_that_declares_it(save):
     assert "model.multi_modal_projector.*" in draft.family.keep_dense
 
 
+@pytest.mark.thorough
 def test_mergers_between_the_blocks_of_a_tower_are_no_tower(save):
     draft = scaffold(save("qwen3_vl", **QWEN3_VL))
     assert [tower.blocks for tower in draft.family.towers] == ["model.visual.blocks", "model.language_model.layers"]

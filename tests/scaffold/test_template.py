@@ -132,7 +132,7 @@ def environment(new_environment):
     return new_environment()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_tests_of_a_new_package_pass_where_the_model_is_laid_out_as_llama(environment, tmp_path):
     environment.run("emloc", "families", "new", "olmo", "--model-type", "olmo2", "-o", "plugin", cwd=tmp_path)
     lint(tmp_path / "plugin")
@@ -186,6 +186,7 @@ def test_a_strangers_family_passes_the_conformance_kit(environment, tmp_path):
     assert {check["config"] for check in checked["checks"]} == {"all", "starcoder2"}
 
 
+@pytest.mark.thorough
 def test_a_strangers_family_goes_all_the_way(environment, starcoder2_model, rows_file, tmp_path):
     """All stages, in one process of the environment: each would take seconds to import the same libraries again."""
     base, rows = ("--base", starcoder2_model), ("--data", rows_file)

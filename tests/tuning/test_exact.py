@@ -266,7 +266,14 @@ def run_until(step, park, adapter, base, rows, output):
     polish(adapter, base, rows, output, limits=ExactSettings(park=park))
 
 
-@pytest.mark.parametrize(("step", "left", "park"), [(1, 6, "memory"), (4, 4, "disk"), (6, 2, "disk")])
+@pytest.mark.parametrize(
+    ("step", "left", "park"),
+    [
+        pytest.param(1, 6, "memory", marks=pytest.mark.thorough),
+        (4, 4, "disk"),
+        pytest.param(6, 2, "disk", marks=pytest.mark.thorough),
+    ],
+)
 def test_killed_at_any_step_it_resumes_bit_for_bit(
     step, left, park, polished, tiny_model, rows_file, tmp_path, monkeypatch
 ):

@@ -141,6 +141,7 @@ def test_a_dry_run_says_where_there_are_none(emloc, tuned, rows_file, tmp_path):
         assert ("no second moments" in out) is says
 
 
+@pytest.mark.thorough
 def test_an_optimiser_without_second_moments_leaves_none(tiny_model, rows_file, tmp_path):
     how = TrainSettings(steps=1, lora_rank=4, extra={"optim": "sgd"}, **STEPS)
     plain = train_job(tiny_model, rows_file, tmp_path / "plain", how).run()

@@ -147,6 +147,7 @@ def test_the_longer_answer_of_a_pair_is_planned_for(tiny_model):
     assert answers <= short < pairs
 
 
+@pytest.mark.thorough
 def test_labels_teach_the_base_too(made, tiny_model, tmp_path):
     """By KTO: from labelled answers, which preferences become two of."""
     labelled = [

@@ -180,7 +180,14 @@ def test_an_emulator_is_tuned_and_its_held_out_rows_never(tiny_emulator, tiny_mo
     assert len(Adapter(adapter).loras) == 21
 
 
-@pytest.mark.parametrize("form", ["prompt and completion", "text", "conversation", "all answers"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "prompt and completion",
+        "conversation",
+        *(pytest.param(form, marks=pytest.mark.thorough) for form in ("text", "all answers")),
+    ],
+)
 def test_the_loss_falls_on_the_same_tokens_as_in_calibration(form, tiny_model, tmp_path, monkeypatch):
     seen = trained_rows(monkeypatch)
     rows = example_rows()[:8]
@@ -279,7 +286,11 @@ def run_until(moment, model, data, test, output):
 
 @pytest.mark.parametrize(
     ("moment", "left", "steps"),
-    [("in step 13", {5, 10}, 10), ("writing checkpoint 15", {5, 10, 15}, 10), ("after step 20", {15, 20}, 0)],
+    [
+        pytest.param("in step 13", {5, 10}, 10, marks=pytest.mark.thorough),
+        ("writing checkpoint 15", {5, 10, 15}, 10),
+        pytest.param("after step 20", {15, 20}, 0, marks=pytest.mark.thorough),
+    ],
 )
 def test_killed_and_run_again_it_gives_the_same_adapter(
     moment, left, steps, trained, tiny_model, rows_file, tmp_path, monkeypatch
