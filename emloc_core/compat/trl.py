@@ -36,6 +36,16 @@ def tile_width() -> int:
 
 
 @contextmanager
+def tiles_of(words: int | None) -> Iterator[None]:
+    """Have TRL's loss project on so many words of the vocabulary at a time; None: on as many as it does by itself.
+
+    Where the output layer is packed, their rows are unpacked, and those of the tile before are still there.
+    """
+    with patched("trl", "trl.trainer.utils", **({"_CHUNKED_LOGPROB_CHUNK_SIZE": words} if words else {})):
+        yield
+
+
+@contextmanager
 def tiles_in_place() -> Iterator[None]:
     """Have TRL's loss allocate the tiles of logits alone, as where a Triton kernel reduces each in place: on a GPU."""
 

@@ -17,8 +17,9 @@ from transformers import DynamicCache
 
 from emloc_core.compat.peft import leave_casts_to_autocast
 from emloc_core.compat.torch import TorchDispatchMode, is_device_call, storage_id, tree_leaves
-from emloc_core.compat.trl import fuse_loss, tile_width, tiles_in_place
+from emloc_core.compat.trl import fuse_loss, tile_width, tiles_in_place, tiles_of
 from emloc_core.memory.fake import fake, fake_inputs, without_contents
+from emloc_core.standins.vocabulary import rows_at_once
 
 #: Bytes by kind: weights, adapter, gradients, kv_cache, logits, activations (all else).
 Composition = Counter[str]
@@ -117,7 +118,8 @@ def trace_training(
         base.activation_checkpointing_enable()
     fuse_loss(base)
     blocks = {path: len(base.get_submodule(path)) for path in towers}
-    with fake(inputs) as mode, tiles_in_place() if fused_loss else nullcontext():
+    in_place = tiles_in_place() if fused_loss else nullcontext()
+    with fake(inputs) as mode, in_place, tiles_of(rows_at_once(base)):
         parameters = without_contents(model, mode)
         with Ledger(_widths(base)) as ledger:
             _enter_parameters(ledger, parameters)

@@ -288,6 +288,11 @@ def _packed(kind: Any, packing: str) -> type:
     return type(f"Packed{kind.__name__}", (PackedEmbedding, kind), {"packing": PACKINGS[packing]})
 
 
+def rows_at_once(model: Any) -> int | None:
+    """Return how many rows of a model's output layer are unpacked at a time; None: it is not packed."""
+    return ROWS if isinstance(getattr(model, "get_output_embeddings", lambda: None)(), PackedHead) else None
+
+
 def packed_layers(config: Mapping[str, Any]) -> dict[str, str]:
     """Return how the output layer and the embeddings are packed, by path; nothing for models that have them dense.
 

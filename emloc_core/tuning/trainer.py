@@ -22,8 +22,9 @@ from transformers.trainer_callback import TrainerState
 from trl import DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 
 from emloc_core.compat.peft import leave_casts_to_autocast
-from emloc_core.compat.trl import TokenizedDataset, counted_tokens_alone, mean_log_probs, note
+from emloc_core.compat.trl import TokenizedDataset, counted_tokens_alone, mean_log_probs, note, tiles_of
 from emloc_core.errors import EmlocError
+from emloc_core.standins.vocabulary import rows_at_once
 from emloc_core.tuning.evaluation import BASE_LOSS, MARGIN, BaseLoss
 from emloc_core.tuning.preferences import odds_ratio_loss, with_mismatched
 
@@ -88,12 +89,12 @@ class LoraSteps(Trainer):
 
     def take_gradients(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the gradients of a step by ordinary forward and backward passes, and return its loss."""
-        with counted_tokens_alone():
+        with counted_tokens_alone(), tiles_of(rows_at_once(self.lora)):
             return super().training_step(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the model, and the base with its LoRA if that was asked for."""
-        with counted_tokens_alone():
+        with counted_tokens_alone(), tiles_of(rows_at_once(self.lora)):
             output: Any = super().evaluation_loop(*args, **kwargs)
         if self.base_loss is not None:
             main = self.accelerator.is_main_process

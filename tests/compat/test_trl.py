@@ -64,6 +64,16 @@ def test_the_vocabulary_is_projected_in_tiles(model, monkeypatch):
     assert widths == [width, 40_000 - width], f"tiles have other widths than _CHUNKED_LOGPROB_CHUNK_SIZE: {widths}"
 
 
+@contract("trl", "compat.trl.tiles_of")
+def test_tiles_are_as_wide_as_they_are_asked_to_be(model):
+    with trl.tiles_of(None):
+        loss, width = loss_of(model).loss, trl.tile_width()
+    with trl.tiles_of(8192):
+        narrow = loss_of(model).loss
+        assert trl.tile_width() == 8192 < width, "_CHUNKED_LOGPROB_CHUNK_SIZE does not say how wide tiles are"
+    assert torch.allclose(loss, narrow), "the loss depends on the width of its tiles"
+
+
 @contract("trl", "compat.trl.tiles_in_place")
 def test_tiles_are_reduced_by_functions_that_can_be_left_out(model):
     """With gradients of the hidden states, which take the product with the vocabulary's rows."""
