@@ -21,6 +21,7 @@ from emloc_core.files.pretrained import load_model
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings, CorrectSettings
 from emloc_core.standins.experts import StandInExperts
+from emloc_core.standins.vocabulary import PackedEmbedding
 
 RIGHT, REFUSED, WRONG, CRASHED = "right", "refused", "wrong", "crashed"
 #: How far two ways to compute the same in fp32 may lie apart, relative to the largest number.
@@ -95,8 +96,9 @@ class _Run:
             yield "nothing was compressed"
         yield from self._poor(emulator, weights, stand_ins)
         modules = [(path, each) for path, each in emulator.named_modules() if isinstance(each, StandInExperts)]
-        experts = {f"{path}.{name}": stack for path, each in modules for name, stack in reference.stacks(each).items()}
-        yield from self._apart("the emulator", emulator, reference.with_weights(self.whole, experts | stand_ins))
+        others = {f"{path}.{name}": stack for path, each in modules for name, stack in reference.stacks(each).items()}
+        others |= {path: each.weight[:] for path, each in emulator.named_modules() if isinstance(each, PackedEmbedding)}
+        yield from self._apart("the emulator", emulator, reference.with_weights(self.whole, others | stand_ins))
 
         tuned = _as_in_training(tune(emulator, self.family.lora_targets(), self.samples).model)
         adapter = self.directory / "adapter"
@@ -104,7 +106,7 @@ class _Run:
         learned = reference.loras(adapter)
         answered = {path: (weights | stand_ins)[path] + lora.delta for path, lora in learned.items()}
         yield from self._apart(
-            "the tuned emulator", tuned, reference.with_weights(self.whole, experts | stand_ins | answered)
+            "the tuned emulator", tuned, reference.with_weights(self.whole, others | stand_ins | answered)
         )
 
         clamp = CorrectSettings(clamp="none")
