@@ -124,7 +124,7 @@ def known(config_file: Path) -> Known:
     if family.objective != TOKENS:
         raise EmlocError(
             f"The memory of a {raw['model_type']} is not planned: plans are for models of tokens.",
-            "Name the kind of emulator yourself: emloc compress --kind.",
+            "Its plugin may have a plan of its own (emloc --help), or name the kind yourself: emloc compress --kind.",
             code="unsupported",
         )
     if raw.get("quantization_config"):

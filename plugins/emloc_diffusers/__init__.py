@@ -6,6 +6,8 @@ They learn by flow matching. Imports nothing heavy.
 from collections.abc import Callable
 from typing import Any
 
+import click
+
 from emloc_core.family import Family
 from emloc_core.hookspecs import hookimpl
 from emloc_diffusers.families import FAMILIES
@@ -16,6 +18,14 @@ from emloc_diffusers.objective import FlowMatching
 def emloc_families() -> list[Family]:
     """Declare the transformers."""
     return FAMILIES
+
+
+@hookimpl
+def emloc_commands() -> list[click.Command]:
+    """Add ``emloc pictures`` and ``emloc plan-pictures``."""
+    from emloc_diffusers.command import command, plan_command
+
+    return [command, plan_command]
 
 
 @hookimpl

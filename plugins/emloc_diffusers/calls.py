@@ -57,6 +57,13 @@ def packed(latents: torch.Tensor) -> torch.Tensor:
     return latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
 
 
+def unpacked(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return the latents, (B, C, h, w), that :func:`packed` took; height and width are theirs."""
+    rows, _, channels = tokens.shape
+    grid = tokens.reshape(rows, height // 2, width // 2, channels // 4, 2, 2)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels // 4, height, width)
+
+
 def positions(height: int, width: int, device: torch.device) -> torch.Tensor:
     """Return the positions of height x width patches: (height * width, 3), the first of them 0."""
     grid = torch.zeros(height, width, 3, device=device)

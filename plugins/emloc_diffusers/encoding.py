@@ -18,7 +18,7 @@ from emloc_core.data.rows import Row
 from emloc_core.errors import EmlocError
 from emloc_core.files.inputs import Inputs
 from emloc_core.memory.cache import directory as cache_directory
-from emloc_core.model.device import choose_device
+from emloc_core.model.device import choose_device, free_memory
 from emloc_diffusers.calls import Call
 from emloc_diffusers.pipeline import Parts
 
@@ -62,7 +62,13 @@ class Encoder:
 
     def __init__(self, parts: Parts, call: Call, config: Mapping[str, Any], tokens: int | None) -> None:
         self.parts, self.call, self.config, self.tokens = parts, call, config, tokens
-        self.device = choose_device("auto")
+        room, largest = free_memory(), max(self._bytes(self.parts.readers), self._bytes(["vae"]))
+        self.device = choose_device("auto" if largest < room else "cpu")
+
+    def _bytes(self, names: Sequence[str]) -> int:
+        """Return the bytes of parts that are there."""
+        files = [file for name in names if self.parts.has(name) for file in self.parts.files(name)]
+        return sum(file.stat().st_size for file in files)
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Return rows, encoded.
@@ -127,7 +133,7 @@ class Encoder:
         side = factor * self.call.patch  # of a patch, in pixels
         most = _PIXELS if self.tokens is None else self.tokens * side * side
         scale = min(1.0, (most / (image.width * image.height)) ** 0.5)
-        width, height = (round(each * scale) // side * side for each in image.size)
+        width, height = (int(each * scale + 1e-6) // side * side for each in image.size)
         if not width or not height:
             raise EmlocError(f"{row.name}: its picture is smaller than a patch of {side} pixels.", "Leave it out.")
         if scale < 1:

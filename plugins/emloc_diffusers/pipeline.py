@@ -4,6 +4,7 @@ A pipeline's directory has a ``model_index.json`` and a folder per part; the tra
 pipeline is that of its base.
 """
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,6 +87,21 @@ class Parts:
         Raises:
             EmlocError: it is another one, or a part cannot be loaded.
         """
+        yield self._made(classes, self.readers).to(device)
+
+    def whole(self, classes: Sequence[str]) -> Any:
+        """Return the pipeline itself, with its transformer.
+
+        Args:
+            classes: one of which it is.
+
+        Raises:
+            EmlocError: it is another one, or a part cannot be loaded.
+        """
+        return self._made(classes, [name for name in self.index if self.has(name)])
+
+    def _made(self, classes: Sequence[str], names: Sequence[str]) -> Any:
+        """Return the pipeline with parts of these names; the others are None."""
         import diffusers
 
         if self.class_name not in classes:
@@ -95,10 +111,10 @@ class Parts:
                 code="unsupported",
             )
         kind = getattr(diffusers, self.class_name)
-        required, optional = kind._get_signature_keys(kind)
-        known = {*required, *optional}
-        parts = {name: self.load(name) for name in self.readers if name in known}
-        yield kind(**{**dict.fromkeys(required - parts.keys()), **parts}).to(device)
+        taken = inspect.signature(kind.__init__).parameters
+        parts = {name: self.load(name) for name in names if name in taken}
+        missing = [name for name, each in taken.items() if each.default is each.empty and name not in ("self", *parts)]
+        return kind(**dict.fromkeys(missing), **parts)
 
     def scheduler(self) -> dict[str, Any]:
         """Return the config of the scheduler."""

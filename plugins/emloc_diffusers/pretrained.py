@@ -69,17 +69,7 @@ def load_part(library: str, class_name: str, directory: Path) -> Any:
     Raises:
         EmlocError: neither transformers nor diffusers has the class, or the part cannot be loaded.
     """
-    import diffusers
-    import transformers
-
-    libraries: dict[str, Any] = {"transformers": transformers, "diffusers": diffusers}
-    kind = getattr(libraries.get(library), class_name, None)
-    if not hasattr(kind, "from_pretrained"):
-        raise EmlocError(
-            f"{directory} is a {library}.{class_name}, which neither transformers nor diffusers has.",
-            "Use a pipeline without code of its own.",
-            code="refused",
-        )
+    kind = _class_of(library, class_name, directory)
     require_own_files(directory, ["*"])
     settings: dict[str, Any] = {"local_files_only": True}
     if library == "transformers":
@@ -94,3 +84,18 @@ def load_part(library: str, class_name: str, directory: Path) -> Any:
         raise EmlocError(
             f"{directory} cannot be loaded ({first_line(error)}).", "Download or copy it again.", code="damaged"
         ) from error
+
+
+def _class_of(library: str, class_name: str, place: Path) -> Any:
+    import diffusers
+    import transformers
+
+    libraries: dict[str, Any] = {"transformers": transformers, "diffusers": diffusers}
+    kind = getattr(libraries.get(library), class_name, None)
+    if not hasattr(kind, "from_pretrained"):
+        raise EmlocError(
+            f"{place} has a {library}.{class_name}, which neither transformers nor diffusers has.",
+            "Use a pipeline without code of its own.",
+            code="refused",
+        )
+    return kind

@@ -1,0 +1,96 @@
+"""Pictures by a pipeline, with and without a LoRA, from the same noise; and a grid of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from emloc_core.adapters.adapter import Adapter
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import open_checkpoint
+from emloc_core.model.device import choose_device
+from emloc_core.plugins.manager import plugin_manager
+from emloc_diffusers.calls import call_of, unpacked
+from emloc_diffusers.lora_file import FILE
+from emloc_diffusers.pipeline import Parts, pipeline_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_GAP = 4  # pixels between the pictures of a grid
+
+
+class Drawing:
+    """A pipeline that draws.
+
+    Args:
+        model: its directory, or that of its transformer.
+        adapter: a LoRA for it.
+
+    Raises:
+        EmlocError: there is no such pipeline, or the adapter was trained on an emulator and not corrected.
+    """
+
+    def __init__(self, model: str, adapter: Path | None = None) -> None:
+        checkpoint = open_checkpoint(model)
+        self.call = call_of(plugin_manager().family_for(checkpoint.config).auto_class)
+        self.pipe = Parts(pipeline_of(checkpoint)).whole(self.call.pipelines).to(choose_device("auto"))
+        self.pipe.set_progress_bar_config(disable=True)
+        if adapter:
+            Adapter(adapter)  # refuses what is none
+            if not (adapter / FILE).is_file():
+                raise EmlocError(f"{adapter} has no {FILE}.", "Give an adapter that emloc wrote.", code="missing")
+            self.pipe.load_lora_weights(str(adapter), weight_name=FILE)
+
+    def draw(self, prompts: Sequence[str], *, side: int, steps: int, seed: int = 0, **options: Any) -> "list[Image]":
+        """Return a picture for every prompt; the noise depends on the seed and the place in the list alone.
+
+        Args:
+            prompts: any number.
+            side: height and width in pixels.
+            steps: of the solver.
+            seed: of the noise.
+            options: of the pipeline's call, such as ``guidance_scale``.
+        """
+        generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
+        size = {"height": side, "width": side, "num_inference_steps": steps, "generator": generators}
+        if getattr(self.pipe, "vae", None) is not None:
+            return list(self.pipe(list(prompts), **size, **options).images)
+        factor = self.pipe.vae_scale_factor  # without a VAE, latents are pixels
+        size |= {"height": side * factor, "width": side * factor}
+        found = self.pipe(list(prompts), output_type="latent", **size, **options).images
+        return [_as_image(each) for each in unpacked(found, side, side)]
+
+
+def _as_image(pixels: torch.Tensor) -> "Image":
+    """Return pixels, (C, H, W), from -1 to 1, as a picture."""
+    from PIL import Image
+
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+
+
+def grid(rows: "Mapping[str, Sequence[Image]]", columns: Sequence[str], cell: int) -> "Image":
+    """Return pictures in rows under their names.
+
+    Args:
+        rows: pictures by the name of their row.
+        columns: what stands above them.
+        cell: height and width of each, in pixels.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default()
+    left = max(int(font.getlength(name)) for name in rows) + 2 * _GAP
+    top, step = 16, cell + _GAP
+    sheet = Image.new("RGB", (left + step * len(columns), top + step * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, name in enumerate(columns):
+        draw.text((left + index * step, 2), name, "black", font)
+    for line, (name, pictures) in enumerate(rows.items()):
+        draw.text((_GAP, top + line * step + cell // 2 - 6), name, "black", font)
+        for index, picture in enumerate(pictures):
+            sheet.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST if picture.width < cell
+                        else Image.Resampling.LANCZOS), (left + index * step, top + line * step))  # fmt: skip
+    return sheet

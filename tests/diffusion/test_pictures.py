@@ -1,0 +1,115 @@
+"""What is drawn, and what tuning takes."""
+
+import json
+
+import numpy
+import pytest
+import torch
+from click.testing import CliRunner
+from emloc_diffusers.calls import call_of, packed, unpacked
+from emloc_diffusers.encoding import Encoder
+from emloc_diffusers.families import FAMILIES
+from emloc_diffusers.pictures import Drawing, grid
+from emloc_diffusers.pipeline import Parts
+from emloc_diffusers.plan import plan
+from emloc_diffusers.trial import FlowTrial
+from PIL import Image
+from support.pipelines import flux_pipeline, picture_rows
+
+import emloc_core as emloc
+from emloc_core.cli import cli
+from emloc_core.data.rows import load_rows
+from emloc_core.errors import EmlocError
+from emloc_core.files.checkpoint import open_checkpoint
+from emloc_core.model.opened import open_model
+from emloc_core.settings import TrainSettings
+
+CLASSES = [family.name for family in FAMILIES]
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """A pipeline that makes pixels, since it has no VAE; grey, as its four channels are a patch of 2 x 2."""
+    place = tmp_path_factory.mktemp("pixels")
+    tiny = {**FAMILIES[0].tiny_configs[0], "in_channels": 4}
+    return flux_pipeline(place / "pipeline", tiny, vae=False)
+
+
+def encoder(pipeline, tokens=None):
+    model = open_model(str(pipeline), "cpu")
+    return Encoder(Parts(pipeline), call_of(model.family.auto_class), model.config, tokens)
+
+
+def test_patches_are_unpacked_as_they_were_packed():
+    latents = torch.randn(2, 3, 4, 6)
+    assert packed(latents).shape == (2, 6, 12)
+    assert torch.equal(unpacked(packed(latents), 4, 6), latents)
+
+
+def test_pixels_are_learned_as_they_are_drawn(pixels):
+    (row,) = load_rows([{"prompt": "a cat", "image": Image.effect_noise((8, 6), 60)}])
+    (found,) = encoder(pixels).encode([row])
+    assert found.latents.shape == (1, 6, 8)
+    grey = torch.from_numpy(numpy.asarray(row.images[0].read().convert("L")).copy()).reshape(1, 6, 8)
+    assert torch.allclose(found.latents, grey / 127.5 - 1)
+
+
+def test_large_pictures_are_scaled_down_to_the_most_patches_and_cut_to_whole_ones(pixels):
+    rows = load_rows([{"prompt": "a cat", "image": Image.new("L", (41, 20))}])
+    assert [tuple(each.latents.shape) for each in encoder(pixels).encode(rows)] == [(1, 20, 40)]
+    assert [tuple(each.latents.shape) for each in encoder(pixels, tokens=50).encode(rows)] == [(1, 8, 20)]
+
+
+def test_a_picture_below_a_patch_is_refused(pixels):
+    rows = load_rows([{"prompt": "a cat", "image": Image.new("L", (9, 1))}])
+    with pytest.raises(EmlocError, match="smaller than a patch"):
+        encoder(pixels).encode(rows)
+
+
+def test_what_is_encoded_is_kept_by_content(pixels, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
+    rows = load_rows([{"prompt": prompt, "image": Image.new("L", (4, 4), 9)} for prompt in ("a cat", "a dog", "a cat")])
+    first = encoder(pixels).encode(rows)
+    assert len(list((tmp_path / "encoded").glob("*.safetensors"))) == 3  # two prompts, one picture
+    monkeypatch.setattr(Parts, "load", lambda *_: pytest.fail("it is kept"))
+    again = encoder(pixels).encode(rows)
+    assert all(torch.equal(a.prompt["tokens"], b.prompt["tokens"]) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0].prompt["tokens"], first[1].prompt["tokens"])
+
+
+def test_a_part_with_code_of_its_own_is_refused(pixels, tmp_path):
+    index = json.loads((pixels / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "text_encoder": ["mine", "Encoder"]}))
+    with pytest.raises(EmlocError, match="neither transformers nor diffusers"):
+        Parts(tmp_path).load("text_encoder")
+
+
+def test_the_grid_shows_base_and_adapter_from_the_same_noise(pixels, tmp_path):
+    rows = [{**row, "image": Image.open(row["image"])} for row in picture_rows(tmp_path / "rows", 4)]
+    adapter = emloc.train(str(pixels), rows, str(tmp_path / "adapter"), steps=2, batch_size=2, lora_rank=2)
+    given = ["--adapter", str(adapter.path), "--prompt", "a cat", "--prompt", "a dog", "--side", "8", "--steps", "2"]
+    drawn = CliRunner().invoke(cli, ["pictures", str(pixels), *given, "-o", str(tmp_path / "grid.png")])
+    assert drawn.exit_code == 0, drawn.output
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.height == 16 + 2 * 12
+    one, again = (Drawing(str(pixels)).draw(["a cat", "a dog"], side=8, steps=2) for _ in range(2))
+    assert [each.tobytes() for each in one] == [each.tobytes() for each in again]
+    assert grid({"base": one}, ["a", "b"], 16).width > 32
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=CLASSES)
+def test_the_plan_counts_weights_and_lora_and_grows_with_the_picture(family):
+    config, train = FlowTrial().config(family.tiny_configs[0]), TrainSettings(batch_size=1, lora_rank=2)
+    small, large = (plan(config, train, "low-rank", 0.5, side=side) for side in (64, 128))
+    assert small.terms["weights"] == small.emulator < small.base
+    assert small.terms["optimiser"] == 2 * small.terms["adapter"]
+    assert large.terms["activations"] > small.terms["activations"]
+
+
+def test_plans_of_tokens_say_where_there_is_another(pixels):
+    with pytest.raises(EmlocError, match="plans are for models of tokens"):
+        emloc.plan(str(pixels))
+
+
+def test_the_transformer_of_a_pipeline_is_opened(pixels):
+    assert open_checkpoint(str(pixels)).directory.name == "transformer"
