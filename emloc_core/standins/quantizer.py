@@ -65,12 +65,13 @@ class EmlocQuantizer(HfQuantizer):
         super().preprocess_model(model, *args, **options)
         self.quantization_config.replace(model)
         # Uninitialised memory would pass for a weight: remember the parameters, to find those that were not loaded.
-        for _path, layer in _stand_ins(model):
+        for path, layer in _stand_ins(model):
             layer.emloc_unloaded = _kept(layer)  # type: ignore[assignment]
             # Transformers would draw missing codes from a normal distribution, and fail; they are told below.
             if isinstance(layer, StandInExperts):
                 for stacked in (each for each in layer.children() if isinstance(each, nn.ParameterDict)):
                     keep_as_it_is(stacked)
+                keep_as_it_is(model.get_submodule(path.rpartition(".")[0]))  # some blocks draw their experts
             elif isinstance(layer, StandInLinear) and not layer.trainable:
                 keep_as_it_is(layer)
 

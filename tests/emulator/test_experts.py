@@ -13,6 +13,7 @@ from support.jobs import compress_job, correct_job, merge_job, train_job
 from support.models import save_tiny_model
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoePreTrainedModel, Qwen3MoeSparseMoeBlock
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.algorithms.factorize import factorize
@@ -259,6 +260,19 @@ def test_the_emulator_is_saved_and_loaded_again(emulator, tmp_path):
         dense = loaded(emulator).dequantize()
         assert not any(isinstance(module, StandInExperts) for module in dense.modules())
         assert torch.allclose(dense(IDS).logits, loaded(emulator)(IDS).logits, atol=1e-5)
+
+
+def test_a_block_that_would_draw_its_experts_draws_none(emulator, monkeypatch):
+    """As that of Qwen3-Omni, whose initial values are asked for where a checkpoint has the model's weights, too."""
+    plain = Qwen3MoePreTrainedModel._init_weights
+
+    def drawing(model, module):
+        plain(model, module)
+        if isinstance(module, Qwen3MoeSparseMoeBlock):
+            torch.nn.init.normal_(module.experts.gate_up_proj)
+
+    monkeypatch.setattr(Qwen3MoePreTrainedModel, "_init_weights", drawing)
+    assert torch.isfinite(loaded(emulator)(IDS).logits).all()
 
 
 def test_missing_factors_are_found(emulator, tmp_path):
