@@ -47,7 +47,7 @@ class RepairedLinear(FewLevelsLinear):
     def unpack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Return ``W + U V``."""
         u, v = unpack_factors(parts[2:], shape, dtype)
-        return super().unpack(*parts[:2], shape=shape, dtype=dtype) + u @ v
+        return super().unpack(*parts[:2], shape=shape, dtype=dtype).add_(u @ v)
 
     @classmethod
     def unpack_stack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
