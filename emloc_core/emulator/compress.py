@@ -30,10 +30,10 @@ from emloc_core.emulator.decompose import Decomposition, Progress
 from emloc_core.emulator.files import EmulatorFiles, weight_keys
 from emloc_core.emulator.method import CompletedSettings, method_of
 from emloc_core.emulator.pack import pack_blocks
+from emloc_core.emulator.pack_vocabulary import pack_vocabulary
 from emloc_core.emulator.ranks import NO_EXPERTS, RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES, RATIO
 from emloc_core.emulator.spectra import Spectra
-from emloc_core.emulator.vocabulary import pack_vocabulary
 from emloc_core.files.card import data_name
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output

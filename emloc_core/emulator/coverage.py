@@ -14,8 +14,9 @@ from torch import nn
 
 from emloc_core.emulator.declared import kept_by
 from emloc_core.emulator.ranks import LinearPlan, RankPlan
-from emloc_core.emulator.vocabulary import packings, vocabulary_layers
+from emloc_core.emulator.vocabulary import packings
 from emloc_core.family import Family
+from emloc_core.standins.vocabulary import vocabulary_layers
 
 #: Below this compressible share of the parameters, an emulator of any ratio is more than half of the model.
 SMALL = 0.5

@@ -1,21 +1,13 @@
-"""Which matrices of the vocabulary an emulator has packed, and packing those that no rows are needed for."""
+"""Which matrices of the vocabulary an emulator has packed: those of output layer and token embeddings."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from emloc_core.algorithms.products import by_onednn
-from emloc_core.algorithms.statistics import Gram
-from emloc_core.errors import EmlocError
-from emloc_core.model.hooks import forward_hooks
-from emloc_core.model.skeleton import Skeleton
-from emloc_core.model.streaming import Stream
-from emloc_core.standins.standin import Packed
-from emloc_core.standins.vocabulary import PACKINGS, packed_embedding
+from emloc_core.standins.vocabulary import PACKINGS, vocabulary_layers
 
 #: How an output layer is packed that has a matrix of its own; embeddings; and both, where they share one.
 HEAD, EMBEDDING, SHARED = "4-bit", "8-bit", "8-bit"
@@ -88,80 +80,3 @@ def find_vocabulary(model: Any, keeps: Callable[[str], Any]) -> tuple[Vocabulary
 def packings(plans: Sequence[VocabularyPlan]) -> dict[str, str]:
     """Return how each layer is packed, by its path."""
     return {path: plan.packing for plan in plans for path in plan.layers}
-
-
-def vocabulary_layers(model: Any) -> dict[str, Any]:
-    """Return the token embeddings and the output layer of a model by their paths, in this order."""
-    asked = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
-    paths = {id(module): path for path, module in model.named_modules()}
-    return {paths[id(module)]: module for module in asked if id(module) in paths}
-
-
-class Matrices(Protocol):
-    """Holds packed matrices of the vocabulary, by the path of their layer."""
-
-    skeleton: Skeleton
-
-    def is_written(self, unit: str) -> bool:
-        """Return whether a matrix has been written."""
-
-    def write(self, unit: str, fitted: Mapping[str, Any], sensitivities: Mapping[str, float]) -> None:
-        """Write a matrix."""
-
-    def matrix(self, path: str) -> Mapping[str, torch.Tensor]:
-        """Return its parts."""
-
-
-def pack_vocabulary(store: Matrices, plans: Sequence[VocabularyPlan]) -> None:
-    """Pack matrices as they are, one at a time; those that are written are left.
-
-    Raises:
-        EmlocError: one holds NaN or Inf.
-    """
-    for plan in plans:
-        if store.is_written(plan.path):
-            continue
-        name = f"{plan.path}.weight"
-        with store.skeleton.parameters([name]) as loaded:
-            store.write(plan.path, {plan.path: packed(store.skeleton, plan, loaded[name])}, {})
-
-
-@by_onednn()
-def packed(
-    skeleton: Skeleton,
-    plan: VocabularyPlan,
-    weight: torch.Tensor,
-    gram: Gram | None = None,
-    target: torch.Tensor | None = None,
-) -> Packed:
-    """Return a matrix packed.
-
-    Args:
-        skeleton: the base.
-        plan: of the matrix.
-        weight: (rows, features).
-        gram, target: see :meth:`~emloc_core.standins.vocabulary.Packing.pack`.
-
-    Raises:
-        EmlocError: the weight holds NaN or Inf.
-    """
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
-        raise EmlocError(
-            f"{plan.path}.weight in {skeleton.checkpoint.directory} holds NaN or Inf.",
-            "Download or copy the model again.",
-            code="not-finite",
-        )
-    return PACKINGS[plan.packing].pack(weight, gram, target)
-
-
-@contextmanager
-def looking_up(stream: Stream, plan: VocabularyPlan, parts: Mapping[str, torch.Tensor], rows: int) -> Iterator[None]:
-    """Let the samples from index ``rows`` on, those of the emulator, look their tokens up in packed embeddings."""
-    module: Any = stream.skeleton.model.get_submodule(plan.path)
-    other = packed_embedding(module, plan.packing, parts)
-
-    def look_up(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> Any:
-        return None if stream.sample < rows else other.forward(*args)
-
-    with forward_hooks([(module, look_up)]):  # a unit's own forward has begun
-        yield

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from emloc_core.compat.torch import children
+from emloc_core.standins.vocabulary import vocabulary_layers
 
 #: Classes that are asked for; an outline's modules are instances of these, and have the names of their own.
 _CLASSES = {
@@ -43,17 +44,17 @@ class Outline(nn.Module):
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         super().__init__()
-        self.config, self._head, self._embedding = _config(content["config"]), content["head"], content["embedding"]
+        self.config, self._ends = _config(content["config"]), content["ends"]
         shared: dict[str, nn.Parameter] = {}
         _fill(self, content["model"], shared)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the output projection, if there is one."""
-        return None if self._head is None else self.get_submodule(self._head)
+        return self.get_submodule(self._ends["head"]) if "head" in self._ends else None
 
     def get_input_embeddings(self) -> nn.Module | None:
         """Return the token embeddings, if there are any."""
-        return None if self._embedding is None else self.get_submodule(self._embedding)
+        return self.get_submodule(self._ends["embedding"]) if "embedding" in self._ends else None
 
 
 def described(model: Any) -> dict[str, Any]:
@@ -63,10 +64,9 @@ def described(model: Any) -> dict[str, Any]:
         model: transformers' model; meta tensors suffice.
     """
     names: dict[int, str] = {}
-    paths = {id(module): path for path, module in model.named_modules()}
-    ends = {"head": model.get_output_embeddings(), "embedding": model.get_input_embeddings()}
-    found = {name: paths.get(id(module)) for name, module in ends.items()}
-    return {"config": _config_values(model.config), **found, "model": _described(model, "", names)}
+    ends = {"embedding" if isinstance(layer, nn.Embedding) else "head": path
+            for path, layer in vocabulary_layers(model).items()}  # fmt: skip
+    return {"config": _config_values(model.config), "ends": ends, "model": _described(model, "", names)}
 
 
 def _config_values(config: Any) -> dict[str, Any]:

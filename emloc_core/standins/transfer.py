@@ -13,7 +13,7 @@ from torch import nn
 
 from emloc_core.compat.peft import check_adapters
 from emloc_core.errors import EmlocError
-from emloc_core.standins.vocabulary import PackedLayer
+from emloc_core.standins.vocabulary import PackedLayer, vocabulary_layers
 
 #: Fields of LoraConfig that may have any value: they do not change what a trained LoRA computes.
 _FREE = {
@@ -68,8 +68,7 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
 
 def dense_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the token embeddings and the output layer of a model by their paths: what may be trained itself."""
-    found = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
-    return {path: module for path, module in model.named_modules() if any(module is each for each in found)}
+    return vocabulary_layers(model)
 
 
 def module_problems(config: Mapping[str, Any], model: nn.Module, packed: Collection[str] = ()) -> list[str]:

@@ -7,6 +7,7 @@ computed, while all others stay packed. Layers that are tied share the packed ma
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -286,6 +287,16 @@ def _packed(kind: Any, packing: str) -> type:
     if issubclass(kind, nn.Linear):
         return type(f"PackedHead{packing}", (PackedHead,), {"packing": PACKINGS[packing]})
     return type(f"Packed{kind.__name__}", (PackedEmbedding, kind), {"packing": PACKINGS[packing]})
+
+
+def vocabulary_layers(model: Any) -> dict[str, Any]:
+    """Return the token embeddings and the output layer of a model by their paths, in this order, if it has any."""
+    asked = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(NotImplementedError):  # transformers does not know where they are
+            asked.append(getattr(model, name, lambda: None)())
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {paths[id(module)]: module for module in asked if id(module) in paths}
 
 
 def rows_at_once(model: Any) -> int | None:
