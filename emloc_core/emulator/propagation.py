@@ -211,12 +211,12 @@ def fit_block(
     ):
         while left:
             stop: Stop | None = None
-            place = left[0]
+            place = ""  # the first of what is left that they reach, all the same one
             for row in here:
                 for sample in (row, row + rows):
                     reached = stream.step(sample)
-                    if reached != place and (stop or reached not in left):
-                        raise _did_not_run(place)
+                    if reached is None or reached not in left or place not in ("", reached):
+                        raise _did_not_run(place or left[0])
                     place = reached
                 stop = stop or experts.get(place) or _Group(members[place], model, fit, read)
                 try:
