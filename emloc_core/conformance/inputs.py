@@ -5,7 +5,7 @@ How an image becomes tokens is read from the config; a family whose models do it
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,25 @@ def tiny_samples(family: Family, config: Any) -> list[Sample]:
         return samples
     make = family.tiny_inputs or image_inputs
     return [*samples, as_sample(make(config), len(samples))]
+
+
+def taken(model: Any, samples: Sequence[Any]) -> list[Any]:
+    """Return the samples without those of text alone that a model refuses, if there are images too."""
+
+    def is_text(sample: Any) -> bool:
+        return isinstance(sample, Sample) and not sample.others
+
+    def runs(sample: Any) -> bool:
+        try:
+            with torch.no_grad():
+                sample.run(model, "cpu")
+        except Exception:  # whatever an unknown model's code raises
+            return False
+        return True
+
+    if all(map(is_text, samples)):
+        return list(samples)
+    return [sample for sample in samples if not is_text(sample) or runs(sample)]
 
 
 def _needs_images(config: Any) -> bool:

@@ -15,6 +15,7 @@ from emloc_core.adapters.correct import Correct
 from emloc_core.adapters.merge import Merge
 from emloc_core.conformance.check import Subject
 from emloc_core.conformance.forward import Decomposed, Forward, decompose, observe
+from emloc_core.conformance.inputs import taken
 from emloc_core.conformance.trial import label
 from emloc_core.conformance.tuning import Tuned, tune
 from emloc_core.emulator.compress import Compress
@@ -93,7 +94,7 @@ class TinyModel(Subject):
     @cached_property
     def samples(self) -> list[Any]:
         """What the model is run on."""
-        return list(trial_of(self.family).samples(self.family, self.config))
+        return taken(self.whole, list(trial_of(self.family).samples(self.family, self.config)))
 
     @cached_property
     def base(self) -> Checkpoint:

@@ -1,5 +1,6 @@
 """Output features of Linears that nothing in the model reads."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ def unread_features(model: nn.Module, samples: Sequence[Sample], linears: Iterab
 
 def _reached(model: nn.Module, samples: Sequence[Sample], linears: Iterable[str]) -> dict[str, torch.Tensor]:
     """Return which output features a gradient of the logits reaches, at any token: (out_features,), bool."""
+    model = copy.deepcopy(model)  # some keep a state, which would hold on to the graph
     modules: dict[str, Any] = {path: model.get_submodule(path) for path in linears}
     found = {path: torch.zeros(module.out_features, dtype=torch.bool) for path, module in modules.items()}
     probes: list[tuple[str, torch.Tensor]] = []

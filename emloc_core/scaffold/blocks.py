@@ -6,11 +6,13 @@ from itertools import pairwise
 from typing import Any
 
 _MOST_KINDS = 8
-_COUNT = r"num_hidden_layers|n_layers?|num_layers|depth|(en|de)coder_layers"
+_COUNT = r"num_(hidden_layers|layers|blocks)|n_layers?|layers|depth|(en|de)coder_layers"
 #: How many of the last blocks share what an earlier one has made.
 _SHARING = r"num_kv_shared_layers"
 #: A block at which something happens that happens nowhere else.
 _PLACE = r"\w+_layer_(id|idx|index)"
+#: The kinds of a few blocks, which all others repeat.
+_REPEATED = "block_types"
 #: How many blocks a part of the stack has, such as the recurrent one; together they are all.
 _PART = r"n(um)?_\w+_layers"
 
@@ -47,6 +49,7 @@ def few_blocks(content: Mapping[str, Any], small: dict[str, Any]) -> dict[str, A
         for index in range(count)
     ]
     periods = [value for name, value in content.items() if name.endswith("_period") and isinstance(value, int)]
+    periods += [len(value) for name, value in lists.items() if name == _REPEATED and len(value) < count]
     kept = _one_of_each(kinds, max(periods, default=0))
     if (indices or places) and kept[-1] + 1 < count:  # what is done behind those blocks is done in between blocks
         kept.append(kept[-1] + 1)

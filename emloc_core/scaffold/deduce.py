@@ -21,6 +21,8 @@ CONSTANT = "no gradient reaches it"
 LOST = "PEFT renames it as it loads an adapter, and drops it"
 ELSEWHERE = "PEFT would put it elsewhere too"
 _MODALITIES = {"vision": ("vision", "visual", "image"), "audio": ("audio", "speech")}
+#: Patterns of the numbers of blocks, and of nothing else.
+_NUMBERS = ("[0-9]", "[0-9][0-9]", "[0-9][0-9][0-9]")
 #: What rows of text and images never reach.
 _OTHER_ROWS = ("audio", "speech", "video")
 
@@ -109,7 +111,11 @@ def dense(seen: Observation) -> dict[str, str]:
             reason = UNREACHED if skipped else OUTSIDE
             found |= dict.fromkeys([unit] * ("" in paths) + [f"{unit}.*"] * bool(paths - {""}), reason)
     for stack in seen.stacks:
-        found |= {f"{stack.path}.*.{path}": reason for path, reason in stack.dense.items()}
+        grouped = {path for group in stack.groups for path in group}
+        for path, reason in stack.dense.items():
+            # A star stands for dots, too: the pattern of `dense` would take in `attention.dense`.
+            numbers = _NUMBERS if any(f".{other}".endswith(f".{path}") for other in grouped) else ("*",)
+            found |= {f"{stack.path}.{number}.{path}": reason for number in numbers}
     return found
 
 

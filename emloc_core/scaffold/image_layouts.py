@@ -2,9 +2,11 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Argument = TypeVar("Argument")
 
 #: Pieces that an image is cut into, with the whole in front; a model may ask for a number of its own.
 _PIECES = (1, 2, 3, 5)
@@ -55,7 +57,7 @@ def layouts(config: Any) -> Iterator[dict[str, Made]]:
 
 
 def _images(channels: int, size: tuple[int, int], fine: tuple[int, int]) -> Iterator[dict[str, Made]]:
-    sizes = {"image_sizes": numbers([list(size)])}
+    sizes = {"image_sizes": numbers([list(size)]), "qformer_input_ids": numbers([[5, 6, 7]])}
     image, high = noise(1, channels, *size), noise(1, channels, *fine)
     yield {"pixel_values": image, "high_res_pixel_values": high, **sizes}
     for pieces in _PIECES:
@@ -92,9 +94,9 @@ def _patches(vision: Any, channels: int, patch: int) -> Iterator[dict[str, Made]
         yield {"pixel_values": noise(1, channels, height * patch, width * patch), **grid}
 
 
-def accepted(layout: Mapping[str, Made], names: Collection[str]) -> dict[str, Made]:
-    """Return the part of a layout that a function of these arguments takes."""
-    return {name: made for name, made in layout.items() if name in names}
+def accepted(given: Mapping[str, Argument], names: Collection[str]) -> dict[str, Argument]:
+    """Return the part of arguments, such as a layout, that a function with these names takes."""
+    return {name: made for name, made in given.items() if name in names}
 
 
 def _first(section: Any, *names: str) -> Any:

@@ -79,6 +79,7 @@ class Observation:
         self._odd: set[str] = set()
         self._known_experts: set[str] = set()
         self._read = read_without_call(model)
+        self._tokens = inputs["input_ids"].numel()
         with self._watching(), torch.no_grad():
             try:
                 model(**inputs, use_cache=False)
@@ -179,7 +180,7 @@ class Observation:
     def _dense(self, at: str, block: nn.Module) -> dict[str, str]:
         """Return what in one block cannot be compressed, with the reason."""
         dense: dict[str, str] = {}
-        experts = dict(_experts(block))
+        experts = {name: count for name, count in _experts(block) if not self._sees_all(f"{at}.{name}")}
         for name, module in block.named_modules():
             path = f"{at}.{name}"
             if is_within(name, dense):
@@ -193,6 +194,13 @@ class Observation:
                 if reason:
                     dense[name] = reason
         return dense
+
+    def _sees_all(self, path: str) -> bool:
+        """Say whether all Linears in a list are given every token, as those of experts never are."""
+        module = self.model.get_submodule(path)
+        linears = [f"{path}.{name}" for name, each in module.named_modules() if isinstance(each, nn.Linear)]
+        tokens = (each.numel() // each.shape[-1] for name in linears if (each := self._inputs.get(name)) is not None)
+        return isinstance(module, nn.ModuleList) and list(tokens) == [self._tokens] * len(linears)
 
     def _reason(self, path: str, name: str, module: nn.Linear, experts: Mapping[str, int]) -> str | None:
         for expert, number in experts.items():

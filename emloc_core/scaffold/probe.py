@@ -13,6 +13,13 @@ from emloc_core.conformance.inputs import image_inputs, special_tokens, tiny_sam
 from emloc_core.family import Family
 from emloc_core.scaffold.image_layouts import Made, accepted, layouts
 
+#: What says of every token whether an image stands there: its source, and what makes it of ids and the image's mark.
+_MASKS: Mapping[str, tuple[str, Callable[[torch.Tensor, int], torch.Tensor]]] = {
+    "mm_token_type_ids": ("(ids == mark).long()", lambda ids, mark: (ids == mark).long()),
+    "image_attention_mask": ("torch.ones(*ids.shape, 1)", lambda ids, _: torch.ones(*ids.shape, 1)),
+    "image_embeds_position_mask": ("ids == mark", lambda ids, mark: ids == mark),
+}
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -46,30 +53,37 @@ def _laid_out(model: PreTrainedModel, layout: Mapping[str, Made]) -> Probe:
     names = set(inspect.signature(model.forward).parameters)
     given = accepted(layout, names)
     tokens = _tokens(model, layout)
-    typed = "mm_token_type_ids" in names
-    a, b, c, d = [token for token in range(vocabulary(config)) if token not in special_tokens(config.to_dict())][4:8]
-    types = {"mm_token_type_ids": "(ids == config.image_token_id).long()"} if typed else {}
-    arguments = {"input_ids": "ids", **{name: made.source for name, made in given.items()}, **types}
+    a, b, c, d, e = [token for token in range(vocabulary(config)) if token not in special_tokens(config.to_dict())][4:9]
+    by_name = hasattr(config, "image_token_id")
+    masks = accepted(_MASKS, names)
+    arguments = {name: source for name, (source, _) in masks.items()} | {
+        name: made.source for name, made in given.items()
+    }
     source = (
         "import torch",
         "",
-        f"ids = torch.tensor([[{a}, {b}, *[config.image_token_id] * {tokens}, {c}, {d}]])",
+        f"mark = {'config.image_token_id' if by_name else e}",
+        f"ids = torch.tensor([[{a}, {b}, *[mark] * {tokens}, {c}, {d}]])",
         "return {",
+        '    "input_ids": ids,',
         *(f'    "{name}": {expression},' for name, expression in arguments.items()),
         "}",
     )
 
     def tiny_inputs(config: Any) -> dict[str, Any]:
-        ids = torch.tensor([[a, b, *[config.image_token_id] * tokens, c, d]])
-        types = {"mm_token_type_ids": (ids == config.image_token_id).long()} if typed else {}
-        return {"input_ids": ids, **{name: made.tensor for name, made in given.items()}, **types}
+        mark = config.image_token_id if by_name else e
+        ids = torch.tensor([[a, b, *[mark] * tokens, c, d]])
+        others = {name: make(ids, mark) for name, (_, make) in masks.items()}
+        return {"input_ids": ids, **others, **{name: made.tensor for name, made in given.items()}}
 
     return Probe(tiny_inputs(config), tiny_inputs, source)
 
 
 def _tokens(model: PreTrainedModel, layout: Mapping[str, Made]) -> int:
-    """Ask the model itself how many tokens an image becomes."""
-    owner: Any = next(part for part in (model.base_model, model) if hasattr(part, "get_image_features"))
+    """Ask the model itself how many tokens an image becomes: none where it is attended to from outside of the row."""
+    owner: Any = next((part for part in (model.base_model, model) if hasattr(part, "get_image_features")), None)
+    if owner is None:
+        return 0
     extract = owner.get_image_features
     with torch.no_grad():
         given = accepted(layout, set(inspect.signature(extract).parameters))

@@ -78,12 +78,11 @@ class _Scaffold:
                 code="unsupported",
             )
         self.tiny = plain(config) if self.model.num_parameters() <= TINY_PARAMETERS else shrink(config)
-        saved = self._tiny_model()
-        self.given, self.probe, self.seen = self._observe(as_linears(copy.deepcopy(saved)))
+        self.given, self.probe, self.seen = self._observe(as_linears(self._tiny_model()))
         self.tinies = [self.tiny]
         if not alone:
             self.seen.with_branches(list(self._branches()))
-        keep_dense(self.seen.stacks, stored_otherwise(saved, self.family, self.seen.stacks))
+        keep_dense(self.seen.stacks, stored_otherwise(self._tiny_model(), self.family, self.seen.stacks))
         unread = unread_features(self.seen.model, [as_sample(self.probe.inputs, 0)], self._grouped())
         keep_dense(self.seen.stacks, dict.fromkeys(unread, UNREAD))
 
