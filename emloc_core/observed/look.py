@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger("emloc.families")
 #: The code that decides what is seen, and whether it is accepted.
 _CODE = ("observed", "scaffold", "conformance", "emulator", "model", "adapters", "standins", "family.py")
+#: Codes of refusals that are of the model; others, as for a missing package, are of this machine, or of this hour.
+_LASTING = ("unsupported", "plugin")
+_REFUSAL = "refusal"
 
 
 def declaration(content: Mapping[str, Any]) -> Family:
@@ -34,11 +37,18 @@ def declaration(content: Mapping[str, Any]) -> Family:
         EmlocError: the model has to be looked at by a person; says why, and which command drafts a plugin.
     """
     kept = Cache(f"{key(digest(content), code=_CODE)}-declaration")
+    if refusal := kept.values.get(_REFUSAL):
+        raise EmlocError(**refusal)
     with suppress(TypeError, ValueError, KeyError, AttributeError):
         return from_record(kept.values)
     began = time.perf_counter()
-    draft = _draft(content)
-    _require_checks(draft)
+    try:
+        draft = _draft(content)
+        _require_checks(draft)
+    except EmlocError as error:
+        if error.code in _LASTING:
+            kept.add({_REFUSAL: {"message": error.args[0], "fix": error.fix, "code": error.code}})
+        raise
     record = to_record(draft.family, content, _found(draft))
     took = human_seconds(time.perf_counter() - began)
     _LOGGER.warning("No plugin declares %r; observed: %s, %s.", content["model_type"], record["found"], took)

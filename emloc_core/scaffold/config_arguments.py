@@ -61,6 +61,7 @@ def not_tiny(model_type: str, error: Exception | str) -> EmlocError:
     return EmlocError(
         f"The config of this {model_type!r} cannot be shrunk to a tiny one: {reason}.",
         "Make the smallest config.json that the model runs with (few blocks, narrow) and give that file instead.",
+        code="unsupported",
     )
 
 

@@ -18,6 +18,7 @@ from emloc_core.files.output import read_manifest
 from emloc_core.observed import look
 from emloc_core.observed.record import DECLARATIONS, digest, from_record, to_record
 from emloc_core.plugins.manager import STRICT, plugin_manager
+from emloc_core.scaffold import scaffold
 from emloc_core.scaffold.observe import ROUTED
 from emloc_core.scaffold.stored import UNREAD
 from emloc_core.settings import CompressSettings
@@ -130,6 +131,22 @@ def test_what_was_observed_is_kept_by_config(tmp_path, monkeypatch, never_again)
     assert [plugin_manager().family_for(each) for each in (parallel, serial)] == found
     with pytest.raises(pytest.fail.Exception):
         plugin_manager().family_for({**serial, "num_hidden_layers": 3})
+
+
+def test_a_refusal_is_kept_unless_it_is_of_this_machine(tmp_path, monkeypatch, never_again):
+    monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
+    refused, missing = content("bart"), content("granite")
+    with pytest.raises(EmlocError) as before:
+        plugin_manager().family_for(refused)
+    with monkeypatch.context() as patch:
+        patch.setattr(scaffold, "new_model", lambda *_: exec("import no_package_of_this_name"))
+        with pytest.raises(EmlocError, match="no_package_of_this_name"):
+            plugin_manager().family_for(missing)
+    assert plugin_manager().family_for(missing)
+    never_again()
+    with pytest.raises(EmlocError) as after:
+        plugin_manager().family_for(refused)
+    assert (str(after.value), after.value.code) == (str(before.value), before.value.code)
 
 
 def test_a_record_is_the_same_for_what_is_made_from_the_model():
@@ -249,8 +266,6 @@ def test_a_linear_of_which_nothing_reads_some_outputs_stays_dense():
 
 
 def test_a_block_that_no_tiny_model_has_is_refused(monkeypatch):
-    from emloc_core.scaffold import scaffold
-
     monkeypatch.setattr(scaffold, "undeclared", lambda *_: ["model.layers.7.odd_proj"])
     with pytest.raises(EmlocError, match=r"model.layers.7.odd_proj \(1 in all\) is in no group"):
         plugin_manager().family_for(content("granite"))
