@@ -1,0 +1,69 @@
+"""With a family's plugin disabled, what is observed gives the same bytes of an emulator as the plugin does."""
+
+import hashlib
+
+import pytest
+import torch
+from emloc_demo.data import write_data
+from emloc_demo.model import write_base
+from support.jobs import compress_job
+
+from emloc_core.conformance.inputs import number_tokenizer
+from emloc_core.conformance.tiny import random_model
+from emloc_core.plugins.manager import plugin_manager
+from emloc_core.scaffold.config_arguments import make_config
+from emloc_core.settings import CompressSettings
+
+#: Families of a text model each; the second has norms behind its Linears, the others fused Linears, or experts.
+FAMILIES = ("llama", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("gemma", "glm", "phi", "qwen-moe")))
+
+
+@pytest.fixture
+def disable(monkeypatch):
+    """Return a function that disables all plugins which declare a family, in this process."""
+
+    def off():
+        monkeypatch.setattr(plugin_manager(), "_families", {})
+
+    plugin_manager()._observed.clear()
+    yield off
+    plugin_manager()._observed.clear()
+
+
+def weights(emulator):
+    """Return the digests of an emulator's weights, and its config, by file."""
+    files = [*emulator.glob("*.safetensors"), emulator / "config.json"]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def emulators(base, data, directory, disable, **settings):
+    """Make an emulator with the plugin and one without, and return both."""
+    chosen = CompressSettings(samples=8, selection=2, **settings)
+    declared = compress_job(base, data, directory / "declared", chosen)
+    assert not declared.base.family.observed
+    with_it = declared.run()
+    disable()
+    observed = compress_job(base, data, directory / "observed", chosen)
+    assert observed.base.family.observed
+    return with_it, observed.run()
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "nf4"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_observed_of_a_tiny_model_gives_the_same_bytes(name, kind, tmp_path, disable):
+    (family,) = [each for each in plugin_manager().families() if each.name == name]
+    config = make_config(family.tiny_configs[0])
+    random_model(family, config).save_pretrained(tmp_path / "base")
+    number_tokenizer(config).save_pretrained(tmp_path / "base")
+    numbers = torch.randint(3, 100, (12, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "{" ".join(map(str, row))}"}}\n' for row in numbers))
+    declared, observed = emulators(tmp_path / "base", rows, tmp_path, disable, kind=kind)
+    assert weights(observed) == weights(declared)
+
+
+@pytest.mark.slow
+def test_what_is_observed_of_a_real_model_gives_the_same_bytes(tmp_path, disable):
+    train, _ = write_data(tmp_path / "data")
+    declared, observed = emulators(write_base(tmp_path / "base"), train, tmp_path, disable, kind="low-rank")
+    assert weights(observed) == weights(declared)
