@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 _MOST_KINDS = 8
-_COUNT = r"num_(hidden_layers|layers|blocks)|n_layers?|layers|depth|(en|de)coder_layers"
+_COUNT = r"num_((hidden_|global_)?layers|blocks)|n_layers?|layers|depth|(en|de)coder_layers"
 #: How many of the last blocks share what an earlier one has made.
 _SHARING = r"num_kv_shared_layers"
 #: A block at which something happens that happens nowhere else.

@@ -101,6 +101,7 @@ def dense(seen: Observation) -> dict[str, str]:
     """Return patterns of what is never compressed, outside the blocks and in them, each with the reason."""
     model: Any = seen.model
     found = {f"{path}.*": f"runs in between the blocks of {other}" for path, other in seen.interleaved.items()}
+    found |= {f"{path}.*": UNREACHED for path in seen.unreached}
     head = model.get_output_embeddings()
     for unit in units(model, [stack.path for stack in seen.stacks]):
         module = model.get_submodule(unit)

@@ -51,9 +51,21 @@ def layouts(config: Any) -> Iterator[dict[str, Made]]:
     channels = _first(vision, "num_channels", "in_channels", "in_chans") or 3
     if size := _pair(_first(vision, "image_size")):
         fine = _pair(_first(getattr(config, "high_res_vision_config", None), "image_size")) or size
+        if tiles := _first(vision, "max_num_tiles"):
+            yield _tiles(channels, size, tiles)
         yield from _images(channels, size, fine)
     if patch := _pair(_first(vision, "patch_size")):
         yield from _patches(vision, channels, patch[0])
+
+
+def _tiles(channels: int, size: tuple[int, int], tiles: int) -> dict[str, Made]:
+    """Return an image in tiles, that tokens attend to from outside of the row, which then has four."""
+    return {
+        "pixel_values": noise(1, 1, tiles, channels, *size),
+        "aspect_ratio_ids": ones(1, 1, dtype=torch.long),
+        "aspect_ratio_mask": ones(1, 1, tiles, dtype=torch.long),
+        "cross_attention_mask": ones(1, 4, 1, tiles, dtype=torch.long),
+    }
 
 
 def _images(channels: int, size: tuple[int, int], fine: tuple[int, int]) -> Iterator[dict[str, Made]]:
