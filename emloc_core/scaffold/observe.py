@@ -79,14 +79,15 @@ class Observation:
         self._odd: set[str] = set()
         self._known_experts: set[str] = set()
         self._read = read_without_call(model)
-        self._tokens = inputs["input_ids"].numel()
         with self._watching(), torch.no_grad():
             try:
-                logits = model(**inputs, use_cache=False).logits
+                found = model(**inputs, use_cache=False)
             except Exception as error:  # whatever the architecture's own code raises
                 raise EmlocError(f"The tiny model's forward fails: {typed_line(error)}") from error
-        if logits.shape[1] != inputs["input_ids"].shape[1]:
-            raise EmlocError(f"The row has {inputs['input_ids'].shape[1]} tokens, and logits for {logits.shape[1]}.")
+        row = next(iter(inputs.values()))  # tokens
+        self._tokens = row.shape[:2].numel()
+        if (logits := getattr(found, "logits", row)).shape[1] != row.shape[1]:
+            raise EmlocError(f"The row has {row.shape[1]} tokens, and logits for {logits.shape[1]}.")
         reached = {path: [name for name in self._order if self._is_block(name, path)] for path in lists}
         self.unreached = [path for path, blocks in reached.items() if not blocks]
         self.interleaved = self._find_interleaved([path for path, blocks in reached.items() if blocks])

@@ -297,7 +297,6 @@ def test_a_kind_of_which_nobody_knows_is_refused(tiny_model, rows_file, tmp_path
     ("model_type", "reason"),
     [
         ("falcon", "no Linear of this model can be in four bits: .*: bitsandbytes packs no FalconLinear"),
-        ("llama4_text", "transformers lays out model.layers.0.feed_forward.experts otherwise"),
     ],
 )
 def test_four_bits_that_transformers_could_not_read_are_refused_before_any_work(

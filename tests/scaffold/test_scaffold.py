@@ -412,6 +412,7 @@ class Block(nn.Module):
         self.moe = nn.ModuleDict({"router": nn.Linear(8, 3), "experts": Experts(), "gate": nn.Linear(8, 1)})
         self.convolution = nn.Conv1d(5, 5, 3, padding=1)
         self.branches = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.halves = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         out = self.v(hidden.clone()) + self.q(hidden) + self.k(hidden)
@@ -419,7 +420,8 @@ class Block(nn.Module):
         out = self.twice(self.twice(out)) + self.scaled(out)
         out = out + self.moe["experts"](out) * self.moe["gate"](out) + self.moe["router"](out).sum()
         out = out + self.convolution(out)
-        return out + sum(branch(out) for branch in self.branches)
+        out = out + sum(branch(out) for branch in self.branches)
+        return out + torch.cat([self.halves[0](out[:, :2]), self.halves[1](out[:, 2:])], dim=1)  # as experts are given
 
 
 class Mixer(nn.Module):
@@ -473,7 +475,7 @@ def test_stacks_stand_in_order_of_execution(seen):
 
 
 def test_linears_of_one_group_read_equal_inputs(seen):
-    assert seen.stacks[1].groups == [["v", "q", "k"], ["near"]]
+    assert seen.stacks[1].groups == [["v", "q", "k"], ["near"], ["branches.0", "branches.1"]]
 
 
 def test_what_cannot_be_compressed_has_its_reason(seen):
@@ -484,7 +486,7 @@ def test_what_cannot_be_compressed_has_its_reason(seen):
         "moe.router": ROUTER,
         "moe.experts": ROUTED,
         "moe.gate": GATE,
-        "branches": LISTED,
+        "halves": LISTED,
     }
 
 
