@@ -14,7 +14,8 @@ learning rates the one with the least loss of the base on the selection rows cou
 that of the emulator itself, which is nobody's goal, of 64 of them. All else is done by the toolkit's stages.
 
 Wider cells are of another model, more steps, or another rank or place of the LoRA; of one task, one seed and one
-learning rate, with fewer rows to test and to select on. Those of more steps have one row per step.
+learning rate, with fewer rows to test and to select on, and without exact steps. Those of more steps have one row per
+step.
 
 Memory is the share of the bytes of the block Linears. Recovery is the part of what a LoRA of as many steps in all on
 the base gains over the base alone: ``(base - x) / (base - full)``; all three on the same base, with the same seed.
@@ -36,7 +37,6 @@ from harness import RESULTS, in_process
 from quality_bases import base_of, digest
 from quality_cells import (
     BASELINES,
-    EXACT,
     FULL,
     GEMMA,
     LOW_RANK,
@@ -50,7 +50,7 @@ from quality_cells import (
 from quality_pictures import picture_sets
 from quality_report import report
 from quality_rows import SIZES, make_sets, without_chat
-from quality_stages import Metered, Scores, corrected, polish, polished, taken, trained
+from quality_stages import Metered, Scores, corrected, polish, taken, trained
 
 #: What cells may be chosen by.
 AXES = {field.name: field.type for field in fields(Cell)}
@@ -59,11 +59,10 @@ FEWER = {"selection": 32, "test": 80}
 
 
 def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Measure a cell; called in a process of its own."""
+    """Measure a cell; called in a process of its own. One that was interrupted goes on after its last stage."""
     cell, root = Cell(**values), Path(directory)
     place = root / cell.name
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     started = time.perf_counter()
     rows, base = write_rows(place, cell, root), base_of(cell.model, cell.task, root)
     work = {FULL: control, SCRATCH: control} | dict.fromkeys((kind for kind, _ in BASELINES), baseline)
@@ -136,8 +135,7 @@ def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: M
     emulator = place.parent / name if cell.is_wider else place / "emulator"
     compress = Compress(CompressRequest(model=str(base), output=emulator, data=samples, settings=settings))
     share = taken(compress)
-    if not emulator.exists():
-        metered("compress", compress.run)
+    metered("compress", compress.run, emulator)
     return share, emulator, trained(emulator, place / "adapter", cell, rows, metered)
 
 
@@ -178,28 +176,21 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
 
 
 def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
-    """As :func:`emulated`, and less of it: no clamp of the paper's, exact steps of one length and rate, or none."""
+    """As :func:`emulated`, and less of it: no clamp of the paper's, and no exact steps."""
     from emloc_core.files.output import read_manifest
 
     metered = Metered()
     share, emulator, adapter = tuned(base, place, cell, rows, metered)
-    auto = metered("auto", lambda: corrected(adapter, base, rows, "auto", place / "auto"))
+    auto = metered("auto", lambda: corrected(adapter, base, rows, "auto", place / "auto"), place / "auto")
     on_base = Scores(base, rows["test"])
     systems = {"tuned": Scores(emulator, rows["test"], 40).of(adapter), "uncorrected": on_base.of(adapter)}
     chosen = (read_manifest(auto) or {})["result"]
     changed = chosen["clamp"] or chosen.get("scale", 1) != 1
     systems["auto"] = on_base.of(auto) if changed else systems["uncorrected"]
-    exact: dict[str, Any] = {}
-    if {"batch", "rank", "targets"}.isdisjoint(cell.given):
-        name, rate = f"polish{EXACT[-1]}", cell.learning_rate / 2
-        carried_on = metered(name, lambda: polished(auto, base, rows, EXACT[-1], rate, cell.seed, place / name))
-        systems[name] = on_base.of(carried_on)
-        exact = {"exact_rate": rate, "exact_moments": True}
     return {
         "share": round(share, 4),
         "chosen": {name: chosen[name] for name in chosen if name in ("clamp", "scale")},
         "candidates": chosen["candidates"],
-        **exact,
         "systems": systems,
         "stages": metered.stages,
     }

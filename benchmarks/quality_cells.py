@@ -69,6 +69,7 @@ FULL, SCRATCH = "full", "exact"
 #: The usual base of a task; a larger one, of another family; and what is usual of the LoRA and its steps.
 DEMO, GEMMA = "demo", "gemma-3-270m"
 MODELS = {DEMO: "SmolLM2 135M", GEMMA: "Gemma 3 270M"}
+PARAMETERS = {DEMO: 135e6, GEMMA: 268e6}
 BATCH, RANK, ALL, ATTENTION = 8, 8, "all", "attention"
 #: Steps of longer cells, which have one row each.
 LONGER = 240
@@ -196,14 +197,8 @@ def wider_cells() -> Iterator[Cell]:
     control, (small, usual) = (FULL, 1), wider_ways()
     rate, lower, _ = LEARNING_RATES[WIDER_TASK]
 
-    def larger(way: tuple[str, float], steps: int = STEPS) -> Cell:
-        return Cell(WIDER_TASK, *way, 0, steps, rate, GEMMA)
-
-    yield from map(larger, (control, small))
-    for way in (small, control):
-        yield Cell(WIDER_TASK, *way, 0, LONGER, lower, GEMMA, batch=1)
-    yield larger(usual)
-    yield larger(control, STEPS + EXACT[-1])  # what exact steps are compared with
+    yield from (Cell(WIDER_TASK, *way, 0, STEPS, rate, GEMMA) for way in (control, small, usual))
+    yield from (Cell(WIDER_TASK, *way, 0, LONGER, lower, GEMMA, batch=1) for way in (control, small))
     others: Sequence[dict[str, Any]] = ({"rank": 64}, {"targets": ATTENTION}, {"rank": 16}, {"rank": 4})
     for other, way in product(others, (control, small)):
         yield Cell(WIDER_TASK, *way, 0, STEPS, rate, **other)

@@ -1,4 +1,4 @@
-"""The figures of ``docs/evidence.md``: recovery over memory, over the steps of two models; the base's loss over time.
+"""The figures of ``docs/evidence.md``: recovery over memory and over parameters; the loss of the base over time.
 
 ``python benchmarks/quality_figure.py`` draws them from the results that are there.
 """
@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from harness import RESULTS
-from quality_cells import ALL, DEMO, FULL, MODELS, RANK, Cell
+from quality_cells import ALL, BATCH, FULL, MODELS, PARAMETERS, RANK, STEPS, Cell
 from quality_rows import TEXTS
 
 DOCS = RESULTS.parents[1] / "docs"
@@ -86,26 +86,19 @@ def _draw_loss(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_trend(axes: Any, wider: Sequence[dict[str, Any]]) -> None:
-    """Draw the recovery over the steps of tuning, by model and memory; of the usual LoRA."""
-    lines: dict[tuple[str, int, float, str], list[tuple[int, float]]] = {}
-    for row in wider:
-        if (row["rank"], row["targets"]) == (RANK, ALL):
-            for system in ("auto", "polish20"):
-                if row[system] is not None:
-                    lines.setdefault((row["model"], row["batch"], row["memory"], system), []).append(
-                        (row["steps"], row[system])
-                    )
-    colours = {memory: f"C{index}" for index, memory in enumerate(sorted({memory for _, _, memory, _ in lines}))}
-    for (model, batch, memory, system), points in lines.items():
-        label = f"{MODELS[model]}, {batch} rows per step, at {memory:g}" + (
-            ", and 20 exact steps" if system == "polish20" else ""
+    """Draw the recovery over the parameters of the base, with its 95 % intervals; of the usual LoRA and steps."""
+    usual = [row for row in wider if (row["steps"], row["batch"], row["rank"], row["targets"])
+             == (STEPS, BATCH, RANK, ALL)]  # fmt: skip
+    for memory in sorted({row["memory"] for row in usual}):
+        points = sorted(
+            (PARAMETERS[row["model"]], row["auto"], row["reach"]) for row in usual if row["memory"] == memory
         )
-        style = {"linestyle": "-" if system == "auto" else ":", "marker": "o" if model == DEMO else "s"}
-        axes.plot(*zip(*sorted(points), strict=True), label=label, color=colours[memory], **style)
+        sizes, values, reaches = zip(*points, strict=True)
+        axes.errorbar(sizes, values, yerr=reaches, marker="o", capsize=3, label=f"memory {memory:g}")
+    models = {row["model"] for row in usual}
+    axes.set(xlabel="parameters of the base", ylabel="recovery, corrected", xscale="log")
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="steps of tuning", ylabel="recovery", xscale="log")
-    axes.xaxis.set_major_locator(_at(sorted({row["steps"] for row in wider})))
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xticks([PARAMETERS[model] for model in models], [MODELS[model] for model in models])
     axes.xaxis.set_minor_formatter("")
     axes.legend(frameon=False, loc="lower right")
 

@@ -1,5 +1,6 @@
 """The stages of the toolkit as ``quality.py`` runs them, what they take, and the loss of what they give."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from emloc_core.files.meter import Meter
 
 
 class Metered:
-    """Calls functions, and keeps what each took: seconds, and the process's peak memory meanwhile."""
+    """Runs stages, and keeps what each took: seconds, and the process's peak memory meanwhile."""
 
     def __init__(self) -> None:
         self.stages: dict[str, dict[str, float]] = {}
 
-    def __call__(self, stage: str, function: Callable[[], Any]) -> Any:
-        """Call a function without arguments as a stage."""
+    def __call__(self, stage: str, function: Callable[[], Any], output: Path | None = None) -> Any:
+        """Call a function without arguments as a stage; where its output is there, read there what it took."""
+        if output and output.exists():
+            known = json.loads((output / "timing.json").read_text())
+            self.stages[stage] = {name: known[name] for name in ("seconds", "peak_rss_bytes")}
+            return output
         Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
         meter = Meter()
         found = function()
@@ -39,7 +44,7 @@ def trained(
         how["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     settings = TrainSettings(steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, **how)
     asked = TrainRequest(model=str(model), data=str(rows["tuning"]), output=output, exact=exact, settings=settings)
-    adapter: Path = metered("train", prepare(asked).run)
+    adapter: Path = metered("train", lambda: prepare(asked).run(), output)
     return adapter
 
 
