@@ -59,7 +59,7 @@ FEWER = {"selection": 32, "test": 80}
 
 
 def measure(directory: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Measure a cell; called in a process of its own. One that was interrupted goes on after its last stage."""
+    """Measure a cell; called in a process of its own. One that was interrupted resumes after its last stage."""
     cell, root = Cell(**values), Path(directory)
     place = root / cell.name
     place.mkdir(exist_ok=True)
@@ -176,14 +176,14 @@ def emulated(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict
 
 
 def wider(base: Path, place: Path, cell: Cell, rows: dict[str, Path]) -> dict[str, Any]:
-    """As :func:`emulated`, and less of it: no clamp of the paper's, and no exact steps."""
+    """As :func:`emulated`, and less of it: neither the emulator's own loss, nor the paper's clamp, nor exact steps."""
     from emloc_core.files.output import read_manifest
 
     metered = Metered()
-    share, emulator, adapter = tuned(base, place, cell, rows, metered)
+    share, _, adapter = tuned(base, place, cell, rows, metered)
     auto = metered("auto", lambda: corrected(adapter, base, rows, "auto", place / "auto"), place / "auto")
     on_base = Scores(base, rows["test"])
-    systems = {"tuned": Scores(emulator, rows["test"], 40).of(adapter), "uncorrected": on_base.of(adapter)}
+    systems = {"uncorrected": on_base.of(adapter)}
     chosen = (read_manifest(auto) or {})["result"]
     changed = chosen["clamp"] or chosen.get("scale", 1) != 1
     systems["auto"] = on_base.of(auto) if changed else systems["uncorrected"]
