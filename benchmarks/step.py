@@ -6,11 +6,11 @@ A step is forward and backward; kinds take turns, and the least counts, since ot
 """
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from checkpoints import LLAMA_1B, llama
+from gpu import KINDS, packed
 from harness import goal, in_process, markdown, write_results
 
 SMOLLM2 = {
@@ -25,8 +25,6 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
     "SmolLM2-135M, 1,024 tokens": (SMOLLM2, 6, 4),
     "Llama-3.2-1B, 2,048 tokens": (LLAMA_1B, 1, 8),
 }
-#: Ratio of the factors by kind, at the sizes that are recommended.
-KINDS = {"nf4": None, "2.7-bit": None, "1.6-bit+repair": 0.23, "low-rank-nf4": 0.45, "low-rank": 0.28}
 RUNS, LENGTH, VOCABULARY = 3, 256, 512
 GOAL = 1.05
 
@@ -36,43 +34,28 @@ def model(shape: dict[str, Any], blocks: int, kind: str | None) -> torch.nn.Modu
     import peft
     from transformers import AutoModelForCausalLM
 
-    from emloc_core.algorithms.allocation import uniform
-    from emloc_core.standins.registry import format_named
-
     config = llama({**shape, "vocab_size": VOCABULARY}, blocks)
     found = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    linears = {
-        name: module
-        for name, module in found.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name
-    }
-    if kind == "nf4":
-        in_four_bits(found, linears)
-    elif kind:
-        ratio, shapes = KINDS[kind], [(module.out_features, module.in_features) for module in linears.values()]
-        ranks = uniform(shapes, ratio) if ratio else [None] * len(shapes)
-        format_named(kind).replace(found, dict(zip(linears, ranks, strict=True)))
-        for name in linears:
-            for parameter in found.get_submodule(name).parameters():
-                if parameter.dtype == torch.uint8:
-                    parameter.data.random_(0, 6**3)  # a code of three numbers on six levels, or of five on three
-                else:
-                    parameter.data.fill_(0.01)
+    found = in_four_bits(found) if kind == "nf4" else packed(found, kind)
     found = peft.get_peft_model(found, peft.LoraConfig(r=8, target_modules="all-linear"))
     found.gradient_checkpointing_enable({"use_reentrant": False})
     found.enable_input_require_grads()
     return found.train()
 
 
-def in_four_bits(model: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> None:
+def in_four_bits(model: torch.nn.Module) -> torch.nn.Module:
     """Put bitsandbytes' own layers in, as transformers does where it loads an emulator in four bits."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for name, linear in linears.items():
-        packed = Linear4bit(linear.in_features, linear.out_features, False, torch.bfloat16, True, "nf4")
-        packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=packed).to("cpu")
-        model.set_submodule(name, packed)
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in linears:
+        if name != "lm_head":
+            linear = model.get_submodule(name)
+            layer = Linear4bit(linear.in_features, linear.out_features, False, torch.bfloat16, True, "nf4")
+            layer.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer).to("cpu")
+            model.set_submodule(name, layer)
     model.is_loaded_in_4bit = True  # what PEFT asks
+    return model
 
 
 def seconds(name: str) -> dict[str, Any]:
