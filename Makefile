@@ -16,7 +16,7 @@ export GOMP_SPINCOUNT ?= 10000
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-full demo-vision demo-zoo test test-all test-quick coverage test-browser test-chaos test-oldest test-newest test-slow test-gpu lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
+.PHONY: setup demo demo-full demo-vision demo-zoo test test-all test-quick coverage test-browser test-chaos test-oldest test-newest test-pythons test-slow test-gpu lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
 
 setup: $(STAMP)
 
@@ -69,6 +69,10 @@ test-oldest test-newest: test-%:  ## the contracts with libraries, with the olde
 	build/$*/bin/uv pip install --quiet --python build/$* $(OPTIONS) --extra vision 'pytest>=8.4'
 	build/$*/bin/uv pip install --quiet --python build/$* --no-deps --editable .
 	build/$*/bin/python -m pytest tests/compat
+
+test-pythons: $(STAMP)  ## the built wheel on every supported Python that is here: a fresh environment each, gigabytes of torch
+	$(BIN)/python -m pip install --quiet uv
+	PYTHONPATH=tests $(BIN)/python -m support.pythons
 
 test-gpu: $(STAMP)  ## what a GPU computes is what the CPU does; needs one
 	$(BIN)/python -m pytest -m cuda

@@ -32,7 +32,7 @@ from emloc_core.keywords.settings import (
     TrainKwargs,
 )
 from emloc_core.keywords.trainer import PolishAllKwargs, TrainAllKwargs, TrainerFields
-from emloc_core.processes.environment import quiet, settle
+from emloc_core.processes.environment import quiet, settle, without_collections
 from emloc_core.requests import Request, Rows, System, make_request
 from emloc_core.settings import AUTO, FACTORS, FREE, CompressSettings, TrainSettings, explain
 from emloc_core.stages.progress import ProgressEvent, Reporter
@@ -464,10 +464,10 @@ def plan(  # noqa: PLR0913 - all by keyword
     check_rows(data)
     with config_of(fspath(model), with_tokenizer=data is not None) as file:
         plugin_manager().family_for(read_config_json(file))
-        # Not before: they import torch.
-        from emloc_core.memory.decision import decide
-        from emloc_core.memory.plan import make_plan
-        from emloc_core.memory.speed import measure as measure_speed
+        with without_collections():  # not before: they import torch
+            from emloc_core.memory.decision import decide
+            from emloc_core.memory.plan import make_plan
+            from emloc_core.memory.speed import measure as measure_speed
         from emloc_core.memory.workload import make_workload
 
         workload = make_workload(

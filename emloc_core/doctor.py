@@ -4,6 +4,7 @@ It imports the standard library alone; what may fail is tried in another process
 same without the command line's own dependencies.
 """
 
+import gc
 import json
 import os
 import platform
@@ -221,6 +222,7 @@ def probe(names: Iterable[str]) -> dict[str, Any]:
 
 def _probes(names: Iterable[str]) -> None:
     """Try each in this process, and print what was found: the error of a module's import, or None."""
+    gc.disable()  # a fifth of the time of imports
     for name in names:
         answer: Any = None
         try:

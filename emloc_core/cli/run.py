@@ -7,6 +7,7 @@ import rich_click as click
 from emloc_core.cli.console import as_json, dry_run
 from emloc_core.cli.recipes import reporting, show, show_plan
 from emloc_core.cli.verbosity import verbosity_options
+from emloc_core.processes.environment import without_collections
 
 
 @click.command("run")
@@ -21,9 +22,10 @@ def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bo
 
     A stage is skipped if its output exists and was made from the same inputs; an interrupted one resumes.
     """
-    from emloc_core.recipe.decided import decided
-    from emloc_core.recipe.recipe import load_recipe
-    from emloc_core.recipe.run import run_recipe
+    with without_collections():
+        from emloc_core.recipe.decided import decided
+        from emloc_core.recipe.recipe import load_recipe
+        from emloc_core.recipe.run import run_recipe
 
     if dry_run:
         show_plan(decided(load_recipe(recipe, overrides)), as_json)

@@ -17,7 +17,7 @@ from types import GeneratorType
 from typing import IO, Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.processes.environment import VARIABLES, hush_libraries
+from emloc_core.processes.environment import VARIABLES, hush_libraries, without_collections
 from emloc_core.processes.lifetime import child_environment, end_with_parent
 
 
@@ -117,7 +117,8 @@ def answer(question: Mapping[str, Any], send: Callable[[dict[str, Any]], Any]) -
 
     module, _, name = question["function"].partition(":")
     try:
-        function = getattr(import_module(module), name)
+        with without_collections():
+            function = getattr(import_module(module), name)
         telling = {"tell": tell} if "tell" in signature(function).parameters else {}
         found = function(**question["arguments"], **telling)
         for each in found if isinstance(found, GeneratorType) else [found]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
+from emloc_core.processes.environment import without_collections
 from emloc_core.requests import Request, request_from_json
 from emloc_core.stages.precheck import precheck
 from emloc_core.stages.result import Result
@@ -57,7 +58,9 @@ def prepare(request: Request) -> Job:
         EmlocError: the request cannot be met; nothing has been written.
     """
     precheck(request)
-    job: Job = import_module(_MODULES[request.stage]).prepare(request)
+    with without_collections():
+        module = import_module(_MODULES[request.stage])
+    job: Job = module.prepare(request)
     return job
 
 
