@@ -25,7 +25,7 @@ def load(tiny_emulator):
 @pytest.fixture(scope="module")
 def load_four_bits(tiny_model, tmp_path_factory):
     """An emulator in four bits, whose layers are bitsandbytes' own."""
-    settings = CompressSettings(kind="nf4", calibration="none")
+    settings = CompressSettings(kind="nf4", calibration="none", keep="head")
     rows = load_rows([{"text": "a"}])
     emulator = compress_job(tiny_model, rows, tmp_path_factory.mktemp("nf4") / "emulator", settings).run()
     return lambda: AutoModelForCausalLM.from_pretrained(emulator)
