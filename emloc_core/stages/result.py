@@ -25,6 +25,17 @@ class LinearResult(TypedDict):
     relative_error: float | None
 
 
+class VocabularyResult(TypedDict):
+    """A packed matrix of the vocabulary: the layers that have it, how it is packed, and its relative output error."""
+
+    path: str
+    layers: list[str]
+    packing: str
+    rows: int
+    features: int
+    relative_error: float
+
+
 class EmulatorResult(TypedDict):
     """What ``compress`` found. ``tokens`` are those of the calibration rows."""
 
@@ -35,6 +46,7 @@ class EmulatorResult(TypedDict):
     coverage: dict[str, Any]
     tokens: int
     linears: list[LinearResult]
+    vocabulary: list[VocabularyResult]
     sha256: str
 
 
