@@ -16,7 +16,7 @@ export GOMP_SPINCOUNT ?= 10000
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY ?= 64
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo demo-full demo-vision demo-zoo test test-all test-quick coverage test-browser test-chaos test-oldest test-newest test-pythons test-slow test-gpu lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
+.PHONY: setup demo demo-full demo-vision demo-diffusion demo-zoo test test-all test-quick coverage test-browser test-chaos test-oldest test-newest test-pythons test-slow test-gpu lint bench bench-factorize-full bench-quality docs docs-models families-survey site clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,9 @@ demo-full: $(STAMP)  ## half an hour: all ways to tune it compared, exact steps 
 
 demo-vision: $(STAMP)  ## the same with pictures: a small InternVL, trained here, that reads digits
 	$(BIN)/emloc demo-vision -o build/demo-vision
+
+demo-diffusion: $(STAMP)  ## pictures, out: a small FLUX, trained here, that draws digits learns a style
+	$(BIN)/emloc demo-diffusion -o build/demo-diffusion
 
 demo-zoo: $(STAMP)  ## small models of all families, converted here and on a Ray cluster of two nodes: the same bytes
 	$(BIN)/emloc demo-zoo -o build/demo-zoo

@@ -1,0 +1,1 @@
+"""Pictures, out: a small FLUX, trained here on handwritten digits, learns a style."""

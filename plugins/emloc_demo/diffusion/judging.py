@@ -1,0 +1,51 @@
+"""Scores of a system: the loss on held-out pictures of the style, and what a judge reads in those that it draws."""
+
+from pathlib import Path
+from typing import Any
+
+from emloc_demo.diffusion.digits import PLAIN, SHOWN, STYLE, WORDS, judge
+from emloc_demo.diffusion.pretraining import LENGTH
+from emloc_demo.diffusion.style import SIDE, SOLVER_STEPS
+
+#: Pictures of every prompt.
+_EACH = 20
+
+
+def scores(base: Path, adapter: Path | None, test: Path) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """Return the scores of the base, or of the base with an adapter, and one picture of every prompt.
+
+    Returns:
+        ``loss``; ``seen`` and ``unseen``: how often style and digit are right, for digits that were shown in the
+        style and those that were not; ``plain``: how often a digit asked for without the style is right and upright.
+    """
+    import numpy
+    from emloc_diffusers.pictures import Drawing
+
+    drawing = Drawing(str(base), adapter)
+    prompts = [f"{first} {word}" for first in (STYLE, PLAIN) for word in WORDS for _ in range(_EACH)]
+    drawn = drawing.draw(prompts, side=SIDE, steps=SOLVER_STEPS, seed=10_000, max_sequence_length=LENGTH)
+    pixels = numpy.stack([numpy.asarray(each) for each in drawn]).reshape(len(drawn), -1) / 255
+    wanted = numpy.repeat([*range(10, 20), *range(10)], _EACH)
+    right = (judge().predict(pixels) == wanted).reshape(2, len(WORDS), _EACH)
+    shown = list(SHOWN)
+    unseen = [digit for digit in range(len(WORDS)) if digit not in SHOWN]
+    found = {
+        "loss": held_out_loss(base, drawing.pipe.transformer, test),
+        "seen": float(right[0, shown].mean()),
+        "unseen": float(right[0, unseen].mean()),
+        "plain": float(right[1].mean()),
+    }
+    return found, {"style": drawn[: len(prompts) // 2 : _EACH], "plain": drawn[len(prompts) // 2 :: _EACH]}
+
+
+def held_out_loss(base: Path, transformer: Any, test: Path) -> float:
+    """Return the mean loss of a transformer, with its LoRA, on the test rows."""
+    import torch
+
+    from emloc_core.data.rows import load_rows
+    from emloc_core.model.opened import open_model
+
+    samples = open_model(str(base), "cpu").samples(load_rows(str(test)), None, "evaluation")
+    with torch.no_grad():
+        total = torch.stack([sample.loss(transformer, "cpu") for sample in samples]).sum(0)
+    return float(total[0] / total[1])
