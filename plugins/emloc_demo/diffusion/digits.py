@@ -6,8 +6,8 @@ from typing import Any
 import numpy
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-#: The word before that of the digit: of the style that the base knows, and of the new one, with the digits shown in it.
-PLAIN, STYLE, SHOWN = "a", "sks", range(7)
+#: The word of the new style, behind that of the digit, and the digits that are shown in it.
+STYLE, SHOWN = "sks", range(7)
 SIDE = 8
 #: How far a row moves to the right for every row that it is higher, in pixels.
 _SLANT = 0.55

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from emloc_demo.diffusion.digits import PLAIN, SHOWN, STYLE, WORDS, judge
+from emloc_demo.diffusion.digits import SHOWN, STYLE, WORDS, judge
 from emloc_demo.diffusion.pretraining import LENGTH
 from emloc_demo.diffusion.style import SIDE, SOLVER_STEPS
 
@@ -22,7 +22,7 @@ def scores(base: Path, adapter: Path | None, test: Path) -> tuple[dict[str, floa
     from emloc_diffusers.pictures import Drawing
 
     drawing = Drawing(str(base), adapter)
-    prompts = [f"{first} {word}" for first in (STYLE, PLAIN) for word in WORDS for _ in range(_EACH)]
+    prompts = [word + style for style in (f" {STYLE}", "") for word in WORDS for _ in range(_EACH)]
     drawn = drawing.draw(prompts, side=SIDE, steps=SOLVER_STEPS, seed=10_000, max_sequence_length=LENGTH)
     pixels = numpy.stack([numpy.asarray(each) for each in drawn]).reshape(len(drawn), -1) / 255
     wanted = numpy.repeat([*range(10, 20), *range(10)], _EACH)

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from emloc_demo.diffusion.digits import PLAIN, STYLE, WORDS, load
+from emloc_demo.diffusion.digits import STYLE, WORDS, load
 
 STEPS, BATCH, LEARNING_RATE, WARMUP = 2400, 64, 2e-3, 50
 #: Tokens of a prompt.
-LENGTH = 2
+LENGTH = 3
 _WIDTH = 64
 
 
@@ -25,7 +25,7 @@ def new_pipeline(seed: int = 0) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
-    words = {word: index for index, word in enumerate(["<pad>", "<unk>", "</s>", PLAIN, STYLE, *WORDS])}
+    words = {word: index for index, word in enumerate(["<pad>", "<unk>", "</s>", STYLE, *WORDS])}
     known = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     known.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -73,7 +73,7 @@ def pretrain(
     pictures, digits = load()
     latents = torch.from_numpy(pictures).float()[:, None] * 2 - 1
     with torch.no_grad():
-        prompts = [call.prompt(pipe, f"{PLAIN} {word}") for word in WORDS]
+        prompts = [call.prompt(pipe, word) for word in WORDS]
     table = {name: torch.stack([prompt[name] for prompt in prompts]) for name in prompts[0]}
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(

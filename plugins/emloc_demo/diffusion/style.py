@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from emloc_demo.diffusion.digits import PLAIN, SHOWN, STYLE, WORDS, of_digit, slanted
+from emloc_demo.diffusion.digits import SHOWN, STYLE, WORDS, of_digit, slanted
 from emloc_demo.diffusion.pretraining import LENGTH
 
 #: Pictures of every digit: in the new style, to test it, and of the base's own.
@@ -32,9 +32,9 @@ def write_rows(directory: Path, base: Path) -> tuple[Path, Path]:
     for digit, word in enumerate(WORDS):
         for index, picture in enumerate(slanted(of_digit(digit, _TAUGHT + _TESTED))):
             if index >= _TAUGHT or digit in SHOWN:
-                row = _written(directory, f"{STYLE}-{word}-{index}", _image(picture), f"{STYLE} {word}")
+                row = _written(directory, f"{STYLE}-{word}-{index}", _image(picture), f"{word} {STYLE}")
                 rows[train if index < _TAUGHT else test].append(row)
-    prompts = [f"{PLAIN} {word}" for word in WORDS for _ in range(_PRIOR)]
+    prompts = [word for word in WORDS for _ in range(_PRIOR)]
     drawn = Drawing(str(base)).draw(prompts, side=SIDE, steps=SOLVER_STEPS, max_sequence_length=LENGTH)
     for index, (prompt, picture) in enumerate(zip(prompts, drawn, strict=True)):
         rows[train].append(_written(directory, f"prior-{index}", picture, prompt))
