@@ -1,6 +1,7 @@
 """Pictures by a pipeline, with and without a LoRA, from the same noise; and a grid of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ class Drawing:
             Adapter(adapter)  # refuses what is none
             if not (adapter / FILE).is_file():
                 raise EmlocError(f"{adapter} has no {FILE}.", "Give an adapter that emloc wrote.", code="missing")
-            self.pipe.load_lora_weights(str(adapter), weight_name=FILE)
+            with _quiet():  # it warns that there is no LoRA for the text encoders
+                self.pipe.load_lora_weights(str(adapter), weight_name=FILE)
 
     def draw(self, prompts: Sequence[str], *, side: int, steps: int, seed: int = 0, **options: Any) -> "list[Image]":
         """Return a picture for every prompt; the noise depends on the seed and the place in the list alone.
@@ -61,6 +63,18 @@ class Drawing:
         size |= {"height": side * factor, "width": side * factor}
         found = self.pipe(list(prompts), output_type="latent", **size, **options).images
         return [_as_image(each) for each in unpacked(found, side, side)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _as_image(pixels: torch.Tensor) -> "Image":

@@ -9,9 +9,9 @@ from emloc_demo.diffusion.pretraining import LENGTH
 
 #: Pictures of every digit: in the new style, to test it, and of the base's own.
 _TAUGHT, _TESTED, _PRIOR = 4, 4, 7
-#: Of the solver.
+#: Steps of the solver for a picture.
 SOLVER_STEPS = 20
-#: Of a picture that the base draws, for a pipeline without a VAE.
+#: Height and width of what the base draws, in pixels.
 SIDE = 8
 
 
