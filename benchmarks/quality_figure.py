@@ -97,6 +97,7 @@ def _draw_trend(axes: Any, wider: Sequence[dict[str, Any]]) -> None:
         axes.errorbar(sizes, values, yerr=reaches, marker="o", capsize=3, label=f"memory {memory:g}")
     models = {row["model"] for row in usual}
     axes.set(xlabel="parameters of the base", ylabel="recovery, corrected", xscale="log")
+    axes.margins(x=0.15)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set_xticks([PARAMETERS[model] for model in models], [MODELS[model] for model in models])
     axes.xaxis.set_minor_formatter("")
