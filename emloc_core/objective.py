@@ -74,6 +74,7 @@ class Objective(Protocol):
         keeps_rows: whether rows that an emulator is calibrated on, or that its correction is chosen on, are never tuned
             on. If not, what is drawn for them differs.
         task: PEFT's name for it, if it has one.
+        library: the library that loads models, as the hub calls it.
     """
 
     type_key: str
@@ -81,6 +82,7 @@ class Objective(Protocol):
     folder: str
     keeps_rows: bool
     task: str | None
+    library: str
 
     def config(self, path: "Path") -> Any:
         """Return the library's config for a ``config.json``; its ``dtype`` may be None."""
@@ -102,6 +104,15 @@ class Objective(Protocol):
 
     def accompany(self, checkpoint: "Checkpoint", adapter: "Path") -> None:
         """Write into the directory of an adapter what its users need beside it."""
+
+    def usage(self, kind: str, class_name: str, base: str) -> str | None:
+        """Return Python that loads an output, ``DIRECTORY``, for its card; None: what the card says of transformers.
+
+        Args:
+            kind: ``emulator``, ``checkpoint``, or an adapter, as in its manifest.
+            class_name: of the model.
+            base: what the output was made from.
+        """
 
     def check(self, settings: "StepSettings") -> None:
         """Refuse settings that training has no use for."""

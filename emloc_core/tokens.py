@@ -27,6 +27,7 @@ class TokenObjective:
     type_key, weights, folder = "model_type", "model", ""
     keeps_rows = True
     task = "CAUSAL_LM"
+    library = "transformers"
 
     def config(self, path: Path) -> Any:
         """Return transformers' config."""
@@ -77,6 +78,10 @@ class TokenObjective:
     def accompany(self, checkpoint: "Checkpoint", adapter: Path) -> None:
         """Copy the tokenizer."""
         checkpoint.copy_processing(adapter)
+
+    def usage(self, kind: str, class_name: str, base: str) -> str | None:
+        """Return None: cards know transformers."""
+        return None
 
     def check(self, settings: "StepSettings") -> None:
         """Refuse ``extra`` fields that are not TRL's."""

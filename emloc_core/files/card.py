@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.errors import printable
+from emloc_core.objective import Objective
 
 CARD = "README.md"
 #: The card of the model that a checkpoint was made from, in that checkpoint.
@@ -44,18 +45,27 @@ def data_name(source: Any) -> str:
     return str(source) if not Path(source).exists() and HUB_ID.fullmatch(str(source)) else Path(source).name
 
 
-def card(manifest: Manifest, parents: Iterable[Manifest], loader: str, table: str | None = None) -> str:
+def card(
+    manifest: Manifest,
+    parents: Iterable[Manifest],
+    loader: str,
+    table: str | None = None,
+    objective: Objective | None = None,
+) -> str:
     """Return the card of an output in Markdown.
 
     Args:
         manifest: of the output.
         parents: of the outputs that it was made from, the oldest first.
-        loader: the transformers class that loads the base.
+        loader: the class that loads the base.
         table: a table of scores, in Markdown.
+        objective: what the base learns; None: tokens.
     """
     line = [*parents, manifest]
     base = next((name for each in line if (name := _base(each))), None)
     heading, library, relation, tags = _KINDS.get(manifest["kind"], ("{}", None, None, []))
+    if objective and library == "transformers":
+        library = objective.library
     title = heading.format(_shown(base.rpartition("/")[2]) if base else "a model")
     if "source" in manifest["request"]:
         title = title.replace(", tuned", " in the layout of transformers")
@@ -66,7 +76,7 @@ def card(manifest: Manifest, parents: Iterable[Manifest], loader: str, table: st
         "model (arXiv 2506.12015).\n",
         f"## How it was made\n\n{made}" if (made := "".join(_made(line, base))) else "",
         *_scores(line, table),
-        *_use(manifest, line, base, loader),
+        *_use(manifest, line, base, loader, objective),
         f"`emloc.json` has every setting, the versions, and fingerprints of all inputs.{_licence(manifest)}\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -118,7 +128,9 @@ def _scores(line: list[Manifest], table: str | None) -> Iterator[str]:
         )
 
 
-def _use(manifest: Manifest, line: list[Manifest], base: str | None, loader: str) -> Iterator[str]:
+def _use(
+    manifest: Manifest, line: list[Manifest], base: str | None, loader: str, objective: Objective | None
+) -> Iterator[str]:
     kind = manifest["kind"]
     load = f'{loader}.from_pretrained("{{}}", dtype="auto")'
     if kind == "gguf":
@@ -131,6 +143,9 @@ def _use(manifest: Manifest, line: list[Manifest], base: str | None, loader: str
             "It was tuned on the emulator. `emloc correct DIRECTORY -o corrected` carries it over to the base, which "
             "is what it is for.\n"
         )
+        return
+    if objective and (own := objective.usage(kind, loader, _shown(base) if base else "BASE")):
+        yield f"## Use it\n\nWith this directory, or its hub id, as `DIRECTORY`:\n\n```python\n{own}\n```\n"
         return
     imports = [f"from transformers import {loader}, AutoTokenizer\n"]
     if kind == "emulator":

@@ -24,6 +24,7 @@ from emloc_core.files.documents import read_object, write_json
 from emloc_core.files.meter import Meter
 from emloc_core.files.workspace import Workspace, remove_at_once
 from emloc_core.observed.record import DECLARATIONS
+from emloc_core.plugins.manager import plugin_manager
 
 if TYPE_CHECKING:
     from emloc_core.family import Family
@@ -151,6 +152,7 @@ class Output:
         self._inputs = dict(inputs or {})
         self._files = files
         self._loader = family.auto_class if family else "AutoModelForCausalLM"
+        self._objective = plugin_manager().objective_of(family) if family else None
         self._declarations = [dict(record) for record in family.observed] if family else []
         self._versions = {**versions(), "device": device}
         self._workspace = Workspace(self.path)
@@ -320,9 +322,9 @@ class Output:
         table = self.staging / "table.md"
         scores = table.read_text(encoding="utf-8") if table.is_file() else None
         try:
-            text = card(manifest, _parents(self._inputs), self._loader, scores)
+            text = card(manifest, _parents(self._inputs), self._loader, scores, self._objective)
         except (EmlocError, OSError, LookupError, AttributeError, TypeError, ValueError):
-            text = card(manifest, [], self._loader, scores)  # what others made may say anything of how
+            text = card(manifest, [], self._loader, scores, self._objective)  # what others made may say anything of how
         (self.staging / CARD).write_text(text, encoding="utf-8")
 
 

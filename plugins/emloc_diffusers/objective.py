@@ -28,6 +28,7 @@ class FlowMatching:
     type_key, weights, folder = "_class_name", "diffusion_pytorch_model", "transformer"
     keeps_rows = False
     task = None
+    library = "diffusers"
 
     def config(self, path: Path) -> Any:
         """Return diffusers' config."""
@@ -71,6 +72,19 @@ class FlowMatching:
         from emloc_diffusers.lora_file import write_for_pipelines
 
         write_for_pipelines(adapter)
+
+    def usage(self, kind: str, class_name: str, base: str) -> str | None:
+        """Return how a pipeline takes it."""
+        pipe = f'pipe = DiffusionPipeline.from_pretrained("{base}"'
+        if kind == "emulator":
+            return "# An emulator is for training: emloc train DIRECTORY rows.jsonl -o adapter"
+        if kind == "checkpoint":
+            loaded = f'transformer = {class_name}.from_pretrained("DIRECTORY")'
+            return (
+                f"from diffusers import DiffusionPipeline, {class_name}\n\n{loaded}\n{pipe}, transformer=transformer)"
+            )
+        loaded = 'pipe.load_lora_weights("DIRECTORY", weight_name="pytorch_lora_weights.safetensors")'
+        return f"from diffusers import DiffusionPipeline\n\n{pipe})\n{loaded}"
 
     def check(self, settings: "StepSettings") -> None:
         """Refuse what only text has."""

@@ -17,7 +17,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint
 from emloc_core.files.documents import read_object
 from emloc_core.files.output import made_from, read_manifest
-from emloc_diffusers.pretrained import load_part
+from emloc_diffusers.pretrained import library, load_part
 
 INDEX = "model_index.json"
 #: The parts that read prompts.
@@ -73,8 +73,8 @@ class Parts:
 
     def load(self, name: str) -> Any:
         """Return a part; see :func:`emloc_diffusers.pretrained.load_part`."""
-        library, class_name = self.index[name]
-        return load_part(str(library), str(class_name), self.directory / name)
+        owner, class_name = self.index[name]
+        return load_part(str(owner), str(class_name), self.directory / name)
 
     @contextmanager
     def reading(self, classes: Sequence[str], device: torch.device) -> Iterator[Any]:
@@ -102,15 +102,13 @@ class Parts:
 
     def _made(self, classes: Sequence[str], names: Sequence[str]) -> Any:
         """Return the pipeline with parts of these names; the others are None."""
-        import diffusers
-
         if self.class_name not in classes:
             raise EmlocError(
                 f"{self.directory} is a {self.class_name}; how pictures are learned is known of {', '.join(classes)}.",
                 "Give another pipeline.",
                 code="unsupported",
             )
-        kind = getattr(diffusers, self.class_name)
+        kind = getattr(library(), self.class_name)
         taken = inspect.signature(kind.__init__).parameters
         parts = {name: self.load(name) for name in names if name in taken}
         missing = [name for name, each in taken.items() if each.default is each.empty and name not in ("self", *parts)]

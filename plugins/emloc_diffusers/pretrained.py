@@ -22,15 +22,30 @@ if TYPE_CHECKING:
 _SECONDS, _BYTES = 60.0, 4 << 30
 
 
+def library() -> Any:
+    """Return diffusers.
+
+    Raises:
+        EmlocError: it is not installed.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise EmlocError(
+            f"Transformers that draw need the package diffusers ({first_line(error)}).",
+            "pip install 'emloc[diffusion]'",
+            code="unavailable",
+        ) from error
+    return diffusers
+
+
 def new_transformer(class_name: str, config: Mapping[str, Any], dtype: "torch.dtype") -> Any:
     """Return a transformer with initial weights.
 
     Raises:
         EmlocError: diffusers does not have the class, or cannot build it.
     """
-    import diffusers
-
-    kind = getattr(diffusers, class_name, None)
+    kind = getattr(library(), class_name, None)
     if kind is None:
         raise EmlocError(f"This version of diffusers has no {class_name}.", "pip install --upgrade diffusers")
     taken = inspect.signature(kind.__init__).parameters  # an emulator's config has more
@@ -59,24 +74,24 @@ def _copied(_module: nn.Module, _args: Any, output: Any) -> Any:
     return tree_map(lambda each: each.clone() if hasattr(each, "clone") else each, output)
 
 
-def load_part(library: str, class_name: str, directory: Path) -> Any:
+def load_part(owner: str, class_name: str, directory: Path) -> Any:
     """Return a part of a pipeline, in the dtype that it is stored in.
 
     Args:
-        library, class_name: as the pipeline's index names them.
+        owner, class_name: library and class, as the pipeline's index names them.
         directory: of the part.
 
     Raises:
         EmlocError: neither transformers nor diffusers has the class, or the part cannot be loaded.
     """
-    kind = _class_of(library, class_name, directory)
+    kind = _class_of(owner, class_name, directory)
     require_own_files(directory, ["*"])
     settings: dict[str, Any] = {"local_files_only": True}
-    if library == "transformers":
+    if owner == "transformers":
         settings["trust_remote_code"] = False
     if hasattr(kind, "forward"):
         settings |= (
-            {"use_safetensors": True, "torch_dtype": "auto"} if library == "transformers" else {"use_safetensors": True}
+            {"use_safetensors": True, "torch_dtype": "auto"} if owner == "transformers" else {"use_safetensors": True}
         )
     try:
         return kind.from_pretrained(str(directory), **settings)
@@ -86,15 +101,14 @@ def load_part(library: str, class_name: str, directory: Path) -> Any:
         ) from error
 
 
-def _class_of(library: str, class_name: str, place: Path) -> Any:
-    import diffusers
+def _class_of(owner: str, class_name: str, place: Path) -> Any:
     import transformers
 
-    libraries: dict[str, Any] = {"transformers": transformers, "diffusers": diffusers}
-    kind = getattr(libraries.get(library), class_name, None)
+    libraries: dict[str, Any] = {"transformers": transformers, "diffusers": library()}
+    kind = getattr(libraries.get(owner), class_name, None)
     if not hasattr(kind, "from_pretrained"):
         raise EmlocError(
-            f"{place} has a {library}.{class_name}, which neither transformers nor diffusers has.",
+            f"{place} has a {owner}.{class_name}, which neither transformers nor diffusers has.",
             "Use a pipeline without code of its own.",
             code="refused",
         )

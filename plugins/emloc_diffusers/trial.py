@@ -17,6 +17,7 @@ from emloc_core.standins.layer import StandInLinear
 from emloc_diffusers.calls import call_of
 from emloc_diffusers.encoding import Encoded
 from emloc_diffusers.flow import Drawn, Times, draws, forward
+from emloc_diffusers.pretrained import library
 from emloc_diffusers.transformer import Config
 
 #: Height and width of pictures, in latents: two shapes, since positions depend on them.
@@ -30,9 +31,7 @@ class FlowTrial:
 
     def has_class(self, name: str) -> bool:
         """Return whether diffusers has the class."""
-        import diffusers
-
-        return hasattr(getattr(diffusers, name, None), "from_config")
+        return hasattr(getattr(library(), name, None), "from_config")
 
     def config(self, settings: Mapping[str, Any]) -> Config:
         """Return diffusers' config."""

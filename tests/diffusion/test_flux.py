@@ -137,3 +137,11 @@ def test_a_transformer_without_its_pipeline_is_refused(made, tmp_path):
     whole(made).save_pretrained(alone)
     with pytest.raises(EmlocError, match="part of no pipeline"):
         emloc.compress(str(alone), made["rows"], str(tmp_path / "emulator"), samples=2, selection=2)
+
+
+def test_cards_say_how_pipelines_load_what_was_made(made):
+    texts = {name: (made[name].path / "README.md").read_text() for name in ("emulator", "polished", "merged")}
+    assert all("AutoTokenizer" not in text for text in texts.values())
+    assert 'pipe.load_lora_weights("DIRECTORY"' in texts["polished"]
+    assert 'FluxTransformer2DModel.from_pretrained("DIRECTORY")' in texts["merged"]
+    assert "library_name: diffusers" in texts["merged"]
