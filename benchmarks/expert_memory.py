@@ -1,0 +1,101 @@
+"""Plans of tuning a mixture of experts beside the measured peak: two blocks as wide as those of Qwen3-30B-A3B.
+
+Packed weights are random: what they are worth does not matter, what they weigh does. Each kind is tuned for two steps
+in a process of its own, on this CPU. `python benchmarks/expert_memory.py` prints the table and writes it to
+benchmarks/results/.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness import goal, in_process, markdown, write_results
+from memory import VOCABULARY, tune, write_rows
+
+KINDS = ("nf4", "2.7-bit", "1.6-bit+repair")
+SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128,
+    "num_experts_per_tok": 8, "norm_topk_prob": True, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
+BATCH, LENGTH = 2, 512
+
+
+def write_base(place: str) -> dict[str, Any]:
+    """Write the base, and the rows."""
+    import torch
+    from emloc_demo.model import write_base
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    work = Path(place)
+    write_base(work / "smollm2")
+    config = AutoConfig.for_model("qwen3_moe", vocab_size=VOCABULARY, **SHAPE)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(work / "base")
+    AutoTokenizer.from_pretrained(work / "smollm2").save_pretrained(work / "base")
+    write_rows(work / "rows.jsonl")
+    return {}
+
+
+def write_emulator(base: str, kind: str, target: str) -> dict[str, Any]:
+    """Write an emulator of a kind with random parts, and return its predicted peak above the imports."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from emloc_core.files.documents import read_json, write_json
+    from emloc_core.memory.model import MemoryModel
+    from emloc_core.memory.workload import Workload
+    from emloc_core.model.overhead import IMPORTS
+    from emloc_core.settings import CompressSettings, TrainSettings
+
+    train = TrainSettings(batch_size=BATCH)
+    settings = CompressSettings(kind=kind, allocator=None if kind in ("nf4", "2.7-bit") else "uniform")
+    plans = MemoryModel(Path(base) / "config.json", Workload(BATCH, LENGTH, 0, train, "cpu"), settings)
+    plan = plans.plan()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    before = {id(parameter) for parameter in model.parameters()}
+    plans.format.replace(model, plan.ranks)
+    for parameter in (each for each in model.parameters() if id(each) not in before):
+        random = torch.randint(0, 200, parameter.shape, dtype=torch.uint8)
+        parameter.data = random if parameter.dtype == torch.uint8 else (random / 20000).to(parameter.dtype)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(base).save_pretrained(target)
+    quantisation = plans.format.config(plan.ranks, model, model.dtype)
+    config = Path(target) / "config.json"
+    write_json(config, {**read_json(config), "quantization_config": quantisation})
+    need = plans.tuning(plan)
+    return {"bytes": need.total - IMPORTS["cpu"], "terms": dict(need.terms)}
+
+
+def measure(work: Path, kind: str) -> dict[str, Any]:
+    predicted = in_process(write_emulator, work / "base", kind, work / kind)
+    reading = in_process(tune, work / kind, work / "rows.jsonl", work / f"adapter-{kind}", BATCH, LENGTH, True)
+    measured = reading["peak_rss_bytes"] - reading["floor_bytes"]
+    return {
+        "kind": kind,
+        "predicted_bytes": predicted["bytes"],
+        "predicted_terms": predicted["terms"],
+        "measured_bytes": measured,
+        "error": round(predicted["bytes"] / measured - 1, 4),
+    }
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        work = Path(place)
+        in_process(write_base, work)
+        rows = [measure(work, kind) for kind in KINDS]
+    worst = max(abs(row["error"]) for row in rows)
+    goals = [goal("largest error of a prediction, of the peak above imports", 0.06, worst, worst <= 0.06)]
+    header = ["kind", "predicted, MB", "measured, MB", "error"]
+    cells = [
+        [row["kind"], *(f"{row[name] / 1e6:,.0f}" for name in ("predicted_bytes", "measured_bytes")),
+         f"{row['error']:+.1%}"]
+        for row in rows
+    ]  # fmt: skip
+    command = "python benchmarks/expert_memory.py"
+    write_results("expert_memory", command, rows, goals, markdown(header, cells), batch=BATCH, length=LENGTH)
+
+
+if __name__ == "__main__":
+    main()
