@@ -28,7 +28,7 @@ def require_own_files(directory: Path, patterns: Iterable[str]) -> None:
     """Refuse a directory that contains special files, or links to other places.
 
     A link may point within the directory, or to the blobs of the hub's cache if the directory is one of its snapshots
-    (``models--NAME/snapshots/COMMIT``). Broken links are ignored.
+    (``models--NAME/snapshots/COMMIT``), or a folder in one. Broken links are ignored.
 
     Args:
         directory: directory of a model or an adapter.
@@ -38,7 +38,8 @@ def require_own_files(directory: Path, patterns: Iterable[str]) -> None:
         EmlocError: there is such a file; names the first.
     """
     root = directory.resolve()
-    places = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    snapshot = next((each for each in (root, root.parent) if each.parent.name == "snapshots"), None)
+    places = [root, snapshot.parents[1] / "blobs"] if snapshot else [root]
     for path in sorted(directory.iterdir()):
         if not any(path.match(pattern) for pattern in patterns) or not path.exists() or path.is_dir():
             continue

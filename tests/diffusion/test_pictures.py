@@ -113,3 +113,18 @@ def test_plans_of_tokens_say_where_there_is_another(pixels):
 
 def test_the_transformer_of_a_pipeline_is_opened(pixels):
     assert open_checkpoint(str(pixels)).directory.name == "transformer"
+
+
+def test_a_pipeline_in_the_cache_of_the_hub_is_read_from_its_blobs(pixels, tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "c0ffee", tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(path for path in pixels.rglob("*") if path.is_file()):
+        link = snapshot / file.relative_to(pixels)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        link.symlink_to(blobs / str(number))
+    assert open_model(str(snapshot), "cpu").skeleton.blocks
+    (tmp_path / "secret.json").write_text("{}")
+    (snapshot / "transformer" / "secret.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(EmlocError, match="is a link"):
+        open_checkpoint(str(snapshot))
