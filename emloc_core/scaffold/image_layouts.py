@@ -59,12 +59,11 @@ def layouts(config: Any) -> Iterator[dict[str, Made]]:
 
 
 def _tiles(channels: int, size: tuple[int, int], tiles: int) -> dict[str, Made]:
-    """Return an image in tiles, that tokens attend to from outside of the row, which then has four."""
+    """Return an image in tiles."""
     return {
         "pixel_values": noise(1, 1, tiles, channels, *size),
         "aspect_ratio_ids": ones(1, 1, dtype=torch.long),
         "aspect_ratio_mask": ones(1, 1, tiles, dtype=torch.long),
-        "cross_attention_mask": ones(1, 4, 1, tiles, dtype=torch.long),
     }
 
 

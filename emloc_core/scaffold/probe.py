@@ -13,11 +13,17 @@ from emloc_core.conformance.inputs import image_inputs, special_tokens, tiny_sam
 from emloc_core.family import Family
 from emloc_core.scaffold.image_layouts import Made, accepted, layouts
 
-#: What says of every token whether an image stands there: its source, and what makes it of ids and the image's mark.
-_MASKS: Mapping[str, tuple[str, Callable[[torch.Tensor, int], torch.Tensor]]] = {
-    "mm_token_type_ids": ("(ids == mark).long()", lambda ids, mark: (ids == mark).long()),
-    "image_attention_mask": ("torch.ones(*ids.shape, 1)", lambda ids, _: torch.ones(*ids.shape, 1)),
-    "image_embeds_position_mask": ("ids == mark", lambda ids, mark: ids == mark),
+#: Ordinary tokens of a row, beside those of its image.
+_TEXT = 16
+#: What says something of every token: its source, and what makes it of ids, the image's mark and the config.
+_MASKS: Mapping[str, tuple[str, Callable[[torch.Tensor, int, Any], torch.Tensor]]] = {
+    "mm_token_type_ids": ("(ids == mark).long()", lambda ids, mark, _: (ids == mark).long()),
+    "image_embeds_position_mask": ("ids == mark", lambda ids, mark, _: ids == mark),
+    "image_attention_mask": ("torch.ones(*ids.shape, 1)", lambda ids, *_: torch.ones(*ids.shape, 1)),
+    "cross_attention_mask": (
+        "torch.ones(*ids.shape, 1, config.vision_config.max_num_tiles)",
+        lambda ids, _, config: torch.ones(*ids.shape, 1, config.vision_config.max_num_tiles),
+    ),
 }
 
 
@@ -53,7 +59,8 @@ def _laid_out(model: PreTrainedModel, layout: Mapping[str, Made]) -> Probe:
     names = set(inspect.signature(model.forward).parameters)
     given = accepted(layout, names)
     tokens = _tokens(model, layout)
-    a, b, c, d, e = [token for token in range(vocabulary(config)) if token not in special_tokens(config.to_dict())][4:9]
+    special = special_tokens(config.to_dict())
+    spare, *text = [token for token in range(vocabulary(config)) if token not in special][4 : 5 + _TEXT]
     by_name = hasattr(config, "image_token_id")
     masks = accepted(_MASKS, names)
     arguments = {name: source for name, (source, _) in masks.items()} | {
@@ -62,8 +69,8 @@ def _laid_out(model: PreTrainedModel, layout: Mapping[str, Made]) -> Probe:
     source = (
         "import torch",
         "",
-        f"mark = {'config.image_token_id' if by_name else e}",
-        f"ids = torch.tensor([[{a}, {b}, *[mark] * {tokens}, {c}, {d}]])",
+        f"mark = {'config.image_token_id' if by_name else spare}",
+        f"ids = torch.tensor([[{text[0]}, *[mark] * {tokens}, {', '.join(map(str, text[1:]))}]])",
         "return {",
         '    "input_ids": ids,',
         *(f'    "{name}": {expression},' for name, expression in arguments.items()),
@@ -71,9 +78,9 @@ def _laid_out(model: PreTrainedModel, layout: Mapping[str, Made]) -> Probe:
     )
 
     def tiny_inputs(config: Any) -> dict[str, Any]:
-        mark = config.image_token_id if by_name else e
-        ids = torch.tensor([[a, b, *[mark] * tokens, c, d]])
-        others = {name: make(ids, mark) for name, (_, make) in masks.items()}
+        mark = config.image_token_id if by_name else spare
+        ids = torch.tensor([[text[0], *[mark] * tokens, *text[1:]]])
+        others = {name: make(ids, mark, config) for name, (_, make) in masks.items()}
         return {"input_ids": ids, **others, **{name: made.tensor for name, made in given.items()}}
 
     return Probe(tiny_inputs(config), tiny_inputs, source)

@@ -53,9 +53,9 @@ class RepairedLinear(FewLevelsLinear):
     def unpack_stack(cls, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Return ``W + U V`` of all, the sums one by one."""
         found = super().unpack_stack(*parts[:2], shape=shape, dtype=dtype)
-        for matrix, *of in zip(found, *parts[2:], strict=True):
+        for at, *of in zip(range(len(found)), *parts[2:], strict=True):
             u, v = unpack_factors(of, shape, dtype)
-            matrix.add_(u @ v)
+            found[at].add_(u @ v)
         return found
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
