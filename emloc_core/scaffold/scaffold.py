@@ -33,7 +33,7 @@ from emloc_core.scaffold.draft import Draft
 from emloc_core.scaffold.observe import Observation, block_lists, without_gradient
 from emloc_core.scaffold.probe import Probe, probes
 from emloc_core.scaffold.shrink import TINY_PARAMETERS, shrink
-from emloc_core.scaffold.stored import UNREAD, is_grouped, keep_dense, stored_otherwise
+from emloc_core.scaffold.stored import RENAMED, UNREAD, is_grouped, keep_dense, stored_otherwise
 from emloc_core.standins.transposed import as_linears
 
 
@@ -82,7 +82,8 @@ class _Scaffold:
         self.tinies = [self.tiny]
         if not alone:
             self.seen.with_branches(list(self._branches()))
-        keep_dense(self.seen.stacks, stored_otherwise(self._tiny_model(), self.family, self.seen.stacks))
+        self.stored = stored_otherwise(self._tiny_model(), self.family, self.seen.stacks)
+        keep_dense(self.seen.stacks, self.stored)
         unread = unread_features(self.seen.model, [as_sample(self.probe.inputs, 0)], self._grouped())
         keep_dense(self.seen.stacks, dict.fromkeys(unread, UNREAD))
 
@@ -156,7 +157,7 @@ class _Scaffold:
         family = replace(
             self.family,
             towers=deduce.towers(self.seen, self._without_lora(), notes),
-            keep_dense=deduce.dense(self.seen),
+            keep_dense=deduce.dense(self.seen) | {path: why for path, why in self.stored.items() if why == RENAMED},
             tiny_configs=self.tinies,
             tiny_inputs=self.probe.make,
         )

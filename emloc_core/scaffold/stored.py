@@ -13,19 +13,28 @@ from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.model.opened import OpenModel
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.scaffold.merge import Stack
+from emloc_core.standins.vocabulary import vocabulary_layers
 
 OTHERWISE = "the checkpoint stores it together with other weights, or in another order"
+RENAMED = "the checkpoint has its weight under another name"
 UNREAD = "nothing reads some of its outputs"
 UNNAMED = "its name in the checkpoint does not end in .weight, which factors stand beside"
 
 
 def stored_otherwise(model: PreTrainedModel, family: Family, stacks: Sequence[Stack]) -> dict[str, str]:
-    """Return the Linears in groups whose factors a checkpoint, as transformers saves it, has no place for -> why."""
+    """Return what a checkpoint, as transformers saves it, has no place for in other parts than a weight -> why.
+
+    Of the Linears in groups, the embedding of tokens, and the output layer.
+    """
     with TemporaryDirectory(prefix="emloc-scaffold-") as directory:
         model.save_pretrained(directory)
         skeleton = OpenModel(Checkpoint(Path(directory)), family).skeleton
         linears = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
         reasons = {name: _reason(skeleton, name, model) for name in linears if is_grouped(name, stacks)}
+        for path in vocabulary_layers(model):
+            # Where transformers renames the module itself, its pattern may be of the weight alone.
+            renamed = (key.split(".")[-2:-1] != path.split(".")[-1:] for key in skeleton.stored(f"{path}.weight"))
+            reasons[path] = RENAMED if any(renamed) else None
     return {name: reason for name, reason in reasons.items() if reason}
 
 

@@ -97,7 +97,9 @@ def _images(model: Any, family: Family) -> Iterator[Any]:
         with suppress(Exception):  # inputs that are a guess
             inputs = make().inputs
             with torch.no_grad():
-                model(**inputs, use_cache=False)
+                found = model(**inputs, use_cache=False)
+            if found.logits.shape[1] != inputs["input_ids"].shape[1]:
+                continue
             if name != "text":
                 yield inputs
             return
