@@ -24,7 +24,7 @@ UNNAMED = "its name in the checkpoint does not end in .weight, which factors sta
 def stored_otherwise(model: PreTrainedModel, family: Family, stacks: Sequence[Stack]) -> dict[str, str]:
     """Return what a checkpoint, as transformers saves it, has no place for in other parts than a weight -> why.
 
-    Of the Linears in groups, the embedding of tokens, and the output layer.
+    It looks at the Linears in groups, the embedding of tokens, and the output layer.
     """
     with TemporaryDirectory(prefix="emloc-scaffold-") as directory:
         model.save_pretrained(directory)

@@ -28,6 +28,7 @@ streams nothing: ordinary forwards of the whole model, the paper's formulas, and
 
 The configs are the defaults of their classes, with what `tests/survey/configs.toml` adds where no model runs from
 these. They show one branch of an architecture; `emloc compress` checks on your rows what its Linears receive.
+Types are run one by one, and again where something changed that concerns them: a result may be older than the code.
 
 | outcome | meaning |
 | --- | --- |
