@@ -51,8 +51,6 @@ class TrainerFields(TypedDict, total=False):
     f_divergence_type: str
     fp16: bool
     fp16_full_eval: bool
-    fsdp: str | None
-    fsdp_config: dict[str, Any] | str | None
     full_determinism: bool
     gradient_checkpointing_kwargs: dict[str, Any] | str | None
     include_for_metrics: list[str]
