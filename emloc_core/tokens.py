@@ -124,10 +124,12 @@ class TokenObjective:
         arguments: "TrainingArguments",
     ) -> Datasets:
         """Return tokenized rows, or with images what TRL's collator takes."""
+        from contextlib import nullcontext
         from functools import partial
 
         from transformers import ProcessorMixin
 
+        from emloc_core.processes.environment import without_collections
         from emloc_core.tuning.dataset import make_dataset
         from emloc_core.tuning.preferences import preference_dataset
 
@@ -135,9 +137,11 @@ class TokenObjective:
         how = (processing, settings.max_length, model.config)
         sft = partial(make_dataset, completion_only=getattr(arguments, "completion_only_loss", True))
         preferences = partial(preference_dataset, settings=settings)
-        train, sizes = (preferences if settings.learns_preferences else sft)(rows, *how)
-        held_out = sft(evaluated, *how)[0] if evaluated else None
-        if isinstance(processing, ProcessorMixin):  # the collator makes all inputs of the model
+        pictured = isinstance(processing, ProcessorMixin)
+        with nullcontext() if pictured else without_collections():
+            train, sizes = (preferences if settings.learns_preferences else sft)(rows, *how)
+            held_out = sft(evaluated, *how)[0] if evaluated else None
+        if pictured:  # the collator makes all inputs of the model
             arguments.remove_unused_columns = False
         return Datasets(train, held_out, sizes, processing)
 
