@@ -62,7 +62,7 @@ def test_a_small_compressible_share_is_said_with_what_helps(tmp_path, rows_file)
     settings = {**QWEN_MOE.tiny_configs[0], "num_experts": 32, "mlp_only_layers": []}
     base = save_tiny_model(settings, tmp_path / "base")
     with pytest.warns(UserWarning, match=r"only \d+\.\d% of the parameters") as caught:
-        emloc_core.compress(base, str(rows_file), tmp_path / "emulator", samples=4, ratio=0.5, kind="low-rank-nf4")
+        emloc_core.compress(base, str(rows_file), tmp_path / "emulator", samples=4, ratio=0.5, allocator="global")
     said = str(caught[0].message)
     assert "what stays dense: model.layers.*.mlp.experts (" in said
     assert "`emloc train MODEL --exact`" in said

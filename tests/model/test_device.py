@@ -105,7 +105,7 @@ def test_an_emulator_is_the_same_when_nothing_may_stay(tiny_model, rows_file, tm
     monkeypatch.setattr(Parking, "on", classmethod(lambda cls, _device, shared, _directory: cls(0, shared)))
     moved = compress_job(tiny_model, rows, tmp_path / "moved", settings).run()
     shards = sorted(path.name for path in kept.glob("*.safetensors"))
-    assert len(shards) == 4
+    assert len(shards) == 6
     for name in shards:
         assert (kept / name).read_bytes() == (moved / name).read_bytes()
 
