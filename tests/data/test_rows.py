@@ -293,7 +293,7 @@ def test_reading_rows_needs_no_torch():
 
 def test_a_parquet_file_that_unpacks_to_very_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     repeated = pyarrow.DictionaryArray.from_arrays(
-        pyarrow.array([0] * 500, pyarrow.int32()), pyarrow.array(["x" * 2**20])
+        pyarrow.array([0] * 2000, pyarrow.int32()), pyarrow.array(["x" * 2**20])
     )
     pyarrow.parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "rows.parquet")
     monkeypatch.setattr("emloc_core.files.limits._LEAST", 256 << 20)

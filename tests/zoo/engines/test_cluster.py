@@ -103,7 +103,7 @@ def wait_for(condition, seconds=300):
         time.sleep(0.05)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_both_engines_write_the_same_bytes_though_a_worker_and_a_node_are_lost(cluster, jobs, emulator, tmp_path):
     """Two jobs are at work, one on each node. The worker of one is killed, and the node of the other is removed."""
     node = next(node for node in cluster.worker_nodes)

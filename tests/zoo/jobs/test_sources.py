@@ -161,7 +161,7 @@ def test_the_kind_is_chosen_by_a_memory_target():
     assert (job.compress.kind, job.compress.ratio) == ("2.7-bit", None)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_an_entry_in_another_layout_is_rewritten_first(tmp_path, rows_file):
     config = chat_config(text_config("qwen2"))
     source = save_source(tmp_path / "source", randomise(InternVLChat(config)), config)
