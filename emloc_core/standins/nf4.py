@@ -114,6 +114,8 @@ class PackedNF4(Format):
     def leaves(self, path: str, linear: nn.Module) -> str | None:
         """Leave Linears that bitsandbytes does not pack, and those whose parts transformers does not find."""
         kind = type(linear).__name__
+        if type(linear).forward is not nn.Linear.forward and not isinstance(linear, TransposedLinear):
+            return None  # it may compute more than W x + b, where no LoRA would be right: fitting it finds out
         if kind not in (nn.Linear.__name__, TransposedLinear.__name__):
             return f"bitsandbytes packs no {kind}"
         return "transformers would look for its scales elsewhere, by its name" if _MISLEADING.search(path) else None
@@ -200,6 +202,8 @@ class NF4(PackedNF4):
         skipped = [path for path in linears if path not in ranks]
         dense = [*skipped, *kept_in_fp32(model)]
         for path, module in linears.items():
+            if path in ranks and not isinstance(module, TransposedLinear) and type(module) is not nn.Linear:
+                raise _unreadable(f"{path}: bitsandbytes packs no {type(module).__name__}.")
             if (self.leaves(path, module) is None and should_convert_module(path, dense)) != (path in ranks):
                 raise _unreadable(
                     f"transformers cannot be told which Linears of this model are in four bits: {path} "
