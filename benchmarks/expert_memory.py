@@ -49,7 +49,8 @@ def write_emulator(base: str, kind: str, target: str) -> dict[str, Any]:
     from emloc_core.settings import CompressSettings, TrainSettings
 
     train = TrainSettings(batch_size=BATCH)
-    settings = CompressSettings(kind=kind, allocator=None if kind in ("nf4", "2.7-bit") else "uniform")
+    # What is measured are the experts: the emulator written here has the vocabulary of its base.
+    settings = CompressSettings(kind=kind, keep="head", allocator=None if kind in ("nf4", "2.7-bit") else "uniform")
     plans = MemoryModel(Path(base) / "config.json", Workload(BATCH, LENGTH, 0, train, "cpu"), settings)
     plan = plans.plan()
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")

@@ -6,7 +6,7 @@ the velocity of flow matching (Esser et al., 2024, arXiv 2403.03206).
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,8 +17,8 @@ GUIDANCE = 3.5
 Tensors = Mapping[str, torch.Tensor]
 
 
-class Call(Protocol):
-    """How a class is called.
+class Call:
+    """How a class is called, and what most of them have in common.
 
     Attributes:
         pipelines: the classes of pipelines whose prompts and pictures the class is given.
@@ -27,28 +27,47 @@ class Call(Protocol):
     """
 
     pipelines: tuple[str, ...]
-    density: str
-    patch: int
+    density = "uniform"
+    patch = 2
 
     def channels(self, config: Mapping[str, Any]) -> int:
         """Return C, the channels of pictures as latents."""
+        return int(config["in_channels"])
 
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         """Return one prompt as the pipeline encodes it: tensors without batch."""
+        raise NotImplementedError
 
     def arguments(
         self, noisy: torch.Tensor, sigma: torch.Tensor, prompt: Tensors, config: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return what a forward is given."""
+        raise NotImplementedError
 
     def answer(self, output: Any) -> torch.Tensor:
         """Return what a forward answers, in the shape of :meth:`target`."""
+        found: torch.Tensor = output[0]
+        return found
 
     def target(self, velocity: torch.Tensor) -> torch.Tensor:
         """Return what it should answer, of ``noise - pictures``, (B, C, h, w)."""
+        return velocity
 
     def made_up(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a prompt of five tokens, for tiny models."""
+        return {"tokens": (5, config["joint_attention_dim"])}
+
+
+class Packed(Call):
+    """The call of a class that gets pictures as :func:`packed`."""
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        """Return those of a patch of 2 x 2, divided by its latents."""
+        return super().channels(config) // 4
+
+    def target(self, velocity: torch.Tensor) -> torch.Tensor:
+        """Return it packed."""
+        return packed(velocity)
 
 
 def packed(latents: torch.Tensor) -> torch.Tensor:
@@ -72,13 +91,10 @@ def positions(height: int, width: int, device: torch.device) -> torch.Tensor:
     return grid.reshape(-1, 3)
 
 
-class Flux:
+class Flux(Packed):
     """FLUX.1: packed pictures, time from 0 to 1, a pooled prompt besides."""
 
-    pipelines, density, patch = ("FluxPipeline",), "uniform", 2
-
-    def channels(self, config: Mapping[str, Any]) -> int:
-        return int(config["in_channels"]) // 4
+    pipelines = ("FluxPipeline",)
 
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         length = min(512, pipe.tokenizer_2.model_max_length)
@@ -100,24 +116,14 @@ class Flux:
             **guided,
         }
 
-    def answer(self, output: Any) -> torch.Tensor:
-        found: torch.Tensor = output[0]
-        return found
-
-    def target(self, velocity: torch.Tensor) -> torch.Tensor:
-        return packed(velocity)
-
     def made_up(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {"tokens": (5, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
+        return super().made_up(config) | {"pooled": (config["pooled_projection_dim"],)}
 
 
-class Flux2:
+class Flux2(Call):
     """FLUX.2: the VAE packs the pictures; positions have four parts, of which prompts have the last."""
 
-    pipelines, density, patch = ("Flux2Pipeline", "Flux2KleinPipeline"), "uniform", 1
-
-    def channels(self, config: Mapping[str, Any]) -> int:
-        return int(config["in_channels"])
+    pipelines, patch = ("Flux2Pipeline", "Flux2KleinPipeline"), 1
 
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         return {"tokens": pipe.encode_prompt(text)[0][0]}
@@ -138,24 +144,14 @@ class Flux2:
             "img_ids": of_patches.expand(rows, -1, -1),
         }
 
-    def answer(self, output: Any) -> torch.Tensor:
-        found: torch.Tensor = output[0]
-        return found
-
     def target(self, velocity: torch.Tensor) -> torch.Tensor:
         return velocity.flatten(2).mT
 
-    def made_up(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {"tokens": (5, config["joint_attention_dim"])}
 
-
-class StableDiffusion3:
+class StableDiffusion3(Call):
     """Stable Diffusion 3 and 3.5: time from 0 to 1000; the model packs the pictures itself."""
 
-    pipelines, density, patch = ("StableDiffusion3Pipeline",), "logit-normal", 2
-
-    def channels(self, config: Mapping[str, Any]) -> int:
-        return int(config["in_channels"])
+    pipelines, density = ("StableDiffusion3Pipeline",), "logit-normal"
 
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         tokens, _, pooled, _ = pipe.encode_prompt(text, text, text, do_classifier_free_guidance=False)
@@ -171,24 +167,14 @@ class StableDiffusion3:
             "pooled_projections": prompt["pooled"],
         }
 
-    def answer(self, output: Any) -> torch.Tensor:
-        found: torch.Tensor = output[0]
-        return found
-
-    def target(self, velocity: torch.Tensor) -> torch.Tensor:
-        return velocity
-
     def made_up(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {"tokens": (5, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
+        return super().made_up(config) | {"pooled": (config["pooled_projection_dim"],)}
 
 
-class QwenImage:
+class QwenImage(Packed):
     """Qwen-Image: packed pictures, whose shapes the model is told; prompts are as long as they are."""
 
-    pipelines, density, patch = ("QwenImagePipeline",), "uniform", 2
-
-    def channels(self, config: Mapping[str, Any]) -> int:
-        return int(config["in_channels"]) // 4
+    pipelines = ("QwenImagePipeline",)
 
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         return {"tokens": pipe.encode_prompt(text)[0][0]}
@@ -203,24 +189,11 @@ class QwenImage:
             "img_shapes": [[(1, noisy.shape[2] // 2, noisy.shape[3] // 2)]] * len(noisy),
         }
 
-    def answer(self, output: Any) -> torch.Tensor:
-        found: torch.Tensor = output[0]
-        return found
 
-    def target(self, velocity: torch.Tensor) -> torch.Tensor:
-        return packed(velocity)
-
-    def made_up(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {"tokens": (5, config["joint_attention_dim"])}
-
-
-class ZImage:
+class ZImage(Call):
     """Z-Image: lists of pictures and prompts; time runs from noise at 0, and so does the answer's sign."""
 
-    pipelines, density, patch = ("ZImagePipeline",), "uniform", 2
-
-    def channels(self, config: Mapping[str, Any]) -> int:
-        return int(config["in_channels"])
+    pipelines = ("ZImagePipeline",)
 
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         return {"tokens": pipe.encode_prompt(text, do_classifier_free_guidance=False)[0][0]}
