@@ -58,7 +58,7 @@ def write_emulator(base: str, kind: str, target: str) -> dict[str, Any]:
     plans.format.replace(model, plan.ranks)
     for parameter in (each for each in model.parameters() if id(each) not in before):
         random = torch.randint(0, 200, parameter.shape, dtype=torch.uint8)
-        parameter.data = random if parameter.dtype == torch.uint8 else (random / 20000).to(parameter.dtype)
+        parameter.data = random if parameter.dtype == torch.uint8 else (random / 2_000_000).to(parameter.dtype)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(base).save_pretrained(target)
     quantisation = plans.format.config(plan.ranks, model, model.dtype)

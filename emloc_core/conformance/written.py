@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import nn
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.conformance.activations import before_the_end, deviation, statistics, tolerated
@@ -168,12 +169,18 @@ def ties(subject: TinyModel) -> str:
     for kind, directory in (("emulator", subject.emulator), ("merged checkpoint", subject.merged)):
         model = subject.load(directory)
         for name, source in pairs.items():
-            layers = [model.get_submodule(each.removesuffix(".weight")) for each in (name, source)]
-            packed = all(isinstance(layer, PackedLayer) for layer in layers)
-            first, other = (layer.codes if packed else layer.weight for layer in layers)
+            first, other = (_kept(model, each) for each in (name, source))
             if first is not other:
                 problems.append(f"{name} is tied to {source} in the base, and not in the {kind}")
-            elif not packed and not torch.equal(first, subject.whole.get_parameter(name)):
+            elif first.is_floating_point() and not torch.equal(first, subject.whole.get_parameter(name)):
                 problems.append(f"{name} of the {kind} is not the base's")
     require(problems, "Keep them out of input_groups and lora_targets.")
     return f"Tied: {', '.join(pairs)}." if pairs else "Nothing is tied in this config."
+
+
+def _kept(model: nn.Module, name: str) -> torch.Tensor:
+    """Return a parameter; of a weight that is packed by rows, its codes."""
+    owner, _, last = name.rpartition(".")
+    layer = model.get_submodule(owner)
+    found: torch.Tensor = getattr(layer, "codes" if isinstance(layer, PackedLayer) and last == "weight" else last)
+    return found

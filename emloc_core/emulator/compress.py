@@ -69,7 +69,7 @@ class Compress:
         format.check(settings)
         distinct = len({row.key for row in rows})
         linears = find_linears(self.base.skeleton.model, self.base.family, format)
-        self.method = method_of(settings, format, linears, rows=distinct)
+        self.method = method_of(settings, format, linears, self.base.skeleton.model, rows=distinct)
         self.format = self.method.format
         self._keeps_fewer = self.method.settings.selection < settings.selection
         self.settings = settings = self.method.settings

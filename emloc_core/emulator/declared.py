@@ -25,7 +25,7 @@ def find_linears(model: nn.Module, family: Family, format: Format | None = None)
     Args:
         model: the model; meta tensors suffice.
         family: its declaration.
-        format: of the emulator: what it leaves dense has that reason, and activations are captured as it needs them.
+        format: of the emulator: experts that it cannot pack stay dense, and activations are captured as it needs them.
 
     Raises:
         EmlocError: the declaration does not fit the model.
@@ -52,9 +52,6 @@ def find_linears(model: nn.Module, family: Family, format: Format | None = None)
         return plan
     if not format.experts:
         plan = plan.without_experts(f"the kind {format.name!r} is for Linears alone")
-    for linear in plan.candidates:
-        if reason := format.leaves(linear.path, model.get_submodule(linear.path)):
-            plan = plan.dense([linear.path], reason)
     if format.packs_vocabulary and plan.ranks:
         plan = replace(plan, vocabulary=find_vocabulary(model, lambda path: kept_by(path, family)))
     return plan.tapped(format.tap)

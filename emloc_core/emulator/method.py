@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from torch import nn
+
 from emloc_core.algorithms.allocation import ALLOCATORS, Spectrum, uniform, wants_spectra
 from emloc_core.emulator.ranks import NO_EXPERTS, LinearPlan, RankPlan, allocated
 from emloc_core.errors import EmlocError
@@ -71,6 +73,7 @@ def method_of(
     settings: CompressSettings,
     format: Format,
     linears: RankPlan,
+    model: nn.Module,
     *,
     rows: int | None = None,
 ) -> Method:
@@ -80,13 +83,15 @@ def method_of(
         settings: what the user says.
         format: of the emulator.
         linears: the Linears and experts of the model that this format makes smaller.
+        model: it, or its outline.
         rows: number of distinct rows; None: there are enough.
 
     Raises:
         EmlocError: stand-ins are to be refined that are not fitted to what the emulator computes.
     """
     linears = linears.without_vocabulary() if settings.keep else linears
-    format = format.own() if linears.has_experts or linears.vocabulary else format
+    more = linears.has_experts or linears.vocabulary
+    format = format if format.holds(model) and not more else format.own()
     calibration = settings.calibration or format.calibrations[0]
     if settings.refine and calibration != "propagated":
         raise EmlocError(

@@ -104,7 +104,7 @@ class MemoryModel:
     def _method(self) -> Method:
         format = format_named(self.settings.kind)
         settings = self.settings.for_tuning(self.workload.train)
-        return method_of(settings, format, find_linears(self.model, self.family, format))
+        return method_of(settings, format, find_linears(self.model, self.family, format), self.model)
 
     @property
     def packed(self) -> Sequence[str]:

@@ -90,18 +90,13 @@ class Format(ABC):
         """Return how a Linear's activations are captured, where its family does it like this; by default as inputs."""
         return "input" if tap == "output" else tap
 
-    def leaves(self, path: str, linear: nn.Module) -> str | None:  # noqa: ARG002
-        """Return why a Linear of a base stays dense in this format; None: it gets a stand-in.
-
-        Args:
-            path: of the Linear.
-            linear: it, or its outline, whose class has the same name.
-        """
-        return None
-
     def own(self) -> "Format":
         """Return the format in a checkpoint of ours, in which more may be packed than Linears of blocks."""
         return self
+
+    def holds(self, model: nn.Module) -> bool:  # noqa: ARG002
+        """Return whether it can hold an emulator of a model, or its outline; if not, :meth:`own` does."""
+        return True
 
     @property
     def packs_vocabulary(self) -> bool:

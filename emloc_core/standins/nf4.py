@@ -111,15 +111,6 @@ class PackedNF4(Format):
     calibrations = ("propagated", "base", "none")
     experts = True
 
-    def leaves(self, path: str, linear: nn.Module) -> str | None:
-        """Leave Linears that bitsandbytes does not pack, and those whose parts transformers does not find."""
-        kind = type(linear).__name__
-        if type(linear).forward is not nn.Linear.forward and not isinstance(linear, TransposedLinear):
-            return None  # it may compute more than W x + b, where no LoRA would be right: fitting it finds out
-        if kind not in (nn.Linear.__name__, TransposedLinear.__name__):
-            return f"bitsandbytes packs no {kind}"
-        return "transformers would look for its scales elsewhere, by its name" if _MISLEADING.search(path) else None
-
     def fit(
         self,
         weights: Sequence[torch.Tensor],
@@ -157,6 +148,14 @@ class NF4(PackedNF4):
         """Return the format in a checkpoint of ours: bitsandbytes packs Linears alone."""
         return PackedNF4()
 
+    def holds(self, model: nn.Module) -> bool:
+        """Whether transformers could read it: plain Linears, by names and in modules that stay as they are."""
+        linears = [(path, type(module)) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        plain = (nn.Linear.__name__, TransposedLinear.__name__)  # an outline's classes have the names of the model's
+        return not laid_out_otherwise(model, "bitsandbytes") and all(
+            kind.__name__ in plain and not _MISLEADING.search(path) for path, kind in linears
+        )
+
     def parts(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG002
         """The weight's codes, its scales, the largest of every 256 of these, and the tables of both codes."""
         codes, scales = sizes(*shape)
@@ -189,25 +188,20 @@ class NF4(PackedNF4):
         """Return what ``BitsAndBytesConfig`` writes, with every other Linear among those to be skipped.
 
         Raises:
-            EmlocError: transformers would skip other Linears than these, or lay out other modules otherwise.
+            EmlocError: transformers would skip other Linears than these.
         """
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-        if other := laid_out_otherwise(model, "bitsandbytes"):
-            raise _unreadable(f"transformers lays out {other[0]} otherwise where a model is in four bits.")
-        if not ranks:
-            path, linear = next(iter(linears.items()))
-            raise _unreadable(f"no Linear of this model can be in four bits: {path}: {self.leaves(path, linear)}.")
+        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         skipped = [path for path in linears if path not in ranks]
         dense = [*skipped, *kept_in_fp32(model)]
-        for path, module in linears.items():
-            if path in ranks and not isinstance(module, TransposedLinear) and type(module) is not nn.Linear:
-                raise _unreadable(f"{path}: bitsandbytes packs no {type(module).__name__}.")
-            if (self.leaves(path, module) is None and should_convert_module(path, dense)) != (path in ranks):
-                raise _unreadable(
-                    f"transformers cannot be told which Linears of this model are in four bits: {path} "
-                    f"({type(module).__name__}) would {'not be' if path in ranks else 'be, too'}."
+        for path in linears:
+            if should_convert_module(path, dense) != (path in ranks):
+                raise EmlocError(
+                    "transformers cannot be told which Linears of this model are in four bits: "
+                    f"{path} would {'not be' if path in ranks else 'be, too'}.",
+                    "Leave out --keep head, or choose another --kind.",
+                    code="unsupported",
                 )
         return {
             "quant_method": "bitsandbytes",
@@ -219,14 +213,6 @@ class NF4(PackedNF4):
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": skipped,
         }
-
-
-def _unreadable(reason: str) -> EmlocError:
-    return EmlocError(
-        f"transformers could not read an emulator of the kind nf4: {reason}",
-        "Choose another --kind.",
-        code="unsupported",
-    )
 
 
 def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:

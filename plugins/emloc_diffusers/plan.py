@@ -79,7 +79,7 @@ def plan(
     format, call = format_named(kind), call_of(config.model_type)
     parameters = sum(each.numel() for each in model.parameters())
     settings = CompressSettings(kind=kind, **({} if ratio is None else {"ratio": ratio}))
-    ranks = method_of(settings, format, find_linears(model, family, format)).plan().ranks
+    ranks = method_of(settings, format, find_linears(model, family, format), model).plan().ranks
     format.replace(model, ranks)
     emulator = sum(each.numel() * each.itemsize for each in model.parameters())
     patches = side // _PATCH
