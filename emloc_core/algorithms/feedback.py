@@ -12,9 +12,8 @@ rows at a time, so that less is held beside it.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
-from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TypeGuard
 
 import torch
 
@@ -139,8 +138,11 @@ def _round_block(
     block: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, places: torch.Tensor, nearest: Nearest
 ) -> None:
     """Round columns in place; see :func:`emloc_core.algorithms.kernels.round_block`, which does this on a GPU."""
-    if (kernels := kernels_for(block, nearest)) is not None:
-        return kernels.round_block(block, errors, factor, places, nearest)
+    if by_kernels(nearest, block):
+        from emloc_core.algorithms.kernels import round_block
+
+        round_block(block, errors, factor, places, nearest)
+        return
     diagonal = factor.diagonal().tolist()
     steps = zip(block.unbind(), errors.unbind(), factor.unbind(), diagonal, places.tolist(), strict=True)
     with threads_for(block.shape[1]):
@@ -150,7 +152,6 @@ def _round_block(
             numbers.copy_(values)
             if index < len(block):
                 block[index:].addr_(row[index:], error, alpha=-1)
-    return None
 
 
 def descent(matrix: torch.Tensor, rounded: torch.Tensor, gram: Damped) -> torch.Tensor:
@@ -193,8 +194,11 @@ def _descend_block(
     nearest: Nearest,
 ) -> None:
     """Round columns once more; see :func:`emloc_core.algorithms.kernels.descend_block`, which does this on a GPU."""
-    if (kernels := kernels_for(block, nearest)) is not None:
-        return kernels.descend_block(block, slopes, changes, curvature, start, nearest)
+    if by_kernels(nearest, block):
+        from emloc_core.algorithms.kernels import descend_block
+
+        descend_block(block, slopes, changes, curvature, start, nearest)
+        return
     diagonal = curvature.diagonal().tolist()
     steps = zip(block.unbind(), slopes.unbind(), changes.unbind(), curvature.unbind(), diagonal, strict=True)
     with threads_for(block.shape[1]):
@@ -204,14 +208,11 @@ def _descend_block(
             numbers.copy_(values)
             if index + 1 < len(block):
                 slopes[index + 1 :].addr_(row[index + 1 :], change, alpha=-1)
-    return None
 
 
-def kernels_for(numbers: torch.Tensor, nearest: Nearest) -> Any:
-    """Return the module of kernels where they can round such numbers, and None elsewhere."""
-    if numbers.is_cuda and isinstance(nearest, Grid) and has_triton():
-        return import_module("emloc_core.algorithms.kernels")
-    return None
+def by_kernels(nearest: Nearest, numbers: torch.Tensor) -> TypeGuard[Grid]:
+    """Return whether kernels round such numbers: those of a GPU to a grid."""
+    return numbers.is_cuda and isinstance(nearest, Grid) and has_triton()
 
 
 @cache

@@ -131,18 +131,17 @@ class Decomposition:
 
     def _pass(self, forwards: list[Forward], store: Any, visit_block: Callable[[Any, str], Any]) -> None:
         vocabulary = {self._unit(each): each for each in self.plan.vocabulary}
-        last = self.blocks[-1]
-        for unit, each in vocabulary.items():
-            if each.is_fitted and not store.is_written(each.path):
-                last = unit
+        head = next((each for each in vocabulary.values() if each.is_fitted and not store.is_written(each.path)), None)
+        last = self._unit(head) if head else self.blocks[-1]
+        propagated = len(forwards) > len(self.samples)
 
         def visit(unit: str) -> Any:
             self._require_finite(unit)
             if unit in self.blocks:
                 return visit_block(store, unit)
-            if unit == last:
-                return self._fitting_head(store, vocabulary[unit])
-            if unit in vocabulary and len(forwards) > len(self.samples):
+            if head and unit == last:
+                return self._fitting_head(store, head)
+            if propagated and unit in vocabulary:
                 found = store.matrix(vocabulary[unit].path)
                 return looking_up(self.stream, vocabulary[unit], found, len(self.samples))
             return None
