@@ -124,7 +124,8 @@ def tuned(base: Path, place: Path, cell: Cell, rows: dict[str, Path], metered: M
     from emloc_core.standins.registry import format_named
 
     plugin_manager().register(svd)
-    given = {"kind": cell.kind, "seed": cell.seed, "selection": 0} | VARIANTS.get(cell.kind, {})
+    # Kinds are compared by what they make of the Linears.
+    given = {"kind": cell.kind, "keep": "head", "seed": cell.seed, "selection": 0} | VARIANTS.get(cell.kind, {})
     if cell.ratio is not None:
         given["ratio"] = cell.ratio
     given["kind"] = given.pop("factorizer", given["kind"])
