@@ -36,26 +36,10 @@ def model(shape: dict[str, Any], blocks: int, kind: str | None) -> torch.nn.Modu
 
     config = llama({**shape, "vocab_size": VOCABULARY}, blocks)
     found = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    found = in_four_bits(found) if kind == "nf4" else packed(found, kind)
-    found = peft.get_peft_model(found, peft.LoraConfig(r=8, target_modules="all-linear"))
+    found = peft.get_peft_model(packed(found, kind), peft.LoraConfig(r=8, target_modules="all-linear"))
     found.gradient_checkpointing_enable({"use_reentrant": False})
     found.enable_input_require_grads()
     return found.train()
-
-
-def in_four_bits(model: torch.nn.Module) -> torch.nn.Module:
-    """Put bitsandbytes' own layers in, as transformers does where it loads an emulator in four bits."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    for name in linears:
-        if name != "lm_head":
-            linear = model.get_submodule(name)
-            layer = Linear4bit(linear.in_features, linear.out_features, False, torch.bfloat16, True, "nf4")
-            layer.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer).to("cpu")
-            model.set_submodule(name, layer)
-    model.is_loaded_in_4bit = True  # what PEFT asks
-    return model
 
 
 def seconds(name: str) -> dict[str, Any]:
