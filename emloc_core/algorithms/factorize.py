@@ -35,7 +35,7 @@ _CONVERGED = 1e-6
 #: Matrices with a mean diagonal outside this range are decomposed in fp64.
 _RANGE = 1e-18, 1e30
 
-#: Limit on the deviation of ``W R^-1`` from orthonormal columns. The loss is of second order in it.
+#: Limit on the deviation from orthonormal columns. The loss is of second order in it.
 _ORTHONORMAL = 1e-3
 
 
@@ -188,9 +188,12 @@ def _top(rest: torch.Tensor, heavy: torch.Tensor, rank: int) -> tuple[torch.Tens
     dominant, split, rest = _split(rest, heavy)
     energies, vectors = torch.linalg.eigh(rest)
     largest = float(energies[-1])
-    # What was split off stands at the lower end there.
+    # What was split off stands at the lower end there, unless rounding has as much energy as all else that is left.
     energies = torch.cat([dominant, energies[len(dominant) :].flip(0).clamp(min=0).double()])
-    vectors = torch.cat([split, vectors[:, len(dominant) :].flip(1)[:, :rank]], dim=1)
+    others = vectors[:, len(dominant) :].flip(1)[:, :rank]
+    if (split.T @ others).norm() > _ORTHONORMAL:
+        return None
+    vectors = torch.cat([split, others], dim=1)
     energies, order = energies.sort(descending=True, stable=True)
     if energies[rank:].sum() <= RESOLUTION * len(rest) ** 0.5 * torch.finfo(rest.dtype).eps * largest:
         return None

@@ -90,6 +90,16 @@ def test_fp32_serves_as_far_as_it_resolves_what_is_cut_off(side, decay, dtype):
     assert torch.allclose(factors.u.T @ factors.u, torch.eye(120).to(factors.u), atol=1e-5)
 
 
+@pytest.mark.parametrize(("m", "n", "tokens"), [(64, 256, 5), (64, 64, 8), (96, 96, 2), (48, 200, 12)])
+def test_fewer_tokens_than_the_rank_are_answered_exactly(m, n, tokens):
+    """All that is left of the outputs' Gram is rounding, which is above zero and below it."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(m, n, generator=generator), torch.randn(tokens, n, generator=generator)
+    factors = factorize(weight, gram_of(weight, inputs, "input", torch.float32).through(weight), 25)
+    assert output_error(weight, factors, inputs) <= 1e-5
+    assert torch.allclose(factors.u.T @ factors.u, torch.eye(25).to(factors.u), atol=1e-5)
+
+
 def massive(kind: str, scale: float, size: int, generator: torch.Generator) -> torch.Tensor:
     """Return activations of 2,048 tokens, (2048, size), of which a few tokens or directions have nearly all energy."""
     inputs = torch.randn(2048, size, generator=generator)

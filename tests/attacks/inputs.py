@@ -125,6 +125,19 @@ class EvenTokens(Block):
         return self.mlp.down(functional.silu(self.mlp.gate(x)) * up)
 
 
+@attack(right=True)
+class FirstTokenAlone(Block):
+    """Linears read one token of every row: fewer in all than their rank."""
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.pool = nn.Sequential(nn.Linear(WIDTH, 2 * HIDDEN), nn.Linear(2 * HIDDEN, 2 * HIDDEN))
+        self.spread = nn.Linear(2 * HIDDEN, WIDTH)
+
+    def feed(self, x):
+        return self.mlp(x) + self.spread(torch.tanh(self.pool(x[:, :1])))
+
+
 @attack()
 class OrderByIndex(Block):
     """Every second block has its MLP first."""
