@@ -21,8 +21,8 @@ def with_lora(output: torch.Tensor, inputs: torch.Tensor, lora: Lora) -> torch.T
     return (output + lora.scale * change).to(output.dtype)
 
 
-def mean_loss(skeleton: Skeleton, samples: Sequence[Sample], loras: Mapping[str, Lora]) -> float:
-    """Return the mean loss of a base with a LoRA, per token, in one streamed pass.
+def summed_loss(skeleton: Skeleton, samples: Sequence[Sample], loras: Mapping[str, Lora]) -> torch.Tensor:
+    """Return the loss of a base with a LoRA, summed, and the number of tokens, (2,), fp64, in one streamed pass.
 
     Args:
         skeleton: of the base.
@@ -42,6 +42,5 @@ def mean_loss(skeleton: Skeleton, samples: Sequence[Sample], loras: Mapping[str,
         return lambda _module, args, output: with_lora(output, args[0], lora)
 
     forwards = [partial(sample.loss, skeleton.model, skeleton.device) for sample in samples]
-    results = torch.stack(stream.run(forwards, adapted))
-    loss, tokens = results.sum(0).tolist()
-    return float(loss / tokens)
+    results = stream.run(forwards, adapted)
+    return torch.stack(results).sum(0) if results else torch.zeros(2, dtype=torch.float64)

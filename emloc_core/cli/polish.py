@@ -26,7 +26,8 @@ def command(push: str | None, dry_run: bool, as_json: bool, extra: tuple[str, ..
     """Train ADAPTER for a few exact steps on the base itself, in the memory of a few blocks.
 
     ADAPTER comes from correct, train or PEFT, and is not changed. The base is read block by block, twice per step, no
-    matter how many rows a step has. Run the same command again to resume an interrupted run at its last checkpoint.
+    matter how many rows a step has. Run the same command again to resume an interrupted run at its last checkpoint. For
+    several GPUs: accelerate launch -m emloc_core polish ...
     """
     settings, content = given(PolishSettings, options)
     limits, content = given(ExactSettings, content)

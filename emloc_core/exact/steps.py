@@ -9,7 +9,7 @@ reverse.
 Frozen parameters stay on the meta device: whatever would compute with one that is not loaded fails.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from emloc_core.compat.torch import writes
 from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.head import Head, counted, known, shifted_labels
+from emloc_core.exact.parallel import Processes
 from emloc_core.exact.weights import FrozenWeights
 from emloc_core.model.lockstep import Lockstep, units
 from emloc_core.model.parking import Parking
@@ -60,6 +61,8 @@ class ExactSteps:
     ) -> None:
         self.model, self.device = model, torch.device(device)
         self.boundaries = boundaries or Boundaries()
+        self.processes = Processes()
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         found = units(skeleton.model, skeleton.block_lists)
         head_units = self.head_units(found)
         self.weights = FrozenWeights(skeleton, found, self.device, room, self.boundaries.reserved)
@@ -72,27 +75,46 @@ class ExactSteps:
         for unit in head_units:
             self._wrap(unit, checkpointed=False)
 
-    def loss(self, batches: Sequence[Mapping[str, Any]], *, autocast: bool = False) -> torch.Tensor:
+    def loss(self, batches: Iterable[Mapping[str, Any]], *, autocast: bool = False) -> torch.Tensor:
         """Add the gradients of a step's mean loss to the LoRA's, and return that loss.
 
         Every micro-batch draws its random numbers (dropout) from a seed of its own, taken from the global generator.
+        Of several processes, each takes its share of the micro-batches, and all get the same; the LoRA must have no
+        gradients before.
 
         Args:
-            batches: the micro-batches: the model's inputs by name, on any device, with ``labels``, (rows, T), which
-                are -100 where a token does not count.
+            batches: the micro-batches, of all processes: the model's inputs by name, on any device, with ``labels``,
+                (rows, T), which are -100 where a token does not count.
             autocast: whether to compute in bfloat16 where that is safe.
 
         Raises:
             EmlocError: a block runs twice or writes to a buffer, no token counts, or the base has changed.
         """
-        tokens = sum(self.counted(batch) for batch in batches)
-        if not tokens:
-            raise EmlocError("No token of a step counts in its loss.", "Give rows with completions.")
-        randomness = _Randomness(len(batches), self.device)
+        with self.processes.together():
+            tokens: list[int] = []
+            own: dict[int, Mapping[str, Any]] = {}
+            for batch in batches:
+                if self.processes.takes(len(tokens)):
+                    own[len(tokens)] = batch
+                tokens.append(self.counted(batch))
+            if not any(tokens):
+                raise EmlocError("No token of a step counts in its loss.", "Give rows with completions.")
+            seeds = torch.randint(2**63 - 1, (len(tokens),)).tolist()
+            total = self._share(list(own.values()), sum(tokens), [seeds[each] for each in own], autocast=autocast)
+        self.processes.add(total, self._trained)
+        return total
+
+    def _share(
+        self, batches: Sequence[Mapping[str, Any]], tokens: int, seeds: Sequence[int], *, autocast: bool
+    ) -> torch.Tensor:
+        """Add the gradients of this process's micro-batches, and return their part of the loss."""
+        if not batches:  # of the last rows of an epoch
+            return torch.zeros((), device=self.device)
+        # The last micro-batch first: the backward then starts with the first, and sums in the ordinary order.
+        randomness = _Randomness(seeds[::-1], self.device)
         # Cast LoRA weights are not kept from one micro-batch for the others: their gradients would be summed in bf16.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
             try:
-                # The last micro-batch first: the backward then starts with the first, and sums in the ordinary order.
                 forwards = [self.forward(batch, 1 / tokens) for batch in reversed(batches)]
                 with randomness.kept():
                     losses = self._lockstep.advance(forwards, self._at, around=randomness.of)
@@ -203,8 +225,8 @@ class _Body(nn.Module):
 class _Randomness:
     """A random state for every micro-batch, so that its numbers do not depend on when the others run."""
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self._seeds = torch.randint(2**63 - 1, (count,)).tolist()[::-1]  # they run in reverse
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._seeds = seeds
         self._states: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._gpu = device if device.type == "cuda" else None
 

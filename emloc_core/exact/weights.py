@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from emloc_core.errors import EmlocError
+from emloc_core.exact.parallel import Processes
 from emloc_core.exact.pinned import PinnedMemory
 from emloc_core.model.skeleton import Skeleton
 
@@ -66,7 +67,8 @@ class FrozenWeights:
         self._followed: dict[tuple[str | None, str], str] = {}
         self._ahead: tuple[str, Future[_Loaded]] | None = None
         self._staying: dict[str, _Loaded] = {}
-        self._pinned = PinnedMemory(_PINNED_SHARE * (psutil.virtual_memory().available - reserved))
+        free = psutil.virtual_memory().available / Processes().here - reserved
+        self._pinned = PinnedMemory(_PINNED_SHARE * free)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="frozen-weights")
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._stamps = {shard: _stamp(shard) for shard in skeleton.checkpoint.shards}

@@ -13,11 +13,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers.trainer_callback import TrainerState
 
-from emloc_core.adapters.held_out import mean_loss
+from emloc_core.adapters.held_out import summed_loss
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import Row, load_rows, without
 from emloc_core.data.sets import share_of
 from emloc_core.errors import EmlocError
+from emloc_core.exact.parallel import Processes
 from emloc_core.model.opened import OpenModel
 from emloc_core.requests import EvalRows
 from emloc_core.settings import StepSettings
@@ -103,7 +104,7 @@ def trainer_settings(settings: StepSettings, *, on_base: bool) -> dict[str, Any]
 
 
 class BaseLoss:
-    """The loss of the base with the LoRA in training, streamed.
+    """The loss of the base with the LoRA in training, streamed; several processes divide the rows.
 
     Args:
         base: the model that the emulator was made from, or that is trained by exact steps.
@@ -117,7 +118,13 @@ class BaseLoss:
 
     def __call__(self, model: PeftModel) -> float:
         """Return the mean loss per token of the base with the LoRA of ``model``."""
-        return mean_loss(self.skeleton, self.samples, loras_of(model))
+        processes = Processes()
+        with processes.together():
+            own = [sample for index, sample in enumerate(self.samples) if processes.takes(index)]
+            total = summed_loss(self.skeleton, own, loras_of(model)).to(self.skeleton.device)
+        processes.add(total)
+        loss, tokens = total.tolist()
+        return float(loss / tokens)
 
 
 def loras_of(model: PeftModel) -> dict[str, Lora]:

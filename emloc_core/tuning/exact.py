@@ -2,17 +2,21 @@
 
 The trainer is TRL's: optimiser, schedule, order of rows, logging, checkpoints. It gets the whole batch of a step at
 once, and the engine (:mod:`emloc_core.exact.steps`) takes its gradients in micro-batches of ``batch_size`` rows.
+Several processes get the same batch, and divide its micro-batches.
 """
 
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
@@ -24,6 +28,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.exact.boundaries import Boundaries
 from emloc_core.exact.lora import lora_on
 from emloc_core.exact.memory import Positions, lora_need, step_need
+from emloc_core.exact.parallel import Processes
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, learned_preferences
 from emloc_core.model.nf4_checkpoints import is_in_four_bits
@@ -86,19 +91,18 @@ class ExactTrain(Train):
         """Ask for nothing: the engine itself computes blocks again."""
 
     def _config(self, **fixed: Any) -> TrainingArguments:
-        rows = self.settings.batch_size * self.settings.accumulation
         return super()._config(
             exact=True,
-            per_device_train_batch_size=rows,
+            per_device_train_batch_size=self._rows,
             gradient_accumulation_steps=1,
             activation_checkpointing=False,  # by the engine, with weights that it reads
             **fixed,
         )
 
-    def _require_processes(self, started: int) -> None:
-        if started > 1:
-            raise EmlocError("Exact steps are taken by one process.", "Start it without a launcher.")
-        super()._require_processes(started)
+    @property
+    def _rows(self) -> int:
+        """The rows of a step, for each process."""
+        return self.settings.batch_size * self.settings.accumulation
 
     def _request(self, files: Inputs, processes: int) -> dict[str, Any]:
         return {**super()._request(files, processes), "exact": True}
@@ -115,10 +119,11 @@ class ExactTrain(Train):
         with refusing(SETTINGS):
             lora = lora_on(self.skeleton, self._lora(), config.device)
         trained = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
-        need = {**self._need(config), "lora": lora_need(trained)}
+        need = {**self._need(), "lora": lora_need(trained)}
         boundaries = self._boundaries(config, need)  # which may be refused, before the trainer makes a directory
         besides = overhead("cuda" if config.device.type == "cuda" else "cpu", tuning=True)
         room = 0 if self.memory is None else self.memory - sum(need.values()) - besides
+        config.per_device_train_batch_size *= config.world_size  # each gets all, and takes its share
         with refusing(SETTINGS):
             trainer: Any = self.model.objective.exact_trainer()(lora, args=config, **given)
         base: Any = lora.get_base_model()
@@ -135,11 +140,11 @@ class ExactTrain(Train):
     def _held_out(self, config: TrainingArguments) -> BaseLoss:
         return BaseLoss(self.model.on(config.device), self.eval_rows, self.settings.max_length)
 
-    def _need(self, config: TrainingArguments) -> dict[str, int]:
+    def _need(self) -> dict[str, int]:
         """Return what the longest step needs; see :func:`step_need`."""
 
         def most(sizes: Sequence[int]) -> Positions:
-            largest = sorted(sizes, reverse=True)[: config.per_device_train_batch_size]
+            largest = sorted(sizes, reverse=True)[: self._rows]
             return Positions(sum(largest), largest[0] * self.settings.batch_size)
 
         tokens, patches = most([row.tokens for row in self.sizes]), most([row.patches for row in self.sizes])
@@ -157,6 +162,7 @@ class ExactTrain(Train):
         """
         staging, on_disk = Path(str(config.output_dir)).parent, self.limits.park == "disk"
         free = shutil.disk_usage(staging).free if on_disk else psutil.virtual_memory().available
+        free //= Processes().here
         if config.device.type == "cuda":
             on_gpu = torch.cuda.mem_get_info(config.device)[0]
             room = max(0, min(_SHARE * on_gpu, on_gpu - sum(need.values()) + need["boundaries"]))
@@ -166,7 +172,7 @@ class ExactTrain(Train):
         if away > free:
             other = "or a maximum length" if on_disk else "or a maximum length, or keep them on a disk (--park disk)"
             raise EmlocError(
-                f"A step of {config.per_device_train_batch_size} rows keeps {human_bytes(away)} at block boundaries, "
+                f"A step of {self._rows} rows keeps {human_bytes(away)} at block boundaries, "
                 f"and {human_bytes(free)} of {'the disk' if on_disk else 'memory'} is free.",
                 f"Lower the batch size, the accumulation {other}.",
                 resumable=True,
@@ -281,6 +287,15 @@ class Streamed(LoraSteps):
         collate: Any = self.data_collator
         self._collate, self.data_collator = collate, _as_they_are
         self.accelerator.device_placement = False  # of the model, and of whole batches
+        # The steps themselves divide the batch and sum the gradients, so that the model is not wrapped for it.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return all rows of every step, in every process."""
+        loader = super().get_train_dataloader()
+        if isinstance(shard := loader.batch_sampler, BatchSamplerShard):
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+        return loader
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create it; it begins with the moments of the adapter, if there are any."""
@@ -293,7 +308,7 @@ class Streamed(LoraSteps):
         """Take the gradients of a step whose rows are ``inputs``, and return its loss."""
         model.train()
         size = self._micro_batch
-        batches = [self._collate(inputs[start : start + size]) for start in range(0, len(inputs), size)]
+        batches = (self._collate(inputs[start : start + size]) for start in range(0, len(inputs), size))
         return self._steps.loss(batches, autocast=self.args.bf16)
 
     def evaluation_loop(self, *_args: Any, **_kwargs: Any) -> EvalLoopOutput:

@@ -211,7 +211,7 @@ class Train:
         config = self._config(disable_tqdm=progress is not None)
         self._progress = progress
         state = PartialState()
-        self._require_processes(state.num_processes)
+        require_processes(state.num_processes)
         if state.num_processes > 1:  # threads of the group that outlive the interpreter may abort it
             atexit.register(state.destroy_process_group)
         self.is_main_process = state.is_main_process
@@ -229,10 +229,6 @@ class Train:
                 output.result[CONTENT] = content_hash(output.staging)
                 output.made = self._described(request, output.result)
         return self.path
-
-    def _require_processes(self, started: int) -> None:
-        """Refuse, in every process, to train in so many."""
-        require_processes(started)
 
     def _described(self, request: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         """Return what the card says of the steps, and of the LoRA."""

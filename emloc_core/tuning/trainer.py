@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import (
@@ -97,9 +96,7 @@ class LoraSteps(Trainer):
         with counted_tokens_alone(), tiles_of(rows_at_once(self.lora)):
             output: Any = super().evaluation_loop(*args, **kwargs)
         if self.base_loss is not None:
-            main = self.accelerator.is_main_process
-            (loss,) = broadcast_object_list([self.base_loss(self.lora) if main else None])
-            output.metrics[BASE_LOSS] = loss
+            output.metrics[BASE_LOSS] = self.base_loss(self.lora)
         return output
 
     def load_step(self, step: int) -> None:

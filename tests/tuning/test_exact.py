@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -396,14 +395,4 @@ def test_rows_without_answers_and_rows_that_fill_memory_are_refused(
 def test_settings_that_cannot_work_are_one_error(changes, complaint, ordinary, tiny_model, rows_file, tmp_path):
     with pytest.raises(EmlocError, match=complaint):
         polish(ordinary, tiny_model, rows_file, tmp_path / "a", **changes)
-    assert not (tmp_path / "a").exists()
-
-
-def test_several_processes_are_refused_in_each(ordinary, tiny_model, rows_file, tmp_path, monkeypatch):
-    job = polish_job(ordinary, tiny_model, rows_file, tmp_path / "a", PolishSettings())
-    for main in (True, False):
-        state = SimpleNamespace(num_processes=2, is_main_process=main)
-        monkeypatch.setattr("emloc_core.tuning.train.PartialState", lambda state=state: state)
-        with pytest.raises(EmlocError, match="by one process"):
-            job.run()
     assert not (tmp_path / "a").exists()
