@@ -464,19 +464,20 @@ def plan(  # noqa: PLR0913 - all by keyword
     check_rows(data)
     with config_of(fspath(model), with_tokenizer=data is not None) as file:
         plugin_manager().family_for(read_config_json(file))
-        with without_collections():  # not before: they import torch
+        with without_collections():
             from emloc_core.memory.decision import decide
             from emloc_core.memory.plan import make_plan
             from emloc_core.memory.speed import measure as measure_speed
-        from emloc_core.memory.workload import make_workload
+            from emloc_core.memory.workload import make_workload
 
-        workload = make_workload(
-            file, train, device, length=length, images=images, image_size=size, data=data, split=split, columns=names
-        )
-        speed = gpu.speed if gpu else measure_speed(workload.device, file.parent) if measure else None
-        emulator = CompressSettings(kind=kind, **{} if ratio is None else {"ratio": ratio})
-        decision = decide(file, workload, budget, emulator, speed)
-        return make_plan(fspath(model), decision, card=gpu.name if gpu else None, advise=ratio is None)
+            workload = make_workload(
+                file, train, device, length=length, images=images, image_size=size, data=data, split=split,
+                columns=names,
+            )  # fmt: skip
+            speed = gpu.speed if gpu else measure_speed(workload.device, file.parent) if measure else None
+            emulator = CompressSettings(kind=kind, **{} if ratio is None else {"ratio": ratio})
+            decision = decide(file, workload, budget, emulator, speed)
+            return make_plan(fspath(model), decision, card=gpu.name if gpu else None, advise=ratio is None)
 
 
 def push(

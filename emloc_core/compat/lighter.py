@@ -73,11 +73,14 @@ def _listing_when_asked() -> Iterator[None]:
 
 
 class _Packages(dict[str, list[str]]):
-    """Packages by the name of a module that they have."""
+    """Packages by the name of a module that they have: the one of the same name, without reading all others' files."""
 
     def __init__(self, read: Callable[[], Any]) -> None:
         self._read = cache(read)
 
     def __missing__(self, module: str) -> list[str]:
-        found: list[str] = self._read()[module]
-        return found
+        try:
+            return [metadata.metadata(module)["Name"]]
+        except metadata.PackageNotFoundError:
+            found: list[str] = self._read()[module]
+            return found

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from emloc_core.compat.torch import children
+from emloc_core.compat.transformers import laid_out_otherwise
 from emloc_core.standins.vocabulary import vocabulary_layers
 
 #: Classes that are asked for; an outline's modules are instances of these, and have the names of their own.
@@ -40,11 +41,15 @@ class Outline(nn.Module):
 
     Args:
         content: see :func:`described`.
+
+    Attributes:
+        replaced_by_bitsandbytes: paths of modules that are others where bitsandbytes quantises the model.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         super().__init__()
         self.config, self._ends = _config(content["config"]), content["ends"]
+        self.replaced_by_bitsandbytes: list[str] = content["replaced_by_bitsandbytes"]
         shared: dict[str, nn.Parameter] = {}
         _fill(self, content["model"], shared)
 
@@ -66,7 +71,12 @@ def described(model: Any) -> dict[str, Any]:
     names: dict[int, str] = {}
     ends = {"embedding" if isinstance(layer, nn.Embedding) else "head": path
             for path, layer in vocabulary_layers(model).items()}  # fmt: skip
-    return {"config": _config_values(model.config), "ends": ends, "model": _described(model, "", names)}
+    return {
+        "config": _config_values(model.config),
+        "ends": ends,
+        "replaced_by_bitsandbytes": laid_out_otherwise(model, "bitsandbytes"),
+        "model": _described(model, "", names),
+    }
 
 
 def _config_values(config: Any) -> dict[str, Any]:

@@ -151,10 +151,11 @@ class NF4(PackedNF4):
     def holds(self, model: nn.Module) -> bool:
         """Whether transformers could read it: plain Linears, by names and in modules that stay as they are."""
         linears = [(path, type(module)) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        others: Any = getattr(model, "replaced_by_bitsandbytes", None)  # an outline knows, without transformers
+        if others is None:
+            others = laid_out_otherwise(model, "bitsandbytes")
         plain = (nn.Linear.__name__, TransposedLinear.__name__)  # an outline's classes have the names of the model's
-        return not laid_out_otherwise(model, "bitsandbytes") and all(
-            kind.__name__ in plain and not _MISLEADING.search(path) for path, kind in linears
-        )
+        return not others and all(kind.__name__ in plain and not _MISLEADING.search(path) for path, kind in linears)
 
     def parts(self, shape: tuple[int, int], rank: int | None, dtype: torch.dtype) -> Parts:  # noqa: ARG002
         """The weight's codes, its scales, the largest of every 256 of these, and the tables of both codes."""

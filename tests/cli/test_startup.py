@@ -93,3 +93,13 @@ def test_an_error_of_the_users_is_told_before_anything_heavy_is_imported(command
 def test_the_built_in_algorithms_are_known_by_name_without_torch(hook):
     builtin = plugin_manager().get_plugin("emloc_core")
     assert set(ALGORITHMS[hook]) == set(getattr(builtin, f"emloc_{hook}")())
+
+
+def test_a_plan_of_what_was_planned_before_imports_no_transformers(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMLOC_CACHE", str(tmp_path))
+    command = ["plan", "model", "--memory", "1GB", "--no-measure", "--json"]
+    first = run(*command, cwd=place)
+    code, heavy, answer, _ = run(*command, cwd=place)
+    assert "transformers" in first[1]
+    assert (code, heavy) == (0, ["torch", "numpy"])
+    assert answer == first[2]
