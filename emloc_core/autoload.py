@@ -9,16 +9,18 @@ switches all such entry points off.
 
 from importlib import import_module
 
-from emloc_core.compat.imports import when_imported
+from emloc_core.compat.imports import is_being_imported, when_imported
 from emloc_core.compat.lighter import lighten
 
 #: When this package has been imported, emulators can be registered with it.
 _WATCHED = "transformers.quantizers"
+#: It imports that, and is imported before any model is loaded.
+_IMPORTER = "transformers.modeling_utils"
 
 
 def watch() -> None:
     """Register emulators with transformers as soon as its quantizers are imported, and lighten other imports."""
-    when_imported(_WATCHED, _register)
+    when_imported(_IMPORTER if is_being_imported(_WATCHED) else _WATCHED, _register)
     lighten()
 
 

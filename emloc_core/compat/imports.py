@@ -25,6 +25,11 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
     while_imported(name, then_act)
 
 
+def is_being_imported(name: str) -> bool:
+    """Return whether the import of a module has begun and not ended."""
+    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+
+
 def while_imported(name: str, around: Callable[[], AbstractContextManager[None]]) -> None:
     """Be in the context that ``around`` makes while a module is imported; nothing is done if it has been."""
     watched = any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path)

@@ -1,6 +1,8 @@
 """What ``compat/transformers.py`` needs of transformers."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -272,6 +274,18 @@ def test_models_whose_modules_quantisation_replaces_are_known():
     found = transformers.laid_out_otherwise(model, "bitsandbytes")
     assert found == ["model.layers.0.feed_forward.experts"], f"of Llama 4, bitsandbytes replaces {found}"
     assert not transformers.laid_out_otherwise(model, "emloc")
+
+
+@pytest.mark.parametrize("first", ["transformers.quantizers", "transformers.modeling_utils"])
+def test_emulators_are_registered_whatever_a_program_imports_first(first):
+    """It may be what imports torch, whose entry point we are: the module we wait for is then half imported."""
+    script = f"import {first}, transformers.modeling_utils as _; from transformers.quantizers import auto"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; print('emloc' in auto.AUTO_QUANTIZER_MAPPING)"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    with contract("transformers", "compat.imports.is_being_imported"):
+        assert done.stdout == "True\n", done.stderr
 
 
 @contract("transformers", "compat.transformers.retie")
