@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-from emloc_core.processes.call import call
+from emloc_core.errors import EmlocError
+from emloc_core.processes.call import call, called_here
 from emloc_core.processes.environment import VARIABLES, settle
 from emloc_core.zoo.engines.engine import environment
 from emloc_core.zoo.jobs.job import ZooJob
@@ -61,3 +62,11 @@ def test_a_child_keeps_back_what_no_one_can_act_on(tmp_path: Path) -> None:
         warn = f"logging.getLogger({name!r}).warning('install something')"
         list(call("timeit:timeit", {"stmt": warn, "setup": "import logging", "number": 1}, log=said))
         assert said.read_text() == words
+
+
+def test_calls_of_a_dry_run_are_made_here() -> None:
+    with called_here():
+        assert next(call("os:getpid", {})) == os.getpid()
+        with pytest.raises(EmlocError, match="no-such-kind"):
+            list(call("emloc_core.standins.registry:format_named", {"name": "no-such-kind"}))
+    assert next(call("os:getpid", {})) != os.getpid()

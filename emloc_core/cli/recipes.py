@@ -2,6 +2,8 @@
 
 import json
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,8 @@ from emloc_core.cli.console import print_json
 from emloc_core.cli.verbosity import Verbosity, verbosity
 from emloc_core.errors import printable
 from emloc_core.files.meter import peak_memory
+from emloc_core.processes.call import called_here
+from emloc_core.processes.environment import without_collections
 from emloc_core.units import human_bytes
 
 if TYPE_CHECKING:
@@ -61,6 +65,13 @@ def show(results: dict, directory: Path, as_json: bool = False) -> None:
 def _short(text: str, most: int = 100) -> str:
     line = printable(" ".join(text.split()))
     return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Say what would be done: in this process, and without a look for garbage, since nothing is loaded."""
+    with called_here(), without_collections():
+        yield
 
 
 def show_plan(recipe: "Recipe", as_json: bool) -> None:

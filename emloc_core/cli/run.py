@@ -5,7 +5,7 @@ from pathlib import Path
 import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run
-from emloc_core.cli.recipes import reporting, show, show_plan
+from emloc_core.cli.recipes import planning, reporting, show, show_plan
 from emloc_core.cli.verbosity import verbosity_options
 from emloc_core.processes.environment import without_collections
 
@@ -28,7 +28,8 @@ def command(recipe: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bo
         from emloc_core.recipe.run import run_recipe
 
     if dry_run:
-        show_plan(decided(load_recipe(recipe, overrides)), as_json)
+        with planning():
+            show_plan(decided(load_recipe(recipe, overrides)), as_json)
         return
     results = run_recipe(recipe, overrides, **reporting())
     show(results, Path(load_recipe(recipe, overrides).output), as_json)

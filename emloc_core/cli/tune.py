@@ -7,7 +7,7 @@ import rich_click as click
 
 from emloc_core.cli.console import as_json, dry_run
 from emloc_core.cli.options import TRAIN_FLAGS, data, given, headroom, options, skip, split
-from emloc_core.cli.recipes import reporting, show, show_plan
+from emloc_core.cli.recipes import planning, reporting, show, show_plan
 from emloc_core.cli.verbosity import Verbosity, verbosity, verbosity_options
 from emloc_core.errors import EmlocError
 from emloc_core.settings import FREE, TrainSettings
@@ -45,10 +45,11 @@ def command(output: Path, dry_run: bool, as_json: bool, **values: Any) -> None:
     if recipe:
         click.echo(f"{output / 'recipe.toml'} is there: resuming it.", err=True)
     if dry_run:
-        recipe, lines = (recipe, []) if recipe else asked.plan()
-        for line in lines:
-            click.echo(line, err=as_json)
-        show_plan(recipe, as_json)
+        with planning():
+            recipe, lines = (recipe, []) if recipe else asked.plan()
+            for line in lines:
+                click.echo(line, err=as_json)
+            show_plan(recipe, as_json)
         return
     loud = verbosity() is not Verbosity.QUIET
     results = asked.run(tell=lambda line: click.echo(line, err=True) if loud else None, **reporting())

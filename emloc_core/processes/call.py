@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
+from contextvars import ContextVar
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import IO, Any
 from emloc_core.errors import EmlocError
 from emloc_core.processes.environment import VARIABLES, hush_libraries, without_collections
 from emloc_core.processes.lifetime import child_environment, end_with_parent
+
+_IS_HERE = ContextVar("is_here", default=False)
 
 
 class ProcessDiedError(EmlocError):
@@ -61,8 +64,11 @@ def call(
         EmlocError: the function raised it.
         ProcessDiedError: the process ended without an answer.
     """
-    command = [sys.executable, "-m", "emloc_core.processes.call"]
     question = json.dumps({"function": function, "arguments": dict(arguments)})
+    if _IS_HERE.get():
+        yield from _answered_here(question)
+        return
+    command = [sys.executable, "-m", "emloc_core.processes.call"]
     with (
         _opened(log) as stderr,
         subprocess.Popen(
@@ -90,6 +96,24 @@ def call(
             raise
     if last is None or "answer" in last:
         raise ProcessDiedError(function, process.returncode)
+
+
+@contextmanager
+def called_here() -> Iterator[None]:
+    """Make calls in this process, where they only say what would be done: each new one would import torch again."""
+    before = _IS_HERE.set(True)
+    try:
+        yield
+    finally:
+        _IS_HERE.reset(before)
+
+
+def _answered_here(question: str) -> Iterator[Any]:
+    messages: list[str] = []
+    with redirect_stdout(sys.stderr):
+        answer(json.loads(question), lambda message: messages.append(json.dumps(message)))
+    for message in messages:
+        yield from unpacked(json.loads(message))
 
 
 def unpacked(told: Mapping[str, Any]) -> Iterator[Any]:

@@ -190,8 +190,8 @@ def test_overrides_and_relative_paths(recipe):
     assert (loaded.compress.ratio, loaded.correct.clamp) == (0.3, "none")
 
 
-@pytest.mark.usefixtures("calls_here")
-def test_a_dry_run_says_which_stages_there_are(emloc, recipe):
+def test_a_dry_run_says_which_stages_there_are_and_starts_no_process(emloc, recipe, monkeypatch):
+    monkeypatch.setattr("emloc_core.processes.call.subprocess.Popen", None)
     code, out, _ = emloc("run", recipe, "--dry-run", "--json")
     assert code == 0
     assert [(stage["name"], stage["state"]) for stage in json.loads(out)["stages"]] == [

@@ -1,6 +1,5 @@
 """Commands, and calls in other processes, run in the process of the test: a new one takes seconds."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from unittest import mock
 import pytest
 
 from emloc_core.cli import main
-from emloc_core.processes.call import answer, unpacked
+from emloc_core.processes.call import call, called_here
 
 #: Fields of TRL's SFTConfig for three steps on a CPU that change what a tiny model says.
 PLAIN_TRAINING = {"max_steps": 3, "use_cpu": True, "bf16": False, "report_to": "none", "learning_rate": 1e-2}
@@ -24,11 +23,8 @@ def call_here(
     function: str, arguments: Mapping[str, Any], *, environment: Mapping[str, str] | None = None, **_: Any
 ) -> Iterator[Any]:
     """Stand for :func:`emloc_core.processes.call.call`: the same function and the same JSON, in this process."""
-    messages: list[str] = []
-    with redirect_stdout(sys.stderr), mock.patch.dict(os.environ, environment or {}):
-        answer({"function": function, "arguments": arguments}, lambda message: messages.append(json.dumps(message)))
-    for message in messages:
-        yield from unpacked(json.loads(message))
+    with called_here(), mock.patch.dict(os.environ, environment or {}):
+        yield from call(function, arguments)
 
 
 def patch_calls(patch: pytest.MonkeyPatch) -> None:
