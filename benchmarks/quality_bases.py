@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from emloc_demo.model import write_base, write_checkpoint
-from quality_cells import DEMO, GEMMA, PICTURES
+from quality_cells import DEMO, EXPERTS, GEMMA, PICTURES
+from quality_experts import write_upcycled
 from quality_pictures import write_reader
 
 #: Gemma 3 270M, before its tuning to follow instructions, in about four and a half bits: its parts (Gemma's terms).
@@ -33,7 +34,7 @@ def base_of(model: str, task: str, root: Path) -> Path:
     if has_pictures:
         write, auto, processing = write_reader, AutoModelForImageTextToText, AutoProcessor
     else:
-        write, auto, processing = {GEMMA: write_gemma}.get(model, write_base), AutoModelForCausalLM, AutoTokenizer
+        write, auto, processing = {GEMMA: write_gemma, EXPERTS: write_upcycled}.get(model, write_base), AutoModelForCausalLM, AutoTokenizer
     source = write(whole)
     auto.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(partial)
     processing.from_pretrained(source).save_pretrained(partial)

@@ -66,10 +66,10 @@ BYTES |= {name: BYTES[how["kind"]] for name, how in VARIANTS.items() if how["kin
 BESIDE = {GONE: 0.26, "1.6-bit+repair": 0.105}
 BESIDE |= {name: BESIDE[how["kind"]] for name, how in VARIANTS.items() if how["kind"] in BESIDE}
 FULL, SCRATCH = "full", "exact"
-#: The usual base of a task; a larger one, of another family; and what is usual of the LoRA and its steps.
-DEMO, GEMMA = "demo", "gemma-3-270m"
-MODELS = {DEMO: "SmolLM2 135M", GEMMA: "Gemma 3 270M"}
-PARAMETERS = {DEMO: 135e6, GEMMA: 268e6}
+#: The usual base of a task; a larger one, of another family; a mixture of experts; and what is usual of the LoRA and its steps.
+DEMO, GEMMA, EXPERTS = "demo", "gemma-3-270m", "smollm2-experts"
+MODELS = {DEMO: "SmolLM2 135M", GEMMA: "Gemma 3 270M", EXPERTS: "SmolLM2 135M, four experts"}
+PARAMETERS = {DEMO: 135e6, GEMMA: 268e6, EXPERTS: 374e6}
 BATCH, RANK, ALL, ATTENTION = 8, 8, "all", "attention"
 #: Steps of longer cells, which have one row each.
 LONGER = 240
@@ -202,6 +202,8 @@ def wider_cells() -> Iterator[Cell]:
     others: Sequence[dict[str, Any]] = ({"rank": 64}, {"targets": ATTENTION}, {"rank": 16}, {"rank": 4})
     for other, way in product(others, (control, small)):
         yield Cell(WIDER_TASK, *way, 0, STEPS, rate, **other)
+    for way in (control, usual, small, *RIVALS, ("low-rank", usual[1])):
+        yield Cell(WIDER_TASK, *way, 0, STEPS, rate, EXPERTS)
 
 
 def best_rate(rows: Sequence[dict[str, Any]], task: str, kind: str, memory: float, steps: int = STEPS) -> float:

@@ -119,6 +119,13 @@ def classification(directory: Path) -> tuple[list[Row], list[Row]]:
     return found[2 * TEST :], found[: 2 * TEST]
 
 
+def general_text(directory: Path) -> list[str]:
+    """Return the rated sentences of all sources, in an order that is always the same."""
+    archive = rated_archive(directory)
+    found = [text for source in _SOURCES for text, _, _ in read_rated(archive, source)]
+    return sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
 def rated_archive(directory: Path) -> bytes:
     """Return the inner archive of the rated sentences; the package's source archive is downloaded once."""
     directory.mkdir(parents=True, exist_ok=True)

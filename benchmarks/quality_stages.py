@@ -95,11 +95,11 @@ def polished(
 
 
 def taken(compress: Any) -> float:
-    """Return the share of the base's bytes that the block Linears take in an emulator that is to be made."""
+    """Return the share of the base's bytes that block Linears and experts take in an emulator that is to be made."""
     dtype = compress.base.skeleton.dtype
-    linears = [(linear, (linear.out_features, linear.in_features)) for linear in compress.plan.candidates]
-    held = sum(compress.format.nbytes(shape, linear.rank, dtype) for linear, shape in linears)
-    return held / sum(m * n * dtype.itemsize for _, (m, n) in linears)
+    planned = [each for each in compress.plan.planned if each.is_replaced]
+    held = sum(each.nbytes(compress.format, dtype) for each in planned)
+    return held / sum(each.numbers * dtype.itemsize for each in planned)
 
 
 class Scores:
