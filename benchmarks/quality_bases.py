@@ -34,7 +34,11 @@ def base_of(model: str, task: str, root: Path) -> Path:
     if has_pictures:
         write, auto, processing = write_reader, AutoModelForImageTextToText, AutoProcessor
     else:
-        write, auto, processing = {GEMMA: write_gemma, EXPERTS: write_upcycled}.get(model, write_base), AutoModelForCausalLM, AutoTokenizer
+        write, auto, processing = (
+            {GEMMA: write_gemma, EXPERTS: write_upcycled}.get(model, write_base),
+            AutoModelForCausalLM,
+            AutoTokenizer,
+        )
     source = write(whole)
     auto.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(partial)
     processing.from_pretrained(source).save_pretrained(partial)

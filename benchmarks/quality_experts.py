@@ -13,8 +13,8 @@ from emloc_demo.model import write_base
 from quality_rows import general_text
 
 EXPERTS, PER_TOKEN = 4, 2
-#: Of the tuning: steps, tokens of each, and the learning rate.
-STEPS, TOKENS, RATE = 80, 256, 5e-4
+#: Steps of the tuning, tokens in each, and the learning rate.
+STEPS, TOKENS, RATE = 48, 256, 5e-4
 
 
 def write_upcycled(directory: Path) -> Path:

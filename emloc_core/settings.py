@@ -245,6 +245,11 @@ class TrainSettings(StepSettings):
         description="Modules to put the LoRA on, matched by the end of their paths: a list, or comma-separated names; "
         "all-linear for every Linear but the output layer. By default, the family decides.",
     )
+    lora_experts: bool = Field(
+        False,
+        description="Put a LoRA on every expert too; its rank is the LoRA's, divided by the number of experts that a "
+        "token is sent to. Its weights and their optimiser take memory for all experts.",
+    )
     rank_pattern: Ranks | None = Field(
         None, description="Other ranks by the end of a module's path, such as q_proj=16,layers.0.mlp.down_proj=4."
     )
@@ -280,6 +285,12 @@ class TrainSettings(StepSettings):
         if ALL_LINEAR in names and len(set(names)) > 1:
             raise ValueError(f"{ALL_LINEAR} stands alone")
         return names
+
+    @model_validator(mode="after")
+    def _plain_on_experts(self) -> "TrainSettings":
+        if self.lora_experts and (self.lora_dropout or self.layers_to_transform):
+            raise ValueError("a LoRA on experts knows neither lora_dropout nor layers_to_transform")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSettings":

@@ -166,7 +166,7 @@ class TokenObjective:
         balance_no_experts(loaded.config)
         with refusing(SETTINGS):
             trainer = TRAINERS[settings.objective](
-                loaded, args=arguments, peft_config=lora_config(settings, list(targets), self.task), **given
+                loaded, args=arguments, peft_config=lora_config(settings, list(targets), self.task, loaded), **given
             )
         if arguments.use_cpu:  # the loss follows, with the peak
             backbone: Any = trainer.lora.get_base_model().base_model

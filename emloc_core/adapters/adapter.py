@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from emloc_core.adapters.dense import Replacement, replacements
-from emloc_core.algorithms.lora import Lora
+from emloc_core.adapters.expert_keys import by_stack, in_file
+from emloc_core.algorithms.lora import Lora, flattened, of_experts
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_object, write_json
 from emloc_core.files.header import read_header
@@ -128,7 +129,7 @@ class Adapter:
 
     @cached_property
     def loras(self) -> dict[str, Lora]:
-        """The LoRA of every Linear, by module path, sorted.
+        """The LoRA of every Linear, by module path, and of every stack of experts, by that of its parameter; sorted.
 
         Raises:
             EmlocError: there are tensors that are not what the config says, or NaN.
@@ -149,7 +150,11 @@ class Adapter:
                 f"The LoRA in {self.directory} on {incomplete[0]} lacks a half.", "Train again.", code="damaged"
             )
         _ = self.replaced  # refuses what is neither
-        return {path: self._lora(path, pair["A"], pair["B"]) for path, pair in sorted(parts.items())}
+        stacks = by_stack(parts, self.config.get("target_parameters") or [])
+        linears = parts.keys() - {in_file(path) for path in stacks}
+        found = {path: self._lora(path, parts[path]["A"], parts[path]["B"]) for path in linears}
+        found |= {path: self._lora(path, pair["A"], pair["B"], stacked=True) for path, pair in stacks.items()}
+        return dict(sorted(found.items()))
 
     @cached_property
     def replaced(self) -> dict[str, Replacement]:
@@ -202,9 +207,9 @@ class Adapter:
             found[key.removeprefix(_PREFIX)] = tensor
         return found
 
-    def _lora(self, path: str, a: torch.Tensor, b: torch.Tensor) -> Lora:
+    def _lora(self, path: str, a: torch.Tensor, b: torch.Tensor, *, stacked: bool = False) -> Lora:
         rank = self._of_pattern("rank_pattern", path, self.config.get("r", 8))
-        if not a.shape[0] == b.shape[1] == rank:
+        if a.shape[0] != b.shape[1] or (a.shape[0] % rank if stacked else a.shape[0] != rank):
             raise EmlocError(
                 f"The LoRA in {self.directory} on {path} has the shapes {tuple(a.shape)} and {tuple(b.shape)}; "
                 f"{CONFIG} says rank {rank}.",
@@ -218,7 +223,7 @@ class Adapter:
                 f"The LoRA in {self.directory} on {path} has the scale {scale:g}, which fp32 does not hold.",
                 "Correct its lora_alpha.",
             )
-        return Lora(a, b, scale)
+        return of_experts(a, b, scale, rank) if stacked else Lora(a, b, scale)
 
     def _of_pattern(self, name: str, path: str, default: Any) -> Any:
         """Return the number for the Linear at ``path``; patterns match as in PEFT."""
@@ -263,6 +268,7 @@ def write_adapter(
     write_json(directory / CONFIG, dict(config))
     tensors = {f"{_PREFIX}{key}": tensor for key, tensor in others.items()}
     for path, lora in sorted(loras.items()):
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = lora.a
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = lora.b
+        place, (a, b) = (in_file(path), flattened(lora)) if lora.is_stacked else (path, (lora.a, lora.b))
+        tensors[f"{_PREFIX}{place}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{place}.lora_B.weight"] = b
     write_shard(directory / WEIGHTS, tensors, metadata)

@@ -8,10 +8,12 @@ from torch import nn
 
 from emloc_core.adapters.adapter import Adapter
 from emloc_core.adapters.dense import require_dense
+from emloc_core.algorithms.lora import Lora
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.files.manifest import manifest_value
 from emloc_core.files.output import read_manifest
+from emloc_core.standins.experts import matrices
 from emloc_core.standins.format import MARK
 
 
@@ -22,23 +24,30 @@ def require_shapes(adapter: Adapter, model: nn.Module) -> None:
         EmlocError: a LoRA does not fit; names the first.
     """
     for path, lora in adapter.loras.items():
-        expected = (lora.b.shape[0], lora.a.shape[1])
         try:
-            module: Any = model.get_submodule(path)
-            # A Linear's weight may be packed.
-            linear = isinstance(module, nn.Linear)
-            actual = (module.out_features, module.in_features) if linear else tuple(module.weight.shape)
+            actual = _shape(model, path, lora)
         except AttributeError:
             raise EmlocError(
                 f"The base has no Linear at {path}.", "The adapter belongs to another architecture.", code="mismatch"
             ) from None
-        if actual != expected:
+        if actual != lora.shape:
             raise EmlocError(
-                f"The LoRA on {path} is for a weight of shape {expected}; the base has {actual}.",
+                f"The LoRA on {path} is for a weight of shape {lora.shape}; the base has {actual}.",
                 "The adapter belongs to another model.",
                 code="mismatch",
             )
     require_dense(adapter.replaced, model)
+
+
+def _shape(model: nn.Module, path: str, lora: Lora) -> tuple[int, ...]:
+    """Return the shape of what a LoRA of this path is for: (m, n), or that of a stack, (E, m, n)."""
+    if lora.is_stacked:
+        owner, _, name = path.rpartition(".")
+        return tuple(matrices(model.get_submodule(owner), name).shape)
+    module: Any = model.get_submodule(path)
+    if isinstance(module, nn.Linear):  # its weight may be packed
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape)
 
 
 def require_base(adapter: Adapter, base: Checkpoint, fingerprint: str, *, allow_uncorrected: bool = False) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from emloc_core.adapters.adapter import CORRECTED, Adapter, content_hash, write_adapter
 from emloc_core.adapters.as_trained import AsTrained
@@ -26,7 +25,7 @@ from emloc_core.adapters.belonging import (
 )
 from emloc_core.adapters.candidates import CANDIDATES, Candidate, choose, comparison
 from emloc_core.adapters.dense import replaced_weights
-from emloc_core.adapters.held_out import with_lora
+from emloc_core.adapters.held_out import adding
 from emloc_core.adapters.moments import copy_moments, hash_moments
 from emloc_core.adapters.stand_ins import StandIns
 from emloc_core.algorithms.correction import Clamp
@@ -36,7 +35,6 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT, manifest_value
 from emloc_core.files.output import Output, made_from
-from emloc_core.model.hooks import forward_hooks
 from emloc_core.model.opened import open_model
 from emloc_core.model.streaming import Stream
 from emloc_core.plugins.builtin import named
@@ -44,6 +42,7 @@ from emloc_core.plugins.manager import plugin_manager
 from emloc_core.report.verdict import verdict
 from emloc_core.requests import CorrectRequest
 from emloc_core.settings import PAPER_CLAMP, Loss
+from emloc_core.standins import StandIn
 
 
 class Correct:
@@ -152,8 +151,9 @@ class Correct:
             # LoRAs that no row passed through (a tower of another modality), and all LoRAs at a fixed clamp.
             for path, lora in self.adapter.loras.items():
                 if path not in found:
-                    with self.skeleton.parameters([f"{path}.weight"]) as weights:
-                        found[path] = self._correct(path, weights[f"{path}.weight"], lora, compared)
+                    name = lora.parameter(path)
+                    with self.skeleton.parameters([name]) as weights:
+                        found[path] = self._correct(path, weights[name], lora, compared)
                     done += 1
                     progress(path, done, len(self.adapter.loras))
             chosen = 0 if losses is None else choose(losses)
@@ -179,7 +179,8 @@ class Correct:
 
     def _keys(self) -> set[str]:
         """Return the keys of the weights that have a LoRA."""
-        return {key for path in self.adapter.loras for key in self.skeleton.sources(f"{path}.weight")}
+        loras = self.adapter.loras.items()
+        return {key for path, lora in loras for key in self.skeleton.sources(lora.parameter(path))}
 
     def _candidates(self) -> tuple[Candidate, ...]:
         clamp = self.settings.clamp
@@ -190,11 +191,25 @@ class Correct:
     def _correct(self, path: str, weight: torch.Tensor, lora: Lora, compared: tuple[Candidate, ...]) -> list[Lora]:
         """Return the LoRA for every candidate. Every clamp is computed once."""
         clamps = tuple(dict.fromkeys(candidate.clamp for candidate in compared))
-        corrected = dict(zip(clamps, self._clamped(path, weight, lora, clamps), strict=True))
+        of = self._of_experts if lora.is_stacked else self._of_linear
+        corrected = dict(zip(clamps, of(path, weight, lora, clamps), strict=True))
         return [corrected[candidate.clamp].scaled(candidate.scale) for candidate in compared]
 
-    def _clamped(self, path: str, weight: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
+    def _of_linear(self, path: str, weight: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
         emulated = self.stand_ins.of(self.skeleton.sources(f"{path}.weight")[0], path, weight)
+        return self._clamped(path, weight, emulated, lora, clamps)
+
+    def _of_experts(self, path: str, stack: torch.Tensor, lora: Lora, clamps: tuple[Clamp, ...]) -> list[Lora]:
+        """Correct the LoRA of each expert by itself."""
+        weights = stack if tuple(stack.shape) == lora.shape else stack.mT
+        emulated = self.stand_ins.of_stack(path, weights)
+        each = zip(weights, emulated, lora.experts(), strict=True)
+        found = [self._clamped(path, weight, stand_in, of, clamps) for weight, stand_in, of in each]
+        return [Lora.stacked(of) for of in zip(*found, strict=True)]
+
+    def _clamped(
+        self, path: str, weight: torch.Tensor, emulated: StandIn | None, lora: Lora, clamps: tuple[Clamp, ...]
+    ) -> list[Lora]:
         if emulated is None:  # also dense on the emulator: nothing to correct
             return [lora] * len(clamps)
         with named(f"The correction {self.settings.correction!r}, on {path},"):
@@ -231,22 +246,14 @@ class Correct:
 
         @contextmanager
         def adapted(paths: list[str]) -> Iterator[None]:
-            hooks = []
+            on_device = {}
             for path in paths:
-                module = self.skeleton.model.get_submodule(path)
-                weight = self.skeleton.model.get_parameter(f"{path}.weight")
+                weight = self.skeleton.model.get_parameter(loras[path].parameter(path))
                 candidates[path] = self._correct(path, weight, loras[path], compared)
-                on_device = [lora.to(weight.device) for lora in candidates[path]]
-                hooks.append((module, add_lora(on_device)))
+                on_device[path] = [lora.to(weight.device) for lora in candidates[path]]
                 progress(path, len(candidates), len(loras))
-            with forward_hooks(hooks):
+            with adding(self.skeleton.model, on_device, lambda of: of[stream.sample // rows]):
                 yield
-
-        def add_lora(found: list[Lora]) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
-            def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-                return with_lora(output, args[0], found[stream.sample // rows])
-
-            return hook
 
         def visit(unit: str) -> Any:
             return adapted([path for path in loras if path == unit or path.startswith(f"{unit}.")])

@@ -1,5 +1,6 @@
 """The loss of a base with a LoRA on held-out rows, streamed block by block."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,16 +10,50 @@ import torch
 from torch import nn
 
 from emloc_core.algorithms.lora import Lora
-from emloc_core.model.hooks import forward_hooks
+from emloc_core.model.hooks import forward_hooks, forwards
 from emloc_core.model.skeleton import Skeleton
 from emloc_core.model.streaming import Stream
 from emloc_core.objective import Sample
+from emloc_core.standins.experts import is_stack, routed
 
 
 def with_lora(output: torch.Tensor, inputs: torch.Tensor, lora: Lora) -> torch.Tensor:
     """Return a Linear's output, (..., m), with what a LoRA adds for its inputs, (..., n)."""
     change = (inputs.to(lora.a.dtype) @ lora.a.T) @ lora.b.T
     return (output + lora.scale * change).to(output.dtype)
+
+
+@contextmanager
+def adding(
+    model: nn.Module, loras: Mapping[str, Any], choose: Callable[[Any], Lora] = lambda lora: lora
+) -> Iterator[None]:
+    """Add LoRAs to the outputs of a model's Linears and experts while the context is active.
+
+    Args:
+        model: the model.
+        loras: by module path, or by that of a stack of experts.
+        choose: what of these counts, asked at every call.
+    """
+    stacks: dict[str, dict[str, Any]] = defaultdict(dict)
+    linears = {}
+    for path, lora in loras.items():
+        owner, _, name = path.rpartition(".")
+        if is_stack(model, path):
+            stacks[owner][name] = lora
+        else:
+            linears[path] = lora
+
+    def added(lora: Any) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+        return lambda _module, args, output: with_lora(output, args[0], choose(lora))
+
+    def experts(module: nn.Module, of: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
+        return lambda hidden, index, weights: routed(
+            module, hidden, index, weights, {name: choose(lora) for name, lora in of.items()}
+        )
+
+    instead = [(module := model.get_submodule(path), experts(module, of)) for path, of in stacks.items()]
+    with forwards(instead), forward_hooks((model.get_submodule(path), added(of)) for path, of in linears.items()):
+        yield
 
 
 def summed_loss(skeleton: Skeleton, samples: Sequence[Sample], loras: Mapping[str, Lora]) -> torch.Tensor:
@@ -34,12 +69,8 @@ def summed_loss(skeleton: Skeleton, samples: Sequence[Sample], loras: Mapping[st
     @contextmanager
     def adapted(unit: str) -> Iterator[None]:
         paths = [path for path in loras if path == unit or path.startswith(f"{unit}.")]
-        with forward_hooks([(skeleton.model.get_submodule(path), added(path)) for path in paths]):
+        with adding(skeleton.model, {path: loras[path].to(skeleton.device) for path in paths}):
             yield
-
-    def added(path: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
-        lora = loras[path].to(skeleton.device)
-        return lambda _module, args, output: with_lora(output, args[0], lora)
 
     forwards = [partial(sample.loss, skeleton.model, skeleton.device) for sample in samples]
     results = stream.run(forwards, adapted)

@@ -80,9 +80,12 @@ class Merge:
     def _by_key(self, skeleton: Skeleton) -> dict[str, Change]:
         found: dict[str, Change] = {}
         for path, lora in self.adapter.loras.items():
-            name = f"{path}.weight"
+            name = lora.parameter(path)
             keys = skeleton.sources(name)
-            expected = (lora.b.shape[0], lora.a.shape[1])
+            if lora.is_stacked:
+                found |= _by_expert(lora, path, keys, skeleton)
+                continue
+            expected = lora.shape
             if not keys:
                 raise EmlocError(
                     f"The base has no Linear at {path}.",
@@ -174,6 +177,10 @@ class Merge:
     def _merged(self, tensor: TensorInfo, change: Change) -> Iterator[memoryview]:
         """Yield the bytes of the changed weight, some rows at a time: with a LoRA the fp32 sum, cast once."""
         if isinstance(change, Lora):
+            if change.is_stacked:
+                for each in zip(tensor.split(), change.experts(), strict=True):
+                    yield from self._merged(*each)
+                return
             change = Lora(change.a.float(), change.b.float(), change.scale)
         done = 0
         for weight in row_chunks(tensor, _ROWS_BYTES):
@@ -205,6 +212,30 @@ class Merge:
         weight_map.update(dict.fromkeys(self.untied, last))
         if last != self.base.single:
             write_json(staging / self.base.index, {"metadata": {}, "weight_map": weight_map})
+
+
+def _by_expert(lora: Lora, path: str, keys: list[str], skeleton: Skeleton) -> dict[str, Change]:
+    """Return the LoRA on a stack of experts by the checkpoint's keys: of the stack, or of the parts of each matrix.
+
+    Raises:
+        EmlocError: the checkpoint keeps them in another way.
+    """
+    shapes = [skeleton.shape_of(key) for key in keys]
+    if len(keys) == 1 and shapes[0] == tuple(skeleton.model.get_parameter(path).shape):
+        return {keys[0]: lora if lora.shape == shapes[0] else lora.transposed()}
+    experts = lora.experts()
+    parts, left = divmod(len(keys), len(experts))  # gate and up, say: all experts' of one, then all of the next
+    found: dict[str, Change] = {}
+    if not left and parts and not lora.b.shape[1] % parts:
+        halves = [Lora(of.a, b, of.scale) for part in range(parts) for of in experts for b in [of.b.chunk(parts)[part]]]
+        found = dict(zip(keys, halves, strict=True))
+        if all(of.shape == shape for of, shape in zip(halves, shapes, strict=True)):
+            return found
+    raise EmlocError(
+        f"The LoRA on {path} is for matrices of shape {lora.shape}; the base has {shapes[:3]} in {keys[:3]}.",
+        "The adapter belongs to another model, or save the base with save_pretrained first.",
+        code="mismatch",
+    )
 
 
 def _untie(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """What stands in for the weights of a base in an emulator's files, one at a time."""
 
+from collections.abc import Iterator
+
 import torch
 
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.standins import StandIn
+from emloc_core.standins.experts import part_name
 from emloc_core.standins.registry import format_of
 from emloc_core.standins.vocabulary import PACKINGS, PARTS, packed_layers
 
@@ -41,3 +44,20 @@ class StandIns:
             codes, scales = tensors
             return StandIn(PACKINGS[packing].unpack(codes, scales.to(weight.dtype), shape[1]))
         return self._format.read(tensors, shape, weight.dtype)
+
+    def of_stack(self, path: str, weights: torch.Tensor) -> Iterator[StandIn | None]:
+        """Yield what stands in for each expert's matrix; None where the emulator has the stack itself.
+
+        Args:
+            path: of the stack in the base.
+            weights: (E, m, n).
+        """
+        keys = [part_name(path, name) for name in self._format.names()]
+        if keys[0] not in self._emulator.tensors:
+            yield from [None] * len(weights)
+            return
+        shape = (weights.shape[1], weights.shape[2])
+        with self._emulator.slices(keys) as slices:
+            for expert in range(len(weights)):
+                tensors = [slices[key][expert].to(weights.device) for key in keys]
+                yield self._format.read(tensors, shape, weights.dtype)

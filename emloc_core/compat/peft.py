@@ -1,6 +1,7 @@
-"""PEFT: a check of what is put into a model, in any script, and the name of what it wraps."""
+"""PEFT: a check of what is put into a model, in any script, and what it wraps modules with."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from functools import wraps
 from importlib import import_module
 from typing import Any
@@ -16,8 +17,12 @@ WRAPPER = "base_layer."
 _WRAPS = "peft.tuners.tuners_utils"
 
 
-def check_adapters(check: Callable[[nn.Module, dict[str, Any]], None]) -> None:
-    """Call ``check`` with the model and the config before PEFT puts an adapter into a model; it raises to refuse it.
+def check_adapters(
+    check: Callable[[nn.Module, dict[str, Any]], None], done: Callable[[nn.Module], None] = lambda _: None
+) -> None:
+    """Call ``check`` with the model and the config before PEFT puts an adapter into a model, and ``done`` after it.
+
+    ``check`` raises to refuse the adapter.
 
     PEFT has no hook for it. All its ways lead through this method: ``get_peft_model``, ``PeftModel.from_pretrained``
     and ``inject_adapter_in_model``.
@@ -29,13 +34,36 @@ def check_adapters(check: Callable[[nn.Module, dict[str, Any]], None]) -> None:
             inject = tuner.inject_adapter
 
         @wraps(inject)
-        def checked(self: Any, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> Any:
+        def checked(self: Any, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
             check(model, self.peft_config[adapter_name].to_dict())
-            return inject(self, model, adapter_name, *args, **options)
+            with warnings.catch_warnings():
+                # PEFT looks for them among modules alone, and applies them to parameters all the same.
+                if self.peft_config[adapter_name].to_dict().get("target_parameters"):
+                    warnings.filterwarnings("ignore", ".*_pattern keys did not match any targeted module")
+                inject(self, model, adapter_name, *args, **options)
+            done(model)
 
         tuner.inject_adapter = checked
 
     when_imported(_WRAPS, wrap)
+
+
+def parameter_wrappers(model: nn.Module) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the wrappers of parameters of every module that has some, the outermost first, with the module's path.
+
+    PEFT wraps a module once for each of its parameters that get a LoRA; the wrappers lie in each other.
+    """
+    with private("peft"):
+        from peft.tuners.lora.layer import ParamWrapper
+    inner: set[nn.Module] = set()
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, ParamWrapper) or module in inner:
+            continue
+        found: list[Any] = [module]
+        while isinstance(found[-1].base_layer, ParamWrapper):
+            found.append(found[-1].base_layer)
+        inner.update(found)
+        yield path, found
 
 
 def leave_casts_to_autocast(model: nn.Module) -> None:

@@ -126,7 +126,10 @@ class TensorLoader:
         self._mapping = [*get_model_conversion_mapping(model), *conversions]
 
     def sources(self, keys: Iterable[str]) -> dict[str, list[str]]:
-        """Return the keys of the tensors that each parameter or buffer is made from, by its name."""
+        """Return the keys of the tensors that each parameter or buffer is made from, by its name.
+
+        Where it is made of several, they are in the order of its converter's patterns, and there in that of numbers.
+        """
         with private("transformers"):
             from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
@@ -134,16 +137,21 @@ class TensorLoader:
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         expected = self._model.state_dict()
         found: dict[str, list[str]] = defaultdict(list)
+        places: dict[str, tuple[Any, ...]] = {}
         for key in keys:
             target, pattern = rename_source_key(key, renamings, converters, self._model.base_model_prefix, expected)
             if target not in expected and key in expected:
                 target, pattern = key, None
             found[target].append(key)
-            if pattern is not None:  # one tensor of the checkpoint may be split into several parameters
+            if pattern is not None:
+                numbers = [int(part) for part in key.split(".") if part.isdecimal()]
+                places[key] = (by_pattern[pattern].source_patterns.index(pattern), numbers)
+                # One tensor of the checkpoint may be split into several parameters.
                 first, *others = by_pattern[pattern].target_patterns
                 for other in others:
                     found[target.replace(first, other)].append(key)
-        return dict(found)
+        converted = {name: sorted(of, key=places.__getitem__) for name, of in found.items() if places.keys() >= set(of)}
+        return found | converted
 
     def load(
         self, tensors: dict[str, Any], dtype: "torch.dtype", device: "torch.device"

@@ -7,7 +7,7 @@ accepted here is accepted, and read the same way, by other readers.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,13 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.stop - self.start
+
+    def split(self) -> "list[TensorInfo]":
+        """Return the parts along its first dimension."""
+        count, *shape = self.shape
+        size = self.nbytes // max(1, count)
+        starts = (self.start + size * index for index in range(count))
+        return [replace(self, shape=tuple(shape), start=start, stop=start + size) for start in starts]
 
     @property
     def is_floating_point(self) -> bool:

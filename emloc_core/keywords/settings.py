@@ -46,6 +46,7 @@ class TrainKwargs(TypedDict, total=False):
     use_rslora: bool
     lora_dropout: float
     target_modules: str | list[str] | None
+    lora_experts: bool
     rank_pattern: str | dict[str, int] | None
     layers_to_transform: str | list[int] | None
     modules_to_save: str | list[str] | None

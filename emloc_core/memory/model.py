@@ -29,7 +29,8 @@ from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.overhead import overhead
 from emloc_core.settings import ALL_LINEAR, FACTORS, FOUR_BITS, CompressSettings
 from emloc_core.standins import Format
-from emloc_core.standins.experts import is_stack
+from emloc_core.standins.expert_loras import expert_stacks
+from emloc_core.standins.experts import expert_rank, is_stack
 from emloc_core.standins.layer import replace_linear
 from emloc_core.standins.nf4 import FourBitLinear
 from emloc_core.standins.registry import format_named
@@ -184,9 +185,12 @@ class MemoryModel:
         return kept - sum(each.saved(self.dtype) for each in plan.vocabulary)
 
     def adapter_parameters(self) -> int:
-        """Return the number of LoRA parameters: ``r (m + n)`` for each Linear with a LoRA."""
+        """Return the number of LoRA parameters: ``r (m + n)`` for each Linear, and expert's matrix, with a LoRA."""
         rank = self.workload.train.lora_rank
-        return sum(
+        stacks = expert_stacks(self.model) if self.workload.train.lora_experts else []
+        of_experts = expert_rank(rank, self.model.config)
+        shapes = [self.model.get_parameter(path).shape for path in stacks]
+        return sum(count * of_experts * (m + n) for count, m, n in shapes) + sum(
             rank * (module.in_features + module.out_features)
             for path, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and f".{path}".endswith(tuple(f".{target}" for target in self.targets))
@@ -237,7 +241,7 @@ class MemoryModel:
         """Return a digest of all that a trace of the model depends on."""
         train = self.workload.train
         of_steps = {"lora_dropout", "gradient_checkpointing", "bf16"}
-        of_lora = {"lora_rank", "rank_pattern", "modules_to_save", "trainable_token_indices"}
+        of_lora = {"lora_rank", "rank_pattern", "modules_to_save", "trainable_token_indices", "lora_experts"}
         lora = train.model_dump(include=of_steps | of_lora)
         emulator = None if plan is None else (self.format.name, sorted(plan.ranks.items()), packings(plan.vocabulary))
         return cache.key(
@@ -281,7 +285,7 @@ class MemoryModel:
             train = self.workload.train.model_copy(update={"layers_to_transform": None})
             lora: Any = get_peft_model(
                 model,
-                lora_config(train, self.targets),
+                lora_config(train, self.targets, model=model),
                 low_cpu_mem_usage=True,
             )
             return trace_training(

@@ -96,7 +96,7 @@ class Export:
         with self.output.build() as staging:
             result: dict[str, Any] = {}
             if self.adapter is not None:
-                result = {"linears": len(self.loras), "rank": next(iter(self.loras.values())).a.shape[0]}
+                result = {"linears": len(self.loras), "rank": next(iter(self.loras.values())).rank}
                 result["warnings"] = list(warnings(self.loras, self.model.family))
             if not self.settings.gguf:
                 config = plain_config(

@@ -1,6 +1,6 @@
 """A LoRA in the plainest form: one rank, no patterns, and no scale, which servers read in different ways."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ def plain(loras: Mapping[str, Lora]) -> dict[str, Lora]:
 
     Halves of a lower rank get zeros; B takes the scale, in fp32 at least.
     """
-    rank = max(lora.a.shape[0] for lora in loras.values())
+    rank = max(lora.rank for lora in loras.values())
     return {path: _plain(lora, rank) for path, lora in loras.items()}
 
 
 def _plain(lora: Lora, rank: int) -> Lora:
-    missing = rank - lora.a.shape[0]
+    missing = rank - lora.rank
     b = lora.b.to(torch.promote_types(lora.b.dtype, torch.float32)) * lora.scale
     if not bool(torch.isfinite(b).all()):
         raise EmlocError("The LoRA times its scale is not finite.", "Train again.", code="not-finite")
@@ -39,7 +39,8 @@ def plain_config(loras: Mapping[str, Lora], base: str, modules: Iterable[str]) -
         base: path or hub id of the model.
         modules: paths of all modules of the model.
     """
-    rank = next(iter(loras.values())).a.shape[0]
+    rank = next(iter(loras.values())).rank
+    stacks = sorted(path for path, lora in loras.items() if lora.is_stacked)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -54,25 +55,28 @@ def plain_config(loras: Mapping[str, Lora], base: str, modules: Iterable[str]) -
         "rank_pattern": {},
         "alpha_pattern": {},
         "modules_to_save": None,
-        "target_modules": _targets(loras, modules),
+        "target_modules": _targets(loras.keys() - set(stacks), modules),
+        "target_parameters": stacks or None,
     }
 
 
-def _targets(loras: Mapping[str, Lora], modules: Iterable[str]) -> list[str]:
+def _targets(loras: Collection[str], modules: Iterable[str]) -> list[str]:
     """Return the last parts of the paths, or the paths where these would match other modules too."""
     ends = {path.rpartition(".")[2] for path in loras}
     matched = {path for path in modules if path.rpartition(".")[2] in ends}
-    return sorted(ends if matched == loras.keys() else loras)
+    return sorted(ends if matched == set(loras) else loras)
 
 
 def warnings(loras: Mapping[str, Lora], family: Family) -> Iterator[str]:
     """Yield what servers will not take as it is, each with what to do."""
-    rank = next(iter(loras.values())).a.shape[0]
+    rank = next(iter(loras.values())).rank
     if rank > VLLM_RANK:
         enough = next((each for each in VLLM_RANKS if each >= rank), None)
         yield f"Its rank is {rank}, above vLLM's default of {VLLM_RANK}: " + (
             f"start it with --max-lora-rank {enough}." if enough else "vLLM takes no such rank; merge it instead."
         )
+    if any(lora.is_stacked for lora in loras.values()):
+        yield "It has LoRAs on experts, which few servers take. Merge the adapter, and serve the merged model."
     if family.modality == "text":
         return
     language = [tower.blocks for tower in family.towers if tower.name == "language"]

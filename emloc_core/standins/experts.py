@@ -7,18 +7,23 @@ product, or normalise what an expert returns. A router sends every token to a fe
 
 import copy
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
+from emloc_core.algorithms.lora import Lora
 from emloc_core.compat.transformers import gated, grouped_product
 from emloc_core.errors import EmlocError
 from emloc_core.standins.layer import StandInLinear, unpacked_bytes
 
 #: What transformers says of every module of fused experts that it can compute in several ways.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
+#: torch multiplies groups whose rows have a multiple of 16 bytes; LoRAs of other ranks get zeros.
+_ALIGNED = 8
+_NONE: Mapping[str, Lora] = MappingProxyType({})
 
 
 def stacks(experts: nn.Module) -> tuple[str, str]:
@@ -27,8 +32,8 @@ def stacks(experts: nn.Module) -> tuple[str, str]:
     Raises:
         EmlocError: it computes something else with its weights.
     """
-    names = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
-    if not all(hasattr(experts, flag) for flag in _FLAGS) or not all(is_stack(experts, name) for name in names):
+    names = _stacks(experts)
+    if not is_experts(experts):
         raise EmlocError(
             f"A {type(experts).__name__} is not laid out as experts that stand-ins are known for: "
             f"{' and '.join(names)}, stacked, in a class that transformers marks as experts.",
@@ -36,6 +41,15 @@ def stacks(experts: nn.Module) -> tuple[str, str]:
             code="plugin",
         )
     return names
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Return whether a module is laid out as experts that stand-ins are known for."""
+    return all(hasattr(module, flag) for flag in _FLAGS) and all(is_stack(module, name) for name in _stacks(module))
+
+
+def _stacks(experts: nn.Module) -> tuple[str, str]:
+    return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"
 
 
 def is_stack(model: nn.Module, path: str) -> bool:
@@ -52,10 +66,21 @@ def matrices(experts: Any, name: str) -> torch.Tensor:
     return found.mT if experts.is_transposed else found
 
 
+def shape_of(experts: Any, name: str) -> tuple[int, int]:
+    """Return the shape of every matrix of a stack, (m, n), whichever way it is kept."""
+    _, m, n = matrices(experts, name).shape
+    return m, n
+
+
 def experts_per_token(config: Any) -> int:
     """Return how many experts a router sends every token to; 1 for a model without experts."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "num_experts_per_tok", None) or 1
+
+
+def expert_rank(rank: int, config: Any) -> int:
+    """Return the rank of a LoRA on each expert, beside others of a rank: a token's output comes from a few experts."""
+    return max(1, rank // experts_per_token(config))
 
 
 def width(experts: nn.Module) -> int:
@@ -99,6 +124,15 @@ def part_name(path: str, part: str) -> str:
     return f"{owner}.{part}.{name}"
 
 
+class _Part(nn.ParameterDict):
+    """A part of every stack, by the name of the stack."""
+
+    @property
+    def device(self) -> torch.device:
+        """That of the parts: PEFT asks ``weight``, whatever that is, where a LoRA belongs."""
+        return next(iter(self.values())).device
+
+
 class StandInExperts(nn.Module):
     """Experts whose stacks are kept as a layer keeps the weight of a Linear: each of its parts, with a leading E.
 
@@ -123,7 +157,7 @@ class StandInExperts(nn.Module):
                 self.register_parameter(name, parameter)
         for name, module in experts.named_children():
             self.add_module(name, module)
-        # For what it computes between its stacks. In a list, so that it is no part of this module.
+        # In a list, so that it is no part of this module.
         self._replaced = [experts]
         self.train(experts.training)
 
@@ -131,7 +165,7 @@ class StandInExperts(nn.Module):
         count, m, n = stack.shape
         for part, (size, dtype) in self.layer.parts((m, n), self.ranks[name], stack.dtype).items():
             if not hasattr(self, part):
-                self.add_module(part, nn.ParameterDict())
+                self.add_module(part, _Part())
             self.load(name, {part: torch.empty(count, *size, dtype=dtype, device=stack.device)})
 
     def load(self, name: str, parts: Mapping[str, torch.Tensor]) -> None:
@@ -149,23 +183,18 @@ class StandInExperts(nn.Module):
             top_k_index: (tokens, top), which experts.
             top_k_weights: (tokens, top).
         """
-        top = top_k_index.shape[-1]
-        chosen, order = top_k_index.reshape(-1).sort(stable=True)
-        experts = torch.arange(self.num_experts, device=chosen.device)
-        ends = torch.searchsorted(chosen, experts, right=True).to(torch.int32)
-        up, down = stacks(self._replaced[0])
-        inner = activate(self._replaced[0], self._times(up, hidden_states[order // top], chosen, ends))
-        found = _normed(self._replaced[0], self._times(down, inner, chosen, ends))
-        found = found * top_k_weights.reshape(-1)[order, None]
-        return found[order.argsort()].view(*top_k_index.shape, found.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+        return routed(self, hidden_states, top_k_index, top_k_weights)
 
-    def _times(self, name: str, x: torch.Tensor, chosen: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Multiply rows that are sorted by expert, each group by the matrix of its own, and add its bias."""
-        if name in self.ranks:
-            found = self.layer.grouped(x, ends, *self.kept(name), shape=self._shape(name), dtype=self._dtype(name))
-        else:
-            found = grouped_product(x, matrices(self, name), ends)
-        return with_bias(self, name, found, chosen)
+    def times(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Multiply rows that are sorted by expert, each group by the matrix of its own; see ``grouped``."""
+        if name not in self.ranks:
+            return grouped_product(x, matrices(self, name), ends)
+        return self.layer.grouped(x, ends, *self.kept(name), shape=self._shape(name), dtype=self._dtype(name))
+
+    @property
+    def replaced(self) -> Any:
+        """The module that it replaces, without its stacks: for what it computes between them."""
+        return self._replaced[0]
 
     def kept(self, name: str) -> list[torch.Tensor]:
         """Return what is kept of a stack, in the order of the layer's parts."""
@@ -179,7 +208,7 @@ class StandInExperts(nn.Module):
     @property
     def width(self) -> int:
         """How many numbers go into and out of the matrices of one expert, factors included."""
-        return width(self._replaced[0]) + 2 * sum(rank or 0 for rank in self.ranks.values())
+        return width(self.replaced) + 2 * sum(rank or 0 for rank in self.ranks.values())
 
     @property
     def unpacked_bytes(self) -> int:
@@ -188,15 +217,14 @@ class StandInExperts(nn.Module):
         return max(unpacked_bytes(shape, self.num_experts, dtype) for shape, dtype in stacks_of)
 
     def _shape(self, name: str) -> tuple[int, int]:
-        _, m, n = matrices(self._replaced[0], name).shape
-        return m, n
+        return shape_of(self.replaced, name)
 
     def _dtype(self, name: str) -> torch.dtype:
-        return self._replaced[0].get_parameter(name).dtype
+        return self.replaced.get_parameter(name).dtype
 
     def dense(self) -> nn.Module:
         """Return an ordinary module of experts with the matrices that the stand-ins stand for."""
-        experts = copy.deepcopy(self._replaced[0])
+        experts = copy.deepcopy(self.replaced)
         own = dict(self.named_parameters())
         for name in [name for name, _ in experts.named_parameters()]:
             if name in self.ranks:
@@ -212,6 +240,52 @@ class StandInExperts(nn.Module):
         """Describe the module in the model's printout."""
         shapes = ("{} x {}".format(*self._shape(name)) for name in self.ranks)
         return f"{self.num_experts} experts of {', '.join(shapes)}, as in {self.layer.__name__}"
+
+
+def routed(
+    experts: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    loras: Mapping[str, Lora] = _NONE,
+) -> torch.Tensor:
+    """Return the weighted sum of each token's experts, with LoRAs on their stacks.
+
+    Args:
+        experts: the module, or its stand-ins.
+        hidden_states: (tokens, n).
+        top_k_index: (tokens, top), which experts.
+        top_k_weights: (tokens, top).
+        loras: by the names of stacks, of all their matrices: ``a`` (E, r, n), ``b`` (E, m, r).
+    """
+    own = experts.replaced if isinstance(experts, StandInExperts) else experts
+    chosen, order = top_k_index.reshape(-1).sort(stable=True)
+    number = torch.arange(experts.num_experts, device=chosen.device)
+    ends = torch.searchsorted(chosen, number, right=True).to(torch.int32)
+
+    def times(name: str, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(experts, StandInExperts):
+            found = experts.times(name, x, ends)
+        else:
+            found = grouped_product(x, matrices(experts, name), ends)
+        if name in loras:
+            found = _with_lora(found, x, loras[name], ends)
+        return with_bias(experts, name, found, chosen)
+
+    up, down = _stacks(own)  # perhaps lent for a call, and no parameters
+    inner = activate(own, times(up, hidden_states[order // top_k_index.shape[-1]]))
+    found = _normed(own, times(down, inner)) * top_k_weights.reshape(-1)[order, None]
+    return found[order.argsort()].view(*top_k_index.shape, found.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+
+
+def _with_lora(found: torch.Tensor, x: torch.Tensor, lora: Lora, ends: torch.Tensor) -> torch.Tensor:
+    """Add what a LoRA of all experts makes of rows that are sorted by expert: in its dtype, or in that of autocast."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lora.a.dtype
+    missing = -lora.a.shape[1] % _ALIGNED
+    a, b = pad(lora.a.to(dtype), (0, 0, 0, missing)), pad(lora.b.to(dtype), (0, missing)).contiguous()
+    change = grouped_product(grouped_product(x.to(dtype), a, ends), b, ends)
+    return (found + lora.scale * change).to(found.dtype)
 
 
 def _times(experts: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,14 @@ from torch import nn
 
 from emloc_core.compat.peft import check_adapters
 from emloc_core.errors import EmlocError
+from emloc_core.standins.expert_loras import compute_apart, expert_modules, make_places, stacks_of
 from emloc_core.standins.vocabulary import PackedLayer, vocabulary_layers
 
 #: Fields of LoraConfig that may have any value: they do not change what a trained LoRA computes.
 _FREE = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
     "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "target_modules", "task_type", "peft_type",
+    "runtime_config", "target_modules", "target_parameters", "task_type", "peft_type",
 }  # fmt: skip
 #: Fields that determine the scale of a LoRA.
 SCALE = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
@@ -94,8 +95,16 @@ def module_problems(config: Mapping[str, Any], model: nn.Module, packed: Collect
     return [f"{path} is another one on the emulator than on the base; {may}" for path in wrong[:1]]
 
 
+def stack_problems(config: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Return the reasons why parameters that this PEFT config puts a LoRA on cannot have one: all but whole experts."""
+    wanted = config.get("target_parameters") or []
+    stacks = {f"{path}.{name}" for path, each in expert_modules(model) for name in stacks_of(each)}
+    wrong = sorted(name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in stacks))
+    return [f"{name} is no stack of experts, on which alone parameters can have a LoRA" for name in wrong[:1]]
+
+
 def refuse_others(is_emulator: Callable[[nn.Module], bool]) -> None:
-    """Have PEFT refuse, where it wraps an emulator, what could not be transferred afterwards.
+    """Have PEFT refuse, where it wraps an emulator, what could not be transferred afterwards; see also `expert_loras`.
 
     Args:
         is_emulator: whether a model is one.
@@ -103,9 +112,11 @@ def refuse_others(is_emulator: Callable[[nn.Module], bool]) -> None:
 
     def check(model: nn.Module, config: dict[str, Any]) -> None:
         if is_emulator(model):
-            require(field_problems(config) or module_problems(config, model))
+            require(field_problems(config) or module_problems(config, model) or stack_problems(config, model))
+            if config.get("target_parameters"):
+                make_places(model)
 
-    check_adapters(check)
+    check_adapters(check, compute_apart)
 
 
 def require(problems: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from transformers.trainer_callback import TrainerState
 
 from emloc_core.adapters.held_out import summed_loss
 from emloc_core.algorithms.lora import Lora
+from emloc_core.compat.peft import parameter_wrappers
 from emloc_core.data.rows import Row, load_rows, without
 from emloc_core.data.sets import share_of
 from emloc_core.errors import EmlocError
@@ -22,6 +23,7 @@ from emloc_core.exact.parallel import Processes
 from emloc_core.model.opened import OpenModel
 from emloc_core.requests import EvalRows
 from emloc_core.settings import StepSettings
+from emloc_core.standins.expert_loras import of_wrapper
 
 _OTHER_ROWS = (
     "Give --eval-data alone for all its rows, or --eval-split alone, such as 0.05, to hold out some of --data."
@@ -128,11 +130,15 @@ class BaseLoss:
 
 
 def loras_of(model: PeftModel) -> dict[str, Lora]:
-    """Return a copy of the LoRAs of a model in training, by module path of the base."""
+    """Return a copy of the LoRAs of a model in training, by path in the base of their module, or stack of experts."""
     found = {}
     adapted: Any = model.get_base_model()
+    for path, wrappers in parameter_wrappers(adapted):
+        for each in wrappers:
+            lora = of_wrapper(each)
+            found[f"{path}.{each.parameter_name}"] = Lora(lora.a.detach().clone(), lora.b.detach().clone(), lora.scale)
     for path, module in adapted.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and not hasattr(module, "parameter_name"):
             layers: Any = module
             a, b = (part["default"].weight.detach().clone() for part in (layers.lora_A, layers.lora_B))
             found[path] = Lora(a, b, float(layers.scaling["default"]))

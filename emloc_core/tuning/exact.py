@@ -112,7 +112,7 @@ class ExactTrain(Train):
         if self.start:
             return self.start
         assert isinstance(self.settings, TrainSettings)
-        return lora_config(self.settings, self.targets, self.model.objective.task)
+        return lora_config(self.settings, self.targets, self.model.objective.task, self.skeleton.model)
 
     def _trainer(self, config: TrainingArguments, **given: Any) -> LoraSteps:
         set_seed(config.seed)  # as TRL does before it makes a LoRA

@@ -13,6 +13,7 @@ from emloc_core.emulator.declared import all_linears
 from emloc_core.errors import EmlocError, did_you_mean
 from emloc_core.model.opened import OpenModel
 from emloc_core.settings import ALL_LINEAR, TrainSettings
+from emloc_core.standins.expert_loras import expert_stacks
 from emloc_core.standins.transfer import module_problems, require
 from emloc_core.standins.vocabulary import packed_layers
 from emloc_core.tuning.trl import lora_config
@@ -28,6 +29,8 @@ def choose_targets(model: OpenModel, settings: TrainSettings) -> list[str]:
     Raises:
         EmlocError: a target is refused; names the target and the module.
     """
+    if settings.lora_experts:
+        expert_stacks(model.build())  # which refuses a model without
     chosen = settings.target_modules
     special = settings.rank_pattern or settings.layers_to_transform or settings.trains_modules
     if not chosen and not special:  # a family's own targets have passed the conformance kit
@@ -72,7 +75,7 @@ def require_linears(
     theirs = "Leave out the targets that match them."
     try:  # for some model types PEFT maps targets to others, such as fused experts
         with warnings.catch_warnings(action="ignore"):
-            config = lora_config(settings, list(targets), task)
+            config = lora_config(settings.model_copy(update={"lora_experts": False}), list(targets), task)
             lora = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise EmlocError(f"PEFT refuses these targets: {error}", theirs) from error

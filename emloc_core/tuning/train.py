@@ -234,7 +234,7 @@ class Train:
         """Return what the card says of the steps, and of the LoRA."""
         settings = self.settings
         assert isinstance(settings, TrainSettings)
-        on = ", ".join(f"`{target}`" for target in self.targets)
+        on = ", ".join([*(f"`{target}`" for target in self.targets), *(["experts"] if settings.lora_experts else [])])
         steps = steps_described(settings, request, result)
         return f"LoRA: rank {settings.lora_rank}, alpha {settings.lora_alpha}, on {on}; {steps}, with TRL."
 

@@ -134,10 +134,23 @@ def trainer_fields(settings: StepSettings, checkpoints: Path) -> dict[str, Any]:
     return {"output_dir": str(checkpoints), "save_strategy": "steps", "save_total_limit": 2, **named}
 
 
-def lora_config(settings: TrainSettings, target_modules: list[str], task: str | None = "CAUSAL_LM") -> "LoraConfig":
-    """Return PEFT's config, with these ends of module paths as its targets, for what PEFT calls the task."""
+def lora_config(
+    settings: TrainSettings, target_modules: list[str], task: str | None = "CAUSAL_LM", model: Any = None
+) -> "LoraConfig":
+    """Return PEFT's config.
+
+    Args:
+        settings: of the LoRA.
+        target_modules: ends of module paths.
+        task: what PEFT calls it.
+        model: where a LoRA on experts is asked for, the one that has them.
+
+    Raises:
+        EmlocError: it has none.
+    """
     from peft import LoraConfig
 
+    experts = _on_experts(settings, model) if settings.lora_experts else {}
     alpha = settings.lora_alpha  # some readers of PEFT's config expect an integer if it can be one
     return LoraConfig(
         r=settings.lora_rank,
@@ -145,12 +158,29 @@ def lora_config(settings: TrainSettings, target_modules: list[str], task: str | 
         lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora,
         target_modules=list(target_modules),
-        rank_pattern=settings.rank_pattern or {},
+        **{"rank_pattern": settings.rank_pattern or {}, **experts},
         layers_to_transform=settings.layers_to_transform,
         modules_to_save=settings.modules_to_save,
         trainable_token_indices=settings.trainable_token_indices,
         task_type=task,
     )
+
+
+def _on_experts(settings: TrainSettings, model: Any) -> dict[str, Any]:
+    """Return what a config says of LoRAs on experts: their stacks and rank, and the scale that other LoRAs have."""
+    from emloc_core.standins.expert_loras import expert_stacks
+    from emloc_core.standins.experts import expert_rank
+
+    stacks = expert_stacks(model)
+    rank = expert_rank(settings.lora_rank, model.config)
+    share = rank / settings.lora_rank
+    alpha = settings.lora_alpha * (share**0.5 if settings.use_rslora else share)
+    ends = {".".join(path.split(".")[-2:]) for path in stacks}
+    return {
+        "target_parameters": stacks,
+        "rank_pattern": {**dict.fromkeys(sorted(ends), rank), **(settings.rank_pattern or {})},
+        "alpha_pattern": dict.fromkeys(sorted(ends), alpha),
+    }
 
 
 #: Settings by the field of PEFT's config that they are; what PEFT keeps of itself; and what the stage sets.

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import emloc_core.standins.quantizer  # noqa: F401  registers the emulator's loader
 from emloc_core.adapters.adapter import Adapter, config_problems, content_hash
 from emloc_core.adapters.candidates import CANDIDATES, choose, gains
-from emloc_core.adapters.held_out import mean_loss
+from emloc_core.adapters.held_out import summed_loss
 from emloc_core.algorithms.lora import Lora
 from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import encode, load_processing
@@ -325,11 +325,11 @@ def test_a_model_that_computes_all_logits_has_the_same_loss(tiny_model):
     skeleton, family = OpenModel(base, LLAMA).skeleton, LLAMA
     rows = load_rows(example_rows()[:4])
     samples = encode(rows, load_processing(tiny_model, family, rows))
-    chosen = mean_loss(skeleton, samples, {})
+    chosen = summed_loss(skeleton, samples, {}).tolist()
     forward = skeleton.model.forward
 
     def of_all_tokens(input_ids, **others):  # by its signature, it cannot leave any out
         return forward(input_ids, **others)
 
     skeleton.model.forward = of_all_tokens
-    assert mean_loss(skeleton, samples, {}) == pytest.approx(chosen, rel=1e-5)
+    assert summed_loss(skeleton, samples, {}).tolist() == pytest.approx(chosen, rel=1e-5)

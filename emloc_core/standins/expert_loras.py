@@ -1,0 +1,126 @@
+"""A LoRA on experts: PEFT attaches it to their stacks, and its part of the output is computed by itself.
+
+PEFT wraps the module of experts once per stack, and adds a LoRA to a stack where that is read. That would unpack whole
+stacks, and a packed one is no parameter. So each packed stack has a parameter without storage that PEFT attaches to,
+and what PEFT wraps is computed here: each token's product with the matrix of its expert, and beside it the product
+with the two factors. Dense experts are computed in the same way, without a change as large as their stack.
+
+PEFT nests its wrappers in the order in which the module has its stacks, and its keys follow: stand-ins have them in the
+order of the base.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_core.algorithms.lora import Lora, of_experts
+from emloc_core.compat.peft import parameter_wrappers
+from emloc_core.errors import EmlocError
+from emloc_core.standins.experts import StandInExperts, is_experts, routed, shape_of, stacks
+
+
+def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the modules of fused experts that stand-ins are known for, or that are stand-ins, with their paths."""
+    for path, module in model.named_modules():
+        if isinstance(module, StandInExperts) or is_experts(module):
+            yield path, module
+
+
+def stacks_of(experts: Any) -> tuple[str, str]:
+    """Return the names of the two stacks of experts, or of those that stand-ins replace."""
+    return stacks(_dense(experts))
+
+
+def expert_stacks(model: nn.Module) -> list[str]:
+    """Return the paths of all stacks of experts in a model, in full: PEFT passes over some that it is told the end of.
+
+    Raises:
+        EmlocError: there are none.
+    """
+    found = [f"{path}.{name}" for path, module in expert_modules(model) for name in stacks_of(module)]
+    if not found:
+        raise EmlocError("The model has no experts to put a LoRA on.", "Leave out --lora-experts.")
+    return found
+
+
+def make_places(model: nn.Module) -> None:
+    """Let PEFT find the stacks of stand-ins: parameters of the base's shapes and order, each with one number alone.
+
+    The order decides which of PEFT's two wrappers is the inner one, and so the keys of its file.
+    """
+    for _, module in expert_modules(model):
+        if not isinstance(module, StandInExperts):
+            continue
+        for name, parameter in _dense(module).named_parameters(recurse=False):
+            own = vars(module)["_parameters"].pop(name, None)
+            if own is None and name in module.ranks:
+                part = next(iter(module.kept(name)))
+                nothing = torch.zeros(1, dtype=parameter.dtype, device=part.device)
+                own = nn.Parameter(nothing.expand(parameter.shape), requires_grad=False)
+            module.register_parameter(name, own)
+
+
+def compute_apart(model: nn.Module) -> None:
+    """Compute the LoRAs that PEFT has put on experts of a model beside their stacks, in place of PEFT's way.
+
+    Raises:
+        EmlocError: PEFT has put one on a stack of something else, or on one stack of two.
+    """
+    for path, wrappers in parameter_wrappers(model):
+        experts = wrappers[0].get_base_layer()
+        if not (isinstance(experts, StandInExperts) or is_experts(experts)):
+            continue
+        names = [wrapper.parameter_name for wrapper in reversed(wrappers)]  # as PEFT went through them
+        if names != list(stacks_of(experts)):
+            raise EmlocError(
+                f"There is a LoRA on {' and '.join(names)} of {path}, in this order.",
+                f"Put one on both stacks, {' and '.join(stacks_of(experts))}.",
+                code="unsupported",
+            )
+        for wrapper in wrappers:
+            _require_layout(wrapper, experts, path)
+        outermost: Any = wrappers[0]
+        outermost.forward = _Computed(experts, wrappers)
+
+
+class _Computed:
+    """The forward of the outermost wrapper."""
+
+    def __init__(self, experts: Any, wrappers: list[Any]) -> None:
+        self._experts, self._wrappers = experts, wrappers
+
+    def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        loras = {wrapper.parameter_name: of_wrapper(wrapper) for wrapper in self._wrappers if not _is_off(wrapper)}
+        return routed(self._experts, hidden, index, weights, loras)
+
+
+def _is_off(wrapper: Any) -> bool:
+    return bool(wrapper.disable_adapters or wrapper.merged)
+
+
+def of_wrapper(wrapper: Any) -> Lora:
+    """Return the LoRA of one of PEFT's wrappers of a stack: ``a`` (E, r, n), ``b`` (E, m, r), with their gradients."""
+    (adapter,) = wrapper.active_adapters
+    a, b = (half[adapter].weight for half in (wrapper.lora_A, wrapper.lora_B))
+    return of_experts(a, b, float(wrapper.scaling[adapter]), wrapper.r[adapter])
+
+
+def _dense(experts: Any) -> Any:
+    return experts.replaced if isinstance(experts, StandInExperts) else experts
+
+
+def _require_layout(wrapper: Any, experts: Any, path: str) -> None:
+    """Refuse a LoRA that PEFT lays out in another way, as versions before 0.19 do."""
+    m, n = shape_of(_dense(experts), wrapper.parameter_name)
+    for adapter, rank in wrapper.r.items():
+        made = (wrapper.lora_A[adapter].weight.shape, wrapper.lora_B[adapter].weight.shape)
+        count = rank * experts.num_experts
+        if made != ((count, n), (m, count)):
+            raise EmlocError(
+                f"PEFT lays out the LoRA on {wrapper.parameter_name} of {path} as {tuple(map(tuple, made))}, not as "
+                f"{((count, n), (m, count))}.",
+                "Install a newer PEFT.",
+                code="unavailable",
+            )
