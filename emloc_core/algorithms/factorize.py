@@ -26,8 +26,9 @@ RESOLUTION = 400
 #: Columns of a block, and products with the matrix, of the Krylov space that dominant eigenvectors are sought in.
 _BLOCK, _DEPTH = 16, 6
 
-#: Columns beyond the rank, and products with the matrix, of the power iteration in :func:`leading`.
-_MORE, _POWERS = 16, 6
+#: Columns beyond the rank, and products with the matrix, of the power iteration in :func:`leading`; the latter also
+#: where it begins with the directions of a matrix that is not far from this one.
+_MORE, _POWERS, _AGAIN = 16, 6, 3
 
 #: An eigenvector has converged if ``||M q - e q||`` is below this many times e.
 _CONVERGED = 1e-6
@@ -130,7 +131,7 @@ def leading(weight: torch.Tensor, gram: torch.Tensor, rank: int, start: torch.Te
     known = 0 if start is None else rank
     more = torch.randn(m, columns - known, generator=torch.Generator().manual_seed(0)).to(weight)
     basis = more if start is None else torch.cat([start, more], dim=1)
-    for _ in range(_POWERS):
+    for _ in range(_POWERS if start is None else _AGAIN):
         basis = torch.linalg.qr(weight @ (gram @ (weight.T @ basis))).Q
     inner = weight.T @ basis
     _, rotation = torch.linalg.eigh(inner.T @ (gram @ inner))
