@@ -145,12 +145,13 @@ def _round_block(
         return
     diagonal = factor.diagonal().tolist()
     steps = zip(block.unbind(), errors.unbind(), factor.unbind(), diagonal, places.tolist(), strict=True)
+    columns = len(block)  # asked once: a tensor's length is a function in Python
     with threads_for(block.shape[1]):
         for index, (numbers, error, row, pivot, place) in enumerate(steps, start=1):
             values = nearest(numbers, place)
             torch.sub(numbers, values, out=error).div_(pivot)
             numbers.copy_(values)
-            if index < len(block):
+            if index < columns:
                 block[index:].addr_(row[index:], error, alpha=-1)
 
 
@@ -201,13 +202,14 @@ def _descend_block(
         return
     diagonal = curvature.diagonal().tolist()
     steps = zip(block.unbind(), slopes.unbind(), changes.unbind(), curvature.unbind(), diagonal, strict=True)
+    columns = len(block)
     with threads_for(block.shape[1]):
-        for index, (numbers, towards, change, row, pivot) in enumerate(steps):
-            values = nearest(towards.div_(pivot).add_(numbers), start + index)
+        for index, (numbers, towards, change, row, pivot) in enumerate(steps, start=1):
+            values = nearest(towards.div_(pivot).add_(numbers), start + index - 1)
             torch.sub(values, numbers, out=change)
             numbers.copy_(values)
-            if index + 1 < len(block):
-                slopes[index + 1 :].addr_(row[index + 1 :], change, alpha=-1)
+            if index < columns:
+                slopes[index:].addr_(row[index:], change, alpha=-1)
 
 
 def by_kernels(nearest: Nearest, numbers: torch.Tensor) -> TypeGuard[Grid]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from emloc_core.algorithms import feedback
 from emloc_core.algorithms.factorize import output_error
-from emloc_core.algorithms.grid import middles
+from emloc_core.algorithms.grid import indices, middles
 from emloc_core.algorithms.statistics import Gram
 from emloc_core.compat.transformers import kept_in_fp32, laid_out_otherwise
 from emloc_core.errors import EmlocError
@@ -335,7 +335,7 @@ def _levels(device: torch.device) -> torch.Tensor:
 
 def codes(numbers: torch.Tensor) -> torch.Tensor:
     """Return numbers in [-1, 1], fp32, (m, n), as the codes of the nearest, two a byte, (ceil(m n / 2), 1), uint8."""
-    flat = torch.bucketize(numbers.flatten(), middles(_levels(numbers.device)), out_int32=True).to(torch.uint8)
+    flat = indices(numbers.flatten(), middles(_levels(numbers.device))).to(torch.uint8)
     pairs = torch.nn.functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)  # the first in the upper half
     return (pairs[:, :1] << 4) | pairs[:, 1:]
 

@@ -57,6 +57,22 @@ def test_without_feedback_every_number_is_rounded_to_the_nearest(m, n, count, po
     assert torch.allclose((found - matrix).abs(), nearest, rtol=1e-4, atol=1e-5 * 10**power)
 
 
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, GROUP), count=st.sampled_from(list(LEVELS)), zeros=st.integers(0, 5), seed=st.integers(0, 99))
+def test_scales_are_those_with_which_the_nearest_levels_lose_least(n, count, zeros, seed):
+    matrix = draw(4, n, seed=seed)
+    matrix[:, :zeros] = 0
+    typical = matrix.square().mean(1, keepdim=True).sqrt()
+
+    def lost(scales):
+        choices = scales[..., None] * torch.tensor(LEVELS[count])
+        # A zero is one of no level: which it is rounded to depends on no scale.
+        return ((choices - matrix[..., None]).square().amin(-1) * (matrix != 0)).sum(1)
+
+    tried = [lost((share * typical).clamp(min=1e-38).bfloat16().float()) for share in torch.linspace(0.5, 1.5, 21)]
+    assert torch.all(lost(levels._scales(matrix, count).float()) <= torch.stack(tried).amin(0) * 1.0001 + 1e-30)
+
+
 @pytest.mark.parametrize("count", LEVELS)
 @pytest.mark.parametrize("size", [0, 1e-30, 1e12])
 def test_inputs_may_all_be_zero_or_of_any_size(count, size):
