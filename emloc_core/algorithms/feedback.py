@@ -26,6 +26,7 @@ _LEAST = 1e-12  # where all inputs are 0: what it takes to invert the Gram in fp
 #: Passes of coordinate descent; more gain next to nothing.
 PASSES = 2
 _COLUMNS = 64  # whose errors are passed on together
+_PASSED = 256  # columns that they are passed on to at a time
 #: Rows from which several threads help with a column. With fewer, they mostly wait for each other: on two cores that
 #: other processes use too, 1536 rows took ten times as long with two threads as with one.
 _SHARED = 4096
@@ -128,7 +129,7 @@ def with_feedback(matrix: torch.Tensor, gram: Damped, nearest: Nearest) -> torch
         block = work[start:stop]
         errors = torch.empty_like(block)
         _round_block(block, errors, spread[start:stop, start:stop].contiguous(), gram.order[start:stop], nearest)
-        work[stop:].addmm_(spread[start:stop, stop:].T, errors, alpha=-1)
+        _pass_on(work[stop:], spread[start:stop, stop:].T, errors)
     found = torch.empty_like(work)
     found[gram.order] = work
     return found.T
@@ -182,7 +183,7 @@ def descended(rounded: torch.Tensor, slopes: torch.Tensor, gram: Damped, nearest
             block, changes = found[start:stop], torch.empty_like(found[start:stop])
             curvature = whole[start:stop, start:stop].contiguous()
             _descend_block(block, slopes[start:stop], changes, curvature, start, nearest)
-            slopes[stop:].addmm_(whole[start:stop, stop:].T, changes, alpha=-1)
+            _pass_on(slopes[stop:], whole[start:stop, stop:].T, changes)
     return found.T
 
 
@@ -210,6 +211,12 @@ def _descend_block(
             numbers.copy_(values)
             if index < columns:
                 slopes[index:].addr_(row[index:], change, alpha=-1)
+
+
+def _pass_on(numbers: torch.Tensor, weights: torch.Tensor, errors: torch.Tensor) -> None:
+    """Subtract ``weights @ errors``, some rows at a time: oneDNN compiles a kernel for every shape, and keeps it."""
+    for part, of in zip(numbers.split(_PASSED), weights.split(_PASSED), strict=True):
+        part.addmm_(of, errors, alpha=-1)
 
 
 def by_kernels(nearest: Nearest, numbers: torch.Tensor) -> TypeGuard[Grid]:
