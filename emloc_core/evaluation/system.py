@@ -79,9 +79,11 @@ def _parts(nbytes: int) -> dict[int | str, int] | None:
     import psutil
     import torch
 
+    from emloc_core.model.device import free_of
+
     if not torch.cuda.is_available():
         return None
-    free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
+    free = [free_of(gpu) for gpu in range(torch.cuda.device_count())]
     if nbytes <= _WHOLE * free[0]:
         return None
     parts: dict[int | str, int] = {gpu: int(_PART * room) for gpu, room in enumerate(free)}
@@ -325,7 +327,10 @@ def evaluate_system(
     """
     import logging
 
+    from emloc_core.model.cap import keep_to_cap
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    keep_to_cap()
     meter = Meter()
     specs = [TaskSpec(str(task["name"]), Path(task["path"]) if task["path"] else None) for task in tasks]
     loaded = [task for spec in specs for task in load_task(spec)]

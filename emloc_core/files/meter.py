@@ -25,7 +25,11 @@ class Meter:
         self._started = time.perf_counter()
 
     def read(self) -> dict[str, Any]:
-        """Return ``seconds``, ``peak_rss_bytes`` and, if a GPU was used, ``peak_cuda_bytes``."""
+        """Return ``seconds`` and ``peak_rss_bytes``.
+
+        If a GPU was used, also what tensors took at most, ``peak_cuda_bytes``, and what torch reserved for them,
+        ``peak_cuda_reserved_bytes``; each of the GPU where it is largest.
+        """
         reading: dict[str, Any] = {
             "seconds": round(time.perf_counter() - self._started, 3),
             "peak_rss_bytes": peak_rss_bytes(),
@@ -34,6 +38,7 @@ class Meter:
         if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
             gpus = range(torch.cuda.device_count())
             reading["peak_cuda_bytes"] = max(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+            reading["peak_cuda_reserved_bytes"] = max(torch.cuda.max_memory_reserved(gpu) for gpu in gpus)
         return reading
 
 

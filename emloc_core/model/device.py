@@ -31,14 +31,23 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def free_memory(name: str = "auto") -> int:
-    """Return the bytes that are free of a device: of a GPU, or of this machine where the control group has as many."""
+    """Return the bytes that are free of a device: see :func:`free_of` for a GPU, and otherwise of this machine.
+
+    That is less where the control group has fewer.
+    """
     device = choose_device(name)
     if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+        return free_of(device)
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # there is none, or it has no limit
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, limit - used)
     return free
+
+
+def free_of(gpu: torch.device | int) -> int:
+    """Return the bytes that this process may still take of a GPU: what no process has, or what its cap leaves."""
+    free, total = torch.cuda.mem_get_info(gpu)
+    cap = int(torch.cuda.get_per_process_memory_fraction(gpu) * total)
+    return max(0, min(free, cap - torch.cuda.memory_reserved(gpu)))

@@ -15,6 +15,7 @@ import torch
 
 from emloc_core.errors import EmlocError
 from emloc_core.files.scratch import ScratchFile
+from emloc_core.model.device import free_of
 
 #: Fraction of the device's free memory that waiting samples may fill; the rest is for weights and statistics.
 SHARE = 0.5
@@ -49,7 +50,7 @@ class Parking:
     def on(cls, device: torch.device, shared: Iterable[torch.Tensor] = (), directory: Path | None = None) -> "Parking":
         """Return a parking for a device: without limit on the CPU, with a fraction of the free memory on a GPU."""
         if device.type == "cuda":
-            return cls(SHARE * torch.cuda.mem_get_info(device)[0], shared)
+            return cls(SHARE * free_of(device), shared)
         return cls(float("inf"), shared, directory)
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:

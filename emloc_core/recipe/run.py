@@ -13,6 +13,7 @@ from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.hub import push
 from emloc_core.files.output import MANIFEST, TIMING
+from emloc_core.model.cap import gpu_cap
 from emloc_core.processes.call import ProcessDiedError, call
 from emloc_core.recipe.answers import answers_of
 from emloc_core.recipe.decided import decided
@@ -49,6 +50,7 @@ def run_recipe(
     overrides: Iterable[str] | Mapping[str, Any] = (),
     announce: Callable[[int, int, Stage], None] = lambda *_: None,
     progress: Callable[[ProgressEvent], Any] | None = None,
+    memory: str | None = None,
 ) -> dict[str, Any]:
     """Run all stages of the recipe at ``path``; return the results of :func:`summarise`.
 
@@ -58,11 +60,13 @@ def run_recipe(
         announce: called before each stage, with its index and the number of stages.
         progress: called with every event of every stage; what the stages write then goes to a file, which is kept
             beside the outputs if a stage fails.
+        memory: what a stage may take of a GPU; by default what the recipe names.
 
     Raises:
         EmlocError: the recipe is wrong, or a stage failed; names it. Earlier stages are kept.
     """
     recipe = load_recipe(path, overrides)
+    capped = gpu_cap(memory or recipe.model.memory)
     recipe = decided(recipe, _LOGGER.info) if progress else decided(recipe)
     total = len(stages(recipe))
     for attempt in tried(recipe)[1:]:
@@ -75,7 +79,7 @@ def run_recipe(
         for stage in part:
             announce(len(done), total, stage)
             try:
-                _perform(stage, live, len(done) + 1, total, progress)
+                _perform(stage, live, len(done) + 1, total, progress, capped)
             except EmlocError as error:
                 told = f"The stage '{stage.name}' failed: {error}"
                 raise EmlocError(told, fix, code=error.code, resumable=error.resumable) from None
@@ -98,15 +102,21 @@ def run_recipe(
 
 
 def _perform(
-    stage: Stage, live: Live, number: int, total: int, progress: Callable[[ProgressEvent], Any] | None
+    stage: Stage,
+    live: Live,
+    number: int,
+    total: int,
+    progress: Callable[[ProgressEvent], Any] | None,
+    environment: Mapping[str, str],
 ) -> None:
     """Run a stage in its own process, and pass its events on."""
     begun = ProgressEvent(stage.request.stage, str(stage.output), 0, 0, number=number, stages=total)
     live.begin(Doing(stage.name, stage.purpose, begun))
     log = stage.output.with_name(f".{stage.name}.log")
-    hidden: dict[str, Any] = {"log": log, "environment": _QUIET} if progress else {}
+    shown: dict[str, Any] = {"log": log} if progress else {}
+    environment = {**environment, **(_QUIET if progress else {})}
     try:
-        for told in call(PERFORM, {"request": stage.request.to_json()}, **hidden):
+        for told in call(PERFORM, {"request": stage.request.to_json()}, environment=environment, **shown):
             if told == "done":
                 continue
             event = ProgressEvent(**{**told, "number": number, "stages": total})

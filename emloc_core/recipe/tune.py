@@ -81,7 +81,7 @@ class Tune(Settings):
             for line in lines:
                 tell(line)
             self._write(recipe, lines)
-        results = run_recipe(self.output / RECIPE, **reporting)
+        results = run_recipe(self.output / RECIPE, memory=self.memory, **reporting)
         write_page(self.output, self.output / PAGE)
         write_overview(self.output, results["final"])
         return results

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from emloc_core.errors import EmlocError, first_line, is_out_of_memory
+from emloc_core.model.cap import cap_told, keep_to_cap
 from emloc_core.processes.environment import without_collections
 from emloc_core.requests import Request, request_from_json
 from emloc_core.stages.precheck import precheck
@@ -84,13 +85,14 @@ def finish(stage: str, job: Job, progress: Progress | None = lambda *_: None) ->
         EmlocError: the stage failed. If the error is resumable, the same request resumes.
     """
     _LOGGER.info("%s starts", stage)
+    keep_to_cap()
     try:
         directory = job.run(progress)
     except Exception as error:
         if isinstance(error, EmlocError) or not is_out_of_memory(error):
             raise
         raise EmlocError(
-            f"Out of memory ({first_line(error)}).",
+            f"Out of memory ({first_line(error)}).{cap_told()}",
             "The same command resumes. Free memory first; another --device, or fewer or shorter rows, need another "
             "--output.",
             code="memory",

@@ -31,6 +31,8 @@ from emloc_core.exact.memory import Positions, lora_need, step_need
 from emloc_core.exact.parallel import Processes
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.output import Output, learned_preferences
+from emloc_core.model.cap import cap_gpus
+from emloc_core.model.device import free_of
 from emloc_core.model.nf4_checkpoints import is_in_four_bits
 from emloc_core.model.opened import OpenModel, open_model
 from emloc_core.model.overhead import overhead
@@ -133,7 +135,9 @@ class ExactTrain(Train):
         return trainer
 
     def _train(self, config: TrainingArguments, output: Output, state: PartialState) -> dict[str, Any]:
-        """Train as usual, and let go of the base's weights."""
+        """Train as usual, in the memory that was given, and let go of the base's weights."""
+        if self.memory is not None:
+            cap_gpus(self.memory)
         with ExitStack() as self._closing:
             return super()._train(config, output, state)
 
@@ -164,7 +168,7 @@ class ExactTrain(Train):
         free = shutil.disk_usage(staging).free if on_disk else psutil.virtual_memory().available
         free //= Processes().here
         if config.device.type == "cuda":
-            on_gpu = torch.cuda.mem_get_info(config.device)[0]
+            on_gpu = free_of(config.device)
             room = max(0, min(_SHARE * on_gpu, on_gpu - sum(need.values()) + need["boundaries"]))
             away = max(0, need["boundaries"] - room) * (1 if on_disk else _PINNED)
         else:

@@ -33,12 +33,13 @@ from emloc_core.data.rows import (
     write_skipped,
 )
 from emloc_core.emulator.declared import find_linears
-from emloc_core.errors import EmlocError, first_line
+from emloc_core.errors import EmlocError, first_line, is_out_of_memory
 from emloc_core.files.card import data_name
 from emloc_core.files.documents import read_json, write_json
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT, manifest_value
 from emloc_core.files.output import Output, made_from, read_manifest
+from emloc_core.model.cap import cap_told
 from emloc_core.model.opened import OpenModel, open_model
 from emloc_core.requests import EvalRows, PolishRequest, TrainRequest
 from emloc_core.settings import DEFAULT_EPOCHS, StepSettings, TrainSettings
@@ -294,17 +295,19 @@ class Train:
         else:
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-            except torch.OutOfMemoryError as error:
+            except ImportError as error:  # an optimiser's package
                 raise EmlocError(
-                    f"The device ran out of memory at step {trainer.state.global_step + 1}.",
+                    f"{SETTINGS}: {first_line(error)}", "Install it, or choose another.", code="unavailable"
+                ) from error
+            except Exception as error:
+                if isinstance(error, EmlocError) or not is_out_of_memory(error):
+                    raise
+                raise EmlocError(
+                    f"The device ran out of memory at step {trainer.state.global_step + 1}.{cap_told()}",
                     "Free some and run the same command again to resume at the last checkpoint, or train with a "
                     "smaller batch and more accumulation, a maximum length, or gradient checkpointing.",
                     code="memory",
                     resumable=True,
-                ) from error
-            except ImportError as error:  # an optimiser's package
-                raise EmlocError(
-                    f"{SETTINGS}: {first_line(error)}", "Install it, or choose another.", code="unavailable"
                 ) from error
         state.wait_for_everyone()
         log = logged(trainer.state.log_history)

@@ -1,6 +1,7 @@
 """``emloc tune``: plans, writes a recipe, runs it, and answers held-out rows before and after."""
 
 import json
+import os
 
 import pytest
 
@@ -58,12 +59,15 @@ def test_an_ordinary_lora_where_it_fits(emloc, shallow_model, rows_file, tmp_pat
 
 
 def test_an_emulator_where_it_does_not_and_the_second_run_says_what_is_there(
-    emloc, shallow_model, rows_file, tight, tmp_path
+    emloc, shallow_model, rows_file, tight, tmp_path, monkeypatch
 ):
+    caps = []
+    monkeypatch.setattr("emloc_core.stages.perform.keep_to_cap", lambda: caps.append(os.environ["EMLOC_MEMORY_CAP"]))
     out = tmp_path / "tuned"
     asked = ("tune", shallow_model, "--data", rows_file, "-o", out, "--memory", tight, "--headroom", 0, *FLAGS)
     code, told, err = emloc(*asked, "--merge", "--json")
     assert code == 0, err
+    assert caps == [f"cuda={tight}"] * 4
     assert set(json.loads(told)["stages"]) == {"emulator", "adapter", "corrected", "merged"}
     recipe = load_recipe(out / "recipe.toml")
     assert (recipe.way, recipe.compress.kind, recipe.model.memory) == ("emulator", "nf4", None)

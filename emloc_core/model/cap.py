@@ -1,0 +1,95 @@
+"""A cap on memory, beyond which allocations fail: a plan for a small GPU can be proven on a large one.
+
+``EMLOC_MEMORY_CAP=cuda=24GiB,cpu=8GiB`` names what a process may take of every GPU, and of the CPU's memory. Stages of
+a run that was given a memory have it as the cap of their GPU.
+"""
+
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from emloc_core.errors import EmlocError
+from emloc_core.model.overhead import overhead
+from emloc_core.settings import FREE
+from emloc_core.units import human_bytes, parse_bytes
+
+CAP = "EMLOC_MEMORY_CAP"
+
+
+def gpu_cap(memory: str | None) -> dict[str, str]:
+    """Return the environment of processes that may take this much of a GPU, unless this one's says another cap.
+
+    What is free, and no memory in particular, is no cap.
+    """
+    return {} if memory in (None, FREE) else {CAP: os.environ.get(CAP) or f"cuda={memory}"}
+
+
+def keep_to_cap(environment: Mapping[str, str] = os.environ) -> None:
+    """Have allocations beyond the cap fail from now on.
+
+    Raises:
+        EmlocError: the cap is not as it should be, or the process has more already.
+    """
+    for device, nbytes in _caps(environment).items():
+        if device == "cuda":
+            cap_gpus(nbytes)
+        else:
+            _cap_process(nbytes)
+
+
+def cap_gpus(nbytes: int) -> None:
+    """Have torch allocate no more of any GPU than so many bytes, those of the driver's context counted.
+
+    Raises:
+        EmlocError: the context alone takes as much.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    room = nbytes - overhead("cuda", tuning=True)
+    if room <= 0:
+        raise _too_small(nbytes, nbytes - room)
+    for gpu in range(torch.cuda.device_count()):
+        total = torch.cuda.get_device_properties(gpu).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), gpu)
+
+
+def cap_told() -> str:
+    """Return a sentence about the cap, with a space before it, for errors; nothing where there is none."""
+    cap = os.environ.get(CAP)
+    return f" {CAP} is {cap}." if cap else ""
+
+
+def _cap_process(nbytes: int) -> None:
+    """Let the kernel refuse data (heap, and mappings without a file) with which the process would have so many bytes.
+
+    It counts what is asked for, touched or not; so what libraries have asked for and not touched so far is added.
+    """
+    if sys.platform != "linux":
+        raise EmlocError(f"{CAP} caps the memory of a CPU on Linux alone.", "Name cuda alone.", code="unsupported")
+    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
+    status = {name: value.split() for name, _, value in lines}
+    resident, data = (1024 * int(status[name][0]) for name in ("VmRSS", "VmData"))
+    if resident >= nbytes:  # Python itself would fail anywhere
+        raise _too_small(nbytes, resident)
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (nbytes - resident + data, hard))
+
+
+def _caps(environment: Mapping[str, str]) -> dict[str, int]:
+    """Return the cap of every device that has one, in bytes."""
+    found = {}
+    for part in filter(None, environment.get(CAP, "").split(",")):
+        device, _, size = part.partition("=")
+        if device not in ("cuda", "cpu"):
+            raise EmlocError(f"{CAP} names {device!r}.", f"Give cuda, cpu or both, such as {CAP}=cuda=24GiB,cpu=8GiB.")
+        found[device] = parse_bytes(size)
+    return found
+
+
+def _too_small(nbytes: int, taken: int) -> EmlocError:
+    told = f"A cap of {human_bytes(nbytes)} is less than the {human_bytes(taken)} that the process has before its work."
+    return EmlocError(told, "Give more.", code="memory", resumable=True)

@@ -1,0 +1,89 @@
+"""What a process may take: of a GPU by torch, of the memory of the CPU by the kernel, and the error beyond it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.forkserver import warm_process
+
+from emloc_core.errors import EmlocError
+from emloc_core.files.documents import read_json, write_json
+from emloc_core.model.cap import CAP, gpu_cap, keep_to_cap
+from emloc_core.model.device import free_of
+from emloc_core.model.overhead import overhead
+from emloc_core.settings import FREE
+from emloc_core.stages.perform import finish
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two cards of 80 GiB, of which others hold 50; a dict of the shares that torch may take."""
+    shares = {0: 1.0, 1: 1.0}
+    for name, function in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=80 * GIB),
+        "mem_get_info": lambda _: (30 * GIB, 80 * GIB),
+        "memory_reserved": lambda _: 2 * GIB,
+        "set_per_process_memory_fraction": lambda share, gpu: shares.update({gpu: share}),
+        "get_per_process_memory_fraction": shares.get,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    return shares
+
+
+def test_torch_may_take_of_every_gpu_what_the_context_leaves(gpus):
+    assert free_of(0) == 30 * GIB  # as others hold the rest
+    keep_to_cap({CAP: "cuda=24GiB"})
+    room = 24 * GIB - overhead("cuda", tuning=True)
+    assert gpus == {gpu: pytest.approx(room / (80 * GIB)) for gpu in (0, 1)}
+    assert free_of(0) == pytest.approx(room - 2 * GIB, abs=1)
+    keep_to_cap({CAP: "cuda=200GiB"})
+    assert gpus == {0: 1.0, 1: 1.0}
+    with pytest.raises(EmlocError, match=r"A cap of 105 MB is less than the 629 MB that the process has") as caught:
+        keep_to_cap({CAP: "cuda=100MiB"})
+    assert caught.value.code == "memory"
+
+
+def test_a_cap_of_ones_own_comes_before_that_of_a_run(monkeypatch):
+    assert gpu_cap("24GiB") == {CAP: "cuda=24GiB"}
+    assert gpu_cap(FREE) == gpu_cap(None) == {}
+    monkeypatch.setenv(CAP, "cpu=8GiB")
+    assert gpu_cap("24GiB") == {CAP: "cpu=8GiB"}
+
+
+def test_a_cap_says_of_what_it_is():
+    with pytest.raises(EmlocError, match=r"EMLOC_MEMORY_CAP names '24GiB'\. Give cuda, cpu or both"):
+        keep_to_cap({CAP: "24GiB"})
+    with pytest.raises(EmlocError, match=r"A cap of 105 MB is less than the .* that the process has before its work"):
+        keep_to_cap({CAP: "cpu=100MiB"})
+
+
+def allocate(told, gib):
+    """Perform a stage that takes so many GiB of the CPU's memory, where 2 are allowed; write the error."""
+    import os
+
+    def run(_):
+        torch.empty(int(gib * GIB), dtype=torch.uint8)
+        return told.parent
+
+    os.environ[CAP] = "cpu=2GiB"
+    try:
+        finish("train", SimpleNamespace(run=run, is_main_process=False))
+        write_json(told, {})
+    except EmlocError as error:
+        write_json(told, {"error": str(error), "code": error.code, "resumable": error.resumable})
+
+
+@pytest.mark.parametrize("gib", [1, 3])
+def test_what_is_beyond_the_cap_of_a_process_is_one_error(gib, tmp_path):
+    process = warm_process(allocate, tmp_path / "told.json", gib)
+    process.start()
+    process.join()
+    told = read_json(tmp_path / "told.json")
+    assert bool(told) is (gib > 2)
+    if told:
+        assert (told["code"], told["resumable"]) == ("memory", True)
+        assert "EMLOC_MEMORY_CAP is cpu=2GiB" in told["error"]
