@@ -62,11 +62,9 @@ class ImportRequest(Request):
     source: str = Field(description="Directory or hub id.")
 
 
-class CompressRequest(Request):
-    """Make an emulator."""
+class RowsRequest(Request):
+    """Do something with rows."""
 
-    stage = "compress"
-    model: str = Field(description="Base model: directory or hub id.")
     data: Rows = Field(description="Rows of the task.")
     exclude: tuple[Path, ...] = Field(
         (), description="Files with rows to leave out, such as test rows; or data sets, of the same split."
@@ -74,6 +72,13 @@ class CompressRequest(Request):
     split: str = Field("train", description="Split of a saved or hub dataset.")
     columns: Columns = Field({}, description=COLUMNS)
     skip_bad_rows: bool = Field(False, description=SKIP)
+
+
+class CompressRequest(RowsRequest):
+    """Make an emulator."""
+
+    stage = "compress"
+    model: str = Field(description="Base model: directory or hub id.")
     memory: str | None = Field(None, description="Choose the best kind and the largest ratio that fit, such as 24GiB.")
     headroom: str | None = Field(None, description="What stays free of `memory`, such as 2GiB, 8% or 0.")
     tuned_on: Literal["auto", "cuda", "cpu"] = Field("auto", description="The device that `memory` is of.")
@@ -112,18 +117,11 @@ class EvalRows(Settings):
         return self
 
 
-class TrainRequest(Request):
+class TrainRequest(RowsRequest):
     """Train a LoRA on an emulator, or on an ordinary model."""
 
     stage = "train"
     model: str = Field(description="Directory or hub id.")
-    data: Rows = Field(description="Rows of the task.")
-    exclude: tuple[Path, ...] = Field(
-        (), description="Files with rows not to train on; or data sets, of the same split."
-    )
-    split: str = Field("train", description="Split of a saved or hub dataset.")
-    columns: Columns = Field({}, description=COLUMNS)
-    skip_bad_rows: bool = Field(False, description=SKIP)
     exact: bool = Field(False, description="Read the model block by block: it need not fit in memory.")
     limits: ExactSettings = Field(ExactSettings(), description="With `exact`: what the steps may use.")
     evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")
@@ -153,19 +151,12 @@ class CorrectRequest(Request):
         return self
 
 
-class PolishRequest(Request):
+class PolishRequest(RowsRequest):
     """Train an adapter for a few exact steps on the base."""
 
     stage = "polish"
     adapter: Path = Field(description="Adapter to start from: corrected, or trained on the base or its emulator.")
     base: str | None = Field(None, description="Directory or hub id; by default the model that the adapter is for.")
-    data: Rows = Field(description="Rows of the task.")
-    exclude: tuple[Path, ...] = Field(
-        (), description="Files with rows not to train on; or data sets, of the same split."
-    )
-    split: str = Field("train", description="Split of a saved or hub dataset.")
-    columns: Columns = Field({}, description=COLUMNS)
-    skip_bad_rows: bool = Field(False, description=SKIP)
     limits: ExactSettings = Field(ExactSettings(), description="What the steps may use.")
     evaluation: EvalRows = Field(EvalRows(), description="Rows to evaluate while tuning.")
     settings: PolishSettings = PolishSettings()
