@@ -4,7 +4,8 @@ The core's own objective is ``tokens`` (:mod:`emloc_core.tokens`). Plugins provi
 ``emloc_objectives``, and their families name them. Imports nothing heavy.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import Trainer, TrainingArguments
 
+    from emloc_core.data.limits import Limits
     from emloc_core.data.rows import Row
     from emloc_core.family import Family
     from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.memory.model import MemoryModel, Need
     from emloc_core.model.opened import OpenModel
     from emloc_core.settings import StepSettings
 
@@ -48,6 +51,13 @@ class Sample(Protocol):
         """Pass through the model; return the summed loss, and how many numbers of it are summed: (2,), fp64."""
 
 
+class RowSize(NamedTuple):
+    """The size of one row: its tokens, and the patches that its images are to the vision tower."""
+
+    tokens: int
+    patches: int = 0
+
+
 class Datasets(NamedTuple):
     """What a trainer gets.
 
@@ -60,7 +70,7 @@ class Datasets(NamedTuple):
 
     train: Any
     evaluated: Any
-    sizes: list[Any]
+    sizes: list[RowSize]
     processing: Any
 
 
@@ -165,8 +175,79 @@ class Objective(Protocol):
     def vocabulary(self, config: Any) -> int:
         """Return how many logits a position has at once; 0 without any."""
 
+    def dtype(self, config_file: "Path") -> str | None:
+        """Return the dtype of a checkpoint's weights, where its config does not say; None if configs do."""
+
+    def longest(
+        self, config_file: "Path", family: "Family", rows: "Sequence[Row]", length: int | None, limits: "Limits"
+    ) -> "Longest":
+        """Return the shape of the largest row, for plans.
+
+        Args:
+            config_file: the model's; what rows are turned into inputs by is near it.
+            family: of the model.
+            rows: with every answer of theirs that is trained on.
+            length: to which they are cut.
+            limits: of the model.
+        """
+
+    def step(self, memory: "MemoryModel") -> "Step":
+        """Return a step of the workload of a plan."""
+
     def trial(self) -> "Trial":
         """Return what the conformance kit makes tiny models with."""
+
+
+class Longest(NamedTuple):
+    """The largest row of some data.
+
+    Attributes:
+        length: its positions, as plans count the length of rows.
+        images: how many images a model reads with it.
+        image_size: height and width of the largest of them in pixels; None where they are of one size.
+    """
+
+    length: int
+    images: int = 0
+    image_size: tuple[int, int] | None = None
+
+
+class Step(Protocol):
+    """The rows of a step as plans know them: shapes without contents.
+
+    Attributes:
+        inputs: all that a trace of a forward depends on, besides the model and its LoRA.
+        row: the positions of a row.
+        logits: how many numbers are the logits of a row.
+    """
+
+    inputs: Mapping[str, Any]
+    row: RowSize
+    logits: int
+
+    def positions(self, path: str) -> int:
+        """Return how many positions of a row pass through a module."""
+
+    def waiting(self, purpose: Purpose, rows: int) -> int:
+        """Return the bytes of the samples of so many rows while they wait at a block; of fewer, if there are."""
+
+    def before(self) -> "Sequence[Need]":
+        """Return what is needed before the model is in memory, to make samples of rows; nothing, or next to it: ()."""
+
+    def tracing(self, model: Any) -> AbstractContextManager[Any]:
+        """Make all tensors fake while the context is active, and yield the mode."""
+
+    def widths(self, model: Any) -> Sequence[int]:
+        """Return the last dimensions that tell logits from other activations."""
+
+    def prepare(self, lora: Any, *, checkpointing: bool) -> None:
+        """Make a PEFT model compute as its trainer does."""
+
+    def loss(self, lora: Any) -> "tuple[torch.Tensor, Any]":
+        """Pass the rows at once through a PEFT model; return their loss, and what is there until the step is done."""
+
+    def predict(self, model: Any, enter: "Callable[[torch.Tensor, str], None]") -> None:
+        """Pass the rows at once through the base, as for its first answer; ``enter`` tells what tensors are."""
 
 
 class Trial(Protocol):

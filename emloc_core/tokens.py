@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emloc_core.objective import Datasets, Purpose, Sample, Trial
+from emloc_core.objective import Datasets, Longest, Purpose, Sample, Step, Trial
 
 if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
 
+    from emloc_core.data.limits import Limits
     from emloc_core.data.rows import Row
     from emloc_core.family import Family
     from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.memory.model import MemoryModel
     from emloc_core.model.opened import OpenModel
     from emloc_core.settings import StepSettings
     from emloc_core.tuning.trainer import LoraSteps
@@ -189,6 +191,25 @@ class TokenObjective:
         """Return the number of words."""
         size: int = config.get_text_config().vocab_size
         return size
+
+    def dtype(self, config_file: Path) -> str | None:
+        """Return None."""
+        return None
+
+    def longest(
+        self, config_file: Path, family: "Family", rows: "Sequence[Row]", length: int | None, limits: "Limits"
+    ) -> Longest:
+        """Return how long the longest row is, and the images of the one with most."""
+        from emloc_core.memory.known import known
+        from emloc_core.memory.tokens import longest
+
+        return longest(config_file, family, known(config_file).outline.config, rows, length, limits)
+
+    def step(self, memory: "MemoryModel") -> Step:
+        """Return rows of tokens."""
+        from emloc_core.memory.tokens import TokenStep
+
+        return TokenStep(memory)
 
     def trial(self) -> Trial:
         """Return what makes tiny models of transformers."""

@@ -134,7 +134,7 @@ def _conclude(planned: "MemoryPlan", asked: Mapping[str, Any]) -> None:
                 f"  On one of them, {best.alternative} gave more: a recipe with this memory and no kind tries both, "
                 "where both fit (docs/recipes.md)."
             )
-        inference = planned.needs[0].total
+        inference = planned.model.inference().total
         if planned.budget.given and inference > planned.budget.usable:
             click.echo(f"  Inference on the base needs {human_bytes(inference)}: within this memory the tuned base "
                        "runs only in part on the device, as emloc chat runs it, or quantised.")  # fmt: skip

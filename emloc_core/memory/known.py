@@ -14,7 +14,7 @@ from emloc_core.family import Family
 from emloc_core.files.checkpoint import read_config_json
 from emloc_core.memory.cache import Cache, key
 from emloc_core.memory.outline import Outline, described
-from emloc_core.plugins.manager import TOKENS, plugin_manager
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.standins.format import MARK
 from emloc_core.standins.layer import replace_linear
 from emloc_core.standins.nf4 import FourBitLinear
@@ -60,6 +60,24 @@ class Known:
             return Outline(self._outlines.values)
 
     @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its weights.
+
+        Raises:
+            EmlocError: the config does not say.
+        """
+        return self._dtype_of(self.outline.config)
+
+    def _dtype_of(self, config: Any) -> torch.dtype:
+        dtype = self.config.get("dtype") or config.dtype or config.get_text_config().dtype
+        if dtype is None:
+            raise EmlocError(
+                f"{self.config_file} has no dtype.", 'Add the dtype of the weights, such as "dtype": "bfloat16".'
+            )
+        found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return found
+
+    @cached_property
     def packed(self) -> list[str]:
         """Paths of the Linears that its checkpoint has in four bits; none of an ordinary model.
 
@@ -94,7 +112,6 @@ class Known:
         Raises:
             EmlocError: as for the outline.
         """
-        from emloc_core.files.pretrained import load_config
         from emloc_core.model.skeleton import build_model
 
         with TemporaryDirectory() as directory:
@@ -102,13 +119,13 @@ class Known:
             if not file.is_file():  # it was written for a registry's entry, and is no longer needed there
                 file = Path(directory) / "config.json"
                 file.write_text(json.dumps(self.config), encoding="utf-8")
-            config = load_config(file)
+            config = plugin_manager().objective_of(self.family).config(file)
         _require_sizes(self.config_file, self.config, config)
         try:
-            return build_model(config, self.family, dtype_of(self.config_file, config))
+            return build_model(config, self.family, self._dtype_of(config))
         except Exception as error:  # the model's own code may raise anything on bad values
             raise EmlocError(
-                f"transformers cannot build the model of {self.config_file} ({typed_line(error)}).",
+                f"The model of {self.config_file} cannot be built ({typed_line(error)}).",
                 "Check the values in the file.",
             ) from error
 
@@ -121,12 +138,9 @@ def known(config_file: Path) -> Known:
     """
     raw = read_config_json(config_file)
     family = plugin_manager().family_for(raw)
-    if family.objective != TOKENS:
-        raise EmlocError(
-            f"The memory of a {raw['model_type']} is not planned: plans are for models of tokens.",
-            "Its plugin may have a plan of its own (emloc --help), or name the kind yourself: emloc compress --kind.",
-            code="unsupported",
-        )
+    unsaid = plugin_manager().objective_of(family).dtype(config_file)
+    if unsaid is not None:
+        raw = {"dtype": unsaid, **raw}
     if raw.get("quantization_config"):
         _require_base(raw, config_file)
     found = _known(key(raw, family))
@@ -150,23 +164,6 @@ def _require_base(raw: Mapping[str, Any], config_file: Path) -> None:
 @lru_cache(maxsize=8)
 def _known(digest: str) -> Known:
     return Known(digest)
-
-
-def dtype_of(config_file: Path, config: Any) -> torch.dtype:
-    """Return the dtype of a model's weights.
-
-    Args:
-        config_file: for the message.
-        config: transformers' config, or that of an outline.
-
-    Raises:
-        EmlocError: the config does not say.
-    """
-    dtype = config.dtype or config.get_text_config().dtype
-    if dtype is None:
-        raise EmlocError(f"{config_file} has no dtype.", 'Add the dtype of the weights, such as "dtype": "bfloat16".')
-    found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return found
 
 
 def _require_sizes(config_file: Path, raw: Mapping[str, Any], config: Any) -> None:

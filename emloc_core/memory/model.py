@@ -23,10 +23,11 @@ from emloc_core.emulator.ranks import UNREACHED, RankPlan
 from emloc_core.emulator.vocabulary import packings
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.memory import cache
-from emloc_core.memory.known import dtype_of, known
+from emloc_core.memory.known import known
 from emloc_core.memory.workload import Workload
 from emloc_core.model.image_shape import ImageShape, image_shape
 from emloc_core.model.overhead import overhead
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import ALL_LINEAR, FACTORS, FOUR_BITS, CompressSettings
 from emloc_core.standins import Format
 from emloc_core.standins.expert_loras import expert_stacks
@@ -85,9 +86,10 @@ class MemoryModel:
         self.config_file, self.settings = config_file, (settings or CompressSettings(kind=FACTORS)).settled()
         self._known = known(config_file)
         self.family = self._known.family
+        self.objective = plugin_manager().objective_of(self.family)
         self.model: Any = self._known.outline
         self.config = self.model.config
-        self.dtype = dtype_of(config_file, self.config)
+        self.dtype = self._known.dtype
         self.towers = {tower.blocks: tower.name for tower in self.family.towers}
         self._take(workload)
         self.method = self._method()
@@ -100,7 +102,7 @@ class MemoryModel:
         self.image: ImageShape | None = None
         if workload.images:
             self.image = image_shape(self.config_file, self.config, workload.image_size)
-        self._inputs = self._shape_inputs()
+        self.step = self.objective.step(self)
 
     def _method(self) -> Method:
         format = format_named(self.settings.kind)
@@ -245,13 +247,13 @@ class MemoryModel:
         lora = train.model_dump(include=of_steps | of_lora)
         emulator = None if plan is None else (self.format.name, sorted(plan.ranks.items()), packings(plan.vocabulary))
         return cache.key(
-            stage, self._inputs, self.workload.device, lora, train.accumulation > 1, self.targets, emulator
+            stage, self.step.inputs, self.workload.device, lora, train.accumulation > 1, self.targets, emulator
         )
 
     def _trace_inference(self, depths: Mapping[str, int]) -> "Phases":
         from emloc_core.memory.tracing import trace_inference
 
-        return trace_inference(self._cut(depths), self.towers, self._inputs, self._apart)
+        return trace_inference(self._cut(depths), self.towers, self.step, self._apart)
 
     def tuning(self, plan: RankPlan | None = None, *, made: bool = False) -> Need:
         """Return what a LoRA needs on the base, or on a plan's emulator. Equal ranks are traced once.
@@ -285,17 +287,16 @@ class MemoryModel:
             train = self.workload.train.model_copy(update={"layers_to_transform": None})
             lora: Any = get_peft_model(
                 model,
-                lora_config(train, self.targets, model=model),
+                lora_config(train, self.targets, self.objective.task, model=model),
                 low_cpu_mem_usage=True,
             )
             return trace_training(
                 lora,
                 self.towers,
-                self._inputs,
+                self.step,
                 checkpointing=train.gradient_checkpointing,
                 accumulating=train.accumulation > 1,
                 bf16=train.bf16,
-                fused_loss=self.workload.device == "cuda",
                 apart=self._apart,
             )
 
@@ -400,22 +401,6 @@ class MemoryModel:
             layouts = [(kind, *layout) for kind, layout in zip(types, layouts, strict=True)]
         steps = range(1, len(layouts))
         return next((step for step in steps if layouts[step:] == layouts[:-step]), max(1, len(layouts)))
-
-    def _shape_inputs(self) -> dict[str, Any]:
-        workload = self.workload
-        # Rows of a batch differ in length, so attention needs a mask; a single row needs none.
-        rows = workload.batch_size * workload.sequences_per_row
-        inputs = {"rows": rows, "length": workload.length, "padded": rows > 1}
-        if self.image is None:
-            return inputs
-        tokens = workload.images * self.image.tokens
-        if tokens >= workload.length:
-            raise EmlocError(
-                f"{workload.images} images of {self.image.tokens} tokens each leave no text in {workload.length} "
-                "tokens.",
-                "Give fewer images or a greater length.",
-            )
-        return {**inputs, "images": workload.images, "image": self.image, "image_token": self.config.image_token_id}
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -81,6 +81,8 @@ def described(model: Any) -> dict[str, Any]:
 
 def _config_values(config: Any) -> dict[str, Any]:
     """Return a config as JSON values, with its fields under their other names too."""
+    if isinstance(config, Mapping):  # not transformers'
+        return {**json.loads(json.dumps(config)), "text_part": None}
     values = json.loads(config.to_json_string(use_diff=False))
     values |= {name: values[field] for name, field in config.attribute_map.items() if field in values}
     parts = {name: getattr(config, name, None) for name in config.sub_configs}

@@ -124,7 +124,7 @@ def make_plan(name: str, decision: Decision, *, card: str | None = None, advise:
     way = decision.shown
     model = way.model
     plan = model.plan(way.ratio) if way.kind else None
-    needs = [model.inference(), model.tuning()]
+    needs = [*model.step.before(), model.inference(), model.tuning()]
     if plan:
         needs += [streamed.compress(model, plan), model.tuning(plan), streamed.correct(model, plan)]
     if way.name in (POLISHED, EXACT):

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 
 from emloc_core.adapters.candidates import CANDIDATES
 from emloc_core.emulator.ranks import ExpertsPlan, LinearPlan, RankPlan
 from emloc_core.emulator.sensitivity import RATIO
-from emloc_core.exact.memory import Positions, linears_in, lora_need, step_need
-from emloc_core.memory.arithmetic import positions
+from emloc_core.exact.memory import Positions, lora_need, step_need
 from emloc_core.memory.model import MemoryModel, Need
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.overhead import overhead
@@ -48,7 +46,7 @@ def compress(model: MemoryModel, plan: RankPlan) -> Need:
     terms = {
         "weights": max(outside, *blocks.values()) * weight,
         "statistics": max(needs),
-        "activations": (1 + propagated + bool(settings.refine)) * settings.samples * _waiting(model),
+        "activations": (1 + propagated + bool(settings.refine)) * model.step.waiting("calibration", settings.samples),
         # Rows of many lengths need as many kernels as tuning.
         "overhead": overhead(model.workload.device, tuning=True),
     }
@@ -69,14 +67,6 @@ def _units(model: MemoryModel) -> tuple[dict[str, int], int]:
     return blocks, max(outside, default=0)
 
 
-def _waiting(model: MemoryModel) -> int:
-    """Return the bytes of a row that waits at a block: its images, and hidden states where a tower has most."""
-    blocks = [f"{path}.0" for path in model.towers]
-    hidden = [positions(model, block) * linears_in(model.model.get_submodule(block))[0].in_features for block in blocks]
-    pixels = model.workload.images * prod(model.image.pixels) if model.image else 0
-    return (pixels + max(hidden)) * model.dtype.itemsize
-
-
 def _fitting_experts(model: MemoryModel, stacks: Sequence[ExpertsPlan]) -> int:
     """Return the peak of fitting a layer's experts: all of them packed, one being fitted, and the tokens of all rows.
 
@@ -89,7 +79,7 @@ def _fitting_experts(model: MemoryModel, stacks: Sequence[ExpertsPlan]) -> int:
     fitting = max(model.format.fitting_bytes(of, propagated=propagated, itemsize=itemsize) for of in alone)
     hidden = max(each.out_features if each.name == "down_proj" else each.in_features for each in stacks)
     a_token = (2 + propagated) * hidden * itemsize + 2 * 8 * experts_per_token(model.config)
-    tokens = settings.samples * positions(model, stacks[0].path) * a_token
+    tokens = settings.samples * model.step.positions(stacks[0].path) * a_token
     return fitting + tokens + sum(each.nbytes(model.format, model.dtype) for each in stacks)
 
 
@@ -126,9 +116,8 @@ def correct(model: MemoryModel, plan: RankPlan, clamp: float | str | None = "aut
         blocks, outside = _units(model)
         held = [numbers + max(map(emulated, plan.in_block(path)), default=0) for path, numbers in blocks.items()]
         weights, copies = max(outside, *held), 1 + len({candidate.clamp for candidate in CANDIDATES} - {0})
-        logits = model.workload.length * model.config.get_text_config().vocab_size
-        waiting = model.method.settings.selection * len(CANDIDATES) * _waiting(model)
-        other = {"activations": waiting, "logits": logits * (itemsize + 2 * 4)}
+        waiting = len(CANDIDATES) * model.step.waiting("selection", model.method.settings.selection)
+        other = {"activations": waiting, "logits": model.step.logits * (itemsize + 2 * 4)}
     else:
         weights = max(each.numbers + emulated(each) for each in plan.linears)
     terms = {
@@ -137,7 +126,11 @@ def correct(model: MemoryModel, plan: RankPlan, clamp: float | str | None = "aut
         **other,
         "overhead": overhead(model.workload.device, tuning=False),
     }
-    return Need("correct", terms, "the largest block" if auto else "the largest Linear")
+    return Need(
+        "correct",
+        {term: need for term, need in terms.items() if need},
+        "the largest block" if auto else "the largest Linear",
+    )
 
 
 def merge(model: MemoryModel) -> Need:
@@ -158,9 +151,10 @@ def exact(model: MemoryModel, rows: int | None = None, at_once: int = 1) -> Need
         at_once: rows of a micro-batch.
     """
     rows, device = rows or model.workload.rows_per_step, model.workload.device
-    tokens, patches = model.workload.length, model.workload.images * model.image.patches if model.image else 0
-    text, pictures = (Positions(rows * each, at_once * each) for each in (tokens, patches))
-    need = step_need(model.stored, model.family, text, pictures, model.dtype)
+    tokens, patches = (
+        Positions(rows * each, at_once * each) for each in (model.step.row.tokens, model.step.row.patches)
+    )
+    need = step_need(model.stored, model.family, tokens, patches, model.dtype)
     boundaries = 0 if device == "cuda" else need["boundaries"]
     terms = {
         "weights": need["weights"] + need["unpacked"],
@@ -169,4 +163,4 @@ def exact(model: MemoryModel, rows: int | None = None, at_once: int = 1) -> Need
         "logits": need["logits"],
         "overhead": overhead(device, tuning=True),
     }
-    return Need("exact steps", terms, "the largest block")
+    return Need("exact steps", {term: need for term, need in terms.items() if need}, "the largest block")

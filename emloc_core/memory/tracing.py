@@ -1,15 +1,14 @@
 """Traces what a step of a model allocates, by running that step on fake tensors.
 
-There are no formulas per architecture: transformers' model, PEFT's LoRA, TRL's loss and torch's backward are run, and
-a ledger follows each storage from allocation to release. It sees what torch allocates for tensors, but not the scratch
+There are no formulas per architecture: the model, PEFT's LoRA, the trainer's loss and torch's backward are run, and a
+ledger follows each storage from allocation to release. It sees what torch allocates for tensors, but not the scratch
 memory that a kernel uses within one operation (``docs/memory.md``).
 """
 
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,9 +16,10 @@ from transformers import DynamicCache
 
 from emloc_core.compat.peft import leave_casts_to_autocast
 from emloc_core.compat.torch import TorchDispatchMode, is_device_call, storage_id, tree_leaves
-from emloc_core.compat.trl import fuse_loss, tile_width, tiles_in_place, tiles_of
-from emloc_core.memory.fake import fake, fake_inputs, without_contents
-from emloc_core.standins.vocabulary import rows_at_once
+from emloc_core.memory.fake import without_contents
+
+if TYPE_CHECKING:
+    from emloc_core.objective import Step
 
 #: Bytes by kind: weights, adapter, gradients, kv_cache, logits, activations (all else).
 Composition = Counter[str]
@@ -84,24 +84,22 @@ class Ledger(TorchDispatchMode):
 def trace_training(
     model: nn.Module,
     towers: Mapping[str, str],
-    inputs: Mapping[str, Any],
+    step: "Step",
     *,
     checkpointing: bool,
     accumulating: bool,
     bf16: bool,
-    fused_loss: bool,
     apart: Mapping[str, int] | None = None,
 ) -> Phases:
-    """Run forward, loss and backward of one training step, as in stage 2 with TRL.
+    """Run forward, loss and backward of one training step, as in stage 2.
 
     Args:
         model: a PEFT model on the meta device, in which only the LoRAs require gradients.
         towers: module path of the list of blocks -> name of the tower, in execution order.
-        inputs: see :func:`fake_inputs`.
+        step: its rows.
         checkpointing: whether activations are recomputed in the backward pass.
         accumulating: whether gradients of an earlier forward pass exist from the start.
         bf16: whether the forward runs under autocast to bfloat16.
-        fused_loss: whether TRL's loss runs as one kernel per tile (a GPU with Triton), or as tensor operations.
         apart: module path of a list of blocks -> number of its first blocks that differ from the others, and so form
             their own phases (DeepStack adds to their outputs).
 
@@ -113,15 +111,11 @@ def trace_training(
     model.train()
     if bf16:
         leave_casts_to_autocast(model)
-    if checkpointing:  # enabled as TRL and the trainer do
-        model.enable_input_require_grads()  # type: ignore[operator]
-        base.activation_checkpointing_enable()
-    fuse_loss(base)
+    step.prepare(model, checkpointing=checkpointing)
     blocks = {path: len(base.get_submodule(path)) for path in towers}
-    in_place = tiles_in_place() if fused_loss else nullcontext()
-    with fake(inputs) as mode, in_place, tiles_of(rows_at_once(base)):
+    with step.tracing(base) as mode:
         parameters = without_contents(model, mode)
-        with Ledger(_widths(base)) as ledger:
+        with Ledger(step.widths(base)) as ledger:
             _enter_parameters(ledger, parameters)
             _follow_forward(ledger, base, towers, apart or {})
             for name, parameter in base.named_parameters():
@@ -131,54 +125,48 @@ def trace_training(
                         ledger.enter(parameter.grad, "gradients")
                     phase = _backward_phase(name, towers, blocks, apart or {})
                     parameter.register_post_accumulate_grad_hook(_follow_backward(ledger, phase))
-            given = fake_inputs(**inputs)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                output = model(**given, labels=given["input_ids"], fused_lm_head=True)
-            loss = -output.log_probs.sum() / given["input_ids"].numel()
+                loss, _alive = step.loss(model)
             ledger.phase = "loss backward"
             loss.backward()
     return ledger.phases
 
 
 def trace_inference(
-    model: nn.Module, towers: Mapping[str, str], inputs: Mapping[str, Any], apart: Mapping[str, int] | None = None
+    model: nn.Module, towers: Mapping[str, str], step: "Step", apart: Mapping[str, int] | None = None
 ) -> Phases:
-    """Run the first forward pass of ``generate``: keys and values of the full prompt, logits of one token.
+    """Run the forward pass of a first answer.
 
     Arguments and result are as for :func:`trace_training`; the model is an ordinary one on the meta device.
     """
     model.eval()
-    with fake(inputs) as mode, torch.no_grad():
+    with step.tracing(model) as mode, torch.no_grad():
         parameters = without_contents(model, mode)
-        with Ledger(_widths(model)) as ledger:
+        with Ledger(step.widths(model)) as ledger:
             _enter_parameters(ledger, parameters)
             _follow_forward(ledger, model, towers, apart or {})
-            config: Any = model.config
-            cache = _EnteredCache(ledger, config.get_text_config())
-            given = fake_inputs(**inputs)
-            given.setdefault("position_ids", torch.zeros_like(given["input_ids"]))  # generate passes them for every row
-            model(**given, cache=cache, use_cache=True, logits_to_keep=1)
+            step.predict(model, ledger.enter)
     return ledger.phases
 
 
-class _EnteredCache(DynamicCache):
-    """A KV cache that enters its tensors in the ledger."""
+class EnteredCache(DynamicCache):
+    """A KV cache that enters its tensors in the ledger.
 
-    def __init__(self, ledger: Ledger, config: Any) -> None:
+    Args:
+        enter: :meth:`Ledger.enter`.
+        config: of the model.
+    """
+
+    def __init__(self, enter: Callable[[torch.Tensor, str], None], config: Any) -> None:
         super().__init__(config=config)
-        self._ledger = ledger
+        self._enter = enter
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values, and enter them."""
         keys, values = super().update(*args, **kwargs)
         for tensor in (keys, values):
-            self._ledger.enter(tensor, "kv_cache")
+            self._enter(tensor, "kv_cache")
         return keys, values
-
-
-def _widths(model: Any) -> list[int]:
-    """Return the possible widths of logits: the vocabulary's, and those of TRL's tiles."""
-    vocabulary, tile = model.config.get_text_config().vocab_size, tile_width()
-    return [vocabulary, *([tile, vocabulary % tile] if vocabulary > tile else [tile])]
 
 
 def _enter_parameters(ledger: Ledger, parameters: Sequence[nn.Parameter]) -> None:

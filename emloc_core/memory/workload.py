@@ -1,9 +1,9 @@
 """The workload to plan for; by default stage 2's batch size, TRL's maximum length and one image."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from emloc_core.data.limits import Limits
 from emloc_core.data.rows import load_rows
@@ -11,12 +11,10 @@ from emloc_core.errors import EmlocError
 from emloc_core.memory.known import known
 from emloc_core.model.device import choose_device
 from emloc_core.model.image_shape import image_shape
+from emloc_core.plugins.manager import plugin_manager
 from emloc_core.requests import Rows
 from emloc_core.settings import TrainSettings
 from emloc_core.standins import RECOMMENDED, RECOMMENDED_WITH_IMAGES
-
-if TYPE_CHECKING:
-    from emloc_core.data.tokenize import Sample
 
 _USUAL: Mapping[str, str] = {}
 #: Default maximum length of TRL's ``SFTConfig``.
@@ -32,6 +30,7 @@ class Workload:
         length: tokens per row, including image tokens.
         images: images per row; if the vision tower takes one size only, tiles of that size.
         image_size: height and width of images in pixels; None: see :func:`emloc_core.model.image_shape.image_shape`.
+        rows: how many rows there are in all; None if that is not known.
         train: the settings of stage 2; its batch size and maximum length are ignored.
         device: ``cuda`` or ``cpu``. TRL's loss needs less memory on ``cuda``.
     """
@@ -42,6 +41,7 @@ class Workload:
     train: TrainSettings = field(default_factory=TrainSettings)
     device: Literal["cuda", "cpu"] = "cuda"
     image_size: tuple[int, int] | None = None
+    rows: int | None = None
 
     @property
     def rows_per_step(self) -> int:
@@ -108,15 +108,14 @@ def make_workload(
     model = known(config_file)
     family, config = model.family, model.outline.config
     limits = Limits.of(config)
-    limit = limits.tokens
+    limit, known_rows = limits.tokens, None
     counted = int(family.modality == "image-text")
     if data is not None:
-        from emloc_core.data.tokenize import load_processing, tokenized
-
         rows = load_rows(data, split, columns=columns, skipped=[] if skip_bad_rows else None)
-        processing = load_processing(config_file.parent, family, rows)
+        known_rows = len(rows)
         answers = [row for each in rows for row in (each.answers() if train.learns_preferences else (each,))]
-        length, counted, largest = _measure(tokenized(answers, processing, length, limits), config)
+        objective = plugin_manager().objective_of(family)
+        length, counted, largest = objective.longest(config_file, family, answers, length, limits)
         if images is None and image_size is None and largest is not None:
             image_size = largest
             length = max(length, counted * image_shape(config_file, config, image_size).tokens + 1)
@@ -124,26 +123,5 @@ def make_workload(
         raise EmlocError(f"The model takes {limit} tokens, not {length}.", f"Give a length of at most {limit}.")
     length = length or min(LENGTH, limit or LENGTH)
     where = choose_device().type if device == "auto" else device
-    return Workload(train.batch_size, length, counted if images is None else images, train, where, image_size)  # type: ignore[arg-type]
-
-
-def _measure(samples: "Iterable[Sample]", config: Any) -> tuple[int, int, tuple[int, int] | None]:
-    """Return the tokens of the longest row, and the number and size of the images in the row with most pixels.
-
-    Images that are cut into tiles count as their tiles, with None as size. For images of any size, the size is that of
-    the largest (height and width in pixels), and the number is how many of it hold all of the row's pixels.
-    """
-    length, most = 0, None
-    for sample in samples:
-        length = max(length, len(sample.input_ids))
-        pixels = sample.others.get("pixel_values")
-        if pixels is not None and any(sample.completion_mask):  # a row that stage 2 does not drop
-            most = max((sample.others, most or sample.others), key=lambda others: others["pixel_values"].numel())
-    if most is None:
-        return length, 0, None
-    if "image_grid_thw" not in most:
-        return length, len(most["pixel_values"]), None
-    patches = most["image_grid_thw"].prod(dim=1)
-    _, height, width = most["image_grid_thw"][patches.argmax()].tolist()
-    side = config.vision_config.patch_size
-    return length, -(-int(patches.sum()) // int(patches.max())), (height * side, width * side)
+    shape = {"images": counted if images is None else images, "image_size": image_size}
+    return Workload(train.batch_size, length, train=train, device=where, rows=known_rows, **shape)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ class Skeleton:
         device: torch.device,
     ) -> None:
         self.checkpoint, self.family, self.device = checkpoint, family, device
-        self.dtype = config.dtype or _most_common_dtype(checkpoint)
+        self.dtype = config.dtype or most_common_dtype(checkpoint)
         self.model = build_model(config, family, self.dtype)
         quantisation = checkpoint.config.get("quantization_config") or {}
         method, conversions = quantisation.get("quant_method"), []
@@ -238,7 +238,8 @@ def build_model(config: Any, family: Family, dtype: torch.dtype) -> PreTrainedMo
     return model
 
 
-def _most_common_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def most_common_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype of most of a checkpoint's bytes."""
     sizes: dict[torch.dtype, int] = defaultdict(int)
     for tensor in checkpoint.tensors.values():
         if DTYPES[tensor.dtype].is_floating_point:

@@ -2,7 +2,6 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -16,14 +15,7 @@ from emloc_core.data.rows import Row
 from emloc_core.data.tokenize import Processing, Sample, tokenized, trl_example
 from emloc_core.errors import EmlocError
 from emloc_core.model.image_shape import count_patches
-
-
-@dataclass(frozen=True)
-class RowSize:
-    """The size of one row: its tokens, and the patches that its images are to the vision tower."""
-
-    tokens: int
-    patches: int = 0
+from emloc_core.objective import RowSize
 
 
 def make_dataset(

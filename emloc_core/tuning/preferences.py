@@ -16,8 +16,8 @@ from emloc_core.data.limits import Limits
 from emloc_core.data.rows import Row
 from emloc_core.data.tokenize import Processing, Sample, tokenized
 from emloc_core.errors import EmlocError
+from emloc_core.objective import RowSize
 from emloc_core.settings import StepSettings
-from emloc_core.tuning.dataset import RowSize
 
 
 def require_preferences(rows: Iterable[Row], settings: StepSettings) -> None:

@@ -22,10 +22,10 @@ def emloc_families() -> list[Family]:
 
 @hookimpl
 def emloc_commands() -> list[click.Command]:
-    """Add ``emloc pictures`` and ``emloc plan-pictures``."""
-    from emloc_diffusers.command import command, plan_command
+    """Add ``emloc pictures``."""
+    from emloc_diffusers.command import command
 
-    return [command, plan_command]
+    return [command]
 
 
 @hookimpl

@@ -17,6 +17,13 @@ GUIDANCE = 3.5
 Tensors = Mapping[str, torch.Tensor]
 
 
+#: Parameters of published models that encode prompts.
+CLIP_L, CLIP_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
+QWEN_VL, MISTRAL = 8_292_166_656, 24_011_361_280
+#: Qwen3 by the width of its hidden states.
+QWEN3 = {2560: 4_022_468_096, 4096: 8_190_735_360}
+
+
 class Call:
     """How a class is called, and what most of them have in common.
 
@@ -33,6 +40,10 @@ class Call:
     def channels(self, config: Mapping[str, Any]) -> int:
         """Return C, the channels of pictures as latents."""
         return int(config["in_channels"])
+
+    def readers(self, config: Mapping[str, Any]) -> int:
+        """Return the published number of parameters of what encodes prompts, all of it together."""
+        raise NotImplementedError
 
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         """Return one prompt as the pipeline encodes it: tensors without batch."""
@@ -96,6 +107,9 @@ class Flux(Packed):
 
     pipelines = ("FluxPipeline",)
 
+    def readers(self, config: Mapping[str, Any]) -> int:
+        return CLIP_L + T5_XXL
+
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         length = min(512, pipe.tokenizer_2.model_max_length)
         tokens, pooled, _ = pipe.encode_prompt(text, text, max_sequence_length=length)
@@ -125,6 +139,9 @@ class Flux2(Call):
 
     pipelines, patch = ("Flux2Pipeline", "Flux2KleinPipeline"), 1
 
+    def readers(self, config: Mapping[str, Any]) -> int:
+        return QWEN3.get(config["joint_attention_dim"] // 3, MISTRAL)  # three layers' hidden states, side by side
+
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         return {"tokens": pipe.encode_prompt(text)[0][0]}
 
@@ -153,6 +170,9 @@ class StableDiffusion3(Call):
 
     pipelines, density = ("StableDiffusion3Pipeline",), "logit-normal"
 
+    def readers(self, config: Mapping[str, Any]) -> int:
+        return CLIP_L + CLIP_G + T5_XXL
+
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         tokens, _, pooled, _ = pipe.encode_prompt(text, text, text, do_classifier_free_guidance=False)
         return {"tokens": tokens[0], "pooled": pooled[0]}
@@ -176,6 +196,9 @@ class QwenImage(Packed):
 
     pipelines = ("QwenImagePipeline",)
 
+    def readers(self, config: Mapping[str, Any]) -> int:
+        return QWEN_VL
+
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         return {"tokens": pipe.encode_prompt(text)[0][0]}
 
@@ -194,6 +217,9 @@ class ZImage(Call):
     """Z-Image: lists of pictures and prompts; time runs from noise at 0, and so does the answer's sign."""
 
     pipelines = ("ZImagePipeline",)
+
+    def readers(self, config: Mapping[str, Any]) -> int:
+        return QWEN3[2560]
 
     def prompt(self, pipe: Any, text: str) -> dict[str, torch.Tensor]:
         return {"tokens": pipe.encode_prompt(text, do_classifier_free_guidance=False)[0][0]}

@@ -62,13 +62,8 @@ class Encoder:
 
     def __init__(self, parts: Parts, call: Call, config: Mapping[str, Any], tokens: int | None) -> None:
         self.parts, self.call, self.config, self.tokens = parts, call, config, tokens
-        room, largest = free_memory(), max(self._bytes(self.parts.readers), self._bytes(["vae"]))
+        room, largest = free_memory(), max(self.parts.nbytes(self.parts.readers), self.parts.nbytes(["vae"]))
         self.device = choose_device("auto" if largest < room else "cpu")
-
-    def _bytes(self, names: Sequence[str]) -> int:
-        """Return the bytes of parts that are there."""
-        files = [file for name in names if self.parts.has(name) for file in self.parts.files(name)]
-        return sum(file.stat().st_size for file in files)
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Return rows, encoded.
@@ -116,7 +111,7 @@ class Encoder:
 
     def _latents(self, row: Row, vae: Any) -> torch.Tensor:
         """Return a picture as latents, (C, h, w), on the CPU."""
-        pixels = self._pixels(row, _factor(vae))
+        pixels = self._pixels(row, self.parts.factor)
         if vae is None:
             return pixels
         given = pixels[None].to(self.device, vae.dtype)
@@ -131,11 +126,8 @@ class Encoder:
         if factor == 1 and self.call.channels(self.config) == 1:
             image = image.convert("L")
         side = factor * self.call.patch  # of a patch, in pixels
-        most = _PIXELS if self.tokens is None else self.tokens * side * side
-        scale = min(1.0, (most / (image.width * image.height)) ** 0.5)
-        width, height = (int(each * scale + 1e-6) // side * side for each in image.size)
-        if not width or not height:
-            raise EmlocError(f"{row.name}: its picture is smaller than a patch of {side} pixels.", "Leave it out.")
+        scale = _scale(image.size, side, self.tokens)
+        width, height = fitted(image.size, side, self.tokens, row.name)
         if scale < 1:
             image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))))
         left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -148,6 +140,30 @@ class Encoder:
                 "Give the whole pipeline.",
             )
         return pixels.contiguous()
+
+
+def _scale(size: tuple[int, int], side: int, patches: int | None) -> float:
+    most = _PIXELS if patches is None else patches * side * side
+    return min(1.0, (most / (size[0] * size[1])) ** 0.5)
+
+
+def fitted(size: tuple[int, int], side: int, patches: int | None, name: str) -> tuple[int, int]:
+    """Return the width and height of a picture, scaled down to the most patches, and cut to whole ones.
+
+    Args:
+        size: its width and height, in pixels.
+        side: of a patch, in pixels.
+        patches: at most; None: a million pixels.
+        name: of its row.
+
+    Raises:
+        EmlocError: it is smaller than a patch.
+    """
+    scale = _scale(size, side, patches)
+    width, height = (int(each * scale + 1e-6) // side * side for each in size)
+    if not width or not height:
+        raise EmlocError(f"{name}: its picture is smaller than a patch of {side} pixels.", "Leave it out.")
+    return width, height
 
 
 def normalised(latents: torch.Tensor, vae: Any) -> torch.Tensor:
@@ -175,14 +191,6 @@ def _is_for_films(vae: Any) -> bool:
 def _packs(vae: Any) -> bool:
     """Return whether patches of 2 x 2 latents are normalised as one."""
     return hasattr(vae, "bn")
-
-
-def _factor(vae: Any) -> int:
-    """Return how many pixels a latent is wide."""
-    if vae is None:
-        return 1
-    halved = len(vae.temperal_downsample) if _is_for_films(vae) else len(vae.config.block_out_channels) - 1
-    return 2 ** (halved + _packs(vae))
 
 
 def _image(row: Row) -> Any:

@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 
+from emloc_core.objective import Purpose
 from emloc_diffusers.calls import Call, Tensors
 from emloc_diffusers.encoding import Encoded
+
+#: Draws of noise and time for every row. Modulations read one vector per draw, whatever the picture's size.
+DRAWS: Mapping[Purpose, int] = {"calibration": 16, "selection": 8, "evaluation": 8}
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_core.errors import EmlocError
-from emloc_core.objective import Datasets, Purpose, Sample, Trial
+from emloc_core.objective import Datasets, Longest, Purpose, Sample, Step, Trial
 
 if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
 
+    from emloc_core.data.limits import Limits
     from emloc_core.data.rows import Row
     from emloc_core.family import Family
     from emloc_core.files.checkpoint import Checkpoint
+    from emloc_core.memory.model import MemoryModel
     from emloc_core.model.opened import OpenModel
     from emloc_core.settings import StepSettings
     from emloc_diffusers.encoding import Encoded
-
-#: Draws of noise and time for every row. Modulations read one vector per draw, whatever the picture's size.
-_DRAWS = {"calibration": 16, "selection": 8, "evaluation": 8}
 
 
 class FlowMatching:
@@ -62,10 +61,10 @@ class FlowMatching:
     ) -> Sequence[Sample]:
         """Return several draws of every row."""
         from emloc_diffusers.calls import call_of
-        from emloc_diffusers.flow import draws
+        from emloc_diffusers.flow import DRAWS, draws
 
         call = call_of(model.family.auto_class)
-        return draws(encoded(model, rows, max_length), call, times(model), _DRAWS[purpose], purpose)
+        return draws(encoded(model, rows, max_length), call, times(model), DRAWS[purpose], purpose)
 
     def accompany(self, checkpoint: "Checkpoint", adapter: Path) -> None:
         """Write the LoRA in the form that pipelines load."""
@@ -127,7 +126,7 @@ class FlowMatching:
         train = Pictures(encoded(model, rows, settings.max_length), times(model), model.family.auto_class)
         held_out = None
         if evaluated:
-            drawn = self.samples(model, evaluated, settings.max_length, "evaluation")
+            drawn: Any = self.samples(model, evaluated, settings.max_length, "evaluation")
             held_out = Pictures(drawn, times(model), model.family.auto_class)
         return Datasets(train, held_out, sizes(train), None)
 
@@ -154,6 +153,28 @@ class FlowMatching:
     def vocabulary(self, config: Any) -> int:
         """Return 0."""
         return 0
+
+    def dtype(self, config_file: Path) -> str | None:
+        """Return that of the weights beside the config, or bfloat16."""
+        from emloc_diffusers.step import dtype_beside
+
+        return dtype_beside(config_file)
+
+    def longest(
+        self, config_file: Path, family: "Family", rows: "Sequence[Row]", length: int | None, limits: "Limits"
+    ) -> Longest:
+        """Return the patches of the largest picture."""
+        from emloc_diffusers.calls import call_of
+        from emloc_diffusers.step import most_patches
+
+        self.require_rows(rows, family)
+        return Longest(most_patches(config_file, call_of(family.auto_class), rows, length))
+
+    def step(self, memory: "MemoryModel") -> Step:
+        """Return pictures without contents."""
+        from emloc_diffusers.step import FlowStep
+
+        return FlowStep(memory)
 
     def trial(self) -> Trial:
         """Return what makes tiny transformers."""

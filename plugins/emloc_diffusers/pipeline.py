@@ -71,6 +71,21 @@ class Parts:
         return sorted(path for path in (self.directory / name).iterdir() if path.suffix in (".json", ".safetensors",
                       ".model", ".txt"))  # fmt: skip
 
+    def nbytes(self, names: Sequence[str]) -> int:
+        """Return the bytes of those of some parts that are there."""
+        files = [file for name in names if self.has(name) for file in self.files(name)]
+        return sum(file.stat().st_size for file in files)
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent is wide: 1 without a VAE, as the transformer learns the pixels themselves."""
+        if not self.has("vae"):
+            return 1
+        config = read_object(self.directory / "vae" / "config.json")
+        # Diffusers' own spelling: a VAE that encodes films, of which a picture is one of a single frame.
+        halved = len(config.get("temperal_downsample", config["block_out_channels"][1:]))
+        return 2 ** (halved + ("batch_norm_eps" in config))  # which normalises patches of 2 x 2 latents as one
+
     def load(self, name: str) -> Any:
         """Return a part; see :func:`emloc_diffusers.pretrained.load_part`."""
         owner, class_name = self.index[name]

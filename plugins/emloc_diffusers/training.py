@@ -3,7 +3,7 @@
 Noise and times are drawn where rows become batches, from torch's global state, which the Trainer saves and restores.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from transformers import TrainingArguments, set_seed
 from emloc_core.compat.transformers import use_one_gpu
 from emloc_core.exact.steps import ExactSteps
 from emloc_core.model.opened import OpenModel
+from emloc_core.objective import RowSize
 from emloc_core.settings import StepSettings, TrainSettings
-from emloc_core.tuning.dataset import RowSize
 from emloc_core.tuning.exact import Streamed
 from emloc_core.tuning.trainer import SETTINGS, LoraSteps, refusing
 from emloc_core.tuning.trl import lora_config, trainer_fields
@@ -129,7 +129,7 @@ class ExactFlow(ExactSteps):
         self._call = call_of(type(self.model).__name__)
         return []
 
-    def loss(self, batches: Sequence[Mapping[str, Any]], *, autocast: bool = False) -> torch.Tensor:
+    def loss(self, batches: Iterable[Mapping[str, Any]], *, autocast: bool = False) -> torch.Tensor:
         """Add the gradients of a step's mean loss; every group of pictures of one shape is a micro-batch."""
         return super().loss([group for batch in batches for group in batch[GROUPS]], autocast=autocast)
 

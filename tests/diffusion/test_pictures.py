@@ -11,8 +11,6 @@ from emloc_diffusers.encoding import Encoder
 from emloc_diffusers.families import FAMILIES
 from emloc_diffusers.pictures import Drawing, grid
 from emloc_diffusers.pipeline import Parts
-from emloc_diffusers.plan import plan
-from emloc_diffusers.trial import FlowTrial
 from PIL import Image
 from support.pipelines import flux_pipeline, picture_rows
 
@@ -22,9 +20,6 @@ from emloc_core.data.rows import load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import open_checkpoint
 from emloc_core.model.opened import open_model
-from emloc_core.settings import TrainSettings
-
-CLASSES = [family.name for family in FAMILIES]
 
 
 @pytest.fixture(scope="module")
@@ -95,20 +90,6 @@ def test_the_grid_shows_base_and_adapter_from_the_same_noise(pixels, tmp_path):
     one, again = (Drawing(str(pixels)).draw(["a cat", "a dog"], side=8, steps=2) for _ in range(2))
     assert [each.tobytes() for each in one] == [each.tobytes() for each in again]
     assert grid({"base": one}, ["a", "b"], 16).width > 32
-
-
-@pytest.mark.parametrize("family", FAMILIES, ids=CLASSES)
-def test_the_plan_counts_weights_and_lora_and_grows_with_the_picture(family):
-    config, train = FlowTrial().config(family.tiny_configs[0]), TrainSettings(batch_size=1, lora_rank=2)
-    small, large = (plan(config, train, "low-rank", 0.5, side=side) for side in (64, 128))
-    assert small.terms["weights"] == small.emulator < small.base
-    assert small.terms["optimiser"] == 2 * small.terms["adapter"]
-    assert large.terms["activations"] > small.terms["activations"]
-
-
-def test_plans_of_tokens_say_where_there_is_another(pixels):
-    with pytest.raises(EmlocError, match="plans are for models of tokens"):
-        emloc.plan(str(pixels))
 
 
 def test_the_transformer_of_a_pipeline_is_opened(pixels):

@@ -27,10 +27,10 @@ def counted(of: FlopCounterMode) -> int:
 
 def of_a_forward(planned: MemoryModel, model: Any) -> int:
     """What a forward pass of the workload counts; the whole of the model's shapes, without numbers."""
-    with fake(planned._inputs) as mode, torch.no_grad():
+    with fake(planned.step.inputs) as mode, torch.no_grad():
         without_contents(model, mode)
         with FlopCounterMode(display=False) as found:
-            model.eval()(**fake_inputs(**planned._inputs))
+            model.eval()(**fake_inputs(**planned.step.inputs))
     return counted(found)
 
 

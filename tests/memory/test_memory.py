@@ -429,7 +429,7 @@ def test_other_mistakes(tiny_model: Path, tiny_emulator: Path, tmp_path: Path) -
         model_of(model_type="qwen3", num_key_value_heads=None)
     assert model_of(num_key_value_heads=None).config.num_key_value_heads == 4
     for name, value in (("hidden_size", -64), ("hidden_act", "foo"), ("dtype", "float8_e4m3fn")):
-        with pytest.raises(EmlocError, match="transformers cannot build the model"):
+        with pytest.raises(EmlocError, match="cannot be built"):
             model_of(**{name: value})
     with pytest.raises(EmlocError, match="The model has no blocks"):
         model_of(num_hidden_layers=0)

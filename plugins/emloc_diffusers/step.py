@@ -1,0 +1,181 @@
+"""Pictures and prompts as plans know them: see :class:`emloc_core.objective.Step`."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_core.data.rows import Row
+from emloc_core.exact.memory import linears_in
+from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.memory.fake import fake, without_contents
+from emloc_core.memory.known import known
+from emloc_core.memory.model import MemoryModel, Need
+from emloc_core.model.overhead import overhead
+from emloc_core.objective import Purpose, RowSize
+from emloc_diffusers.calls import Call, call_of
+from emloc_diffusers.encoding import fitted
+from emloc_diffusers.flow import DRAWS, forward, squared_error
+from emloc_diffusers.pipeline import INDEX, Parts
+
+#: Rows where a plan is not given any: who personalises a model has five to thirty pictures.
+_ROWS = 32
+#: Pixels of a patch's side, and tokens of a prompt, where there is no pipeline to ask: those of all known here.
+PATCH, TOKENS = 16, 512
+
+
+class FlowStep:
+    """A picture of so many patches, and a prompt.
+
+    Args:
+        memory: the plan; the length of its workload is the patches of a picture.
+    """
+
+    logits = 0
+
+    def __init__(self, memory: MemoryModel) -> None:
+        self._memory = memory
+        self._call: Call = call_of(memory.family.auto_class)
+        patches = memory.workload.length
+        self.inputs: Mapping[str, Any] = {"rows": memory.workload.batch_size, "patches": patches, "tokens": TOKENS}
+        self.row = RowSize(patches + TOKENS, patches + TOKENS)
+
+    def positions(self, path: str) -> int:
+        """Return how many vectors a module is given of every row: patches, tokens, both, or one for the time."""
+        return self._positions.get(path, self.row.tokens)
+
+    @cached_property
+    def _positions(self) -> Mapping[str, int]:
+        """Those of every Linear."""
+        work, kept = f"positions of {self.row.tokens}", known(self._memory.config_file).traces
+        if work not in kept.values:
+            kept.add({work: self._followed()})
+        found: Mapping[str, int] = kept.values[work]
+        return found
+
+    def _followed(self) -> Mapping[str, int]:
+        """Follow a forward of one row that has no contents."""
+        model: Any = copy.deepcopy(known(self._memory.config_file).model)
+        found: dict[str, int] = {}
+
+        def follow(path: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+                found[path] = given[0].numel() // given[0].shape[-1]
+
+            return hook
+
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(follow(path))
+        with fake({}) as mode, torch.no_grad():
+            without_contents(model, mode)
+            self._passed(model, 1)
+        return found
+
+    def waiting(self, purpose: Purpose, rows: int) -> int:
+        """Return the bytes of the rows' draws: patches and prompts, as wide as the blocks."""
+        memory = self._memory
+        width = max(
+            linears_in(memory.model.get_submodule(path).get_submodule("0"))[0].in_features for path in memory.towers
+        )
+        there = memory.workload.rows or _ROWS
+        return min(rows, there) * DRAWS[purpose] * self.row.tokens * width * memory.dtype.itemsize
+
+    def before(self) -> Sequence[Need]:
+        """Return what encoding takes: all that reads prompts at once, or the VAE."""
+        read, drawn = encoder_bytes(self._memory.config_file, self._call, vars(self._memory.config))
+        terms = {"weights": max(read, drawn), "overhead": overhead(self._memory.workload.device, tuning=False)}
+        return [Need("encode the rows", terms, "text encoders, before; on the CPU if a GPU has no room")]
+
+    def tracing(self, model: Any) -> AbstractContextManager[Any]:  # noqa: ARG002 - every model alike
+        """Make tensors fake."""
+        return fake({})
+
+    def widths(self, model: Any) -> Sequence[int]:  # noqa: ARG002 - every model alike
+        """Return none."""
+        return ()
+
+    def prepare(self, lora: Any, *, checkpointing: bool) -> None:
+        """Recompute blocks as diffusers does it."""
+        if checkpointing:
+            lora.get_base_model().enable_gradient_checkpointing()
+
+    def loss(self, lora: Any) -> tuple[torch.Tensor, Any]:
+        """Return the error of the velocity, with inputs."""
+        given = self._given(lora, self._memory.workload.batch_size)
+        return squared_error(lora, self._call, **given, weight=torch.ones(len(given["sigma"]))).mean(), given
+
+    def predict(self, model: Any, enter: Callable[[torch.Tensor, str], None]) -> None:  # noqa: ARG002 - nothing is kept
+        """Take one step of a solver."""
+        self._passed(model, self._memory.workload.batch_size)
+
+    def _passed(self, model: Any, rows: int) -> Any:
+        return forward(model, self._call, **self._given(model, rows))
+
+    def _given(self, model: Any, rows: int) -> dict[str, Any]:
+        patches, side = self._memory.workload.length, self._call.patch
+        height = isqrt(patches)
+        shape = (rows, self._call.channels(model.config), height * side, -(-patches // height) * side)
+        prompt = {
+            name: torch.zeros(rows, *(size if len(size) == 1 else (TOKENS, *size[1:])), dtype=torch.bfloat16)
+            for name, size in self._call.made_up(model.config).items()
+        }
+        noise = {name: torch.zeros(shape) for name in ("latents", "noise")}
+        return {**noise, "sigma": torch.zeros(rows), "prompt": prompt}
+
+
+def encoder_bytes(config_file: Path, call: Call, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the bytes of all that reads prompts, and of the VAE: of the pipeline that is there, or as published.
+
+    Args:
+        config_file: the transformer's.
+        call: how it is called.
+        config: what that file says, and the defaults of the class.
+    """
+    pipeline = config_file.absolute().parent.parent
+    if not (pipeline / INDEX).is_file():
+        return 2 * call.readers(config), 2 * VAE
+    parts = Parts(pipeline)
+    return parts.nbytes(parts.readers), parts.nbytes(["vae"])
+
+
+#: Parameters of the largest VAE of these pipelines, Qwen-Image's; those of the others have 84 million.
+VAE = 127_000_000
+
+
+def most_patches(config_file: Path, call: Call, rows: Sequence[Row], most: int | None) -> int:
+    """Return the patches of the largest picture, scaled down as it is for training.
+
+    Args:
+        config_file: the transformer's, in its pipeline or alone.
+        call: how it is called.
+        rows: pictures.
+        most: patches of a picture, at most.
+
+    Raises:
+        EmlocError: a picture cannot be read, or is smaller than a patch.
+    """
+    pipeline = config_file.absolute().parent.parent
+    side = Parts(pipeline).factor * call.patch if (pipeline / INDEX).is_file() else PATCH
+    found = 0
+    for row in rows:
+        assert row.images
+        width, height = fitted(row.images[0].read().size, side, most, row.name)
+        found = max(found, width * height // side**2)
+    return found
+
+
+def dtype_beside(config_file: Path) -> str:
+    """Return the dtype of the weights beside a config; bfloat16, in which they are published, without any."""
+    place = config_file.parent
+    if not any(place.glob("*.safetensors")):
+        return "bfloat16"
+    from emloc_core.model.skeleton import most_common_dtype
+
+    return str(most_common_dtype(Checkpoint(place))).removeprefix("torch.")

@@ -1,0 +1,89 @@
+"""Plans of transformers that make pictures, from their configs alone."""
+
+import json
+
+import pytest
+import torch
+from emloc_diffusers.families import FAMILIES, FLUX
+from emloc_diffusers.step import FlowStep
+from PIL import Image
+from support.pipelines import flux_pipeline, picture_rows
+
+import emloc_core as emloc
+from emloc_core.files.checkpoint import find_config
+from emloc_core.memory.known import known
+from emloc_core.memory.model import MemoryModel
+
+USUAL = {"kind": "low-rank", "ratio": 0.5, "batch_size": 1, "lora_rank": 2, "device": "cuda"}
+
+
+def write(directory, settings):
+    directory.mkdir(parents=True, exist_ok=True)
+    others = {name: value for name, value in settings.items() if name != "model_type"}
+    (directory / "config.json").write_text(json.dumps({"_class_name": settings["model_type"], **others}))
+    return str(directory / "config.json")
+
+
+def needs(planned):
+    return {need.stage: need for need in planned.needs}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_stage_is_planned_and_tuning_grows_with_the_picture(family, tmp_path):
+    file = write(tmp_path, family.tiny_configs[0])
+    small, large = (emloc.plan(file, length=length, memory="1GB", **USUAL) for length in (9, 36))
+    weights, tuned = small.describe()["weight_bytes"], needs(small)["LoRA on the emulator"].terms
+    assert tuned["weights"] == weights["emulator"] < weights["base"]
+    assert tuned["optimiser"] == 2 * tuned["adapter"] == 8 * small.model.adapter_parameters()
+    assert needs(large)["LoRA on the emulator"].terms["activations"] > tuned["activations"]
+    assert "logits" not in needs(small)["exact steps"].terms
+    assert {"encode the rows", "compress", "correct", "exact steps", "merge"} <= needs(small).keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_linear_is_given_what_passes_through_it(family, tmp_path):
+    file = write(tmp_path, family.tiny_configs[0])
+    step = FlowStep(emloc.plan(file, length=16, memory="1GB", **USUAL).model)
+    found = {path.rpartition(".")[2] + "/" + path: step.positions(path) for path, module in
+             known(find_config(file)).outline.named_modules() if isinstance(module, torch.nn.Linear)}  # fmt: skip
+    assert set(found.values()) <= {1, 16, step.row.tokens - 16, step.row.tokens, 32, step.row.tokens + 16}
+    assert max(found.values()) >= step.row.tokens - 16 > 16
+    if family is FLUX:
+        by_end = {name.partition("/")[2]: count for name, count in found.items()}
+        assert by_end["transformer_blocks.0.norm1.linear"] == 1
+        assert by_end["transformer_blocks.0.attn.to_q"] == 16
+        assert by_end["transformer_blocks.0.attn.add_q_proj"] == 512
+        assert by_end["single_transformer_blocks.0.proj_mlp"] == 528
+
+
+def test_a_few_blocks_are_traced_for_all(tmp_path, monkeypatch):
+    file = write(tmp_path, {**FLUX.tiny_configs[0], "num_layers": 6, "num_single_layers": 7})
+    few = emloc.plan(file, length=16, memory="1GB", **USUAL)
+    monkeypatch.setattr(MemoryModel, "_few", lambda _self, _path, count, _period: count)
+    monkeypatch.setenv("EMLOC_CACHE", "")
+    whole = emloc.plan(write(tmp_path / "again", json.loads((tmp_path / "config.json").read_text())
+                             | {"model_type": "FluxTransformer2DModel"}), length=16, memory="1GB", **USUAL)  # fmt: skip
+    for stage in ("LoRA on the base", "LoRA on the emulator", "inference on the base"):
+        assert needs(few)[stage].total == needs(whole)[stage].total
+
+
+def test_a_plan_of_rows_counts_the_patches_of_the_largest_picture(tmp_path):
+    pipeline, rows = flux_pipeline(tmp_path / "pipeline"), picture_rows(tmp_path / "rows", 4)
+    large = tmp_path / "large.png"
+    Image.new("RGB", (40, 24)).save(large)
+    planned = emloc.plan(str(pipeline), data=[*rows, {"prompt": "a cat", "image": str(large)}], memory="1GB", **USUAL)
+    assert planned.describe()["workload"]["length"] == 40 * 24 // 4**2  # a latent is two pixels wide, and a patch two
+    shorter = emloc.plan(str(pipeline), data=[{"prompt": "a", "image": str(large)}], length=8, memory="1GB", **USUAL)
+    assert shorter.describe()["workload"]["length"] == 6  # scaled down to eight patches, and cut to 3 x 2
+    assert planned.describe()["dtype"] == "float32"  # as the files have it
+
+
+def test_the_encoders_are_those_of_the_pipeline_or_as_published(tmp_path):
+    pipeline = flux_pipeline(tmp_path / "pipeline")
+    reads = [path for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+             for path in (pipeline / part).iterdir()]  # fmt: skip
+    read, drawn = (sum(path.stat().st_size for path in files) for files in (reads, (pipeline / "vae").iterdir()))
+    there = needs(emloc.plan(str(pipeline), length=16, memory="1GB", **USUAL))["encode the rows"]
+    assert there.terms["weights"] == max(read, drawn)  # they are not there together
+    alone = needs(emloc.plan(write(tmp_path / "alone", FLUX.tiny_configs[0]), length=16, memory="1GB", **USUAL))
+    assert alone["encode the rows"].terms["weights"] > 9e9
