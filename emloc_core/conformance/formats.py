@@ -22,6 +22,7 @@ from emloc_core.memory.workload import Workload
 from emloc_core.plugins.manager import plugin_manager
 from emloc_core.settings import CompressSettings
 from emloc_core.standins import Format
+from emloc_core.standins.layer import Groups
 
 #: Shapes of the weights: wider than high, higher than wide, and without whole groups of numbers.
 _SHAPES = ((48, 300), (130, 64), (17, 33))
@@ -146,9 +147,9 @@ def experts(subject: TinyEmulator) -> str | None:
     packed = [list(format.pack(each, torch.float32).values()) for each in fitted]
     first, _, last = (format.read(parts, (m, n), torch.float32).weight() for parts in packed)
     x, weights = torch.randn(5, n, requires_grad=True), torch.randn(5, m)
-    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    groups = Groups(torch.tensor([2, 2, 5], dtype=torch.int32))
     parts = [torch.stack(of) for of in zip(*packed, strict=True)]
-    outputs = format.layer.grouped(x, ends, *parts, shape=(m, n), dtype=torch.float32)
+    outputs = format.layer.grouped(x, groups, *parts, shape=(m, n), dtype=torch.float32)
     (gradient,) = torch.autograd.grad((outputs * weights).sum(), x)
     for what, one, other in (
         ("outputs", outputs, torch.cat([x[:2] @ first.T, x[2:] @ last.T])),

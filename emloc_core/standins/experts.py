@@ -17,7 +17,7 @@ from torch.nn.functional import linear, pad
 from emloc_core.algorithms.lora import Lora
 from emloc_core.compat.transformers import gated, grouped_product
 from emloc_core.errors import EmlocError
-from emloc_core.standins.layer import StandInLinear, unpacked_bytes
+from emloc_core.standins.layer import Groups, StandInLinear, unpacked_bytes
 
 #: What transformers says of every module of fused experts that it can compute in several ways.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
@@ -185,11 +185,11 @@ class StandInExperts(nn.Module):
         """
         return routed(self, hidden_states, top_k_index, top_k_weights)
 
-    def times(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def times(self, name: str, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         """Multiply rows that are sorted by expert, each group by the matrix of its own; see ``grouped``."""
         if name not in self.ranks:
-            return grouped_product(x, matrices(self, name), ends)
-        return self.layer.grouped(x, ends, *self.kept(name), shape=self._shape(name), dtype=self._dtype(name))
+            return grouped_product(x, matrices(self, name), groups.ends)
+        return self.layer.grouped(x, groups, *self.kept(name), shape=self._shape(name), dtype=self._dtype(name))
 
     @property
     def replaced(self) -> Any:
@@ -261,15 +261,15 @@ def routed(
     own = experts.replaced if isinstance(experts, StandInExperts) else experts
     chosen, order = top_k_index.reshape(-1).sort(stable=True)
     number = torch.arange(experts.num_experts, device=chosen.device)
-    ends = torch.searchsorted(chosen, number, right=True).to(torch.int32)
+    groups = Groups(torch.searchsorted(chosen, number, right=True).to(torch.int32))
 
     def times(name: str, x: torch.Tensor) -> torch.Tensor:
         if isinstance(experts, StandInExperts):
-            found = experts.times(name, x, ends)
+            found = experts.times(name, x, groups)
         else:
-            found = grouped_product(x, matrices(experts, name), ends)
+            found = grouped_product(x, matrices(experts, name), groups.ends)
         if name in loras:
-            found = _with_lora(found, x, loras[name], ends)
+            found = _with_lora(found, x, loras[name], groups.ends)
         return with_bias(experts, name, found, chosen)
 
     up, down = _stacks(own)  # perhaps lent for a call, and no parameters

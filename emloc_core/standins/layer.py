@@ -1,7 +1,7 @@
 """The layers that stand in for Linears in the model of an emulator, and putting them there."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -71,13 +71,13 @@ class StandInLinear(nn.Linear):
 
     @classmethod
     def grouped(
-        cls, x: torch.Tensor, ends: torch.Tensor, *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+        cls, x: torch.Tensor, groups: "Groups", *parts: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> torch.Tensor:
         """Multiply rows that are sorted by expert, each group by the matrix of its own.
 
         Args:
             x: (rows, n).
-            ends: (E), int32: where the rows of each expert end.
+            groups: which rows are of which expert.
             parts: of the matrices, with a leading E.
             shape, dtype: of a matrix.
 
@@ -86,7 +86,7 @@ class StandInLinear(nn.Linear):
         """
         unpack = partial(cls.unpack_stack, shape=shape, dtype=dtype)
         most = _most(shape, dtype)
-        found: torch.Tensor = _GroupedProduct.apply(x, ends, unpack, most, *parts)
+        found: torch.Tensor = _GroupedProduct.apply(x, groups, unpack, most, *parts)
         return found
 
     @property
@@ -174,49 +174,73 @@ def unpacked_bytes(shape: tuple[int, int], count: int, dtype: torch.dtype) -> in
     return min(count, _most(shape, dtype)) * shape[0] * shape[1] * dtype.itemsize
 
 
+class Groups:
+    """Rows that are sorted by expert.
+
+    Args:
+        ends: (E), int32: where the rows of each expert end.
+    """
+
+    def __init__(self, ends: torch.Tensor) -> None:
+        self.ends = ends
+
+    @cached_property
+    def places(self) -> list[int] | None:
+        """The same as numbers; None where nothing but shapes is known.
+
+        A GPU is waited for here: once for all products with these rows, forward and backward.
+        """
+        return self.ends.tolist() if has_contents(self.ends) else None
+
+    def chunks(
+        self, most: int, parts: Sequence[torch.Tensor], rows: int
+    ) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
+        """Yield the experts that have rows, at most so many at a time: their rows, where these end, and their parts.
+
+        Where nothing but shapes is known, the first chunk stands for all: the same result size, the same peak.
+
+        Args:
+            most: how many matrices are unpacked at a time.
+            parts: of all experts' matrices, with a leading E.
+            rows: how many there are.
+        """
+        last = self.places
+        if last is None:
+            yield slice(0, rows), self.ends[:most], [part[:most] for part in parts]
+            return
+        first = [0, *last[:-1]]
+        hit = [expert for expert, (start, stop) in enumerate(zip(first, last, strict=True)) if stop > start]
+        for at in range(0, max(1, len(hit)), most):
+            experts = hit[at : at + most] or [0]  # rows of no expert have a width too
+            index = _indices(experts, self.ends.device)
+            start, stop = first[experts[0]], last[experts[-1]]
+            yield slice(start, stop), self.ends[index] - start, [part[index] for part in parts]
+
+
+def _indices(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """Return numbers on a device, without waiting for a GPU: it is copied from pinned memory when it is their turn."""
+    found = torch.tensor(numbers, pin_memory=device.type == "cuda")
+    return found.to(device, non_blocking=True)
+
+
 class _GroupedProduct(torch.autograd.Function):
     """Rows times the matrices of their experts, of which only those that have rows are unpacked, some at a time."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        ends: torch.Tensor,
-        unpack: Callable[..., torch.Tensor],
-        most: int,
-        *parts: torch.Tensor,
+        ctx: Any, x: torch.Tensor, groups: Groups, unpack: Callable[..., torch.Tensor], most: int, *parts: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(ends, *parts)
-        ctx.unpack, ctx.most = unpack, most
-        found = [grouped_product(x[rows], unpack(*of), at) for rows, at, of in _hit(ends, most, parts, len(x))]
-        return torch.cat(found)
+        ctx.save_for_backward(*parts)
+        ctx.groups, ctx.unpack, ctx.most = groups, unpack, most
+        chunks = groups.chunks(most, parts, len(x))
+        return torch.cat([grouped_product(x[rows], unpack(*of), at) for rows, at, of in chunks])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ends, *parts = ctx.saved_tensors  # checkpointing gives them once
-        chunks = _hit(ends, ctx.most, parts, len(gradient))
+        parts = ctx.saved_tensors  # checkpointing gives them once
+        chunks = ctx.groups.chunks(ctx.most, parts, len(gradient))
         found = [grouped_product(gradient[rows], ctx.unpack(*of).mT, at) for rows, at, of in chunks]
         return torch.cat(found), None, None, None, *(None for _ in parts)
-
-
-def _hit(
-    ends: torch.Tensor, most: int, parts: Sequence[torch.Tensor], rows: int
-) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
-    """Yield the experts that have rows, at most so many at a time: their rows, where these end, and their parts.
-
-    Where nothing but shapes is known, the first chunk stands for all: the same result size, the same peak.
-    """
-    if not has_contents(ends):
-        yield slice(0, rows), ends[:most], [part[:most] for part in parts]
-        return
-    last = ends.tolist()
-    first = [0, *last[:-1]]
-    hit = [expert for expert, (start, stop) in enumerate(zip(first, last, strict=True)) if stop > start]
-    for at in range(0, max(1, len(hit)), most):
-        experts = hit[at : at + most] or [0]  # rows of no expert have a width too
-        index = torch.tensor(experts, device=ends.device)
-        start, stop = first[experts[0]], last[experts[-1]]
-        yield slice(start, stop), ends[index] - start, [part[index] for part in parts]
 
 
 def replace_linear(model: nn.Module, path: str, layer: type[StandInLinear], rank: int | None = None) -> None:

@@ -14,7 +14,7 @@ from emloc_core.compat.transformers import grouped_product
 from emloc_core.standins import costs
 from emloc_core.standins.costs import Planned
 from emloc_core.standins.format import RankingFormat, Ratios
-from emloc_core.standins.layer import Parts, StandInLinear
+from emloc_core.standins.layer import Groups, Parts, StandInLinear
 from emloc_core.standins.standin import StandIn
 
 #: Takes a weight, (m, n), a Gram of its inputs or outputs, and a rank.
@@ -46,14 +46,14 @@ class LowRankLinear(StandInLinear):
     def grouped(
         cls,
         x: torch.Tensor,
-        ends: torch.Tensor,
+        groups: Groups,
         *parts: torch.Tensor,
         shape: tuple[int, int],  # noqa: ARG003
         dtype: torch.dtype,  # noqa: ARG003
     ) -> torch.Tensor:
         """Multiply by one factor after the other."""
         u, v = parts
-        return grouped_product(grouped_product(x, v, ends), u, ends)
+        return grouped_product(grouped_product(x, v, groups.ends), u, groups.ends)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""

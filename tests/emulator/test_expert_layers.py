@@ -116,6 +116,14 @@ def test_few_experts_at_a_time_give_the_same_bits(format, monkeypatch):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(("format", "waits"), [(SixLevels(), 1), (LowRank(), 0)], ids=["six-levels", "low-rank"])
+def test_which_experts_have_tokens_is_asked_once_for_all_products(format, waits, monkeypatch):
+    made, asked, tolist = packed(experts_of("usual"), format), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: asked.append(1) or tolist(tensor))
+    outputs(made, *tokens())  # two products forward, two backward
+    assert len(asked) == waits
+
+
 def test_experts_without_tokens_are_not_unpacked(monkeypatch):
     made, seen = packed(experts_of("usual"), SixLevels()), []
     unpack = made.layer.unpack_stack
