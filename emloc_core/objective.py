@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
     from emloc_core.data.limits import Limits
-    from emloc_core.data.rows import Row
+    from emloc_core.data.row import Row
     from emloc_core.family import Family
     from emloc_core.files.checkpoint import Checkpoint
     from emloc_core.memory.model import MemoryModel, Need

@@ -30,7 +30,8 @@ from emloc_core.adapters.moments import copy_moments, hash_moments
 from emloc_core.adapters.stand_ins import StandIns
 from emloc_core.algorithms.correction import Clamp
 from emloc_core.algorithms.lora import Lora
-from emloc_core.data.rows import SELECTION, Row, load_rows
+from emloc_core.data.row import Row
+from emloc_core.data.rows import SELECTION, load_rows
 from emloc_core.errors import EmlocError
 from emloc_core.files.inputs import Inputs
 from emloc_core.files.manifest import CONTENT, manifest_value

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from emloc_core.data.rows import Row
+from emloc_core.data.row import Row
 from emloc_core.data.tokenize import Sample
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family

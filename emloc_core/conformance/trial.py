@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from emloc_core.conformance.inputs import number_tokenizer, text_rows, tiny_samples
-from emloc_core.data.rows import Row
+from emloc_core.data.row import Row
 from emloc_core.data.tokenize import Sample
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family

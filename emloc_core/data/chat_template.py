@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from emloc_core.data.messages import Message
-from emloc_core.data.rows import Row
+from emloc_core.data.row import Row
 from emloc_core.data.starts import common_prefix, starts_in_templates
 from emloc_core.errors import EmlocError
 from emloc_core.files.templates import rendering

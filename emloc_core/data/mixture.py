@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from emloc_core.errors import EmlocError
 
 if TYPE_CHECKING:
-    from emloc_core.data.rows import Row
+    from emloc_core.data.row import Row
 
 _WEIGHTED = re.compile(r"(?P<source>.+):(?P<weight>\d+(?:\.\d+)?)")
 

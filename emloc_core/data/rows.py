@@ -1,28 +1,21 @@
-"""The user's rows, in TRL's conventions.
-
-A row is ``text``, ``prompt`` + ``completion`` (two strings, or two lists of messages) or ``messages``. ``messages``
-become prompt and completion: the last answer. Whether the answers before it count in the loss too is the row's
-``loss``, which is no part of its content. A conversation may have ``images`` and ``tools``.
-"""
+"""The user's rows: read from files, datasets or memory, left out by content, and written."""
 
 import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from emloc_core.data.columns import as_trl, known_columns, renamed, require_known
+from emloc_core.data.columns import known_columns, renamed, require_known
 from emloc_core.data.files import READERS, is_saved, names_rows, read_file, read_saved
 from emloc_core.data.hub import read_data_set
 from emloc_core.data.images import IMAGES, Picture
-from emloc_core.data.messages import Content, parse_content, parse_string, place_images
 from emloc_core.data.mixture import weighted, weights
-from emloc_core.data.tools import parse_tools
+from emloc_core.data.row import FORMS, Row, parse_row
 from emloc_core.errors import EmlocError
 from emloc_core.files.output import MANIFEST
 from emloc_core.files.own import require_own_files
@@ -33,84 +26,9 @@ CALIBRATION, SELECTION = "calibration.jsonl", "selection.jsonl"
 #: File of an output with the rows that were left out.
 SKIPPED = "skipped_rows.jsonl"
 
-_FORMS = (
-    "Each row needs `text`, or `prompt` and `completion` (or `chosen` and `rejected`), or `messages` that end in an "
-    "assistant turn; to learn pictures, `prompt` and `image`."
-)
 _CONVERSION = {"Alpaca": "instruction, input and output", "ShareGPT": "conversations"}
-_HERE = Path()
 #: Every column has the name that TRL gives it.
 NO_RENAMING: Mapping[str, str] = {}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example: ``text``; ``prompt`` and ``completion``, both strings or both messages; or a picture and its prompt.
-
-    Attributes:
-        number: position of the row in its source, from 1; the line in a JSONL file.
-        images: images of a conversation, in the order of their parts in the prompt. None if no row of the source has
-            any: such rows are tokenized as text, and others by the model's processor, as in TRL.
-        tools: the tools that a conversation may call, as functions in JSON schema.
-        loss: which of a conversation's answers count: the last one, or all.
-        source: file or dataset that it is from, if there are several.
-        rejected: of a preference, the answer that ``completion`` is preferred to.
-        label: whether the completion is wanted, where the row says so.
-        weight: of a picture in the loss.
-    """
-
-    number: int
-    text: str | None = None
-    prompt: Content | None = None
-    completion: Content | None = None
-    images: tuple[Picture, ...] | None = None
-    tools: list[dict[str, Any]] | None = None
-    loss: Loss = "last"
-    source: str = field(default="", compare=False)
-    rejected: Content | None = None
-    label: bool | None = None
-    weight: float = 1.0
-
-    @property
-    def name(self) -> str:
-        """Return how messages call the row."""
-        return f"Row {self.number} of {self.source}" if self.source else f"Row {self.number}"
-
-    @property
-    def form(self) -> str:
-        """Return ``text``, ``prompt and completion``, ``conversation``, or ``picture``: a prompt and its image."""
-        if self.text is not None:
-            return "text"
-        if self.completion is None:
-            return "picture"
-        return "prompt and completion" if isinstance(self.prompt, str) else "conversation"
-
-    def answers(self) -> tuple["Row", ...]:
-        """Return the row with each of its answers: with its own, and of a preference also with the rejected one."""
-        if self.rejected is None:
-            return (self,)
-        chosen = replace(self, rejected=None, label=True)
-        return chosen, replace(chosen, completion=self.rejected, label=False)
-
-    @cached_property
-    def key(self) -> str:
-        """Return the SHA-256 of the row's content, in hex, independent of its position."""
-        columns = {name: column for name, column in self.to_dict().items() if column != []}
-        canonical = json.dumps(columns, sort_keys=True, separators=(",", ":"), default=lambda picture: picture.sha256)
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as TRL's columns; images as :class:`Picture`."""
-        if self.text is not None:
-            return {"text": self.text}
-        if self.form == "picture":
-            assert self.images
-            return {"prompt": self.prompt, "image": self.images[0], "weight": self.weight}
-        images = {} if self.images is None else {"images": list(self.images)}
-        tools = {} if self.tools is None else {"tools": self.tools}
-        rejected = {} if self.rejected is None else {"rejected": self.rejected}
-        label = {} if self.label is None else {"label": self.label}
-        return {"prompt": self.prompt, "completion": self.completion, **rejected, **label, **tools, **images}
 
 
 @dataclass(frozen=True)
@@ -238,7 +156,7 @@ def _parsed(
 
 def _of_one_form(source: str, rows: list[Row]) -> list[Row]:
     if not rows:
-        raise EmlocError(f"{source or 'The mixture'} holds no rows.", _FORMS)
+        raise EmlocError(f"{source or 'The mixture'} holds no rows.", FORMS)
     for row in rows:
         if row.form != rows[0].form:
             first = rows[0]
@@ -336,103 +254,3 @@ def require_source(source: str) -> None:
         raise EmlocError(
             f"There is no file {source}.", "Check the path; a hub dataset is organisation/name.", code="missing"
         )
-
-
-def parse_row(content: Any, where: str, number: int, directory: Path = _HERE, *, confined: bool = False) -> Row:
-    """Return one row.
-
-    Args:
-        content: its columns.
-        where: its name in messages.
-        number: its position in its source.
-        directory: what paths of images are relative to.
-        confined: whether images must lie within that directory.
-
-    Raises:
-        EmlocError: it has no known form.
-    """
-    if not isinstance(content, dict):
-        raise EmlocError(f"{where}: {type(content).__name__}, not an object with columns.", _FORMS)
-    content = as_trl(content, where)
-    has = {name for name, value in content.items() if value is not None}  # Arrow fills absent columns with None
-    answer = "completion" if "completion" in has else "chosen"  # of a preference
-    if has >= {"prompt", answer}:
-        prompt, completion = (parse_content(content[name], f"{where}: `{name}`") for name in ("prompt", answer))
-        if isinstance(prompt, str) != isinstance(completion, str):
-            raise EmlocError(f"{where}: one of prompt and completion is a string, the other messages.", _FORMS)
-        rejected = _rejected(content, completion, where)
-        label = content.get("label")  # or something else than what KTO means by it
-        row = Row(
-            number, prompt=prompt, completion=completion, rejected=rejected,
-            label=label if isinstance(label, bool) and rejected is None else None,
-        )  # fmt: skip
-    elif "messages" in has:
-        turns = parse_content(content["messages"], f"{where}: `messages`")
-        if isinstance(turns, str):
-            raise EmlocError(f"{where}: `messages` is a string, not a list of messages.", _FORMS)
-        if turns[-1]["role"] != "assistant":
-            raise EmlocError(f"{where}: `messages` does not end with an assistant turn, so there is no answer.", _FORMS)
-        if len(turns) == 1:
-            raise EmlocError(f"{where}: `messages` has nothing before the assistant turn.", _FORMS)
-        row = Row(number, prompt=turns[:-1], completion=turns[-1:])
-    elif has >= {"prompt", "image"}:
-        return _picture(content, where, number, directory, confined=confined)
-    elif "text" in has:
-        row = Row(number, text=parse_string(content["text"], f"{where}: `text`"))
-    else:
-        raise EmlocError(f"{where}: has the columns {sorted(has)}.", _FORMS)
-    row = _with_images(row, _pictures(content, where, directory, confined=confined), where)
-    return replace(row, tools=_tools(content["tools"], row, where)) if "tools" in has else row
-
-
-def _picture(content: dict[str, Any], where: str, number: int, directory: Path, *, confined: bool) -> Row:
-    weight = content.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise EmlocError(f"{where}: `weight` is {weight!r}, not a number above 0.", "Correct it, or leave it out.")
-    prompt = parse_string(content["prompt"], f"{where}: `prompt`")
-    images = _pictures(content, where, directory, confined=confined)
-    return Row(number, prompt=prompt, images=images, weight=float(weight))
-
-
-def _rejected(content: dict[str, Any], chosen: Content, where: str) -> Content | None:
-    if content.get("rejected") is None:
-        return None
-    rejected = parse_content(content["rejected"], f"{where}: `rejected`")
-    if isinstance(rejected, str) != isinstance(chosen, str):
-        raise EmlocError(f"{where}: one of chosen and rejected is a string, the other messages.", _FORMS)
-    return rejected
-
-
-def _tools(value: Any, row: Row, where: str) -> list[dict[str, Any]] | None:
-    tools = parse_tools(value, where)
-    if tools and row.form != "conversation":
-        raise EmlocError(f"{where}: a row of {row.form} has tools.", "Write rows with tools as `messages`.")
-    if tools and row.images:
-        raise EmlocError(f"{where}: a row has both tools and images.", "Leave one of them out.", code="unsupported")
-    return tools or None
-
-
-def _pictures(content: dict[str, Any], where: str, directory: Path, *, confined: bool) -> tuple[Picture, ...] | None:
-    image, images = content.get("image"), content.get("images")
-    if image is None and images is None:
-        return None
-    if image is not None and images is not None:
-        raise EmlocError(f"{where}: has both `image` and `images`.", "Keep `images`, a list.")
-    sources = [image] if images is None else images
-    if not isinstance(sources, list):
-        raise EmlocError(f"{where}: `images` is {type(sources).__name__}, not a list.", "Name a single image `image`.")
-    try:
-        return tuple(Picture.of(source, directory, confined=confined) for source in sources)
-    except EmlocError as error:
-        raise EmlocError(f"{where}: {error.args[0]}", error.fix, code=error.code) from None
-
-
-def _with_images(row: Row, images: tuple[Picture, ...] | None, where: str) -> Row:
-    if isinstance(row.prompt, list) and isinstance(row.completion, list):
-        return replace(row, prompt=place_images(row.prompt, row.completion, len(images or ()), where), images=images)
-    if images:
-        raise EmlocError(
-            f"{where}: a row of {row.form} has images.", "Write rows with images as `messages`, or as a `prompt` and a "
-            "`completion` that are lists of messages.",
-        )  # fmt: skip
-    return row

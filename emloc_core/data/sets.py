@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from emloc_core.data.rows import Row
+from emloc_core.data.row import Row
 from emloc_core.errors import EmlocError
 
 

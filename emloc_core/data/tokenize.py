@@ -21,7 +21,7 @@ from emloc_core.data.chat_template import Encoded, encode_conversations, from_st
 from emloc_core.data.images import pillow
 from emloc_core.data.limits import Limits
 from emloc_core.data.messages import in_parts
-from emloc_core.data.rows import Row
+from emloc_core.data.row import Row
 from emloc_core.data.starts import starts_in_texts
 from emloc_core.errors import EmlocError, first_line
 from emloc_core.family import Family

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from emloc_core.algorithms.allocation import uniform
+from emloc_core.data.row import Row
 from emloc_core.data.rows import (
     CALIBRATION,
     SELECTION,
     SKIPPED,
-    Row,
     Skipped,
     load_rows,
     told,

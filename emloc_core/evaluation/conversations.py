@@ -9,7 +9,7 @@ from typing import Any
 
 from emloc_core.compat.lm_eval import ask
 from emloc_core.data.chat_template import encode_conversation
-from emloc_core.data.rows import parse_row
+from emloc_core.data.row import parse_row
 from emloc_core.errors import EmlocError
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from emloc_core.data.columns import known_columns
 from emloc_core.data.files import read_file
-from emloc_core.data.rows import Row, load_rows, write_rows
+from emloc_core.data.row import Row
+from emloc_core.data.rows import load_rows, write_rows
 from emloc_core.errors import EmlocError
 from emloc_core.evaluation.images import PLACEHOLDER, read_table
 

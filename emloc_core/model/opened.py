@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from emloc_core.data.limits import Limits
-from emloc_core.data.rows import Row
+from emloc_core.data.row import Row
 from emloc_core.data.tokenize import Processing, load_processing
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint, open_checkpoint

@@ -14,17 +14,8 @@ from pydantic import Field
 
 from emloc_core.data.images import IMAGES
 from emloc_core.data.mixture import weights
-from emloc_core.data.rows import (
-    NO_RENAMING,
-    SKIPPED,
-    Row,
-    Skipped,
-    digest,
-    load_rows,
-    told,
-    write_rows,
-    write_skipped,
-)
+from emloc_core.data.row import Row
+from emloc_core.data.rows import NO_RENAMING, SKIPPED, Skipped, digest, load_rows, told, write_rows, write_skipped
 from emloc_core.data.sets import draw
 from emloc_core.errors import EmlocError
 from emloc_core.files.documents import read_json, write_json

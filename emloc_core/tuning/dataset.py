@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.utils.logging import tqdm
 
 from emloc_core.data.limits import Limits
-from emloc_core.data.rows import Row
+from emloc_core.data.row import Row
 from emloc_core.data.tokenize import Processing, Sample, tokenized, trl_example
 from emloc_core.errors import EmlocError
 from emloc_core.model.image_shape import count_patches

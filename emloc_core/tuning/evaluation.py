@@ -16,7 +16,8 @@ from transformers.trainer_callback import TrainerState
 from emloc_core.adapters.held_out import summed_loss
 from emloc_core.algorithms.lora import Lora
 from emloc_core.compat.peft import parameter_wrappers
-from emloc_core.data.rows import Row, load_rows, without
+from emloc_core.data.row import Row
+from emloc_core.data.rows import load_rows, without
 from emloc_core.data.sets import share_of
 from emloc_core.errors import EmlocError
 from emloc_core.exact.parallel import Processes

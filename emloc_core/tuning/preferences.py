@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.utils.logging import tqdm
 
 from emloc_core.data.limits import Limits
-from emloc_core.data.rows import Row
+from emloc_core.data.row import Row
 from emloc_core.data.tokenize import Processing, Sample, tokenized
 from emloc_core.errors import EmlocError
 from emloc_core.objective import RowSize

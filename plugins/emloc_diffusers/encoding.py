@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from emloc_core.data.rows import Row
+from emloc_core.data.row import Row
 from emloc_core.errors import EmlocError
 from emloc_core.files.inputs import Inputs
 from emloc_core.memory.cache import directory as cache_directory

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from emloc_core.data.images import Picture
-from emloc_core.data.rows import Row
+from emloc_core.data.row import Row
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
 from emloc_core.files.checkpoint import Checkpoint

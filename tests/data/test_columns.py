@@ -5,7 +5,8 @@ from support.rows import write_jsonl
 from trl import extract_prompt
 
 from emloc_core.data.messages import IMAGE
-from emloc_core.data.rows import CALIBRATION, load_rows, parse_row, without
+from emloc_core.data.row import parse_row
+from emloc_core.data.rows import CALIBRATION, load_rows, without
 from emloc_core.errors import EmlocError
 
 ALPACA = {"instruction": "Which way?", "input": "", "output": "Left.", "text": "### Instruction: ..."}

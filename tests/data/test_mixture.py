@@ -7,7 +7,8 @@ import pytest
 from support.rows import example_rows, write_jsonl
 
 from emloc_core.data.mixture import parse_sources
-from emloc_core.data.rows import Row, load_rows
+from emloc_core.data.row import Row
+from emloc_core.data.rows import load_rows
 from emloc_core.data.sets import draw
 from emloc_core.errors import EmlocError
 

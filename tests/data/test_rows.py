@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import example_rows, write_jsonl
 
-from emloc_core.data.rows import Row, digest, load_rows, without, write_rows
+from emloc_core.data.row import Row
+from emloc_core.data.rows import digest, load_rows, without, write_rows
 from emloc_core.data.sets import draw
 from emloc_core.errors import EmlocError
 

@@ -18,7 +18,8 @@ from trl import SFTConfig, SFTTrainer
 
 from emloc_core.data.chat_template import encode_conversation, encode_conversations
 from emloc_core.data.limits import Limits
-from emloc_core.data.rows import Row, load_rows
+from emloc_core.data.row import Row
+from emloc_core.data.rows import load_rows
 from emloc_core.data.tokenize import Sample, encode, load_tokenizer
 from emloc_core.errors import EmlocError
 

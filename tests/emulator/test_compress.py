@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import emloc_core.standins.quantizer
 from emloc_core.algorithms.factorize import Factors
 from emloc_core.algorithms.statistics import Gram
-from emloc_core.data.rows import Row, load_rows
+from emloc_core.data.row import Row
+from emloc_core.data.rows import load_rows
 from emloc_core.emulator.declared import plan_ranks
 from emloc_core.errors import EmlocError
 from emloc_core.files.checkpoint import Checkpoint
