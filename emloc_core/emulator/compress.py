@@ -31,7 +31,7 @@ from emloc_core.emulator.files import EmulatorFiles, weight_keys
 from emloc_core.emulator.method import CompletedSettings, method_of
 from emloc_core.emulator.pack import pack_blocks
 from emloc_core.emulator.pack_vocabulary import pack_vocabulary
-from emloc_core.emulator.ranks import NO_EXPERTS, RankPlan, allocated
+from emloc_core.emulator.ranks import NO_EXPERTS, LinearPlan, RankPlan, allocated
 from emloc_core.emulator.sensitivity import PROBES, RATIO
 from emloc_core.emulator.spectra import Spectra
 from emloc_core.files.card import data_name
@@ -112,7 +112,7 @@ class Compress:
         """Return what would be made: bytes, the rank of every Linear, rows."""
         base, dtype = self.base.checkpoint, self.base.skeleton.dtype
         replaced = [each for each in self.plan.planned if each.is_replaced]
-        saved = sum(each.numbers * dtype.itemsize - each.nbytes(self.format, dtype) for each in replaced)
+        saved = sum(self._stored(each) - each.nbytes(self.format, dtype) for each in replaced)
         saved += sum(each.saved(dtype) for each in self.plan.vocabulary)
         return {
             "output": str(self.request.output),
@@ -134,6 +134,13 @@ class Compress:
             "coverage": self.coverage.describe(),
             "finished": self.output.is_finished(),
         }
+
+    def _stored(self, planned: LinearPlan) -> int:
+        """Return the bytes that the base has for it."""
+        keys = self.base.skeleton.sources(planned.path)
+        if self.base.skeleton.unpacks(keys):
+            return sum(self.base.checkpoint.tensors[key].nbytes for key in keys)
+        return planned.numbers * self.base.skeleton.dtype.itemsize
 
     @property
     def warnings(self) -> list[str]:

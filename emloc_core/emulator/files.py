@@ -178,6 +178,7 @@ class EmulatorFiles:
         return self.staging / self._name(self.units.index(unit))
 
     def _write_rest(self, plan: RankPlan) -> None:
+        weight_keys(self.skeleton, plan)  # experts that no row reaches stay as they are
         replaced = {self.keys[path] for path in plan.ranks if path in self.keys}
         for name in (f"{path}.weight" for path in packings(plan.vocabulary)):
             replaced.update(self.skeleton.sources(name) + self.skeleton.stored(name))
@@ -209,6 +210,13 @@ def weight_keys(skeleton: Skeleton, plan: RankPlan) -> dict[str, str]:
     Raises:
         EmlocError: the checkpoint stores one fused with other weights.
     """
+    for each in plan.experts:
+        if not each.is_replaced and skeleton.unpacks(skeleton.sources(each.path)):
+            raise EmlocError(
+                f"{each.path} is in MXFP4, and would stay so in the emulator ({each.reason}).",
+                "Choose a kind that packs experts, or save the model in bfloat16 first, with transformers.",
+                code="unsupported",
+            )
     found = {}
     linears = plan.ranks.keys() - {each.path for each in plan.experts}
     for path in (*linears, *(each.path for each in plan.vocabulary)):

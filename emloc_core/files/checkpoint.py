@@ -1,7 +1,7 @@
 """A model directory, read lazily: config, index, shards, fingerprint. Nothing here knows what the tensors mean."""
 
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,8 @@ _PROCESSING = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json"
                "*.jinja", "chat_template.json", "*processor_config.json")  # fmt: skip
 #: Copies of the same weights in other layouts.
 OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
+#: How experts may be quantised in a base: they are unpacked as they are read.
+MXFP4 = "mxfp4"
 #: A plain name: not hidden, not a path, nothing special to a terminal or a shell.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,200}\.safetensors")
 
@@ -68,13 +70,15 @@ class Checkpoint:
     def require_unquantised(self, option: str = "") -> None:
         """Refuse a checkpoint that is quantised or an emulator, since its tensors are not the weights themselves.
 
+        Experts in MXFP4 may be: they are published so, and unpacked as they are read.
+
         Args:
             option: the one that names another checkpoint, for the message.
 
         Raises:
             EmlocError: it is quantised, or an emulator.
         """
-        if settings := self.config.get("quantization_config"):
+        if (settings := self.config.get("quantization_config")) and not is_in_mxfp4(self.config):
             method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
             raise EmlocError(
                 f"{self.directory} is quantised or an emulator already (method {method!r}).",
@@ -207,6 +211,12 @@ class Checkpoint:
         for path in self.side_files():
             if any(path.match(pattern) for pattern in _PROCESSING):
                 (target / path.name).write_bytes(path.read_bytes())
+
+
+def is_in_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Return whether a model's config is of a checkpoint with experts in MXFP4."""
+    settings = config.get("quantization_config")
+    return isinstance(settings, Mapping) and settings.get("quant_method") == MXFP4
 
 
 def read_config_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from emloc_core.errors import EmlocError, typed_line
 from emloc_core.family import Family
-from emloc_core.files.checkpoint import read_config_json
+from emloc_core.files.checkpoint import is_in_mxfp4, read_config_json
 from emloc_core.memory.cache import Cache, key
 from emloc_core.memory.outline import Outline, described
 from emloc_core.plugins.manager import plugin_manager
@@ -141,6 +141,8 @@ def known(config_file: Path) -> Known:
     unsaid = plugin_manager().objective_of(family).dtype(config_file)
     if unsaid is not None:
         raw = {"dtype": unsaid, **raw}
+    if is_in_mxfp4(raw):
+        raw = {name: value for name, value in raw.items() if name != "quantization_config"}
     if raw.get("quantization_config"):
         _require_base(raw, config_file)
     found = _known(key(raw, family))

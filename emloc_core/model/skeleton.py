@@ -7,7 +7,7 @@ does it (:class:`~emloc_core.compat.transformers.TensorLoader`).
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from emloc_core.errors import EmlocError
 from emloc_core.family import Family
-from emloc_core.files.checkpoint import Checkpoint
+from emloc_core.files.checkpoint import Checkpoint, is_in_mxfp4
 from emloc_core.files.shards import DTYPES
-from emloc_core.model import nf4_checkpoints
+from emloc_core.model import mxfp4_checkpoints, nf4_checkpoints
 from emloc_core.model.absent import Absent
 from emloc_core.model.blocks import block_paths
 from emloc_core.model.readahead import ReadAhead
@@ -63,6 +63,8 @@ class Skeleton:
         elif method == nf4_checkpoints.METHOD:
             nf4_checkpoints.replace_quantised(self.model, quantisation)
             conversions = nf4_checkpoints.conversions()
+        elif is_in_mxfp4(checkpoint.config):
+            conversions = mxfp4_checkpoints.conversions()
         else:
             checkpoint.require_unquantised()
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
@@ -100,6 +102,8 @@ class Skeleton:
             )
         for name, parameter in self.model.named_parameters():
             tensors = [self.checkpoint.tensors[key] for key in found.get(name, ())]
+            if self.unpacks(found.get(name, ())):
+                continue
             if parameter.is_floating_point() and tensors and not any(tensor.is_floating_point for tensor in tensors):
                 raise EmlocError(
                     f"{found[name][0]} in {tensors[0].shard} is a weight of dtype {tensors[0].dtype}, which is not "
@@ -116,6 +120,10 @@ class Skeleton:
     def stored(self, parameter: str) -> list[str]:
         """Return the keys of tensors that the checkpoint holds for ``parameter`` itself, tied or not."""
         return self._sources.get(parameter, [])
+
+    def unpacks(self, keys: Sequence[str]) -> bool:
+        """Return whether tensors of the checkpoint are a stack of experts in MXFP4, which is unpacked as it is read."""
+        return is_in_mxfp4(self.checkpoint.config) and any(key.endswith(("_blocks", "_scales")) for key in keys)
 
     def shape_of(self, key: str) -> tuple[int, ...]:
         """Return the shape of a tensor of the checkpoint; that of a Linear's weight is (out_features, in_features)."""
