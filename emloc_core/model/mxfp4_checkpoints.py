@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.integrations import convert_moe_packed_tensors
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 _BLOCKS, _SCALES, _STACK = "_proj_blocks", "_proj_scales", "_proj"
 #: Blocks that are unpacked at a time: transformers' indices take 64 times the bytes of what is unpacked to bf16.

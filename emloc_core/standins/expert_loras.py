@@ -66,7 +66,7 @@ def compute_apart(model: nn.Module) -> None:
     """Compute the LoRAs that PEFT has put on experts of a model beside their stacks, in place of PEFT's way.
 
     Raises:
-        EmlocError: PEFT has put one on a stack of something else, or on one stack of two.
+        EmlocError: PEFT has put one on a single stack of stand-ins, or lays it out in another way.
     """
     for path, wrappers in parameter_wrappers(model):
         experts = wrappers[0].get_base_layer()
@@ -74,6 +74,8 @@ def compute_apart(model: nn.Module) -> None:
             continue
         names = [wrapper.parameter_name for wrapper in reversed(wrappers)]  # as PEFT went through them
         if names != list(stacks_of(experts)):
+            if not isinstance(experts, StandInExperts):  # PEFT's own way computes it
+                continue
             raise EmlocError(
                 f"There is a LoRA on {' and '.join(names)} of {path}, in this order.",
                 f"Put one on both stacks, {' and '.join(stacks_of(experts))}.",

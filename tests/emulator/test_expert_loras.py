@@ -134,6 +134,12 @@ def test_what_could_not_be_transferred_is_refused(emulator, targets, told):
         with_lora(loaded(emulator), target_parameters=targets)
 
 
+def test_a_dense_model_s_single_stack_is_left_to_peft(base):
+    lora = with_lora(loaded(base), target_parameters=["mlp.experts.down_proj"])
+    assert all(float(gradient.norm()) > 0 for gradient in passed(lora)[1].values())
+    assert not any("forward" in vars(outer) for _, (outer, *_) in parameter_wrappers(lora))
+
+
 def test_factors_are_those_of_peft_s_layout():
     a, b = torch.randn(6, 5), torch.randn(4, 6)
     lora = of_experts(a, b, 2.0, 2)
