@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_core.data.limits import Limits
-from emloc_core.data.rows import Row
+from emloc_core.data.row import Row
 from emloc_core.errors import EmlocError
 from emloc_core.exact.memory import linears_in
 from emloc_core.family import Family

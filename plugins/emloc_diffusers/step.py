@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc_core.data.rows import Row
+from emloc_core.data.row import Row
 from emloc_core.exact.memory import linears_in
 from emloc_core.files.checkpoint import Checkpoint
 from emloc_core.memory.fake import fake, without_contents
